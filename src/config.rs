@@ -1,0 +1,1 @@
+//! `sealblk.toml`: what is written (serde) into what is meant.

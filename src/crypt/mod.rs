@@ -1,0 +1,9 @@
+//! The cipher: data keys, the memory they live in, and AES-256-XTS over whole requests.
+//!
+//! Pure but for the pages of [`secret_mem`]: it knows no file, no socket, no KMS.
+
+pub mod dek;
+pub mod secret_mem;
+pub mod xts;
+
+pub use dek::Dek;
