@@ -3,4 +3,81 @@
 //! [`KeyProvider`] has one implementation a provider. A provider knows nothing of volumes but the
 //! encryption context that binds a wrapped key to one of them.
 
+pub mod context;
 pub mod embedded;
+pub mod errors;
+
+pub use context::EncryptionContext;
+pub use errors::KmsError;
+
+use zeroize::Zeroizing;
+
+/// A wrapped data key and the canonical id of the KMS key that wrapped it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrappedKey {
+    /// Canonical key id: the ARN, never an alias.
+    pub key_id: String,
+    /// The provider's opaque ciphertext, 1..=6144 bytes.
+    pub blob: Vec<u8>,
+}
+
+/// State of a KMS key, as AWS KMS names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// Usable.
+    Enabled,
+    /// Switched off; can be switched on again.
+    Disabled,
+    /// Waiting for deletion; can be cancelled.
+    PendingDeletion,
+    /// EXTERNAL origin, without key material.
+    PendingImport,
+}
+
+/// What `describe` tells of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyDescription {
+    /// Canonical key id (ARN).
+    pub key_id: String,
+    /// Its state now.
+    pub state: KeyState,
+    /// The operator's words.
+    pub description: String,
+}
+
+/// One key management service.
+///
+/// A `key` argument is what the provider accepts as a reference: for KMS-like providers an id, a key ARN,
+/// an alias name or an alias ARN.
+pub trait KeyProvider: Send + Sync {
+    /// Its name in volume metadata: `embedded`, `aws`, …
+    fn name(&self) -> &'static str;
+
+    /// The key's canonical id and state.
+    fn describe(&self, key: &str) -> Result<KeyDescription, KmsError>;
+
+    /// GenerateDataKeyWithoutPlaintext: `len` random bytes (1..=1024) that nobody sees, wrapped under `key`
+    /// and bound to `context`.
+    fn generate_wrapped(
+        &self,
+        key: &str,
+        len: usize,
+        context: &EncryptionContext,
+    ) -> Result<WrappedKey, KmsError>;
+
+    /// Decrypt: unwraps `wrapped.blob`, which must have been made by `wrapped.key_id` under `context`.
+    fn decrypt(
+        &self,
+        wrapped: &WrappedKey,
+        context: &EncryptionContext,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError>;
+
+    /// ReEncrypt: the same data key under `key` and `to`, without showing it to the caller.
+    fn rewrap(
+        &self,
+        wrapped: &WrappedKey,
+        from: &EncryptionContext,
+        key: &str,
+        to: &EncryptionContext,
+    ) -> Result<WrappedKey, KmsError>;
+}

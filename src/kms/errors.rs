@@ -1,0 +1,75 @@
+//! What a KMS can answer instead of a key, worded as AWS KMS words it: the message becomes the `cause` of an
+//! event.
+
+use crate::error::{Error, Kind};
+
+/// Why a KMS did not do it. The text is the KMS's own message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KmsError {
+    /// DisabledException.
+    #[error("{0}")]
+    Disabled(String),
+    /// KMSInvalidStateException, the key waits for deletion.
+    #[error("{0}")]
+    PendingDeletion(String),
+    /// KMSInvalidStateException, the key has no material yet.
+    #[error("{0}")]
+    PendingImport(String),
+    /// KMSInvalidStateException of another sort, such as cancelling a deletion that nobody asked for.
+    #[error("{0}")]
+    InvalidState(String),
+    /// KeyUnavailableException, DependencyTimeoutException: a later try may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+    /// NotFoundException.
+    #[error("{0}")]
+    NotFound(String),
+    /// AlreadyExistsException.
+    #[error("{0}")]
+    AlreadyExists(String),
+    /// AccessDeniedException.
+    #[error("{0}")]
+    AccessDenied(String),
+    /// InvalidCiphertextException: wrong context, tampered blob, garbage; AWS gives it no message.
+    #[error("InvalidCiphertextException")]
+    InvalidCiphertext,
+    /// IncorrectKeyException.
+    #[error("{0}")]
+    IncorrectKey(String),
+    /// ValidationException and its kin: the request makes no sense.
+    #[error("{0}")]
+    Validation(String),
+    /// ThrottlingException, LimitExceededException.
+    #[error("{0}")]
+    Throttled(String),
+    /// The KMS was not reached.
+    #[error("{0}")]
+    Transport(String),
+    /// UnsupportedOperationException, or the provider lacks it.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The embedded KMS's store is damaged or was tampered with.
+    #[error("{0}")]
+    Corrupt(String),
+    /// KMSInternalException, I/O errors of the store.
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl From<KmsError> for Error {
+    fn from(e: KmsError) -> Self {
+        let kind = match &e {
+            KmsError::Unavailable(_) | KmsError::Throttled(_) | KmsError::Transport(_) => {
+                Kind::KmsUnavailable
+            }
+            KmsError::NotFound(_) => Kind::NotFound,
+            KmsError::AlreadyExists(_) => Kind::Busy,
+            KmsError::Validation(_) => Kind::Usage,
+            KmsError::Unsupported(_) => Kind::Unsupported,
+            KmsError::Corrupt(_) => Kind::Corrupt,
+            KmsError::Internal(_) => Kind::Other,
+            _ => Kind::KmsRefused,
+        };
+        Error::new(kind, e.to_string())
+    }
+}
