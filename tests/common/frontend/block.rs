@@ -289,6 +289,23 @@ impl Pending {
     }
 }
 
+/// Waits until all of these are done, in whatever order; their outcomes in the order given. Each head must
+/// come back exactly once.
+pub fn complete(ring: &mut SplitRing, pending: Vec<Pending>) -> Result<Vec<Outcome>> {
+    let mut pending: Vec<_> = pending.into_iter().map(Some).collect();
+    let mut outcomes: Vec<_> = pending.iter().map(|_| None).collect();
+    for _ in 0..pending.len() {
+        let used = ring.wait_used(LIMIT)?;
+        let is_it = |p: &Option<Pending>| p.as_ref().is_some_and(|p| u32::from(p.head) == used.id);
+        let index = pending.iter().position(is_it);
+        let index =
+            index.ok_or_else(|| Fault::Protocol(format!("{used:?} is not, or no more, in flight")))?;
+        let done = pending[index].take().expect("found above");
+        outcomes[index] = Some(done.finish(ring, used)?);
+    }
+    Ok(outcomes.into_iter().flatten().collect())
+}
+
 /// Sets NEXT and `next` on all but the last; `name` says under which index entry i is found.
 fn linked(chain: &[Desc], name: impl Fn(usize) -> u16) -> Vec<Desc> {
     let last = chain.len() - 1;

@@ -70,6 +70,8 @@ pub struct SplitRing {
     pub kick_fd: EventFd,
     /// Signalled by the device: work is done.
     pub call_fd: EventFd,
+    /// Signalled by the device: the ring is broken, it serves no more until it is set up again.
+    pub err_fd: EventFd,
     next_avail: u16,
     kicked_at: u16,
     last_used: u16,
@@ -90,6 +92,7 @@ impl SplitRing {
             event_idx: false,
             kick_fd: event()?,
             call_fd: event()?,
+            err_fd: event()?,
             next_avail: 0,
             kicked_at: 0,
             last_used: 0,
@@ -111,6 +114,7 @@ impl SplitRing {
         // What the old life signalled is not the new one's.
         let _ = self.call_fd.read();
         let _ = self.kick_fd.read();
+        let _ = self.err_fd.read();
     }
 
     /// Writes descriptor `index` of the ring's own table.

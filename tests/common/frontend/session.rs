@@ -273,6 +273,7 @@ impl Session {
             self.ask("SET_VRING_BASE", |f| f.set_vring_base(index, base))?;
             self.ask("SET_VRING_CALL", |f| f.set_vring_call(index, &ring.call_fd))?;
         }
+        self.ask("SET_VRING_ERR", |f| f.set_vring_err(index, &ring.err_fd))?;
         self.ask("SET_VRING_KICK", |f| f.set_vring_kick(index, &ring.kick_fd))
     }
 
