@@ -20,7 +20,7 @@ pub mod watch;
 
 pub use block::{Framing, Outcome, Place, Request, Segment};
 pub use config::BlkConfig;
-pub use memory::{GuestMem, Layout, RegionSpec};
+pub use memory::{GuestMem, Layout, RegionSpec, Seals};
 pub use raw::{RawSocket, Reply};
 pub use ring::{Desc, SplitRing, Used};
 pub use server::Server;
