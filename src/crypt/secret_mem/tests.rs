@@ -150,6 +150,7 @@ fn in_child(mem: &SecretMem, offset: isize) -> ChildFinds {
     let byte = mem.as_slice().as_ptr().wrapping_offset(offset);
     // SAFETY: the child only makes system calls and reads one byte, then ends without running destructors.
     match unsafe { fork() }.unwrap() {
+        // SAFETY: as above; that the byte may not be mapped is what the caller asks about.
         ForkResult::Child => unsafe {
             let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             libc::setrlimit(libc::RLIMIT_CORE, &no_core);
