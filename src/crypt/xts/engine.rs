@@ -38,6 +38,9 @@ impl Engine {
     fn runs_here(self) -> bool {
         match self {
             Engine::Auto | Engine::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Engine::Vaes512 => super::vaes512::available(),
+            #[cfg(not(target_arch = "x86_64"))]
             Engine::Vaes512 => false,
         }
     }
@@ -68,8 +71,19 @@ pub fn new_cipher(engine: Engine, dek: &Dek, unit: DataUnit) -> Result<Box<dyn S
     match engine {
         Engine::Auto => new_cipher(Engine::available()[0], dek, unit),
         Engine::Portable => Ok(Box::new(Portable::new(dek, unit)?)),
-        Engine::Vaes512 => Err(lacking()),
+        Engine::Vaes512 => vaes512(dek, unit)?.ok_or_else(lacking),
     }
+}
+
+/// The VAES engine, or `None` where the CPU lacks its instructions.
+#[cfg(target_arch = "x86_64")]
+fn vaes512(dek: &Dek, unit: DataUnit) -> Result<Option<Box<dyn SectorCipher>>> {
+    Ok(super::vaes512::Vaes512::new(dek, unit)?.map(|cipher| Box::new(cipher) as Box<dyn SectorCipher>))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn vaes512(_: &Dek, _: DataUnit) -> Result<Option<Box<dyn SectorCipher>>> {
+    Ok(None)
 }
 
 fn lacking() -> Error {

@@ -5,6 +5,8 @@
 
 mod engine;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vaes512;
 
 pub use engine::{Engine, new_cipher};
 
