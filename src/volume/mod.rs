@@ -1,1 +1,3 @@
-//! volume
+//! Volumes.
+
+pub mod io;
