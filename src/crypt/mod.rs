@@ -7,3 +7,4 @@ pub mod secret_mem;
 pub mod xts;
 
 pub use dek::Dek;
+pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};

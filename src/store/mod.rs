@@ -1,1 +1,160 @@
-//! store
+//! Where ciphertext lies. A store moves bytes; it never sees a key and does not know what they mean.
+//!
+//! A [`Store`] is shared by all queues of a volume; each queue's thread opens a [`Queue`] of its own and
+//! drives it alone. Buffers belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes
+//! back with the completion, so that nothing can touch it while the kernel does.
+
+pub mod file;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+/// What a store can do and how it is reached; for the log and for the limits that follow from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// How the bytes travel, in words for the operator: `io_uring, O_DIRECT`.
+    pub access: String,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// A run of bytes, owned by whoever holds it. It cannot be copied, and only the queue that made it can look
+/// inside ([`Queue::bytes`]).
+#[derive(Debug)]
+pub struct Buffer {
+    /// Which pool it is from: it is of no use to another.
+    pool: u32,
+    /// First page in the pool.
+    page: u32,
+    /// Pages it occupies.
+    pages: u32,
+    /// Bytes in use.
+    len: u32,
+}
+
+impl Buffer {
+    /// Bytes in use.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether it holds nothing. A pool never gives such a buffer.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// One operation on a store. Offsets and lengths count bytes.
+#[derive(Debug)]
+pub enum Op {
+    /// Fill the buffer from `offset`.
+    Read {
+        /// Where from.
+        offset: u64,
+        /// What to fill.
+        buffer: Buffer,
+    },
+    /// Store the buffer at `offset`; durable at completion if asked for.
+    Write {
+        /// Where to.
+        offset: u64,
+        /// What to store.
+        buffer: Buffer,
+        /// Whether it shall survive a power cut once it is complete.
+        durable: bool,
+    },
+    /// Make every completed write durable.
+    Flush,
+    /// The range shall read as zeros; its space is given back, or kept if `keep_space`.
+    Zero {
+        /// Where from.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// Keep the space allocated, where the store can.
+        keep_space: bool,
+    },
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// An operation ended. A transfer shorter than its buffer is an error here.
+    Done {
+        /// The tag it was submitted with.
+        tag: u64,
+        /// Its buffer, if it had one.
+        buffer: Option<Buffer>,
+        /// Whether it was done in full.
+        result: io::Result<()>,
+    },
+    /// A watched descriptor became readable.
+    Ready {
+        /// The token it was watched with.
+        token: u32,
+    },
+    /// A watch ended by itself, because of an error of its descriptor.
+    Unwatched {
+        /// The token it was watched with.
+        token: u32,
+    },
+}
+
+/// How long [`Queue::wait`] may wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all: submit, take what is there.
+    Poll,
+    /// Until something happens.
+    Event,
+    /// Until something happens, but no longer than this.
+    Until(Duration),
+}
+
+/// A place for ciphertext.
+pub trait Store: Send + Sync {
+    /// What it is and can do.
+    fn caps(&self) -> &Caps;
+
+    /// A queue for at most `depth` operations in flight, for the thread that calls.
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+
+    /// Whether it holds any data at all, that is, whether something was ever written.
+    fn has_data(&self) -> io::Result<bool>;
+}
+
+/// One thread's way to a store. Dropping it waits for what is in flight.
+pub trait Queue {
+    /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]), or `None` until others have come back.
+    fn alloc(&mut self, len: usize) -> Option<Buffer>;
+
+    /// Gives a buffer back.
+    fn free(&mut self, buffer: Buffer);
+
+    /// The most bytes of one buffer.
+    fn max_buffer(&self) -> usize;
+
+    /// The bytes of a buffer of this queue.
+    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
+
+    /// Whether another operation may be submitted.
+    fn has_room(&self) -> bool;
+
+    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`].
+    /// Never more than the depth at a time: see [`Queue::has_room`].
+    fn submit(&mut self, tag: u64, op: Op);
+
+    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay open
+    /// until the next [`Queue::wait`] has returned.
+    fn watch(&mut self, token: u32, fd: RawFd);
+
+    /// Ends a watch; when it returns, the token will not be reported again.
+    fn unwatch(&mut self, token: u32);
+
+    /// Submits what was handed over and waits as `wait` says.
+    fn wait(&mut self, wait: Wait) -> io::Result<()>;
+
+    /// The next event, if there is one.
+    fn next_event(&mut self) -> Option<Event>;
+}

@@ -3,13 +3,23 @@
 //! One trait, several engines. A data unit is 512 or 4096 bytes; with 4096-byte units the tweak still
 //! counts in 512-byte sectors (0, 8, 16, …), as dm-crypt does without `iv_large_sectors`.
 
+mod engine;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vaes512;
+
+pub use engine::{Engine, new_cipher};
+
 use vm_memory::VolatileSlice;
 
 /// Encrypts and decrypts whole requests of one volume. All lengths are multiples of the data unit and
-/// `first_sector` (512-byte units) is a multiple of the data unit's sectors; an engine may panic otherwise.
+/// `first_sector` (512-byte units) is a multiple of the data unit's sectors; an engine panics otherwise.
 pub trait SectorCipher: Send + Sync {
     /// Which engine this is, for the log and `doctor`: `portable`, `vaes512`.
     fn engine(&self) -> &'static str;
+
+    /// The data unit that it was made for.
+    fn data_unit(&self) -> DataUnit;
 
     /// Guest memory → buffer in one pass. `src` is read exactly once: the guest may change it meanwhile.
     /// Both have the same length.
@@ -23,4 +33,88 @@ pub trait SectorCipher: Send + Sync {
 
     /// In place.
     fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64);
+
+    /// One data unit in place under any 128-bit tweak. Volumes have sector numbers; published test vectors
+    /// have tweaks like this.
+    fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]);
+}
+
+/// The length of what one tweak covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataUnit {
+    /// 512 bytes: one sector.
+    B512,
+    /// 4096 bytes: eight sectors.
+    B4096,
+}
+
+impl DataUnit {
+    /// Length in bytes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            DataUnit::B512 => 512,
+            DataUnit::B4096 => 4096,
+        }
+    }
+
+    /// Length in 512-byte sectors: the step of the tweak from one unit to the next.
+    pub const fn sectors(self) -> u64 {
+        self.bytes() as u64 / 512
+    }
+
+    /// The data unit of `bytes` bytes, if there is one.
+    pub const fn from_bytes(bytes: usize) -> Option<Self> {
+        match bytes {
+            512 => Some(DataUnit::B512),
+            4096 => Some(DataUnit::B4096),
+            _ => None,
+        }
+    }
+}
+
+/// Which way data goes through the cipher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Plaintext to ciphertext.
+    Encrypt,
+    /// Ciphertext to plaintext.
+    Decrypt,
+}
+
+/// What is encrypted under the second key to become the tweak of a data unit, as two little-endian halves. From
+/// unit to unit only `low` counts on.
+#[derive(Clone, Copy)]
+struct TweakInput {
+    low: u64,
+    high: u64,
+}
+
+impl TweakInput {
+    fn sector(sector: u64) -> Self {
+        TweakInput { low: sector, high: 0 }
+    }
+
+    fn bytes(tweak: [u8; 16]) -> Self {
+        let tweak = u128::from_le_bytes(tweak);
+        TweakInput { low: tweak as u64, high: (tweak >> 64) as u64 }
+    }
+
+    /// That of the data unit which begins `sectors` sectors further on.
+    fn plus(self, sectors: u64) -> Self {
+        TweakInput { low: self.low.wrapping_add(sectors), ..self }
+    }
+
+    fn to_bytes(self) -> [u8; 16] {
+        (u128::from(self.low) | u128::from(self.high) << 64).to_le_bytes()
+    }
+}
+
+/// The contract of [`SectorCipher`], checked by every engine before it touches anything.
+fn check_request(unit: DataUnit, src_len: usize, dst_len: usize, first_sector: u64) {
+    assert_eq!(src_len, dst_len, "source and destination of a cipher request differ in length");
+    assert!(
+        src_len.is_multiple_of(unit.bytes()) && first_sector.is_multiple_of(unit.sectors()),
+        "a cipher request of {src_len} bytes at sector {first_sector} is not whole {}-byte data units",
+        unit.bytes()
+    );
 }

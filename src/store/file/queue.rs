@@ -1,0 +1,350 @@
+//! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in one
+//! ring and one system call a batch.
+
+use super::super::{Buffer, Event, Op, Queue, Wait};
+use super::Access;
+use super::pool::{self, Pool};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
+const WATCH: u64 = 1 << 32;
+const CANCEL: u64 = 1 << 33;
+const FILE: types::Fixed = types::Fixed(0);
+
+/// Hole punching keeps the file's size in both cases.
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// An operation that the kernel has.
+struct Pending {
+    tag: u64,
+    buffer: Option<Buffer>,
+    /// Bytes it must transfer.
+    expect: u32,
+    /// What to do instead if the file system cannot keep the space: offset and length to punch.
+    fallback: Option<(u64, u64)>,
+}
+
+/// A descriptor that wakes the thread.
+struct Watch {
+    token: u32,
+    /// Tells this watch from an earlier one of the same token, whose last completion may still come.
+    serial: u32,
+    fd: RawFd,
+}
+
+/// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
+pub struct FileQueue {
+    ring: IoUring,
+    pool: Pool,
+    /// Whether the pool is registered as fixed buffer 0.
+    registered: bool,
+    file: Arc<File>,
+    inline: bool,
+    depth: usize,
+    pending: Vec<Option<Pending>>,
+    free_slots: Vec<u32>,
+    watches: Vec<Watch>,
+    next_serial: u32,
+    /// Entries that found the submission queue full.
+    backlog: VecDeque<squeue::Entry>,
+    events: VecDeque<Event>,
+}
+
+impl FileQueue {
+    /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
+    pub fn new(file: Arc<File>, access: Access, depth: u16) -> io::Result<Self> {
+        let depth = usize::from(depth.max(1));
+        // Room for watches and their removal beside the data.
+        let ring = build_ring(depth as u32 + 16)?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let pool = Pool::new()?;
+        let inline = access == Access::Inline;
+        let registered = !inline && register(&ring, &pool);
+        Ok(FileQueue {
+            ring,
+            pool,
+            registered,
+            file,
+            inline,
+            depth,
+            pending: (0..depth).map(|_| None).collect(),
+            free_slots: (0..depth as u32).rev().collect(),
+            watches: Vec::new(),
+            next_serial: 0,
+            backlog: VecDeque::new(),
+            events: VecDeque::with_capacity(2 * depth),
+        })
+    }
+
+    fn in_flight(&self) -> usize {
+        self.depth - self.free_slots.len()
+    }
+
+    fn push(&mut self, entry: squeue::Entry) {
+        // SAFETY: an entry refers to the file, which is registered and open as long as the ring; to bytes of
+        // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
+        // ring (drop waits for all completions); or to nothing.
+        if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            return;
+        }
+        self.backlog.push_back(entry);
+    }
+
+    /// Moves what waited into the submission queue.
+    fn push_backlog(&mut self) {
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`.
+            if unsafe { self.ring.submission().push(entry) }.is_err() {
+                return;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    fn start(&mut self, tag: u64, op: Op) {
+        let Some(slot) = self.free_slots.pop() else {
+            unreachable!("the caller keeps within the depth (see `has_room`)");
+        };
+        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None };
+        let entry = match op {
+            Op::Read { offset, buffer } => {
+                let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                if self.registered {
+                    opcode::ReadFixed::new(FILE, ptr, len, 0).offset(offset).build()
+                } else {
+                    opcode::Read::new(FILE, ptr, len).offset(offset).build()
+                }
+            }
+            Op::Write { offset, buffer, durable } => {
+                let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                if self.registered {
+                    opcode::WriteFixed::new(FILE, ptr, len, 0).offset(offset).rw_flags(flags).build()
+                } else {
+                    opcode::Write::new(FILE, ptr, len).offset(offset).rw_flags(flags).build()
+                }
+            }
+            Op::Flush => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+            Op::Zero { offset, len, keep_space } => {
+                pending.fallback = keep_space.then_some((offset, len));
+                fallocate(offset, len, if keep_space { ZERO } else { PUNCH })
+            }
+        };
+        self.pending[slot as usize] = Some(pending);
+        self.push(entry.user_data(u64::from(slot)));
+    }
+
+    /// Does the operation now, by this thread.
+    fn run_inline(&mut self, tag: u64, op: Op) {
+        let (buffer, result) = match op {
+            Op::Read { offset, mut buffer } => {
+                let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
+                (Some(buffer), result)
+            }
+            Op::Write { offset, mut buffer, durable } => {
+                let result = self.file.write_all_at(self.pool.bytes(&mut buffer), offset);
+                let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
+                (Some(buffer), result.and_then(sync))
+            }
+            Op::Flush => (None, self.file.sync_data()),
+            Op::Zero { offset, len, .. } => {
+                use nix::fcntl::{FallocateFlags, fallocate};
+                let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let result = fallocate(&*self.file, mode, offset as i64, len as i64);
+                (None, result.map_err(io::Error::from))
+            }
+        };
+        self.events.push_back(Event::Done { tag, buffer, result });
+    }
+
+    /// Turns what the kernel completed into events.
+    fn reap(&mut self) {
+        loop {
+            // One entry at a time leaves `self` free for what it causes; the ring's head moves with each.
+            let Some(entry) = self.ring.completion().next() else { return };
+            match entry.user_data() {
+                slot if slot < WATCH => self.complete(slot as u32, entry.result()),
+                token if token & CANCEL != 0 => {}
+                watch => self.woken(watch as u32, &entry),
+            }
+        }
+    }
+
+    fn complete(&mut self, slot: u32, result: i32) {
+        let Some(mut pending) = self.pending.get_mut(slot as usize).and_then(Option::take) else {
+            log::error!("io_uring completed slot {slot}, in which nothing was pending");
+            return;
+        };
+        if let (libc::EOPNOTSUPP, Some((offset, len))) = (-result, pending.fallback.take()) {
+            self.pending[slot as usize] = Some(pending);
+            self.push(fallocate(offset, len, PUNCH).user_data(u64::from(slot)));
+            return;
+        }
+        self.free_slots.push(slot);
+        let result = match u32::try_from(result) {
+            Ok(n) if n == pending.expect => Ok(()),
+            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(_) => Err(io::Error::from_raw_os_error(-result)),
+        };
+        self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
+    }
+
+    fn woken(&mut self, serial: u32, entry: &cqueue::Entry) {
+        let Some(index) = self.watches.iter().position(|w| w.serial == serial) else { return };
+        let Watch { token, fd, .. } = self.watches[index];
+        if entry.result() >= 0 {
+            self.events.push_back(Event::Ready { token });
+        }
+        if cqueue::more(entry.flags()) {
+            return;
+        }
+        // A multishot poll ends when the completion queue overflows (then it is set up again) or with an error.
+        if entry.result() >= 0 {
+            self.push(poll(serial, fd));
+        } else {
+            self.watches.swap_remove(index);
+            self.events.push_back(Event::Unwatched { token });
+        }
+    }
+
+    /// Whether entering the kernel without waiting would change nothing.
+    fn nothing_to_enter_for(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.is_empty() && !queue.taskrun() && !queue.cq_overflow()
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        self.push_backlog();
+        let result = match wait {
+            Wait::Poll if self.nothing_to_enter_for() => return Ok(()),
+            Wait::Poll => self.ring.submit(),
+            Wait::Event => self.ring.submit_and_wait(1),
+            Wait::Until(limit) => {
+                let limit = types::Timespec::from(limit);
+                self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&limit))
+            }
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(e) => match e.raw_os_error() {
+                // Nothing came in time; a signal; or completions must be taken first. The caller comes back.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(e),
+            },
+        }
+    }
+}
+
+impl Queue for FileQueue {
+    fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        self.pool.alloc(len)
+    }
+
+    fn free(&mut self, buffer: Buffer) {
+        self.pool.free(buffer);
+    }
+
+    fn max_buffer(&self) -> usize {
+        pool::MAX_BUFFER
+    }
+
+    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        self.pool.bytes(buffer)
+    }
+
+    fn has_room(&self) -> bool {
+        !self.free_slots.is_empty()
+    }
+
+    fn submit(&mut self, tag: u64, op: Op) {
+        if self.inline { self.run_inline(tag, op) } else { self.start(tag, op) }
+    }
+
+    fn watch(&mut self, token: u32, fd: RawFd) {
+        let serial = self.next_serial;
+        self.next_serial = serial.wrapping_add(1);
+        self.watches.push(Watch { token, serial, fd });
+        self.push(poll(serial, fd));
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        let Some(index) = self.watches.iter().position(|w| w.token == token) else { return };
+        let watch = self.watches.swap_remove(index);
+        // The poll holds the file by itself, and completions of a watch that is not in the list are dropped,
+        // so there is nothing to wait for.
+        let cancel = opcode::PollRemove::new(WATCH | u64::from(watch.serial)).build();
+        self.push(cancel.user_data(CANCEL));
+        self.events.retain(
+            |e| !matches!(e, Event::Ready { token: t } | Event::Unwatched { token: t } if *t == token),
+        );
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        let wait = if self.events.is_empty() { wait } else { Wait::Poll };
+        self.enter(wait)?;
+        self.reap();
+        Ok(())
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+}
+
+impl Drop for FileQueue {
+    fn drop(&mut self) {
+        // The kernel may still write into the pool: nothing may be freed before it has let go of all of it.
+        while self.in_flight() > 0 {
+            if let Err(e) = self.enter(Wait::Event) {
+                log::error!("waiting for requests in flight: {e}");
+                std::process::abort();
+            }
+            self.reap();
+        }
+    }
+}
+
+fn build_ring(entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.setup_clamp().setup_submit_all();
+    let mut best = builder.clone();
+    // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
+    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    best.build(entries).or_else(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => builder.build(entries),
+        _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
+    })
+}
+
+/// Registers the pool, so that the kernel need not look its pages up for each request. It may be refused by
+/// RLIMIT_MEMLOCK; then it goes without.
+fn register(ring: &IoUring, pool: &Pool) -> bool {
+    // SAFETY: the pool outlives the ring (field order and drop of FileQueue).
+    match unsafe { ring.submitter().register_buffers(&[pool.iovec()]) } {
+        Ok(()) => true,
+        Err(e) => {
+            log::info!("bounce buffers are not registered with io_uring: {e}");
+            false
+        }
+    }
+}
+
+fn poll(serial: u32, fd: RawFd) -> squeue::Entry {
+    let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
+    entry.user_data(WATCH | u64::from(serial))
+}
+
+fn fallocate(offset: u64, len: u64, mode: i32) -> squeue::Entry {
+    opcode::Fallocate::new(FILE, len).offset(offset).mode(mode).build()
+}

@@ -1,0 +1,173 @@
+//! vhost-user messages on a socket, whole, with their descriptors.
+//!
+//! Source: the vhost-user protocol, "Message Specification" (QEMU documentation). A message is a header of three
+//! little-endian words (request, flags, size), a body of `size` bytes, and descriptors that travel with the
+//! header.
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+/// Protocol version in the flags' low bits.
+const VERSION: u32 = 1;
+/// The flags' reply bit.
+const REPLY: u32 = 1 << 2;
+/// The flags' bit by which the sender asks for an answer even to a message that has none.
+const NEED_REPLY: u32 = 1 << 3;
+/// Bytes in the header.
+const HEADER: usize = 12;
+/// The largest body of any message that we take.
+pub const MAX_BODY: usize = 4096 - HEADER;
+/// The most descriptors of one message.
+pub const MAX_FDS: usize = 32;
+
+/// One message.
+#[derive(Debug)]
+pub struct Message {
+    /// What it asks for.
+    pub request: u32,
+    /// Version, reply and need-reply bits.
+    pub flags: u32,
+    /// The body.
+    pub body: Vec<u8>,
+    /// The descriptors that came with it; closed when it is dropped.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// A request that wants an answer.
+    pub fn request(request: u32, body: Vec<u8>) -> Self {
+        Message { request, flags: VERSION | NEED_REPLY, body, fds: Vec::new() }
+    }
+
+    /// The answer to a message with `request`.
+    pub fn reply(request: u32, body: Vec<u8>) -> Self {
+        Message { request, flags: VERSION | REPLY, body, fds: Vec::new() }
+    }
+
+    /// The answer to a message with `request`: one 64-bit number.
+    pub fn reply_u64(request: u32, value: u64) -> Self {
+        Self::reply(request, value.to_ne_bytes().to_vec())
+    }
+
+    /// Whether the sender asks for an answer in any case.
+    pub fn needs_reply(&self) -> bool {
+        self.flags & NEED_REPLY != 0
+    }
+
+    /// The same with the need-reply bit set.
+    pub fn with_need_reply(mut self) -> Self {
+        self.flags |= NEED_REPLY;
+        self
+    }
+
+    /// The 64-bit number at byte `at` of the body. Messages are in the byte order of the machine.
+    pub fn u64_at(&self, at: usize) -> Option<u64> {
+        Some(u64::from_ne_bytes(self.body.get(at..at + 8)?.try_into().ok()?))
+    }
+
+    /// The 32-bit number at byte `at` of the body.
+    pub fn u32_at(&self, at: usize) -> Option<u32> {
+        Some(u32::from_ne_bytes(self.body.get(at..at + 4)?.try_into().ok()?))
+    }
+
+    /// Reads the next message; `None` if the peer closed between two messages.
+    pub fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
+        let mut fds = Vec::new();
+        let mut header = [0; HEADER];
+        if !receive_exact(socket, &mut header, &mut fds, true)? {
+            return Ok(None);
+        }
+        let word =
+            |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (request, flags, size) = (word(0), word(4), word(8) as usize);
+        if flags & 0x3 != VERSION || flags & !(0x3 | REPLY | NEED_REPLY) != 0 {
+            return Err(invalid(format!("message {request}: flags {flags:#x}")));
+        }
+        if size > MAX_BODY {
+            return Err(invalid(format!("message {request}: {size} bytes")));
+        }
+        let mut body = vec![0; size];
+        receive_exact(socket, &mut body, &mut fds, false)?;
+        Ok(Some(Message { request, flags, body, fds }))
+    }
+
+    /// Writes the message in one piece.
+    pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
+        let mut bytes = Vec::with_capacity(HEADER + self.body.len());
+        for word in [self.request, self.flags, self.body.len() as u32] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(&self.body);
+        let fds: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut control = vec![ControlMessage::ScmRights(&fds)];
+        control.truncate(usize::from(!fds.is_empty()));
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let data = [IoSlice::new(&bytes[sent..])];
+            match sendmsg::<()>(socket.as_raw_fd(), &data, &control, MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(n) => {
+                    sent += n;
+                    // Descriptors travel with the first byte.
+                    control.clear();
+                }
+                Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is the answer to `request`.
+    pub fn answers(&self, request: u32) -> bool {
+        self.request == request && self.flags & REPLY != 0
+    }
+
+    /// Whether it claims to be an answer.
+    pub fn is_reply(&self) -> bool {
+        self.flags & REPLY != 0
+    }
+}
+
+/// Fills `buffer`, collecting descriptors. Answers `false` if the peer closed before the first byte and that is
+/// allowed.
+fn receive_exact(
+    socket: &UnixStream,
+    buffer: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    may_end: bool,
+) -> io::Result<bool> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let mut data = [IoSliceMut::new(&mut buffer[filled..])];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = match recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags) {
+            Ok(received) => received,
+            Err(nix::Error::EINTR) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let truncated = received.flags.contains(MsgFlags::MSG_CTRUNC);
+        for control in received.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(new) = control {
+                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
+                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        if truncated || fds.len() > MAX_FDS {
+            return Err(invalid("more descriptors than any message has".into()));
+        }
+        match received.bytes {
+            0 if filled == 0 && may_end => return Ok(false),
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => filled += n,
+        }
+    }
+    Ok(true)
+}
+
+/// An error about what the peer sent.
+pub fn invalid(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}

@@ -1,0 +1,256 @@
+//! The gate between a VMM's socket and the vhost-user crate.
+//!
+//! Every message passes here, one at a time: it is read whole, checked, and either answered here or handed on;
+//! its answer comes back before the next is read. What is malformed or unsafe ends the connection before the
+//! crate sees it. The gate assumes nothing of the VMM, and knows nothing of rings beyond their numbers.
+
+mod memory;
+mod message;
+
+use memory::MemoryTable;
+use message::{Message, invalid};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
+use std::io;
+use std::os::unix::net::UnixStream;
+use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
+
+/// The VMM's message said more or less than it may; or the socket failed.
+type Result<T> = io::Result<T>;
+
+/// Limits that the gate enforces for the device behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Queues of the device.
+    pub queues: u64,
+    /// Most entries of a ring.
+    pub queue_size: u32,
+}
+
+/// One connection.
+pub struct Gate {
+    vmm: UnixStream,
+    inner: UnixStream,
+    limits: Limits,
+    /// Virtio features that the crate offers.
+    features: u64,
+    /// Protocol features that we offer, and those that the VMM acknowledged.
+    offered: u64,
+    acked: u64,
+    memory: MemoryTable,
+}
+
+impl Gate {
+    /// A gate between the VMM on one socket and the crate on the other. Agrees with the crate on everything it
+    /// offers, so that from then on every message gets an answer.
+    pub fn new(vmm: UnixStream, inner: UnixStream, limits: Limits) -> Result<Self> {
+        let mut gate =
+            Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory: MemoryTable::default() };
+        gate.features = gate.ask_u64(Req::GET_FEATURES)?;
+        gate.offered = gate.ask_u64(Req::GET_PROTOCOL_FEATURES)?;
+        let all = Message::request(Req::SET_PROTOCOL_FEATURES as u32, gate.offered.to_ne_bytes().to_vec());
+        gate.forward(all)?;
+        Ok(gate)
+    }
+
+    /// Passes messages until the VMM closes the connection (`Ok`) or a message is refused.
+    pub fn run(&mut self) -> Result<()> {
+        while let Some(message) = Message::receive(&self.vmm)? {
+            let (request, wants_ack) = (message.request, message.needs_reply());
+            let name = request_name(request);
+            let answer = self.pass(message).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
+            let ack = wants_ack && self.acked & Protocol::REPLY_ACK.bits() != 0;
+            match answer {
+                Ok(Some(reply)) => reply.send(&self.vmm)?,
+                Ok(None) if ack => Message::reply_u64(request, 0).send(&self.vmm)?,
+                Ok(None) => {}
+                Err(e) => {
+                    if ack {
+                        // It is refused in any case; whether the VMM hears why is a courtesy.
+                        let _ = Message::reply_u64(request, 1).send(&self.vmm);
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks one message and answers what goes back, if its kind has an answer of its own.
+    fn pass(&mut self, mut message: Message) -> Result<Option<Message>> {
+        if message.is_reply() {
+            return Err(invalid("a reply that nobody asked for".into()));
+        }
+        let code = message.request;
+        let Ok(request) = Req::try_from(code) else {
+            return Err(invalid(format!("unknown request {code}")));
+        };
+        self.check_shape(request, &message)?;
+        match request {
+            Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
+            // A front-end that re-adds a device on its connection claims it again.
+            Req::SET_OWNER => return Ok(None),
+            Req::GET_PROTOCOL_FEATURES => return Ok(Some(Message::reply_u64(code, self.offered))),
+            Req::SET_PROTOCOL_FEATURES => {
+                self.acked = subset(&message, self.offered)?;
+                return Ok(None);
+            }
+            Req::SET_FEATURES => drop(subset(&message, self.features)?),
+            Req::SET_MEM_TABLE => self.memory.set(&message)?,
+            Req::ADD_MEM_REG => self.memory.add(&message)?,
+            Req::REM_MEM_REG => {
+                self.memory.remove(&message)?;
+                // Old front-ends send a descriptor along, which is to be closed unused.
+                message.fds.clear();
+            }
+            Req::SET_VRING_NUM => {
+                let size = message.u32_at(4).unwrap_or(0);
+                if !size.is_power_of_two() || size > self.limits.queue_size {
+                    return Err(invalid(format!(
+                        "{size} entries; a power of two up to {}",
+                        self.limits.queue_size
+                    )));
+                }
+            }
+            Req::SET_VRING_BASE => {
+                let base = message.u32_at(4).unwrap_or(0);
+                if base > u32::from(u16::MAX) {
+                    return Err(invalid(format!("{base} is no index of a split ring")));
+                }
+            }
+            Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => check_event(&message)?,
+            _ => {}
+        }
+        let answer = self.forward(message)?;
+        if has_answer(request) {
+            return Ok(Some(answer));
+        }
+        match answer.u64_at(0) {
+            Some(0) => Ok(None),
+            _ => Err(invalid("refused".into())),
+        }
+    }
+
+    /// Sizes, numbers of descriptors, queue numbers, and features that a request needs.
+    fn check_shape(&self, request: Req, message: &Message) -> Result<()> {
+        let shape = Shape::of(request).ok_or_else(|| invalid("not offered".into()))?;
+        if shape.needs.bits() & !self.acked != 0 {
+            return Err(invalid("its protocol feature was not acknowledged".into()));
+        }
+        let sizes = shape.body;
+        if !sizes.contains(&message.body.len()) {
+            return Err(invalid(format!("a body of {} bytes", message.body.len())));
+        }
+        if message.fds.len() > shape.fds {
+            return Err(invalid(format!("{} descriptors", message.fds.len())));
+        }
+        if shape.queue {
+            // Kick, call and err carry flags above the queue's number, the others a word of their own.
+            let queue = u64::from(message.u32_at(0).unwrap_or(u32::MAX))
+                & if shape.fds > 0 { 0xff } else { u64::MAX };
+            if queue >= self.limits.queues {
+                return Err(invalid(format!("queue {queue} of {}", self.limits.queues)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a message to the crate and waits for its answer.
+    fn forward(&mut self, message: Message) -> Result<Message> {
+        let request = message.request;
+        let message = message.with_need_reply();
+        message.send(&self.inner)?;
+        match Message::receive(&self.inner)? {
+            Some(answer) if answer.answers(request) => Ok(answer),
+            Some(answer) => Err(invalid(format!("answered by {}", request_name(answer.request)))),
+            None => Err(invalid("refused".into())),
+        }
+    }
+
+    fn ask_u64(&mut self, request: Req) -> Result<u64> {
+        let answer = self.forward(Message::request(request as u32, Vec::new()))?;
+        answer.u64_at(0).ok_or_else(|| invalid(format!("{}: short answer", request_name(request as u32))))
+    }
+}
+
+/// What a request looks like.
+struct Shape {
+    /// Bytes of its body.
+    body: std::ops::RangeInclusive<usize>,
+    /// Most descriptors.
+    fds: usize,
+    /// Whether it begins with a queue's number.
+    queue: bool,
+    /// Protocol features that must have been acknowledged.
+    needs: Protocol,
+}
+
+impl Shape {
+    /// The shape of each request that we offer.
+    fn of(request: Req) -> Option<Self> {
+        let shape = |body, fds, queue, needs| Some(Shape { body, fds, queue, needs });
+        let none = Protocol::empty();
+        match request {
+            Req::GET_FEATURES | Req::SET_OWNER | Req::RESET_OWNER | Req::GET_PROTOCOL_FEATURES => {
+                shape(0..=0, 0, false, none)
+            }
+            Req::SET_FEATURES | Req::SET_PROTOCOL_FEATURES => shape(8..=8, 0, false, none),
+            Req::GET_QUEUE_NUM => shape(0..=0, 0, false, Protocol::MQ),
+            Req::SET_MEM_TABLE => shape(8..=message::MAX_BODY, message::MAX_FDS, false, none),
+            Req::GET_MAX_MEM_SLOTS => shape(0..=0, 0, false, Protocol::CONFIGURE_MEM_SLOTS),
+            Req::ADD_MEM_REG | Req::REM_MEM_REG => shape(40..=40, 1, false, Protocol::CONFIGURE_MEM_SLOTS),
+            Req::SET_VRING_NUM | Req::SET_VRING_BASE | Req::GET_VRING_BASE | Req::SET_VRING_ENABLE => {
+                shape(8..=8, 0, true, none)
+            }
+            Req::SET_VRING_ADDR => shape(40..=40, 0, true, none),
+            Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => shape(8..=8, 1, true, none),
+            Req::GET_CONFIG | Req::SET_CONFIG => shape(12..=12 + 256, 0, false, Protocol::CONFIG),
+            Req::RESET_DEVICE => shape(0..=0, 0, false, Protocol::RESET_DEVICE),
+            _ => None,
+        }
+    }
+}
+
+/// Whether a request has an answer of its own kind, rather than a mere acknowledgement.
+fn has_answer(request: Req) -> bool {
+    matches!(request, Req::GET_QUEUE_NUM | Req::GET_MAX_MEM_SLOTS | Req::GET_VRING_BASE | Req::GET_CONFIG)
+}
+
+/// The message's features, if all of them were offered.
+fn subset(message: &Message, offered: u64) -> Result<u64> {
+    let features = message.u64_at(0).unwrap_or(u64::MAX);
+    if features & !offered == 0 {
+        return Ok(features);
+    }
+    Err(invalid(format!("features {:#x} were not offered", features & !offered)))
+}
+
+/// Kick, call and err: one descriptor, or none and the flag that says so. It must be an event descriptor and
+/// never block: a full counter must not stop a queue.
+fn check_event(message: &Message) -> Result<()> {
+    const NO_FD: u64 = 1 << 8;
+    let word = message.u64_at(0).unwrap_or(u64::MAX);
+    if word & !0x1ff != 0 {
+        return Err(invalid(format!("flags {word:#x}")));
+    }
+    match (&message.fds[..], word & NO_FD != 0) {
+        ([], true) => Ok(()),
+        ([fd], false) => {
+            // Event descriptors have no file type; files, pipes, sockets and devices do.
+            if SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT != SFlag::empty() {
+                return Err(invalid("not an event descriptor".into()));
+            }
+            let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+            if !flags.contains(OFlag::O_RDWR) {
+                return Err(invalid("an event descriptor that cannot be read and written".into()));
+            }
+            fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+            Ok(())
+        }
+        (fds, _) => Err(invalid(format!("{} descriptors for flags {word:#x}", fds.len()))),
+    }
+}
+
+fn request_name(request: u32) -> String {
+    Req::try_from(request).map_or_else(|_| format!("request {request}"), |r| format!("{r:?}"))
+}

@@ -1,0 +1,146 @@
+//! The split ring of one queue while it runs: chains come out, used entries go in, a batch at a time.
+//!
+//! virtio-queue reads the available ring and walks the chains; the used ring is written here, because it
+//! is published once a batch.
+
+use super::dirty::{GuestMemory, mark_dirty};
+use crate::virtio::{self, Geometry, Parsed, Segment};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+/// Bytes before the elements of the used ring: flags and idx.
+const USED_HEADER: u64 = 4;
+/// Bytes in an element of the used ring: id and len.
+const USED_ELEMENT: u64 = 8;
+
+/// A ring whose addresses were checked to lie in guest memory.
+pub struct Ring {
+    mem: Arc<GuestMemory>,
+    queue: Queue,
+    /// Used index that the driver has seen; the queue's `next_used` runs ahead of it within a batch.
+    published: u16,
+    event_idx: bool,
+}
+
+/// Where a ring stands when it stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// Next available index to look at.
+    pub next_avail: u16,
+    /// Next used index to write.
+    pub next_used: u16,
+}
+
+impl Ring {
+    /// A ring over `queue`, which is ready and knows its addresses and positions. `None` if they are not valid
+    /// in `mem`.
+    pub fn new(mem: Arc<GuestMemory>, queue: Queue) -> Option<Self> {
+        let wraps =
+            [queue.desc_table(), queue.avail_ring(), queue.used_ring()].iter().any(|&a| a > u64::MAX >> 1);
+        if wraps || !queue.is_valid(&*mem) {
+            return None;
+        }
+        Some(Ring { published: queue.next_used(), event_idx: queue.event_idx_enabled(), mem, queue })
+    }
+
+    /// Guest memory, as the front-end gave it when the ring started.
+    pub fn mem(&self) -> &Arc<GuestMemory> {
+        &self.mem
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Where it stands.
+    pub fn position(&self) -> Position {
+        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// Whether the driver has made a chain available that was not popped yet. Cheap enough to poll.
+    pub fn has_available(&self) -> bool {
+        self.queue.avail_idx(&*self.mem, Ordering::Acquire).is_ok_and(|idx| idx.0 != self.queue.next_avail())
+    }
+
+    /// Takes the next available chain and parses it, its data runs going to `data`. Answers its head and what
+    /// it asks for, if that can be answered. An error means that the driver broke the ring's rules.
+    pub fn pop(
+        &mut self,
+        geometry: &Geometry,
+        data: &mut Vec<Segment>,
+    ) -> Result<Option<(u16, Option<Parsed>)>, Error> {
+        let mem = &*self.mem;
+        let Some(chain) = self.queue.iter(mem)?.next() else { return Ok(None) };
+        let head = chain.head_index();
+        if head >= self.queue.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        Ok(Some((head, virtio::parse(mem, chain, geometry, data))))
+    }
+
+    /// Writes a used entry; the driver sees it after [`Ring::publish`]. `head` is below the ring's size.
+    pub fn add_used(&mut self, head: u16, len: u32) {
+        let next = self.queue.next_used();
+        let at = USED_HEADER + u64::from(next % self.queue.size()) * USED_ELEMENT;
+        let addr = GuestAddress(self.queue.used_ring()).unchecked_add(at);
+        let element = u64::from(len) << 32 | u64::from(head);
+        // Valid since `new`: the ring lies in guest memory, which stays mapped as long as we hold it.
+        if let Err(e) = self.mem.write_obj(element.to_le(), addr) {
+            log::error!("used ring at {:#x}: {e}", addr.0);
+        }
+        mark_dirty(&self.mem, addr, USED_ELEMENT);
+        self.queue.set_next_used(next.wrapping_add(1));
+    }
+
+    /// Lets the driver see what was added since the last time; answers whether it wants to be interrupted.
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.queue.next_used());
+        if old == new {
+            return false;
+        }
+        let idx = GuestAddress(self.queue.used_ring()).unchecked_add(2);
+        if let Err(e) = self.mem.store(new.to_le(), idx, Ordering::Release) {
+            log::error!("used ring index at {:#x}: {e}", idx.0);
+        }
+        mark_dirty(&self.mem, idx, 2);
+        self.published = new;
+        // The index must be visible before we read whether the driver sleeps (virtio 1.3, 2.7.13.3).
+        fence(Ordering::SeqCst);
+        self.wants_interrupt(old, new)
+    }
+
+    fn wants_interrupt(&self, old: u16, new: u16) -> bool {
+        let avail = GuestAddress(self.queue.avail_ring());
+        if self.event_idx {
+            let used_event = avail.unchecked_add(4 + 2 * u64::from(self.queue.size()));
+            let event = self.mem.load(used_event, Ordering::Relaxed).map_or(old, u16::from_le);
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            let flags = self.mem.load(avail, Ordering::Relaxed).map_or(0, u16::from_le);
+            u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the driver to kick for the next chain; answers whether one is there already.
+    pub fn enable_kicks(&mut self) -> bool {
+        let there = self.queue.enable_notification(&*self.mem).unwrap_or(false);
+        let (addr, len) = if self.event_idx {
+            (USED_HEADER + USED_ELEMENT * u64::from(self.queue.size()), 2)
+        } else {
+            (0, 2)
+        };
+        mark_dirty(&self.mem, GuestAddress(self.queue.used_ring()).unchecked_add(addr), len);
+        there
+    }
+
+    /// Asks the driver not to kick. Without effect under EVENT_IDX, where one kick is all that comes.
+    pub fn disable_kicks(&mut self) {
+        if !self.event_idx && self.queue.disable_notification(&*self.mem).is_ok() {
+            mark_dirty(&self.mem, GuestAddress(self.queue.used_ring()), 2);
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Our `VringT`: what the front-end changes reaches the queue's thread through it.
+//!
+//! vhost-user-backend calls it for every change of a ring's state. A change that stops or alters a running ring
+//! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
+//! crate's own event loop has no part in this: it runs without threads.
+
+use super::dirty::GuestMemory;
+use super::ring::Ring;
+use super::worker::{Setup, Worker};
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+type Memory = GuestMemoryAtomic<GuestMemory>;
+
+/// The rings of one session. The crate makes them one by one and tells them nothing but the memory, so they
+/// find their queue's thread through [`Rings::while_current`].
+pub struct Rings {
+    workers: Arc<[Worker]>,
+    /// Whether writes must be durable at completion.
+    write_through: Arc<AtomicBool>,
+    made: Mutex<Vec<Vring>>,
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Rings>>> = const { RefCell::new(None) };
+}
+
+impl Rings {
+    /// No rings yet, for these threads.
+    pub fn new(workers: Arc<[Worker]>, write_through: Arc<AtomicBool>) -> Arc<Self> {
+        Arc::new(Rings { workers, write_through, made: Mutex::default() })
+    }
+
+    /// Runs `make` on this thread; the vrings that the crate makes in it are ours.
+    pub fn while_current<T>(self: &Arc<Self>, make: impl FnOnce() -> T) -> T {
+        CURRENT.set(Some(self.clone()));
+        let made = make();
+        CURRENT.set(None);
+        made
+    }
+
+    /// Drains and restarts every running ring, for new memory or another reason to look at everything again.
+    pub fn restart(&self) {
+        for vring in &*lock(&self.made) {
+            vring.restart();
+        }
+    }
+
+    /// Drains, stops and forgets every ring: the session is over.
+    pub fn end(&self) {
+        for vring in std::mem::take(&mut *lock(&self.made)) {
+            vring.stop();
+        }
+    }
+}
+
+/// What belongs to a ring and the crate does not keep for us.
+#[derive(Default)]
+struct Seat {
+    kick: Option<File>,
+    call: Option<File>,
+    err: Option<File>,
+    running: bool,
+}
+
+/// One ring, from the crate's side.
+#[derive(Clone)]
+pub struct Vring {
+    index: usize,
+    rings: Arc<Rings>,
+    /// The crate's own state. Its kick is a descriptor that nobody signals: it only says that there is one.
+    state: VringMutex<Memory>,
+    mem: Memory,
+    seat: Arc<Mutex<Seat>>,
+}
+
+impl Vring {
+    /// Starts, or leaves alone, according to the state: a ring runs while it is ready, enabled and has a kick.
+    fn start_if_due(&self) {
+        let mut seat = lock(&self.seat);
+        let state = self.state.get_ref();
+        if seat.running || !state.is_enabled() || !state.get_queue().ready() {
+            return;
+        }
+        let Some(kick) = seat.kick.as_ref() else { return };
+        let queue = match Queue::try_from(state.get_queue().state()) {
+            Ok(queue) => queue,
+            Err(e) => return log::error!("ring {}: {e}", self.index),
+        };
+        // Front-ends enable rings that they never set up; a ring without addresses just does not run.
+        if queue.desc_table() == 0 && queue.avail_ring() == 0 {
+            return;
+        }
+        let Some(ring) = Ring::new(self.mem.memory().into_inner(), queue) else {
+            return log::error!("ring {}: its addresses are not in guest memory", self.index);
+        };
+        let copies = || -> io::Result<Setup> {
+            let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+            Ok(Setup {
+                ring,
+                kick: kick.try_clone()?,
+                call: copy(&seat.call)?,
+                err: copy(&seat.err)?,
+                write_through: self.rings.write_through.clone(),
+            })
+        };
+        match copies() {
+            Ok(setup) => match self.rings.workers[self.index].start(setup) {
+                Ok(()) => {
+                    seat.running = true;
+                    log::debug!("ring {} runs", self.index);
+                }
+                Err(e) => log::error!("ring {} cannot be served: {e}", self.index),
+            },
+            Err(e) => log::error!("ring {}: {e}", self.index),
+        }
+    }
+
+    /// Drains and stops; the positions go back into the crate's state. Answers whether it was running.
+    fn stop(&self) -> bool {
+        let mut seat = lock(&self.seat);
+        if !std::mem::take(&mut seat.running) {
+            return false;
+        }
+        match self.rings.workers[self.index].stop() {
+            Ok(Some(position)) => {
+                let mut state = self.state.get_mut();
+                state.get_queue_mut().set_next_avail(position.next_avail);
+                state.get_queue_mut().set_next_used(position.next_used);
+            }
+            Ok(None) => {}
+            Err(e) => log::error!("ring {}: {e}", self.index),
+        }
+        log::debug!("ring {} is drained", self.index);
+        true
+    }
+
+    fn restart(&self) {
+        if self.stop() {
+            self.start_if_due();
+        }
+    }
+}
+
+impl<'a> VringStateGuard<'a, Memory> for Vring {
+    type G = MutexGuard<'a, VringState<Memory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for Vring {
+    type G = MutexGuard<'a, VringState<Memory>>;
+}
+
+impl VringT<Memory> for Vring {
+    fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
+        let rings = CURRENT.with_borrow(Clone::clone).ok_or(Error::QueueNotReady)?;
+        let state = VringMutex::new(mem.clone(), max_queue_size)?;
+        let mut made = lock(&rings.made);
+        let index = made.len();
+        if index >= rings.workers.len() {
+            return Err(Error::QueueNotReady);
+        }
+        let vring = Vring { index, rings: rings.clone(), state, mem, seat: Arc::default() };
+        made.push(vring.clone());
+        Ok(vring)
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+        self.state.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        self.state.get_mut()
+    }
+
+    // The crate calls none of the next five by itself: they are for back-ends that use its event loop.
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), Error> {
+        self.state.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.state.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.state.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.state.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.state.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.state.set_enabled(enabled);
+        if enabled {
+            self.start_if_due();
+        } else {
+            self.stop();
+        }
+    }
+
+    /// Stops a running ring: migration gives rings their addresses again while they run. It goes on with
+    /// [`VringT::set_queue_next_used`], which the crate calls right after.
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
+        self.stop();
+        self.state.set_queue_info(desc_table, avail_ring, used_ring)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        let was_running = self.stop();
+        self.state.set_queue_next_avail(base);
+        if was_running {
+            self.start_if_due();
+        }
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.state.set_queue_next_used(idx);
+        self.start_if_due();
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        self.state.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        let was_running = self.stop();
+        self.state.set_queue_size(num);
+        if was_running {
+            self.start_if_due();
+        }
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        if self.state.get_ref().get_queue().event_idx_enabled() == enabled {
+            return;
+        }
+        let was_running = self.stop();
+        self.state.set_queue_event_idx(enabled);
+        if was_running {
+            self.start_if_due();
+        }
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.state.set_queue_ready(ready);
+        if ready {
+            self.start_if_due();
+        } else {
+            self.stop();
+        }
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let was_running = self.stop();
+        let stand_in = file.as_ref().and_then(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok());
+        lock(&self.seat).kick = file;
+        self.state.set_kick(stand_in.map(into_file));
+        if was_running {
+            self.start_if_due();
+        }
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        let mut seat = lock(&self.seat);
+        seat.call = file;
+        if seat.running {
+            let copy = seat.call.as_ref().map(File::try_clone).transpose();
+            if let Err(e) = copy.and_then(|call| self.rings.workers[self.index].set_call(call)) {
+                log::error!("ring {}: {e}", self.index);
+            }
+        } else {
+            super::worker::signal(seat.call.as_ref());
+        }
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        lock(&self.seat).err = file;
+    }
+}
+
+fn into_file(fd: EventFd) -> File {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: `into_raw_fd` gives up the only owner of the descriptor; the File is the next one.
+    unsafe { File::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Nobody panics while holding these locks; if somebody did, the state is still a state.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,560 @@
+//! The thread that serves one queue, from attach to detach.
+//!
+//! It alone touches its ring, its requests and its io_uring; others reach it through a [`Mailbox`] that one
+//! event descriptor announces. One turn of its loop takes what is available, hands it to the store, waits for
+//! the first thing to happen, finishes what is done, and publishes the used ring once.
+
+use super::dirty::mark_dirty;
+use super::ring::{Position, Ring};
+use crate::store::{Buffer, Event, Wait};
+use crate::virtio::{Op, Parsed, Segment, Status};
+use crate::volume::io::{Disk, DiskQueue, GuestData};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// What wakes the thread beside completions.
+const WAKE: u32 = 0;
+const KICK: u32 = 1;
+/// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
+/// stops.
+const BATCH: usize = 64;
+/// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
+const MIN_DEPTH: u16 = 128;
+
+/// A ring to serve, with the descriptors that belong to it.
+pub struct Setup {
+    /// The ring.
+    pub ring: Ring,
+    /// The driver announces chains here.
+    pub kick: File,
+    /// We announce used entries here.
+    pub call: Option<File>,
+    /// We announce a broken ring here.
+    pub err: Option<File>,
+    /// Whether writes must be durable at completion; changes while the ring runs.
+    pub write_through: Arc<AtomicBool>,
+}
+
+enum Command {
+    Start(Box<Setup>),
+    SetCall(Option<File>),
+    Stop,
+    Exit,
+}
+
+type Answer = io::Result<Option<Position>>;
+type Reply = SyncSender<Answer>;
+
+/// Where commands wait for the thread. An idle thread waits on the condition, a serving one on the event.
+struct Mailbox {
+    /// `None` once the thread is gone.
+    commands: Mutex<Option<VecDeque<(Command, Reply)>>>,
+    filled: Condvar,
+    wake: EventFd,
+}
+
+impl Mailbox {
+    fn post(&self, command: Command) -> Answer {
+        let gone = || io::Error::other("the queue's thread is gone");
+        let (reply, answer) = sync_channel(1);
+        self.commands().as_mut().ok_or_else(gone)?.push_back((command, reply));
+        self.filled.notify_one();
+        self.wake.write(1)?;
+        answer.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    fn take(&self) -> Option<(Command, Reply)> {
+        self.commands().as_mut()?.pop_front()
+    }
+
+    /// Takes no more commands; whoever waits for an answer hears that there will be none.
+    fn close(&self) {
+        *self.commands() = None;
+    }
+
+    fn wait(&self) -> (Command, Reply) {
+        let mut commands = self.commands();
+        loop {
+            match commands.as_mut().and_then(VecDeque::pop_front) {
+                Some(command) => return command,
+                None => commands = self.filled.wait(commands).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    fn commands(&self) -> MutexGuard<'_, Option<VecDeque<(Command, Reply)>>> {
+        // The list is whole even if somebody panicked while holding it.
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The others' side of a queue's thread. Dropping it stops the ring and ends the thread.
+pub struct Worker {
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread for queue `index`. `died` is called with the reason should it fail while it serves:
+    /// then requests of the guest are lost, and nobody may go on as if nothing had happened.
+    pub fn spawn(
+        index: usize,
+        disk: Arc<Disk>,
+        died: impl FnOnce(String) + Send + 'static,
+    ) -> io::Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let mailbox =
+            Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
+        let inbox = mailbox.clone();
+        let run = move || {
+            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk));
+            let ended = std::panic::catch_unwind(serve);
+            inbox.close();
+            match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => died(format!("queue {index}: {e}")),
+                Err(_) => died(format!("queue {index}: its thread panicked")),
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(run)?;
+        Ok(Worker { mailbox, thread: Some(thread) })
+    }
+
+    /// Serves a ring. Any earlier one must have been stopped.
+    pub fn start(&self, setup: Setup) -> io::Result<()> {
+        self.mailbox.post(Command::Start(Box::new(setup))).map(drop)
+    }
+
+    /// Drains and forgets the ring; answers where it stands, or `None` if there was none.
+    pub fn stop(&self) -> io::Result<Option<Position>> {
+        self.mailbox.post(Command::Stop)
+    }
+
+    /// Replaces the call descriptor of the running ring, and signals the new one once.
+    pub fn set_call(&self, call: Option<File>) -> io::Result<()> {
+        self.mailbox.post(Command::SetCall(call)).map(drop)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // A thread that is gone already was reported by `died`.
+        let _ = self.mailbox.post(Command::Exit);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("a queue's thread ended with a panic");
+        }
+    }
+}
+
+/// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
+/// there only while it runs, so that a queue that no driver uses costs nothing.
+fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
+    loop {
+        let (command, reply) = mailbox.wait();
+        match command {
+            Command::Start(setup) => {
+                let depth = setup.ring.size().max(MIN_DEPTH);
+                match disk.open_queue(depth) {
+                    Ok(queue) => {
+                        let server = Server::new(mailbox.clone(), queue, *setup);
+                        let _ = reply.send(Ok(None));
+                        if server.run()? {
+                            return Ok(());
+                        }
+                    }
+                    Err(e) => drop(reply.send(Err(e))),
+                }
+            }
+            Command::SetCall(_) | Command::Stop => drop(reply.send(Ok(None))),
+            Command::Exit => {
+                let _ = reply.send(Ok(None));
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// A chain that is being served.
+struct Request {
+    head: u16,
+    status: GuestAddress,
+    written: u32,
+    op: Op,
+    /// Its data runs.
+    segments: Vec<Segment>,
+    data_len: u64,
+    /// Bytes handed to the store.
+    started: u64,
+    /// Operations the store has.
+    pieces: u32,
+    failed: bool,
+}
+
+/// A ring being served, by the thread that owns everything here.
+struct Server {
+    mailbox: Arc<Mailbox>,
+    io: DiskQueue,
+    setup: Setup,
+    requests: Vec<Request>,
+    free: Vec<u16>,
+    /// Requests that wait for buffers or for room in the store's queue, oldest first.
+    stalled: VecDeque<u16>,
+    /// Heads in flight, one bit each.
+    heads: Vec<u64>,
+    /// The driver broke the rules: nothing more is taken until the ring is set up again.
+    broken: bool,
+    /// Who waits for the ring to be drained, and whether the thread ends then.
+    draining: Option<Reply>,
+    exit: bool,
+}
+
+impl Server {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, setup: Setup) -> Self {
+        io.watch(WAKE, mailbox.wake.as_raw_fd());
+        io.watch(KICK, setup.kick.as_raw_fd());
+        // An interrupt that died with an earlier back-end would never come again.
+        signal(setup.call.as_ref());
+        let size = setup.ring.size();
+        Server {
+            mailbox,
+            io,
+            requests: (0..size).map(|_| Request::new()).collect(),
+            free: (0..size).rev().collect(),
+            stalled: VecDeque::new(),
+            heads: vec![0; usize::from(size).div_ceil(64)],
+            broken: false,
+            setup,
+            draining: None,
+            exit: false,
+        }
+    }
+
+    /// Serves until the ring is stopped; answers whether the thread shall end then.
+    fn run(mut self) -> io::Result<bool> {
+        loop {
+            self.restart_stalled();
+            let more = self.take_available();
+            self.publish();
+            if let Some(reply) = self.draining.take_if(|_| self.free.len() == self.requests.len()) {
+                let position = self.setup.ring.position();
+                let exit = self.exit;
+                // The guest's memory and the buffers go before anybody hears that they are free.
+                drop(self);
+                let _ = reply.send(Ok(Some(position)));
+                return Ok(exit);
+            }
+            let wait = if more || self.kick_missed() { Wait::Poll } else { Wait::Event };
+            self.io.wait(wait)?;
+            while let Some(event) = self.io.next_event() {
+                self.handle(event);
+            }
+            self.publish();
+        }
+    }
+
+    /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
+    fn may_take(&self) -> bool {
+        !self.broken && self.draining.is_none() && self.stalled.is_empty() && !self.free.is_empty()
+    }
+
+    /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
+    fn kick_missed(&mut self) -> bool {
+        self.may_take() && self.setup.ring.enable_kicks()
+    }
+
+    /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
+    /// back at once.
+    fn take_available(&mut self) -> bool {
+        if self.may_take() {
+            self.setup.ring.disable_kicks();
+        }
+        for _ in 0..BATCH {
+            if !self.may_take() {
+                return false;
+            }
+            let Some(&slot) = self.free.last() else { return false };
+            let request = &mut self.requests[usize::from(slot)];
+            match self.setup.ring.pop(self.io.disk().geometry(), &mut request.segments) {
+                Ok(None) => return false,
+                Ok(Some((head, _))) if !self.claim(head) => {
+                    self.break_ring(&format!("chain {head} is in flight already"));
+                }
+                Ok(Some((head, Some(parsed)))) => self.begin(slot, head, parsed),
+                Ok(Some((head, None))) => {
+                    self.release(head);
+                    self.setup.ring.add_used(head, 0);
+                }
+                Err(e) => self.break_ring(&e.to_string()),
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self, slot: u16, head: u16, parsed: Parsed) {
+        self.free.pop();
+        let request = &mut self.requests[usize::from(slot)];
+        request.head = head;
+        request.status = parsed.status;
+        request.written = parsed.writable;
+        request.data_len = parsed.data_len;
+        request.started = 0;
+        request.pieces = 0;
+        request.failed = false;
+        match parsed.op {
+            Ok(op) => {
+                request.op = op;
+                self.advance(slot);
+            }
+            Err(status) => {
+                // Nothing was moved: no data to mark.
+                request.op = Op::Flush;
+                self.finish(slot, status);
+            }
+        }
+    }
+
+    /// Goes on with requests that lacked something, oldest first.
+    fn restart_stalled(&mut self) {
+        while let Some(slot) = self.stalled.pop_front() {
+            self.advance(slot);
+            // It may have stalled again: then it is the only one at the back that is oldest.
+            if self.stalled.back() == Some(&slot) {
+                self.stalled.rotate_right(1);
+                return;
+            }
+        }
+    }
+
+    /// Hands over as much of a request as there is room for.
+    fn advance(&mut self, slot: u16) {
+        match self.requests[usize::from(slot)].op {
+            Op::Read { sector } => self.transfer(slot, sector, false),
+            Op::Write { sector } => self.transfer(slot, sector, true),
+            Op::GetId => self.get_id(slot),
+            _ if !self.io.has_room() => self.stalled.push_back(slot),
+            Op::Flush => match self.io.flush(tag(slot, 0)) {
+                Ok(()) => self.requests[usize::from(slot)].pieces = 1,
+                Err(_) => self.finish(slot, Status::IoErr),
+            },
+            Op::Discard { sector, count } => self.zero(slot, sector, count, false),
+            Op::WriteZeroes { sector, count, unmap } => self.zero(slot, sector, count, !unmap),
+        }
+    }
+
+    fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
+        let request = &mut self.requests[usize::from(slot)];
+        while request.started < request.data_len && !request.failed {
+            let left = request.data_len - request.started;
+            let len = left.min(self.io.max_buffer() as u64) as usize;
+            let Some(buffer) = self.io.alloc(len) else {
+                self.stalled.push_back(slot);
+                return;
+            };
+            let at = request.started;
+            let (tag, sector) = (tag(slot, at), sector + at / 512);
+            request.started += len as u64;
+            if write {
+                let durable = self.setup.write_through.load(Ordering::Acquire);
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                match self.io.write(tag, sector, buffer, durable, guest) {
+                    Ok(()) => request.pieces += 1,
+                    Err(e) => request.fail(&e),
+                }
+            } else {
+                self.io.read(tag, sector, buffer);
+                request.pieces += 1;
+            }
+        }
+        if request.pieces == 0 {
+            let status = if request.failed { Status::IoErr } else { Status::Ok };
+            self.finish(slot, status);
+        }
+    }
+
+    fn zero(&mut self, slot: u16, sector: u64, count: u32, keep_space: bool) {
+        if count == 0 {
+            return self.finish(slot, Status::Ok);
+        }
+        self.io.zero(tag(slot, 0), sector, u64::from(count), keep_space);
+        self.requests[usize::from(slot)].pieces = 1;
+    }
+
+    fn get_id(&mut self, slot: u16) {
+        let request = &self.requests[usize::from(slot)];
+        let mut id = &self.io.disk().serial()[..];
+        for segment in &request.segments {
+            let n = id.len().min(segment.len as usize);
+            // In guest memory, as `parse` checked.
+            if let Err(e) = self.setup.ring.mem().write_slice(&id[..n], segment.addr) {
+                log::warn!("GET_ID: {e}");
+            }
+            id = &id[n..];
+        }
+        self.finish(slot, Status::Ok);
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Done { tag, buffer, result } => self.complete(tag, buffer, result),
+            Event::Ready { token: WAKE } => self.obey(),
+            // What a kick means is found in the ring.
+            Event::Ready { .. } => {}
+            Event::Unwatched { token } => {
+                log::error!(
+                    "{} can no longer be waited for",
+                    if token == KICK { "a kick" } else { "a command" }
+                );
+                self.break_ring("its kick descriptor failed");
+            }
+        }
+    }
+
+    fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
+        let slot = tag as u16;
+        let at = (tag >> 16) * 512;
+        let request = &mut self.requests[usize::from(slot)];
+        let result = match (request.op, buffer) {
+            (Op::Read { sector }, Some(mut buffer)) => {
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
+                self.io.free(buffer);
+                done
+            }
+            (Op::Flush, _) => self.io.flushed(result),
+            (_, Some(buffer)) => {
+                self.io.free(buffer);
+                result
+            }
+            (_, None) => result,
+        };
+        if let Err(e) = result {
+            request.fail(&e);
+        }
+        request.pieces -= 1;
+        // What has more to hand over is in `stalled`, unless it failed there.
+        if request.pieces == 0
+            && (request.failed || request.started == request.data_len || !request.op.moves_data())
+        {
+            let status = if request.failed { Status::IoErr } else { Status::Ok };
+            self.stalled.retain(|&s| s != slot);
+            self.finish(slot, status);
+        }
+    }
+
+    /// Answers a request: data marked, status written, used entry added.
+    fn finish(&mut self, slot: u16, status: Status) {
+        let request = &self.requests[usize::from(slot)];
+        let mem = self.setup.ring.mem();
+        if matches!(request.op, Op::Read { .. } | Op::GetId) {
+            for segment in &request.segments {
+                mark_dirty(mem, segment.addr, u64::from(segment.len));
+            }
+        }
+        // In guest memory, as `parse` checked.
+        if let Err(e) = mem.write_obj(status as u8, request.status) {
+            log::warn!("status byte: {e}");
+        }
+        mark_dirty(mem, request.status, 1);
+        let (head, written) = (request.head, request.written);
+        self.release(head);
+        self.setup.ring.add_used(head, written);
+        self.free.push(slot);
+    }
+
+    fn publish(&mut self) {
+        if self.setup.ring.publish() {
+            signal(self.setup.call.as_ref());
+        }
+    }
+
+    /// Executes what is in the mailbox.
+    fn obey(&mut self) {
+        // The count does not matter, and an empty counter is no error.
+        let _ = self.mailbox.wake.read();
+        while let Some((command, reply)) = self.mailbox.take() {
+            match command {
+                Command::Start(_) => drop(reply.send(Err(io::Error::other("a ring is running already")))),
+                Command::SetCall(call) => {
+                    self.setup.call = call;
+                    signal(self.setup.call.as_ref());
+                    let _ = reply.send(Ok(None));
+                }
+                Command::Stop => self.draining = Some(reply),
+                Command::Exit => {
+                    self.exit = true;
+                    self.draining = Some(reply);
+                }
+            }
+        }
+    }
+
+    /// Marks `head` as in flight, unless it is.
+    fn claim(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        let free = self.heads[word] & bit == 0;
+        self.heads[word] |= bit;
+        free
+    }
+
+    fn release(&mut self, head: u16) {
+        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
+    }
+
+    /// The driver broke the rules: takes nothing more, and tells the front-end.
+    fn break_ring(&mut self, why: &str) {
+        log::error!("ring stopped until it is set up again: {why}");
+        self.broken = true;
+        signal(self.setup.err.as_ref());
+    }
+}
+
+impl Request {
+    /// A free slot.
+    fn new() -> Self {
+        Request {
+            head: 0,
+            status: GuestAddress(0),
+            written: 0,
+            op: Op::Flush,
+            segments: Vec::new(),
+            data_len: 0,
+            started: 0,
+            pieces: 0,
+            failed: false,
+        }
+    }
+
+    fn fail(&mut self, e: &io::Error) {
+        if !self.failed {
+            log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
+        }
+        self.failed = true;
+    }
+}
+
+/// Signals an event descriptor. A full counter means that the signal is pending already.
+pub(super) fn signal(fd: Option<&File>) {
+    if let Some(mut fd) = fd
+        && let Err(e) = fd.write_all(&1u64.to_ne_bytes())
+        && e.kind() != io::ErrorKind::WouldBlock
+    {
+        log::warn!("signalling the front-end: {e}");
+    }
+}
+
+/// What the store gives back with a completion: the request's slot, and which part of its data it was.
+fn tag(slot: u16, at: u64) -> u64 {
+    u64::from(slot) | (at / 512) << 16
+}

@@ -1,0 +1,258 @@
+//! A real Linux guest under QEMU, driven from a test: `Guest::builder().disk(socket).boot()`, then
+//! `guest.ok("mkfs.ext4 /dev/vda")`.
+//!
+//! The guest is Debian's cloud kernel with a small initramfs; `./ci/setup` makes it, and a test fails when
+//! it is missing. Its `/init` (`ci/guest/init`) runs one shell script at a time for us. Disks appear as
+//! /dev/vda, /dev/vdb, … in the order in which they were given.
+
+#![allow(dead_code, unused_imports, reason = "each test program uses its own part of this")]
+
+#[path = "qemu.rs"]
+mod qemu;
+
+pub use qemu::{repository, tie_to_test, tool};
+
+use base64::Engine;
+use qemu::{Qemu, Wire};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long a boot or a command may take unless told otherwise: far more than they need, since an emulated
+/// guest on a busy machine is slow.
+const LIMIT: Duration = Duration::from_secs(180);
+
+enum Disk {
+    VhostUser(PathBuf),
+    Plain { path: PathBuf, read_only: bool },
+}
+
+/// What a guest will have.
+pub struct Builder {
+    disks: Vec<Disk>,
+    queues: u16,
+    reconnect: bool,
+    args: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl Builder {
+    /// A disk on the vhost-user-blk back-end that listens on `socket`; device `disk<n>`, chardev `sock<n>`
+    /// to the monitor.
+    pub fn disk(mut self, socket: impl AsRef<Path>) -> Self {
+        self.disks.push(Disk::VhostUser(socket.as_ref().to_owned()));
+        self
+    }
+
+    /// A file as an ordinary virtio disk.
+    pub fn plain_disk(mut self, path: impl AsRef<Path>) -> Self {
+        self.disks.push(Disk::Plain { path: path.as_ref().to_owned(), read_only: false });
+        self
+    }
+
+    /// A file as an ordinary virtio disk that cannot be written.
+    pub fn plain_read_only_disk(mut self, path: impl AsRef<Path>) -> Self {
+        self.disks.push(Disk::Plain { path: path.as_ref().to_owned(), read_only: true });
+        self
+    }
+
+    /// Queues of each vhost-user disk; default 2, one for each of the guest's processors.
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// QEMU connects again when a back-end goes away.
+    pub fn reconnect(mut self) -> Self {
+        self.reconnect = true;
+        self
+    }
+
+    /// More arguments for QEMU.
+    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// A variable for `ci/guest/qemu`: MEMORY, APPEND, SEALBLK_QEMU.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Boots the guest and waits until it takes commands.
+    pub fn boot(self) -> Guest {
+        let mut args = self.args.clone();
+        for (n, disk) in self.disks.iter().enumerate() {
+            args.extend(self.disk_args(n, disk));
+        }
+        let folder = tempfile::Builder::new()
+            .prefix("guest-")
+            .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+            .expect("make a folder for the guest's logs");
+        let (qemu, agent) = Qemu::start(&args, folder.path(), &self.environment);
+        let mut guest = Guest { qemu, agent, folder: Some(folder), requests: 0 };
+        guest.wait_ready();
+        guest
+    }
+
+    fn disk_args(&self, n: usize, disk: &Disk) -> [String; 4] {
+        // QEMU reads a comma as the next option, two as a comma.
+        let quoted = |path: &Path| path.to_str().expect("a path in UTF-8").replace(',', ",,");
+        match disk {
+            Disk::VhostUser(socket) => [
+                "-chardev".into(),
+                format!(
+                    "socket,id=sock{n},path={}{}",
+                    quoted(socket),
+                    if self.reconnect { ",reconnect=1" } else { "" }
+                ),
+                "-device".into(),
+                format!("vhost-user-blk-pci,id=disk{n},chardev=sock{n},num-queues={}", self.queues),
+            ],
+            Disk::Plain { path, read_only } => [
+                "-blockdev".into(),
+                format!(
+                    "driver=file,node-name=file{n},filename={},read-only={}",
+                    quoted(path),
+                    if *read_only { "on" } else { "off" }
+                ),
+                "-device".into(),
+                format!("virtio-blk-pci,id=disk{n},drive=file{n}"),
+            ],
+        }
+    }
+}
+
+/// What a command in the guest did.
+#[derive(Debug)]
+pub struct Output {
+    /// Its exit status; 0 is success.
+    pub status: i32,
+    /// What it wrote to stdout and stderr, as it came.
+    pub stdout: String,
+}
+
+/// A running guest. It is ended, whatever happens, when the test drops it; when the test fails, the ends of
+/// its console and of QEMU's messages are shown and their folder is kept.
+pub struct Guest {
+    qemu: Qemu,
+    agent: Wire,
+    folder: Option<TempDir>,
+    requests: u64,
+}
+
+impl Guest {
+    /// Begins to describe a guest.
+    pub fn builder() -> Builder {
+        Builder { disks: vec![], queues: 2, reconnect: false, args: vec![], environment: vec![] }
+    }
+
+    /// Runs a shell script in the guest.
+    pub fn run(&mut self, script: &str) -> Output {
+        self.run_within(script, LIMIT)
+    }
+
+    /// Runs a shell script in the guest; the test fails when it takes longer than `limit`.
+    pub fn run_within(&mut self, script: &str, limit: Duration) -> Output {
+        self.start(script);
+        self.finish(limit)
+    }
+
+    /// Runs a shell script (ended by its first failing command) and answers what it wrote; the test fails
+    /// when the script does.
+    #[track_caller]
+    pub fn ok(&mut self, script: &str) -> String {
+        let output = self.run(&format!("set -e\n{script}"));
+        assert_eq!(output.status, 0, "in the guest: {script}\n{}", output.stdout);
+        output.stdout
+    }
+
+    /// Runs a shell script that must fail, and answers what it wrote.
+    #[track_caller]
+    pub fn refused(&mut self, script: &str) -> String {
+        let output = self.run(script);
+        assert_ne!(output.status, 0, "in the guest, this ought to have failed: {script}\n{}", output.stdout);
+        output.stdout
+    }
+
+    /// Starts a shell script and does not wait: [`Guest::finish`] does.
+    pub fn start(&mut self, script: &str) {
+        self.requests += 1;
+        let script = base64::engine::general_purpose::STANDARD.encode(script);
+        self.agent.send(format!("{} {script}\n", self.requests).as_bytes());
+    }
+
+    /// Waits for the end of the script that was started.
+    pub fn finish(&mut self, limit: Duration) -> Output {
+        let deadline = Instant::now() + limit;
+        let answer = self.agent.line(deadline).unwrap_or_else(|e| panic!("the guest: {e}"));
+        let words = answer.split(' ').collect::<Vec<_>>();
+        let ["done", id, status, length] = words[..] else {
+            panic!("the guest did not finish its work but said {answer:?} (\"ready\": it has rebooted)");
+        };
+        assert_eq!(id, self.requests.to_string(), "the guest answered another request: {answer:?}");
+        let length = length.parse().expect("a length");
+        let stdout = self.agent.bytes(length, deadline).unwrap_or_else(|e| panic!("the guest: {e}"));
+        let status = status.parse().expect("an exit status");
+        Output { status, stdout: String::from_utf8_lossy(&stdout).into_owned() }
+    }
+
+    /// Reboots without a word to file systems (QEMU stays, every virtual device is reset) and waits until
+    /// the guest is back.
+    pub fn reboot(&mut self) {
+        self.start("reboot -f");
+        self.wait_ready();
+    }
+
+    /// Waits until a guest that was reset takes commands again.
+    pub fn wait_ready(&mut self) {
+        let answer = self.agent.line(Instant::now() + LIMIT);
+        let answer = answer.unwrap_or_else(|e| panic!("the guest did not boot: {e}"));
+        assert_eq!(answer, "ready", "the guest did not boot");
+    }
+
+    /// Switches the guest off and waits for QEMU's end. File systems must have been unmounted.
+    pub fn shutdown(mut self) {
+        self.start("poweroff -f");
+        let status = self.qemu.wait(LIMIT);
+        assert!(status.success(), "QEMU ended with {status}");
+    }
+
+    /// Runs a command of QEMU's monitor, such as `stop`, `cont`, `system_reset`, `device_del`; the test fails
+    /// when QEMU refuses it.
+    pub fn qmp(&mut self, command: &str, arguments: Value) -> Value {
+        self.qemu.execute(command, arguments)
+    }
+
+    /// Runs a command of QEMU's monitor; QEMU's words when it refuses.
+    pub fn try_qmp(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        self.qemu.try_execute(command, arguments)
+    }
+
+    /// Waits for an event of QEMU's monitor, such as `DEVICE_DELETED`.
+    pub fn qmp_event(&mut self, name: &str) -> Value {
+        self.qemu.event(name, LIMIT)
+    }
+
+    /// Kills QEMU, as a crash of the VMM would.
+    pub fn kill(mut self) {
+        self.qemu.kill();
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.qemu.pid()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(folder) = self.folder.take()
+        {
+            eprintln!("the guest's logs are kept in {}", folder.keep().display());
+        }
+    }
+}
