@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::disk::{Disk, FREE, pattern};
-use common::frontend::block::{BLANK, IN, OK, OUT, UNTOUCHED};
+use common::disk::{Disk, FREE, each};
+use common::frontend::block::{IN, OK, OUT, Parts, parts};
 use common::frontend::ring::{INDIRECT, NEXT, WRITE};
 use common::frontend::session::{F_INDIRECT, F_LOG_ALL};
-use common::frontend::{Desc, LIMIT, Layout, Options, Place, Request, SplitRing};
+use common::frontend::{Desc, LIMIT, Layout, Options, SplitRing};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,46 +15,12 @@ const RAM: u64 = 16 << 20;
 /// No memory of `Layout::flat(RAM)` is here.
 const NOWHERE: u64 = 1 << 40;
 
-/// A name for the failure message, and what is put on the ring.
-type Case = (&'static str, fn(&mut SplitRing));
-
-/// Buffers of one request, laid out but not yet linked.
-struct Parts {
-    header: Desc,
-    data: Desc,
-    status: Desc,
-}
-
-fn parts(ring: &SplitRing, kind: u32, sector: u64) -> Parts {
-    let header = ring.mem.take(16, 16);
-    ring.mem.write(header, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
-    let data = ring.mem.take(4096, 512);
-    ring.mem.write(data, &[BLANK; 4096]);
-    let status = ring.mem.take(1, 1);
-    ring.mem.write(status, &[UNTOUCHED]);
-    let flags = if kind == IN { WRITE } else { 0 };
-    let data = Desc { addr: data, len: 4096, flags, next: 0 };
-    Parts { header: Desc::readable(header, 16), data, status: Desc::writable(status, 1) }
-}
-
 fn read(ring: &SplitRing) -> Parts {
     parts(ring, IN, FREE.start)
 }
 
 fn write(ring: &SplitRing) -> Parts {
     parts(ring, OUT, FREE.start)
-}
-
-/// Each case on a fresh connection, then the device must be whole.
-fn each(cases: &[Case]) {
-    let mut disk = Disk::attach(&[]);
-    for (name, post) in cases {
-        println!("{name}");
-        let mut session = disk.open();
-        post(&mut session.rings[0]);
-        session.rings[0].kick();
-        disk.assert_survives(session);
-    }
 }
 
 #[test]
@@ -310,61 +276,6 @@ fn indirect_descriptors_that_were_not_agreed() {
 }
 
 #[test]
-fn rings_with_indices_that_make_no_sense() {
-    each(&[
-        ("a head just beyond the ring", |ring| ring.publish(ring.size)),
-        ("a head far beyond the ring", |ring| ring.publish(u16::MAX)),
-        ("more available than the ring has", |ring| {
-            ring.set_avail_idx(ring.avail_idx().wrapping_add(ring.size + 1))
-        }),
-        ("half the index space available", |ring| ring.set_avail_idx(ring.avail_idx().wrapping_add(0x8000))),
-        ("an index that goes back", |ring| ring.set_avail_idx(ring.avail_idx().wrapping_sub(2))),
-        ("a ring full of the same head", |ring| {
-            let p = read(ring);
-            let head = ring.post_chain(&[p.header, p.data, p.status]);
-            for _ in 1..ring.size - 1 {
-                ring.publish(head);
-            }
-        }),
-        ("a request twice in flight", |ring| {
-            let p = parts(ring, OUT, FREE.start);
-            let head = ring.post_chain(&[p.header, p.data, p.status]);
-            ring.kick();
-            ring.publish(head);
-        }),
-        ("a used ring that the driver has rewritten", |ring| {
-            ring.mem.write(ring.used, &[0xff; 64]);
-            let p = read(ring);
-            ring.post_chain(&[p.header, p.data, p.status]);
-        }),
-    ]);
-}
-
-#[test]
-fn data_read_over_the_ring_itself() {
-    let mut disk = Disk::attach(&[]);
-    let mut session = disk.open();
-    let noise = Request::write(FREE.start, &pattern(11, 4096));
-    assert_eq!(noise.run(&mut session.rings[0]).unwrap().status, OK);
-    drop(session);
-    let targets: [fn(&SplitRing) -> u64; 4] = [|r| r.desc, |r| r.avail, |r| r.used, |r| r.used + 4];
-    for target in targets {
-        let mut session = disk.open();
-        let ring = &mut session.rings[0];
-        for _ in 0..8 {
-            let p = read(ring);
-            ring.post_chain(&[p.header, Desc { addr: target(ring), len: 512, ..p.data }, p.status]);
-        }
-        let p = read(ring);
-        ring.post_chain(&[p.header, p.data, Desc { addr: target(ring), ..p.status }]);
-        ring.kick();
-        // What the ring says now means nothing; only the process counts.
-        drop(session);
-        disk.assert_whole();
-    }
-}
-
-#[test]
 fn a_request_that_changes_while_it_is_read_stays_within_bounds() {
     let mut disk = Disk::attach(&[]);
     let mut session = disk.open();
@@ -447,18 +358,4 @@ fn large_requests_do_not_make_the_process_grow() {
     assert!(most < before.rss_kib + (64 << 10), "{before:?} grew to {most} KiB");
     drop(session);
     disk.assert_whole();
-}
-
-#[test]
-fn a_ring_of_two_entries_works() {
-    let disk = Disk::attach(&[]);
-    let mut session = disk.open_with(&Options { queue_size: 2, ..Options::default() });
-    let ring = &mut session.rings[0];
-    for n in 0..10 {
-        let data = pattern(n, 4096);
-        let write = Request::write(FREE.start, &data).placed(Place::Indirect).run(ring).unwrap();
-        assert_eq!(write.status, OK);
-        let read = Request::read(FREE.start, 4096).placed(Place::Indirect).run(ring).unwrap();
-        assert!(read.data == data);
-    }
 }

@@ -1,7 +1,7 @@
 //! virtio-blk requests (virtio 1.3, section 5.2.6) of any shape: the bytes that the device reads (header and
 //! data) and those it writes (data and status) are two streams, cut into descriptors wherever one likes.
 
-use super::ring::linked;
+use super::ring::{WRITE, linked};
 use super::{Desc, Fault, GuestMem, LIMIT, Result, SplitRing, Used};
 
 /// Request types.
@@ -287,6 +287,29 @@ impl Pending {
         self.guards.push(guard);
         addr
     }
+}
+
+/// Buffers of one request, laid out but not yet linked.
+pub struct Parts {
+    /// The header.
+    pub header: Desc,
+    /// 4096 bytes that the device reads or writes, according to the type.
+    pub data: Desc,
+    /// The status byte.
+    pub status: Desc,
+}
+
+/// Header, data and status of a request, for chains made by hand.
+pub fn parts(ring: &SplitRing, kind: u32, sector: u64) -> Parts {
+    let header = ring.mem.take(16, 16);
+    ring.mem.write(header, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+    let data = ring.mem.take(4096, 512);
+    ring.mem.write(data, &[BLANK; 4096]);
+    let status = ring.mem.take(1, 1);
+    ring.mem.write(status, &[UNTOUCHED]);
+    let flags = if kind == IN { WRITE } else { 0 };
+    let data = Desc { addr: data, len: 4096, flags, next: 0 };
+    Parts { header: Desc::readable(header, 16), data, status: Desc::writable(status, 1) }
 }
 
 /// Waits until all of these are done, in whatever order; their outcomes in the order given. Each head must

@@ -11,6 +11,7 @@
 
 pub mod block;
 pub mod config;
+pub mod hostile;
 pub mod memory;
 pub mod raw;
 pub mod ring;
