@@ -10,7 +10,9 @@ pub mod image_lock;
 pub mod lifecycle;
 pub mod lock;
 pub mod metadata;
+pub mod seal;
 
 pub use catalog::Catalog;
 pub use id::{LayerId, VolumeId};
 pub use metadata::Metadata;
+pub use seal::Seal;
