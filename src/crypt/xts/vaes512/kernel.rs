@@ -107,7 +107,7 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
         };
         // SAFETY: as above; this is the unit's last group.
         unsafe {
-            tweaks = crypt_then_begin::<DECRYPT>(data_keys, src, dst, tweaks, initial);
+            tweaks = crypt_then_begin::<DECRYPT, GROUPS>(data_keys, src, dst, tweaks, initial);
             src = src.add(GROUP);
             dst = dst.add(GROUP);
         }
@@ -140,10 +140,11 @@ unsafe fn crypt_then_advance<const DECRYPT: bool>(
 }
 
 /// Crypts the last group of a data unit, and gives the first tweaks of the next, whose initial tweak is the
-/// lowest block of `initial`.
+/// lowest block of `initial`. GROUPS only makes it a function of its own for each kernel: what is called from one
+/// place gets inlined, and a call would pass the groups on the stack.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
-unsafe fn crypt_then_begin<const DECRYPT: bool>(
+unsafe fn crypt_then_begin<const DECRYPT: bool, const GROUPS: usize>(
     keys: &Schedule,
     src: *const u8,
     dst: *mut u8,
