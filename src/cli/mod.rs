@@ -1,5 +1,7 @@
 //! The command line: one file a noun.
 
+pub mod key;
+
 use crate::root::Root;
 
 /// What every command gets beside its own arguments.
