@@ -8,6 +8,7 @@
 
 pub mod attach;
 pub mod events;
+pub mod key;
 pub mod output;
 pub mod size;
 pub mod volume;
