@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod events;
+pub mod key;
 pub mod output;
 pub mod size;
 pub mod volume;
@@ -76,6 +77,9 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Make, show and switch the keys of the embedded KMS.
+    #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
+    Key(key::KeyCommand),
     /// Show what happened to volumes.
     Events(events::Args),
 }
@@ -84,6 +88,7 @@ impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Key(command) => key::run(env, command),
             Command::Events(args) => events::run(env, &args),
         }
     }
