@@ -1,14 +1,13 @@
 //! `sealblk key`: the keys and aliases of the embedded KMS.
 
-use super::Env;
-use crate::error::{Context, Error, Kind, Result};
+use super::{Env, output};
+use crate::error::{Error, Kind, Result};
 use crate::kms::KeyState;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use std::io::Write;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -112,9 +111,8 @@ pub struct AliasTarget {
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
     let kms = Embedded::open(&env.root)?;
     let (text, json) = answer(&kms, command)?;
-    let mut out = std::io::stdout().lock();
-    let written = if env.json { writeln!(out, "{json:#}") } else { write!(out, "{text}") };
-    written.and_then(|()| out.flush()).context(|| "write to standard output")
+    let text = if env.json { format!("{json:#}\n") } else { text };
+    output::print(&text).map(drop)
 }
 
 /// The answer to a command, for people and for programs.
