@@ -1,1 +1,141 @@
-//! `sealblk.toml`: what is written (serde) into what is meant.
+//! `sealblk.toml`, the settings of a store: what is written (serde) into what is meant.
+//!
+//! ```toml
+//! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
+//! encrypt-by-default = false       # true: no unencrypted volume can be made
+//! region = "us-east-1"             # in ARNs and events
+//! account = "000000000000"         # in ARNs and events, 12 digits
+//! ```
+#![forbid(unsafe_code)]
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::root::Root;
+use serde::Deserialize;
+
+/// The alias of the key that is made at first use, when neither the command nor the settings name one.
+pub const DEFAULT_KEY: &str = "alias/aws/ebs";
+
+/// The settings of a store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The KMS key, as its provider takes it, of volumes that are made without `--key`.
+    pub default_key: String,
+    /// Whether making an unencrypted volume is refused, as EBS's encryption by default does.
+    pub encrypt_by_default: bool,
+    /// The region in ARNs and events: lower-case letters, digits and hyphens.
+    pub region: String,
+    /// The account in ARNs and events: 12 digits.
+    pub account: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            default_key: DEFAULT_KEY.into(),
+            encrypt_by_default: false,
+            region: "us-east-1".into(),
+            account: "000000000000".into(),
+        }
+    }
+}
+
+impl Settings {
+    /// Reads the settings of the store at `root`; a file that is not there means the defaults.
+    ///
+    /// # Errors
+    /// `Usage`, naming the file and the line, for what cannot be understood.
+    pub fn load(root: &Root) -> Result<Self> {
+        let path = root.settings();
+        let attempt = || format!("read {}", path.display());
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text).context(attempt),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(e) => Err(Error::from(e).context(attempt())),
+        }
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let written: Written = toml::from_str(text).map_err(|e| usage(e.to_string().trim_end()))?;
+        written.try_into()
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Written {
+    default_key: Option<String>,
+    encrypt_by_default: Option<bool>,
+    region: Option<String>,
+    account: Option<String>,
+}
+
+impl TryFrom<Written> for Settings {
+    type Error = Error;
+
+    fn try_from(w: Written) -> Result<Self> {
+        let default = Settings::default();
+        let settings = Settings {
+            default_key: w.default_key.unwrap_or(default.default_key),
+            encrypt_by_default: w.encrypt_by_default.unwrap_or(default.encrypt_by_default),
+            region: w.region.unwrap_or(default.region),
+            account: w.account.unwrap_or(default.account),
+        };
+        if settings.default_key.trim().is_empty() {
+            return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
+        }
+        let is_region = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        if !(1..=64).contains(&settings.region.len()) || !settings.region.bytes().all(is_region) {
+            return Err(usage("region must be lower-case letters, digits and hyphens"));
+        }
+        if settings.account.len() != 12 || !settings.account.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(usage("account must be 12 digits, in quotation marks"));
+        }
+        Ok(settings)
+    }
+}
+
+fn usage(message: impl Into<String>) -> Error {
+    Error::new(Kind::Usage, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absent_or_empty_file_means_the_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Settings::load(&Root::new(dir.path())).unwrap(), Settings::default());
+        assert_eq!(Settings::parse("").unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn what_is_set_is_meant() {
+        let settings = Settings::parse(
+            "default-key = 'alias/prod'\nencrypt-by-default = true\nregion = 'eu-1'\naccount = '123456789012'\n",
+        );
+        let expected = Settings {
+            default_key: "alias/prod".into(),
+            encrypt_by_default: true,
+            region: "eu-1".into(),
+            account: "123456789012".into(),
+        };
+        assert_eq!(settings.unwrap(), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_understood_is_refused() {
+        for (text, words) in [
+            ("encrypt-by-defaults = true", "unknown field"),
+            ("encrypt-by-default = 'yes'", "boolean"),
+            ("default-key = ' '", "default-key is empty"),
+            ("region = 'EU:1'", "region must be"),
+            ("account = '12'", "12 digits"),
+            ("region = ", "region"),
+        ] {
+            let e = Settings::parse(text).unwrap_err();
+            assert_eq!(e.kind(), Kind::Usage, "{text}");
+            assert!(e.to_string().contains(words), "{text}: {e}");
+        }
+    }
+}

@@ -1,6 +1,25 @@
-//! The command line: one file a noun.
+//! The command line: one file a noun. A command takes its arguments and an [`Env`], prints what it has to say
+//! on standard output and answers with an error or none.
+//!
+//! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one object on
+//! standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing but results, so
+//! that a pipe never sees half a result followed by an error. The exit code tells the kind of error
+//! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
+pub mod events;
+pub mod output;
+pub mod size;
+pub mod volume;
+
+use crate::config::Settings;
+use crate::error::{Context, Error, Result};
+use crate::observe::events::EventLog;
 use crate::root::Root;
+use crate::volume::Catalog;
+use clap::{Parser, Subcommand};
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// What every command gets beside its own arguments.
 pub struct Env {
@@ -10,7 +29,119 @@ pub struct Env {
     pub json: bool,
 }
 
+impl Env {
+    /// The store's settings.
+    pub fn settings(&self) -> Result<Settings> {
+        Settings::load(&self.root)
+    }
+
+    /// The store's volumes.
+    pub fn catalog(&self) -> Catalog {
+        Catalog::new(&self.root)
+    }
+
+    /// Where events are reported.
+    pub fn events(&self, settings: &Settings) -> EventLog {
+        EventLog::new(&self.root, settings)
+    }
+}
+
+/// Encrypted disks for virtual machines, with a key for each volume and a KMS that wraps it.
+#[derive(Parser)]
+#[command(version, propagate_version = true, after_help = EXAMPLE, max_term_width = 110)]
+struct Cli {
+    /// Where the store lies [default: /var/lib/sealblk for root, else sealblk in the XDG data folder].
+    #[arg(long, global = true, env = "SEALBLK_ROOT", value_name = "DIR", hide_env_values = true)]
+    root: Option<PathBuf>,
+
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+
+    /// Say more on standard error; twice: still more. RUST_LOG, where it is set, decides instead.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLE: &str = "\
+Example:
+  sealblk volume create --size 20GiB --name db
+  sealblk attach db --socket-path /run/db.sock";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make, show and delete volumes.
+    #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
+    Volume(volume::Command),
+    /// Show what happened to volumes.
+    Events(events::Args),
+}
+
+impl Command {
+    fn run(self, env: &Env) -> Result<()> {
+        match self {
+            Command::Volume(command) => volume::run(env, command),
+            Command::Events(args) => events::run(env, &args),
+        }
+    }
+}
+
 /// Runs the command line and answers with the exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    let json = cli.json;
+    match env(cli.root, json).and_then(|env| cli.command.run(&env)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            report(&e, json);
+            ExitCode::from(e.kind().exit_code())
+        }
+    }
+}
+
+fn env(root: Option<PathBuf>, json: bool) -> Result<Env> {
+    let root = root.map_or_else(Root::default_path, Ok)?;
+    // Sockets and messages name paths in it, which must mean the same elsewhere.
+    let root = std::path::absolute(&root).context(|| root.display().to_string())?;
+    Ok(Env { root: Root::new(root), json })
+}
+
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
+}
+
+fn report(e: &Error, json: bool) {
+    let text = match json {
+        true => json!({"error": {"kind": e.kind().name(), "message": e.to_string()}}).to_string(),
+        false => format!("sealblk: {e}"),
+    };
+    // Not eprintln!: it panics where standard error is closed.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{text}\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_has_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            assert!(command.get_after_help().is_some_and(|h| h.to_string().contains("sealblk ")), "{path}");
+            command.get_subcommands().filter(|c| !c.is_hide_set()).for_each(|c| check(c, &path));
+        }
+        Cli::command().debug_assert();
+        check(&Cli::command(), "");
+    }
 }

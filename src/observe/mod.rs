@@ -1,1 +1,9 @@
-//! observe
+//! What a store tells the outside: points in time and events.
+//!
+//! May assume: a store's root folder. Must not know: keys in the clear, guests, sockets.
+#![forbid(unsafe_code)]
+
+pub mod events;
+mod timestamp;
+
+pub use timestamp::Timestamp;

@@ -112,11 +112,13 @@ impl Vring {
             })
         };
         match copies() {
-            Ok(setup) => {
-                self.rings.workers[self.index].start(setup);
-                seat.running = true;
-                log::debug!("ring {} runs", self.index);
-            }
+            Ok(setup) => match self.rings.workers[self.index].start(setup) {
+                Ok(()) => {
+                    seat.running = true;
+                    log::debug!("ring {} runs", self.index);
+                }
+                Err(e) => log::error!("ring {} cannot be served: {e}", self.index),
+            },
             Err(e) => log::error!("ring {}: {e}", self.index),
         }
     }
@@ -127,10 +129,14 @@ impl Vring {
         if !std::mem::take(&mut seat.running) {
             return false;
         }
-        if let Some(position) = self.rings.workers[self.index].stop() {
-            let mut state = self.state.get_mut();
-            state.get_queue_mut().set_next_avail(position.next_avail);
-            state.get_queue_mut().set_next_used(position.next_used);
+        match self.rings.workers[self.index].stop() {
+            Ok(Some(position)) => {
+                let mut state = self.state.get_mut();
+                state.get_queue_mut().set_next_avail(position.next_avail);
+                state.get_queue_mut().set_next_used(position.next_used);
+            }
+            Ok(None) => {}
+            Err(e) => log::error!("ring {}: {e}", self.index),
         }
         log::debug!("ring {} is drained", self.index);
         true
@@ -279,9 +285,8 @@ impl VringT<Memory> for Vring {
         seat.call = file;
         if seat.running {
             let copy = seat.call.as_ref().map(File::try_clone).transpose();
-            match copy {
-                Ok(call) => self.rings.workers[self.index].set_call(call),
-                Err(e) => log::error!("ring {}: {e}", self.index),
+            if let Err(e) = copy.and_then(|call| self.rings.workers[self.index].set_call(call)) {
+                log::error!("ring {}: {e}", self.index);
             }
         } else {
             super::worker::signal(seat.call.as_ref());

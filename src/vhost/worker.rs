@@ -1,4 +1,4 @@
-//! The thread that serves one queue, from the first attach to detach.
+//! The thread that serves one queue, from attach to detach.
 //!
 //! It alone touches its ring, its requests and its io_uring; others reach it through a [`Mailbox`] that one
 //! event descriptor announces. One turn of its loop takes what is available, hands it to the store, waits for
@@ -15,7 +15,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -26,6 +26,8 @@ const KICK: u32 = 1;
 /// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
 /// stops.
 const BATCH: usize = 64;
+/// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
+const MIN_DEPTH: u16 = 128;
 
 /// A ring to serve, with the descriptors that belong to it.
 pub struct Setup {
@@ -48,89 +50,136 @@ enum Command {
     Exit,
 }
 
-type Reply = SyncSender<Option<Position>>;
+type Answer = io::Result<Option<Position>>;
+type Reply = SyncSender<Answer>;
 
-/// Where commands wait for the thread.
+/// Where commands wait for the thread. An idle thread waits on the condition, a serving one on the event.
 struct Mailbox {
-    commands: Mutex<VecDeque<(Command, Reply)>>,
+    /// `None` once the thread is gone.
+    commands: Mutex<Option<VecDeque<(Command, Reply)>>>,
+    filled: Condvar,
     wake: EventFd,
 }
 
-/// The others' side of a worker. Dropping it stops the ring and ends the thread.
+impl Mailbox {
+    fn post(&self, command: Command) -> Answer {
+        let gone = || io::Error::other("the queue's thread is gone");
+        let (reply, answer) = sync_channel(1);
+        self.commands().as_mut().ok_or_else(gone)?.push_back((command, reply));
+        self.filled.notify_one();
+        self.wake.write(1)?;
+        answer.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    fn take(&self) -> Option<(Command, Reply)> {
+        self.commands().as_mut()?.pop_front()
+    }
+
+    /// Takes no more commands; whoever waits for an answer hears that there will be none.
+    fn close(&self) {
+        *self.commands() = None;
+    }
+
+    fn wait(&self) -> (Command, Reply) {
+        let mut commands = self.commands();
+        loop {
+            match commands.as_mut().and_then(VecDeque::pop_front) {
+                Some(command) => return command,
+                None => commands = self.filled.wait(commands).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    fn commands(&self) -> MutexGuard<'_, Option<VecDeque<(Command, Reply)>>> {
+        // The list is whole even if somebody panicked while holding it.
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The others' side of a queue's thread. Dropping it stops the ring and ends the thread.
 pub struct Worker {
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    /// Starts the thread for queue `index`. `died` is called with the reason should it ever end by itself.
+    /// Starts the thread for queue `index`. `died` is called with the reason should it fail while it serves:
+    /// then requests of the guest are lost, and nobody may go on as if nothing had happened.
     pub fn spawn(
         index: usize,
         disk: Arc<Disk>,
-        depth: u16,
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
-        let (ready, started) = sync_channel(1);
+        let mailbox =
+            Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
         let inbox = mailbox.clone();
         let run = move || {
-            // The io_uring belongs to the thread that makes it.
-            let queue = match disk.open_queue(depth) {
-                Ok(queue) => {
-                    let _ = ready.send(Ok(()));
-                    queue
-                }
-                Err(e) => {
-                    let _ = ready.send(Err(e));
-                    return;
-                }
-            };
-            let serve = std::panic::AssertUnwindSafe(|| Server::new(inbox, queue, depth).run());
-            match std::panic::catch_unwind(serve) {
+            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk));
+            let ended = std::panic::catch_unwind(serve);
+            inbox.close();
+            match ended {
                 Ok(Ok(())) => {}
                 Ok(Err(e)) => died(format!("queue {index}: {e}")),
                 Err(_) => died(format!("queue {index}: its thread panicked")),
             }
         };
         let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(run)?;
-        started.recv().map_err(|_| io::Error::other("the queue's thread ended at once"))??;
         Ok(Worker { mailbox, thread: Some(thread) })
     }
 
     /// Serves a ring. Any earlier one must have been stopped.
-    pub fn start(&self, setup: Setup) {
-        self.call(Command::Start(Box::new(setup)));
+    pub fn start(&self, setup: Setup) -> io::Result<()> {
+        self.mailbox.post(Command::Start(Box::new(setup))).map(drop)
     }
 
     /// Drains and forgets the ring; answers where it stands, or `None` if there was none.
-    pub fn stop(&self) -> Option<Position> {
-        self.call(Command::Stop)
+    pub fn stop(&self) -> io::Result<Option<Position>> {
+        self.mailbox.post(Command::Stop)
     }
 
     /// Replaces the call descriptor of the running ring, and signals the new one once.
-    pub fn set_call(&self, call: Option<File>) {
-        self.call(Command::SetCall(call));
-    }
-
-    fn call(&self, command: Command) -> Option<Position> {
-        let (reply, answer) = sync_channel(1);
-        self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back((command, reply));
-        if let Err(e) = self.mailbox.wake.write(1) {
-            log::error!("waking a queue's thread: {e}");
-        }
-        // An error means that the thread is gone, which was reported by `died`.
-        answer.recv().ok().flatten()
+    pub fn set_call(&self, call: Option<File>) -> io::Result<()> {
+        self.mailbox.post(Command::SetCall(call)).map(drop)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.call(Command::Exit);
+        // A thread that is gone already was reported by `died`.
+        let _ = self.mailbox.post(Command::Exit);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             log::error!("a queue's thread ended with a panic");
+        }
+    }
+}
+
+/// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
+/// there only while it runs, so that a queue that no driver uses costs nothing.
+fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
+    loop {
+        let (command, reply) = mailbox.wait();
+        match command {
+            Command::Start(setup) => {
+                let depth = setup.ring.size().max(MIN_DEPTH);
+                match disk.open_queue(depth) {
+                    Ok(queue) => {
+                        let server = Server::new(mailbox.clone(), queue, *setup);
+                        let _ = reply.send(Ok(None));
+                        if server.run()? {
+                            return Ok(());
+                        }
+                    }
+                    Err(e) => drop(reply.send(Err(e))),
+                }
+            }
+            Command::SetCall(_) | Command::Stop => drop(reply.send(Ok(None))),
+            Command::Exit => {
+                let _ = reply.send(Ok(None));
+                return Ok(());
+            }
         }
     }
 }
@@ -151,64 +200,60 @@ struct Request {
     failed: bool,
 }
 
-/// A ring being served.
-struct Active {
-    setup: Setup,
-    /// Heads in flight, one bit each.
-    heads: Vec<u64>,
-    /// The driver broke the rules: nothing more is taken until the ring is set up again.
-    broken: bool,
-}
-
-/// The thread's own state.
+/// A ring being served, by the thread that owns everything here.
 struct Server {
     mailbox: Arc<Mailbox>,
     io: DiskQueue,
-    active: Option<Active>,
+    setup: Setup,
     requests: Vec<Request>,
     free: Vec<u16>,
     /// Requests that wait for buffers or for room in the store's queue, oldest first.
     stalled: VecDeque<u16>,
+    /// Heads in flight, one bit each.
+    heads: Vec<u64>,
+    /// The driver broke the rules: nothing more is taken until the ring is set up again.
+    broken: bool,
     /// Who waits for the ring to be drained, and whether the thread ends then.
     draining: Option<Reply>,
     exit: bool,
 }
 
 impl Server {
-    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, depth: u16) -> Self {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, setup: Setup) -> Self {
         io.watch(WAKE, mailbox.wake.as_raw_fd());
-        let request = || Request {
-            head: 0,
-            status: GuestAddress(0),
-            written: 0,
-            op: Op::Flush,
-            segments: Vec::new(),
-            data_len: 0,
-            started: 0,
-            pieces: 0,
-            failed: false,
-        };
+        io.watch(KICK, setup.kick.as_raw_fd());
+        // An interrupt that died with an earlier back-end would never come again.
+        signal(setup.call.as_ref());
+        let size = setup.ring.size();
         Server {
             mailbox,
             io,
-            active: None,
-            requests: (0..depth).map(|_| request()).collect(),
-            free: (0..depth).rev().collect(),
+            requests: (0..size).map(|_| Request::new()).collect(),
+            free: (0..size).rev().collect(),
             stalled: VecDeque::new(),
+            heads: vec![0; usize::from(size).div_ceil(64)],
+            broken: false,
+            setup,
             draining: None,
             exit: false,
         }
     }
 
-    fn run(mut self) -> io::Result<()> {
+    /// Serves until the ring is stopped; answers whether the thread shall end then.
+    fn run(mut self) -> io::Result<bool> {
         loop {
             self.restart_stalled();
             let more = self.take_available();
             self.publish();
-            if self.finish_drain() {
-                return Ok(());
+            if let Some(reply) = self.draining.take_if(|_| self.free.len() == self.requests.len()) {
+                let position = self.setup.ring.position();
+                let exit = self.exit;
+                // The guest's memory and the buffers go before anybody hears that they are free.
+                drop(self);
+                let _ = reply.send(Ok(Some(position)));
+                return Ok(exit);
             }
-            let wait = if more || self.kicks_pending() { Wait::Poll } else { Wait::Event };
+            let wait = if more || self.kick_missed() { Wait::Poll } else { Wait::Event };
             self.io.wait(wait)?;
             while let Some(event) = self.io.next_event() {
                 self.handle(event);
@@ -217,48 +262,39 @@ impl Server {
         }
     }
 
-    fn idle(&self) -> bool {
-        self.free.len() == self.requests.len()
+    /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
+    fn may_take(&self) -> bool {
+        !self.broken && self.draining.is_none() && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
-    fn kicks_pending(&mut self) -> bool {
-        match &mut self.active {
-            // With requests stalled or no slot left, completions are what must come first.
-            Some(active) if !active.broken && self.stalled.is_empty() && !self.free.is_empty() => {
-                self.draining.is_none() && active.setup.ring.enable_kicks()
-            }
-            _ => false,
-        }
+    fn kick_missed(&mut self) -> bool {
+        self.may_take() && self.setup.ring.enable_kicks()
     }
 
     /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
     /// back at once.
     fn take_available(&mut self) -> bool {
-        let Some(active) = &mut self.active else { return false };
-        if self.draining.is_some() || active.broken {
-            return false;
+        if self.may_take() {
+            self.setup.ring.disable_kicks();
         }
-        active.setup.ring.disable_kicks();
         for _ in 0..BATCH {
-            if !self.stalled.is_empty() {
+            if !self.may_take() {
                 return false;
             }
-            let (Some(active), Some(&slot)) = (&mut self.active, self.free.last()) else { return false };
+            let Some(&slot) = self.free.last() else { return false };
             let request = &mut self.requests[usize::from(slot)];
-            match active.setup.ring.pop(self.io.disk().geometry(), &mut request.segments) {
+            match self.setup.ring.pop(self.io.disk().geometry(), &mut request.segments) {
                 Ok(None) => return false,
-                Ok(Some((head, parsed))) if active.claim(head) => match parsed {
-                    Some(parsed) => self.begin(slot, head, parsed),
-                    None => {
-                        active.release(head);
-                        active.setup.ring.add_used(head, 0);
-                    }
-                },
-                Ok(Some((head, _))) => {
-                    return active.break_ring(&format!("chain {head} is in flight already"));
+                Ok(Some((head, _))) if !self.claim(head) => {
+                    self.break_ring(&format!("chain {head} is in flight already"));
                 }
-                Err(e) => return active.break_ring(&e.to_string()),
+                Ok(Some((head, Some(parsed)))) => self.begin(slot, head, parsed),
+                Ok(Some((head, None))) => {
+                    self.release(head);
+                    self.setup.ring.add_used(head, 0);
+                }
+                Err(e) => self.break_ring(&e.to_string()),
             }
         }
         true
@@ -279,7 +315,11 @@ impl Server {
                 request.op = op;
                 self.advance(slot);
             }
-            Err(status) => self.finish(slot, status),
+            Err(status) => {
+                // Nothing was moved: no data to mark.
+                request.op = Op::Flush;
+                self.finish(slot, status);
+            }
         }
     }
 
@@ -312,7 +352,6 @@ impl Server {
     }
 
     fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
-        let Some(active) = &self.active else { return };
         let request = &mut self.requests[usize::from(slot)];
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
@@ -325,9 +364,9 @@ impl Server {
             let (tag, sector) = (tag(slot, at), sector + at / 512);
             request.started += len as u64;
             if write {
-                let durable = active.setup.write_through.load(Ordering::Acquire);
+                let durable = self.setup.write_through.load(Ordering::Acquire);
                 let guest =
-                    GuestData { mem: &**active.setup.ring.mem(), segments: &request.segments, skip: at };
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
                 match self.io.write(tag, sector, buffer, durable, guest) {
                     Ok(()) => request.pieces += 1,
                     Err(e) => request.fail(&e),
@@ -352,13 +391,12 @@ impl Server {
     }
 
     fn get_id(&mut self, slot: u16) {
-        let Some(active) = &self.active else { return };
         let request = &self.requests[usize::from(slot)];
         let mut id = &self.io.disk().serial()[..];
         for segment in &request.segments {
             let n = id.len().min(segment.len as usize);
             // In guest memory, as `parse` checked.
-            if let Err(e) = active.setup.ring.mem().write_slice(&id[..n], segment.addr) {
+            if let Err(e) = self.setup.ring.mem().write_slice(&id[..n], segment.addr) {
                 log::warn!("GET_ID: {e}");
             }
             id = &id[n..];
@@ -377,9 +415,7 @@ impl Server {
                     "{} can no longer be waited for",
                     if token == KICK { "a kick" } else { "a command" }
                 );
-                if let Some(active) = &mut self.active {
-                    active.break_ring("its kick descriptor failed");
-                }
+                self.break_ring("its kick descriptor failed");
             }
         }
     }
@@ -387,14 +423,11 @@ impl Server {
     fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
         let slot = tag as u16;
         let at = (tag >> 16) * 512;
-        let Some(active) = &self.active else {
-            unreachable!("a ring is kept until its requests are finished");
-        };
         let request = &mut self.requests[usize::from(slot)];
         let result = match (request.op, buffer) {
             (Op::Read { sector }, Some(mut buffer)) => {
                 let guest =
-                    GuestData { mem: &**active.setup.ring.mem(), segments: &request.segments, skip: at };
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
                 let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
                 self.io.free(buffer);
                 done
@@ -422,9 +455,8 @@ impl Server {
 
     /// Answers a request: data marked, status written, used entry added.
     fn finish(&mut self, slot: u16, status: Status) {
-        let Some(active) = &mut self.active else { return };
-        let request = &mut self.requests[usize::from(slot)];
-        let mem = active.setup.ring.mem();
+        let request = &self.requests[usize::from(slot)];
+        let mem = self.setup.ring.mem();
         if matches!(request.op, Op::Read { .. } | Op::GetId) {
             for segment in &request.segments {
                 mark_dirty(mem, segment.addr, u64::from(segment.len));
@@ -435,36 +467,29 @@ impl Server {
             log::warn!("status byte: {e}");
         }
         mark_dirty(mem, request.status, 1);
-        active.release(request.head);
-        active.setup.ring.add_used(request.head, request.written);
+        let (head, written) = (request.head, request.written);
+        self.release(head);
+        self.setup.ring.add_used(head, written);
         self.free.push(slot);
     }
 
     fn publish(&mut self) {
-        if let Some(active) = &mut self.active
-            && active.setup.ring.publish()
-        {
-            signal(active.setup.call.as_ref());
+        if self.setup.ring.publish() {
+            signal(self.setup.call.as_ref());
         }
     }
 
     /// Executes what is in the mailbox.
     fn obey(&mut self) {
+        // The count does not matter, and an empty counter is no error.
         let _ = self.mailbox.wake.read();
-        loop {
-            let next = self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-            let Some((command, reply)) = next else { return };
+        while let Some((command, reply)) = self.mailbox.take() {
             match command {
-                Command::Start(setup) => {
-                    self.start(*setup);
-                    let _ = reply.send(None);
-                }
+                Command::Start(_) => drop(reply.send(Err(io::Error::other("a ring is running already")))),
                 Command::SetCall(call) => {
-                    if let Some(active) = &mut self.active {
-                        active.setup.call = call;
-                        signal(active.setup.call.as_ref());
-                    }
-                    let _ = reply.send(None);
+                    self.setup.call = call;
+                    signal(self.setup.call.as_ref());
+                    let _ = reply.send(Ok(None));
                 }
                 Command::Stop => self.draining = Some(reply),
                 Command::Exit => {
@@ -475,40 +500,6 @@ impl Server {
         }
     }
 
-    fn start(&mut self, setup: Setup) {
-        self.io.watch(KICK, setup.kick.as_raw_fd());
-        // An interrupt that died with an earlier back-end would never come again.
-        signal(setup.call.as_ref());
-        let heads = vec![0; usize::from(setup.ring.size()).div_ceil(64)];
-        self.active = Some(Active { setup, heads, broken: false });
-    }
-
-    /// Once nothing is in flight, answers whoever waits for that. Answers whether the thread shall end.
-    fn finish_drain(&mut self) -> bool {
-        if self.draining.is_none() || !self.idle() {
-            return false;
-        }
-        let position = self.active.take().map(|active| {
-            self.io.unwatch(KICK);
-            active.setup.ring.position()
-        });
-        if let Some(reply) = self.draining.take() {
-            let _ = reply.send(position);
-        }
-        self.exit
-    }
-}
-
-impl Request {
-    fn fail(&mut self, e: &io::Error) {
-        if !self.failed {
-            log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
-        }
-        self.failed = true;
-    }
-}
-
-impl Active {
     /// Marks `head` as in flight, unless it is.
     fn claim(&mut self, head: u16) -> bool {
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
@@ -521,12 +512,35 @@ impl Active {
         self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
     }
 
-    /// The driver broke the rules: tells the front-end. Always answers `false`, "nothing more to take".
-    fn break_ring(&mut self, why: &str) -> bool {
+    /// The driver broke the rules: takes nothing more, and tells the front-end.
+    fn break_ring(&mut self, why: &str) {
         log::error!("ring stopped until it is set up again: {why}");
         self.broken = true;
         signal(self.setup.err.as_ref());
-        false
+    }
+}
+
+impl Request {
+    /// A free slot.
+    fn new() -> Self {
+        Request {
+            head: 0,
+            status: GuestAddress(0),
+            written: 0,
+            op: Op::Flush,
+            segments: Vec::new(),
+            data_len: 0,
+            started: 0,
+            pieces: 0,
+            failed: false,
+        }
+    }
+
+    fn fail(&mut self, e: &io::Error) {
+        if !self.failed {
+            log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
+        }
+        self.failed = true;
     }
 }
 

@@ -1,3 +1,17 @@
-//! Volumes.
+//! Volumes: what they are called, what is known of them, who has one, how one is made and deleted.
+//!
+//! May assume: a local file system with OFD locks, atomic rename and fsync. Must not know:
+//! sockets, VMMs. The bytes of `volume.json` and of the folders around it are described in `docs/format.md`.
+#![forbid(unsafe_code)]
 
+pub mod catalog;
+pub mod id;
+pub mod image_lock;
 pub mod io;
+pub mod lifecycle;
+pub mod lock;
+pub mod metadata;
+
+pub use catalog::Catalog;
+pub use id::{LayerId, VolumeId};
+pub use metadata::Metadata;

@@ -1,0 +1,240 @@
+//! One queue's load: all requests are laid out beforehand; in the loop only sector, status and ring change.
+
+use super::Pattern;
+use super::frontend::block::{IN, OK, OUT, UNTOUCHED};
+use super::frontend::ring::{INDIRECT, NEXT, WRITE};
+use super::frontend::{Desc, Fault, LIMIT, Result, SplitRing, Used};
+use super::histogram::Histogram;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Instant;
+
+/// Phase: run, but do not count.
+pub const RAMP: u8 = 0;
+/// Phase: count.
+pub const MEASURE: u8 = 1;
+/// Phase: submit nothing more and end.
+pub const STOP: u8 = 2;
+
+/// What a queue has to do.
+pub struct Work {
+    /// What is read or written where.
+    pub pattern: Pattern,
+    /// Bytes of a request.
+    pub bs: u64,
+    /// Requests in flight on a queue.
+    pub depth: u16,
+    /// Queues that share the range when it is gone through in order.
+    pub queues: u16,
+    /// Bytes of the device to use, a multiple of `bs`.
+    pub range: u64,
+    /// Most bytes of a data descriptor.
+    pub segment: u64,
+    /// Descriptors in the ring's own table.
+    pub direct: bool,
+    /// Wait for interrupts.
+    pub interrupts: bool,
+    /// End after one pass over the range.
+    pub once: bool,
+}
+
+/// What was done while it was measured.
+#[derive(Default)]
+pub struct Tally {
+    /// Requests completed.
+    pub done: u64,
+    /// Of these, with another status than OK.
+    pub failed: u64,
+    /// Kicks sent.
+    pub kicks: u64,
+    /// Latencies.
+    pub latency: Histogram,
+}
+
+impl Tally {
+    /// Adds another queue's.
+    pub fn add(&mut self, other: &Tally) {
+        self.done += other.done;
+        self.failed += other.failed;
+        self.kicks += other.kicks;
+        self.latency.add(&other.latency);
+    }
+}
+
+/// One request's place in guest memory.
+struct Slot {
+    head: u16,
+    header: u64,
+    status: u64,
+    since: Instant,
+}
+
+/// Loads one queue until the phase says stop (or one pass is done) and every request has come back.
+pub fn run(ring: &mut SplitRing, work: &Work, queue: usize, phase: &AtomicU8) -> Result<Tally> {
+    let mut slots = (0..work.depth).map(|_| Slot::new(ring, work)).collect::<Result<Vec<_>>>()?;
+    let mut by_head = vec![usize::MAX; usize::from(ring.size)];
+    for (index, slot) in slots.iter().enumerate() {
+        by_head[usize::from(slot.head)] = index;
+    }
+    let mut places = Places::new(work, queue);
+    let mut ready: Vec<usize> = (0..slots.len()).collect();
+    let (mut tally, mut counting) = (Tally::default(), RAMP);
+    loop {
+        let now = phase.load(Ordering::Relaxed);
+        if now != counting && counting == RAMP {
+            tally = Tally::default();
+        }
+        counting = now;
+        if now == STOP || places.over() {
+            ready.clear();
+        }
+        let submitted = ready.len();
+        submit(ring, &mut slots, &mut ready, &mut places);
+        if submitted > 0 && ring.kick_if_wanted() {
+            tally.kicks += 1;
+        }
+        if in_flight(ring) == 0 {
+            return Ok(tally);
+        }
+        let mut next = Some(wait(ring, work.interrupts)?);
+        let seen = Instant::now();
+        while let Some(used) = next {
+            let index = by_head.get(used.id as usize).copied().unwrap_or(usize::MAX);
+            let slot = slots.get(index).ok_or_else(|| Fault::Protocol(format!("{used:?} is not ours")))?;
+            if counting != STOP {
+                tally.done += 1;
+                tally.failed += u64::from(ring.mem.load::<u8>(slot.status, Ordering::Relaxed) != OK);
+                tally.latency.record((seen - slot.since).as_nanos() as u64);
+            }
+            ready.push(index);
+            next = ring.pop_used();
+        }
+    }
+}
+
+fn in_flight(ring: &SplitRing) -> u16 {
+    ring.avail_idx().wrapping_sub(ring.last_used())
+}
+
+fn wait(ring: &mut SplitRing, interrupts: bool) -> Result<Used> {
+    if interrupts { ring.wait_used(LIMIT) } else { ring.poll_used(LIMIT) }
+}
+
+/// Publishes the ready slots as one batch.
+fn submit(ring: &mut SplitRing, slots: &mut [Slot], ready: &mut Vec<usize>, places: &mut Places) {
+    let start = ring.avail_idx();
+    let now = Instant::now();
+    let mut count = 0;
+    for index in ready.drain(..) {
+        let Some(sector) = places.next() else { break };
+        let slot = &mut slots[index];
+        slot.since = now;
+        ring.mem.store(slot.header + 8, sector, Ordering::Relaxed);
+        ring.mem.store(slot.status, UNTOUCHED, Ordering::Relaxed);
+        ring.put_head(start.wrapping_add(count), slot.head);
+        count += 1;
+    }
+    ring.set_avail_idx(start.wrapping_add(count));
+}
+
+impl Slot {
+    fn new(ring: &mut SplitRing, work: &Work) -> Result<Slot> {
+        let mem = ring.mem.clone();
+        let kind = if work.pattern.writes() { OUT } else { IN };
+        let header = mem.take(16, 16);
+        mem.write(header, &[kind.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat());
+        let data = mem.take(work.bs as usize, 4096);
+        if work.pattern.writes() {
+            let mut random = Random(data ^ u64::from(std::process::id()));
+            let bytes: Vec<u8> = (0..work.bs / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+            mem.write(data, &bytes);
+        }
+        let status = mem.take(1, 1);
+        let flags = if work.pattern.writes() { 0 } else { WRITE };
+        let mut chain = vec![Desc { addr: header, len: 16, flags: 0, next: 0 }];
+        let mut at = 0;
+        while at < work.bs {
+            let len = work.segment.min(work.bs - at);
+            chain.push(Desc { addr: data + at, len: len as u32, flags, next: 0 });
+            at += len;
+        }
+        chain.push(Desc { addr: status, len: 1, flags: WRITE, next: 0 });
+        let head = place(ring, chain, work.direct)?;
+        Ok(Slot { head, header, status, since: Instant::now() })
+    }
+}
+
+/// Writes a chain into the ring's table, or into an indirect one; its head.
+fn place(ring: &mut SplitRing, mut chain: Vec<Desc>, direct: bool) -> Result<u16> {
+    let entries = if direct { chain.len() } else { 1 };
+    let lack = || Fault::Protocol("the ring is too short".into());
+    let own = ring.take_descs(entries).ok_or_else(lack)?;
+    let last = chain.len() - 1;
+    for (i, desc) in chain.iter_mut().enumerate().take(last) {
+        desc.flags |= NEXT;
+        desc.next = if direct { own[i + 1] } else { i as u16 + 1 };
+    }
+    if direct {
+        for (index, desc) in own.iter().zip(chain) {
+            ring.write_desc(*index, desc);
+        }
+    } else {
+        let table = ring.mem.take(16 * chain.len(), 16);
+        ring.write_table(table, &chain);
+        let len = 16 * chain.len() as u32;
+        ring.write_desc(own[0], Desc { addr: table, len, flags: INDIRECT, next: 0 });
+    }
+    Ok(own[0])
+}
+
+/// The sectors to go to, in turn.
+struct Places {
+    random: Option<Random>,
+    blocks: u64,
+    sectors: u64,
+    at: u64,
+    left: Option<u64>,
+}
+
+impl Places {
+    fn new(work: &Work, queue: usize) -> Self {
+        let blocks = work.range / work.bs;
+        let seed = 0x5ea1_b10c_0000_0000 + queue as u64;
+        Places {
+            random: work.pattern.random().then_some(Random(seed)),
+            blocks,
+            sectors: work.bs / 512,
+            at: blocks / u64::from(work.queues) * queue as u64,
+            left: work.once.then_some(blocks),
+        }
+    }
+
+    fn over(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    fn next(&mut self) -> Option<u64> {
+        if let Some(left) = &mut self.left {
+            *left = left.checked_sub(1)?;
+        }
+        let block = match &mut self.random {
+            // The upper half of the product is spread evenly over the blocks.
+            Some(random) => ((u128::from(random.next()) * u128::from(self.blocks)) >> 64) as u64,
+            None => self.at % self.blocks,
+        };
+        self.at = self.at.wrapping_add(1);
+        Some(block * self.sectors)
+    }
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014): quick and good enough to choose blocks and fill buffers.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}

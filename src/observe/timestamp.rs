@@ -1,0 +1,62 @@
+//! Points in time as they are written everywhere in a store: UTC, whole seconds, `2026-01-31T23:59:59Z`.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
+use time::{OffsetDateTime, PrimitiveDateTime};
+
+const FORMAT: &[BorrowedFormatItem<'_>] =
+    format_description!(version = 2, "[year]-[month]-[day]T[hour]:[minute]:[second]Z");
+
+/// A point in time, to the second (ISO 8601, always UTC, years 0 to 9999).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Timestamp(PrimitiveDateTime);
+
+impl Timestamp {
+    /// The clock's time.
+    pub fn now() -> Self {
+        let now = OffsetDateTime::now_utc();
+        let whole = now.replace_nanosecond(0).expect("0 is a valid nanosecond");
+        Timestamp(PrimitiveDateTime::new(whole.date(), whole.time()))
+    }
+}
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.format(FORMAT).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl From<Timestamp> for String {
+    fn from(t: Timestamp) -> Self {
+        t.to_string()
+    }
+}
+
+impl TryFrom<String> for Timestamp {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        PrimitiveDateTime::parse(&text, FORMAT)
+            .map(Timestamp)
+            .map_err(|_| format!("{text:?} is not a time like 2026-01-31T23:59:59Z"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_it_writes_and_nothing_else() {
+        let now = Timestamp::now();
+        assert_eq!(Timestamp::try_from(now.to_string()), Ok(now));
+        for bad in
+            ["", "2026-01-31", "2026-01-31T23:59:59", "2026-01-31T23:59:59+01:00", "2026-02-30T00:00:00Z"]
+        {
+            assert!(Timestamp::try_from(bad.to_string()).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! QEMU's image locks on a layer's file, so that QEMU's tools and machines keep off it, and so that we keep off
+//! a file which they have open.
+//!
+//! QEMU (docs/system/images "Image locking", block/file-posix.c) tells others about each of its permissions by
+//! shared OFD locks on single bytes: byte 100+n "I use permission n", byte 200+n "I do not share permission n".
+//! Whoever wants in takes its own locks first and then asks whether anybody's contradict: so of two that come
+//! at the same time at most both fail, and never both get in.
+
+use super::lock::byte_range;
+use crate::error::{Context, Error, Kind, Result};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use std::fs::File;
+use std::path::Path;
+
+const USED: i64 = 100;
+const UNSHARED: i64 = 200;
+
+/// QEMU's permissions, by their bit's number.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const WRITE_UNCHANGED: i64 = 2;
+const RESIZE: i64 = 3;
+
+/// What is going to be done with the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone: others may read too.
+    Read,
+    /// Reading and writing: others may not even read, since what they see would fit together only by luck.
+    ReadWrite,
+}
+
+impl Access {
+    fn used(self) -> &'static [i64] {
+        match self {
+            Access::Read => &[CONSISTENT_READ],
+            Access::ReadWrite => &[CONSISTENT_READ, WRITE],
+        }
+    }
+
+    fn unshared(self) -> &'static [i64] {
+        match self {
+            Access::Read => &[WRITE, RESIZE],
+            Access::ReadWrite => &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE],
+        }
+    }
+}
+
+/// A file that QEMU sees as in use, for as long as this lives.
+#[derive(Debug)]
+pub struct ImageLock {
+    _file: File,
+}
+
+impl ImageLock {
+    /// Locks the file at `path` for `access`.
+    ///
+    /// # Errors
+    /// `Busy` if QEMU, or another program that keeps its rules, has the file open in a way that does not go
+    /// together with `access`.
+    pub fn acquire(path: &Path, access: Access) -> Result<Self> {
+        let attempt = || format!("lock {}", path.display());
+        let file = File::open(path).context(attempt)?;
+        let used = access.used().iter().map(|n| USED + n);
+        let unshared = access.unshared().iter().map(|n| UNSHARED + n);
+        for byte in used.chain(unshared) {
+            match fcntl(&file, FcntlArg::F_OFD_SETLK(&byte_range(libc::F_RDLCK, byte, 1))) {
+                Ok(_) => {}
+                Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(path)),
+                Err(e) => return Err(Error::from(e).context(attempt())),
+            }
+        }
+        // Somebody must not use what we do not share, nor refuse to share what we use.
+        let contrary_use = access.unshared().iter().map(|n| USED + n);
+        let contrary_refusal = access.used().iter().map(|n| UNSHARED + n);
+        for byte in contrary_use.chain(contrary_refusal) {
+            let mut lock = byte_range(libc::F_WRLCK, byte, 1);
+            fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).context(attempt)?;
+            if i32::from(lock.l_type) != libc::F_UNLCK {
+                return Err(in_use(path));
+            }
+        }
+        Ok(ImageLock { _file: file })
+    }
+}
+
+fn in_use(path: &Path) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!(
+            "{} is open in QEMU, one of its tools, or another sealblk; end that first (\"lsof\" names it)",
+            path.display()
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let get = |access| ImageLock::acquire(file.path(), access);
+        let reader = get(Access::Read).unwrap();
+        let second = get(Access::Read).unwrap();
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        drop((reader, second));
+        let writer = get(Access::ReadWrite).unwrap();
+        assert_eq!(get(Access::Read).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        drop(writer);
+        assert!(get(Access::ReadWrite).is_ok());
+    }
+}
