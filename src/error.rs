@@ -44,6 +44,20 @@ impl Kind {
         }
     }
 
+    /// The kind of that [`name`](Kind::name); `Other` for a name of a newer version.
+    pub fn from_name(name: &str) -> Self {
+        let all = [
+            Kind::Usage,
+            Kind::NotFound,
+            Kind::Busy,
+            Kind::KmsRefused,
+            Kind::KmsUnavailable,
+            Kind::Corrupt,
+            Kind::Unsupported,
+        ];
+        all.into_iter().find(|kind| kind.name() == name).unwrap_or(Kind::Other)
+    }
+
     /// The name used in `--json` output.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,1 +1,258 @@
-//! attach
+//! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
+//!
+//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
+//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
+//! has proved right. The way back is the drop order of the same things.
+
+pub mod control;
+pub mod sandbox;
+pub mod socket;
+pub mod unwrap;
+
+use crate::config::Settings;
+use crate::crypt::Dek;
+use crate::crypt::xts::{DataUnit, Engine, new_cipher};
+use crate::error::{Context, Error, Kind, Result};
+use crate::observe::events::{Event, EventLog};
+use crate::store::Store;
+use crate::store::file::FileStore;
+use crate::vhost::backend::Device;
+use crate::vhost::server::{self, Socket, Stop};
+use crate::vhost::worker::Worker;
+use crate::virtio::Geometry;
+use crate::virtio::config_space::ConfigSpace;
+use crate::volume::image_lock::{self, ImageLock};
+use crate::volume::io::Disk;
+use crate::volume::lock::{Holder, Purpose, VolumeLock};
+use crate::volume::metadata::Metadata;
+use crate::volume::seal::Seal;
+use crate::volume::{Catalog, VolumeId};
+use control::Control;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
+const SEG_MAX: u32 = 126;
+
+/// Where VMMs connect.
+#[derive(Clone, Debug)]
+pub enum Endpoint {
+    /// A socket to be made at this path.
+    Path(PathBuf),
+    /// A listening or connected socket that this process was started with.
+    Fd(RawFd),
+}
+
+/// How a volume is attached.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where VMMs connect.
+    pub endpoint: Endpoint,
+    /// Queues that the guest may use, each with a thread, 1..=64.
+    pub queues: u16,
+    /// Most entries of a ring: a power of two, 4..=1024.
+    pub queue_size: u16,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What the guest sees as the disk's serial; by default EBS's way to write the volume's id.
+    pub serial: Option<String>,
+    /// The XTS engine.
+    pub engine: Engine,
+}
+
+/// What whoever started the attach is told once VMMs can connect.
+pub struct Attached<'a> {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Whether it is encrypted, how, and how the layer is reached.
+    pub how: &'a str,
+}
+
+/// Attaches the volume `reference` and serves it until it is detached. `ready` is called when VMMs can connect.
+pub fn attach(
+    catalog: &Catalog,
+    settings: &Settings,
+    reference: &str,
+    options: &Options,
+    ready: impl FnOnce(&Attached<'_>) -> Result<()>,
+) -> Result<()> {
+    // Before anything opens a descriptor that could have the same number.
+    let inherited = match &options.endpoint {
+        Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
+        Endpoint::Path(_) => None,
+    };
+    sandbox::harden()?;
+    let volume = catalog.resolve(reference)?;
+    let attempt = || format!("attach {volume}");
+    let path = match &options.endpoint {
+        Endpoint::Path(path) => Some(std::path::absolute(path)?),
+        Endpoint::Fd(_) => None,
+    };
+    let holder = Holder::this_process(Purpose::Attach, path.as_deref())?;
+    let lock = VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
+    let events = EventLog::new(catalog.root(), settings);
+    let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let how = disk.describe();
+
+    let stop = Stop::new()?;
+    let failure: Arc<Mutex<Option<String>>> = Arc::default();
+    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let (socket, name) = match (inherited, &path) {
+        (Some(socket), _) => (socket, None),
+        (None, Some(path)) => {
+            let (listener, name) = socket::listen(path).map_err(|e| e.context(attempt()))?;
+            (Socket::Listening(listener), Some(name))
+        }
+        (None, None) => unreachable!("an endpoint is a path or a descriptor"),
+    };
+    let on_detach = stop.clone();
+    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
+    let control = control.map_err(|e| e.context(attempt()))?;
+    stop_on_signals(stop.clone()).context(attempt)?;
+    log::info!("{volume} is attached: {how}");
+    ready(&Attached { volume, how: &how })?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    let served = server::serve(&device, socket, &stop);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    drop(name);
+    // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
+    drop(device);
+    let result = served.context(|| format!("serve {volume}"));
+    let result = result.and(disk.flush().context(|| format!("flush {volume}")));
+    drop(disk);
+    let result = match failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
+        None => result,
+    };
+    drop(lock);
+    control.finish(&result);
+    log::info!("{volume} is detached");
+    result
+}
+
+/// Opens the volume's data, its metadata proved right.
+fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
+    let mut metadata = catalog.load(lock.volume())?;
+    catalog.check_layers(&metadata)?;
+    if metadata.layers().len() != 1 {
+        let message = format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
+        return Err(Error::new(Kind::Unsupported, message));
+    }
+    let layer = catalog.layer_path(metadata.top().id);
+    let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
+    let image_lock = ImageLock::acquire(&layer, access)?;
+    let block_size = metadata.sector_size().bytes();
+    let store = FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    let deks = unwrap_all(catalog, &metadata, events)?;
+    seal(catalog, lock, &mut metadata, &deks, &store)?;
+    let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
+        (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
+        (None, _) => None,
+        (_, None) => unreachable!("sector sizes are data units"),
+    };
+    let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
+    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
+    Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+}
+
+/// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
+fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
+    let mut deks = Vec::new();
+    for key in metadata.keys() {
+        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).inspect_err(|e| {
+            let reattach = metadata.attached_before();
+            events.record(&Event::attach_failed(metadata.id(), Some(&key.wrapped.key_id), e.to_string(), reattach));
+        });
+        deks.push(dek.map_err(|e| advise(e, &key.wrapped.key_id))?);
+    }
+    Ok(deks)
+}
+
+/// Adds to the KMS's words what the reader can do.
+fn advise(e: Error, key: &str) -> Error {
+    let text = e.to_string();
+    let hint = if text.ends_with("is disabled.") {
+        format!(" Enable it with \"sealblk key enable {key}\" and attach again")
+    } else if text.ends_with("is pending deletion.") {
+        format!(" \"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" bring it back")
+    } else if text == "InvalidCiphertextException" {
+        " (the wrapped data key is damaged, or belongs to another volume)".into()
+    } else {
+        return e.context("KMS");
+    };
+    Error::new(e.kind(), format!("KMS: {text}{hint}"))
+}
+
+/// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
+fn seal(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    metadata: &mut Metadata,
+    deks: &[Dek],
+    store: &FileStore,
+) -> Result<()> {
+    match metadata.verify(deks)? {
+        Seal::Sealed | Seal::NotEncrypted => {}
+        Seal::Unsealed if store.has_data()? => {
+            let message = format!(
+                "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
+                 it from a backup",
+                metadata.id()
+            );
+            return Err(Error::new(Kind::Corrupt, message));
+        }
+        Seal::Unsealed => metadata.seal(deks),
+    }
+    if metadata.mark_attached() {
+        catalog.store(lock, metadata)?;
+    }
+    Ok(())
+}
+
+fn device(
+    disk: &Arc<Disk>,
+    options: &Options,
+    stop: &Arc<Stop>,
+    failure: &Arc<Mutex<Option<String>>>,
+) -> Result<Arc<Device>> {
+    let spawn = |index: u16| {
+        let (stop, failure) = (stop.clone(), failure.clone());
+        Worker::spawn(usize::from(index), disk.clone(), move |reason| {
+            log::error!("{reason}");
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+            stop.stop();
+        })
+    };
+    let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
+    Ok(Arc::new(Device {
+        disk: disk.clone(),
+        workers: workers.into(),
+        config: ConfigSpace {
+            geometry: *disk.geometry(),
+            queues: options.queues,
+            seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
+        },
+        queue_size: options.queue_size,
+    }))
+}
+
+/// EBS shows `vol0123456789abcdef0`: exactly the 20 bytes that there are.
+fn default_serial(volume: VolumeId) -> String {
+    volume.to_string().replace('-', "")
+}
+
+fn stop_on_signals(stop: Arc<Stop>) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let wait = move || {
+        for signal in &mut signals {
+            log::info!("signal {signal}: detaching");
+            stop.stop();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait)?;
+    Ok(())
+}

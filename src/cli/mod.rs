@@ -6,6 +6,7 @@
 //! that a pipe never sees half a result followed by an error. The exit code tells the kind of error
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
+pub mod attach;
 pub mod events;
 pub mod output;
 pub mod size;
@@ -76,15 +77,25 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Serve a volume to VMMs, in the foreground, until it is detached.
+    Attach(attach::AttachArgs),
+    /// End the attachment of a volume: drain, flush, wipe the key.
+    Detach(attach::DetachArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Unwrap a data key for the process that started this one.
+    #[command(hide = true)]
+    Unwrap,
 }
 
 impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Attach(args) => attach::attach(env, &args),
+            Command::Detach(args) => attach::detach(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Unwrap => attach::unwrap(env),
         }
     }
 }

@@ -206,7 +206,7 @@ fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
     let layers: Vec<Value> = metadata
         .layers()
         .iter()
-        .map(|layer| json!({"id": layer.id, "key": layer.key, "path": catalog.layer_path(layer.id)}))
+        .map(|layer| json!({"id": layer.id, "key": layer.key, "path": catalog.layer_path(layer.id).display().to_string()}))
         .collect();
     Ok(json!({
         "id": metadata.id(),

@@ -6,10 +6,13 @@
 pub mod context;
 pub mod embedded;
 pub mod errors;
+pub mod key_ref;
 
 pub use context::EncryptionContext;
 pub use errors::KmsError;
+pub use key_ref::{KeyRef, ProviderName};
 
+use crate::root::Root;
 use zeroize::Zeroizing;
 
 /// A wrapped data key and the canonical id of the KMS key that wrapped it.
@@ -80,4 +83,14 @@ pub trait KeyProvider: Send + Sync {
         key: &str,
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError>;
+}
+
+/// Opens the provider of this name for the store at `root`: `embedded`, and later others.
+///
+/// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
+pub fn open_provider(root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+    match name {
+        "embedded" => Ok(Box::new(embedded::Embedded::open(root)?)),
+        name => Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
+    }
 }

@@ -166,3 +166,99 @@ fn ends_a_line(file: &File, len: u64) -> std::io::Result<bool> {
     file.read_exact_at(&mut byte, last)?;
     Ok(byte == *b"\n")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::read::{EventReader, Want};
+    use super::*;
+    use serde_json::{Value, json};
+    use std::os::unix::fs::PermissionsExt;
+
+    fn store() -> (tempfile::TempDir, Root, EventLog) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path().join("store"));
+        let log = EventLog::new(&root, &Settings::default());
+        (dir, root, log)
+    }
+
+    fn all(root: &Root) -> Vec<Value> {
+        let mut events = Vec::new();
+        let take = |r: &read::Recorded| {
+            events.push(r.event.clone());
+            Ok(Want::More)
+        };
+        EventReader::new(root).read(take).unwrap();
+        events
+    }
+
+    #[test]
+    fn an_event_has_the_shape_of_eventbridge() {
+        let (_dir, root, log) = store();
+        let id = VolumeId::random();
+        let key = "arn:aws:kms:us-east-1:000000000000:key/1";
+        log.append(&Event::attach_failed(id, Some(key), format!("{key} is disabled."), true)).unwrap();
+        let mut event = all(&root).remove(0);
+        for field in ["id", "time"] {
+            assert!(event[field].is_string());
+            event.as_object_mut().unwrap().remove(field);
+        }
+        let volume = format!("arn:aws:ec2:us-east-1:000000000000:volume/{id}");
+        let expected = json!({
+            "version": "0", "detail-type": "EBS Volume Notification", "source": "aws.ec2",
+            "account": "000000000000", "region": "us-east-1", "resources": [volume, key],
+            "detail": {"event": "reattachVolume", "result": "failed", "cause": format!("{key} is disabled."),
+                       "request-id": ""},
+        });
+        assert_eq!(event, expected);
+        assert_eq!(std::fs::metadata(root.events()).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn results_have_the_words_of_ebs() {
+        let (_dir, root, log) = store();
+        let id = VolumeId::random();
+        log.append(&Event::create_volume(id, Ok(()))).unwrap();
+        log.append(&Event::create_volume(id, Err(&Error::new(Kind::KmsRefused, "no")))).unwrap();
+        log.append(&Event::delete_volume(id)).unwrap();
+        log.append(&Event::attach_failed(id, None, "no", false)).unwrap();
+        let told: Vec<Value> =
+            all(&root).iter().map(|e| json!([e["detail"]["event"], e["detail"]["result"]])).collect();
+        let expected = [
+            json!(["createVolume", "available"]),
+            json!(["createVolume", "failed"]),
+            json!(["deleteVolume", "deleted"]),
+            json!(["attachVolume", "failed"]),
+        ];
+        assert_eq!(told, expected);
+        assert_eq!(all(&root)[1]["detail"]["cause"], "no");
+        assert_eq!(all(&root)[0]["detail"]["request-id"].as_str().unwrap().len(), 36);
+    }
+
+    #[test]
+    fn a_torn_last_line_costs_no_other_event() {
+        let (_dir, root, log) = store();
+        let id = VolumeId::random();
+        log.append(&Event::delete_volume(id)).unwrap();
+        let whole = std::fs::read(root.events()).unwrap();
+        for cut in 1..whole.len() {
+            let torn = [&whole[..], &whole[..cut]].concat();
+            std::fs::write(root.events(), torn).unwrap();
+            assert_eq!(all(&root).len(), 1, "{cut}");
+            log.append(&Event::delete_volume(id)).unwrap();
+            assert!(all(&root).len() >= 2, "{cut}");
+        }
+    }
+
+    #[test]
+    fn events_of_many_writers_do_not_mix() {
+        let (_dir, root, log) = store();
+        std::thread::scope(|threads| {
+            for _ in 0..8 {
+                threads.spawn(|| {
+                    (0..20).for_each(|_| log.append(&Event::delete_volume(VolumeId::random())).unwrap())
+                });
+            }
+        });
+        assert_eq!(all(&root).len(), 160);
+    }
+}

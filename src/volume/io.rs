@@ -8,6 +8,7 @@
 
 use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
+use super::image_lock::ImageLock;
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
 use std::io;
@@ -25,6 +26,8 @@ pub struct Disk {
     serial: [u8; ID_BYTES],
     store: Box<dyn Store>,
     cipher: Option<Box<dyn SectorCipher>>,
+    /// Keeps others off the layer for as long as it is served.
+    _image_lock: ImageLock,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
     flush_failed: AtomicBool,
 }
@@ -36,12 +39,20 @@ impl Disk {
         serial: &str,
         store: Box<dyn Store>,
         cipher: Option<Box<dyn SectorCipher>>,
+        image_lock: ImageLock,
     ) -> Self {
         let mut id = [0; ID_BYTES];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Disk { geometry, serial: id, store, cipher, flush_failed: AtomicBool::new(false) }
+        Disk {
+            geometry,
+            serial: id,
+            store,
+            cipher,
+            _image_lock: image_lock,
+            flush_failed: AtomicBool::new(false),
+        }
     }
 
     /// Its shape.

@@ -14,7 +14,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The file's name in the volume's folder.
 pub const FILE: &str = "lock";
@@ -42,8 +42,8 @@ pub struct Holder {
     pub start_time: u64,
     /// Since when it has the volume.
     pub since: Timestamp,
-    /// The vhost-user socket's path, where it has one.
-    pub socket: Option<PathBuf>,
+    /// The vhost-user socket's path, where it has one, as text for people.
+    pub socket: Option<String>,
 }
 
 impl Holder {
@@ -51,7 +51,8 @@ impl Holder {
     pub fn this_process(purpose: Purpose, socket: Option<&Path>) -> Result<Self> {
         let pid = std::process::id();
         let start_time = start_time(pid)?;
-        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket: socket.map(Into::into) })
+        let socket = socket.map(|path| path.display().to_string());
+        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket })
     }
 
     /// Whether that very process still runs.
@@ -69,7 +70,7 @@ impl fmt::Display for Holder {
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {
-            write!(f, ", socket {}", socket.display())?;
+            write!(f, ", socket {socket}")?;
         }
         f.write_str(")")
     }
@@ -119,7 +120,10 @@ impl VolumeLock {
             return Err(Error::new(Kind::NotFound, format!("{volume} was deleted just now")));
         }
         let text = serde_json::to_vec(holder).expect("strings and numbers");
-        file.set_len(0).and_then(|()| file.write_all(&text)).context(attempt)?;
+        if let Err(e) = file.set_len(0).and_then(|()| file.write_all(&text)) {
+            // The lock holds all the same, and on a full disk a volume must still be deleted.
+            log::warn!("{}: {e}", path.display());
+        }
         Ok(VolumeLock { file, volume })
     }
 

@@ -11,7 +11,9 @@ pub mod io;
 pub mod lifecycle;
 pub mod lock;
 pub mod metadata;
+pub mod seal;
 
 pub use catalog::Catalog;
 pub use id::{LayerId, VolumeId};
 pub use metadata::Metadata;
+pub use seal::Seal;

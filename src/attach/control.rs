@@ -1,0 +1,141 @@
+//! The control socket of an attached volume, in the volume's folder, which only its owner can enter.
+//!
+//! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when everything is
+//! over, so that whoever asked knows.
+
+use super::socket::{self, SocketName};
+use crate::error::{Context, Error, Kind, Result};
+use crate::volume::catalog::Catalog;
+use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::VolumeId;
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// The socket's name in the volume's folder.
+const FILE: &str = "control.sock";
+/// The longest line in bytes.
+const MAX_LINE: u64 = 4096;
+/// How long a client may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    Detach,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    Detached,
+    Failed { kind: String, message: String },
+}
+
+/// The host process's end.
+pub struct Control {
+    _name: SocketName,
+    /// Who waits for the detach.
+    waiting: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Control {
+    /// Listens in `folder`; `detach` is called for each client that asks for it, and must not block.
+    pub fn listen(folder: &Path, detach: impl Fn() + Send + 'static) -> Result<Self> {
+        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
+        // short.
+        let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
+        let waiting: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
+        let register = waiting.clone();
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || serve(&listener, &register, detach))
+            .context(|| "start the control thread")?;
+        Ok(Control { _name: name.moved_to(folder), waiting })
+    }
+
+    /// Tells those who asked for the detach how it went.
+    pub fn finish(self, result: &Result<()>) {
+        let answer = match result {
+            Ok(()) => Answer::Detached,
+            Err(e) => Answer::Failed { kind: e.kind().name().into(), message: e.to_string() },
+        };
+        for client in self.waiting.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // A client that has gone does not want to know.
+            let _ = say(&client, &answer);
+        }
+    }
+}
+
+fn serve(listener: &UnixListener, waiting: &Mutex<Vec<UnixStream>>, detach: impl Fn()) {
+    loop {
+        match listener.accept() {
+            Ok((client, _)) => match hear::<Request>(&client) {
+                Ok(Request::Detach) => {
+                    log::info!("a client asks for the detach");
+                    waiting.lock().unwrap_or_else(PoisonError::into_inner).push(client);
+                    detach();
+                }
+                Err(e) => {
+                    let answer = Answer::Failed { kind: e.kind().name().into(), message: e.to_string() };
+                    let _ = say(&client, &answer);
+                }
+            },
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
+            Err(e) => return log::error!("the control socket: {e}; signals still work"),
+        }
+    }
+}
+
+/// Asks the process that has `volume` attached to let it go, and waits until it has.
+pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
+    let attempt = || format!("detach {volume}");
+    let holder = match catalog.held(volume)? {
+        Held::By(holder) if holder.purpose == Purpose::Attach => holder,
+        Held::Free => return Err(Error::new(Kind::NotFound, format!("{volume} is not attached"))),
+        other => return Err(crate::volume::lock::busy(volume, &other).context(attempt())),
+    };
+    let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
+    let client = client.map_err(|e| not_reached(&holder, &e).context(attempt()))?;
+    say(&client, &Request::Detach).context(attempt)?;
+    let mut line = String::new();
+    BufReader::new(&client).take(MAX_LINE).read_line(&mut line).context(attempt)?;
+    match serde_json::from_str(&line) {
+        Ok(Answer::Detached) => Ok(()),
+        Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message).context(attempt())),
+        Err(_) => {
+            let message = format!("process {} ended without a word; look at its log", holder.pid);
+            Err(Error::new(Kind::Other, message).context(attempt()))
+        }
+    }
+}
+
+fn not_reached(holder: &Holder, e: &Error) -> Error {
+    let message = format!("process {} has it, but its control socket does not answer ({e}); SIGTERM ends it too", holder.pid);
+    Error::new(Kind::Other, message)
+}
+
+fn hear<T: for<'de> Deserialize<'de>>(client: &UnixStream) -> Result<T> {
+    client.set_read_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(client).take(MAX_LINE).read_line(&mut line)?;
+    serde_json::from_str(&line).map_err(|e| Error::new(Kind::Usage, e.to_string()))
+}
+
+fn say(mut client: &UnixStream, what: &impl Serialize) -> Result<()> {
+    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    line.push(b'\n');
+    Ok(client.write_all(&line)?)
+}
+
+/// Runs `f` with `folder` as the working folder. Only while the process has one thread.
+fn in_folder<T>(folder: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = std::env::current_dir().context(|| "find the working folder")?;
+    std::env::set_current_dir(folder).context(|| format!("enter {}", folder.display()))?;
+    let result = f();
+    std::env::set_current_dir(&before).context(|| format!("go back to {}", before.display()))?;
+    result
+}

@@ -1,0 +1,83 @@
+//! The vhost-user socket of an attached volume: made, taken over, or found already there.
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::server::Socket;
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use std::io::ErrorKind;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// A socket's name in the file system, removed at drop if it is still ours.
+pub struct SocketName {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketName {
+    /// The same name, seen from elsewhere: it was made in `folder` as the working folder.
+    pub fn moved_to(mut self, folder: &Path) -> Self {
+        self.path = folder.join(&self.path);
+        self
+    }
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode);
+        if ours && let Err(e) = std::fs::remove_file(&self.path) {
+            log::warn!("remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+/// Listens at `path`. A socket that a dead process left there is replaced; one that somebody listens on is not.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
+    let attempt = || format!("listen on {}", path.display());
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+            remove_stale(path).map_err(|e| e.context(attempt()))?;
+            UnixListener::bind(path).context(attempt)?
+        }
+        bound => bound.context(attempt)?,
+    };
+    let metadata = std::fs::symlink_metadata(path).context(attempt)?;
+    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) }))
+}
+
+fn remove_stale(path: &Path) -> Result<()> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(Error::new(Kind::Busy, "there is a file of that name, and it is not a socket"));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(std::fs::remove_file(path)?),
+        Err(e) => Err(e.into()),
+        Ok(_) => Err(Error::new(Kind::Busy, "somebody listens there already")),
+    }
+}
+
+/// The socket that was passed as descriptor `fd`: listening, or connected to a VMM.
+pub fn inherited(fd: RawFd) -> Result<Socket> {
+    let attempt = || format!("use descriptor {fd} as the vhost-user socket");
+    if fd <= libc::STDERR_FILENO {
+        return Err(Error::new(Kind::Usage, "it is a standard stream").context(attempt()));
+    }
+    // SAFETY: F_GETFD only asks whether the descriptor is open.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(Error::from(std::io::Error::last_os_error()).context(attempt()));
+    }
+    // SAFETY: it is open, and whoever started us gave it to us by its number, for this use alone; this is called
+    // before any descriptor of our own could have that number (the caller sees to it).
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).context(attempt)?;
+    let kind = getsockopt(&fd, sockopt::SockType).context(attempt)?;
+    if kind != SockType::Stream {
+        return Err(Error::new(Kind::Usage, "it is not a stream socket").context(attempt()));
+    }
+    if getsockopt(&fd, sockopt::AcceptConn).context(attempt)? {
+        Ok(Socket::Listening(UnixListener::from(fd)))
+    } else {
+        Ok(Socket::Connected(UnixStream::from(fd)))
+    }
+}

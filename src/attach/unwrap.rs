@@ -1,0 +1,151 @@
+//! The unwrap helper: a process of its own that talks to the KMS, hands the data key over and is gone.
+//!
+//! The two sides share a socket, the helper's standard input. The host process sends what is to be unwrapped and a
+//! descriptor of secret memory; the helper fills that and answers with a line of JSON. Network code and credentials
+//! are in the helper's memory only, and the host process has no part in what becomes of it.
+
+use super::sandbox;
+use crate::crypt::secret_mem::SecretFd;
+use crate::crypt::Dek;
+use crate::error::{Context, Error, Kind, Result};
+use crate::kms::{self, EncryptionContext, WrappedKey};
+use crate::root::Root;
+use crate::volume::metadata::{KeyRecord, encryption_context};
+use crate::volume::VolumeId;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// The hidden subcommand.
+pub const COMMAND: &str = "unwrap";
+/// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
+const MAX_MESSAGE: usize = 32 << 10;
+/// How long the helper may take before it is given up.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What is to be unwrapped. The context is not in it: it follows from the volume.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    volume: VolumeId,
+    provider: String,
+    key_id: String,
+    /// Hexadecimal.
+    blob: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+enum Answer {
+    /// The secret memory holds the key.
+    Unwrapped,
+    /// The KMS, or something on the way to it, refused.
+    Refused { kind: String, message: String },
+}
+
+/// Unwraps a volume's data key by a helper process, which has ended when this returns.
+///
+/// # Errors
+/// The helper's, of the kind and in the words that the KMS used.
+pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek> {
+    let secret = SecretFd::create(Dek::LEN)?;
+    log::debug!("the data key comes by {:?}", secret.kind());
+    let (ours, theirs) = UnixStream::pair().context(|| "make a socket for the unwrap helper")?;
+    ours.set_read_timeout(Some(PATIENCE))?;
+    let mut helper = Command::new("/proc/self/exe")
+        .arg("--root")
+        .arg(root.path())
+        .arg(COMMAND)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()
+        .context(|| "start the unwrap helper")?;
+    let answer = ask(&ours, &secret, volume, key);
+    if answer.is_err() {
+        // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
+        let _ = helper.kill();
+    }
+    let status = helper.wait().context(|| "wait for the unwrap helper")?;
+    match answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))? {
+        Answer::Unwrapped => Dek::from_secret(secret.map()?),
+        Answer::Refused { kind, message } => Err(Error::new(Kind::from_name(&kind), message)),
+    }
+}
+
+fn ask(socket: &UnixStream, secret: &SecretFd, volume: VolumeId, key: &KeyRecord) -> Result<Answer> {
+    let request = Request {
+        volume,
+        provider: key.provider.clone(),
+        key_id: key.wrapped.key_id.clone(),
+        blob: hex::encode(&key.wrapped.blob),
+    };
+    let bytes = serde_json::to_vec(&request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    let fds = [secret.as_fd().as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    let sent = sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    (&mut &*socket).write_all(&bytes[sent..])?;
+    socket.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = Vec::new();
+    socket.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
+    serde_json::from_slice(&answer).map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+}
+
+/// The helper's side: the whole life of the process.
+///
+/// # Errors
+/// Only when the other side could not even be told.
+pub fn help(root: &Root) -> Result<()> {
+    sandbox::harden()?;
+    // SAFETY: the host process made standard input for us, and nobody else in this process uses it.
+    let mut socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };
+    let answer = match receive(&socket).and_then(|(request, secret)| fill(root, request, secret)) {
+        Ok(()) => Answer::Unwrapped,
+        Err(e) => Answer::Refused { kind: e.kind().name().into(), message: e.to_string() },
+    };
+    let bytes = serde_json::to_vec(&answer).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    socket.write_all(&bytes).context(|| "answer the host process")
+}
+
+fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
+    let attempt = || "take a request: this command is started by \"sealblk attach\" alone";
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = nix::cmsg_space!([RawFd; 1]);
+    let mut fds = Vec::new();
+    let first = {
+        let mut data = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(new) = control {
+                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
+                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        message.bytes
+    };
+    bytes.truncate(first);
+    (&mut &*socket).take(MAX_MESSAGE as u64).read_to_end(&mut bytes).context(attempt)?;
+    let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let fd = fds.pop().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
+    Ok((request.map_err(|e| e.context(attempt()))?, SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?))
+}
+
+fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<()> {
+    let context: EncryptionContext = encryption_context(request.volume);
+    let blob = hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    let wrapped = WrappedKey { key_id: request.key_id, blob };
+    let provider = kms::open_provider(root, &request.provider)?;
+    let key = provider.decrypt(&wrapped, &context)?;
+    if key.len() != secret.len() {
+        let message = format!("the wrapped data key has {} bytes instead of {}", key.len(), secret.len());
+        return Err(Error::new(Kind::Corrupt, message));
+    }
+    let mut memory = secret.map()?;
+    memory.as_mut_slice().copy_from_slice(&key);
+    memory.hand_over();
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! `sealblk attach`, `sealblk detach`, and the hidden `sealblk unwrap`.
+
+use super::{Env, output};
+use crate::attach::{self, Endpoint, Options, control, unwrap};
+use crate::crypt::xts::Engine;
+use crate::error::{Error, Kind, Result};
+use clap::Args;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Arguments of `attach`, named as vhost-user back-ends name them.
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  sealblk attach db --socket-path /run/db.sock
+  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+    -chardev socket,id=db,path=/run/db.sock -device vhost-user-blk-pci,chardev=db …
+  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=on,socket=/run/db.sock …")]
+pub struct AttachArgs {
+    /// The volume: its id, a unique beginning of it, or its name.
+    #[arg(required_unless_present = "print_capabilities")]
+    volume: Option<String>,
+
+    /// Listen for VMMs on a socket at this path.
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+
+    /// Use this inherited socket, listening or connected to a VMM.
+    #[arg(long, value_name = "N")]
+    fd: Option<i32>,
+
+    /// Queues that the guest may use, each served by a thread while in use [default: the host's CPUs].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: Option<u16>,
+
+    /// The most entries that a queue may have: a power of two.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
+    queue_size: u16,
+
+    /// Refuse every write.
+    #[arg(long)]
+    read_only: bool,
+
+    /// The disk's serial as the guest sees it, at most 20 bytes [default: the volume's id as EBS writes it].
+    #[arg(long, value_name = "S", value_parser = serial)]
+    serial: Option<String>,
+
+    /// The XTS engine: auto, vaes512 or portable.
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = engine)]
+    xts_engine: Engine,
+
+    /// Print what this back-end can do, as QEMU's vhost-user conventions have it, and exit.
+    #[arg(long)]
+    print_capabilities: bool,
+}
+
+/// Arguments of `detach`.
+#[derive(Args)]
+#[command(after_help = "Example:\n  sealblk detach db")]
+pub struct DetachArgs {
+    /// The volume: its id, a unique beginning of it, or its name.
+    volume: String,
+}
+
+/// Attaches a volume and serves it in the foreground.
+pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
+    if args.print_capabilities {
+        return output::print_json(&json!({"type": "block", "features": ["read-only"]}));
+    }
+    let missing = || Error::new(Kind::Usage, "give a volume and --socket-path PATH or --fd N");
+    let volume = args.volume.as_deref().ok_or_else(missing)?;
+    let endpoint = match (&args.socket_path, args.fd) {
+        (Some(path), _) => Endpoint::Path(path.clone()),
+        (None, Some(fd)) => Endpoint::Fd(fd),
+        (None, None) => return Err(missing()),
+    };
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(64) as u16);
+    let options = Options {
+        endpoint,
+        queues: args.queues.unwrap_or(cpus),
+        queue_size: args.queue_size,
+        read_only: args.read_only,
+        serial: args.serial.clone(),
+        engine: args.xts_engine,
+    };
+    attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
+        if env.json {
+            return output::print_json(&json!({
+                "VolumeId": attached.volume,
+                "State": "attached",
+                "SocketPath": args.socket_path,
+                "Access": attached.how,
+            }));
+        }
+        let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
+        output::print(&format!("{} is attached and listens on {at} ({})\n", attached.volume, attached.how))
+    })
+}
+
+/// Ends the attachment of a volume and waits until it is over.
+pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
+    let catalog = env.catalog();
+    let volume = catalog.resolve(&args.volume)?;
+    control::detach(&catalog, volume)?;
+    if env.json {
+        return output::print_json(&json!({"VolumeId": volume, "State": "detached"}));
+    }
+    output::print(&format!("{volume} is detached\n"))
+}
+
+/// The unwrap helper's whole life.
+pub fn unwrap(env: &Env) -> Result<()> {
+    unwrap::help(&env.root)
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (4..=1024).contains(&size) => Ok(size),
+        _ => Err("a power of two from 4 to 1024".into()),
+    }
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    if text.len() <= 20 && text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Ok(text.into());
+    }
+    Err("at most 20 printable ASCII characters without spaces".into())
+}
+
+fn engine(text: &str) -> Result<Engine, String> {
+    text.parse().map_err(|e: Error| e.to_string())
+}

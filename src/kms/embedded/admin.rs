@@ -1,0 +1,335 @@
+//! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
+
+use super::Embedded;
+use super::blob::{Material, random};
+use super::deletion::Verdict;
+use super::open_log::OpenLog;
+use super::records::{AliasEntry, AliasName, Change, Deletion, KeyEntry, KeyId, VersionEntry};
+use super::store::Now;
+use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
+use crate::kms::{KeyState, KmsError};
+use std::ops::RangeInclusive;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// The waiting window of a deletion, days.
+pub const DELETION_DAYS: RangeInclusive<u32> = 7..=30;
+/// The longest description, characters.
+pub const DESCRIPTION_MAX: usize = 8192;
+
+/// What the KMS tells of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyMetadata {
+    /// Its id.
+    pub id: Uuid,
+    /// Its ARN.
+    pub arn: String,
+    /// Its state now.
+    pub state: KeyState,
+    /// The operator's words.
+    pub description: String,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// When the waiting window of its deletion ends, if it waits: milliseconds since 1970.
+    pub deletion: Option<i64>,
+    /// The aliases that mean it, sorted.
+    pub aliases: Vec<String>,
+}
+
+/// What the KMS tells of an alias.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AliasMetadata {
+    /// The whole name, `alias/` included.
+    pub name: String,
+    /// Its ARN.
+    pub arn: String,
+    /// The id of the key it means.
+    pub key: Uuid,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// When it was last pointed at a key.
+    pub updated: i64,
+}
+
+impl Embedded {
+    /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store if this is
+    /// the first key.
+    pub fn create_key(&self, description: &str, alias: Option<&str>) -> Result<KeyMetadata, KmsError> {
+        if description.chars().count() > DESCRIPTION_MAX {
+            return Err(KmsError::Validation(format!(
+                "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have \
+                 length less than or equal to {DESCRIPTION_MAX}"
+            )));
+        }
+        alias.map_or(Ok(()), check_alias)?;
+        self.store.create_if_absent()?;
+        let id = self.store.write(|log, now| {
+            alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
+            new_key(log, now, description, alias)
+        })?;
+        self.key(&id.to_string())
+    }
+
+    /// DescribeKey, for a key argument of any form.
+    pub fn key(&self, key: &str) -> Result<KeyMetadata, KmsError> {
+        self.store.read(|log| Ok(self.metadata(log, log.state().key(key, &self.place)?)))
+    }
+
+    /// ListKeys, by id. Without a store there are none.
+    pub fn keys(&self) -> Result<Vec<KeyMetadata>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(Vec::new());
+        }
+        self.store.read(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
+    }
+
+    /// EnableKey.
+    pub fn enable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
+        self.change_key(key, |entry, _| {
+            entry.check_alive(&self.place)?;
+            Ok(KeyEntry { enabled: true, ..entry.clone() })
+        })
+    }
+
+    /// DisableKey: no Encrypt or Decrypt that begins after this has answered succeeds.
+    pub fn disable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
+        self.change_key(key, |entry, _| {
+            entry.check_alive(&self.place)?;
+            Ok(KeyEntry { enabled: false, ..entry.clone() })
+        })
+    }
+
+    /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`].
+    pub fn schedule_deletion(&self, key: &str, days: u32) -> Result<KeyMetadata, KmsError> {
+        if !DELETION_DAYS.contains(&days) {
+            return Err(out_of_range(days, "pendingWindowInDays", &DELETION_DAYS));
+        }
+        self.change_key(key, |entry, now| {
+            entry.check_alive(&self.place)?;
+            let deletion = Some(Deletion::ask(days, &now.moment, now.time));
+            Ok(KeyEntry { enabled: false, deletion, ..entry.clone() })
+        })
+    }
+
+    /// CancelKeyDeletion: the key is Disabled afterwards.
+    pub fn cancel_deletion(&self, key: &str) -> Result<KeyMetadata, KmsError> {
+        self.change_key(key, |entry, _| match entry.deletion {
+            Some(_) => Ok(KeyEntry { deletion: None, ..entry.clone() }),
+            None => {
+                let arn = self.place.key_arn(entry.id);
+                Err(KmsError::InvalidState(format!("{arn} is not pending deletion.")))
+            }
+        })
+    }
+
+    /// CreateAlias.
+    pub fn create_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
+        check_alias(name)?;
+        self.store.write(|log, now| {
+            let entry = log.state().key(key, &self.place)?;
+            entry.check_alive(&self.place)?;
+            self.check_alias_is_free(log, name)?;
+            Ok((vec![new_alias(name, entry.id, now)], ()))
+        })
+    }
+
+    /// UpdateAlias: away from a dying key, but not towards one.
+    pub fn update_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
+        check_alias(name)?;
+        self.store.write(|log, now| {
+            let alias = log.state().alias(name, &self.place)?;
+            let entry = log.state().key(key, &self.place)?;
+            entry.check_alive(&self.place)?;
+            let alias = AliasEntry { key: entry.id, updated: now.time, ..alias.clone() };
+            Ok((vec![Change::Alias(alias)], ()))
+        })
+    }
+
+    /// DeleteAlias: the key itself stays as it is.
+    pub fn delete_alias(&self, name: &str) -> Result<(), KmsError> {
+        check_alias(name)?;
+        self.store.write(|log, _| {
+            let name = log.state().alias(name, &self.place)?.name.clone();
+            Ok((vec![Change::AliasDeleted(AliasName { name })], ()))
+        })
+    }
+
+    /// ListAliases, by name. Without a store there are none.
+    pub fn aliases(&self) -> Result<Vec<AliasMetadata>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(Vec::new());
+        }
+        let metadata = |alias: &AliasEntry| AliasMetadata {
+            name: alias.name.clone(),
+            arn: self.place.alias_arn(&alias.name),
+            key: alias.key,
+            created: alias.created,
+            updated: alias.updated,
+        };
+        self.store.read(|log| Ok(log.state().aliases().map(metadata).collect()))
+    }
+
+    /// Deletes the keys whose waiting window is over, material included, as far as the clocks can be believed.
+    ///
+    /// Called whenever the KMS is opened; a process that keeps it open calls it now and then.
+    pub fn purge(&self) -> Result<(), KmsError> {
+        if !self.store.exists()? {
+            return Ok(());
+        }
+        let now = self.store.now();
+        let due = self.store.read(|log| Ok(log.wants_rewriting() || !due_changes(log, &now).is_empty()))?;
+        if !due {
+            return Ok(());
+        }
+        self.store.write(|log, now| {
+            let changes = due_changes(log, &now.moment);
+            for change in &changes {
+                if let Change::KeyDeleted(key) = change {
+                    log::warn!("deleting KMS key {}: its waiting window is over", self.place.key_arn(key.id));
+                }
+            }
+            Ok((changes, ()))
+        })
+    }
+
+    /// Makes the default key and its alias if nobody has, one for all who try at once.
+    pub(super) fn ensure_default_key(&self) -> Result<(), KmsError> {
+        self.store.create_if_absent()?;
+        if self.store.read(|log| Ok(log.state().has_alias(DEFAULT_KEY_ALIAS)))? {
+            return Ok(());
+        }
+        self.store.write(|log, now| {
+            if log.state().has_alias(DEFAULT_KEY_ALIAS) {
+                return Ok((Vec::new(), ()));
+            }
+            let description = "Default key that protects volumes when no other key is named";
+            let (changes, _) = new_key(log, now, description, Some(DEFAULT_KEY_ALIAS))?;
+            Ok((changes, ()))
+        })
+    }
+
+    fn change_key(
+        &self,
+        key: &str,
+        f: impl FnOnce(&KeyEntry, &Now) -> Result<KeyEntry, KmsError>,
+    ) -> Result<KeyMetadata, KmsError> {
+        self.store.write(|log, now| {
+            let before = log.state().key(key, &self.place)?;
+            let after = f(before, now)?;
+            let metadata = self.metadata(log, &after);
+            let changes = if after == *before { Vec::new() } else { vec![Change::Key(after)] };
+            Ok((changes, metadata))
+        })
+    }
+
+    fn metadata(&self, log: &OpenLog, key: &KeyEntry) -> KeyMetadata {
+        KeyMetadata {
+            id: key.id,
+            arn: self.place.key_arn(key.id),
+            state: key.state(),
+            description: key.description.clone(),
+            created: key.created,
+            deletion: key.deletion.as_ref().map(|d| d.at),
+            aliases: log.state().aliases_of(key.id).map(|a| a.name.clone()).collect(),
+        }
+    }
+
+    fn check_alias_is_free(&self, log: &OpenLog, name: &str) -> Result<(), KmsError> {
+        if !log.state().has_alias(name) {
+            return Ok(());
+        }
+        let arn = self.place.alias_arn(name);
+        Err(KmsError::AlreadyExists(format!("An alias with the name {arn} already exists")))
+    }
+}
+
+/// A new key with one version, and an alias for it.
+fn new_key(
+    log: &OpenLog,
+    now: &Now,
+    description: &str,
+    alias: Option<&str>,
+) -> Result<(Vec<Change>, Uuid), KmsError> {
+    let (id, version) = (Uuid::new_v4(), Uuid::new_v4());
+    let mut material = Material(Zeroizing::new([0; 32]));
+    random(&mut material.0[..])?;
+    let sealed = log.keys().seal(id, version, &material)?;
+    let mut changes = vec![Change::Key(KeyEntry {
+        id,
+        created: now.time,
+        description: description.to_owned(),
+        enabled: true,
+        deletion: None,
+        versions: vec![VersionEntry { id: version, created: now.time, sealed }],
+    })];
+    changes.extend(alias.map(|name| new_alias(name, id, now)));
+    Ok((changes, id))
+}
+
+fn new_alias(name: &str, key: Uuid, now: &Now) -> Change {
+    Change::Alias(AliasEntry { name: name.to_owned(), key, created: now.time, updated: now.time })
+}
+
+/// What the passing of time asks for.
+fn due_changes(log: &OpenLog, now: &super::clock::Moment) -> Vec<Change> {
+    let mut changes = Vec::new();
+    for key in log.state().keys() {
+        let Some(deletion) = &key.deletion else { continue };
+        let seen = match deletion.judge(now) {
+            Verdict::Wait => continue,
+            Verdict::Delete => {
+                let names = log.state().aliases_of(key.id).map(|a| AliasName { name: a.name.clone() });
+                changes.extend(names.map(Change::AliasDeleted));
+                changes.push(Change::KeyDeleted(KeyId { id: key.id }));
+                continue;
+            }
+            Verdict::Saw => Some(now.clone()),
+            Verdict::Unsaw => None,
+        };
+        let deletion = Some(Deletion { seen, ..deletion.clone() });
+        changes.push(Change::Key(KeyEntry { deletion, ..key.clone() }));
+    }
+    changes
+}
+
+/// Whether users may make, move or delete an alias of this name.
+fn check_alias(name: &str) -> Result<(), KmsError> {
+    let constraint = |what: &str| {
+        Err(KmsError::Validation(format!(
+            "1 validation error detected: Value '{name}' at 'aliasName' failed to satisfy constraint: Member must {what}"
+        )))
+    };
+    if !name.starts_with(ALIAS_PREFIX) {
+        return Err(KmsError::Validation(
+            "Alias must start with the prefix \"alias/\". Please see \
+             https://docs.aws.amazon.com/kms/latest/developerguide/kms-alias.html"
+                .into(),
+        ));
+    }
+    if name.len() > ALIAS_MAX {
+        return constraint(&format!("have length less than or equal to {ALIAS_MAX}"));
+    }
+    if !is_alias(name) {
+        return constraint("satisfy regular expression pattern: ^alias/[a-zA-Z0-9:/_-]+$");
+    }
+    if name.starts_with(RESERVED_ALIAS_PREFIX) {
+        return Err(KmsError::Validation(format!(
+            "{name} is reserved: aliases that begin with \"{RESERVED_ALIAS_PREFIX}\" are the KMS's own"
+        )));
+    }
+    Ok(())
+}
+
+/// ValidationException for a number outside its range.
+pub(super) fn out_of_range<T: PartialOrd + std::fmt::Display>(
+    value: T,
+    field: &str,
+    range: &RangeInclusive<T>,
+) -> KmsError {
+    let (relation, bound) =
+        if value < *range.start() { ("greater", range.start()) } else { ("less", range.end()) };
+    KmsError::Validation(format!(
+        "1 validation error detected: Value '{value}' at '{field}' failed to satisfy constraint: Member must have \
+         value {relation} than or equal to {bound}"
+    ))
+}

@@ -1,0 +1,140 @@
+//! What is derived from a store's root key, and what it protects: the log's MACs and the material of keys.
+//!
+//! Pure. Where the root key comes from is `root_key`'s matter.
+
+use super::blob::{Material, random};
+use crate::kms::KmsError;
+use aes_gcm::aead::AeadInOut;
+use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
+use hkdf::Hkdf;
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+use subtle::ConstantTimeEq;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// A store's root key.
+pub struct RootKey(pub Zeroizing<[u8; 32]>);
+
+/// Key material as it lies in the log: IV (12 bytes), ciphertext (32), tag (16).
+pub const SEALED_LEN: usize = 60;
+
+/// The keys of one store. HKDF's label `sealblk kms audit key` is reserved for the audit's MACs.
+pub struct StoreKeys {
+    store: Uuid,
+    sealing: Zeroizing<[u8; 32]>,
+    mac: Zeroizing<[u8; 32]>,
+}
+
+impl StoreKeys {
+    /// HKDF-SHA-256 of the root key, with the store's id as salt.
+    pub fn derive(root: &RootKey, store: Uuid) -> Self {
+        let hkdf = Hkdf::<Sha256>::new(Some(store.as_bytes()), &root.0[..]);
+        let expand = |label: &[u8]| {
+            let mut key = Zeroizing::new([0; 32]);
+            hkdf.expand(label, &mut key[..]).expect("32 bytes are one block of HKDF");
+            key
+        };
+        StoreKeys {
+            store,
+            sealing: expand(b"sealblk kms store key"),
+            mac: expand(b"sealblk kms log mac key"),
+        }
+    }
+
+    /// HMAC-SHA-256 of `label`, a zero byte and the parts. Only the last part may vary in length for one label.
+    pub fn mac(&self, label: &str, parts: &[&[u8]]) -> [u8; 32] {
+        let mut mac =
+            <Hmac<Sha256> as KeyInit>::new_from_slice(&self.mac[..]).expect("HMAC takes a key of any length");
+        mac.update(label.as_bytes());
+        mac.update(&[0]);
+        for part in parts {
+            mac.update(part);
+        }
+        mac.finalize().into_bytes().into()
+    }
+
+    /// Seals the material of a key's version under the store key.
+    pub fn seal(&self, key: Uuid, version: Uuid, material: &Material) -> Result<[u8; SEALED_LEN], KmsError> {
+        let mut sealed = [0; SEALED_LEN];
+        let (iv, rest) = sealed.split_at_mut(12);
+        let (text, tag) = rest.split_at_mut(32);
+        random(iv)?;
+        text.copy_from_slice(&material.0[..]);
+        let made = self
+            .cipher()
+            .encrypt_inout_detached(&nonce(iv), &self.aad(key, version), text.into())
+            .map_err(|_| KmsError::Internal("AES-GCM refused 32 bytes".into()))?;
+        tag.copy_from_slice(&made);
+        Ok(sealed)
+    }
+
+    /// Opens what `seal` made; Corrupt if it is not what was sealed for this store, key and version.
+    pub fn open(&self, key: Uuid, version: Uuid, sealed: &[u8; SEALED_LEN]) -> Result<Material, KmsError> {
+        let (iv, rest) = sealed.split_at(12);
+        let (text, tag) = rest.split_at(32);
+        let mut material = Material(Zeroizing::new([0; 32]));
+        material.0.copy_from_slice(text);
+        let tag = Tag::try_from(tag).expect("the slice has 16 bytes");
+        self.cipher()
+            .decrypt_inout_detached(
+                &nonce(iv),
+                &self.aad(key, version),
+                material.0.as_mut_slice().into(),
+                &tag,
+            )
+            .map_err(|_| {
+                KmsError::Corrupt(format!("the material of version {version} of KMS key {key} does not open"))
+            })?;
+        Ok(material)
+    }
+
+    fn cipher(&self) -> Aes256Gcm {
+        Aes256Gcm::new_from_slice(&self.sealing[..]).expect("the key has 32 bytes")
+    }
+
+    fn aad(&self, key: Uuid, version: Uuid) -> [u8; 48] {
+        let mut aad = [0; 48];
+        aad[..16].copy_from_slice(self.store.as_bytes());
+        aad[16..32].copy_from_slice(key.as_bytes());
+        aad[32..].copy_from_slice(version.as_bytes());
+        aad
+    }
+}
+
+fn nonce(iv: &[u8]) -> Nonce<aes_gcm::aead::consts::U12> {
+    Nonce::try_from(iv).expect("the slice has 12 bytes")
+}
+
+/// Compares MACs in constant time.
+pub fn same(a: &[u8], b: &[u8]) -> bool {
+    a.ct_eq(b).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(root: u8, store: u128) -> StoreKeys {
+        StoreKeys::derive(&RootKey(Zeroizing::new([root; 32])), Uuid::from_u128(store))
+    }
+
+    #[test]
+    fn material_opens_only_where_it_was_sealed() {
+        let (key, version) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let sealed = keys(1, 1).seal(key, version, &Material(Zeroizing::new([5; 32]))).unwrap();
+        assert_eq!(*keys(1, 1).open(key, version, &sealed).unwrap().0, [5; 32]);
+        let refused = |keys: StoreKeys, key, version, sealed: &[u8; SEALED_LEN]| {
+            assert!(matches!(keys.open(key, version, sealed), Err(KmsError::Corrupt(_))));
+        };
+        refused(keys(2, 1), key, version, &sealed);
+        refused(keys(1, 2), key, version, &sealed);
+        refused(keys(1, 1), version, version, &sealed);
+        refused(keys(1, 1), key, key, &sealed);
+        for at in 0..SEALED_LEN {
+            let mut changed = sealed;
+            changed[at] ^= 1;
+            refused(keys(1, 1), key, version, &changed);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! What the log's records say: the JSON of a record's body.
+//!
+//! Pure. A body is a transaction: a time and the changes made at once. Each change states the whole new value of
+//! one thing, so that replaying is an upsert and a compacted log is the list of what lives. New kinds of things
+//! (grants, principals, policies) are new kinds of changes; a version that does not know one refuses the log.
+
+use super::clock::Moment;
+use super::keys::SEALED_LEN;
+use crate::kms::KmsError;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// One record's body.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Transaction {
+    /// Milliseconds since 1970; never less than in the record before.
+    pub time: i64,
+    /// What changed, in order.
+    pub changes: Vec<Change>,
+}
+
+/// The new value, or the end, of one thing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Change {
+    /// A key is now as stated.
+    Key(KeyEntry),
+    /// A key and its material are gone; the log is rewritten without them.
+    KeyDeleted(KeyId),
+    /// An alias is now as stated.
+    Alias(AliasEntry),
+    /// An alias is gone.
+    AliasDeleted(AliasName),
+}
+
+/// A KMS key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyEntry {
+    /// Its id, random.
+    pub id: Uuid,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// The operator's words, at most 8192 characters.
+    pub description: String,
+    /// Whether it is switched on; for a key that waits for deletion, false.
+    pub enabled: bool,
+    /// There while it waits for deletion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion: Option<Deletion>,
+    /// Its versions, oldest first; the last one encrypts. Never empty.
+    pub versions: Vec<VersionEntry>,
+}
+
+/// One version of a key's material.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VersionEntry {
+    /// Its id, random, named in each blob.
+    pub id: Uuid,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// The material, sealed under the store key; base64.
+    #[serde(with = "sealed")]
+    pub sealed: [u8; SEALED_LEN],
+}
+
+/// A deletion that was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deletion {
+    /// The waiting window, 7..=30.
+    pub days: u32,
+    /// When it ends: milliseconds since 1970.
+    pub at: i64,
+    /// When it was asked for.
+    pub asked: Moment,
+    /// When the end was first seen to have passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<Moment>,
+}
+
+/// A name for a key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AliasEntry {
+    /// The whole name, `alias/` included.
+    pub name: String,
+    /// The key it means.
+    pub key: Uuid,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// When it was last pointed at a key.
+    pub updated: i64,
+}
+
+/// Names a key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyId {
+    /// Its id.
+    pub id: Uuid,
+}
+
+/// Names an alias.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AliasName {
+    /// The whole name.
+    pub name: String,
+}
+
+impl Transaction {
+    /// The body's bytes.
+    pub fn encode(&self) -> Result<Vec<u8>, KmsError> {
+        serde_json::to_vec(self)
+            .map_err(|e| KmsError::Internal(format!("write a record of the KMS store: {e}")))
+    }
+
+    /// Parses the body of record `seq`, whose MAC was right: what cannot be read was therefore written by
+    /// another version of sealblk.
+    pub fn decode(seq: u64, body: &[u8]) -> Result<Self, KmsError> {
+        let newer = |why: &str| {
+            KmsError::Corrupt(format!(
+                "record {seq} of the KMS store was made by a newer version of sealblk ({why}); use that version"
+            ))
+        };
+        let transaction: Transaction = serde_json::from_slice(body).map_err(|e| newer(&e.to_string()))?;
+        let empty = |c: &Change| matches!(c, Change::Key(key) if key.versions.is_empty());
+        if transaction.changes.iter().any(empty) {
+            return Err(newer("a key without material"));
+        }
+        Ok(transaction)
+    }
+}
+
+mod sealed {
+    use super::SEALED_LEN;
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8; SEALED_LEN], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<[u8; SEALED_LEN], D::Error> {
+        let text = String::deserialize(d)?;
+        let bytes = STANDARD.decode(text).map_err(D::Error::custom)?;
+        bytes.try_into().map_err(|_| D::Error::custom("sealed material has another length"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_changes_and_fields_come_from_a_newer_version() {
+        let newer = |body: &str| {
+            let error = Transaction::decode(7, body.as_bytes()).unwrap_err().to_string();
+            assert!(error.starts_with("record 7 ") && error.contains("newer version"), "{error}");
+        };
+        newer(r#"{"time":1,"changes":[{"type":"grant","id":"x"}]}"#);
+        newer(r#"{"time":1,"changes":[{"type":"alias-deleted","name":"alias/x","by":"y"}]}"#);
+        newer(r#"{"time":1,"changes":[],"audit":1}"#);
+        newer(
+            r#"{"time":1,"changes":[{"type":"key","id":"00000000-0000-0000-0000-000000000001","created":1,"description":"","enabled":true,"versions":[]}]}"#,
+        );
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let moment = Moment { wall: 5, boot: Some(Uuid::from_u128(9)), up: 3 };
+        let key = KeyEntry {
+            id: Uuid::from_u128(1),
+            created: 4,
+            description: "ä".into(),
+            enabled: false,
+            deletion: Some(Deletion { days: 7, at: 6, asked: moment.clone(), seen: Some(moment) }),
+            versions: vec![VersionEntry { id: Uuid::from_u128(2), created: 4, sealed: [8; SEALED_LEN] }],
+        };
+        let alias = AliasEntry { name: "alias/x".into(), key: key.id, created: 1, updated: 2 };
+        let changes = vec![
+            Change::Alias(alias),
+            Change::AliasDeleted(AliasName { name: "alias/x".into() }),
+            Change::KeyDeleted(KeyId { id: key.id }),
+            Change::Key(key),
+        ];
+        let transaction = Transaction { time: 9, changes };
+        assert_eq!(Transaction::decode(1, &transaction.encode().unwrap()), Ok(transaction));
+    }
+}

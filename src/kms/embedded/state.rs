@@ -1,0 +1,128 @@
+//! What a store holds, as the log's records add up: keys, aliases and the time they were written at.
+//!
+//! Pure. It answers lookups and state questions in AWS's words and does not know how changes become durable.
+
+use super::records::{AliasEntry, Change, KeyEntry, Transaction};
+use crate::kms::key_ref::{KeyName, Locality};
+use crate::kms::{KeyState, KmsError};
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// The sum of a log's records.
+#[derive(Debug, Default)]
+pub struct State {
+    keys: BTreeMap<Uuid, KeyEntry>,
+    aliases: BTreeMap<String, AliasEntry>,
+    time: i64,
+    holds_deleted: bool,
+}
+
+impl State {
+    /// Adds one record.
+    pub fn apply(&mut self, transaction: Transaction) {
+        self.time = self.time.max(transaction.time);
+        for change in transaction.changes {
+            match change {
+                Change::Key(key) => drop(self.keys.insert(key.id, key)),
+                Change::KeyDeleted(key) => {
+                    self.keys.remove(&key.id);
+                    self.holds_deleted = true;
+                }
+                Change::Alias(alias) => drop(self.aliases.insert(alias.name.clone(), alias)),
+                Change::AliasDeleted(alias) => drop(self.aliases.remove(&alias.name)),
+            }
+        }
+    }
+
+    /// The changes that lead from nothing to here.
+    pub fn live(&self) -> Vec<Change> {
+        let keys = self.keys.values().cloned().map(Change::Key);
+        keys.chain(self.aliases.values().cloned().map(Change::Alias)).collect()
+    }
+
+    /// The number of things that live.
+    pub fn len(&self) -> usize {
+        self.keys.len() + self.aliases.len()
+    }
+
+    /// The highest time of any record: milliseconds since 1970.
+    pub fn time(&self) -> i64 {
+        self.time
+    }
+
+    /// Whether the log still holds the material of a key that was deleted.
+    pub fn holds_deleted(&self) -> bool {
+        self.holds_deleted
+    }
+
+    /// All keys, by id.
+    pub fn keys(&self) -> impl Iterator<Item = &KeyEntry> {
+        self.keys.values()
+    }
+
+    /// All aliases, by name.
+    pub fn aliases(&self) -> impl Iterator<Item = &AliasEntry> {
+        self.aliases.values()
+    }
+
+    /// The names that mean `key`.
+    pub fn aliases_of(&self, key: Uuid) -> impl Iterator<Item = &AliasEntry> {
+        self.aliases().filter(move |alias| alias.key == key)
+    }
+
+    /// The alias `name`; NotFound if there is none.
+    pub fn alias(&self, name: &str, place: &Locality) -> Result<&AliasEntry, KmsError> {
+        let not_found = || KmsError::NotFound(format!("Alias {} is not found.", place.alias_arn(name)));
+        self.aliases.get(name).ok_or_else(not_found)
+    }
+
+    /// Whether `name` is taken.
+    pub fn has_alias(&self, name: &str) -> bool {
+        self.aliases.contains_key(name)
+    }
+
+    /// The key with this id, if it lives.
+    pub fn key_by_id(&self, id: Uuid) -> Option<&KeyEntry> {
+        self.keys.get(&id)
+    }
+
+    /// The key that a key argument means; NotFound if there is none.
+    pub fn key(&self, text: &str, place: &Locality) -> Result<&KeyEntry, KmsError> {
+        let id = match place.parse(text)? {
+            KeyName::Id(id) => id,
+            KeyName::Alias(name) => self.alias(&name, place)?.key,
+        };
+        let not_found = || KmsError::NotFound(format!("Key '{}' does not exist", place.key_arn(id)));
+        self.key_by_id(id).ok_or_else(not_found)
+    }
+}
+
+impl KeyEntry {
+    /// The state that AWS would name.
+    pub fn state(&self) -> KeyState {
+        match (&self.deletion, self.enabled) {
+            (Some(_), _) => KeyState::PendingDeletion,
+            (None, true) => KeyState::Enabled,
+            (None, false) => KeyState::Disabled,
+        }
+    }
+
+    /// Fails unless the key may encrypt and decrypt.
+    pub fn check_usable(&self, place: &Locality) -> Result<(), KmsError> {
+        match self.state() {
+            KeyState::Disabled => Err(KmsError::Disabled(format!("{} is disabled.", place.key_arn(self.id)))),
+            _ => self.check_alive(place),
+        }
+    }
+
+    /// Fails if the key waits for deletion.
+    pub fn check_alive(&self, place: &Locality) -> Result<(), KmsError> {
+        match self.deletion {
+            None => Ok(()),
+            Some(_) => {
+                let message = format!("{} is pending deletion.", place.key_arn(self.id));
+                Err(KmsError::PendingDeletion(message))
+            }
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The store's folder: who may read or change it when, and what makes a change durable.
+//!
+//! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md argues each
+//! crash point.
+
+use super::clock::{Clock, Moment};
+use super::lock::Lock;
+use super::log::{Header, Position};
+use super::open_log::OpenLog;
+use super::plain::failed;
+use super::records::{Change, Transaction};
+use super::root_key;
+use crate::kms::KmsError;
+use crate::root::{create_dir_durable, replace_file, sync_dir};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+
+/// The store of one embedded KMS; any number of processes may have it open.
+pub struct Store {
+    dir: PathBuf,
+    config: PathBuf,
+    clock: Box<dyn Clock>,
+    /// The log as it was last read, so that only what was appended since must be read.
+    cached: Mutex<Option<OpenLog>>,
+}
+
+/// When a change is made.
+pub struct Now {
+    /// By the machine's clocks.
+    pub moment: Moment,
+    /// The time of its record, milliseconds since 1970: never before the record that precedes it.
+    pub time: i64,
+}
+
+impl Store {
+    /// The store in the folder `dir`, with root key and anchor in `config`. Touches nothing yet.
+    pub fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
+        Store { dir, config, clock, cached: Mutex::new(None) }
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether there is a store in the folder.
+    pub fn exists(&self) -> Result<bool, KmsError> {
+        let path = self.log_path();
+        path.try_exists().map_err(|e| failed("look for the KMS store", &path, &e))
+    }
+
+    /// The moment by the store's clock.
+    pub fn now(&self) -> Moment {
+        self.clock.now()
+    }
+
+    /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
+    pub fn read<T>(&self, f: impl FnOnce(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
+        let mut cached = self.cached();
+        let _lock = Lock::shared(&self.lock_path())?.ok_or_else(|| self.absent())?;
+        f(self.refresh(&mut cached)?.0)
+    }
+
+    /// Changes the store: `f` sees its state, while nobody else uses it, and answers what changes. Durable when this
+    /// returns. After an error nothing has changed, or the change was made and could not be answered.
+    pub fn write<T>(
+        &self,
+        f: impl FnOnce(&OpenLog, &Now) -> Result<(Vec<Change>, T), KmsError>,
+    ) -> Result<T, KmsError> {
+        let mut cached = self.cached();
+        if !self.exists()? {
+            return Err(self.absent());
+        }
+        let _lock = Lock::exclusive(&self.lock_path())?;
+        let (log, ahead) = self.refresh(&mut cached)?;
+        log.cut_torn_end()?;
+        if ahead {
+            log.anchor(&self.config)?;
+        }
+        let moment = self.clock.now();
+        let now = Now { time: moment.wall.max(log.state().time()), moment };
+        let (changes, answer) = f(log, &now)?;
+        let outcome = if changes.is_empty() {
+            Ok(())
+        } else {
+            log.append(Transaction { time: now.time, changes }).and_then(|()| log.anchor(&self.config))
+        };
+        if log.wants_rewriting()
+            && outcome.is_ok()
+            && let Err(e) = self.rewrite(&mut cached)
+        {
+            log::warn!("the KMS store could not be compacted, the next change will try again: {e}");
+        }
+        if outcome.is_err() {
+            *cached = None;
+        }
+        outcome.map(|()| answer)
+    }
+
+    /// Makes the store, with a new root key, if there is none.
+    pub fn create_if_absent(&self) -> Result<(), KmsError> {
+        if self.exists()? {
+            return Ok(());
+        }
+        create_dir_durable(&self.dir).map_err(internal)?;
+        let _lock = Lock::exclusive(&self.lock_path())?;
+        if self.exists()? {
+            return Ok(());
+        }
+        let header = Header { store: Uuid::new_v4(), base: Position { seq: 0, chain: [0; 32] } };
+        // The root key first: a root key without a store is litter, a store without its root key is lost.
+        let root = root_key::create(&self.config, header.store)?;
+        replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)).map_err(internal)?;
+        log::info!(
+            "made a KMS store in {}; back up its root key {}",
+            self.dir.display(),
+            root_key::path(&self.config, header.store).display()
+        );
+        Ok(())
+    }
+
+    /// The log, up to date and checked against the anchor, and whether it is ahead of the anchor.
+    fn refresh<'a>(&self, cached: &'a mut Option<OpenLog>) -> Result<(&'a mut OpenLog, bool), KmsError> {
+        let log = match cached.take() {
+            Some(mut log) if log.is_current() => {
+                log.catch_up()?;
+                log
+            }
+            _ => OpenLog::load(&self.log_path(), &self.config)?.ok_or_else(|| self.absent())?,
+        };
+        let ahead = log.is_ahead_of_anchor(&self.config)?;
+        if ahead {
+            // Written by somebody who was killed before it was durable. Nothing may build on what a power cut
+            // could take back: a data key wrapped under a key that then never existed.
+            log.sync()?;
+            sync_dir(&self.dir).map_err(internal)?;
+        }
+        Ok((cached.insert(log), ahead))
+    }
+
+    /// Replaces the log by one with only what lives. Needs the exclusive lock.
+    fn rewrite(&self, cached: &mut Option<OpenLog>) -> Result<(), KmsError> {
+        let bytes = cached.take().ok_or_else(|| self.absent())?.rewritten()?;
+        self.remove_leftovers()?;
+        replace_file(&self.log_path(), &bytes).map_err(internal)?;
+        self.refresh(cached)?.0.anchor(&self.config)
+    }
+
+    /// Removes what a rewriting that was killed has left, since it may hold material that is to be deleted.
+    fn remove_leftovers(&self) -> Result<(), KmsError> {
+        let fail = |e: std::io::Error| failed("tidy", &self.dir, &e);
+        for entry in std::fs::read_dir(&self.dir).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            if path.extension().is_some_and(|e| e == "tmp") {
+                std::fs::remove_file(&path).map_err(|e| failed("remove", &path, &e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cached(&self) -> MutexGuard<'_, Option<OpenLog>> {
+        self.cached.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+            // A thread panicked half-way: what it has read is not to be trusted, the file is.
+            let mut guard = poisoned.into_inner();
+            *guard = None;
+            guard
+        })
+    }
+
+    fn absent(&self) -> KmsError {
+        KmsError::NotFound(format!(
+            "there is no KMS store in {}: the first key makes one; if there was one, restore the folder from a backup",
+            self.dir.display()
+        ))
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    fn lock_path(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+}
+
+fn internal(e: crate::Error) -> KmsError {
+    KmsError::Internal(e.to_string())
+}

@@ -1,0 +1,253 @@
+//! How people name KMS keys: ids, ARNs, aliases, and which provider is meant.
+//!
+//! Pure: it parses names and makes names, it does not know which keys exist.
+
+use super::KmsError;
+use std::fmt;
+use uuid::Uuid;
+
+/// The longest alias name, `alias/` included.
+pub const ALIAS_MAX: usize = 256;
+
+/// What every alias name begins with.
+pub const ALIAS_PREFIX: &str = "alias/";
+
+/// What the alias names begin with that the KMS keeps for itself.
+pub const RESERVED_ALIAS_PREFIX: &str = "alias/aws/";
+
+/// The alias of the default key.
+pub const DEFAULT_KEY_ALIAS: &str = "alias/aws/ebs";
+
+/// The region and account in the ARNs of the embedded KMS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locality {
+    /// The region, `us-east-1` by default.
+    pub region: String,
+    /// The twelve-digit account, `000000000000` by default.
+    pub account: String,
+}
+
+impl Default for Locality {
+    fn default() -> Self {
+        Locality { region: "us-east-1".into(), account: "000000000000".into() }
+    }
+}
+
+/// One key or alias of a KMS at a known [`Locality`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyName {
+    /// A key by its id.
+    Id(Uuid),
+    /// An alias by its whole name, `alias/` included.
+    Alias(String),
+}
+
+impl Locality {
+    /// `arn:aws:kms:<region>:<account>:key/<id>`.
+    pub fn key_arn(&self, id: Uuid) -> String {
+        format!("arn:aws:kms:{}:{}:key/{id}", self.region, self.account)
+    }
+
+    /// `arn:aws:kms:<region>:<account>:<name>`, for a name that begins with `alias/`.
+    pub fn alias_arn(&self, name: &str) -> String {
+        format!("arn:aws:kms:{}:{}:{name}", self.region, self.account)
+    }
+
+    /// Parses a key argument: an id, a key ARN, an alias name or an alias ARN of this place.
+    ///
+    /// Fails with NotFound, in AWS's words, for what is malformed or lies elsewhere.
+    pub fn parse(&self, text: &str) -> Result<KeyName, KmsError> {
+        let resource = match Arn::split(text) {
+            None => return key_name(text, false).ok_or_else(|| invalid(text)),
+            Some(arn) if arn.region != self.region => {
+                return Err(KmsError::NotFound(format!("Invalid arn {}", arn.region)));
+            }
+            Some(arn) => {
+                let name = key_name(arn.resource, true).ok_or_else(|| invalid(text))?;
+                if arn.account == self.account {
+                    return Ok(name);
+                }
+                name
+            }
+        };
+        Err(match resource {
+            KeyName::Id(_) => KmsError::NotFound(format!("Key '{text}' does not exist")),
+            KeyName::Alias(_) => KmsError::NotFound(format!("Alias {text} is not found.")),
+        })
+    }
+}
+
+fn invalid(text: &str) -> KmsError {
+    KmsError::NotFound(format!("Invalid keyId '{text}'"))
+}
+
+/// An id or alias; in an ARN an id stands behind `key/`.
+fn key_name(text: &str, in_arn: bool) -> Option<KeyName> {
+    if is_alias(text) {
+        return Some(KeyName::Alias(text.to_owned()));
+    }
+    let id = if in_arn { text.strip_prefix("key/")? } else { text };
+    parse_id(id).map(KeyName::Id)
+}
+
+/// A key id in its one spelling: lower-case, hyphenated. Others would be two names for one key.
+fn parse_id(text: &str) -> Option<Uuid> {
+    let id = Uuid::try_parse(text).ok()?;
+    (id.to_string() == text).then_some(id)
+}
+
+/// Whether `name` is `alias/` and at least one of `[a-zA-Z0-9:/_-]`, at most [`ALIAS_MAX`] in all.
+pub fn is_alias(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b":/_-".contains(&b);
+    name.len() <= ALIAS_MAX
+        && name.strip_prefix(ALIAS_PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
+}
+
+/// An ARN of a KMS, cut into its parts. The resource may hold colons.
+struct Arn<'a> {
+    region: &'a str,
+    account: &'a str,
+    resource: &'a str,
+}
+
+impl<'a> Arn<'a> {
+    /// `None` if `text` is not an ARN of the service `kms`.
+    fn split(text: &'a str) -> Option<Self> {
+        let mut parts = text.splitn(6, ':');
+        let arn = parts.next()?;
+        let (partition, service) = (parts.next()?, parts.next()?);
+        let (region, account, resource) = (parts.next()?, parts.next()?, parts.next()?);
+        let of_kms = arn == "arn" && partition.starts_with("aws") && service == "kms";
+        of_kms.then_some(Arn { region, account, resource })
+    }
+}
+
+/// Which provider a key reference means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProviderName {
+    /// The KMS in the store's own folder.
+    Embedded,
+    /// AWS KMS.
+    Aws,
+}
+
+impl ProviderName {
+    /// The name in volume metadata and before the colon of a reference.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ProviderName::Embedded => "embedded",
+            ProviderName::Aws => "aws",
+        }
+    }
+}
+
+/// What `--key` says: a provider, and a key in that provider's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyRef {
+    /// Whose key it is.
+    pub provider: ProviderName,
+    /// The `key` argument for that provider.
+    pub key: String,
+}
+
+impl KeyRef {
+    /// Parses `[embedded:]KEY`, `aws:KEY` or an ARN, where the embedded KMS is at `here`.
+    ///
+    /// An ARN with another region or account than `here` means AWS. For the embedded KMS the key's form is
+    /// checked; AWS checks its own. Fails with NotFound or Validation.
+    pub fn parse(text: &str, here: &Locality) -> Result<Self, KmsError> {
+        if let Some(key) = text.strip_prefix("aws:") {
+            return KeyRef::aws(key);
+        }
+        let (key, prefixed) = match text.strip_prefix("embedded:") {
+            Some(key) => (key, true),
+            None => (text, false),
+        };
+        match Arn::split(key) {
+            Some(arn) if !prefixed && (arn.region != here.region || arn.account != here.account) => {
+                KeyRef::aws(key)
+            }
+            _ => {
+                here.parse(key)?;
+                Ok(KeyRef { provider: ProviderName::Embedded, key: key.to_owned() })
+            }
+        }
+    }
+
+    fn aws(key: &str) -> Result<Self, KmsError> {
+        if key.is_empty() || key.len() > 2048 || !key.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(KmsError::Validation(
+                "\"aws:\" must be followed by a key id, a key ARN, an alias name or an alias ARN".into(),
+            ));
+        }
+        Ok(KeyRef { provider: ProviderName::Aws, key: key.to_owned() })
+    }
+}
+
+impl fmt::Display for KeyRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.provider.as_str(), self.key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "1234abcd-12ab-44cd-92ef-1234567890ab";
+
+    fn parse(text: &str) -> Result<KeyRef, KmsError> {
+        KeyRef::parse(text, &Locality::default())
+    }
+
+    #[test]
+    fn references_without_a_prefix_mean_the_embedded_kms() {
+        let arn = format!("arn:aws:kms:us-east-1:000000000000:key/{ID}");
+        let alias_arn = "arn:aws:kms:us-east-1:000000000000:alias/a:b";
+        for text in [ID, &arn, "alias/team/disks", alias_arn] {
+            let bare = parse(text).unwrap();
+            assert_eq!(bare, KeyRef { provider: ProviderName::Embedded, key: text.into() });
+            assert_eq!(parse(&format!("embedded:{text}")).unwrap(), bare);
+            assert_eq!(parse(&bare.to_string()).unwrap(), bare);
+        }
+    }
+
+    #[test]
+    fn foreign_arns_and_the_prefix_mean_aws() {
+        for text in [
+            format!("arn:aws:kms:eu-west-1:000000000000:key/{ID}"),
+            format!("arn:aws:kms:us-east-1:111122223333:key/mrk-{ID}"),
+            "arn:aws-cn:kms:cn-north-1:111122223333:alias/x".into(),
+        ] {
+            let reference = parse(&text).unwrap();
+            assert_eq!((reference.provider, reference.key.as_str()), (ProviderName::Aws, text.as_str()));
+            assert_eq!(parse(&reference.to_string()).unwrap(), reference);
+        }
+        assert_eq!(parse("aws:alias/x").unwrap().provider, ProviderName::Aws);
+        assert!(matches!(parse("aws:"), Err(KmsError::Validation(_))));
+        assert!(matches!(parse("aws:a b"), Err(KmsError::Validation(_))));
+    }
+
+    #[test]
+    fn malformed_and_foreign_names_are_refused_in_aws_words() {
+        let upper = ID.to_uppercase();
+        let simple = ID.replace('-', "");
+        for text in ["", "x", "alias/", "alias/ä", &upper, &simple, "arn:aws:kms:us-east-1:000000000000:x/y"]
+        {
+            let error = Locality::default().parse(text).unwrap_err();
+            assert_eq!(error, KmsError::NotFound(format!("Invalid keyId '{text}'")));
+        }
+        let elsewhere = format!("embedded:arn:aws:kms:eu-west-1:000000000000:key/{ID}");
+        assert_eq!(parse(&elsewhere), Err(KmsError::NotFound("Invalid arn eu-west-1".into())));
+        let other = format!("arn:aws:kms:us-east-1:111122223333:key/{ID}");
+        let error = Locality::default().parse(&other).unwrap_err();
+        assert_eq!(error, KmsError::NotFound(format!("Key '{other}' does not exist")));
+    }
+
+    #[test]
+    fn aliases_have_a_charset_and_a_length() {
+        let longest = format!("alias/{}", "a".repeat(250));
+        assert!(is_alias(&longest) && !is_alias(&format!("{longest}a")));
+        assert!(is_alias("alias/a-b_c/d:e9") && !is_alias("alias/a b") && !is_alias("Alias/a"));
+    }
+}
