@@ -5,9 +5,9 @@
 
 use super::socket::{self, SocketName};
 use crate::error::{Context, Error, Kind, Result};
+use crate::volume::VolumeId;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -105,7 +105,9 @@ pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
     BufReader::new(&client).take(MAX_LINE).read_line(&mut line).context(attempt)?;
     match serde_json::from_str(&line) {
         Ok(Answer::Detached) => Ok(()),
-        Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message).context(attempt())),
+        Ok(Answer::Failed { kind, message }) => {
+            Err(Error::new(Kind::from_name(&kind), message).context(attempt()))
+        }
         Err(_) => {
             let message = format!("process {} ended without a word; look at its log", holder.pid);
             Err(Error::new(Kind::Other, message).context(attempt()))
@@ -114,7 +116,10 @@ pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
 }
 
 fn not_reached(holder: &Holder, e: &Error) -> Error {
-    let message = format!("process {} has it, but its control socket does not answer ({e}); SIGTERM ends it too", holder.pid);
+    let message = format!(
+        "process {} has it, but its control socket does not answer ({e}); SIGTERM ends it too",
+        holder.pid
+    );
     Error::new(Kind::Other, message)
 }
 

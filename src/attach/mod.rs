@@ -92,7 +92,8 @@ pub fn attach(
         Endpoint::Fd(_) => None,
     };
     let holder = Holder::this_process(Purpose::Attach, path.as_deref())?;
-    let lock = VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
+    let lock =
+        VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
     let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
@@ -139,14 +140,16 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let mut metadata = catalog.load(lock.volume())?;
     catalog.check_layers(&metadata)?;
     if metadata.layers().len() != 1 {
-        let message = format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
+        let message =
+            format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
         return Err(Error::new(Kind::Unsupported, message));
     }
     let layer = catalog.layer_path(metadata.top().id);
     let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
     let image_lock = ImageLock::acquire(&layer, access)?;
     let block_size = metadata.sector_size().bytes();
-    let store = FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    let store =
+        FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
     let deks = unwrap_all(catalog, &metadata, events)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
@@ -165,7 +168,12 @@ fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Resu
     for key in metadata.keys() {
         let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).inspect_err(|e| {
             let reattach = metadata.attached_before();
-            events.record(&Event::attach_failed(metadata.id(), Some(&key.wrapped.key_id), e.to_string(), reattach));
+            events.record(&Event::attach_failed(
+                metadata.id(),
+                Some(&key.wrapped.key_id),
+                e.to_string(),
+                reattach,
+            ));
         });
         deks.push(dek.map_err(|e| advise(e, &key.wrapped.key_id))?);
     }

@@ -5,13 +5,13 @@
 //! are in the helper's memory only, and the host process has no part in what becomes of it.
 
 use super::sandbox;
-use crate::crypt::secret_mem::SecretFd;
 use crate::crypt::Dek;
+use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::{self, EncryptionContext, WrappedKey};
 use crate::root::Root;
-use crate::volume::metadata::{KeyRecord, encryption_context};
 use crate::volume::VolumeId;
+use crate::volume::metadata::{KeyRecord, encryption_context};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -86,12 +86,14 @@ fn ask(socket: &UnixStream, secret: &SecretFd, volume: VolumeId, key: &KeyRecord
     let bytes = serde_json::to_vec(&request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
     let fds = [secret.as_fd().as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];
-    let sent = sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    let sent =
+        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
     (&mut &*socket).write_all(&bytes[sent..])?;
     socket.shutdown(std::net::Shutdown::Write)?;
     let mut answer = Vec::new();
     socket.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
-    serde_json::from_slice(&answer).map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+    serde_json::from_slice(&answer)
+        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
 }
 
 /// The helper's side: the whole life of the process.
@@ -118,7 +120,8 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     let first = {
         let mut data = [IoSliceMut::new(&mut bytes)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
+        let message =
+            recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(new) = control {
                 // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
@@ -131,12 +134,16 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     (&mut &*socket).take(MAX_MESSAGE as u64).read_to_end(&mut bytes).context(attempt)?;
     let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
     let fd = fds.pop().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
-    Ok((request.map_err(|e| e.context(attempt()))?, SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?))
+    Ok((
+        request.map_err(|e| e.context(attempt()))?,
+        SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?,
+    ))
 }
 
 fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<()> {
     let context: EncryptionContext = encryption_context(request.volume);
-    let blob = hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    let blob =
+        hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
     let wrapped = WrappedKey { key_id: request.key_id, blob };
     let provider = kms::open_provider(root, &request.provider)?;
     let key = provider.decrypt(&wrapped, &context)?;

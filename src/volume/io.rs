@@ -6,9 +6,9 @@
 //!
 //! An all-zero 512-byte sector of an encrypted layer means "never written" and reads as zeros.
 
+use super::image_lock::ImageLock;
 use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
-use super::image_lock::ImageLock;
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
 use std::io;
