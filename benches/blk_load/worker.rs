@@ -2,7 +2,7 @@
 
 use super::Pattern;
 use super::frontend::block::{IN, OK, OUT, UNTOUCHED};
-use super::frontend::ring::{INDIRECT, NEXT, WRITE};
+use super::frontend::ring::linked;
 use super::frontend::{Desc, Fault, LIMIT, Result, SplitRing, Used};
 use super::histogram::Histogram;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -149,39 +149,33 @@ impl Slot {
             mem.write(data, &bytes);
         }
         let status = mem.take(1, 1);
-        let flags = if work.pattern.writes() { 0 } else { WRITE };
-        let mut chain = vec![Desc { addr: header, len: 16, flags: 0, next: 0 }];
+        let piece = if work.pattern.writes() { Desc::readable } else { Desc::writable };
+        let mut chain = vec![Desc::readable(header, 16)];
         let mut at = 0;
         while at < work.bs {
             let len = work.segment.min(work.bs - at);
-            chain.push(Desc { addr: data + at, len: len as u32, flags, next: 0 });
+            chain.push(piece(data + at, len as u32));
             at += len;
         }
-        chain.push(Desc { addr: status, len: 1, flags: WRITE, next: 0 });
-        let head = place(ring, chain, work.direct)?;
+        chain.push(Desc::writable(status, 1));
+        let head = place(ring, &chain, work.direct)?;
         Ok(Slot { head, header, status, since: Instant::now() })
     }
 }
 
 /// Writes a chain into the ring's table, or into an indirect one; its head.
-fn place(ring: &mut SplitRing, mut chain: Vec<Desc>, direct: bool) -> Result<u16> {
+fn place(ring: &mut SplitRing, chain: &[Desc], direct: bool) -> Result<u16> {
     let entries = if direct { chain.len() } else { 1 };
     let lack = || Fault::Protocol("the ring is too short".into());
     let own = ring.take_descs(entries).ok_or_else(lack)?;
-    let last = chain.len() - 1;
-    for (i, desc) in chain.iter_mut().enumerate().take(last) {
-        desc.flags |= NEXT;
-        desc.next = if direct { own[i + 1] } else { i as u16 + 1 };
-    }
     if direct {
-        for (index, desc) in own.iter().zip(chain) {
+        for (index, desc) in own.iter().zip(linked(chain, |i| own[i])) {
             ring.write_desc(*index, desc);
         }
     } else {
         let table = ring.mem.take(16 * chain.len(), 16);
-        ring.write_table(table, &chain);
-        let len = 16 * chain.len() as u32;
-        ring.write_desc(own[0], Desc { addr: table, len, flags: INDIRECT, next: 0 });
+        ring.write_table(table, &linked(chain, |i| i as u16));
+        ring.write_desc(own[0], Desc::table(table, 16 * chain.len() as u32));
     }
     Ok(own[0])
 }

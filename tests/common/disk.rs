@@ -3,9 +3,11 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+use super::frontend::server::Holdings;
 use super::frontend::{
     Fault, LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block, ring::readable,
 };
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -86,6 +88,22 @@ impl Disk {
         assert_kept(&mut session.rings[0]);
     }
 
+    /// What the process holds when it has served a front-end and come to rest.
+    pub fn idle(&mut self) -> Holdings {
+        self.assert_whole();
+        let last = Cell::new(self.server.holdings().expect("the back-end runs"));
+        let quiet = |now: &Holdings| last.replace(*now) == *now;
+        self.server.settle(quiet).expect("the back-end runs")
+    }
+
+    /// The process holds no more descriptors and threads than before, once it has tidied up, and is whole.
+    pub fn assert_nothing_stays(&mut self, before: &Holdings) {
+        let tidy = |now: &Holdings| now.fds <= before.fds && now.threads <= before.threads;
+        let after = self.server.settle(tidy).expect("the back-end runs");
+        assert!(tidy(&after), "{before:?} became {after:?}");
+        self.assert_whole();
+    }
+
     /// After something unlawful on the first ring of `session`: the ring goes on, or the device says that it is
     /// broken, or it closed the connection. Anything is allowed but silence and damage.
     pub fn assert_survives(&mut self, mut session: Session) {
@@ -97,6 +115,27 @@ impl Disk {
         self.assert_whole();
     }
 
+    /// After the guest's memory was taken away: the process goes on, or it ends by itself and says why. A signal
+    /// is not an orderly end: nobody wiped the key.
+    pub fn assert_served_or_ended_in_order(&mut self, mut session: Session) {
+        let raw = RawSocket::new(session.raw().socket().expect("a second handle"));
+        let end = Instant::now() + LIMIT;
+        let ring = &mut session.rings[0];
+        while ring.pop_used().is_none() && !readable(&ring.err_fd, Duration::ZERO).expect("poll") {
+            if raw.closes(Duration::from_millis(5)).expect("poll") {
+                break;
+            }
+            assert!(Instant::now() < end, "neither completed, nor broken, nor closed");
+        }
+        drop(session);
+        if self.server.runs() && Session::open(self.socket(), &Options::default()).is_ok() {
+            return self.assert_whole();
+        }
+        let status = self.server.wait().expect("the back-end ends");
+        let said = self.server.output();
+        assert!(status.code().is_some() && said.contains("memory"), "{status}:\n{said}");
+    }
+
     fn write_kept(&self) {
         let mut session = self.open();
         for first in KEPT {
@@ -104,6 +143,21 @@ impl Disk {
             assert_eq!(write.run(&mut session.rings[0]).expect("a write").status, block::OK);
         }
         assert_eq!(Request::flush().run(&mut session.rings[0]).expect("a flush").status, block::OK);
+    }
+}
+
+/// A name for the failure message, and what is put on the ring.
+pub type Case = (&'static str, fn(&mut SplitRing));
+
+/// Each case on a fresh connection, then the device must be whole.
+pub fn each(cases: &[Case]) {
+    let mut disk = Disk::attach(&[]);
+    for (name, post) in cases {
+        println!("{name}");
+        let mut session = disk.open();
+        post(&mut session.rings[0]);
+        session.rings[0].kick();
+        disk.assert_survives(session);
     }
 }
 
@@ -119,7 +173,7 @@ pub enum Aftermath {
 }
 
 /// Posts one more read on the first ring and sees how it ends; completions of others are passed over.
-fn reads_on(session: &mut Session) -> Aftermath {
+pub fn reads_on(session: &mut Session) -> Aftermath {
     let raw = RawSocket::new(session.raw().socket().expect("a second handle"));
     let ring = &mut session.rings[0];
     let pending = Request::read(0, 512).submit(ring).expect("room on the ring");

@@ -1,7 +1,7 @@
 //! virtio-blk requests (virtio 1.3, section 5.2.6) of any shape: the bytes that the device reads (header and
 //! data) and those it writes (data and status) are two streams, cut into descriptors wherever one likes.
 
-use super::ring::{INDIRECT, NEXT, WRITE};
+use super::ring::{WRITE, linked};
 use super::{Desc, Fault, GuestMem, LIMIT, Result, SplitRing, Used};
 
 /// Request types.
@@ -203,7 +203,7 @@ impl Request {
             let table = &chain[direct..];
             let addr = pending.take(&mem, 16 * table.len(), 16);
             ring.write_table(addr, &linked(table, |i| i as u16));
-            own.push(Desc { addr, len: 16 * table.len() as u32, flags: INDIRECT, next: 0 });
+            own.push(Desc::table(addr, 16 * table.len() as u32));
         }
         for (index, desc) in descs.iter().zip(linked(&own, |i| descs[i])) {
             ring.write_desc(*index, desc);
@@ -231,12 +231,12 @@ impl Request {
         let mut chain = Vec::new();
         for piece in pieces(&readable, &read_cuts) {
             let addr = pending.buffer(mem, piece, align);
-            chain.push(Desc { addr, len: piece.len() as u32, flags: 0, next: 0 });
+            chain.push(Desc::readable(addr, piece.len() as u32));
         }
         for piece in pieces(&writable, &write_cuts) {
             let addr = pending.buffer(mem, piece, align);
             pending.written.push((addr, piece.len()));
-            chain.push(Desc { addr, len: piece.len() as u32, flags: WRITE, next: 0 });
+            chain.push(Desc::writable(addr, piece.len() as u32));
         }
         chain
     }
@@ -289,6 +289,29 @@ impl Pending {
     }
 }
 
+/// Buffers of one request, laid out but not yet linked.
+pub struct Parts {
+    /// The header.
+    pub header: Desc,
+    /// 4096 bytes that the device reads or writes, according to the type.
+    pub data: Desc,
+    /// The status byte.
+    pub status: Desc,
+}
+
+/// Header, data and status of a request, for chains made by hand.
+pub fn parts(ring: &SplitRing, kind: u32, sector: u64) -> Parts {
+    let header = ring.mem.take(16, 16);
+    ring.mem.write(header, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+    let data = ring.mem.take(4096, 512);
+    ring.mem.write(data, &[BLANK; 4096]);
+    let status = ring.mem.take(1, 1);
+    ring.mem.write(status, &[UNTOUCHED]);
+    let flags = if kind == IN { WRITE } else { 0 };
+    let data = Desc { addr: data, len: 4096, flags, next: 0 };
+    Parts { header: Desc::readable(header, 16), data, status: Desc::writable(status, 1) }
+}
+
 /// Waits until all of these are done, in whatever order; their outcomes in the order given. Each head must
 /// come back exactly once.
 pub fn complete(ring: &mut SplitRing, pending: Vec<Pending>) -> Result<Vec<Outcome>> {
@@ -304,16 +327,6 @@ pub fn complete(ring: &mut SplitRing, pending: Vec<Pending>) -> Result<Vec<Outco
         outcomes[index] = Some(done.finish(ring, used)?);
     }
     Ok(outcomes.into_iter().flatten().collect())
-}
-
-/// Sets NEXT and `next` on all but the last; `name` says under which index entry i is found.
-fn linked(chain: &[Desc], name: impl Fn(usize) -> u16) -> Vec<Desc> {
-    let last = chain.len() - 1;
-    let link = |(i, d): (usize, &Desc)| match i {
-        i if i == last => *d,
-        i => Desc { flags: d.flags | NEXT, next: name(i + 1), ..*d },
-    };
-    chain.iter().enumerate().map(link).collect()
 }
 
 fn pieces<'a>(stream: &'a [u8], cuts: &[usize]) -> Vec<&'a [u8]> {

@@ -7,6 +7,7 @@ use super::Fault;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -43,14 +44,25 @@ pub struct Layout {
     pub regions: Vec<RegionSpec>,
     /// Whether all regions are parts of one memfd (as of QEMU's one RAM back-end) or have one each.
     pub one_file: bool,
-    /// Whether the files are sealed against shrinking.
-    pub sealed: bool,
+    /// Whether the files can be shrunk.
+    pub seals: Seals,
+}
+
+/// What may still be done to the size of a memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seals {
+    /// It can shrink until somebody seals it.
+    Sealable,
+    /// It cannot shrink.
+    Sealed,
+    /// It can shrink, and nobody can prevent that.
+    Unsealable,
 }
 
 impl Layout {
     /// One region at guest address 0.
     pub fn flat(size: u64) -> Self {
-        Layout { regions: vec![RegionSpec::at(0, size)], one_file: false, sealed: false }
+        Layout { regions: vec![RegionSpec::at(0, size)], one_file: false, seals: Seals::Sealable }
     }
 
     /// As a PC's: 640 KiB, then from 768 KiB, then above 4 GiB, all in one file. `size` is the last one's.
@@ -58,13 +70,13 @@ impl Layout {
         let low = RegionSpec::at(0, 0xa_0000);
         let mid = RegionSpec { offset: 0xc_0000, ..RegionSpec::at(0xc_0000, 2 * MIB) };
         let high = RegionSpec { offset: 4 * MIB, ..RegionSpec::at(1 << 32, size) };
-        Layout { regions: vec![low, mid, high], one_file: true, sealed: false }
+        Layout { regions: vec![low, mid, high], one_file: true, seals: Seals::Sealable }
     }
 
     /// Two files: the rings' and the request buffers'. The second can be shrunk without harming this process.
     pub fn rings_apart(size: u64) -> Self {
         let regions = vec![RegionSpec::at(0, MIB), RegionSpec::at(1 << 30, size)];
-        Layout { regions, one_file: false, sealed: false }
+        Layout { regions, one_file: false, seals: Seals::Sealable }
     }
 }
 
@@ -92,12 +104,12 @@ impl GuestMem {
     /// RAM laid out as said.
     pub fn new(layout: &Layout) -> Result<Self, Fault> {
         let whole = layout.regions.iter().map(|r| r.offset + r.size).max().unwrap_or(0);
-        let shared = if layout.one_file { Some(memfd(whole, layout.sealed)?) } else { None };
+        let shared = if layout.one_file { Some(memfd(whole, layout.seals)?) } else { None };
         let mut regions = Vec::new();
         for spec in &layout.regions {
             let file = match &shared {
                 Some(file) => file.try_clone()?,
-                None => memfd(spec.offset + spec.size, layout.sealed)?,
+                None => memfd(spec.offset + spec.size, layout.seals)?,
             };
             let place = FileOffset::new(file.try_clone()?, spec.offset);
             let map = MmapRegion::from_file(place, spec.size as usize)
@@ -223,13 +235,14 @@ impl GuestMem {
     }
 }
 
-/// A shared memory file of `size` bytes, sealed against shrinking if asked.
-pub fn memfd(size: u64, sealed: bool) -> Result<File, Fault> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = File::from(memfd_create("guest-ram", flags).map_err(std::io::Error::from)?);
+/// A shared memory file of `size` bytes.
+pub fn memfd(size: u64, seals: Seals) -> Result<File, Fault> {
+    let sealing = if seals == Seals::Unsealable { MFdFlags::empty() } else { MFdFlags::MFD_ALLOW_SEALING };
+    let file =
+        File::from(memfd_create("guest-ram", MFdFlags::MFD_CLOEXEC | sealing).map_err(io::Error::from)?);
     file.set_len(size)?;
-    if sealed {
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).map_err(std::io::Error::from)?;
+    if seals == Seals::Sealed {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).map_err(io::Error::from)?;
     }
     Ok(file)
 }

@@ -11,6 +11,7 @@
 
 pub mod block;
 pub mod config;
+pub mod hostile;
 pub mod memory;
 pub mod raw;
 pub mod ring;
@@ -20,7 +21,7 @@ pub mod watch;
 
 pub use block::{Framing, Outcome, Place, Request, Segment};
 pub use config::BlkConfig;
-pub use memory::{GuestMem, Layout, RegionSpec};
+pub use memory::{GuestMem, Layout, RegionSpec, Seals};
 pub use raw::{RawSocket, Reply};
 pub use ring::{Desc, SplitRing, Used};
 pub use server::Server;

@@ -33,6 +33,26 @@ pub struct Desc {
 }
 
 impl Desc {
+    /// What the device reads.
+    pub fn readable(addr: u64, len: u32) -> Self {
+        Desc { addr, len, flags: 0, next: 0 }
+    }
+
+    /// What the device writes.
+    pub fn writable(addr: u64, len: u32) -> Self {
+        Desc { addr, len, flags: WRITE, next: 0 }
+    }
+
+    /// A table of descriptors.
+    pub fn table(addr: u64, len: u32) -> Self {
+        Desc { addr, len, flags: INDIRECT, next: 0 }
+    }
+
+    /// The same, continued at `next`.
+    pub fn then(self, next: u16) -> Self {
+        Desc { flags: self.flags | NEXT, next, ..self }
+    }
+
     fn bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
@@ -137,6 +157,22 @@ impl SplitRing {
     /// Gives descriptors back.
     pub fn give_descs(&mut self, mut descs: Vec<u16>) {
         self.free.append(&mut descs);
+    }
+
+    /// Writes descriptors, linked as `make` says that knows which indices they get, and publishes the first.
+    /// They are never given back. Answers the head.
+    pub fn post(&mut self, count: usize, make: impl FnOnce(&[u16]) -> Vec<Desc>) -> u16 {
+        let own = self.take_descs(count).expect("room on the ring");
+        for (index, desc) in own.iter().zip(make(&own)) {
+            self.write_desc(*index, desc);
+        }
+        self.publish(own[0]);
+        own[0]
+    }
+
+    /// The same for an orderly chain.
+    pub fn post_chain(&mut self, chain: &[Desc]) -> u16 {
+        self.post(chain.len(), |own| linked(chain, |i| own[i]))
     }
 
     /// Writes `head` into the next slot of the available ring and moves the index on by one.
@@ -260,6 +296,16 @@ impl SplitRing {
         }
         Ok(false)
     }
+}
+
+/// Sets NEXT and `next` on all but the last; `name` says under which index entry i is found.
+pub fn linked(chain: &[Desc], name: impl Fn(usize) -> u16) -> Vec<Desc> {
+    let last = chain.len() - 1;
+    let link = |(i, d): (usize, &Desc)| match i {
+        i if i == last => *d,
+        i => Desc { flags: d.flags | NEXT, next: name(i + 1), ..*d },
+    };
+    chain.iter().enumerate().map(link).collect()
 }
 
 /// Waits until a descriptor is readable (or hung up); false when the time is over.
