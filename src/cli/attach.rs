@@ -94,6 +94,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         }
         let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
         output::print(&format!("{} is attached and listens on {at} ({})\n", attached.volume, attached.how))
+            .map(drop)
     })
 }
 
@@ -105,7 +106,7 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
     if env.json {
         return output::print_json(&json!({"VolumeId": volume, "State": "detached"}));
     }
-    output::print(&format!("{volume} is detached\n"))
+    output::print(&format!("{volume} is detached\n")).map(drop)
 }
 
 /// The unwrap helper's whole life.

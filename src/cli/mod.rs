@@ -8,6 +8,7 @@
 
 pub mod attach;
 pub mod events;
+pub mod key;
 pub mod output;
 pub mod size;
 pub mod volume;
@@ -81,6 +82,9 @@ enum Command {
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
     Detach(attach::DetachArgs),
+    /// Make, show and switch the keys of the embedded KMS.
+    #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
+    Key(key::KeyCommand),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Unwrap a data key for the process that started this one.
@@ -94,6 +98,7 @@ impl Command {
             Command::Volume(command) => volume::run(env, command),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
+            Command::Key(command) => key::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Unwrap => attach::unwrap(env),
         }

@@ -3,8 +3,10 @@
 
 use super::{Env, output, size};
 use crate::error::{Error, Kind, Result};
+use crate::kms;
+use crate::kms::key_ref::{KeyRef, Locality};
 use crate::volume::catalog::{Catalog, Entry};
-use crate::volume::lifecycle::{self, Wanted};
+use crate::volume::lifecycle::{self, Wanted, WrappingKey};
 use crate::volume::lock::Held;
 use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
 use crate::volume::{Metadata, VolumeId};
@@ -84,11 +86,15 @@ fn create(env: &Env, args: CreateArgs) -> Result<()> {
     let geometry = Geometry::new(args.size, args.sector_size)?;
     let wanted = Wanted { geometry, name: args.name, preallocate: args.preallocate };
     let (catalog, events) = (env.catalog(), env.events(&settings));
-    if !args.unencrypted {
+    let made = if args.unencrypted {
+        lifecycle::create(&catalog, &events, &wanted, None)?
+    } else {
         let key = args.key.unwrap_or(settings.default_key);
-        return Err(Error::new(Kind::Unsupported, format!("no KMS to make a data key under {key}")));
-    }
-    let made = lifecycle::create(&catalog, &events, &wanted, None)?;
+        let reference = KeyRef::parse(&key, &Locality::default()).map_err(|e| e.with_advice(&key))?;
+        let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
+        let key = WrappingKey { provider: &*provider, key: &reference.key };
+        lifecycle::create(&catalog, &events, &wanted, Some(key))?
+    };
     match env.json {
         true => output::print_json(&description(&catalog, &made)?),
         false => output::print(&format!("{}\n", made.id())).map(drop),

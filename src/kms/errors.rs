@@ -56,6 +56,23 @@ pub enum KmsError {
     Internal(String),
 }
 
+impl KmsError {
+    /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that. `key`
+    /// is the key as `sealblk key` takes it.
+    pub fn with_advice(self, key: &str) -> Error {
+        let advice = match &self {
+            KmsError::Disabled(_) => format!("enable it with \"sealblk key enable {key}\" and try again"),
+            KmsError::PendingDeletion(_) => format!(
+                "\"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" make it usable again"
+            ),
+            KmsError::NotFound(_) => "\"sealblk key list\" shows which keys there are".to_string(),
+            _ => return self.into(),
+        };
+        let e = Error::from(self);
+        Error::new(e.kind(), format!("{}; {advice}", e.to_string().trim_end_matches('.')))
+    }
+}
+
 impl From<KmsError> for Error {
     fn from(e: KmsError) -> Self {
         let kind = match &e {

@@ -11,7 +11,7 @@ use super::lock::{self, Holder, Purpose, VolumeLock};
 use super::metadata::{Geometry, KeyRecord, Metadata, VolumeName, encryption_context};
 use crate::crypt::Dek;
 use crate::error::{Context, Error, Kind, Result};
-use crate::kms::KeyProvider;
+use crate::kms::{KeyProvider, KmsError};
 use crate::observe::events::{Event, EventLog};
 use crate::root::{create_dir_durable, replace_file, sync_dir};
 use nix::errno::Errno;
@@ -57,19 +57,34 @@ pub fn create(
 ) -> Result<Metadata> {
     check_name_is_free(catalog, wanted.name.as_ref())?;
     let id = VolumeId::random();
-    let made = make(catalog, id, wanted, key);
-    events.record(&Event::create_volume(id, made.as_ref().map(|_| ())));
-    made.context(|| "create a volume")
+    let attempt = || "create a volume";
+    let failed = |cause: String| events.record(&Event::create_volume(id, Err(cause)));
+    // First what can fail for reasons of others, while there is nothing to clear away.
+    let key = key.map(|with| {
+        generate_key(id, &with).map_err(|e| {
+            failed(e.to_string());
+            e.with_advice(with.key)
+        })
+    });
+    let key = key.transpose().context(attempt)?;
+    let metadata = Metadata::new(id, wanted.name.clone(), wanted.geometry, key);
+    let made = make(catalog, metadata, wanted.preallocate).inspect_err(|e| failed(e.to_string()));
+    let metadata = made.context(attempt)?;
+    events.record(&Event::create_volume(id, Ok(())));
+    Ok(metadata)
 }
 
-fn make(catalog: &Catalog, id: VolumeId, wanted: &Wanted, key: Option<WrappingKey<'_>>) -> Result<Metadata> {
-    // First what can fail for reasons of others, while there is nothing to clear away.
-    let key = key.map(|key| generate_key(id, &key)).transpose()?;
+fn generate_key(id: VolumeId, with: &WrappingKey<'_>) -> Result<KeyRecord, KmsError> {
+    let wrapped = with.provider.generate_wrapped(with.key, Dek::LEN, &encryption_context(id))?;
+    Ok(KeyRecord { provider: with.provider.name().to_string(), wrapped, check: None })
+}
+
+fn make(catalog: &Catalog, metadata: Metadata, preallocate: bool) -> Result<Metadata> {
     create_dir_durable(&catalog.root().layers())?;
     create_dir_durable(&catalog.root().volumes())?;
-    let metadata = Metadata::new(id, wanted.name.clone(), wanted.geometry, key).next_generation()?;
+    let metadata = metadata.next_generation()?;
     let _lock = begin(catalog, &metadata)?;
-    let made = make_layer(catalog, &metadata, wanted.preallocate).and_then(|()| commit(catalog, &metadata));
+    let made = make_layer(catalog, &metadata, preallocate).and_then(|()| commit(catalog, &metadata));
     if let Err(e) = made {
         if let Err(left) = clear(catalog, &metadata) {
             log::warn!("{left}; the next \"sealblk volume create\" or \"delete\" tries again");
@@ -77,11 +92,6 @@ fn make(catalog: &Catalog, id: VolumeId, wanted: &Wanted, key: Option<WrappingKe
         return Err(e);
     }
     Ok(metadata)
-}
-
-fn generate_key(id: VolumeId, with: &WrappingKey<'_>) -> Result<KeyRecord> {
-    let wrapped = with.provider.generate_wrapped(with.key, Dek::LEN, &encryption_context(id))?;
-    Ok(KeyRecord { provider: with.provider.name().to_string(), wrapped, check: None })
 }
 
 /// Makes the volume's folder, takes the volume, and writes down what is going to be made.

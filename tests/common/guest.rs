@@ -5,15 +5,10 @@
 //! it is missing. Its `/init` (`ci/guest/init`) runs one shell script at a time for us. Disks appear as
 //! /dev/vda, /dev/vdb, … in the order in which they were given.
 
-#![allow(dead_code, unused_imports, reason = "each test program uses its own part of this")]
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
-#[path = "qemu.rs"]
-mod qemu;
-
-pub use qemu::{repository, tie_to_test, tool};
-
+use super::qemu::{Qemu, Wire};
 use base64::Engine;
-use qemu::{Qemu, Wire};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

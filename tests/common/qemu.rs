@@ -3,48 +3,14 @@
 //!
 //! Knows nothing of what runs in the guest. `ci/guest/qemu` decides which QEMU, processor and memory.
 
+use super::process::{repository, tie_to_test, wait_within};
 use serde_json::{Value, json};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-
-/// The repository, where `ci/` is.
-pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// A program out of the Debian packages that `./ci/setup` unpacked: `qemu-img`, `cryptsetup`, …
-pub fn tool(program: &str) -> Command {
-    let mut command = Command::new(repository().join("ci/tool"));
-    command.arg(program);
-    command
-}
-
-/// Makes the child die with the thread that spawns it, so that a killed test leaves nothing running, and
-/// lets it inherit `keep`.
-///
-/// The thread is the test's own: a child must not be spawned from a helper thread that ends earlier.
-pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
-    let parent = nix::unistd::getpid();
-    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, fcntl) on values
-    // that it owns; it does not allocate.
-    unsafe {
-        command.pre_exec(move || {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            if nix::unistd::getppid() != parent {
-                return Err(io::ErrorKind::BrokenPipe.into());
-            }
-            for fd in &keep {
-                nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
-            }
-            Ok(())
-        });
-    }
-}
 
 /// A running QEMU.
 pub struct Qemu {
@@ -138,15 +104,7 @@ impl Qemu {
 
     /// Waits until QEMU has ended by itself.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
-        let deadline = Instant::now() + limit;
-        // The monitor's stream ends when the process does.
-        while let Ok(message) = self.message(deadline) {
-            self.events.push(message);
-        }
-        if Instant::now() >= deadline {
-            panic!("QEMU has not ended within {limit:?}");
-        }
-        self.child.wait().expect("wait for QEMU")
+        wait_within(&mut self.child, limit).expect("QEMU ends")
     }
 
     /// Ends QEMU at once, as a crash would.

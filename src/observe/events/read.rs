@@ -86,15 +86,19 @@ impl EventReader {
         let what = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO;
         inotify.add_watch(&folder, what).context(attempt)?;
         loop {
-            self.drop_if_replaced().context(attempt)?;
-            if self.read(&mut take)? == Want::Enough || wait(&inotify, stop).context(attempt)? {
+            if self.read(&mut take)? == Want::Enough {
+                return Ok(());
+            }
+            let read_on = self.drop_if_replaced().context(attempt)?;
+            if !read_on && wait(&inotify, stop).context(attempt)? {
                 return Ok(());
             }
         }
     }
 
-    fn drop_if_replaced(&mut self) -> std::io::Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
+    /// Goes over to the file that the log's name leads to now; true if that is another one.
+    fn drop_if_replaced(&mut self) -> std::io::Result<bool> {
+        let Some(file) = &mut self.file else { return Ok(false) };
         let ours = file.get_ref().metadata()?;
         let same = match std::fs::metadata(&self.path) {
             Ok(there) => (there.dev(), there.ino()) == (ours.dev(), ours.ino()),
@@ -105,12 +109,14 @@ impl EventReader {
         if !same || line_start > ours.len() {
             self.file = None;
             self.partial.clear();
-        } else if file.stream_position()? > ours.len() {
+            return Ok(true);
+        }
+        if file.stream_position()? > ours.len() {
             // The writer took back a line that it could not write whole.
             file.seek(SeekFrom::Start(line_start))?;
             self.partial.clear();
         }
-        Ok(())
+        Ok(false)
     }
 }
 

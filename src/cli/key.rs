@@ -1,0 +1,383 @@
+//! `sealblk key`: the keys and aliases of the embedded KMS.
+
+use super::{Env, output};
+use crate::error::{Error, Kind, Result};
+use crate::kms::KeyState;
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
+use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// What can be done with keys.
+///
+/// KEY is a key id or a unique beginning of one, a key ARN, an alias name or an alias ARN.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key
+    #[command(
+        after_help = "Example: sealblk key create --description \"disks of team a\" --alias alias/team-a"
+    )]
+    Create(Create),
+    /// List all keys
+    #[command(after_help = "Example: sealblk key list --json")]
+    List,
+    /// Show a key, its state and its aliases
+    #[command(after_help = "Example: sealblk key show alias/aws/ebs")]
+    Show(KeyArgument),
+    /// Switch a key on
+    #[command(after_help = "Example: sealblk key enable alias/team-a")]
+    Enable(KeyArgument),
+    /// Switch a key off: what is attached goes on, the next attach is refused
+    #[command(after_help = "Example: sealblk key disable alias/team-a")]
+    Disable(KeyArgument),
+    /// Delete a key after a waiting window; every volume under it is lost then
+    #[command(after_help = "Example: sealblk key schedule-deletion 1234abcd --days 14")]
+    ScheduleDeletion(ScheduleDeletion),
+    /// Keep a key that waits for deletion; it is disabled afterwards
+    #[command(after_help = "Example: sealblk key cancel-deletion 1234abcd && sealblk key enable 1234abcd")]
+    CancelDeletion(KeyArgument),
+    /// Names for keys
+    #[command(subcommand, after_help = "Example: sealblk key alias create alias/team-a 1234abcd")]
+    Alias(AliasCommand),
+}
+
+/// Arguments of `key create`.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// What the key is for, in your words
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    description: String,
+    /// A name for the key; "alias/" is put before it if it is not there
+    #[arg(long, value_name = "NAME")]
+    alias: Option<String>,
+}
+
+/// The key that a command is about.
+#[derive(Debug, Args)]
+pub struct KeyArgument {
+    /// Key id or a unique beginning of one, key ARN, alias name or alias ARN
+    #[arg(value_name = "KEY")]
+    key: String,
+}
+
+/// Arguments of `key schedule-deletion`.
+#[derive(Debug, Args)]
+pub struct ScheduleDeletion {
+    #[command(flatten)]
+    key: KeyArgument,
+    /// How long the deletion can be cancelled, 7 to 30
+    #[arg(long, value_name = "DAYS", default_value_t = 30)]
+    days: u32,
+}
+
+/// What can be done with aliases.
+#[derive(Debug, Subcommand)]
+pub enum AliasCommand {
+    /// Make a name for a key
+    #[command(after_help = "Example: sealblk key alias create alias/team-a 1234abcd")]
+    Create(AliasTarget),
+    /// Point a name at another key; volumes keep the key they were made with
+    #[command(after_help = "Example: sealblk key alias update alias/team-a 5678abcd")]
+    Update(AliasTarget),
+    /// Remove a name; the key stays
+    #[command(after_help = "Example: sealblk key alias delete alias/team-a")]
+    Delete(AliasArgument),
+    /// List all names
+    #[command(after_help = "Example: sealblk key alias list")]
+    List,
+}
+
+/// The alias that a command is about.
+#[derive(Debug, Args)]
+pub struct AliasArgument {
+    /// The name; "alias/" is put before it if it is not there
+    #[arg(value_name = "ALIAS")]
+    alias: String,
+}
+
+/// An alias and the key it is to mean.
+#[derive(Debug, Args)]
+pub struct AliasTarget {
+    #[command(flatten)]
+    alias: AliasArgument,
+    #[command(flatten)]
+    key: KeyArgument,
+}
+
+/// Runs one `sealblk key` command.
+pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
+    let kms = Embedded::open(&env.root)?;
+    let (text, json) = answer(&kms, command)?;
+    let text = if env.json { format!("{json:#}\n") } else { text };
+    output::print(&text).map(drop)
+}
+
+/// The answer to a command, for people and for programs.
+fn answer(kms: &Embedded, command: KeyCommand) -> Result<(String, Value)> {
+    let key = |argument: &KeyArgument| resolve(kms, &argument.key);
+    let metadata = match command {
+        KeyCommand::List => return Ok(list(&kms.keys()?)),
+        KeyCommand::Alias(command) => return alias(kms, command),
+        KeyCommand::Create(c) => kms.create_key(&c.description, c.alias.map(whole_alias).as_deref())?,
+        KeyCommand::Show(argument) => kms.key(&key(&argument)?)?,
+        KeyCommand::Enable(argument) => kms.enable(&key(&argument)?)?,
+        KeyCommand::Disable(argument) => kms.disable(&key(&argument)?)?,
+        KeyCommand::ScheduleDeletion(s) => kms.schedule_deletion(&key(&s.key)?, s.days)?,
+        KeyCommand::CancelDeletion(argument) => kms.cancel_deletion(&key(&argument)?)?,
+    };
+    Ok((describe(&metadata), key_json(&metadata)))
+}
+
+fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
+    let name = match command {
+        AliasCommand::List => return Ok(list_aliases(&kms.aliases()?)),
+        AliasCommand::Create(target) => {
+            let name = whole_alias(target.alias.alias);
+            kms.create_alias(&name, &resolve(kms, &target.key.key)?)?;
+            name
+        }
+        AliasCommand::Update(target) => {
+            let name = whole_alias(target.alias.alias);
+            kms.update_alias(&name, &resolve(kms, &target.key.key)?)?;
+            name
+        }
+        AliasCommand::Delete(argument) => {
+            let name = whole_alias(argument.alias);
+            kms.delete_alias(&name)?;
+            return Ok((format!("{name} deleted\n"), json!({ "AliasName": name })));
+        }
+    };
+    let all = kms.aliases()?;
+    // It was there a moment ago; who deleted it since has the last word.
+    let alias = all.iter().find(|a| a.name == name);
+    let text = alias.map_or(String::new(), |a| format!("{} -> {}\n", a.name, a.key));
+    Ok((text, alias.map_or(Value::Null, alias_json)))
+}
+
+/// The key argument that `text` means: beside what the KMS takes, a unique beginning of a key id.
+fn resolve(kms: &Embedded, text: &str) -> Result<String> {
+    let prefix = text.strip_prefix("embedded:").unwrap_or(text);
+    let is_prefix =
+        (1..36).contains(&prefix.len()) && prefix.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    if is_prefix {
+        return unique(&kms.keys()?, &prefix.to_ascii_lowercase());
+    }
+    let reference = KeyRef::parse(text, kms.locality())?;
+    match reference.provider {
+        ProviderName::Embedded => Ok(reference.key),
+        ProviderName::Aws => Err(Error::new(
+            Kind::Unsupported,
+            format!(
+                "{text} is a key of AWS KMS: manage it there (aws kms …); \"sealblk key\" is for the embedded KMS"
+            ),
+        )),
+    }
+}
+
+fn unique(keys: &[KeyMetadata], prefix: &str) -> Result<String> {
+    let ids: Vec<String> =
+        keys.iter().map(|k| k.id.to_string()).filter(|id| id.starts_with(prefix)).collect();
+    match &ids[..] {
+        [id] => Ok(id.clone()),
+        [] => Err(Error::new(Kind::NotFound, format!("no key's id begins with {prefix}"))),
+        many => {
+            let message = format!("{} keys begin with {prefix}: {}", many.len(), many.join(", "));
+            Err(Error::new(Kind::Usage, message))
+        }
+    }
+}
+
+fn whole_alias(name: String) -> String {
+    if name.starts_with(ALIAS_PREFIX) { name } else { format!("{ALIAS_PREFIX}{name}") }
+}
+
+fn list(keys: &[KeyMetadata]) -> (String, Value) {
+    let mut rows = vec![["KEY ID", "STATE", "CREATED", "ALIASES", "DESCRIPTION"].map(String::from)];
+    rows.extend(keys.iter().map(|k| {
+        [
+            k.id.to_string(),
+            state(k.state).into(),
+            date(k.created),
+            k.aliases.join(","),
+            printable(&k.description),
+        ]
+    }));
+    let json = json!({ "Keys": keys.iter().map(key_json).collect::<Vec<_>>() });
+    (table(&rows), json)
+}
+
+fn list_aliases(aliases: &[AliasMetadata]) -> (String, Value) {
+    let mut rows = vec![["ALIAS", "KEY ID", "UPDATED"].map(String::from)];
+    rows.extend(aliases.iter().map(|a| [a.name.clone(), a.key.to_string(), date(a.updated)]));
+    let json = json!({ "Aliases": aliases.iter().map(alias_json).collect::<Vec<_>>() });
+    (table(&rows), json)
+}
+
+fn describe(key: &KeyMetadata) -> String {
+    let mut rows = vec![
+        ["Key".into(), key.id.to_string()],
+        ["ARN".into(), key.arn.clone()],
+        ["State".into(), state(key.state).into()],
+        ["Created".into(), date(key.created)],
+        ["Aliases".into(), key.aliases.join(", ")],
+        ["Description".into(), printable(&key.description)],
+    ];
+    rows.extend(key.deletion.map(|at| ["Deletion".into(), format!("{}, or up to a day later", date(at))]));
+    rows.retain(|[_, value]| !value.is_empty());
+    table(&rows)
+}
+
+fn key_json(key: &KeyMetadata) -> Value {
+    let mut value = json!({
+        "KeyId": key.id.to_string(),
+        "Arn": key.arn,
+        "KeyState": state(key.state),
+        "Enabled": key.state == KeyState::Enabled,
+        "Description": key.description,
+        "CreationDate": date(key.created),
+        "Aliases": key.aliases,
+    });
+    if let Some(at) = key.deletion {
+        value["DeletionDate"] = date(at).into();
+    }
+    value
+}
+
+fn alias_json(alias: &AliasMetadata) -> Value {
+    json!({
+        "AliasName": alias.name,
+        "AliasArn": alias.arn,
+        "TargetKeyId": alias.key.to_string(),
+        "CreationDate": date(alias.created),
+        "LastUpdatedDate": date(alias.updated),
+    })
+}
+
+fn state(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Enabled => "Enabled",
+        KeyState::Disabled => "Disabled",
+        KeyState::PendingDeletion => "PendingDeletion",
+        KeyState::PendingImport => "PendingImport",
+    }
+}
+
+/// ISO 8601 in UTC, whole seconds.
+fn date(milliseconds: i64) -> String {
+    OffsetDateTime::from_unix_timestamp(milliseconds.div_euclid(1000))
+        .ok()
+        .and_then(|t| t.format(&Rfc3339).ok())
+        .unwrap_or_else(|| format!("{milliseconds} ms after 1970"))
+}
+
+/// An operator's words on one line, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// Columns as wide as their widest cell; the last one is left as it is.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect::<Vec<_>>();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kms::embedded::clock::SystemClock;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        command: KeyCommand,
+    }
+
+    struct Shell {
+        kms: Embedded,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Shell {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let kms = Embedded::at(dir.path().join("kms"), dir.path().join("config"), Box::new(SystemClock));
+            Shell { kms, _dir: dir }
+        }
+
+        fn run(&self, line: &str) -> Result<(String, Value)> {
+            let words = std::iter::once("key").chain(line.split(' '));
+            answer(&self.kms, Cli::try_parse_from(words).unwrap().command)
+        }
+
+        fn json(&self, line: &str) -> Value {
+            self.run(line).unwrap().1
+        }
+    }
+
+    #[test]
+    fn a_key_goes_through_its_life() {
+        let shell = Shell::new();
+        assert_eq!(shell.json("list"), json!({ "Keys": [] }));
+        let made = shell.json("create --description disks --alias team-a");
+        assert_eq!(made["Aliases"], json!(["alias/team-a"]));
+        let id = made["KeyId"].as_str().unwrap();
+        let arn = made["Arn"].as_str().unwrap();
+        for name in [id, arn, &id[..8], "alias/team-a", "arn:aws:kms:us-east-1:000000000000:alias/team-a"] {
+            assert_eq!(shell.json(&format!("show {name}")), made, "{name}");
+        }
+        assert_eq!(shell.json("disable alias/team-a")["KeyState"], "Disabled");
+        assert_eq!(shell.json("enable alias/team-a")["KeyState"], "Enabled");
+        let dying = shell.json(&format!("schedule-deletion {id} --days 7"));
+        assert_eq!(dying["KeyState"], "PendingDeletion");
+        assert!(dying["DeletionDate"].as_str().unwrap().ends_with('Z'));
+        assert_eq!(shell.run(&format!("enable {id}")).unwrap_err().kind(), Kind::KmsRefused);
+        assert_eq!(shell.json(&format!("cancel-deletion {id}"))["KeyState"], "Disabled");
+    }
+
+    #[test]
+    fn aliases_are_made_moved_listed_and_deleted() {
+        let shell = Shell::new();
+        let one = shell.json("create")["KeyId"].as_str().unwrap().to_owned();
+        let two = shell.json("create")["KeyId"].as_str().unwrap().to_owned();
+        assert_eq!(shell.json(&format!("alias create x {one}"))["TargetKeyId"], one);
+        assert_eq!(shell.json(&format!("alias update alias/x {two}"))["TargetKeyId"], two);
+        assert_eq!(shell.json("alias list")["Aliases"][0]["AliasName"], "alias/x");
+        assert_eq!(shell.json("alias delete x"), json!({ "AliasName": "alias/x" }));
+        assert_eq!(shell.run("alias delete x").unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(
+            shell.run(&format!("alias create alias/aws/x {one}")).unwrap_err().kind(),
+            Kind::Usage,
+            "reserved"
+        );
+    }
+
+    #[test]
+    fn beginnings_of_ids_must_be_unique() {
+        let shell = Shell::new();
+        for _ in 0..17 {
+            shell.json("create");
+        }
+        let ids: Vec<String> = shell.kms.keys().unwrap().iter().map(|k| k.id.to_string()).collect();
+        let first = |id: &String| id[..1].to_owned();
+        let twice = ids.iter().find(|id| ids.iter().filter(|o| first(o) == first(id)).count() > 1).unwrap();
+        assert_eq!(shell.run(&format!("show {}", first(twice))).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(shell.json(&format!("show {}", &ids[0][..20]))["KeyId"], ids[0]);
+        assert_eq!(shell.run("show aws:alias/x").unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn tables_are_aligned_and_descriptions_cannot_steer_the_terminal() {
+        let rows = [["A".into(), "B".into()], ["longer".into(), printable("x\x1b[2J")]];
+        assert_eq!(table(&rows), "A       B\nlonger  x [2J\n");
+        assert_eq!(date(0), "1970-01-01T00:00:00Z");
+    }
+}

@@ -1,0 +1,388 @@
+//! `sealblk volume`, `sealblk events` and the settings, through the binary: what a user types, reads and finds
+//! on disk, and that a refusal changes nothing.
+
+use sealblk::root::Root;
+use sealblk::volume::Catalog;
+use sealblk::volume::lock::{Holder, Purpose, VolumeLock};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+struct Store {
+    dir: tempfile::TempDir,
+}
+
+/// What a command said, and how it ended.
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Store {
+    fn new() -> Self {
+        Store { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
+        command.args(arguments).env("SEALBLK_ROOT", self.root());
+        command.env("SEALBLK_CONFIG_DIR", self.dir.path().join("config")).env_remove("RUST_LOG");
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Said {
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Said { code: status.code().expect("no signal"), out: text(stdout), err: text(stderr) }
+    }
+
+    /// Runs a command that succeeds and says so in JSON.
+    fn json(&self, arguments: &[&str]) -> Value {
+        let said = self.run(&[arguments, &["--json"]].concat());
+        assert_eq!((said.code, said.err.as_str()), (0, ""), "{arguments:?}");
+        serde_json::from_str(&said.out).unwrap()
+    }
+
+    /// Runs a command that fails with `code`, says why, and changes nothing.
+    fn refuse(&self, code: i32, arguments: &[&str]) -> String {
+        let before = self.files();
+        let said = self.run(arguments);
+        assert_eq!((said.code, said.out.as_str()), (code, ""), "{arguments:?}: {}", said.err);
+        assert_eq!(self.files(), before, "{arguments:?}");
+        said.err
+    }
+
+    fn create(&self, arguments: &[&str]) -> Value {
+        self.json(&[&["volume", "create", "--size", "1MiB"], arguments].concat())
+    }
+
+    fn volume_json(&self, volume: &Value) -> PathBuf {
+        self.root().join("volumes").join(volume["id"].as_str().unwrap()).join("volume.json")
+    }
+
+    /// Every file of the volumes, and who they say has them.
+    fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let mut folders = vec![self.root().join("volumes"), self.root().join("layers")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => folders.push(path),
+                    false => drop(files.insert(path.clone(), fs::read(&path).unwrap())),
+                }
+            }
+        }
+        files
+    }
+}
+
+#[test]
+fn a_volume_is_made_shown_and_deleted() {
+    let store = Store::new();
+    let made = store.create(&["--name", "db", "--sector-size", "4096"]);
+    let id = made["id"].as_str().unwrap();
+    assert_eq!(made["name"], "db");
+    assert_eq!((made["size"].as_u64(), made["sector_size"].as_u64()), (Some(1 << 20), Some(4096)));
+    assert_eq!((made["encrypted"].as_bool(), made["state"].as_str()), (Some(true), Some("available")));
+    assert_eq!(made["keys"][0]["provider"], "embedded");
+    assert!(made["keys"][0]["key_id"].as_str().unwrap().starts_with("arn:aws:kms:"));
+    assert_eq!(fs::metadata(made["layers"][0]["path"].as_str().unwrap()).unwrap().len(), 1 << 20);
+    for reference in ["db", id, &id[..12], &id[4..12]] {
+        assert_eq!(store.json(&["volume", "show", reference]), made, "{reference}");
+    }
+    assert_eq!(store.json(&["volume", "list"]), json!([made]));
+    let deleted = store.json(&["volume", "delete", "db"]);
+    assert_eq!(deleted, json!({"id": id, "state": "deleted"}));
+    assert_eq!(store.json(&["volume", "list"]), json!([]));
+    assert!(store.files().is_empty());
+}
+
+#[test]
+fn people_read_text() {
+    let store = Store::new();
+    let made = store.run(&["volume", "create", "--size", "20MiB", "--name", "db"]);
+    let id = made.out.trim();
+    assert_eq!(made.out, format!("{id}\n"));
+    let list = store.run(&["volume", "list"]).out;
+    let lines: Vec<Vec<&str>> = list.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED"]);
+    assert_eq!(lines[1][..7], [id, "db", "20", "MiB", "512", "yes", "available"]);
+    let show = store.run(&["volume", "show", "db"]).out;
+    assert!(show.contains("20 MiB (20971520 bytes)") && show.contains("embedded: arn:aws:kms:"), "{show}");
+    assert_eq!(store.run(&["volume", "delete", "db"]).out, format!("{id} deleted\n"));
+    let events = store.run(&["events"]).out;
+    let words: Vec<Vec<&str>> = events.lines().map(|l| l.split_whitespace().skip(1).collect()).collect();
+    assert_eq!(words, [["createVolume", "available", id], ["deleteVolume", "deleted", id]]);
+}
+
+#[test]
+fn the_default_key_is_made_once() {
+    let store = Store::new();
+    let (one, other) = (store.create(&[]), store.create(&["--key", "alias/aws/ebs"]));
+    assert_eq!(one["keys"], other["keys"]);
+    let other = store.json(&["key", "create", "--alias", "alias/mine"]);
+    let third = store.create(&["--key", "alias/mine"]);
+    assert_ne!(third["keys"], one["keys"]);
+    let key = third["keys"][0]["key_id"].as_str().unwrap();
+    assert!(other.to_string().contains(key), "{other} {key}");
+}
+
+#[test]
+fn a_disabled_key_makes_no_volume() {
+    let store = Store::new();
+    let arn = store.create(&[])["keys"][0]["key_id"].as_str().unwrap().to_string();
+    store.json(&["key", "disable", "alias/aws/ebs"]);
+    let said = store.refuse(5, &["volume", "create", "--size", "1MiB"]);
+    assert!(said.contains(&format!("{arn} is disabled; enable it with")), "{said}");
+    let events = store.run(&["events", "--json"]).out;
+    let event: Value = serde_json::from_str(events.lines().last().unwrap()).unwrap();
+    assert_eq!(event["detail-type"], "EBS Volume Notification");
+    assert_eq!(
+        (&event["detail"]["event"], &event["detail"]["result"]),
+        (&json!("createVolume"), &json!("failed"))
+    );
+    assert_eq!(event["detail"]["cause"], format!("{arn} is disabled."));
+    store.json(&["key", "enable", "alias/aws/ebs"]);
+    store.create(&[]);
+}
+
+#[test]
+fn bad_arguments_are_refused_before_anything_is_made() {
+    let store = Store::new();
+    for size in
+        ["", "0", "1", "513", "-1", "1.5GiB", "20G", "lots", "8EiB", "18446744073709551616", "8192PiB"]
+    {
+        store.refuse(2, &["volume", "create", &format!("--size={size}")]);
+    }
+    for arguments in [
+        &["--size=512", "--sector-size=4096"][..],
+        &["--size=4096", "--sector-size=1024"],
+        &["--size=4096", "--name="],
+        &["--size=4096", "--name=vol-1"],
+        &["--size=4096", "--name=a\nb"],
+        &["--size=4096", "--key=alias/x", "--unencrypted"],
+        &["--name=a"],
+    ] {
+        store.refuse(2, &[&["volume", "create"], arguments].concat());
+    }
+    store.refuse(3, &["volume", "create", "--size=4096", "--key=alias/none"]);
+    store.refuse(8, &["volume", "create", "--size=4096", "--key=aws:alias/none"]);
+    store.refuse(3, &["volume", "show", "none"]);
+    store.refuse(3, &["volume", "delete", "vol-0123456789abcdef0"]);
+    store.refuse(3, &["volume", "show", ""]);
+    assert!(store.files().is_empty());
+}
+
+#[test]
+fn an_error_in_json_is_one_object_on_standard_error() {
+    let store = Store::new();
+    let said = store.refuse(3, &["--json", "volume", "show", "none"]);
+    let error: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(error["error"]["kind"], "not-found");
+    assert!(error["error"]["message"].as_str().unwrap().contains("\"none\""));
+}
+
+#[test]
+fn an_id_prefix_must_mean_one_volume() {
+    let store = Store::new();
+    // 17 ids share 16 first digits.
+    let ids: Vec<String> =
+        (0..17).map(|_| store.create(&["--unencrypted"])["id"].as_str().unwrap().to_string()).collect();
+    let shared = ids.iter().find(|a| ids.iter().filter(|b| b[..5] == a[..5]).count() > 1).unwrap();
+    let said = store.refuse(2, &["volume", "show", &shared[..5]]);
+    for id in &ids {
+        assert_eq!(said.contains(id.as_str()), id[..5] == shared[..5], "{said}");
+    }
+    store.refuse(2, &["volume", "delete", &shared[4..5]]);
+    // A name comes before the first digit of somebody's id.
+    let named = store.create(&["--unencrypted", "--name", &shared[4..5]]);
+    assert_eq!(store.json(&["volume", "show", &shared[4..5]])["id"], named["id"]);
+}
+
+#[test]
+fn damaged_metadata_is_refused_and_named() {
+    let store = Store::new();
+    let (bad, good) = (store.create(&["--name", "bad"]), store.create(&["--name", "good"]));
+    let (id, path) = (bad["id"].as_str().unwrap(), store.volume_json(&bad));
+    let whole = fs::read(&path).unwrap();
+    let edit = |edit: fn(&mut Value)| {
+        let mut value: Value = serde_json::from_slice(&whole).unwrap();
+        edit(&mut value);
+        serde_json::to_vec(&value).unwrap()
+    };
+    let other_key = fs::read(store.volume_json(&good)).unwrap();
+    let cases: [(&str, Vec<u8>); 8] = [
+        ("cut short", Vec::new()),
+        ("cut short", whole[..whole.len() / 2].to_vec()),
+        ("not what sealblk writes", vec![0; whole.len()]),
+        ("format version 2", edit(|v| v["format"] = json!(2))),
+        ("unknown field `colour`", edit(|v| v["colour"] = json!("red"))),
+        ("not whole sectors", edit(|v| v["size"] = json!(1000))),
+        ("is not that of", edit(|v| v["keys"][0]["context"]["aws:ebs:id"] = json!("vol-0123456789abcdef0"))),
+        ("it describes", other_key),
+    ];
+    for (words, bytes) in cases {
+        fs::write(&path, bytes).unwrap();
+        for command in ["show", "delete"] {
+            let said = store.refuse(7, &["volume", command, id]);
+            assert!(said.contains(words) && said.contains(path.to_str().unwrap()), "{words}: {said}");
+        }
+        // A damaged volume does not hide the others, nor stop new ones.
+        let list = store.run(&["volume", "list"]);
+        assert_eq!(list.code, 0);
+        assert!(list.out.contains("damaged") && list.out.contains("good") && list.err.contains(words));
+        store.json(&["volume", "show", "good"]);
+    }
+    let list = store.json(&["volume", "list"]);
+    let damaged = list.as_array().unwrap().iter().find(|v| v["id"] == id).unwrap();
+    assert_eq!((&damaged["state"], &damaged["error"]["kind"]), (&json!("damaged"), &json!("corrupt")));
+    store.create(&["--name", "new"]);
+    fs::write(&path, whole).unwrap();
+    store.json(&["volume", "delete", "bad"]);
+}
+
+#[test]
+fn a_missing_layer_is_shown_and_does_not_stop_the_deletion() {
+    let store = Store::new();
+    let made = store.create(&[]);
+    fs::remove_file(made["layers"][0]["path"].as_str().unwrap()).unwrap();
+    let id = made["id"].as_str().unwrap();
+    assert!(store.json(&["volume", "show", id])["problem"].as_str().unwrap().contains("is missing"));
+    assert!(store.run(&["volume", "show", id]).out.contains("is missing"));
+    store.json(&["volume", "delete", id]);
+    assert!(store.files().is_empty());
+}
+
+#[test]
+fn a_volume_in_use_says_by_whom_and_is_not_deleted() {
+    let store = Store::new();
+    let made = store.create(&["--name", "db"]);
+    let id = made["id"].as_str().unwrap().parse().unwrap();
+    let holder = Holder::this_process(Purpose::Attach, Some(Path::new("/run/db.sock"))).unwrap();
+    let folder = Catalog::new(&Root::new(store.root())).folder(id);
+    let lock = VolumeLock::acquire(&folder, id, &holder).unwrap();
+    let said = store.refuse(4, &["volume", "delete", "db"]);
+    let words = format!("{id} is attached by process {} (since ", std::process::id());
+    assert!(said.contains(&words) && said.contains("socket /run/db.sock)"), "{said}");
+    let shown = store.json(&["volume", "show", "db"]);
+    assert_eq!(
+        (&shown["state"], &shown["attached_by"]["pid"]),
+        (&json!("in-use"), &json!(std::process::id()))
+    );
+    drop(lock);
+    assert_eq!(store.json(&["volume", "show", "db"])["state"], "available");
+}
+
+#[test]
+fn settings_choose_the_key_and_forbid_plaintext() {
+    let store = Store::new();
+    let other = store.create(&["--unencrypted"]);
+    assert_eq!((&other["encrypted"], &other["keys"]), (&json!(false), &json!([])));
+    store.json(&["key", "create", "--alias", "alias/mine"]);
+    let settings = store.root().join("sealblk.toml");
+    fs::write(&settings, "default-key = 'alias/mine'\nencrypt-by-default = true\nregion = 'eu-1'\n").unwrap();
+    let said = store.refuse(2, &["volume", "create", "--size=1MiB", "--unencrypted"]);
+    assert!(said.contains("encrypt-by-default"), "{said}");
+    let (mine, named) = (store.create(&[]), store.create(&["--key", "alias/mine"]));
+    assert_eq!(mine["keys"], named["keys"]);
+    let events = store.run(&["events", "--json"]).out;
+    assert!(events.lines().last().unwrap().contains("arn:aws:ec2:eu-1:000000000000:volume/vol-"));
+    fs::write(&settings, "encrypt_by_default = true\n").unwrap();
+    let said = store.refuse(2, &["volume", "create", "--size=1MiB"]);
+    assert!(said.contains("sealblk.toml") && said.contains("encrypt_by_default"), "{said}");
+}
+
+/// `sealblk events --follow --json`, ended when dropped.
+struct Follower {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Follower {
+    fn start(store: &Store) -> Self {
+        let mut command = store.command(&["events", "--follow", "--json"]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Follower { child, lines }
+    }
+
+    fn next(&mut self) -> Value {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn interrupt(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn events_are_followed_until_interrupted() {
+    let store = Store::new();
+    let first = store.create(&["--unencrypted"]);
+    let mut follower = Follower::start(&store);
+    let volume = |event: Value| event["resources"][0].as_str().unwrap().to_string();
+    assert!(volume(follower.next()).ends_with(first["id"].as_str().unwrap()));
+    for _ in 0..3 {
+        let made = store.create(&["--unencrypted"]);
+        assert!(volume(follower.next()).ends_with(made["id"].as_str().unwrap()));
+    }
+    // A log that was put aside, as logrotate does, is followed by its successor.
+    fs::rename(store.root().join("events.jsonl"), store.root().join("events.jsonl.1")).unwrap();
+    let made = store.create(&["--unencrypted"]);
+    assert!(volume(follower.next()).ends_with(made["id"].as_str().unwrap()));
+    follower.interrupt();
+    let mut rest = String::new();
+    follower.lines.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), follower.child.wait().unwrap().code()), ("", Some(0)));
+}
+
+#[test]
+fn following_can_begin_before_there_is_a_store() {
+    let store = Store::new();
+    let mut follower = Follower::start(&store);
+    let made = store.create(&["--unencrypted"]);
+    assert!(follower.next().to_string().contains(made["id"].as_str().unwrap()));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let store = Store::new();
+    store.create(&["--unencrypted"]);
+    for arguments in [&["volume", "list"][..], &["events"], &["events", "--follow"], &["key", "list"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = store.command(arguments);
+        let output =
+            command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said.as_str()), (Some(0), ""), "{arguments:?}");
+    }
+}
+
+#[test]
+fn an_empty_store_has_empty_lists_and_is_not_made_by_looking() {
+    let store = Store::new();
+    assert_eq!(store.json(&["volume", "list"]), json!([]));
+    assert_eq!(store.run(&["events"]).code, 0);
+    assert!(!store.root().exists());
+}

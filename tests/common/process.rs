@@ -1,0 +1,62 @@
+//! Child processes that a test starts: none outlives it, none is waited for without end.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+/// The repository, where `ci/` is.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A program out of the Debian packages that `./ci/setup` unpacked: `qemu-img`, `cryptsetup`, …
+pub fn tool(program: &str) -> Command {
+    let mut command = Command::new(repository().join("ci/tool"));
+    command.arg(program);
+    command
+}
+
+/// Makes the child die with the thread that spawns it, so that a killed test leaves nothing running, and
+/// lets it inherit `keep`.
+///
+/// The thread is the test's own: a child must not be spawned from a helper thread that ends earlier.
+pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
+    let parent = nix::unistd::getpid();
+    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, fcntl) on values
+    // that it owns; it does not allocate.
+    unsafe {
+        command.pre_exec(move || {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            if nix::unistd::getppid() != parent {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            for fd in &keep {
+                nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Waits until a child has ended by itself; an error when it takes longer than `limit`.
+pub fn wait_within(child: &mut Child, limit: Duration) -> io::Result<ExitStatus> {
+    // SAFETY: pidfd_open takes a process id and flags, no pointers; the id is that of a child which has not
+    // been waited for, so it cannot mean another process.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above made this descriptor, and nothing else owns it.
+    let ended = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let timeout = PollTimeout::try_from(limit).expect("a limit below a month");
+    match poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], timeout)? {
+        0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it still runs after {limit:?}"))),
+        _ => child.wait(),
+    }
+}

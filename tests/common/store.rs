@@ -1,0 +1,168 @@
+//! A sealblk store of the test's own, used through the real program as an operator would.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use super::process::{tie_to_test, wait_within};
+use std::fs::File;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Far longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A root folder and a configuration folder, gone with the value.
+pub struct Store {
+    folder: TempDir,
+}
+
+impl Store {
+    /// An empty store.
+    pub fn new() -> Self {
+        // Not in the build folder: a socket's path may be 107 bytes at most.
+        Store { folder: tempfile::tempdir().expect("make a temporary folder") }
+    }
+
+    /// Where the store lies.
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    /// Where the secrets of the embedded KMS lie.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("config")
+    }
+
+    /// The program, pointed at this store.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
+        command.env("SEALBLK_CONFIG_DIR", self.config()).arg("--root").arg(self.root());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        self.command().args(arguments).output().expect("start sealblk")
+    }
+
+    /// Runs a command that must succeed, and answers what it printed.
+    #[track_caller]
+    pub fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "sealblk {}: {}", arguments.join(" "), said(&output));
+        String::from_utf8(output.stdout).expect("output in UTF-8")
+    }
+
+    /// The layer file of a store that has one volume.
+    pub fn only_layer(&self) -> PathBuf {
+        let layers = std::fs::read_dir(self.root().join("layers")).expect("list the layers");
+        let layers = layers.map(|entry| entry.expect("list the layers").path()).collect::<Vec<_>>();
+        assert_eq!(layers.len(), 1, "a volume has one layer: {layers:?}");
+        layers.into_iter().next().expect("counted above")
+    }
+
+    /// Attaches a volume and waits until sealblk has told its service manager that it is ready.
+    #[track_caller]
+    pub fn attach(&self, volume: &str, arguments: &[&str]) -> Attached<'_> {
+        let socket = self.folder.path().join(format!("{volume}.sock"));
+        let log = self.folder.path().join(format!("{volume}.log"));
+        let notify = self.folder.path().join(format!("{volume}.notify"));
+        // Left by an earlier attach of the same volume.
+        let _ = std::fs::remove_file(&notify);
+        let manager = UnixDatagram::bind(&notify).expect("bind the notify socket");
+        let output = File::create(&log).expect("create a log file");
+        let mut command = self.command();
+        command.env("NOTIFY_SOCKET", &notify);
+        command.args(["attach", volume, "--socket-path"]).arg(&socket).args(arguments);
+        command.stdout(output.try_clone().expect("dup")).stderr(output);
+        tie_to_test(&mut command, vec![]);
+        let child = command.spawn().expect("start sealblk");
+        let mut attached = Attached { store: self, volume: volume.to_owned(), child, socket, log };
+        attached.wait_ready(&manager);
+        attached
+    }
+}
+
+/// What a command said on both streams.
+pub fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// A volume's host process. Killed at drop.
+pub struct Attached<'a> {
+    store: &'a Store,
+    volume: String,
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Attached<'_> {
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has printed so far.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Ends it with `sealblk detach`, which must work and leave no process and no socket.
+    #[track_caller]
+    pub fn detach(mut self) {
+        self.store.ok(&["detach", &self.volume]);
+        let status = self.wait();
+        assert!(status.success(), "attach ended with {status} after a detach: {}", self.output());
+        assert!(!self.socket.exists(), "the socket is still there after a detach");
+    }
+
+    /// Kills it, as a crash would.
+    pub fn kill(mut self) {
+        self.child.kill().expect("kill the host process");
+        self.wait();
+    }
+
+    #[track_caller]
+    fn wait(&mut self) -> ExitStatus {
+        let ended = wait_within(&mut self.child, LIMIT);
+        ended.unwrap_or_else(|e| panic!("attach does not end: {e}; it said: {}", self.output()))
+    }
+
+    #[track_caller]
+    fn wait_ready(&mut self, manager: &UnixDatagram) {
+        let deadline = Instant::now() + LIMIT;
+        // Short, since a process that dies sends nothing.
+        manager.set_read_timeout(Some(Duration::from_millis(50))).expect("set a time limit");
+        let mut message = [0; 4096];
+        loop {
+            if let Ok(length) = manager.recv(&mut message) {
+                if message[..length].split(|&b| b == b'\n').any(|line| line == b"READY=1") {
+                    return;
+                }
+            } else if let Some(status) = self.child.try_wait().expect("ask for the child") {
+                panic!("attach ended with {status}: {}", self.output());
+            }
+            assert!(Instant::now() < deadline, "attach is not ready: {}", self.output());
+        }
+    }
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("---- sealblk attach {}\n{}", self.volume, self.output());
+        }
+    }
+}
