@@ -6,7 +6,7 @@ use common::disk::{Aftermath, Disk, FREE, SIZE, assert_carries, reads_on};
 use common::frontend::block::complete;
 use common::frontend::hostile::agreed;
 use common::frontend::raw::{VERSION, message};
-use common::frontend::{Options, RawSocket, Request, Session};
+use common::frontend::{Options, Order, RawSocket, Request, Session};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost::VhostBackend;
@@ -104,4 +104,20 @@ fn a_guest_that_never_stops_kicking_does_not_starve_control_messages() {
     });
     session.rings = rings;
     assert_eq!(reads_on(&mut session), Aftermath::Serves);
+}
+
+#[test]
+fn a_front_end_that_lost_its_back_end_goes_on_with_the_same_rings() {
+    let disk = Disk::attach(&[]);
+    let mut options = Options { order: Order::CloudHypervisor, ..Options::default() };
+    let mut session = disk.open_with(&options);
+    options.order = Order::CloudHypervisorReconnect;
+    for n in 0..5 {
+        assert_carries(&mut session.rings[0], FREE.start + 8 * n, 4096);
+        let (mem, rings) = session.abandon();
+        session = Session::resume(disk.socket(), &options, mem, rings).unwrap();
+        let next = session.rings[0].avail_idx();
+        session.start_at(&[next]).unwrap();
+    }
+    assert_carries(&mut session.rings[0], FREE.start, 4096);
 }
