@@ -23,6 +23,21 @@ struct Options {
     request: usize,
 }
 
+/// Bytes that begin a page, as those of guests and bounce buffers do.
+struct Aligned(Vec<u8>);
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        Aligned(vec![0x5a; len + 4096])
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        let begin = self.0.as_ptr().align_offset(4096);
+        let len = self.0.len() - 4096;
+        &mut self.0[begin..begin + len]
+    }
+}
+
 /// One thing to measure and the best that it has shown.
 struct Case {
     engine: Engine,
@@ -36,18 +51,17 @@ struct Case {
 fn main() {
     let options = match parse(std::env::args().skip(1)) {
         Ok(options) => options,
-        Err(message) => {
-            eprintln!("{message}");
+        Err(wrong) => {
+            eprintln!("{wrong} is not understood\n\n{USAGE}");
             std::process::exit(2);
         }
     };
     let mut cases = cases();
-    let mut guest = vec![0x5a; options.request];
-    let mut buffer = vec![0xa5; options.request];
+    let (mut guest, mut buffer) = (Aligned::new(options.request), Aligned::new(options.request));
     for _ in 0..options.rounds {
         for case in &mut cases {
-            case.ns_per_request = case.ns_per_request.min(ns_each(case, &mut guest, &mut buffer));
-            let (guest, buffer) = (&mut guest[..4096], &mut buffer[..4096]);
+            case.ns_per_request = case.ns_per_request.min(ns_each(case, guest.bytes(), buffer.bytes()));
+            let (guest, buffer) = (&mut guest.bytes()[..4096], &mut buffer.bytes()[..4096]);
             case.ns_per_4k = case.ns_per_4k.min(ns_each(case, guest, buffer));
         }
     }
@@ -61,11 +75,15 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         if arg == "--bench" {
             continue;
         }
+        if arg == "--help" {
+            println!("{USAGE}");
+            std::process::exit(0);
+        }
         let number = args.next().and_then(|n| n.parse::<usize>().ok()).filter(|n| *n > 0);
         match (arg.as_str(), number) {
             ("--rounds", Some(n)) => options.rounds = n as u32,
             ("--request", Some(n)) if n.is_multiple_of(4096) => options.request = n,
-            _ => return Err(USAGE.into()),
+            _ => return Err(arg),
         }
     }
     Ok(options)

@@ -5,7 +5,7 @@
 //! files byte by byte.
 
 pub mod admin;
-mod anchor;
+pub mod anchor;
 pub mod blob;
 pub mod clock;
 mod deletion;

@@ -84,7 +84,13 @@ impl Store {
         let outcome = if changes.is_empty() {
             Ok(())
         } else {
-            log.append(Transaction { time: now.time, changes }).and_then(|()| log.anchor(&self.config))
+            log.append(Transaction { time: now.time, changes }).and_then(|()| {
+                log.anchor(&self.config).map_err(|e| {
+                    KmsError::Internal(format!(
+                        "the change was made, but not recorded as answered; look again: {e}"
+                    ))
+                })
+            })
         };
         if log.wants_rewriting()
             && outcome.is_ok()

@@ -2,18 +2,23 @@
 //!
 //! A data unit is walked in groups of 32 blocks. The tweaks of a group are eight registers of four consecutive
 //! tweaks each, made from the initial tweak (a 512-byte unit is one group) or from the group before. The initial
-//! tweaks of four data units are encrypted together, ahead of the data that waits for them.
+//! tweaks of four data units are encrypted together.
+//!
+//! The AES units are what everything else must not keep waiting. CPUs look ahead less than the length of a
+//! group, so the tweaks of the next group are computed between the rounds of this one; the order of the lines
+//! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they are
+//! used, for the same reason.
 
 use super::super::{DataUnit, Direction, TweakInput};
 use super::keys::{Keys, ROUND_KEYS, Schedule};
 use std::arch::x86_64::*;
+use std::hint::black_box;
 
 /// Registers of four blocks in a group.
 const WIDTH: usize = 8;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 64;
 const GROUP: usize = WIDTH * REGISTER;
-
 /// The last of AES-256's rounds.
 const LAST_ROUND: usize = ROUND_KEYS - 1;
 /// The truth table of a xor b xor c.
@@ -21,6 +26,19 @@ const XOR3: i32 = 0x96;
 
 /// Eight registers: 32 blocks, or their tweaks.
 type Group = [__m512i; WIDTH];
+
+/// A register's worth of 64-bit words.
+#[repr(align(64))]
+struct Constant([u64; 8]);
+
+/// x⁷ + x² + x + 1: what x¹²⁸ is worth in XTS's field.
+static POLYNOMIAL: Constant = Constant([0x87; 8]);
+/// By how many bits to shift the halves of four blocks up, and their carries down, for α⁰, α¹, α², α³.
+static UP: Constant = Constant([0, 0, 1, 1, 2, 2, 3, 3]);
+static DOWN: Constant = Constant([64, 64, 63, 63, 62, 62, 61, 61]);
+/// What the tweak inputs of four data units, of 512 and of 4096 bytes, have over the first.
+static NEXT_512: Constant = Constant([0, 0, 1, 0, 2, 0, 3, 0]);
+static NEXT_4096: Constant = Constant([0, 0, 8, 0, 16, 0, 24, 0]);
 
 /// A kernel: from, to, number of data units, tweak input of the first.
 ///
@@ -65,42 +83,109 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
     keys: &Keys,
     mut src: *const u8,
     mut dst: *mut u8,
-    mut units: usize,
+    units: usize,
     first: TweakInput,
 ) {
     let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
-    let step = GROUPS as i64;
-    let (low, high) = (first.low as i64, first.high as i64);
-    let counts = _mm512_set_epi64(0, 3 * step, 0, 2 * step, 0, step, 0, 0);
-    let mut inputs = _mm512_add_epi64(_mm512_set_epi64(high, low, high, low, high, low, high, low), counts);
-    while units > 0 {
-        let mut initial = encrypt_four(&keys.tweak, inputs);
-        inputs =
-            _mm512_add_epi64(inputs, _mm512_set_epi64(0, 4 * step, 0, 4 * step, 0, 4 * step, 0, 4 * step));
-        let together = units.min(4);
-        for _ in 0..together {
-            let mut tweaks = first_tweaks(initial);
-            initial = _mm512_shuffle_i64x2::<0b00_11_10_01>(initial, initial);
-            for group in 0..GROUPS {
-                // SAFETY: `units` more data units follow at both pointers, of which this is a group.
-                unsafe {
-                    crypt_group::<DECRYPT>(data_keys, src, dst, &tweaks);
-                    src = src.add(GROUP);
-                    dst = dst.add(GROUP);
-                }
-                if group + 1 < GROUPS {
-                    advance(&mut tweaks);
-                }
+    let mut input = first;
+    let mut initial = encrypt_four::<GROUPS>(&keys.tweak, input);
+    let mut tweaks = first_tweaks(initial);
+    for unit in 0..units {
+        for _ in 1..GROUPS {
+            // SAFETY: both pointers have a data unit ahead of them that begins GROUPS groups before its end.
+            unsafe {
+                tweaks = crypt_then_advance::<DECRYPT>(data_keys, src, dst, tweaks);
+                src = src.add(GROUP);
+                dst = dst.add(GROUP);
             }
         }
-        units -= together;
+        input = input.plus(GROUPS as u64);
+        initial = if unit % 4 == 3 {
+            encrypt_four::<GROUPS>(&keys.tweak, input)
+        } else {
+            _mm512_shuffle_i64x2::<0b00_11_10_01>(initial, initial)
+        };
+        // SAFETY: as above; this is the unit's last group.
+        unsafe {
+            tweaks = crypt_then_begin::<DECRYPT, GROUPS>(data_keys, src, dst, tweaks, initial);
+            src = src.add(GROUP);
+            dst = dst.add(GROUP);
+        }
     }
 }
 
-/// One group from `src` to `dst`: xor the tweaks, 14 rounds, xor them again.
+/// Crypts a group, and gives the tweaks of the next group of the same data unit: each times α³².
 #[inline]
-#[target_feature(enable = "avx512f,vaes")]
-unsafe fn crypt_group<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut u8, tweaks: &Group) {
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+unsafe fn crypt_then_advance<const DECRYPT: bool>(
+    keys: &Schedule,
+    src: *const u8,
+    dst: *mut u8,
+    tweaks: Group,
+) -> Group {
+    let [t0, t1, t2, t3, t4, t5, t6, t7] = tweaks;
+    // SAFETY: the caller vouches for a group at `src` and at `dst`.
+    let mut blocks = unsafe { start(keys, src, &tweaks) };
+    rounds::<DECRYPT, 1, 3>(keys, &mut blocks);
+    let (n0, n1) = (times_alpha_bytes::<4, 12>(t0), times_alpha_bytes::<4, 12>(t1));
+    rounds::<DECRYPT, 3, 5>(keys, &mut blocks);
+    let (n2, n3) = (times_alpha_bytes::<4, 12>(t2), times_alpha_bytes::<4, 12>(t3));
+    rounds::<DECRYPT, 5, 8>(keys, &mut blocks);
+    let (n4, n5) = (times_alpha_bytes::<4, 12>(t4), times_alpha_bytes::<4, 12>(t5));
+    rounds::<DECRYPT, 8, LAST_ROUND>(keys, &mut blocks);
+    // SAFETY: as above.
+    unsafe { finish::<DECRYPT>(keys, &blocks, dst, &tweaks) };
+    let (n6, n7) = (times_alpha_bytes::<4, 12>(t6), times_alpha_bytes::<4, 12>(t7));
+    [n0, n1, n2, n3, n4, n5, n6, n7]
+}
+
+/// Crypts the last group of a data unit, and gives the first tweaks of the next, whose initial tweak is the
+/// lowest block of `initial`. GROUPS only makes it a function of its own for each kernel: what is called from one
+/// place gets inlined, and a call would pass the groups on the stack.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
+unsafe fn crypt_then_begin<const DECRYPT: bool, const GROUPS: usize>(
+    keys: &Schedule,
+    src: *const u8,
+    dst: *mut u8,
+    tweaks: Group,
+    initial: __m512i,
+) -> Group {
+    // SAFETY: the caller vouches for a group at `src` and at `dst`.
+    let mut blocks = unsafe { start(keys, src, &tweaks) };
+    rounds::<DECRYPT, 1, 3>(keys, &mut blocks);
+    let n0 = first_four(initial);
+    rounds::<DECRYPT, 3, 5>(keys, &mut blocks);
+    let n1 = times_alpha_4(n0);
+    let n2 = times_alpha_bytes::<1, 15>(n0);
+    rounds::<DECRYPT, 5, 8>(keys, &mut blocks);
+    let n3 = times_alpha_bytes::<1, 15>(n1);
+    rounds::<DECRYPT, 8, 11>(keys, &mut blocks);
+    let n4 = times_alpha_bytes::<2, 14>(n0);
+    rounds::<DECRYPT, 11, LAST_ROUND>(keys, &mut blocks);
+    // SAFETY: as above.
+    unsafe { finish::<DECRYPT>(keys, &blocks, dst, &tweaks) };
+    let n5 = times_alpha_bytes::<2, 14>(n1);
+    let (n6, n7) = (times_alpha_bytes::<3, 13>(n0), times_alpha_bytes::<3, 13>(n1));
+    [n0, n1, n2, n3, n4, n5, n6, n7]
+}
+
+/// The tweaks of the first group of a data unit.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+fn first_tweaks(initial: __m512i) -> Group {
+    let n0 = first_four(initial);
+    let n1 = times_alpha_4(n0);
+    let (n2, n3) = (times_alpha_bytes::<1, 15>(n0), times_alpha_bytes::<1, 15>(n1));
+    let (n4, n5) = (times_alpha_bytes::<2, 14>(n0), times_alpha_bytes::<2, 14>(n1));
+    let (n6, n7) = (times_alpha_bytes::<3, 13>(n0), times_alpha_bytes::<3, 13>(n1));
+    [n0, n1, n2, n3, n4, n5, n6, n7]
+}
+
+/// Reads a group, xors the tweaks and the first round key.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn start(keys: &Schedule, src: *const u8, tweaks: &Group) -> Group {
     let mut blocks = *tweaks;
     let key = keys.round_key(0);
     for (i, block) in blocks.iter_mut().enumerate() {
@@ -108,16 +193,29 @@ unsafe fn crypt_group<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst:
         let data = unsafe { read(src.add(i * REGISTER)) };
         *block = _mm512_ternarylogic_epi64::<XOR3>(data, *block, key);
     }
-    for round in 1..LAST_ROUND {
+    blocks
+}
+
+/// The rounds FROM..TO.
+#[inline]
+#[target_feature(enable = "avx512f,vaes")]
+fn rounds<const DECRYPT: bool, const FROM: usize, const TO: usize>(keys: &Schedule, blocks: &mut Group) {
+    for round in FROM..TO {
         let key = keys.round_key(round);
-        for block in &mut blocks {
+        for block in blocks.iter_mut() {
             *block =
                 if DECRYPT { _mm512_aesdec_epi128(*block, key) } else { _mm512_aesenc_epi128(*block, key) };
         }
     }
+}
+
+/// The last round, the xor of the tweaks, and the way to `dst`.
+#[inline]
+#[target_feature(enable = "avx512f,vaes")]
+unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut u8, tweaks: &Group) {
     let key = keys.round_key(LAST_ROUND);
     for (i, (block, tweak)) in blocks.iter().zip(tweaks).enumerate() {
-        // The last round ends in an xor with its key, so the tweak can go in with it.
+        // The last round ends in an xor with its key, so the tweak goes in with it.
         let key = _mm512_xor_si512(key, *tweak);
         let done = if DECRYPT {
             _mm512_aesdeclast_epi128(*block, key)
@@ -125,79 +223,68 @@ unsafe fn crypt_group<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst:
             _mm512_aesenclast_epi128(*block, key)
         };
         // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is register i.
-        unsafe { write(dst.add(i * REGISTER), done) };
+        unsafe { _mm512_storeu_si512(dst.add(i * REGISTER).cast(), done) };
     }
 }
 
-/// The initial tweaks of four data units.
+/// The initial tweaks of four data units of GROUPS groups each, the first of which has the tweak input `first`.
 #[inline]
 #[target_feature(enable = "avx512f,vaes")]
-fn encrypt_four(keys: &Schedule, inputs: __m512i) -> __m512i {
-    let mut tweaks = _mm512_xor_si512(inputs, keys.round_key(0));
+fn encrypt_four<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m512i {
+    let low = _mm512_set1_epi64(first.low as i64);
+    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    let first = _mm512_mask_set1_epi64(low, 0b1010_1010, black_box(first.high as i64));
+    let next = if GROUPS == 1 { &NEXT_512 } else { &NEXT_4096 };
+    let mut tweaks = _mm512_xor_si512(_mm512_add_epi64(first, constant(next)), keys.round_key(0));
     for round in 1..LAST_ROUND {
         tweaks = _mm512_aesenc_epi128(tweaks, keys.round_key(round));
     }
     _mm512_aesenclast_epi128(tweaks, keys.round_key(LAST_ROUND))
 }
 
-/// The tweaks of the first group of the data unit whose initial tweak is the lowest block of `initial`.
+/// The lowest block of `initial` times α⁰, α¹, α², α³.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
-fn first_tweaks(initial: __m512i) -> Group {
+fn first_four(initial: __m512i) -> __m512i {
     let same = _mm512_shuffle_i64x2::<0>(initial, initial);
-    let t0 = times_alpha_bits(
-        same,
-        _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0),
-        _mm512_set_epi64(61, 61, 62, 62, 63, 63, 64, 64),
-    );
-    let t1 = times_alpha_bits(t0, _mm512_set1_epi64(4), _mm512_set1_epi64(60));
-    [
-        t0,
-        t1,
-        times_alpha_bytes::<1, 15>(t0),
-        times_alpha_bytes::<1, 15>(t1),
-        times_alpha_bytes::<2, 14>(t0),
-        times_alpha_bytes::<2, 14>(t1),
-        times_alpha_bytes::<3, 13>(t0),
-        times_alpha_bytes::<3, 13>(t1),
-    ]
+    let carries = _mm512_srlv_epi64(same, constant(&DOWN));
+    fold_bits(_mm512_sllv_epi64(same, constant(&UP)), carries)
 }
 
-/// The tweaks of the next group: each times α³².
+/// Each block times α⁴.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
-fn advance(tweaks: &mut Group) {
-    for tweak in tweaks {
-        *tweak = times_alpha_bytes::<4, 12>(*tweak);
-    }
+fn times_alpha_4(tweak: __m512i) -> __m512i {
+    fold_bits(_mm512_slli_epi64::<4>(tweak), _mm512_srli_epi64::<60>(tweak))
 }
 
-/// Each block times α⁸ᴺ: N bytes up, and what falls out at the top (M = 16 − N is where it begins), times
-/// x⁷ + x² + x + 1, back in below (IEEE 1619 section 5.2, eight N doublings at once).
+/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half, the
+/// high half's, times the polynomial, back in below.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+fn fold_bits(shifted: __m512i, carries: __m512i) -> __m512i {
+    let into_high = _mm512_bslli_epi128::<8>(carries);
+    let folded = _mm512_clmulepi64_epi128::<0x01>(carries, constant(&POLYNOMIAL));
+    _mm512_ternarylogic_epi64::<XOR3>(shifted, into_high, folded)
+}
+
+/// Each block times α⁸ᴺ: N bytes up, and what falls out at the top (M = 16 − N is where it begins), times the
+/// polynomial, back in below (IEEE 1619 section 5.2, eight N doublings at once).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 fn times_alpha_bytes<const N: i32, const M: i32>(tweak: __m512i) -> __m512i {
     const { assert!(N + M == 16 && N <= 8) };
     let carry = _mm512_bsrli_epi128::<M>(tweak);
-    let folded = _mm512_clmulepi64_epi128::<0x00>(carry, polynomial());
+    let folded = _mm512_clmulepi64_epi128::<0x00>(carry, constant(&POLYNOMIAL));
     _mm512_xor_si512(_mm512_bslli_epi128::<N>(tweak), folded)
 }
 
-/// Each block times α to the power in `up`, 0..64, given for both halves of the block; `down` is 64 − `up`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
-fn times_alpha_bits(tweak: __m512i, up: __m512i, down: __m512i) -> __m512i {
-    let carries = _mm512_srlv_epi64(tweak, down);
-    // The low half's carry goes into the high half, the high half's is folded back in below.
-    let into_high = _mm512_bslli_epi128::<8>(carries);
-    let folded = _mm512_clmulepi64_epi128::<0x01>(carries, polynomial());
-    _mm512_ternarylogic_epi64::<XOR3>(_mm512_sllv_epi64(tweak, up), into_high, folded)
-}
-
+/// Reads a constant anew.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn polynomial() -> __m512i {
-    _mm512_set1_epi64(0x87)
+fn constant(constant: &'static Constant) -> __m512i {
+    // SAFETY: 64 initialised bytes, aligned to 64.
+    unsafe { constant.0.as_ptr().cast::<__m512i>().read_volatile() }
 }
 
 /// 64 bytes at any address.
@@ -210,13 +297,6 @@ struct Unaligned(__m512i);
 unsafe fn read(at: *const u8) -> __m512i {
     // SAFETY: the caller vouches for 64 readable bytes; Unaligned has alignment 1.
     unsafe { at.cast::<Unaligned>().read_volatile().0 }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn write(at: *mut u8, value: __m512i) {
-    // SAFETY: the caller vouches for 64 writable bytes; Unaligned has alignment 1.
-    unsafe { at.cast::<Unaligned>().write_volatile(Unaligned(value)) }
 }
 
 /// Zeroes the vector registers, in which round keys and tweaks would otherwise wait for the next signal frame
