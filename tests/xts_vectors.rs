@@ -180,7 +180,13 @@ impl Placed {
 }
 
 /// Source, destination and in place, both directions, at these misalignments.
-fn compare(cipher: &dyn SectorCipher, first_sector: u64, plain: &[u8], expected: &[u8], misaligned: [usize; 2]) {
+fn compare(
+    cipher: &dyn SectorCipher,
+    first_sector: u64,
+    plain: &[u8],
+    expected: &[u8],
+    misaligned: [usize; 2],
+) {
     let what = format!("{}, {} bytes at sector {first_sector}, {misaligned:?}", name(cipher), plain.len());
     let zeros = vec![0; plain.len()];
 
@@ -279,7 +285,8 @@ impl GuardedPages {
         let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping where the kernel likes; then its middle, which nobody uses yet, made accessible.
         unsafe {
-            let base = libc::mmap(std::ptr::null_mut(), data + 2 * Self::PAGE, libc::PROT_NONE, anonymous, -1, 0);
+            let base =
+                libc::mmap(std::ptr::null_mut(), data + 2 * Self::PAGE, libc::PROT_NONE, anonymous, -1, 0);
             assert_ne!(base, libc::MAP_FAILED);
             let middle = base.byte_add(Self::PAGE);
             assert_eq!(libc::mprotect(middle, data, libc::PROT_READ | libc::PROT_WRITE), 0);
