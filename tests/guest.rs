@@ -9,7 +9,12 @@ mod qemu;
 #[path = "common/store.rs"]
 mod store;
 
+use base64::Engine;
 use guest::Guest;
+use sealblk::kms::KeyProvider;
+use sealblk::kms::embedded::{Embedded, clock::SystemClock};
+use sealblk::root::Root;
+use sealblk::volume::Catalog;
 use serde_json::json;
 use store::Store;
 
@@ -189,4 +194,47 @@ fn a_disk_can_be_unplugged_and_plugged_in_again() {
     guest.ok("timeout 60 sh -c 'until [ -b /dev/vda ]; do usleep 50000; done'; mount /dev/vda /mnt");
     assert_eq!(guest.ok(CHECK_FILES), files);
     guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+}
+
+/// The data key of the volume `t`, in base64, as the KMS hands it out to who has the context and the root key.
+fn data_key(store: &Store) -> String {
+    let root = Root::new(store.root());
+    let catalog = Catalog::new(&root);
+    let volume = catalog.load(catalog.resolve("t").expect("find the volume")).expect("read its metadata");
+    let kms = Embedded::at(root.kms(), store.config(), Box::new(SystemClock));
+    let dek = kms.decrypt(&volume.keys()[0].wrapped, &volume.encryption_context()).expect("unwrap the key");
+    assert_eq!(dek.len(), 64);
+    base64::engine::general_purpose::STANDARD.encode(&*dek)
+}
+
+/// Whoever has the data key needs no sealblk: the layer is what dm-crypt itself would have written.
+fn cryptsetup_reads_the_layer(sector_size: u32) {
+    let store = store_with_volume(sector_size);
+    let attached = store.attach("t", &[]);
+    let mut guest = Guest::builder().disk(attached.socket()).boot();
+    let files = guest.ok(MAKE_FILES);
+    guest.ok("cd /; umount /mnt");
+    guest.shutdown();
+    attached.detach();
+
+    let mut guest = Guest::builder().plain_read_only_disk(store.only_layer()).boot();
+    guest.refused("mount -o ro /dev/vda /mnt");
+    guest.ok(&format!(
+        "echo {} | base64 -d >/tmp/key
+         cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --sector-size {sector_size} \\
+             --key-file /tmp/key --readonly /dev/vda clear
+         mount -o ro /dev/mapper/clear /mnt",
+        data_key(&store)
+    ));
+    assert_eq!(guest.ok(CHECK_FILES), files);
+}
+
+#[test]
+fn cryptsetup_reads_a_layer_of_512_byte_sectors() {
+    cryptsetup_reads_the_layer(512);
+}
+
+#[test]
+fn cryptsetup_reads_a_layer_of_4096_byte_sectors() {
+    cryptsetup_reads_the_layer(4096);
 }
