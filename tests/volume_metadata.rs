@@ -244,8 +244,11 @@ fn an_attached_volume_is_not_deleted() {
     store.delete(made.id()).unwrap();
 }
 
-/// What a create or delete leaves that was cut off, each with a way to bring a whole volume into that state.
-fn remains() -> Vec<(&'static str, fn(&Store, &Metadata))> {
+/// Brings a whole volume into the state in which a create or delete was cut off.
+type CutOff = fn(&Store, &Metadata);
+
+/// After which step it was cut off, and what it leaves then.
+fn remains() -> Vec<(&'static str, CutOff)> {
     fn rename(store: &Store, volume: &Metadata, to: &str) {
         fs::rename(store.record(volume.id(), "volume.json"), store.record(volume.id(), to)).unwrap();
     }
@@ -318,7 +321,7 @@ fn what_another_process_is_at_is_left_alone() {
 
 #[test]
 fn what_is_not_understood_is_left_alone() {
-    let damage: [fn(&Store, &Metadata); 3] = [
+    let damage: [CutOff; 3] = [
         |s, v| fs::write(s.record(v.id(), "creating.json"), "{").unwrap(),
         |s, v| fs::write(s.record(v.id(), "volume.json.bak"), "my copy").unwrap(),
         |s, v| fs::write(s.record(v.id(), "deleting.json"), r#"{"format": 2}"#).unwrap(),

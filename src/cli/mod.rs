@@ -53,20 +53,22 @@ impl Env {
 #[command(version, propagate_version = true, after_help = EXAMPLE, max_term_width = 110)]
 struct Cli {
     /// Where the store lies [default: /var/lib/sealblk for root, else sealblk in the XDG data folder].
-    #[arg(long, global = true, env = "SEALBLK_ROOT", value_name = "DIR", hide_env_values = true)]
+    #[arg(long, global = true, help_heading = GENERAL, env = "SEALBLK_ROOT", value_name = "DIR", hide_env_values = true)]
     root: Option<PathBuf>,
 
     /// Print JSON instead of text.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GENERAL)]
     json: bool,
 
     /// Say more on standard error; twice: still more. RUST_LOG, where it is set, decides instead.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = GENERAL, action = clap::ArgAction::Count)]
     verbose: u8,
 
     #[command(subcommand)]
     command: Command,
 }
+
+const GENERAL: &str = "General options";
 
 const EXAMPLE: &str = "\
 Example:

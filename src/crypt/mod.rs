@@ -3,6 +3,8 @@
 //! Pure but for the pages of [`secret_mem`]: it knows no file, no socket, no KMS.
 
 pub mod dek;
+#[cfg(test)]
+mod residue;
 pub mod secret_mem;
 pub mod xts;
 

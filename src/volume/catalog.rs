@@ -89,13 +89,11 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Usage` with the candidates if several ids begin so.
     pub fn resolve(&self, reference: &str) -> Result<VolumeId> {
-        let entries = self.list()?;
-        if let Ok(id) = reference.parse::<VolumeId>() {
-            return match entries.iter().any(|e| e.id == id) {
-                true => Ok(id),
-                false => Err(self.no_such(reference, &entries)),
-            };
+        let whole = reference.parse::<VolumeId>().ok();
+        if let Some(id) = whole.filter(|&id| self.folder(id).join(FILE).exists()) {
+            return Ok(id);
         }
+        let entries = self.list()?;
         // A name comes before a prefix: whether an id begins like it is chance.
         if let Some(entry) = entries.iter().find(|e| e.name() == Some(reference)) {
             return Ok(entry.id);

@@ -6,7 +6,7 @@
 //! Whoever wants in takes its own locks first and then asks whether anybody's contradict: so of two that come
 //! at the same time at most both fail, and never both get in.
 
-use super::lock::byte_range;
+use super::lock::{byte_range, unlock};
 use crate::error::{Context, Error, Kind, Result};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -50,7 +50,7 @@ impl Access {
 /// A file that QEMU sees as in use, for as long as this lives.
 #[derive(Debug)]
 pub struct ImageLock {
-    _file: File,
+    file: File,
 }
 
 impl ImageLock {
@@ -61,11 +61,11 @@ impl ImageLock {
     /// together with `access`.
     pub fn acquire(path: &Path, access: Access) -> Result<Self> {
         let attempt = || format!("lock {}", path.display());
-        let file = File::open(path).context(attempt)?;
+        let lock = ImageLock { file: File::open(path).context(attempt)? };
         let used = access.used().iter().map(|n| USED + n);
         let unshared = access.unshared().iter().map(|n| UNSHARED + n);
         for byte in used.chain(unshared) {
-            match fcntl(&file, FcntlArg::F_OFD_SETLK(&byte_range(libc::F_RDLCK, byte, 1))) {
+            match fcntl(&lock.file, FcntlArg::F_OFD_SETLK(&byte_range(libc::F_RDLCK, byte, 1))) {
                 Ok(_) => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => return Err(in_use(path)),
                 Err(e) => return Err(Error::from(e).context(attempt())),
@@ -75,13 +75,19 @@ impl ImageLock {
         let contrary_use = access.unshared().iter().map(|n| USED + n);
         let contrary_refusal = access.used().iter().map(|n| UNSHARED + n);
         for byte in contrary_use.chain(contrary_refusal) {
-            let mut lock = byte_range(libc::F_WRLCK, byte, 1);
-            fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).context(attempt)?;
-            if i32::from(lock.l_type) != libc::F_UNLCK {
+            let mut found = byte_range(libc::F_WRLCK, byte, 1);
+            fcntl(&lock.file, FcntlArg::F_OFD_GETLK(&mut found)).context(attempt)?;
+            if i32::from(found.l_type) != libc::F_UNLCK {
                 return Err(in_use(path));
             }
         }
-        Ok(ImageLock { _file: file })
+        Ok(lock)
+    }
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        unlock(&self.file);
     }
 }
 

@@ -135,8 +135,9 @@ impl VolumeLock {
 
 impl Drop for VolumeLock {
     fn drop(&mut self) {
-        // For whoever looks at the file by hand; the lock itself ends when the file is closed.
+        // For whoever looks at the file by hand.
         let _ = self.file.set_len(0);
+        unlock(&self.file);
     }
 }
 
@@ -192,6 +193,13 @@ pub(super) fn byte_range(kind: i32, start: i64, len: i64) -> libc::flock {
         // The kernel insists on 0 for OFD locks.
         l_pid: 0,
     }
+}
+
+/// Gives up the OFD locks of `file`. Closing it alone would not while a child process that is just being
+/// started still has a copy of the descriptor.
+pub(super) fn unlock(file: &File) {
+    // Unlocking fails for no reason that closing, which follows, would not see to.
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_UNLCK)));
 }
 
 fn same_file(file: &File, path: &Path) -> std::io::Result<bool> {

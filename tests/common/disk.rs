@@ -5,7 +5,7 @@
 
 use super::frontend::server::Holdings;
 use super::frontend::{
-    Fault, LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block, ring::readable,
+    LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block, ring::readable,
 };
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,18 @@ impl Disk {
         let sector = sector_size.to_string();
         run(
             dir.path(),
-            &["volume", "create", "--size", &size, "--name", "t", "--sector-size", &sector, "--json"],
+            &[
+                "volume",
+                "create",
+                "--size",
+                &size,
+                "--name",
+                "t",
+                "--sector-size",
+                &sector,
+                "--json",
+                "--unencrypted",
+            ],
         );
         let server = serve(dir.path(), &[]);
         let disk = Disk { server, dir };
@@ -256,14 +267,6 @@ pub fn assert_carries(ring: &mut SplitRing, sector: u64, len: usize) {
     let read = Request::read(sector, len).run(ring).expect("a read");
     assert_eq!((read.status, read.used_len as usize), (block::OK, len + 1));
     assert!(read.data == data, "sector {sector} does not hold what was written");
-}
-
-/// The fault of a result that must not be a success.
-pub fn refusal<T>(result: Result<T, Fault>) -> Fault {
-    match result {
-        Ok(_) => panic!("the back-end took what it must refuse"),
-        Err(fault) => fault,
-    }
 }
 
 fn program(dir: &Path) -> Command {

@@ -23,8 +23,9 @@ const BATCH_BYTES: usize = BATCH_GROUPS * GROUP_BYTES;
 const BATCH_BLOCKS: usize = BATCH_GROUPS * GROUP_BLOCKS;
 /// Units whose initial tweaks are encrypted together.
 const UNITS_AHEAD: usize = 64;
-/// How deep the frames of `aes` go, bytes; it keeps widened round keys there.
-const AES_STACK: usize = 4096;
+/// How deep the frames of `aes` go, bytes; it keeps widened round keys there. Optimised they need less than 2 KiB,
+/// in development builds each step moves them once more.
+const AES_STACK: usize = if cfg!(debug_assertions) { 16 * 1024 } else { 4096 };
 
 /// The portable engine.
 pub(super) struct Portable {
@@ -53,8 +54,9 @@ impl Portable {
     /// Runs `len` bytes, whole data units, through the cipher: `each` is called for every batch in order, with
     /// its offset, its length and the batch cipher, and brings the bytes to and from where they live.
     #[inline(always)]
-    fn for_each_batch(&self, len: usize, first: TweakInput, mut each: impl FnMut(usize, &Batch<'_>)) {
-        let mut batch = Batch { keys: &self.keys, starts: [0; BATCH_GROUPS], len: 0 };
+    fn for_each_batch(&self, len: usize, first: TweakInput, mut each: impl FnMut(usize, &mut Batch<'_>)) {
+        let mut batch =
+            Batch { keys: &self.keys, starts: [0; BATCH_GROUPS], tweaks: [0; BATCH_BLOCKS], len: 0 };
         let mut initial = [Block::default(); UNITS_AHEAD];
         let unit_bytes = self.unit.bytes();
         for offset in (0..len).step_by(UNITS_AHEAD * unit_bytes) {
@@ -72,7 +74,7 @@ impl Portable {
                     DataUnit::B512 => batch.start_each_group(&initial[at / GROUP_BYTES..units]),
                     DataUnit::B4096 => batch.start_one_unit(&initial[at / BATCH_BYTES]),
                 }
-                each(offset + at, &batch);
+                each(offset + at, &mut batch);
             }
         }
         wipe_stack::<AES_STACK>();
@@ -135,6 +137,8 @@ impl SectorCipher for Portable {
 struct Batch<'a> {
     keys: &'a Keys,
     starts: [u128; BATCH_GROUPS],
+    /// Scratch of `crypt`; here, so that the frames that hold round keys are not far below it.
+    tweaks: [u128; BATCH_BLOCKS],
     /// Bytes; whole groups.
     len: usize,
 }
@@ -157,17 +161,16 @@ impl Batch<'_> {
     }
 
     /// XEX: xor the tweaks, encrypt or decrypt, xor them again. `data` has `self.len` bytes.
-    fn crypt(&self, direction: Direction, data: &mut [u8]) {
-        let mut tweaks = [0; BATCH_BLOCKS];
+    fn crypt(&mut self, direction: Direction, data: &mut [u8]) {
         let groups = data.len() / GROUP_BYTES;
-        lay_out_tweaks(&self.starts, &mut tweaks[..groups.next_multiple_of(4) * GROUP_BLOCKS]);
+        lay_out_tweaks(&self.starts, &mut self.tweaks[..groups.next_multiple_of(4) * GROUP_BLOCKS]);
         let (blocks, _) = data.as_chunks_mut();
-        xor(blocks, &tweaks);
+        xor(blocks, &self.tweaks);
         match direction {
             Direction::Encrypt => self.keys.encrypt.encrypt_blocks(Block::cast_slice_from_core_mut(blocks)),
             Direction::Decrypt => self.keys.decrypt.decrypt_blocks(Block::cast_slice_from_core_mut(blocks)),
         }
-        xor(blocks, &tweaks);
+        xor(blocks, &self.tweaks);
     }
 }
 
