@@ -10,6 +10,7 @@
 pub mod backend;
 pub mod dirty;
 pub mod gate;
+pub mod inflight;
 pub mod ring;
 pub mod server;
 pub mod session;

@@ -5,9 +5,10 @@
 //! the first thing to happen, finishes what is done, and publishes the used ring once.
 
 use super::dirty::mark_dirty;
+use super::inflight::InflightQueue;
 use super::ring::{Position, Ring};
 use crate::store::{Buffer, Event, Wait};
-use crate::virtio::{Op, Parsed, Segment, Status};
+use crate::virtio::{Op, Segment, Status};
 use crate::volume::io::{Disk, DiskQueue, GuestData};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -41,6 +42,8 @@ pub struct Setup {
     pub err: Option<File>,
     /// Whether writes must be durable at completion; changes while the ring runs.
     pub write_through: Arc<AtomicBool>,
+    /// Where chains in flight are noted for whoever comes after us.
+    pub inflight: Option<InflightQueue>,
 }
 
 enum Command {
@@ -209,6 +212,8 @@ struct Server {
     free: Vec<u16>,
     /// Requests that wait for buffers or for room in the store's queue, oldest first.
     stalled: VecDeque<u16>,
+    /// Heads that an earlier back-end took and did not answer, oldest first.
+    resubmit: VecDeque<u16>,
     /// Heads in flight, one bit each.
     heads: Vec<u64>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
@@ -219,18 +224,30 @@ struct Server {
 }
 
 impl Server {
-    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, setup: Setup) -> Self {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup) -> Self {
         io.watch(WAKE, mailbox.wake.as_raw_fd());
         io.watch(KICK, setup.kick.as_raw_fd());
         // An interrupt that died with an earlier back-end would never come again.
         signal(setup.call.as_ref());
         let size = setup.ring.size();
+        let mut resubmit = Vec::new();
+        if let Some(inflight) = &mut setup.inflight {
+            resubmit = inflight.recover(setup.ring.position().next_used);
+            setup.ring.skip_in_flight(resubmit.len() as u16);
+            if !resubmit.is_empty() {
+                log::info!(
+                    "{} requests were in flight in an earlier back-end: serving them again",
+                    resubmit.len()
+                );
+            }
+        }
         Server {
             mailbox,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
             free: (0..size).rev().collect(),
             stalled: VecDeque::new(),
+            resubmit: resubmit.into(),
             heads: vec![0; usize::from(size).div_ceil(64)],
             broken: false,
             setup,
@@ -282,27 +299,39 @@ impl Server {
             if !self.may_take() {
                 return false;
             }
-            let Some(&slot) = self.free.last() else { return false };
-            let request = &mut self.requests[usize::from(slot)];
-            match self.setup.ring.pop(self.io.disk().geometry(), &mut request.segments) {
-                Ok(None) => return false,
-                Ok(Some((head, _))) if !self.claim(head) => {
-                    self.break_ring(&format!("chain {head} is in flight already"));
-                }
-                Ok(Some((head, Some(parsed)))) => self.begin(slot, head, parsed),
-                Ok(Some((head, None))) => {
-                    self.release(head);
-                    self.setup.ring.add_used(head, 0);
-                }
-                Err(e) => self.break_ring(&e.to_string()),
+            let head = match self.resubmit.pop_front() {
+                Some(head) => head,
+                None => match self.setup.ring.pop() {
+                    Ok(Some(head)) => head,
+                    Ok(None) => return false,
+                    Err(e) => {
+                        self.break_ring(&e.to_string());
+                        return false;
+                    }
+                },
+            };
+            if !self.claim(head) {
+                self.break_ring(&format!("chain {head} is in flight already"));
+                return false;
             }
+            self.begin(head);
         }
         true
     }
 
-    fn begin(&mut self, slot: u16, head: u16, parsed: Parsed) {
-        self.free.pop();
+    /// Begins with a chain; there is a free slot.
+    fn begin(&mut self, head: u16) {
+        let Some(slot) = self.free.pop() else { return };
+        // On record before anything has an effect.
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.take(head);
+        }
         let request = &mut self.requests[usize::from(slot)];
+        let Some(parsed) = self.setup.ring.parse(head, self.io.disk().geometry(), &mut request.segments)
+        else {
+            self.free.push(slot);
+            return self.answer(head, 0);
+        };
         request.head = head;
         request.status = parsed.status;
         request.written = parsed.writable;
@@ -468,13 +497,26 @@ impl Server {
         }
         mark_dirty(mem, request.status, 1);
         let (head, written) = (request.head, request.written);
-        self.release(head);
-        self.setup.ring.add_used(head, written);
         self.free.push(slot);
+        self.answer(head, written);
     }
 
+    /// Puts a chain into the used ring, `written` bytes of it being ours.
+    fn answer(&mut self, head: u16, written: u32) {
+        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
+        self.setup.ring.add_used(head, written);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answer(head);
+        }
+    }
+
+    /// Lets the driver see what was answered.
     fn publish(&mut self) {
-        if self.setup.ring.publish() {
+        let Some(interrupt) = self.setup.ring.publish() else { return };
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.published(self.setup.ring.position().next_used);
+        }
+        if interrupt {
             signal(self.setup.call.as_ref());
         }
     }
@@ -506,10 +548,6 @@ impl Server {
         let free = self.heads[word] & bit == 0;
         self.heads[word] |= bit;
         free
-    }
-
-    fn release(&mut self, head: u16) {
-        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
     }
 
     /// The driver broke the rules: takes nothing more, and tells the front-end.
