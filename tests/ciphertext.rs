@@ -129,7 +129,8 @@ impl Guest {
         let data = |sector: u64| pattern(6 << 32 | sector, 16 * SECTOR);
         let mut pending = Vec::new();
         for (queue, ring) in self.session.rings.iter_mut().enumerate() {
-            let submit = |n| Request::write(place(queue as u64, n), &data(place(queue as u64, n))).submit(ring);
+            let submit =
+                |n| Request::write(place(queue as u64, n), &data(place(queue as u64, n))).submit(ring);
             let these: Vec<_> = (0..32).map(submit).collect::<Result<_, _>>().expect("room on the ring");
             pending.push(these);
         }
