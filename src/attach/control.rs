@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
-    Detach,
+    // With braces: serde would take unknown fields otherwise.
+    Detach {},
 }
 
 #[derive(Serialize, Deserialize)]
@@ -37,10 +38,13 @@ enum Answer {
 
 /// The host process's end.
 pub struct Control {
-    _name: SocketName,
-    /// Who waits for the detach.
-    waiting: Arc<Mutex<Vec<UnixStream>>>,
+    name: SocketName,
+    waiting: Waiting,
 }
+
+/// The clients that wait for the detach.
+#[derive(Clone, Default)]
+pub struct Waiting(Arc<Mutex<Vec<UnixStream>>>);
 
 impl Control {
     /// Listens in `folder`; `detach` is called for each client that asks for it, and must not block.
@@ -48,35 +52,47 @@ impl Control {
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
         let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
-        let waiting: Arc<Mutex<Vec<UnixStream>>> = Arc::default();
+        let waiting = Waiting::default();
         let register = waiting.clone();
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || serve(&listener, &register, detach))
             .context(|| "start the control thread")?;
-        Ok(Control { _name: name.moved_to(folder), waiting })
+        Ok(Control { name: name.moved_to(folder), waiting })
+    }
+
+    /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
+    pub fn close(self) -> Waiting {
+        drop(self.name);
+        self.waiting
+    }
+}
+
+impl Waiting {
+    fn add(&self, client: UnixStream) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(client);
     }
 
     /// Tells those who asked for the detach how it went.
-    pub fn finish(self, result: &Result<()>) {
+    pub fn tell(self, result: &Result<()>) {
         let answer = match result {
             Ok(()) => Answer::Detached,
             Err(e) => Answer::Failed { kind: e.kind().name().into(), message: e.to_string() },
         };
-        for client in self.waiting.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for client in self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // A client that has gone does not want to know.
             let _ = say(&client, &answer);
         }
     }
 }
 
-fn serve(listener: &UnixListener, waiting: &Mutex<Vec<UnixStream>>, detach: impl Fn()) {
+fn serve(listener: &UnixListener, waiting: &Waiting, detach: impl Fn()) {
     loop {
         match listener.accept() {
             Ok((client, _)) => match hear::<Request>(&client) {
-                Ok(Request::Detach) => {
+                Ok(Request::Detach {}) => {
                     log::info!("a client asks for the detach");
-                    waiting.lock().unwrap_or_else(PoisonError::into_inner).push(client);
+                    waiting.add(client);
                     detach();
                 }
                 Err(e) => {
@@ -100,7 +116,7 @@ pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
     };
     let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
     let client = client.map_err(|e| not_reached(&holder, &e).context(attempt()))?;
-    say(&client, &Request::Detach).context(attempt)?;
+    say(&client, &Request::Detach {}).context(attempt)?;
     let mut line = String::new();
     BufReader::new(&client).take(MAX_LINE).read_line(&mut line).context(attempt)?;
     match serde_json::from_str(&line) {

@@ -99,6 +99,9 @@ pub fn attach(
     let how = disk.describe();
 
     let stop = Stop::new()?;
+    let on_detach = stop.clone();
+    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
+    let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
     let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
@@ -109,9 +112,6 @@ pub fn attach(
         }
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
-    let on_detach = stop.clone();
-    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
-    let control = control.map_err(|e| e.context(attempt()))?;
     stop_on_signals(stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
@@ -129,9 +129,11 @@ pub fn attach(
         Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
         None => result,
     };
+    // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
+    let waiting = control.close();
     drop(lock);
-    control.finish(&result);
     log::info!("{volume} is detached");
+    waiting.tell(&result);
     result
 }
 
