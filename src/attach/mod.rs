@@ -166,33 +166,14 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
 fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
     let mut deks = Vec::new();
     for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).inspect_err(|e| {
-            let reattach = metadata.attached_before();
-            events.record(&Event::attach_failed(
-                metadata.id(),
-                Some(&key.wrapped.key_id),
-                e.to_string(),
-                reattach,
-            ));
+        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
+            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
+            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
+            refusal.error()
         });
-        deks.push(dek.map_err(|e| advise(e, &key.wrapped.key_id))?);
+        deks.push(dek?);
     }
     Ok(deks)
-}
-
-/// Adds to the KMS's words what the reader can do.
-fn advise(e: Error, key: &str) -> Error {
-    let text = e.to_string();
-    let hint = if text.ends_with("is disabled.") {
-        format!(" Enable it with \"sealblk key enable {key}\" and attach again")
-    } else if text.ends_with("is pending deletion.") {
-        format!(" \"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" bring it back")
-    } else if text == "InvalidCiphertextException" {
-        " (the wrapped data key is damaged, or belongs to another volume)".into()
-    } else {
-        return e.context("KMS");
-    };
-    Error::new(e.kind(), format!("KMS: {text}{hint}"))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.

@@ -20,7 +20,8 @@ use crate::root::Root;
 use crate::volume::Catalog;
 use clap::{Parser, Subcommand};
 use serde_json::json;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What every command gets beside its own arguments.
@@ -109,7 +110,7 @@ impl Command {
 
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(arguments());
     start_log(cli.verbose);
     let json = cli.json;
     match env(cli.root, json).and_then(|env| cli.command.run(&env)) {
@@ -119,6 +120,17 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+/// The arguments. Called as `vhost-user-sealblk`, by management software that knows back-ends by their own binary
+/// (QEMU's vhost-user conventions; resources/50-sealblk.json), the program is `sealblk attach`.
+fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let name = arguments.first().and_then(|path| Path::new(path).file_name());
+    if name == Some(OsStr::new("vhost-user-sealblk")) {
+        arguments.insert(1, "attach".into());
+    }
+    arguments
 }
 
 fn env(root: Option<PathBuf>, json: bool) -> Result<Env> {

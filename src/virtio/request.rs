@@ -252,7 +252,7 @@ fn transfer<M: GuestMemory>(
     access: Permissions,
 ) -> Result<(), Status> {
     let len: u64 = data.iter().map(|s| u64::from(s.len)).sum();
-    if len % super::SECTOR_SIZE != 0 || !geometry.contains(sector, len / super::SECTOR_SIZE) {
+    if !len.is_multiple_of(super::SECTOR_SIZE) || !geometry.contains(sector, len / super::SECTOR_SIZE) {
         return Err(Status::IoErr);
     }
     in_memory(mem, data, access)
@@ -280,7 +280,7 @@ fn range<M: GuestMemory>(
     }
     data.truncate(readable);
     let len: u64 = data.iter().map(|s| u64::from(s.len)).sum();
-    if len == 0 || len % RANGE_SIZE as u64 != 0 {
+    if len == 0 || !len.is_multiple_of(RANGE_SIZE as u64) {
         return Err(Status::IoErr);
     }
     if len != RANGE_SIZE as u64 {

@@ -21,6 +21,9 @@ const HEADER: usize = 12;
 pub const MAX_BODY: usize = 4096 - HEADER;
 /// The most descriptors of one message.
 pub const MAX_FDS: usize = 32;
+/// The most that the kernel passes at once. There is room for all of them: a truncated control message would leave
+/// descriptors open that nobody knows.
+const KERNEL_MAX_FDS: usize = 253;
 
 /// One message.
 #[derive(Debug)]
@@ -140,7 +143,7 @@ fn receive_exact(
 ) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let mut space = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
         let mut data = [IoSliceMut::new(&mut buffer[filled..])];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let received = match recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags) {

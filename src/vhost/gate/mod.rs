@@ -59,7 +59,8 @@ impl Gate {
             let (request, wants_ack) = (message.request, message.needs_reply());
             let name = request_name(request);
             let answer = self.pass(message).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
-            let ack = wants_ack && self.acked & Protocol::REPLY_ACK.bits() != 0;
+            let own_answer = Req::try_from(request).is_ok_and(has_answer);
+            let ack = wants_ack && !own_answer && self.acked & Protocol::REPLY_ACK.bits() != 0;
             match answer {
                 Ok(Some(reply)) => reply.send(&self.vmm)?,
                 Ok(None) if ack => Message::reply_u64(request, 0).send(&self.vmm)?,
