@@ -6,11 +6,13 @@ use super::input::Input;
 use behind::Behind;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use sealblk::vhost::gate::{Gate, Limits};
+use sealblk::vhost::vring::Rings;
 use std::fs::File;
 use std::io::{self, ErrorKind, PipeReader, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_SEMAPHORE, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -33,7 +35,8 @@ pub fn run(data: &[u8]) {
     drop(files);
 
     let device = std::thread::spawn(move || Behind::new(behind, LIMITS).serve());
-    let passed = Gate::new(vmm, inner, LIMITS).and_then(|mut gate| gate.run());
+    let passed = Gate::new(vmm, inner, LIMITS, Rings::new(Arc::from([]), Arc::default()))
+        .and_then(|mut gate| gate.run());
     if let Err(panic) = device.join() {
         std::panic::resume_unwind(panic);
     }
