@@ -18,7 +18,7 @@ use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
 use crate::vhost::server::{self, Socket, Stop};
-use crate::vhost::worker::Worker;
+use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
 use crate::volume::image_lock::{self, ImageLock};
@@ -33,6 +33,7 @@ use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -61,6 +62,12 @@ pub struct Options {
     pub serial: Option<String>,
     /// The XTS engine.
     pub engine: Engine,
+    /// How long a queue's thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Answer requests in the order in which they were taken.
+    pub in_order: bool,
+    /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
+    pub cpus: Vec<usize>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -212,7 +219,10 @@ fn device(
 ) -> Result<Arc<Device>> {
     let spawn = |index: u16| {
         let (stop, failure) = (stop.clone(), failure.clone());
-        Worker::spawn(usize::from(index), disk.clone(), move |reason| {
+        let index = usize::from(index);
+        let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu };
+        Worker::spawn(index, disk.clone(), tuning, move |reason| {
             log::error!("{reason}");
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
             stop.stop();

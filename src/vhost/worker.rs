@@ -6,6 +6,7 @@
 
 use super::dirty::mark_dirty;
 use super::inflight::InflightQueue;
+use super::poll::BusyPoll;
 use super::ring::{Position, Ring};
 use crate::store::{Buffer, Event, Wait};
 use crate::virtio::{Op, Segment, Status};
@@ -18,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -29,6 +31,19 @@ const KICK: u32 = 1;
 const BATCH: usize = 64;
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
 const MIN_DEPTH: u16 = 128;
+
+/// How the operator wants queues to be served.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tuning {
+    /// How long a thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Used entries in the order in which chains were taken. It costs waiting for the slowest, and saves requests in
+    /// flight from being lost in a crash where a front-end does without INFLIGHT but restores the available index
+    /// from the used one, as QEMU does.
+    pub in_order: bool,
+    /// The CPU that a thread is bound to.
+    pub cpu: Option<usize>,
+}
 
 /// A ring to serve, with the descriptors that belong to it.
 pub struct Setup {
@@ -111,6 +126,7 @@ impl Worker {
     pub fn spawn(
         index: usize,
         disk: Arc<Disk>,
+        tuning: Tuning,
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -118,7 +134,12 @@ impl Worker {
             Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
         let inbox = mailbox.clone();
         let run = move || {
-            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk));
+            if let Some(cpu) = tuning.cpu
+                && let Err(e) = bind_to(cpu)
+            {
+                log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
+            }
+            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, tuning));
             let ended = std::panic::catch_unwind(serve);
             inbox.close();
             match ended {
@@ -161,7 +182,7 @@ impl Drop for Worker {
 
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
 /// there only while it runs, so that a queue that no driver uses costs nothing.
-fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
+fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: Tuning) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
         match command {
@@ -169,7 +190,7 @@ fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
                 let depth = setup.ring.size().max(MIN_DEPTH);
                 match disk.open_queue(depth) {
                     Ok(queue) => {
-                        let server = Server::new(mailbox.clone(), queue, *setup);
+                        let server = Server::new(mailbox.clone(), queue, *setup, tuning);
                         let _ = reply.send(Ok(None));
                         if server.run()? {
                             return Ok(());
@@ -216,6 +237,9 @@ struct Server {
     resubmit: VecDeque<u16>,
     /// Heads in flight, one bit each.
     heads: Vec<u64>,
+    /// Where answers wait for older ones, if they shall go out in order.
+    in_order: Option<InOrder>,
+    poll: BusyPoll,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
     /// Who waits for the ring to be drained, and whether the thread ends then.
@@ -224,7 +248,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup) -> Self {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: Tuning) -> Self {
         io.watch(WAKE, mailbox.wake.as_raw_fd());
         io.watch(KICK, setup.kick.as_raw_fd());
         // An interrupt that died with an earlier back-end would never come again.
@@ -249,6 +273,8 @@ impl Server {
             stalled: VecDeque::new(),
             resubmit: resubmit.into(),
             heads: vec![0; usize::from(size).div_ceil(64)],
+            in_order: tuning.in_order.then(|| InOrder::new(size)),
+            poll: BusyPoll::new(tuning.poll),
             broken: false,
             setup,
             draining: None,
@@ -270,13 +296,32 @@ impl Server {
                 let _ = reply.send(Ok(Some(position)));
                 return Ok(exit);
             }
-            let wait = if more || self.kick_missed() { Wait::Poll } else { Wait::Event };
-            self.io.wait(wait)?;
+            if more {
+                self.io.wait(Wait::Poll)?;
+            } else {
+                self.sleep()?;
+            }
             while let Some(event) = self.io.next_event() {
                 self.handle(event);
             }
             self.publish();
         }
+    }
+
+    /// Submits what there is and waits for something to do, looking for it a while before sleeping.
+    fn sleep(&mut self) -> io::Result<()> {
+        if self.poll.is_on() {
+            self.io.wait(Wait::Poll)?;
+            let may_take = self.may_take();
+            let (io, ring) = (&mut self.io, &self.setup.ring);
+            if self.poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+                return self.io.wait(Wait::Poll);
+            }
+        }
+        if self.kick_missed() {
+            return self.io.wait(Wait::Poll);
+        }
+        self.poll.sleep(|| self.io.wait(Wait::Event))
     }
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
@@ -313,6 +358,9 @@ impl Server {
             if !self.claim(head) {
                 self.break_ring(&format!("chain {head} is in flight already"));
                 return false;
+            }
+            if let Some(in_order) = &mut self.in_order {
+                in_order.taken(head);
             }
             self.begin(head);
         }
@@ -501,8 +549,17 @@ impl Server {
         self.answer(head, written);
     }
 
-    /// Puts a chain into the used ring, `written` bytes of it being ours.
+    /// Answers a chain, `written` bytes of it being ours: at once, or when those before it are answered.
     fn answer(&mut self, head: u16, written: u32) {
+        let Some(mut in_order) = self.in_order.take() else { return self.add_used(head, written) };
+        in_order.done(head, written);
+        while let Some((head, written)) = in_order.next() {
+            self.add_used(head, written);
+        }
+        self.in_order = Some(in_order);
+    }
+
+    fn add_used(&mut self, head: u16, written: u32) {
         self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
         self.setup.ring.add_used(head, written);
         if let Some(inflight) = &mut self.setup.inflight {
@@ -580,6 +637,42 @@ impl Request {
         }
         self.failed = true;
     }
+}
+
+/// Answers that wait for older ones.
+struct InOrder {
+    /// Heads in the order in which they were taken.
+    taken: VecDeque<u16>,
+    /// By head: how many bytes are ours, once it is done.
+    done: Vec<Option<u32>>,
+}
+
+impl InOrder {
+    fn new(size: u16) -> Self {
+        InOrder { taken: VecDeque::with_capacity(size.into()), done: vec![None; size.into()] }
+    }
+
+    fn taken(&mut self, head: u16) {
+        self.taken.push_back(head);
+    }
+
+    fn done(&mut self, head: u16, written: u32) {
+        self.done[usize::from(head)] = Some(written);
+    }
+
+    /// The oldest chain, if it is done.
+    fn next(&mut self) -> Option<(u16, u32)> {
+        let &head = self.taken.front()?;
+        let written = self.done[usize::from(head)].take()?;
+        self.taken.pop_front();
+        Some((head, written))
+    }
+}
+
+fn bind_to(cpu: usize) -> io::Result<()> {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(cpu)?;
+    Ok(nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)?)
 }
 
 /// Signals an event descriptor. A full counter means that the signal is pending already.

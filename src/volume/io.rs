@@ -209,6 +209,11 @@ impl DiskQueue {
         self.queue.wait(wait)
     }
 
+    /// See [`Queue::is_ready`].
+    pub fn is_ready(&mut self) -> bool {
+        self.queue.is_ready()
+    }
+
     /// See [`Queue::next_event`].
     pub fn next_event(&mut self) -> Option<Event> {
         self.queue.next_event()
