@@ -92,6 +92,7 @@ pub fn attach(
         Endpoint::Path(_) => None,
     };
     sandbox::harden()?;
+    sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let path = match &options.endpoint {
