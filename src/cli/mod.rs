@@ -88,6 +88,8 @@ enum Command {
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
+    /// Limit the requests and bytes a second of an attached volume.
+    Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Unwrap a data key for the process that started this one.
@@ -102,6 +104,7 @@ impl Command {
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
+            Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
             Command::Unwrap => attach::unwrap(env),
         }
