@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod doctor;
 pub mod events;
 pub mod key;
 pub mod output;
@@ -92,6 +93,9 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Look at what this machine has of what attached volumes want.
+    #[command(after_help = "Example:\n  sealblk doctor")]
+    Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
@@ -106,6 +110,7 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }
     }
