@@ -179,7 +179,6 @@ pub fn invalid(what: String) -> io::Error {
 mod tests {
     use super::*;
     use std::fs::File;
-    use std::io::Write;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     fn pair() -> (UnixStream, UnixStream) {
