@@ -352,3 +352,6 @@ fn decrypt_with_holes(cipher: &dyn SectorCipher, data: &mut [u8], sector: u64, b
 fn is_zero(bytes: &[u8]) -> bool {
     bytes[..8] == [0; 8] && bytes.iter().all(|&b| b == 0)
 }
+
+#[cfg(test)]
+mod tests;
