@@ -34,7 +34,7 @@ const BATCH: usize = 64;
 const MIN_DEPTH: u16 = 128;
 
 /// How the operator wants queues to be served.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Tuning {
     /// How long a thread may look for work before it sleeps; zero: not at all.
     pub poll: Duration,

@@ -360,3 +360,6 @@ fn is_zero(sector: &[u8]) -> bool {
     let word = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);
     words.first().is_none_or(|first| word(first) == 0) && words.iter().fold(0, |all, w| all | word(w)) == 0
 }
+
+#[cfg(test)]
+mod tests;
