@@ -3,8 +3,8 @@
 //! ```toml
 //! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
-//! region = "us-east-1"             # in ARNs and events
-//! account = "000000000000"         # in ARNs and events, 12 digits
+//! region = "us-east-1"             # in events
+//! account = "000000000000"         # in events, 12 digits
 //! ```
 #![forbid(unsafe_code)]
 
@@ -22,9 +22,9 @@ pub struct Settings {
     pub default_key: String,
     /// Whether making an unencrypted volume is refused, as EBS's encryption by default does.
     pub encrypt_by_default: bool,
-    /// The region in ARNs and events: lower-case letters, digits and hyphens.
+    /// The region in events: lower-case letters, digits and hyphens.
     pub region: String,
-    /// The account in ARNs and events: 12 digits.
+    /// The account in events: 12 digits.
     pub account: String,
 }
 

@@ -6,7 +6,7 @@ use common::disk::{Aftermath, Disk, FREE, SIZE, assert_carries, reads_on};
 use common::frontend::block::complete;
 use common::frontend::hostile::agreed;
 use common::frontend::raw::{VERSION, message};
-use common::frontend::{Options, RawSocket, Request, Session};
+use common::frontend::{LIMIT, Options, Order, RawSocket, Request, Session};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost::VhostBackend;
@@ -83,25 +83,42 @@ fn a_guest_that_never_stops_kicking_does_not_starve_control_messages() {
     let mut session = disk.open();
     let over = AtomicBool::new(false);
     let mut rings = std::mem::take(&mut session.rings);
+    let (first, started) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
         let busy = scope.spawn(|| {
             let ring = &mut rings[0];
-            let mut done = 0u64;
-            let p = |n: u64| Request::read(n % (SIZE / 512 - 8), 4096);
             while !over.load(Ordering::Relaxed) {
-                let pending: Vec<_> = (0..32).map(|n| p(done + 8 * n).submit(ring).unwrap()).collect();
+                let read = |n| Request::read(n % (SIZE / 512 - 8), 4096);
+                let pending = (0..32).map(|n| read(8 * n).submit(ring).unwrap()).collect();
                 ring.kick();
-                done += complete(ring, pending).unwrap().len() as u64;
+                complete(ring, pending).unwrap();
+                let _ = first.send(());
             }
-            done
         });
+        started.recv_timeout(LIMIT).unwrap();
         for _ in 0..200 {
             session.ask("GET_FEATURES", |f| f.get_features()).unwrap();
             assert_eq!(session.config().unwrap().capacity, SIZE / 512);
         }
         over.store(true, Ordering::Relaxed);
-        assert!(busy.join().unwrap() > 0);
+        busy.join().unwrap();
     });
     session.rings = rings;
     assert_eq!(reads_on(&mut session), Aftermath::Serves);
+}
+
+#[test]
+fn a_front_end_that_lost_its_back_end_goes_on_with_the_same_rings() {
+    let disk = Disk::attach(&[]);
+    let mut options = Options { order: Order::CloudHypervisor, ..Options::default() };
+    let mut session = disk.open_with(&options);
+    options.order = Order::CloudHypervisorReconnect;
+    for n in 0..5 {
+        assert_carries(&mut session.rings[0], FREE.start + 8 * n, 4096);
+        let (mem, rings) = session.abandon();
+        session = Session::resume(disk.socket(), &options, mem, rings).unwrap();
+        let next = session.rings[0].avail_idx();
+        session.start_at(&[next]).unwrap();
+    }
+    assert_carries(&mut session.rings[0], FREE.start, 4096);
 }

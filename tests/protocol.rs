@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::disk::{self, Disk, FREE, SECTORS, SERIAL, assert_carries, assert_kept, pattern};
+use common::disk::{Disk, FREE, SECTORS, SERIAL, assert_carries, assert_kept, pattern};
 use common::frontend::block::{BLANK, FLUSH, IOERR, OK, OUT, UNSUPP, complete};
 use common::frontend::session::{F_DISCARD, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, F_RO, F_WRITE_ZEROES};
 use common::frontend::{
@@ -386,61 +386,4 @@ fn the_ring_indices_wrap_around() {
     }
     assert!(ring.used_idx() < 1000, "the index has wrapped");
     assert_kept(ring);
-}
-
-#[test]
-fn a_kick_before_the_enable_is_not_lost() {
-    let disk = Disk::attach(&[]);
-    let options = Options::default();
-    let mut session = Session::connect(disk.socket(), &options).unwrap();
-    session.ask("SET_FEATURES", |f| vhost::VhostBackend::set_features(f, session.features)).unwrap();
-    session.rings[0].event_idx = true;
-    session.set_mem_table().unwrap();
-    session.set_ring(0, 0).unwrap();
-    let pending = Request::read(0, 65536).submit(&mut session.rings[0]).unwrap();
-    session.rings[0].kick();
-    session.enable(true).unwrap();
-    let used = session.rings[0].wait_used(LIMIT).unwrap();
-    let read = pending.finish(&mut session.rings[0], used).unwrap();
-    assert!(read.data == disk::kept(0));
-}
-
-#[test]
-fn a_stop_waits_for_what_is_in_flight() {
-    let disk = Disk::attach(&[]);
-    let mut session = disk.open();
-    for round in 0..20 {
-        let start = session.rings[0].avail_idx();
-        let data = pattern(round, 65536);
-        let pending: Vec<_> = (0..32)
-            .map(|n| {
-                let write = Request::write(FREE.start + 128 * n, &data).placed(Place::Indirect);
-                write.submit(&mut session.rings[0]).unwrap()
-            })
-            .collect();
-        session.rings[0].kick();
-        let base = session.stop().unwrap()[0];
-        // What was taken is done; what was not taken is still there for the next start.
-        assert_eq!(base, session.rings[0].used_idx());
-        assert!(base.wrapping_sub(start) <= 32);
-        session.start_at(&[base]).unwrap();
-        let outcomes = complete(&mut session.rings[0], pending).unwrap();
-        assert!(outcomes.iter().all(|o| o.status == OK));
-    }
-    assert_kept(&mut session.rings[0]);
-}
-
-#[test]
-fn a_reset_device_starts_again() {
-    let disk = Disk::attach(&[]);
-    let mut session = disk.open_with(&Options { order: Order::Qemu10, ..Options::default() });
-    for _ in 0..3 {
-        assert_carries(&mut session.rings[0], FREE.start, 4096);
-        session.stop().unwrap();
-        session.reset_device().unwrap();
-        session.reset_device().unwrap();
-        session.rings[0].reset(0);
-        session.start().unwrap();
-    }
-    assert_kept(&mut session.rings[0]);
 }

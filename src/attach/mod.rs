@@ -17,8 +17,9 @@ use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
+use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
-use crate::vhost::worker::Worker;
+use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
 use crate::volume::image_lock::{self, ImageLock};
@@ -27,12 +28,13 @@ use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
-use control::Control;
+use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -61,6 +63,14 @@ pub struct Options {
     pub serial: Option<String>,
     /// The XTS engine.
     pub engine: Engine,
+    /// How long a queue's thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Answer requests in the order in which they were taken.
+    pub in_order: bool,
+    /// Limits on requests and bytes a second.
+    pub limits: Limits,
+    /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
+    pub cpus: Vec<usize>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -85,6 +95,7 @@ pub fn attach(
         Endpoint::Path(_) => None,
     };
     sandbox::harden()?;
+    sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let path = match &options.endpoint {
@@ -99,11 +110,16 @@ pub fn attach(
     let how = disk.describe();
 
     let stop = Stop::new()?;
-    let on_detach = stop.clone();
-    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
+    let qos = Arc::new(Qos::new(options.limits));
+    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+    };
+    let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -168,33 +184,14 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
 fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
     let mut deks = Vec::new();
     for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).inspect_err(|e| {
-            let reattach = metadata.attached_before();
-            events.record(&Event::attach_failed(
-                metadata.id(),
-                Some(&key.wrapped.key_id),
-                e.to_string(),
-                reattach,
-            ));
+        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
+            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
+            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
+            refusal.error()
         });
-        deks.push(dek.map_err(|e| advise(e, &key.wrapped.key_id))?);
+        deks.push(dek?);
     }
     Ok(deks)
-}
-
-/// Adds to the KMS's words what the reader can do.
-fn advise(e: Error, key: &str) -> Error {
-    let text = e.to_string();
-    let hint = if text.ends_with("is disabled.") {
-        format!(" Enable it with \"sealblk key enable {key}\" and attach again")
-    } else if text.ends_with("is pending deletion.") {
-        format!(" \"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" bring it back")
-    } else if text == "InvalidCiphertextException" {
-        " (the wrapped data key is damaged, or belongs to another volume)".into()
-    } else {
-        return e.context("KMS");
-    };
-    Error::new(e.kind(), format!("KMS: {text}{hint}"))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
@@ -226,12 +223,16 @@ fn seal(
 fn device(
     disk: &Arc<Disk>,
     options: &Options,
+    qos: &Arc<Qos>,
     stop: &Arc<Stop>,
     failure: &Arc<Mutex<Option<String>>>,
 ) -> Result<Arc<Device>> {
     let spawn = |index: u16| {
         let (stop, failure) = (stop.clone(), failure.clone());
-        Worker::spawn(usize::from(index), disk.clone(), move |reason| {
+        let index = usize::from(index);
+        let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu, qos: qos.clone() };
+        Worker::spawn(index, disk.clone(), tuning, move |reason| {
             log::error!("{reason}");
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
             stop.stop();

@@ -8,7 +8,7 @@ use super::sandbox;
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
-use crate::kms::{self, EncryptionContext, WrappedKey};
+use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
 use crate::root::Root;
 use crate::volume::VolumeId;
 use crate::volume::metadata::{KeyRecord, encryption_context};
@@ -44,16 +44,48 @@ enum Answer {
     /// The secret memory holds the key.
     Unwrapped,
     /// The KMS, or something on the way to it, refused.
-    Refused { kind: String, message: String },
+    Refused(Refusal),
+}
+
+/// Why there is no data key.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusal {
+    /// The KMS's own words: the cause of an event.
+    pub cause: String,
+    /// The same with what the reader can do.
+    pub message: String,
+    /// The name of the error's kind.
+    kind: String,
+}
+
+impl Refusal {
+    /// The error for whoever wanted the key.
+    pub fn error(&self) -> Error {
+        Error::new(Kind::from_name(&self.kind), self.message.clone())
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(e: Error) -> Self {
+        Refusal { cause: e.to_string(), message: e.to_string(), kind: e.kind().name().into() }
+    }
 }
 
 /// Unwraps a volume's data key by a helper process, which has ended when this returns.
 ///
 /// # Errors
-/// The helper's, of the kind and in the words that the KMS used.
-pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek> {
+/// The KMS's refusal, or what went wrong on the way to it.
+pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek, Refusal> {
     let secret = SecretFd::create(Dek::LEN)?;
     log::debug!("the data key comes by {:?}", secret.kind());
+    match run_helper(root, &secret, volume, key)? {
+        Answer::Unwrapped => Ok(Dek::from_secret(secret.map()?)?),
+        Answer::Refused(refusal) => Err(refusal),
+    }
+}
+
+fn run_helper(root: &Root, secret: &SecretFd, volume: VolumeId, key: &KeyRecord) -> Result<Answer> {
     let (ours, theirs) = UnixStream::pair().context(|| "make a socket for the unwrap helper")?;
     ours.set_read_timeout(Some(PATIENCE))?;
     let mut helper = Command::new("/proc/self/exe")
@@ -64,16 +96,13 @@ pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek> {
         .stdout(Stdio::null())
         .spawn()
         .context(|| "start the unwrap helper")?;
-    let answer = ask(&ours, &secret, volume, key);
+    let answer = ask(&ours, secret, volume, key);
     if answer.is_err() {
         // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
         let _ = helper.kill();
     }
     let status = helper.wait().context(|| "wait for the unwrap helper")?;
-    match answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))? {
-        Answer::Unwrapped => Dek::from_secret(secret.map()?),
-        Answer::Refused { kind, message } => Err(Error::new(Kind::from_name(&kind), message)),
-    }
+    answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))
 }
 
 fn ask(socket: &UnixStream, secret: &SecretFd, volume: VolumeId, key: &KeyRecord) -> Result<Answer> {
@@ -104,9 +133,10 @@ pub fn help(root: &Root) -> Result<()> {
     sandbox::harden()?;
     // SAFETY: the host process made standard input for us, and nobody else in this process uses it.
     let mut socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };
-    let answer = match receive(&socket).and_then(|(request, secret)| fill(root, request, secret)) {
+    let request = receive(&socket).map_err(Refusal::from);
+    let answer = match request.and_then(|(request, secret)| fill(root, request, secret)) {
         Ok(()) => Answer::Unwrapped,
-        Err(e) => Answer::Refused { kind: e.kind().name().into(), message: e.to_string() },
+        Err(refusal) => Answer::Refused(refusal),
     };
     let bytes = serde_json::to_vec(&answer).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
     socket.write_all(&bytes).context(|| "answer the host process")
@@ -140,16 +170,20 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     ))
 }
 
-fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<()> {
+fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
     let context: EncryptionContext = encryption_context(request.volume);
     let blob =
         hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
     let wrapped = WrappedKey { key_id: request.key_id, blob };
-    let provider = kms::open_provider(root, &request.provider)?;
-    let key = provider.decrypt(&wrapped, &context)?;
+    let refused = |e: KmsError| {
+        let cause = e.to_string();
+        Refusal { cause, ..Refusal::from(e.with_advice(&wrapped.key_id)) }
+    };
+    let provider = kms::open_provider(root, &request.provider).map_err(refused)?;
+    let key = provider.decrypt(&wrapped, &context).map_err(refused)?;
     if key.len() != secret.len() {
         let message = format!("the wrapped data key has {} bytes instead of {}", key.len(), secret.len());
-        return Err(Error::new(Kind::Corrupt, message));
+        return Err(Error::new(Kind::Corrupt, message).into());
     }
     let mut memory = secret.map()?;
     memory.as_mut_slice().copy_from_slice(&key);

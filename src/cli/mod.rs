@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod doctor;
 pub mod events;
 pub mod key;
 pub mod output;
@@ -20,7 +21,8 @@ use crate::root::Root;
 use crate::volume::Catalog;
 use clap::{Parser, Subcommand};
 use serde_json::json;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What every command gets beside its own arguments.
@@ -87,8 +89,13 @@ enum Command {
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
+    /// Limit the requests and bytes a second of an attached volume.
+    Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Look at what this machine has of what attached volumes want.
+    #[command(after_help = "Example:\n  sealblk doctor")]
+    Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
@@ -101,7 +108,9 @@ impl Command {
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
+            Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }
     }
@@ -109,7 +118,7 @@ impl Command {
 
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(arguments());
     start_log(cli.verbose);
     let json = cli.json;
     match env(cli.root, json).and_then(|env| cli.command.run(&env)) {
@@ -119,6 +128,17 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+/// The arguments. Called as `vhost-user-sealblk`, by management software that knows back-ends by their own binary
+/// (QEMU's vhost-user conventions; resources/50-sealblk.json), the program is `sealblk attach`.
+fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let name = arguments.first().and_then(|path| Path::new(path).file_name());
+    if name == Some(OsStr::new("vhost-user-sealblk")) {
+        arguments.insert(1, "attach".into());
+    }
+    arguments
 }
 
 fn env(root: Option<PathBuf>, json: bool) -> Result<Env> {

@@ -66,6 +66,9 @@ impl KmsError {
                 "\"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" make it usable again"
             ),
             KmsError::NotFound(_) => "\"sealblk key list\" shows which keys there are".to_string(),
+            KmsError::InvalidCiphertext => {
+                "the wrapped data key is damaged, or was made for another volume".to_string()
+            }
             _ => return self.into(),
         };
         let e = Error::from(self);

@@ -139,7 +139,7 @@ mod tests {
         for _ in 0..20_000 {
             seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let roll = (seed >> 33) as usize;
-            if roll % 3 == 0 && !held.is_empty() {
+            if roll.is_multiple_of(3) && !held.is_empty() {
                 let mut buffer = held.swap_remove(roll / 3 % held.len());
                 let tag = pool.bytes(&mut buffer)[0];
                 assert!(pool.bytes(&mut buffer).iter().all(|&b| b == tag), "somebody else wrote into it");

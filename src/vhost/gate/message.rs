@@ -21,6 +21,9 @@ const HEADER: usize = 12;
 pub const MAX_BODY: usize = 4096 - HEADER;
 /// The most descriptors of one message.
 pub const MAX_FDS: usize = 32;
+/// The most that the kernel passes at once. There is room for all of them: a truncated control message would leave
+/// descriptors open that nobody knows.
+const KERNEL_MAX_FDS: usize = 253;
 
 /// One message.
 #[derive(Debug)]
@@ -140,7 +143,7 @@ fn receive_exact(
 ) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let mut space = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
         let mut data = [IoSliceMut::new(&mut buffer[filled..])];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let received = match recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags) {
@@ -170,4 +173,36 @@ fn receive_exact(
 /// An error about what the peer sent.
 pub fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    fn pair() -> (UnixStream, UnixStream) {
+        UnixStream::pair().unwrap()
+    }
+
+    /// How many of this process's descriptors are open on the file `of`.
+    fn open_on(of: &File) -> usize {
+        use std::os::unix::fs::MetadataExt;
+        let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+        let mine = id(of.metadata().unwrap());
+        let all = std::fs::read_dir("/proc/self/fd").unwrap();
+        all.filter(|fd| std::fs::metadata(fd.as_ref().unwrap().path()).is_ok_and(|m| id(m) == mine)).count()
+    }
+
+    #[test]
+    fn descriptors_that_are_too_many_are_closed() {
+        for count in [33, 64, 253] {
+            let (ours, theirs) = pair();
+            let file = tempfile::tempfile().unwrap();
+            let header = [1u32, VERSION, 0].map(u32::to_ne_bytes);
+            theirs.send_with_fds(&[header.as_flattened()], &vec![file.as_raw_fd(); count]).unwrap();
+            assert!(Message::receive(&ours).is_err());
+            assert_eq!(open_on(&file), 1, "of {count} descriptors");
+        }
+    }
 }

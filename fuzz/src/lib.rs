@@ -1,0 +1,15 @@
+//! What each fuzz target does with its input: every `run` takes any bytes and panics if something that must hold
+//! does not.
+//!
+//! The fuzzer drives these (`ci/fuzz`), and `tests/corpus.rs` includes this file and replays the kept inputs in
+//! `corpus/<target>/` in an ordinary test. So it uses nothing of the fuzzer's, and only public parts of sealblk.
+
+pub mod config_space;
+pub mod gate;
+pub mod input;
+pub mod key_ref;
+pub mod kms_blob;
+pub mod kms_log;
+pub mod kms_records;
+pub mod request;
+pub mod volume_metadata;
