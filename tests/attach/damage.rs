@@ -258,10 +258,14 @@ fn without_the_kms_and_its_root_key_there_is_no_data_key() {
     refused(&place, &id, &Case { what: "no root key", code: 1, words: &words, events: 1 });
     let mut other = key_bytes.clone();
     other[30] = if other[30] == b'0' { b'1' } else { b'0' };
-    for (what, bytes) in [("garbage as root key", &b"x"[..]), ("another root key", &other)] {
+    let none = "is not a KMS root key; put it back from a backup";
+    let not_this = "is not the one this store was made with";
+    for (what, words, bytes) in
+        [("garbage as root key", none, &b"x"[..]), ("another root key", not_this, &other)]
+    {
         fs::write(&root_key, bytes).unwrap();
         fs::set_permissions(&root_key, fs::Permissions::from_mode(0o600)).unwrap();
-        refused(&place, &id, &Case { what, code: 7, words: "KMS", events: 1 });
+        refused(&place, &id, &Case { what, code: 7, words, events: 1 });
     }
     fs::write(&root_key, &key_bytes).unwrap();
     fs::set_permissions(&root_key, fs::Permissions::from_mode(0o640)).unwrap();
@@ -276,7 +280,7 @@ fn without_the_kms_and_its_root_key_there_is_no_data_key() {
     damaged[150] ^= 1;
     for (what, bytes) in [("a changed byte", &damaged[..]), ("cut off", &log_bytes[..100]), ("empty", &[])] {
         fs::write(&log, bytes).unwrap();
-        refused(&place, &id, &Case { what, code: 7, words: "KMS", events: 1 });
+        refused(&place, &id, &Case { what, code: 7, words: "kms/log", events: 1 });
     }
     fs::remove_file(&log).unwrap();
     refused(&place, &id, &Case { what: "no KMS", code: 3, words: "there is no KMS store in", events: 1 });
