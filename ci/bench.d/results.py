@@ -96,6 +96,11 @@ class Run:
         ours, plain = self.cell(fs, "sealblk", work), self.cell(fs, "sealblk-plain", work)
         return ours.iops / plain.iops if ours and plain and plain.iops else None
 
+    def most_resident(self, server, queues):
+        """The most that a server held in memory under any load on so many queues, MiB."""
+        held = [c.rss_mib for (work, _, s), c in self.cells.items() if s == server and work[0] == queues]
+        return max(held, default=None)
+
     def fs_name(self, fs):
         return "tmpfs" if fs == "tmpfs" else f"{self.facts['disk_fs']} on the disk"
 
@@ -176,9 +181,9 @@ def aims(run):
     found.append(least("vaes512 to portable, the least of its cases", ratio, 2.5, "x"))
     wakes = [i["wakeups_per_second"] for (_, server), i in run.idle.items() if server == "sealblk"]
     found.append(most("connected and idle: wake-ups a second", max(wakes, default=None), 0, ""))
-    sizes = [c.rss_mib for (work, _, s), c in run.cells.items() if s == "sealblk" and work[0] == 1]
+    size = run.most_resident("sealblk", 1)
     limit = 10e6 / (1 << 20) + POOL_MIB
-    found.append(most("resident with one queue: 10 MB and the pool", max(sizes, default=None), round(limit, 1), "MiB"))
+    found.append(most("resident with one queue: 10 MB and the pool", size, round(limit, 1), "MiB"))
     return found
 
 

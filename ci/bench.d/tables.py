@@ -19,11 +19,12 @@ def heading(run):
     """What was measured on what: a few lines."""
     m, facts = run.machine, run.facts
     kind = "virtual machine" if m["virtual"] else "machine"
+    where = f"server on core {facts['server_cpu']}, load on core {facts['load_cpu']}"
+    how = f"median of {facts['rounds']} rounds of {facts['seconds']} s each; files of {facts['file_mib']} MiB"
     lines = [
         f"{m['cpu']} (family-model-stepping {m['cpu_ids']}), {kind} with {m['cores']} cores, {m['memory_gib']} GiB",
         f"Linux {m['kernel']}; qsd is qemu-storage-daemon {run.qemu()} (io_uring, O_DIRECT); {facts['sealblk'].strip()}",
-        f"server on core {facts['server_cpu']}, load on core {facts['load_cpu']}; "
-        f"median of {facts['rounds']} rounds of {facts['seconds']} s each; files of {facts['file_mib']} MiB",
+        f"{where}; {how}",
     ]
     if facts["attach_args"]:
         lines.append(f"sealblk attach with {facts['attach_args']}")
@@ -94,14 +95,14 @@ def at_rest(run):
     """Memory and wake-ups."""
     rows = server_heads(run, "")
     for queues in sorted({w[0] for w in run.works}):
-        most = lambda s: max((c.rss_mib for (w, _, n), c in run.cells.items() if n == s and w[0] == queues), default=None)
         named = "one queue" if queues == 1 else f"{queues} queues"
-        rows.append([f"most resident under load, {named}, MiB", *(number(most(s)) for s in run.servers)])
+        most = [run.most_resident(server, queues) for server in run.servers]
+        rows.append([f"most resident under load, {named}, MiB", *map(number, most)])
     for fs in run.systems:
         idle = [run.idle.get((fs, s)) for s in run.servers]
-        pick = lambda key: ["-" if i is None else f"{i[key]:.1f}" for i in idle]
-        rows.append([f"idle, {run.fs_name(fs)}: wake-ups a second", *pick("wakeups_per_second")])
-        rows.append(["  server CPU, us a second", *pick("server_cpu_us_per_second")])
+        for what, key in (("wake-ups", "wakeups_per_second"), ("us of server CPU", "server_cpu_us_per_second")):
+            cells = ["-" if i is None else f"{i[key]:.1f}" for i in idle]
+            rows.append([f"idle, {run.fs_name(fs)}: {what} a second", *cells])
     return grid(rows)
 
 
