@@ -18,6 +18,7 @@ use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
 use crate::vhost::server::{self, Socket, Stop};
+use crate::vhost::session::Inlet;
 use crate::vhost::worker::Worker;
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
@@ -103,7 +104,9 @@ pub fn attach(
     let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
     let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, inlet, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -206,6 +209,7 @@ fn seal(
 
 fn device(
     disk: &Arc<Disk>,
+    inlet: Inlet,
     options: &Options,
     stop: &Arc<Stop>,
     failure: &Arc<Mutex<Option<String>>>,
@@ -221,6 +225,7 @@ fn device(
     let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
     Ok(Arc::new(Device {
         disk: disk.clone(),
+        inlet,
         workers: workers.into(),
         config: ConfigSpace {
             geometry: *disk.geometry(),
