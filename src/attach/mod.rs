@@ -155,6 +155,8 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let block_size = metadata.sector_size().bytes();
     let store =
         FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+    store.open_queue(1).map_err(cannot_serve)?;
     let deks = unwrap_all(catalog, &metadata, events)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
@@ -235,6 +237,11 @@ fn device(
         queue_size: options.queue_size,
         writeback: true.into(),
     }))
+}
+
+fn cannot_serve(e: std::io::Error) -> Error {
+    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
+    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
 }
 
 /// EBS shows `vol0123456789abcdef0`: exactly the 20 bytes that there are.
