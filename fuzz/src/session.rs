@@ -7,7 +7,7 @@ use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use sealblk::store::file::FileStore;
 use sealblk::vhost::backend::Device;
-use sealblk::vhost::session::serve;
+use sealblk::vhost::session::{Inlet, serve};
 use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::Geometry;
 use sealblk::virtio::config_space::ConfigSpace;
@@ -40,11 +40,15 @@ pub fn run(data: &[u8]) {
 }
 
 fn device() -> Device {
-    let name = std::env::temp_dir().join(format!("sealblk-fuzz-{}", uuid::Uuid::new_v4()));
+    let folder = std::env::temp_dir().join(format!("sealblk-fuzz-{}", uuid::Uuid::new_v4()));
+    std::fs::create_dir(&folder).expect("a folder");
+    let name = folder.join("disk");
     File::create_new(&name).and_then(|file| file.set_len(512 * SECTORS)).expect("a disk");
     let store = FileStore::open(&name, false, 512).expect("a store");
     let lock = ImageLock::acquire(&name, Access::ReadWrite).expect("a lock");
     std::fs::remove_file(&name).expect("removed");
+    let inlet = Inlet::new(&folder).expect("a socket");
+    std::fs::remove_dir(&folder).expect("removed");
 
     let key: Vec<u8> = (0..64).collect();
     let dek = Dek::from_bytes(&key).expect("a key");
@@ -61,5 +65,5 @@ fn device() -> Device {
     };
     let workers = (0..QUEUES).map(worker).collect();
     let config = ConfigSpace { geometry, queues: QUEUES, seg_max: 126 };
-    Device { disk, workers, config, queue_size: 256, writeback: true.into() }
+    Device { disk, inlet, workers, config, queue_size: 256, writeback: true.into() }
 }

@@ -19,6 +19,7 @@ use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
+use crate::vhost::session::Inlet;
 use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
@@ -119,7 +120,9 @@ pub fn attach(
     let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -168,6 +171,8 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let block_size = metadata.sector_size().bytes();
     let store =
         FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+    store.open_queue(1).map_err(cannot_serve)?;
     let deks = unwrap_all(catalog, &metadata, events)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
@@ -222,6 +227,7 @@ fn seal(
 
 fn device(
     disk: &Arc<Disk>,
+    inlet: Inlet,
     options: &Options,
     qos: &Arc<Qos>,
     stop: &Arc<Stop>,
@@ -241,6 +247,7 @@ fn device(
     let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
     Ok(Arc::new(Device {
         disk: disk.clone(),
+        inlet,
         workers: workers.into(),
         config: ConfigSpace {
             geometry: *disk.geometry(),
@@ -250,6 +257,11 @@ fn device(
         queue_size: options.queue_size,
         writeback: true.into(),
     }))
+}
+
+fn cannot_serve(e: std::io::Error) -> Error {
+    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
+    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
 }
 
 /// EBS shows `vol0123456789abcdef0`: exactly the 20 bytes that there are.

@@ -1,6 +1,7 @@
 //! What vhost-user-backend asks of a device: its features, its configuration space, and to take note of changes.
 
 use super::dirty::{DirtyLog, GuestMemory};
+use super::session::Inlet;
 use super::vring::{Rings, Vring};
 use super::worker::Worker;
 use crate::virtio::config_space::{ConfigSpace, writeback_written};
@@ -18,6 +19,8 @@ use vmm_sys_util::epoll::EventSet;
 pub struct Device {
     /// The volume.
     pub disk: Arc<Disk>,
+    /// Where sessions get their inner sockets.
+    pub inlet: Inlet,
     /// One thread a queue.
     pub workers: Arc<[Worker]>,
     /// What the configuration space shows.
