@@ -17,6 +17,7 @@ use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
+use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
 use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
@@ -27,7 +28,7 @@ use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
-use control::Control;
+use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
@@ -66,6 +67,8 @@ pub struct Options {
     pub poll: Duration,
     /// Answer requests in the order in which they were taken.
     pub in_order: bool,
+    /// Limits on requests and bytes a second.
+    pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
 }
@@ -92,6 +95,7 @@ pub fn attach(
         Endpoint::Path(_) => None,
     };
     sandbox::harden()?;
+    sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let path = match &options.endpoint {
@@ -106,11 +110,16 @@ pub fn attach(
     let how = disk.describe();
 
     let stop = Stop::new()?;
-    let on_detach = stop.clone();
-    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
+    let qos = Arc::new(Qos::new(options.limits));
+    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+    };
+    let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -214,6 +223,7 @@ fn seal(
 fn device(
     disk: &Arc<Disk>,
     options: &Options,
+    qos: &Arc<Qos>,
     stop: &Arc<Stop>,
     failure: &Arc<Mutex<Option<String>>>,
 ) -> Result<Arc<Device>> {
@@ -221,7 +231,7 @@ fn device(
         let (stop, failure) = (stop.clone(), failure.clone());
         let index = usize::from(index);
         let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
-        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu };
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu, qos: qos.clone() };
         Worker::spawn(index, disk.clone(), tuning, move |reason| {
             log::error!("{reason}");
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
@@ -238,6 +248,7 @@ fn device(
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         },
         queue_size: options.queue_size,
+        writeback: true.into(),
     }))
 }
 
