@@ -111,6 +111,7 @@ impl Vring {
         };
         let inflight =
             lock(&self.rings.inflight).as_ref().map(|region| region.queue(self.index, ring.size()));
+        let inflight = inflight.map(|part| part.map(|part| part.for_unanswered(ring.unanswered())));
         if matches!(inflight, Some(None)) {
             return log::error!("ring {}: it does not fit the in-flight region", self.index);
         }
