@@ -6,8 +6,10 @@ use super::input::Input;
 use super::script::{Files, answers, send_all};
 use behind::Behind;
 use sealblk::vhost::gate::{Gate, Limits};
+use sealblk::vhost::vring::Rings;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 const LIMITS: Limits = Limits { queues: 3, queue_size: 256 };
 
@@ -19,7 +21,8 @@ pub fn run(data: &[u8]) {
     let sent = send_all(&ours, &mut Input::new(data), files);
 
     let device = std::thread::spawn(move || Behind::new(behind, LIMITS).serve());
-    let passed = Gate::new(vmm, inner, LIMITS).and_then(|mut gate| gate.run());
+    let rings = Rings::new(Arc::from([]), Arc::default());
+    let passed = Gate::new(vmm, inner, LIMITS, rings).and_then(|mut gate| gate.run());
     if let Err(panic) = device.join() {
         std::panic::resume_unwind(panic);
     }

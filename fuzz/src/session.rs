@@ -8,7 +8,7 @@ use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use sealblk::store::file::FileStore;
 use sealblk::vhost::backend::Device;
 use sealblk::vhost::session::serve;
-use sealblk::vhost::worker::Worker;
+use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::Geometry;
 use sealblk::virtio::config_space::ConfigSpace;
 use sealblk::volume::image_lock::{Access, ImageLock};
@@ -57,7 +57,9 @@ fn device() -> Device {
             eprintln!("{why}");
             std::process::abort();
         };
-        Worker::spawn(usize::from(index), disk.clone(), died).expect("a thread")
+        // The first queue answers as chains are done, the second in order.
+        let tuning = Tuning { in_order: index == 1, ..Tuning::default() };
+        Worker::spawn(usize::from(index), disk.clone(), tuning, died).expect("a thread")
     };
     let workers = (0..QUEUES).map(worker).collect();
     let config = ConfigSpace { geometry, queues: QUEUES, seg_max: 126 };

@@ -17,8 +17,9 @@ use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
+use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
-use crate::vhost::worker::Worker;
+use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
 use crate::volume::image_lock::{self, ImageLock};
@@ -27,12 +28,13 @@ use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
-use control::Control;
+use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -61,6 +63,14 @@ pub struct Options {
     pub serial: Option<String>,
     /// The XTS engine.
     pub engine: Engine,
+    /// How long a queue's thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Answer requests in the order in which they were taken.
+    pub in_order: bool,
+    /// Limits on requests and bytes a second.
+    pub limits: Limits,
+    /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
+    pub cpus: Vec<usize>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -85,6 +95,7 @@ pub fn attach(
         Endpoint::Path(_) => None,
     };
     sandbox::harden()?;
+    sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let path = match &options.endpoint {
@@ -99,8 +110,16 @@ pub fn attach(
     let how = disk.describe();
 
     let stop = Stop::new()?;
+    let qos = Arc::new(Qos::new(options.limits));
+    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+    };
+    let control = Control::listen(&catalog.folder(volume), orders);
+    let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -109,9 +128,6 @@ pub fn attach(
         }
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
-    let on_detach = stop.clone();
-    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
-    let control = control.map_err(|e| e.context(attempt()))?;
     stop_on_signals(stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
@@ -129,9 +145,11 @@ pub fn attach(
         Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
         None => result,
     };
+    // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
+    let waiting = control.close();
     drop(lock);
-    control.finish(&result);
     log::info!("{volume} is detached");
+    waiting.tell(&result);
     result
 }
 
@@ -205,12 +223,16 @@ fn seal(
 fn device(
     disk: &Arc<Disk>,
     options: &Options,
+    qos: &Arc<Qos>,
     stop: &Arc<Stop>,
     failure: &Arc<Mutex<Option<String>>>,
 ) -> Result<Arc<Device>> {
     let spawn = |index: u16| {
         let (stop, failure) = (stop.clone(), failure.clone());
-        Worker::spawn(usize::from(index), disk.clone(), move |reason| {
+        let index = usize::from(index);
+        let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu, qos: qos.clone() };
+        Worker::spawn(index, disk.clone(), tuning, move |reason| {
             log::error!("{reason}");
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
             stop.stop();

@@ -2,9 +2,11 @@
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::server::Socket;
-use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr};
+use nix::sys::socket::{getpeername, getsockname, getsockopt, sockopt};
 use std::io::ErrorKind;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -35,6 +37,11 @@ impl Drop for SocketName {
 /// Listens at `path`. A socket that a dead process left there is replaced; one that somebody listens on is not.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
     let attempt = || format!("listen on {}", path.display());
+    if UnixAddr::new(path) == Err(Errno::ENAMETOOLONG) {
+        let message = "the path of a socket can have at most 107 bytes; give a shorter one, or one relative to \
+                       the working folder";
+        return Err(Error::new(Kind::Usage, message).context(attempt()));
+    }
     let listener = match UnixListener::bind(path) {
         Err(e) if e.kind() == ErrorKind::AddrInUse => {
             remove_stale(path).map_err(|e| e.context(attempt()))?;
@@ -52,32 +59,49 @@ fn remove_stale(path: &Path) -> Result<()> {
     }
     match UnixStream::connect(path) {
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(std::fs::remove_file(path)?),
+        Err(e) if e.raw_os_error() == Some(libc::EPROTOTYPE) => {
+            Err(Error::new(Kind::Busy, "somebody has a socket of another type there"))
+        }
         Err(e) => Err(e.into()),
         Ok(_) => Err(Error::new(Kind::Busy, "somebody listens there already")),
     }
 }
 
 /// The socket that was passed as descriptor `fd`: listening, or connected to a VMM.
+///
+/// # Errors
+/// `Usage` for anything else.
 pub fn inherited(fd: RawFd) -> Result<Socket> {
-    let attempt = || format!("use descriptor {fd} as the vhost-user socket");
-    if fd <= libc::STDERR_FILENO {
-        return Err(Error::new(Kind::Usage, "it is a standard stream").context(attempt()));
+    take(fd).map_err(|problem| {
+        let attempt = format!("use descriptor {fd} as the vhost-user socket");
+        Error::new(Kind::Usage, problem).context(attempt)
+    })
+}
+
+fn take(fd: RawFd) -> Result<Socket, String> {
+    if (0..=libc::STDERR_FILENO).contains(&fd) {
+        return Err("it is a standard stream".into());
     }
     // SAFETY: F_GETFD only asks whether the descriptor is open.
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(Error::from(std::io::Error::last_os_error()).context(attempt()));
+        return Err("this process was not started with it".into());
     }
     // SAFETY: it is open, and whoever started us gave it to us by its number, for this use alone; this is called
     // before any descriptor of our own could have that number (the caller sees to it).
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).context(attempt)?;
-    let kind = getsockopt(&fd, sockopt::SockType).context(attempt)?;
-    if kind != SockType::Stream {
-        return Err(Error::new(Kind::Usage, "it is not a stream socket").context(attempt()));
+    let failed = |e: Errno| e.desc().to_string();
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).map_err(failed)?;
+    let kind = getsockopt(&fd, sockopt::SockType).map_err(|_| "it is not a socket")?;
+    let address = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(failed)?;
+    if kind != SockType::Stream || address.family() != Some(AddressFamily::Unix) {
+        return Err("it is not a Unix stream socket".into());
     }
-    if getsockopt(&fd, sockopt::AcceptConn).context(attempt)? {
-        Ok(Socket::Listening(UnixListener::from(fd)))
-    } else {
-        Ok(Socket::Connected(UnixStream::from(fd)))
+    if getsockopt(&fd, sockopt::AcceptConn).map_err(failed)? {
+        return Ok(Socket::Listening(UnixListener::from(fd)));
+    }
+    // A peer that has left again is found when it is served.
+    match getpeername::<UnixAddr>(fd.as_raw_fd()) {
+        Err(Errno::ENOTCONN) => Err("it neither listens nor is it connected".into()),
+        _ => Ok(Socket::Connected(UnixStream::from(fd))),
     }
 }

@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod doctor;
 pub mod events;
 pub mod key;
 pub mod output;
@@ -88,8 +89,13 @@ enum Command {
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
+    /// Limit the requests and bytes a second of an attached volume.
+    Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Look at what this machine has of what attached volumes want.
+    #[command(after_help = "Example:\n  sealblk doctor")]
+    Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
@@ -102,7 +108,9 @@ impl Command {
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
+            Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }
     }

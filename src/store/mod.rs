@@ -155,6 +155,9 @@ pub trait Queue {
     /// Submits what was handed over and waits as `wait` says.
     fn wait(&mut self, wait: Wait) -> io::Result<()>;
 
+    /// Whether something has happened that [`Queue::wait`] would not wait for. Cheap enough to poll.
+    fn is_ready(&mut self) -> bool;
+
     /// The next event, if there is one.
     fn next_event(&mut self) -> Option<Event>;
 }

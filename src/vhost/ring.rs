@@ -1,16 +1,21 @@
 //! The split ring of one queue while it runs: chains come out, used entries go in, a batch at a time.
 //!
-//! virtio-queue reads the available ring and walks the chains; the used ring is written here, because it
-//! is published once a batch.
+//! virtio-queue keeps the ring's state, checks its addresses and rules its notifications. Entries are read and
+//! written here: the used ring is published once a batch, and a chain may be walked again after a crash.
 
 use super::dirty::{GuestMemory, mark_dirty};
+use crate::virtio::chain::Chain;
 use crate::virtio::{self, Geometry, Parsed, Segment};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
+/// Bytes before the elements of the available ring: flags and idx.
+const AVAIL_HEADER: u64 = 4;
+/// Bytes in an element of the available ring: a head.
+const AVAIL_ELEMENT: u64 = 2;
 /// Bytes before the elements of the used ring: flags and idx.
 const USED_HEADER: u64 = 4;
 /// Bytes in an element of the used ring: id and len.
@@ -66,20 +71,38 @@ impl Ring {
         self.queue.avail_idx(&*self.mem, Ordering::Acquire).is_ok_and(|idx| idx.0 != self.queue.next_avail())
     }
 
-    /// Takes the next available chain and parses it, its data runs going to `data`. Answers its head and what
-    /// it asks for, if that can be answered. An error means that the driver broke the ring's rules.
-    pub fn pop(
-        &mut self,
-        geometry: &Geometry,
-        data: &mut Vec<Segment>,
-    ) -> Result<Option<(u16, Option<Parsed>)>, Error> {
-        let mem = &*self.mem;
-        let Some(chain) = self.queue.iter(mem)?.next() else { return Ok(None) };
-        let head = chain.head_index();
+    /// Takes the next available chain; answers its head, below the ring's size. An error means that the driver
+    /// broke the ring's rules.
+    pub fn pop(&mut self) -> Result<Option<u16>, Error> {
+        let next = self.queue.next_avail();
+        let idx = self.queue.avail_idx(&*self.mem, Ordering::Acquire)?;
+        match idx.0.wrapping_sub(next) {
+            0 => return Ok(None),
+            // More than the ring has room for.
+            n if n > self.queue.size() => return Err(Error::InvalidAvailRingIndex),
+            _ => {}
+        }
+        let at = AVAIL_HEADER + u64::from(next % self.queue.size()) * AVAIL_ELEMENT;
+        let addr = GuestAddress(self.queue.avail_ring()).unchecked_add(at);
+        let head = u16::from_le(self.mem.read_obj(addr).map_err(Error::GuestMemory)?);
         if head >= self.queue.size() {
             return Err(Error::InvalidDescriptorIndex);
         }
-        Ok(Some((head, virtio::parse(mem, chain, geometry, data))))
+        self.queue.set_next_avail(next.wrapping_add(1));
+        Ok(Some(head))
+    }
+
+    /// Parses the chain at `head`, its data runs going to `data`; `None` if it cannot be answered.
+    pub fn parse(&self, head: u16, geometry: &Geometry, data: &mut Vec<Segment>) -> Option<Parsed> {
+        let table = GuestAddress(self.queue.desc_table());
+        let chain = Chain::new(&*self.mem, table, self.queue.size(), head);
+        virtio::parse(&*self.mem, chain, geometry, data)
+    }
+
+    /// Leaves out what an earlier back-end has taken: with that many chains in flight, the next available index
+    /// follows from the used one.
+    pub fn skip_in_flight(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_used().wrapping_add(count));
     }
 
     /// Writes a used entry; the driver sees it after [`Ring::publish`]. `head` is below the ring's size.
@@ -96,11 +119,12 @@ impl Ring {
         self.queue.set_next_used(next.wrapping_add(1));
     }
 
-    /// Lets the driver see what was added since the last time; answers whether it wants to be interrupted.
-    pub fn publish(&mut self) -> bool {
+    /// Lets the driver see what was added since the last time. Answers nothing if there was nothing, else whether
+    /// the driver wants to be interrupted.
+    pub fn publish(&mut self) -> Option<bool> {
         let (old, new) = (self.published, self.queue.next_used());
         if old == new {
-            return false;
+            return None;
         }
         let idx = GuestAddress(self.queue.used_ring()).unchecked_add(2);
         if let Err(e) = self.mem.store(new.to_le(), idx, Ordering::Release) {
@@ -110,7 +134,7 @@ impl Ring {
         self.published = new;
         // The index must be visible before we read whether the driver sleeps (virtio 1.3, 2.7.13.3).
         fence(Ordering::SeqCst);
-        self.wants_interrupt(old, new)
+        Some(self.wants_interrupt(old, new))
     }
 
     fn wants_interrupt(&self, old: u16, new: u16) -> bool {

@@ -22,7 +22,7 @@ pub fn serve(device: &Arc<Device>, vmm: UnixStream) -> io::Result<()> {
     let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
     let inner = connect(|listener| daemon.start(listener).map_err(|e| io::Error::other(e.to_string())))?;
     let limits = Limits { queues: device.workers.len() as u64, queue_size: u32::from(device.queue_size) };
-    let result = Gate::new(vmm, inner.try_clone()?, limits).and_then(|mut gate| gate.run());
+    let result = Gate::new(vmm, inner.try_clone()?, limits, rings.clone()).and_then(|mut gate| gate.run());
     // The crate's thread ends with its socket; how it puts that does not matter.
     let _ = inner.shutdown(Shutdown::Both);
     if let Err(e) = daemon.wait() {

@@ -5,6 +5,7 @@
 //! crate's own event loop has no part in this: it runs without threads.
 
 use super::dirty::GuestMemory;
+use super::inflight::Inflight;
 use super::ring::Ring;
 use super::worker::{Setup, Worker};
 use std::cell::RefCell;
@@ -25,6 +26,8 @@ pub struct Rings {
     workers: Arc<[Worker]>,
     /// Whether writes must be durable at completion.
     write_through: Arc<AtomicBool>,
+    /// Where the front-end wants chains in flight to be noted.
+    inflight: Mutex<Option<Arc<Inflight>>>,
     made: Mutex<Vec<Vring>>,
 }
 
@@ -35,7 +38,7 @@ thread_local! {
 impl Rings {
     /// No rings yet, for these threads.
     pub fn new(workers: Arc<[Worker]>, write_through: Arc<AtomicBool>) -> Arc<Self> {
-        Arc::new(Rings { workers, write_through, made: Mutex::default() })
+        Arc::new(Rings { workers, write_through, inflight: Mutex::default(), made: Mutex::default() })
     }
 
     /// Runs `make` on this thread; the vrings that the crate makes in it are ours.
@@ -44,6 +47,11 @@ impl Rings {
         let made = make();
         CURRENT.set(None);
         made
+    }
+
+    /// Takes the memory in which rings that start from now on note their chains in flight.
+    pub fn set_inflight(&self, inflight: Arc<Inflight>) {
+        *lock(&self.inflight) = Some(inflight);
     }
 
     /// Drains and restarts every running ring, for new memory or another reason to look at everything again.
@@ -101,6 +109,11 @@ impl Vring {
         let Some(ring) = Ring::new(self.mem.memory().into_inner(), queue) else {
             return log::error!("ring {}: its addresses are not in guest memory", self.index);
         };
+        let inflight =
+            lock(&self.rings.inflight).as_ref().map(|region| region.queue(self.index, ring.size()));
+        if matches!(inflight, Some(None)) {
+            return log::error!("ring {}: it does not fit the in-flight region", self.index);
+        }
         let copies = || -> io::Result<Setup> {
             let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
             Ok(Setup {
@@ -109,6 +122,7 @@ impl Vring {
                 call: copy(&seat.call)?,
                 err: copy(&seat.err)?,
                 write_through: self.rings.write_through.clone(),
+                inflight: inflight.flatten(),
             })
         };
         match copies() {

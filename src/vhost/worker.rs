@@ -5,9 +5,12 @@
 //! the first thing to happen, finishes what is done, and publishes the used ring once.
 
 use super::dirty::mark_dirty;
+use super::inflight::InflightQueue;
+use super::poll::BusyPoll;
+use super::qos::Qos;
 use super::ring::{Position, Ring};
 use crate::store::{Buffer, Event, Wait};
-use crate::virtio::{Op, Parsed, Segment, Status};
+use crate::virtio::{Op, Segment, Status};
 use crate::volume::io::{Disk, DiskQueue, GuestData};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -28,6 +32,21 @@ const KICK: u32 = 1;
 const BATCH: usize = 64;
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
 const MIN_DEPTH: u16 = 128;
+
+/// How the operator wants queues to be served.
+#[derive(Clone)]
+pub struct Tuning {
+    /// How long a thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Used entries in the order in which chains were taken. It costs waiting for the slowest, and saves requests in
+    /// flight from being lost in a crash where a front-end does without INFLIGHT but restores the available index
+    /// from the used one, as QEMU does.
+    pub in_order: bool,
+    /// The CPU that a thread is bound to.
+    pub cpu: Option<usize>,
+    /// The volume's limits.
+    pub qos: Arc<Qos>,
+}
 
 /// A ring to serve, with the descriptors that belong to it.
 pub struct Setup {
@@ -41,6 +60,8 @@ pub struct Setup {
     pub err: Option<File>,
     /// Whether writes must be durable at completion; changes while the ring runs.
     pub write_through: Arc<AtomicBool>,
+    /// Where chains in flight are noted for whoever comes after us.
+    pub inflight: Option<InflightQueue>,
 }
 
 enum Command {
@@ -108,6 +129,7 @@ impl Worker {
     pub fn spawn(
         index: usize,
         disk: Arc<Disk>,
+        tuning: Tuning,
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -115,7 +137,12 @@ impl Worker {
             Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
         let inbox = mailbox.clone();
         let run = move || {
-            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk));
+            if let Some(cpu) = tuning.cpu
+                && let Err(e) = bind_to(cpu)
+            {
+                log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
+            }
+            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, &tuning));
             let ended = std::panic::catch_unwind(serve);
             inbox.close();
             match ended {
@@ -158,7 +185,7 @@ impl Drop for Worker {
 
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
 /// there only while it runs, so that a queue that no driver uses costs nothing.
-fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
+fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
         match command {
@@ -166,7 +193,7 @@ fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>) -> io::Result<()> {
                 let depth = setup.ring.size().max(MIN_DEPTH);
                 match disk.open_queue(depth) {
                     Ok(queue) => {
-                        let server = Server::new(mailbox.clone(), queue, *setup);
+                        let server = Server::new(mailbox.clone(), queue, *setup, tuning);
                         let _ = reply.send(Ok(None));
                         if server.run()? {
                             return Ok(());
@@ -197,6 +224,8 @@ struct Request {
     started: u64,
     /// Operations the store has.
     pieces: u32,
+    /// Whether the volume's limits have let it in.
+    admitted: bool,
     failed: bool,
 }
 
@@ -209,8 +238,16 @@ struct Server {
     free: Vec<u16>,
     /// Requests that wait for buffers or for room in the store's queue, oldest first.
     stalled: VecDeque<u16>,
+    /// Heads that an earlier back-end took and did not answer, oldest first.
+    resubmit: VecDeque<u16>,
     /// Heads in flight, one bit each.
     heads: Vec<u64>,
+    /// Where answers wait for older ones, if they shall go out in order.
+    in_order: Option<InOrder>,
+    poll: BusyPoll,
+    qos: Arc<Qos>,
+    /// The oldest stalled request may not begin before this time is over.
+    throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
     /// Who waits for the ring to be drained, and whether the thread ends then.
@@ -219,19 +256,35 @@ struct Server {
 }
 
 impl Server {
-    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, setup: Setup) -> Self {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         io.watch(WAKE, mailbox.wake.as_raw_fd());
         io.watch(KICK, setup.kick.as_raw_fd());
         // An interrupt that died with an earlier back-end would never come again.
         signal(setup.call.as_ref());
         let size = setup.ring.size();
+        let mut resubmit = Vec::new();
+        if let Some(inflight) = &mut setup.inflight {
+            resubmit = inflight.recover(setup.ring.position().next_used);
+            setup.ring.skip_in_flight(resubmit.len() as u16);
+            if !resubmit.is_empty() {
+                log::info!(
+                    "{} requests were in flight in an earlier back-end: serving them again",
+                    resubmit.len()
+                );
+            }
+        }
         Server {
             mailbox,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
             free: (0..size).rev().collect(),
             stalled: VecDeque::new(),
+            resubmit: resubmit.into(),
             heads: vec![0; usize::from(size).div_ceil(64)],
+            in_order: tuning.in_order.then(|| InOrder::new(size)),
+            poll: BusyPoll::new(tuning.poll),
+            qos: tuning.qos.clone(),
+            throttled: None,
             broken: false,
             setup,
             draining: None,
@@ -253,13 +306,36 @@ impl Server {
                 let _ = reply.send(Ok(Some(position)));
                 return Ok(exit);
             }
-            let wait = if more || self.kick_missed() { Wait::Poll } else { Wait::Event };
-            self.io.wait(wait)?;
+            if more {
+                self.io.wait(Wait::Poll)?;
+            } else {
+                self.sleep()?;
+            }
             while let Some(event) = self.io.next_event() {
                 self.handle(event);
             }
             self.publish();
         }
+    }
+
+    /// Submits what there is and waits for something to do, looking for it a while before sleeping.
+    fn sleep(&mut self) -> io::Result<()> {
+        if let Some(wait) = self.throttled.take() {
+            // Not for long: the limits may change meanwhile.
+            return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
+        }
+        if self.poll.is_on() {
+            self.io.wait(Wait::Poll)?;
+            let may_take = self.may_take();
+            let (io, ring) = (&mut self.io, &self.setup.ring);
+            if self.poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+                return self.io.wait(Wait::Poll);
+            }
+        }
+        if self.kick_missed() {
+            return self.io.wait(Wait::Poll);
+        }
+        self.poll.sleep(|| self.io.wait(Wait::Event))
     }
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
@@ -282,33 +358,49 @@ impl Server {
             if !self.may_take() {
                 return false;
             }
-            let Some(&slot) = self.free.last() else { return false };
-            let request = &mut self.requests[usize::from(slot)];
-            match self.setup.ring.pop(self.io.disk().geometry(), &mut request.segments) {
-                Ok(None) => return false,
-                Ok(Some((head, _))) if !self.claim(head) => {
-                    self.break_ring(&format!("chain {head} is in flight already"));
-                }
-                Ok(Some((head, Some(parsed)))) => self.begin(slot, head, parsed),
-                Ok(Some((head, None))) => {
-                    self.release(head);
-                    self.setup.ring.add_used(head, 0);
-                }
-                Err(e) => self.break_ring(&e.to_string()),
+            let head = match self.resubmit.pop_front() {
+                Some(head) => head,
+                None => match self.setup.ring.pop() {
+                    Ok(Some(head)) => head,
+                    Ok(None) => return false,
+                    Err(e) => {
+                        self.break_ring(&e.to_string());
+                        return false;
+                    }
+                },
+            };
+            if !self.claim(head) {
+                self.break_ring(&format!("chain {head} is in flight already"));
+                return false;
             }
+            if let Some(in_order) = &mut self.in_order {
+                in_order.taken(head);
+            }
+            self.begin(head);
         }
         true
     }
 
-    fn begin(&mut self, slot: u16, head: u16, parsed: Parsed) {
-        self.free.pop();
+    /// Begins with a chain; there is a free slot.
+    fn begin(&mut self, head: u16) {
+        let Some(slot) = self.free.pop() else { return };
+        // On record before anything has an effect.
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.take(head);
+        }
         let request = &mut self.requests[usize::from(slot)];
+        let Some(parsed) = self.setup.ring.parse(head, self.io.disk().geometry(), &mut request.segments)
+        else {
+            self.free.push(slot);
+            return self.answer(head, 0);
+        };
         request.head = head;
         request.status = parsed.status;
         request.written = parsed.writable;
         request.data_len = parsed.data_len;
         request.started = 0;
         request.pieces = 0;
+        request.admitted = false;
         request.failed = false;
         match parsed.op {
             Ok(op) => {
@@ -337,6 +429,15 @@ impl Server {
 
     /// Hands over as much of a request as there is room for.
     fn advance(&mut self, slot: u16) {
+        let request = &mut self.requests[usize::from(slot)];
+        // A drain does not wait for the limits.
+        if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
+            if let Err(wait) = self.qos.admit(request.data_len) {
+                self.throttled = Some(wait);
+                return self.stalled.push_back(slot);
+            }
+            request.admitted = true;
+        }
         match self.requests[usize::from(slot)].op {
             Op::Read { sector } => self.transfer(slot, sector, false),
             Op::Write { sector } => self.transfer(slot, sector, true),
@@ -468,13 +569,35 @@ impl Server {
         }
         mark_dirty(mem, request.status, 1);
         let (head, written) = (request.head, request.written);
-        self.release(head);
-        self.setup.ring.add_used(head, written);
         self.free.push(slot);
+        self.answer(head, written);
     }
 
+    /// Answers a chain, `written` bytes of it being ours: at once, or when those before it are answered.
+    fn answer(&mut self, head: u16, written: u32) {
+        let Some(mut in_order) = self.in_order.take() else { return self.add_used(head, written) };
+        in_order.done(head, written);
+        while let Some((head, written)) = in_order.next() {
+            self.add_used(head, written);
+        }
+        self.in_order = Some(in_order);
+    }
+
+    fn add_used(&mut self, head: u16, written: u32) {
+        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
+        self.setup.ring.add_used(head, written);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answer(head);
+        }
+    }
+
+    /// Lets the driver see what was answered.
     fn publish(&mut self) {
-        if self.setup.ring.publish() {
+        let Some(interrupt) = self.setup.ring.publish() else { return };
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.published(self.setup.ring.position().next_used);
+        }
+        if interrupt {
             signal(self.setup.call.as_ref());
         }
     }
@@ -508,10 +631,6 @@ impl Server {
         free
     }
 
-    fn release(&mut self, head: u16) {
-        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
-    }
-
     /// The driver broke the rules: takes nothing more, and tells the front-end.
     fn break_ring(&mut self, why: &str) {
         log::error!("ring stopped until it is set up again: {why}");
@@ -532,6 +651,7 @@ impl Request {
             data_len: 0,
             started: 0,
             pieces: 0,
+            admitted: false,
             failed: false,
         }
     }
@@ -542,6 +662,42 @@ impl Request {
         }
         self.failed = true;
     }
+}
+
+/// Answers that wait for older ones.
+struct InOrder {
+    /// Heads in the order in which they were taken.
+    taken: VecDeque<u16>,
+    /// By head: how many bytes are ours, once it is done.
+    done: Vec<Option<u32>>,
+}
+
+impl InOrder {
+    fn new(size: u16) -> Self {
+        InOrder { taken: VecDeque::with_capacity(size.into()), done: vec![None; size.into()] }
+    }
+
+    fn taken(&mut self, head: u16) {
+        self.taken.push_back(head);
+    }
+
+    fn done(&mut self, head: u16, written: u32) {
+        self.done[usize::from(head)] = Some(written);
+    }
+
+    /// The oldest chain, if it is done.
+    fn next(&mut self) -> Option<(u16, u32)> {
+        let &head = self.taken.front()?;
+        let written = self.done[usize::from(head)].take()?;
+        self.taken.pop_front();
+        Some((head, written))
+    }
+}
+
+fn bind_to(cpu: usize) -> io::Result<()> {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(cpu)?;
+    Ok(nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)?)
 }
 
 /// Signals an event descriptor. A full counter means that the signal is pending already.

@@ -5,6 +5,7 @@
 //!
 //! Source: Virtual I/O Device (VIRTIO) Version 1.3, section 5.2 "Block Device".
 
+pub mod chain;
 pub mod config_space;
 pub mod features;
 pub mod request;

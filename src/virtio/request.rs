@@ -140,10 +140,11 @@ pub fn parse<M: GuestMemory>(
     if !mem.check_range(status, 1, Permissions::Write) {
         return None;
     }
-    let mut parsed = Parsed { op: Err(Status::IoErr), status, writable: writable_len as u32, data_len: 0 };
-    if out_of_order {
-        parsed.writable = 1;
-        return Some(parsed);
+    let mut parsed = Parsed { op: Err(Status::IoErr), status, writable: 1, data_len: 0 };
+    match u32::try_from(writable_len) {
+        Ok(len) if !out_of_order => parsed.writable = len,
+        // Longer than a chain may be (2.7.5.3.1), or malformed as said above.
+        _ => return Some(parsed),
     }
     if let Some(header) = take_header(mem, data, &mut readable) {
         parsed.op = operation(mem, header, geometry, data, readable);

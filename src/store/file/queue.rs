@@ -297,6 +297,10 @@ impl Queue for FileQueue {
         Ok(())
     }
 
+    fn is_ready(&mut self) -> bool {
+        !self.events.is_empty() || !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+    }
+
     fn next_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }

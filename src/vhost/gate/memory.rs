@@ -64,6 +64,14 @@ impl MemoryTable {
         }
     }
 
+    /// Forgets a region, and answers the body of the REM_MEM_REG that makes others forget it.
+    pub fn take(&mut self) -> Option<Vec<u8>> {
+        let gone = self.0.pop()?;
+        Some(
+            [0, gone.guest, gone.size, gone.user, gone.offset].iter().flat_map(|w| w.to_ne_bytes()).collect(),
+        )
+    }
+
     fn insert(&mut self, region: Region, file: &OwnedFd) -> io::Result<()> {
         if self.0.len() == MAX_REGIONS {
             return Err(invalid(format!("more than {MAX_REGIONS} memory regions")));

@@ -7,12 +7,15 @@
 mod memory;
 mod message;
 
+use super::inflight::{Description, Inflight};
+use super::vring::Rings;
 use memory::MemoryTable;
 use message::{Message, invalid};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 
 /// The VMM's message said more or less than it may; or the socket failed.
@@ -38,18 +41,20 @@ pub struct Gate {
     offered: u64,
     acked: u64,
     memory: MemoryTable,
+    rings: Arc<Rings>,
 }
 
 impl Gate {
     /// A gate between the VMM on one socket and the crate on the other. Agrees with the crate on everything it
-    /// offers, so that from then on every message gets an answer.
-    pub fn new(vmm: UnixStream, inner: UnixStream, limits: Limits) -> Result<Self> {
-        let mut gate =
-            Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory: MemoryTable::default() };
+    /// offers, so that from then on every message gets an answer. What the gate serves itself goes to `rings`.
+    pub fn new(vmm: UnixStream, inner: UnixStream, limits: Limits, rings: Arc<Rings>) -> Result<Self> {
+        let memory = MemoryTable::default();
+        let mut gate = Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory, rings };
         gate.features = gate.ask_u64(Req::GET_FEATURES)?;
-        gate.offered = gate.ask_u64(Req::GET_PROTOCOL_FEATURES)?;
-        let all = Message::request(Req::SET_PROTOCOL_FEATURES as u32, gate.offered.to_ne_bytes().to_vec());
-        gate.forward(all)?;
+        let inner = gate.ask_u64(Req::GET_PROTOCOL_FEATURES)?;
+        let all = Message::request(Req::SET_PROTOCOL_FEATURES as u32, inner.to_ne_bytes().to_vec());
+        accepted(&gate.forward(all)?)?;
+        gate.offered = inner | Protocol::INFLIGHT_SHMFD.bits();
         Ok(gate)
     }
 
@@ -89,11 +94,21 @@ impl Gate {
         self.check_shape(request, &message)?;
         match request {
             Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
-            // A front-end that re-adds a device on its connection claims it again.
-            Req::SET_OWNER => return Ok(None),
+            // A front-end that re-adds a device on its connection claims it again, and gives all its memory anew.
+            Req::SET_OWNER => {
+                while let Some(body) = self.memory.take() {
+                    accepted(&self.forward(Message::request(Req::REM_MEM_REG as u32, body))?)?;
+                }
+                return Ok(None);
+            }
             Req::GET_PROTOCOL_FEATURES => return Ok(Some(Message::reply_u64(code, self.offered))),
             Req::SET_PROTOCOL_FEATURES => {
                 self.acked = subset(&message, self.offered)?;
+                return Ok(None);
+            }
+            Req::GET_INFLIGHT_FD => return self.give_inflight(&message).map(Some),
+            Req::SET_INFLIGHT_FD => {
+                self.take_inflight(message)?;
                 return Ok(None);
             }
             Req::SET_FEATURES => drop(subset(&message, self.features)?),
@@ -126,10 +141,48 @@ impl Gate {
         if has_answer(request) {
             return Ok(Some(answer));
         }
-        match answer.u64_at(0) {
-            Some(0) => Ok(None),
-            _ => Err(invalid("refused".into())),
+        accepted(&answer).map(|()| None)
+    }
+
+    /// Makes memory in which chains in flight are noted, and gives it to the front-end to keep.
+    fn give_inflight(&self, message: &Message) -> Result<Message> {
+        let asked = self.inflight_of(message)?;
+        let given = Description::new(asked.queues, asked.queue_size);
+        let mut body = given.size.to_ne_bytes().to_vec();
+        body.extend(given.offset.to_ne_bytes());
+        body.extend(given.queues.to_ne_bytes());
+        body.extend(given.queue_size.to_ne_bytes());
+        // Some have the structure with padding at its end, some without.
+        body.resize(message.body.len(), 0);
+        let fds = vec![given.create()?];
+        Ok(Message { fds, ..Message::reply(message.request, body) })
+    }
+
+    /// Takes such memory back, perhaps from a session with a process that is dead.
+    fn take_inflight(&self, mut message: Message) -> Result<()> {
+        let description = self.inflight_of(&message)?;
+        match message.fds.pop() {
+            Some(fd) => self.rings.set_inflight(Inflight::map(description, fd)?),
+            None => return Err(invalid("no descriptor".into())),
         }
+        Ok(())
+    }
+
+    fn inflight_of(&self, message: &Message) -> Result<Description> {
+        let word = message.u32_at(16).unwrap_or(0);
+        let (queues, queue_size) = if cfg!(target_endian = "little") {
+            (word as u16, (word >> 16) as u16)
+        } else {
+            ((word >> 16) as u16, word as u16)
+        };
+        let (Some(size), Some(offset)) = (message.u64_at(0), message.u64_at(8)) else {
+            return Err(invalid("cut short".into()));
+        };
+        let fits = u64::from(queues) <= self.limits.queues && u32::from(queue_size) <= self.limits.queue_size;
+        if queues == 0 || !queue_size.is_power_of_two() || !fits {
+            return Err(invalid(format!("{queues} queues of {queue_size} entries")));
+        }
+        Ok(Description { size, offset, queues, queue_size })
     }
 
     /// Sizes, numbers of descriptors, queue numbers, and features that a request needs.
@@ -207,6 +260,8 @@ impl Shape {
             Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => shape(8..=8, 1, true, none),
             Req::GET_CONFIG | Req::SET_CONFIG => shape(12..=12 + 256, 0, false, Protocol::CONFIG),
             Req::RESET_DEVICE => shape(0..=0, 0, false, Protocol::RESET_DEVICE),
+            Req::GET_INFLIGHT_FD => shape(20..=24, 0, false, Protocol::INFLIGHT_SHMFD),
+            Req::SET_INFLIGHT_FD => shape(20..=24, 1, false, Protocol::INFLIGHT_SHMFD),
             _ => None,
         }
     }
@@ -214,7 +269,22 @@ impl Shape {
 
 /// Whether a request has an answer of its own kind, rather than a mere acknowledgement.
 fn has_answer(request: Req) -> bool {
-    matches!(request, Req::GET_QUEUE_NUM | Req::GET_MAX_MEM_SLOTS | Req::GET_VRING_BASE | Req::GET_CONFIG)
+    matches!(
+        request,
+        Req::GET_QUEUE_NUM
+            | Req::GET_MAX_MEM_SLOTS
+            | Req::GET_VRING_BASE
+            | Req::GET_CONFIG
+            | Req::GET_INFLIGHT_FD
+    )
+}
+
+/// Whether an acknowledgement says yes.
+fn accepted(answer: &Message) -> Result<()> {
+    match answer.u64_at(0) {
+        Some(0) => Ok(()),
+        _ => Err(invalid("refused".into())),
+    }
 }
 
 /// The message's features, if all of them were offered.
@@ -313,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_has_no_shape() {
-        for request in [Req::SET_LOG_BASE, Req::GET_INFLIGHT_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
+        for request in [Req::SET_LOG_BASE, Req::SET_LOG_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
             assert!(Shape::of(request).is_none(), "{request:?}");
         }
     }

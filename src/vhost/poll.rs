@@ -1,0 +1,97 @@
+//! Busy polling before sleep, where the operator asked for it, for as long as it pays.
+//!
+//! A thread that looks for work for a few microseconds before it sleeps saves the driver's kick and its own
+//! wake-up. The window adapts, as KVM's halt polling does: it grows when a sleep turned out to be short, and
+//! halves when nothing came, so that an idle queue soon sleeps at once and costs nothing.
+
+use std::time::{Duration, Instant};
+
+/// How long to look before sleeping.
+pub struct BusyPoll {
+    /// What the operator allows; zero: never poll.
+    limit: Duration,
+    window: Duration,
+}
+
+impl BusyPoll {
+    /// Polling for at most `limit` at a time.
+    pub fn new(limit: Duration) -> Self {
+        BusyPoll { limit, window: limit }
+    }
+
+    /// Whether it is worth a look at present.
+    pub fn is_on(&self) -> bool {
+        !self.window.is_zero()
+    }
+
+    /// Calls `look` until it finds something or the window is over. Answers whether it did.
+    pub fn poll(&mut self, mut look: impl FnMut() -> bool) -> bool {
+        if self.window.is_zero() {
+            return false;
+        }
+        let begun = Instant::now();
+        loop {
+            // Reading the clock costs as much as a few looks.
+            for _ in 0..16 {
+                if look() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if begun.elapsed() >= self.window {
+                self.shrink();
+                return false;
+            }
+        }
+    }
+
+    /// Sleeps by `sleep`; if that was short, polling would have been better.
+    pub fn sleep<T>(&mut self, sleep: impl FnOnce() -> T) -> T {
+        if self.limit.is_zero() {
+            return sleep();
+        }
+        let begun = Instant::now();
+        let result = sleep();
+        if begun.elapsed() < self.limit {
+            self.window = (self.window * 2).clamp(self.limit / 8, self.limit);
+        }
+        result
+    }
+
+    fn shrink(&mut self) {
+        self.window /= 2;
+        if self.window < self.limit / 8 {
+            self.window = Duration::ZERO;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_queue_soon_sleeps_at_once_and_a_short_sleep_brings_polling_back() {
+        let mut poll = BusyPoll::new(Duration::from_micros(8));
+        let mut looks = 0;
+        while poll.poll(|| {
+            looks += 1;
+            false
+        }) || !poll.window.is_zero()
+        {}
+        let before = looks;
+        assert!(!poll.poll(|| unreachable!("nothing is looked for any more")));
+        assert_eq!(looks, before);
+        poll.limit = Duration::MAX / 16;
+        poll.sleep(|| ());
+        assert!(poll.poll(|| true));
+    }
+
+    #[test]
+    fn without_leave_nothing_is_polled() {
+        let mut poll = BusyPoll::new(Duration::ZERO);
+        assert!(!poll.poll(|| unreachable!("polling is off")));
+        poll.sleep(|| ());
+        assert!(!poll.poll(|| unreachable!("polling is off")));
+    }
+}

@@ -1,0 +1,319 @@
+//! One volume and its host process: started in every way that there is, refused, ended, and seen from outside.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use super::common::frontend::{Options, Request, Session, SplitRing, block};
+use super::process::{tie_to_test, wait_within};
+use super::store::Store;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sealblk::kms::KeyProvider;
+use sealblk::kms::embedded::{Embedded, clock::SystemClock};
+use sealblk::root::Root;
+use sealblk::volume::{Catalog, Metadata};
+use serde_json::Value;
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
+
+/// Far longer than anything here takes.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// A store with a volume called `t`.
+pub struct Place {
+    /// The store.
+    pub store: Store,
+    starts: Cell<u32>,
+}
+
+/// What a command said, and how it ended.
+#[derive(Debug)]
+pub struct Said {
+    /// Its exit code.
+    pub code: i32,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+}
+
+impl Place {
+    /// A volume of 8 MiB, made with these arguments besides.
+    pub fn new(arguments: &[&str]) -> Self {
+        Self::with_root(|_| Ok(()), arguments)
+    }
+
+    /// The same, after `prepare` was called with the root's path.
+    pub fn with_root(prepare: impl FnOnce(&Path) -> std::io::Result<()>, arguments: &[&str]) -> Self {
+        let place = Place { store: Store::new(), starts: Cell::new(0) };
+        prepare(&place.store.root()).expect("prepare the root folder");
+        place.store.ok(&[&["volume", "create", "--size", "8MiB", "--name", "t"], arguments].concat());
+        place
+    }
+
+    /// The test's own folder, which root and configuration lie in.
+    pub fn folder(&self) -> PathBuf {
+        self.store.root().parent().expect("the root lies in a folder").to_owned()
+    }
+
+    /// Where the host process listens unless it is told otherwise.
+    pub fn socket(&self) -> PathBuf {
+        self.folder().join("t.sock")
+    }
+
+    /// The volumes of the store.
+    pub fn catalog(&self) -> Catalog {
+        Catalog::new(&Root::new(self.store.root()))
+    }
+
+    /// What is known of the volume.
+    pub fn metadata(&self) -> Metadata {
+        let catalog = self.catalog();
+        catalog.load(catalog.resolve("t").expect("find the volume")).expect("read its metadata")
+    }
+
+    /// The volume's id.
+    pub fn id(&self) -> String {
+        self.metadata().id().to_string()
+    }
+
+    /// The ARN of the KMS key.
+    pub fn key(&self) -> String {
+        self.metadata().keys()[0].wrapped.key_id.clone()
+    }
+
+    /// The volume's folder.
+    pub fn volume_folder(&self) -> PathBuf {
+        self.catalog().folder(self.metadata().id())
+    }
+
+    /// The volume's `volume.json`.
+    pub fn volume_json(&self) -> PathBuf {
+        self.volume_folder().join("volume.json")
+    }
+
+    /// The volume's layer.
+    pub fn layer(&self) -> PathBuf {
+        self.catalog().layer_path(self.metadata().top().id)
+    }
+
+    /// The store's KMS, from inside this process.
+    pub fn kms(&self) -> Embedded {
+        Embedded::at(Root::new(self.store.root()).kms(), self.store.config(), Box::new(SystemClock))
+    }
+
+    /// The data key, as the KMS hands it out to who has the context and the root key.
+    pub fn dek(&self) -> Zeroizing<Vec<u8>> {
+        let metadata = self.metadata();
+        let context = metadata.encryption_context();
+        self.kms().decrypt(&metadata.keys()[0].wrapped, &context).expect("unwrap the data key")
+    }
+
+    /// Every event so far.
+    pub fn events(&self) -> Vec<Value> {
+        let text = self.store.ok(&["events", "--json"]);
+        text.lines().map(|line| serde_json::from_str(line).expect("an event")).collect()
+    }
+
+    /// `sealblk attach t` on the usual socket, with these arguments besides.
+    pub fn attach_command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.store.command();
+        command.args(["attach", "t", "--socket-path"]).arg(self.socket()).args(arguments);
+        command
+    }
+
+    /// Attaches the volume on the usual socket and waits until that is ready.
+    #[track_caller]
+    pub fn attach(&self, arguments: &[&str]) -> Host {
+        self.start(self.attach_command(arguments), vec![])
+    }
+
+    /// Starts an attach, which inherits `keep`, and waits until it is ready.
+    #[track_caller]
+    pub fn start(&self, command: Command, keep: Vec<OwnedFd>) -> Host {
+        self.starts.set(self.starts.get() + 1);
+        let name = |what| self.folder().join(format!("{}.{what}", self.starts.get()));
+        let manager = UnixDatagram::bind(name("notify")).expect("bind the notify socket");
+        let mut host = Host::spawn(command, &name("notify"), &name("log"), manager, keep);
+        host.wait_ready();
+        host
+    }
+
+    /// Runs an attach that ends by itself.
+    #[track_caller]
+    pub fn run(&self, mut command: Command, keep: Vec<OwnedFd>) -> Said {
+        self.starts.set(self.starts.get() + 1);
+        let name = |what| self.folder().join(format!("{}.{what}", self.starts.get()));
+        let manager = UnixDatagram::bind(name("notify")).expect("bind the notify socket");
+        manager.set_nonblocking(true).expect("make the notify socket non-blocking");
+        command.env("NOTIFY_SOCKET", name("notify"));
+        command.stdout(File::create(name("out")).expect("create a file"));
+        command.stderr(File::create(name("err")).expect("create a file"));
+        tie_to_test(&mut command, keep);
+        let mut child = command.spawn().expect("start sealblk");
+        let ended = wait_within(&mut child, LIMIT);
+        let _ = child.kill();
+        let text = |what| fs::read_to_string(name(what)).expect("output in UTF-8");
+        let status = ended.unwrap_or_else(|e| panic!("{command:?}: {e}: {}{}", text("out"), text("err")));
+        let told = manager.recv(&mut [0; 64]).expect_err("an attach that fails was never ready");
+        assert_eq!(told.kind(), ErrorKind::WouldBlock);
+        Said { code: status.code().expect("no signal"), out: text("out"), err: text("err") }
+    }
+
+    /// An attach with these arguments besides, which must be refused with this exit code, print nothing on
+    /// standard output, and leave no socket. Answers what it said.
+    #[track_caller]
+    pub fn refuse(&self, code: i32, arguments: &[&str]) -> String {
+        let said = self.run(self.attach_command(arguments), vec![]);
+        assert_eq!((said.code, said.out.as_str()), (code, ""), "{}", said.err);
+        assert!(!self.socket().exists(), "a refused attach left its socket");
+        said.err
+    }
+}
+
+/// A volume's host process. Killed at drop.
+pub struct Host {
+    child: Child,
+    log: PathBuf,
+    manager: UnixDatagram,
+}
+
+impl Host {
+    fn spawn(
+        mut command: Command,
+        notify: &Path,
+        log: &Path,
+        manager: UnixDatagram,
+        keep: Vec<OwnedFd>,
+    ) -> Self {
+        let output = File::create(log).expect("create a log file");
+        command.env("NOTIFY_SOCKET", notify).stdin(Stdio::null());
+        command.stdout(output.try_clone().expect("dup")).stderr(output);
+        tie_to_test(&mut command, keep);
+        let child = command.spawn().expect("start sealblk");
+        Host { child, log: log.to_owned(), manager }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// What it has printed so far.
+    pub fn output(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// A file of its folder in /proc.
+    pub fn proc(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{name}", self.pid()))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("the host process runs");
+    }
+
+    /// Waits until it has ended.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let ended = wait_within(&mut self.child, LIMIT);
+        ended.unwrap_or_else(|e| panic!("attach does not end: {e}; it said: {}", self.output()))
+    }
+
+    /// Waits until it has ended, which must be without an error.
+    #[track_caller]
+    pub fn ends_well(mut self) {
+        let status = self.wait();
+        assert!(status.success(), "attach ended with {status}: {}", self.output());
+        assert_eq!(self.told(), "STOPPING=1");
+    }
+
+    /// Ends it with SIGTERM.
+    #[track_caller]
+    pub fn end(self) {
+        self.signal(Signal::SIGTERM);
+        self.ends_well();
+    }
+
+    /// Kills it, as a crash would.
+    pub fn crash(mut self) {
+        self.signal(Signal::SIGKILL);
+        self.wait();
+    }
+
+    /// The next thing that it tells its service manager.
+    pub fn told(&self) -> String {
+        let mut message = [0; 4096];
+        let len = self.manager.recv(&mut message).expect("a message to the service manager");
+        String::from_utf8_lossy(&message[..len]).trim_end().to_owned()
+    }
+
+    #[track_caller]
+    fn wait_ready(&mut self) {
+        let deadline = Instant::now() + LIMIT;
+        // Short, since a process that dies sends nothing.
+        self.manager.set_read_timeout(Some(Duration::from_millis(50))).expect("set a time limit");
+        let mut message = [0; 4096];
+        loop {
+            if let Ok(len) = self.manager.recv(&mut message) {
+                assert_eq!(String::from_utf8_lossy(&message[..len]).trim_end(), "READY=1");
+                break;
+            }
+            if let Some(status) = self.child.try_wait().expect("ask for the child") {
+                panic!("attach ended with {status}: {}", self.output());
+            }
+            assert!(Instant::now() < deadline, "attach is not ready: {}", self.output());
+        }
+        self.manager.set_read_timeout(Some(LIMIT)).expect("set a time limit");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("---- sealblk attach\n{}", self.output());
+        }
+    }
+}
+
+/// Connects to the volume's socket as a VMM with the usual wishes.
+#[track_caller]
+pub fn open(socket: &Path) -> Session {
+    Session::open(socket, &Options::default()).expect("the back-end serves a front-end")
+}
+
+/// Whether somebody listens at `socket`, at this moment.
+pub fn listens(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_ok()
+}
+
+/// Writes, successfully.
+#[track_caller]
+pub fn write(ring: &mut SplitRing, sector: u64, data: &[u8]) {
+    let outcome = Request::write(sector, data).run(ring).expect("a write completes");
+    assert_eq!(outcome.status, block::OK, "a write at sector {sector}");
+}
+
+/// Reads, successfully.
+#[track_caller]
+pub fn read(ring: &mut SplitRing, sector: u64, len: usize) -> Vec<u8> {
+    let outcome = Request::read(sector, len).run(ring).expect("a read completes");
+    assert_eq!(outcome.status, block::OK, "a read at sector {sector}");
+    outcome.data
+}
+
+/// Flushes, successfully.
+#[track_caller]
+pub fn flush(ring: &mut SplitRing) {
+    assert_eq!(Request::flush().run(ring).expect("a flush completes").status, block::OK);
+}
