@@ -37,11 +37,9 @@ pub fn run(data: &[u8]) {
     let _guard = ONE_AT_A_TIME.lock();
     let mem = &*MEM;
     fill(mem, input.bytes(0x8000));
-    let chain = || Chain::new(mem, GuestAddress(0), size, head);
-    // A table may be long: what is longer than any chain is not looked at.
-    let descriptors: Vec<Descriptor> = chain().take(MOST + 1).collect();
+    let descriptors = walk(mem, size, head);
     let mut segments = vec![Segment { addr: GuestAddress(1), len: 1 }];
-    let parsed = parse(mem, chain(), &geometry, &mut segments);
+    let parsed = parse(mem, Chain::new(mem, GuestAddress(0), size, head), &geometry, &mut segments);
 
     let Some(parsed) = parsed else { return assert_eq!(model(mem, &descriptors, &geometry), None) };
     let expected = model(mem, &descriptors, &geometry).expect("a chain that cannot be answered");
@@ -79,6 +77,32 @@ fn fill(mem: &Memory, image: &[u8]) {
         mem.write_slice(&vec![0; len], GuestAddress(start)).expect("a region");
     }
     mem.write_slice(image, GuestAddress(0)).expect("the first region");
+}
+
+/// The chain's descriptors, as far as it keeps to the rules, and no more than make it too long.
+fn walk(mem: &Memory, size: u16, head: u16) -> Vec<Descriptor> {
+    let (mut table, mut entries, mut index, mut steps) = (0u64, u32::from(size), u32::from(head), 0);
+    let mut indirect = false;
+    let mut chain: Vec<Descriptor> = Vec::new();
+    while index < entries && steps < entries && chain.len() <= MOST {
+        let Some(at) = table.checked_add(16 * u64::from(index)).filter(|&at| inside(at, 16)) else { break };
+        let desc: Descriptor = mem.read_obj(GuestAddress(at)).expect("16 bytes of memory");
+        steps += 1;
+        if desc.flags() & 4 != 0 {
+            if indirect || desc.has_next() || !desc.len().is_multiple_of(16) {
+                break;
+            }
+            (table, entries, index, steps) = (desc.addr().0, desc.len() / 16, 0, 0);
+            indirect = true;
+            continue;
+        }
+        chain.push(desc);
+        if !desc.has_next() {
+            break;
+        }
+        index = desc.next().into();
+    }
+    chain
 }
 
 /// What `parse` should answer, and which runs it should leave.

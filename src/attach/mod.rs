@@ -248,6 +248,7 @@ fn device(
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         },
         queue_size: options.queue_size,
+        writeback: true.into(),
     }))
 }
 

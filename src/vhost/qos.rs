@@ -65,6 +65,13 @@ impl Qos {
     }
 }
 
+impl Default for Qos {
+    /// No limits.
+    fn default() -> Self {
+        Self::new(Limits::default())
+    }
+}
+
 #[derive(Default)]
 struct Bucket {
     /// Units a second; 0: no limit.

@@ -34,7 +34,7 @@ const BATCH: usize = 64;
 const MIN_DEPTH: u16 = 128;
 
 /// How the operator wants queues to be served.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Tuning {
     /// How long a thread may look for work before it sleeps; zero: not at all.
     pub poll: Duration,
@@ -298,7 +298,8 @@ impl Server {
             self.restart_stalled();
             let more = self.take_available();
             self.publish();
-            if let Some(reply) = self.draining.take_if(|_| self.free.len() == self.requests.len()) {
+            let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            if let Some(reply) = self.draining.take_if(|_| drained) {
                 let position = self.setup.ring.position();
                 let exit = self.exit;
                 // The guest's memory and the buffers go before anybody hears that they are free.
@@ -340,7 +341,9 @@ impl Server {
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
     fn may_take(&self) -> bool {
-        !self.broken && self.draining.is_none() && self.stalled.is_empty() && !self.free.is_empty()
+        // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
+        let wanted = self.draining.is_none() || !self.resubmit.is_empty();
+        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
