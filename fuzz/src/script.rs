@@ -114,6 +114,15 @@ fn send(socket: &UnixStream, input: &mut Input, files: &Files) -> bool {
             let request = if shape & 8 == 0 { 2 } else { 16 };
             (message(request, flags, &input.u64().to_ne_bytes()), vec![])
         }
+        _ if shape & 0x20 != 0 => {
+            // The in-flight region: its size, its place in the memory file, its queues and their entries.
+            let mut body = u64::from(input.u16()).to_ne_bytes().to_vec();
+            body.extend((u64::from(input.u8()) * PAGE).to_ne_bytes());
+            body.extend(u16::from(input.u8()).to_ne_bytes());
+            body.extend(input.u16().to_ne_bytes());
+            let (request, fds) = if shape & 8 == 0 { (31, 0) } else { (32, 1) };
+            (message(request, flags, &body), files.some(input.u8() & !3, fds))
+        }
         _ => {
             // Descriptor table, used ring, available ring, in units of 64 bytes.
             let queue = [u32::from(input.u8()), 0].map(u32::to_ne_bytes);

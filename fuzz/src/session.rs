@@ -61,7 +61,9 @@ fn device() -> Device {
             eprintln!("{why}");
             std::process::abort();
         };
-        Worker::spawn(usize::from(index), disk.clone(), Tuning::default(), died).expect("a thread")
+        // The first queue answers as chains are done, the second in order.
+        let tuning = Tuning { in_order: index == 1, ..Tuning::default() };
+        Worker::spawn(usize::from(index), disk.clone(), tuning, died).expect("a thread")
     };
     let workers = (0..QUEUES).map(worker).collect();
     let config = ConfigSpace { geometry, queues: QUEUES, seg_max: 126 };

@@ -383,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_has_no_shape() {
-        for request in [Req::SET_LOG_BASE, Req::GET_INFLIGHT_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
+        for request in [Req::SET_LOG_BASE, Req::SET_LOG_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
             assert!(Shape::of(request).is_none(), "{request:?}");
         }
     }

@@ -1,7 +1,7 @@
-//! Chains in a real ring, walked by virtio-queue, as the device meets them.
+//! Chains in guest memory, as the device meets them.
 
 use super::*;
-use virtio_queue::{Queue, QueueT};
+use crate::virtio::chain::Chain;
 use vm_memory::GuestMemoryMmap;
 
 const READ: u32 = VIRTIO_BLK_T_IN;
@@ -18,8 +18,6 @@ const INDIRECT: u16 = 4;
 /// Guest memory: `0..END`, a hole, and `ISLAND..ISLAND + 0x1000`. Descriptors lie at 0.
 const END: u64 = 0x10_000;
 const ISLAND: u64 = 0x20_000;
-const AVAIL: u64 = 0x800;
-const USED: u64 = 0xa00;
 const TABLE: u64 = 0x8000;
 const HEADER: u64 = 0x1000;
 /// Data that the guest gives lies right behind the header.
@@ -82,15 +80,9 @@ impl Guest {
         self.mem.write_obj(desc, GuestAddress(table + 16 * u64::from(index))).unwrap();
     }
 
-    /// Makes the chain at descriptor 0 available and parses it.
+    /// Parses the chain that begins with descriptor 0 of a table of 64.
     fn pop(&self) -> (Option<Parsed>, Vec<(u64, u32)>) {
-        self.put(AVAIL, &[0, 0, 1, 0, 0, 0]);
-        let mut queue = Queue::new(64).unwrap();
-        queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
-        queue.try_set_avail_ring_address(GuestAddress(AVAIL)).unwrap();
-        queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
-        queue.set_ready(true);
-        let chain = queue.pop_descriptor_chain(&self.mem).unwrap();
+        let chain = Chain::new(&self.mem, GuestAddress(0), 64, 0);
         let mut data = vec![Segment { addr: GuestAddress(1), len: 1 }];
         let parsed = parse(&self.mem, chain, &self.disk, &mut data);
         (parsed, data.iter().map(|s| (s.addr.0, s.len)).collect())
@@ -468,7 +460,8 @@ fn broken_chains_have_no_answer() {
     assert_eq!(chain(&[indirect(TABLE, 0)]), None, "an empty table");
     assert_eq!(chain(&[indirect(TABLE, 15)]), None, "a table of no whole descriptors");
     assert_eq!(chain(&[indirect(END, 32)]), None, "a table outside memory");
-    assert_eq!(chain(&[indirect(TABLE, 16 * 65536)]), None, "a table longer than indices go");
+    let followed = Descriptor::new(TABLE, 32, INDIRECT | NEXT, 1);
+    assert_eq!(chain(&[followed, status(0, 0)]), None, "a descriptor behind a table");
 }
 
 #[test]
@@ -503,4 +496,13 @@ fn chains_end_at_the_largest_ring() {
         assert_eq!(parsed.is_some(), answered, "{count} descriptors");
         assert!(parsed.is_none_or(|p| p.data_len == 512 * (count as u64 - 2)));
     }
+}
+
+#[test]
+fn more_bytes_than_a_chain_may_have_are_refused() {
+    let most = u32::MAX;
+    let guest = Guest::new(Geometry { sectors: u64::MAX, ..DISK }, READ, 0);
+    let parts = [Out(HEADER, 16), In(WANTED, most), In(WANTED, most), In(STATUS, 1)];
+    let parsed = guest.parse(&parts).0.expect("a status can be written");
+    assert_eq!((parsed.op, parsed.writable), (Err(Status::IoErr), 1));
 }
