@@ -3,7 +3,7 @@
 use crate::common::disk::{FREE, pattern};
 use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::inflight::Region;
-use crate::common::frontend::{LIMIT, Request, SplitRing};
+use crate::common::frontend::{LIMIT, Place, Request, SplitRing};
 use crate::rig::{Rig, Shape, Way, seed, store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -222,5 +222,31 @@ fn marks_of_a_ring_that_was_set_up_anew_mean_nothing() {
             }
             assert_eq!(ring.used_idx(), 4, "{way:?}, {noted} noted");
         }
+    }
+}
+
+#[test]
+fn a_device_that_is_stopped_while_it_serves_what_was_left_is_drained() {
+    // More than is taken in one turn, and than there are buffers for.
+    const LEFT: usize = 200;
+    for way in [Way::Qemu, Way::CloudHypervisor] {
+        let store = store();
+        let mut rig = Rig::start(&store, way, PLAIN, 0, 1);
+        rig.crash();
+        let region = rig.session.inflight.take().expect("agreed");
+        let ring = &mut rig.session.rings[0];
+        for n in 0..LEFT {
+            let write = Request::write(sector(16 * n), &pattern(n as u64, 16 * LEN)).placed(Place::Indirect);
+            region.set_mark(0, write.submit(ring).expect("room on the ring").head, true);
+        }
+        region.set_shape(0, 1, ring.size);
+        rig.session.inflight = Some(region);
+        rig.attach_again();
+        let rig = rig.reconnect();
+        // At once: whoever gives up the region now must know that nothing is left in it.
+        let bases = rig.session.stop().expect("the device stops");
+        let region = rig.session.inflight.as_ref().expect("agreed");
+        assert_eq!(bases[0], rig.session.rings[0].used_idx(), "{way:?}");
+        assert_eq!((region.marks(0), bases[0]), (vec![], LEFT as u16), "{way:?}");
     }
 }
