@@ -3,9 +3,11 @@
 
 mod damage;
 mod deletion;
+mod hands;
 #[path = "../kms_suite/mod.rs"]
 mod kms_suite;
 mod processes;
+mod rotation;
 mod rules;
 
 use kms_suite::Admin;

@@ -1,16 +1,15 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use super::Embedded;
-use super::blob::{Material, random};
-use super::deletion::Verdict;
+use super::due;
 use super::open_log::OpenLog;
-use super::records::{AliasEntry, AliasName, Change, Deletion, KeyEntry, KeyId, VersionEntry};
+use super::records::{AliasEntry, AliasName, Change, Deletion, KeyEntry};
+use super::rotation::first_version;
 use super::store::Now;
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
 use crate::kms::{KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 /// The waiting window of a deletion, days.
 pub const DELETION_DAYS: RangeInclusive<u32> = 7..=30;
@@ -55,12 +54,7 @@ impl Embedded {
     /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store if this is
     /// the first key.
     pub fn create_key(&self, description: &str, alias: Option<&str>) -> Result<KeyMetadata, KmsError> {
-        if description.chars().count() > DESCRIPTION_MAX {
-            return Err(KmsError::Validation(format!(
-                "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have \
-                 length less than or equal to {DESCRIPTION_MAX}"
-            )));
-        }
+        check_description(description)?;
         alias.map_or(Ok(()), check_alias)?;
         self.store.create_if_absent()?;
         let id = self.store.write(|log, now| {
@@ -72,7 +66,7 @@ impl Embedded {
 
     /// DescribeKey, for a key argument of any form.
     pub fn key(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        self.store.read(|log| Ok(self.metadata(log, log.state().key(key, &self.place)?)))
+        self.current(|log| Ok(self.metadata(log, log.state().key(key, &self.place)?)))
     }
 
     /// ListKeys, by id. Without a store there are none.
@@ -80,7 +74,7 @@ impl Embedded {
         if !self.store.exists()? {
             return Ok(Vec::new());
         }
-        self.store.read(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
+        self.current(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
     }
 
     /// EnableKey.
@@ -97,6 +91,16 @@ impl Embedded {
             entry.check_alive(&self.place)?;
             Ok(KeyEntry { enabled: false, ..entry.clone() })
         })
+    }
+
+    /// UpdateKeyDescription.
+    pub fn update_description(&self, key: &str, description: &str) -> Result<(), KmsError> {
+        check_description(description)?;
+        let change = |entry: &KeyEntry, _: &Now| {
+            entry.check_alive(&self.place)?;
+            Ok(KeyEntry { description: description.to_owned(), ..entry.clone() })
+        };
+        self.change_key(key, change).map(drop)
     }
 
     /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`].
@@ -169,20 +173,21 @@ impl Embedded {
         self.store.read(|log| Ok(log.state().aliases().map(metadata).collect()))
     }
 
-    /// Deletes the keys whose waiting window is over, material included, as far as the clocks can be believed.
+    /// Does what the passing of time asks for: deletes the keys whose waiting window is over, material included, as
+    /// far as the clocks can be believed, and rotates what is due.
     ///
-    /// Called whenever the KMS is opened; a process that keeps it open calls it now and then.
+    /// Called whenever the KMS is opened, and when an operation sees that something is due.
     pub fn purge(&self) -> Result<(), KmsError> {
         if !self.store.exists()? {
             return Ok(());
         }
         let now = self.store.now();
-        let due = self.store.read(|log| Ok(log.wants_rewriting() || !due_changes(log, &now).is_empty()))?;
+        let due = self.store.read(|log| Ok(log.wants_rewriting() || due::is_due(log, &now)))?;
         if !due {
             return Ok(());
         }
         self.store.write(|log, now| {
-            let changes = due_changes(log, &now.moment);
+            let changes = due::changes(log, &now.moment)?;
             for change in &changes {
                 if let Change::KeyDeleted(key) = change {
                     log::warn!("deleting KMS key {}: its waiting window is over", self.place.key_arn(key.id));
@@ -208,7 +213,7 @@ impl Embedded {
         })
     }
 
-    fn change_key(
+    pub(super) fn change_key(
         &self,
         key: &str,
         f: impl FnOnce(&KeyEntry, &Now) -> Result<KeyEntry, KmsError>,
@@ -250,17 +255,15 @@ fn new_key(
     description: &str,
     alias: Option<&str>,
 ) -> Result<(Vec<Change>, Uuid), KmsError> {
-    let (id, version) = (Uuid::new_v4(), Uuid::new_v4());
-    let mut material = Material(Zeroizing::new([0; 32]));
-    random(&mut material.0[..])?;
-    let sealed = log.keys().seal(id, version, &material)?;
+    let id = Uuid::new_v4();
     let mut changes = vec![Change::Key(KeyEntry {
         id,
         created: now.time,
         description: description.to_owned(),
         enabled: true,
         deletion: None,
-        versions: vec![VersionEntry { id: version, created: now.time, sealed }],
+        rotation: None,
+        versions: vec![first_version(log, id, now.time)?],
     })];
     changes.extend(alias.map(|name| new_alias(name, id, now)));
     Ok((changes, id))
@@ -270,26 +273,14 @@ fn new_alias(name: &str, key: Uuid, now: &Now) -> Change {
     Change::Alias(AliasEntry { name: name.to_owned(), key, created: now.time, updated: now.time })
 }
 
-/// What the passing of time asks for.
-fn due_changes(log: &OpenLog, now: &super::clock::Moment) -> Vec<Change> {
-    let mut changes = Vec::new();
-    for key in log.state().keys() {
-        let Some(deletion) = &key.deletion else { continue };
-        let seen = match deletion.judge(now) {
-            Verdict::Wait => continue,
-            Verdict::Delete => {
-                let names = log.state().aliases_of(key.id).map(|a| AliasName { name: a.name.clone() });
-                changes.extend(names.map(Change::AliasDeleted));
-                changes.push(Change::KeyDeleted(KeyId { id: key.id }));
-                continue;
-            }
-            Verdict::Saw => Some(now.clone()),
-            Verdict::Unsaw => None,
-        };
-        let deletion = Some(Deletion { seen, ..deletion.clone() });
-        changes.push(Change::Key(KeyEntry { deletion, ..key.clone() }));
+fn check_description(description: &str) -> Result<(), KmsError> {
+    if description.chars().count() <= DESCRIPTION_MAX {
+        return Ok(());
     }
-    changes
+    Err(KmsError::Validation(format!(
+        "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have length \
+         less than or equal to {DESCRIPTION_MAX}"
+    )))
 }
 
 /// Whether users may make, move or delete an alias of this name.

@@ -49,8 +49,31 @@ pub struct KeyEntry {
     /// There while it waits for deletion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion: Option<Deletion>,
+    /// There while it is rotated by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<Rotation>,
     /// Its versions, oldest first; the last one encrypts. Never empty.
     pub versions: Vec<VersionEntry>,
+}
+
+/// When a key is rotated by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotation {
+    /// How often, days: 90..=2560.
+    pub days: u32,
+    /// When next: milliseconds since 1970.
+    pub next: i64,
+}
+
+/// What made a version that is not a key's first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RotationType {
+    /// Its period.
+    Automatic,
+    /// RotateKeyOnDemand.
+    OnDemand,
 }
 
 /// One version of a key's material.
@@ -61,6 +84,9 @@ pub struct VersionEntry {
     pub id: Uuid,
     /// When it was made: milliseconds since 1970.
     pub created: i64,
+    /// What made it; absent for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<RotationType>,
     /// The material, sealed under the store key; base64.
     #[serde(with = "sealed")]
     pub sealed: [u8; SEALED_LEN],
@@ -179,7 +205,13 @@ mod tests {
             description: "ä".into(),
             enabled: false,
             deletion: Some(Deletion { days: 7, at: 6, asked: moment.clone(), seen: Some(moment) }),
-            versions: vec![VersionEntry { id: Uuid::from_u128(2), created: 4, sealed: [8; SEALED_LEN] }],
+            rotation: Some(Rotation { days: 90, next: 7 }),
+            versions: vec![VersionEntry {
+                id: Uuid::from_u128(2),
+                created: 4,
+                rotation: Some(RotationType::OnDemand),
+                sealed: [8; SEALED_LEN],
+            }],
         };
         let alias = AliasEntry { name: "alias/x".into(), key: key.id, created: 1, updated: 2 };
         let changes = vec![
