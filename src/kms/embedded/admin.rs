@@ -1,13 +1,15 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use super::Embedded;
+use super::data::material_id;
 use super::due;
 use super::open_log::OpenLog;
-use super::records::{AliasEntry, AliasName, Change, Deletion, KeyEntry};
+use super::records::{AliasEntry, AliasName, Change, Deletion, External, KeyEntry};
 use super::rotation::first_version;
 use super::store::Now;
+use super::tags;
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
-use crate::kms::{KeyState, KmsError};
+use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
 
@@ -31,6 +33,14 @@ pub struct KeyMetadata {
     pub created: i64,
     /// When the waiting window of its deletion ends, if it waits: milliseconds since 1970.
     pub deletion: Option<i64>,
+    /// The days of that window.
+    pub deletion_days: Option<u32>,
+    /// Whether its material is imported: origin EXTERNAL.
+    pub external: bool,
+    /// When imported material is forgotten, if ever: milliseconds since 1970.
+    pub expires: Option<i64>,
+    /// KeyMaterialId of the version that encrypts, if there is one.
+    pub material: Option<String>,
     /// The aliases that mean it, sorted.
     pub aliases: Vec<String>,
 }
@@ -50,16 +60,38 @@ pub struct AliasMetadata {
     pub updated: i64,
 }
 
+/// What CreateKey is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct NewKey<'a> {
+    /// The operator's words.
+    pub description: &'a str,
+    /// An alias to make with it, with `alias/`.
+    pub alias: Option<&'a str>,
+    /// Whether its material is to be imported: origin EXTERNAL.
+    pub external: bool,
+    /// Its tags.
+    pub tags: &'a [(String, String)],
+    /// Its policy, if not the one that every key is made with.
+    pub policy: Option<&'a str>,
+}
+
 impl Embedded {
     /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store if this is
     /// the first key.
     pub fn create_key(&self, description: &str, alias: Option<&str>) -> Result<KeyMetadata, KmsError> {
-        check_description(description)?;
-        alias.map_or(Ok(()), check_alias)?;
+        self.create(&NewKey { description, alias, ..NewKey::default() })
+    }
+
+    /// CreateKey, with everything that can be said of the new key.
+    pub fn create(&self, new: &NewKey<'_>) -> Result<KeyMetadata, KmsError> {
+        check_description(new.description)?;
+        new.alias.map_or(Ok(()), check_alias)?;
+        new.policy.map_or(Ok(()), tags::check_policy)?;
+        tags::check_tags(new.tags)?;
         self.store.create_if_absent()?;
         let id = self.store.write(|log, now| {
-            alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
-            new_key(log, now, description, alias)
+            new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
+            new_key(log, now, new)
         })?;
         self.key(&id.to_string())
     }
@@ -80,7 +112,7 @@ impl Embedded {
     /// EnableKey.
     pub fn enable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
         self.change_key(key, |entry, _| {
-            entry.check_alive(&self.place)?;
+            entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: true, ..entry.clone() })
         })
     }
@@ -88,7 +120,7 @@ impl Embedded {
     /// DisableKey: no Encrypt or Decrypt that begins after this has answered succeeds.
     pub fn disable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
         self.change_key(key, |entry, _| {
-            entry.check_alive(&self.place)?;
+            entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: false, ..entry.clone() })
         })
     }
@@ -208,7 +240,8 @@ impl Embedded {
                 return Ok((Vec::new(), ()));
             }
             let description = "Default key that protects volumes when no other key is named";
-            let (changes, _) = new_key(log, now, description, Some(DEFAULT_KEY_ALIAS))?;
+            let new = NewKey { description, alias: Some(DEFAULT_KEY_ALIAS), ..NewKey::default() };
+            let (changes, _) = new_key(log, now, &new)?;
             Ok((changes, ()))
         })
     }
@@ -235,6 +268,10 @@ impl Embedded {
             description: key.description.clone(),
             created: key.created,
             deletion: key.deletion.as_ref().map(|d| d.at),
+            deletion_days: key.deletion.as_ref().map(|d| d.days),
+            external: key.external.is_some(),
+            expires: key.external.as_ref().and_then(|external| external.expires),
+            material: key.versions.last().map(|version| material_id(key.id, version.id)),
             aliases: log.state().aliases_of(key.id).map(|a| a.name.clone()).collect(),
         }
     }
@@ -248,24 +285,24 @@ impl Embedded {
     }
 }
 
-/// A new key with one version, and an alias for it.
-fn new_key(
-    log: &OpenLog,
-    now: &Now,
-    description: &str,
-    alias: Option<&str>,
-) -> Result<(Vec<Change>, Uuid), KmsError> {
+/// A new key, and an alias for it.
+fn new_key(log: &OpenLog, now: &Now, new: &NewKey<'_>) -> Result<(Vec<Change>, Uuid), KmsError> {
     let id = Uuid::new_v4();
+    let external = External { version: Uuid::new_v4(), check: None, expires: None };
+    let versions = if new.external { Vec::new() } else { vec![first_version(log, id, now.time)?] };
     let mut changes = vec![Change::Key(KeyEntry {
         id,
         created: now.time,
-        description: description.to_owned(),
+        description: new.description.to_owned(),
         enabled: true,
         deletion: None,
         rotation: None,
-        versions: vec![first_version(log, id, now.time)?],
+        external: new.external.then_some(external),
+        tags: new.tags.iter().cloned().collect(),
+        policy: new.policy.map(str::to_owned),
+        versions,
     })];
-    changes.extend(alias.map(|name| new_alias(name, id, now)));
+    changes.extend(new.alias.map(|name| new_alias(name, id, now)));
     Ok((changes, id))
 }
 
@@ -304,9 +341,12 @@ fn check_alias(name: &str) -> Result<(), KmsError> {
         return constraint("satisfy regular expression pattern: ^alias/[a-zA-Z0-9:/_-]+$");
     }
     if name.starts_with(RESERVED_ALIAS_PREFIX) {
-        return Err(KmsError::Validation(format!(
-            "{name} is reserved: aliases that begin with \"{RESERVED_ALIAS_PREFIX}\" are the KMS's own"
-        )));
+        return Err(KmsError::Other(
+            Exception::InvalidAliasName,
+            format!(
+                "{name} is reserved: aliases that begin with \"{RESERVED_ALIAS_PREFIX}\" are the KMS's own"
+            ),
+        ));
     }
     Ok(())
 }

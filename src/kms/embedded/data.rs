@@ -3,6 +3,7 @@
 use super::Embedded;
 use super::admin::out_of_range;
 use super::blob::{self, Blob, PLAINTEXT_MAX};
+use super::due;
 use super::open_log::OpenLog;
 use super::records::KeyEntry;
 use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
@@ -132,7 +133,7 @@ impl Embedded {
         context: &EncryptionContext,
     ) -> Result<Sealed, KmsError> {
         let key = log.state().key(key, &self.place)?;
-        key.check_usable(&self.place)?;
+        self.check_usable(key)?;
         let version = key.versions.last().ok_or_else(|| no_material(key))?;
         let material = log.keys().open(key.id, version.id, &version.sealed)?;
         let blob = blob::seal(&material, key.id, version.id, plaintext, context)?;
@@ -156,12 +157,19 @@ impl Embedded {
                 "The key ID in the request does not identify a CMK that can perform this operation.".into(),
             ));
         }
-        key.check_usable(&self.place)?;
+        self.check_usable(key)?;
         let version =
             key.versions.iter().find(|v| v.id == blob.version).ok_or(KmsError::InvalidCiphertext)?;
         let material = log.keys().open(key.id, version.id, &version.sealed)?;
         let plaintext = blob::open(&material, &blob, context)?;
         Ok(Opened { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), plaintext })
+    }
+
+    /// Material that has expired is not used even where it could not be removed.
+    fn check_usable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        key.check_usable(&self.place)?;
+        let expired = key.external.is_some() && due::material_is_due(key, &self.store.now());
+        if expired { Err(key.pending_import(&self.place)) } else { Ok(()) }
     }
 
     fn make_default_key_for(&self, key: &str) -> Result<(), KmsError> {

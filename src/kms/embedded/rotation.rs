@@ -92,6 +92,7 @@ impl Embedded {
     pub fn rotation_status(&self, key: &str) -> Result<RotationStatus, KmsError> {
         self.current(|log| {
             let entry = log.state().key(key, &self.place)?;
+            entry.check_origin(false, &self.place)?;
             let rotation = entry.rotation.as_ref().filter(|_| entry.state() != KeyState::PendingDeletion);
             let automatic = rotation.map(|rotation| (rotation.days, rotation.next));
             Ok(RotationStatus { key: self.place.key_arn(entry.id), automatic })
@@ -132,6 +133,8 @@ impl Embedded {
     }
 
     fn check_rotatable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        key.check_alive(&self.place)?;
+        key.check_origin(false, &self.place)?;
         key.check_usable(&self.place)
     }
 }
