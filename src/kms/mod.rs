@@ -9,7 +9,7 @@ pub mod errors;
 pub mod key_ref;
 
 pub use context::EncryptionContext;
-pub use errors::KmsError;
+pub use errors::{Exception, KmsError};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::root::Root;
