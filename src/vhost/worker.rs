@@ -226,6 +226,10 @@ struct Request {
     pieces: u32,
     /// Whether the volume's limits have let it in.
     admitted: bool,
+    /// Whether it must be durable when it completes.
+    durable: bool,
+    /// It is done but for the flush that makes it durable.
+    flushing: bool,
     failed: bool,
 }
 
@@ -404,6 +408,8 @@ impl Server {
         request.started = 0;
         request.pieces = 0;
         request.admitted = false;
+        request.durable = self.setup.write_through.load(Ordering::Acquire);
+        request.flushing = false;
         request.failed = false;
         match parsed.op {
             Ok(op) => {
@@ -468,10 +474,9 @@ impl Server {
             let (tag, sector) = (tag(slot, at), sector + at / 512);
             request.started += len as u64;
             if write {
-                let durable = self.setup.write_through.load(Ordering::Acquire);
                 let guest =
                     GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
-                match self.io.write(tag, sector, buffer, durable, guest) {
+                match self.io.write(tag, sector, buffer, request.durable, guest) {
                     Ok(()) => request.pieces += 1,
                     Err(e) => request.fail(&e),
                 }
@@ -537,9 +542,17 @@ impl Server {
                 done
             }
             (Op::Flush, _) => self.io.flushed(result),
+            (Op::WriteZeroes { .. }, _) if request.flushing => self.io.flushed(result),
+            (Op::WriteZeroes { .. }, _) if request.durable && result.is_ok() => {
+                request.flushing = true;
+                match self.io.flush(tag) {
+                    Ok(()) => return,
+                    refused => refused,
+                }
+            }
             (_, Some(buffer)) => {
                 self.io.free(buffer);
-                result
+                self.io.written(request.durable, result)
             }
             (_, None) => result,
         };
@@ -655,6 +668,8 @@ impl Request {
             started: 0,
             pieces: 0,
             admitted: false,
+            durable: false,
+            flushing: false,
             failed: false,
         }
     }

@@ -188,6 +188,19 @@ impl DiskQueue {
         result
     }
 
+    /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once only,
+    /// to whoever syncs next: the error may be that of writes which had completed before.
+    pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
+        use io::ErrorKind::{QuotaExceeded, StorageFull, UnexpectedEof};
+        match &result {
+            // For want of room nothing else is lost.
+            Err(e) if durable && !matches!(e.kind(), QuotaExceeded | StorageFull | UnexpectedEof) => {
+                self.flushed(result)
+            }
+            _ => result,
+        }
+    }
+
     /// Makes `count` sectors read as zeros. There is one layer, so a hole in it is all that this takes.
     pub fn zero(&mut self, tag: u64, sector: u64, count: u64, keep_space: bool) {
         let (offset, len) = (sector * SECTOR_SIZE, count * SECTOR_SIZE);

@@ -44,6 +44,7 @@ impl Access {
 pub struct FileStore {
     file: Arc<File>,
     access: Access,
+    read_only: bool,
     caps: Caps,
 }
 
@@ -71,7 +72,17 @@ impl FileStore {
             }
         };
         let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
-        Ok(FileStore { file: Arc::new(file), access, caps: Caps { access: access.words().into(), size } })
+        let caps = Caps { access: access.words().into(), size };
+        Ok(FileStore { file: Arc::new(file), access, read_only, caps })
+    }
+
+    /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
+    /// that shared one could flush at the same time, and one of them be told that all is well.
+    fn open_again(&self) -> io::Result<File> {
+        let flags = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        // Not by its name, which may mean another file by now.
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        OpenOptions::new().read(true).write(!self.read_only).custom_flags(flags).open(path)
     }
 
     /// The open file, for locks.
@@ -86,7 +97,7 @@ impl Store for FileStore {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(queue::FileQueue::new(self.file.clone(), self.access, depth)?))
+        Ok(Box::new(queue::FileQueue::new(Arc::new(self.open_again()?), self.access, depth)?))
     }
 
     fn has_data(&self) -> io::Result<bool> {
@@ -142,5 +153,42 @@ impl Aligned {
     /// The first `len` of them, at most as many as there are.
     fn bytes(&mut self, len: usize) -> &mut [u8] {
         &mut self.room[self.skip..self.skip + len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every descriptor of this process that is open on `file`.
+    fn opened(file: &File) -> Vec<std::path::PathBuf> {
+        use std::os::unix::fs::MetadataExt;
+        let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+        let ours = id(file.metadata().unwrap());
+        let all = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().path());
+        all.filter(|fd| std::fs::metadata(fd).is_ok_and(|m| id(m) == ours)).collect()
+    }
+
+    #[test]
+    fn every_queue_has_an_open_file_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        for read_only in [false, true] {
+            let store = FileStore::open(&path, read_only, 512).unwrap();
+            std::fs::rename(&path, dir.path().join("moved")).unwrap();
+            let queues = [store.open_queue(1).unwrap(), store.open_queue(1).unwrap()];
+            let files = opened(store.file());
+            assert_eq!(files.len(), 3);
+            // A seek moves the position of one open file, whatever descriptors it has.
+            lseek64(store.file(), 77, Whence::SeekSet).unwrap();
+            let positions = files.iter().map(|fd| {
+                let info = fd.to_str().unwrap().replace("/fd/", "/fdinfo/");
+                std::fs::read_to_string(info).unwrap().lines().next().unwrap().to_owned()
+            });
+            assert_eq!(positions.filter(|line| line.ends_with("77")).count(), 1);
+            drop(queues);
+            std::fs::rename(dir.path().join("moved"), &path).unwrap();
+        }
     }
 }
