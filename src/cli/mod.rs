@@ -9,6 +9,7 @@
 pub mod attach;
 pub mod events;
 pub mod key;
+pub mod kms;
 pub mod output;
 pub mod size;
 pub mod volume;
@@ -88,6 +89,9 @@ enum Command {
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
+    /// Serve the embedded KMS to others, and say who they are.
+    #[command(subcommand, after_help = "Example:\n  sealblk kms serve --listen 127.0.0.1:8600")]
+    Kms(kms::Command),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Unwrap a data key for the process that started this one.
@@ -102,6 +106,7 @@ impl Command {
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
+            Command::Kms(command) => kms::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Unwrap => attach::unwrap(env),
         }
