@@ -120,6 +120,9 @@ fn a_unix_socket_is_private_and_a_dead_servers_socket_is_replaced() {
     let store = Store::new();
     let path = store.dir.path().join("kms.sock");
     let listen = ["--socket-path", path.to_str().expect("UTF-8")];
+    std::fs::write(&path, "somebody's file").expect("write");
+    assert!(!store.run(&[&["kms", "serve"], &listen[..]].concat()).status.success(), "a file is no socket");
+    std::fs::remove_file(&path).expect("the file is still there");
     for _ in 0..2 {
         let server = store.serve(&listen);
         assert_eq!(std::fs::metadata(&path).expect("a socket").permissions().mode() & 0o777, 0o600);

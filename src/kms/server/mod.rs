@@ -12,7 +12,7 @@ mod wire;
 use super::embedded::Embedded;
 use crate::error::{Context, Error, Kind, Result};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
@@ -70,7 +70,10 @@ async fn listen(kms: Arc<Embedded>, address: &Address, ready: impl FnOnce(&str) 
 /// Binds a Unix socket. One that nobody listens on any more is replaced.
 async fn bind(path: &Path) -> Result<UnixListener> {
     let attempt = || format!("listen on {}", path.display());
-    if let Err(e) = UnixStream::connect(path).await
+    // A file that is no socket refuses connections too, and is not ours to remove.
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if is_socket
+        && let Err(e) = UnixStream::connect(path).await
         && e.kind() == std::io::ErrorKind::ConnectionRefused
     {
         std::fs::remove_file(path).context(attempt)?;
