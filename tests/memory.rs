@@ -140,7 +140,6 @@ fn a_memory_file_that_can_be_sealed_does_not_shrink_any_more() {
 }
 
 #[test]
-#[ignore = "the process still dies of SIGBUS without wiping the key"]
 fn a_memory_file_that_shrinks_is_survived_or_ends_the_process_in_order() {
     let mut disk = Disk::attach(&[]);
     let layout = Layout { seals: Seals::Unsealable, ..Layout::rings_apart(16 << 20) };

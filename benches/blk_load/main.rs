@@ -4,6 +4,7 @@
 //! `cargo bench --bench blk_load -- --help` says what it can do.
 
 mod histogram;
+mod process;
 mod report;
 mod worker;
 
@@ -13,7 +14,9 @@ mod frontend;
 use clap::{Parser, ValueEnum};
 use frontend::session::{F_INDIRECT, F_LOG_ALL};
 use frontend::{Fault, Layout, Options, Result, Session, server};
-use report::Report;
+use nix::unistd::Pid;
+use process::Sleeps;
+use report::{IdleReport, Report};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -24,6 +27,7 @@ use worker::{Tally, Work};
 ///
 /// One thread a queue keeps a fixed number of requests in flight and looks for completions all the time
 /// (it takes a whole core; use taskset(1) to choose which). Requests are indirect, as Linux makes them.
+/// It fails if any request failed.
 ///
 /// Example: blk_load --socket /run/vol.sock --rw randread --bs 4k --qd 32 --seconds 3 --server-pid 4711 --json
 #[derive(Parser, Clone, Debug)]
@@ -41,9 +45,12 @@ pub struct Args {
     /// Requests in flight, on each queue.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     qd: u16,
-    /// Queues, each with its own thread here.
+    /// Queues.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
+    /// Threads here that share the queues among them; by default one for each queue.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64), conflicts_with = "interrupts")]
+    threads: Option<u16>,
     /// How long to measure, seconds.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
@@ -65,9 +72,12 @@ pub struct Args {
     /// Wait for interrupts instead of polling (one core less, more latency).
     #[arg(long)]
     interrupts: bool,
+    /// After the ramp stay connected, send nothing for --seconds, and report how often the back-end woke up.
+    #[arg(long, requires = "server_pid")]
+    idle: bool,
     /// The back-end's process: its CPU time a request and its memory are reported.
-    #[arg(long)]
-    server_pid: Option<i32>,
+    #[arg(long, value_parser = pid)]
+    server_pid: Option<Pid>,
     /// One JSON object on standard output instead of text.
     #[arg(long)]
     json: bool,
@@ -78,6 +88,8 @@ pub struct Args {
 
 const PAGE: u64 = 4096;
 const FILL_BLOCK: u64 = 128 << 10;
+/// How long a back-end may stay awake after its last request before it counts as idle.
+const REST: Duration = Duration::from_secs(1);
 
 /// What is read or written where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -110,20 +122,25 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let args = Args::parse();
-    let report = match run(&args) {
-        Ok(report) => report,
+    let done = match args.server_pid.filter(|_| args.idle) {
+        Some(pid) => idle(&args, pid).map(|report| (report.json(), report.to_string(), true)),
+        None => run(&args).map(|report| (report.json(), report.to_string(), report.clean())),
+    };
+    match done {
+        Ok((json, text, clean)) => {
+            if args.json {
+                println!("{json}");
+            } else {
+                println!("{text}");
+            }
+            // A failed request is a fault of the back-end, not a measurement.
+            if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
         Err(e) => {
             eprintln!("blk_load: {}: {e}", args.socket.display());
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    if args.json {
-        println!("{}", report.json());
-    } else {
-        println!("{report}");
     }
-    // A failed request is a fault of the back-end, not a measurement.
-    if report.clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn run(args: &Args) -> Result<Report> {
@@ -132,11 +149,28 @@ fn run(args: &Args) -> Result<Report> {
     }
     let mut session = open(args)?;
     let work = work(args, &session)?;
-    let plan = Plan { ramp: args.ramp, seconds: args.seconds, pid: args.server_pid };
-    let (tally, time, cpu_ns) = drive(&mut session, &work, &plan)?;
-    let holdings = args.server_pid.map(server::holdings).transpose()?;
+    let (tally, time, cpu_ns) = drive(&mut session, &work, args, args.seconds)?;
+    let holdings = args.server_pid.map(|pid| server::holdings(pid.as_raw())).transpose()?;
     session.stop()?;
     Ok(Report::new(args, tally, time, cpu_ns, holdings))
+}
+
+/// Loads the device for the ramp, lets it come to rest and watches it doing nothing.
+fn idle(args: &Args, pid: Pid) -> Result<IdleReport> {
+    let mut session = open(args)?;
+    let work = work(args, &session)?;
+    let (tally, ..) = drive(&mut session, &work, args, args.ramp)?;
+    if tally.failed > 0 {
+        return Err(Fault::Protocol(format!("{} requests failed before the rest", tally.failed)));
+    }
+    std::thread::sleep(REST);
+    let (sleeps, cpu, start) = (Sleeps::of(pid)?, process::cpu_ns(pid)?, Instant::now());
+    std::thread::sleep(Duration::from_secs_f64(args.seconds));
+    let (time, used) = (start.elapsed(), process::cpu_ns(pid)? - cpu);
+    let wakeups = Sleeps::of(pid)?.since(&sleeps);
+    let held = server::holdings(pid.as_raw())?;
+    session.stop()?;
+    Ok(IdleReport::new(time, wakeups, used, held))
 }
 
 /// Writes the whole range once, over a connection of its own.
@@ -147,7 +181,7 @@ fn fill(args: &Args) -> Result<()> {
     let mut session = open(&args)?;
     let work = Work { once: true, ..work(&args, &session)? };
     let phase = AtomicU8::new(worker::RAMP);
-    let tally = worker::run(&mut session.rings[0], &work, 0, &phase)?;
+    let tally = worker::run(&mut session.rings[..1], &work, 0, &phase)?;
     session.stop()?;
     match tally.failed {
         0 => Ok(()),
@@ -196,25 +230,24 @@ fn open(args: &Args) -> Result<Session> {
     Session::open(&args.socket, &options)
 }
 
-/// When to measure.
-struct Plan {
-    ramp: f64,
+/// Runs the threads; what they did while it was measured, for how long, and the server's CPU time.
+fn drive(
+    session: &mut Session,
+    work: &Work,
+    args: &Args,
     seconds: f64,
-    pid: Option<i32>,
-}
-
-/// Runs a thread a queue; what they did while it was measured, for how long, and the server's CPU time.
-fn drive(session: &mut Session, work: &Work, plan: &Plan) -> Result<(Tally, Duration, Option<u64>)> {
+) -> Result<(Tally, Duration, Option<u64>)> {
     let phase = AtomicU8::new(worker::RAMP);
+    let each = usize::from(args.queues.div_ceil(args.threads.unwrap_or(args.queues).min(args.queues)));
     std::thread::scope(|scope| {
-        let spawn = |(queue, ring)| {
+        let spawn = |(index, rings)| {
             scope.spawn({
                 let phase = &phase;
-                move || worker::run(ring, work, queue, phase)
+                move || worker::run(rings, work, index * each, phase)
             })
         };
-        let workers: Vec<_> = session.rings.iter_mut().enumerate().map(spawn).collect();
-        let measured = measure(plan, &phase);
+        let workers: Vec<_> = session.rings.chunks_mut(each).enumerate().map(spawn).collect();
+        let measured = measure(args.ramp, seconds, args.server_pid, &phase);
         // Whatever went wrong, the workers must end.
         phase.store(worker::STOP, Ordering::SeqCst);
         let mut tally = Tally::default();
@@ -225,16 +258,21 @@ fn drive(session: &mut Session, work: &Work, plan: &Plan) -> Result<(Tally, Dura
     })
 }
 
-fn measure(plan: &Plan, phase: &AtomicU8) -> Result<(Duration, Option<u64>)> {
-    let cpu = || plan.pid.map(server::cpu_ns).transpose();
-    std::thread::sleep(Duration::from_secs_f64(plan.ramp));
+fn measure(ramp: f64, seconds: f64, pid: Option<Pid>, phase: &AtomicU8) -> Result<(Duration, Option<u64>)> {
+    let cpu = || pid.map(process::cpu_ns).transpose();
+    std::thread::sleep(Duration::from_secs_f64(ramp));
     let (before, start) = (cpu()?, Instant::now());
     phase.store(worker::MEASURE, Ordering::SeqCst);
-    std::thread::sleep(Duration::from_secs_f64(plan.seconds));
+    std::thread::sleep(Duration::from_secs_f64(seconds));
     phase.store(worker::STOP, Ordering::SeqCst);
     let time = start.elapsed();
     let spent = cpu()?.zip(before).map(|(after, before)| after.saturating_sub(before));
     Ok((time, spent))
+}
+
+fn pid(text: &str) -> std::result::Result<Pid, String> {
+    let number = text.parse().ok().filter(|n| *n > 0);
+    number.map(Pid::from_raw).ok_or_else(|| format!("{text:?} is not a process id"))
 }
 
 /// A number of bytes with k, m or g behind it.

@@ -105,3 +105,46 @@ impl Display for Report {
         write!(f, "  {} requests, {} failed, {} kicks", self.requests, self.errors, self.kicks)
     }
 }
+
+/// What an idle back-end cost.
+pub struct IdleReport {
+    seconds: f64,
+    wakeups_per_second: f64,
+    cpu_us_per_second: f64,
+    rss_kib: u64,
+}
+
+impl IdleReport {
+    /// From what was seen in `time`.
+    pub fn new(time: Duration, wakeups: u64, cpu_ns: u64, held: Holdings) -> Self {
+        let seconds = time.as_secs_f64();
+        IdleReport {
+            seconds,
+            wakeups_per_second: wakeups as f64 / seconds,
+            cpu_us_per_second: cpu_ns as f64 / 1e3 / seconds,
+            rss_kib: held.rss_kib,
+        }
+    }
+
+    /// One JSON object.
+    pub fn json(&self) -> Value {
+        json!({
+            "idle_seconds": self.seconds,
+            "wakeups_per_second": self.wakeups_per_second,
+            "server_cpu_us_per_second": self.cpu_us_per_second,
+            "server_rss_kib": self.rss_kib,
+        })
+    }
+}
+
+impl Display for IdleReport {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "connected and idle for {:.2} s", self.seconds)?;
+        writeln!(
+            f,
+            "  server: {:.2} wake-ups and {:.1} us CPU a second",
+            self.wakeups_per_second, self.cpu_us_per_second
+        )?;
+        write!(f, "  server: {} KiB resident beside the guest's memory", self.rss_kib)
+    }
+}

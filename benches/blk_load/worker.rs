@@ -1,4 +1,5 @@
-//! One queue's load: all requests are laid out beforehand; in the loop only sector, status and ring change.
+//! The load of the queues that one thread drives: all requests are laid out beforehand; in the loop only sector,
+//! status and ring change.
 
 use super::Pattern;
 use super::frontend::block::{IN, OK, OUT, UNTOUCHED};
@@ -42,7 +43,7 @@ pub struct Work {
 pub struct Tally {
     /// Requests completed.
     pub done: u64,
-    /// Of these, with another status than OK.
+    /// Requests completed with another status than OK, also before and after.
     pub failed: u64,
     /// Kicks sent.
     pub kicks: u64,
@@ -68,72 +69,107 @@ struct Slot {
     since: Instant,
 }
 
-/// Loads one queue until the phase says stop (or one pass is done) and every request has come back.
-pub fn run(ring: &mut SplitRing, work: &Work, queue: usize, phase: &AtomicU8) -> Result<Tally> {
-    let mut slots = (0..work.depth).map(|_| Slot::new(ring, work)).collect::<Result<Vec<_>>>()?;
-    let mut by_head = vec![usize::MAX; usize::from(ring.size)];
-    for (index, slot) in slots.iter().enumerate() {
-        by_head[usize::from(slot.head)] = index;
-    }
-    let mut places = Places::new(work, queue);
-    let mut ready: Vec<usize> = (0..slots.len()).collect();
-    let (mut tally, mut counting) = (Tally::default(), RAMP);
+/// Loads queues `first`, `first + 1`, … until the phase says stop (or one pass is done) and every request has
+/// come back. Several queues take turns, without waiting for one another.
+pub fn run(rings: &mut [SplitRing], work: &Work, first: usize, phase: &AtomicU8) -> Result<Tally> {
+    let load = |(index, ring)| Load::new(ring, work, first + index);
+    let mut loads = rings.iter_mut().enumerate().map(load).collect::<Result<Vec<_>>>()?;
+    let mut tally = Tally::default();
+    let mut counting = RAMP;
     loop {
         let now = phase.load(Ordering::Relaxed);
         if now != counting && counting == RAMP {
-            tally = Tally::default();
+            tally = Tally { failed: tally.failed, ..Tally::default() };
         }
         counting = now;
-        if now == STOP || places.over() {
-            ready.clear();
+        let mut busy = false;
+        for load in &mut loads {
+            busy |= load.turn(counting, work.interrupts, &mut tally)?;
         }
-        let submitted = ready.len();
-        submit(ring, &mut slots, &mut ready, &mut places);
-        if submitted > 0 && ring.kick_if_wanted() {
-            tally.kicks += 1;
-        }
-        if in_flight(ring) == 0 {
+        if !busy {
             return Ok(tally);
         }
-        let mut next = Some(wait(ring, work.interrupts)?);
-        let seen = Instant::now();
-        while let Some(used) = next {
-            let index = by_head.get(used.id as usize).copied().unwrap_or(usize::MAX);
-            let slot = slots.get(index).ok_or_else(|| Fault::Protocol(format!("{used:?} is not ours")))?;
-            if counting != STOP {
-                tally.done += 1;
-                tally.failed += u64::from(ring.mem.load::<u8>(slot.status, Ordering::Relaxed) != OK);
-                tally.latency.record((seen - slot.since).as_nanos() as u64);
-            }
-            ready.push(index);
-            next = ring.pop_used();
+    }
+}
+
+/// One queue and its requests.
+struct Load<'a> {
+    ring: &'a mut SplitRing,
+    slots: Vec<Slot>,
+    by_head: Vec<usize>,
+    ready: Vec<usize>,
+    places: Places,
+    /// When the device last completed something.
+    heard: Instant,
+}
+
+impl<'a> Load<'a> {
+    fn new(ring: &'a mut SplitRing, work: &Work, queue: usize) -> Result<Self> {
+        let slots = (0..work.depth).map(|_| Slot::new(ring, work)).collect::<Result<Vec<_>>>()?;
+        let mut by_head = vec![usize::MAX; usize::from(ring.size)];
+        for (index, slot) in slots.iter().enumerate() {
+            by_head[usize::from(slot.head)] = index;
         }
+        let ready = (0..slots.len()).collect();
+        Ok(Load { ring, slots, by_head, ready, places: Places::new(work, queue), heard: Instant::now() })
     }
-}
 
-fn in_flight(ring: &SplitRing) -> u16 {
-    ring.avail_idx().wrapping_sub(ring.last_used())
-}
-
-fn wait(ring: &mut SplitRing, interrupts: bool) -> Result<Used> {
-    if interrupts { ring.wait_used(LIMIT) } else { ring.poll_used(LIMIT) }
-}
-
-/// Publishes the ready slots as one batch.
-fn submit(ring: &mut SplitRing, slots: &mut [Slot], ready: &mut Vec<usize>, places: &mut Places) {
-    let start = ring.avail_idx();
-    let now = Instant::now();
-    let mut count = 0;
-    for index in ready.drain(..) {
-        let Some(sector) = places.next() else { break };
-        let slot = &mut slots[index];
-        slot.since = now;
-        ring.mem.store(slot.header + 8, sector, Ordering::Relaxed);
-        ring.mem.store(slot.status, UNTOUCHED, Ordering::Relaxed);
-        ring.put_head(start.wrapping_add(count), slot.head);
-        count += 1;
+    /// Submits what is ready and takes what is done (waiting for an interrupt, if so wished). False when nothing
+    /// is in flight any more.
+    fn turn(&mut self, counting: u8, interrupts: bool, tally: &mut Tally) -> Result<bool> {
+        if counting == STOP || self.places.over() {
+            self.ready.clear();
+        }
+        if !self.ready.is_empty() {
+            self.submit();
+            self.ring.want_call(false);
+            tally.kicks += u64::from(self.ring.kick_if_wanted());
+        }
+        if self.ring.avail_idx() == self.ring.last_used() {
+            return Ok(false);
+        }
+        let mut next = if interrupts { Some(self.ring.wait_used(LIMIT)?) } else { self.ring.pop_used() };
+        let seen = Instant::now();
+        if next.is_some() {
+            self.heard = seen;
+        } else if seen - self.heard >= LIMIT {
+            return Err(Fault::TimedOut("a polled request was not completed".into()));
+        }
+        while let Some(used) = next {
+            self.complete(used, seen, counting, tally)?;
+            next = self.ring.pop_used();
+        }
+        Ok(true)
     }
-    ring.set_avail_idx(start.wrapping_add(count));
+
+    /// Publishes the ready slots as one batch.
+    fn submit(&mut self) {
+        let start = self.ring.avail_idx();
+        let now = Instant::now();
+        let mut count = 0;
+        for index in self.ready.drain(..) {
+            let Some(sector) = self.places.next() else { break };
+            let slot = &mut self.slots[index];
+            slot.since = now;
+            self.ring.mem.store(slot.header + 8, sector, Ordering::Relaxed);
+            self.ring.mem.store(slot.status, UNTOUCHED, Ordering::Relaxed);
+            self.ring.put_head(start.wrapping_add(count), slot.head);
+            count += 1;
+        }
+        self.ring.set_avail_idx(start.wrapping_add(count));
+    }
+
+    fn complete(&mut self, used: Used, seen: Instant, counting: u8, tally: &mut Tally) -> Result<()> {
+        let index = self.by_head.get(used.id as usize).copied().unwrap_or(usize::MAX);
+        let slot = self.slots.get(index).ok_or_else(|| Fault::Protocol(format!("{used:?} is not ours")))?;
+        tally.failed += u64::from(self.ring.mem.load::<u8>(slot.status, Ordering::Relaxed) != OK);
+        if counting != STOP {
+            tally.done += 1;
+            tally.latency.record((seen - slot.since).as_nanos() as u64);
+        }
+        self.ready.push(index);
+        Ok(())
+    }
 }
 
 impl Slot {

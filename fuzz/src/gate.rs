@@ -3,40 +3,26 @@
 mod behind;
 
 use super::input::Input;
+use super::script::{Files, answers, send_all};
 use behind::Behind;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use sealblk::vhost::gate::{Gate, Limits};
 use sealblk::vhost::vring::Rings;
-use std::fs::File;
-use std::io::{self, ErrorKind, PipeReader, Read};
-use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use vmm_sys_util::eventfd::{EFD_SEMAPHORE, EventFd};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const LIMITS: Limits = Limits { queues: 3, queue_size: 256 };
-/// Bytes in the memory file that the VMM gives.
-const MEMORY: u64 = 0x10_000;
-const PAGE: u64 = 0x1000;
-/// Most messages of one connection: their number is not what breaks anything.
-const MESSAGES: usize = 40;
 
 /// A script of messages, sent before the gate looks at the first, so that nobody waits for anybody.
 pub fn run(data: &[u8]) {
     let (ours, vmm) = UnixStream::pair().expect("sockets");
     let (inner, behind) = UnixStream::pair().expect("sockets");
-    let (files, closed) = Files::new();
-    let mut input = Input::new(data);
-    ours.set_nonblocking(true).expect("a socket");
-    let sent = (0..MESSAGES).take_while(|_| !input.is_empty() && send(&ours, &mut input, &files)).count();
-    ours.shutdown(Shutdown::Write).expect("connected");
-    drop(files);
+    let (files, closed) = Files::new(&[]);
+    let sent = send_all(&ours, &mut Input::new(data), files);
 
     let device = std::thread::spawn(move || Behind::new(behind, LIMITS).serve());
-    let passed = Gate::new(vmm, inner, LIMITS, Rings::new(Arc::from([]), Arc::default()))
-        .and_then(|mut gate| gate.run());
+    let rings = Rings::new(Arc::from([]), Arc::default());
+    let passed = Gate::new(vmm, inner, LIMITS, rings).and_then(|mut gate| gate.run());
     if let Err(panic) = device.join() {
         std::panic::resume_unwind(panic);
     }
@@ -47,137 +33,4 @@ pub fn run(data: &[u8]) {
     assert!(answers(&ours) <= sent, "more answers than messages");
     drop(ours);
     assert!(closed.all(), "a descriptor stays open");
-}
-
-/// What a VMM may send along. Every file but the memory is shared by all messages of a run.
-struct Files {
-    memory: File,
-    event: EventFd,
-    pipe: io::PipeWriter,
-    plain: File,
-}
-
-/// Tells whether every copy of the pipe's writing end is closed.
-struct Closed(PipeReader);
-
-impl Closed {
-    fn all(mut self) -> bool {
-        matches!(self.0.read(&mut [0]), Ok(0))
-    }
-}
-
-impl Files {
-    fn new() -> (Self, Closed) {
-        let memory = memfd_create(c"guest", MFdFlags::MFD_ALLOW_SEALING).expect("a memory file");
-        let memory = File::from(memory);
-        memory.set_len(MEMORY).expect("room");
-        let (reader, pipe) = io::pipe().expect("a pipe");
-        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-            .expect("a pipe");
-        let event = EventFd::new(EFD_SEMAPHORE).expect("an event descriptor");
-        let plain = File::open("/dev/null").expect("/dev/null");
-        (Files { memory, event, pipe, plain }, Closed(reader))
-    }
-
-    /// As many as `count` of a kind, the last one of another where `kind` says so.
-    fn some(&self, kind: u8, count: usize) -> Vec<RawFd> {
-        let all =
-            [self.memory.as_raw_fd(), self.event.as_raw_fd(), self.pipe.as_raw_fd(), self.plain.as_raw_fd()];
-        let mut fds = vec![all[usize::from(kind & 3)]; count];
-        if let Some(last) = fds.last_mut().filter(|_| kind & 4 != 0) {
-            *last = all[usize::from(kind >> 3 & 3)];
-        }
-        fds
-    }
-}
-
-/// Sends one message, most often one of a right shape. Answers whether there was room for it.
-fn send(socket: &UnixStream, input: &mut Input, files: &Files) -> bool {
-    let shape = input.u8();
-    let flags = if shape & 0x80 == 0 { 1 } else { 9 };
-    let (bytes, fds) = match shape & 7 {
-        0 => {
-            let fds = files.some(input.u8(), usize::from(input.u8()));
-            let len = usize::from(input.u8());
-            (input.bytes(len).to_vec(), fds)
-        }
-        1 | 2 => {
-            let (request, fds) = (u32::from(input.u8()), files.some(input.u8(), usize::from(input.u8() % 3)));
-            let len = usize::from(input.u8());
-            (message(request, flags, input.bytes(len)), fds)
-        }
-        3 => {
-            let count = input.u8() % 9;
-            let mut body = [u32::from(count).to_ne_bytes(), [0; 4]].concat();
-            (0..count).for_each(|_| body.extend(region(input)));
-            (message(5, flags, &body), files.some(input.u8() & !3, usize::from(count ^ (shape >> 3 & 1))))
-        }
-        4 => {
-            let body = [vec![0; 8], region(input)].concat();
-            let request = if shape & 0x40 == 0 { 37 } else { 38 };
-            (message(request, flags, &body), files.some(input.u8() & !3, 1))
-        }
-        5 => {
-            let request = [8, 10, 11, 18][usize::from(shape >> 3 & 3)];
-            let words = [u32::from(input.u8()), input.u32()].map(u32::to_ne_bytes);
-            (message(request, flags, words.as_flattened()), vec![])
-        }
-        6 => {
-            let request = 12 + u32::from(shape >> 3 & 3) % 3;
-            let (word, kind) = (u64::from(input.u16()), input.u8());
-            (
-                message(request, flags, &word.to_ne_bytes()),
-                files.some(kind ^ 1, usize::from(word & 0x100 == 0)),
-            )
-        }
-        _ => {
-            let request = if shape & 8 == 0 { 2 } else { 16 };
-            (message(request, flags, &input.u64().to_ne_bytes()), vec![])
-        }
-    };
-    let sent = if fds.is_empty() {
-        io::Write::write(&mut &*socket, &bytes).map_err(|e| e.kind())
-    } else {
-        socket.send_with_fds(&[&bytes[..]], &fds).map_err(|e| io::Error::from(e).kind())
-    };
-    match sent {
-        Ok(n) => n == bytes.len(),
-        // Too many descriptors for the kernel are sent by nobody.
-        Err(ErrorKind::InvalidInput) => true,
-        Err(_) => false,
-    }
-}
-
-/// A memory region, its numbers small and round, or anything.
-fn region(input: &mut Input) -> Vec<u8> {
-    let kind = input.u8();
-    let mut number = |wild: u8| {
-        if kind & wild == 0 { u64::from(input.u8()) * PAGE } else { input.u64() }
-    };
-    [number(1), number(2), number(4), number(8)].map(u64::to_ne_bytes).concat()
-}
-
-fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
-    let header = [request, flags, body.len() as u32].map(u32::to_ne_bytes);
-    [header.as_flattened(), body].concat()
-}
-
-/// Reads what came back: whole answers and nothing else. Answers how many.
-fn answers(socket: &UnixStream) -> usize {
-    socket.set_nonblocking(false).expect("a socket");
-    let mut all = Vec::new();
-    match (&*socket).read_to_end(&mut all) {
-        Ok(_) => {}
-        // The gate left with messages unread.
-        Err(e) => assert_eq!(e.kind(), ErrorKind::ConnectionReset),
-    }
-    let (mut rest, mut count) = (&all[..], 0);
-    while let Some((header, behind)) = rest.split_first_chunk::<12>() {
-        let word = |i: usize| u32::from_ne_bytes(header[4 * i..4 * i + 4].try_into().expect("4 bytes"));
-        assert_eq!(word(1), 1 | 4, "version and reply");
-        rest = behind.get(word(2) as usize..).expect("a whole answer");
-        count += 1;
-    }
-    assert!(rest.is_empty());
-    count
 }

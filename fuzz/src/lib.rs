@@ -12,4 +12,6 @@ pub mod kms_blob;
 pub mod kms_log;
 pub mod kms_records;
 pub mod request;
+pub mod script;
+pub mod session;
 pub mod volume_metadata;

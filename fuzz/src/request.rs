@@ -1,18 +1,16 @@
 //! Descriptor chains over any guest memory, against a model that does its sums with room to spare.
 
 use super::input::Input;
+use sealblk::virtio::chain::Chain;
 use sealblk::virtio::{Geometry, MAX_DISCARD_SECTORS, Op, Parsed, Segment, Status, parse};
 use std::sync::LazyLock;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// What is guest memory: two regions side by side, and two by themselves.
 const REGIONS: [(u64, usize); 4] = [(0, 0x8000), (0x8000, 0x2000), (0x1_0000, 0x1000), (HIGH, 0x1000)];
 /// Almost the end of what an address can say.
 const HIGH: u64 = 0xffff_ffff_ffff_e000;
-const AVAIL: u64 = 0x7000;
-const USED: u64 = 0x7400;
 /// Most descriptors in a chain that is answered: the largest ring, header and status.
 const MOST: usize = 1026;
 
@@ -38,11 +36,10 @@ pub fn run(data: &[u8]) {
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock();
     let mem = &*MEM;
-    fill(mem, input.bytes(AVAIL as usize), head);
-    let Some(chain) = ring(size).pop_descriptor_chain(mem) else { return };
-    let descriptors: Vec<Descriptor> = chain.clone().collect();
+    fill(mem, input.bytes(0x8000));
+    let descriptors = walk(mem, size, head);
     let mut segments = vec![Segment { addr: GuestAddress(1), len: 1 }];
-    let parsed = parse(mem, chain, &geometry, &mut segments);
+    let parsed = parse(mem, Chain::new(mem, GuestAddress(0), size, head), &geometry, &mut segments);
 
     let Some(parsed) = parsed else { return assert_eq!(model(mem, &descriptors, &geometry), None) };
     let expected = model(mem, &descriptors, &geometry).expect("a chain that cannot be answered");
@@ -75,24 +72,37 @@ fn check(parsed: &Parsed, runs: &[Run], geometry: &Geometry) {
     }
 }
 
-fn fill(mem: &Memory, image: &[u8], head: u16) {
+fn fill(mem: &Memory, image: &[u8]) {
     for (start, len) in REGIONS {
         mem.write_slice(&vec![0; len], GuestAddress(start)).expect("a region");
     }
-    mem.write_slice(image, GuestAddress(0)).expect("below the rings");
-    for (at, value) in [(2, 1), (4, head)] {
-        mem.write_obj(value.to_le(), GuestAddress(AVAIL + at)).expect("the available ring");
-    }
+    mem.write_slice(image, GuestAddress(0)).expect("the first region");
 }
 
-fn ring(size: u16) -> Queue {
-    let mut queue = Queue::new(64).expect("a power of two");
-    queue.set_size(size);
-    queue.try_set_desc_table_address(GuestAddress(0)).expect("aligned");
-    queue.try_set_avail_ring_address(GuestAddress(AVAIL)).expect("aligned");
-    queue.try_set_used_ring_address(GuestAddress(USED)).expect("aligned");
-    queue.set_ready(true);
-    queue
+/// The chain's descriptors, as far as it keeps to the rules, and no more than make it too long.
+fn walk(mem: &Memory, size: u16, head: u16) -> Vec<Descriptor> {
+    let (mut table, mut entries, mut index, mut steps) = (0u64, u32::from(size), u32::from(head), 0);
+    let mut indirect = false;
+    let mut chain: Vec<Descriptor> = Vec::new();
+    while index < entries && steps < entries && chain.len() <= MOST {
+        let Some(at) = table.checked_add(16 * u64::from(index)).filter(|&at| inside(at, 16)) else { break };
+        let desc: Descriptor = mem.read_obj(GuestAddress(at)).expect("16 bytes of memory");
+        steps += 1;
+        if desc.flags() & 4 != 0 {
+            if indirect || desc.has_next() || !desc.len().is_multiple_of(16) {
+                break;
+            }
+            (table, entries, index, steps) = (desc.addr().0, desc.len() / 16, 0, 0);
+            indirect = true;
+            continue;
+        }
+        chain.push(desc);
+        if !desc.has_next() {
+            break;
+        }
+        index = desc.next().into();
+    }
+    chain
 }
 
 /// What `parse` should answer, and which runs it should leave.
@@ -115,7 +125,9 @@ fn model(mem: &Memory, chain: &[Descriptor], geometry: &Geometry) -> Option<(Par
     let runs = |writable| {
         filled.iter().filter(move |d| d.is_write_only() == writable).map(|d| (d.addr().0, d.len()))
     };
-    let writable = runs(true).map(|(_, len)| len).sum();
+    let writable: u64 = runs(true).map(|(_, len)| u64::from(len)).sum();
+    // More than one chain may have in all.
+    let Ok(writable) = u32::try_from(writable) else { return Some(failed(1)) };
     let mut wanted: Vec<Run> = runs(true).collect();
     wanted.last_mut()?.1 -= 1;
     wanted.retain(|run| run.1 > 0);

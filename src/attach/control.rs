@@ -5,6 +5,7 @@
 
 use super::socket::{self, SocketName};
 use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::qos::Limits;
 use crate::volume::VolumeId;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Holder, Purpose};
@@ -27,13 +28,23 @@ const PATIENCE: Duration = Duration::from_secs(5);
 enum Request {
     // With braces: serde would take unknown fields otherwise.
     Detach {},
+    Throttle { iops: u64, throughput: u64, burst_ms: u64 },
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Answer {
     Detached,
+    Throttled,
     Failed { kind: String, message: String },
+}
+
+/// What clients can ask for. Neither may block.
+pub struct Orders {
+    /// End the attachment.
+    pub detach: Box<dyn Fn() + Send>,
+    /// Put other limits in force.
+    pub throttle: Box<dyn Fn(Limits) + Send>,
 }
 
 /// The host process's end.
@@ -47,8 +58,8 @@ pub struct Control {
 pub struct Waiting(Arc<Mutex<Vec<UnixStream>>>);
 
 impl Control {
-    /// Listens in `folder`; `detach` is called for each client that asks for it, and must not block.
-    pub fn listen(folder: &Path, detach: impl Fn() + Send + 'static) -> Result<Self> {
+    /// Listens in `folder`, and passes on what clients ask for.
+    pub fn listen(folder: &Path, orders: Orders) -> Result<Self> {
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
         let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
@@ -56,7 +67,7 @@ impl Control {
         let register = waiting.clone();
         std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&listener, &register, detach))
+            .spawn(move || serve(&listener, &register, &orders))
             .context(|| "start the control thread")?;
         Ok(Control { name: name.moved_to(folder), waiting })
     }
@@ -86,14 +97,20 @@ impl Waiting {
     }
 }
 
-fn serve(listener: &UnixListener, waiting: &Waiting, detach: impl Fn()) {
+fn serve(listener: &UnixListener, waiting: &Waiting, orders: &Orders) {
     loop {
         match listener.accept() {
             Ok((client, _)) => match hear::<Request>(&client) {
                 Ok(Request::Detach {}) => {
                     log::info!("a client asks for the detach");
                     waiting.add(client);
-                    detach();
+                    (orders.detach)();
+                }
+                Ok(Request::Throttle { iops, throughput, burst_ms }) => {
+                    let limits = Limits { iops, throughput, burst: Duration::from_millis(burst_ms) };
+                    log::info!("a client sets {limits:?}");
+                    (orders.throttle)(limits);
+                    let _ = say(&client, &Answer::Throttled);
                 }
                 Err(e) => {
                     let answer = Answer::Failed { kind: e.kind().name().into(), message: e.to_string() };
@@ -108,25 +125,33 @@ fn serve(listener: &UnixListener, waiting: &Waiting, detach: impl Fn()) {
 
 /// Asks the process that has `volume` attached to let it go, and waits until it has.
 pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
-    let attempt = || format!("detach {volume}");
+    ask(catalog, volume, &Request::Detach {}).context(|| format!("detach {volume}"))
+}
+
+/// Puts other limits on `volume` in force, which is attached.
+pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<()> {
+    let burst_ms = limits.burst.as_millis() as u64;
+    let request = Request::Throttle { iops: limits.iops, throughput: limits.throughput, burst_ms };
+    ask(catalog, volume, &request).context(|| format!("throttle {volume}"))
+}
+
+fn ask(catalog: &Catalog, volume: VolumeId, request: &Request) -> Result<()> {
     let holder = match catalog.held(volume)? {
         Held::By(holder) if holder.purpose == Purpose::Attach => holder,
-        Held::Free => return Err(Error::new(Kind::NotFound, format!("{volume} is not attached"))),
-        other => return Err(crate::volume::lock::busy(volume, &other).context(attempt())),
+        Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
+        other => return Err(crate::volume::lock::busy(volume, &other)),
     };
     let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
-    let client = client.map_err(|e| not_reached(&holder, &e).context(attempt()))?;
-    say(&client, &Request::Detach {}).context(attempt)?;
+    let client = client.map_err(|e| not_reached(&holder, &e))?;
+    say(&client, request)?;
     let mut line = String::new();
-    BufReader::new(&client).take(MAX_LINE).read_line(&mut line).context(attempt)?;
+    BufReader::new(&client).take(MAX_LINE).read_line(&mut line)?;
     match serde_json::from_str(&line) {
-        Ok(Answer::Detached) => Ok(()),
-        Ok(Answer::Failed { kind, message }) => {
-            Err(Error::new(Kind::from_name(&kind), message).context(attempt()))
-        }
+        Ok(Answer::Detached | Answer::Throttled) => Ok(()),
+        Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message)),
         Err(_) => {
             let message = format!("process {} ended without a word; look at its log", holder.pid);
-            Err(Error::new(Kind::Other, message).context(attempt()))
+            Err(Error::new(Kind::Other, message))
         }
     }
 }

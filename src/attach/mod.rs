@@ -17,7 +17,9 @@ use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
+use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
+use crate::vhost::session::Inlet;
 use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
@@ -27,7 +29,7 @@ use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
-use control::Control;
+use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
@@ -66,6 +68,8 @@ pub struct Options {
     pub poll: Duration,
     /// Answer requests in the order in which they were taken.
     pub in_order: bool,
+    /// Limits on requests and bytes a second.
+    pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
 }
@@ -92,6 +96,7 @@ pub fn attach(
         Endpoint::Path(_) => None,
     };
     sandbox::harden()?;
+    sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let path = match &options.endpoint {
@@ -106,11 +111,18 @@ pub fn attach(
     let how = disk.describe();
 
     let stop = Stop::new()?;
-    let on_detach = stop.clone();
-    let control = Control::listen(&catalog.folder(volume), move || on_detach.stop());
+    let qos = Arc::new(Qos::new(options.limits));
+    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+    };
+    let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let device = device(&disk, options, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -159,6 +171,8 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let block_size = metadata.sector_size().bytes();
     let store =
         FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+    store.open_queue(1).map_err(cannot_serve)?;
     let deks = unwrap_all(catalog, &metadata, events)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
@@ -213,7 +227,9 @@ fn seal(
 
 fn device(
     disk: &Arc<Disk>,
+    inlet: Inlet,
     options: &Options,
+    qos: &Arc<Qos>,
     stop: &Arc<Stop>,
     failure: &Arc<Mutex<Option<String>>>,
 ) -> Result<Arc<Device>> {
@@ -221,7 +237,7 @@ fn device(
         let (stop, failure) = (stop.clone(), failure.clone());
         let index = usize::from(index);
         let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
-        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu };
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu, qos: qos.clone() };
         Worker::spawn(index, disk.clone(), tuning, move |reason| {
             log::error!("{reason}");
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
@@ -231,6 +247,7 @@ fn device(
     let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
     Ok(Arc::new(Device {
         disk: disk.clone(),
+        inlet,
         workers: workers.into(),
         config: ConfigSpace {
             geometry: *disk.geometry(),
@@ -238,7 +255,13 @@ fn device(
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         },
         queue_size: options.queue_size,
+        writeback: true.into(),
     }))
+}
+
+fn cannot_serve(e: std::io::Error) -> Error {
+    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
+    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
 }
 
 /// EBS shows `vol0123456789abcdef0`: exactly the 20 bytes that there are.

@@ -1,6 +1,6 @@
 //! What a process that sees a data key gives up before it does.
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Kind, Result};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 
@@ -10,4 +10,22 @@ pub fn harden() -> Result<()> {
     prctl::set_dumpable(false).context(|| "switch core dumps off")?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).context(|| "limit core files to nothing")?;
     prctl::set_no_new_privs().context(|| "give up new privileges")
+}
+
+/// Ends the process with a word if memory that it shares with a VMM is taken away (SIGBUS): the VMM has truncated
+/// a file that could not be sealed. Nothing can be saved then; the kernel clears secret memory as it frees it. The key is
+/// not wiped here: another thread would encrypt with what is left of it.
+pub fn report_lost_memory() -> Result<()> {
+    const MESSAGE: &[u8] =
+        b"sealblk: a memory file that the VMM shares was truncated (SIGBUS); the volume is detached\n";
+    let action = || {
+        // Standard error may be closed; the exit code says the same.
+        let _ = nix::unistd::write(std::io::stderr(), MESSAGE);
+        signal_hook::low_level::exit(Kind::Other.exit_code().into());
+    };
+    // SAFETY: the action calls write and _exit alone, which are async-signal-safe; it takes no lock and allocates
+    // nothing (`stderr()` is a handle without state, and its descriptor a constant).
+    unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, action) }
+        .context(|| "handle the loss of shared memory")?;
+    Ok(())
 }

@@ -4,6 +4,7 @@ use super::{Env, output};
 use crate::attach::{self, Endpoint, Options, control, unwrap};
 use crate::crypt::xts::Engine;
 use crate::error::{Error, Kind, Result};
+use crate::vhost::qos::Limits;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -59,6 +60,9 @@ pub struct AttachArgs {
     #[arg(long, value_name = "LIST", value_parser = cpus)]
     cpus: Option<Cpus>,
 
+    #[command(flatten)]
+    limits: LimitArgs,
+
     /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does without
     /// in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
@@ -67,6 +71,42 @@ pub struct AttachArgs {
     /// Print what this back-end can do, as QEMU's vhost-user conventions have it, and exit.
     #[arg(long)]
     print_capabilities: bool,
+}
+
+/// Limits on a volume's requests, for all its queues together.
+#[derive(Args)]
+struct LimitArgs {
+    /// Requests a second; 0: no limit.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    iops: u64,
+
+    /// Bytes a second, like 100MiB; 0: no limit.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = super::size::parse)]
+    throughput: u64,
+
+    /// How many seconds' worth of the limits a volume saves up while it is idle.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    burst: Duration,
+}
+
+impl LimitArgs {
+    fn limits(&self) -> Limits {
+        Limits { iops: self.iops, throughput: self.throughput, burst: self.burst }
+    }
+}
+
+/// Arguments of `throttle`.
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  sealblk throttle db --iops 3000 --throughput 125MiB
+  sealblk throttle db                                   lifts all limits")]
+pub struct ThrottleArgs {
+    /// The volume: its id, a unique beginning of it, or its name.
+    volume: String,
+
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Arguments of `detach`.
@@ -99,6 +139,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         engine: args.xts_engine,
         poll: Duration::from_micros(args.poll_us),
         in_order: args.in_order,
+        limits: args.limits.limits(),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
     };
     attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
@@ -127,6 +168,25 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
     output::print(&format!("{volume} is detached\n")).map(drop)
 }
 
+/// Sets the limits of an attached volume.
+pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
+    let catalog = env.catalog();
+    let volume = catalog.resolve(&args.volume)?;
+    let limits = args.limits.limits();
+    control::throttle(&catalog, volume, limits)?;
+    if env.json {
+        return output::print_json(&json!({
+            "VolumeId": volume,
+            "Iops": limits.iops,
+            "Throughput": limits.throughput,
+            "BurstSeconds": limits.burst.as_secs_f64(),
+        }));
+    }
+    let amount = |n: u64, unit: &str| if n == 0 { "unlimited".into() } else { format!("{n} {unit}") };
+    let (iops, bytes) = (amount(limits.iops, "requests/s"), amount(limits.throughput, "bytes/s"));
+    output::print(&format!("{volume}: {iops}, {bytes}\n")).map(drop)
+}
+
 /// The unwrap helper's whole life.
 pub fn unwrap(env: &Env) -> Result<()> {
     unwrap::help(&env.root)
@@ -137,6 +197,11 @@ fn queue_size(text: &str) -> Result<u16, String> {
         Ok(size) if size.is_power_of_two() && (4..=1024).contains(&size) => Ok(size),
         _ => Err("a power of two from 4 to 1024".into()),
     }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map_err(|_| "a number of seconds".to_string())?;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }
 
 /// A list of CPUs.

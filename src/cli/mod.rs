@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod doctor;
 pub mod events;
 pub mod key;
 pub mod kms;
@@ -92,8 +93,13 @@ enum Command {
     /// Serve the embedded KMS to others, and say who they are.
     #[command(subcommand, after_help = "Example:\n  sealblk kms serve --listen 127.0.0.1:8600")]
     Kms(kms::Command),
+    /// Limit the requests and bytes a second of an attached volume.
+    Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Look at what this machine has of what attached volumes want.
+    #[command(after_help = "Example:\n  sealblk doctor")]
+    Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
@@ -107,7 +113,9 @@ impl Command {
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
+            Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }
     }

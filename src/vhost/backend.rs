@@ -1,6 +1,7 @@
 //! What vhost-user-backend asks of a device: its features, its configuration space, and to take note of changes.
 
 use super::dirty::{DirtyLog, GuestMemory};
+use super::session::Inlet;
 use super::vring::{Rings, Vring};
 use super::worker::Worker;
 use crate::virtio::config_space::{ConfigSpace, writeback_written};
@@ -18,12 +19,17 @@ use vmm_sys_util::epoll::EventSet;
 pub struct Device {
     /// The volume.
     pub disk: Arc<Disk>,
+    /// Where sessions get their inner sockets.
+    pub inlet: Inlet,
     /// One thread a queue.
     pub workers: Arc<[Worker]>,
     /// What the configuration space shows.
     pub config: ConfigSpace,
     /// Most entries of a ring: a power of two, 2..=1024.
     pub queue_size: u16,
+    /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
+    /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
+    pub writeback: AtomicBool,
 }
 
 /// The device during one connection.
@@ -34,9 +40,7 @@ struct Session {
     device: Arc<Device>,
     rings: Arc<Rings>,
     acked: AtomicU64,
-    /// The `writeback` byte of the configuration space.
-    writeback: AtomicBool,
-    /// What follows for writes; the queues' threads look at it.
+    /// What follows for writes from that and the features; the queues' threads look at it.
     write_through: Arc<AtomicBool>,
 }
 
@@ -46,13 +50,7 @@ impl Backend {
         // Until features are acknowledged, no driver has promised to flush.
         let write_through = Arc::new(AtomicBool::new(true));
         let rings = Rings::new(device.workers.clone(), write_through.clone());
-        Backend(Arc::new(Session {
-            device,
-            rings,
-            acked: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
-            write_through,
-        }))
+        Backend(Arc::new(Session { device, rings, acked: AtomicU64::new(0), write_through }))
     }
 
     /// The session's rings.
@@ -65,7 +63,7 @@ impl Session {
     fn update_write_through(&self) {
         let durable = features::write_through(
             self.acked.load(Ordering::Relaxed),
-            self.writeback.load(Ordering::Relaxed),
+            self.device.writeback.load(Ordering::Relaxed),
         );
         if self.write_through.swap(durable, Ordering::AcqRel) != durable {
             log::debug!("writes are {} at completion", if durable { "durable" } else { "cached" });
@@ -103,7 +101,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn reset_device(&self) {
-        self.0.writeback.store(true, Ordering::Relaxed);
+        self.0.device.writeback.store(true, Ordering::Relaxed);
         self.acked_features(0);
     }
 
@@ -111,14 +109,14 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let writeback = self.0.writeback.load(Ordering::Relaxed);
+        let writeback = self.0.device.writeback.load(Ordering::Relaxed);
         // An empty answer is the protocol's way to say that the range is not there.
         self.0.device.config.read(offset, size, writeback).unwrap_or_default()
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         if let Some(writeback) = writeback_written(offset, bytes) {
-            self.0.writeback.store(writeback, Ordering::Relaxed);
+            self.0.device.writeback.store(writeback, Ordering::Relaxed);
             self.0.update_write_through();
         }
         Ok(())

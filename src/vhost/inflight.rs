@@ -78,9 +78,13 @@ impl Inflight {
         if !offset.is_multiple_of(4096) {
             return Err(invalid("its offset is not page-aligned"));
         }
-        // A sealed file stays as long as it is now; beyond its end would be SIGBUS. Other files can only be trusted.
-        let sealed = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));
-        log::debug!("sealing the in-flight region against shrinking: {sealed:?}");
+        // A sealed file stays as long as it is now; beyond its end would be SIGBUS. Ours are sealed, and a front-end
+        // that makes its own, after a migration, can seal them: no other file is taken.
+        let _ = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));
+        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);
+        if !seals.contains(SealFlag::F_SEAL_SHRINK) {
+            return Err(invalid("its file cannot be sealed against shrinking"));
+        }
         let file = File::from(fd);
         let end = offset.checked_add(size).ok_or_else(|| invalid("its end is beyond any file"))?;
         if file.metadata()?.len() < end {
@@ -98,6 +102,7 @@ impl Inflight {
             region: self.clone(),
             base: index * part_len(self.description.queue_size),
             size,
+            unanswered: size,
             counter: 0,
             batch: Vec::with_capacity(size.into()),
         })
@@ -109,6 +114,8 @@ pub struct InflightQueue {
     region: Arc<Inflight>,
     base: usize,
     size: u16,
+    /// The most chains that can be in flight when we come.
+    unanswered: u16,
     /// For the next chain: chains are resubmitted in the order in which they came.
     counter: u64,
     /// Heads answered but not yet published.
@@ -116,6 +123,12 @@ pub struct InflightQueue {
 }
 
 impl InflightQueue {
+    /// The same for a ring whose driver has made `unanswered` chains available beyond the used ones. More marks than
+    /// that are those of a ring that is no more.
+    pub fn for_unanswered(self, unanswered: u16) -> Self {
+        InflightQueue { unanswered, ..self }
+    }
+
     /// Looks at what an earlier back-end left, given the used index that the driver sees. Answers the heads to serve
     /// again, oldest first. They are in flight from here on.
     pub fn recover(&mut self, used_idx: u16) -> Vec<u16> {
@@ -128,6 +141,10 @@ impl InflightQueue {
             .filter(|&head| self.is_in_flight(head))
             .map(|head| (self.counter_of(head), head))
             .collect();
+        if found.len() > usize::from(self.unanswered) {
+            self.reset(used_idx);
+            return Vec::new();
+        }
         found.sort_unstable();
         self.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         found.into_iter().map(|(_, head)| head).collect()
@@ -300,6 +317,10 @@ mod tests {
         queue.recover(1000);
         queue.take(1);
         assert!(region.queue(0, 8).unwrap().recover(0).is_empty());
+        // The same where the index tells nothing: a driver that has made nothing available waits for nothing.
+        queue.recover(0);
+        queue.take(1);
+        assert!(region.queue(0, 8).unwrap().for_unanswered(0).recover(0).is_empty());
     }
 
     #[test]

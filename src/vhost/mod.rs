@@ -12,6 +12,7 @@ pub mod dirty;
 pub mod gate;
 pub mod inflight;
 pub mod poll;
+pub mod qos;
 pub mod ring;
 pub mod server;
 pub mod session;

@@ -71,6 +71,12 @@ impl Ring {
         self.queue.avail_idx(&*self.mem, Ordering::Acquire).is_ok_and(|idx| idx.0 != self.queue.next_avail())
     }
 
+    /// How many chains the driver has made available beyond the used ones, taken or not.
+    pub fn unanswered(&self) -> u16 {
+        let idx = self.queue.avail_idx(&*self.mem, Ordering::Acquire);
+        idx.map_or(0, |idx| idx.0.wrapping_sub(self.queue.next_used()))
+    }
+
     /// Takes the next available chain; answers its head, below the ring's size. An error means that the driver
     /// broke the ring's rules.
     pub fn pop(&mut self) -> Result<Option<u16>, Error> {

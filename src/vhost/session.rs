@@ -3,10 +3,13 @@
 use super::backend::{Backend, Device};
 use super::dirty::GuestMemory;
 use super::gate::{Gate, Limits};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Shutdown;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
@@ -17,31 +20,94 @@ use vm_memory::GuestMemoryAtomic;
 pub fn serve(device: &Arc<Device>, vmm: UnixStream) -> io::Result<()> {
     let backend = Backend::new(device.clone());
     let rings = backend.rings().clone();
+    let result = converse(device, backend, vmm);
+    // Rings and what they belong to hold one another: also after an error this is what lets go of them.
+    rings.end();
+    result
+}
+
+fn converse(device: &Device, backend: Backend, vmm: UnixStream) -> io::Result<()> {
+    let rings = backend.rings().clone();
     let memory = GuestMemoryAtomic::new(GuestMemory::new());
     let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
     let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
-    let inner = connect(|listener| daemon.start(listener).map_err(|e| io::Error::other(e.to_string())))?;
+    let inner = device.inlet.connect()?;
+    let for_gate = inner.try_clone()?;
+    daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
     let limits = Limits { queues: device.workers.len() as u64, queue_size: u32::from(device.queue_size) };
-    let result = Gate::new(vmm, inner.try_clone()?, limits, rings.clone()).and_then(|mut gate| gate.run());
+    let result = Gate::new(vmm, for_gate, limits, rings).and_then(|mut gate| gate.run());
     // The crate's thread ends with its socket; how it puts that does not matter.
     let _ = inner.shutdown(Shutdown::Both);
     if let Err(e) = daemon.wait() {
         log::debug!("the session's thread ended: {e}");
     }
-    rings.end();
     result
 }
 
-/// A connected pair of sockets, one end of which goes to `accept` by way of a listener: the crate takes nothing
-/// else. The listener's name lives for a moment in a folder that only we can enter.
-fn connect(accept: impl FnOnce(&mut Listener) -> io::Result<()>) -> io::Result<UnixStream> {
-    let folder = std::env::temp_dir().join(format!("sealblk-{}", uuid::Uuid::new_v4().simple()));
-    std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
-    let name = folder.join("s");
-    let both = UnixListener::bind(&name).and_then(|listener| Ok((UnixStream::connect(&name)?, listener)));
-    let _ = std::fs::remove_file(&name);
-    std::fs::remove_dir(&folder)?;
-    let (ours, listener) = both?;
-    accept(&mut Listener::from(listener))?;
-    Ok(ours)
+/// Where connected pairs of sockets come from, one end of which the crate gets out of a listener: it takes nothing
+/// else. The listener's name is gone before this is made, so that nobody but this process can connect.
+pub struct Inlet {
+    listener: UnixListener,
+    /// The socket's file, which lives on without a name.
+    file: File,
+}
+
+impl Inlet {
+    /// A listener that had its name in `folder`, which must be this process's alone, for a moment.
+    pub fn new(folder: &Path) -> io::Result<Self> {
+        let open = |flags, path: &Path| {
+            OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW | flags).open(path)
+        };
+        // By way of the folder's descriptor, since the name of a socket is at most 107 bytes long.
+        let folder = open(libc::O_DIRECTORY, folder)?;
+        let name = by_descriptor(&folder) + "/inner.sock";
+        let _ = std::fs::remove_file(&name);
+        let listener = UnixListener::bind(&name)?;
+        let file = open(0, name.as_ref());
+        std::fs::remove_file(&name)?;
+        listener.set_nonblocking(true)?;
+        Ok(Inlet { listener, file: file? })
+    }
+
+    /// Connects; the other end is the only one that [`Inlet::listener`] has to give.
+    fn connect(&self) -> io::Result<UnixStream> {
+        // Left by a session that could not begin.
+        while self.listener.accept().is_ok() {}
+        UnixStream::connect(by_descriptor(&self.file))
+    }
+
+    fn listener(&self) -> io::Result<Listener> {
+        Ok(Listener::from(self.listener.try_clone()?))
+    }
+}
+
+fn by_descriptor(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn pairs_come_without_a_name_however_long_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("x".repeat(200));
+        std::fs::create_dir(&folder).unwrap();
+        // A process that was killed between the two steps left its name.
+        drop(UnixListener::bind(dir.path().join("inner.sock")).unwrap());
+        std::fs::rename(dir.path().join("inner.sock"), folder.join("inner.sock")).unwrap();
+        let inlet = Inlet::new(&folder).unwrap();
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+        drop(inlet.connect().unwrap());
+        for n in 0..3 {
+            let mut ours = inlet.connect().unwrap();
+            let mut theirs = inlet.listener.accept().unwrap().0;
+            theirs.write_all(&[n]).unwrap();
+            let mut byte = [9];
+            ours.read_exact(&mut byte).unwrap();
+            assert_eq!(byte, [n]);
+        }
+    }
 }

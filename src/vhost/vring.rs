@@ -54,7 +54,7 @@ impl Rings {
         *lock(&self.inflight) = Some(inflight);
     }
 
-    /// Drains and restarts every running ring, for new memory or another reason to look at everything again.
+    /// Drains every running ring and starts every ring that can run now, for new memory.
     pub fn restart(&self) {
         for vring in &*lock(&self.made) {
             vring.restart();
@@ -111,6 +111,7 @@ impl Vring {
         };
         let inflight =
             lock(&self.rings.inflight).as_ref().map(|region| region.queue(self.index, ring.size()));
+        let inflight = inflight.map(|part| part.map(|part| part.for_unanswered(ring.unanswered())));
         if matches!(inflight, Some(None)) {
             return log::error!("ring {}: it does not fit the in-flight region", self.index);
         }
@@ -156,10 +157,10 @@ impl Vring {
         true
     }
 
+    /// Starts it even if it did not run: it may have stopped when its memory went, which is back now.
     fn restart(&self) {
-        if self.stop() {
-            self.start_if_due();
-        }
+        self.stop();
+        self.start_if_due();
     }
 }
 
@@ -281,13 +282,12 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let was_running = self.stop();
+        self.stop();
         let stand_in = file.as_ref().and_then(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok());
         lock(&self.seat).kick = file;
         self.state.set_kick(stand_in.map(into_file));
-        if was_running {
-            self.start_if_due();
-        }
+        // Also a ring that did not run: its last kick may have been taken away, and the crate starts it only once.
+        self.start_if_due();
     }
 
     fn read_kick(&self) -> io::Result<bool> {

@@ -7,6 +7,7 @@
 use super::dirty::mark_dirty;
 use super::inflight::InflightQueue;
 use super::poll::BusyPoll;
+use super::qos::Qos;
 use super::ring::{Position, Ring};
 use crate::store::{Buffer, Event, Wait};
 use crate::virtio::{Op, Segment, Status};
@@ -33,7 +34,7 @@ const BATCH: usize = 64;
 const MIN_DEPTH: u16 = 128;
 
 /// How the operator wants queues to be served.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Tuning {
     /// How long a thread may look for work before it sleeps; zero: not at all.
     pub poll: Duration,
@@ -43,6 +44,8 @@ pub struct Tuning {
     pub in_order: bool,
     /// The CPU that a thread is bound to.
     pub cpu: Option<usize>,
+    /// The volume's limits.
+    pub qos: Arc<Qos>,
 }
 
 /// A ring to serve, with the descriptors that belong to it.
@@ -139,7 +142,7 @@ impl Worker {
             {
                 log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
             }
-            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, tuning));
+            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, &tuning));
             let ended = std::panic::catch_unwind(serve);
             inbox.close();
             match ended {
@@ -182,7 +185,7 @@ impl Drop for Worker {
 
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
 /// there only while it runs, so that a queue that no driver uses costs nothing.
-fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: Tuning) -> io::Result<()> {
+fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
         match command {
@@ -221,6 +224,8 @@ struct Request {
     started: u64,
     /// Operations the store has.
     pieces: u32,
+    /// Whether the volume's limits have let it in.
+    admitted: bool,
     failed: bool,
 }
 
@@ -240,6 +245,9 @@ struct Server {
     /// Where answers wait for older ones, if they shall go out in order.
     in_order: Option<InOrder>,
     poll: BusyPoll,
+    qos: Arc<Qos>,
+    /// The oldest stalled request may not begin before this time is over.
+    throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
     /// Who waits for the ring to be drained, and whether the thread ends then.
@@ -248,7 +256,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: Tuning) -> Self {
+    fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         io.watch(WAKE, mailbox.wake.as_raw_fd());
         io.watch(KICK, setup.kick.as_raw_fd());
         // An interrupt that died with an earlier back-end would never come again.
@@ -275,6 +283,8 @@ impl Server {
             heads: vec![0; usize::from(size).div_ceil(64)],
             in_order: tuning.in_order.then(|| InOrder::new(size)),
             poll: BusyPoll::new(tuning.poll),
+            qos: tuning.qos.clone(),
+            throttled: None,
             broken: false,
             setup,
             draining: None,
@@ -288,7 +298,8 @@ impl Server {
             self.restart_stalled();
             let more = self.take_available();
             self.publish();
-            if let Some(reply) = self.draining.take_if(|_| self.free.len() == self.requests.len()) {
+            let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            if let Some(reply) = self.draining.take_if(|_| drained) {
                 let position = self.setup.ring.position();
                 let exit = self.exit;
                 // The guest's memory and the buffers go before anybody hears that they are free.
@@ -310,6 +321,10 @@ impl Server {
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
     fn sleep(&mut self) -> io::Result<()> {
+        if let Some(wait) = self.throttled.take() {
+            // Not for long: the limits may change meanwhile.
+            return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
+        }
         if self.poll.is_on() {
             self.io.wait(Wait::Poll)?;
             let may_take = self.may_take();
@@ -326,7 +341,9 @@ impl Server {
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
     fn may_take(&self) -> bool {
-        !self.broken && self.draining.is_none() && self.stalled.is_empty() && !self.free.is_empty()
+        // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
+        let wanted = self.draining.is_none() || !self.resubmit.is_empty();
+        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
@@ -386,6 +403,7 @@ impl Server {
         request.data_len = parsed.data_len;
         request.started = 0;
         request.pieces = 0;
+        request.admitted = false;
         request.failed = false;
         match parsed.op {
             Ok(op) => {
@@ -414,6 +432,15 @@ impl Server {
 
     /// Hands over as much of a request as there is room for.
     fn advance(&mut self, slot: u16) {
+        let request = &mut self.requests[usize::from(slot)];
+        // A drain does not wait for the limits.
+        if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
+            if let Err(wait) = self.qos.admit(request.data_len) {
+                self.throttled = Some(wait);
+                return self.stalled.push_back(slot);
+            }
+            request.admitted = true;
+        }
         match self.requests[usize::from(slot)].op {
             Op::Read { sector } => self.transfer(slot, sector, false),
             Op::Write { sector } => self.transfer(slot, sector, true),
@@ -627,6 +654,7 @@ impl Request {
             data_len: 0,
             started: 0,
             pieces: 0,
+            admitted: false,
             failed: false,
         }
     }

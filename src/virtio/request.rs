@@ -298,3 +298,6 @@ fn check_range(geometry: &Geometry, sector: u64, count: u32) -> Result<(), Statu
     let fits = count <= MAX_DISCARD_SECTORS && geometry.contains(sector, u64::from(count));
     if fits { Ok(()) } else { Err(Status::IoErr) }
 }
+
+#[cfg(test)]
+mod tests;

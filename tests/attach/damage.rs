@@ -207,6 +207,15 @@ fn a_volume_without_data_is_sealed_at_its_first_attach() {
     assert!(fs::read(place.volume_json()).unwrap() == sealed, "and never written again");
 }
 
+/// Zeros and holes mean the same: a layer may have been copied by what does not know holes.
+#[test]
+fn a_volume_whose_holes_were_filled_with_zeros_has_no_data() {
+    let place = Place::new(&[]);
+    fs::write(place.layer(), vec![0; 8 << 20]).unwrap();
+    place.attach(&[]).end();
+    assert!(place.metadata().is_sealed());
+}
+
 #[test]
 fn a_layer_of_another_length_or_none_is_refused() {
     let (place, data) = used();
@@ -248,10 +257,14 @@ fn without_the_kms_and_its_root_key_there_is_no_data_key() {
     refused(&place, &id, &Case { what: "no root key", code: 1, words: &words, events: 1 });
     let mut other = key_bytes.clone();
     other[30] = if other[30] == b'0' { b'1' } else { b'0' };
-    for (what, bytes) in [("garbage as root key", &b"x"[..]), ("another root key", &other)] {
+    let none = "is not a KMS root key; put it back from a backup";
+    let not_this = "is not the one this store was made with";
+    for (what, words, bytes) in
+        [("garbage as root key", none, &b"x"[..]), ("another root key", not_this, &other)]
+    {
         fs::write(&root_key, bytes).unwrap();
         fs::set_permissions(&root_key, fs::Permissions::from_mode(0o600)).unwrap();
-        refused(&place, &id, &Case { what, code: 7, words: "KMS", events: 1 });
+        refused(&place, &id, &Case { what, code: 7, words, events: 1 });
     }
     fs::write(&root_key, &key_bytes).unwrap();
     fs::set_permissions(&root_key, fs::Permissions::from_mode(0o640)).unwrap();
@@ -266,7 +279,7 @@ fn without_the_kms_and_its_root_key_there_is_no_data_key() {
     damaged[150] ^= 1;
     for (what, bytes) in [("a changed byte", &damaged[..]), ("cut off", &log_bytes[..100]), ("empty", &[])] {
         fs::write(&log, bytes).unwrap();
-        refused(&place, &id, &Case { what, code: 7, words: "KMS", events: 1 });
+        refused(&place, &id, &Case { what, code: 7, words: "kms/log", events: 1 });
     }
     fs::remove_file(&log).unwrap();
     refused(&place, &id, &Case { what: "no KMS", code: 3, words: "there is no KMS store in", events: 1 });

@@ -6,6 +6,7 @@ use super::common::frontend::{Options, Request, Session, SplitRing, block};
 use super::process::{tie_to_test, wait_within};
 use super::store::Store;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use sealblk::kms::KeyProvider;
 use sealblk::kms::embedded::{Embedded, clock::SystemClock};
@@ -16,6 +17,7 @@ use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -140,6 +142,8 @@ impl Place {
         self.starts.set(self.starts.get() + 1);
         let name = |what| self.folder().join(format!("{}.{what}", self.starts.get()));
         let manager = UnixDatagram::bind(name("notify")).expect("bind the notify socket");
+        // The host process may be another user's.
+        fs::set_permissions(name("notify"), fs::Permissions::from_mode(0o666)).expect("let others write");
         let mut host = Host::spawn(command, &name("notify"), &name("log"), manager, keep);
         host.wait_ready();
         host
@@ -218,6 +222,17 @@ impl Host {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("the host process runs");
+    }
+
+    /// Calls `f` while every thread of it is stopped.
+    pub fn frozen<T>(&self, f: impl FnOnce() -> T) -> T {
+        self.signal(Signal::SIGSTOP);
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(self.pid()), flags).expect("it is a child");
+        assert!(matches!(status, WaitStatus::Stopped(..)), "attach did not stop: {status:?}");
+        let result = f();
+        self.signal(Signal::SIGCONT);
+        result
     }
 
     /// Waits until it has ended.

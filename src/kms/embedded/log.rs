@@ -137,7 +137,8 @@ pub fn next_record<'a>(
     };
     let (head, rest) = bytes.split_at(HEAD_LEN);
     if !same(&head[12..], &keys.mac("head", &[&before.chain, &head[..12]])[..16]) {
-        return damaged("the MAC of its head");
+        let torn = head_ends_in_unwritten_sector(bytes, offset);
+        return if torn { Ok(Next::Torn) } else { damaged("the MAC of its head") };
     }
     let len = u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
     let seq = u64::from_be_bytes(head[4..12].try_into().expect("the slice has 8 bytes"));
@@ -154,6 +155,13 @@ pub fn next_record<'a>(
     }
     let after = Position { seq, chain };
     Ok(Next::Record { body: &record[HEAD_LEN..], after, len: HEAD_LEN + len + MAC_LEN })
+}
+
+/// Whether a sector begins inside the head at `offset`, and all from there to the file's end is zero: of the head,
+/// too, only the first part has reached the disk.
+fn head_ends_in_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
+    let written = (512 - offset % 512) as usize;
+    written < HEAD_LEN && bytes[written..].iter().all(|&b| b == 0)
 }
 
 /// Whether the last sector of the file begins in `bytes` and is all zero: a file that was made longer by a write
@@ -215,6 +223,23 @@ mod tests {
         assert_eq!(next_record(&START, &[0; 300], 100, &keys), Ok(Next::Torn));
         record[2059] = 1;
         assert!(next_record(&START, &record, 100, &keys).is_err());
+    }
+
+    #[test]
+    fn a_record_may_be_torn_at_any_boundary_also_in_its_head() {
+        let keys = keys();
+        let (record, _) = encode_record(&START, &[b'x'; 2000], &keys);
+        for offset in 0..512 {
+            for written in (512 - offset..record.len()).step_by(512) {
+                let mut torn = record.clone();
+                torn[written..].fill(0);
+                let got = next_record(&START, &torn, offset as u64, &keys);
+                assert_eq!(got, Ok(Next::Torn), "{written} bytes at {offset}");
+                // With anything behind it, it is damage.
+                *torn.last_mut().unwrap() = 1;
+                assert!(next_record(&START, &torn, offset as u64, &keys).is_err(), "{written} at {offset}");
+            }
+        }
     }
 
     #[test]

@@ -133,3 +133,167 @@ impl Region {
         )))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::fs::File;
+
+    const PAGE: u64 = 0x1000;
+    /// Pages in a memory file.
+    const PAGES: u64 = 16;
+    /// Guest address, size, user address, offset.
+    const GOOD: [u64; 4] = [0, 8 * PAGE, 0x7000_0000, 0];
+
+    fn memory() -> File {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        file.set_len(PAGES * PAGE).unwrap();
+        file
+    }
+
+    fn single(region: [u64; 4], file: &File) -> Message {
+        let body = [vec![0; 8], region.map(u64::to_ne_bytes).concat()].concat();
+        let mut message = Message::request(37, body);
+        message.fds.push(file.try_clone().unwrap().into());
+        message
+    }
+
+    fn whole(regions: &[[u64; 4]]) -> Message {
+        let count = [(regions.len() as u32).to_ne_bytes(), [0; 4]].concat();
+        let words = regions.as_flattened().iter().flat_map(|word| word.to_ne_bytes());
+        let mut message = Message::request(5, count.into_iter().chain(words).collect());
+        message.fds = regions.iter().map(|_| memory().into()).collect();
+        message
+    }
+
+    fn add(table: &mut MemoryTable, region: [u64; 4]) -> bool {
+        table.add(&single(region, &memory())).is_ok()
+    }
+
+    #[test]
+    fn regions_lie_in_their_file() {
+        for (size, offset, good) in [
+            (PAGES * PAGE, 0, true),
+            (PAGE, (PAGES - 1) * PAGE, true),
+            (1, 0, true),
+            (0, 0, false),
+            (PAGES * PAGE + 1, 0, false),
+            (PAGE + 1, (PAGES - 1) * PAGE, false),
+            (PAGE, PAGES * PAGE, false),
+            (PAGE, 1, false),
+            (PAGE, 512, false),
+            (PAGE, 1 << 62, false),
+            (PAGE, u64::MAX - PAGE + 1, false),
+            (1 << 62, 0, false),
+            (u64::MAX, 0, false),
+        ] {
+            assert_eq!(
+                add(&mut MemoryTable::default(), [0, size, 0, offset]),
+                good,
+                "{size:#x} at {offset:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn addresses_never_wrap() {
+        for high in [1 << 62, 1 << 63, u64::MAX - PAGE, u64::MAX] {
+            assert!(!add(&mut MemoryTable::default(), [high, PAGE, 0, 0]), "guest address {high:#x}");
+            assert!(!add(&mut MemoryTable::default(), [0, PAGE, high, 0]), "user address {high:#x}");
+        }
+        let high = (1 << 62) - PAGE;
+        assert!(add(&mut MemoryTable::default(), [high, PAGE, high, 0]));
+    }
+
+    #[test]
+    fn regions_touch_but_never_overlap() {
+        let [guest, size, user, _] = GOOD;
+        for (other, good) in [
+            ([guest + size, PAGE, user + size, 0], true),
+            ([guest + size, PAGE, user - PAGE, 0], true),
+            ([guest + size - 1, PAGE, user + size, 0], false),
+            ([guest + size, PAGE, user + size - 1, 0], false),
+            ([guest + size, PAGE + 1, user - PAGE, 0], false),
+            ([guest + PAGE, PAGE, user + size, 0], false),
+            (GOOD, false),
+        ] {
+            let mut table = MemoryTable::default();
+            assert!(add(&mut table, GOOD));
+            assert_eq!(add(&mut table, other), good, "{other:x?}");
+            assert_eq!(table.set(&whole(&[GOOD, other])).is_ok(), good, "{other:x?}");
+            assert_eq!(table.set(&whole(&[other, GOOD])).is_ok(), good, "{other:x?}");
+        }
+    }
+
+    #[test]
+    fn a_table_replaces_all_regions_or_none() {
+        let mut table = MemoryTable::default();
+        let beside = [8 * PAGE, PAGE, 0, 0];
+        table.set(&whole(&[GOOD])).unwrap();
+        table.set(&whole(&[beside, GOOD, GOOD])).unwrap_err();
+        assert!(!add(&mut table, GOOD), "it is still there");
+        table.set(&whole(&[beside])).unwrap();
+        assert!(add(&mut table, GOOD), "it is there no more");
+    }
+
+    #[test]
+    fn a_table_has_a_descriptor_for_each_region() {
+        let mut table = MemoryTable::default();
+        for spoil in [
+            |m: &mut Message| drop(m.fds.pop()),
+            |m: &mut Message| m.fds.push(memory().into()),
+            |m: &mut Message| m.body[0] = 0,
+            |m: &mut Message| m.body[0] = 3,
+            |m: &mut Message| m.body[3] = 0xff,
+            |m: &mut Message| m.body.truncate(71),
+            |m: &mut Message| m.body.truncate(8),
+            |m: &mut Message| m.body.clear(),
+        ] {
+            let mut message = whole(&[GOOD, [8 * PAGE, PAGE, 0, 0]]);
+            spoil(&mut message);
+            assert!(table.set(&message).is_err(), "{message:x?}");
+        }
+        let mut message = single(GOOD, &memory());
+        message.fds.clear();
+        assert!(table.add(&message).is_err());
+    }
+
+    #[test]
+    fn only_what_is_there_can_be_removed() {
+        let mut table = MemoryTable::default();
+        assert!(add(&mut table, GOOD));
+        for i in 0..3 {
+            let mut other = GOOD;
+            other[i] += PAGE;
+            assert!(table.remove(&single(other, &memory())).is_err());
+        }
+        table.remove(&single(GOOD, &memory())).unwrap();
+        table.remove(&single(GOOD, &memory())).unwrap_err();
+        assert!(add(&mut table, GOOD));
+    }
+
+    #[test]
+    fn a_memory_file_cannot_shrink_once_it_was_accepted() {
+        let file = memory();
+        MemoryTable::default().add(&single(GOOD, &file)).unwrap();
+        assert!(file.set_len(PAGE).is_err());
+        assert!(file.set_len(2 * PAGES * PAGE).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_memory() {
+        let odd = [File::open("/dev/null").unwrap(), File::open("/").unwrap()];
+        for file in odd {
+            assert!(MemoryTable::default().add(&single(GOOD, &file)).is_err());
+        }
+    }
+
+    #[test]
+    fn regions_are_as_many_as_there_are_slots() {
+        let (mut table, file) = (MemoryTable::default(), memory());
+        let nth = |n: u64| single([n * PAGE, PAGE, n * PAGE, 0], &file);
+        assert!((0..MAX_REGIONS as u64).all(|n| table.add(&nth(n)).is_ok()));
+        assert!(table.add(&nth(MAX_REGIONS as u64)).is_err());
+    }
+}

@@ -179,10 +179,20 @@ pub fn invalid(what: String) -> io::Error {
 mod tests {
     use super::*;
     use std::fs::File;
+    use std::io::Write;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-    fn pair() -> (UnixStream, UnixStream) {
-        UnixStream::pair().unwrap()
+    fn bytes(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
+        let header = [request, flags, body.len() as u32].map(u32::to_ne_bytes);
+        [header.as_flattened(), body].concat()
+    }
+
+    /// What is received when `sent` is all that the peer sends.
+    fn receive(sent: &[u8]) -> io::Result<Option<Message>> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(sent).unwrap();
+        drop(theirs);
+        Message::receive(&ours)
     }
 
     /// How many of this process's descriptors are open on the file `of`.
@@ -195,14 +205,62 @@ mod tests {
     }
 
     #[test]
+    fn a_message_arrives_as_it_was_sent() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut sent = Message::request(5, vec![7; MAX_BODY]);
+        sent.fds = (0..MAX_FDS).map(|_| file.try_clone().unwrap().into()).collect();
+        sent.send(&theirs).unwrap();
+        let got = Message::receive(&ours).unwrap().unwrap();
+        assert_eq!((got.request, got.needs_reply(), got.is_reply()), (5, true, false));
+        assert_eq!((got.body, got.fds.len()), (sent.body, MAX_FDS));
+    }
+
+    #[test]
+    fn a_connection_ends_between_messages_only() {
+        assert!(receive(&[]).unwrap().is_none());
+        let whole = bytes(1, VERSION, &[1, 2, 3]);
+        for len in 1..whole.len() {
+            assert_eq!(receive(&whole[..len]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "{len}");
+        }
+        assert_eq!(receive(&whole).unwrap().unwrap().body, [1, 2, 3]);
+    }
+
+    #[test]
+    fn headers_that_no_message_has_are_refused() {
+        for flags in [0, 2, 3, VERSION | 0x10, VERSION | 1 << 31, u32::MAX] {
+            assert_eq!(receive(&bytes(1, flags, &[])).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        for size in [MAX_BODY as u32 + 1, 1 << 31, u32::MAX] {
+            let header = [1, VERSION, size].map(u32::to_ne_bytes);
+            assert_eq!(receive(header.as_flattened()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[test]
     fn descriptors_that_are_too_many_are_closed() {
         for count in [33, 64, 253] {
-            let (ours, theirs) = pair();
+            let (ours, theirs) = UnixStream::pair().unwrap();
             let file = tempfile::tempfile().unwrap();
-            let header = [1u32, VERSION, 0].map(u32::to_ne_bytes);
-            theirs.send_with_fds(&[header.as_flattened()], &vec![file.as_raw_fd(); count]).unwrap();
+            theirs.send_with_fds(&[&bytes(1, VERSION, &[])[..]], &vec![file.as_raw_fd(); count]).unwrap();
             assert!(Message::receive(&ours).is_err());
             assert_eq!(open_on(&file), 1, "of {count} descriptors");
+        }
+    }
+
+    #[test]
+    fn descriptors_that_come_a_few_at_a_time_are_counted_together() {
+        for (each, good) in [(8, true), (9, false)] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let file = tempfile::tempfile().unwrap();
+            // Four pieces of a header.
+            for piece in bytes(1, VERSION, &[]).chunks(3) {
+                theirs.send_with_fds(&[piece], &vec![file.as_raw_fd(); each]).unwrap();
+            }
+            let received = Message::receive(&ours);
+            assert_eq!(received.as_ref().is_ok_and(|m| m.is_some()), good, "four times {each}");
+            drop((received, ours, theirs));
+            assert_eq!(open_on(&file), 1);
         }
     }
 }

@@ -325,3 +325,66 @@ fn check_event(message: &Message) -> Result<()> {
 fn request_name(request: u32) -> String {
     Req::try_from(request).map_or_else(|_| format!("request {request}"), |r| format!("{r:?}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use std::os::fd::OwnedFd;
+
+    const NO_FD: u64 = 1 << 8;
+
+    fn event() -> OwnedFd {
+        EventFd::from_flags(EfdFlags::empty()).unwrap().into()
+    }
+
+    fn with_fds(word: u64, fds: Vec<OwnedFd>) -> Message {
+        Message { fds, ..Message::request(Req::SET_VRING_CALL as u32, word.to_ne_bytes().to_vec()) }
+    }
+
+    #[test]
+    fn what_is_signalled_never_blocks() {
+        let message = with_fds(0, vec![event()]);
+        check_event(&message).unwrap();
+        let flags = fcntl(&message.fds[0], FcntlArg::F_GETFL).unwrap();
+        assert!(OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
+    }
+
+    #[test]
+    fn there_is_a_descriptor_or_the_flag_that_says_there_is_none() {
+        assert!(check_event(&with_fds(NO_FD | 1, vec![])).is_ok());
+        assert!(check_event(&with_fds(NO_FD, vec![event()])).is_err());
+        assert!(check_event(&with_fds(0, vec![])).is_err());
+        assert!(check_event(&with_fds(0, vec![event(), event()])).is_err());
+        for flags in [1 << 9, 1 << 32, 1 << 63] {
+            assert!(check_event(&with_fds(flags, vec![event()])).is_err(), "{flags:#x}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_event_descriptor_is_refused() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let (one, _other) = UnixStream::pair().unwrap();
+        let odd: [OwnedFd; 4] =
+            [reader.into(), writer.into(), one.into(), std::fs::File::open("/dev/null").unwrap().into()];
+        for fd in odd {
+            assert!(check_event(&with_fds(0, vec![fd])).is_err());
+        }
+    }
+
+    #[test]
+    fn features_are_a_part_of_what_was_offered() {
+        let features = |word: u64| subset(&Message::request(2, word.to_ne_bytes().to_vec()), 0b1010);
+        assert_eq!(features(0b1000).unwrap(), 0b1000);
+        assert_eq!(features(0).unwrap(), 0);
+        assert!(features(0b1).is_err() && features(u64::MAX).is_err());
+        assert!(subset(&Message::request(2, vec![0; 7]), u64::MAX - 1).is_err());
+    }
+
+    #[test]
+    fn what_is_not_offered_has_no_shape() {
+        for request in [Req::SET_LOG_BASE, Req::SET_LOG_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
+            assert!(Shape::of(request).is_none(), "{request:?}");
+        }
+    }
+}

@@ -3,7 +3,8 @@
 //!
 //! `memory` is the guest's RAM, `ring` the guest driver's side of a split virtqueue, `block` makes
 //! virtio-blk requests of any shape out of descriptors, `session` speaks vhost-user as the known VMMs do,
-//! `raw` speaks it wrongly, and `server` runs the back-end under test. It knows nothing of sealblk: any
+//! `raw` speaks it wrongly, `inflight` is the memory that a VMM keeps between back-ends, `load` makes requests whose
+//! effects are known, `vmm` sends what each VMM sends, message by message, and `server` runs the back-end under test. It knows nothing of sealblk: any
 //! vhost-user-blk back-end can be the peer. Every wait has a limit, so that no test can hang.
 
 // Each test binary uses its own part of this.
@@ -12,20 +13,25 @@
 pub mod block;
 pub mod config;
 pub mod hostile;
+pub mod inflight;
+pub mod load;
 pub mod memory;
 pub mod raw;
 pub mod ring;
 pub mod server;
 pub mod session;
+pub mod vmm;
 pub mod watch;
 
 pub use block::{Framing, Outcome, Place, Request, Segment};
 pub use config::BlkConfig;
+pub use load::Load;
 pub use memory::{GuestMem, Layout, RegionSpec, Seals};
 pub use raw::{RawSocket, Reply};
 pub use ring::{Desc, SplitRing, Used};
 pub use server::Server;
 pub use session::{Acks, Options, Order, Session};
+pub use vmm::Vmm;
 
 use std::io;
 use std::time::Duration;

@@ -154,6 +154,11 @@ impl SplitRing {
         Some(self.free.split_off(rest))
     }
 
+    /// How many descriptors are free.
+    pub fn free_descs(&self) -> usize {
+        self.free.len()
+    }
+
     /// Gives descriptors back.
     pub fn give_descs(&mut self, mut descs: Vec<u16>) {
         self.free.append(&mut descs);

@@ -157,14 +157,3 @@ pub fn holdings(pid: i32) -> Result<Holdings> {
         rss_kib: number("RssAnon:") + number("RssFile:"),
     })
 }
-
-/// CPU time that process `pid` has used in all its threads, nanoseconds.
-pub fn cpu_ns(pid: i32) -> Result<u64> {
-    let mut total = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end between the two looks.
-        let Ok(line) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-        total += line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(total)
-}

@@ -2,16 +2,16 @@
 //! front-end.
 
 use super::config::CONFIG_LEN;
+use super::inflight::{Info, Region};
 use super::raw::{RawSocket, connect};
 use super::watch::Watch;
 use super::{BlkConfig, Fault, GuestMem, Layout, Result, SplitRing};
 use std::cell::RefCell;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
-};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Error as UserError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 
@@ -115,6 +115,9 @@ pub struct Session {
     watch: Watch,
     raw: RawSocket,
     backend_channel: Option<UnixStream>,
+    /// What the back-end notes requests in flight in. If there is one at the start of the device, the back-end is
+    /// given it instead of being asked for one.
+    pub inflight: Option<Region>,
 }
 
 impl Session {
@@ -154,6 +157,7 @@ impl Session {
             watch: Watch::new(socket.try_clone()?),
             raw: RawSocket::new(socket),
             backend_channel: None,
+            inflight: None,
         };
         session.negotiate()?;
         Ok(session)
@@ -329,12 +333,19 @@ impl Session {
         Ok(())
     }
 
-    fn share_inflight(&self) -> Result<()> {
-        use std::os::fd::AsRawFd;
-        let queues = self.rings.len() as u16;
-        let wish = VhostUserInflight::new(0, 0, queues, self.options.queue_size);
-        let (area, file) = self.ask("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wish))?;
-        self.ask("SET_INFLIGHT_FD", |f| f.set_inflight_fd(&area, file.as_raw_fd()))
+    fn share_inflight(&mut self) -> Result<()> {
+        let region = match self.inflight.take() {
+            Some(region) => region,
+            None => {
+                let wish = Info::wish(self.rings.len() as u16, self.options.queue_size);
+                let (info, file) = self.ask("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wish.into()))?;
+                Region::new(info.into(), file)?
+            }
+        };
+        let info = region.info.into();
+        self.ask("SET_INFLIGHT_FD", |f| f.set_inflight_fd(&info, region.file.as_raw_fd()))?;
+        self.inflight = Some(region);
+        Ok(())
     }
 
     fn want_acks(&self, on: bool) {

@@ -1,0 +1,140 @@
+//! `sealblk doctor`: what this machine has of what a volume's host process wants.
+
+use super::{Env, output};
+use crate::crypt::secret_mem::{SecretFd, SecretKind};
+use crate::crypt::xts::Engine;
+use crate::error::{Error, Kind, Result};
+use crate::store::Store;
+use crate::store::file::FileStore;
+use io_uring::IoUring;
+use nix::sys::resource::{Resource, getrlimit};
+use serde::Serialize;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Verdict {
+    Ok,
+    /// It works, but not as well as it could.
+    Note,
+    /// Volumes cannot be attached.
+    Bad,
+}
+
+#[derive(Serialize)]
+struct Finding {
+    what: &'static str,
+    verdict: Verdict,
+    found: String,
+}
+
+/// Looks at the machine, prints what it finds, and fails if something that is needed is not there.
+pub fn run(env: &Env) -> Result<()> {
+    let findings = [engines(), secret_memory(), locked_memory(), io_uring(), data_folder(env.root.path())];
+    if env.json {
+        output::print_json(&findings)?;
+    } else {
+        let row = |f: &Finding| {
+            let mark = match f.verdict {
+                Verdict::Ok => "ok",
+                Verdict::Note => "note",
+                Verdict::Bad => "BAD",
+            };
+            vec![mark.to_string(), f.what.to_string(), f.found.clone()]
+        };
+        output::print(&output::table(&findings.iter().map(row).collect::<Vec<_>>()))?;
+    }
+    match findings.iter().find(|f| f.verdict == Verdict::Bad) {
+        None => Ok(()),
+        Some(bad) => Err(Error::new(Kind::Unsupported, format!("{}: {}", bad.what, bad.found))),
+    }
+}
+
+fn engines() -> Finding {
+    let names: Vec<_> = Engine::available().iter().map(|e| e.name()).collect();
+    let fast = names.contains(&Engine::Vaes512.name());
+    Finding {
+        what: "XTS engines",
+        verdict: if fast { Verdict::Ok } else { Verdict::Note },
+        found: match fast {
+            true => format!("{} (the first is used)", names.join(", ")),
+            false => format!("{} (this CPU has no AVX-512 with VAES, or it is off)", names.join(", ")),
+        },
+    }
+}
+
+fn secret_memory() -> Finding {
+    let (verdict, found) = match SecretFd::create(64).and_then(|fd| Ok((fd.kind(), fd.map()?))) {
+        Ok((SecretKind::MemfdSecret, _)) => {
+            (Verdict::Ok, "memfd_secret: not even root sees the pages".into())
+        }
+        Ok(_) => (
+            Verdict::Note,
+            "locked pages, left out of dumps; the kernel has no memfd_secret (boot with secretmem.enable=1)"
+                .into(),
+        ),
+        Err(e) => (Verdict::Bad, e.to_string()),
+    };
+    Finding { what: "memory for keys", verdict, found }
+}
+
+fn locked_memory() -> Finding {
+    // A page for each key schedule, and the pools of a few queues.
+    const ENOUGH: u64 = 64 << 20;
+    let (verdict, found) = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        _ if nix::unistd::geteuid().is_root() => (Verdict::Ok, "unlimited for root".into()),
+        Ok((soft, _)) if soft >= ENOUGH => (Verdict::Ok, format!("{} KiB", soft >> 10)),
+        Ok((soft, _)) => (
+            Verdict::Note,
+            format!("{} KiB: bounce buffers may go unregistered (LimitMEMLOCK= in systemd)", soft >> 10),
+        ),
+        Err(e) => (Verdict::Note, e.to_string()),
+    };
+    Finding { what: "locked memory", verdict, found }
+}
+
+fn io_uring() -> Finding {
+    let ring: std::io::Result<IoUring> =
+        IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(8);
+    let (verdict, found) = match ring {
+        Ok(_) => (Verdict::Ok, "with DEFER_TASKRUN".into()),
+        Err(_) => match IoUring::new(8) {
+            Ok(_) => (Verdict::Note, "without DEFER_TASKRUN (it came with Linux 6.1)".into()),
+            Err(e) => (Verdict::Bad, format!("{e} (kernel.io_uring_disabled, or a container's filter?)")),
+        },
+    };
+    Finding { what: "io_uring", verdict, found }
+}
+
+fn data_folder(root: &Path) -> Finding {
+    let what = "data folder";
+    let finding =
+        |verdict, found: String| Finding { what, verdict, found: format!("{}: {found}", root.display()) };
+    let metadata = match std::fs::metadata(root) {
+        Ok(metadata) => metadata,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return finding(Verdict::Ok, "not there yet; the first volume makes it".into());
+        }
+        Err(e) => return finding(Verdict::Bad, e.to_string()),
+    };
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return finding(Verdict::Note, format!("mode {mode:03o} lets others look at names; 700 would not"));
+    }
+    match access_of(&root.join(format!(".doctor-{}", std::process::id()))) {
+        Ok(access) => finding(Verdict::Ok, access),
+        Err(e) => finding(Verdict::Bad, e.to_string()),
+    }
+}
+
+/// How a layer there would be reached, by a trial.
+fn access_of(trial: &Path) -> Result<String> {
+    let attempt = || -> Result<String> {
+        std::fs::File::create_new(trial)?.set_len(1 << 16)?;
+        Ok(FileStore::open(trial, false, 512)?.caps().access.clone())
+    };
+    let access = attempt();
+    let _ = std::fs::remove_file(trial);
+    access
+}

@@ -1,0 +1,14 @@
+//! What is in flight survives the host process: it is killed at any moment, another takes its place at the same
+//! socket, and the front-end goes on as QEMU or as cloud-hypervisor does.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/process.rs"]
+mod process;
+#[path = "../common/store.rs"]
+mod store;
+
+mod crafted;
+mod kills;
+mod regions;
+mod rig;

@@ -1,0 +1,350 @@
+//! The data key is nowhere but in the memory that is made for it: not in the host process's other memory, not in a
+//! core, not in what the helper leaves behind, not in any file, log, argument or environment.
+
+#[path = "common/attach.rs"]
+mod attach;
+mod common;
+#[path = "common/attach_memory.rs"]
+mod memory;
+#[path = "common/process.rs"]
+mod process;
+#[path = "common/store.rs"]
+mod store;
+#[path = "common/attach_trace.rs"]
+mod trace;
+
+use attach::{Host, Place, flush, open, read, write};
+use common::disk::pattern;
+use common::frontend::{Framing, Request, Segment, Session, block};
+use memory::{Needles, children, look_through};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::io::{IoSlice, Read};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use trace::Traced;
+
+const SERIAL: &str = "needle-in-haystack-1";
+
+/// Nothing of the key is in the memory of the host process that root can read; and the search finds what is there.
+#[track_caller]
+fn assert_not_in_memory(host: &Host, needles: &Needles, when: &str) {
+    let control = Needles::words(SERIAL);
+    let look = || (look_through(host.pid(), needles), look_through(host.pid(), &control));
+    let (seen, control) = host.frozen(look);
+    assert!(seen.found.is_empty(), "{when}: {:#?}", seen.found);
+    assert!(seen.secret > 0, "{when}: where is the key?");
+    assert!(seen.bytes > 10 << 20, "{when}: only {} bytes were looked through", seen.bytes);
+    assert!(!control.found.is_empty(), "{when}: the search does not find the serial either");
+}
+
+/// Requests of every sort, so that each piece of code that has to do with the key has run.
+fn use_disk(session: &mut Session) {
+    let ring = &mut session.rings[0];
+    for (n, len) in [(0, 4096), (1, 65536), (2, 1 << 20)] {
+        let data = pattern(n, len);
+        write(ring, 4096 * n, &data);
+        assert!(read(ring, 4096 * n, len) == data);
+    }
+    let scattered = Request::write(1024, &pattern(7, 65536)).framed(Framing::Scattered(vec![1000, 3000]));
+    assert_eq!(scattered.run(ring).expect("it completes").status, block::OK);
+    let zeroes = Request::write_zeroes(&[Segment { sector: 1032, count: 8, flags: 1 }]);
+    assert_eq!(zeroes.run(ring).expect("it completes").status, block::OK);
+    // Decrypted in part, since a part is absent.
+    assert_eq!(read(ring, 1024, 65536)[8 * 512..16 * 512], [0; 8 * 512]);
+    flush(ring);
+}
+
+fn key_stays_in_its_memory(engine: &str) {
+    for sector_size in ["512", "4096"] {
+        let place = Place::new(&["--sector-size", sector_size]);
+        let needles = Needles::of_key(&place.dek());
+        let arguments = ["--serial", SERIAL, "--xts-engine", engine, "--queues", "2"];
+        for attach in ["first", "second"] {
+            let when = |what| format!("{what}, {attach} attach, engine {engine}, sectors of {sector_size}");
+            let host = place.attach(&arguments);
+            assert_not_in_memory(&host, &needles, &when("attached"));
+            let mut session = open(&place.socket());
+            use_disk(&mut session);
+            assert_not_in_memory(&host, &needles, &when("in use"));
+            drop(session);
+            // Another connection: what the first one left is reached now, if it can be.
+            drop(open(&place.socket()));
+            assert_not_in_memory(&host, &needles, &when("after a VMM"));
+            host.end();
+        }
+    }
+}
+
+#[test]
+fn the_key_is_in_no_memory_but_its_own() {
+    key_stays_in_its_memory("auto");
+}
+
+#[test]
+fn the_key_is_in_no_memory_but_its_own_with_the_portable_engine() {
+    key_stays_in_its_memory("portable");
+}
+
+/// What is in a register is in memory after the next signal and when glibc binds a function, and in every new thread.
+fn key_stays_out_of_registers(engine: &str) {
+    let place = Place::new(&[]);
+    let needles = Needles::of_key(&place.dek());
+    let host = place.attach(&["--xts-engine", engine, "--queues", "2"]);
+    let mut session = open(&place.socket());
+    use_disk(&mut session);
+    let mut found = Vec::new();
+    for thread in fs::read_dir(host.proc("task")).expect("list the threads") {
+        let thread = thread.expect("list the threads").path();
+        let name = fs::read_to_string(thread.join("comm")).expect("its name").trim_end().to_owned();
+        let id = thread.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+        let traced = Traced::seize(Pid::from_raw(id), 0);
+        traced.interrupt();
+        let registers = traced.vector_registers();
+        assert!(
+            registers.len() > 512,
+            "thread {name}: there are more registers than {} bytes",
+            registers.len()
+        );
+        let here = needles.find(&registers);
+        found.extend(here.into_iter().map(|(what, at)| format!("thread {name}: {what}, byte {at}")));
+    }
+    assert!(found.is_empty(), "engine {engine}: {found:#?}");
+    host.end();
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn the_key_is_in_no_register() {
+    key_stays_out_of_registers("auto");
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn the_key_is_in_no_register_with_the_portable_engine() {
+    key_stays_out_of_registers("portable");
+}
+
+/// At its end the process is held, with all its memory still there: the key has been wiped by then, and the memory
+/// that was made for it has been given back.
+#[test]
+fn after_the_detach_the_key_is_in_no_memory_at_all() {
+    let place = Place::new(&[]);
+    let needles = Needles::of_key(&place.dek());
+    let mut host = place.attach(&["--serial", SERIAL]);
+    let mut session = open(&place.socket());
+    use_disk(&mut session);
+    assert!(host.frozen(|| look_through(host.pid(), &needles).secret) > 0);
+    let traced = Traced::until_its_end(host.pid());
+    place.store.ok(&["detach", "t"]);
+    traced.wait_for_its_end();
+    let seen = look_through(host.pid(), &needles);
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    assert_eq!(seen.secret, 0, "the memory that was made for keys is still there");
+    assert!(seen.bytes > 10 << 20, "only {} bytes were looked through", seen.bytes);
+    drop(traced);
+    assert!(host.wait().success());
+}
+
+#[test]
+fn a_search_for_a_key_that_is_there_finds_it() {
+    // This process has the key, in ordinary memory, in several spellings.
+    let place = Place::new(&[]);
+    let key = place.dek();
+    let needles = Needles::of_key(&key);
+    let spellings = [hex::encode(&*key), format!("{:?}", &key[..])];
+    let hay = [&b"x"[..], &key, spellings[0].as_bytes(), spellings[1].as_bytes()].concat();
+    for n in 0..4 {
+        for how in ["as it is", "in hexadecimal", "in numbers"] {
+            let what = format!("piece {n} of the data key, {how}");
+            assert!(needles.find(&hay).iter().any(|(found, _)| *found == what), "{what}");
+        }
+    }
+    let file = place.folder().join("leak");
+    for shift in 0..3 {
+        use base64::Engine;
+        fs::write(&file, base64::engine::general_purpose::STANDARD.encode(&hay[1 + shift..65])).unwrap();
+        assert!(needles.find_in_files(&place.folder()).len() >= 4, "base64, {shift} bytes on");
+    }
+}
+
+/// The program with this place's folders, told to say all that it can, its temporary files within reach.
+fn talkative_attach(place: &Place) -> Command {
+    let mut command = place.attach_command(&["-vvv", "--serial", SERIAL]);
+    let temporary = place.folder().join("tmp");
+    fs::create_dir_all(&temporary).expect("make a folder");
+    command.env_remove("RUST_LOG").env("TMPDIR", temporary);
+    command
+}
+
+#[test]
+fn the_key_is_in_no_file_log_argument_or_environment() {
+    let place = Place::new(&[]);
+    let needles = Needles::of_key(&place.dek());
+    for _ in 0..2 {
+        let host = place.start(talkative_attach(&place), vec![]);
+        let mut session = open(&place.socket());
+        use_disk(&mut session);
+        assert!(host.output().contains("DEBUG"), "it does not say all that it can: {}", host.output());
+        for name in ["cmdline", "environ", "status", "maps", "comm"] {
+            let bytes = fs::read(host.proc(name)).expect("read a file of /proc");
+            assert!(!bytes.is_empty(), "{name}");
+            assert_eq!(needles.find(&bytes), [], "{name}");
+        }
+        // Layers, metadata, the KMS's store, its root key, logs: everything.
+        assert_eq!(needles.find_in_files(&place.folder()), [""; 0]);
+        host.end();
+        assert_eq!(needles.find_in_files(&place.folder()), [""; 0]);
+    }
+    let events = place.store.ok(&["events", "--json", "-vvv"]);
+    let shown = place.store.ok(&["volume", "show", "t", "--json", "-vvv"]);
+    assert_eq!(needles.find((events + &shown).as_bytes()), []);
+}
+
+/// A refusal must not tell more than that it is one.
+#[test]
+fn a_refused_attach_says_nothing_of_the_key() {
+    let place = Place::new(&[]);
+    let needles = Needles::of_key(&place.dek());
+    place.start(talkative_attach(&place), vec![]).end();
+    let path = place.volume_json();
+    let text = fs::read_to_string(&path).unwrap().replace("\"sector_size\": 512", "\"sector_size\": 4096");
+    fs::write(&path, text).unwrap();
+    let said = place.run(talkative_attach(&place), vec![]);
+    assert_eq!(said.code, 7, "{}", said.err);
+    assert_eq!(needles.find(said.err.as_bytes()), []);
+    assert_eq!(needles.find_in_files(&place.folder()), [""; 0]);
+}
+
+#[test]
+fn the_helper_is_gone_when_a_vmm_can_connect() {
+    let place = Place::new(&[]);
+    for _ in 0..5 {
+        let host = place.attach(&[]);
+        assert_eq!(children(host.pid()), [""; 0].map(Into::<std::path::PathBuf>::into));
+        // Nor is what came from it kept as a descriptor: the memory is mapped, and that is all.
+        for fd in fs::read_dir(host.proc("fd")).expect("list the descriptors") {
+            let to = fs::read_link(fd.expect("list the descriptors").path()).unwrap_or_default();
+            let to = to.display().to_string();
+            assert!(!to.contains("secretmem") && !to.contains("memfd"), "{to}");
+        }
+        host.end();
+    }
+}
+
+/// What is handed to the helper must be memory for keys, or else it keeps the key to itself.
+#[test]
+fn the_helper_puts_the_key_into_no_file() {
+    let place = Place::new(&[]);
+    let metadata = place.metadata();
+    let wrapped = &metadata.keys()[0].wrapped;
+    let request = serde_json::json!({
+        "volume": metadata.id(), "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+    });
+    let path = place.folder().join("trap");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    file.set_len(64).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut command = place.store.command();
+    command.arg("unwrap").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+    let mut helper = command.spawn().expect("start the helper");
+    drop(command);
+    let fds = [file.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    let text = request.to_string();
+    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(text.as_bytes())], &control, MsgFlags::empty(), None)
+        .unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    (&ours).read_to_string(&mut answer).unwrap();
+    process::wait_within(&mut helper, attach::LIMIT).expect("it ends");
+    assert!(answer.contains("is not a sealed memory file for a key"), "{answer}");
+    assert_eq!(fs::read(&path).unwrap(), [0; 64]);
+    assert_eq!(Needles::of_key(&place.dek()).find(answer.as_bytes()), []);
+}
+
+#[test]
+fn the_helper_is_of_no_use_by_hand() {
+    let place = Place::new(&[]);
+    let output = place.store.run(&["unwrap"]);
+    assert!(!output.status.success() && output.stdout.is_empty(), "{}", store::said(&output));
+}
+
+#[test]
+fn a_crash_leaves_no_core() {
+    // What the process starts with is as generous as can be; what it makes of that counts.
+    setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).expect("root may raise the limit");
+    for signal in [Signal::SIGQUIT, Signal::SIGABRT] {
+        let place = Place::new(&[]);
+        let needles = Needles::of_key(&place.dek());
+        let mut command = place.attach_command(&[]);
+        command.current_dir(place.folder());
+        let mut host = place.start(command, vec![]);
+        let limits = fs::read_to_string(host.proc("limits")).expect("read the limits");
+        let core =
+            limits.lines().find(|l| l.starts_with("Max core file size")).expect("there is such a limit");
+        assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+        host.signal(signal);
+        let status = host.wait();
+        assert_eq!((status.signal(), status.core_dumped()), (Some(signal as i32), false));
+        assert_eq!(needles.find_in_files(&place.folder()), [""; 0]);
+    }
+}
+
+/// The kernel gives the files of a process that must not be dumped to root, whosever the process is; that is what
+/// keeps its owner's other programs from tracing it and from reading its memory.
+#[test]
+fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
+    const NOBODY: u32 = 65534;
+    let place = Place::new(&[]);
+    let folder = place.folder();
+    let program = folder.join("sealblk");
+    fs::copy(env!("CARGO_BIN_EXE_sealblk"), &program).expect("copy the program to where he can read it");
+    give(&folder, NOBODY);
+    let his = |program: &Path| {
+        let mut command = Command::new(program);
+        command.env("SEALBLK_CONFIG_DIR", place.store.config()).env("SEALBLK_ROOT", place.store.root());
+        command.stdin(Stdio::null()).current_dir(&folder).uid(NOBODY).gid(NOBODY);
+        command
+    };
+    let mut command = his(&program);
+    command.args(["attach", "t", "--socket-path"]).arg(place.socket());
+    let host = place.start(command, vec![]);
+    use_disk(&mut open(&place.socket()));
+    let status = fs::read_to_string(host.proc("status")).expect("read the status");
+    assert!(status.lines().any(|l| l.starts_with("Uid:") && l.contains("65534")), "{status}");
+    assert!(status.lines().any(|l| l == "NoNewPrivs:\t1"), "{status}");
+    assert_eq!(fs::metadata(host.proc("environ")).unwrap().uid(), 0);
+    let cat = |path: &Path| his(Path::new("cat")).arg(path).output().expect("start cat").status;
+    assert!(!cat(&host.proc("environ")).success());
+    assert!(cat(&host.proc("status")).success(), "what is for everybody he may read");
+
+    // The same look at a process of his that has nothing to hide.
+    let mut follower =
+        his(&program).args(["events", "--follow"]).stdout(Stdio::null()).spawn().expect("start it");
+    let open_book = Path::new("/proc").join(follower.id().to_string()).join("environ");
+    let (owner, readable) = (fs::metadata(&open_book).map(|m| m.uid()), cat(&open_book).success());
+    follower.kill().and_then(|()| follower.wait()).expect("end it");
+    assert_eq!((owner.expect("it runs"), readable), (NOBODY, true));
+    host.end();
+}
+
+/// Makes `folder` and all below it the user's.
+fn give(folder: &Path, user: u32) {
+    chown(folder, Some(user), Some(user)).expect("root may give files away");
+    for entry in fs::read_dir(folder).expect("list a folder") {
+        let path = entry.expect("list a folder").path();
+        match path.is_dir() {
+            true => give(&path, user),
+            false => chown(&path, Some(user), Some(user)).expect("root may give files away"),
+        }
+    }
+}
