@@ -7,6 +7,7 @@ pub mod context;
 pub mod embedded;
 pub mod errors;
 pub mod key_ref;
+pub mod server;
 
 pub use context::EncryptionContext;
 pub use errors::{Exception, KmsError};

@@ -352,7 +352,7 @@ fn check_alias(name: &str) -> Result<(), KmsError> {
 }
 
 /// ValidationException for a number outside its range.
-pub(super) fn out_of_range<T: PartialOrd + std::fmt::Display>(
+pub(in crate::kms) fn out_of_range<T: PartialOrd + std::fmt::Display>(
     value: T,
     field: &str,
     range: &RangeInclusive<T>,

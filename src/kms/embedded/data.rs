@@ -224,7 +224,8 @@ impl From<Sealed> for WrappedKey {
     }
 }
 
-fn unknown_key() -> KmsError {
+/// What is answered about a key that a ciphertext names and that is not there.
+pub(in crate::kms) fn unknown_key() -> KmsError {
     KmsError::AccessDenied(
         "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or you \
          are not allowed to access."

@@ -31,6 +31,7 @@ pub mod tags;
 
 use super::KmsError;
 use super::key_ref::Locality;
+use crate::config::Settings;
 use crate::root::Root;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
@@ -44,12 +45,15 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// The KMS of the store at `root`. The first key makes its folder, and its root key in [`Root::config_dir`].
+    /// The KMS of the store at `root`, in the region and account of its settings. The first key makes its folder, and its root key in [`Root::config_dir`].
     ///
     /// Keys whose waiting window is over are deleted now; if that cannot be done, it is logged and left to the next.
     pub fn open(root: &Root) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
-        Ok(Self::at(root.kms(), config, Box::new(SystemClock)))
+        let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
+        let mut kms = Self::at(root.kms(), config, Box::new(SystemClock));
+        kms.place = Locality { region: settings.region, account: settings.account };
+        Ok(kms)
     }
 
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
