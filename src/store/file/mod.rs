@@ -10,6 +10,7 @@ mod queue;
 
 use super::{Caps, Queue, Store};
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use std::fs::{File, OpenOptions};
@@ -18,6 +19,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The byte, beyond any layer's end, whose lock says that a queue may have writes in flight.
+const IN_FLIGHT_BYTE: i64 = i64::MAX - 1;
+/// How long to wait for the writes of an earlier process.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How the bytes travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +78,9 @@ impl FileStore {
                 _ => (plain, Access::Buffered),
             }
         };
+        if !read_only {
+            wait_for_earlier_writes(&file)?;
+        }
         let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
         let caps = Caps { access: access.words().into(), size };
         Ok(FileStore { file: Arc::new(file), access, read_only, caps })
@@ -82,7 +92,11 @@ impl FileStore {
         let flags = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
         // Not by its name, which may mean another file by now.
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        OpenOptions::new().read(true).write(!self.read_only).custom_flags(flags).open(path)
+        let file = OpenOptions::new().read(true).write(!self.read_only).custom_flags(flags).open(path)?;
+        if !self.read_only {
+            lock_in_flight(&file, libc::F_RDLCK)?;
+        }
+        Ok(file)
     }
 
     /// The open file, for locks.
@@ -122,6 +136,42 @@ impl Store for FileStore {
             }
             from = end as i64;
         }
+    }
+}
+
+/// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests of a killed
+/// process only after the process itself, and what is on its way then would land on top of what is written now. Each
+/// queue's open file carries a lock, which the kernel keeps for as long as a request uses that open file.
+fn wait_for_earlier_writes(file: &File) -> io::Result<()> {
+    let limit = Instant::now() + PATIENCE;
+    loop {
+        match lock_in_flight(file, libc::F_WRLCK) {
+            // Shared from here on: our own queues take it as well.
+            Ok(()) => return lock_in_flight(file, libc::F_RDLCK),
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+            Err(_) if Instant::now() > limit => {
+                let message = "writes of an earlier host process are still on their way to it";
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+            }
+            Err(_) => std::thread::sleep(PATIENCE / 6000),
+        }
+    }
+}
+
+/// Takes the lock that says "a queue may have writes in flight" for this open file.
+fn lock_in_flight(file: &File, kind: i32) -> io::Result<()> {
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: IN_FLIGHT_BYTE,
+        l_len: 1,
+        // The kernel insists on 0 for OFD locks.
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -167,6 +217,26 @@ mod tests {
         let ours = id(file.metadata().unwrap());
         let all = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().path());
         all.filter(|fd| std::fs::metadata(fd).is_ok_and(|m| id(m) == ours)).collect()
+    }
+
+    #[test]
+    fn a_file_is_not_opened_for_writing_while_another_queue_may_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let store = FileStore::open(&path, false, 512).unwrap();
+        let queue = store.open_queue(1).unwrap();
+        drop(store);
+        // The open file of a queue is what the kernel keeps while requests are in flight, whoever else is gone.
+        let busy = lock_in_flight(&file(), libc::F_WRLCK).unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
+        let waiting = std::thread::scope(|scope| {
+            let opens = scope.spawn(|| FileStore::open(&path, false, 512).map(drop));
+            drop(queue);
+            opens.join().unwrap()
+        });
+        waiting.unwrap();
     }
 
     #[test]
