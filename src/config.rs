@@ -3,8 +3,8 @@
 //! ```toml
 //! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
-//! region = "us-east-1"             # in events
-//! account = "000000000000"         # in events, 12 digits
+//! region = "us-east-1"             # in events and in the ARNs of the embedded KMS
+//! account = "000000000000"         # likewise, 12 digits
 //! ```
 #![forbid(unsafe_code)]
 

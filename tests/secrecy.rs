@@ -90,7 +90,6 @@ fn the_key_is_in_no_memory_but_its_own() {
 }
 
 #[test]
-#[ignore = "key expansion leaves round keys in the vector registers"]
 fn the_key_is_in_no_memory_but_its_own_with_the_portable_engine() {
     key_stays_in_its_memory("portable");
 }
@@ -124,14 +123,12 @@ fn key_stays_out_of_registers(engine: &str) {
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-#[ignore = "key expansion leaves round keys in the vector registers"]
 fn the_key_is_in_no_register() {
     key_stays_out_of_registers("auto");
 }
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-#[ignore = "key expansion leaves round keys in the vector registers"]
 fn the_key_is_in_no_register_with_the_portable_engine() {
     key_stays_out_of_registers("portable");
 }

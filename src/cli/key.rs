@@ -266,7 +266,7 @@ fn state(state: KeyState) -> &'static str {
 }
 
 /// ISO 8601 in UTC, whole seconds.
-fn date(milliseconds: i64) -> String {
+pub(super) fn date(milliseconds: i64) -> String {
     OffsetDateTime::from_unix_timestamp(milliseconds.div_euclid(1000))
         .ok()
         .and_then(|t| t.format(&Rfc3339).ok())

@@ -10,6 +10,7 @@ pub mod attach;
 pub mod doctor;
 pub mod events;
 pub mod key;
+pub mod kms;
 pub mod output;
 pub mod size;
 pub mod volume;
@@ -89,6 +90,9 @@ enum Command {
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
+    /// Serve the embedded KMS to others, and say who they are.
+    #[command(subcommand, after_help = "Example:\n  sealblk kms serve --listen 127.0.0.1:8600")]
+    Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
@@ -108,6 +112,7 @@ impl Command {
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
+            Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
             Command::Doctor => doctor::run(env),

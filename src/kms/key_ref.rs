@@ -53,6 +53,16 @@ impl Locality {
         format!("arn:aws:kms:{}:{}:{name}", self.region, self.account)
     }
 
+    /// `arn:aws:iam::<account>:root`, the root principal.
+    pub fn root_arn(&self) -> String {
+        format!("arn:aws:iam::{}:root", self.account)
+    }
+
+    /// `arn:aws:iam::<account>:user/<name>`, a named principal.
+    pub fn user_arn(&self, name: &str) -> String {
+        format!("arn:aws:iam::{}:user/{name}", self.account)
+    }
+
     /// Parses a key argument: an id, a key ARN, an alias name or an alias ARN of this place.
     ///
     /// Fails with NotFound, in AWS's words, for what is malformed or lies elsewhere.

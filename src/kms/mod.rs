@@ -7,9 +7,10 @@ pub mod context;
 pub mod embedded;
 pub mod errors;
 pub mod key_ref;
+pub mod server;
 
 pub use context::EncryptionContext;
-pub use errors::KmsError;
+pub use errors::{Exception, KmsError};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::root::Root;

@@ -209,7 +209,6 @@ fn a_volume_without_data_is_sealed_at_its_first_attach() {
 
 /// Zeros and holes mean the same: a layer may have been copied by what does not know holes.
 #[test]
-#[ignore = "the store takes allocated zeros for data"]
 fn a_volume_whose_holes_were_filled_with_zeros_has_no_data() {
     let place = Place::new(&[]);
     fs::write(place.layer(), vec![0; 8 << 20]).unwrap();

@@ -3,7 +3,7 @@
 use crate::common::disk::{FREE, pattern};
 use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::inflight::Region;
-use crate::common::frontend::{LIMIT, Request, SplitRing};
+use crate::common::frontend::{LIMIT, Place, Request, SplitRing};
 use crate::rig::{Rig, Shape, Way, seed, store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -122,6 +122,7 @@ fn wait_stopped(pid: Pid) {
 #[test]
 fn a_batch_that_the_driver_saw_is_not_served_again() {
     const BATCH: usize = 5;
+    const ALL: usize = 16;
     for way in [Way::Qemu, Way::CloudHypervisor] {
         let store = store();
         let mut rig = Rig::start(&store, way, PLAIN, 0, 1);
@@ -130,9 +131,9 @@ fn a_batch_that_the_driver_saw_is_not_served_again() {
         ring.kick();
         wait_published(ring, BATCH as u16);
         rig.crash();
-        // One more was taken, and nothing came of it.
+        // More are there by now; one of them was taken, and nothing came of it.
         let ring = &mut rig.session.rings[0];
-        pending.push(submit(ring, BATCH));
+        pending.extend((BATCH..ALL).map(|n| submit(ring, n)));
         let region = rig.session.inflight.as_ref().expect("agreed");
         leave_batch(region, &answered(ring, BATCH as u16));
         region.set_used_idx(0, 0);
@@ -143,14 +144,14 @@ fn a_batch_that_the_driver_saw_is_not_served_again() {
         rig.attach_again();
         let mut rig = rig.reconnect();
         let ring = &mut rig.session.rings[0];
-        wait_published(ring, BATCH as u16 + 1);
+        wait_published(ring, ALL as u16);
         for _ in 0..pending.len() {
             let used = ring.pop_used().expect("published");
             let at = pending.iter().position(|p| u32::from(p.head) == used.id).expect("answered once");
             assert_eq!(pending.swap_remove(at).finish(ring, used).expect("the request is whole").status, OK);
         }
-        for n in 0..=BATCH {
-            assert!(read(ring, n) == data(n, n == BATCH), "{way:?}: write {n}");
+        for n in 0..ALL {
+            assert!(read(ring, n) == data(n, n >= BATCH), "{way:?}: write {n}");
         }
     }
 }
@@ -222,5 +223,31 @@ fn marks_of_a_ring_that_was_set_up_anew_mean_nothing() {
             }
             assert_eq!(ring.used_idx(), 4, "{way:?}, {noted} noted");
         }
+    }
+}
+
+#[test]
+fn a_device_that_is_stopped_while_it_serves_what_was_left_is_drained() {
+    // More than is taken in one turn, and than there are buffers for.
+    const LEFT: usize = 200;
+    for way in [Way::Qemu, Way::CloudHypervisor] {
+        let store = store();
+        let mut rig = Rig::start(&store, way, PLAIN, 0, 1);
+        rig.crash();
+        let region = rig.session.inflight.take().expect("agreed");
+        let ring = &mut rig.session.rings[0];
+        for n in 0..LEFT {
+            let write = Request::write(sector(16 * n), &pattern(n as u64, 16 * LEN)).placed(Place::Indirect);
+            region.set_mark(0, write.submit(ring).expect("room on the ring").head, true);
+        }
+        region.set_shape(0, 1, ring.size);
+        rig.session.inflight = Some(region);
+        rig.attach_again();
+        let rig = rig.reconnect();
+        // At once: whoever gives up the region now must know that nothing is left in it.
+        let bases = rig.session.stop().expect("the device stops");
+        let region = rig.session.inflight.as_ref().expect("agreed");
+        assert_eq!(bases[0], rig.session.rings[0].used_idx(), "{way:?}");
+        assert_eq!((region.marks(0), bases[0]), (vec![], LEFT as u16), "{way:?}");
     }
 }

@@ -1,46 +1,10 @@
 //! Keys whose waiting window ends, under clocks that do what clocks do.
 
+use crate::hands::{DAY, Hands};
 use crate::kms_suite::Admin;
 use crate::{Place, volume};
-use sealblk::kms::embedded::clock::{Clock, Moment};
 use sealblk::kms::{KeyProvider, KeyState, KmsError, WrappedKey};
 use std::fs;
-use std::sync::{Arc, Mutex};
-use uuid::Uuid;
-
-const DAY: i64 = 24 * 3_600_000;
-
-/// A clock that a test sets.
-#[derive(Clone)]
-struct Hands(Arc<Mutex<Moment>>);
-
-impl Hands {
-    fn new() -> Self {
-        Hands(Arc::new(Mutex::new(Moment { wall: 20_000 * DAY, boot: Some(Uuid::from_u128(1)), up: DAY })))
-    }
-
-    fn pass(&self, ms: i64) {
-        let mut now = self.0.lock().unwrap();
-        now.wall += ms;
-        now.up += ms;
-    }
-
-    fn jump(&self, ms: i64) {
-        self.0.lock().unwrap().wall += ms;
-    }
-
-    fn reboot(&self) {
-        let mut now = self.0.lock().unwrap();
-        now.boot = Some(Uuid::new_v4());
-        now.up = 0;
-    }
-}
-
-impl Clock for Hands {
-    fn now(&self) -> Moment {
-        self.0.lock().unwrap().clone()
-    }
-}
 
 #[test]
 fn a_key_dies_when_its_window_is_over_and_its_material_leaves_the_disk() {

@@ -3,10 +3,15 @@
 
 mod damage;
 mod deletion;
+mod grants;
+mod hands;
+mod import;
 #[path = "../kms_suite/mod.rs"]
 mod kms_suite;
 mod processes;
+mod rotation;
 mod rules;
+mod tags;
 
 use kms_suite::Admin;
 use sealblk::kms::embedded::Embedded;

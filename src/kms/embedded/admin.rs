@@ -1,16 +1,17 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use super::Embedded;
-use super::blob::{Material, random};
-use super::deletion::Verdict;
+use super::data::material_id;
+use super::due;
 use super::open_log::OpenLog;
-use super::records::{AliasEntry, AliasName, Change, Deletion, KeyEntry, KeyId, VersionEntry};
+use super::records::{AliasEntry, AliasName, Change, Deletion, External, KeyEntry};
+use super::rotation::first_version;
 use super::store::Now;
+use super::tags;
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
-use crate::kms::{KeyState, KmsError};
+use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 /// The waiting window of a deletion, days.
 pub const DELETION_DAYS: RangeInclusive<u32> = 7..=30;
@@ -32,6 +33,14 @@ pub struct KeyMetadata {
     pub created: i64,
     /// When the waiting window of its deletion ends, if it waits: milliseconds since 1970.
     pub deletion: Option<i64>,
+    /// The days of that window.
+    pub deletion_days: Option<u32>,
+    /// Whether its material is imported: origin EXTERNAL.
+    pub external: bool,
+    /// When imported material is forgotten, if ever: milliseconds since 1970.
+    pub expires: Option<i64>,
+    /// KeyMaterialId of the version that encrypts, if there is one.
+    pub material: Option<String>,
     /// The aliases that mean it, sorted.
     pub aliases: Vec<String>,
 }
@@ -51,28 +60,45 @@ pub struct AliasMetadata {
     pub updated: i64,
 }
 
+/// What CreateKey is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct NewKey<'a> {
+    /// The operator's words.
+    pub description: &'a str,
+    /// An alias to make with it, with `alias/`.
+    pub alias: Option<&'a str>,
+    /// Whether its material is to be imported: origin EXTERNAL.
+    pub external: bool,
+    /// Its tags.
+    pub tags: &'a [(String, String)],
+    /// Its policy, if not the one that every key is made with.
+    pub policy: Option<&'a str>,
+}
+
 impl Embedded {
     /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store if this is
     /// the first key.
     pub fn create_key(&self, description: &str, alias: Option<&str>) -> Result<KeyMetadata, KmsError> {
-        if description.chars().count() > DESCRIPTION_MAX {
-            return Err(KmsError::Validation(format!(
-                "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have \
-                 length less than or equal to {DESCRIPTION_MAX}"
-            )));
-        }
-        alias.map_or(Ok(()), check_alias)?;
+        self.create(&NewKey { description, alias, ..NewKey::default() })
+    }
+
+    /// CreateKey, with everything that can be said of the new key.
+    pub fn create(&self, new: &NewKey<'_>) -> Result<KeyMetadata, KmsError> {
+        check_description(new.description)?;
+        new.alias.map_or(Ok(()), check_alias)?;
+        new.policy.map_or(Ok(()), tags::check_policy)?;
+        tags::check_tags(new.tags)?;
         self.store.create_if_absent()?;
         let id = self.store.write(|log, now| {
-            alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
-            new_key(log, now, description, alias)
+            new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
+            new_key(log, now, new)
         })?;
         self.key(&id.to_string())
     }
 
     /// DescribeKey, for a key argument of any form.
     pub fn key(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        self.store.read(|log| Ok(self.metadata(log, log.state().key(key, &self.place)?)))
+        self.current(|log| Ok(self.metadata(log, log.state().key(key, &self.place)?)))
     }
 
     /// ListKeys, by id. Without a store there are none.
@@ -80,13 +106,13 @@ impl Embedded {
         if !self.store.exists()? {
             return Ok(Vec::new());
         }
-        self.store.read(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
+        self.current(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
     }
 
     /// EnableKey.
     pub fn enable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
         self.change_key(key, |entry, _| {
-            entry.check_alive(&self.place)?;
+            entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: true, ..entry.clone() })
         })
     }
@@ -94,9 +120,19 @@ impl Embedded {
     /// DisableKey: no Encrypt or Decrypt that begins after this has answered succeeds.
     pub fn disable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
         self.change_key(key, |entry, _| {
-            entry.check_alive(&self.place)?;
+            entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: false, ..entry.clone() })
         })
+    }
+
+    /// UpdateKeyDescription.
+    pub fn update_description(&self, key: &str, description: &str) -> Result<(), KmsError> {
+        check_description(description)?;
+        let change = |entry: &KeyEntry, _: &Now| {
+            entry.check_alive(&self.place)?;
+            Ok(KeyEntry { description: description.to_owned(), ..entry.clone() })
+        };
+        self.change_key(key, change).map(drop)
     }
 
     /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`].
@@ -169,20 +205,21 @@ impl Embedded {
         self.store.read(|log| Ok(log.state().aliases().map(metadata).collect()))
     }
 
-    /// Deletes the keys whose waiting window is over, material included, as far as the clocks can be believed.
+    /// Does what the passing of time asks for: deletes the keys whose waiting window is over, material included, as
+    /// far as the clocks can be believed, and rotates what is due.
     ///
-    /// Called whenever the KMS is opened; a process that keeps it open calls it now and then.
+    /// Called whenever the KMS is opened, and when an operation sees that something is due.
     pub fn purge(&self) -> Result<(), KmsError> {
         if !self.store.exists()? {
             return Ok(());
         }
         let now = self.store.now();
-        let due = self.store.read(|log| Ok(log.wants_rewriting() || !due_changes(log, &now).is_empty()))?;
+        let due = self.store.read(|log| Ok(log.wants_rewriting() || due::is_due(log, &now)))?;
         if !due {
             return Ok(());
         }
         self.store.write(|log, now| {
-            let changes = due_changes(log, &now.moment);
+            let changes = due::changes(log, &now.moment)?;
             for change in &changes {
                 if let Change::KeyDeleted(key) = change {
                     log::warn!("deleting KMS key {}: its waiting window is over", self.place.key_arn(key.id));
@@ -203,12 +240,13 @@ impl Embedded {
                 return Ok((Vec::new(), ()));
             }
             let description = "Default key that protects volumes when no other key is named";
-            let (changes, _) = new_key(log, now, description, Some(DEFAULT_KEY_ALIAS))?;
+            let new = NewKey { description, alias: Some(DEFAULT_KEY_ALIAS), ..NewKey::default() };
+            let (changes, _) = new_key(log, now, &new)?;
             Ok((changes, ()))
         })
     }
 
-    fn change_key(
+    pub(super) fn change_key(
         &self,
         key: &str,
         f: impl FnOnce(&KeyEntry, &Now) -> Result<KeyEntry, KmsError>,
@@ -230,6 +268,10 @@ impl Embedded {
             description: key.description.clone(),
             created: key.created,
             deletion: key.deletion.as_ref().map(|d| d.at),
+            deletion_days: key.deletion.as_ref().map(|d| d.days),
+            external: key.external.is_some(),
+            expires: key.external.as_ref().and_then(|external| external.expires),
+            material: key.versions.last().map(|version| material_id(key.id, version.id)),
             aliases: log.state().aliases_of(key.id).map(|a| a.name.clone()).collect(),
         }
     }
@@ -243,26 +285,24 @@ impl Embedded {
     }
 }
 
-/// A new key with one version, and an alias for it.
-fn new_key(
-    log: &OpenLog,
-    now: &Now,
-    description: &str,
-    alias: Option<&str>,
-) -> Result<(Vec<Change>, Uuid), KmsError> {
-    let (id, version) = (Uuid::new_v4(), Uuid::new_v4());
-    let mut material = Material(Zeroizing::new([0; 32]));
-    random(&mut material.0[..])?;
-    let sealed = log.keys().seal(id, version, &material)?;
+/// A new key, and an alias for it.
+fn new_key(log: &OpenLog, now: &Now, new: &NewKey<'_>) -> Result<(Vec<Change>, Uuid), KmsError> {
+    let id = Uuid::new_v4();
+    let external = External { version: Uuid::new_v4(), check: None, expires: None };
+    let versions = if new.external { Vec::new() } else { vec![first_version(log, id, now.time)?] };
     let mut changes = vec![Change::Key(KeyEntry {
         id,
         created: now.time,
-        description: description.to_owned(),
+        description: new.description.to_owned(),
         enabled: true,
         deletion: None,
-        versions: vec![VersionEntry { id: version, created: now.time, sealed }],
+        rotation: None,
+        external: new.external.then_some(external),
+        tags: new.tags.iter().cloned().collect(),
+        policy: new.policy.map(str::to_owned),
+        versions,
     })];
-    changes.extend(alias.map(|name| new_alias(name, id, now)));
+    changes.extend(new.alias.map(|name| new_alias(name, id, now)));
     Ok((changes, id))
 }
 
@@ -270,26 +310,14 @@ fn new_alias(name: &str, key: Uuid, now: &Now) -> Change {
     Change::Alias(AliasEntry { name: name.to_owned(), key, created: now.time, updated: now.time })
 }
 
-/// What the passing of time asks for.
-fn due_changes(log: &OpenLog, now: &super::clock::Moment) -> Vec<Change> {
-    let mut changes = Vec::new();
-    for key in log.state().keys() {
-        let Some(deletion) = &key.deletion else { continue };
-        let seen = match deletion.judge(now) {
-            Verdict::Wait => continue,
-            Verdict::Delete => {
-                let names = log.state().aliases_of(key.id).map(|a| AliasName { name: a.name.clone() });
-                changes.extend(names.map(Change::AliasDeleted));
-                changes.push(Change::KeyDeleted(KeyId { id: key.id }));
-                continue;
-            }
-            Verdict::Saw => Some(now.clone()),
-            Verdict::Unsaw => None,
-        };
-        let deletion = Some(Deletion { seen, ..deletion.clone() });
-        changes.push(Change::Key(KeyEntry { deletion, ..key.clone() }));
+fn check_description(description: &str) -> Result<(), KmsError> {
+    if description.chars().count() <= DESCRIPTION_MAX {
+        return Ok(());
     }
-    changes
+    Err(KmsError::Validation(format!(
+        "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have length \
+         less than or equal to {DESCRIPTION_MAX}"
+    )))
 }
 
 /// Whether users may make, move or delete an alias of this name.
@@ -313,15 +341,18 @@ fn check_alias(name: &str) -> Result<(), KmsError> {
         return constraint("satisfy regular expression pattern: ^alias/[a-zA-Z0-9:/_-]+$");
     }
     if name.starts_with(RESERVED_ALIAS_PREFIX) {
-        return Err(KmsError::Validation(format!(
-            "{name} is reserved: aliases that begin with \"{RESERVED_ALIAS_PREFIX}\" are the KMS's own"
-        )));
+        return Err(KmsError::Other(
+            Exception::InvalidAliasName,
+            format!(
+                "{name} is reserved: aliases that begin with \"{RESERVED_ALIAS_PREFIX}\" are the KMS's own"
+            ),
+        ));
     }
     Ok(())
 }
 
 /// ValidationException for a number outside its range.
-pub(super) fn out_of_range<T: PartialOrd + std::fmt::Display>(
+pub(in crate::kms) fn out_of_range<T: PartialOrd + std::fmt::Display>(
     value: T,
     field: &str,
     range: &RangeInclusive<T>,

@@ -5,9 +5,11 @@
 //! (grants, principals, policies) are new kinds of changes; a version that does not know one refuses the log.
 
 use super::clock::Moment;
+use super::grant_records::{GrantEntry, GrantName};
 use super::keys::SEALED_LEN;
 use crate::kms::KmsError;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// One record's body.
@@ -32,6 +34,14 @@ pub enum Change {
     Alias(AliasEntry),
     /// An alias is gone.
     AliasDeleted(AliasName),
+    /// A grant is now as stated.
+    Grant(GrantEntry),
+    /// A grant is gone.
+    GrantDeleted(GrantName),
+    /// A principal is now as stated.
+    Principal(PrincipalEntry),
+    /// A principal is gone.
+    PrincipalDeleted(PrincipalName),
 }
 
 /// A KMS key.
@@ -49,8 +59,54 @@ pub struct KeyEntry {
     /// There while it waits for deletion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deletion: Option<Deletion>,
-    /// Its versions, oldest first; the last one encrypts. Never empty.
+    /// There while it is rotated by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<Rotation>,
+    /// There if its material is imported: its origin is EXTERNAL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external: Option<External>,
+    /// Its tags.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tags: BTreeMap<String, String>,
+    /// Its policy, JSON; absent while it is the one that every key is made with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// Its versions, oldest first; the last one encrypts. Empty only while material is to be imported.
     pub versions: Vec<VersionEntry>,
+}
+
+/// What is known of a key's imported material, also while the material is not there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct External {
+    /// The id of its one version, the same whenever the material is imported again.
+    pub version: Uuid,
+    /// A MAC of the material, once there was one: no other can be imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
+    /// When the material is to be forgotten: milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<i64>,
+}
+
+/// When a key is rotated by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotation {
+    /// How often, days: 90..=2560.
+    pub days: u32,
+    /// When next: milliseconds since 1970.
+    pub next: i64,
+}
+
+/// What made a version that is not a key's first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RotationType {
+    /// Its period.
+    Automatic,
+    /// RotateKeyOnDemand.
+    OnDemand,
 }
 
 /// One version of a key's material.
@@ -61,6 +117,9 @@ pub struct VersionEntry {
     pub id: Uuid,
     /// When it was made: milliseconds since 1970.
     pub created: i64,
+    /// What made it; absent for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<RotationType>,
     /// The material, sealed under the store key; base64.
     #[serde(with = "sealed")]
     pub sealed: [u8; SEALED_LEN],
@@ -111,6 +170,33 @@ pub struct AliasName {
     pub name: String,
 }
 
+/// Somebody who may ask the KMS over the wire.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrincipalEntry {
+    /// Its name; `root` is the root principal.
+    pub name: String,
+    /// Its id, random: another principal of the same name has another.
+    pub id: Uuid,
+    /// Whether it may do everything; otherwise only what grants let it do.
+    pub admin: bool,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// The id of its access key.
+    pub access_key: String,
+    /// The seed of the secret access key, sealed under the store key; base64.
+    #[serde(with = "sealed")]
+    pub sealed: [u8; SEALED_LEN],
+}
+
+/// Names a principal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrincipalName {
+    /// Its name.
+    pub name: String,
+}
+
 impl Transaction {
     /// The body's bytes.
     pub fn encode(&self) -> Result<Vec<u8>, KmsError> {
@@ -127,7 +213,8 @@ impl Transaction {
             ))
         };
         let transaction: Transaction = serde_json::from_slice(body).map_err(|e| newer(&e.to_string()))?;
-        let empty = |c: &Change| matches!(c, Change::Key(key) if key.versions.is_empty());
+        let empty =
+            |c: &Change| matches!(c, Change::Key(key) if key.versions.is_empty() && key.external.is_none());
         if transaction.changes.iter().any(empty) {
             return Err(newer("a key without material"));
         }
@@ -162,7 +249,8 @@ mod tests {
             let error = Transaction::decode(7, body.as_bytes()).unwrap_err().to_string();
             assert!(error.starts_with("record 7 ") && error.contains("newer version"), "{error}");
         };
-        newer(r#"{"time":1,"changes":[{"type":"grant","id":"x"}]}"#);
+        newer(r#"{"time":1,"changes":[{"type":"audit","id":"x"}]}"#);
+        newer(r#"{"time":1,"changes":[{"type":"grant-deleted","key":"x"}]}"#);
         newer(r#"{"time":1,"changes":[{"type":"alias-deleted","name":"alias/x","by":"y"}]}"#);
         newer(r#"{"time":1,"changes":[],"audit":1}"#);
         newer(
@@ -179,7 +267,16 @@ mod tests {
             description: "ä".into(),
             enabled: false,
             deletion: Some(Deletion { days: 7, at: 6, asked: moment.clone(), seen: Some(moment) }),
-            versions: vec![VersionEntry { id: Uuid::from_u128(2), created: 4, sealed: [8; SEALED_LEN] }],
+            rotation: Some(Rotation { days: 90, next: 7 }),
+            external: Some(External { version: Uuid::from_u128(2), check: Some("c".into()), expires: None }),
+            tags: BTreeMap::from([("a".into(), "b".into())]),
+            policy: Some("{}".into()),
+            versions: vec![VersionEntry {
+                id: Uuid::from_u128(2),
+                created: 4,
+                rotation: Some(RotationType::OnDemand),
+                sealed: [8; SEALED_LEN],
+            }],
         };
         let alias = AliasEntry { name: "alias/x".into(), key: key.id, created: 1, updated: 2 };
         let changes = vec![

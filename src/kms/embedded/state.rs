@@ -2,7 +2,8 @@
 //!
 //! Pure. It answers lookups and state questions in AWS's words and does not know how changes become durable.
 
-use super::records::{AliasEntry, Change, KeyEntry, Transaction};
+use super::grant_records::GrantEntry;
+use super::records::{AliasEntry, Change, KeyEntry, PrincipalEntry, Transaction};
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{KeyState, KmsError};
 use std::collections::BTreeMap;
@@ -13,6 +14,8 @@ use uuid::Uuid;
 pub struct State {
     keys: BTreeMap<Uuid, KeyEntry>,
     aliases: BTreeMap<String, AliasEntry>,
+    grants: BTreeMap<Uuid, BTreeMap<String, GrantEntry>>,
+    principals: BTreeMap<String, PrincipalEntry>,
     time: i64,
     holds_deleted: bool,
 }
@@ -23,13 +26,28 @@ impl State {
         self.time = self.time.max(transaction.time);
         for change in transaction.changes {
             match change {
-                Change::Key(key) => drop(self.keys.insert(key.id, key)),
+                Change::Key(key) => {
+                    let versions = key.versions.len();
+                    let before = self.keys.insert(key.id, key);
+                    self.holds_deleted |= before.is_some_and(|key| key.versions.len() > versions);
+                }
                 Change::KeyDeleted(key) => {
                     self.keys.remove(&key.id);
+                    self.grants.remove(&key.id);
                     self.holds_deleted = true;
                 }
                 Change::Alias(alias) => drop(self.aliases.insert(alias.name.clone(), alias)),
                 Change::AliasDeleted(alias) => drop(self.aliases.remove(&alias.name)),
+                Change::Grant(grant) => {
+                    self.grants.entry(grant.key).or_default().insert(grant.id.clone(), grant);
+                }
+                Change::GrantDeleted(grant) => {
+                    self.grants.get_mut(&grant.key).and_then(|grants| grants.remove(&grant.id));
+                }
+                Change::Principal(principal) => {
+                    self.principals.insert(principal.name.clone(), principal);
+                }
+                Change::PrincipalDeleted(principal) => drop(self.principals.remove(&principal.name)),
             }
         }
     }
@@ -37,12 +55,16 @@ impl State {
     /// The changes that lead from nothing to here.
     pub fn live(&self) -> Vec<Change> {
         let keys = self.keys.values().cloned().map(Change::Key);
-        keys.chain(self.aliases.values().cloned().map(Change::Alias)).collect()
+        keys.chain(self.aliases.values().cloned().map(Change::Alias))
+            .chain(self.principals.values().cloned().map(Change::Principal))
+            .chain(self.grants().cloned().map(Change::Grant))
+            .collect()
     }
 
     /// The number of things that live.
     pub fn len(&self) -> usize {
-        self.keys.len() + self.aliases.len()
+        let grants: usize = self.grants.values().map(BTreeMap::len).sum();
+        self.keys.len() + self.aliases.len() + self.principals.len() + grants
     }
 
     /// The highest time of any record: milliseconds since 1970.
@@ -63,6 +85,27 @@ impl State {
     /// All aliases, by name.
     pub fn aliases(&self) -> impl Iterator<Item = &AliasEntry> {
         self.aliases.values()
+    }
+
+    /// All grants, by key and id.
+    pub fn grants(&self) -> impl Iterator<Item = &GrantEntry> {
+        self.grants.values().flat_map(BTreeMap::values)
+    }
+
+    /// The grants of `key`, by id.
+    pub fn grants_of(&self, key: Uuid) -> impl ExactSizeIterator<Item = &GrantEntry> {
+        static NONE: BTreeMap<String, GrantEntry> = BTreeMap::new();
+        self.grants.get(&key).unwrap_or(&NONE).values()
+    }
+
+    /// All principals, by name.
+    pub fn principals(&self) -> impl Iterator<Item = &PrincipalEntry> {
+        self.principals.values()
+    }
+
+    /// The principal of this name.
+    pub fn principal(&self, name: &str) -> Option<&PrincipalEntry> {
+        self.principals.get(name)
     }
 
     /// The names that mean `key`.
@@ -102,6 +145,7 @@ impl KeyEntry {
     pub fn state(&self) -> KeyState {
         match (&self.deletion, self.enabled) {
             (Some(_), _) => KeyState::PendingDeletion,
+            (None, _) if self.versions.is_empty() => KeyState::PendingImport,
             (None, true) => KeyState::Enabled,
             (None, false) => KeyState::Disabled,
         }
@@ -111,8 +155,21 @@ impl KeyEntry {
     pub fn check_usable(&self, place: &Locality) -> Result<(), KmsError> {
         match self.state() {
             KeyState::Disabled => Err(KmsError::Disabled(format!("{} is disabled.", place.key_arn(self.id)))),
+            _ => self.check_ready(place),
+        }
+    }
+
+    /// Fails if the key waits for deletion or has no material.
+    pub fn check_ready(&self, place: &Locality) -> Result<(), KmsError> {
+        match self.state() {
+            KeyState::PendingImport => Err(self.pending_import(place)),
             _ => self.check_alive(place),
         }
+    }
+
+    /// What is answered while there is no material.
+    pub fn pending_import(&self, place: &Locality) -> KmsError {
+        KmsError::PendingImport(format!("{} is pending import.", place.key_arn(self.id)))
     }
 
     /// Fails if the key waits for deletion.
@@ -124,5 +181,15 @@ impl KeyEntry {
                 Err(KmsError::PendingDeletion(message))
             }
         }
+    }
+
+    /// Fails unless the key's material is imported, or is the KMS's own, as `external` says.
+    pub fn check_origin(&self, external: bool, place: &Locality) -> Result<(), KmsError> {
+        if self.external.is_some() == external {
+            return Ok(());
+        }
+        let origin = if external { "AWS_KMS" } else { "EXTERNAL" };
+        let arn = place.key_arn(self.id);
+        Err(KmsError::Unsupported(format!("{arn} origin is {origin} which is not valid for this operation.")))
     }
 }

@@ -101,26 +101,58 @@ impl Store for FileStore {
     }
 
     fn has_data(&self) -> io::Result<bool> {
-        match lseek64(&*self.file, 0, Whence::SeekData) {
-            Ok(_) => Ok(true),
-            Err(Errno::ENXIO) => Ok(false),
-            Err(e) => Err(e.into()),
+        let mut room = Aligned::new(1 << 20);
+        let mut from = 0;
+        loop {
+            let start = match lseek64(&*self.file, from, Whence::SeekData) {
+                Ok(start) => start as u64,
+                Err(Errno::ENXIO) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            };
+            let end = lseek64(&*self.file, start as i64, Whence::SeekHole)? as u64;
+            // What is allocated may still be zeros: of a copy, say, that knew no holes.
+            let mut at = start;
+            while at < end {
+                let chunk = room.bytes((end - at).min(1 << 20) as usize);
+                self.file.read_exact_at(chunk, at)?;
+                if chunk.iter().any(|&byte| byte != 0) {
+                    return Ok(true);
+                }
+                at += chunk.len() as u64;
+            }
+            from = end as i64;
         }
     }
 }
 
 /// Whether an O_DIRECT transfer of one block is accepted: a trial says it better than any table.
 fn takes_blocks_of(file: &File, block_size: u32) -> bool {
-    // A page-aligned block inside a larger array, since O_DIRECT wants aligned memory.
-    let mut room = vec![0u8; 2 * pool::PAGE];
-    let skip = room.as_ptr().align_offset(pool::PAGE);
-    let block = &mut room[skip..skip + block_size as usize];
-    match file.read_at(block, u64::from(block_size)) {
+    let mut room = Aligned::new(block_size as usize);
+    match file.read_at(room.bytes(block_size as usize), u64::from(block_size)) {
         Ok(_) => true,
         Err(e) => {
             log::debug!("O_DIRECT in blocks of {block_size} bytes on fd {}: {e}", file.as_raw_fd());
             false
         }
+    }
+}
+
+/// Page-aligned bytes, as O_DIRECT wants them.
+struct Aligned {
+    room: Vec<u8>,
+    skip: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let room = vec![0; len + pool::PAGE];
+        let skip = room.as_ptr().align_offset(pool::PAGE);
+        Aligned { room, skip }
+    }
+
+    /// The first `len` of them, at most as many as there are.
+    fn bytes(&mut self, len: usize) -> &mut [u8] {
+        &mut self.room[self.skip..self.skip + len]
     }
 }
 

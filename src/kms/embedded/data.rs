@@ -1,0 +1,238 @@
+//! Encrypting and decrypting under the embedded KMS's keys, and the [`KeyProvider`] made of it.
+
+use super::Embedded;
+use super::admin::out_of_range;
+use super::blob::{self, Blob, PLAINTEXT_MAX};
+use super::due;
+use super::open_log::OpenLog;
+use super::records::KeyEntry;
+use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
+use crate::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
+use sha2::{Digest, Sha256};
+use std::ops::RangeInclusive;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// Bytes that GenerateDataKey and GenerateRandom may be asked for.
+pub const RANDOM_LEN: RangeInclusive<usize> = 1..=1024;
+
+/// What was encrypted, and with what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// The key's ARN.
+    pub key: String,
+    /// Names the version of the key: KeyMaterialId, 64 hex digits.
+    pub material: String,
+    /// The ciphertext.
+    pub blob: Vec<u8>,
+}
+
+/// What was decrypted, and with what. Has no Debug, so that no plaintext is ever printed.
+pub struct Opened {
+    /// The key's ARN.
+    pub key: String,
+    /// KeyMaterialId of the version that had encrypted it.
+    pub material: String,
+    /// The plaintext.
+    pub plaintext: Zeroizing<Vec<u8>>,
+}
+
+/// What ReEncrypt answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReEncrypted {
+    /// ARN of the key that the ciphertext was under.
+    pub source_key: String,
+    /// KeyMaterialId of the version that it was under.
+    pub source_material: String,
+    /// What it is now.
+    pub sealed: Sealed,
+}
+
+/// KeyMaterialId: names one version of one key on the wire, and says nothing of its secret.
+pub fn material_id(key: Uuid, version: Uuid) -> String {
+    let mut hash = Sha256::new();
+    hash.update(b"sealblk kms key material id\0");
+    hash.update(key.as_bytes());
+    hash.update(version.as_bytes());
+    hex::encode(hash.finalize())
+}
+
+impl Embedded {
+    /// Encrypt: `plaintext` (1..=4096 bytes) under `key`, bound to `context`.
+    pub fn encrypt(
+        &self,
+        key: &str,
+        plaintext: &[u8],
+        context: &EncryptionContext,
+    ) -> Result<Sealed, KmsError> {
+        if plaintext.is_empty() || plaintext.len() > PLAINTEXT_MAX {
+            let (relation, bound) =
+                if plaintext.is_empty() { ("greater", 1) } else { ("less", PLAINTEXT_MAX) };
+            return Err(KmsError::Validation(format!(
+                "1 validation error detected: Value at 'plaintext' failed to satisfy constraint: Member must have \
+                 length {relation} than or equal to {bound}"
+            )));
+        }
+        self.make_default_key_for(key)?;
+        self.current(|log| self.seal(log, key, plaintext, context))
+    }
+
+    /// GenerateDataKey: `len` random bytes ([`RANDOM_LEN`]), in the clear and under `key`.
+    pub fn generate_data_key(
+        &self,
+        key: &str,
+        len: usize,
+        context: &EncryptionContext,
+    ) -> Result<(Sealed, Zeroizing<Vec<u8>>), KmsError> {
+        let plaintext = self.generate_random(len)?;
+        Ok((self.encrypt(key, &plaintext, context)?, plaintext))
+    }
+
+    /// GenerateRandom: `len` random bytes ([`RANDOM_LEN`]).
+    pub fn generate_random(&self, len: usize) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        if !RANDOM_LEN.contains(&len) {
+            return Err(out_of_range(len, "numberOfBytes", &RANDOM_LEN));
+        }
+        let mut bytes = Zeroizing::new(vec![0; len]);
+        blob::random(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Decrypt: `blob`, which must have been made by `key` if one is given, under `context`.
+    pub fn open_blob(
+        &self,
+        key: Option<&str>,
+        blob: &[u8],
+        context: &EncryptionContext,
+    ) -> Result<Opened, KmsError> {
+        self.current(|log| self.unseal(log, key, blob, context))
+    }
+
+    /// ReEncrypt: what `blob` holds, under `key` and `to`, without showing it.
+    pub fn re_encrypt(
+        &self,
+        blob: &[u8],
+        source: Option<&str>,
+        from: &EncryptionContext,
+        key: &str,
+        to: &EncryptionContext,
+    ) -> Result<ReEncrypted, KmsError> {
+        self.make_default_key_for(key)?;
+        self.current(|log| {
+            let opened = self.unseal(log, source, blob, from)?;
+            let sealed = self.seal(log, key, &opened.plaintext, to)?;
+            Ok(ReEncrypted { source_key: opened.key, source_material: opened.material, sealed })
+        })
+    }
+
+    fn seal(
+        &self,
+        log: &OpenLog,
+        key: &str,
+        plaintext: &[u8],
+        context: &EncryptionContext,
+    ) -> Result<Sealed, KmsError> {
+        let key = log.state().key(key, &self.place)?;
+        self.check_usable(key)?;
+        let version = key.versions.last().ok_or_else(|| no_material(key))?;
+        let material = log.keys().open(key.id, version.id, &version.sealed)?;
+        let blob = blob::seal(&material, key.id, version.id, plaintext, context)?;
+        Ok(Sealed { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), blob })
+    }
+
+    /// Answers in AWS's order: the blob's form, the key that was asked for, the key in the blob, its state, and only
+    /// then whether the blob is authentic.
+    fn unseal(
+        &self,
+        log: &OpenLog,
+        asked: Option<&str>,
+        blob: &[u8],
+        context: &EncryptionContext,
+    ) -> Result<Opened, KmsError> {
+        let blob = Blob::parse(blob)?;
+        let asked = asked.map(|key| log.state().key(key, &self.place)).transpose()?;
+        let key = log.state().key_by_id(blob.key).ok_or_else(unknown_key)?;
+        if asked.is_some_and(|asked| asked.id != key.id) {
+            return Err(KmsError::IncorrectKey(
+                "The key ID in the request does not identify a CMK that can perform this operation.".into(),
+            ));
+        }
+        self.check_usable(key)?;
+        let version =
+            key.versions.iter().find(|v| v.id == blob.version).ok_or(KmsError::InvalidCiphertext)?;
+        let material = log.keys().open(key.id, version.id, &version.sealed)?;
+        let plaintext = blob::open(&material, &blob, context)?;
+        Ok(Opened { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), plaintext })
+    }
+
+    /// Material that has expired is not used even where it could not be removed.
+    fn check_usable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        key.check_usable(&self.place)?;
+        let expired = key.external.is_some() && due::material_is_due(key, &self.store.now());
+        if expired { Err(key.pending_import(&self.place)) } else { Ok(()) }
+    }
+
+    fn make_default_key_for(&self, key: &str) -> Result<(), KmsError> {
+        match self.place.parse(key)? {
+            KeyName::Alias(name) if name == DEFAULT_KEY_ALIAS => self.ensure_default_key(),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl KeyProvider for Embedded {
+    fn name(&self) -> &'static str {
+        "embedded"
+    }
+
+    fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
+        let key = self.key(key)?;
+        Ok(KeyDescription { key_id: key.arn, state: key.state, description: key.description })
+    }
+
+    fn generate_wrapped(
+        &self,
+        key: &str,
+        len: usize,
+        context: &EncryptionContext,
+    ) -> Result<WrappedKey, KmsError> {
+        Ok(self.generate_data_key(key, len, context)?.0.into())
+    }
+
+    fn decrypt(
+        &self,
+        wrapped: &WrappedKey,
+        context: &EncryptionContext,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        Ok(self.open_blob(Some(&wrapped.key_id), &wrapped.blob, context)?.plaintext)
+    }
+
+    fn rewrap(
+        &self,
+        wrapped: &WrappedKey,
+        from: &EncryptionContext,
+        key: &str,
+        to: &EncryptionContext,
+    ) -> Result<WrappedKey, KmsError> {
+        Ok(self.re_encrypt(&wrapped.blob, Some(&wrapped.key_id), from, key, to)?.sealed.into())
+    }
+}
+
+impl From<Sealed> for WrappedKey {
+    fn from(sealed: Sealed) -> Self {
+        WrappedKey { key_id: sealed.key, blob: sealed.blob }
+    }
+}
+
+/// What is answered about a key that a ciphertext names and that is not there.
+pub(in crate::kms) fn unknown_key() -> KmsError {
+    KmsError::AccessDenied(
+        "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or you \
+         are not allowed to access."
+            .into(),
+    )
+}
+
+fn no_material(key: &KeyEntry) -> KmsError {
+    KmsError::Corrupt(format!("KMS key {} has no material", key.id))
+}

@@ -1,0 +1,228 @@
+//! Keys whose material comes from outside: origin EXTERNAL.
+//!
+//! GetParametersForImport makes an RSA key for one import. Nothing is stored for it: the import token *is* the
+//! private key, sealed under the store key together with the KMS key's id and the moment it expires at.
+//!
+//! RSA's private operation is the one secret computation here that a caller can time. The caller has to be allowed
+//! to import, the RSA key is of no use but for one KMS key and one day, and the operation is blinded.
+
+use super::Embedded;
+use super::blob::Material;
+use super::data::material_id;
+use super::keys::{StoreKeys, same};
+use super::records::{Change, External, KeyEntry, VersionEntry};
+use crate::kms::{Exception, KmsError};
+use getrandom::SysRng;
+use rsa::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};
+use rsa::rand_core::UnwrapErr;
+use rsa::{Oaep, RsaPrivateKey};
+use sha2::Sha256;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+const DAY: i64 = 24 * 3_600_000;
+const LABEL: &str = "import";
+/// The one way to wrap material that is offered.
+pub const WRAPPING_ALGORITHM: &str = "RSAES_OAEP_SHA_256";
+
+/// Sizes of the RSA key that wraps material, by their names on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrappingKeySpec {
+    /// RSA_2048.
+    Rsa2048,
+    /// RSA_3072.
+    Rsa3072,
+    /// RSA_4096.
+    Rsa4096,
+}
+
+/// What GetParametersForImport answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImportParameters {
+    /// The key's ARN.
+    pub key: String,
+    /// To be given back with the material.
+    pub token: Vec<u8>,
+    /// What to wrap the material with: SubjectPublicKeyInfo, DER.
+    pub public_key: Vec<u8>,
+    /// Until when: milliseconds since 1970.
+    pub valid_to: i64,
+}
+
+/// A key and one of its versions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImportedMaterial {
+    /// The key's ARN.
+    pub key: String,
+    /// KeyMaterialId.
+    pub material: String,
+}
+
+impl WrappingKeySpec {
+    /// The size of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "RSA_2048" => Some(WrappingKeySpec::Rsa2048),
+            "RSA_3072" => Some(WrappingKeySpec::Rsa3072),
+            "RSA_4096" => Some(WrappingKeySpec::Rsa4096),
+            _ => None,
+        }
+    }
+
+    fn bits(self) -> usize {
+        match self {
+            WrappingKeySpec::Rsa2048 => 2048,
+            WrappingKeySpec::Rsa3072 => 3072,
+            WrappingKeySpec::Rsa4096 => 4096,
+        }
+    }
+}
+
+impl Embedded {
+    /// GetParametersForImport. They are good for a day.
+    pub fn import_parameters(&self, key: &str, spec: WrappingKeySpec) -> Result<ImportParameters, KmsError> {
+        self.importable(key)?;
+        // Before the store is locked: this can take seconds.
+        let private = RsaPrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
+        let public_key = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
+        let secret = private.to_pkcs8_der().map_err(rsa_failed)?;
+        let valid_to = self.store.now().wall + DAY;
+        self.store.read(|log| {
+            let entry = self.check_importable(log.state().key(key, &self.place)?)?;
+            let mut token = Zeroizing::new(Vec::with_capacity(HEAD_LEN + secret.as_bytes().len()));
+            token.extend_from_slice(entry.id.as_bytes());
+            token.extend_from_slice(&valid_to.to_be_bytes());
+            token.extend_from_slice(secret.as_bytes());
+            let token = log.keys().seal_token(LABEL, &token)?;
+            Ok(ImportParameters {
+                key: self.place.key_arn(entry.id),
+                token,
+                public_key: public_key.clone(),
+                valid_to,
+            })
+        })
+    }
+
+    /// ImportKeyMaterial: 32 bytes, wrapped as the parameters say; `expires` is when the KMS forgets them.
+    ///
+    /// Only the material that the key had before can be imported again.
+    pub fn import(
+        &self,
+        key: &str,
+        token: &[u8],
+        wrapped: &[u8],
+        expires: Option<i64>,
+    ) -> Result<ImportedMaterial, KmsError> {
+        let now = self.store.now().wall;
+        if expires.is_some_and(|at| at <= now || at > now + 365 * DAY) {
+            return Err(KmsError::Validation("ValidTo must lie in the future, and within 365 days.".into()));
+        }
+        let id = self.importable(key)?;
+        let token = self.store.read(|log| open_token(log.keys(), token, id, now))?;
+        let material = unwrap(&token, wrapped)?;
+        self.store.write(|log, now| {
+            let entry = self.check_importable(log.state().key(&id.to_string(), &self.place)?)?;
+            let after = with_material(log.keys(), entry, &material, expires, now.time)?;
+            let answer = self.imported(&after);
+            Ok((vec![Change::Key(after)], answer))
+        })
+    }
+
+    /// DeleteImportedKeyMaterial: the key waits for import afterwards; answers `None` if it did already.
+    pub fn delete_material(&self, key: &str) -> Result<(String, Option<String>), KmsError> {
+        self.store.write(|log, _| {
+            let entry = self.check_importable(log.state().key(key, &self.place)?)?;
+            let arn = self.place.key_arn(entry.id);
+            if entry.versions.is_empty() {
+                return Ok((Vec::new(), (arn, None)));
+            }
+            let material = self.imported(entry).material;
+            Ok((vec![Change::Key(without_material(entry))], (arn, Some(material))))
+        })
+    }
+
+    fn imported(&self, key: &KeyEntry) -> ImportedMaterial {
+        let version = key.external.as_ref().map_or(Uuid::nil(), |external| external.version);
+        ImportedMaterial { key: self.place.key_arn(key.id), material: material_id(key.id, version) }
+    }
+
+    fn importable(&self, key: &str) -> Result<Uuid, KmsError> {
+        self.current(|log| Ok(self.check_importable(log.state().key(key, &self.place)?)?.id))
+    }
+
+    fn check_importable<'a>(&self, key: &'a KeyEntry) -> Result<&'a KeyEntry, KmsError> {
+        key.check_origin(true, &self.place)?;
+        key.check_alive(&self.place)?;
+        Ok(key)
+    }
+}
+
+/// The key as it is without its imported material.
+pub fn without_material(key: &KeyEntry) -> KeyEntry {
+    let external = key.external.clone().map(|external| External { expires: None, ..external });
+    KeyEntry { external, versions: Vec::new(), ..key.clone() }
+}
+
+fn with_material(
+    keys: &StoreKeys,
+    key: &KeyEntry,
+    material: &Material,
+    expires: Option<i64>,
+    time: i64,
+) -> Result<KeyEntry, KmsError> {
+    let external =
+        key.external.clone().ok_or_else(|| KmsError::Internal("a key of another origin".into()))?;
+    let check = hex::encode(keys.mac("imported material", &[key.id.as_bytes(), &material.0[..]]));
+    if external.check.as_ref().is_some_and(|known| !same(known.as_bytes(), check.as_bytes())) {
+        return Err(KmsError::Other(
+            Exception::IncorrectKeyMaterial,
+            "The key material is not the material that this key had before.".into(),
+        ));
+    }
+    let sealed = keys.seal(key.id, external.version, material)?;
+    let version = VersionEntry { id: external.version, created: time, rotation: None, sealed };
+    Ok(KeyEntry {
+        enabled: key.enabled || key.versions.is_empty(),
+        versions: vec![version],
+        external: Some(External { check: Some(check), expires, ..external }),
+        ..key.clone()
+    })
+}
+
+/// Bytes of a token before the private key: key id, and until when it is good.
+const HEAD_LEN: usize = 24;
+
+/// The private key in a token, PKCS#8.
+fn open_token(keys: &StoreKeys, token: &[u8], key: Uuid, now: i64) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    let invalid = || {
+        KmsError::Other(Exception::InvalidImportToken, "The import token is not one of this key's.".into())
+    };
+    let opened = keys.open_token(LABEL, token).ok_or_else(invalid)?;
+    let (id, rest) = opened.split_first_chunk::<16>().ok_or_else(invalid)?;
+    let (valid_to, private) = rest.split_first_chunk::<8>().ok_or_else(invalid)?;
+    if id != key.as_bytes() {
+        return Err(invalid());
+    }
+    if i64::from_be_bytes(*valid_to) <= now {
+        return Err(KmsError::Other(
+            Exception::ExpiredImportToken,
+            "The import token has expired; get new parameters and wrap the material again.".into(),
+        ));
+    }
+    Ok(Zeroizing::new(private.to_vec()))
+}
+
+fn unwrap(private: &[u8], wrapped: &[u8]) -> Result<Material, KmsError> {
+    let private = RsaPrivateKey::from_pkcs8_der(private).map_err(rsa_failed)?;
+    let opened = private.decrypt_blinded(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), wrapped);
+    let opened = Zeroizing::new(opened.map_err(|_| KmsError::InvalidCiphertext)?);
+    let material = <[u8; 32]>::try_from(&opened[..]).map_err(|_| {
+        let message = "The key material of a symmetric key must have 32 bytes.";
+        KmsError::Other(Exception::IncorrectKeyMaterial, message.into())
+    })?;
+    Ok(Material(Zeroizing::new(material)))
+}
+
+fn rsa_failed(e: impl std::fmt::Display) -> KmsError {
+    KmsError::Internal(format!("RSA: {e}"))
+}

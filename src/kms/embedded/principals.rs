@@ -1,0 +1,217 @@
+//! Principals: who may ask the KMS over the wire, and what they may do.
+//!
+//! The store's own user, who reads root key and log, is not a principal: the command line may do everything. A
+//! principal is the root principal, an administrator, who may do everything too, or one who may do what grants let
+//! him do.
+
+use super::Embedded;
+use super::blob::{Material, random};
+use super::grant_records::{GrantName, GrantOperation};
+use super::records::{Change, PrincipalEntry, PrincipalName};
+use super::state::State;
+use crate::kms::key_ref::{KeyName, Locality};
+use crate::kms::{EncryptionContext, KmsError};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// The name of the root principal.
+pub const ROOT: &str = "root";
+
+/// What is told of a principal; never its secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrincipalMetadata {
+    /// Its name.
+    pub name: String,
+    /// Its ARN.
+    pub arn: String,
+    /// Whether it may do everything.
+    pub admin: bool,
+    /// The id of its access key.
+    pub access_key: String,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+}
+
+/// Who asks for something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// Its ARN.
+    pub arn: String,
+    /// Whether it may do everything.
+    pub admin: bool,
+}
+
+/// A secret access key. Has no Debug.
+pub type SecretKey = Zeroizing<String>;
+
+impl Embedded {
+    /// The store's own user.
+    pub fn owner(&self) -> Caller {
+        Caller { arn: self.place.root_arn(), admin: true }
+    }
+
+    /// Makes a principal and its access key; the secret is shown this once. `root` is the root principal, who is
+    /// always an administrator. Makes the store if there is none.
+    pub fn create_principal(
+        &self,
+        name: &str,
+        admin: bool,
+    ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
+        check_name(name)?;
+        self.store.create_if_absent()?;
+        self.store.write(|log, now| {
+            if log.state().principal(name).is_some() {
+                let message = format!("there is a principal {name}; delete it first to give it another key");
+                return Err(KmsError::AlreadyExists(message));
+            }
+            let mut seed = Material(Zeroizing::new([0; 32]));
+            random(&mut seed.0[..])?;
+            let id = Uuid::new_v4();
+            let entry = PrincipalEntry {
+                name: name.to_owned(),
+                id,
+                admin: admin || name == ROOT,
+                created: now.time,
+                access_key: new_access_key()?,
+                sealed: log.keys().seal(id, id, &seed)?,
+            };
+            let answer = (self.principal_metadata(&entry), secret_of(&seed));
+            Ok((vec![Change::Principal(entry)], answer))
+        })
+    }
+
+    /// All principals, by name. Without a store there are none.
+    pub fn principals(&self) -> Result<Vec<PrincipalMetadata>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(Vec::new());
+        }
+        self.store.read(|log| Ok(log.state().principals().map(|p| self.principal_metadata(p)).collect()))
+    }
+
+    /// Removes a principal and the grants that were made for it. No request of its that begins after this has
+    /// answered succeeds.
+    pub fn delete_principal(&self, name: &str) -> Result<(), KmsError> {
+        self.store.write(|log, _| {
+            let entry = log
+                .state()
+                .principal(name)
+                .ok_or_else(|| KmsError::NotFound(format!("there is no principal {name}")))?;
+            let arn = principal_arn(&self.place, &entry.name);
+            let grants = log.state().grants().filter(|grant| grant.grantee == arn);
+            let mut changes: Vec<Change> = grants
+                .map(|grant| Change::GrantDeleted(GrantName { key: grant.key, id: grant.id.clone() }))
+                .collect();
+            changes.push(Change::PrincipalDeleted(PrincipalName { name: entry.name.clone() }));
+            Ok((changes, ()))
+        })
+    }
+
+    /// Who has this access key, and its secret; `None` if nobody has.
+    pub fn principal_of(&self, access_key: &str) -> Result<Option<(Caller, SecretKey)>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(None);
+        }
+        self.store.read(|log| {
+            let Some(entry) = log.state().principals().find(|p| p.access_key == access_key) else {
+                return Ok(None);
+            };
+            let seed = log.keys().open(entry.id, entry.id, &entry.sealed)?;
+            let caller = Caller { arn: principal_arn(&self.place, &entry.name), admin: entry.admin };
+            Ok(Some((caller, secret_of(&seed))))
+        })
+    }
+
+    /// Fails unless `caller` may do what only administrators may: `action`, on `resource` (an ARN, or `*`).
+    pub fn check_admin(&self, caller: &Caller, action: &str, resource: &str) -> Result<(), KmsError> {
+        if caller.admin { Ok(()) } else { Err(denied(caller, action, resource)) }
+    }
+
+    /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a grant.
+    /// Answers the key's ARN, so that what was allowed and what is done are about one key.
+    pub fn check_allowed(
+        &self,
+        caller: &Caller,
+        operation: GrantOperation,
+        key: &str,
+        context: &EncryptionContext,
+    ) -> Result<String, KmsError> {
+        if caller.admin
+            && let KeyName::Alias(_) = self.place.parse(key)?
+        {
+            // Its key may have to be made first, or be another one by the time it is used: both are the
+            // administrator's right.
+            return Ok(key.to_owned());
+        }
+        self.store.read(|log| {
+            let entry = log.state().key(key, &self.place)?;
+            let arn = self.place.key_arn(entry.id);
+            let granted = || {
+                log.state().grants_of(entry.id).any(|grant| {
+                    grant.grantee == caller.arn
+                        && grant.operations.contains(&operation)
+                        && (!operation.has_context() || grant.constraint.allows(context.pairs()))
+                })
+            };
+            if caller.admin || granted() {
+                return Ok(arn);
+            }
+            Err(denied(caller, operation.name(), &arn))
+        })
+    }
+
+    fn principal_metadata(&self, entry: &PrincipalEntry) -> PrincipalMetadata {
+        PrincipalMetadata {
+            name: entry.name.clone(),
+            arn: principal_arn(&self.place, &entry.name),
+            admin: entry.admin,
+            access_key: entry.access_key.clone(),
+            created: entry.created,
+        }
+    }
+}
+
+/// AccessDeniedException for `action` on `resource`.
+pub(super) fn denied(caller: &Caller, action: &str, resource: &str) -> KmsError {
+    KmsError::AccessDenied(format!(
+        "User: {} is not authorized to perform: kms:{action} on resource: {resource} because no grant allows the \
+         kms:{action} action",
+        caller.arn
+    ))
+}
+
+/// Whether `arn` is a principal's that there is. The root principal is there without an access key too.
+pub(super) fn is_principal(state: &State, place: &Locality, arn: &str) -> bool {
+    arn == place.root_arn() || state.principals().any(|p| principal_arn(place, &p.name) == arn)
+}
+
+fn principal_arn(place: &Locality, name: &str) -> String {
+    if name == ROOT { place.root_arn() } else { place.user_arn(name) }
+}
+
+fn check_name(name: &str) -> Result<(), KmsError> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"+=,.@_-".contains(&b);
+    if (1..=64).contains(&name.len()) && name.bytes().all(allowed) {
+        return Ok(());
+    }
+    Err(KmsError::Validation(
+        "a principal's name has 1 to 64 characters, letters, digits and +=,.@_-".to_owned(),
+    ))
+}
+
+/// `AKIA` and 16 characters of base32.
+fn new_access_key() -> Result<String, KmsError> {
+    let mut bytes = [0; 16];
+    random(&mut bytes)?;
+    let digit = |b: &u8| char::from(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"[usize::from(b & 31)]);
+    Ok("AKIA".chars().chain(bytes.iter().map(digit)).collect())
+}
+
+/// 40 characters that stand for 30 bytes of the seed, as AWS's secrets have.
+fn secret_of(seed: &Material) -> SecretKey {
+    // The room is there from the start: growing would leave a copy behind.
+    let mut secret = Zeroizing::new(String::with_capacity(40));
+    STANDARD.encode_string(&seed.0[..30], &mut secret);
+    secret
+}

@@ -1,0 +1,180 @@
+//! Rotation: new material for a key, by its period or on demand. Old versions stay, so that what they have encrypted
+//! can be read.
+
+use super::Embedded;
+use super::admin::out_of_range;
+use super::blob::{Material, random};
+use super::data::material_id;
+use super::open_log::OpenLog;
+use super::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry};
+use crate::kms::{Exception, KeyState, KmsError};
+use std::ops::RangeInclusive;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// How often a key may be rotated by itself, days.
+pub const PERIOD_DAYS: RangeInclusive<u32> = 90..=2560;
+/// The period of those who do not name one, days.
+pub const DEFAULT_PERIOD: u32 = 365;
+/// How often a key may be rotated on demand.
+pub const ON_DEMAND_MAX: usize = 25;
+
+const DAY: i64 = 24 * 3_600_000;
+
+/// What GetKeyRotationStatus tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RotationStatus {
+    /// The key's ARN.
+    pub key: String,
+    /// Period in days and when next (milliseconds since 1970), while the key is rotated by itself.
+    pub automatic: Option<(u32, i64)>,
+}
+
+/// One version of a key, as ListKeyRotations tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyVersion {
+    /// KeyMaterialId.
+    pub material: String,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// What made it; `None` for the first.
+    pub rotation: Option<RotationType>,
+    /// Whether it is the one that encrypts.
+    pub current: bool,
+}
+
+impl Rotation {
+    /// From now on every `days`.
+    pub fn begin(days: u32, now: i64) -> Self {
+        Rotation { days, next: now + i64::from(days) * DAY }
+    }
+
+    /// Whether the day has come. A next time that lies further away than a period was set by a clock that was wrong.
+    pub fn is_due(&self, now: i64) -> bool {
+        now >= self.next || self.next - now > 2 * i64::from(self.days) * DAY
+    }
+
+    /// The rotation after one that was done at `now`.
+    pub fn after(self, now: i64) -> Self {
+        let period = i64::from(self.days) * DAY;
+        let missed = (now - self.next).max(0) / period;
+        let next = self.next + (missed + 1) * period;
+        if next - now > period { Rotation::begin(self.days, now) } else { Rotation { next, ..self } }
+    }
+}
+
+impl Embedded {
+    /// EnableKeyRotation: every `days` of [`PERIOD_DAYS`], counted from now.
+    pub fn enable_rotation(&self, key: &str, days: u32) -> Result<(), KmsError> {
+        if !PERIOD_DAYS.contains(&days) {
+            return Err(out_of_range(days, "rotationPeriodInDays", &PERIOD_DAYS));
+        }
+        self.change_key(key, |entry, now| {
+            self.check_rotatable(entry)?;
+            if entry.rotation.as_ref().is_some_and(|rotation| rotation.days == days) {
+                return Ok(entry.clone());
+            }
+            Ok(KeyEntry { rotation: Some(Rotation::begin(days, now.moment.wall)), ..entry.clone() })
+        })
+        .map(drop)
+    }
+
+    /// DisableKeyRotation.
+    pub fn disable_rotation(&self, key: &str) -> Result<(), KmsError> {
+        self.change_key(key, |entry, _| {
+            self.check_rotatable(entry)?;
+            Ok(KeyEntry { rotation: None, ..entry.clone() })
+        })
+        .map(drop)
+    }
+
+    /// GetKeyRotationStatus. A key that waits for deletion is not rotated.
+    pub fn rotation_status(&self, key: &str) -> Result<RotationStatus, KmsError> {
+        self.current(|log| {
+            let entry = log.state().key(key, &self.place)?;
+            entry.check_origin(false, &self.place)?;
+            let rotation = entry.rotation.as_ref().filter(|_| entry.state() != KeyState::PendingDeletion);
+            let automatic = rotation.map(|rotation| (rotation.days, rotation.next));
+            Ok(RotationStatus { key: self.place.key_arn(entry.id), automatic })
+        })
+    }
+
+    /// RotateKeyOnDemand; answers the key's ARN. The rhythm of the automatic rotation stays.
+    pub fn rotate_on_demand(&self, key: &str) -> Result<String, KmsError> {
+        self.store.write(|log, now| {
+            let mut entry = log.state().key(key, &self.place)?.clone();
+            self.check_rotatable(&entry)?;
+            let arn = self.place.key_arn(entry.id);
+            let on_demand = entry.versions.iter().filter(|v| v.rotation == Some(RotationType::OnDemand));
+            if on_demand.count() >= ON_DEMAND_MAX {
+                return Err(KmsError::Other(
+                    Exception::LimitExceeded,
+                    format!("{arn} has been rotated on demand {ON_DEMAND_MAX} times, which is the limit."),
+                ));
+            }
+            entry.versions.push(new_version(log, &entry, now.time, RotationType::OnDemand)?);
+            Ok((vec![Change::Key(entry)], arn))
+        })
+    }
+
+    /// The versions of a key, oldest first.
+    pub fn versions(&self, key: &str) -> Result<Vec<KeyVersion>, KmsError> {
+        self.current(|log| {
+            let entry = log.state().key(key, &self.place)?;
+            let last = entry.versions.last().map(|v| v.id);
+            let version = |v: &VersionEntry| KeyVersion {
+                material: material_id(entry.id, v.id),
+                created: v.created,
+                rotation: v.rotation,
+                current: Some(v.id) == last,
+            };
+            Ok(entry.versions.iter().map(version).collect())
+        })
+    }
+
+    fn check_rotatable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        key.check_alive(&self.place)?;
+        key.check_origin(false, &self.place)?;
+        key.check_usable(&self.place)
+    }
+}
+
+/// A new version of `key`, with new material.
+pub fn new_version(
+    log: &OpenLog,
+    key: &KeyEntry,
+    time: i64,
+    rotation: RotationType,
+) -> Result<VersionEntry, KmsError> {
+    Ok(VersionEntry { rotation: Some(rotation), ..first_version(log, key.id, time)? })
+}
+
+/// The first version of a key.
+pub fn first_version(log: &OpenLog, key: Uuid, time: i64) -> Result<VersionEntry, KmsError> {
+    let id = Uuid::new_v4();
+    let mut material = Material(Zeroizing::new([0; 32]));
+    random(&mut material.0[..])?;
+    let sealed = log.keys().seal(key, id, &material)?;
+    Ok(VersionEntry { id, created: time, rotation: None, sealed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missed_periods_are_one_rotation_and_the_rhythm_stays() {
+        let rotation = Rotation::begin(90, 0);
+        assert!(!rotation.is_due(90 * DAY - 1) && rotation.is_due(90 * DAY));
+        assert_eq!(rotation.clone().after(90 * DAY).next, 180 * DAY);
+        assert_eq!(rotation.clone().after(400 * DAY).next, 450 * DAY);
+        assert_eq!(rotation.after(449 * DAY).next, 450 * DAY);
+    }
+
+    #[test]
+    fn a_clock_that_was_far_ahead_does_not_end_rotation() {
+        let rotation = Rotation::begin(90, 9_000 * DAY);
+        assert!(rotation.is_due(100 * DAY), "the clock is right again");
+        assert_eq!(rotation.after(100 * DAY).next, 190 * DAY);
+    }
+}

@@ -1,0 +1,177 @@
+//! Connections and requests: what may arrive, how much of it, and for how long.
+//!
+//! hyper reads and writes HTTP/1; this bounds it. An answer of AWS's form goes to everything that is HTTP at all.
+
+use super::operations::{self, Request};
+use super::sigv4::{self, Authorization, Signed};
+use super::wire::{Fields, WireError};
+use crate::error::Result;
+use crate::kms::embedded::Embedded;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{HeaderMap, Method, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::Value;
+use std::convert::Infallible;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+use time::OffsetDateTime;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+/// Connections at a time; more wait to be accepted.
+const CONNECTIONS: usize = 256;
+/// Bytes of a request's body: a policy of 32 KiB, escaped, fits several times.
+const BODY_MAX: usize = 256 << 10;
+/// Bytes of a request's line and headers.
+const HEAD_MAX: usize = 32 << 10;
+const HEADERS_MAX: usize = 64;
+/// From the end of one request to the end of the next one's headers.
+const HEAD_TIME: Duration = Duration::from_secs(30);
+/// For a request's body to arrive.
+const BODY_TIME: Duration = Duration::from_secs(15);
+/// After this a connection is closed, between requests.
+const CONNECTION_TIME: Duration = Duration::from_secs(600);
+/// Closing may take so long: a request that is being answered, and a reader who does not read.
+const CLOSING_TIME: Duration = Duration::from_secs(60);
+
+const CONTENT_TYPE: &str = "application/x-amz-json-1.1";
+const TARGET: &str = "TrentService.";
+
+/// Answers the connections that `next` accepts, until it fails for good.
+pub async fn accept<S>(kms: Arc<Embedded>, next: impl AsyncFn() -> std::io::Result<S>) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = room.clone().acquire_owned().await else { return Ok(()) };
+        let stream = match next().await {
+            Ok(stream) => stream,
+            Err(e) => {
+                // A peer that went away again, or too many open files: neither lasts.
+                log::warn!("a connection was not accepted: {e}");
+                if e.kind() != ErrorKind::ConnectionAborted {
+                    sleep(Duration::from_millis(100)).await;
+                }
+                continue;
+            }
+        };
+        let kms = kms.clone();
+        tokio::spawn(async move {
+            connection(kms, stream).await;
+            drop(place);
+        });
+    }
+}
+
+async fn connection<S>(kms: Arc<Embedded>, stream: S)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = service_fn(move |request| {
+        let kms = kms.clone();
+        async move { Ok::<_, Infallible>(respond(kms, request).await) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .max_buf_size(HEAD_MAX)
+        .max_headers(HEADERS_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut served = std::pin::pin!(served);
+    let outcome = match timeout(CONNECTION_TIME, served.as_mut()).await {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            served.as_mut().graceful_shutdown();
+            match timeout(CLOSING_TIME, served).await {
+                Ok(outcome) => outcome,
+                Err(_) => return,
+            }
+        }
+    };
+    if let Err(e) = outcome {
+        log::debug!("a connection ended: {e}");
+    }
+}
+
+async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+    let (head, body) = request.into_parts();
+    let answer = match read(body).await {
+        Ok(body) => {
+            // It waits for the disk and for locks, which must not keep other connections waiting.
+            let answered = tokio::task::spawn_blocking(move || {
+                answer(&kms, &head.method, &head.uri, &head.headers, &body)
+            });
+            answered.await.unwrap_or_else(|_| {
+                Err(WireError::new("KMSInternalException", "The KMS failed; its log says why."))
+            })
+        }
+        Err(e) => Err(e),
+    };
+    let (status, body) = match answer {
+        Ok(Value::Null) => (200, Vec::new()),
+        Ok(value) => (200, value.to_string().into_bytes()),
+        Err(e) => (e.status(), e.body()),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(CONTENT_TYPE));
+    headers.insert(hyper::header::CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
+    if let Ok(id) = Uuid::new_v4().to_string().parse() {
+        headers.insert("x-amzn-requestid", id);
+    }
+    response
+}
+
+async fn read(body: Incoming) -> std::result::Result<Bytes, WireError> {
+    let collected = timeout(BODY_TIME, Limited::new(body, BODY_MAX).collect()).await;
+    let collected = collected.map_err(|_| WireError::serialization("The body did not arrive in time."))?;
+    let collected = collected.map_err(|_| {
+        WireError::serialization(format!("The body is longer than {BODY_MAX} bytes, or was cut off."))
+    })?;
+    Ok(collected.to_bytes())
+}
+
+/// Who asks for what, and the answer.
+fn answer(
+    kms: &Embedded,
+    method: &Method,
+    uri: &hyper::Uri,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> operations::Answer {
+    if method != Method::POST || uri.path() != "/" {
+        return Err(WireError { kind: "UnknownOperationException", message: None });
+    }
+    let headers = texts(headers)?;
+    let signed = Signed {
+        method: method.as_str(),
+        path: uri.path(),
+        query: uri.query().unwrap_or(""),
+        headers: &headers,
+        body,
+    };
+    let authorization = Authorization::of(&signed, &kms.locality().region, OffsetDateTime::now_utc())?;
+    let (caller, secret) = kms.principal_of(&authorization.access_key)?.ok_or_else(sigv4::unrecognized)?;
+    authorization.check(&signed, &secret)?;
+    let operation = signed.header("x-amz-target").and_then(|target| target.strip_prefix(TARGET));
+    let operation = operation.ok_or(WireError { kind: "UnknownOperationException", message: None })?;
+    let fields = Fields::parse(body)?;
+    operations::answer(&Request { kms, caller: &caller, fields }, operation)
+}
+
+/// The headers as texts, names in lower case.
+fn texts(headers: &HeaderMap) -> std::result::Result<Vec<(String, String)>, WireError> {
+    let text = |(name, value): (&hyper::header::HeaderName, &hyper::header::HeaderValue)| {
+        let value = value.to_str().map_err(|_| WireError::serialization("A header is not ASCII."))?;
+        Ok((name.as_str().to_owned(), value.trim().to_owned()))
+    };
+    headers.iter().map(text).collect()
+}

@@ -1,0 +1,88 @@
+//! The embedded KMS on AWS's wire, for boto3, the AWS CLI and every AWS SDK.
+//!
+//! It assumes nothing of who connects: a request is answered when its signature is right, and everything before
+//! that is bounded in size and time. It speaks plain HTTP, so it listens on loopback addresses and Unix sockets
+//! only. It holds no state of its own: ending it at any moment loses nothing that was answered.
+
+mod http;
+mod operations;
+mod sigv4;
+mod wire;
+
+use super::embedded::Embedded;
+use crate::error::{Context, Error, Kind, Result};
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+/// Threads for operations, which wait for the disk.
+const THREADS: usize = 32;
+
+/// Where the server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A loopback address; port 0 is any.
+    Tcp(SocketAddr),
+    /// A Unix socket, made with mode 0600.
+    Unix(PathBuf),
+}
+
+/// Serves `kms` until the process is ended. `ready` hears where, as a URL, once requests are accepted.
+pub fn serve(kms: Embedded, address: &Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+    if let Address::Tcp(address) = address
+        && !address.ip().is_loopback()
+    {
+        return Err(Error::new(
+            Kind::Usage,
+            format!(
+                "{address} is not a loopback address: the KMS speaks plain HTTP, and data keys would pass the network \
+                 in the clear; listen on 127.0.0.1 or a Unix socket, and put a TLS proxy or a tunnel before it"
+            ),
+        ));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(THREADS)
+        .build()
+        .context(|| "start the KMS server")?;
+    runtime.block_on(listen(Arc::new(kms), address, ready))
+}
+
+async fn listen(kms: Arc<Embedded>, address: &Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+    match address {
+        Address::Tcp(address) => {
+            let attempt = || format!("listen on {address}");
+            let listener = TcpListener::bind(address).await.context(attempt)?;
+            ready(&format!("http://{}", listener.local_addr().context(attempt)?))?;
+            http::accept(kms, async || Ok(listener.accept().await?.0)).await
+        }
+        Address::Unix(path) => {
+            let listener = bind(path).await?;
+            ready(&format!("http+unix://{}", path.display()))?;
+            http::accept(kms, async || Ok(listener.accept().await?.0)).await
+        }
+    }
+}
+
+/// Binds a Unix socket. One that nobody listens on any more is replaced.
+async fn bind(path: &Path) -> Result<UnixListener> {
+    let attempt = || format!("listen on {}", path.display());
+    // A file that is no socket refuses connections too, and is not ours to remove.
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if is_socket
+        && let Err(e) = UnixStream::connect(path).await
+        && e.kind() == std::io::ErrorKind::ConnectionRefused
+    {
+        std::fs::remove_file(path).context(attempt)?;
+    }
+    // Nobody but its owner may connect, also in the moment before its mode is set.
+    let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    nix::sys::stat::umask(before);
+    let listener = bound.context(attempt)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).context(attempt)?;
+    Ok(listener)
+}

@@ -1,0 +1,131 @@
+//! The operations of the wire: the fields of a request to calls of the embedded KMS, and its answers to JSON.
+//!
+//! Who asks has been told apart by then. What he may do is decided here: administrators everything, others what
+//! grants let them do.
+
+mod data;
+mod grants;
+mod import;
+mod keys;
+mod notes;
+
+use super::wire::{Fields, WireError};
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::grant_records::GrantOperation;
+use crate::kms::embedded::page::{Page, Piece};
+use crate::kms::embedded::principals::Caller;
+use crate::kms::{EncryptionContext, KmsError};
+use serde_json::{Value, json};
+
+/// A request whose sender is known.
+pub struct Request<'a> {
+    /// The KMS.
+    pub kms: &'a Embedded,
+    /// Who asks.
+    pub caller: &'a Caller,
+    /// What is asked.
+    pub fields: Fields,
+}
+
+/// What is answered; null is an empty body.
+pub type Answer = Result<Value, WireError>;
+
+/// Answers a request for the operation of this name.
+pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
+    match operation {
+        "CreateKey" => keys::create(request),
+        "DescribeKey" => keys::describe(request),
+        "ListKeys" => keys::list(request),
+        "EnableKey" => keys::enable(request),
+        "DisableKey" => keys::disable(request),
+        "ScheduleKeyDeletion" => keys::schedule_deletion(request),
+        "CancelKeyDeletion" => keys::cancel_deletion(request),
+        "UpdateKeyDescription" => keys::update_description(request),
+        "CreateAlias" => keys::create_alias(request),
+        "UpdateAlias" => keys::update_alias(request),
+        "DeleteAlias" => keys::delete_alias(request),
+        "ListAliases" => keys::list_aliases(request),
+        "Encrypt" => data::encrypt(request),
+        "Decrypt" => data::decrypt(request),
+        "ReEncrypt" => data::re_encrypt(request),
+        "GenerateDataKey" => data::generate_data_key(request, true),
+        "GenerateDataKeyWithoutPlaintext" => data::generate_data_key(request, false),
+        "GenerateRandom" => data::generate_random(request),
+        "CreateGrant" => grants::create(request),
+        "ListGrants" => grants::list(request),
+        "ListRetirableGrants" => grants::list_retirable(request),
+        "RetireGrant" => grants::retire(request),
+        "RevokeGrant" => grants::revoke(request),
+        "EnableKeyRotation" => notes::enable_rotation(request),
+        "DisableKeyRotation" => notes::disable_rotation(request),
+        "GetKeyRotationStatus" => notes::rotation_status(request),
+        "RotateKeyOnDemand" => notes::rotate_on_demand(request),
+        "ListKeyRotations" => notes::list_rotations(request),
+        "TagResource" => notes::tag(request),
+        "UntagResource" => notes::untag(request),
+        "ListResourceTags" => notes::list_tags(request),
+        "GetKeyPolicy" => notes::policy(request),
+        "PutKeyPolicy" => notes::put_policy(request),
+        "ListKeyPolicies" => notes::list_policies(request),
+        "GetParametersForImport" => import::parameters(request),
+        "ImportKeyMaterial" => import::import(request),
+        "DeleteImportedKeyMaterial" => import::delete(request),
+        _ => Err(WireError { kind: "UnknownOperationException", message: None }),
+    }
+}
+
+impl Request<'_> {
+    /// Fails unless the caller may do everything.
+    fn admin(&self, action: &str) -> Result<(), WireError> {
+        let key = self.fields.maybe_text("KeyId").unwrap_or_default();
+        Ok(self.kms.check_admin(self.caller, action, key.unwrap_or("*"))?)
+    }
+
+    /// The key of a request that only administrators may make.
+    fn admins_key(&self, action: &str) -> Result<&str, WireError> {
+        self.admin(action)?;
+        self.fields.text("KeyId")
+    }
+
+    /// The key argument, checked to be one that the caller may do `operation` with.
+    fn allowed(
+        &self,
+        operation: GrantOperation,
+        key: &str,
+        context: &EncryptionContext,
+    ) -> Result<String, WireError> {
+        Ok(self.kms.check_allowed(self.caller, operation, key, context)?)
+    }
+
+    fn check_tokens(&self) -> Result<(), WireError> {
+        Ok(self.kms.check_tokens(&self.fields.texts("GrantTokens")?)?)
+    }
+
+    /// Fails, at the end of what would have succeeded, if only that was asked.
+    fn dry_run(&self) -> Result<(), WireError> {
+        if self.fields.flag("DryRun")? { Err(KmsError::dry_run().into()) } else { Ok(()) }
+    }
+
+    fn piece(&self) -> Result<Piece, WireError> {
+        let limit = self.fields.maybe_number("Limit")?;
+        // What does not fit is as wrong as zero is; the list says so in its own words.
+        let limit = limit.map(|limit| u32::try_from(limit).unwrap_or(0));
+        Ok(Piece { limit, marker: self.fields.maybe_text("Marker")?.map(str::to_owned) })
+    }
+}
+
+/// A page as the answer has it: the items under `name`.
+fn paged<T>(name: &str, page: Page<T>, item: impl Fn(T) -> Value) -> Value {
+    let items: Vec<Value> = page.items.into_iter().map(item).collect();
+    let mut answer = json!({ "Truncated": page.next.is_some() });
+    answer[name] = items.into();
+    if let Some(next) = page.next {
+        answer["NextMarker"] = next.into();
+    }
+    answer
+}
+
+/// Milliseconds since 1970 as the wire has it: seconds.
+fn seconds(ms: i64) -> Value {
+    (ms as f64 / 1000.0).into()
+}
