@@ -7,6 +7,7 @@ use common::frontend::block::OK;
 use common::frontend::hostile::{Answer, ask, memory_region, words};
 use common::frontend::{LIMIT, Layout, Options, Request, Session};
 use std::os::fd::AsRawFd;
+use vhost::VhostBackend;
 use vhost::vhost_user::message::FrontendReq as Req;
 
 fn taken(answer: Answer, what: &str) {
@@ -61,5 +62,21 @@ fn a_ring_goes_on_when_its_kick_comes_back() {
         let kick = session.rings[0].kick_fd.as_raw_fd();
         taken(ask(session.raw(), Req::SET_VRING_KICK, &words(&[0]), &[kick]), "a kick");
     }
+    assert_kept(&mut session.rings[0]);
+}
+
+#[test]
+fn an_owner_that_is_reset_can_go_on() {
+    // Deprecated, and back-ends are advised to ignore it; some front-ends send it when they stop.
+    let disk = Disk::attach(&[]);
+    let mut session = disk.open();
+    session.stop().unwrap();
+    session.ask("RESET_OWNER", |f| f.reset_owner()).unwrap();
+    session.rings[0].reset(0);
+    session.start().unwrap();
+    assert_carries(&mut session.rings[0], FREE.start, 4096);
+    session.ask("RESET_OWNER", |f| f.reset_owner()).unwrap();
+    session.enable(false).unwrap();
+    session.enable(true).unwrap();
     assert_kept(&mut session.rings[0]);
 }

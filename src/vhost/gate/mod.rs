@@ -101,6 +101,8 @@ impl Gate {
                 }
                 return Ok(None);
             }
+            // Deprecated. Back-ends are to ignore it; the crate would forget what was agreed.
+            Req::RESET_OWNER => return Ok(None),
             Req::GET_PROTOCOL_FEATURES => return Ok(Some(Message::reply_u64(code, self.offered))),
             Req::SET_PROTOCOL_FEATURES => {
                 self.acked = subset(&message, self.offered)?;
