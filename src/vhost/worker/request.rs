@@ -1,0 +1,54 @@
+//! One chain between being taken and being answered.
+
+use crate::virtio::{Op, Segment};
+use std::io;
+use vm_memory::GuestAddress;
+
+/// A chain that is being served.
+pub(super) struct Request {
+    pub(super) head: u16,
+    pub(super) status: GuestAddress,
+    pub(super) written: u32,
+    pub(super) op: Op,
+    /// Its data runs.
+    pub(super) segments: Vec<Segment>,
+    pub(super) data_len: u64,
+    /// Bytes handed to the store.
+    pub(super) started: u64,
+    /// Operations the store has.
+    pub(super) pieces: u32,
+    /// Whether the volume's limits have let it in.
+    pub(super) admitted: bool,
+    /// Whether it must be durable when it completes.
+    pub(super) durable: bool,
+    /// It is done but for the flush that makes it durable.
+    pub(super) flushing: bool,
+    pub(super) failed: bool,
+}
+
+impl Request {
+    /// A free slot.
+    pub(super) fn new() -> Self {
+        Request {
+            head: 0,
+            status: GuestAddress(0),
+            written: 0,
+            op: Op::Flush,
+            segments: Vec::new(),
+            data_len: 0,
+            started: 0,
+            pieces: 0,
+            admitted: false,
+            durable: false,
+            flushing: false,
+            failed: false,
+        }
+    }
+
+    pub(super) fn fail(&mut self, e: &io::Error) {
+        if !self.failed {
+            log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
+        }
+        self.failed = true;
+    }
+}

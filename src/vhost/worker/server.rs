@@ -1,0 +1,452 @@
+//! Serving a ring: one turn of the loop takes what is available, hands it to the store, waits for the first thing to
+//! happen, finishes what is done, and publishes the used ring once.
+
+use super::in_order::InOrder;
+use super::request::Request;
+use super::{Command, Mailbox, Reply, Setup, Tuning, signal};
+use crate::store::{Buffer, Event, Wait};
+use crate::vhost::dirty::mark_dirty;
+use crate::vhost::poll::BusyPoll;
+use crate::vhost::qos::Qos;
+use crate::virtio::{Op, Status};
+use crate::volume::io::{DiskQueue, GuestData};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use vm_memory::Bytes;
+
+/// What wakes the thread beside completions.
+const WAKE: u32 = 0;
+const KICK: u32 = 1;
+/// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
+/// stops.
+const BATCH: usize = 64;
+/// A ring being served, by the thread that owns everything here.
+pub(super) struct Server {
+    mailbox: Arc<Mailbox>,
+    io: DiskQueue,
+    setup: Setup,
+    requests: Vec<Request>,
+    free: Vec<u16>,
+    /// Requests that wait for buffers or for room in the store's queue, oldest first.
+    stalled: VecDeque<u16>,
+    /// Heads that an earlier back-end took and did not answer, oldest first.
+    resubmit: VecDeque<u16>,
+    /// Heads in flight, one bit each.
+    heads: Vec<u64>,
+    /// Where answers wait for older ones, if they shall go out in order.
+    in_order: Option<InOrder>,
+    poll: BusyPoll,
+    qos: Arc<Qos>,
+    /// The oldest stalled request may not begin before this time is over.
+    throttled: Option<Duration>,
+    /// The driver broke the rules: nothing more is taken until the ring is set up again.
+    broken: bool,
+    /// Who waits for the ring to be drained, and whether the thread ends then.
+    draining: Option<Reply>,
+    exit: bool,
+}
+
+impl Server {
+    pub(super) fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
+        io.watch(WAKE, mailbox.wake.as_raw_fd());
+        io.watch(KICK, setup.kick.as_raw_fd());
+        // An interrupt that died with an earlier back-end would never come again.
+        signal(setup.call.as_ref());
+        let size = setup.ring.size();
+        let mut resubmit = Vec::new();
+        if let Some(inflight) = &mut setup.inflight {
+            resubmit = inflight.recover(setup.ring.position().next_used);
+            setup.ring.skip_in_flight(resubmit.len() as u16);
+            if !resubmit.is_empty() {
+                log::info!(
+                    "{} requests were in flight in an earlier back-end: serving them again",
+                    resubmit.len()
+                );
+            }
+        }
+        Server {
+            mailbox,
+            io,
+            requests: (0..size).map(|_| Request::new()).collect(),
+            free: (0..size).rev().collect(),
+            stalled: VecDeque::new(),
+            resubmit: resubmit.into(),
+            heads: vec![0; usize::from(size).div_ceil(64)],
+            in_order: tuning.in_order.then(|| InOrder::new(size)),
+            poll: BusyPoll::new(tuning.poll),
+            qos: tuning.qos.clone(),
+            throttled: None,
+            broken: false,
+            setup,
+            draining: None,
+            exit: false,
+        }
+    }
+
+    /// Serves until the ring is stopped; answers whether the thread shall end then.
+    pub(super) fn run(mut self) -> io::Result<bool> {
+        loop {
+            self.restart_stalled();
+            let more = self.take_available();
+            self.publish();
+            let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            if let Some(reply) = self.draining.take_if(|_| drained) {
+                let position = self.setup.ring.position();
+                let exit = self.exit;
+                // The guest's memory and the buffers go before anybody hears that they are free.
+                drop(self);
+                let _ = reply.send(Ok(Some(position)));
+                return Ok(exit);
+            }
+            if more {
+                self.io.wait(Wait::Poll)?;
+            } else {
+                self.sleep()?;
+            }
+            while let Some(event) = self.io.next_event() {
+                self.handle(event);
+            }
+            self.publish();
+        }
+    }
+
+    /// Submits what there is and waits for something to do, looking for it a while before sleeping.
+    fn sleep(&mut self) -> io::Result<()> {
+        if let Some(wait) = self.throttled.take() {
+            // Not for long: the limits may change meanwhile.
+            return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
+        }
+        if self.poll.is_on() {
+            self.io.wait(Wait::Poll)?;
+            let may_take = self.may_take();
+            let (io, ring) = (&mut self.io, &self.setup.ring);
+            if self.poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+                return self.io.wait(Wait::Poll);
+            }
+        }
+        if self.kick_missed() {
+            return self.io.wait(Wait::Poll);
+        }
+        self.poll.sleep(|| self.io.wait(Wait::Event))
+    }
+
+    /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
+    fn may_take(&self) -> bool {
+        // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
+        let wanted = self.draining.is_none() || !self.resubmit.is_empty();
+        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
+    }
+
+    /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
+    fn kick_missed(&mut self) -> bool {
+        self.may_take() && self.setup.ring.enable_kicks()
+    }
+
+    /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
+    /// back at once.
+    fn take_available(&mut self) -> bool {
+        if self.may_take() {
+            self.setup.ring.disable_kicks();
+        }
+        for _ in 0..BATCH {
+            if !self.may_take() {
+                return false;
+            }
+            let head = match self.resubmit.pop_front() {
+                Some(head) => head,
+                None => match self.setup.ring.pop() {
+                    Ok(Some(head)) => head,
+                    Ok(None) => return false,
+                    Err(e) => {
+                        self.break_ring(&e.to_string());
+                        return false;
+                    }
+                },
+            };
+            if !self.claim(head) {
+                self.break_ring(&format!("chain {head} is in flight already"));
+                return false;
+            }
+            if let Some(in_order) = &mut self.in_order {
+                in_order.taken(head);
+            }
+            self.begin(head);
+        }
+        true
+    }
+
+    /// Begins with a chain; there is a free slot.
+    fn begin(&mut self, head: u16) {
+        let Some(slot) = self.free.pop() else { return };
+        // On record before anything has an effect.
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.take(head);
+        }
+        let request = &mut self.requests[usize::from(slot)];
+        let Some(parsed) = self.setup.ring.parse(head, self.io.disk().geometry(), &mut request.segments)
+        else {
+            self.free.push(slot);
+            return self.answer(head, 0);
+        };
+        request.head = head;
+        request.status = parsed.status;
+        request.written = parsed.writable;
+        request.data_len = parsed.data_len;
+        request.started = 0;
+        request.pieces = 0;
+        request.admitted = false;
+        request.durable = self.setup.write_through.load(Ordering::Acquire);
+        request.flushing = false;
+        request.failed = false;
+        match parsed.op {
+            Ok(op) => {
+                request.op = op;
+                self.advance(slot);
+            }
+            Err(status) => {
+                // Nothing was moved: no data to mark.
+                request.op = Op::Flush;
+                self.finish(slot, status);
+            }
+        }
+    }
+
+    /// Goes on with requests that lacked something, oldest first.
+    fn restart_stalled(&mut self) {
+        while let Some(slot) = self.stalled.pop_front() {
+            self.advance(slot);
+            // It may have stalled again: then it is the only one at the back that is oldest.
+            if self.stalled.back() == Some(&slot) {
+                self.stalled.rotate_right(1);
+                return;
+            }
+        }
+    }
+
+    /// Hands over as much of a request as there is room for.
+    fn advance(&mut self, slot: u16) {
+        let request = &mut self.requests[usize::from(slot)];
+        // A drain does not wait for the limits.
+        if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
+            if let Err(wait) = self.qos.admit(request.data_len) {
+                self.throttled = Some(wait);
+                return self.stalled.push_back(slot);
+            }
+            request.admitted = true;
+        }
+        match self.requests[usize::from(slot)].op {
+            Op::Read { sector } => self.transfer(slot, sector, false),
+            Op::Write { sector } => self.transfer(slot, sector, true),
+            Op::GetId => self.get_id(slot),
+            _ if !self.io.has_room() => self.stalled.push_back(slot),
+            Op::Flush => match self.io.flush(tag(slot, 0)) {
+                Ok(()) => self.requests[usize::from(slot)].pieces = 1,
+                Err(_) => self.finish(slot, Status::IoErr),
+            },
+            Op::Discard { sector, count } => self.zero(slot, sector, count, false),
+            Op::WriteZeroes { sector, count, unmap } => self.zero(slot, sector, count, !unmap),
+        }
+    }
+
+    fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
+        let request = &mut self.requests[usize::from(slot)];
+        while request.started < request.data_len && !request.failed {
+            let left = request.data_len - request.started;
+            let len = left.min(self.io.max_buffer() as u64) as usize;
+            let Some(buffer) = self.io.alloc(len) else {
+                self.stalled.push_back(slot);
+                return;
+            };
+            let at = request.started;
+            let (tag, sector) = (tag(slot, at), sector + at / 512);
+            request.started += len as u64;
+            if write {
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                match self.io.write(tag, sector, buffer, request.durable, guest) {
+                    Ok(()) => request.pieces += 1,
+                    Err(e) => request.fail(&e),
+                }
+            } else {
+                self.io.read(tag, sector, buffer);
+                request.pieces += 1;
+            }
+        }
+        if request.pieces == 0 {
+            let status = if request.failed { Status::IoErr } else { Status::Ok };
+            self.finish(slot, status);
+        }
+    }
+
+    fn zero(&mut self, slot: u16, sector: u64, count: u32, keep_space: bool) {
+        if count == 0 {
+            return self.finish(slot, Status::Ok);
+        }
+        self.io.zero(tag(slot, 0), sector, u64::from(count), keep_space);
+        self.requests[usize::from(slot)].pieces = 1;
+    }
+
+    fn get_id(&mut self, slot: u16) {
+        let request = &self.requests[usize::from(slot)];
+        let mut id = &self.io.disk().serial()[..];
+        for segment in &request.segments {
+            let n = id.len().min(segment.len as usize);
+            // In guest memory, as `parse` checked.
+            if let Err(e) = self.setup.ring.mem().write_slice(&id[..n], segment.addr) {
+                log::warn!("GET_ID: {e}");
+            }
+            id = &id[n..];
+        }
+        self.finish(slot, Status::Ok);
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Done { tag, buffer, result } => self.complete(tag, buffer, result),
+            Event::Ready { token: WAKE } => self.obey(),
+            // What a kick means is found in the ring.
+            Event::Ready { .. } => {}
+            Event::Unwatched { token } => {
+                log::error!(
+                    "{} can no longer be waited for",
+                    if token == KICK { "a kick" } else { "a command" }
+                );
+                self.break_ring("its kick descriptor failed");
+            }
+        }
+    }
+
+    fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
+        let slot = tag as u16;
+        let at = (tag >> 16) * 512;
+        let request = &mut self.requests[usize::from(slot)];
+        let result = match (request.op, buffer) {
+            (Op::Read { sector }, Some(mut buffer)) => {
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
+                self.io.free(buffer);
+                done
+            }
+            (Op::Flush, _) => self.io.flushed(result),
+            (Op::WriteZeroes { .. }, _) if request.flushing => self.io.flushed(result),
+            (Op::WriteZeroes { .. }, _) if request.durable && result.is_ok() => {
+                request.flushing = true;
+                match self.io.flush(tag) {
+                    Ok(()) => return,
+                    refused => refused,
+                }
+            }
+            (_, Some(buffer)) => {
+                self.io.free(buffer);
+                self.io.written(request.durable, result)
+            }
+            (_, None) => result,
+        };
+        if let Err(e) = result {
+            request.fail(&e);
+        }
+        request.pieces -= 1;
+        // What has more to hand over is in `stalled`, unless it failed there.
+        if request.pieces == 0
+            && (request.failed || request.started == request.data_len || !request.op.moves_data())
+        {
+            let status = if request.failed { Status::IoErr } else { Status::Ok };
+            self.stalled.retain(|&s| s != slot);
+            self.finish(slot, status);
+        }
+    }
+
+    /// Answers a request: data marked, status written, used entry added.
+    fn finish(&mut self, slot: u16, status: Status) {
+        let request = &self.requests[usize::from(slot)];
+        let mem = self.setup.ring.mem();
+        if matches!(request.op, Op::Read { .. } | Op::GetId) {
+            for segment in &request.segments {
+                mark_dirty(mem, segment.addr, u64::from(segment.len));
+            }
+        }
+        // In guest memory, as `parse` checked.
+        if let Err(e) = mem.write_obj(status as u8, request.status) {
+            log::warn!("status byte: {e}");
+        }
+        mark_dirty(mem, request.status, 1);
+        let (head, written) = (request.head, request.written);
+        self.free.push(slot);
+        self.answer(head, written);
+    }
+
+    /// Answers a chain, `written` bytes of it being ours: at once, or when those before it are answered.
+    fn answer(&mut self, head: u16, written: u32) {
+        let Some(mut in_order) = self.in_order.take() else { return self.add_used(head, written) };
+        in_order.done(head, written);
+        while let Some((head, written)) = in_order.next() {
+            self.add_used(head, written);
+        }
+        self.in_order = Some(in_order);
+    }
+
+    fn add_used(&mut self, head: u16, written: u32) {
+        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
+        self.setup.ring.add_used(head, written);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answer(head);
+        }
+    }
+
+    /// Lets the driver see what was answered.
+    fn publish(&mut self) {
+        let Some(interrupt) = self.setup.ring.publish() else { return };
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.published(self.setup.ring.position().next_used);
+        }
+        if interrupt {
+            signal(self.setup.call.as_ref());
+        }
+    }
+
+    /// Executes what is in the mailbox.
+    fn obey(&mut self) {
+        // The count does not matter, and an empty counter is no error.
+        let _ = self.mailbox.wake.read();
+        while let Some((command, reply)) = self.mailbox.take() {
+            match command {
+                Command::Start(_) => drop(reply.send(Err(io::Error::other("a ring is running already")))),
+                Command::SetCall(call) => {
+                    self.setup.call = call;
+                    signal(self.setup.call.as_ref());
+                    let _ = reply.send(Ok(None));
+                }
+                Command::Stop => self.draining = Some(reply),
+                Command::Exit => {
+                    self.exit = true;
+                    self.draining = Some(reply);
+                }
+            }
+        }
+    }
+
+    /// Marks `head` as in flight, unless it is.
+    fn claim(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        let free = self.heads[word] & bit == 0;
+        self.heads[word] |= bit;
+        free
+    }
+
+    /// The driver broke the rules: takes nothing more, and tells the front-end.
+    fn break_ring(&mut self, why: &str) {
+        log::error!("ring stopped until it is set up again: {why}");
+        self.broken = true;
+        signal(self.setup.err.as_ref());
+    }
+}
+
+/// What the store gives back with a completion: the request's slot, and which part of its data it was.
+fn tag(slot: u16, at: u64) -> u64 {
+    u64::from(slot) | (at / 512) << 16
+}
