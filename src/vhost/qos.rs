@@ -36,13 +36,18 @@ impl Qos {
         qos
     }
 
-    /// Puts other limits in force. What was saved up or is owed stays.
+    /// Puts other limits in force. What is owed under the old ones is forgiven: it is a time, which would be wrong
+    /// under the new.
     pub fn set(&self, limits: Limits) {
+        self.set_at(self.begun.elapsed().as_nanos() as u64, limits);
+    }
+
+    fn set_at(&self, now: u64, limits: Limits) {
         // A wait ends a little late: without some credit, every delay would be lost for good.
         let burst = limits.burst.max(MIN_BURST).as_nanos();
         let burst = u64::try_from(burst).unwrap_or(u64::MAX).min(u64::MAX / 4);
-        self.requests.set(limits.iops, burst);
-        self.bytes.set(limits.throughput, burst);
+        self.requests.set(limits.iops, burst, now);
+        self.bytes.set(limits.throughput, burst, now);
     }
 
     /// Lets a request of `bytes` in, or says how long to wait before asking again.
@@ -83,7 +88,8 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn set(&self, rate: u64, burst: u64) {
+    fn set(&self, rate: u64, burst: u64, now: u64) {
+        self.level.fetch_min(now, Ordering::Relaxed);
         self.burst.store(burst, Ordering::Relaxed);
         self.rate.store(rate, Ordering::Relaxed);
     }
@@ -150,10 +156,19 @@ mod tests {
     }
 
     #[test]
+    fn a_debt_under_an_old_limit_is_forgiven() {
+        let qos = Qos::new(Limits { iops: 0, throughput: 1, burst: Duration::ZERO });
+        assert!(qos.admit_at(SECOND, 1 << 30).is_ok());
+        assert!(qos.admit_at(2 * SECOND, 1).is_err());
+        qos.set_at(2 * SECOND, Limits { iops: 0, throughput: 1 << 30, burst: Duration::ZERO });
+        assert!(near(admitted(&qos, 1 << 20, 3, 1), 1024));
+    }
+
+    #[test]
     fn the_stricter_limit_holds_and_limits_can_change() {
         let qos = Qos::new(Limits { iops: 100, throughput: 1 << 30, burst: Duration::ZERO });
         assert!(near(admitted(&qos, 4096, 1, 10), 1000));
-        qos.set(Limits { iops: 1000, throughput: 40_960, burst: Duration::ZERO });
+        qos.set_at(20 * SECOND, Limits { iops: 1000, throughput: 40_960, burst: Duration::ZERO });
         assert!(near(admitted(&qos, 4096, 20, 10), 100));
         qos.set(Limits::default());
         assert_eq!((0..10_000).filter(|_| qos.admit(1 << 20).is_ok()).count(), 10_000);

@@ -108,7 +108,7 @@ impl Server {
                 self.sleep()?;
             }
             while let Some(event) = self.io.next_event() {
-                self.handle(event);
+                self.handle(event)?;
             }
             self.publish();
         }
@@ -304,20 +304,18 @@ impl Server {
         self.finish(slot, Status::Ok);
     }
 
-    fn handle(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) -> io::Result<()> {
         match event {
             Event::Done { tag, buffer, result } => self.complete(tag, buffer, result),
             Event::Ready { token: WAKE } => self.obey(),
             // What a kick means is found in the ring.
             Event::Ready { .. } => {}
-            Event::Unwatched { token } => {
-                log::error!(
-                    "{} can no longer be waited for",
-                    if token == KICK { "a kick" } else { "a command" }
-                );
-                self.break_ring("its kick descriptor failed");
+            Event::Unwatched { token: WAKE } => {
+                return Err(io::Error::other("no command can be heard any more"));
             }
+            Event::Unwatched { .. } => self.break_ring("its kick descriptor cannot be waited for"),
         }
+        Ok(())
     }
 
     fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
