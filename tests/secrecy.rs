@@ -307,7 +307,10 @@ fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
     let place = Place::new(&[]);
     let folder = place.folder();
     let program = folder.join("sealblk");
-    fs::copy(env!("CARGO_BIN_EXE_sealblk"), &program).expect("copy the program to where he can read it");
+    // By another process: a child that another test starts meanwhile would inherit our descriptor, and a file that
+    // somebody has open for writing cannot be executed.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program).status();
+    assert!(copied.expect("start cp").success(), "copy the program to where he can read it");
     give(&folder, NOBODY);
     let his = |program: &Path| {
         let mut command = Command::new(program);
