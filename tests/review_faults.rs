@@ -10,9 +10,9 @@ use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
 use sealblk::vhost::backend::Device;
 use sealblk::vhost::server::{self, Socket, Stop};
 use sealblk::vhost::session::Inlet;
+use sealblk::vhost::tenure::{Serving, Tenure};
 use sealblk::vhost::worker::{Tuning, Worker};
-use sealblk::virtio::Geometry;
-use sealblk::virtio::config_space::ConfigSpace;
+use sealblk::virtio::{Geometry, SharedGeometry};
 use sealblk::volume::image_lock::{Access, ImageLock};
 use sealblk::volume::io::Disk;
 use std::collections::HashMap;
@@ -133,6 +133,21 @@ impl Queue for ScriptedQueue {
     }
 }
 
+/// Nobody else wants the disk.
+struct Always(Arc<Serving>);
+
+impl Tenure for Always {
+    fn claim(&self) -> io::Result<Arc<Serving>> {
+        Ok(self.0.clone())
+    }
+
+    fn rest(&self) {}
+
+    fn vmm_left(&self) -> bool {
+        true
+    }
+}
+
 /// A device of two queues over such a store, served by a thread.
 struct Rig {
     folder: tempfile::TempDir,
@@ -151,15 +166,19 @@ impl Rig {
         let script: Arc<Mutex<Script>> = Arc::default();
         let store = Scripted { store: FileStore::open(&image, false, 512).unwrap(), script: script.clone() };
         let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
-        let disk = Arc::new(Disk::new(geometry, "rig", Box::new(store), None, lock));
+        let geometry = Arc::new(SharedGeometry::new(geometry));
+        let disk = Arc::new(Disk::new(geometry.clone(), "rig", Box::new(store), None, lock));
         let workers = (0..2).map(|n| {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
+        let serving = Serving { workers: workers.collect(), disk: disk.clone() };
         let device = Arc::new(Device {
-            disk: disk.clone(),
-            inlet: Inlet::new(folder.path()).unwrap(),
-            workers: workers.collect(),
-            config: ConfigSpace { geometry, queues: 2, seg_max: 126 },
+            tenure: Arc::new(Always(Arc::new(serving))),
+            geometry,
+            inlet: Inlet::new(folder.path(), "inner").unwrap(),
+            channel: Arc::default(),
+            queues: 2,
+            seg_max: 126,
             queue_size: 256,
             writeback: true.into(),
         });

@@ -6,12 +6,28 @@ use super::input::Input;
 use super::script::{Files, answers, send_all};
 use behind::Behind;
 use sealblk::vhost::gate::{Gate, Limits};
+use sealblk::vhost::tenure::{Serving, Tenure};
 use sealblk::vhost::vring::Rings;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 const LIMITS: Limits = Limits { queues: 3, queue_size: 256 };
+
+/// No ring runs here.
+struct Nobody;
+
+impl Tenure for Nobody {
+    fn claim(&self) -> io::Result<Arc<Serving>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn rest(&self) {}
+
+    fn vmm_left(&self) -> bool {
+        false
+    }
+}
 
 /// A script of messages, sent before the gate looks at the first, so that nobody waits for anybody.
 pub fn run(data: &[u8]) {
@@ -21,8 +37,8 @@ pub fn run(data: &[u8]) {
     let sent = send_all(&ours, &mut Input::new(data), files);
 
     let device = std::thread::spawn(move || Behind::new(behind, LIMITS).serve());
-    let rings = Rings::new(Arc::from([]), Arc::default());
-    let passed = Gate::new(vmm, inner, LIMITS, rings).and_then(|mut gate| gate.run());
+    let rings = Rings::new(Arc::new(Nobody), 0, Arc::default());
+    let passed = Gate::new(vmm, inner, LIMITS, rings, Arc::default()).and_then(|mut gate| gate.run());
     if let Err(panic) = device.join() {
         std::panic::resume_unwind(panic);
     }

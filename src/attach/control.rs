@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// The socket's name in the volume's folder.
 const FILE: &str = "control.sock";
+/// Its name while another process has the volume, and this one waits for it.
+const INCOMING_FILE: &str = "incoming.sock";
 /// The longest line in bytes.
 const MAX_LINE: u64 = 4096;
 /// How long a client may take to say what it wants.
@@ -49,8 +51,27 @@ pub struct Orders {
 
 /// The host process's end.
 pub struct Control {
-    name: SocketName,
+    name: Arc<Name>,
     waiting: Waiting,
+}
+
+/// The socket's name in the volume's folder, while there is one.
+pub struct Name(Mutex<Option<SocketName>>);
+
+impl Name {
+    /// Gives the socket the name under which clients look for who has the volume. An earlier holder's, which has that
+    /// name, is then reached by signals alone.
+    pub fn become_holders(&self) {
+        if let Some(name) = &mut *self.lock()
+            && let Err(e) = name.rename(FILE)
+        {
+            log::error!("the control socket keeps the name {INCOMING_FILE}: {e}; signals still work");
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<SocketName>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The clients that wait for the detach.
@@ -58,23 +79,29 @@ pub struct Control {
 pub struct Waiting(Arc<Mutex<Vec<UnixStream>>>);
 
 impl Control {
-    /// Listens in `folder`, and passes on what clients ask for.
-    pub fn listen(folder: &Path, orders: Orders) -> Result<Self> {
+    /// Listens in `folder`, and passes on what clients ask for. With `incoming`, clients find somebody else there as yet.
+    pub fn listen(folder: &Path, incoming: bool, orders: Orders) -> Result<Self> {
+        let file = if incoming { INCOMING_FILE } else { FILE };
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
-        let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
+        let (listener, name) = in_folder(folder, || socket::listen(Path::new(file)))?;
         let waiting = Waiting::default();
         let register = waiting.clone();
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || serve(&listener, &register, &orders))
             .context(|| "start the control thread")?;
-        Ok(Control { name: name.moved_to(folder), waiting })
+        Ok(Control { name: Arc::new(Name(Mutex::new(Some(name.moved_to(folder))))), waiting })
+    }
+
+    /// The socket's name.
+    pub fn name(&self) -> Arc<Name> {
+        self.name.clone()
     }
 
     /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
     pub fn close(self) -> Waiting {
-        drop(self.name);
+        drop(self.name.lock().take());
         self.waiting
     }
 }

@@ -2,39 +2,42 @@
 //!
 //! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
 //! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things.
+//! has proved right. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the layer
+//! and the threads come last: when the VMM of another process has let go of the volume ([`handover`]).
 
 pub mod control;
+pub mod handover;
 pub mod sandbox;
 pub mod socket;
 pub mod unwrap;
 
 use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, new_cipher};
+use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
+use crate::vhost::gate::Channel;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
 use crate::vhost::session::Inlet;
-use crate::vhost::worker::{Tuning, Worker};
-use crate::virtio::Geometry;
-use crate::virtio::config_space::ConfigSpace;
+use crate::vhost::worker::Tuning;
+use crate::virtio::{Geometry, SECTOR_SIZE, SharedGeometry};
 use crate::volume::image_lock::{self, ImageLock};
 use crate::volume::io::Disk;
-use crate::volume::lock::{Holder, Purpose, VolumeLock};
+use crate::volume::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
 use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders};
+use handover::{Handover, Parts};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
@@ -72,6 +75,8 @@ pub struct Options {
     pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
+    /// Take the volume over from the process that has it, when a VMM starts its rings here.
+    pub incoming: bool,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -104,11 +109,15 @@ pub fn attach(
         Endpoint::Fd(_) => None,
     };
     let holder = Holder::this_process(Purpose::Attach, path.as_deref())?;
-    let lock =
-        VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
+    let folder = catalog.folder(volume);
+    let lock_file = LockFile::open(&folder, volume).map_err(|e| e.context(attempt()))?;
+    let place = Place::take(&lock_file, &holder, options.incoming).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
-    let how = disk.describe();
+    let (opener, how, disk) = match &place {
+        Place::Holder(lock) => Opener::with_disk(catalog, lock, &events, options),
+        Place::Next(_) => Opener::without(catalog, volume, &events, options),
+    }
+    .map_err(|e| e.context(attempt()))?;
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
@@ -117,12 +126,39 @@ pub fn attach(
         detach: Box::new(move || on_detach.stop()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
     };
-    let control = Control::listen(&catalog.folder(volume), orders);
-    let control = control.map_err(|e| e.context(attempt()))?;
-    let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let control = Control::listen(&folder, options.incoming, orders).map_err(|e| e.context(attempt()))?;
+    let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
+    let inlet = Inlet::new(&folder, inlet).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let (geometry, channel, control_name) =
+        (opener.geometry.clone(), Arc::<Channel>::default(), control.name());
+    let parts = Parts {
+        opener,
+        lock_file,
+        holder,
+        queues: options.queues,
+        cpus: options.cpus.clone(),
+        tuning: Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos },
+        channel: channel.clone(),
+        stop: stop.clone(),
+        taken: Box::new(move || control_name.become_holders()),
+    };
+    let handover = match (place, disk) {
+        (Place::Holder(lock), Some(disk)) => Handover::holding(parts, disk, lock),
+        (Place::Next(turn), _) => Ok(Handover::waiting(parts, turn)),
+        (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
+    };
+    let handover = Arc::new(handover.map_err(|e| e.context(attempt()))?);
+    let device = Arc::new(Device {
+        tenure: handover.clone(),
+        geometry,
+        inlet,
+        channel,
+        queues: options.queues,
+        seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
+        queue_size: options.queue_size,
+        writeback: true.into(),
+    });
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -132,57 +168,182 @@ pub fn attach(
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
     stop_on_signals(stop.clone()).context(attempt)?;
-    log::info!("{volume} is attached: {how}");
+    match options.incoming {
+        true => log::info!("{volume} is awaited: {how}"),
+        false => log::info!("{volume} is attached: {how}"),
+    }
     ready(&Attached { volume, how: &how })?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let served = server::serve(&device, socket, &stop);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(name);
-    // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
-    drop(device);
-    let result = served.context(|| format!("serve {volume}"));
-    let result = result.and(disk.flush().context(|| format!("flush {volume}")));
-    drop(disk);
-    let result = match failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
-        None => result,
-    };
+    let (ended, lock) = handover.end();
+    let result = ended.and(served.context(|| format!("serve {volume}")));
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
-    drop(lock);
-    log::info!("{volume} is detached");
+    match lock {
+        Some(lock) => {
+            drop(lock);
+            log::info!("{volume} is detached");
+        }
+        None => log::info!("{volume} is no longer this process's"),
+    }
     waiting.tell(&result);
     result
 }
 
-/// Opens the volume's data, its metadata proved right.
-fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
-    let mut metadata = catalog.load(lock.volume())?;
+/// What this process is to the volume: who has it, or who is to have it next.
+enum Place {
+    Holder(VolumeLock),
+    Next(Turn),
+}
+
+impl Place {
+    fn take(lock_file: &LockFile, holder: &Holder, incoming: bool) -> Result<Self> {
+        if incoming {
+            lock_file.announce().map(Place::Next)
+        } else {
+            lock_file.acquire(holder).map(Place::Holder)
+        }
+    }
+}
+
+/// How the volume is opened, each time that this process gets it: once, unless it is handed over. It keeps the data
+/// keys.
+pub struct Opener {
+    catalog: Catalog,
+    volume: VolumeId,
+    options: Options,
+    deks: Vec<Dek>,
+    geometry: Arc<SharedGeometry>,
+}
+
+/// A layer that nobody else writes.
+struct Layer {
+    store: FileStore,
+    image_lock: ImageLock,
+}
+
+impl Opener {
+    /// Gets the data keys, and opens the volume, which this process has.
+    fn with_disk(
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        events: &EventLog,
+        options: &Options,
+    ) -> Result<(Self, String, Option<Arc<Disk>>)> {
+        let metadata = load(catalog, lock.volume())?;
+        // Before anybody is asked for a key.
+        let layer = open_layer(catalog, &metadata, options)?;
+        let opener = Opener::new(catalog, &metadata, events, options)?;
+        let disk = opener.disk(lock, metadata, layer)?;
+        Ok((opener, disk.describe(), Some(disk)))
+    }
+
+    /// Gets the data keys, and finds out whether the volume could be opened, which another process has.
+    fn without(
+        catalog: &Catalog,
+        volume: VolumeId,
+        events: &EventLog,
+        options: &Options,
+    ) -> Result<(Self, String, Option<Arc<Disk>>)> {
+        let metadata = load(catalog, volume)?;
+        let store = open_store(catalog, &metadata, true)?;
+        let opener = Opener::new(catalog, &metadata, events, options)?;
+        // A volume without a seal gets it from whoever has it first.
+        let _ = metadata.verify(&opener.deks)?;
+        let cipher = opener.cipher(&metadata)?;
+        Ok((opener, Disk::describe_parts(&store, cipher.as_deref()), None))
+    }
+
+    fn new(catalog: &Catalog, metadata: &Metadata, events: &EventLog, options: &Options) -> Result<Self> {
+        let geometry = Geometry {
+            sectors: metadata.size() / SECTOR_SIZE,
+            block_size: metadata.sector_size().bytes(),
+            read_only: options.read_only,
+        };
+        Ok(Opener {
+            catalog: catalog.clone(),
+            volume: metadata.id(),
+            options: options.clone(),
+            deks: unwrap_all(catalog, metadata, events)?,
+            geometry: Arc::new(SharedGeometry::new(geometry)),
+        })
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
+    /// Its shape, as this process knows it.
+    pub fn geometry(&self) -> &SharedGeometry {
+        &self.geometry
+    }
+
+    /// Opens the volume anew, as it is now.
+    ///
+    /// # Errors
+    /// Also if it has changed in a way that a guest or a process that has its data keys cannot follow.
+    pub fn open(&self, lock: &VolumeLock) -> Result<Arc<Disk>> {
+        let metadata = load(&self.catalog, lock.volume())?;
+        let now = self.geometry.now();
+        let (sectors, block_size) = (metadata.size() / SECTOR_SIZE, metadata.sector_size().bytes());
+        if metadata.keys().len() != self.deks.len() || block_size != now.block_size || sectors < now.sectors {
+            let message = "it has got other data keys, or another size; attach it anew";
+            return Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)));
+        }
+        let layer = open_layer(&self.catalog, &metadata, &self.options)?;
+        let disk = self.disk(lock, metadata, layer)?;
+        self.geometry.grow(sectors);
+        Ok(disk)
+    }
+
+    /// The disk, its metadata proved right.
+    fn disk(&self, lock: &VolumeLock, mut metadata: Metadata, layer: Layer) -> Result<Arc<Disk>> {
+        seal(&self.catalog, lock, &mut metadata, &self.deks, &layer.store)?;
+        let cipher = self.cipher(&metadata)?;
+        let serial = self.options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
+        let Layer { store, image_lock } = layer;
+        Ok(Arc::new(Disk::new(self.geometry.clone(), &serial, Box::new(store), cipher, image_lock)))
+    }
+
+    fn cipher(&self, metadata: &Metadata) -> Result<Option<Box<dyn SectorCipher>>> {
+        let Some(key) = metadata.top().key else { return Ok(None) };
+        let unit = DataUnit::from_bytes(metadata.sector_size().bytes() as usize);
+        let unit = unit.unwrap_or_else(|| unreachable!("sector sizes are data units"));
+        new_cipher(self.options.engine, &self.deks[key], unit).map(Some)
+    }
+}
+
+/// The volume's metadata, with layers that are there.
+fn load(catalog: &Catalog, volume: VolumeId) -> Result<Metadata> {
+    let metadata = catalog.load(volume)?;
     catalog.check_layers(&metadata)?;
     if metadata.layers().len() != 1 {
         let message =
             format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
         return Err(Error::new(Kind::Unsupported, message));
     }
-    let layer = catalog.layer_path(metadata.top().id);
+    Ok(metadata)
+}
+
+/// Opens the layer and locks it against QEMU and its tools.
+fn open_layer(catalog: &Catalog, metadata: &Metadata, options: &Options) -> Result<Layer> {
+    let path = catalog.layer_path(metadata.top().id);
     let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-    let image_lock = ImageLock::acquire(&layer, access)?;
-    let block_size = metadata.sector_size().bytes();
-    let store =
-        FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
-    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+    let image_lock = ImageLock::acquire(&path, access)?;
+    Ok(Layer { store: open_store(catalog, metadata, options.read_only)?, image_lock })
+}
+
+/// Opens the layer and finds out whether a queue's thread could use it, for which a guest would be waiting then.
+fn open_store(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<FileStore> {
+    let path = catalog.layer_path(metadata.top().id);
+    let store = FileStore::open(&path, read_only, metadata.sector_size().bytes());
+    let store = store.context(|| path.display().to_string())?;
     store.open_queue(1).map_err(cannot_serve)?;
-    let deks = unwrap_all(catalog, &metadata, events)?;
-    seal(catalog, lock, &mut metadata, &deks, &store)?;
-    let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
-        (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
-        (None, _) => None,
-        (_, None) => unreachable!("sector sizes are data units"),
-    };
-    let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+    Ok(store)
 }
 
 /// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
@@ -223,40 +384,6 @@ fn seal(
         catalog.store(lock, metadata)?;
     }
     Ok(())
-}
-
-fn device(
-    disk: &Arc<Disk>,
-    inlet: Inlet,
-    options: &Options,
-    qos: &Arc<Qos>,
-    stop: &Arc<Stop>,
-    failure: &Arc<Mutex<Option<String>>>,
-) -> Result<Arc<Device>> {
-    let spawn = |index: u16| {
-        let (stop, failure) = (stop.clone(), failure.clone());
-        let index = usize::from(index);
-        let cpu = options.cpus.get(index % options.cpus.len().max(1)).copied();
-        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu, qos: qos.clone() };
-        Worker::spawn(index, disk.clone(), tuning, move |reason| {
-            log::error!("{reason}");
-            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-            stop.stop();
-        })
-    };
-    let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
-    Ok(Arc::new(Device {
-        disk: disk.clone(),
-        inlet,
-        workers: workers.into(),
-        config: ConfigSpace {
-            geometry: *disk.geometry(),
-            queues: options.queues,
-            seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
-        },
-        queue_size: options.queue_size,
-        writeback: true.into(),
-    }))
 }
 
 fn cannot_serve(e: std::io::Error) -> Error {

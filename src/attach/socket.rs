@@ -23,6 +23,14 @@ impl SocketName {
         self.path = folder.join(&self.path);
         self
     }
+
+    /// Gives the socket another name in its folder, instead of whoever has that.
+    pub fn rename(&mut self, name: &str) -> std::io::Result<()> {
+        let path = self.path.with_file_name(name);
+        std::fs::rename(&self.path, &path)?;
+        self.path = path;
+        Ok(())
+    }
 }
 
 impl Drop for SocketName {

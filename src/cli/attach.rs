@@ -60,6 +60,11 @@ pub struct AttachArgs {
     #[arg(long, value_name = "LIST", value_parser = cpus)]
     cpus: Option<Cpus>,
 
+    /// Take the volume over from the process that has it attached, once its VMM has stopped: the destination of a live
+    /// migration, whose VMM waits for it ("-incoming" in QEMU) and connects here.
+    #[arg(long)]
+    incoming: bool,
+
     #[command(flatten)]
     limits: LimitArgs,
 
@@ -141,19 +146,20 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         in_order: args.in_order,
         limits: args.limits.limits(),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
+        incoming: args.incoming,
     };
     attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
         if env.json {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,
-                "State": "attached",
+                "State": if args.incoming { "incoming" } else { "attached" },
                 "SocketPath": args.socket_path,
                 "Access": attached.how,
             }));
         }
         let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
-        output::print(&format!("{} is attached and listens on {at} ({})\n", attached.volume, attached.how))
-            .map(drop)
+        let is = if args.incoming { "is awaited" } else { "is attached" };
+        output::print(&format!("{} {is} and listens on {at} ({})\n", attached.volume, attached.how)).map(drop)
     })
 }
 

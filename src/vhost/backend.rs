@@ -1,12 +1,12 @@
 //! What vhost-user-backend asks of a device: its features, its configuration space, and to take note of changes.
 
-use super::dirty::{DirtyLog, GuestMemory};
-use super::session::Inlet;
+use super::dirty::GuestMemory;
+use super::gate::{Channel, Told};
+use super::session::{Farewell, Inlet};
+use super::tenure::Tenure;
 use super::vring::{Rings, Vring};
-use super::worker::Worker;
 use crate::virtio::config_space::{ConfigSpace, writeback_written};
-use crate::virtio::features;
-use crate::volume::io::Disk;
+use crate::virtio::{SharedGeometry, features};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,19 +17,37 @@ use vmm_sys_util::epoll::EventSet;
 
 /// An attached volume as a virtio device: what lasts from one VMM's connection to the next.
 pub struct Device {
-    /// The volume.
-    pub disk: Arc<Disk>,
+    /// Who may serve the volume, and by which threads.
+    pub tenure: Arc<dyn Tenure>,
+    /// The disk's shape.
+    pub geometry: Arc<SharedGeometry>,
     /// Where sessions get their inner sockets.
     pub inlet: Inlet,
-    /// One thread a queue.
-    pub workers: Arc<[Worker]>,
-    /// What the configuration space shows.
-    pub config: ConfigSpace,
+    /// The connected VMM's own channel.
+    pub channel: Arc<Channel>,
+    /// Request queues that the driver may use, 1..=64.
+    pub queues: u16,
+    /// Most data segments in a request.
+    pub seg_max: u32,
     /// Most entries of a ring: a power of two, 2..=1024.
     pub queue_size: u16,
     /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
     /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
     pub writeback: AtomicBool,
+}
+
+impl Device {
+    /// Makes the capacity that many 512-byte sectors, which must be whole blocks and be there to be written. Requests
+    /// are judged by it from now on, the configuration space shows it, and the VMM is told if one is connected. A
+    /// smaller number than the present changes nothing. Waits for the VMM a few seconds at most.
+    pub fn grow(&self, sectors: u64) -> Told {
+        self.geometry.grow(sectors);
+        self.channel.config_changed()
+    }
+
+    fn config(&self) -> ConfigSpace {
+        ConfigSpace { geometry: self.geometry.now(), queues: self.queues, seg_max: self.seg_max }
+    }
 }
 
 /// The device during one connection.
@@ -42,15 +60,17 @@ struct Session {
     acked: AtomicU64,
     /// What follows for writes from that and the features; the queues' threads look at it.
     write_through: Arc<AtomicBool>,
+    /// What the crate's thread leaves behind for the gate when it ends.
+    farewell: Farewell,
 }
 
 impl Backend {
-    /// A fresh session of `device`.
-    pub fn new(device: Arc<Device>) -> Self {
+    /// A fresh session of `device`. `farewell` comes when the thread ends on which the crate calls.
+    pub fn new(device: Arc<Device>, farewell: Farewell) -> Self {
         // Until features are acknowledged, no driver has promised to flush.
         let write_through = Arc::new(AtomicBool::new(true));
-        let rings = Rings::new(device.workers.clone(), write_through.clone());
-        Backend(Arc::new(Session { device, rings, acked: AtomicU64::new(0), write_through }))
+        let rings = Rings::new(device.tenure.clone(), device.queues.into(), write_through.clone());
+        Backend(Arc::new(Session { device, rings, acked: AtomicU64::new(0), write_through, farewell }))
     }
 
     /// The session's rings.
@@ -72,11 +92,11 @@ impl Session {
 }
 
 impl VhostUserBackend for Backend {
-    type Bitmap = DirtyLog;
+    type Bitmap = ();
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        self.0.device.workers.len()
+        self.0.device.queues.into()
     }
 
     fn max_queue_size(&self) -> usize {
@@ -84,7 +104,9 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        features::offered(self.0.device.config.geometry.read_only)
+        // The first that the gate asks, on the thread that it then relies on.
+        self.0.farewell.at_the_end_of_this_thread();
+        features::offered(self.0.device.geometry.now().read_only)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -111,7 +133,7 @@ impl VhostUserBackend for Backend {
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let writeback = self.0.device.writeback.load(Ordering::Relaxed);
         // An empty answer is the protocol's way to say that the range is not there.
-        self.0.device.config.read(offset, size, writeback).unwrap_or_default()
+        self.0.device.config().read(offset, size, writeback).unwrap_or_default()
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {

@@ -16,5 +16,6 @@ pub mod qos;
 pub mod ring;
 pub mod server;
 pub mod session;
+pub mod tenure;
 pub mod vring;
 pub mod worker;

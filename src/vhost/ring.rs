@@ -3,7 +3,7 @@
 //! virtio-queue keeps the ring's state, checks its addresses and rules its notifications. Entries are read and
 //! written here: the used ring is published once a batch, and a chain may be walked again after a crash.
 
-use super::dirty::{GuestMemory, mark_dirty};
+use super::dirty::{GuestMemory, RingLog};
 use crate::virtio::chain::Chain;
 use crate::virtio::{self, Geometry, Parsed, Segment};
 use std::sync::Arc;
@@ -25,6 +25,7 @@ const USED_ELEMENT: u64 = 8;
 pub struct Ring {
     mem: Arc<GuestMemory>,
     queue: Queue,
+    log: RingLog,
     /// Used index that the driver has seen; the queue's `next_used` runs ahead of it within a batch.
     published: u16,
     event_idx: bool,
@@ -40,20 +41,25 @@ pub struct Position {
 }
 
 impl Ring {
-    /// A ring over `queue`, which is ready and knows its addresses and positions. `None` if they are not valid
-    /// in `mem`.
-    pub fn new(mem: Arc<GuestMemory>, queue: Queue) -> Option<Self> {
+    /// A ring over `queue`, which is ready and knows its addresses and positions; what is written goes into `log`.
+    /// `None` if the addresses are not valid in `mem`.
+    pub fn new(mem: Arc<GuestMemory>, queue: Queue, log: RingLog) -> Option<Self> {
         let wraps =
             [queue.desc_table(), queue.avail_ring(), queue.used_ring()].iter().any(|&a| a > u64::MAX >> 1);
         if wraps || !queue.is_valid(&*mem) {
             return None;
         }
-        Some(Ring { published: queue.next_used(), event_idx: queue.event_idx_enabled(), mem, queue })
+        Some(Ring { published: queue.next_used(), event_idx: queue.event_idx_enabled(), mem, queue, log })
     }
 
     /// Guest memory, as the front-end gave it when the ring started.
     pub fn mem(&self) -> &Arc<GuestMemory> {
         &self.mem
+    }
+
+    /// Says that `len` bytes of guest memory at `addr` were written.
+    pub fn mark_dirty(&self, addr: GuestAddress, len: u64) {
+        self.log.mark(addr.0, len);
     }
 
     /// Number of entries.
@@ -121,7 +127,7 @@ impl Ring {
         if let Err(e) = self.mem.write_obj(element.to_le(), addr) {
             log::error!("used ring at {:#x}: {e}", addr.0);
         }
-        mark_dirty(&self.mem, addr, USED_ELEMENT);
+        self.log.mark_used(at, USED_ELEMENT);
         self.queue.set_next_used(next.wrapping_add(1));
     }
 
@@ -141,7 +147,7 @@ impl Ring {
         if let Err(e) = self.mem.store(new.to_le(), idx, Ordering::Release) {
             log::error!("used ring index at {:#x}: {e}", idx.0);
         }
-        mark_dirty(&self.mem, idx, 2);
+        self.log.mark_used(2, 2);
         self.published = new;
         // The index must be visible before we read whether the driver sleeps (virtio 1.3, 2.7.13.3).
         fence(Ordering::SeqCst);
@@ -163,19 +169,15 @@ impl Ring {
     /// Asks the driver to kick for the next chain; answers whether one is there already.
     pub fn enable_kicks(&mut self) -> bool {
         let there = self.queue.enable_notification(&*self.mem).unwrap_or(false);
-        let (addr, len) = if self.event_idx {
-            (USED_HEADER + USED_ELEMENT * u64::from(self.queue.size()), 2)
-        } else {
-            (0, 2)
-        };
-        mark_dirty(&self.mem, GuestAddress(self.queue.used_ring()).unchecked_add(addr), len);
+        let at = if self.event_idx { USED_HEADER + USED_ELEMENT * u64::from(self.queue.size()) } else { 0 };
+        self.log.mark_used(at, 2);
         there
     }
 
     /// Asks the driver not to kick. Without effect under EVENT_IDX, where one kick is all that comes.
     pub fn disable_kicks(&mut self) {
         if !self.event_idx && self.queue.disable_notification(&*self.mem).is_ok() {
-            mark_dirty(&self.mem, GuestAddress(self.queue.used_ring()), 2);
+            self.log.mark_used(0, 2);
         }
     }
 }

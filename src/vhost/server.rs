@@ -44,7 +44,8 @@ impl Stop {
         }
     }
 
-    fn is_stopped(&self) -> bool {
+    /// Whether it was.
+    pub fn is_stopped(&self) -> bool {
         self.stopped.load(std::sync::atomic::Ordering::SeqCst)
     }
 
@@ -60,7 +61,7 @@ impl Stop {
     }
 }
 
-/// Serves VMMs until [`Stop::stop`], or until the only one has left.
+/// Serves VMMs until [`Stop::stop`], until the only one has left, or until another process has the volume.
 pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()> {
     match socket {
         Socket::Connected(vmm) => one(device, vmm, stop),
@@ -69,7 +70,12 @@ pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()
             while !stop.is_stopped() {
                 wait_readable([listener.as_fd(), stop.event.as_fd()])?;
                 match listener.accept() {
-                    Ok((vmm, _)) => one(device, vmm, stop)?,
+                    Ok((vmm, _)) => {
+                        one(device, vmm, stop)?;
+                        if !device.tenure.vmm_left() {
+                            return Ok(());
+                        }
+                    }
                     Err(e) if is_passing(&e) => {}
                     Err(e) => return Err(e),
                 }

@@ -3,6 +3,7 @@
 use super::backend::{Backend, Device};
 use super::dirty::GuestMemory;
 use super::gate::{Gate, Limits};
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Shutdown;
@@ -18,30 +19,56 @@ use vm_memory::GuestMemoryAtomic;
 /// Serves the VMM on `vmm` until it leaves (`Ok`), is refused, or the socket is shut down by somebody else.
 /// When this returns, every request is drained, and nothing of the guest's is mapped any more.
 pub fn serve(device: &Arc<Device>, vmm: UnixStream) -> io::Result<()> {
-    let backend = Backend::new(device.clone());
+    let inner = device.inlet.connect()?;
+    let backend = Backend::new(device.clone(), Farewell(inner.try_clone()?));
     let rings = backend.rings().clone();
-    let result = converse(device, backend, vmm);
+    let result = converse(device, backend, vmm, &inner);
+    device.channel.close();
     // Rings and what they belong to hold one another: also after an error this is what lets go of them.
     rings.end();
     result
 }
 
-fn converse(device: &Device, backend: Backend, vmm: UnixStream) -> io::Result<()> {
+fn converse(device: &Device, backend: Backend, vmm: UnixStream, inner: &UnixStream) -> io::Result<()> {
     let rings = backend.rings().clone();
     let memory = GuestMemoryAtomic::new(GuestMemory::new());
     let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
     let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
-    let inner = device.inlet.connect()?;
-    let for_gate = inner.try_clone()?;
     daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
-    let limits = Limits { queues: device.workers.len() as u64, queue_size: u32::from(device.queue_size) };
-    let result = Gate::new(vmm, for_gate, limits, rings).and_then(|mut gate| gate.run());
+    let limits = Limits { queues: device.queues.into(), queue_size: device.queue_size.into() };
+    let gate = Gate::new(vmm, inner.try_clone()?, limits, rings, device.channel.clone());
+    let result = gate.and_then(|mut gate| gate.run());
     // The crate's thread ends with its socket; how it puts that does not matter.
     let _ = inner.shutdown(Shutdown::Both);
     if let Err(e) = daemon.wait() {
         log::debug!("the session's thread ended: {e}");
     }
     result
+}
+
+/// Ends the gate's connection to the crate together with the crate's thread. A thread that panics leaves its own end of
+/// it open, and the gate would wait for an answer for ever.
+pub struct Farewell(UnixStream);
+
+thread_local! {
+    static FAREWELL: RefCell<Option<Farewell>> = const { RefCell::new(None) };
+}
+
+impl Farewell {
+    /// This is the thread.
+    pub fn at_the_end_of_this_thread(&self) {
+        FAREWELL.with_borrow_mut(|farewell| {
+            if farewell.is_none() {
+                *farewell = self.0.try_clone().ok().map(Farewell);
+            }
+        });
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
 }
 
 /// Where connected pairs of sockets come from, one end of which the crate gets out of a listener: it takes nothing
@@ -53,14 +80,14 @@ pub struct Inlet {
 }
 
 impl Inlet {
-    /// A listener that had its name in `folder`, which must be this process's alone, for a moment.
-    pub fn new(folder: &Path) -> io::Result<Self> {
+    /// A listener that had the name `name` in `folder`, which must be nobody else's, for a moment.
+    pub fn new(folder: &Path, name: &str) -> io::Result<Self> {
         let open = |flags, path: &Path| {
             OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW | flags).open(path)
         };
         // By way of the folder's descriptor, since the name of a socket is at most 107 bytes long.
         let folder = open(libc::O_DIRECTORY, folder)?;
-        let name = by_descriptor(&folder) + "/inner.sock";
+        let name = format!("{}/{name}", by_descriptor(&folder));
         let _ = std::fs::remove_file(&name);
         let listener = UnixListener::bind(&name)?;
         let file = open(0, name.as_ref());
@@ -91,6 +118,20 @@ mod tests {
     use std::io::{Read, Write};
 
     #[test]
+    fn a_thread_that_panics_ends_the_connection_that_it_was_to_serve() {
+        let (mut gate, crates) = UnixStream::pair().unwrap();
+        // Kept open all the time, as the crate does.
+        let farewell = Farewell(gate.try_clone().unwrap());
+        let served = |crash: bool| {
+            farewell.at_the_end_of_this_thread();
+            assert!(!crash, "on purpose");
+        };
+        assert!(std::thread::scope(|scope| scope.spawn(|| served(true)).join()).is_err());
+        assert_eq!(gate.read(&mut [0]).unwrap(), 0);
+        drop(crates);
+    }
+
+    #[test]
     fn pairs_come_without_a_name_however_long_the_path() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("x".repeat(200));
@@ -98,7 +139,7 @@ mod tests {
         // A process that was killed between the two steps left its name.
         drop(UnixListener::bind(dir.path().join("inner.sock")).unwrap());
         std::fs::rename(dir.path().join("inner.sock"), folder.join("inner.sock")).unwrap();
-        let inlet = Inlet::new(&folder).unwrap();
+        let inlet = Inlet::new(&folder, "inner.sock").unwrap();
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
         drop(inlet.connect().unwrap());
         for n in 0..3 {

@@ -4,9 +4,10 @@
 //! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
 //! crate's own event loop has no part in this: it runs without threads.
 
-use super::dirty::GuestMemory;
+use super::dirty::{DirtyLog, GuestMemory, RingLog};
 use super::inflight::Inflight;
 use super::ring::Ring;
+use super::tenure::{Serving, Tenure};
 use super::worker::{Setup, Worker};
 use std::cell::RefCell;
 use std::fs::File;
@@ -23,12 +24,19 @@ type Memory = GuestMemoryAtomic<GuestMemory>;
 /// The rings of one session. The crate makes them one by one and tells them nothing but the memory, so they
 /// find their queue's thread through [`Rings::while_current`].
 pub struct Rings {
-    workers: Arc<[Worker]>,
+    tenure: Arc<dyn Tenure>,
+    /// How many there may be.
+    queues: usize,
+    /// What runs them, once the first has started.
+    serving: Mutex<Option<Arc<Serving>>>,
     /// Whether writes must be durable at completion.
     write_through: Arc<AtomicBool>,
     /// Where the front-end wants chains in flight to be noted.
     inflight: Mutex<Option<Arc<Inflight>>>,
+    log: Arc<DirtyLog>,
     made: Mutex<Vec<Vring>>,
+    /// Why a ring that was to run does not, since somebody asked last.
+    failure: Mutex<Option<io::Error>>,
 }
 
 thread_local! {
@@ -36,9 +44,18 @@ thread_local! {
 }
 
 impl Rings {
-    /// No rings yet, for these threads.
-    pub fn new(workers: Arc<[Worker]>, write_through: Arc<AtomicBool>) -> Arc<Self> {
-        Arc::new(Rings { workers, write_through, inflight: Mutex::default(), made: Mutex::default() })
+    /// No rings yet; up to `queues` of them.
+    pub fn new(tenure: Arc<dyn Tenure>, queues: usize, write_through: Arc<AtomicBool>) -> Arc<Self> {
+        Arc::new(Rings {
+            tenure,
+            queues,
+            serving: Mutex::default(),
+            write_through,
+            inflight: Mutex::default(),
+            log: Arc::default(),
+            made: Mutex::default(),
+            failure: Mutex::default(),
+        })
     }
 
     /// Runs `make` on this thread; the vrings that the crate makes in it are ours.
@@ -54,6 +71,41 @@ impl Rings {
         *lock(&self.inflight) = Some(inflight);
     }
 
+    /// Where the guest's memory that we write is logged.
+    pub fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    /// Logs what ring `index` writes into its used ring at guest address `at`, or not at all.
+    pub fn log_used(&self, index: usize, at: Option<u64>) {
+        if let Some(vring) = lock(&self.made).get(index) {
+            vring.log.set_used(at);
+        }
+    }
+
+    /// Returns when everything that was written before logging changed is in guest memory, and everything that is
+    /// written from now on is logged as it was said last.
+    pub fn settle(&self) -> io::Result<()> {
+        if !self.log.is_active() {
+            return Ok(());
+        }
+        let Some(serving) = lock(&self.serving).clone() else { return Ok(()) };
+        serving.workers.iter().try_for_each(Worker::sync)
+    }
+
+    /// Whether a ring runs.
+    pub fn any_runs(&self) -> bool {
+        lock(&self.made).iter().any(Vring::is_running)
+    }
+
+    /// Whether every ring that was to run does.
+    ///
+    /// # Errors
+    /// Why one does not. It is told once.
+    pub fn check(&self) -> io::Result<()> {
+        lock(&self.failure).take().map_or(Ok(()), Err)
+    }
+
     /// Drains every running ring and starts every ring that can run now, for new memory.
     pub fn restart(&self) {
         for vring in &*lock(&self.made) {
@@ -66,6 +118,22 @@ impl Rings {
         for vring in std::mem::take(&mut *lock(&self.made)) {
             vring.stop();
         }
+        self.rest_if_idle();
+    }
+
+    fn claim(&self) -> io::Result<Arc<Serving>> {
+        let mut serving = lock(&self.serving);
+        if let Some(serving) = &*serving {
+            return Ok(serving.clone());
+        }
+        Ok(serving.insert(self.tenure.claim()?).clone())
+    }
+
+    /// Lets another process have the volume if no ring runs.
+    fn rest_if_idle(&self) {
+        if !self.any_runs() && lock(&self.serving).take().is_some() {
+            self.tenure.rest();
+        }
     }
 }
 
@@ -75,7 +143,10 @@ struct Seat {
     kick: Option<File>,
     call: Option<File>,
     err: Option<File>,
-    running: bool,
+    /// What runs the ring, while it does.
+    running: Option<Arc<Serving>>,
+    /// It was running until its addresses were given anew just now.
+    moving: bool,
 }
 
 /// One ring, from the crate's side.
@@ -86,65 +157,63 @@ pub struct Vring {
     /// The crate's own state. Its kick is a descriptor that nobody signals: it only says that there is one.
     state: VringMutex<Memory>,
     mem: Memory,
+    log: RingLog,
     seat: Arc<Mutex<Seat>>,
 }
 
 impl Vring {
     /// Starts, or leaves alone, according to the state: a ring runs while it is ready, enabled and has a kick.
     fn start_if_due(&self) {
+        if let Err(e) = self.try_start() {
+            log::error!("ring {} does not run: {e}", self.index);
+            // The crate has no place for an answer: the gate asks for it.
+            let e = io::Error::new(e.kind(), format!("ring {}: {e}", self.index));
+            lock(&self.rings.failure).get_or_insert(e);
+        }
+    }
+
+    fn try_start(&self) -> io::Result<()> {
         let mut seat = lock(&self.seat);
         let state = self.state.get_ref();
-        if seat.running || !state.is_enabled() || !state.get_queue().ready() {
-            return;
+        if seat.running.is_some() || !state.is_enabled() || !state.get_queue().ready() {
+            return Ok(());
         }
-        let Some(kick) = seat.kick.as_ref() else { return };
-        let queue = match Queue::try_from(state.get_queue().state()) {
-            Ok(queue) => queue,
-            Err(e) => return log::error!("ring {}: {e}", self.index),
-        };
+        let Some(kick) = seat.kick.as_ref() else { return Ok(()) };
+        let queue = Queue::try_from(state.get_queue().state()).map_err(io::Error::other)?;
         // Front-ends enable rings that they never set up; a ring without addresses just does not run.
         if queue.desc_table() == 0 && queue.avail_ring() == 0 {
-            return;
+            return Ok(());
         }
-        let Some(ring) = Ring::new(self.mem.memory().into_inner(), queue) else {
-            return log::error!("ring {}: its addresses are not in guest memory", self.index);
+        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
+        // Before the ring is looked at: where it stands is true once nobody else serves the volume.
+        let serving = self.rings.claim()?;
+        let ring = Ring::new(self.mem.memory().into_inner(), queue, self.log.clone());
+        let ring = ring.ok_or_else(|| invalid("its addresses are not in guest memory"))?;
+        let inflight = lock(&self.rings.inflight).clone();
+        let inflight = match inflight.map(|region| region.queue(self.index, ring.size())) {
+            Some(None) => return Err(invalid("it does not fit the in-flight region")),
+            part => part.flatten().map(|part| part.for_unanswered(ring.unanswered())),
         };
-        let inflight =
-            lock(&self.rings.inflight).as_ref().map(|region| region.queue(self.index, ring.size()));
-        let inflight = inflight.map(|part| part.map(|part| part.for_unanswered(ring.unanswered())));
-        if matches!(inflight, Some(None)) {
-            return log::error!("ring {}: it does not fit the in-flight region", self.index);
-        }
-        let copies = || -> io::Result<Setup> {
-            let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
-            Ok(Setup {
-                ring,
-                kick: kick.try_clone()?,
-                call: copy(&seat.call)?,
-                err: copy(&seat.err)?,
-                write_through: self.rings.write_through.clone(),
-                inflight: inflight.flatten(),
-            })
+        let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+        let setup = Setup {
+            ring,
+            kick: kick.try_clone()?,
+            call: copy(&seat.call)?,
+            err: copy(&seat.err)?,
+            write_through: self.rings.write_through.clone(),
+            inflight,
         };
-        match copies() {
-            Ok(setup) => match self.rings.workers[self.index].start(setup) {
-                Ok(()) => {
-                    seat.running = true;
-                    log::debug!("ring {} runs", self.index);
-                }
-                Err(e) => log::error!("ring {} cannot be served: {e}", self.index),
-            },
-            Err(e) => log::error!("ring {}: {e}", self.index),
-        }
+        serving.workers[self.index].start(setup)?;
+        seat.running = Some(serving);
+        log::debug!("ring {} runs", self.index);
+        Ok(())
     }
 
     /// Drains and stops; the positions go back into the crate's state. Answers whether it was running.
     fn stop(&self) -> bool {
         let mut seat = lock(&self.seat);
-        if !std::mem::take(&mut seat.running) {
-            return false;
-        }
-        match self.rings.workers[self.index].stop() {
+        let Some(serving) = seat.running.take() else { return false };
+        match serving.workers[self.index].stop() {
             Ok(Some(position)) => {
                 let mut state = self.state.get_mut();
                 state.get_queue_mut().set_next_avail(position.next_avail);
@@ -157,10 +226,22 @@ impl Vring {
         true
     }
 
+    /// The VMM wants it stopped: if it was the last, another process may have the volume.
+    fn stop_for_good(&self) {
+        self.stop();
+        self.rings.rest_if_idle();
+    }
+
     /// Starts it even if it did not run: it may have stopped when its memory went, which is back now.
     fn restart(&self) {
         self.stop();
-        self.start_if_due();
+        if let Err(e) = self.try_start() {
+            log::warn!("ring {} does not run until its memory is back: {e}", self.index);
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        lock(&self.seat).running.is_some()
     }
 }
 
@@ -178,10 +259,11 @@ impl VringT<Memory> for Vring {
         let state = VringMutex::new(mem.clone(), max_queue_size)?;
         let mut made = lock(&rings.made);
         let index = made.len();
-        if index >= rings.workers.len() {
+        if index >= rings.queues {
             return Err(Error::QueueNotReady);
         }
-        let vring = Vring { index, rings: rings.clone(), state, mem, seat: Arc::default() };
+        let log = RingLog::new(rings.log.clone());
+        let vring = Vring { index, rings: rings.clone(), state, mem, log, seat: Arc::default() };
         made.push(vring.clone());
         Ok(vring)
     }
@@ -221,14 +303,24 @@ impl VringT<Memory> for Vring {
         if enabled {
             self.start_if_due();
         } else {
-            self.stop();
+            self.stop_for_good();
         }
     }
 
-    /// Stops a running ring: migration gives rings their addresses again while they run. It goes on with
-    /// [`VringT::set_queue_next_used`], which the crate calls right after.
+    /// Migration gives running rings their addresses again, to say that they are logged: those run on. A ring that
+    /// moves stops, and goes on with [`VringT::set_queue_next_used`], which the crate calls right after.
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
-        self.stop();
+        if self.is_running() {
+            let state = self.state.get_ref();
+            let queue = state.get_queue();
+            if (queue.desc_table(), queue.avail_ring(), queue.used_ring())
+                == (desc_table, avail_ring, used_ring)
+            {
+                return Ok(());
+            }
+        }
+        let moving = self.stop();
+        lock(&self.seat).moving = moving;
         self.state.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
@@ -244,8 +336,12 @@ impl VringT<Memory> for Vring {
         }
     }
 
+    /// `idx` is what the crate found in guest memory. A ring that runs, or was running, knows better.
     fn set_queue_next_used(&self, idx: u16) {
-        self.state.set_queue_next_used(idx);
+        let live = std::mem::take(&mut lock(&self.seat).moving) || self.is_running();
+        if !live {
+            self.state.set_queue_next_used(idx);
+        }
         self.start_if_due();
     }
 
@@ -277,7 +373,7 @@ impl VringT<Memory> for Vring {
         if ready {
             self.start_if_due();
         } else {
-            self.stop();
+            self.stop_for_good();
         }
     }
 
@@ -297,13 +393,10 @@ impl VringT<Memory> for Vring {
     fn set_call(&self, file: Option<File>) {
         let mut seat = lock(&self.seat);
         seat.call = file;
-        if seat.running {
-            let copy = seat.call.as_ref().map(File::try_clone).transpose();
-            if let Err(e) = copy.and_then(|call| self.rings.workers[self.index].set_call(call)) {
-                log::error!("ring {}: {e}", self.index);
-            }
-        } else {
-            super::worker::signal(seat.call.as_ref());
+        let Some(serving) = &seat.running else { return super::worker::signal(seat.call.as_ref()) };
+        let copy = seat.call.as_ref().map(File::try_clone).transpose();
+        if let Err(e) = copy.and_then(|call| serving.workers[self.index].set_call(call)) {
+            log::error!("ring {}: {e}", self.index);
         }
     }
 

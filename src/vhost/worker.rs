@@ -59,6 +59,7 @@ pub struct Setup {
 enum Command {
     Start(Box<Setup>),
     SetCall(Option<File>),
+    Sync,
     Stop,
     Exit,
 }
@@ -157,6 +158,12 @@ impl Worker {
         self.mailbox.post(Command::Stop)
     }
 
+    /// Returns when whatever the thread writes is decided by what is true now, and what it wrote before is there for
+    /// everybody to see.
+    pub fn sync(&self) -> io::Result<()> {
+        self.mailbox.post(Command::Sync).map(drop)
+    }
+
     /// Replaces the call descriptor of the running ring, and signals the new one once.
     pub fn set_call(&self, call: Option<File>) -> io::Result<()> {
         self.mailbox.post(Command::SetCall(call)).map(drop)
@@ -194,7 +201,7 @@ fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io:
                     Err(e) => drop(reply.send(Err(e))),
                 }
             }
-            Command::SetCall(_) | Command::Stop => drop(reply.send(Ok(None))),
+            Command::SetCall(_) | Command::Sync | Command::Stop => drop(reply.send(Ok(None))),
             Command::Exit => {
                 let _ = reply.send(Ok(None));
                 return Ok(());

@@ -12,6 +12,8 @@ pub mod request;
 
 pub use request::{Op, Parsed, Segment, Status, parse};
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// Bytes in the unit in which virtio-blk counts sectors, whatever the device's logical block size.
 pub const SECTOR_SIZE: u64 = 512;
 
@@ -41,5 +43,30 @@ impl Geometry {
         sector & mask == 0
             && count & mask == 0
             && sector.checked_add(count).is_some_and(|end| end <= self.sectors)
+    }
+}
+
+/// A [`Geometry`] whose capacity may grow while the disk is in use.
+#[derive(Debug)]
+pub struct SharedGeometry {
+    first: Geometry,
+    sectors: AtomicU64,
+}
+
+impl SharedGeometry {
+    /// With that to begin with.
+    pub fn new(geometry: Geometry) -> Self {
+        SharedGeometry { first: geometry, sectors: AtomicU64::new(geometry.sectors) }
+    }
+
+    /// The shape at this moment. A request is judged by one look at it.
+    pub fn now(&self) -> Geometry {
+        Geometry { sectors: self.sectors.load(Ordering::Acquire), ..self.first }
+    }
+
+    /// Makes the capacity that many sectors, which must be whole blocks. It never shrinks: a smaller number changes
+    /// nothing. Answers whether it grew.
+    pub fn grow(&self, sectors: u64) -> bool {
+        self.sectors.fetch_max(sectors, Ordering::AcqRel) < sectors
     }
 }

@@ -10,7 +10,7 @@ use super::image_lock::ImageLock;
 use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
 use crate::virtio::request::ID_BYTES;
-use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
+use crate::virtio::{Geometry, SECTOR_SIZE, Segment, SharedGeometry};
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -22,7 +22,9 @@ const SECTOR: usize = SECTOR_SIZE as usize;
 
 /// An attached volume, as its queues see it.
 pub struct Disk {
-    geometry: Geometry,
+    geometry: Arc<SharedGeometry>,
+    /// Bytes in a data unit of the cipher; the geometry's, which does not change.
+    block_size: u32,
     serial: [u8; ID_BYTES],
     store: Box<dyn Store>,
     cipher: Option<Box<dyn SectorCipher>>,
@@ -35,7 +37,7 @@ pub struct Disk {
 impl Disk {
     /// A disk over `store`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as virtio has it.
     pub fn new(
-        geometry: Geometry,
+        geometry: Arc<SharedGeometry>,
         serial: &str,
         store: Box<dyn Store>,
         cipher: Option<Box<dyn SectorCipher>>,
@@ -46,6 +48,7 @@ impl Disk {
             *to = from;
         }
         Disk {
+            block_size: geometry.now().block_size,
             geometry,
             serial: id,
             store,
@@ -55,9 +58,9 @@ impl Disk {
         }
     }
 
-    /// Its shape.
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    /// Its shape at this moment.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry.now()
     }
 
     /// The serial, padded with zero bytes.
@@ -67,9 +70,13 @@ impl Disk {
 
     /// How it is reached and by which cipher engine, for the log.
     pub fn describe(&self) -> String {
-        let engine =
-            self.cipher.as_ref().map_or("not encrypted".into(), |c| format!("XTS engine {}", c.engine()));
-        format!("{}; {engine}", self.store.caps().access)
+        Self::describe_parts(self.store.as_ref(), self.cipher.as_deref())
+    }
+
+    /// The same for a disk that is not made yet.
+    pub fn describe_parts(store: &dyn Store, cipher: Option<&dyn SectorCipher>) -> String {
+        let engine = cipher.map_or("not encrypted".into(), |c| format!("XTS engine {}", c.engine()));
+        format!("{}; {engine}", store.caps().access)
     }
 
     /// This thread's way to the disk, for at most `depth` operations at a time.
@@ -137,7 +144,7 @@ impl DiskQueue {
         let Some(bytes) = self.queue.in_memory(sector * SECTOR_SIZE, len as usize) else { return Ok(false) };
         match &self.disk.cipher {
             Some(cipher) => {
-                let block = self.disk.geometry.block_size as usize;
+                let block = self.disk.block_size as usize;
                 let direct = !may_have_holes(&bytes)
                     && guest.in_whole_blocks(bytes.len(), block, Permissions::Write)?;
                 if direct {
@@ -172,7 +179,7 @@ impl DiskQueue {
     {
         let bytes = self.queue.bytes(&mut buffer);
         let taken = match &self.disk.cipher {
-            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
+            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.block_size),
             None => guest.copy_into(bytes),
         };
         if let Err(e) = taken {
@@ -191,7 +198,7 @@ impl DiskQueue {
     {
         let bytes = self.queue.bytes(buffer);
         match &self.disk.cipher {
-            Some(cipher) => guest.decrypt_from(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
+            Some(cipher) => guest.decrypt_from(cipher.as_ref(), bytes, sector, self.disk.block_size),
             None => guest.copy_from(bytes),
         }
     }

@@ -1,4 +1,5 @@
-//! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder.
+//! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who is to have
+//! it next, in a live migration: another such lock, beside the first.
 //!
 //! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
 //! says who it is, for the reader of an error; without the lock it means nothing. The file is never replaced:
@@ -12,12 +13,18 @@ use nix::fcntl::{FcntlArg, fcntl};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The file's name in the volume's folder.
 pub const FILE: &str = "lock";
+/// Bytes of the file, from its beginning, whose lock says who has the volume.
+const HELD: i64 = 1 << 62;
+/// The byte whose lock says that a process waits to have it.
+const AWAITED: i64 = HELD;
+/// The most bytes of the file that are read.
+const MAX_HOLDER: usize = 64 << 10;
 
 /// What a volume is held for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,57 +94,134 @@ pub enum Held {
     Unknown,
 }
 
+/// A volume's lock file, open. By itself it holds nothing.
+#[derive(Clone, Debug)]
+pub struct LockFile {
+    file: Arc<File>,
+    path: PathBuf,
+    volume: VolumeId,
+}
+
+impl LockFile {
+    /// Opens that of the volume whose folder is `folder`.
+    pub fn open(folder: &Path, volume: VolumeId) -> Result<Self> {
+        let path = folder.join(FILE);
+        // Create: the folder of a volume that was copied by hand may lack the file.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(&path).context(|| format!("lock {}", path.display()))?;
+        Ok(LockFile { file: Arc::new(file), path, volume })
+    }
+
+    /// Takes the volume.
+    ///
+    /// # Errors
+    /// `Busy`, naming the process that has it, or because another is to have it next; `NotFound` if the volume was
+    /// deleted meanwhile.
+    pub fn acquire(&self, holder: &Holder) -> Result<VolumeLock> {
+        let lock = self.acquire_awaited(holder)?;
+        if self.is_awaited()? {
+            let hint = "detach it where \"sealblk attach --incoming\" waits for it, or let its VMM start";
+            return Err(Error::new(
+                Kind::Busy,
+                format!("{} is about to be handed over; {hint}", self.volume),
+            ));
+        }
+        Ok(lock)
+    }
+
+    /// The same for who is to have it next, and for who has let go of it and wants it back.
+    ///
+    /// # Errors
+    /// As [`LockFile::acquire`], but for the second.
+    pub fn acquire_awaited(&self, holder: &Holder) -> Result<VolumeLock> {
+        let attempt = || format!("lock {}", self.path.display());
+        if !self.lock(&held(libc::F_WRLCK)).context(attempt)? {
+            return Err(busy(self.volume, &query_file(&self.file).context(attempt)?));
+        }
+        let lock = VolumeLock { file: self.clone() };
+        if !same_file(&self.file, &self.path).context(attempt)? {
+            return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
+        }
+        let text = serde_json::to_vec(holder).expect("strings and numbers");
+        if let Err(e) = self.file.set_len(0).and_then(|()| self.file.write_all_at(&text, 0)) {
+            // The lock holds all the same, and on a full disk a volume must still be deleted.
+            log::warn!("{}: {e}", self.path.display());
+        }
+        Ok(lock)
+    }
+
+    /// Announces that this process is to have the volume next. It takes nothing from who has it now.
+    ///
+    /// # Errors
+    /// `Busy` if another process is to have it next.
+    pub fn announce(&self) -> Result<Turn> {
+        if !self.lock(&awaited(libc::F_WRLCK)).context(|| format!("lock {}", self.path.display()))? {
+            let message = format!("another process waits for {} already; end that first", self.volume);
+            return Err(Error::new(Kind::Busy, message));
+        }
+        Ok(Turn(self.clone()))
+    }
+
+    /// Whether another process has announced itself.
+    pub fn is_awaited(&self) -> Result<bool> {
+        let mut lock = awaited(libc::F_RDLCK);
+        fcntl(&*self.file, FcntlArg::F_OFD_GETLK(&mut lock))
+            .context(|| format!("look at {}", self.path.display()))?;
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    }
+
+    /// Takes a lock on the file; `false` if somebody has it.
+    fn lock(&self, lock: &libc::flock) -> Result<bool> {
+        match fcntl(&*self.file, FcntlArg::F_OFD_SETLK(lock)) {
+            Ok(_) => Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn unlock(&self, lock: &libc::flock) {
+        // Unlocking fails for no reason that closing would not see to.
+        let _ = fcntl(&*self.file, FcntlArg::F_OFD_SETLK(lock));
+    }
+}
+
 /// A volume that this process has. Proof, for whoever wants it, that no other process has it.
 #[derive(Debug)]
 pub struct VolumeLock {
-    file: File,
-    volume: VolumeId,
+    file: LockFile,
 }
 
 impl VolumeLock {
     /// Takes the volume whose folder is `folder`.
     ///
     /// # Errors
-    /// `Busy`, naming the process that has it; `NotFound` if the volume was deleted meanwhile.
+    /// As [`LockFile::acquire`].
     pub fn acquire(folder: &Path, volume: VolumeId, holder: &Holder) -> Result<Self> {
-        let path = folder.join(FILE);
-        let attempt = || format!("lock {}", path.display());
-        // Create: the folder of a volume that was copied by hand may lack the file.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .context(attempt)?;
-        match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))) {
-            Ok(_) => {}
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(busy(volume, &query(folder)?)),
-            Err(e) => return Err(Error::from(e).context(attempt())),
-        }
-        if !same_file(&file, &path).context(attempt)? {
-            return Err(Error::new(Kind::NotFound, format!("{volume} was deleted just now")));
-        }
-        let text = serde_json::to_vec(holder).expect("strings and numbers");
-        if let Err(e) = file.set_len(0).and_then(|()| file.write_all(&text)) {
-            // The lock holds all the same, and on a full disk a volume must still be deleted.
-            log::warn!("{}: {e}", path.display());
-        }
-        Ok(VolumeLock { file, volume })
+        LockFile::open(folder, volume)?.acquire(holder)
     }
 
     /// The volume.
     pub fn volume(&self) -> VolumeId {
-        self.volume
+        self.file.volume
     }
 }
 
 impl Drop for VolumeLock {
     fn drop(&mut self) {
         // For whoever looks at the file by hand.
-        let _ = self.file.set_len(0);
-        unlock(&self.file);
+        let _ = self.file.file.set_len(0);
+        self.file.unlock(&held(libc::F_UNLCK));
+    }
+}
+
+/// The place of who is to have a volume next, until this is dropped.
+#[derive(Debug)]
+pub struct Turn(LockFile);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.unlock(&awaited(libc::F_UNLCK));
     }
 }
 
@@ -150,16 +234,20 @@ pub fn query(folder: &Path) -> Result<Held> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Held::Free),
         Err(e) => return Err(Error::from(e).context(attempt())),
     };
+    query_file(&file).context(attempt)
+}
+
+fn query_file(file: &File) -> Result<Held> {
     // A read lock suffices to ask: a holder has a write lock.
-    let mut lock = whole_file(libc::F_RDLCK);
-    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock)).context(attempt)?;
+    let mut lock = held(libc::F_RDLCK);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     if i32::from(lock.l_type) == libc::F_UNLCK {
         return Ok(Held::Free);
     }
-    let mut text = Vec::new();
-    file.take(64 << 10).read_to_end(&mut text).context(attempt)?;
+    let mut text = vec![0; MAX_HOLDER];
+    let len = file.read_at(&mut text, 0)?;
     // Between taking the lock and writing, the file says who had it before.
-    let holder = serde_json::from_slice(&text).ok().filter(Holder::is_alive);
+    let holder = serde_json::from_slice(&text[..len]).ok().filter(Holder::is_alive);
     Ok(holder.map_or(Held::Unknown, Held::By))
 }
 
@@ -178,9 +266,14 @@ pub fn busy(volume: VolumeId, held: &Held) -> Error {
     Error::new(Kind::Busy, message + &hint)
 }
 
-/// A lock of `kind` on all bytes that a file has or will have.
-fn whole_file(kind: i32) -> libc::flock {
-    byte_range(kind, 0, 0)
+/// A lock of `kind` on what says who has the volume.
+fn held(kind: i32) -> libc::flock {
+    byte_range(kind, 0, HELD)
+}
+
+/// A lock of `kind` on what says that somebody is to have it next.
+fn awaited(kind: i32) -> libc::flock {
+    byte_range(kind, AWAITED, 1)
 }
 
 /// A lock of `kind` on `len` bytes from `start`; a `len` of 0 is to the end, wherever that will be.
@@ -199,7 +292,7 @@ pub(super) fn byte_range(kind: i32, start: i64, len: i64) -> libc::flock {
 /// started still has a copy of the descriptor.
 pub(super) fn unlock(file: &File) {
     // Unlocking fails for no reason that closing, which follows, would not see to.
-    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_UNLCK)));
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&byte_range(libc::F_UNLCK, 0, 0)));
 }
 
 fn same_file(file: &File, path: &Path) -> std::io::Result<bool> {
@@ -270,6 +363,52 @@ mod tests {
             assert!(e.kind() == Kind::Busy && e.to_string().contains("another process"), "{e}");
         }
         drop(lock);
+    }
+
+    #[test]
+    fn who_waits_for_a_volume_takes_nothing_and_is_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let open = || LockFile::open(dir.path(), id).unwrap();
+        let (source, next) = (open(), open());
+        let lock = source.acquire(&attach(None)).unwrap();
+        assert!(!source.is_awaited().unwrap());
+        let turn = next.announce().unwrap();
+        assert!(source.is_awaited().unwrap() && !next.is_awaited().unwrap());
+        assert_eq!(open().announce().unwrap_err().kind(), Kind::Busy);
+        assert_eq!(next.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        drop(lock);
+        assert_eq!(query(dir.path()).unwrap(), Held::Free, "who waits does not hold");
+        let e = open().acquire(&attach(None)).unwrap_err();
+        assert!(e.kind() == Kind::Busy && e.to_string().contains("about to be handed over"), "{e}");
+        assert_eq!(query(dir.path()).unwrap(), Held::Free, "a refused attempt leaves nothing");
+        drop(source.acquire_awaited(&attach(None)).unwrap());
+        let lock = next.acquire(&attach(None)).unwrap();
+        drop(turn);
+        assert!(
+            matches!(query(dir.path()).unwrap(), Held::By(_)),
+            "the one lock does not take the other along"
+        );
+        assert!(!source.is_awaited().unwrap());
+        assert_eq!(source.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        let _again = source.announce().unwrap();
+        drop(lock);
+        assert!(next.is_awaited().unwrap());
+        assert!(source.acquire(&attach(None)).is_ok());
+    }
+
+    #[test]
+    fn a_lock_of_the_whole_file_excludes_everybody() {
+        // As versions before this one took it.
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let (old, new) = (LockFile::open(dir.path(), id).unwrap(), LockFile::open(dir.path(), id).unwrap());
+        assert!(old.lock(&byte_range(libc::F_WRLCK, 0, 0)).unwrap());
+        assert_eq!(new.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(query(dir.path()).unwrap(), Held::Unknown);
+        old.unlock(&byte_range(libc::F_UNLCK, 0, 0));
+        let _lock = new.acquire(&attach(None)).unwrap();
+        assert!(!old.lock(&byte_range(libc::F_WRLCK, 0, 0)).unwrap());
     }
 
     #[test]

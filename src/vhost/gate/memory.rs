@@ -72,6 +72,11 @@ impl MemoryTable {
         )
     }
 
+    /// The first guest address behind all regions; 0 without any.
+    pub fn end(&self) -> u64 {
+        self.0.iter().map(|r| r.guest + r.size).max().unwrap_or(0)
+    }
+
     fn insert(&mut self, region: Region, file: &OwnedFd) -> io::Result<()> {
         if self.0.len() == MAX_REGIONS {
             return Err(invalid(format!("more than {MAX_REGIONS} memory regions")));

@@ -4,19 +4,19 @@
 //! little-endian words (request, flags, size), a body of `size` bytes, and descriptors that travel with the
 //! header.
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use std::io::{self, IoSlice, IoSliceMut};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 /// Protocol version in the flags' low bits.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// The flags' reply bit.
-const REPLY: u32 = 1 << 2;
+pub const REPLY: u32 = 1 << 2;
 /// The flags' bit by which the sender asks for an answer even to a message that has none.
-const NEED_REPLY: u32 = 1 << 3;
+pub const NEED_REPLY: u32 = 1 << 3;
 /// Bytes in the header.
-const HEADER: usize = 12;
+pub const HEADER: usize = 12;
 /// The largest body of any message that we take.
 pub const MAX_BODY: usize = 4096 - HEADER;
 /// The most descriptors of one message.
@@ -24,6 +24,9 @@ pub const MAX_FDS: usize = 32;
 /// The most that the kernel passes at once. There is room for all of them: a truncated control message would leave
 /// descriptors open that nobody knows.
 const KERNEL_MAX_FDS: usize = 253;
+/// Room for them in a control message, with its header, in words of 8 bytes.
+const CONTROL_WORDS: usize =
+    size_of::<libc::cmsghdr>() / 8 + (KERNEL_MAX_FDS * size_of::<RawFd>()).div_ceil(8);
 
 /// One message.
 #[derive(Debug)]
@@ -82,9 +85,8 @@ impl Message {
         if !receive_exact(socket, &mut header, &mut fds, true)? {
             return Ok(None);
         }
-        let word =
-            |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        let (request, flags, size) = (word(0), word(4), word(8) as usize);
+        let [request, flags, size] = [0, 4, 8].map(|at| word_at(&header, at));
+        let size = size as usize;
         if flags & 0x3 != VERSION || flags & !(0x3 | REPLY | NEED_REPLY) != 0 {
             return Err(invalid(format!("message {request}: flags {flags:#x}")));
         }
@@ -143,31 +145,60 @@ fn receive_exact(
 ) -> io::Result<bool> {
     let mut filled = 0;
     while filled < buffer.len() {
-        let mut space = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
-        let mut data = [IoSliceMut::new(&mut buffer[filled..])];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = match recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags) {
-            Ok(received) => received,
-            Err(nix::Error::EINTR) => continue,
-            Err(e) => return Err(e.into()),
+        let (count, truncated) = match receive_some(socket, &mut buffer[filled..], fds) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            received => received?,
         };
-        let truncated = received.flags.contains(MsgFlags::MSG_CTRUNC);
-        for control in received.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(new) = control {
-                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
-                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
+        if truncated {
+            return Err(invalid("descriptors that this process has no room for".into()));
         }
-        if truncated || fds.len() > MAX_FDS {
+        if fds.len() > MAX_FDS {
             return Err(invalid("more descriptors than any message has".into()));
         }
-        match received.bytes {
+        match count {
             0 if filled == 0 && may_end => return Ok(false),
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             n => filled += n,
         }
     }
     Ok(true)
+}
+
+/// Reads what there is, and takes over all descriptors that the kernel made for us: at the limit of open files it makes
+/// a part of them, and says that the rest is cut off. Answers the number of bytes, and whether descriptors were lost.
+fn receive_some(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<(usize, bool)> {
+    let mut space = [0u64; CONTROL_WORDS];
+    let mut data = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all zeros are a valid value of this structure of numbers and pointers.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut data;
+    header.msg_iovlen = 1;
+    header.msg_control = space.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&space);
+    // SAFETY: the header leads to `buffer` and `space`, with their lengths; both live longer than the call.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    let Ok(count) = usize::try_from(count) else { return Err(io::Error::last_os_error()) };
+    // SAFETY: the kernel filled in the header and what it leads to; the macros stay inside `msg_controllen` bytes of
+    // `space`, which is aligned for control messages. The descriptors in them were just made for us; nobody else
+    // knows them.
+    unsafe {
+        let mut control = libc::CMSG_FIRSTHDR(&raw const header);
+        while let Some(found) = control.as_ref() {
+            if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let bytes = found.cmsg_len - libc::CMSG_LEN(0) as usize;
+                let first = libc::CMSG_DATA(control).cast::<RawFd>();
+                let new = (0..bytes / size_of::<RawFd>()).map(|i| first.add(i).read_unaligned());
+                fds.extend(new.map(|fd| OwnedFd::from_raw_fd(fd)));
+            }
+            control = libc::CMSG_NXTHDR(&raw const header, control);
+        }
+    }
+    Ok((count, header.msg_flags & libc::MSG_CTRUNC != 0))
+}
+
+/// The 32-bit number at byte `at` of a header.
+pub fn word_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// An error about what the peer sent.
@@ -178,6 +209,7 @@ pub fn invalid(what: String) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use std::fs::File;
     use std::io::Write;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -245,6 +277,34 @@ mod tests {
             theirs.send_with_fds(&[&bytes(1, VERSION, &[])[..]], &vec![file.as_raw_fd(); count]).unwrap();
             assert!(Message::receive(&ours).is_err());
             assert_eq!(open_on(&file), 1, "of {count} descriptors");
+        }
+    }
+
+    #[test]
+    fn descriptors_beyond_the_limit_of_open_files_are_no_leak() {
+        // The limit is the process's, whose other tests must not meet it: a child of its own does this.
+        const CHILD: &str = "SEALBLK_TEST_FEW_FILES";
+        if std::env::var_os(CHILD).is_none() {
+            let name = "vhost::gate::message::tests::descriptors_beyond_the_limit_of_open_files_are_no_leak";
+            let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+            let done = test.args(["--exact", name, "--nocapture"]).env(CHILD, "1").output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            return;
+        }
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        // Up to this number all are taken.
+        let spare: Vec<File> = (0..64).map(|_| file.try_clone().unwrap()).collect();
+        let taken = spare.iter().map(AsRawFd::as_raw_fd).max().unwrap() as u64 + 1;
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        for room in [0, 1, 7] {
+            theirs.send_with_fds(&[&bytes(1, VERSION, &[])[..]], &[file.as_raw_fd(); 8]).unwrap();
+            let set = |n| setrlimit(Resource::RLIMIT_NOFILE, n, most);
+            set(taken + room).unwrap();
+            let received = Message::receive(&ours);
+            set(most).unwrap();
+            assert_eq!(received.unwrap_err().kind(), io::ErrorKind::InvalidData, "room for {room}");
+            assert_eq!(open_on(&file), 65, "room for {room}");
         }
     }
 

@@ -4,19 +4,37 @@
 //! its answer comes back before the next is read. What is malformed or unsafe ends the connection before the
 //! crate sees it. The gate assumes nothing of the VMM, and knows nothing of rings beyond their numbers.
 
+mod channel;
 mod memory;
 mod message;
+mod shape;
+mod state;
 
+pub use channel::{Channel, Told};
+
+use super::dirty::Bitmap;
 use super::inflight::{Description, Inflight};
 use super::vring::Rings;
 use memory::MemoryTable;
 use message::{Message, invalid};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
+use shape::{Shape, has_answer};
+use state::Transfer;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
+
+/// VHOST_F_LOG_ALL among the virtio features: guest memory that we write is to be logged.
+const LOG_ALL: u64 = 1 << 26;
+/// VHOST_VRING_F_LOG among the flags of SET_VRING_ADDR: the used ring is to be logged.
+const LOG_USED: u32 = 1;
+/// What the gate serves by itself.
+const OURS: Protocol = Protocol::INFLIGHT_SHMFD
+    .union(Protocol::BACKEND_REQ)
+    .union(Protocol::LOG_SHMFD)
+    .union(Protocol::DEVICE_STATE);
 
 /// The VMM's message said more or less than it may; or the socket failed.
 type Result<T> = io::Result<T>;
@@ -41,20 +59,31 @@ pub struct Gate {
     offered: u64,
     acked: u64,
     memory: MemoryTable,
+    transfer: Transfer,
     rings: Arc<Rings>,
+    channel: Arc<Channel>,
 }
 
 impl Gate {
     /// A gate between the VMM on one socket and the crate on the other. Agrees with the crate on everything it
-    /// offers, so that from then on every message gets an answer. What the gate serves itself goes to `rings`.
-    pub fn new(vmm: UnixStream, inner: UnixStream, limits: Limits, rings: Arc<Rings>) -> Result<Self> {
-        let memory = MemoryTable::default();
-        let mut gate = Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory, rings };
+    /// offers, so that from then on every message gets an answer. What the gate serves itself goes to `rings` and, where
+    /// the VMM gives a channel to speak to it, to `channel`.
+    pub fn new(
+        vmm: UnixStream,
+        inner: UnixStream,
+        limits: Limits,
+        rings: Arc<Rings>,
+        channel: Arc<Channel>,
+    ) -> Result<Self> {
+        let (memory, transfer) = (MemoryTable::default(), Transfer::default());
+        let mut gate =
+            Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory, transfer, rings, channel };
         gate.features = gate.ask_u64(Req::GET_FEATURES)?;
         let inner = gate.ask_u64(Req::GET_PROTOCOL_FEATURES)?;
         let all = Message::request(Req::SET_PROTOCOL_FEATURES as u32, inner.to_ne_bytes().to_vec());
         accepted(&gate.forward(all)?)?;
-        gate.offered = inner | Protocol::INFLIGHT_SHMFD.bits();
+        gate.offered = inner | OURS.bits();
+        gate.features |= LOG_ALL;
         Ok(gate)
     }
 
@@ -91,7 +120,8 @@ impl Gate {
         let Ok(request) = Req::try_from(code) else {
             return Err(invalid(format!("unknown request {code}")));
         };
-        self.check_shape(request, &message)?;
+        let shape = Shape::of(request).ok_or_else(|| invalid("not offered".into()))?;
+        shape.check(&message, self.acked, &self.limits)?;
         match request {
             Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
             // A front-end that re-adds a device on its connection claims it again, and gives all its memory anew.
@@ -113,9 +143,29 @@ impl Gate {
                 self.take_inflight(message)?;
                 return Ok(None);
             }
-            Req::SET_FEATURES => drop(subset(&message, self.features)?),
-            Req::SET_MEM_TABLE => self.memory.set(&message)?,
-            Req::ADD_MEM_REG => self.memory.add(&message)?,
+            Req::SET_FEATURES => return self.set_features(message).map(|()| None),
+            Req::SET_LOG_BASE => return self.set_log_base(message).map(Some),
+            Req::SET_VRING_ADDR => return self.set_addresses(message).map(|()| None),
+            Req::SET_BACKEND_REQ_FD => {
+                let socket = message.fds.pop().ok_or_else(|| invalid("no descriptor".into()))?;
+                self.channel.open(socket, self.acked & Protocol::REPLY_ACK.bits() != 0)?;
+                return Ok(None);
+            }
+            Req::SET_DEVICE_STATE_FD => {
+                let running = self.rings.any_runs();
+                return Ok(Some(Message::reply_u64(code, self.transfer.begin(&mut message, running))));
+            }
+            Req::CHECK_DEVICE_STATE => {
+                return Ok(Some(Message::reply_u64(code, self.transfer.check())));
+            }
+            Req::SET_MEM_TABLE => {
+                self.memory.set(&message)?;
+                self.check_log()?;
+            }
+            Req::ADD_MEM_REG => {
+                self.memory.add(&message)?;
+                self.check_log()?;
+            }
             Req::REM_MEM_REG => {
                 self.memory.remove(&message)?;
                 // Old front-ends send a descriptor along, which is to be closed unused.
@@ -154,7 +204,6 @@ impl Gate {
         body.extend(given.offset.to_ne_bytes());
         body.extend(given.queues.to_ne_bytes());
         body.extend(given.queue_size.to_ne_bytes());
-        // Some have the structure with padding at its end, some without.
         body.resize(message.body.len(), 0);
         let fds = vec![given.create()?];
         Ok(Message { fds, ..Message::reply(message.request, body) })
@@ -170,7 +219,62 @@ impl Gate {
         Ok(())
     }
 
+    /// The crate never hears of logging: it would not stop it again, nor log what is added later.
+    fn set_features(&mut self, mut message: Message) -> Result<()> {
+        let features = subset(&message, self.features)?;
+        message.body = (features & !LOG_ALL).to_ne_bytes().to_vec();
+        accepted(&self.forward(message)?)?;
+        self.rings.log().set_wanted(features & LOG_ALL != 0);
+        self.rings.settle()
+    }
+
+    /// Takes the bitmap of pages that we write. The answer has the message's own body.
+    fn set_log_base(&self, mut message: Message) -> Result<Message> {
+        let (Some(size), Some(offset)) = (message.u64_at(0), message.u64_at(8)) else {
+            return Err(invalid("cut short".into()));
+        };
+        let fd = message.fds.pop().ok_or_else(|| invalid("no descriptor".into()))?;
+        let bitmap = Bitmap::map(fd, offset, size)?;
+        if !bitmap.covers(self.memory.end()) {
+            return Err(invalid(format!("the log of {size} bytes does not cover all memory")));
+        }
+        self.rings.log().set_bitmap(bitmap);
+        self.rings.settle()?;
+        Ok(Message::reply(message.request, message.body))
+    }
+
+    /// Every address of the guest's must have its bit.
+    fn check_log(&self) -> Result<()> {
+        if self.rings.log().covers(self.memory.end()) {
+            return Ok(());
+        }
+        Err(invalid("the dirty log does not cover this memory".into()))
+    }
+
+    /// The addresses of a ring, and whether and where its used ring is logged.
+    fn set_addresses(&mut self, message: Message) -> Result<()> {
+        let (Some(queue), Some(flags), Some(log)) =
+            (message.u32_at(0), message.u32_at(4), message.u64_at(32))
+        else {
+            return Err(invalid("cut short".into()));
+        };
+        if flags & !LOG_USED != 0 {
+            return Err(invalid(format!("flags {flags:#x}")));
+        }
+        let logged = (flags & LOG_USED != 0).then_some(log);
+        if logged.is_some_and(|log| log >= self.memory.end()) {
+            return Err(invalid(format!("the used ring's log address {log:#x} is not in guest memory")));
+        }
+        accepted(&self.forward(message)?)?;
+        self.rings.log_used(queue as usize, logged);
+        self.rings.settle()
+    }
+
     fn inflight_of(&self, message: &Message) -> Result<Description> {
+        // Some have the structure with padding at its end, some without.
+        if ![20, 24].contains(&message.body.len()) {
+            return Err(invalid(format!("a body of {} bytes", message.body.len())));
+        }
         let word = message.u32_at(16).unwrap_or(0);
         let (queues, queue_size) = if cfg!(target_endian = "little") {
             (word as u16, (word >> 16) as u16)
@@ -187,36 +291,15 @@ impl Gate {
         Ok(Description { size, offset, queues, queue_size })
     }
 
-    /// Sizes, numbers of descriptors, queue numbers, and features that a request needs.
-    fn check_shape(&self, request: Req, message: &Message) -> Result<()> {
-        let shape = Shape::of(request).ok_or_else(|| invalid("not offered".into()))?;
-        if shape.needs.bits() & !self.acked != 0 {
-            return Err(invalid("its protocol feature was not acknowledged".into()));
-        }
-        let sizes = shape.body;
-        if !sizes.contains(&message.body.len()) {
-            return Err(invalid(format!("a body of {} bytes", message.body.len())));
-        }
-        if message.fds.len() > shape.fds {
-            return Err(invalid(format!("{} descriptors", message.fds.len())));
-        }
-        if shape.queue {
-            // Kick, call and err carry flags above the queue's number, the others a word of their own.
-            let queue = u64::from(message.u32_at(0).unwrap_or(u32::MAX))
-                & if shape.fds > 0 { 0xff } else { u64::MAX };
-            if queue >= self.limits.queues {
-                return Err(invalid(format!("queue {queue} of {}", self.limits.queues)));
-            }
-        }
-        Ok(())
-    }
-
     /// Hands a message to the crate and waits for its answer.
     fn forward(&mut self, message: Message) -> Result<Message> {
         let request = message.request;
         let message = message.with_need_reply();
         message.send(&self.inner)?;
-        match Message::receive(&self.inner)? {
+        let answer = Message::receive(&self.inner)?;
+        // The crate cannot say it: a ring that was to run now does not.
+        self.rings.check()?;
+        match answer {
             Some(answer) if answer.answers(request) => Ok(answer),
             Some(answer) => Err(invalid(format!("answered by {}", request_name(answer.request)))),
             None => Err(invalid("refused".into())),
@@ -227,58 +310,6 @@ impl Gate {
         let answer = self.forward(Message::request(request as u32, Vec::new()))?;
         answer.u64_at(0).ok_or_else(|| invalid(format!("{}: short answer", request_name(request as u32))))
     }
-}
-
-/// What a request looks like.
-struct Shape {
-    /// Bytes of its body.
-    body: std::ops::RangeInclusive<usize>,
-    /// Most descriptors.
-    fds: usize,
-    /// Whether it begins with a queue's number.
-    queue: bool,
-    /// Protocol features that must have been acknowledged.
-    needs: Protocol,
-}
-
-impl Shape {
-    /// The shape of each request that we offer.
-    fn of(request: Req) -> Option<Self> {
-        let shape = |body, fds, queue, needs| Some(Shape { body, fds, queue, needs });
-        let none = Protocol::empty();
-        match request {
-            Req::GET_FEATURES | Req::SET_OWNER | Req::RESET_OWNER | Req::GET_PROTOCOL_FEATURES => {
-                shape(0..=0, 0, false, none)
-            }
-            Req::SET_FEATURES | Req::SET_PROTOCOL_FEATURES => shape(8..=8, 0, false, none),
-            Req::GET_QUEUE_NUM => shape(0..=0, 0, false, Protocol::MQ),
-            Req::SET_MEM_TABLE => shape(8..=message::MAX_BODY, message::MAX_FDS, false, none),
-            Req::GET_MAX_MEM_SLOTS => shape(0..=0, 0, false, Protocol::CONFIGURE_MEM_SLOTS),
-            Req::ADD_MEM_REG | Req::REM_MEM_REG => shape(40..=40, 1, false, Protocol::CONFIGURE_MEM_SLOTS),
-            Req::SET_VRING_NUM | Req::SET_VRING_BASE | Req::GET_VRING_BASE | Req::SET_VRING_ENABLE => {
-                shape(8..=8, 0, true, none)
-            }
-            Req::SET_VRING_ADDR => shape(40..=40, 0, true, none),
-            Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => shape(8..=8, 1, true, none),
-            Req::GET_CONFIG | Req::SET_CONFIG => shape(12..=12 + 256, 0, false, Protocol::CONFIG),
-            Req::RESET_DEVICE => shape(0..=0, 0, false, Protocol::RESET_DEVICE),
-            Req::GET_INFLIGHT_FD => shape(20..=24, 0, false, Protocol::INFLIGHT_SHMFD),
-            Req::SET_INFLIGHT_FD => shape(20..=24, 1, false, Protocol::INFLIGHT_SHMFD),
-            _ => None,
-        }
-    }
-}
-
-/// Whether a request has an answer of its own kind, rather than a mere acknowledgement.
-fn has_answer(request: Req) -> bool {
-    matches!(
-        request,
-        Req::GET_QUEUE_NUM
-            | Req::GET_MAX_MEM_SLOTS
-            | Req::GET_VRING_BASE
-            | Req::GET_CONFIG
-            | Req::GET_INFLIGHT_FD
-    )
 }
 
 /// Whether an acknowledgement says yes.
@@ -381,12 +412,5 @@ mod tests {
         assert_eq!(features(0).unwrap(), 0);
         assert!(features(0b1).is_err() && features(u64::MAX).is_err());
         assert!(subset(&Message::request(2, vec![0; 7]), u64::MAX - 1).is_err());
-    }
-
-    #[test]
-    fn what_is_not_offered_has_no_shape() {
-        for request in [Req::SET_LOG_BASE, Req::SET_LOG_FD, Req::SET_BACKEND_REQ_FD, Req::IOTLB_MSG] {
-            assert!(Shape::of(request).is_none(), "{request:?}");
-        }
     }
 }

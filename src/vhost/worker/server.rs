@@ -5,7 +5,6 @@ use super::in_order::InOrder;
 use super::request::Request;
 use super::{Command, Mailbox, Reply, Setup, Tuning, signal};
 use crate::store::{Buffer, Event, Wait};
-use crate::vhost::dirty::mark_dirty;
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
 use crate::virtio::{Op, Status};
@@ -197,7 +196,7 @@ impl Server {
             inflight.take(head);
         }
         let request = &mut self.requests[usize::from(slot)];
-        let Some(parsed) = self.setup.ring.parse(head, self.io.disk().geometry(), &mut request.segments)
+        let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().geometry(), &mut request.segments)
         else {
             self.free.push(slot);
             return self.answer(head, 0);
@@ -317,6 +316,7 @@ impl Server {
             if let Err(e) = self.setup.ring.mem().write_slice(&id[..n], segment.addr) {
                 log::warn!("GET_ID: {e}");
             }
+            self.setup.ring.mark_dirty(segment.addr, n as u64);
             id = &id[n..];
         }
         self.finish(slot, Status::Ok);
@@ -381,16 +381,16 @@ impl Server {
     fn finish(&mut self, slot: u16, status: Status) {
         let request = &self.requests[usize::from(slot)];
         let mem = self.setup.ring.mem();
-        if matches!(request.op, Op::Read { .. } | Op::GetId) {
+        if matches!(request.op, Op::Read { .. }) {
             for segment in &request.segments {
-                mark_dirty(mem, segment.addr, u64::from(segment.len));
+                self.setup.ring.mark_dirty(segment.addr, u64::from(segment.len));
             }
         }
         // In guest memory, as `parse` checked.
         if let Err(e) = mem.write_obj(status as u8, request.status) {
             log::warn!("status byte: {e}");
         }
-        mark_dirty(mem, request.status, 1);
+        self.setup.ring.mark_dirty(request.status, 1);
         let (head, written) = (request.head, request.written);
         self.free.push(slot);
         self.answer(head, written);
@@ -437,6 +437,8 @@ impl Server {
                     signal(self.setup.call.as_ref());
                     let _ = reply.send(Ok(None));
                 }
+                // What was written before is in guest memory: the answer goes by way of a lock.
+                Command::Sync => drop(reply.send(Ok(None))),
                 Command::Stop => self.draining = Some(reply),
                 Command::Exit => {
                     self.exit = true;
