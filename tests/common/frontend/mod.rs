@@ -15,6 +15,7 @@ pub mod config;
 pub mod hostile;
 pub mod inflight;
 pub mod load;
+pub mod log;
 pub mod memory;
 pub mod raw;
 pub mod ring;

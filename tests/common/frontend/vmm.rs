@@ -118,6 +118,24 @@ impl Vmm {
         Ok(vmm)
     }
 
+    /// A VMM to which the guest is to move, on the back-end at `path`: connected, with the same memory and no rings yet.
+    pub fn incoming(&self, path: &Path) -> Result<Vmm> {
+        let mut vmm = Vmm {
+            mem: self.mem.clone(),
+            rings: Vec::new(),
+            config: Vec::new(),
+            region: None,
+            kind: self.kind,
+            raw: RawSocket::connect(path)?,
+            features: self.features,
+            protocol: self.protocol,
+            acks: false,
+            regions_added: false,
+        };
+        vmm.negotiate(true)?;
+        Ok(vmm)
+    }
+
     /// Connects again, after the back-end's end, and starts the device where the guest left it.
     pub fn reconnect(mut self, path: &Path) -> Result<Vmm> {
         self.raw = RawSocket::connect(path)?;
