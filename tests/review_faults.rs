@@ -87,9 +87,17 @@ impl Queue for ScriptedQueue {
         self.queue.has_room()
     }
 
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
     fn submit(&mut self, tag: u64, op: Op) {
         let kind = match op {
-            Op::Read { .. } => Kind::Read,
+            Op::Read { .. } | Op::ReadBelow { .. } => Kind::Read,
             Op::Write { durable, .. } => Kind::Write { durable },
             Op::Flush => Kind::Flush,
             Op::Zero { .. } => Kind::Zero,

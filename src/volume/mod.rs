@@ -10,6 +10,7 @@ pub mod image_lock;
 pub mod io;
 pub mod lifecycle;
 pub mod lock;
+pub mod map;
 pub mod metadata;
 pub mod seal;
 

@@ -39,6 +39,15 @@ struct Watch {
     fd: RawFd,
 }
 
+/// A layer below the top.
+#[derive(Clone)]
+pub struct Below {
+    /// Its file, which all queues share: nothing is written through it, so no error is told to one of them only.
+    pub file: Arc<File>,
+    /// Whether it is read by `pread`.
+    pub inline: bool,
+}
+
 /// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
 pub struct FileQueue {
     ring: IoUring,
@@ -47,6 +56,8 @@ pub struct FileQueue {
     registered: bool,
     file: Arc<File>,
     inline: bool,
+    /// The layers below, which are only read, from the one right below the top.
+    below: Vec<Below>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -59,20 +70,23 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(file: Arc<File>, access: Access, depth: u16) -> io::Result<Self> {
+    pub fn new(file: Arc<File>, access: Access, below: Vec<Below>, depth: u16) -> io::Result<Self> {
         let depth = usize::from(depth.max(1));
         // Room for watches and their removal beside the data.
         let ring = build_ring(depth as u32 + 16)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
+        ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
         let pool = Pool::new()?;
         let inline = access == Access::Inline;
-        let registered = !inline && register(&ring, &pool);
+        let by_ring = !inline || below.iter().any(|b| !b.inline);
+        let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
             ring,
             pool,
             registered,
             file,
             inline,
+            below,
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
@@ -83,12 +97,8 @@ impl FileQueue {
         })
     }
 
-    fn in_flight(&self) -> usize {
-        self.depth - self.free_slots.len()
-    }
-
     fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an entry refers to the file, which is registered and open as long as the ring; to bytes of
+        // SAFETY: an entry refers to files, which are registered and open as long as the ring; to bytes of
         // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
         // ring (drop waits for all completions); or to nothing.
         if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
@@ -124,6 +134,19 @@ impl FileQueue {
                     opcode::Read::new(FILE, ptr, len).offset(offset).build()
                 }
             }
+            Op::ReadBelow { layer, offset, part, buffer } => {
+                // The kernel gets its place: it must lie in the buffer.
+                assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is filled");
+                let (ptr, len) = (self.pool.ptr(&buffer).wrapping_add(part.start), part.len() as u32);
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                let file = types::Fixed(layer as u32);
+                if self.registered {
+                    opcode::ReadFixed::new(file, ptr, len, 0).offset(offset).build()
+                } else {
+                    opcode::Read::new(file, ptr, len).offset(offset).build()
+                }
+            }
             Op::Write { offset, buffer, durable } => {
                 let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -150,6 +173,11 @@ impl FileQueue {
         let (buffer, result) = match op {
             Op::Read { offset, mut buffer } => {
                 let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
+                (Some(buffer), result)
+            }
+            Op::ReadBelow { layer, offset, part, mut buffer } => {
+                let bytes = &mut self.pool.bytes(&mut buffer)[part];
+                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
                 (Some(buffer), result)
             }
             Op::Write { offset, mut buffer, durable } => {
@@ -255,6 +283,10 @@ impl Queue for FileQueue {
         self.pool.free(buffer);
     }
 
+    fn places(&self) -> usize {
+        pool::PAGES as usize
+    }
+
     fn max_buffer(&self) -> usize {
         pool::MAX_BUFFER
     }
@@ -264,11 +296,21 @@ impl Queue for FileQueue {
     }
 
     fn has_room(&self) -> bool {
-        !self.free_slots.is_empty()
+        // What was read inline from one layer may have to be read through the ring from the next.
+        let owed = if self.below.is_empty() { 0 } else { self.events.len() };
+        self.free_slots.len() > owed
+    }
+
+    fn in_flight(&self) -> usize {
+        self.depth - self.free_slots.len()
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
-        if self.inline { self.run_inline(tag, op) } else { self.start(tag, op) }
+        let inline = match &op {
+            Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
+            _ => self.inline,
+        };
+        if inline { self.run_inline(tag, op) } else { self.start(tag, op) }
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {

@@ -9,7 +9,7 @@ use crate::vhost::dirty::mark_dirty;
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
 use crate::virtio::{Op, Status};
-use crate::volume::io::{DiskQueue, GuestData};
+use crate::volume::io::{DiskQueue, GuestData, Zeroing};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -247,8 +247,9 @@ impl Server {
                 Ok(()) => self.requests[usize::from(slot)].pieces = 1,
                 Err(_) => self.finish(slot, Status::IoErr),
             },
-            Op::Discard { sector, count } => self.zero(slot, sector, count, false),
-            Op::WriteZeroes { sector, count, unmap } => self.zero(slot, sector, count, !unmap),
+            Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
+            Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
+            Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
         }
     }
 
@@ -282,12 +283,22 @@ impl Server {
         }
     }
 
-    fn zero(&mut self, slot: u16, sector: u64, count: u32, keep_space: bool) {
-        if count == 0 {
-            return self.finish(slot, Status::Ok);
+    fn zero(&mut self, slot: u16, sector: u64, how: Zeroing) {
+        let request = &mut self.requests[usize::from(slot)];
+        let total = request.total();
+        while request.started < total && !request.failed {
+            let at = request.started;
+            match self.io.zero(tag(slot, at), sector + at / 512, (total - at) / 512, how) {
+                Some(part) => {
+                    request.started += part.sectors * 512;
+                    request.pieces += u32::from(part.submitted);
+                }
+                None => return self.stalled.push_back(slot),
+            }
         }
-        self.io.zero(tag(slot, 0), sector, u64::from(count), keep_space);
-        self.requests[usize::from(slot)].pieces = 1;
+        if request.pieces == 0 {
+            self.finish(slot, Status::Ok);
+        }
     }
 
     fn get_id(&mut self, slot: u16) {
@@ -323,25 +334,25 @@ impl Server {
         let at = (tag >> 16) * 512;
         let request = &mut self.requests[usize::from(slot)];
         let result = match (request.op, buffer) {
-            (Op::Read { sector }, Some(mut buffer)) => {
+            (Op::Read { sector }, Some(buffer)) => {
                 let guest =
                     GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
-                let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
-                self.io.free(buffer);
-                done
+                match result {
+                    Ok(()) => match self.io.deliver(tag, sector + at / 512, buffer, guest) {
+                        Ok(false) => return,
+                        done => done.map(drop),
+                    },
+                    Err(e) => {
+                        self.io.free(buffer);
+                        Err(e)
+                    }
+                }
             }
             (Op::Flush, _) => self.io.flushed(result),
             (Op::WriteZeroes { .. }, _) if request.flushing => self.io.flushed(result),
-            (Op::WriteZeroes { .. }, _) if request.durable && result.is_ok() => {
-                request.flushing = true;
-                match self.io.flush(tag) {
-                    Ok(()) => return,
-                    refused => refused,
-                }
-            }
-            (_, Some(buffer)) => {
+            (op, Some(buffer)) => {
                 self.io.free(buffer);
-                self.io.written(request.durable, result)
+                self.io.written(request.durable && matches!(op, Op::Write { .. }), result)
             }
             (_, None) => result,
         };
@@ -350,13 +361,26 @@ impl Server {
         }
         request.pieces -= 1;
         // What has more to hand over is in `stalled`, unless it failed there.
-        if request.pieces == 0
-            && (request.failed || request.started == request.data_len || !request.op.moves_data())
-        {
-            let status = if request.failed { Status::IoErr } else { Status::Ok };
-            self.stalled.retain(|&s| s != slot);
-            self.finish(slot, status);
+        if request.pieces > 0 || !(request.failed || request.started == request.total()) {
+            return;
         }
+        if request.durable
+            && matches!(request.op, Op::WriteZeroes { .. })
+            && !request.failed
+            && !request.flushing
+        {
+            request.flushing = true;
+            match self.io.flush(tag) {
+                Ok(()) => {
+                    request.pieces = 1;
+                    return;
+                }
+                Err(e) => request.fail(&e),
+            }
+        }
+        let status = if request.failed { Status::IoErr } else { Status::Ok };
+        self.stalled.retain(|&s| s != slot);
+        self.finish(slot, status);
     }
 
     /// Answers a request: data marked, status written, used entry added.
