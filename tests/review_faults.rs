@@ -159,7 +159,7 @@ impl Rig {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
         let device = Arc::new(Device {
-            disk: disk.clone(),
+            disk: disk.clone().into(),
             inlet: Inlet::new(folder.path()).unwrap(),
             workers: workers.collect(),
             config: ConfigSpace { geometry, queues: 2, seg_max: 126 },

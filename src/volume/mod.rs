@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod id;
 pub mod image_lock;
 pub mod io;
+pub mod layers;
 pub mod lifecycle;
 pub mod lock;
 pub mod map;

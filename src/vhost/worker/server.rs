@@ -3,13 +3,13 @@
 
 use super::in_order::InOrder;
 use super::request::Request;
-use super::{Command, Mailbox, Reply, Setup, Tuning, signal};
+use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused, signal};
 use crate::store::{Buffer, Event, Wait};
 use crate::vhost::dirty::mark_dirty;
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
 use crate::virtio::{Op, Status};
-use crate::volume::io::{DiskQueue, GuestData, Zeroing};
+use crate::volume::io::{Disk, DiskQueue, GuestData, Zeroing};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -45,15 +45,15 @@ pub(super) struct Server {
     throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
+    /// Who waits for nothing to be in flight.
+    pausing: Option<Reply>,
     /// Who waits for the ring to be drained, and whether the thread ends then.
     draining: Option<Reply>,
     exit: bool,
 }
 
 impl Server {
-    pub(super) fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
-        io.watch(WAKE, mailbox.wake.as_raw_fd());
-        io.watch(KICK, setup.kick.as_raw_fd());
+    pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         // An interrupt that died with an earlier back-end would never come again.
         signal(setup.call.as_ref());
         let size = setup.ring.size();
@@ -68,7 +68,7 @@ impl Server {
                 );
             }
         }
-        Server {
+        let mut server = Server {
             mailbox,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
@@ -82,15 +82,24 @@ impl Server {
             throttled: None,
             broken: false,
             setup,
+            pausing: None,
             draining: None,
             exit: false,
-        }
+        };
+        server.watch();
+        server
     }
 
-    /// Serves until the ring is stopped; answers whether the thread shall end then.
-    pub(super) fn run(mut self) -> io::Result<bool> {
+    /// Serves until the ring is stopped; answers whether the thread shall end then. `disk` is the one that it serves,
+    /// and becomes another if a pause brings one.
+    pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
-            self.restart_stalled();
+            if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
+                self.pause(reply, disk);
+            }
+            if self.pausing.is_none() {
+                self.restart_stalled();
+            }
             let more = self.take_available();
             self.publish();
             let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
@@ -112,6 +121,23 @@ impl Server {
             }
             self.publish();
         }
+    }
+
+    /// Stands still. Nothing is in flight, and all events were taken; requests that are not finished go on later.
+    fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
+        let _ = reply.send(Ok(None));
+        let depth = depth(&self.setup.ring);
+        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue(depth)) {
+            self.io = io;
+            *disk = next;
+            self.watch();
+        }
+    }
+
+    /// Lets commands and kicks wake the thread.
+    fn watch(&mut self) {
+        self.io.watch(WAKE, self.mailbox.wake.as_raw_fd());
+        self.io.watch(KICK, self.setup.kick.as_raw_fd());
     }
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
@@ -138,7 +164,7 @@ impl Server {
     fn may_take(&self) -> bool {
         // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
         let wanted = self.draining.is_none() || !self.resubmit.is_empty();
-        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
+        !self.broken && wanted && self.pausing.is_none() && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
@@ -444,9 +470,16 @@ impl Server {
                     let _ = reply.send(Ok(None));
                 }
                 Command::Stop => self.draining = Some(reply),
+                Command::Pause => self.pausing = Some(reply),
                 Command::Exit => {
                     self.exit = true;
                     self.draining = Some(reply);
+                }
+                Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
+                // Whoever asked for a pause that was not answered yet does without it.
+                Command::Resume { .. } => {
+                    self.pausing = None;
+                    let _ = reply.send(Ok(None));
                 }
             }
         }
