@@ -12,6 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::Duration;
+use vm_memory::VolatileSlice;
 
 /// What a store can do and how it is reached; for the log and for the limits that follow from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,6 +173,10 @@ pub trait Queue {
 
     /// The bytes of a buffer of this queue.
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
+
+    /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation nor a copy is
+    /// needed to read them. The top's may change while they are read. `None` where they are to be read by an operation.
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
 
     /// Whether another operation may be submitted, beside one for each [`Event::Done`] that was not taken yet.
     fn has_room(&self) -> bool;

@@ -3,17 +3,20 @@
 //! How the file is best reached depends on where it lies. On a disk's file system and on block devices:
 //! io_uring with O_DIRECT, so that the page cache does not hold everything twice. Where O_DIRECT is refused, or
 //! wants larger blocks than the volume has: io_uring through the page cache. On tmpfs, where io_uring would
-//! hand each request to a kernel thread only to copy memory: `pread` and `pwrite` on the spot.
+//! hand each request to a kernel thread only to copy memory: reads from the file's memory itself ([`memory`]), and
+//! `pread` and `pwrite` on the spot.
 
+mod memory;
 mod pool;
 mod queue;
 
 use super::{Caps, Queue, Store};
+use memory::FileMemory;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
-use queue::{Below, FileQueue};
+use queue::{FileQueue, Reached};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -35,7 +38,7 @@ pub enum Access {
     Direct,
     /// io_uring through the page cache.
     Buffered,
-    /// `pread` and `pwrite` by the queue's thread.
+    /// The file's memory, `pread` and `pwrite`, by the queue's thread.
     Inline,
 }
 
@@ -44,7 +47,7 @@ impl Access {
         match self {
             Access::Direct => "io_uring, O_DIRECT",
             Access::Buffered => "io_uring, buffered",
-            Access::Inline => "pread/pwrite (memory file system)",
+            Access::Inline => "memory file system",
         }
     }
 }
@@ -55,6 +58,8 @@ pub struct FileStore {
     access: Access,
     read_only: bool,
     caps: Caps,
+    /// Where the file is memory.
+    memory: Option<Arc<FileMemory>>,
 }
 
 impl FileStore {
@@ -85,7 +90,11 @@ impl FileStore {
         }
         let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
         let caps = Caps { access: access.words().into(), size };
-        Ok(FileStore { file: Arc::new(file), access, read_only, caps })
+        let memory = match access {
+            Access::Inline => FileMemory::map(&file, size).map(Arc::new),
+            Access::Direct | Access::Buffered => None,
+        };
+        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory })
     }
 
     /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
@@ -105,17 +114,25 @@ impl FileStore {
     pub fn frozen(&self) -> io::Result<Self> {
         let direct = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
-        Ok(FileStore { file: Arc::new(file), access: self.access, read_only: true, caps: self.caps.clone() })
+        Ok(FileStore {
+            file: Arc::new(file),
+            access: self.access,
+            read_only: true,
+            caps: self.caps.clone(),
+            memory: self.memory.clone(),
+        })
     }
 
     /// A queue over this layer as the top and `below`, which are frozen, from the one right below it.
     pub(super) fn open_queue_over(&self, below: &[Arc<FileStore>], depth: u16) -> io::Result<Box<dyn Queue>> {
-        let reached = |layer: &Arc<FileStore>| Below {
-            file: layer.file.clone(),
+        let reached = |layer: &FileStore, file| Reached {
+            file,
             inline: layer.access == Access::Inline,
+            memory: layer.memory.clone(),
         };
-        let below = below.iter().map(reached).collect();
-        Ok(Box::new(FileQueue::new(Arc::new(self.open_again()?), self.access, below, depth)?))
+        let top = reached(self, Arc::new(self.open_again()?));
+        let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
+        Ok(Box::new(FileQueue::new(top, below, depth)?))
     }
 
     /// See [`Store::next_data`].

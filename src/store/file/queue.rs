@@ -2,7 +2,7 @@
 //! ring and one system call a batch.
 
 use super::super::{Buffer, Event, Op, Queue, Wait};
-use super::Access;
+use super::memory::FileMemory;
 use super::pool::{self, Pool};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use vm_memory::VolatileSlice;
 
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
@@ -39,13 +40,15 @@ struct Watch {
     fd: RawFd,
 }
 
-/// A layer below the top.
-#[derive(Clone)]
-pub struct Below {
-    /// Its file, which all queues share: nothing is written through it, so no error is told to one of them only.
+/// A layer and how it is reached.
+pub struct Reached {
+    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
+    /// it, and so no error is told to one of them only.
     pub file: Arc<File>,
-    /// Whether it is read by `pread`.
+    /// Whether it is read and written by the queue's thread on the spot.
     pub inline: bool,
+    /// Where the file is memory.
+    pub memory: Option<Arc<FileMemory>>,
 }
 
 /// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
@@ -56,8 +59,9 @@ pub struct FileQueue {
     registered: bool,
     file: Arc<File>,
     inline: bool,
+    memory: Option<Arc<FileMemory>>,
     /// The layers below, which are only read, from the one right below the top.
-    below: Vec<Below>,
+    below: Vec<Reached>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -70,14 +74,14 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(file: Arc<File>, access: Access, below: Vec<Below>, depth: u16) -> io::Result<Self> {
+    pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+        let Reached { file, inline, memory } = top;
         let depth = usize::from(depth.max(1));
         // Room for watches and their removal beside the data.
         let ring = build_ring(depth as u32 + 16)?;
         let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
         ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
         let pool = Pool::new()?;
-        let inline = access == Access::Inline;
         let by_ring = !inline || below.iter().any(|b| !b.inline);
         let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
@@ -86,6 +90,7 @@ impl FileQueue {
             registered,
             file,
             inline,
+            memory,
             below,
             depth,
             pending: (0..depth).map(|_| None).collect(),
@@ -182,6 +187,9 @@ impl FileQueue {
             }
             Op::Write { offset, mut buffer, durable } => {
                 let result = self.file.write_all_at(self.pool.bytes(&mut buffer), offset);
+                if let (Ok(()), Some(memory)) = (&result, &self.memory) {
+                    memory.written(offset, buffer.len.into());
+                }
                 let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
                 (Some(buffer), result.and_then(sync))
             }
@@ -190,6 +198,9 @@ impl FileQueue {
                 use nix::fcntl::{FallocateFlags, fallocate};
                 let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 let result = fallocate(&*self.file, mode, offset as i64, len as i64);
+                if let Some(memory) = &self.memory {
+                    memory.given_back(offset, len);
+                }
                 (None, result.map_err(io::Error::from))
             }
         };
@@ -293,6 +304,11 @@ impl Queue for FileQueue {
 
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
         self.pool.bytes(buffer)
+    }
+
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
+        memory.as_ref()?.bytes(offset, len)
     }
 
     fn has_room(&self) -> bool {

@@ -77,6 +77,12 @@ impl Layered {
         &self.map
     }
 
+    /// The height of the topmost layer that may have something of `len` bytes from `sector`; 0: none.
+    pub(super) fn topmost(&self, disk: &Disk, sector: u64, len: u64) -> u8 {
+        let start = sector * SECTOR_SIZE;
+        self.map.topmost_below(disk.height() + 1, start..start + len)
+    }
+
     pub(super) fn has_event(&self) -> bool {
         !self.done.is_empty()
     }
