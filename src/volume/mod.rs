@@ -11,6 +11,7 @@ pub mod io;
 pub mod lifecycle;
 pub mod lock;
 pub mod metadata;
+pub mod rewrap;
 pub mod seal;
 
 pub use catalog::Catalog;

@@ -10,6 +10,8 @@ mod kms_states;
 mod locks;
 #[path = "../common/process.rs"]
 mod process;
+mod rewrap;
+mod show;
 mod sockets;
 #[path = "../common/store.rs"]
 mod store;
