@@ -4,6 +4,7 @@
 mod attach;
 #[path = "../common/mod.rs"]
 mod common;
+mod control;
 mod crash;
 mod damage;
 mod kms_states;
