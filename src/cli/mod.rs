@@ -12,6 +12,7 @@ pub mod events;
 pub mod key;
 pub mod kms;
 pub mod output;
+pub mod settings;
 pub mod size;
 pub mod volume;
 
@@ -95,6 +96,9 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show and change the settings of the store.
+    #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
+    Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Look at what this machine has of what attached volumes want.
@@ -103,6 +107,9 @@ enum Command {
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Wrap a data key anew for the process that started this one.
+    #[command(hide = true)]
+    RewrapKey,
 }
 
 impl Command {
@@ -114,9 +121,11 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
         }
     }
 }
