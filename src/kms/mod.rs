@@ -91,8 +91,10 @@ pub trait KeyProvider: Send + Sync {
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError>;
 
-    /// What it can do besides, and as whom.
-    fn capabilities(&self) -> Capabilities;
+    /// What it can do besides, and as whom. Here and below, unless a provider says otherwise: it has no grants.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
 
     /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for who may not decrypt
     /// otherwise, and also in the moments before the whole KMS knows the grant.
@@ -100,14 +102,20 @@ pub trait KeyProvider: Send + Sync {
         &self,
         wrapped: &WrappedKey,
         context: &EncryptionContext,
-        token: &str,
-    ) -> Result<Zeroizing<Vec<u8>>, KmsError>;
+        _token: &str,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        self.decrypt(wrapped, context)
+    }
 
     /// CreateGrant: lets the grantee decrypt, and retire the grant. The same request again answers the same grant.
-    fn create_grant(&self, request: &GrantRequest<'_>) -> Result<Grant, KmsError>;
+    fn create_grant(&self, _request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
+        Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
+    }
 
     /// RetireGrant. NotFound if there is no such grant (any more).
-    fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError>;
+    fn retire_grant(&self, _grant: &Grant) -> Result<(), KmsError> {
+        Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
+    }
 }
 
 /// What a provider can do besides wrapping and unwrapping.
