@@ -1,10 +1,12 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
-//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
+//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, a grant by way of the keeper ([`grants`]),
+//! the data key by way of the [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
 //! has proved right. The way back is the drop order of the same things.
 
 pub mod control;
+pub mod grants;
+mod helper;
 pub mod sandbox;
 pub mod socket;
 pub mod unwrap;
@@ -13,6 +15,7 @@ use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
@@ -30,12 +33,14 @@ use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders};
+use grants::Keeper;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -107,7 +112,8 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let (disk, keeper) =
+        open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
 
     let stop = Stop::new()?;
@@ -151,13 +157,20 @@ pub fn attach(
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     drop(lock);
+    keeper.retire();
     log::info!("{volume} is detached");
     waiting.tell(&result);
     result
 }
 
 /// Opens the volume's data, its metadata proved right.
-fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
+fn open(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    events: &EventLog,
+    settings: &Settings,
+    options: &Options,
+) -> Result<(Arc<Disk>, Keeper)> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.check_layers(&metadata)?;
     if metadata.layers().len() != 1 {
@@ -173,7 +186,7 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
         FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
-    let deks = unwrap_all(catalog, &metadata, events)?;
+    let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
         (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
@@ -182,21 +195,32 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     };
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+    Ok((Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)), keeper))
 }
 
-/// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
-fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
+/// as its cause.
+fn unwrap_all(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    events: &EventLog,
+    settings: &Settings,
+) -> Result<(Vec<Dek>, Keeper)> {
+    let until = Instant::now() + settings.kms_patience;
+    let patience = || Patience(until.saturating_duration_since(Instant::now()));
+    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let refused = |refusal: Refusal| {
+        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+        events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
+        refusal.error()
+    };
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience()).map_err(refused)?;
     let mut deks = Vec::new();
-    for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
-            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
-            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
-            refusal.error()
-        });
-        deks.push(dek?);
+    for (n, key) in metadata.keys().iter().enumerate() {
+        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        deks.push(dek.map_err(refused)?);
     }
-    Ok(deks)
+    Ok((deks, keeper))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.

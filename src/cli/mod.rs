@@ -9,6 +9,7 @@
 pub mod attach;
 pub mod doctor;
 pub mod events;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
@@ -97,12 +98,17 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
@@ -115,8 +121,10 @@ impl Command {
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }
