@@ -18,12 +18,12 @@ use sealblk::vhost::backend::Device;
 use sealblk::vhost::gate::Told;
 use sealblk::vhost::server::{self, Socket, Stop};
 use sealblk::vhost::session::Inlet;
-use sealblk::vhost::tenure::{Serving, Tenure};
+use sealblk::vhost::tenure::{Serving, Sole};
 use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Geometry, SharedGeometry};
 use sealblk::volume::image_lock::{Access, ImageLock};
 use sealblk::volume::io::Disk;
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,21 +32,6 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 const SMALL: u64 = 16 << 20;
 const LARGE: u64 = 24 << 20;
-
-/// Nobody else wants the disk.
-struct Always(Arc<Serving>);
-
-impl Tenure for Always {
-    fn claim(&self) -> io::Result<Arc<Serving>> {
-        Ok(self.0.clone())
-    }
-
-    fn rest(&self) {}
-
-    fn vmm_left(&self) -> bool {
-        true
-    }
-}
 
 /// A device served by a thread of this process.
 struct Rig {
@@ -64,13 +49,12 @@ impl Rig {
         let lock = ImageLock::acquire(&image, Access::ReadWrite).unwrap();
         let store = Box::new(FileStore::open(&image, false, 512).unwrap());
         let geometry = Geometry { sectors: SMALL / 512, block_size: 512, read_only: false };
-        let geometry = Arc::new(SharedGeometry::new(geometry));
-        let disk = Arc::new(Disk::new(geometry.clone(), "rig", store, None, lock));
+        let disk = Arc::new(Disk::new(geometry, "rig", store, None, lock));
         let worker = |n| Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("{why}")).unwrap();
-        let serving = Serving { workers: (0..2).map(worker).collect(), disk: disk.clone() };
+        let serving = Serving::new(disk.clone(), (0..2).map(worker).collect());
         let device = Arc::new(Device {
-            tenure: Arc::new(Always(Arc::new(serving))),
-            geometry,
+            tenure: Arc::new(Sole(serving)),
+            geometry: Arc::new(SharedGeometry::new(geometry)),
             inlet: Inlet::new(folder.path(), "inner").unwrap(),
             channel: Arc::default(),
             queues: 2,
@@ -93,7 +77,7 @@ impl Rig {
     fn grow(&self) -> Told {
         let image = std::fs::File::options().write(true).open(self.folder.path().join("disk")).unwrap();
         image.set_len(LARGE).unwrap();
-        self.device.grow(LARGE / 512)
+        self.device.grow(LARGE / 512).unwrap()
     }
 }
 

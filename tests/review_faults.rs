@@ -10,7 +10,7 @@ use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
 use sealblk::vhost::backend::Device;
 use sealblk::vhost::server::{self, Socket, Stop};
 use sealblk::vhost::session::Inlet;
-use sealblk::vhost::tenure::{Serving, Tenure};
+use sealblk::vhost::tenure::{Serving, Sole};
 use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Geometry, SharedGeometry};
 use sealblk::volume::image_lock::{Access, ImageLock};
@@ -68,7 +68,7 @@ impl Store for Scripted {
 }
 
 impl Queue for ScriptedQueue {
-    fn in_memory(&self, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
         None
     }
 
@@ -92,9 +92,17 @@ impl Queue for ScriptedQueue {
         self.queue.has_room()
     }
 
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
     fn submit(&mut self, tag: u64, op: Op) {
         let kind = match op {
-            Op::Read { .. } => Kind::Read,
+            Op::Read { .. } | Op::ReadBelow { .. } => Kind::Read,
             Op::Write { durable, .. } => Kind::Write { durable },
             Op::Flush => Kind::Flush,
             Op::Zero { .. } => Kind::Zero,
@@ -133,21 +141,6 @@ impl Queue for ScriptedQueue {
     }
 }
 
-/// Nobody else wants the disk.
-struct Always(Arc<Serving>);
-
-impl Tenure for Always {
-    fn claim(&self) -> io::Result<Arc<Serving>> {
-        Ok(self.0.clone())
-    }
-
-    fn rest(&self) {}
-
-    fn vmm_left(&self) -> bool {
-        true
-    }
-}
-
 /// A device of two queues over such a store, served by a thread.
 struct Rig {
     folder: tempfile::TempDir,
@@ -166,15 +159,13 @@ impl Rig {
         let script: Arc<Mutex<Script>> = Arc::default();
         let store = Scripted { store: FileStore::open(&image, false, 512).unwrap(), script: script.clone() };
         let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
-        let geometry = Arc::new(SharedGeometry::new(geometry));
-        let disk = Arc::new(Disk::new(geometry.clone(), "rig", Box::new(store), None, lock));
+        let disk = Arc::new(Disk::new(geometry, "rig", Box::new(store), None, lock));
         let workers = (0..2).map(|n| {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
-        let serving = Serving { workers: workers.collect(), disk: disk.clone() };
         let device = Arc::new(Device {
-            tenure: Arc::new(Always(Arc::new(serving))),
-            geometry,
+            tenure: Arc::new(Sole(Serving::new(disk.clone(), workers.collect()))),
+            geometry: Arc::new(SharedGeometry::new(geometry)),
             inlet: Inlet::new(folder.path(), "inner").unwrap(),
             channel: Arc::default(),
             queues: 2,

@@ -22,6 +22,10 @@ impl Tenure for Nobody {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn serving(&self) -> Option<Arc<Serving>> {
+        None
+    }
+
     fn rest(&self) {}
 
     fn vmm_left(&self) -> bool {

@@ -8,7 +8,7 @@ use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use sealblk::store::file::FileStore;
 use sealblk::vhost::backend::Device;
 use sealblk::vhost::session::{Inlet, serve};
-use sealblk::vhost::tenure::{Serving, Tenure};
+use sealblk::vhost::tenure::{Serving, Sole};
 use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Geometry, SharedGeometry};
 use sealblk::volume::image_lock::{Access, ImageLock};
@@ -39,21 +39,6 @@ pub fn run(data: &[u8]) {
     assert!(closed.all(), "a descriptor stays open");
 }
 
-/// Nobody else wants the disk.
-struct Always(Arc<Serving>);
-
-impl Tenure for Always {
-    fn claim(&self) -> std::io::Result<Arc<Serving>> {
-        Ok(self.0.clone())
-    }
-
-    fn rest(&self) {}
-
-    fn vmm_left(&self) -> bool {
-        true
-    }
-}
-
 fn device() -> Device {
     let folder = std::env::temp_dir().join(format!("sealblk-fuzz-{}", uuid::Uuid::new_v4()));
     std::fs::create_dir(&folder).expect("a folder");
@@ -69,8 +54,7 @@ fn device() -> Device {
     let dek = Dek::from_bytes(&key).expect("a key");
     let cipher = new_cipher(Engine::Auto, &dek, DataUnit::B512).expect("a cipher");
     let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
-    let geometry = Arc::new(SharedGeometry::new(geometry));
-    let disk = Arc::new(Disk::new(geometry.clone(), "fuzz", Box::new(store), Some(cipher), lock));
+    let disk = Arc::new(Disk::new(geometry, "fuzz", Box::new(store), Some(cipher), lock));
     let worker = |index| {
         let died = |why: String| {
             // Nobody joins this thread before the end: nothing else would tell of it.
@@ -82,8 +66,8 @@ fn device() -> Device {
         Worker::spawn(usize::from(index), disk.clone(), tuning, died).expect("a thread")
     };
     let workers = (0..QUEUES).map(worker).collect();
-    let tenure = Arc::new(Always(Arc::new(Serving { workers, disk })));
-    let channel = Arc::default();
-    let (queues, seg_max, writeback) = (QUEUES, 126, true.into());
+    let tenure = Arc::new(Sole(Serving::new(disk, workers)));
+    let geometry = Arc::new(SharedGeometry::new(geometry));
+    let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, true.into());
     Device { tenure, geometry, inlet, channel, queues, seg_max, queue_size: 256, writeback }
 }

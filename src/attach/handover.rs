@@ -5,6 +5,7 @@
 //! when its VMM starts a ring. Should the source's VMM go on instead, the source takes it back in the same way.
 
 use super::Opener;
+use super::record::Record;
 use crate::error::{Error, Kind, Result};
 use crate::observe::Timestamp;
 use crate::vhost::gate::Channel;
@@ -38,6 +39,8 @@ pub struct Parts {
     pub lock_file: LockFile,
     /// What the lock's file says of this process.
     pub holder: Holder,
+    /// Where the lock is kept while this process has it.
+    pub record: Arc<Record>,
     /// Queues, each with a thread.
     pub queues: u16,
     /// CPUs to bind the threads to, one after the other and from the beginning again; none: unbound.
@@ -55,8 +58,8 @@ pub struct Parts {
 enum State {
     /// Its VMM is to start, once the source's has stopped.
     Waiting { _turn: Turn },
-    /// It has the volume. Dropped in this order: threads and the layer first.
-    Has { serving: Arc<Serving>, lock: VolumeLock },
+    /// It has the volume; the lock is in the record.
+    Has(Arc<Serving>),
     /// It let go of the volume.
     LetGo,
 }
@@ -66,7 +69,8 @@ impl Handover {
     pub fn holding(parts: Parts, disk: Arc<Disk>, lock: VolumeLock) -> Result<Self> {
         let failure = Arc::default();
         let serving = parts.serve(&failure, disk)?;
-        Ok(Handover { parts, failure, state: Mutex::new(State::Has { serving, lock }) })
+        parts.record.hold(lock);
+        Ok(Handover { parts, failure, state: Mutex::new(State::Has(serving)) })
     }
 
     /// For a process that is to have it next.
@@ -74,32 +78,43 @@ impl Handover {
         Handover { parts, failure: Arc::default(), state: Mutex::new(State::Waiting { _turn: turn }) }
     }
 
-    /// Ends serving: threads end, then what they wrote is made durable, and with the disk its keys go. Answers the
-    /// volume's lock, if this process has it still.
-    pub fn end(&self) -> (Result<()>, Option<VolumeLock>) {
-        let state = std::mem::replace(&mut *self.state(), State::LetGo);
-        let State::Has { serving, lock } = state else { return (Ok(()), None) };
-        let disk = serving.disk.clone();
+    /// Ends serving: threads end, then what they wrote is made durable. The lock stays in the record.
+    pub fn end(&self) -> Result<()> {
+        let volume = self.parts.opener.volume();
+        let State::Has(serving) = std::mem::replace(&mut *self.state(), State::LetGo) else { return Ok(()) };
+        let disk = serving.disk();
         drop(serving);
-        let flushed = disk.flush().map_err(|e| Error::from(e).context(format!("flush {}", lock.volume())));
-        drop(disk);
-        let result = match self.failure().take() {
-            Some(reason) => Err(Error::new(Kind::Other, format!("serve {}: {reason}", lock.volume()))),
+        let flushed = disk.flush().map_err(|e| Error::from(e).context(format!("flush {volume}")));
+        match self.failure().take() {
+            Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
             None => flushed,
-        };
-        (result, Some(lock))
+        }
     }
 
     /// Takes the volume, waiting for who has it.
-    fn take(&self) -> Result<(Arc<Serving>, VolumeLock)> {
+    fn take(&self) -> Result<Arc<Serving>> {
         let lock = self.wait_for_lock()?;
         // Whoever had it may have changed all of it but what the data keys are: everything is read and proved anew.
-        let before = self.parts.opener.geometry().now();
-        let disk = self.parts.opener.open(&lock)?;
-        if disk.geometry() != before {
+        let (disk, grew) = self.parts.opener.open(&lock)?;
+        if grew {
             self.parts.channel.announce_config_change();
         }
-        Ok((self.parts.serve(&self.failure, disk)?, lock))
+        log::info!("{} is attached: {}", lock.volume(), disk.describe());
+        let serving = self.parts.serve(&self.failure, disk)?;
+        self.parts.record.hold(lock);
+        Ok(serving)
+    }
+
+    /// Waits until nobody else has a hold of it, who could write.
+    fn is_alone(&self, serving: &Arc<Serving>) -> bool {
+        let limit = Instant::now() + PATIENCE;
+        while Arc::strong_count(serving) > 1 {
+            if Instant::now() > limit {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     fn wait_for_lock(&self) -> Result<VolumeLock> {
@@ -129,35 +144,44 @@ impl Handover {
 impl Tenure for Handover {
     fn claim(&self) -> io::Result<Arc<Serving>> {
         let mut state = self.state();
-        if let State::Has { serving, .. } = &*state {
+        if let State::Has(serving) = &*state {
             return Ok(serving.clone());
         }
         log::info!("a ring is to run: taking {}", self.parts.opener.volume());
-        let (serving, lock) = self.take().map_err(io::Error::other)?;
-        log::info!("{} is attached: {}", lock.volume(), serving.disk.describe());
+        let serving = self.take().map_err(io::Error::other)?;
         // With the state before goes the place of who is to have it next.
-        *state = State::Has { serving: serving.clone(), lock };
+        *state = State::Has(serving.clone());
         (self.parts.taken)();
         Ok(serving)
     }
 
+    fn serving(&self) -> Option<Arc<Serving>> {
+        match &*self.state() {
+            State::Has(serving) => Some(serving.clone()),
+            State::Waiting { .. } | State::LetGo => None,
+        }
+    }
+
     fn rest(&self) {
         let mut state = self.state();
-        let State::Has { serving, lock } = &*state else { return };
+        let State::Has(serving) = &*state else { return };
+        let volume = self.parts.opener.volume();
         match self.parts.lock_file.is_awaited() {
             Ok(true) => {}
             Ok(false) => return,
             Err(e) => return log::error!("{e}; the volume stays here"),
         }
-        // Rings have dropped theirs, and whoever has another may write; a thread that died may have lost requests.
-        if Arc::strong_count(serving) > 1 || self.failure().is_some() {
-            return log::error!("{} is in use yet; it stays here", lock.volume());
+        // The rings have dropped theirs. A thread that died may have lost requests.
+        if !self.is_alone(serving) || self.failure().is_some() {
+            return log::error!("{volume} is in use yet; it stays here");
         }
-        if let Err(e) = serving.disk.flush() {
-            return log::error!("{}: {e}; it stays here, since data may be lost", lock.volume());
+        if let Err(e) = serving.disk().flush() {
+            return log::error!("{volume}: {e}; it stays here, since data may be lost");
         }
-        log::info!("no ring runs, and another process waits for {}: letting go of it", lock.volume());
+        log::info!("no ring runs, and another process waits for {volume}: letting go of it");
+        // Threads end and layers are closed with this; only then may another have it.
         *state = State::LetGo;
+        self.parts.record.release();
     }
 
     fn vmm_left(&self) -> bool {
@@ -179,6 +203,6 @@ impl Parts {
             })
         };
         let workers: Vec<Worker> = (0..self.queues.into()).map(spawn).collect::<io::Result<_>>()?;
-        Ok(Arc::new(Serving { workers, disk }))
+        Ok(Serving::new(disk, workers))
     }
 }

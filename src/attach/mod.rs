@@ -1,12 +1,16 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
-//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the layer
-//! and the threads come last: when the VMM of another process has let go of the volume ([`handover`]).
+//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, a grant by way of the keeper ([`grants`]),
+//! the data key by way of the [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
+//! has proved right. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the layers
+//! and the threads come last: when another process has let go of the volume ([`handover`]).
 
 pub mod control;
+pub mod grants;
 pub mod handover;
+mod helper;
+mod record;
+pub mod rewrap;
 pub mod sandbox;
 pub mod socket;
 pub mod unwrap;
@@ -15,6 +19,7 @@ use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::FileStore;
@@ -25,20 +30,24 @@ use crate::vhost::server::{self, Socket, Stop};
 use crate::vhost::session::Inlet;
 use crate::vhost::worker::Tuning;
 use crate::virtio::{Geometry, SECTOR_SIZE, SharedGeometry};
-use crate::volume::image_lock::{self, ImageLock};
-use crate::volume::io::Disk;
+use crate::volume::image_lock;
+use crate::volume::io::{Disk, Layers};
+use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
-use crate::volume::metadata::Metadata;
+use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
-use control::{Control, Orders};
+use control::{Control, Orders, Status, UsedKey};
+use grants::Keeper;
 use handover::{Handover, Parts};
+use record::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -113,35 +122,46 @@ pub fn attach(
     let lock_file = LockFile::open(&folder, volume).map_err(|e| e.context(attempt()))?;
     let place = Place::take(&lock_file, &holder, options.incoming).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let (opener, how, disk) = match &place {
-        Place::Holder(lock) => Opener::with_disk(catalog, lock, &events, options),
-        Place::Next(_) => Opener::without(catalog, volume, &events, options),
-    }
-    .map_err(|e| e.context(attempt()))?;
+    let mut keys = None;
+    let get_keys = |metadata: &Metadata| {
+        let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings)?;
+        keys = Some((metadata.keys().iter().map(UsedKey::of).collect(), keeper));
+        Ok(Arc::from(deks))
+    };
+    let opener = match &place {
+        Place::Holder(lock) => Opener::with_disk(catalog, lock, options, get_keys),
+        Place::Next(_) => Opener::without(catalog, volume, options, get_keys),
+    };
+    let (opener, how, disk) = opener.map_err(|e| e.context(attempt()))?;
+    let Some((unwrapped_by, keeper)) = keys else { unreachable!("nothing is opened without its keys") };
+    let record = Arc::new(Record::new(catalog.clone()));
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
-    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
+        status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
+        rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
     };
     let control = Control::listen(&folder, options.incoming, orders).map_err(|e| e.context(attempt()))?;
     let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
     let inlet = Inlet::new(&folder, inlet).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let (geometry, channel, control_name) =
-        (opener.geometry.clone(), Arc::<Channel>::default(), control.name());
+    let (geometry, channel, name) = (opener.geometry.clone(), Arc::<Channel>::default(), control.name());
     let parts = Parts {
         opener,
         lock_file,
         holder,
+        record: record.clone(),
         queues: options.queues,
         cpus: options.cpus.clone(),
         tuning: Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos },
         channel: channel.clone(),
         stop: stop.clone(),
-        taken: Box::new(move || control_name.become_holders()),
+        taken: Box::new(move || name.become_holders()),
     };
     let handover = match (place, disk) {
         (Place::Holder(lock), Some(disk)) => Handover::holding(parts, disk, lock),
@@ -168,27 +188,22 @@ pub fn attach(
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
     stop_on_signals(stop.clone()).context(attempt)?;
-    match options.incoming {
-        true => log::info!("{volume} is awaited: {how}"),
-        false => log::info!("{volume} is attached: {how}"),
-    }
+    log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
     ready(&Attached { volume, how: &how })?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let served = server::serve(&device, socket, &stop);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(name);
-    let (ended, lock) = handover.end();
-    let result = ended.and(served.context(|| format!("serve {volume}")));
+    // Threads end, rings are drained; then what they wrote is made durable, and with the rest go the keys.
+    drop(device);
+    let result = handover.end().and(served.context(|| format!("serve {volume}")));
+    drop(handover);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
-    match lock {
-        Some(lock) => {
-            drop(lock);
-            log::info!("{volume} is detached");
-        }
-        None => log::info!("{volume} is no longer this process's"),
-    }
+    let had_it = record.release();
+    keeper.retire();
+    log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
     waiting.tell(&result);
     result
 }
@@ -201,13 +216,15 @@ enum Place {
 
 impl Place {
     fn take(lock_file: &LockFile, holder: &Holder, incoming: bool) -> Result<Self> {
-        if incoming {
-            lock_file.announce().map(Place::Next)
-        } else {
-            lock_file.acquire(holder).map(Place::Holder)
+        match incoming {
+            true => lock_file.announce().map(Place::Next),
+            false => lock_file.acquire(holder).map(Place::Holder),
         }
     }
 }
+
+/// A volume's data keys, in the order of its keys.
+type Deks = Arc<[Dek]>;
 
 /// How the volume is opened, each time that this process gets it: once, unless it is handed over. It keeps the data
 /// keys.
@@ -215,61 +232,51 @@ pub struct Opener {
     catalog: Catalog,
     volume: VolumeId,
     options: Options,
-    deks: Vec<Dek>,
+    deks: Deks,
     geometry: Arc<SharedGeometry>,
 }
 
-/// A layer that nobody else writes.
-struct Layer {
-    store: FileStore,
-    image_lock: ImageLock,
-}
-
 impl Opener {
-    /// Gets the data keys, and opens the volume, which this process has.
+    /// Opens the volume, which this process has; the data keys come from `keys`.
     fn with_disk(
         catalog: &Catalog,
         lock: &VolumeLock,
-        events: &EventLog,
         options: &Options,
+        keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, String, Option<Arc<Disk>>)> {
-        let metadata = load(catalog, lock.volume())?;
-        // Before anybody is asked for a key.
-        let layer = open_layer(catalog, &metadata, options)?;
-        let opener = Opener::new(catalog, &metadata, events, options)?;
-        let disk = opener.disk(lock, metadata, layer)?;
+        let (disk, deks) = open(catalog, lock, options, keys)?;
+        let opener = Opener::new(catalog, lock.volume(), options, deks, disk.geometry());
         Ok((opener, disk.describe(), Some(disk)))
     }
 
-    /// Gets the data keys, and finds out whether the volume could be opened, which another process has.
+    /// Finds out whether the volume could be opened, which another process has.
     fn without(
         catalog: &Catalog,
         volume: VolumeId,
-        events: &EventLog,
         options: &Options,
+        keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, String, Option<Arc<Disk>>)> {
-        let metadata = load(catalog, volume)?;
-        let store = open_store(catalog, &metadata, true)?;
-        let opener = Opener::new(catalog, &metadata, events, options)?;
+        let metadata = catalog.load(volume)?;
+        catalog.check_layers(&metadata)?;
+        let geometry = shape(&metadata, options);
+        let path = catalog.layer_path(metadata.top().id);
+        let top = FileStore::open(&path, true, geometry.block_size);
+        let top = top.context(|| path.display().to_string())?;
+        top.open_queue(1).map_err(cannot_serve)?;
+        let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.
-        let _ = metadata.verify(&opener.deks)?;
-        let cipher = opener.cipher(&metadata)?;
-        Ok((opener, Disk::describe_parts(&store, cipher.as_deref()), None))
+        let _ = metadata.verify(&deks)?;
+        let engine = match ciphers(&deks, &metadata, options)?.first() {
+            Some(cipher) => format!("XTS engine {}", cipher.engine()),
+            None => "not encrypted".into(),
+        };
+        let how = format!("{}; {engine}", top.caps().access);
+        Ok((Opener::new(catalog, volume, options, deks, geometry), how, None))
     }
 
-    fn new(catalog: &Catalog, metadata: &Metadata, events: &EventLog, options: &Options) -> Result<Self> {
-        let geometry = Geometry {
-            sectors: metadata.size() / SECTOR_SIZE,
-            block_size: metadata.sector_size().bytes(),
-            read_only: options.read_only,
-        };
-        Ok(Opener {
-            catalog: catalog.clone(),
-            volume: metadata.id(),
-            options: options.clone(),
-            deks: unwrap_all(catalog, metadata, events)?,
-            geometry: Arc::new(SharedGeometry::new(geometry)),
-        })
+    fn new(catalog: &Catalog, volume: VolumeId, options: &Options, deks: Deks, geometry: Geometry) -> Self {
+        let geometry = Arc::new(SharedGeometry::new(geometry));
+        Opener { catalog: catalog.clone(), volume, options: options.clone(), deks, geometry }
     }
 
     /// The volume.
@@ -277,87 +284,99 @@ impl Opener {
         self.volume
     }
 
-    /// Its shape, as this process knows it.
-    pub fn geometry(&self) -> &SharedGeometry {
-        &self.geometry
-    }
-
-    /// Opens the volume anew, as it is now.
+    /// Opens the volume anew, as it is now. Answers whether it is larger than this process knew.
     ///
     /// # Errors
-    /// Also if it has changed in a way that a guest or a process that has its data keys cannot follow.
-    pub fn open(&self, lock: &VolumeLock) -> Result<Arc<Disk>> {
-        let metadata = load(&self.catalog, lock.volume())?;
+    /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
+    pub fn open(&self, lock: &VolumeLock) -> Result<(Arc<Disk>, bool)> {
         let now = self.geometry.now();
-        let (sectors, block_size) = (metadata.size() / SECTOR_SIZE, metadata.sector_size().bytes());
-        if metadata.keys().len() != self.deks.len() || block_size != now.block_size || sectors < now.sectors {
-            let message = "it has got other data keys, or another size; attach it anew";
-            return Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)));
-        }
-        let layer = open_layer(&self.catalog, &metadata, &self.options)?;
-        let disk = self.disk(lock, metadata, layer)?;
-        self.geometry.grow(sectors);
-        Ok(disk)
-    }
-
-    /// The disk, its metadata proved right.
-    fn disk(&self, lock: &VolumeLock, mut metadata: Metadata, layer: Layer) -> Result<Arc<Disk>> {
-        seal(&self.catalog, lock, &mut metadata, &self.deks, &layer.store)?;
-        let cipher = self.cipher(&metadata)?;
-        let serial = self.options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-        let Layer { store, image_lock } = layer;
-        Ok(Arc::new(Disk::new(self.geometry.clone(), &serial, Box::new(store), cipher, image_lock)))
-    }
-
-    fn cipher(&self, metadata: &Metadata) -> Result<Option<Box<dyn SectorCipher>>> {
-        let Some(key) = metadata.top().key else { return Ok(None) };
-        let unit = DataUnit::from_bytes(metadata.sector_size().bytes() as usize);
-        let unit = unit.unwrap_or_else(|| unreachable!("sector sizes are data units"));
-        new_cipher(self.options.engine, &self.deks[key], unit).map(Some)
+        let keys = |metadata: &Metadata| {
+            let shape = shape(metadata, &self.options);
+            if metadata.keys().len() == self.deks.len()
+                && shape.block_size == now.block_size
+                && shape.sectors >= now.sectors
+            {
+                return Ok(self.deks.clone());
+            }
+            let message = "it has got other data keys or a smaller size meanwhile; attach it anew";
+            Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
+        };
+        let (disk, _) = open(&self.catalog, lock, &self.options, keys)?;
+        let grew = self.geometry.grow(disk.geometry().sectors);
+        Ok((disk, grew))
     }
 }
 
-/// The volume's metadata, with layers that are there.
-fn load(catalog: &Catalog, volume: VolumeId) -> Result<Metadata> {
-    let metadata = catalog.load(volume)?;
+fn shape(metadata: &Metadata, options: &Options) -> Geometry {
+    let block_size = metadata.sector_size().bytes();
+    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only: options.read_only }
+}
+
+/// Opens the volume's data, its metadata proved right; the data keys come from `keys`.
+fn open(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    options: &Options,
+    keys: impl FnOnce(&Metadata) -> Result<Deks>,
+) -> Result<(Arc<Disk>, Deks)> {
+    let mut metadata = catalog.load(lock.volume())?;
     catalog.check_layers(&metadata)?;
-    if metadata.layers().len() != 1 {
-        let message =
-            format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
-        return Err(Error::new(Kind::Unsupported, message));
-    }
-    Ok(metadata)
-}
-
-/// Opens the layer and locks it against QEMU and its tools.
-fn open_layer(catalog: &Catalog, metadata: &Metadata, options: &Options) -> Result<Layer> {
-    let path = catalog.layer_path(metadata.top().id);
-    let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-    let image_lock = ImageLock::acquire(&path, access)?;
-    Ok(Layer { store: open_store(catalog, metadata, options.read_only)?, image_lock })
-}
-
-/// Opens the layer and finds out whether a queue's thread could use it, for which a guest would be waiting then.
-fn open_store(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<FileStore> {
-    let path = catalog.layer_path(metadata.top().id);
-    let store = FileStore::open(&path, read_only, metadata.sector_size().bytes());
-    let store = store.context(|| path.display().to_string())?;
+    let mut layers = open_layers(catalog, &metadata, options.read_only)?;
+    let Layers { store, .. } = layers::chain(&layers);
+    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
-    Ok(store)
+    let deks = keys(&metadata)?;
+    seal(catalog, lock, &mut metadata, &deks, &*store)?;
+    let ciphers = ciphers(&deks, &metadata, options)?;
+    for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
+        layer.cipher = record.key.map(|key| ciphers[key].clone());
+    }
+    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
+    let disk = Disk::layered(shape(&metadata, options), &serial, layers::chain(&layers));
+    Ok((Arc::new(disk.context(|| "open its layers")?), deks))
 }
 
-/// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
-fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
+/// The ciphers, in the order of the data keys. Layers under the same key share its round keys.
+fn ciphers(deks: &[Dek], metadata: &Metadata, options: &Options) -> Result<Vec<Arc<dyn SectorCipher>>> {
+    let Some(unit) = DataUnit::from_bytes(metadata.sector_size().bytes() as usize) else {
+        unreachable!("sector sizes are data units");
+    };
+    deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?))).collect()
+}
+
+/// Opens the layers of a volume, the top first. Only that is ever written.
+fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<Vec<Layer>> {
+    let open = |(number, layer): (usize, &LayerRecord)| {
+        let frozen = read_only || number > 0;
+        let access = if frozen { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
+        Layer::open(&catalog.layer_path(layer.id), access, metadata.sector_size().bytes(), None)
+    };
+    metadata.layers().iter().enumerate().map(open).collect()
+}
+
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
+/// as its cause.
+fn unwrap_all(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    events: &EventLog,
+    settings: &Settings,
+) -> Result<(Vec<Dek>, Keeper)> {
+    let until = Instant::now() + settings.kms_patience;
+    let patience = || Patience(until.saturating_duration_since(Instant::now()));
+    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let refused = |refusal: Refusal| {
+        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+        events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
+        refusal.error()
+    };
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience()).map_err(refused)?;
     let mut deks = Vec::new();
-    for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
-            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
-            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
-            refusal.error()
-        });
-        deks.push(dek?);
+    for (n, key) in metadata.keys().iter().enumerate() {
+        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        deks.push(dek.map_err(refused)?);
     }
-    Ok(deks)
+    Ok((deks, keeper))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
@@ -366,7 +385,7 @@ fn seal(
     lock: &VolumeLock,
     metadata: &mut Metadata,
     deks: &[Dek],
-    store: &FileStore,
+    store: &dyn Store,
 ) -> Result<()> {
     match metadata.verify(deks)? {
         Seal::Sealed | Seal::NotEncrypted => {}

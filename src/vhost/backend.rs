@@ -40,9 +40,16 @@ impl Device {
     /// Makes the capacity that many 512-byte sectors, which must be whole blocks and be there to be written. Requests
     /// are judged by it from now on, the configuration space shows it, and the VMM is told if one is connected. A
     /// smaller number than the present changes nothing. Waits for the VMM a few seconds at most.
-    pub fn grow(&self, sectors: u64) -> Told {
+    ///
+    /// # Errors
+    /// As [`Disk::grow`](crate::volume::io::Disk::grow): a disk of several layers is replaced first
+    /// ([`Paused::prepare`](super::pause::Paused::prepare)).
+    pub fn grow(&self, sectors: u64) -> io::Result<Told> {
+        if let Some(serving) = self.tenure.serving() {
+            serving.disk().grow(sectors)?;
+        }
         self.geometry.grow(sectors);
-        self.channel.config_changed()
+        Ok(self.channel.config_changed())
     }
 
     fn config(&self) -> ConfigSpace {

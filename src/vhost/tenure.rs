@@ -6,14 +6,21 @@
 use super::worker::Worker;
 use crate::volume::io::Disk;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// The volume, open, and the threads that serve it. While there is one, no other process writes the volume.
 pub struct Serving {
     /// One thread a queue.
-    pub workers: Vec<Worker>,
-    /// The volume.
-    pub disk: Arc<Disk>,
+    pub(super) workers: Vec<Worker>,
+    /// What they serve. Locked while they are paused.
+    pub(super) disk: Mutex<Arc<Disk>>,
+}
+
+impl Serving {
+    /// `disk`, and threads that were started for it.
+    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>) -> Arc<Self> {
+        Arc::new(Serving { workers, disk: Mutex::new(disk) })
+    }
 }
 
 /// The right to serve a volume. Calls come from one session at a time.
@@ -25,9 +32,31 @@ pub trait Tenure: Send + Sync {
     /// process cannot follow; it cannot be opened.
     fn claim(&self) -> io::Result<Arc<Serving>>;
 
+    /// The volume, if this process has it. Whoever looks at it drops it soon: as long as he has it, no other process can.
+    fn serving(&self) -> Option<Arc<Serving>>;
+
     /// No ring runs, and nothing is in flight: a process that waits may have the volume.
     fn rest(&self);
 
     /// The VMM has left. Answers whether to wait for the next one; not if another process has the volume now.
     fn vmm_left(&self) -> bool;
+}
+
+/// A volume that is never handed over.
+pub struct Sole(pub Arc<Serving>);
+
+impl Tenure for Sole {
+    fn claim(&self) -> io::Result<Arc<Serving>> {
+        Ok(self.0.clone())
+    }
+
+    fn serving(&self) -> Option<Arc<Serving>> {
+        Some(self.0.clone())
+    }
+
+    fn rest(&self) {}
+
+    fn vmm_left(&self) -> bool {
+        true
+    }
 }
