@@ -312,6 +312,68 @@ fn a_volume_that_was_changed_meanwhile_is_refused() {
     source.ends_well();
 }
 
+/// A guest that is paused can be moved, too. Nothing tells its host process to stop then.
+#[test]
+fn a_guest_that_was_paused_before_moves_as_well() {
+    let mut rig = Rig::new();
+    let (source, mut vmm) = rig.source(Kind::Qemu10);
+    rig.go_on(&mut vmm);
+    stop(&vmm, Kind::Qemu10);
+    assert_eq!(rig.holder(), pid(&source));
+    let (destination, mut next) = rig.destination(&vmm);
+    move_guest(&mut vmm, &mut next);
+    start(&mut next);
+    assert_eq!(rig.holder(), pid(&destination));
+    rig.go_on(&mut next);
+    drop(vmm);
+    source.ends_well();
+    // Nor is anything in the way where no VMM is connected.
+    drop(next);
+    let (third, socket) = rig.attach(&["--incoming"]);
+    let mut vmm = Vmm::connect(&socket, Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
+    start(&mut vmm);
+    destination.ends_well();
+    assert_eq!(rig.holder(), pid(&third));
+}
+
+#[test]
+fn what_the_guest_chose_goes_with_the_volume() {
+    const WRITEBACK: usize = 32;
+    let mut rig = Rig::new();
+    let (mut host, mut vmm) = rig.source(Kind::Qemu10);
+    assert_eq!(vmm.config[WRITEBACK], 1);
+    vmm.write_config(WRITEBACK as u32, &[0]).unwrap();
+    vmm.sync().unwrap();
+    // Another process, after a crash.
+    host.crash();
+    (host, _) = rig.attach(&[]);
+    vmm = vmm.reconnect(&rig.place.folder().join("2.sock")).unwrap();
+    assert_eq!(vmm.read_config().unwrap()[WRITEBACK], 0);
+    rig.go_on(&mut vmm);
+    // Another process, to which the guest moves.
+    let (destination, mut next) = rig.destination(&vmm);
+    stop(&vmm, Kind::Qemu10);
+    move_guest(&mut vmm, &mut next);
+    start(&mut next);
+    assert_eq!(next.read_config().unwrap()[WRITEBACK], 0);
+    drop(vmm);
+    host.ends_well();
+    // The process ends before the VMM, which will look for another.
+    rig.place.store.ok(&["detach", "t"]);
+    destination.ends_well();
+    let (host, socket) = rig.attach(&[]);
+    let mut next = next.reconnect(&socket).unwrap();
+    assert_eq!(next.read_config().unwrap()[WRITEBACK], 0);
+    rig.go_on(&mut next);
+    // The guest is gone for good.
+    drop(next);
+    rig.place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    let (_host, socket) = rig.attach(&[]);
+    let vmm = Vmm::connect(&socket, Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
+    assert_eq!(vmm.config[WRITEBACK], 1);
+}
+
 #[test]
 fn a_destination_can_wait_for_a_volume_that_was_never_attached() {
     let mut rig = Rig::new();

@@ -171,7 +171,7 @@ impl Rig {
             queues: 2,
             seg_max: 126,
             queue_size: 256,
-            writeback: true.into(),
+            writeback: Arc::new(true.into()),
         });
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let stop = Stop::new().unwrap();

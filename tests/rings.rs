@@ -209,6 +209,26 @@ fn a_full_call_descriptor_does_not_stop_the_queue() {
     }
 }
 
+/// The descriptor's flags are the VMM's as much as ours.
+#[test]
+fn a_call_descriptor_that_is_made_to_block_holds_up_no_stop() {
+    let mut disk = Disk::attach(&[]);
+    let mut session = disk.open();
+    let full = EventFd::new(EFD_NONBLOCK).unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    assert!(!ask(session.raw(), Req::SET_VRING_CALL, &words(&[0]), &[full.as_raw_fd()]).is_refused());
+    // SAFETY: `full` is open; the call changes flags alone.
+    let cleared = unsafe { nix::libc::fcntl(full.as_raw_fd(), nix::libc::F_SETFL, nix::libc::O_RDWR) };
+    assert_eq!(cleared, 0);
+    let ring = &mut session.rings[0];
+    ring.want_call(true);
+    Request::read(0, 4096).submit(ring).unwrap();
+    ring.kick();
+    session.enable(false).expect("the drain is answered");
+    drop(session);
+    disk.assert_whole();
+}
+
 #[test]
 fn one_event_for_everything_works() {
     let mut disk = Disk::attach(&[]);

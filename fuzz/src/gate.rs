@@ -28,6 +28,8 @@ impl Tenure for Nobody {
 
     fn rest(&self) {}
 
+    fn guest_chose(&self, _write_through: bool) {}
+
     fn vmm_left(&self) -> bool {
         false
     }

@@ -68,6 +68,6 @@ fn device() -> Device {
     let workers = (0..QUEUES).map(worker).collect();
     let tenure = Arc::new(Sole(Serving::new(disk, workers)));
     let geometry = Arc::new(SharedGeometry::new(geometry));
-    let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, true.into());
+    let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, Arc::new(true.into()));
     Device { tenure, geometry, inlet, channel, queues, seg_max, queue_size: 256, writeback }
 }

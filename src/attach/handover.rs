@@ -15,6 +15,7 @@ use crate::vhost::worker::{Tuning, Worker};
 use crate::volume::io::Disk;
 use crate::volume::lock::{Holder, LockFile, Turn, VolumeLock};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,18 @@ pub struct Handover {
     /// Why a queue's thread died, which ends the process.
     failure: Arc<Mutex<Option<String>>>,
     state: Mutex<State>,
+    guest: Mutex<Guest>,
+}
+
+/// What is known of the guest here.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// No VMM has started a ring yet; one that served it before may be about to.
+    Unknown,
+    /// Its VMM is connected.
+    Here,
+    /// It has left with its VMM.
+    Gone,
 }
 
 /// What a [`Handover`] is made of.
@@ -51,6 +64,8 @@ pub struct Parts {
     pub channel: Arc<Channel>,
     /// Ends the process when a queue's thread dies; ends waiting for the volume.
     pub stop: Arc<Stop>,
+    /// The `writeback` byte of the device.
+    pub writeback: Arc<AtomicBool>,
     /// Called when this process has got the volume from another.
     pub taken: Box<dyn Fn() + Send + Sync>,
 }
@@ -69,19 +84,26 @@ impl Handover {
     pub fn holding(parts: Parts, disk: Arc<Disk>, lock: VolumeLock) -> Result<Self> {
         let failure = Arc::default();
         let serving = parts.serve(&failure, disk)?;
-        parts.record.hold(lock);
-        Ok(Handover { parts, failure, state: Mutex::new(State::Has(serving)) })
+        parts.hold(lock);
+        Ok(Self::new(parts, failure, State::Has(serving)))
     }
 
     /// For a process that is to have it next.
     pub fn waiting(parts: Parts, turn: Turn) -> Self {
-        Handover { parts, failure: Arc::default(), state: Mutex::new(State::Waiting { _turn: turn }) }
+        Self::new(parts, Arc::default(), State::Waiting { _turn: turn })
+    }
+
+    fn new(parts: Parts, failure: Arc<Mutex<Option<String>>>, state: State) -> Self {
+        Handover { parts, failure, state: Mutex::new(state), guest: Mutex::new(Guest::Unknown) }
     }
 
     /// Ends serving: threads end, then what they wrote is made durable. The lock stays in the record.
     pub fn end(&self) -> Result<()> {
         let volume = self.parts.opener.volume();
         let State::Has(serving) = std::mem::replace(&mut *self.state(), State::LetGo) else { return Ok(()) };
+        if *self.guest() == Guest::Gone {
+            self.parts.record.note_write_through(false);
+        }
         let disk = serving.disk();
         drop(serving);
         let flushed = disk.flush().map_err(|e| Error::from(e).context(format!("flush {volume}")));
@@ -101,7 +123,7 @@ impl Handover {
         }
         log::info!("{} is attached: {}", lock.volume(), disk.describe());
         let serving = self.parts.serve(&self.failure, disk)?;
-        self.parts.record.hold(lock);
+        self.parts.hold(lock);
         Ok(serving)
     }
 
@@ -132,8 +154,58 @@ impl Handover {
         }
     }
 
+    /// Lets go of the volume if somebody waits for it and no ring runs: also when both came about in the other order, the
+    /// guest having been paused first. It ends with this process.
+    pub fn heed_announcements(self: &Arc<Self>) -> Result<()> {
+        let announcements = self.parts.lock_file.announcements()?;
+        let handover = Arc::downgrade(self);
+        let heed = move || {
+            while let Ok(()) = announcements.wait().inspect_err(|e| log::error!("{e}")) {
+                // Not kept meanwhile: it has the data keys.
+                let Some(handover) = handover.upgrade() else { return };
+                handover.let_go_if_awaited(false);
+            }
+        };
+        std::thread::Builder::new().name("hand-over".into()).spawn(heed)?;
+        Ok(())
+    }
+
+    /// With `drained`, the rings have dropped what they had of it, and whoever else has it is about to.
+    fn let_go_if_awaited(&self, drained: bool) {
+        let mut state = self.state();
+        let State::Has(serving) = &*state else { return };
+        if !drained && Arc::strong_count(serving) > 1 {
+            return;
+        }
+        let volume = self.parts.opener.volume();
+        match self.parts.lock_file.is_awaited() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(e) => return log::error!("{e}; the volume stays here"),
+        }
+        // A thread that died may have lost requests.
+        if !self.is_alone(serving) || self.failure().is_some() {
+            return log::error!("{volume} is in use yet; it stays here");
+        }
+        if let Err(e) = serving.disk().flush() {
+            return log::error!("{volume}: {e}; it stays here, since data may be lost");
+        }
+        log::info!("no ring runs, and another process waits for {volume}: letting go of it");
+        // Threads end and layers are closed with this; only then may another have it.
+        *state = State::LetGo;
+        self.parts.record.release();
+        if *self.guest() != Guest::Here {
+            // There is nobody who could want it back.
+            self.parts.stop.stop();
+        }
+    }
+
     fn failure(&self) -> MutexGuard<'_, Option<String>> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guest(&self) -> MutexGuard<'_, Guest> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -143,6 +215,7 @@ impl Handover {
 
 impl Tenure for Handover {
     fn claim(&self) -> io::Result<Arc<Serving>> {
+        *self.guest() = Guest::Here;
         let mut state = self.state();
         if let State::Has(serving) = &*state {
             return Ok(serving.clone());
@@ -163,33 +236,27 @@ impl Tenure for Handover {
     }
 
     fn rest(&self) {
-        let mut state = self.state();
-        let State::Has(serving) = &*state else { return };
-        let volume = self.parts.opener.volume();
-        match self.parts.lock_file.is_awaited() {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(e) => return log::error!("{e}; the volume stays here"),
-        }
-        // The rings have dropped theirs. A thread that died may have lost requests.
-        if !self.is_alone(serving) || self.failure().is_some() {
-            return log::error!("{volume} is in use yet; it stays here");
-        }
-        if let Err(e) = serving.disk().flush() {
-            return log::error!("{volume}: {e}; it stays here, since data may be lost");
-        }
-        log::info!("no ring runs, and another process waits for {volume}: letting go of it");
-        // Threads end and layers are closed with this; only then may another have it.
-        *state = State::LetGo;
-        self.parts.record.release();
+        self.let_go_if_awaited(true);
+    }
+
+    fn guest_chose(&self, write_through: bool) {
+        self.parts.record.note_write_through(write_through);
     }
 
     fn vmm_left(&self) -> bool {
+        *self.guest() = Guest::Gone;
+        self.let_go_if_awaited(false);
         !matches!(*self.state(), State::LetGo)
     }
 }
 
 impl Parts {
+    /// The volume is this process's, and its guest wants what it wanted of the one before.
+    fn hold(&self, lock: VolumeLock) {
+        self.writeback.store(!lock.write_through(), Ordering::Relaxed);
+        self.record.hold(lock);
+    }
+
     /// Starts a thread for each queue.
     fn serve(&self, failure: &Arc<Mutex<Option<String>>>, disk: Arc<Disk>) -> Result<Arc<Serving>> {
         let spawn = |index: usize| {

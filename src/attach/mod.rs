@@ -46,6 +46,7 @@ use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use unwrap::Refusal;
 
@@ -151,6 +152,7 @@ pub fn attach(
     let inlet = Inlet::new(&folder, inlet).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
     let (geometry, channel, name) = (opener.geometry.clone(), Arc::<Channel>::default(), control.name());
+    let writeback = Arc::new(AtomicBool::new(true));
     let parts = Parts {
         opener,
         lock_file,
@@ -161,6 +163,7 @@ pub fn attach(
         tuning: Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos },
         channel: channel.clone(),
         stop: stop.clone(),
+        writeback: writeback.clone(),
         taken: Box::new(move || name.become_holders()),
     };
     let handover = match (place, disk) {
@@ -169,6 +172,7 @@ pub fn attach(
         (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
     };
     let handover = Arc::new(handover.map_err(|e| e.context(attempt()))?);
+    handover.heed_announcements().map_err(|e| e.context(attempt()))?;
     let device = Arc::new(Device {
         tenure: handover.clone(),
         geometry,
@@ -177,7 +181,7 @@ pub fn attach(
         queues: options.queues,
         seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         queue_size: options.queue_size,
-        writeback: true.into(),
+        writeback,
     });
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),

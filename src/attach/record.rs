@@ -38,6 +38,18 @@ impl Record {
         self.catalog.store(lock, &mut metadata).context(|| format!("rewrap {}", lock.volume()))
     }
 
+    /// Whether the guest wants writes to be durable when they complete.
+    pub fn write_through(&self) -> bool {
+        self.lock().as_ref().is_some_and(VolumeLock::write_through)
+    }
+
+    /// Notes what the guest wants, for whoever serves it after this process.
+    pub fn note_write_through(&self, write_through: bool) {
+        if let Some(lock) = &mut *self.lock() {
+            lock.note_write_through(write_through);
+        }
+    }
+
     /// Gives the volume up: the next may have it. Answers whether this process had it.
     pub fn release(&self) -> bool {
         self.lock().take().is_some()

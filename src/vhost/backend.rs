@@ -1,5 +1,6 @@
 //! What vhost-user-backend asks of a device: its features, its configuration space, and to take note of changes.
 
+use super::cache_mode::CacheMode;
 use super::dirty::GuestMemory;
 use super::gate::{Channel, Told};
 use super::session::{Farewell, Inlet};
@@ -9,7 +10,7 @@ use crate::virtio::config_space::{ConfigSpace, writeback_written};
 use crate::virtio::{SharedGeometry, features};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestMemoryAtomic;
@@ -33,7 +34,7 @@ pub struct Device {
     pub queue_size: u16,
     /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
     /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
-    pub writeback: AtomicBool,
+    pub writeback: Arc<AtomicBool>,
 }
 
 impl Device {
@@ -64,9 +65,7 @@ pub struct Backend(Arc<Session>);
 struct Session {
     device: Arc<Device>,
     rings: Arc<Rings>,
-    acked: AtomicU64,
-    /// What follows for writes from that and the features; the queues' threads look at it.
-    write_through: Arc<AtomicBool>,
+    cache_mode: Arc<CacheMode>,
     /// What the crate's thread leaves behind for the gate when it ends.
     farewell: Farewell,
 }
@@ -74,10 +73,9 @@ struct Session {
 impl Backend {
     /// A fresh session of `device`. `farewell` comes when the thread ends on which the crate calls.
     pub fn new(device: Arc<Device>, farewell: Farewell) -> Self {
-        // Until features are acknowledged, no driver has promised to flush.
-        let write_through = Arc::new(AtomicBool::new(true));
-        let rings = Rings::new(device.tenure.clone(), device.queues.into(), write_through.clone());
-        Backend(Arc::new(Session { device, rings, acked: AtomicU64::new(0), write_through, farewell }))
+        let cache_mode = Arc::new(CacheMode::new(device.writeback.clone()));
+        let rings = Rings::new(device.tenure.clone(), device.queues.into(), cache_mode.clone());
+        Backend(Arc::new(Session { device, rings, cache_mode, farewell }))
     }
 
     /// The session's rings.
@@ -87,14 +85,12 @@ impl Backend {
 }
 
 impl Session {
-    fn update_write_through(&self) {
-        let durable = features::write_through(
-            self.acked.load(Ordering::Relaxed),
-            self.device.writeback.load(Ordering::Relaxed),
-        );
-        if self.write_through.swap(durable, Ordering::AcqRel) != durable {
-            log::debug!("writes are {} at completion", if durable { "durable" } else { "cached" });
+    /// Sets the `writeback` byte.
+    fn choose(&self, writeback: bool) {
+        if self.device.writeback.swap(writeback, Ordering::Relaxed) != writeback {
+            self.device.tenure.guest_chose(!writeback);
         }
+        self.cache_mode.decide();
     }
 }
 
@@ -118,8 +114,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn acked_features(&self, features: u64) {
-        self.0.acked.store(features, Ordering::Relaxed);
-        self.0.update_write_through();
+        self.0.cache_mode.acked(features);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -130,7 +125,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn reset_device(&self) {
-        self.0.device.writeback.store(true, Ordering::Relaxed);
+        self.0.choose(true);
         self.acked_features(0);
     }
 
@@ -145,8 +140,7 @@ impl VhostUserBackend for Backend {
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         if let Some(writeback) = writeback_written(offset, bytes) {
-            self.0.device.writeback.store(writeback, Ordering::Relaxed);
-            self.0.update_write_through();
+            self.0.choose(writeback);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@
 //! gate checks what the VMM says, `virtio` what the guest writes.
 
 pub mod backend;
+pub mod cache_mode;
 pub mod dirty;
 pub mod gate;
 pub mod inflight;

@@ -64,7 +64,13 @@ impl Stop {
 /// Serves VMMs until [`Stop::stop`], until the only one has left, or until another process has the volume.
 pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()> {
     match socket {
-        Socket::Connected(vmm) => one(device, vmm, stop),
+        Socket::Connected(vmm) => {
+            one(device, vmm, stop)?;
+            if !stop.is_stopped() {
+                device.tenure.vmm_left();
+            }
+            Ok(())
+        }
         Socket::Listening(listener) => {
             listener.set_nonblocking(true)?;
             while !stop.is_stopped() {
@@ -72,7 +78,7 @@ pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()
                 match listener.accept() {
                     Ok((vmm, _)) => {
                         one(device, vmm, stop)?;
-                        if !device.tenure.vmm_left() {
+                        if !stop.is_stopped() && !device.tenure.vmm_left() {
                             return Ok(());
                         }
                     }

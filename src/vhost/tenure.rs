@@ -38,6 +38,10 @@ pub trait Tenure: Send + Sync {
     /// No ring runs, and nothing is in flight: a process that waits may have the volume.
     fn rest(&self);
 
+    /// The guest has chosen that writes be durable when they complete, or that they need not be. Whoever serves it after
+    /// this process must know: it will not say it again.
+    fn guest_chose(&self, write_through: bool);
+
     /// The VMM has left. Answers whether to wait for the next one; not if another process has the volume now.
     fn vmm_left(&self) -> bool;
 }
@@ -55,6 +59,8 @@ impl Tenure for Sole {
     }
 
     fn rest(&self) {}
+
+    fn guest_chose(&self, _write_through: bool) {}
 
     fn vmm_left(&self) -> bool {
         true

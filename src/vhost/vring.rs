@@ -4,6 +4,7 @@
 //! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
 //! crate's own event loop has no part in this: it runs without threads.
 
+use super::cache_mode::CacheMode;
 use super::dirty::{DirtyLog, GuestMemory, RingLog};
 use super::inflight::Inflight;
 use super::ring::Ring;
@@ -12,7 +13,6 @@ use super::worker::{Setup, Worker};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
@@ -29,8 +29,7 @@ pub struct Rings {
     queues: usize,
     /// What runs them, once the first has started.
     serving: Mutex<Option<Arc<Serving>>>,
-    /// Whether writes must be durable at completion.
-    write_through: Arc<AtomicBool>,
+    cache_mode: Arc<CacheMode>,
     /// Where the front-end wants chains in flight to be noted.
     inflight: Mutex<Option<Arc<Inflight>>>,
     log: Arc<DirtyLog>,
@@ -45,12 +44,12 @@ thread_local! {
 
 impl Rings {
     /// No rings yet; up to `queues` of them.
-    pub fn new(tenure: Arc<dyn Tenure>, queues: usize, write_through: Arc<AtomicBool>) -> Arc<Self> {
+    pub fn new(tenure: Arc<dyn Tenure>, queues: usize, cache_mode: Arc<CacheMode>) -> Arc<Self> {
         Arc::new(Rings {
             tenure,
             queues,
             serving: Mutex::default(),
-            write_through,
+            cache_mode,
             inflight: Mutex::default(),
             log: Arc::default(),
             made: Mutex::default(),
@@ -126,7 +125,10 @@ impl Rings {
         if let Some(serving) = &*serving {
             return Ok(serving.clone());
         }
-        Ok(serving.insert(self.tenure.claim()?).clone())
+        let claimed = self.tenure.claim()?;
+        // Who had the volume may have left word of what the guest chose.
+        self.cache_mode.decide();
+        Ok(serving.insert(claimed).clone())
     }
 
     /// Lets another process have the volume if no ring runs.
@@ -200,7 +202,7 @@ impl Vring {
             kick: kick.try_clone()?,
             call: copy(&seat.call)?,
             err: copy(&seat.err)?,
-            write_through: self.rings.write_through.clone(),
+            write_through: self.rings.cache_mode.durable().clone(),
             inflight,
         };
         serving.workers[self.index].start(setup)?;

@@ -5,6 +5,7 @@
 
 mod flushes;
 mod in_order;
+mod interrupt;
 mod request;
 mod server;
 
@@ -16,7 +17,7 @@ use server::Server;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -25,6 +26,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
 const MIN_DEPTH: u16 = 128;
+/// How long a thread may take to answer before it is interrupted if it is signalling the VMM.
+const INTERRUPT_AFTER: Duration = Duration::from_secs(1);
 
 /// How the operator wants queues to be served.
 #[derive(Clone, Default)]
@@ -82,13 +85,11 @@ struct Mailbox {
     commands: Mutex<Option<VecDeque<(Command, Reply)>>>,
     filled: Condvar,
     wake: EventFd,
+    /// Whether the thread is signalling the VMM at this moment.
+    signalling: AtomicBool,
 }
 
 impl Mailbox {
-    fn post(&self, command: Command) -> Answer {
-        self.send(command)?.recv().unwrap_or_else(|_| Err(gone()))
-    }
-
     /// Leaves a command for the thread; the answer comes by the receiver.
     fn send(&self, command: Command) -> io::Result<Receiver<Answer>> {
         let (reply, answer) = sync_channel(1);
@@ -198,9 +199,14 @@ impl Worker {
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mailbox =
-            Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
+        let mailbox = Arc::new(Mailbox {
+            commands: Mutex::new(Some(VecDeque::new())),
+            filled: Condvar::new(),
+            wake,
+            signalling: AtomicBool::new(false),
+        });
         let inbox = mailbox.clone();
+        interrupt::prepare()?;
         let run = move || {
             if let Some(cpu) = tuning.cpu
                 && let Err(e) = bind_to(cpu)
@@ -220,14 +226,33 @@ impl Worker {
         Ok(Worker { mailbox, thread: Some(thread) })
     }
 
+    /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which is then to
+    /// hold up neither a drain nor a detach: the thread is interrupted.
+    fn ask(&self, command: Command) -> Answer {
+        let answer = self.mailbox.send(command)?;
+        loop {
+            match answer.recv_timeout(INTERRUPT_AFTER) {
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(thread) = &self.thread
+                        && self.mailbox.signalling.load(Ordering::Relaxed)
+                    {
+                        interrupt::interrupt(thread);
+                    }
+                }
+            }
+        }
+    }
+
     /// Serves a ring. Any earlier one must have been stopped.
     pub fn start(&self, setup: Setup) -> io::Result<()> {
-        self.mailbox.post(Command::Start(Box::new(setup))).map(drop)
+        self.ask(Command::Start(Box::new(setup))).map(drop)
     }
 
     /// Drains and forgets the ring; answers where it stands, or `None` if there was none.
     pub fn stop(&self) -> io::Result<Option<Position>> {
-        self.mailbox.post(Command::Stop)
+        self.ask(Command::Stop)
     }
 
     /// Asks the thread to begin nothing more; the answer comes when none of its operations is in flight. Requests that
@@ -249,19 +274,19 @@ impl Worker {
     /// Returns when whatever the thread writes is decided by what is true now, and what it wrote before is there for
     /// everybody to see.
     pub fn sync(&self) -> io::Result<()> {
-        self.mailbox.post(Command::Sync).map(drop)
+        self.ask(Command::Sync).map(drop)
     }
 
     /// Replaces the call descriptor of the running ring, and signals the new one once.
     pub fn set_call(&self, call: Option<File>) -> io::Result<()> {
-        self.mailbox.post(Command::SetCall(call)).map(drop)
+        self.ask(Command::SetCall(call)).map(drop)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         // A thread that is gone already was reported by `died`.
-        let _ = self.mailbox.post(Command::Exit);
+        let _ = self.ask(Command::Exit);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -320,11 +345,22 @@ fn bind_to(cpu: usize) -> io::Result<()> {
     Ok(nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)?)
 }
 
-/// Signals an event descriptor. A full counter means that the signal is pending already.
+impl Mailbox {
+    /// Signals an event descriptor of the VMM's. It may block, whatever was set when it came.
+    fn signal(&self, fd: Option<&File>) {
+        self.signalling.store(true, Ordering::Relaxed);
+        signal(fd);
+        self.signalling.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Signals an event descriptor. A full counter, which may make it wait until it is interrupted, means that the signal is
+/// pending already.
 pub(super) fn signal(fd: Option<&File>) {
+    use io::ErrorKind::{Interrupted, WouldBlock};
     if let Some(mut fd) = fd
-        && let Err(e) = fd.write_all(&1u64.to_ne_bytes())
-        && e.kind() != io::ErrorKind::WouldBlock
+        && let Err(e) = fd.write(&1u64.to_ne_bytes())
+        && ![Interrupted, WouldBlock].contains(&e.kind())
     {
         log::warn!("signalling the front-end: {e}");
     }

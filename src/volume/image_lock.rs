@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Kind, Result};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 const USED: i64 = 100;
@@ -84,6 +85,12 @@ impl ImageLock {
         Ok(lock)
     }
 
+    /// Whether what is locked is `file`, and not another that had its name for a moment.
+    pub fn is_on(&self, file: &File) -> std::io::Result<bool> {
+        let (ours, theirs) = (self.file.metadata()?, file.metadata()?);
+        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+    }
+
     /// Lets others read too: from now on this is as if it had been acquired for [`Access::Read`].
     pub fn stop_writing(&self) {
         let gone = |of: fn(Access) -> &'static [i64], base| {
@@ -116,6 +123,17 @@ fn in_use(path: &Path) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_of_the_same_name_is_not_the_same_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        let first = File::create(&path).unwrap();
+        let lock = ImageLock::acquire(&path, Access::Read).unwrap();
+        std::fs::rename(&path, dir.path().join("moved")).unwrap();
+        let second = File::create(&path).unwrap();
+        assert!(lock.is_on(&first).unwrap() && !lock.is_on(&second).unwrap());
+    }
 
     #[test]
     fn one_writer_or_many_readers() {

@@ -2,7 +2,7 @@
 
 use super::image_lock::{Access, ImageLock};
 use super::io::{Cipher, Layers};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::store::chain::Chain;
 use crate::store::file::FileStore;
 use std::path::Path;
@@ -27,7 +27,12 @@ impl Layer {
     pub fn open(path: &Path, access: Access, block_size: u32, cipher: Cipher) -> Result<Self> {
         let image_lock = Arc::new(ImageLock::acquire(path, access)?);
         let store = FileStore::open(path, access == Access::Read, block_size);
-        Ok(Layer { store: Arc::new(store.context(|| path.display().to_string())?), cipher, image_lock })
+        let store = store.context(|| path.display().to_string())?;
+        if !image_lock.is_on(store.file())? {
+            let message = format!("{} was replaced by another file just now", path.display());
+            return Err(Error::new(Kind::Busy, message));
+        }
+        Ok(Layer { store: Arc::new(store), cipher, image_lock })
     }
 
     /// The same for reading alone, from now on: others may read it too. Whoever still holds it as it was must not

@@ -2,7 +2,8 @@
 //! it next, in a live migration: another such lock, beside the first.
 //!
 //! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
-//! says who it is, for the reader of an error; without the lock it means nothing. The file is never replaced:
+//! says who it is, for the reader of an error; without the lock it means nothing, but for what the guest wants of whoever
+//! serves it next. The file is never replaced:
 //! a lock on a file that a path no longer leads to would protect nothing.
 
 use super::id::VolumeId;
@@ -10,12 +11,14 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::observe::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// The file's name in the volume's folder.
 pub const FILE: &str = "lock";
@@ -53,6 +56,10 @@ pub struct Holder {
     pub since: Timestamp,
     /// The vhost-user socket's path, where it has one, as text for people.
     pub socket: Option<String>,
+    /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when the holder
+    /// is gone: the guest does not say it again to who serves it next.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub write_through: bool,
 }
 
 impl Holder {
@@ -61,7 +68,7 @@ impl Holder {
         let pid = std::process::id();
         let start_time = start_time(pid)?;
         let socket = socket.map(|path| path.display().to_string());
-        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket })
+        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
     }
 
     /// Whether that very process still runs.
@@ -142,15 +149,13 @@ impl LockFile {
         if !self.lock(&held(libc::F_WRLCK)).context(attempt)? {
             return Err(busy(self.volume, &query_file(&self.file).context(attempt)?));
         }
-        let lock = VolumeLock { file: self.clone() };
+        let before = read_holder(&self.file).context(attempt)?;
+        let write_through = before.is_some_and(|holder| holder.write_through);
+        let lock = VolumeLock { file: self.clone(), holder: Holder { write_through, ..holder.clone() } };
         if !same_file(&self.file, &self.path).context(attempt)? {
             return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
         }
-        let text = serde_json::to_vec(holder).expect("strings and numbers");
-        if let Err(e) = self.file.set_len(0).and_then(|()| self.file.write_all_at(&text, 0)) {
-            // The lock holds all the same, and on a full disk a volume must still be deleted.
-            log::warn!("{}: {e}", self.path.display());
-        }
+        lock.write_holder();
         Ok(lock)
     }
 
@@ -163,7 +168,17 @@ impl LockFile {
             let message = format!("another process waits for {} already; end that first", self.volume);
             return Err(Error::new(Kind::Busy, message));
         }
+        // Who holds it may be asleep: see `Announcements`.
+        self.file.set_modified(SystemTime::now()).context(|| format!("touch {}", self.path.display()))?;
         Ok(Turn(self.clone()))
+    }
+
+    /// What tells of announcements, as far as they are made on this machine.
+    pub fn announcements(&self) -> Result<Announcements> {
+        let attempt = || format!("watch {}", self.path.display());
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).context(attempt)?;
+        inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB).context(attempt)?;
+        Ok(Announcements(inotify))
     }
 
     /// Whether another process has announced itself.
@@ -193,6 +208,7 @@ impl LockFile {
 #[derive(Debug)]
 pub struct VolumeLock {
     file: LockFile,
+    holder: Holder,
 }
 
 impl VolumeLock {
@@ -208,13 +224,48 @@ impl VolumeLock {
     pub fn volume(&self) -> VolumeId {
         self.file.volume
     }
+
+    /// Whether the guest wants writes to be durable when they complete, as far as this or an earlier process knows.
+    pub fn write_through(&self) -> bool {
+        self.holder.write_through
+    }
+
+    /// Notes what the guest wants, for whoever serves it after this process.
+    pub fn note_write_through(&mut self, write_through: bool) {
+        self.holder.write_through = write_through;
+        self.write_holder();
+    }
+
+    fn write_holder(&self) {
+        let text = serde_json::to_vec(&self.holder).expect("strings and numbers");
+        let file = &self.file.file;
+        if let Err(e) = file.set_len(0).and_then(|()| file.write_all_at(&text, 0)) {
+            // The lock holds all the same, and on a full disk a volume must still be deleted.
+            log::warn!("{}: {e}", self.file.path.display());
+        }
+    }
 }
 
 impl Drop for VolumeLock {
     fn drop(&mut self) {
-        // For whoever looks at the file by hand.
-        let _ = self.file.file.set_len(0);
+        // For whoever looks at the file by hand; but what the guest wants must not be lost.
+        if !self.holder.write_through {
+            let _ = self.file.file.set_len(0);
+        }
         self.file.unlock(&held(libc::F_UNLCK));
+    }
+}
+
+/// Tells when somebody may have announced himself.
+pub struct Announcements(Inotify);
+
+impl Announcements {
+    /// Waits for the next time.
+    pub fn wait(&self) -> Result<()> {
+        match self.0.read_events() {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(Error::from(e).context("wait for announcements")),
+        }
     }
 }
 
@@ -247,11 +298,16 @@ fn query_file(file: &File) -> Result<Held> {
     if i32::from(lock.l_type) == libc::F_UNLCK {
         return Ok(Held::Free);
     }
+    // Between taking the lock and writing, the file says who had it before.
+    let holder = read_holder(file)?.filter(Holder::is_alive);
+    Ok(holder.map_or(Held::Unknown, Held::By))
+}
+
+/// What the file says, if that can be read.
+fn read_holder(file: &File) -> std::io::Result<Option<Holder>> {
     let mut text = vec![0; MAX_HOLDER];
     let len = file.read_at(&mut text, 0)?;
-    // Between taking the lock and writing, the file says who had it before.
-    let holder = serde_json::from_slice(&text[..len]).ok().filter(Holder::is_alive);
-    Ok(holder.map_or(Held::Unknown, Held::By))
+    Ok(serde_json::from_slice(&text[..len]).ok())
 }
 
 /// The error for a volume that somebody else has.
@@ -398,6 +454,27 @@ mod tests {
         drop(lock);
         assert!(next.is_awaited().unwrap());
         assert!(source.acquire(&attach(None)).is_ok());
+    }
+
+    #[test]
+    fn what_the_guest_chose_outlives_its_host_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let acquire = || VolumeLock::acquire(dir.path(), VolumeId::random(), &attach(None)).unwrap();
+        let mut lock = acquire();
+        assert!(!lock.write_through());
+        lock.note_write_through(true);
+        drop(lock);
+        assert_eq!(query(dir.path()).unwrap(), Held::Free);
+        // However often it changes hands, and however they end.
+        let lock = acquire();
+        assert!(lock.write_through());
+        drop(lock);
+        let mut lock = acquire();
+        assert!(lock.write_through());
+        lock.note_write_through(false);
+        drop(lock);
+        assert_eq!(std::fs::metadata(dir.path().join(FILE)).unwrap().len(), 0);
+        assert!(!acquire().write_through());
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use super::qemu::{Qemu, Wire};
 use base64::Engine;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -78,6 +78,18 @@ impl Builder {
 
     /// Boots the guest and waits until it takes commands.
     pub fn boot(self) -> Guest {
+        let mut guest = self.start();
+        guest.wait_ready();
+        guest
+    }
+
+    /// Starts a QEMU that waits for a running guest with the same devices: [`Guest::move_to`] sends one.
+    pub fn incoming(mut self) -> Guest {
+        self.args.extend(["-incoming".into(), "defer".into()]);
+        self.start()
+    }
+
+    fn start(self) -> Guest {
         let mut args = self.args.clone();
         for (n, disk) in self.disks.iter().enumerate() {
             args.extend(self.disk_args(n, disk));
@@ -87,9 +99,7 @@ impl Builder {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("make a folder for the guest's logs");
         let (qemu, agent) = Qemu::start(&args, folder.path(), &self.environment);
-        let mut guest = Guest { qemu, agent, folder: Some(folder), requests: 0 };
-        guest.wait_ready();
-        guest
+        Guest { qemu, agent, folder: Some(folder), requests: 0 }
     }
 
     fn disk_args(&self, n: usize, disk: &Disk) -> [String; 4] {
@@ -229,6 +239,40 @@ impl Guest {
     /// Waits for an event of QEMU's monitor, such as `DEVICE_DELETED`.
     pub fn qmp_event(&mut self, name: &str) -> Value {
         self.qemu.event(name, LIMIT)
+    }
+
+    /// Moves the running guest to a QEMU that waits for one, and answers it there; then this QEMU ends.
+    pub fn move_to(mut self, mut destination: Guest) -> Guest {
+        let socket = self.folder.as_ref().expect("until the drop").path().join("migration");
+        let uri = format!("unix:{}", socket.display());
+        destination.qmp("migrate-incoming", json!({ "uri": uri }));
+        self.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 5000 }));
+        self.begin_migration(&uri);
+        assert_eq!(self.migration_end(), "completed");
+        destination.qmp_event("RESUME");
+        destination.requests = self.requests;
+        self.qmp("quit", json!({}));
+        let status = self.qemu.wait(LIMIT);
+        assert!(status.success(), "QEMU ended with {status}");
+        destination
+    }
+
+    /// Begins to move the guest to `uri`.
+    pub fn begin_migration(&mut self, uri: &str) {
+        let events = json!([{ "capability": "events", "state": true }]);
+        self.qmp("migrate-set-capabilities", json!({ "capabilities": events }));
+        self.qmp("migrate", json!({ "uri": uri }));
+    }
+
+    /// Waits for the end of a migration; how it ended, in QEMU's word.
+    pub fn migration_end(&mut self) -> String {
+        loop {
+            let status = self.qmp_event("MIGRATION")["data"]["status"].take();
+            match status.as_str() {
+                Some(end @ ("completed" | "failed" | "cancelled")) => return end.to_owned(),
+                _ => continue,
+            }
+        }
     }
 
     /// Kills QEMU, as a crash of the VMM would.

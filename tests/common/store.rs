@@ -67,9 +67,15 @@ impl Store {
     /// Attaches a volume and waits until sealblk has told its service manager that it is ready.
     #[track_caller]
     pub fn attach(&self, volume: &str, arguments: &[&str]) -> Attached<'_> {
-        let socket = self.folder.path().join(format!("{volume}.sock"));
-        let log = self.folder.path().join(format!("{volume}.log"));
-        let notify = self.folder.path().join(format!("{volume}.notify"));
+        self.attach_as(volume, volume, arguments)
+    }
+
+    /// The same with a socket of its own, called `name`.
+    #[track_caller]
+    pub fn attach_as(&self, name: &str, volume: &str, arguments: &[&str]) -> Attached<'_> {
+        let socket = self.folder.path().join(format!("{name}.sock"));
+        let log = self.folder.path().join(format!("{name}.log"));
+        let notify = self.folder.path().join(format!("{name}.notify"));
         // Left by an earlier attach of the same volume.
         let _ = std::fs::remove_file(&notify);
         let manager = UnixDatagram::bind(&notify).expect("bind the notify socket");
@@ -123,6 +129,13 @@ impl Attached<'_> {
         let status = self.wait();
         assert!(status.success(), "attach ended with {status} after a detach: {}", self.output());
         assert!(!self.socket.exists(), "the socket is still there after a detach");
+    }
+
+    /// Waits until it has ended by itself, without an error.
+    #[track_caller]
+    pub fn ends(mut self) {
+        let status = self.wait();
+        assert!(status.success(), "attach ended with {status}: {}", self.output());
     }
 
     /// Kills it, as a crash would.

@@ -4,7 +4,7 @@
 use super::flushes::Flushes;
 use super::in_order::InOrder;
 use super::request::Request;
-use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused, signal};
+use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused};
 use crate::store::{Buffer, Event, Wait};
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
@@ -61,7 +61,7 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         // An interrupt that died with an earlier back-end would never come again.
-        signal(setup.call.as_ref());
+        mailbox.signal(setup.call.as_ref());
         let size = setup.ring.size();
         let mut resubmit = Vec::new();
         if let Some(inflight) = &mut setup.inflight {
@@ -500,7 +500,7 @@ impl Server {
             inflight.published(self.setup.ring.position().next_used);
         }
         if interrupt {
-            signal(self.setup.call.as_ref());
+            self.mailbox.signal(self.setup.call.as_ref());
         }
     }
 
@@ -513,7 +513,7 @@ impl Server {
                 Command::Start(_) => drop(reply.send(Err(io::Error::other("a ring is running already")))),
                 Command::SetCall(call) => {
                     self.setup.call = call;
-                    signal(self.setup.call.as_ref());
+                    self.mailbox.signal(self.setup.call.as_ref());
                     let _ = reply.send(Ok(None));
                 }
                 // What was written before is in guest memory: the answer goes by way of a lock.
@@ -546,7 +546,7 @@ impl Server {
     fn break_ring(&mut self, why: &str) {
         log::error!("ring stopped until it is set up again: {why}");
         self.broken = true;
-        signal(self.setup.err.as_ref());
+        self.mailbox.signal(self.setup.err.as_ref());
     }
 }
 

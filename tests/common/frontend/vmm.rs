@@ -196,6 +196,11 @@ impl Vmm {
         Ok(reply.body[12..].to_vec())
     }
 
+    /// Writes into the configuration space, for the guest.
+    pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
+        self.tell(Req::SET_CONFIG, &config(offset, bytes.len() as u32, bytes), &[])
+    }
+
     fn is_qemu(&self) -> bool {
         matches!(self.kind, Kind::Qemu7 | Kind::Qemu10)
     }

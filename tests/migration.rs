@@ -1,0 +1,110 @@
+//! A Linux guest moves between two QEMU processes while it writes and reads its disk, and with it the volume from one
+//! host process to another. QEMU is the newer one of Debian's backports suite: Debian 12's own corrupts the memory of
+//! a busy guest that it migrates under emulation.
+
+#[path = "common/guest.rs"]
+mod guest;
+#[path = "common/process.rs"]
+mod process;
+#[path = "common/qemu.rs"]
+mod qemu;
+#[path = "common/store.rs"]
+mod store;
+
+use guest::Guest;
+use serde_json::json;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use store::{Attached, Store};
+
+/// Files with known content, and their checksums.
+const MAKE_FILES: &str = "
+    mkfs.ext4 -q /dev/vda
+    mount /dev/vda /mnt
+    seq 1 300000 >/mnt/numbers
+    head -c 5000001 /dev/urandom >/mnt/random
+    sync
+    cd /mnt && sha256sum numbers random
+";
+const CHECK_FILES: &str = "cd /mnt && sha256sum numbers random";
+
+/// Writes and reads through both queues, every block verified, until it is told to stop.
+const START_LOAD: &str = "
+    setsid fio --name=load --directory=/mnt --size=24M --numjobs=2 --rw=randrw --bs=16k --direct=1 \
+        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
+        --time_based --runtime=3600 --group_reporting --output=/tmp/fio </dev/null >/tmp/fio.err 2>&1 &
+    echo $! >/tmp/fio.pid
+";
+const STOP_LOAD: &str = "
+    kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }
+    timeout 120 sh -c 'while [ -e /proc/$(cat /tmp/fio.pid) ]; do usleep 50000; done'
+    cat /tmp/fio /tmp/fio.err
+    grep -q 'err= 0' /tmp/fio
+    ! grep -q 'verify: bad' /tmp/fio /tmp/fio.err
+";
+
+/// How much of the guest's data this host process has written, in bytes.
+fn written(attached: &Attached) -> u64 {
+    let io = std::fs::read_to_string(format!("/proc/{}/io", attached.pid()));
+    let io = io.expect("the host process runs");
+    let written = io.lines().find_map(|l| l.strip_prefix("write_bytes: ")).expect("the kernel counts");
+    written.parse().expect("a number")
+}
+
+/// Waits until this host process has written that much.
+fn wait_for_load(attached: &Attached, bytes: u64) {
+    let limit = Instant::now() + Duration::from_secs(120);
+    while written(attached) < bytes {
+        assert!(Instant::now() < limit, "the guest's load does not reach the disk: {}", attached.output());
+        std::thread::yield_now();
+    }
+}
+
+fn machine(socket: &Path) -> guest::Builder {
+    Guest::builder().disk(socket).queues(2).env("SEALBLK_QEMU", "backports")
+}
+
+/// Waits for more load on this host process than it has seen.
+fn more_load(attached: &Attached) {
+    wait_for_load(attached, written(attached) + (4 << 20));
+}
+
+#[test]
+fn a_guest_under_load_moves_between_two_qemus() {
+    let store = Store::new();
+    store.ok(&["volume", "create", "--size", "256MiB", "--name", "t"]);
+    let mut source = store.attach_as("0", "t", &["--queues", "2"]);
+    let mut guest = machine(source.socket()).boot();
+    let files = guest.ok(MAKE_FILES);
+    guest.ok(START_LOAD);
+    for hop in ["1", "2"] {
+        more_load(&source);
+        let destination = store.attach_as(hop, "t", &["--queues", "2", "--incoming"]);
+        guest = guest.move_to(machine(destination.socket()).incoming());
+        source.ends();
+        source = destination;
+    }
+    more_load(&source);
+
+    // A migration that goes nowhere: the guest stays, and nothing is logged any more.
+    let destination = store.attach_as("3", "t", &["--queues", "2", "--incoming"]);
+    let mut waiting = machine(destination.socket()).incoming();
+    let folder = tempfile::tempdir().expect("make a folder");
+    let uri = format!("unix:{}", folder.path().join("migration").display());
+    waiting.qmp("migrate-incoming", json!({ "uri": uri }));
+    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1 << 20 }));
+    guest.begin_migration(&uri);
+    more_load(&source);
+    guest.qmp("migrate_cancel", json!({}));
+    assert_eq!(guest.migration_end(), "cancelled");
+    waiting.kill();
+    more_load(&source);
+
+    let load = guest.ok(STOP_LOAD);
+    assert!(!guest.ok("dmesg").contains("I/O error"), "the guest saw an error: {load}");
+    assert_eq!(guest.ok(CHECK_FILES), files);
+    guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+    guest.shutdown();
+    drop(destination);
+    source.detach();
+}
