@@ -134,6 +134,7 @@ fn a_guest_under_load_moves_from_process_to_process() {
             // The source's VMM stays for a while, and says things that change nothing.
             vmm.sync().unwrap();
             drop(vmm);
+            assert!(!destination.output().contains("did not end well"), "{}", destination.output());
             source.ends_well();
             (source, vmm) = (destination, next);
             rig.go_on(&mut vmm);

@@ -104,7 +104,8 @@ fn a_guest_under_load_moves_between_two_qemus() {
     assert!(!guest.ok("dmesg").contains("I/O error"), "the guest saw an error: {load}");
     assert_eq!(guest.ok(CHECK_FILES), files);
     guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
-    guest.shutdown();
+    // With somebody waiting, the host process would end with its VMM.
     drop(destination);
+    guest.shutdown();
     source.detach();
 }

@@ -125,7 +125,7 @@ pub fn attach(
     let events = EventLog::new(catalog.root(), settings);
     let mut keys = None;
     let get_keys = |metadata: &Metadata| {
-        let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings)?;
+        let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
         keys = Some((metadata.keys().iter().map(UsedKey::of).collect(), keeper));
         Ok(Arc::from(deks))
     };
@@ -365,6 +365,7 @@ fn unwrap_all(
     metadata: &Metadata,
     events: &EventLog,
     settings: &Settings,
+    alone: bool,
 ) -> Result<(Vec<Dek>, Keeper)> {
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
@@ -374,7 +375,7 @@ fn unwrap_all(
         events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
         refusal.error()
     };
-    let keeper = Keeper::start(catalog.root(), settings, metadata, patience()).map_err(refused)?;
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
     let mut deks = Vec::new();
     for (n, key) in metadata.keys().iter().enumerate() {
         let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());

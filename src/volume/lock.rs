@@ -14,7 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileTimes, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -169,7 +169,10 @@ impl LockFile {
             return Err(Error::new(Kind::Busy, message));
         }
         // Who holds it may be asleep: see `Announcements`.
-        self.file.set_modified(SystemTime::now()).context(|| format!("touch {}", self.path.display()))?;
+        let now = SystemTime::now();
+        // Both, which is what makes it a change of attributes to inotify.
+        let times = FileTimes::new().set_accessed(now).set_modified(now);
+        self.file.set_times(times).context(|| format!("touch {}", self.path.display()))?;
         Ok(Turn(self.clone()))
     }
 

@@ -37,6 +37,8 @@ struct Order {
     /// The volume's keys, in its order: provider and ARN.
     keys: Vec<(String, String)>,
     patience_ms: u64,
+    /// Whether this is the only attach of the volume: what others have noted is left over then.
+    alone: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,7 +62,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Has the grants made for an attach of the volume, where the settings want them. Whoever calls it has the volume.
+    /// Has the grants made for an attach of the volume, where the settings want them. Whoever calls it has the volume, and
+    /// is `alone`, or is to have it next.
     ///
     /// # Errors
     /// The KMS's refusal, or what went wrong on the way to it.
@@ -69,17 +72,19 @@ impl Keeper {
         settings: &Settings,
         metadata: &Metadata,
         patience: Patience,
+        alone: bool,
     ) -> Result<Self, Refusal> {
         let keys: Vec<(String, String)> = match settings.attach_grants {
             true => metadata.keys().iter().map(|k| (k.provider.clone(), k.wrapped.key_id.clone())).collect(),
             false => Vec::new(),
         };
-        if keys.is_empty() && notes::of_volume(root, metadata.id())?.is_empty() {
+        if keys.is_empty() && (!alone || notes::of_volume(root, metadata.id())?.is_empty()) {
             return Ok(Keeper::default());
         }
         let (socket, mut child) = helper::spawn(root, COMMAND)?;
         let time = patience.longest_call() * keys.len().max(1) as u32 + MARGIN;
-        let order = Order { volume: metadata.id(), keys, patience_ms: patience.0.as_millis() as u64 };
+        let patience_ms = patience.0.as_millis() as u64;
+        let order = Order { volume: metadata.id(), keys, patience_ms, alone };
         let answer = socket.set_read_timeout(Some(time)).map_err(Error::from).and_then(|()| {
             say(&socket, &order)?;
             hear(&mut BufReader::new(&socket))
@@ -139,7 +144,7 @@ pub fn keep(root: &Root) -> Result<()> {
     let mut lines = BufReader::new(&socket);
     let order: Order = hear(&mut lines)?
         .ok_or_else(|| Error::new(Kind::Usage, "this command is started by \"sealblk attach\" alone"))?;
-    let old = notes::of_volume(root, order.volume)?;
+    let old = if order.alone { notes::of_volume(root, order.volume)? } else { Vec::new() };
     let mut made = Vec::new();
     let granted = grant_all(root, &order, &old, &mut made);
     // The terminal's and the service manager's signals are for the host process; its end is what ends this one.
