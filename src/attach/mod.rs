@@ -7,6 +7,7 @@
 pub mod control;
 pub mod sandbox;
 pub mod socket;
+mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
@@ -36,6 +37,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use trail::KeysHeld;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -107,7 +109,7 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let (mut held, disk) = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
 
     let stop = Stop::new()?;
@@ -148,6 +150,10 @@ pub fn attach(
         Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
         None => result,
     };
+    if let Some(held) = &mut held {
+        held.ended(&result);
+    }
+    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     drop(lock);
@@ -156,8 +162,14 @@ pub fn attach(
     result
 }
 
-/// Opens the volume's data, its metadata proved right.
-fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
+/// Opens the volume's data, its metadata proved right. The note that the data keys are held is to be dropped after the
+/// disk, which holds them.
+fn open(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    events: &EventLog,
+    options: &Options,
+) -> Result<(Option<KeysHeld>, Arc<Disk>)> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.check_layers(&metadata)?;
     if metadata.layers().len() != 1 {
@@ -175,6 +187,7 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = unwrap_all(catalog, &metadata, events)?;
     seal(catalog, lock, &mut metadata, &deks, &store)?;
+    let held = KeysHeld::begin(catalog.root(), &metadata)?;
     let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
         (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
         (None, _) => None,
@@ -182,7 +195,7 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     };
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+    Ok((held, Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock))))
 }
 
 /// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.

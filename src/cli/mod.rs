@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod audit;
 pub mod doctor;
 pub mod events;
 pub mod key;
@@ -97,6 +98,9 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Show who used which key when, and check that the record of it is whole.
+    #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
+    Audit(audit::Command),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
@@ -115,6 +119,7 @@ impl Command {
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Audit(command) => audit::run(env, command),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }

@@ -7,12 +7,14 @@ pub mod context;
 pub mod embedded;
 pub mod errors;
 pub mod key_ref;
+mod recorded;
 pub mod server;
 
 pub use context::EncryptionContext;
 pub use errors::{Exception, KmsError};
 pub use key_ref::{KeyRef, ProviderName};
 
+use crate::observe::audit::AuditKey;
 use crate::root::Root;
 use zeroize::Zeroizing;
 
@@ -84,14 +86,21 @@ pub trait KeyProvider: Send + Sync {
         key: &str,
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError>;
+
+    /// What audit records can be authenticated with; a KMS elsewhere has nothing for that.
+    fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
+        Ok(None)
+    }
 }
 
-/// Opens the provider of this name for the store at `root`: `embedded`, and later others.
+/// Opens the provider of this name for the store at `root`: `embedded`, and later others. What it is used for goes into
+/// the store's audit log.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
 pub fn open_provider(root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
-    match name {
-        "embedded" => Ok(Box::new(embedded::Embedded::open(root)?)),
-        name => Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
-    }
+    let provider: Box<dyn KeyProvider> = match name {
+        "embedded" => Box::new(embedded::Embedded::open(root)?),
+        name => return Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
+    };
+    Ok(Box::new(recorded::Recorded::new(root, provider)?))
 }

@@ -5,6 +5,7 @@
 //! him do.
 
 use super::Embedded;
+use super::audit::Call;
 use super::blob::{Material, random};
 use super::grant_records::{GrantName, GrantOperation};
 use super::records::{Change, PrincipalEntry, PrincipalName};
@@ -61,7 +62,7 @@ impl Embedded {
     ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
         check_name(name)?;
         self.store.create_if_absent()?;
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             if log.state().principal(name).is_some() {
                 let message = format!("there is a principal {name}; delete it first to give it another key");
                 return Err(KmsError::AlreadyExists(message));
@@ -79,7 +80,8 @@ impl Embedded {
             };
             let answer = (self.principal_metadata(&entry), secret_of(&seed));
             Ok((vec![Change::Principal(entry)], answer))
-        })
+        });
+        self.record(Call::new("CreatePrincipal").with("name", name).with("admin", admin), made)
     }
 
     /// All principals, by name. Without a store there are none.
@@ -93,7 +95,7 @@ impl Embedded {
     /// Removes a principal and the grants that were made for it. No request of its that begins after this has
     /// answered succeeds.
     pub fn delete_principal(&self, name: &str) -> Result<(), KmsError> {
-        self.store.write(|log, _| {
+        let deleted = self.store.write(|log, _| {
             let entry = log
                 .state()
                 .principal(name)
@@ -105,7 +107,8 @@ impl Embedded {
                 .collect();
             changes.push(Change::PrincipalDeleted(PrincipalName { name: entry.name.clone() }));
             Ok((changes, ()))
-        })
+        });
+        self.record(Call::new("DeletePrincipal").with("name", name), deleted)
     }
 
     /// Who has this access key, and its secret; `None` if nobody has.

@@ -48,7 +48,8 @@ pub fn serve(kms: Embedded, address: &Address, ready: impl FnOnce(&str) -> Resul
         .max_blocking_threads(THREADS)
         .build()
         .context(|| "start the KMS server")?;
-    runtime.block_on(listen(Arc::new(kms), address, ready))
+    // A request's record names who has signed it, which only the server knows.
+    runtime.block_on(listen(Arc::new(kms.recorded_by_caller()), address, ready))
 }
 
 async fn listen(kms: Arc<Embedded>, address: &Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
