@@ -13,6 +13,7 @@ pub mod events;
 pub mod key;
 pub mod kms;
 pub mod output;
+mod receipt;
 pub mod size;
 pub mod volume;
 

@@ -30,8 +30,16 @@ The data key is made and wrapped by the KMS key; nobody sees it. Prints the new 
     #[command(after_help = "Examples:\n  sealblk volume show db\n  sealblk volume show vol-0a1b")]
     Show(OneVolume),
     /// Delete a volume and its data, unless it is attached.
-    #[command(after_help = "Example:\n  sealblk volume delete db")]
-    Delete(OneVolume),
+    #[command(after_help = "\
+Examples:
+  sealblk volume delete db
+  sealblk volume delete db --shred --json > receipt.json
+
+Without its data key a volume's data is noise. --shred overwrites every wrapped copy of the data key in the store before
+it removes it, and prints a receipt: what was destroyed, and what is outside its reach. Whoever kept a copy of
+volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
+else needs it.")]
+    Delete(DeleteArgs),
 }
 
 /// What `volume create` takes.
@@ -57,6 +65,16 @@ pub struct CreateArgs {
     preallocate: bool,
 }
 
+/// What `volume delete` takes.
+#[derive(clap::Args)]
+pub struct DeleteArgs {
+    #[command(flatten)]
+    volume: OneVolume,
+    /// Overwrite every wrapped copy of its data key, and print a receipt.
+    #[arg(long)]
+    shred: bool,
+}
+
 /// A command on one volume.
 #[derive(clap::Args)]
 pub struct OneVolume {
@@ -70,7 +88,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Create(args) => create(env, args),
         Command::List => list(env),
         Command::Show(args) => show(env, &args.volume),
-        Command::Delete(args) => delete(env, &args.volume),
+        Command::Delete(args) => delete(env, &args),
     }
 }
 
@@ -191,9 +209,13 @@ fn yes_or_no(it: bool) -> &'static str {
     if it { "yes" } else { "no" }
 }
 
-fn delete(env: &Env, reference: &str) -> Result<()> {
+fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
     let (catalog, events) = (env.catalog(), env.events(&env.settings()?));
-    let id: VolumeId = catalog.resolve(reference)?;
+    let id: VolumeId = catalog.resolve(&args.volume.volume)?;
+    if args.shred {
+        let receipt = lifecycle::shred(&catalog, &events, id)?;
+        return super::receipt::print(env, &receipt);
+    }
     lifecycle::delete(&catalog, &events, id)?;
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),

@@ -12,6 +12,7 @@ pub mod lifecycle;
 pub mod lock;
 pub mod metadata;
 pub mod seal;
+pub mod shred;
 
 pub use catalog::Catalog;
 pub use id::{LayerId, VolumeId};

@@ -1,8 +1,8 @@
 //! Marks: how far the audit log reached, noted where one who can write the log's folder does not reach.
 //!
 //! A log alone cannot show that its end was cut off. Beside the KMS's root key, in the configuration folder, two files
-//! of one sector each say which record was written last: `audit-<log>.head` by whoever has the audit key, with a MAC,
-//! and `audit-<log>.tail` by whoever has not. A mark is overwritten in place, so that a process that is confined
+//! of one sector each say which record was written last: `audit-<log>.signed` by whoever has the audit key, with a MAC,
+//! and `audit-<log>.plain` by whoever has not. A mark is overwritten in place, so that a process that is confined
 //! after its start can keep it open.
 
 use super::line::{AuditKey, Position, digits};
@@ -25,9 +25,9 @@ const NO_MAC: &str = "-";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Whoever has the audit key.
-    Head,
+    Signed,
     /// Whoever has not.
-    Tail,
+    Plain,
 }
 
 /// How far a log reached.
@@ -78,8 +78,8 @@ impl Mark {
 /// Where a log's mark lies.
 pub fn path(config: &Path, log: Uuid, kind: Kind) -> PathBuf {
     let extension = match kind {
-        Kind::Head => "head",
-        Kind::Tail => "tail",
+        Kind::Signed => "signed",
+        Kind::Plain => "plain",
     };
     config.join(format!("audit-{log}.{extension}"))
 }
@@ -96,7 +96,7 @@ pub fn of_folder(config: &Path, folder: &Path) -> Option<Mark> {
     let names = std::fs::read_dir(config).ok()?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
     let is_mark = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("audit-") && (name.ends_with(".head") || name.ends_with(".tail"))
+        name.starts_with("audit-") && (name.ends_with(".signed") || name.ends_with(".plain"))
     };
     let marks = names.filter(is_mark).filter_map(|path| Mark::parse(&std::fs::read(path).ok()?));
     marks.map(|(mark, _)| mark).filter(|mark| mark.folder == hash).max_by_key(|mark| mark.position.seq)
@@ -114,7 +114,7 @@ impl Marks {
     /// to write, and a warning.
     pub fn open(config: &Path, log: Uuid, kind: Kind) -> std::io::Result<Self> {
         let open_to_read = |kind| File::open(path(config, log, kind)).ok();
-        let other = if kind == Kind::Head { Kind::Tail } else { Kind::Head };
+        let other = if kind == Kind::Signed { Kind::Plain } else { Kind::Signed };
         let others = open_to_read(other).into_iter();
         let own = path(config, log, kind);
         let open = || -> std::io::Result<File> {

@@ -105,7 +105,7 @@ impl AuditLog {
         let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
         let opened = opened.as_mut().expect("current() has opened it");
         let found = tail::read(&file)?;
-        let kind = if key.is_some() { mark::Kind::Head } else { mark::Kind::Tail };
+        let kind = if key.is_some() { mark::Kind::Signed } else { mark::Kind::Plain };
         let (log, before) = self.place(opened, kind, found.last)?;
         let (line, after) = line::encode(log, &before, &Recorded { entry, process: &self.process }, key);
         if line.len() > line::LINE_MAX {

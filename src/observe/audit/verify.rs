@@ -70,6 +70,8 @@ pub struct Checker<'a> {
     line: u64,
     /// The first of the lines since the last record that are none.
     odd: Option<u64>,
+    /// The second of two records of which one was changed, and its line.
+    suspect: Option<(Position, u64)>,
     report: Report,
 }
 
@@ -84,6 +86,7 @@ impl<'a> Checker<'a> {
             proved: true,
             line: 0,
             odd: None,
+            suspect: None,
             report: Report::default(),
         }
     }
@@ -91,9 +94,9 @@ impl<'a> Checker<'a> {
     /// Takes the next line, without its end; a last one that has no end is `torn`. Of what comes after the first
     /// problem is only looked at whether it is what is missing.
     pub fn line(&mut self, bytes: &[u8], torn: bool) {
-        if let Some(problem) = &mut self.report.problem {
-            if problem.damage == Damage::Missing && !torn {
-                found_again(problem, bytes);
+        if self.report.problem.is_some() {
+            if let Some(line) = line::parse(bytes).filter(|_| !torn) {
+                self.judge_again(&line);
             }
             return;
         }
@@ -127,6 +130,10 @@ impl<'a> Checker<'a> {
         if self.report.problem.is_none() {
             self.report.problem = self.cut_off();
         }
+        let suspect = self.suspect.map_or(0, |(suspect, _)| suspect.seq);
+        if let Some((mark, _)) = self.marks.iter().find(|(mark, _)| mark.position.seq == suspect) {
+            self.convict(mark.position.chain);
+        }
         // The last record that was taken may be the one that its successor says is not the right one.
         let bad = self.report.problem.as_ref().and_then(|problem| problem.record);
         self.report.records = bad.map_or(self.report.records, |bad| self.report.records.min(bad - 1));
@@ -140,7 +147,7 @@ impl<'a> Checker<'a> {
         self.key.filter(|key| key.store() == store)
     }
 
-    fn check(&self, line: &Line<'_>) -> Option<Problem> {
+    fn check(&mut self, line: &Line<'_>) -> Option<Problem> {
         let seq = line.position.seq;
         let here = Some(self.line);
         if let Some(mac) = &line.mac
@@ -182,7 +189,7 @@ impl<'a> Checker<'a> {
     }
 
     /// Two records that follow each other by their numbers, of which the second names another one as the first.
-    fn broken_link(&self, line: &Line<'_>) -> Option<Problem> {
+    fn broken_link(&mut self, line: &Line<'_>) -> Option<Problem> {
         let (first, second) = (self.place.seq, line.position.seq);
         let second_is_proved = line.mac.as_ref().is_some_and(|mac| self.key_of(mac.store).is_some());
         if self.place == Position::START || (self.proved && !second_is_proved) {
@@ -196,8 +203,34 @@ impl<'a> Checker<'a> {
             );
             return problem(Damage::Misplaced, second, Some(self.line), message);
         }
+        self.suspect = Some((line.position, self.line));
         let message = format!("record {first} was changed: record {second} names another one before it");
         problem(Damage::Changed, first, Some(self.line - 1), message)
+    }
+
+    /// Learns more of the first problem from a record further down.
+    fn judge_again(&mut self, line: &Line<'_>) {
+        let Some(problem) = &mut self.report.problem else { return };
+        let seq = line.position.seq;
+        if problem.damage == Damage::Missing && problem.record == Some(seq) {
+            problem.damage = Damage::Misplaced;
+            problem.message = format!("record {seq} was moved behind later ones");
+        }
+        if let Some((suspect, _)) = self.suspect
+            && seq == suspect.seq + 1
+        {
+            self.convict(line.prev);
+        }
+    }
+
+    /// Of two records one was changed: the second, if what vouches for it, `chain`, does not fit; else the first.
+    fn convict(&mut self, chain: [u8; 32]) {
+        if let Some((second, line)) = self.suspect.take()
+            && second.chain != chain
+        {
+            let message = format!("record {} was changed: it does not follow the one before it", second.seq);
+            self.report.problem = problem(Damage::Changed, second.seq, Some(line), message);
+        }
     }
 
     /// Whether the record that was just taken is the one that a mark names.
@@ -251,15 +284,6 @@ fn problem(damage: Damage, record: u64, line: Option<u64>, message: String) -> O
     Some(Problem { damage, record: Some(record), line, message })
 }
 
-/// Says of a record that was missed that it stands further down.
-fn found_again(problem: &mut Problem, line: &[u8]) {
-    let Some(line) = line::parse(line).filter(|line| Some(line.position.seq) == problem.record) else {
-        return;
-    };
-    problem.damage = Damage::Misplaced;
-    problem.message = format!("record {} was moved behind later ones", line.position.seq);
-}
-
 /// Checks the log in `folder` against its marks in `config`. Without `key` MACs are not checked.
 ///
 /// Writers are kept waiting for the moment of reading the marks only: what they append later is not looked at.
@@ -306,7 +330,7 @@ fn marks(
     let mut logs: Vec<Uuid> = log.into_iter().chain(of_folder).collect();
     logs.dedup();
     let mut marks = Vec::new();
-    for (log, kind) in logs.iter().flat_map(|&log| [(log, MarkKind::Head), (log, MarkKind::Tail)]) {
+    for (log, kind) in logs.iter().flat_map(|&log| [(log, MarkKind::Signed), (log, MarkKind::Plain)]) {
         let path = mark::path(config, log, kind);
         let Ok(bytes) = std::fs::read(&path) else { continue };
         let damaged = || Problem {
@@ -317,9 +341,9 @@ fn marks(
         };
         let (mark, mac) = Mark::parse(&bytes).filter(|(mark, _)| mark.log == log).ok_or_else(damaged)?;
         let authentic = match (kind, mac, key) {
-            (MarkKind::Head, Some(mac), Some(key)) => mark.is_authentic(&mac, key),
-            (MarkKind::Head, mac, _) => mac.is_some(),
-            (MarkKind::Tail, ..) => true,
+            (MarkKind::Signed, Some(mac), Some(key)) => mark.is_authentic(&mac, key),
+            (MarkKind::Signed, mac, _) => mac.is_some(),
+            (MarkKind::Plain, ..) => true,
         };
         if !authentic {
             return Err(damaged());
