@@ -10,10 +10,12 @@ pub mod attach;
 pub mod audit;
 pub mod doctor;
 pub mod events;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
 mod receipt;
+pub mod settings;
 pub mod size;
 pub mod volume;
 
@@ -97,17 +99,28 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show and change the settings of the store.
+    #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
+    Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Show who used which key when, and check that the record of it is whole.
     #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
     Audit(audit::Command),
+    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Wrap a data key anew for the process that started this one.
+    #[command(hide = true)]
+    RewrapKey,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
@@ -119,10 +132,14 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Audit(command) => audit::run(env, command),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }

@@ -3,7 +3,8 @@
 //! A record is durable before what it tells of is answered. The embedded KMS's own records stand beside these: they
 //! tell of its keys, these of the data keys.
 
-use super::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
+use super::{Capabilities, EncryptionContext, Grant, GrantRequest};
+use super::{KeyDescription, KeyProvider, KmsError, WrappedKey};
 use crate::observe::audit::{AuditKey, AuditLog, Entry, Step};
 use crate::root::Root;
 use zeroize::Zeroizing;
@@ -89,6 +90,34 @@ impl KeyProvider for Recorded {
         let made = self.inner.rewrap(wrapped, from, key, to);
         let id = made.as_ref().map_or(key.to_owned(), |made| made.key_id.clone());
         self.record((Step::Rewrap, &id), to, made)
+    }
+
+    fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
+        let made = self.inner.wrap(key, data_key, context);
+        let id = made.as_ref().map_or(key.to_owned(), |made| made.key_id.clone());
+        self.record((Step::Rewrap, &id), context, made)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn decrypt_granted(
+        &self,
+        wrapped: &WrappedKey,
+        context: &EncryptionContext,
+        token: &str,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        let opened = self.inner.decrypt_granted(wrapped, context, token);
+        self.record((Step::Unwrap, &wrapped.key_id), context, opened)
+    }
+
+    fn create_grant(&self, request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
+        self.inner.create_grant(request)
+    }
+
+    fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError> {
+        self.inner.retire_grant(grant)
     }
 
     fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
