@@ -179,6 +179,27 @@ mod tests {
     }
 
     #[test]
+    fn event_sinks_are_commands_or_urls() {
+        let settings = Settings::parse(
+            "[[event-sink]]\nname = 'a'\ncommand = ['/bin/x', 'y']\ntimeout = 5\n\
+             [[event-sink]]\nname = 'b-2'\nurl = 'http://[::1]:80/e?x=1'\n",
+        );
+        let expected = [
+            sinks::Sink {
+                name: "a".into(),
+                target: sinks::Target::Command(vec!["/bin/x".into(), "y".into()]),
+                timeout: Duration::from_secs(5),
+            },
+            sinks::Sink {
+                name: "b-2".into(),
+                target: sinks::Target::Http("http://[::1]:80/e?x=1".parse().unwrap()),
+                timeout: Duration::from_secs(30),
+            },
+        ];
+        assert_eq!(settings.unwrap().event_sinks, expected);
+    }
+
+    #[test]
     fn what_cannot_be_understood_is_refused() {
         for (text, words) in [
             ("encrypt-by-defaults = true", "unknown field"),
@@ -187,6 +208,19 @@ mod tests {
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),
             ("region = ", "region"),
+            ("[[event-sink]]\nname = 'A'\nurl = 'http://h/'", "name is 1 to 64"),
+            ("[[event-sink]]\nname = 'a'", "either command or url"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\ncommand = ['/x']", "either command or url"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'https://h/'", "https is not spoken"),
+            ("[[event-sink]]\nname = 'a'\nurl = '/h'", "with a host"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://u:p@h/'", "name or password"),
+            ("[[event-sink]]\nname = 'a'\ncommand = ['page']", "absolute path"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\ntimeout = 0", "1 to 600"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\nretries = 1", "unknown field"),
+            (
+                "[[event-sink]]\nname = 'a'\ncommand = ['/x']\n[[event-sink]]\nname = 'a'\ncommand = ['/y']",
+                "two event sinks",
+            ),
             ("kms-patience = 3601", "at most 3600"),
             ("kms-patience = -1", "kms-patience"),
             ("attach-grants = 1", "boolean"),

@@ -148,23 +148,23 @@ impl<'a> Checker<'a> {
     }
 
     fn check(&mut self, line: &Line<'_>) -> Option<Problem> {
-        let seq = line.position.seq;
+        let (seq, expected) = (line.position.seq, self.place.seq + 1);
         let here = Some(self.line);
         if let Some(mac) = &line.mac
             && let Some(key) = self.key_of(mac.store)
             && !mac.is_of(key)
         {
-            let message = format!("record {seq} was changed: its MAC does not match");
-            return problem(Damage::Changed, seq, here, message);
+            // Its number may be what was changed.
+            let message = format!("record {expected} was changed: its MAC does not match");
+            return problem(Damage::Changed, expected, here, message);
         }
-        let expected = self.place.seq + 1;
         if self.log.is_some_and(|log| log != line.log) {
             let message = format!("record {seq} of another log ({}) stands in place of {expected}", line.log);
             return problem(Damage::Misplaced, expected, here, message);
         }
         if line.of_kms && line.mac.is_none() {
-            let message = format!("record {seq} says that it is the KMS's, but has no MAC");
-            return problem(Damage::Changed, seq, here, message);
+            let message = format!("record {expected} says that it is the KMS's, but has no MAC");
+            return problem(Damage::Changed, expected, here, message);
         }
         if seq == expected && line.prev == self.place.chain {
             return None;

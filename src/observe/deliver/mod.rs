@@ -53,16 +53,20 @@ pub fn deliver_once(root: &Root, sinks: &[Sink], new_from_now: bool) -> Vec<Outc
 /// Delivers to each sink what is there and what comes, until `stop` becomes readable.
 pub fn follow(root: &Root, sinks: &[Sink], new_from_now: bool, stop: BorrowedFd<'_>) -> Vec<Outcome> {
     each(sinks, |sink, delivered| {
-        let position = Position::acquire(root, &sink.name)?;
-        let mut reader = position.reader(root, new_from_now)?;
-        reader.follow(stop, |event| {
-            let taken = insist(sink, event, stop)?;
-            if taken == Want::More {
-                position.write(Some(event))?;
-                *delivered += 1;
-            }
-            Ok(taken)
-        })
+        let mut serve = || {
+            let position = Position::acquire(root, &sink.name)?;
+            let mut reader = position.reader(root, new_from_now)?;
+            reader.follow(stop, |event| {
+                let taken = insist(sink, event, stop)?;
+                if taken == Want::More {
+                    position.write(Some(event))?;
+                    *delivered += 1;
+                }
+                Ok(taken)
+            })
+        };
+        // The others go on, so that the end may be far.
+        serve().inspect_err(|e| log::error!("event sink {:?} is not served any more: {e}", sink.name))
     })
 }
 
