@@ -87,8 +87,11 @@ impl Filter {
         let parameters = &record["requestParameters"];
         let contexts = ["encryptionContext", "sourceEncryptionContext", "destinationEncryptionContext"];
         let of_volume = |id: &str| {
-            let pairs = contexts.iter().filter_map(|name| parameters[*name].as_object());
-            pairs.flat_map(|pairs| pairs.values()).any(|value| value == id)
+            let contexts = contexts.iter().map(|name| &parameters[*name]);
+            // A grant is made for contexts too.
+            let constraints = parameters["constraints"].as_object().into_iter().flat_map(|c| c.values());
+            let mut pairs = contexts.chain(constraints).filter_map(Value::as_object).flat_map(|c| c.values());
+            pairs.any(|value| value == id)
         };
         let resources = record["resources"].as_array().map_or(&[][..], Vec::as_slice);
         let of_key = |key: &str| {
@@ -262,11 +265,15 @@ mod tests {
     fn records_are_found_by_volume_and_key() {
         let record = json!({
             "eventTime": "2026-01-31T23:59:59Z",
-            "requestParameters": {"keyId": "alias/x", "sourceEncryptionContext": {"aws:ebs:id": "vol-1"}},
+            "requestParameters": {
+                "keyId": "alias/x",
+                "sourceEncryptionContext": {"aws:ebs:id": "vol-1"},
+                "constraints": {"encryptionContextSubset": {"aws:ebs:id": "vol-3"}},
+            },
             "resources": [{"ARN": "arn:aws:kms:us-east-1:0:key/abc"}],
         });
         let volume = |id: &str| Filter { volume: Some(id.into()), ..Filter::default() }.wants(&record);
-        assert!(volume("vol-1") && !volume("vol-2"));
+        assert!(volume("vol-1") && volume("vol-3") && !volume("vol-2"));
         let key = |key: &str| Filter { key: Some(key.into()), ..Filter::default() }.wants(&record);
         assert!(key("abc") && key("arn:aws:kms:us-east-1:0:key/abc") && key("alias/x") && !key("ab"));
         let since = |text: &str| {

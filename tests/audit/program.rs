@@ -37,19 +37,14 @@ fn the_life_of_a_volume_and_its_key_is_in_the_log_and_no_secret() {
     assert_eq!(refused.status.code(), Some(5), "{}", said(&refused));
     store.ok(&["volume", "delete", "v"]);
 
-    let life = [
-        "GenerateDataKeyWithoutPlaintext",
-        "GenerateDek",
-        "Decrypt",
-        "UnwrapDek",
-        "AttachVolume",
-        "DetachVolume",
-    ];
-    let end = ["Decrypt DisabledException", "UnwrapDek DisabledException", "DestroyDek"];
+    let made = ["GenerateDataKeyWithoutPlaintext", "GenerateDek"];
+    let attached = ["CreateGrant", "Decrypt", "UnwrapDek", "AttachVolume", "DetachVolume"];
+    let end = ["CreateGrant DisabledException", "DestroyDek"];
     let of_volume = records(&store, &["--volume", &id]);
-    assert_eq!(names(&of_volume), [&life[..], &end[..]].concat());
+    assert_eq!(names(&of_volume), [&made[..], &attached, &end].concat());
     let of_key = records(&store, &["--key", "alias/aws/ebs"]);
-    assert_eq!(names(&of_key), [&["CreateKey"], &life[..], &["DisableKey"], &end[..]].concat());
+    let rest = ["RetireGrant", "DisableKey"];
+    assert_eq!(names(&of_key), [&["CreateKey"], &made[..], &attached, &rest, &end].concat());
     assert_eq!(records(&store, &["--since", "2999-01-01T00:00:00Z"]).len(), 0);
     assert_eq!(records(&store, &["--since", "1h"]).len(), of_key.len());
     for record in &of_key {

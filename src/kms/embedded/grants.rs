@@ -115,7 +115,10 @@ impl Embedded {
         let call = Call::new("CreateGrant").on(key).with("granteePrincipal", new.grantee);
         let call = call.with("retiringPrincipal", new.retiring).with("operations", operations);
         let (equals, subset) = (&new.constraint.equals, &new.constraint.subset);
-        let call = call.with("constraints", json!({ "equals": equals, "subset": subset }));
+        let call = call.with(
+            "constraints",
+            json!({ "encryptionContextEquals": equals, "encryptionContextSubset": subset }),
+        );
         let id = granted.as_ref().ok().map(|granted| &*granted.id);
         self.record(call.answering("grantId", id), granted)
     }
