@@ -46,6 +46,8 @@ pub struct Expect {
     pub keys: BTreeMap<String, BTreeSet<String>>,
     /// Whether there may be a key that nobody was told of yet.
     pub key_being_made: bool,
+    /// Whether there may be the key that a volume is made under by default.
+    pub default_key: bool,
     /// Events that must be in the log: the event and the volume or snapshot in its resources or detail.
     pub events: Vec<(String, String)>,
 }

@@ -69,7 +69,11 @@ impl Script {
     #[track_caller]
     pub fn create(&self, content: Content, arguments: &[&str]) -> String {
         let size = format!("{}B", content.sectors() * SECTOR);
-        self.mark("a volume is being made", move |expect| expect.making(content.clone()));
+        let default_key = !arguments.iter().any(|a| ["--unencrypted", "--key"].contains(a));
+        self.mark("a volume is being made", move |expect| {
+            expect.default_key |= default_key;
+            expect.making(content.clone());
+        });
         let size = ["--size", &size];
         let out = self.run(&[&["volume", "create"], &size[..], arguments].concat());
         let id = out.trim().to_owned();
