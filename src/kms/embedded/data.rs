@@ -221,6 +221,10 @@ impl KeyProvider for Embedded {
         Ok(self.re_encrypt(&wrapped.blob, Some(&wrapped.key_id), from, key, to)?.sealed.into())
     }
 
+    fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
+        Ok(self.encrypt(key, data_key, context)?.into())
+    }
+
     /// Whoever opens the store is its owner, and decrypts as the root principal.
     fn capabilities(&self) -> Capabilities {
         Capabilities { grantee: Some(self.owner().arn) }
