@@ -27,7 +27,6 @@ use crate::volume::image_lock::{self, ImageLock};
 use crate::volume::io::Disk;
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::Metadata;
-use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -159,6 +158,7 @@ pub fn attach(
 /// Opens the volume's data, its metadata proved right.
 fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
     let mut metadata = catalog.load(lock.volume())?;
+    catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
     if metadata.layers().len() != 1 {
         let message =
@@ -207,18 +207,7 @@ fn seal(
     deks: &[Dek],
     store: &FileStore,
 ) -> Result<()> {
-    match metadata.verify(deks)? {
-        Seal::Sealed | Seal::NotEncrypted => {}
-        Seal::Unsealed if store.has_data()? => {
-            let message = format!(
-                "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
-                 it from a backup",
-                metadata.id()
-            );
-            return Err(Error::new(Kind::Corrupt, message));
-        }
-        Seal::Unsealed => metadata.seal(deks),
-    }
+    metadata.prove(deks, store)?;
     if metadata.mark_attached() {
         catalog.store(lock, metadata)?;
     }

@@ -10,8 +10,7 @@ use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
 use crate::root::Root;
-use crate::volume::VolumeId;
-use crate::volume::metadata::{KeyRecord, encryption_context};
+use crate::volume::metadata::{KeyOwner, KeyRecord, encryption_context};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -27,11 +26,11 @@ const MAX_MESSAGE: usize = 32 << 10;
 /// How long the helper may take before it is given up.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What is to be unwrapped. The context is not in it: it follows from the volume.
+/// What is to be unwrapped. The context is not in it: it follows from whose key it is.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
-    volume: VolumeId,
+    owner: KeyOwner,
     provider: String,
     key_id: String,
     /// Hexadecimal.
@@ -72,20 +71,20 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Unwraps a volume's data key by a helper process, which has ended when this returns.
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns.
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it.
-pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek, Refusal> {
+pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Result<Dek, Refusal> {
     let secret = SecretFd::create(Dek::LEN)?;
     log::debug!("the data key comes by {:?}", secret.kind());
-    match run_helper(root, &secret, volume, key)? {
+    match run_helper(root, &secret, owner.into(), key)? {
         Answer::Unwrapped => Ok(Dek::from_secret(secret.map()?)?),
         Answer::Refused(refusal) => Err(refusal),
     }
 }
 
-fn run_helper(root: &Root, secret: &SecretFd, volume: VolumeId, key: &KeyRecord) -> Result<Answer> {
+fn run_helper(root: &Root, secret: &SecretFd, owner: KeyOwner, key: &KeyRecord) -> Result<Answer> {
     let (ours, theirs) = UnixStream::pair().context(|| "make a socket for the unwrap helper")?;
     ours.set_read_timeout(Some(PATIENCE))?;
     let mut helper = Command::new("/proc/self/exe")
@@ -96,7 +95,7 @@ fn run_helper(root: &Root, secret: &SecretFd, volume: VolumeId, key: &KeyRecord)
         .stdout(Stdio::null())
         .spawn()
         .context(|| "start the unwrap helper")?;
-    let answer = ask(&ours, secret, volume, key);
+    let answer = ask(&ours, secret, owner, key);
     if answer.is_err() {
         // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
         let _ = helper.kill();
@@ -105,9 +104,9 @@ fn run_helper(root: &Root, secret: &SecretFd, volume: VolumeId, key: &KeyRecord)
     answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))
 }
 
-fn ask(socket: &UnixStream, secret: &SecretFd, volume: VolumeId, key: &KeyRecord) -> Result<Answer> {
+fn ask(socket: &UnixStream, secret: &SecretFd, owner: KeyOwner, key: &KeyRecord) -> Result<Answer> {
     let request = Request {
-        volume,
+        owner,
         provider: key.provider.clone(),
         key_id: key.wrapped.key_id.clone(),
         blob: hex::encode(&key.wrapped.blob),
@@ -171,7 +170,7 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
 }
 
 fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
-    let context: EncryptionContext = encryption_context(request.volume);
+    let context: EncryptionContext = encryption_context(request.owner);
     let blob =
         hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
     let wrapped = WrappedKey { key_id: request.key_id, blob };

@@ -9,10 +9,14 @@
 pub mod attach;
 pub mod doctor;
 pub mod events;
+pub mod filter;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+mod provider;
 pub mod size;
+pub mod snapshot;
 pub mod volume;
 
 use crate::config::Settings;
@@ -83,6 +87,9 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Make, show, copy and delete snapshots of volumes.
+    #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
+    Snapshot(snapshot::Command),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
@@ -97,6 +104,8 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Remove what interrupted commands left.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
@@ -109,12 +118,14 @@ impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Snapshot(command) => snapshot::run(env, command),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Events(args) => events::run(env, &args),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
         }

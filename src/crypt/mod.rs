@@ -8,5 +8,5 @@ mod residue;
 pub mod secret_mem;
 pub mod xts;
 
-pub use dek::Dek;
+pub use dek::{Dek, SealKey};
 pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};

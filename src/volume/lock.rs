@@ -29,6 +29,10 @@ pub enum Purpose {
     Create,
     /// It is being deleted.
     Delete,
+    /// A snapshot of it is being made.
+    Snapshot,
+    /// What an interrupted command left of it is being cleared up.
+    Recover,
 }
 
 /// The process that holds a volume, as it says itself.
@@ -67,6 +71,8 @@ impl fmt::Display for Holder {
             Purpose::Attach => "is attached",
             Purpose::Create => "is being made",
             Purpose::Delete => "is being deleted",
+            Purpose::Snapshot => "is being made a snapshot of",
+            Purpose::Recover => "is being tidied up",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {
