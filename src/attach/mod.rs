@@ -11,11 +11,10 @@ pub mod unwrap;
 
 use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, new_cipher};
+use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
-use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
@@ -23,10 +22,11 @@ use crate::vhost::session::Inlet;
 use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
-use crate::volume::image_lock::{self, ImageLock};
-use crate::volume::io::Disk;
+use crate::volume::image_lock;
+use crate::volume::io::{Disk, Layers};
+use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::Metadata;
+use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -121,7 +121,7 @@ pub fn attach(
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -139,6 +139,7 @@ pub fn attach(
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(name);
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
+    let disk = device.disk();
     drop(device);
     let result = served.context(|| format!("serve {volume}"));
     let result = result.and(disk.flush().context(|| format!("flush {volume}")));
@@ -160,29 +161,36 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let mut metadata = catalog.load(lock.volume())?;
     catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
-    if metadata.layers().len() != 1 {
-        let message =
-            format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
-        return Err(Error::new(Kind::Unsupported, message));
-    }
-    let layer = catalog.layer_path(metadata.top().id);
-    let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-    let image_lock = ImageLock::acquire(&layer, access)?;
     let block_size = metadata.sector_size().bytes();
-    let store =
-        FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    let mut layers = open_layers(catalog, &metadata, options.read_only)?;
+    let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = unwrap_all(catalog, &metadata, events)?;
-    seal(catalog, lock, &mut metadata, &deks, &store)?;
-    let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
-        (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
-        (None, _) => None,
-        (_, None) => unreachable!("sector sizes are data units"),
+    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
+    let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
+        unreachable!("sector sizes are data units");
     };
+    // Layers under the same key share its round keys.
+    let ciphers = deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?)));
+    let ciphers = ciphers.collect::<Result<Vec<Arc<dyn SectorCipher>>>>()?;
+    for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
+        layer.cipher = record.key.map(|key| ciphers[key].clone());
+    }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
+    Ok(Arc::new(disk))
+}
+
+/// Opens the layers of a volume, the top first. Only that is ever written.
+fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<Vec<Layer>> {
+    let open = |(number, layer): (usize, &LayerRecord)| {
+        let frozen = read_only || number > 0;
+        let access = if frozen { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
+        Layer::open(&catalog.layer_path(layer.id), access, metadata.sector_size().bytes(), None)
+    };
+    metadata.layers().iter().enumerate().map(open).collect()
 }
 
 /// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
@@ -205,7 +213,7 @@ fn seal(
     lock: &VolumeLock,
     metadata: &mut Metadata,
     deks: &[Dek],
-    store: &FileStore,
+    store: &dyn Store,
 ) -> Result<()> {
     metadata.prove(deks, store)?;
     if metadata.mark_attached() {
@@ -215,7 +223,7 @@ fn seal(
 }
 
 fn device(
-    disk: &Arc<Disk>,
+    disk: Arc<Disk>,
     inlet: Inlet,
     options: &Options,
     qos: &Arc<Qos>,
@@ -235,7 +243,6 @@ fn device(
     };
     let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
     Ok(Arc::new(Device {
-        disk: disk.clone(),
         inlet,
         workers: workers.into(),
         config: ConfigSpace {
@@ -243,6 +250,7 @@ fn device(
             queues: options.queues,
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         },
+        disk: disk.into(),
         queue_size: options.queue_size,
         writeback: true.into(),
     }))

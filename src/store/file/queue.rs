@@ -2,7 +2,7 @@
 //! ring and one system call a batch.
 
 use super::super::{Buffer, Event, Op, Queue, Wait};
-use super::Access;
+use super::memory::FileMemory;
 use super::pool::{self, Pool};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use vm_memory::VolatileSlice;
 
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
@@ -39,6 +40,17 @@ struct Watch {
     fd: RawFd,
 }
 
+/// A layer and how it is reached.
+pub struct Reached {
+    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
+    /// it, and so no error is told to one of them only.
+    pub file: Arc<File>,
+    /// Whether it is read and written by the queue's thread on the spot.
+    pub inline: bool,
+    /// Where the file is memory.
+    pub memory: Option<Arc<FileMemory>>,
+}
+
 /// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
 pub struct FileQueue {
     ring: IoUring,
@@ -47,6 +59,9 @@ pub struct FileQueue {
     registered: bool,
     file: Arc<File>,
     inline: bool,
+    memory: Option<Arc<FileMemory>>,
+    /// The layers below, which are only read, from the one right below the top.
+    below: Vec<Reached>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -59,20 +74,24 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(file: Arc<File>, access: Access, depth: u16) -> io::Result<Self> {
+    pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+        let Reached { file, inline, memory } = top;
         let depth = usize::from(depth.max(1));
         // Room for watches and their removal beside the data.
         let ring = build_ring(depth as u32 + 16)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
+        ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
         let pool = Pool::new()?;
-        let inline = access == Access::Inline;
-        let registered = !inline && register(&ring, &pool);
+        let by_ring = !inline || below.iter().any(|b| !b.inline);
+        let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
             ring,
             pool,
             registered,
             file,
             inline,
+            memory,
+            below,
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
@@ -83,12 +102,8 @@ impl FileQueue {
         })
     }
 
-    fn in_flight(&self) -> usize {
-        self.depth - self.free_slots.len()
-    }
-
     fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an entry refers to the file, which is registered and open as long as the ring; to bytes of
+        // SAFETY: an entry refers to files, which are registered and open as long as the ring; to bytes of
         // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
         // ring (drop waits for all completions); or to nothing.
         if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
@@ -124,6 +139,19 @@ impl FileQueue {
                     opcode::Read::new(FILE, ptr, len).offset(offset).build()
                 }
             }
+            Op::ReadBelow { layer, offset, part, buffer } => {
+                // The kernel gets its place: it must lie in the buffer.
+                assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is filled");
+                let (ptr, len) = (self.pool.ptr(&buffer).wrapping_add(part.start), part.len() as u32);
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                let file = types::Fixed(layer as u32);
+                if self.registered {
+                    opcode::ReadFixed::new(file, ptr, len, 0).offset(offset).build()
+                } else {
+                    opcode::Read::new(file, ptr, len).offset(offset).build()
+                }
+            }
             Op::Write { offset, buffer, durable } => {
                 let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -152,8 +180,16 @@ impl FileQueue {
                 let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
                 (Some(buffer), result)
             }
+            Op::ReadBelow { layer, offset, part, mut buffer } => {
+                let bytes = &mut self.pool.bytes(&mut buffer)[part];
+                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
+                (Some(buffer), result)
+            }
             Op::Write { offset, mut buffer, durable } => {
                 let result = self.file.write_all_at(self.pool.bytes(&mut buffer), offset);
+                if let (Ok(()), Some(memory)) = (&result, &self.memory) {
+                    memory.written(offset, buffer.len.into());
+                }
                 let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
                 (Some(buffer), result.and_then(sync))
             }
@@ -162,6 +198,9 @@ impl FileQueue {
                 use nix::fcntl::{FallocateFlags, fallocate};
                 let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 let result = fallocate(&*self.file, mode, offset as i64, len as i64);
+                if let Some(memory) = &self.memory {
+                    memory.given_back(offset, len);
+                }
                 (None, result.map_err(io::Error::from))
             }
         };
@@ -255,6 +294,10 @@ impl Queue for FileQueue {
         self.pool.free(buffer);
     }
 
+    fn places(&self) -> usize {
+        pool::PAGES as usize
+    }
+
     fn max_buffer(&self) -> usize {
         pool::MAX_BUFFER
     }
@@ -263,12 +306,27 @@ impl Queue for FileQueue {
         self.pool.bytes(buffer)
     }
 
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
+        memory.as_ref()?.bytes(offset, len)
+    }
+
     fn has_room(&self) -> bool {
-        !self.free_slots.is_empty()
+        // What was read inline from one layer may have to be read through the ring from the next.
+        let owed = if self.below.is_empty() { 0 } else { self.events.len() };
+        self.free_slots.len() > owed
+    }
+
+    fn in_flight(&self) -> usize {
+        self.depth - self.free_slots.len()
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
-        if self.inline { self.run_inline(tag, op) } else { self.start(tag, op) }
+        let inline = match &op {
+            Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
+            _ => self.inline,
+        };
+        if inline { self.run_inline(tag, op) } else { self.start(tag, op) }
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {

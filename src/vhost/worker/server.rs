@@ -3,13 +3,13 @@
 
 use super::in_order::InOrder;
 use super::request::Request;
-use super::{Command, Mailbox, Reply, Setup, Tuning, signal};
+use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused, signal};
 use crate::store::{Buffer, Event, Wait};
 use crate::vhost::dirty::mark_dirty;
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
 use crate::virtio::{Op, Status};
-use crate::volume::io::{DiskQueue, GuestData};
+use crate::volume::io::{Disk, DiskQueue, GuestData, Zeroing};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -24,6 +24,9 @@ const KICK: u32 = 1;
 /// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
 /// stops.
 const BATCH: usize = 64;
+/// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
+const SHOW: u16 = 8;
+
 /// A ring being served, by the thread that owns everything here.
 pub(super) struct Server {
     mailbox: Arc<Mailbox>,
@@ -45,15 +48,15 @@ pub(super) struct Server {
     throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
+    /// Who waits for nothing to be in flight.
+    pausing: Option<Reply>,
     /// Who waits for the ring to be drained, and whether the thread ends then.
     draining: Option<Reply>,
     exit: bool,
 }
 
 impl Server {
-    pub(super) fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
-        io.watch(WAKE, mailbox.wake.as_raw_fd());
-        io.watch(KICK, setup.kick.as_raw_fd());
+    pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         // An interrupt that died with an earlier back-end would never come again.
         signal(setup.call.as_ref());
         let size = setup.ring.size();
@@ -68,7 +71,7 @@ impl Server {
                 );
             }
         }
-        Server {
+        let mut server = Server {
             mailbox,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
@@ -82,18 +85,30 @@ impl Server {
             throttled: None,
             broken: false,
             setup,
+            pausing: None,
             draining: None,
             exit: false,
-        }
+        };
+        server.watch();
+        server
     }
 
-    /// Serves until the ring is stopped; answers whether the thread shall end then.
-    pub(super) fn run(mut self) -> io::Result<bool> {
+    /// Serves until the ring is stopped; answers whether the thread shall end then. `disk` is the one that it serves,
+    /// and becomes another if a pause brings one.
+    pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
-            self.restart_stalled();
-            let more = self.take_available();
+            if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
+                self.pause(reply, disk);
+            }
+            if self.pausing.is_none() {
+                self.restart_stalled();
+            }
+            let more = self.take_available()?;
             self.publish();
             let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            // First the pause, which somebody waits for as well.
+            let drained = drained && self.pausing.is_none();
+            let still = self.pausing.is_some() && self.io.in_flight() == 0;
             if let Some(reply) = self.draining.take_if(|_| drained) {
                 let position = self.setup.ring.position();
                 let exit = self.exit;
@@ -102,7 +117,7 @@ impl Server {
                 let _ = reply.send(Ok(Some(position)));
                 return Ok(exit);
             }
-            if more {
+            if more || still {
                 self.io.wait(Wait::Poll)?;
             } else {
                 self.sleep()?;
@@ -112,6 +127,23 @@ impl Server {
             }
             self.publish();
         }
+    }
+
+    /// Stands still. Nothing is in flight, and all events were taken; requests that are not finished go on later.
+    fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
+        let _ = reply.send(Ok(None));
+        let depth = depth(&self.setup.ring);
+        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue(depth)) {
+            self.io = io;
+            *disk = next;
+            self.watch();
+        }
+    }
+
+    /// Lets commands and kicks wake the thread.
+    fn watch(&mut self) {
+        self.io.watch(WAKE, self.mailbox.wake.as_raw_fd());
+        self.io.watch(KICK, self.setup.kick.as_raw_fd());
     }
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
@@ -138,7 +170,7 @@ impl Server {
     fn may_take(&self) -> bool {
         // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
         let wanted = self.draining.is_none() || !self.resubmit.is_empty();
-        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
+        !self.broken && wanted && self.pausing.is_none() && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
@@ -148,35 +180,42 @@ impl Server {
 
     /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
     /// back at once.
-    fn take_available(&mut self) -> bool {
+    fn take_available(&mut self) -> io::Result<bool> {
         if self.may_take() {
             self.setup.ring.disable_kicks();
         }
         for _ in 0..BATCH {
             if !self.may_take() {
-                return false;
+                return Ok(false);
             }
             let head = match self.resubmit.pop_front() {
                 Some(head) => head,
                 None => match self.setup.ring.pop() {
                     Ok(Some(head)) => head,
-                    Ok(None) => return false,
+                    Ok(None) => return Ok(false),
                     Err(e) => {
                         self.break_ring(&e.to_string());
-                        return false;
+                        return Ok(false);
                     }
                 },
             };
             if !self.claim(head) {
                 self.break_ring(&format!("chain {head} is in flight already"));
-                return false;
+                return Ok(false);
             }
             if let Some(in_order) = &mut self.in_order {
                 in_order.taken(head);
             }
             self.begin(head);
+            // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+            while let Some(event) = self.io.next_event() {
+                self.handle(event)?;
+            }
+            if self.setup.ring.unpublished() >= SHOW {
+                self.publish();
+            }
         }
-        true
+        Ok(true)
     }
 
     /// Begins with a chain; there is a free slot.
@@ -247,13 +286,22 @@ impl Server {
                 Ok(()) => self.requests[usize::from(slot)].pieces = 1,
                 Err(_) => self.finish(slot, Status::IoErr),
             },
-            Op::Discard { sector, count } => self.zero(slot, sector, count, false),
-            Op::WriteZeroes { sector, count, unmap } => self.zero(slot, sector, count, !unmap),
+            Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
+            Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
+            Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
         }
     }
 
     fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
         let request = &mut self.requests[usize::from(slot)];
+        if !write && request.started == 0 {
+            let guest = GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: 0 };
+            match self.io.read_now(sector, request.data_len, guest) {
+                Ok(true) => return self.finish(slot, Status::Ok),
+                Ok(false) => {}
+                Err(e) => request.fail(&e),
+            }
+        }
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
             let len = left.min(self.io.max_buffer() as u64) as usize;
@@ -282,12 +330,22 @@ impl Server {
         }
     }
 
-    fn zero(&mut self, slot: u16, sector: u64, count: u32, keep_space: bool) {
-        if count == 0 {
-            return self.finish(slot, Status::Ok);
+    fn zero(&mut self, slot: u16, sector: u64, how: Zeroing) {
+        let request = &mut self.requests[usize::from(slot)];
+        let total = request.total();
+        while request.started < total && !request.failed {
+            let at = request.started;
+            match self.io.zero(tag(slot, at), sector + at / 512, (total - at) / 512, how) {
+                Some(part) => {
+                    request.started += part.sectors * 512;
+                    request.pieces += u32::from(part.submitted);
+                }
+                None => return self.stalled.push_back(slot),
+            }
         }
-        self.io.zero(tag(slot, 0), sector, u64::from(count), keep_space);
-        self.requests[usize::from(slot)].pieces = 1;
+        if request.pieces == 0 {
+            self.finish(slot, Status::Ok);
+        }
     }
 
     fn get_id(&mut self, slot: u16) {
@@ -323,25 +381,25 @@ impl Server {
         let at = (tag >> 16) * 512;
         let request = &mut self.requests[usize::from(slot)];
         let result = match (request.op, buffer) {
-            (Op::Read { sector }, Some(mut buffer)) => {
+            (Op::Read { sector }, Some(buffer)) => {
                 let guest =
                     GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
-                let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
-                self.io.free(buffer);
-                done
+                match result {
+                    Ok(()) => match self.io.deliver(tag, sector + at / 512, buffer, guest) {
+                        Ok(false) => return,
+                        done => done.map(drop),
+                    },
+                    Err(e) => {
+                        self.io.free(buffer);
+                        Err(e)
+                    }
+                }
             }
             (Op::Flush, _) => self.io.flushed(result),
             (Op::WriteZeroes { .. }, _) if request.flushing => self.io.flushed(result),
-            (Op::WriteZeroes { .. }, _) if request.durable && result.is_ok() => {
-                request.flushing = true;
-                match self.io.flush(tag) {
-                    Ok(()) => return,
-                    refused => refused,
-                }
-            }
-            (_, Some(buffer)) => {
+            (op, Some(buffer)) => {
                 self.io.free(buffer);
-                self.io.written(request.durable, result)
+                self.io.written(request.durable && matches!(op, Op::Write { .. }), result)
             }
             (_, None) => result,
         };
@@ -350,13 +408,26 @@ impl Server {
         }
         request.pieces -= 1;
         // What has more to hand over is in `stalled`, unless it failed there.
-        if request.pieces == 0
-            && (request.failed || request.started == request.data_len || !request.op.moves_data())
-        {
-            let status = if request.failed { Status::IoErr } else { Status::Ok };
-            self.stalled.retain(|&s| s != slot);
-            self.finish(slot, status);
+        if request.pieces > 0 || !(request.failed || request.started == request.total()) {
+            return;
         }
+        if request.durable
+            && matches!(request.op, Op::WriteZeroes { .. })
+            && !request.failed
+            && !request.flushing
+        {
+            request.flushing = true;
+            match self.io.flush(tag) {
+                Ok(()) => {
+                    request.pieces = 1;
+                    return;
+                }
+                Err(e) => request.fail(&e),
+            }
+        }
+        let status = if request.failed { Status::IoErr } else { Status::Ok };
+        self.stalled.retain(|&s| s != slot);
+        self.finish(slot, status);
     }
 
     /// Answers a request: data marked, status written, used entry added.
@@ -420,9 +491,16 @@ impl Server {
                     let _ = reply.send(Ok(None));
                 }
                 Command::Stop => self.draining = Some(reply),
+                Command::Pause => self.pausing = Some(reply),
                 Command::Exit => {
                     self.exit = true;
                     self.draining = Some(reply);
+                }
+                Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
+                // Whoever asked for a pause that was not answered yet does without it.
+                Command::Resume { .. } => {
+                    self.pausing = None;
+                    let _ = reply.send(Ok(None));
                 }
             }
         }
