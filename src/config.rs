@@ -8,7 +8,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod edit;
+
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::key_ref::Locality;
 use crate::root::Root;
 use serde::Deserialize;
 
@@ -52,6 +55,11 @@ impl Settings {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(e) => Err(Error::from(e).context(attempt())),
         }
+    }
+
+    /// Where the embedded KMS is.
+    pub fn locality(&self) -> Locality {
+        Locality { region: self.region.clone(), account: self.account.clone() }
     }
 
     fn parse(text: &str) -> Result<Self> {

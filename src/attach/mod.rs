@@ -5,6 +5,8 @@
 //! has proved right. The way back is the drop order of the same things.
 
 pub mod control;
+mod record;
+pub mod rewrap;
 pub mod sandbox;
 pub mod socket;
 pub mod unwrap;
@@ -26,9 +28,10 @@ use crate::volume::image_lock;
 use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::{LayerRecord, Metadata};
+use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
-use control::{Control, Orders};
+use control::{Control, Orders, Status, UsedKey};
+use record::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
@@ -106,15 +109,19 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let (disk, unwrapped_by) = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
+    let record = Arc::new(Record::new(catalog.clone(), lock));
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
-    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
+        status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
+        rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
     };
     let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
@@ -150,14 +157,19 @@ pub fn attach(
     };
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
-    drop(lock);
+    record.release();
     log::info!("{volume} is detached");
     waiting.tell(&result);
     result
 }
 
-/// Opens the volume's data, its metadata proved right.
-fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Arc<Disk>> {
+/// Opens the volume's data, its metadata proved right; tells which KMS keys that took.
+fn open(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    events: &EventLog,
+    options: &Options,
+) -> Result<(Arc<Disk>, Vec<UsedKey>)> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
@@ -175,12 +187,21 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let ciphers = deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?)));
     let ciphers = ciphers.collect::<Result<Vec<Arc<dyn SectorCipher>>>>()?;
     for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = record.key.map(|key| ciphers[key].clone());
+        layer.cipher = match record.key {
+            Some(key) => Some(ciphers[key].clone()),
+            None if record.masked => {
+                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
+                Some(Arc::from(new_cipher(options.engine, &mask, unit)?))
+            }
+            None => None,
+        };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
     let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
-    Ok(Arc::new(disk))
+    let used =
+        |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
+    Ok((Arc::new(disk), metadata.keys().iter().map(used).collect()))
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.
@@ -215,8 +236,9 @@ fn seal(
     deks: &[Dek],
     store: &dyn Store,
 ) -> Result<()> {
+    let was_sealed = metadata.is_sealed();
     metadata.prove(deks, store)?;
-    if metadata.mark_attached() {
+    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
         catalog.store(lock, metadata)?;
     }
     Ok(())

@@ -15,6 +15,7 @@ pub mod key;
 pub mod kms;
 pub mod output;
 mod provider;
+pub mod settings;
 pub mod size;
 pub mod snapshot;
 pub mod volume;
@@ -102,6 +103,9 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show and change the settings of the store.
+    #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
+    Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
     /// Remove what interrupted commands left.
@@ -112,6 +116,9 @@ enum Command {
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Wrap a data key anew for the process that started this one.
+    #[command(hide = true)]
+    RewrapKey,
 }
 
 impl Command {
@@ -124,10 +131,12 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
         }
     }
 }

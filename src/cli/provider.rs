@@ -6,8 +6,7 @@ use crate::attach::unwrap;
 use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::error::Result;
-use crate::kms::key_ref::{KeyRef, Locality};
-use crate::kms::{self, KeyProvider, KmsError};
+use crate::kms::{self, KeyProvider, KeyRef, KmsError};
 use crate::volume::lifecycle::{Failure, WrappingKey};
 use crate::volume::metadata::{KeyOwner, KeyRecord};
 
@@ -21,7 +20,7 @@ impl NamedKey {
     /// The key that `reference` means, or the settings' default.
     pub fn open(env: &Env, settings: &Settings, reference: Option<&str>) -> Result<Self> {
         let text = reference.unwrap_or(&settings.default_key);
-        let reference = KeyRef::parse(text, &Locality::default()).map_err(|e| e.with_advice(text))?;
+        let reference = KeyRef::parse(text, &settings.locality()).map_err(|e| e.with_advice(text))?;
         let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
         Ok(NamedKey { provider, key: reference.key })
     }

@@ -239,7 +239,7 @@ fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
         keys.map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id})).collect();
     let layers = snapshot.layers().iter().map(|layer| {
         let path = catalog.layer_path(layer.id).display().to_string();
-        json!({"id": layer.id, "key": layer.key, "size": layer.size, "path": path})
+        json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": path})
     });
     json!({
         "id": snapshot.id(),

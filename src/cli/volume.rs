@@ -1,17 +1,17 @@
-//! `sealblk volume`: make, list, show, tag and delete volumes.
+//! `sealblk volume`: make, list, show, tag, rewrap and delete volumes.
 #![forbid(unsafe_code)]
 
 mod create;
+mod rewrap;
+mod show;
 mod tag;
 
 use super::filter::{self, Filter};
 use super::{Env, output, size};
 use crate::error::Result;
+use crate::volume::VolumeId;
 use crate::volume::catalog::{Catalog, Entry};
 use crate::volume::lifecycle;
-use crate::volume::lock::Held;
-use crate::volume::metadata::VolumeName;
-use crate::volume::{Metadata, VolumeId};
 use serde_json::{Value, json};
 
 /// The commands.
@@ -25,9 +25,10 @@ Examples:
   sealblk volume list --json
   sealblk volume list --filter tag:Name=db --filter status=available")]
     List(ListArgs),
-    /// Show one volume.
-    #[command(after_help = "Examples:\n  sealblk volume show db\n  sealblk volume show vol-0a1b")]
-    Show(OneVolume),
+    /// Show one volume: what it is, who has it attached, and what its next attach needs.
+    Show(show::ShowArgs),
+    /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
+    Rewrap(rewrap::RewrapArgs),
     /// Delete a volume and its data, unless it is attached.
     #[command(after_help = "Example:\n  sealblk volume delete db")]
     Delete(OneVolume),
@@ -60,7 +61,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::run(env, args),
         Command::List(args) => list(env, &args.filter),
-        Command::Show(args) => show(env, &args.volume),
+        Command::Show(args) => show::show(env, &args),
+        Command::Rewrap(args) => rewrap::run(env, &args),
         Command::Delete(args) => delete(env, &args.volume),
         Command::Tag(args) => tag::tag(env, &args),
         Command::Untag(args) => tag::untag(env, &args),
@@ -82,7 +84,7 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     }
     if env.json {
         let values = entries.iter().map(|e| match &e.metadata {
-            Ok(metadata) => description(&catalog, metadata),
+            Ok(metadata) => show::description(&catalog, metadata),
             Err(error) => Ok(json!({
                 "id": e.id,
                 "state": "damaged",
@@ -101,7 +103,7 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
 
 fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
     let status = match entry.metadata {
-        Ok(_) => state(&catalog.held(entry.id)?),
+        Ok(_) => show::state(&catalog.held(entry.id)?),
         Err(_) => "damaged",
     };
     let metadata = entry.metadata.as_ref().ok();
@@ -133,58 +135,9 @@ fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
         size::human(metadata.size()),
         metadata.sector_size().bytes().to_string(),
         yes_or_no(metadata.is_encrypted()).to_string(),
-        state(&catalog.held(entry.id)?).to_string(),
+        show::state(&catalog.held(entry.id)?).to_string(),
         metadata.created().to_string(),
     ])
-}
-
-/// EBS's word for it.
-fn state(held: &Held) -> &'static str {
-    match held {
-        Held::Free => "available",
-        Held::By(_) | Held::Unknown => "in-use",
-    }
-}
-
-fn show(env: &Env, reference: &str) -> Result<()> {
-    let catalog = env.catalog();
-    let metadata = catalog.load(catalog.resolve(reference)?)?;
-    if env.json {
-        return output::print_json(&description(&catalog, &metadata)?);
-    }
-    let held = catalog.held(metadata.id())?;
-    let mut rows = vec![
-        pair("id", metadata.id()),
-        pair("name", metadata.name().map_or("-", VolumeName::as_str)),
-        pair("size", format!("{} ({} bytes)", size::human(metadata.size()), metadata.size())),
-        pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
-        pair("encrypted", yes_or_no(metadata.is_encrypted())),
-    ];
-    for key in metadata.keys() {
-        rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
-    }
-    for layer in metadata.layers() {
-        rows.push(pair("layer", catalog.layer_path(layer.id).display()));
-    }
-    if let Some(origin) = metadata.origin() {
-        rows.push(pair("made from", origin.snapshot));
-    }
-    for (key, value) in catalog.tags(metadata.id())?.iter() {
-        rows.push(pair("tag", format!("{key}={value}")));
-    }
-    rows.push(pair("created", metadata.created()));
-    rows.push(pair("state", state(&held)));
-    if let Held::By(holder) = held {
-        rows.push(pair("", holder));
-    }
-    if let Err(problem) = catalog.check_layers(&metadata) {
-        rows.push(pair("problem", problem));
-    }
-    output::print(&output::table(&rows)).map(drop)
-}
-
-fn pair(name: &str, value: impl ToString) -> Vec<String> {
-    vec![name.to_string(), value.to_string()]
 }
 
 fn yes_or_no(it: bool) -> &'static str {
@@ -199,35 +152,4 @@ fn delete(env: &Env, reference: &str) -> Result<()> {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),
     }
-}
-
-/// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
-fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
-    let held = catalog.held(metadata.id())?;
-    let keys: Vec<Value> = metadata
-        .keys()
-        .iter()
-        .map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id}))
-        .collect();
-    let layers: Vec<Value> = metadata
-        .layers()
-        .iter()
-        .map(|layer| json!({"id": layer.id, "key": layer.key, "size": layer.size, "path": catalog.layer_path(layer.id).display().to_string()}))
-        .collect();
-    Ok(json!({
-        "id": metadata.id(),
-        "name": metadata.name(),
-        "size": metadata.size(),
-        "sector_size": metadata.sector_size(),
-        "encrypted": metadata.is_encrypted(),
-        "created": metadata.created(),
-        "state": state(&held),
-        "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
-        "keys": keys,
-        "layers": layers,
-        "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
-        "tags": catalog.tags(metadata.id())?,
-        "generation": metadata.generation(),
-        "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
-    }))
 }

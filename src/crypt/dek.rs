@@ -48,6 +48,18 @@ impl Dek {
         Self::from_secret(mem)
     }
 
+    /// The key of a layer that is not encrypted and lies above another: no secret, since it follows from the layer's
+    /// id. It keeps zeros that are written from being zeros in the file. HKDF-SHA256, no salt, info
+    /// `sealblk layer mask v1`, 64 bytes.
+    ///
+    /// # Errors
+    /// As [`SecretMem::new`].
+    pub fn mask_of_layer(id: &[u8; 16]) -> Result<Self> {
+        let mut mem = SecretMem::new(Self::LEN)?;
+        expand(id, None, b"sealblk layer mask v1", mem.as_mut_slice());
+        Self::from_secret(mem)
+    }
+
     /// A value that tells whether an unwrapped key is the one a layer was written with, without helping to
     /// find it: HKDF-SHA256 (RFC 5869), no salt, info `sealblk key check v1`, 16 bytes.
     pub fn check_value(&self) -> [u8; 16] {

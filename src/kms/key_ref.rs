@@ -184,6 +184,13 @@ impl KeyRef {
         }
     }
 
+    /// The key `key` of the provider of that name; `None` if this version has no such provider.
+    pub fn of_provider(name: &str, key: &str) -> Option<Self> {
+        let all = [ProviderName::Embedded, ProviderName::Aws];
+        let provider = all.into_iter().find(|provider| provider.as_str() == name)?;
+        Some(KeyRef { provider, key: key.to_owned() })
+    }
+
     fn aws(key: &str) -> Result<Self, KmsError> {
         if key.is_empty() || key.len() > 2048 || !key.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(KmsError::Validation(

@@ -38,6 +38,30 @@ pub enum KeyState {
     PendingImport,
 }
 
+impl KeyState {
+    /// AWS KMS's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            KeyState::Enabled => "Enabled",
+            KeyState::Disabled => "Disabled",
+            KeyState::PendingDeletion => "PendingDeletion",
+            KeyState::PendingImport => "PendingImport",
+        }
+    }
+
+    /// What a Decrypt by the key `arn` is refused with in this state; none if it is not.
+    pub fn refusal(self, arn: &str) -> Option<KmsError> {
+        match self {
+            KeyState::Enabled => None,
+            KeyState::Disabled => Some(KmsError::Disabled(format!("{arn} is disabled."))),
+            KeyState::PendingDeletion => {
+                Some(KmsError::PendingDeletion(format!("{arn} is pending deletion.")))
+            }
+            KeyState::PendingImport => Some(KmsError::PendingImport(format!("{arn} is pending import."))),
+        }
+    }
+}
+
 /// What `describe` tells of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyDescription {
@@ -84,6 +108,17 @@ pub trait KeyProvider: Send + Sync {
         key: &str,
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError>;
+
+    /// Encrypt: wraps a data key that came from another provider, where this one takes such keys.
+    fn wrap(
+        &self,
+        _key: &str,
+        _data_key: &[u8],
+        _context: &EncryptionContext,
+    ) -> Result<WrappedKey, KmsError> {
+        let message = format!("the {} provider wraps no data keys that were made elsewhere", self.name());
+        Err(KmsError::Unsupported(message))
+    }
 }
 
 /// Opens the provider of this name for the store at `root`: `embedded`, and later others.

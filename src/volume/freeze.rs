@@ -5,7 +5,7 @@
 //! snapshot's record is written. `docs/format.md` argues each step.
 
 use super::catalog::Catalog;
-use super::id::{LayerId, SnapshotId, VolumeId};
+use super::id::{SnapshotId, VolumeId};
 use super::image_lock::{Access, ImageLock};
 use super::layout::MAX_LAYERS;
 use super::lifecycle::{Failure, make_layer};
@@ -50,7 +50,7 @@ impl Freeze {
             );
             return Err(Error::new(Kind::Unsupported, message));
         }
-        let new_top = LayerRecord { id: LayerId::random(), key: metadata.top().key, size: metadata.size() };
+        let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
         Pending::NewTop(new_top.id).store(catalog, lock)?;
         make_layer(catalog, &new_top, false).inspect_err(|_| undo(catalog, lock))?;
         Ok(Freeze { new_top })
@@ -78,7 +78,7 @@ impl Freeze {
     ) -> Result<Frozen> {
         let snapshot = Snapshot::of(metadata, SnapshotId::random(), label, key);
         let mut next = metadata.clone();
-        next.layout = metadata.layout().with_new_top(self.new_top.id);
+        next.layout = metadata.layout().with_new_top(self.new_top);
         next.reseal(key);
         catalog.store(lock, &mut next).inspect_err(|_| undo(catalog, lock))?;
         *metadata = next;

@@ -6,7 +6,7 @@
 
 use super::catalog::Catalog;
 use super::freeze::Unwrap;
-use super::id::{LayerId, VolumeId};
+use super::id::VolumeId;
 use super::layout::{Layout, MAX_LAYERS};
 use super::lifecycle::{self, Failure, Wanted, WrappingKey};
 use super::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata, Origin, encryption_context};
@@ -94,7 +94,7 @@ fn layout(
         }
         None => (snapshot.layout().top().key, snapshot.layout().hydrate()),
     };
-    let top = LayerRecord { id: LayerId::random(), key: top_key, size: wanted.geometry.size() };
+    let top = LayerRecord::new_top(top_key, wanted.geometry.size());
     let layers = std::iter::once(top).chain(snapshot.layers().iter().copied()).collect();
     Ok(Layout { geometry: wanted.geometry, keys, layers, hydrate })
 }

@@ -24,13 +24,30 @@ pub struct KeyRecord {
     pub(super) check: Option<[u8; 16]>,
 }
 
+impl LayerRecord {
+    /// A new layer above others, `size` bytes long.
+    pub(super) fn new_top(key: Option<usize>, size: u64) -> Self {
+        LayerRecord { id: LayerId::random(), key, masked: key.is_none(), size }
+    }
+}
+
+impl KeyRecord {
+    /// The data key's check value, once an attach has noted it.
+    pub fn check(&self) -> Option<[u8; 16]> {
+        self.check
+    }
+}
+
 /// A layer as a volume has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerRecord {
     /// Names its file.
     pub id: LayerId,
-    /// Which of the volume's keys encrypts it; none: plaintext.
+    /// Which of the volume's keys encrypts it; none: it is no secret.
     pub key: Option<usize>,
+    /// Without a key: whether it is masked, with [`crate::crypt::Dek::mask_of_layer`], so that zeros in it are not mistaken
+    /// for nothing. Otherwise it is plaintext, and the lowest layer.
+    pub masked: bool,
     /// Its length in bytes: whole sectors, at most the volume's size. What lies beyond is not in it.
     pub size: u64,
 }
@@ -47,8 +64,8 @@ pub struct Layout {
 impl Layout {
     /// One layer that holds nothing yet, encrypted with `key` or, without one, not at all.
     pub(super) fn new(geometry: Geometry, key: Option<KeyRecord>) -> Self {
-        let layer =
-            LayerRecord { id: LayerId::random(), key: key.is_some().then_some(0), size: geometry.size() };
+        let (id, size) = (LayerId::random(), geometry.size());
+        let layer = LayerRecord { id, key: key.is_some().then_some(0), masked: false, size };
         Layout { geometry, keys: key.into_iter().collect(), layers: vec![layer], hydrate: None }
     }
 
@@ -82,10 +99,10 @@ impl Layout {
         self.hydrate
     }
 
-    /// The same with an empty layer of the same key on top, as a freeze leaves it.
-    pub(super) fn with_new_top(&self, id: LayerId) -> Self {
+    /// The same with an empty layer on top.
+    pub(super) fn with_new_top(&self, top: LayerRecord) -> Self {
         let mut next = self.clone();
-        next.layers.insert(0, LayerRecord { id, key: self.top().key, size: self.geometry.size() });
+        next.layers.insert(0, top);
         next
     }
 
@@ -109,6 +126,10 @@ impl Layout {
         if let Some(n) = (0..self.keys.len()).find(|&n| self.layers.iter().all(|l| l.key != Some(n))) {
             return Err(format!("key {n} belongs to no layer"));
         }
+        let (_lowest, above) = self.layers.split_last().ok_or("it has no layer")?;
+        if let Some(layer) = above.iter().find(|l| l.key.is_none() && !l.masked) {
+            return Err(format!("layer {} is plaintext, and not the lowest", layer.id));
+        }
         if top.size != self.geometry.size() {
             return Err(format!("its top layer has {} bytes, not its size", top.size));
         }
@@ -124,6 +145,9 @@ impl Layout {
         let keys = self.keys.len();
         if let Some(n) = layer.key.filter(|&n| n >= keys) {
             return Err(format!("layer {} has key {n}, but there are {keys} keys", layer.id));
+        }
+        if layer.key.is_some() && layer.masked {
+            return Err(format!("layer {} has a key, and is masked", layer.id));
         }
         let unit = u64::from(self.geometry.sector_size().bytes());
         match layer.size {
@@ -179,7 +203,10 @@ pub(super) fn sealed_bytes(
     bytes.extend(count(layers.len()));
     for layer in layers {
         bytes.extend(layer.id.as_bytes());
-        bytes.extend(layer.key.map_or(u32::MAX.to_le_bytes(), count));
+        bytes.extend(match layer.key {
+            Some(key) => count(key),
+            None => (u32::MAX - u32::from(layer.masked)).to_le_bytes(),
+        });
         if version == SealVersion::V2 {
             bytes.extend(layer.size.to_le_bytes());
         }

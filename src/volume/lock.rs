@@ -33,6 +33,8 @@ pub enum Purpose {
     Snapshot,
     /// What an interrupted command left of it is being cleared up.
     Recover,
+    /// Its data keys are being wrapped anew.
+    Rewrap,
 }
 
 /// The process that holds a volume, as it says itself.
@@ -73,6 +75,7 @@ impl fmt::Display for Holder {
             Purpose::Delete => "is being deleted",
             Purpose::Snapshot => "is being made a snapshot of",
             Purpose::Recover => "is being tidied up",
+            Purpose::Rewrap => "is being rewrapped",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {

@@ -19,6 +19,7 @@ pub mod map;
 pub mod metadata;
 mod pending;
 mod references;
+pub mod rewrap;
 pub mod seal;
 pub mod snapshot;
 pub mod tags;

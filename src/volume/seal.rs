@@ -219,16 +219,30 @@ mod tests {
     #[test]
     fn every_edit_of_what_the_data_means_is_refused() {
         type Edit = fn(&mut Metadata);
-        let edits: [(&str, Edit); 10] = [
+        let edits: [(&str, Edit); 11] = [
             ("id", |m| m.id = VolumeId::random()),
             ("size", |m| m.layout.geometry = Geometry::new(2 << 20, SectorSize::B512).unwrap()),
             ("sector size", |m| m.layout.geometry = Geometry::new(1 << 20, SectorSize::B4096).unwrap()),
             ("layer", |m| m.layout.layers[0].id = LayerId::random()),
             ("layer below", |m| {
-                m.layout.layers.push(LayerRecord { id: LayerId::random(), key: None, size: 512 })
+                m.layout.layers.push(LayerRecord {
+                    id: LayerId::random(),
+                    key: None,
+                    masked: false,
+                    size: 512,
+                })
+            }),
+            ("masked layer below", |m| {
+                let layer = LayerRecord { id: m.top().id, key: None, masked: true, size: 512 };
+                m.layout.layers.push(layer)
             }),
             ("layer below with key", |m| {
-                m.layout.layers.push(LayerRecord { id: LayerId::random(), key: Some(0), size: 512 })
+                m.layout.layers.push(LayerRecord {
+                    id: LayerId::random(),
+                    key: Some(0),
+                    masked: false,
+                    size: 512,
+                })
             }),
             ("length of a layer", |m| m.layout.layers[0].size -= 512),
             ("version", |m| m.seal_version = SealVersion::V1),

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
+use hkdf::Hkdf;
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use sealblk::kms::embedded::{Embedded, clock::SystemClock};
@@ -10,6 +11,7 @@ use sealblk::kms::{EncryptionContext, KeyProvider};
 use sealblk::root::Root;
 use sealblk::volume::layout::Layout;
 use sealblk::volume::{Catalog, Metadata, Snapshot};
+use sha2::Sha256;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -76,8 +78,10 @@ impl Reader {
             let bytes = fs::read(self.catalog.layer_path(layer.id)).expect("read a layer");
             assert_eq!(bytes.len() as u64, layer.size, "the layer is as long as the record says");
             let mut plain = bytes.clone();
-            if let Some(key) = layer.key {
-                ciphers[key].decrypt_in_place(&mut plain, 0);
+            match layer.key {
+                Some(key) => ciphers[key].decrypt_in_place(&mut plain, 0),
+                None if layer.masked => mask(layer.id.as_bytes(), unit).decrypt_in_place(&mut plain, 0),
+                None => {}
             }
             let sectors = bytes.chunks(SECTOR).zip(plain.chunks(SECTOR)).zip(content.chunks_mut(SECTOR));
             for ((stored, plain), content) in sectors {
@@ -88,4 +92,11 @@ impl Reader {
         }
         content
     }
+}
+
+/// What masks a layer without a key that lies above another.
+fn mask(id: &[u8; 16], unit: DataUnit) -> Box<dyn SectorCipher> {
+    let mut key = [0; 64];
+    Hkdf::<Sha256>::new(None, id).expand(b"sealblk layer mask v1", &mut key).expect("64 bytes");
+    new_cipher(Engine::Portable, &Dek::from_bytes(&key).expect("a key"), unit).expect("an engine")
 }

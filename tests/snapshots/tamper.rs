@@ -82,6 +82,11 @@ fn a_snapshot_whose_layers_were_edited_makes_clones_that_are_refused() {
     two.refused("shortened", 7, NOT_SEALED_SO);
     two.clone_of_edited("plaintext", |v| v["layers"][1]["key"] = Value::Null);
     two.refused("plaintext", 7, NOT_SEALED_SO);
+    two.clone_of_edited("masked", |v| {
+        v["layers"][1]["key"] = Value::Null;
+        v["layers"][1]["masked"] = json!(true);
+    });
+    two.refused("masked", 7, NOT_SEALED_SO);
     two.clone_of_edited("mac", |v| v["mac"] = json!("00".repeat(32)));
     two.refused("mac", 7, NOT_SEALED_SO);
     // What is edited is what is refused: the others are whole.
@@ -137,11 +142,20 @@ fn an_unsealed_clone_that_was_edited_is_refused() {
         (nowhere, Box::new(|v| v["origin"] = Value::Null)),
         (nowhere, Box::new(|v| v["origin"]["proof"] = Value::Null)),
         // Somebody's plaintext, slipped in below.
-        (nowhere, Box::new(|v| v["layers"][1]["key"] = Value::Null)),
+        (
+            nowhere,
+            Box::new(|v| {
+                v["layers"][1]["key"] = Value::Null;
+                v["layers"][1]["masked"] = json!(true);
+            }),
+        ),
+        ("is plaintext, and not the lowest", Box::new(|v| v["layers"][1]["key"] = Value::Null)),
     ];
+    // By its id: its name may not be readable any more.
+    let id = two.rig.reader().volume("c").id().to_string();
     for (words, change) in cases {
         let whole = edit(&path, change);
-        two.refused("c", 7, words);
+        two.refused(&id, 7, words);
         fs::write(&path, whole).unwrap();
     }
     two.rig.place.store.ok(&["snapshot", "create", "c"]);
@@ -156,7 +170,7 @@ fn a_fresh_volume_with_somebodys_layer_below_is_refused() {
     let layer = two.rig.reader().catalog().layer_path(plain);
     fs::write(layer, vec![0x41; 8 << 20]).unwrap();
     edit(&two.volume_json("fresh"), |v| {
-        let lower = json!({"id": plain, "key": null, "size": 8 << 20});
+        let lower = json!({"id": plain, "key": null, "masked": false, "size": 8 << 20});
         v["layers"].as_array_mut().unwrap().push(lower);
     });
     two.refused("fresh", 7, "nothing says where the layers below its top are from");

@@ -1,7 +1,8 @@
 //! `sealblk volume create`.
 #![forbid(unsafe_code)]
 
-use super::{description, output};
+use super::output;
+use super::show::description;
 use crate::attach::sandbox;
 use crate::cli::filter::{self, Tag};
 use crate::cli::provider::{self, NamedKey};

@@ -216,6 +216,10 @@ impl KeyProvider for Embedded {
     ) -> Result<WrappedKey, KmsError> {
         Ok(self.re_encrypt(&wrapped.blob, Some(&wrapped.key_id), from, key, to)?.sealed.into())
     }
+
+    fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
+        Ok(self.encrypt(key, data_key, context)?.into())
+    }
 }
 
 impl From<Sealed> for WrappedKey {

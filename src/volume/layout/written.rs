@@ -28,6 +28,7 @@ pub(in crate::volume) struct WrittenLayer {
     pub(in crate::volume) id: LayerId,
     #[serde(deserialize_with = "required")]
     pub(in crate::volume) key: Option<usize>,
+    pub(in crate::volume) masked: bool,
     pub(in crate::volume) size: u64,
 }
 
@@ -51,7 +52,7 @@ impl WrittenLayout {
             context: context.pairs().clone(),
             check: key.check.map(hex::encode),
         };
-        let layer = |l: &LayerRecord| WrittenLayer { id: l.id, key: l.key, size: l.size };
+        let layer = |l: &LayerRecord| WrittenLayer { id: l.id, key: l.key, masked: l.masked, size: l.size };
         WrittenLayout {
             size: layout.geometry.size(),
             sector_size: layout.geometry.sector_size(),
@@ -70,10 +71,10 @@ impl WrittenLayout {
         let key = |(n, key): (usize, WrittenKey)| {
             key.parse(context).map_err(|problem| format!("key {n}: {problem}"))
         };
-        let layers = self.layers.iter().map(|l| LayerRecord { id: l.id, key: l.key, size: l.size });
+        let layer = |l: &WrittenLayer| LayerRecord { id: l.id, key: l.key, masked: l.masked, size: l.size };
         let layout = Layout {
             keys: self.keys.into_iter().enumerate().map(key).collect::<Result<_, _>>()?,
-            layers: layers.collect(),
+            layers: self.layers.iter().map(layer).collect(),
             geometry: Geometry::new(self.size, self.sector_size).map_err(|e| e.to_string())?,
             hydrate: self.hydrate,
         };

@@ -153,7 +153,7 @@ pub(in crate::volume) fn corrupt(problem: String) -> Error {
 impl From<WrittenV1> for Written {
     fn from(w: WrittenV1) -> Self {
         // The layers were as long as the volume, and the MAC is over a message that did not say so.
-        let layer = |l: WrittenLayerV1| WrittenLayer { id: l.id, key: l.key, size: w.size };
+        let layer = |l: WrittenLayerV1| WrittenLayer { id: l.id, key: l.key, masked: false, size: w.size };
         Written {
             format: FORMAT,
             id: w.id,
