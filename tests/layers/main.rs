@@ -5,5 +5,6 @@
 mod common;
 
 mod model;
+mod pauses;
 mod random;
 mod rig;

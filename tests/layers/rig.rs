@@ -92,8 +92,13 @@ pub struct Served {
     pub session: Session,
     /// As the device has them open, the top first.
     pub layers: Vec<Layer>,
+    server: Serving,
+}
+
+/// The thread that serves VMMs.
+pub struct Serving {
     stop: Arc<Stop>,
-    server: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Served {
@@ -120,9 +125,14 @@ impl Served {
         let stop = Stop::new().unwrap();
         let (until, served) = (stop.clone(), device.clone());
         let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
-        let server = Some(std::thread::spawn(serve));
+        let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
-        Served { device, session, layers, stop, server }
+        Served { device, session, layers, server: server }
+    }
+
+    /// Lets the VMM leave.
+    pub fn without_session(self) -> Serving {
+        self.server
     }
 
     /// Freezes the top and puts `top` above it, while the guest may have requests in flight.
@@ -137,10 +147,10 @@ impl Served {
     }
 }
 
-impl Drop for Served {
+impl Drop for Serving {
     fn drop(&mut self) {
         self.stop.stop();
-        let ended = self.server.take().map(JoinHandle::join);
+        let ended = self.thread.take().map(JoinHandle::join);
         assert!(std::thread::panicking() || matches!(ended, Some(Ok(()))), "the server panicked");
     }
 }
