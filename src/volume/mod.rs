@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod catalog;
+pub mod hydrate;
 pub mod id;
 pub mod image_lock;
 pub mod io;

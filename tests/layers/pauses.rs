@@ -37,13 +37,13 @@ impl Rig {
         let file = places.file(0, Some(0), SECTORS);
         let layers = keys.open_all(&[file], Access::ReadWrite, 512);
         let disk = Disk::layered(GEOMETRY, "rig", wrap(chain(&layers))).unwrap();
-        let served = Served::of(places.folder(), Arc::new(disk), layers, tuning);
+        let served = Served::new(places.folder(), Arc::new(disk), layers, tuning);
         Rig { served, places, keys }
     }
 
     fn freeze(&mut self) {
         let top = self.places.file(0, Some(1), SECTORS);
-        self.served.freeze(self.keys.open(&top, Access::ReadWrite, 512));
+        self.served.freeze(self.keys.open(&top, Access::ReadWrite, 512), false);
     }
 }
 

@@ -5,9 +5,10 @@ use crate::common::frontend::block::{DISCARD, FLUSH, IN, OK, OUT, Pending, WRITE
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Framing, LIMIT, Request, Segment};
 use crate::model::{Model, SECTOR, Step};
-use crate::rig::{Keys, LayerFile, Places, QUEUES, Served, read_whole};
+use crate::rig::{Hydrating, Keys, LayerFile, Places, QUEUES, Served, read_whole};
 use sealblk::vhost::worker::Tuning;
 use sealblk::virtio::Geometry;
+use sealblk::volume::hydrate::End;
 use sealblk::volume::image_lock::Access;
 use sealblk::volume::io::Disk;
 use sealblk::volume::layers::chain;
@@ -51,7 +52,9 @@ impl Life {
     fn serve(&mut self) -> Served {
         let layers = self.keys.open_all(&self.files, Access::ReadWrite, self.block);
         let tuning = Tuning { in_order: self.random.below(4) == 0, ..Tuning::default() };
-        Served::new(self.places.folder(), layers, self.geometry(), &tuning)
+        let disk = Disk::layered(self.geometry(), "rig", chain(&layers)).unwrap();
+        let disk = if self.random.below(2) == 0 { disk.hydrating() } else { disk };
+        Served::new(self.places.folder(), Arc::new(disk), layers, &tuning)
     }
 
     /// A new top layer, of a key of any kind: encrypted, since it lies above another.
@@ -63,15 +66,26 @@ impl Life {
     fn live(&mut self) {
         for _ in 0..1 + self.random.below(4) {
             let mut served = self.serve();
+            let mut hydrating = None;
             for _ in 0..self.random.below(60) {
+                if hydrating.is_none() && self.random.below(8) == 0 {
+                    let rate = self.random.pick(&[0, 8 << 20, 64 << 20]);
+                    hydrating = served.hydrate(rate);
+                }
                 let steps = self.steps();
                 let started = self.start(&mut served, &steps);
-                let freeze = self.files.len() < MOST_LAYERS && self.random.below(4) == 0;
-                if freeze {
+                if self.files.len() < MOST_LAYERS && self.random.below(4) == 0 {
+                    hydrating.take().map(Hydrating::stop);
                     self.freeze(&mut served, &steps);
+                }
+                if let Some(over) = hydrating.take_if(|h| h.is_over()) {
+                    assert_eq!((over.hydration.left(), over.wait()), (Some(0), End::Complete));
+                    served.drop_lower_layers();
+                    self.files.truncate(1);
                 }
                 self.finish(&mut served, started);
             }
+            hydrating.map(Hydrating::stop);
             let disk = served.device.disk();
             drop(served);
             disk.flush().unwrap();
@@ -94,8 +108,9 @@ impl Life {
     fn compare(&mut self, disk: &Arc<Disk>) {
         let piece = self.random.pick(&[4096, 64 << 10, 256 << 10]);
         self.model.check(0, &read_whole(disk, piece), "the whole");
-        let layers = disk.map().map(|map| map.wait());
-        assert!(layers != Some(false), "the map was not made");
+        if let Some(map) = disk.map() {
+            assert!(map.wait(LIMIT) && map.is_ready(), "the map was not made");
+        }
         self.model.check(0, &read_whole(disk, piece), "the whole, by the map");
     }
 
@@ -136,11 +151,17 @@ impl Life {
     /// Freezes the top while `steps` are in flight.
     fn freeze(&mut self, served: &mut Served, steps: &[Step]) {
         let top = self.new_top(self.model.sectors());
-        served.freeze(self.keys.open(&top, Access::ReadWrite, self.block));
+        let hydrating = self.random.below(2) == 0;
+        served.freeze(self.keys.open(&top, Access::ReadWrite, self.block), hydrating);
+        self.frozen.push((self.files.clone(), self.perhaps(steps)));
+        self.files.insert(0, top);
+    }
+
+    /// What is, while `steps` are in flight.
+    fn perhaps(&self, steps: &[Step]) -> Model {
         let mut state = self.model.clone();
         steps.iter().for_each(|step| state.apply_perhaps(step));
-        self.frozen.push((self.files.clone(), state));
-        self.files.insert(0, top);
+        state
     }
 
     /// Puts the steps on the rings, and kicks.

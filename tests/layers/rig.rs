@@ -9,7 +9,8 @@ use sealblk::vhost::server::{self, Socket, Stop};
 use sealblk::vhost::session::Inlet;
 use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::config_space::ConfigSpace;
-use sealblk::virtio::{Geometry, Segment};
+use sealblk::virtio::Segment;
+use sealblk::volume::hydrate::{End, Hydration};
 use sealblk::volume::image_lock::Access;
 use sealblk::volume::io::{Cipher, Disk, GuestData};
 use sealblk::volume::layers::{Layer, chain};
@@ -102,12 +103,7 @@ pub struct Serving {
 }
 
 impl Served {
-    pub fn new(folder: &Path, layers: Vec<Layer>, geometry: Geometry, tuning: &Tuning) -> Self {
-        let disk = Arc::new(Disk::layered(geometry, "rig", chain(&layers)).unwrap());
-        Self::of(folder, disk, layers, tuning)
-    }
-
-    pub fn of(folder: &Path, disk: Arc<Disk>, layers: Vec<Layer>, tuning: &Tuning) -> Self {
+    pub fn new(folder: &Path, disk: Arc<Disk>, layers: Vec<Layer>, tuning: &Tuning) -> Self {
         let workers = (0..QUEUES).map(|n| {
             Worker::spawn(n, disk.clone(), tuning.clone(), |why| panic!("a worker died: {why}")).unwrap()
         });
@@ -127,7 +123,24 @@ impl Served {
         let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
         let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
-        Served { device, session, layers, server: server }
+        Served { device, session, layers, server }
+    }
+
+    /// Begins to hydrate, if the disk is made for that.
+    pub fn hydrate(&self, rate: u64) -> Option<Hydrating> {
+        let hydration = Hydration::new(self.device.disk(), rate).ok()?;
+        let runs = hydration.clone();
+        Some(Hydrating { hydration, thread: std::thread::spawn(move || runs.run().unwrap()) })
+    }
+
+    /// Leaves nothing but the top, which must hold everything.
+    pub fn drop_lower_layers(&mut self) {
+        let mut paused = self.device.pause(PATIENCE).unwrap();
+        self.layers.truncate(1);
+        let geometry = *paused.disk().geometry();
+        let disk = paused.disk().with_layers(geometry, chain(&self.layers)).unwrap();
+        paused.prepare(Arc::new(disk)).unwrap();
+        paused.resume();
     }
 
     /// Lets the VMM leave.
@@ -136,12 +149,13 @@ impl Served {
     }
 
     /// Freezes the top and puts `top` above it, while the guest may have requests in flight.
-    pub fn freeze(&mut self, top: Layer) {
+    pub fn freeze(&mut self, top: Layer, hydrating: bool) {
         let mut paused = self.device.pause(PATIENCE).unwrap();
         paused.disk().flush().unwrap();
         self.layers[0] = self.layers[0].frozen().unwrap();
         self.layers.insert(0, top);
         let disk = paused.disk().with_new_top(chain(&self.layers)).unwrap();
+        let disk = if hydrating { disk.hydrating() } else { disk };
         paused.prepare(Arc::new(disk)).unwrap();
         paused.resume();
     }
@@ -152,6 +166,27 @@ impl Drop for Serving {
         self.stop.stop();
         let ended = self.thread.take().map(JoinHandle::join);
         assert!(std::thread::panicking() || matches!(ended, Some(Ok(()))), "the server panicked");
+    }
+}
+
+/// A hydration in a thread of its own.
+pub struct Hydrating {
+    pub hydration: Arc<Hydration>,
+    thread: JoinHandle<End>,
+}
+
+impl Hydrating {
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    pub fn stop(self) -> End {
+        self.hydration.stop();
+        self.wait()
+    }
+
+    pub fn wait(self) -> End {
+        self.thread.join().unwrap()
     }
 }
 
@@ -171,7 +206,7 @@ pub fn read_whole(disk: &Arc<Disk>, piece: usize) -> Vec<u8> {
         let guest = || GuestData { mem: &mem, segments: &segments, skip: 0 };
         mem.write_slice(&vec![0xdd; len], GuestAddress(0)).unwrap();
         if !queue.read_now(sector, len as u64, guest()).unwrap() {
-            let buffer = queue.alloc(len).unwrap();
+            let buffer = queue.alloc(sector, len).unwrap();
             queue.read(7, sector, buffer);
             loop {
                 match queue.next_event() {
