@@ -3,6 +3,7 @@
 //! It alone touches its ring, its requests and its io_uring ([`server`]); others send commands through a mailbox that one
 //! event descriptor announces, and wait for the answer.
 
+mod flushes;
 mod in_order;
 mod request;
 mod server;

@@ -14,6 +14,7 @@ pub mod lifecycle;
 pub mod lock;
 pub mod map;
 pub mod metadata;
+pub mod rewrap;
 pub mod seal;
 
 pub use catalog::Catalog;

@@ -9,6 +9,7 @@
 mod memory;
 mod pool;
 mod queue;
+mod write_cache;
 
 use super::{Caps, Queue, Store};
 use memory::FileMemory;
@@ -25,6 +26,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use write_cache::WriteCache;
 
 /// The byte, beyond any layer's end, whose lock says that a queue may have writes in flight.
 const IN_FLIGHT_BYTE: i64 = i64::MAX - 1;
@@ -60,6 +62,8 @@ pub struct FileStore {
     caps: Caps,
     /// Where the file is memory.
     memory: Option<Arc<FileMemory>>,
+    /// Where it is a block device that is written past the page cache.
+    write_cache: Option<Arc<WriteCache>>,
 }
 
 impl FileStore {
@@ -94,7 +98,11 @@ impl FileStore {
             Access::Inline => FileMemory::map(&file, size).map(Arc::new),
             Access::Direct | Access::Buffered => None,
         };
-        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory })
+        let write_cache = match access {
+            Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
+            _ => None,
+        };
+        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory, write_cache })
     }
 
     /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
@@ -120,6 +128,7 @@ impl FileStore {
             read_only: true,
             caps: self.caps.clone(),
             memory: self.memory.clone(),
+            write_cache: None,
         })
     }
 
@@ -132,7 +141,8 @@ impl FileStore {
         };
         let top = reached(self, Arc::new(self.open_again()?));
         let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
-        Ok(Box::new(FileQueue::new(top, below, depth)?))
+        let queue = FileQueue::new(top, below, depth)?;
+        Ok(Box::new(queue.with_write_cache(self.write_cache.clone())))
     }
 
     /// See [`Store::next_data`].

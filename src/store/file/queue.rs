@@ -4,6 +4,7 @@
 use super::super::{Buffer, Event, Op, Queue, Wait};
 use super::memory::FileMemory;
 use super::pool::{self, Pool};
+use super::write_cache::WriteCache;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -22,6 +23,9 @@ const FILE: types::Fixed = types::Fixed(0);
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
+/// How often an operation is submitted again that the kernel did not begin with.
+const MAX_TRIES: u8 = 100;
+
 /// An operation that the kernel has.
 struct Pending {
     tag: u64,
@@ -30,6 +34,9 @@ struct Pending {
     expect: u32,
     /// What to do instead if the file system cannot keep the space: offset and length to punch.
     fallback: Option<(u64, u64)>,
+    /// What the kernel was given, for another try, and how many there were.
+    entry: squeue::Entry,
+    tries: u8,
 }
 
 /// A descriptor that wakes the thread.
@@ -62,6 +69,8 @@ pub struct FileQueue {
     memory: Option<Arc<FileMemory>>,
     /// The layers below, which are only read, from the one right below the top.
     below: Vec<Reached>,
+    /// Of a block device that is written past the page cache: whether it has a cache of its own.
+    write_cache: Option<Arc<WriteCache>>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -92,6 +101,7 @@ impl FileQueue {
             inline,
             memory,
             below,
+            write_cache: None,
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
@@ -100,6 +110,12 @@ impl FileQueue {
             backlog: VecDeque::new(),
             events: VecDeque::with_capacity(2 * depth),
         })
+    }
+
+    /// The same, over a device whose flushes are needed only while it has a cache.
+    pub fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
+        self.write_cache = write_cache;
+        self
     }
 
     fn push(&mut self, entry: squeue::Entry) {
@@ -127,7 +143,8 @@ impl FileQueue {
         let Some(slot) = self.free_slots.pop() else {
             unreachable!("the caller keeps within the depth (see `has_room`)");
         };
-        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None };
+        let nothing = opcode::Nop::new().build();
+        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None, entry: nothing, tries: 0 };
         let entry = match op {
             Op::Read { offset, buffer } => {
                 let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
@@ -169,8 +186,8 @@ impl FileQueue {
                 fallocate(offset, len, if keep_space { ZERO } else { PUNCH })
             }
         };
-        self.pending[slot as usize] = Some(pending);
-        self.push(entry.user_data(u64::from(slot)));
+        pending.entry = entry.user_data(u64::from(slot));
+        self.submit_again(slot, pending);
     }
 
     /// Does the operation now, by this thread.
@@ -225,10 +242,14 @@ impl FileQueue {
             log::error!("io_uring completed slot {slot}, in which nothing was pending");
             return;
         };
+        if matches!(-result, libc::EAGAIN | libc::EINTR) && pending.tries < MAX_TRIES {
+            // Nothing was done, for a reason that passes.
+            pending.tries += 1;
+            return self.submit_again(slot, pending);
+        }
         if let (libc::EOPNOTSUPP, Some((offset, len))) = (-result, pending.fallback.take()) {
-            self.pending[slot as usize] = Some(pending);
-            self.push(fallocate(offset, len, PUNCH).user_data(u64::from(slot)));
-            return;
+            pending.entry = fallocate(offset, len, PUNCH).user_data(u64::from(slot));
+            return self.submit_again(slot, pending);
         }
         self.free_slots.push(slot);
         let result = match u32::try_from(result) {
@@ -237,6 +258,11 @@ impl FileQueue {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
         };
         self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
+    }
+
+    fn submit_again(&mut self, slot: u32, pending: Pending) {
+        self.push(pending.entry.clone());
+        self.pending[slot as usize] = Some(pending);
     }
 
     fn woken(&mut self, serial: u32, entry: &cqueue::Entry) {
@@ -322,6 +348,9 @@ impl Queue for FileQueue {
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
+        if matches!(op, Op::Flush) && self.write_cache.as_ref().is_some_and(|cache| cache.is_off()) {
+            return self.events.push_back(Event::Done { tag, buffer: None, result: Ok(()) });
+        }
         let inline = match &op {
             Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
             _ => self.inline,
@@ -410,3 +439,6 @@ fn poll(serial: u32, fd: RawFd) -> squeue::Entry {
 fn fallocate(offset: u64, len: u64, mode: i32) -> squeue::Entry {
     opcode::Fallocate::new(FILE, len).offset(offset).mode(mode).build()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! One chain between being taken and being answered.
 
-use crate::virtio::{Op, SECTOR_SIZE, Segment};
+use crate::virtio::{Op, SECTOR_SIZE, Segment, Status};
 use std::io;
 use vm_memory::GuestAddress;
 
@@ -24,6 +24,8 @@ pub(super) struct Request {
     /// It is done but for the flush that makes it durable.
     pub(super) flushing: bool,
     pub(super) failed: bool,
+    /// It failed, and only because the store cannot do such a thing.
+    pub(super) unsupported: bool,
 }
 
 impl Request {
@@ -42,6 +44,7 @@ impl Request {
             durable: false,
             flushing: false,
             failed: false,
+            unsupported: false,
         }
     }
 
@@ -58,6 +61,19 @@ impl Request {
         if !self.failed {
             log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
         }
+        // A file system without holes: told so, a guest's kernel writes the zeros itself, and discards no more.
+        let zeroing = matches!(self.op, Op::Discard { .. } | Op::WriteZeroes { .. });
+        let unsupported = zeroing && e.raw_os_error() == Some(libc::EOPNOTSUPP);
+        self.unsupported = unsupported && (self.unsupported || !self.failed);
         self.failed = true;
+    }
+
+    /// What it is answered when it is done.
+    pub(super) fn outcome(&self) -> Status {
+        match (self.failed, self.unsupported) {
+            (false, _) => Status::Ok,
+            (true, false) => Status::IoErr,
+            (true, true) => Status::Unsupported,
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Serving a ring: one turn of the loop takes what is available, hands it to the store, waits for the first thing to
 //! happen, finishes what is done, and publishes the used ring once.
 
+use super::flushes::Flushes;
 use super::in_order::InOrder;
 use super::request::Request;
 use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused, signal};
@@ -26,6 +27,8 @@ const KICK: u32 = 1;
 const BATCH: usize = 64;
 /// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
 const SHOW: u16 = 8;
+/// The tag of the store's flush, which is nobody's in particular. No slot has it: see [`tag`].
+const FLUSH: u64 = u64::MAX;
 
 /// A ring being served, by the thread that owns everything here.
 pub(super) struct Server {
@@ -42,6 +45,7 @@ pub(super) struct Server {
     heads: Vec<u64>,
     /// Where answers wait for older ones, if they shall go out in order.
     in_order: Option<InOrder>,
+    flushes: Flushes,
     poll: BusyPoll,
     qos: Arc<Qos>,
     /// The oldest stalled request may not begin before this time is over.
@@ -80,6 +84,7 @@ impl Server {
             resubmit: resubmit.into(),
             heads: vec![0; usize::from(size).div_ceil(64)],
             in_order: tuning.in_order.then(|| InOrder::new(size)),
+            flushes: Flushes::default(),
             poll: BusyPoll::new(tuning.poll),
             qos: tuning.qos.clone(),
             throttled: None,
@@ -104,6 +109,7 @@ impl Server {
                 self.restart_stalled();
             }
             let more = self.take_available()?;
+            self.begin_flush();
             self.publish();
             let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
             // First the pause, which somebody waits for as well.
@@ -241,6 +247,7 @@ impl Server {
         request.durable = self.setup.write_through.load(Ordering::Acquire);
         request.flushing = false;
         request.failed = false;
+        request.unsupported = false;
         match parsed.op {
             Ok(op) => {
                 request.op = op;
@@ -281,11 +288,8 @@ impl Server {
             Op::Read { sector } => self.transfer(slot, sector, false),
             Op::Write { sector } => self.transfer(slot, sector, true),
             Op::GetId => self.get_id(slot),
+            Op::Flush => self.ask_flush(slot),
             _ if !self.io.has_room() => self.stalled.push_back(slot),
-            Op::Flush => match self.io.flush(tag(slot, 0)) {
-                Ok(()) => self.requests[usize::from(slot)].pieces = 1,
-                Err(_) => self.finish(slot, Status::IoErr),
-            },
             Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
             Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
             Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
@@ -325,7 +329,7 @@ impl Server {
             }
         }
         if request.pieces == 0 {
-            let status = if request.failed { Status::IoErr } else { Status::Ok };
+            let status = request.outcome();
             self.finish(slot, status);
         }
     }
@@ -376,7 +380,35 @@ impl Server {
         Ok(())
     }
 
+    /// Has a request wait for the next flush, as one of its pieces.
+    fn ask_flush(&mut self, slot: u16) {
+        self.requests[usize::from(slot)].pieces += 1;
+        self.flushes.ask(slot);
+    }
+
+    /// Begins a flush if somebody waits for one and none runs.
+    fn begin_flush(&mut self) {
+        if self.io.has_room()
+            && self.flushes.begin()
+            && let Err(e) = self.io.flush(FLUSH)
+        {
+            self.flushed(Err(e));
+        }
+    }
+
+    /// Tells everybody whose flush is over.
+    fn flushed(&mut self, result: io::Result<()>) {
+        let result = result.map_err(|e| e.to_string());
+        while let Some(slot) = self.flushes.take_done() {
+            self.settle(slot, result.clone().map_err(io::Error::other));
+        }
+    }
+
     fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
+        if tag == FLUSH {
+            let result = self.io.flushed(result);
+            return self.flushed(result);
+        }
         let slot = tag as u16;
         let at = (tag >> 16) * 512;
         let request = &mut self.requests[usize::from(slot)];
@@ -395,14 +427,18 @@ impl Server {
                     }
                 }
             }
-            (Op::Flush, _) => self.io.flushed(result),
-            (Op::WriteZeroes { .. }, _) if request.flushing => self.io.flushed(result),
             (op, Some(buffer)) => {
                 self.io.free(buffer);
                 self.io.written(request.durable && matches!(op, Op::Write { .. }), result)
             }
             (_, None) => result,
         };
+        self.settle(slot, result);
+    }
+
+    /// A piece of a request is done; with the last one, the request is.
+    fn settle(&mut self, slot: u16, result: io::Result<()>) {
+        let request = &mut self.requests[usize::from(slot)];
         if let Err(e) = result {
             request.fail(&e);
         }
@@ -411,21 +447,11 @@ impl Server {
         if request.pieces > 0 || !(request.failed || request.started == request.total()) {
             return;
         }
-        if request.durable
-            && matches!(request.op, Op::WriteZeroes { .. })
-            && !request.failed
-            && !request.flushing
-        {
-            request.flushing = true;
-            match self.io.flush(tag) {
-                Ok(()) => {
-                    request.pieces = 1;
-                    return;
-                }
-                Err(e) => request.fail(&e),
-            }
+        let zeroed = matches!(request.op, Op::WriteZeroes { .. }) && !request.failed;
+        if zeroed && request.durable && !std::mem::replace(&mut request.flushing, true) {
+            return self.ask_flush(slot);
         }
-        let status = if request.failed { Status::IoErr } else { Status::Ok };
+        let status = request.outcome();
         self.stalled.retain(|&s| s != slot);
         self.finish(slot, status);
     }
