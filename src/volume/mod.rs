@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod freeze;
 pub mod from_snapshot;
 pub mod gc;
+pub mod hydrate;
 pub mod id;
 pub mod image_lock;
 pub mod io;
