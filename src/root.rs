@@ -41,6 +41,11 @@ impl Root {
         self.0.join("volumes")
     }
 
+    /// `snapshots/`, one record a snapshot.
+    pub fn snapshots(&self) -> PathBuf {
+        self.0.join("snapshots")
+    }
+
     /// `layers/`, one ciphertext file a layer.
     pub fn layers(&self) -> PathBuf {
         self.0.join("layers")
@@ -49,6 +54,11 @@ impl Root {
     /// `kms/`, the store of the embedded KMS.
     pub fn kms(&self) -> PathBuf {
         self.0.join("kms")
+    }
+
+    /// `grants/`, a note for each grant of an attach.
+    pub fn grants(&self) -> PathBuf {
+        self.0.join("grants")
     }
 
     /// `events.jsonl`.

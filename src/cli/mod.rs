@@ -9,10 +9,15 @@
 pub mod attach;
 pub mod doctor;
 pub mod events;
+pub mod filter;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+mod provider;
+pub mod settings;
 pub mod size;
+pub mod snapshot;
 pub mod volume;
 
 use crate::config::Settings;
@@ -83,6 +88,9 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Make, show, copy and delete snapshots of volumes.
+    #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
+    Snapshot(snapshot::Command),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
@@ -95,28 +103,44 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show and change the settings of the store.
+    #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
+    Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Clear away what interrupted commands left, and grants of attaches that did not end well.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Wrap a data key anew for the process that started this one.
+    #[command(hide = true)]
+    RewrapKey,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Snapshot(command) => snapshot::run(env, command),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }

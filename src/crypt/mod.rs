@@ -6,7 +6,8 @@ pub mod dek;
 #[cfg(test)]
 mod residue;
 pub mod secret_mem;
+pub mod wiping_allocator;
 pub mod xts;
 
-pub use dek::Dek;
+pub use dek::{Dek, SealKey};
 pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};
