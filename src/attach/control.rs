@@ -57,19 +57,32 @@ pub struct Control {
 #[derive(Clone, Default)]
 pub struct Waiting(Arc<Mutex<Vec<UnixStream>>>);
 
-impl Control {
-    /// Listens in `folder`, and passes on what clients ask for.
-    pub fn listen(folder: &Path, orders: Orders) -> Result<Self> {
-        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
-        // short.
-        let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
+/// A control socket that nobody answers yet.
+pub struct Bound {
+    listener: UnixListener,
+    name: SocketName,
+}
+
+impl Bound {
+    /// Passes on what clients ask for.
+    pub fn serve(self, orders: Orders) -> Result<Control> {
         let waiting = Waiting::default();
-        let register = waiting.clone();
+        let (listener, register) = (self.listener, waiting.clone());
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || serve(&listener, &register, &orders))
             .context(|| "start the control thread")?;
-        Ok(Control { name: name.moved_to(folder), waiting })
+        Ok(Control { name: self.name, waiting })
+    }
+}
+
+impl Control {
+    /// Listens in `folder`. Only while the process has one thread.
+    pub fn bind(folder: &Path) -> Result<Bound> {
+        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
+        // short.
+        let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
+        Ok(Bound { listener, name: name.moved_to(folder) })
     }
 
     /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.

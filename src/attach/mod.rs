@@ -1,10 +1,12 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
 //! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
-//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things.
+//! [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads. Nothing listens before the helper is gone and
+//! the metadata has proved right; nothing that a VMM says is read before the process is confined. The way back is the
+//! drop order of the same things.
 
 pub mod control;
+mod notify;
 pub mod sandbox;
 pub mod socket;
 pub mod unwrap;
@@ -15,7 +17,7 @@ use crate::crypt::xts::{DataUnit, Engine, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
-use crate::store::file::FileStore;
+use crate::store::file::{FileStore, ring};
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
@@ -30,10 +32,12 @@ use crate::volume::metadata::Metadata;
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders};
+use notify::Notifier;
+use sandbox::{Access, Identity, Mode, Rule};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -72,6 +76,10 @@ pub struct Options {
     pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
+    /// How strictly the process is confined once it is ready.
+    pub sandbox: Mode,
+    /// The user to become then; none: the one that it was started as.
+    pub user: Option<Identity>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -110,19 +118,9 @@ pub fn attach(
     let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
 
-    let stop = Stop::new()?;
-    let qos = Arc::new(Qos::new(options.limits));
-    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
-    let orders = Orders {
-        detach: Box::new(move || on_detach.stop()),
-        throttle: Box::new(move |limits| on_throttle.set(limits)),
-    };
-    let control = Control::listen(&catalog.folder(volume), orders);
-    let control = control.map_err(|e| e.context(attempt()))?;
-    let failure: Arc<Mutex<Option<String>>> = Arc::default();
+    let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -131,13 +129,36 @@ pub fn attach(
         }
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
-    stop_on_signals(stop.clone()).context(attempt)?;
+    if let (Some(user), Some(path)) = (&options.user, &path) {
+        user.give_socket(path).map_err(|e| e.context(attempt()))?;
+    }
+    let manager = Notifier::connect();
+    let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
+    // One for each queue, and one for the flush at the end.
+    ring::prepare(usize::from(options.queues) + 1).map_err(|e| cannot_serve(e).context(attempt()))?;
+    let files = reach(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
+    let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
+    let confinement = confinement.map_err(|e| e.context(attempt()))?;
+    log::info!("the host process is confined: {confinement}");
+
+    let stop = Stop::new()?;
+    let qos = Arc::new(Qos::new(options.limits));
+    let (on_detach, on_throttle) = (stop.clone(), qos.clone());
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+    };
+    let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
+    let failure: Arc<Mutex<Option<String>>> = Arc::default();
+    let inlet = inlet.seen_from_descriptors();
+    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    manager.ready();
 
     let served = server::serve(&device, socket, &stop);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    manager.stopping();
     drop(name);
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
     drop(device);
@@ -183,6 +204,19 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
     Ok(Arc::new(Disk::new(geometry, &serial, Box::new(store), cipher, image_lock)))
+}
+
+/// What the confined process opens, makes, replaces and removes, from the moment in which it is ready to its end.
+fn reach(catalog: &Catalog, volume: VolumeId, options: &Options, socket: Option<&Path>) -> Result<Vec<Rule>> {
+    // volume.json is replaced, the control socket's name removed.
+    let mut rules = vec![Rule::new(catalog.folder(volume), Access::Own)];
+    // Each queue opens its layer again when its ring starts.
+    let access = if options.read_only { Access::Read } else { Access::Write };
+    let metadata = catalog.load(volume)?;
+    rules.extend(metadata.layers().iter().map(|layer| Rule::new(catalog.layer_path(layer.id), access)));
+    // The socket's name at the end. Landlock knows no single names: a folder of its own for each socket is best.
+    rules.extend(socket.and_then(Path::parent).map(|folder| Rule::new(folder, Access::Remove)));
+    Ok(rules)
 }
 
 /// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
@@ -269,8 +303,7 @@ fn default_serial(volume: VolumeId) -> String {
     volume.to_string().replace('-', "")
 }
 
-fn stop_on_signals(stop: Arc<Stop>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {
     let wait = move || {
         for signal in &mut signals {
             log::info!("signal {signal}: detaching");

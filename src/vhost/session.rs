@@ -50,6 +50,8 @@ pub struct Inlet {
     listener: UnixListener,
     /// The socket's file, which lives on without a name.
     file: File,
+    /// How the file is named to connect.
+    name: String,
 }
 
 impl Inlet {
@@ -66,14 +68,20 @@ impl Inlet {
         let file = open(0, name.as_ref());
         std::fs::remove_file(&name)?;
         listener.set_nonblocking(true)?;
-        Ok(Inlet { listener, file: file? })
+        let file = file?;
+        Ok(Inlet { listener, name: by_descriptor(&file), file })
+    }
+
+    /// The same for a process whose working folder is the one of its descriptors, where the name is short.
+    pub fn seen_from_descriptors(self) -> Self {
+        Inlet { name: self.file.as_raw_fd().to_string(), ..self }
     }
 
     /// Connects; the other end is the only one that [`Inlet::listener`] has to give.
     fn connect(&self) -> io::Result<UnixStream> {
         // Left by a session that could not begin.
         while self.listener.accept().is_ok() {}
-        UnixStream::connect(by_descriptor(&self.file))
+        UnixStream::connect(&self.name)
     }
 
     fn listener(&self) -> io::Result<Listener> {

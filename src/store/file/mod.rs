@@ -7,6 +7,7 @@
 
 mod pool;
 mod queue;
+pub mod ring;
 
 use super::{Caps, Queue, Store};
 use nix::errno::Errno;

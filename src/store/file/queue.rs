@@ -4,6 +4,7 @@
 use super::super::{Buffer, Event, Op, Queue, Wait};
 use super::Access;
 use super::pool::{self, Pool};
+use super::ring::Ring;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -41,7 +42,7 @@ struct Watch {
 
 /// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
 pub struct FileQueue {
-    ring: IoUring,
+    ring: Ring,
     pool: Pool,
     /// Whether the pool is registered as fixed buffer 0.
     registered: bool,
@@ -51,7 +52,6 @@ pub struct FileQueue {
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
     watches: Vec<Watch>,
-    next_serial: u32,
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
     events: VecDeque<Event>,
@@ -61,10 +61,10 @@ impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
     pub fn new(file: Arc<File>, access: Access, depth: u16) -> io::Result<Self> {
         let depth = usize::from(depth.max(1));
-        // Room for watches and their removal beside the data.
-        let ring = build_ring(depth as u32 + 16)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
         let pool = Pool::new()?;
+        // Room for watches and their removal beside the data.
+        let ring = Ring::take(depth as u32 + 16)?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
         let inline = access == Access::Inline;
         let registered = !inline && register(&ring, &pool);
         Ok(FileQueue {
@@ -77,7 +77,6 @@ impl FileQueue {
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
             watches: Vec::new(),
-            next_serial: 0,
             backlog: VecDeque::new(),
             events: VecDeque::with_capacity(2 * depth),
         })
@@ -272,8 +271,7 @@ impl Queue for FileQueue {
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {
-        let serial = self.next_serial;
-        self.next_serial = serial.wrapping_add(1);
+        let serial = self.ring.next_serial();
         self.watches.push(Watch { token, serial, fd });
         self.push(poll(serial, fd));
     }
@@ -316,19 +314,15 @@ impl Drop for FileQueue {
             }
             self.reap();
         }
+        // The ring may serve another queue of this thread.
+        while let Some(watch) = self.watches.first() {
+            self.unwatch(watch.token);
+        }
+        if let Err(e) = self.enter(Wait::Poll) {
+            log::error!("giving up watches: {e}");
+        }
+        self.ring.forget(self.registered);
     }
-}
-
-fn build_ring(entries: u32) -> io::Result<IoUring> {
-    let mut builder = IoUring::builder();
-    builder.setup_clamp().setup_submit_all();
-    let mut best = builder.clone();
-    // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
-    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    best.build(entries).or_else(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) => builder.build(entries),
-        _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
-    })
 }
 
 /// Registers the pool, so that the kernel need not look its pages up for each request. It may be refused by
