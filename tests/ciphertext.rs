@@ -260,7 +260,7 @@ fn a_layer_on_a_memory_file_system_is_no_other() {
         let root = memory.path().join(sector_size);
         fs::create_dir(&root).expect("make a folder");
         let place = Place::with_root(|path| symlink(&root, path), &["--sector-size", sector_size]);
-        check(&place, sector_size.parse().expect("a number"), &[], "(memory file system)");
+        check(&place, sector_size.parse().expect("a number"), &[], "memory file system");
     }
 }
 

@@ -22,6 +22,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use vm_memory::VolatileSlice;
 
 const SECTORS: u64 = 16384;
 
@@ -67,6 +68,10 @@ impl Store for Scripted {
 }
 
 impl Queue for ScriptedQueue {
+    fn in_memory(&self, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+        None
+    }
+
     fn alloc(&mut self, len: usize) -> Option<Buffer> {
         self.queue.alloc(len)
     }

@@ -112,7 +112,11 @@ mod published {
                 cipher.encrypt(VolatileSlice::from(&mut guest[..]), &mut disk, sector);
                 assert_eq!(disk, vector.cipher, "{} {}", vector.name, cipher.engine());
                 guest.fill(0);
-                cipher.decrypt(&disk, VolatileSlice::from(&mut guest[..]), sector);
+                cipher.decrypt(
+                    VolatileSlice::from(&mut disk[..]),
+                    VolatileSlice::from(&mut guest[..]),
+                    sector,
+                );
                 assert_eq!(guest, vector.plain, "{} {}", vector.name, cipher.engine());
             }
         }
@@ -197,7 +201,7 @@ fn compare(
     assert!(disk.surroundings_are_untouched(), "encrypt wrote outside: {what}");
 
     let mut guest = Placed::new(misaligned[0], &zeros);
-    cipher.decrypt(disk.bytes(), VolatileSlice::from(guest.bytes()), first_sector);
+    cipher.decrypt(VolatileSlice::from(disk.bytes()), VolatileSlice::from(guest.bytes()), first_sector);
     assert!(guest.bytes() == plain, "decrypt: {what}");
     assert!(disk.bytes() == expected, "decrypt changed its source: {what}");
     assert!(guest.surroundings_are_untouched(), "decrypt wrote outside: {what}");
@@ -254,7 +258,7 @@ fn requests_end_at_the_last_byte_of_mapped_memory() {
         for len in [unit, 3 * unit, 9 * unit] {
             let (source, target) = (GuardedPages::new(len), GuardedPages::new(len));
             let plain = Random(4).bytes(len);
-            let expected = by_xts_mode(&key, cipher.data_unit(), &plain, 64);
+            let mut expected = by_xts_mode(&key, cipher.data_unit(), &plain, 64);
             let mut buffer = plain.clone();
             for at in [source.last(len), source.first(len)] {
                 at.copy_from(&plain);
@@ -262,7 +266,7 @@ fn requests_end_at_the_last_byte_of_mapped_memory() {
                 assert!(buffer == expected, "{}", name(&*cipher));
             }
             for at in [target.last(len), target.first(len)] {
-                cipher.decrypt(&expected, at, 64);
+                cipher.decrypt(VolatileSlice::from(&mut expected[..]), at, 64);
                 let mut found = vec![0; len];
                 at.copy_to(&mut found);
                 assert!(found == plain, "{}", name(&*cipher));
@@ -334,7 +338,7 @@ fn requests_that_are_not_whole_data_units_are_refused_before_anything_is_written
         }));
         assert!(refused.is_err() && long.iter().all(|b| *b == 7));
         let refused = catch_unwind(AssertUnwindSafe(|| {
-            cipher.decrypt(&long, VolatileSlice::from(&mut short[..]), 0);
+            cipher.decrypt(VolatileSlice::from(&mut long[..]), VolatileSlice::from(&mut short[..]), 0);
         }));
         assert!(refused.is_err() && short.iter().all(|b| *b == 7));
     }

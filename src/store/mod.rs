@@ -9,6 +9,7 @@ pub mod file;
 use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
+use vm_memory::VolatileSlice;
 
 /// What a store can do and how it is reached; for the log and for the limits that follow from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +138,10 @@ pub trait Queue {
 
     /// The bytes of a buffer of this queue.
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
+
+    /// The bytes at `offset` themselves, where the store is memory: neither an operation nor a copy is needed to read
+    /// them. They may change while they are read. `None` where an [`Op::Read`] is to be submitted.
+    fn in_memory(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
 
     /// Whether another operation may be submitted.
     fn has_room(&self) -> bool;

@@ -125,6 +125,11 @@ impl Ring {
         self.queue.set_next_used(next.wrapping_add(1));
     }
 
+    /// How many answers the driver has not been shown yet.
+    pub fn unpublished(&self) -> u16 {
+        self.queue.next_used().wrapping_sub(self.published)
+    }
+
     /// Lets the driver see what was added since the last time. Answers nothing if there was nothing, else whether
     /// the driver wants to be interrupted.
     pub fn publish(&mut self) -> Option<bool> {

@@ -16,7 +16,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::bitmap::WithBitmapSlice;
-use vm_memory::{GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
@@ -125,6 +125,35 @@ impl DiskQueue {
     /// Reads ciphertext from `sector` into `buffer`; at its completion, [`DiskQueue::deliver`] it.
     pub fn read(&mut self, tag: u64, sector: u64, buffer: Buffer) {
         self.queue.submit(tag, Op::Read { offset: sector * SECTOR_SIZE, buffer });
+    }
+
+    /// Reads `len` bytes from `sector` into guest memory at once, where the store is memory and all of them were written;
+    /// answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let Some(bytes) = self.queue.in_memory(sector * SECTOR_SIZE, len as usize) else { return Ok(false) };
+        match &self.disk.cipher {
+            Some(cipher) => {
+                let block = self.disk.geometry.block_size as usize;
+                let direct = !may_have_holes(&bytes)
+                    && guest.in_whole_blocks(bytes.len(), block, Permissions::Write)?;
+                if direct {
+                    guest.decrypt_directly(cipher.as_ref(), bytes, sector)?;
+                }
+                Ok(direct)
+            }
+            None => {
+                guest.each(bytes.len(), Permissions::Write, |slice, at| {
+                    if let Ok(from) = bytes.subslice(at, slice.len()) {
+                        from.copy_to_volatile_slice(slice);
+                    }
+                })?;
+                Ok(true)
+            }
+        }
     }
 
     /// Encrypts `buffer.len()` bytes of guest data, the first `skip` bytes of it left out, and writes them at
@@ -325,13 +354,23 @@ where
     ) -> io::Result<()> {
         let unwritten = src.chunks_exact(SECTOR).any(is_zero);
         if !unwritten && self.in_whole_blocks(src.len(), block as usize, Permissions::Write)? {
-            return self.each(src.len(), Permissions::Write, |slice, at| {
-                let n = slice.len();
-                cipher.decrypt(&src[at..at + n], slice, sector + (at / SECTOR) as u64);
-            });
+            return self.decrypt_directly(cipher, VolatileSlice::from(src), sector);
         }
         decrypt_with_holes(cipher, src, sector, block as usize);
         self.copy_from(src)
+    }
+
+    /// All of `src` was written, and the runs are whole blocks.
+    fn decrypt_directly(
+        &self,
+        cipher: &dyn SectorCipher,
+        src: VolatileSlice<'_>,
+        sector: u64,
+    ) -> io::Result<()> {
+        self.each(src.len(), Permissions::Write, |slice, at| {
+            let from = src.subslice(at, slice.len()).expect("each stays within the length");
+            cipher.decrypt(from, slice, sector + (at / SECTOR) as u64);
+        })
     }
 }
 
@@ -364,6 +403,12 @@ fn decrypt_with_holes(cipher: &dyn SectorCipher, data: &mut [u8], sector: u64, b
         cipher.decrypt_in_place(&mut data[at..end], sector + (at / SECTOR) as u64);
         at = end;
     }
+}
+
+/// Whether a sector begins with zero bytes, as hardly any ciphertext does and every unwritten sector.
+fn may_have_holes(bytes: &VolatileSlice<'_>) -> bool {
+    let begins_with_zeros = |at| bytes.load::<u64>(at, Ordering::Relaxed).is_ok_and(|word| word == 0);
+    (0..bytes.len()).step_by(SECTOR).any(begins_with_zeros)
 }
 
 /// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight zero

@@ -109,12 +109,12 @@ pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Resul
     Ok(Confinement(done))
 }
 
-/// Ends the process with a word if memory that it shares with a VMM is taken away (SIGBUS): the VMM has truncated
-/// a file that could not be sealed. Nothing can be saved then; the kernel clears secret memory as it frees it. The key is
+/// Ends the process with a word if memory that it shares is taken away (SIGBUS): the VMM has truncated a file that could
+/// not be sealed, or somebody has truncated a layer on a memory file system. Nothing can be saved then; the kernel clears secret memory as it frees it. The key is
 /// not wiped here: another thread would encrypt with what is left of it.
 pub fn report_lost_memory() -> Result<()> {
     const MESSAGE: &[u8] =
-        b"sealblk: a memory file that the VMM shares was truncated (SIGBUS); the volume is detached\n";
+        b"sealblk: a file in shared memory was truncated, the VMM's or a layer on tmpfs (SIGBUS); the volume is detached\n";
     let action = || {
         // Standard error may be closed; the exit code says the same.
         let _ = nix::unistd::write(std::io::stderr(), MESSAGE);

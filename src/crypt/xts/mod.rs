@@ -25,8 +25,9 @@ pub trait SectorCipher: Send + Sync {
     /// Both have the same length.
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64);
 
-    /// Buffer → guest memory. Nothing is ever read back from `dst`.
-    fn decrypt(&self, src: &[u8], dst: VolatileSlice<'_>, first_sector: u64);
+    /// Buffer, or a file's memory, → guest memory. `src` is read exactly once, and nothing is ever read back from
+    /// `dst`. The two have the same length and do not overlap.
+    fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64);
 
     /// In place.
     fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64);

@@ -106,12 +106,12 @@ impl SectorCipher for Portable {
         });
     }
 
-    fn decrypt(&self, src: &[u8], dst: VolatileSlice<'_>, first_sector: u64) {
+    fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let mut plain = [0; BATCH_BYTES];
         self.for_each_batch(src.len(), TweakInput::sector(first_sector), |at, batch| {
             let plain = &mut plain[..batch.len];
-            plain.copy_from_slice(&src[at..at + batch.len]);
+            src.offset(at).expect("a batch lies inside the request").copy_to(plain);
             batch.crypt(Direction::Decrypt, plain);
             dst.offset(at).expect("a batch lies inside the request").copy_from(plain);
         });

@@ -76,12 +76,12 @@ impl SectorCipher for Vaes512 {
         unsafe { self.run(Direction::Encrypt, guest.as_ptr(), dst.as_mut_ptr(), dst.len(), first) }
     }
 
-    fn decrypt(&self, src: &[u8], dst: VolatileSlice<'_>, first_sector: u64) {
+    fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) {
         check_request(self.unit, src.len(), dst.len(), first_sector);
-        let (guest, first) = (dst.ptr_guard_mut(), TweakInput::sector(first_sector));
-        // SAFETY: the guard keeps `dst` mapped for its length, which is that of `src`; a `&[u8]` cannot overlap
-        // guest memory.
-        unsafe { self.run(Direction::Decrypt, src.as_ptr(), guest.as_ptr(), src.len(), first) }
+        let (from, guest, first) = (src.ptr_guard(), dst.ptr_guard_mut(), TweakInput::sector(first_sector));
+        // SAFETY: the guards keep both mapped for their length, which is the same; neither is a buffer of the other's,
+        // and what either holds is nobody's Rust reference.
+        unsafe { self.run(Direction::Decrypt, from.as_ptr(), guest.as_ptr(), src.len(), first) }
     }
 
     fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64) {

@@ -3,13 +3,16 @@
 //! How the file is best reached depends on where it lies. On a disk's file system and on block devices:
 //! io_uring with O_DIRECT, so that the page cache does not hold everything twice. Where O_DIRECT is refused, or
 //! wants larger blocks than the volume has: io_uring through the page cache. On tmpfs, where io_uring would
-//! hand each request to a kernel thread only to copy memory: `pread` and `pwrite` on the spot.
+//! hand each request to a kernel thread only to copy memory: reads from the file's memory itself ([`memory`]), and
+//! `pread` and `pwrite` on the spot.
 
+mod memory;
 mod pool;
 mod queue;
 pub mod ring;
 
 use super::{Caps, Queue, Store};
+use memory::FileMemory;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -34,7 +37,7 @@ pub enum Access {
     Direct,
     /// io_uring through the page cache.
     Buffered,
-    /// `pread` and `pwrite` by the queue's thread.
+    /// The file's memory, `pread` and `pwrite`, by the queue's thread.
     Inline,
 }
 
@@ -43,7 +46,7 @@ impl Access {
         match self {
             Access::Direct => "io_uring, O_DIRECT",
             Access::Buffered => "io_uring, buffered",
-            Access::Inline => "pread/pwrite (memory file system)",
+            Access::Inline => "memory file system",
         }
     }
 }
@@ -54,6 +57,8 @@ pub struct FileStore {
     access: Access,
     read_only: bool,
     caps: Caps,
+    /// Where the file is memory.
+    memory: Option<Arc<FileMemory>>,
 }
 
 impl FileStore {
@@ -84,7 +89,11 @@ impl FileStore {
         }
         let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
         let caps = Caps { access: access.words().into(), size };
-        Ok(FileStore { file: Arc::new(file), access, read_only, caps })
+        let memory = match access {
+            Access::Inline => FileMemory::map(&file, size).map(Arc::new),
+            Access::Direct | Access::Buffered => None,
+        };
+        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory })
     }
 
     /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
@@ -112,7 +121,8 @@ impl Store for FileStore {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(queue::FileQueue::new(Arc::new(self.open_again()?), self.access, depth)?))
+        let file = Arc::new(self.open_again()?);
+        Ok(Box::new(queue::FileQueue::new(file, self.access, self.memory.clone(), depth)?))
     }
 
     fn has_data(&self) -> io::Result<bool> {

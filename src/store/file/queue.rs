@@ -3,6 +3,7 @@
 
 use super::super::{Buffer, Event, Op, Queue, Wait};
 use super::Access;
+use super::memory::FileMemory;
 use super::pool::{self, Pool};
 use super::ring::Ring;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -12,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use vm_memory::VolatileSlice;
 
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
@@ -40,7 +42,8 @@ struct Watch {
     fd: RawFd,
 }
 
-/// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
+/// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
+/// be gone, before that goes.
 pub struct FileQueue {
     ring: Ring,
     pool: Pool,
@@ -48,6 +51,7 @@ pub struct FileQueue {
     registered: bool,
     file: Arc<File>,
     inline: bool,
+    memory: Option<Arc<FileMemory>>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -59,7 +63,12 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(file: Arc<File>, access: Access, depth: u16) -> io::Result<Self> {
+    pub fn new(
+        file: Arc<File>,
+        access: Access,
+        memory: Option<Arc<FileMemory>>,
+        depth: u16,
+    ) -> io::Result<Self> {
         let depth = usize::from(depth.max(1));
         let pool = Pool::new()?;
         // Room for watches and their removal beside the data.
@@ -73,6 +82,7 @@ impl FileQueue {
             registered,
             file,
             inline,
+            memory,
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
@@ -153,6 +163,9 @@ impl FileQueue {
             }
             Op::Write { offset, mut buffer, durable } => {
                 let result = self.file.write_all_at(self.pool.bytes(&mut buffer), offset);
+                if let (Ok(()), Some(memory)) = (&result, &self.memory) {
+                    memory.written(offset, buffer.len.into());
+                }
                 let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
                 (Some(buffer), result.and_then(sync))
             }
@@ -161,6 +174,9 @@ impl FileQueue {
                 use nix::fcntl::{FallocateFlags, fallocate};
                 let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 let result = fallocate(&*self.file, mode, offset as i64, len as i64);
+                if let Some(memory) = &self.memory {
+                    memory.given_back(offset, len);
+                }
                 (None, result.map_err(io::Error::from))
             }
         };
@@ -260,6 +276,10 @@ impl Queue for FileQueue {
 
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
         self.pool.bytes(buffer)
+    }
+
+    fn in_memory(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.memory.as_ref()?.bytes(offset, len)
     }
 
     fn has_room(&self) -> bool {

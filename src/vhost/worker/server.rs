@@ -24,6 +24,9 @@ const KICK: u32 = 1;
 /// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
 /// stops.
 const BATCH: usize = 64;
+/// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
+const SHOW: u16 = 8;
+
 /// A ring being served, by the thread that owns everything here.
 pub(super) struct Server {
     mailbox: Arc<Mailbox>,
@@ -91,7 +94,7 @@ impl Server {
     pub(super) fn run(mut self) -> io::Result<bool> {
         loop {
             self.restart_stalled();
-            let more = self.take_available();
+            let more = self.take_available()?;
             self.publish();
             let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
             if let Some(reply) = self.draining.take_if(|_| drained) {
@@ -148,35 +151,42 @@ impl Server {
 
     /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
     /// back at once.
-    fn take_available(&mut self) -> bool {
+    fn take_available(&mut self) -> io::Result<bool> {
         if self.may_take() {
             self.setup.ring.disable_kicks();
         }
         for _ in 0..BATCH {
             if !self.may_take() {
-                return false;
+                return Ok(false);
             }
             let head = match self.resubmit.pop_front() {
                 Some(head) => head,
                 None => match self.setup.ring.pop() {
                     Ok(Some(head)) => head,
-                    Ok(None) => return false,
+                    Ok(None) => return Ok(false),
                     Err(e) => {
                         self.break_ring(&e.to_string());
-                        return false;
+                        return Ok(false);
                     }
                 },
             };
             if !self.claim(head) {
                 self.break_ring(&format!("chain {head} is in flight already"));
-                return false;
+                return Ok(false);
             }
             if let Some(in_order) = &mut self.in_order {
                 in_order.taken(head);
             }
             self.begin(head);
+            // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+            while let Some(event) = self.io.next_event() {
+                self.handle(event)?;
+            }
+            if self.setup.ring.unpublished() >= SHOW {
+                self.publish();
+            }
         }
-        true
+        Ok(true)
     }
 
     /// Begins with a chain; there is a free slot.
@@ -254,6 +264,14 @@ impl Server {
 
     fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
         let request = &mut self.requests[usize::from(slot)];
+        if !write && request.started == 0 {
+            let guest = GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: 0 };
+            match self.io.read_now(sector, request.data_len, guest) {
+                Ok(true) => return self.finish(slot, Status::Ok),
+                Ok(false) => {}
+                Err(e) => request.fail(&e),
+            }
+        }
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
             let len = left.min(self.io.max_buffer() as u64) as usize;
