@@ -3,11 +3,11 @@
 use super::backend::{Backend, Device};
 use super::dirty::GuestMemory;
 use super::gate::{Gate, Limits};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -66,7 +66,10 @@ impl Inlet {
         let _ = std::fs::remove_file(&name);
         let listener = UnixListener::bind(&name)?;
         let file = open(0, name.as_ref());
+        // This process may become another user; nobody else finds what has no name.
+        let permitted = std::fs::set_permissions(&name, Permissions::from_mode(0o666));
         std::fs::remove_file(&name)?;
+        permitted?;
         listener.set_nonblocking(true)?;
         let file = file?;
         Ok(Inlet { listener, name: by_descriptor(&file), file })

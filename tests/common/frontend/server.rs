@@ -159,7 +159,7 @@ pub fn holdings(pid: i32) -> Result<Holdings> {
 }
 
 /// Whether the process has started a thread itself. The kernel's helpers for an io_uring come and go as it likes.
-fn is_its_own(thread: &io::Result<fs::DirEntry>) -> bool {
+fn is_its_own(thread: &std::io::Result<fs::DirEntry>) -> bool {
     let name =
         thread.as_ref().map(|thread| fs::read_to_string(thread.path().join("comm")).unwrap_or_default());
     name.is_ok_and(|name| !name.starts_with("iou-"))
