@@ -15,6 +15,7 @@ use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::embedded::root_key::passphrase;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
 use crate::store::file::{FileStore, ring};
@@ -103,6 +104,8 @@ pub fn attach(
         Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
         Endpoint::Path(_) => None,
     };
+    // The helper's affair, not this process's.
+    let passphrase = passphrase::inherited_descriptor();
     sandbox::harden()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
@@ -116,6 +119,7 @@ pub fn attach(
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
     let disk = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    drop(passphrase);
     let how = disk.describe();
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;

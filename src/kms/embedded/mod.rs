@@ -35,6 +35,7 @@ use crate::config::Settings;
 use crate::root::Root;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
+use root_key::passphrase::Passphrase;
 use std::path::PathBuf;
 use store::Store;
 
@@ -66,6 +67,25 @@ impl Embedded {
             );
         }
         kms
+    }
+
+    /// Makes the store now, with its root key under a passphrase if there is one. The first key makes it otherwise.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is one.
+    pub fn init(&self, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
+        match self.store.create(passphrase)? {
+            true => Ok(()),
+            false => Err(KmsError::AlreadyExists(format!(
+                "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is kept",
+                self.store.dir().display()
+            ))),
+        }
+    }
+
+    /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.
+    pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+        self.store.protect_root_key(passphrase)
     }
 
     /// The region and account of its ARNs.

@@ -14,6 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 
 /// A log that is longer was not written by this program, which rewrites it long before.
 const LOG_MAX: u64 = 1 << 30;
@@ -102,6 +103,11 @@ impl OpenLog {
                 }
             }
         }
+    }
+
+    /// The store's id.
+    pub fn store(&self) -> Uuid {
+        self.header.store
     }
 
     /// What the records add up to.
