@@ -25,7 +25,10 @@ fn every_field(fields: &Fields, whole: &Value) {
     for name in NAMES {
         let value = Some(&whole[name]).filter(|value| !value.is_null());
         let text = value.and_then(Value::as_str);
-        assert_eq!(answered(fields.maybe_text(name)).map(|found| found == text), value_is(value, Value::is_string));
+        assert_eq!(
+            answered(fields.maybe_text(name)).map(|found| found == text),
+            value_is(value, Value::is_string)
+        );
         if let Some(found) = answered(fields.text(name)) {
             assert!(!found.is_empty() && Some(found) == text);
         }

@@ -1,26 +1,29 @@
 //! The control socket of an attached volume, in the volume's folder, which only its owner can enter.
 //!
 //! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when everything is
-//! over, so that whoever asked knows.
+//! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
 
-use super::socket::{self, SocketName};
+mod serve;
+
+pub use serve::{Control, Orders, Waiting};
+
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::qos::Limits;
 use crate::volume::VolumeId;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::rewrap::Rewrapped;
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// The socket's name in the volume's folder.
 const FILE: &str = "control.sock";
-/// The longest line in bytes.
-const MAX_LINE: u64 = 4096;
-/// How long a client may take to say what it wants.
+/// The longest line in bytes: a wrapped key of 6144 bytes in base64, an ARN, and some words.
+const MAX_LINE: u64 = 16 << 10;
+/// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize, Deserialize)]
@@ -28,127 +31,78 @@ const PATIENCE: Duration = Duration::from_secs(5);
 enum Request {
     // With braces: serde would take unknown fields otherwise.
     Detach {},
+    Status {},
     Throttle { iops: u64, throughput: u64, burst_ms: u64 },
+    Rewrap(Box<Rewrapped>),
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Answer {
     Detached,
+    Status(Status),
     Throttled,
+    Rewrapped,
     Failed { kind: String, message: String },
 }
 
-/// What clients can ask for. Neither may block.
-pub struct Orders {
-    /// End the attachment.
-    pub detach: Box<dyn Fn() + Send>,
-    /// Put other limits in force.
-    pub throttle: Box<dyn Fn(Limits) + Send>,
-}
-
-/// The host process's end.
-pub struct Control {
-    name: SocketName,
-    waiting: Waiting,
-}
-
-/// The clients that wait for the detach.
-#[derive(Clone, Default)]
-pub struct Waiting(Arc<Mutex<Vec<UnixStream>>>);
-
-/// A control socket that nobody answers yet.
-pub struct Bound {
-    listener: UnixListener,
-    name: SocketName,
-}
-
-impl Bound {
-    /// Passes on what clients ask for.
-    pub fn serve(self, orders: Orders) -> Result<Control> {
-        let waiting = Waiting::default();
-        let (listener, register) = (self.listener, waiting.clone());
-        std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || serve(&listener, &register, &orders))
-            .context(|| "start the control thread")?;
-        Ok(Control { name: self.name, waiting })
+impl Answer {
+    fn failed(e: &Error) -> Self {
+        Answer::Failed { kind: e.kind().name().into(), message: e.to_string() }
     }
 }
 
-impl Control {
-    /// Listens in `folder`. Only while the process has one thread.
-    pub fn bind(folder: &Path) -> Result<Bound> {
-        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
-        // short.
-        let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
-        Ok(Bound { listener, name: name.moved_to(folder) })
-    }
-
-    /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
-    pub fn close(self) -> Waiting {
-        drop(self.name);
-        self.waiting
-    }
+/// What a host process says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// How the layer is reached, and by which cipher engine.
+    pub access: String,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Which KMS keys its data keys were unwrapped by, in the order of the volume's keys.
+    pub unwrapped_by: Vec<UsedKey>,
 }
 
-impl Waiting {
-    fn add(&self, client: UnixStream) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(client);
-    }
-
-    /// Tells those who asked for the detach how it went.
-    pub fn tell(self, result: &Result<()>) {
-        let answer = match result {
-            Ok(()) => Answer::Detached,
-            Err(e) => Answer::Failed { kind: e.kind().name().into(), message: e.to_string() },
-        };
-        for client in self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // A client that has gone does not want to know.
-            let _ = say(&client, &answer);
-        }
-    }
-}
-
-fn serve(listener: &UnixListener, waiting: &Waiting, orders: &Orders) {
-    loop {
-        match listener.accept() {
-            Ok((client, _)) => match hear::<Request>(&client) {
-                Ok(Request::Detach {}) => {
-                    log::info!("a client asks for the detach");
-                    waiting.add(client);
-                    (orders.detach)();
-                }
-                Ok(Request::Throttle { iops, throughput, burst_ms }) => {
-                    let limits = Limits { iops, throughput, burst: Duration::from_millis(burst_ms) };
-                    log::info!("a client sets {limits:?}");
-                    (orders.throttle)(limits);
-                    let _ = say(&client, &Answer::Throttled);
-                }
-                Err(e) => {
-                    let answer = Answer::Failed { kind: e.kind().name().into(), message: e.to_string() };
-                    let _ = say(&client, &answer);
-                }
-            },
-            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
-            Err(e) => return log::error!("the control socket: {e}; signals still work"),
-        }
-    }
+/// A KMS key that unwrapped a data key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsedKey {
+    /// The provider's name.
+    pub provider: String,
+    /// The key's canonical id.
+    pub key_id: String,
 }
 
 /// Asks the process that has `volume` attached to let it go, and waits until it has.
 pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
-    ask(catalog, volume, &Request::Detach {}).context(|| format!("detach {volume}"))
+    ask(catalog, volume, &Request::Detach {}, None).map(drop).context(|| format!("detach {volume}"))
 }
 
 /// Puts other limits on `volume` in force, which is attached.
 pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<()> {
     let burst_ms = limits.burst.as_millis() as u64;
     let request = Request::Throttle { iops: limits.iops, throughput: limits.throughput, burst_ms };
-    ask(catalog, volume, &request).context(|| format!("throttle {volume}"))
+    ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
 }
 
-fn ask(catalog: &Catalog, volume: VolumeId, request: &Request) -> Result<()> {
+/// Has the process that has `volume` attached note how a data key is wrapped now. When this returns, `volume.json`
+/// says so, durably.
+pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
+    ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
+}
+
+/// What the process that has `volume` attached says of itself.
+///
+/// # Errors
+/// `NotFound` if it is not attached; if the process does not answer within a few seconds, that.
+pub fn status(catalog: &Catalog, volume: VolumeId) -> Result<Status> {
+    match ask(catalog, volume, &Request::Status {}, Some(PATIENCE))? {
+        Answer::Status(status) => Ok(status),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// Sends a request and waits for the answer, as long as `patience` says; without one, as long as it takes.
+fn ask(catalog: &Catalog, volume: VolumeId, request: &Request, patience: Option<Duration>) -> Result<Answer> {
     let holder = match catalog.held(volume)? {
         Held::By(holder) if holder.purpose == Purpose::Attach => holder,
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
@@ -156,15 +110,21 @@ fn ask(catalog: &Catalog, volume: VolumeId, request: &Request) -> Result<()> {
     };
     let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
     let client = client.map_err(|e| not_reached(&holder, &e))?;
+    client.set_read_timeout(patience)?;
     say(&client, request)?;
     let mut line = String::new();
-    BufReader::new(&client).take(MAX_LINE).read_line(&mut line)?;
+    let heard = BufReader::new(&client).take(MAX_LINE).read_line(&mut line);
+    heard.map_err(|e| not_reached(&holder, &e.into()))?;
     match serde_json::from_str(&line) {
-        Ok(Answer::Detached | Answer::Throttled) => Ok(()),
         Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message)),
-        Err(_) => {
+        Ok(answer) => Ok(answer),
+        Err(_) if line.is_empty() => {
             let message = format!("process {} ended without a word; look at its log", holder.pid);
             Err(Error::new(Kind::Other, message))
+        }
+        Err(_) => {
+            let message = format!("the answer of process {} is of another version of sealblk", holder.pid);
+            Err(Error::new(Kind::Unsupported, message))
         }
     }
 }
@@ -175,13 +135,6 @@ fn not_reached(holder: &Holder, e: &Error) -> Error {
         holder.pid
     );
     Error::new(Kind::Other, message)
-}
-
-fn hear<T: for<'de> Deserialize<'de>>(client: &UnixStream) -> Result<T> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    let mut line = String::new();
-    BufReader::new(client).take(MAX_LINE).read_line(&mut line)?;
-    serde_json::from_str(&line).map_err(|e| Error::new(Kind::Usage, e.to_string()))
 }
 
 fn say(mut client: &UnixStream, what: &impl Serialize) -> Result<()> {

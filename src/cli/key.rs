@@ -199,7 +199,7 @@ fn list(keys: &[KeyMetadata]) -> (String, Value) {
     rows.extend(keys.iter().map(|k| {
         [
             k.id.to_string(),
-            state(k.state).into(),
+            k.state.name().into(),
             date(k.created),
             k.aliases.join(","),
             printable(&k.description),
@@ -220,7 +220,7 @@ fn describe(key: &KeyMetadata) -> String {
     let mut rows = vec![
         ["Key".into(), key.id.to_string()],
         ["ARN".into(), key.arn.clone()],
-        ["State".into(), state(key.state).into()],
+        ["State".into(), key.state.name().into()],
         ["Created".into(), date(key.created)],
         ["Aliases".into(), key.aliases.join(", ")],
         ["Description".into(), printable(&key.description)],
@@ -234,7 +234,7 @@ fn key_json(key: &KeyMetadata) -> Value {
     let mut value = json!({
         "KeyId": key.id.to_string(),
         "Arn": key.arn,
-        "KeyState": state(key.state),
+        "KeyState": key.state.name(),
         "Enabled": key.state == KeyState::Enabled,
         "Description": key.description,
         "CreationDate": date(key.created),
@@ -254,15 +254,6 @@ fn alias_json(alias: &AliasMetadata) -> Value {
         "CreationDate": date(alias.created),
         "LastUpdatedDate": date(alias.updated),
     })
-}
-
-fn state(state: KeyState) -> &'static str {
-    match state {
-        KeyState::Enabled => "Enabled",
-        KeyState::Disabled => "Disabled",
-        KeyState::PendingDeletion => "PendingDeletion",
-        KeyState::PendingImport => "PendingImport",
-    }
 }
 
 /// ISO 8601 in UTC, whole seconds.

@@ -161,6 +161,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             root_key_is(env, wanted, "the KMS store is made")
         }
         Command::Passphrase(PassphraseCommand::Set(new)) => {
+            // The old one first, as everywhere.
+            kms.unlock()?;
             kms.protect_root_key(Some(&new.get()?))?;
             root_key_is(env, true, "the passphrase is set")
         }
@@ -207,6 +209,7 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
         (None, Some(path)) => Address::Unix(path),
         (None, None) => unreachable!("clap asks for one of them"),
     };
+    kms.unlock()?;
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
     server::serve(kms, &address, tls, |url| match env.json {
         true => print_json(&json!({ "Url": url })),

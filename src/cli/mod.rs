@@ -9,9 +9,11 @@
 pub mod attach;
 pub mod doctor;
 pub mod events;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+pub mod settings;
 pub mod size;
 pub mod volume;
 
@@ -95,14 +97,25 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show and change the settings of the store.
+    #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
+    Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
     /// Unwrap a data key for the process that started this one.
     #[command(hide = true)]
     Unwrap,
+    /// Wrap a data key anew for the process that started this one.
+    #[command(hide = true)]
+    RewrapKey,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
@@ -114,9 +127,13 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
+            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }

@@ -1,15 +1,16 @@
-//! `sealblk volume`: make, list, show and delete volumes.
+//! `sealblk volume`: make, list, show, rewrap and delete volumes.
 #![forbid(unsafe_code)]
+
+mod rewrap;
+mod show;
 
 use super::{Env, output, size};
 use crate::error::{Error, Kind, Result};
-use crate::kms;
-use crate::kms::key_ref::{KeyRef, Locality};
+use crate::kms::{self, KeyRef};
+use crate::volume::VolumeId;
 use crate::volume::catalog::{Catalog, Entry};
 use crate::volume::lifecycle::{self, Wanted, WrappingKey};
-use crate::volume::lock::Held;
 use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
-use crate::volume::{Metadata, VolumeId};
 use serde_json::{Value, json};
 
 /// The commands.
@@ -26,9 +27,10 @@ The data key is made and wrapped by the KMS key; nobody sees it. Prints the new 
     /// List the volumes.
     #[command(after_help = "Example:\n  sealblk volume list --json")]
     List,
-    /// Show one volume.
-    #[command(after_help = "Examples:\n  sealblk volume show db\n  sealblk volume show vol-0a1b")]
-    Show(OneVolume),
+    /// Show one volume: what it is, who has it attached, and what its next attach needs.
+    Show(show::ShowArgs),
+    /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
+    Rewrap(rewrap::RewrapArgs),
     /// Delete a volume and its data, unless it is attached.
     #[command(after_help = "Example:\n  sealblk volume delete db")]
     Delete(OneVolume),
@@ -69,7 +71,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create(env, args),
         Command::List => list(env),
-        Command::Show(args) => show(env, &args.volume),
+        Command::Show(args) => show::show(env, &args),
+        Command::Rewrap(args) => rewrap::run(env, &args),
         Command::Delete(args) => delete(env, &args.volume),
     }
 }
@@ -89,14 +92,14 @@ fn create(env: &Env, args: CreateArgs) -> Result<()> {
     let made = if args.unencrypted {
         lifecycle::create(&catalog, &events, &wanted, None)?
     } else {
-        let key = args.key.unwrap_or(settings.default_key);
-        let reference = KeyRef::parse(&key, &Locality::default()).map_err(|e| e.with_advice(&key))?;
+        let key = args.key.unwrap_or(settings.default_key.clone());
+        let reference = KeyRef::parse(&key, &settings.locality()).map_err(|e| e.with_advice(&key))?;
         let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
         let key = WrappingKey { provider: &*provider, key: &reference.key };
         lifecycle::create(&catalog, &events, &wanted, Some(key))?
     };
     match env.json {
-        true => output::print_json(&description(&catalog, &made)?),
+        true => output::print_json(&show::description(&catalog, &made)?),
         false => output::print(&format!("{}\n", made.id())).map(drop),
     }
 }
@@ -106,7 +109,7 @@ fn list(env: &Env) -> Result<()> {
     let entries = catalog.list()?;
     if env.json {
         let values = entries.iter().map(|e| match &e.metadata {
-            Ok(metadata) => description(&catalog, metadata),
+            Ok(metadata) => show::description(&catalog, metadata),
             Err(error) => Ok(json!({
                 "id": e.id,
                 "state": "damaged",
@@ -139,52 +142,9 @@ fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
         size::human(metadata.size()),
         metadata.sector_size().bytes().to_string(),
         yes_or_no(metadata.is_encrypted()).to_string(),
-        state(&catalog.held(entry.id)?).to_string(),
+        show::state(&catalog.held(entry.id)?).to_string(),
         metadata.created().to_string(),
     ])
-}
-
-/// EBS's word for it.
-fn state(held: &Held) -> &'static str {
-    match held {
-        Held::Free => "available",
-        Held::By(_) | Held::Unknown => "in-use",
-    }
-}
-
-fn show(env: &Env, reference: &str) -> Result<()> {
-    let catalog = env.catalog();
-    let metadata = catalog.load(catalog.resolve(reference)?)?;
-    if env.json {
-        return output::print_json(&description(&catalog, &metadata)?);
-    }
-    let held = catalog.held(metadata.id())?;
-    let mut rows = vec![
-        pair("id", metadata.id()),
-        pair("name", metadata.name().map_or("-", VolumeName::as_str)),
-        pair("size", format!("{} ({} bytes)", size::human(metadata.size()), metadata.size())),
-        pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
-        pair("encrypted", yes_or_no(metadata.is_encrypted())),
-    ];
-    for key in metadata.keys() {
-        rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
-    }
-    for layer in metadata.layers() {
-        rows.push(pair("layer", catalog.layer_path(layer.id).display()));
-    }
-    rows.push(pair("created", metadata.created()));
-    rows.push(pair("state", state(&held)));
-    if let Held::By(holder) = held {
-        rows.push(pair("", holder));
-    }
-    if let Err(problem) = catalog.check_layers(&metadata) {
-        rows.push(pair("problem", problem));
-    }
-    output::print(&output::table(&rows)).map(drop)
-}
-
-fn pair(name: &str, value: impl ToString) -> Vec<String> {
-    vec![name.to_string(), value.to_string()]
 }
 
 fn yes_or_no(it: bool) -> &'static str {
@@ -199,35 +159,6 @@ fn delete(env: &Env, reference: &str) -> Result<()> {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),
     }
-}
-
-/// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
-fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
-    let held = catalog.held(metadata.id())?;
-    let keys: Vec<Value> = metadata
-        .keys()
-        .iter()
-        .map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id}))
-        .collect();
-    let layers: Vec<Value> = metadata
-        .layers()
-        .iter()
-        .map(|layer| json!({"id": layer.id, "key": layer.key, "path": catalog.layer_path(layer.id).display().to_string()}))
-        .collect();
-    Ok(json!({
-        "id": metadata.id(),
-        "name": metadata.name(),
-        "size": metadata.size(),
-        "sector_size": metadata.sector_size(),
-        "encrypted": metadata.is_encrypted(),
-        "created": metadata.created(),
-        "state": state(&held),
-        "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
-        "keys": keys,
-        "layers": layers,
-        "generation": metadata.generation(),
-        "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
-    }))
 }
 
 fn parse_sector_size(text: &str) -> Result<SectorSize, String> {

@@ -29,6 +29,8 @@ pub enum Purpose {
     Create,
     /// It is being deleted.
     Delete,
+    /// Its data keys are being wrapped anew.
+    Rewrap,
 }
 
 /// The process that holds a volume, as it says itself.
@@ -67,6 +69,7 @@ impl fmt::Display for Holder {
             Purpose::Attach => "is attached",
             Purpose::Create => "is being made",
             Purpose::Delete => "is being deleted",
+            Purpose::Rewrap => "is being rewrapped",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {

@@ -157,6 +157,13 @@ pub struct KeyRecord {
     pub(super) check: Option<[u8; 16]>,
 }
 
+impl KeyRecord {
+    /// The data key's check value, once an attach has noted it.
+    pub fn check(&self) -> Option<[u8; 16]> {
+        self.check
+    }
+}
+
 /// A layer as a volume has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerRecord {

@@ -8,9 +8,12 @@ pub mod catalog;
 pub mod id;
 pub mod image_lock;
 pub mod io;
+pub mod layers;
 pub mod lifecycle;
 pub mod lock;
+pub mod map;
 pub mod metadata;
+pub mod rewrap;
 pub mod seal;
 
 pub use catalog::Catalog;

@@ -4,12 +4,15 @@
 mod attach;
 #[path = "../common/mod.rs"]
 mod common;
+mod control;
 mod crash;
 mod damage;
 mod kms_states;
 mod locks;
 #[path = "../common/process.rs"]
 mod process;
+mod rewrap;
+mod show;
 mod sockets;
 #[path = "../common/store.rs"]
 mod store;

@@ -7,7 +7,7 @@
 //! docs/threat-model.md says what that is worth; here stands how it is done. Nothing here knows volumes or keys.
 //!
 //! Whoever needs more in the confined process: a system call is one word in `calls.rs`, a file or folder one rule in
-//! `attach::reach`, an io_uring operation one line in `store/file/ring.rs`.
+//! `attach/reach.rs`, an io_uring operation one line in `store/file/ring.rs`.
 
 mod calls;
 mod files;

@@ -60,6 +60,10 @@ impl Embedded {
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
         let kms = Embedded { store: Store::new(dir, config, clock), place: Locality::default() };
+        // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
+        if kms.store.asks_for_passphrase() {
+            return kms;
+        }
         if let Err(e) = kms.purge() {
             ::log::warn!(
                 "keys that may be due for deletion in {} were not looked at: {e}",
@@ -81,6 +85,11 @@ impl Embedded {
                 self.store.dir().display()
             ))),
         }
+    }
+
+    /// Opens the store, if there is one, so that whoever has to give a passphrase is asked now.
+    pub fn unlock(&self) -> Result<(), KmsError> {
+        if self.store.exists()? { self.store.read(|_| Ok(())) } else { Ok(()) }
     }
 
     /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.

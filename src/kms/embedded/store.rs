@@ -55,6 +55,12 @@ impl Store {
         self.clock.now()
     }
 
+    /// Whether a passphrase is needed before the store can be read.
+    pub fn asks_for_passphrase(&self) -> bool {
+        self.cached().is_none()
+            && OpenLog::store_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
+    }
+
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
     pub fn read<T>(&self, f: impl FnOnce(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
         let mut cached = self.cached();

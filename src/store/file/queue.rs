@@ -2,10 +2,10 @@
 //! ring and one system call a batch.
 
 use super::super::{Buffer, Event, Op, Queue, Wait};
-use super::Access;
 use super::memory::FileMemory;
 use super::pool::{self, Pool};
 use super::ring::Ring;
+use super::write_cache::WriteCache;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -24,6 +24,9 @@ const FILE: types::Fixed = types::Fixed(0);
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
+/// How often an operation is submitted again that the kernel did not begin with.
+const MAX_TRIES: u8 = 100;
+
 /// An operation that the kernel has.
 struct Pending {
     tag: u64,
@@ -32,6 +35,9 @@ struct Pending {
     expect: u32,
     /// What to do instead if the file system cannot keep the space: offset and length to punch.
     fallback: Option<(u64, u64)>,
+    /// What the kernel was given, for another try, and how many there were.
+    entry: squeue::Entry,
+    tries: u8,
 }
 
 /// A descriptor that wakes the thread.
@@ -40,6 +46,17 @@ struct Watch {
     /// Tells this watch from an earlier one of the same token, whose last completion may still come.
     serial: u32,
     fd: RawFd,
+}
+
+/// A layer and how it is reached.
+pub struct Reached {
+    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
+    /// it, and so no error is told to one of them only.
+    pub file: Arc<File>,
+    /// Whether it is read and written by the queue's thread on the spot.
+    pub inline: bool,
+    /// Where the file is memory.
+    pub memory: Option<Arc<FileMemory>>,
 }
 
 /// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
@@ -52,6 +69,10 @@ pub struct FileQueue {
     file: Arc<File>,
     inline: bool,
     memory: Option<Arc<FileMemory>>,
+    /// The layers below, which are only read, from the one right below the top.
+    below: Vec<Reached>,
+    /// Of a block device that is written past the page cache: whether it has a cache of its own.
+    write_cache: Option<Arc<WriteCache>>,
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
@@ -63,19 +84,16 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(
-        file: Arc<File>,
-        access: Access,
-        memory: Option<Arc<FileMemory>>,
-        depth: u16,
-    ) -> io::Result<Self> {
+    pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+        let Reached { file, inline, memory } = top;
         let depth = usize::from(depth.max(1));
         let pool = Pool::new()?;
         // Room for watches and their removal beside the data.
         let ring = Ring::take(depth as u32 + 16)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let inline = access == Access::Inline;
-        let registered = !inline && register(&ring, &pool);
+        let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
+        ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
+        let by_ring = !inline || below.iter().any(|b| !b.inline);
+        let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
             ring,
             pool,
@@ -83,6 +101,8 @@ impl FileQueue {
             file,
             inline,
             memory,
+            below,
+            write_cache: None,
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
@@ -92,12 +112,14 @@ impl FileQueue {
         })
     }
 
-    fn in_flight(&self) -> usize {
-        self.depth - self.free_slots.len()
+    /// The same, over a device whose flushes are needed only while it has a cache.
+    pub fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
+        self.write_cache = write_cache;
+        self
     }
 
     fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an entry refers to the file, which is registered and open as long as the ring; to bytes of
+        // SAFETY: an entry refers to files, which are registered and open as long as the ring; to bytes of
         // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
         // ring (drop waits for all completions); or to nothing.
         if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
@@ -121,7 +143,8 @@ impl FileQueue {
         let Some(slot) = self.free_slots.pop() else {
             unreachable!("the caller keeps within the depth (see `has_room`)");
         };
-        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None };
+        let nothing = opcode::Nop::new().build();
+        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None, entry: nothing, tries: 0 };
         let entry = match op {
             Op::Read { offset, buffer } => {
                 let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
@@ -131,6 +154,19 @@ impl FileQueue {
                     opcode::ReadFixed::new(FILE, ptr, len, 0).offset(offset).build()
                 } else {
                     opcode::Read::new(FILE, ptr, len).offset(offset).build()
+                }
+            }
+            Op::ReadBelow { layer, offset, part, buffer } => {
+                // The kernel gets its place: it must lie in the buffer.
+                assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is filled");
+                let (ptr, len) = (self.pool.ptr(&buffer).wrapping_add(part.start), part.len() as u32);
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                let file = types::Fixed(layer as u32);
+                if self.registered {
+                    opcode::ReadFixed::new(file, ptr, len, 0).offset(offset).build()
+                } else {
+                    opcode::Read::new(file, ptr, len).offset(offset).build()
                 }
             }
             Op::Write { offset, buffer, durable } => {
@@ -150,8 +186,8 @@ impl FileQueue {
                 fallocate(offset, len, if keep_space { ZERO } else { PUNCH })
             }
         };
-        self.pending[slot as usize] = Some(pending);
-        self.push(entry.user_data(u64::from(slot)));
+        pending.entry = entry.user_data(u64::from(slot));
+        self.submit_again(slot, pending);
     }
 
     /// Does the operation now, by this thread.
@@ -159,6 +195,11 @@ impl FileQueue {
         let (buffer, result) = match op {
             Op::Read { offset, mut buffer } => {
                 let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
+                (Some(buffer), result)
+            }
+            Op::ReadBelow { layer, offset, part, mut buffer } => {
+                let bytes = &mut self.pool.bytes(&mut buffer)[part];
+                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
                 (Some(buffer), result)
             }
             Op::Write { offset, mut buffer, durable } => {
@@ -201,10 +242,14 @@ impl FileQueue {
             log::error!("io_uring completed slot {slot}, in which nothing was pending");
             return;
         };
+        if matches!(-result, libc::EAGAIN | libc::EINTR) && pending.tries < MAX_TRIES {
+            // Nothing was done, for a reason that passes.
+            pending.tries += 1;
+            return self.submit_again(slot, pending);
+        }
         if let (libc::EOPNOTSUPP, Some((offset, len))) = (-result, pending.fallback.take()) {
-            self.pending[slot as usize] = Some(pending);
-            self.push(fallocate(offset, len, PUNCH).user_data(u64::from(slot)));
-            return;
+            pending.entry = fallocate(offset, len, PUNCH).user_data(u64::from(slot));
+            return self.submit_again(slot, pending);
         }
         self.free_slots.push(slot);
         let result = match u32::try_from(result) {
@@ -213,6 +258,11 @@ impl FileQueue {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
         };
         self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
+    }
+
+    fn submit_again(&mut self, slot: u32, pending: Pending) {
+        self.push(pending.entry.clone());
+        self.pending[slot as usize] = Some(pending);
     }
 
     fn woken(&mut self, serial: u32, entry: &cqueue::Entry) {
@@ -270,6 +320,10 @@ impl Queue for FileQueue {
         self.pool.free(buffer);
     }
 
+    fn places(&self) -> usize {
+        pool::PAGES as usize
+    }
+
     fn max_buffer(&self) -> usize {
         pool::MAX_BUFFER
     }
@@ -278,16 +332,30 @@ impl Queue for FileQueue {
         self.pool.bytes(buffer)
     }
 
-    fn in_memory(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        self.memory.as_ref()?.bytes(offset, len)
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
+        memory.as_ref()?.bytes(offset, len)
     }
 
     fn has_room(&self) -> bool {
-        !self.free_slots.is_empty()
+        // What was read inline from one layer may have to be read through the ring from the next.
+        let owed = if self.below.is_empty() { 0 } else { self.events.len() };
+        self.free_slots.len() > owed
+    }
+
+    fn in_flight(&self) -> usize {
+        self.depth - self.free_slots.len()
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
-        if self.inline { self.run_inline(tag, op) } else { self.start(tag, op) }
+        if matches!(op, Op::Flush) && self.write_cache.as_ref().is_some_and(|cache| cache.is_off()) {
+            return self.events.push_back(Event::Done { tag, buffer: None, result: Ok(()) });
+        }
+        let inline = match &op {
+            Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
+            _ => self.inline,
+        };
+        if inline { self.run_inline(tag, op) } else { self.start(tag, op) }
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {
@@ -366,3 +434,6 @@ fn poll(serial: u32, fd: RawFd) -> squeue::Entry {
 fn fallocate(offset: u64, len: u64, mode: i32) -> squeue::Entry {
     opcode::Fallocate::new(FILE, len).offset(offset).mode(mode).build()
 }
+
+#[cfg(test)]
+mod tests;

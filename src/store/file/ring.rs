@@ -172,7 +172,7 @@ mod tests {
         let mut ring = Ring::take(8).unwrap();
         let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
         assert_eq!(result(&mut ring, socket), -libc::EACCES);
-        assert_eq!(result(&mut ring, opcode::Nop::new().build()), -libc::EACCES);
+        assert_eq!(result(&mut ring, opcode::AsyncCancel::new(1).build()), -libc::EACCES);
         let linked = opcode::Fsync::new(Fd(-1)).build();
         assert_eq!(result(&mut ring, linked.clone().flags(squeue::Flags::ASYNC)), -libc::EACCES);
         assert_eq!(result(&mut ring, linked), -libc::EBADF);

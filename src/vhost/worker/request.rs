@@ -1,6 +1,6 @@
 //! One chain between being taken and being answered.
 
-use crate::virtio::{Op, Segment};
+use crate::virtio::{Op, SECTOR_SIZE, Segment, Status};
 use std::io;
 use vm_memory::GuestAddress;
 
@@ -13,7 +13,7 @@ pub(super) struct Request {
     /// Its data runs.
     pub(super) segments: Vec<Segment>,
     pub(super) data_len: u64,
-    /// Bytes handed to the store.
+    /// Bytes of the disk that are seen to: handed to the store, or in need of nothing.
     pub(super) started: u64,
     /// Operations the store has.
     pub(super) pieces: u32,
@@ -24,6 +24,8 @@ pub(super) struct Request {
     /// It is done but for the flush that makes it durable.
     pub(super) flushing: bool,
     pub(super) failed: bool,
+    /// It failed, and only because the store cannot do such a thing.
+    pub(super) unsupported: bool,
 }
 
 impl Request {
@@ -42,6 +44,16 @@ impl Request {
             durable: false,
             flushing: false,
             failed: false,
+            unsupported: false,
+        }
+    }
+
+    /// Bytes of the disk to be seen to, piece by piece.
+    pub(super) fn total(&self) -> u64 {
+        match self.op {
+            Op::Read { .. } | Op::Write { .. } => self.data_len,
+            Op::Discard { count, .. } | Op::WriteZeroes { count, .. } => u64::from(count) * SECTOR_SIZE,
+            Op::Flush | Op::GetId => 0,
         }
     }
 
@@ -49,6 +61,19 @@ impl Request {
         if !self.failed {
             log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
         }
+        // A file system without holes: told so, a guest's kernel writes the zeros itself, and discards no more.
+        let zeroing = matches!(self.op, Op::Discard { .. } | Op::WriteZeroes { .. });
+        let unsupported = zeroing && e.raw_os_error() == Some(libc::EOPNOTSUPP);
+        self.unsupported = unsupported && (self.unsupported || !self.failed);
         self.failed = true;
+    }
+
+    /// What it is answered when it is done.
+    pub(super) fn outcome(&self) -> Status {
+        match (self.failed, self.unsupported) {
+            (false, _) => Status::Ok,
+            (true, false) => Status::IoErr,
+            (true, true) => Status::Unsupported,
+        }
     }
 }

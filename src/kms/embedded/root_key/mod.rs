@@ -76,6 +76,17 @@ pub fn load(config: &Path, store: Uuid) -> Result<RootKey, KmsError> {
     }
 }
 
+/// Whether [`load`] would have to get a passphrase from somewhere.
+pub fn asks(config: &Path, store: Uuid) -> bool {
+    if !matches!(passphrase::credential(CREDENTIAL, FILE_MAX), Ok(None)) {
+        return false;
+    }
+    let Ok(text) = read(&path(config, store), store) else { return false };
+    let unwrapped = UNWRAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
+    !known && Wrapped::parse(&text).is_some()
+}
+
 fn from_file(path: &Path, store: Uuid) -> Result<RootKey, KmsError> {
     let text = read(path, store)?;
     if let Some(key) = parse(&text) {

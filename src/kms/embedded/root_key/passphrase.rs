@@ -7,10 +7,13 @@
 use super::super::plain::failed;
 use crate::kms::KmsError;
 use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
+use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, Write};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use zeroize::Zeroizing;
@@ -75,13 +78,43 @@ impl Passphrase {
     }
 }
 
-/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it.
+/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it, but has helpers
+/// that need it. What is in a pipe is put into a memory file for them, by the kernel alone.
 ///
 /// To be called before anything opens a descriptor that could have its number.
-pub fn inherited_descriptor() -> Option<OwnedFd> {
-    let number = named_descriptor().ok().flatten()?;
+pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
+    let Some(number) = named_descriptor()? else { return Ok(None) };
+    if number <= libc::STDERR_FILENO || !is_open(number) {
+        // Whoever needs it says so.
+        return Ok(None);
+    }
     // SAFETY: it is open, and was made by whoever started us, for this use alone; nothing else in this process owns it.
-    (number > libc::STDERR_FILENO && is_open(number)).then(|| unsafe { OwnedFd::from_raw_fd(number) })
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    for_many(&descriptor).map_err(|e| {
+        KmsError::Validation(format!("read a passphrase from descriptor {number}: {}", e.desc()))
+    })?;
+    Ok(Some(descriptor))
+}
+
+fn for_many(descriptor: &OwnedFd) -> Result<(), Errno> {
+    if lseek(descriptor, 0, Whence::SeekCur) != Err(Errno::ESPIPE) {
+        return Ok(());
+    }
+    let file = memfd_create("sealblk-passphrase", MFdFlags::MFD_CLOEXEC)?;
+    let mut left = MAX + 2;
+    while left > 0 {
+        match splice(descriptor, None, &file, None, left, SpliceFFlags::empty()) {
+            Ok(0) => break,
+            Ok(moved) => left -= moved.min(left),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // SAFETY: both are open and ours; the pipe's number means the file from here on, which helpers inherit.
+    match unsafe { libc::dup2(file.as_raw_fd(), descriptor.as_raw_fd()) } {
+        -1 => Err(Errno::last()),
+        _ => Ok(()),
+    }
 }
 
 fn is_open(number: RawFd) -> bool {

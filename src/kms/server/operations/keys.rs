@@ -65,7 +65,7 @@ pub fn schedule_deletion(request: &Request<'_>) -> Answer {
     Ok(json!({
         "KeyId": dying.arn,
         "DeletionDate": dying.deletion.map(seconds),
-        "KeyState": state(dying.state),
+        "KeyState": dying.state.name(),
         "PendingWindowInDays": days,
     }))
 }
@@ -149,7 +149,7 @@ fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
         "Enabled": key.state == KeyState::Enabled,
         "Description": key.description,
         "KeyUsage": "ENCRYPT_DECRYPT",
-        "KeyState": state(key.state),
+        "KeyState": key.state.name(),
         "Origin": if key.external { "EXTERNAL" } else { "AWS_KMS" },
         "KeyManager": "CUSTOMER",
         "CustomerMasterKeySpec": "SYMMETRIC_DEFAULT",
@@ -172,13 +172,4 @@ fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
         metadata["ValidTo"] = seconds(at);
     }
     metadata
-}
-
-fn state(state: KeyState) -> &'static str {
-    match state {
-        KeyState::Enabled => "Enabled",
-        KeyState::Disabled => "Disabled",
-        KeyState::PendingDeletion => "PendingDeletion",
-        KeyState::PendingImport => "PendingImport",
-    }
 }

@@ -1,0 +1,251 @@
+//! Wrapping the data keys of a volume anew: under another KMS key, or under the newest version of the same one.
+//!
+//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it: it must unwrap, and to the
+//! volume's data key. Only then is `volume.json` replaced, by whoever has the volume: this process if nobody has it
+//! attached, else its host process. Until that one replacement the old wrapped key is there, afterwards the new one.
+//!
+//! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
+
+use super::unwrap::Refusal;
+use super::{control, sandbox};
+use crate::crypt::Dek;
+use crate::error::{Context, Error, Kind, Result};
+use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
+use crate::root::Root;
+use crate::volume::catalog::Catalog;
+use crate::volume::lock::{Held, Holder, Purpose, VolumeLock};
+use crate::volume::metadata::{KeyRecord, encryption_context};
+use crate::volume::rewrap::Rewrapped;
+use crate::volume::{Metadata, VolumeId};
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+
+/// The hidden subcommand of the helper.
+pub const COMMAND: &str = "rewrap-key";
+/// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
+const MAX_MESSAGE: u64 = 32 << 10;
+
+/// A data key that was wrapped anew.
+#[derive(Clone, Debug, Serialize)]
+pub struct Change {
+    /// Which of the volume's keys.
+    #[serde(rename = "key")]
+    pub slot: usize,
+    /// The KMS key that it was wrapped by, as `provider:arn`.
+    pub from: String,
+    /// The KMS key that it is wrapped by now.
+    pub to: String,
+}
+
+/// Wraps those data keys of `volume` anew for which `target` names a KMS key, and answers what was done.
+///
+/// # Errors
+/// What the KMS says; `Busy` if the volume is held for something else. Keys before the one that failed are done.
+pub fn rewrap(
+    catalog: &Catalog,
+    volume: VolumeId,
+    target: impl Fn(&KeyRecord) -> Option<KeyRef>,
+) -> Result<Vec<Change>> {
+    let lock = take(catalog, volume)?;
+    let metadata = catalog.load(volume)?;
+    let mut changes = Vec::new();
+    for (slot, old) in metadata.keys().iter().enumerate() {
+        let Some(to) = target(old) else { continue };
+        let new = by_helper(catalog.root(), volume, old, &to)?;
+        let note = Rewrapped::new(slot, old, to.provider.as_str(), &new);
+        match &lock {
+            Some(lock) => store(catalog, lock, &note)?,
+            None => control::rewrap(catalog, volume, note)?,
+        }
+        let name = |provider: &str, key: &str| format!("{provider}:{key}");
+        changes.push(Change {
+            slot,
+            from: name(&old.provider, &old.wrapped.key_id),
+            to: name(to.provider.as_str(), &new.key_id),
+        });
+    }
+    Ok(changes)
+}
+
+/// Takes the volume; `None` if it is attached, so that its host process has it.
+fn take(catalog: &Catalog, volume: VolumeId) -> Result<Option<VolumeLock>> {
+    let holder = Holder::this_process(Purpose::Rewrap, None)?;
+    let taken = VolumeLock::acquire(&catalog.folder(volume), volume, &holder);
+    let Err(e) = taken else { return taken.map(Some) };
+    match catalog.held(volume)? {
+        Held::By(Holder { purpose: Purpose::Attach, .. }) if e.kind() == Kind::Busy => Ok(None),
+        _ => Err(e),
+    }
+}
+
+fn store(catalog: &Catalog, lock: &VolumeLock, note: &Rewrapped) -> Result<()> {
+    // As it is on disk now: an earlier key of this volume has been replaced there.
+    let mut metadata: Metadata = catalog.load(lock.volume())?;
+    metadata.rewrap(note)?;
+    catalog.store(lock, &mut metadata)
+}
+
+/// What the helper is asked. The context is not in it: it follows from the volume.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    volume: VolumeId,
+    provider: String,
+    key_id: String,
+    /// Hexadecimal.
+    blob: String,
+    /// The data key's check value, hexadecimal, if it is known.
+    check: Option<String>,
+    to_provider: String,
+    to_key: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+enum Answer {
+    /// Wrapped anew and proved; the blob is hexadecimal.
+    Rewrapped {
+        key_id: String,
+        blob: String,
+    },
+    Refused(Refusal),
+}
+
+/// Has a helper process wrap `old` anew, which has ended when this returns.
+fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) -> Result<WrappedKey> {
+    let request = Request {
+        volume,
+        provider: old.provider.clone(),
+        key_id: old.wrapped.key_id.clone(),
+        blob: hex::encode(&old.wrapped.blob),
+        check: old.check().map(hex::encode),
+        to_provider: to.provider.as_str().into(),
+        to_key: to.key.clone(),
+    };
+    let mut helper = Command::new("/proc/self/exe")
+        .arg("--root")
+        .arg(root.path())
+        .arg(COMMAND)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(|| "start the rewrap helper")?;
+    // Closed when it is written, which is how the helper knows that it is all.
+    let input = helper.stdin.take().map_or(Ok(()), |mut input| input.write_all(&bytes(&request)?));
+    let output = helper.wait_with_output().context(|| "wait for the rewrap helper")?;
+    let said = input.map_err(Error::from).and_then(|()| {
+        serde_json::from_slice(&output.stdout).map_err(|e| Error::new(Kind::Other, e.to_string()))
+    });
+    match said.context(|| format!("the rewrap helper ({})", output.status))? {
+        Answer::Rewrapped { key_id, blob } => {
+            let blob = hex::decode(&blob).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+            Ok(WrappedKey { key_id, blob })
+        }
+        Answer::Refused(refusal) => Err(refusal.error()),
+    }
+}
+
+/// The helper's side: the whole life of the process, between standard input and output.
+///
+/// # Errors
+/// Only when the answer could not be given.
+pub fn help(root: &Root) -> Result<()> {
+    sandbox::harden()?;
+    let answer = match receive().and_then(|request| answer(root, &request)) {
+        Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
+        Err(e) => Answer::Refused(e.into()),
+    };
+    std::io::stdout().write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
+}
+
+fn receive() -> Result<Request> {
+    let mut text = Vec::new();
+    std::io::stdin().take(MAX_MESSAGE).read_to_end(&mut text)?;
+    serde_json::from_slice(&text).map_err(|e| {
+        let attempt = "take a request: this command is started by \"sealblk volume rewrap\" alone";
+        Error::new(Kind::Usage, e.to_string()).context(attempt)
+    })
+}
+
+fn answer(root: &Root, request: &Request) -> Result<WrappedKey> {
+    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let old = WrappedKey { key_id: request.key_id.clone(), blob: unhex(&request.blob)? };
+    let check = request.check.as_ref().map(unhex).transpose()?;
+    let to = kms::open_provider(root, &request.to_provider)?;
+    let elsewhere = (request.provider != request.to_provider)
+        .then(|| kms::open_provider(root, &request.provider))
+        .transpose()?;
+    let job = Job {
+        from: elsewhere.as_deref(),
+        to: &*to,
+        old: &old,
+        key: &request.to_key,
+        context: &encryption_context(request.volume),
+    };
+    let new = job.wrap()?;
+    job.prove(&new, check.as_deref()).map(|()| new)
+}
+
+/// A data key, the KMS that wrapped it if that is another than the one that shall, and that one with its key.
+struct Job<'a> {
+    from: Option<&'a dyn KeyProvider>,
+    to: &'a dyn KeyProvider,
+    old: &'a WrappedKey,
+    key: &'a str,
+    context: &'a EncryptionContext,
+}
+
+impl Job<'_> {
+    fn wrap(&self) -> Result<WrappedKey> {
+        let Some(from) = self.from else {
+            let new = self.to.rewrap(self.old, self.context, self.key, self.context);
+            return new.map_err(|e| self.refused(e));
+        };
+        let data_key = from.decrypt(self.old, self.context).map_err(|e| self.refused_old(e))?;
+        self.to.wrap(self.key, &data_key, self.context).map_err(|e| e.with_advice(self.key))
+    }
+
+    /// That the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
+    /// one unwraps to.
+    fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
+        let attempt =
+            || format!("the new wrapped key, by {}, does not unwrap; the old one stays in place", new.key_id);
+        let found = self.to.decrypt(new, self.context).map_err(|e| e.with_advice(&new.key_id));
+        let found = check_value(&found.context(attempt)?).context(attempt)?;
+        let same = match check {
+            Some(check) => check == found,
+            None => {
+                let old = self.from.unwrap_or(self.to).decrypt(self.old, self.context);
+                check_value(&old.map_err(|e| self.refused_old(e))?)? == found
+            }
+        };
+        if same {
+            return Ok(());
+        }
+        let message = "the wrapped data key unwraps to another key than the one the volume was written with; it \
+                       belongs to another volume or was replaced; nothing was changed";
+        Err(Error::new(Kind::Corrupt, message))
+    }
+
+    /// Of two keys of one KMS: its message says which one it means.
+    fn refused(&self, e: KmsError) -> Error {
+        let old = &self.old.key_id;
+        if e.to_string().contains(old) { e.with_advice(old) } else { e.with_advice(self.key) }
+    }
+
+    fn refused_old(&self, e: KmsError) -> Error {
+        e.with_advice(&self.old.key_id)
+    }
+}
+
+fn check_value(data_key: &[u8]) -> Result<[u8; 16]> {
+    Ok(Dek::from_bytes(data_key)?.check_value())
+}
+
+fn bytes(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
+    serde_json::to_vec(message).map_err(std::io::Error::from)
+}
+
+#[cfg(test)]
+mod tests;

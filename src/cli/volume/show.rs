@@ -1,0 +1,248 @@
+//! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
+
+use crate::attach::control::{self, Status};
+use crate::cli::{Env, output, size};
+use crate::error::{Error, Kind, Result};
+use crate::kms::{self, KeyState};
+use crate::root::Root;
+use crate::volume::Metadata;
+use crate::volume::catalog::Catalog;
+use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::metadata::{KeyRecord, VolumeName};
+use serde_json::{Value, json};
+
+/// What `volume show` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk volume show db
+  sealblk volume show db --check-key    asks the KMS; exit code 0 if the next attach would get its keys, else 3, 5 or 6")]
+pub struct ShowArgs {
+    /// The volume: its id, the first digits of its id, or its name.
+    volume: String,
+    /// Ask the KMS now what state the volume's keys are in.
+    #[arg(long)]
+    check_key: bool,
+}
+
+/// Shows one volume. With `--check-key` it fails, after printing everything, if a key is not usable.
+pub fn show(env: &Env, args: &ShowArgs) -> Result<()> {
+    let catalog = env.catalog();
+    let metadata = catalog.load(catalog.resolve(&args.volume)?)?;
+    let attached = Attached::look(&catalog, &metadata)?;
+    let checks: Option<Vec<Check>> =
+        args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(&env.root, key)).collect());
+    if env.json {
+        let mut value = description(&catalog, &metadata)?;
+        value["attachment"] = attached.json();
+        value["next_attach"] = json!(next_attach(&catalog, &metadata));
+        for (n, check) in checks.iter().flatten().enumerate() {
+            value["keys"][n]["check"] = check.json();
+        }
+        output::print_json(&value)?;
+    } else {
+        output::print(&output::table(&rows(&catalog, &metadata, &attached, checks.as_deref())))?;
+    }
+    match checks.into_iter().flatten().find_map(|check| check.refusal) {
+        Some(e) => Err(e.context(format!("the next attach of {} would be refused", metadata.id()))),
+        None => Ok(()),
+    }
+}
+
+fn rows(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    attached: &Attached,
+    checks: Option<&[Check]>,
+) -> Vec<Vec<String>> {
+    let mut rows = vec![
+        pair("id", metadata.id()),
+        pair("name", metadata.name().map_or("-", VolumeName::as_str)),
+        pair("size", format!("{} ({} bytes)", size::human(metadata.size()), metadata.size())),
+        pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
+        pair("encrypted", super::yes_or_no(metadata.is_encrypted())),
+    ];
+    for (n, key) in metadata.keys().iter().enumerate() {
+        rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
+        if let Some(check) = checks.and_then(|all| all.get(n)) {
+            rows.push(pair("", check.words()));
+        }
+    }
+    for layer in metadata.layers() {
+        rows.push(pair("layer", catalog.layer_path(layer.id).display()));
+    }
+    rows.push(pair("created", metadata.created()));
+    rows.push(pair("state", state(&attached.held)));
+    rows.extend(attached.rows());
+    rows.push(pair("next attach", next_attach(catalog, metadata)));
+    rows
+}
+
+/// Who has a volume, and what its host process says of itself.
+struct Attached {
+    held: Held,
+    /// None if it is not attached.
+    status: Option<Result<Status>>,
+}
+
+impl Attached {
+    fn look(catalog: &Catalog, metadata: &Metadata) -> Result<Self> {
+        let held = catalog.held(metadata.id())?;
+        let attached = matches!(&held, Held::By(Holder { purpose: Purpose::Attach, .. }));
+        let status = attached.then(|| control::status(catalog, metadata.id()));
+        Ok(Attached { held, status })
+    }
+
+    fn rows(&self) -> Vec<Vec<String>> {
+        let mut rows = Vec::new();
+        match &self.held {
+            Held::By(holder) if holder.purpose == Purpose::Attach => {
+                rows.push(pair("attached", format!("since {}, by process {}", holder.since, holder.pid)));
+                rows.extend(holder.socket.as_ref().map(|socket| pair("", format!("socket {socket}"))));
+            }
+            Held::By(holder) => rows.push(pair("", holder)),
+            Held::Free | Held::Unknown => {}
+        }
+        match &self.status {
+            Some(Ok(status)) => {
+                rows.push(pair("", &status.access));
+                if status.read_only {
+                    rows.push(pair("", "read-only"));
+                }
+                let used = |key: &control::UsedKey| {
+                    pair("", format!("data key unwrapped by {}: {}", key.provider, key.key_id))
+                };
+                rows.extend(status.unwrapped_by.iter().map(used));
+            }
+            Some(Err(e)) => rows.push(pair("", e)),
+            None => {}
+        }
+        rows
+    }
+
+    fn json(&self) -> Value {
+        let (Held::By(holder), Some(status)) = (&self.held, &self.status) else { return Value::Null };
+        let mut value = json!({"pid": holder.pid, "since": holder.since, "socket": holder.socket});
+        match status {
+            Ok(status) => {
+                value["access"] = json!(status.access);
+                value["read_only"] = json!(status.read_only);
+                value["unwrapped_by"] = json!(status.unwrapped_by);
+            }
+            Err(e) => value["problem"] = json!(e.to_string()),
+        }
+        value
+    }
+}
+
+/// What the next attach would meet, as far as one can tell without asking the KMS.
+fn next_attach(catalog: &Catalog, metadata: &Metadata) -> String {
+    if let Err(problem) = catalog.check_layers(metadata) {
+        return format!("refused: {problem}");
+    }
+    let mut asked: Vec<String> = Vec::new();
+    for key in metadata.keys() {
+        let name = format!("{}: {}", key.provider, key.wrapped.key_id);
+        if !asked.contains(&name) {
+            asked.push(name);
+        }
+    }
+    match asked.is_empty() {
+        true => "needs no key: the volume is not encrypted".into(),
+        false => format!("needs a Decrypt by {}", asked.join(" and by ")),
+    }
+}
+
+/// What the KMS says of a key now.
+struct Check {
+    /// None if it could not be asked, or knows no such key.
+    state: Option<KeyState>,
+    reachable: bool,
+    /// Why the next attach would be refused; none if it would not.
+    refusal: Option<Error>,
+}
+
+impl Check {
+    fn make(root: &Root, key: &KeyRecord) -> Self {
+        let arn = &key.wrapped.key_id;
+        let described = kms::open_provider(root, &key.provider).and_then(|kms| kms.describe(arn));
+        let state = described.as_ref().map(|d| d.state).ok();
+        let refusal = match (described, state) {
+            (Err(e), _) => Some(e.with_advice(arn)),
+            (_, Some(state)) => state.refusal(arn).map(|e| e.with_advice(arn)),
+            (Ok(_), None) => None,
+        };
+        let reachable = refusal.as_ref().is_none_or(|e| e.kind() != Kind::KmsUnavailable);
+        Check { state, reachable, refusal }
+    }
+
+    fn words(&self) -> String {
+        match (&self.refusal, self.state) {
+            (None, _) => "usable now".into(),
+            (Some(e), None) if self.reachable => format!("not usable: {e}"),
+            (Some(e), None) => format!("could not be asked: {e}"),
+            (Some(e), Some(state)) => format!("{}: the next attach will be refused with: {e}", plain(state)),
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "reachable": self.reachable,
+            "state": self.state.map(KeyState::name),
+            "usable": self.refusal.is_none(),
+            "message": self.refusal.as_ref().map(ToString::to_string),
+        })
+    }
+}
+
+fn plain(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Enabled => "enabled",
+        KeyState::Disabled => "disabled",
+        KeyState::PendingDeletion => "pending deletion",
+        KeyState::PendingImport => "pending import",
+    }
+}
+
+/// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
+pub fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
+    let held = catalog.held(metadata.id())?;
+    let keys: Vec<Value> = metadata
+        .keys()
+        .iter()
+        .map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id}))
+        .collect();
+    let layers: Vec<Value> = metadata
+        .layers()
+        .iter()
+        .map(|layer| json!({"id": layer.id, "key": layer.key, "path": catalog.layer_path(layer.id).display().to_string()}))
+        .collect();
+    Ok(json!({
+        "id": metadata.id(),
+        "name": metadata.name(),
+        "size": metadata.size(),
+        "sector_size": metadata.sector_size(),
+        "encrypted": metadata.is_encrypted(),
+        "created": metadata.created(),
+        "state": state(&held),
+        "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
+        "keys": keys,
+        "layers": layers,
+        "generation": metadata.generation(),
+        "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
+    }))
+}
+
+/// EBS's word for it.
+pub fn state(held: &Held) -> &'static str {
+    match held {
+        Held::Free => "available",
+        Held::By(Holder { purpose: Purpose::Create, .. }) => "creating",
+        Held::By(Holder { purpose: Purpose::Delete, .. }) => "deleting",
+        Held::By(_) | Held::Unknown => "in-use",
+    }
+}
+
+fn pair(name: &str, value: impl ToString) -> Vec<String> {
+    vec![name.to_string(), value.to_string()]
+}

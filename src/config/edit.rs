@@ -1,0 +1,108 @@
+//! Changing `sealblk.toml` by command: one setting at a time, the operator's comments, order and spacing kept.
+
+use super::Settings;
+use crate::error::{Context, Error, Kind, Result};
+use crate::root::{Root, create_dir_durable, replace_file};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use toml_edit::{DocumentMut, Item, Value};
+
+/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Answers the
+/// settings as they are then.
+///
+/// # Errors
+/// `Usage` if the file is not understood, before or with the change; it is as it was then.
+pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
+    create_dir_durable(root.path())?;
+    let path = file(root)?;
+    let attempt = || format!("change {key} in {}", path.display());
+    // Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be locked.
+    let folder = File::open(root.path()).context(attempt)?;
+    let _folder = Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, e)| e).context(attempt)?;
+    let text = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        read => read.context(attempt)?,
+    };
+    let text = changed(&text, key, value).context(attempt)?;
+    let settings = Settings::parse(&text).context(attempt)?;
+    let mode = std::fs::metadata(&path).map(|m| m.permissions().mode() & 0o777);
+    replace_file(&path, text.as_bytes())?;
+    if let Ok(mode) = mode {
+        // Whom the operator let read it may go on reading it.
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).context(attempt)?;
+    }
+    Ok(settings)
+}
+
+/// The settings file; if it is a symbolic link, what that means, so that the link stays one.
+fn file(root: &Root) -> Result<PathBuf> {
+    let path = root.settings();
+    match path.canonicalize() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(path),
+        meant => meant.context(|| path.display().to_string()),
+    }
+}
+
+/// `text` with `key` set to `value`. What stands before and behind an old value stays: a comment, say.
+fn changed(text: &str, key: &str, value: Option<Value>) -> Result<String> {
+    let mut document: DocumentMut =
+        text.parse().map_err(|e: toml_edit::TomlError| Error::new(Kind::Usage, e.to_string().trim_end()))?;
+    match (value, document.get_mut(key).and_then(Item::as_value_mut)) {
+        (Some(mut new), Some(old)) => {
+            *new.decor_mut() = old.decor().clone();
+            *old = new;
+        }
+        (Some(new), None) => drop(document.insert(key, Item::Value(new))),
+        (None, _) => drop(document.remove(key)),
+    }
+    Ok(document.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+# Disks of team a.
+
+region = 'eu-1'   # where we are
+encrypt-by-default=false # for now
+
+# The key
+default-key = \"alias/one\"
+# the end
+";
+
+    #[test]
+    fn nothing_else_changes() {
+        let text = changed(TEXT, "encrypt-by-default", Some(true.into())).unwrap();
+        assert_eq!(text, TEXT.replace("=false", "=true"));
+        let text = changed(&text, "default-key", Some("alias/two".into())).unwrap();
+        assert_eq!(text, TEXT.replace("=false", "=true").replace("alias/one", "alias/two"));
+        let text = changed(TEXT, "default-key", None).unwrap();
+        assert!(!text.contains("alias/one") && text.contains("# the end") && text.contains("# where we are"));
+        assert_eq!(changed("", "a", Some(1.into())).unwrap(), "a = 1\n");
+        assert_eq!(changed(TEXT, "account", None).unwrap(), TEXT);
+        assert!(changed("a = ", "a", None).is_err());
+    }
+
+    #[test]
+    fn a_link_and_a_mode_stay_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path().join("root"));
+        create_dir_durable(root.path()).unwrap();
+        let real = dir.path().join("real.toml");
+        std::fs::write(&real, TEXT).unwrap();
+        std::fs::set_permissions(&real, Permissions::from_mode(0o644)).unwrap();
+        std::os::unix::fs::symlink(&real, root.settings()).unwrap();
+        let settings = set(&root, "encrypt-by-default", Some(true.into())).unwrap();
+        assert!(settings.encrypt_by_default && settings == Settings::load(&root).unwrap());
+        assert!(std::fs::symlink_metadata(root.settings()).unwrap().is_symlink());
+        assert_eq!(std::fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o644);
+        let broken = set(&root, "region", Some("?".into())).unwrap_err();
+        assert!(broken.to_string().contains("region must be"), "{broken}");
+        assert_eq!(Settings::load(&root).unwrap(), settings);
+    }
+}

@@ -1,0 +1,81 @@
+//! Clients of the control socket that are slow, silent, many, or late.
+
+use crate::attach::{LIMIT, Place};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const DETACH: &[u8] = b"{\"op\":\"detach\"}\n";
+
+fn connect(place: &Place) -> UnixStream {
+    let client = UnixStream::connect(place.volume_folder().join("control.sock")).expect("somebody listens");
+    client.set_read_timeout(Some(LIMIT)).unwrap();
+    client
+}
+
+/// What a client is answered; empty if the connection is closed without a word.
+fn answer(client: UnixStream) -> String {
+    let mut line = String::new();
+    BufReader::new(client).read_line(&mut line).expect("an answer in time");
+    line
+}
+
+#[test]
+fn clients_that_dribble_or_say_nothing_hold_up_nobody() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let silent: Vec<_> = (0..8).map(|_| connect(&place)).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let over = &over;
+        let dribble = move |mut client: UnixStream| {
+            // Every byte is something new, so that a limit on silence would never be reached.
+            while !over.load(Ordering::Relaxed) && client.write_all(b" ").is_ok() {
+                std::thread::yield_now();
+            }
+        };
+        for client in (0..4).map(|_| connect(&place)).collect::<Vec<_>>() {
+            scope.spawn(move || dribble(client));
+        }
+        place.store.ok(&["throttle", "t", "--iops", "1000"]);
+        place.store.ok(&["detach", "t"]);
+        over.store(true, Ordering::Relaxed);
+    });
+    host.ends_well();
+    for client in silent {
+        let told: Value = serde_json::from_str(&answer(client)).expect("a word at the end");
+        assert_eq!(told["failed"]["message"], "the request did not come in time");
+    }
+}
+
+#[test]
+fn a_crowd_of_clients_keeps_nobody_out() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let crowd: Vec<_> = (0..200).map(|_| connect(&place)).collect();
+    place.store.ok(&["throttle", "t", "--iops", "1000"]);
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    drop(crowd);
+}
+
+/// Whoever is connected when the volume is let go of hears how that went, however late he asks.
+#[test]
+fn a_detach_that_is_asked_for_while_another_ends_is_answered_too() {
+    let place = Place::new(&[]);
+    for round in 0..20 {
+        let host = place.attach(&[]);
+        let mut clients: Vec<_> = (0..6).map(|_| connect(&place)).collect();
+        let mut last = clients.split_off(3);
+        clients.iter_mut().for_each(|c| c.write_all(DETACH).unwrap());
+        // The others ask when the end is on its way, or over but for them.
+        let first = answer(clients.remove(0));
+        last.iter_mut().for_each(|c| drop(c.write_all(DETACH)));
+        assert_eq!(first, "\"detached\"\n");
+        for client in clients.into_iter().chain(last) {
+            assert_eq!(answer(client), "\"detached\"\n", "round {round}");
+        }
+        host.ends_well();
+    }
+}

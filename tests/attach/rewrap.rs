@@ -1,0 +1,239 @@
+//! A volume's data key wrapped by another KMS key, attached and not.
+
+use crate::attach::{Place, flush, open, read, write};
+use crate::common::disk::pattern;
+use crate::store::said;
+use nix::sys::signal::Signal;
+use sealblk::kms::KeyProvider;
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+
+/// The volume `t` with data, and KMS keys `alias/old`, which wraps its data key, and `alias/new`.
+struct Two {
+    place: Place,
+    old: String,
+    new: String,
+}
+
+impl Two {
+    fn new() -> Self {
+        let place = Place::new(&[]);
+        let key = |alias: &str| {
+            place.store.ok(&["key", "create", "--alias", alias]);
+            place.kms().describe(alias).expect("it was just made").key_id
+        };
+        let (old, new) = (key("alias/old"), key("alias/new"));
+        place.store.ok(&["volume", "delete", "t"]);
+        place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "t", "--key", "alias/old"]);
+        Two { place, old, new }
+    }
+
+    fn fill(&self) {
+        let host = self.place.attach(&[]);
+        let mut session = open(&self.place.socket());
+        write(&mut session.rings[0], 128, &data());
+        flush(&mut session.rings[0]);
+        host.end();
+    }
+
+    fn rewrap(&self, arguments: &[&str]) -> Value {
+        let said = self.place.store.ok(&[&["volume", "rewrap", "t", "--json"], arguments].concat());
+        serde_json::from_str(&said).expect("JSON")
+    }
+
+    /// A rewrap that is refused with this exit code and changes nothing.
+    #[track_caller]
+    fn refused(&self, code: i32, arguments: &[&str]) -> String {
+        let before = fs::read(self.place.volume_json()).unwrap();
+        let output = self.place.store.run(&[&["volume", "rewrap"], arguments].concat());
+        assert_eq!(output.status.code(), Some(code), "{}", said(&output));
+        assert!(output.stdout.is_empty(), "{}", said(&output));
+        assert!(fs::read(self.place.volume_json()).unwrap() == before);
+        said(&output)
+    }
+
+    /// Nothing needs the old KMS key any more.
+    fn assert_free_of_the_old(&self, written: bool) {
+        self.place.store.ok(&["key", "disable", "alias/old"]);
+        assert_eq!(self.place.key(), self.new);
+        let host = self.place.attach(&[]);
+        let expected = if written { data() } else { vec![0; data().len()] };
+        assert!(read(&mut open(&self.place.socket()).rings[0], 128, data().len()) == expected);
+        host.end();
+    }
+}
+
+fn data() -> Vec<u8> {
+    pattern(1, 1 << 16)
+}
+
+#[test]
+fn after_a_rewrap_the_old_kms_key_may_be_disabled() {
+    let two = Two::new();
+    two.fill();
+    let (before, dek) = (two.place.metadata(), two.place.dek());
+    let done = two.rewrap(&["--key", "alias/new"]);
+    let [old, new] = [&two.old, &two.new].map(|arn| format!("embedded:{arn}"));
+    assert_eq!(done, json!({"id": two.place.id(), "rewrapped": [{"key": 0, "from": old, "to": new}]}));
+    let after = two.place.metadata();
+    assert!(*two.place.dek() == *dek, "the data key is another");
+    assert_eq!(after.keys()[0].check(), before.keys()[0].check());
+    assert_eq!(after.generation(), before.generation() + 1);
+    two.assert_free_of_the_old(true);
+}
+
+#[test]
+fn a_volume_that_was_never_attached_can_be_rewrapped() {
+    let two = Two::new();
+    let dek = two.place.dek();
+    two.rewrap(&["--key", "alias/new"]);
+    assert!(*two.place.dek() == *dek, "the data key is another");
+    two.assert_free_of_the_old(false);
+}
+
+#[test]
+fn an_attached_volume_is_rewrapped_by_its_host_process() {
+    let two = Two::new();
+    let host = two.place.attach(&[]);
+    let mut session = open(&two.place.socket());
+    write(&mut session.rings[0], 128, &data());
+    two.rewrap(&["--key", "alias/new"]);
+    assert_eq!(two.place.key(), two.new);
+    assert!(read(&mut session.rings[0], 128, data().len()) == data());
+    // What the host process was attached with, and what the next attach asks for.
+    let shown: Value = serde_json::from_str(&two.place.store.ok(&["volume", "show", "t", "--json"])).unwrap();
+    let used = json!([{"provider": "embedded", "key_id": two.old}]);
+    assert_eq!(shown["attachment"]["unwrapped_by"], used);
+    assert_eq!(shown["keys"][0]["key_id"], json!(two.new));
+    two.place.store.ok(&["key", "disable", "alias/old"]);
+    // Again, by the same key: the newest version.
+    let blob = two.place.metadata().keys()[0].wrapped.blob.clone();
+    two.rewrap(&[]);
+    let again = two.place.metadata();
+    assert_eq!(again.keys()[0].wrapped.key_id, two.new);
+    assert_ne!(again.keys()[0].wrapped.blob, blob);
+    flush(&mut session.rings[0]);
+    host.end();
+    two.assert_free_of_the_old(true);
+}
+
+#[test]
+fn without_a_key_the_newest_version_of_the_same_one_wraps() {
+    let two = Two::new();
+    two.fill();
+    let kms = two.place.kms();
+    let material = |two: &Two| {
+        let metadata = two.place.metadata();
+        let blob = &metadata.keys()[0].wrapped.blob;
+        kms.open_blob(None, blob, &metadata.encryption_context()).expect("it unwraps").material
+    };
+    let before = material(&two);
+    kms.rotate_on_demand("alias/old").expect("rotate");
+    assert_eq!(material(&two), before);
+    two.rewrap(&[]);
+    assert_ne!(material(&two), before);
+    assert_eq!(two.place.key(), two.old);
+    let host = two.place.attach(&[]);
+    assert!(read(&mut open(&two.place.socket()).rings[0], 128, data().len()) == data());
+    host.end();
+}
+
+#[test]
+fn what_cannot_be_done_changes_nothing() {
+    let two = Two::new();
+    two.fill();
+    two.place.store.ok(&["key", "disable", "alias/new"]);
+    let words = two.refused(5, &["t", "--key", "alias/new"]);
+    assert!(
+        words.contains(&format!("{} is disabled; enable it with \"sealblk key enable alias/new\"", two.new))
+    );
+    two.place.store.ok(&["key", "enable", "alias/new"]);
+    two.place.store.ok(&["key", "disable", "alias/old"]);
+    let words = two.refused(5, &["t", "--key", "alias/new"]);
+    assert!(words.contains(&format!("\"sealblk key enable {}\"", two.old)), "{words}");
+    two.place.store.ok(&["key", "enable", "alias/old"]);
+    two.refused(3, &["t", "--key", "alias/none"]);
+    two.refused(3, &["none"]);
+    two.refused(2, &[]);
+    two.refused(2, &["t", "--all"]);
+    let words = two.refused(2, &["t", "--from", "alias/new"]);
+    assert!(words.contains(&format!("are wrapped by embedded:{}", two.old)), "{words}");
+    two.place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "plain", "--unencrypted"]);
+    let words = two.refused(2, &["plain"]);
+    assert!(words.contains("is not encrypted"), "{words}");
+}
+
+/// The wrapped key of another data key, put in place of the volume's: what it would be rewrapped to is as wrong.
+#[test]
+fn a_wrapped_key_that_was_swapped_is_not_wrapped_anew() {
+    let two = Two::new();
+    two.fill();
+    let metadata = two.place.metadata();
+    let fresh = two.place.kms().generate_wrapped("alias/old", 64, &metadata.encryption_context()).unwrap();
+    let mut value: Value = serde_json::from_slice(&fs::read(two.place.volume_json()).unwrap()).unwrap();
+    use base64::Engine;
+    value["keys"][0]["wrapped"] = json!(base64::engine::general_purpose::STANDARD.encode(&fresh.blob));
+    fs::write(two.place.volume_json(), value.to_string()).unwrap();
+    let words = two.refused(7, &["t", "--key", "alias/new"]);
+    assert!(words.contains("unwraps to another key"), "{words}");
+}
+
+#[test]
+fn a_fleet_moves_from_one_kms_key_to_another() {
+    let two = Two::new();
+    two.fill();
+    let create = |name: &str, more: &[&str]| {
+        two.place.store.ok(&[&["volume", "create", "--size", "1MiB", "--name", name], more].concat());
+    };
+    create("a", &["--key", "alias/old"]);
+    create("b", &[]);
+    create("c", &["--unencrypted"]);
+    let host = two.place.attach(&[]);
+    let all = ["volume", "rewrap", "--all", "--from", "alias/old", "--key", "alias/new", "--json"];
+    let done: Value = serde_json::from_str(&two.place.store.ok(&all)).unwrap();
+    assert_eq!(done.as_array().unwrap().len(), 2, "{done}");
+    let keys = || {
+        let catalog = two.place.catalog();
+        let key = |name| {
+            let metadata = catalog.load(catalog.resolve(name).unwrap()).unwrap();
+            metadata.keys()[0].wrapped.key_id.clone()
+        };
+        ["t", "a", "b"].map(key)
+    };
+    let [t, a, b] = keys();
+    assert_eq!((&t, &a), (&two.new, &two.new));
+    assert!(b != two.old && b != two.new);
+    // One that fails is named, and keeps no other from it.
+    let broken = two.place.catalog();
+    let broken = broken.folder(broken.resolve("a").unwrap()).join("volume.json");
+    fs::write(&broken, "{").unwrap();
+    let all = ["volume", "rewrap", "--all", "--key", "alias/old"];
+    let output = two.place.store.run(&all);
+    assert_eq!(output.status.code(), Some(7));
+    assert!(said(&output).contains("2 volumes done, 1 not"), "{}", said(&output));
+    assert_eq!(two.place.key(), two.old);
+    host.end();
+}
+
+/// A rewrap that is killed at any moment leaves a volume that attaches.
+#[test]
+fn a_killed_rewrap_leaves_one_of_the_two() {
+    let two = Two::new();
+    two.fill();
+    let (mut killed, keys) = (0, [&two.old, &two.new]);
+    for round in 0..30u64 {
+        let mut command = two.place.store.command();
+        command.args(["volume", "rewrap", "t", "--key", ["alias/new", "alias/old"][round as usize % 2]]);
+        let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_micros(700 * round));
+        let _ = child.kill();
+        killed += u32::from(child.wait().unwrap().signal() == Some(Signal::SIGKILL as i32));
+        let key = two.place.key();
+        assert!(keys.contains(&&key), "{key}");
+        assert_eq!(two.place.dek().len(), 64);
+    }
+    println!("{killed} of 30 were killed before they had ended");
+    two.place.store.ok(&["volume", "rewrap", "t", "--key", "alias/new"]);
+    two.assert_free_of_the_old(true);
+}
