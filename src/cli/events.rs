@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Env, output};
+use crate::attach::notify::Notifier;
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::deliver::{self, Outcome};
 use crate::observe::events::read::{EventReader, Recorded};
@@ -100,7 +101,7 @@ fn deliver(env: &Env, args: &DeliverArgs) -> Result<()> {
     let outcomes = match args.follow {
         true => {
             let stop = stop_on_signals()?;
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            Notifier::connect().ready();
             deliver::follow(&env.root, &sinks, args.from_now, stop.as_fd())
         }
         false => deliver::deliver_once(&env.root, &sinks, args.from_now),

@@ -10,13 +10,16 @@ pub mod attach;
 pub mod audit;
 pub mod doctor;
 pub mod events;
+pub mod filter;
 pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+mod provider;
 mod receipt;
 pub mod settings;
 pub mod size;
+pub mod snapshot;
 pub mod volume;
 
 use crate::config::Settings;
@@ -87,6 +90,9 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Make, show, copy and delete snapshots of volumes.
+    #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
+    Snapshot(snapshot::Command),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
@@ -107,7 +113,7 @@ enum Command {
     /// Show who used which key when, and check that the record of it is whole.
     #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
     Audit(audit::Command),
-    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    /// Clear away what interrupted commands left, and grants of attaches that did not end well.
     Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
@@ -127,6 +133,7 @@ impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Snapshot(command) => snapshot::run(env, command),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),

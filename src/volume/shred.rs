@@ -5,9 +5,9 @@
 
 use super::catalog::Catalog;
 use super::id::VolumeId;
-use super::lifecycle::DELETING;
 use super::lock;
-use super::metadata::Metadata;
+use super::metadata::{KeyRecord, Metadata};
+use super::references::DELETING;
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::Timestamp;
 use crate::observe::audit::{AuditLog, Entry, Step};
@@ -54,7 +54,7 @@ pub struct Receipt {
     pub time: Timestamp,
     /// The copies.
     pub destroyed: Vec<Destroyed>,
-    /// The files of its data that were removed with it; ciphertext, not overwritten.
+    /// The files of its data that were removed with it, since nothing else needs them; ciphertext, not overwritten.
     pub layers: Vec<PathBuf>,
     /// What can still unwrap a copy that somebody else has.
     pub wrapped_by: Vec<WrappedBy>,
@@ -83,7 +83,7 @@ impl Receipt {
             used_by: others
                 .iter()
                 .filter(|o| o.keys.contains(&key.wrapped.key_id))
-                .map(Holder::name)
+                .map(|other| other.name.clone())
                 .collect(),
         });
         Ok(Receipt {
@@ -92,7 +92,11 @@ impl Receipt {
             destroyed: Vec::new(),
             layers: metadata.layers().iter().map(|layer| catalog.layer_path(layer.id)).collect(),
             wrapped_by: wrapped_by.collect(),
-            same_data_key: others.iter().filter(|other| other.same_data_key).map(Holder::name).collect(),
+            same_data_key: others
+                .iter()
+                .filter(|other| other.same_data_key)
+                .map(|other| other.name.clone())
+                .collect(),
             file_system: FileSystem::of(&catalog.folder(metadata.id()))?,
         })
     }
@@ -160,42 +164,32 @@ impl FileSystem {
 
 /// Something else in the store that has data keys.
 struct Holder {
-    what: String,
+    name: String,
     keys: Vec<String>,
     same_data_key: bool,
 }
 
-impl Holder {
-    fn name(&self) -> String {
-        self.what.clone()
-    }
-}
-
-/// Everything else in the store that has data keys.
+/// Everything else in the store that has data keys: volumes and snapshots.
 fn others(catalog: &Catalog, metadata: &Metadata) -> Result<Vec<Holder>> {
-    let mut others = Vec::new();
-    for entry in catalog.list()?.into_iter().filter(|entry| entry.id != metadata.id()) {
-        let other = match entry.metadata {
-            Ok(other) => other,
-            Err(e) => {
-                log::warn!("{e}; whether it is under the same key is not known");
-                continue;
-            }
-        };
-        others.push(Holder {
-            what: other.id().to_string(),
-            keys: other.keys().iter().map(|key| key.wrapped.key_id.clone()).collect(),
-            same_data_key: share_data_key(metadata, &other),
-        });
-    }
-    Ok(others)
+    let mine = checks(metadata.keys());
+    let holder = |name: String, keys: &[KeyRecord]| Holder {
+        name,
+        keys: keys.iter().map(|key| key.wrapped.key_id.clone()).collect(),
+        same_data_key: checks(keys).iter().any(|check| mine.contains(check)),
+    };
+    let volumes = catalog.list()?.into_iter().filter(|entry| entry.id != metadata.id());
+    let volumes =
+        volumes.map(|entry| entry.metadata.map(|other| holder(other.id().to_string(), other.keys())));
+    let snapshots = catalog.snapshots()?.into_iter();
+    let snapshots =
+        snapshots.map(|entry| entry.snapshot.map(|other| holder(other.id().to_string(), other.keys())));
+    let unreadable = |e: &Error| log::warn!("{e}; whether it is under the same key is not known");
+    Ok(volumes.chain(snapshots).filter_map(|other| other.inspect_err(unreadable).ok()).collect())
 }
 
-/// Whether a data key of one is one of the other's, as far as it is known: check values are noted at the first attach.
-fn share_data_key(one: &Metadata, other: &Metadata) -> bool {
-    let checks = |metadata: &Metadata| metadata.keys().iter().filter_map(|key| key.check).collect::<Vec<_>>();
-    let theirs = checks(other);
-    checks(one).iter().any(|check| theirs.contains(check))
+/// What tells data keys apart, as far as it is known: check values are noted at the first attach.
+fn checks(keys: &[KeyRecord]) -> Vec<[u8; 16]> {
+    keys.iter().filter_map(|key| key.check).collect()
 }
 
 /// `metadata` as a file, without the wrapped keys: enough to find what is to be removed with the volume.

@@ -187,12 +187,13 @@ fn write(file: &mut Flock<File>, torn: bool, line: &[u8]) -> Result<()> {
     })
 }
 
-/// Whether `path` leads to this file.
+/// Whether `path` leads to this file, as far as a process may look that has given up its rights since it opened it.
 fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     let ours = file.metadata()?;
     match std::fs::metadata(path) {
         Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(true),
         Err(e) => Err(e),
     }
 }
