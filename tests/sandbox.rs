@@ -235,6 +235,18 @@ fn a_process_with_several_threads_is_not_confined_by_half() {
     assert!(refused.contains("several threads"), "{refused}");
 }
 
+/// What goes wrong in a queue's thread must be told, with its backtrace if that is wanted.
+#[test]
+fn a_panic_and_its_backtrace_need_nothing_that_is_forbidden() {
+    let act = || {
+        let caught = std::thread::spawn(|| std::panic::catch_unwind(|| panic!("on purpose")).is_err()).join();
+        let trace = std::backtrace::Backtrace::force_capture().to_string();
+        i32::from(!(caught.is_ok_and(|caught| caught) && !trace.is_empty()))
+    };
+    let (end, said) = confined(&[], act);
+    assert_eq!(end, End::Exit(0), "{said}");
+}
+
 /// The exit code for what an attempt came to: 0, or the error's number.
 fn code<T>(attempt: std::io::Result<T>) -> i32 {
     attempt.err().map_or(0, |e| e.raw_os_error().unwrap_or(98))
