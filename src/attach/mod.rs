@@ -37,7 +37,6 @@ use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
-use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
@@ -215,6 +214,7 @@ fn open(
     options: &Options,
 ) -> Result<Opened> {
     let mut metadata = catalog.load(lock.volume())?;
+    catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
     let block_size = metadata.sector_size().bytes();
     let mut layers = open_layers(catalog, &metadata, options.read_only)?;
@@ -222,7 +222,7 @@ fn open(
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
-    seal(catalog, lock, &mut metadata, &deks, &*store)?;
+    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
     let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
         unreachable!("sector sizes are data units");
     };
@@ -230,7 +230,14 @@ fn open(
     let ciphers = deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?)));
     let ciphers = ciphers.collect::<Result<Vec<Arc<dyn SectorCipher>>>>()?;
     for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = record.key.map(|key| ciphers[key].clone());
+        layer.cipher = match record.key {
+            Some(key) => Some(ciphers[key].clone()),
+            None if record.masked => {
+                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
+                Some(Arc::from(new_cipher(options.engine, &mask, unit)?))
+            }
+            None => None,
+        };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
@@ -284,19 +291,9 @@ fn seal(
     deks: &[Dek],
     store: &dyn Store,
 ) -> Result<()> {
-    match metadata.verify(deks)? {
-        Seal::Sealed | Seal::NotEncrypted => {}
-        Seal::Unsealed if store.has_data()? => {
-            let message = format!(
-                "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
-                 it from a backup",
-                metadata.id()
-            );
-            return Err(Error::new(Kind::Corrupt, message));
-        }
-        Seal::Unsealed => metadata.seal(deks),
-    }
-    if metadata.mark_attached() {
+    let was_sealed = metadata.is_sealed();
+    metadata.prove(deks, store)?;
+    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
         catalog.store(lock, metadata)?;
     }
     Ok(())
