@@ -18,14 +18,6 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Lets other threads go on; under the model, the others in every order that there is.
-pub fn give_way() {
-    #[cfg(feature = "model")]
-    loom::thread::yield_now();
-    #[cfg(not(feature = "model"))]
-    std::thread::yield_now();
-}
-
 /// What a test sees of the store, and tells it. It knows flushes only.
 #[derive(Default)]
 pub struct Control {
@@ -37,6 +29,26 @@ pub struct Control {
     pub failing: AtomicBool,
     /// Waiting for anything fails.
     pub broken: AtomicBool,
+    /// What makes steps of different threads depend on each other, for the model: it tries such steps in both orders.
+    #[cfg(feature = "model")]
+    steps: loom::sync::atomic::AtomicUsize,
+}
+
+impl Control {
+    /// Before anything that another thread can see, or that another thread's doing can be seen in.
+    pub fn step(&self) {
+        #[cfg(feature = "model")]
+        self.steps.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Lets the others go on, for want of something to do.
+    pub fn give_way(&self) {
+        self.step();
+        #[cfg(feature = "model")]
+        loom::thread::yield_now();
+        #[cfg(not(feature = "model"))]
+        std::thread::yield_now();
+    }
 }
 
 struct FakeStore {
@@ -83,14 +95,7 @@ impl Store for FakeStore {
 
 impl FakeQueue {
     fn look(&mut self) {
-        while self.ended < self.control.may_end.load(Ordering::SeqCst)
-            && let Some(tag) = self.flushes.pop_front()
-        {
-            self.ended += 1;
-            let failing = self.control.failing.load(Ordering::SeqCst);
-            let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
-            self.events.push_back(Event::Done { tag, buffer: None, result });
-        }
+        self.control.step();
         for &(token, fd) in &self.watches {
             // SAFETY: whoever watches keeps it open until the next wait is over.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
@@ -98,6 +103,18 @@ impl FakeQueue {
             if nix::unistd::read(fd, &mut [0; 8]).is_ok() {
                 self.events.push_back(Event::Ready { token });
             }
+        }
+        if !self.events.is_empty() {
+            // A flush takes longer than anything else.
+            return;
+        }
+        while self.ended < self.control.may_end.load(Ordering::SeqCst)
+            && let Some(tag) = self.flushes.pop_front()
+        {
+            self.ended += 1;
+            let failing = self.control.failing.load(Ordering::SeqCst);
+            let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
+            self.events.push_back(Event::Done { tag, buffer: None, result });
         }
     }
 
@@ -134,6 +151,8 @@ impl Queue for FakeQueue {
     }
 
     fn has_room(&self) -> bool {
+        // Asked between the last look at the ring and sleep.
+        self.control.step();
         true
     }
 
@@ -153,8 +172,6 @@ impl Queue for FakeQueue {
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
         loop {
-            // Before looking: what happens between the caller's last look and this must not be missed.
-            give_way();
             if self.control.broken.load(Ordering::SeqCst) {
                 return Err(io::Error::other("a store that shall be broken"));
             }
@@ -162,6 +179,7 @@ impl Queue for FakeQueue {
             if !self.events.is_empty() || wait != Wait::Event {
                 return Ok(());
             }
+            self.control.give_way();
             self.doze();
         }
     }
@@ -190,6 +208,7 @@ pub struct Driver {
     mem: Arc<GuestMemory>,
     kick: EventFd,
     put: u16,
+    control: Arc<Control>,
 }
 
 impl Driver {
@@ -197,18 +216,19 @@ impl Driver {
     pub const MOST: u16 = SIZE / 2;
 
     /// A driver with an empty ring in memory of its own.
-    pub fn new() -> Self {
+    pub fn new(control: &Arc<Control>) -> Self {
         let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 0x5000)]).expect("some memory");
         // VIRTIO_BLK_T_FLUSH, reserved, sector 0.
         mem.write_obj(4u32, GuestAddress(HEADER)).expect("in memory");
         let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event descriptor");
-        Driver { mem: Arc::new(mem), kick, put: 0 }
+        Driver { mem: Arc::new(mem), kick, put: 0, control: control.clone() }
     }
 
     #[cfg(feature = "model")]
     /// Another view of it, from another thread; only one of them may put requests.
     pub fn view(&self) -> Self {
-        Driver { mem: self.mem.clone(), kick: self.kick.try_clone().expect("dup"), put: self.put }
+        let kick = self.kick.try_clone().expect("dup");
+        Driver { mem: self.mem.clone(), kick, put: self.put, control: self.control.clone() }
     }
 
     /// What a worker needs to serve the ring from `position` on.
@@ -236,12 +256,13 @@ impl Driver {
         for _ in 0..count {
             self.put_one();
         }
+        self.control.step();
         self.mem.store(self.put, GuestAddress(AVAIL + 2), Ordering::SeqCst).expect("in memory");
-        give_way();
+        self.control.step();
         // vring_need_event: virtio 1.3, 2.7.7.1.
         let event = self.avail_event();
         if self.put.wrapping_sub(event).wrapping_sub(1) < self.put.wrapping_sub(before) {
-            give_way();
+            self.control.step();
             self.kick.write(1).expect("an event counter has room");
         }
     }
@@ -273,6 +294,7 @@ impl Driver {
 
     /// How many requests are answered.
     pub fn used(&self) -> u16 {
+        self.control.step();
         self.mem.load(GuestAddress(USED + 2), Ordering::SeqCst).expect("in memory")
     }
 

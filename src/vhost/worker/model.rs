@@ -2,13 +2,14 @@
 //! preemptions), by loom. What is checked is the code that runs: the mailbox, the thread's life, [`Server`] and
 //! [`Ring`](crate::vhost::ring::Ring). The store and the guest's driver are stand-ins.
 //!
-//! loom knows what goes through the mailbox; where the thread waits for the kernel, and where the driver has made a step on
-//! the ring, the stand-ins let it switch. Not modelled: the order in which CPUs see each other's writes to the rings
-//! (virtio-queue's fences), and what changes within a turn.
+//! loom knows what goes through the mailbox. Steps on the ring and in the kernel are made known to it by the stand-ins:
+//! each of the driver's, and on the thread's side whenever it asks the store for something. Not modelled: the order in
+//! which CPUs see each other's writes to the rings (virtio-queue's fences), and a driver that acts between two accesses of
+//! one look at the ring.
 //!
 //! A wake-up that is lost is a thread that waits for ever: loom gives up then, which fails the test.
 
-use super::fake::{Control, Driver, disk, give_way};
+use super::fake::{Control, Driver, disk};
 use super::*;
 use crate::vhost::ring::Position;
 use std::sync::atomic::Ordering::SeqCst;
@@ -28,8 +29,10 @@ fn worker(control: &Arc<Control>) -> (Worker, loom::thread::JoinHandle<()>, Arc<
 
 fn explore(check: impl Fn() + Sync + Send + 'static) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = Some(2);
-    model.max_branches = 20_000;
+    // Two take seconds and find what there was to find; three take minutes.
+    let preemptions = std::env::var("SEALBLK_MODEL_PREEMPTIONS").ok();
+    model.preemption_bound = Some(preemptions.map_or(2, |n| n.parse().expect("a number")));
+    model.max_branches = 2_000;
     model.check(check);
 }
 
@@ -40,9 +43,9 @@ fn store_that_flushes() -> Arc<Control> {
 }
 
 /// Waits until `count` requests are answered, well.
-fn answered(driver: &Driver, count: u16) {
+fn answered(control: &Control, driver: &Driver, count: u16) {
     while driver.used() != count {
-        give_way();
+        control.give_way();
     }
     assert_eq!(driver.statuses(count), vec![Some(0); count.into()]);
 }
@@ -50,13 +53,14 @@ fn answered(driver: &Driver, count: u16) {
 #[test]
 fn no_kick_is_lost() {
     explore(|| {
-        let (worker, thread, _) = worker(&store_that_flushes());
-        let mut driver = Driver::new();
+        let control = store_that_flushes();
+        let (worker, thread, _) = worker(&control);
+        let mut driver = Driver::new(&control);
         worker.start(*driver.setup(BEGIN)).unwrap();
         driver.put(1);
-        answered(&driver, 1);
+        answered(&control, &driver, 1);
         driver.put(2);
-        answered(&driver, 3);
+        answered(&control, &driver, 3);
         drop(worker);
         thread.join().unwrap();
     });
@@ -67,25 +71,28 @@ fn no_kick_is_lost() {
 #[test]
 fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
     explore(|| {
-        let (worker, thread, _) = worker(&store_that_flushes());
-        let driver = Driver::new();
+        let control = store_that_flushes();
+        let (worker, thread, _) = worker(&control);
+        let driver = Driver::new(&control);
         let mut guest = driver.view();
         let holders = driver.holders();
         worker.start(*driver.setup(BEGIN)).unwrap();
         let puts = loom::thread::spawn(move || {
             guest.put(1);
             guest.put(1);
+            // It keeps the memory until it is joined.
+            guest
         });
         let position = worker.stop().unwrap().expect("a ring ran");
         assert_eq!(driver.holders(), holders, "the guest's memory is let go of");
         let used = driver.used();
         assert_eq!((used, position.next_avail), (position.next_used, position.next_used));
         assert_eq!(driver.statuses(used), vec![Some(0); used.into()]);
-        give_way();
+        control.give_way();
         assert_eq!(driver.used(), used, "nothing is served after a stop");
         worker.start(*driver.setup(position)).unwrap();
-        puts.join().unwrap();
-        answered(&driver, 2);
+        drop(puts.join().unwrap());
+        answered(&control, &driver, 2);
         assert_eq!(worker.stop().unwrap(), Some(Position { next_avail: 2, next_used: 2 }));
         assert_eq!(worker.stop().unwrap(), None);
         drop(worker);
@@ -97,10 +104,11 @@ fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
 #[test]
 fn every_command_is_answered() {
     explore(|| {
-        let (worker, thread, _) = worker(&store_that_flushes());
+        let control = store_that_flushes();
+        let (worker, thread, _) = worker(&control);
         let worker = Arc::new(worker);
         let other = worker.clone();
-        let driver = Driver::new();
+        let driver = Driver::new(&control);
         let calls = loom::thread::spawn(move || {
             other.set_call(None).unwrap();
             other.set_call(None).unwrap();
@@ -119,11 +127,12 @@ fn nobody_waits_for_a_thread_that_is_gone() {
     explore(|| {
         let control = store_that_flushes();
         let (worker, thread, died) = worker(&control);
-        let driver = Driver::new();
+        let driver = Driver::new(&control);
         worker.start(*driver.setup(BEGIN)).unwrap();
         let worker = Arc::new(worker);
         let other = worker.clone();
         let asks = loom::thread::spawn(move || drop(other.set_call(None)));
+        control.step();
         control.broken.store(true, SeqCst);
         // It may be drained before the thread finds out.
         let stopped = worker.stop();

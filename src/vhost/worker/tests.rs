@@ -16,7 +16,8 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
-        let (control, driver) = (Arc::new(Control::default()), Driver::new());
+        let control = Arc::new(Control::default());
+        let driver = Driver::new(&control);
         let worker = Worker::spawn(0, disk(&control), Tuning::default(), |e| panic!("{e}")).unwrap();
         worker.start(*driver.setup(BEGIN)).unwrap();
         let rig = Rig { control, driver, _worker: worker };
