@@ -16,6 +16,7 @@ use sealblk::kms::embedded::{Embedded, clock::SystemClock};
 use sealblk::root::Root;
 use sealblk::volume::Catalog;
 use serde_json::json;
+use std::time::Duration;
 use store::Store;
 
 /// A store with one volume called `t`.
@@ -172,6 +173,30 @@ fn what_was_flushed_survives_a_crash_of_the_vmm_and_then_of_the_host_process() {
     guest.ok("mount /dev/vda /mnt");
     assert_eq!(guest.ok(CHECK_FILES), files, "after a crash of the host process");
     assert_eq!(guest.ok("cat /mnt/more"), "more\n");
+    guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+}
+
+#[test]
+fn a_guest_under_load_can_be_paused_and_reset() {
+    let store = store_with_volume(512);
+    let attached = store.attach("t", &["--queues", "2"]);
+    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
+    let files = guest.ok(&format!("{MAKE_FILES}\nsync"));
+    guest.start(VERIFIED_LOAD);
+    for _ in 0..5 {
+        guest.qmp("stop", json!({}));
+        let layer = || std::fs::read(store.only_layer()).expect("read the layer file");
+        assert!(layer() == layer(), "the disk changes while the guest is paused");
+        guest.qmp("cont", json!({}));
+    }
+    let done = guest.finish(Duration::from_secs(180));
+    assert!(done.status == 0, "fio found an error: {}\n{}", done.stdout, attached.output());
+
+    guest.start("while :; do head -c 100000 /dev/urandom >/mnt/busy; done");
+    guest.qmp("system_reset", json!({}));
+    guest.wait_ready();
+    guest.ok("mount /dev/vda /mnt");
+    assert_eq!(guest.ok(CHECK_FILES), files, "after a reset");
     guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
 }
 

@@ -68,7 +68,7 @@ impl Store for Scripted {
 }
 
 impl Queue for ScriptedQueue {
-    fn in_memory(&self, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
         None
     }
 
@@ -92,9 +92,17 @@ impl Queue for ScriptedQueue {
         self.queue.has_room()
     }
 
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
     fn submit(&mut self, tag: u64, op: Op) {
         let kind = match op {
-            Op::Read { .. } => Kind::Read,
+            Op::Read { .. } | Op::ReadBelow { .. } => Kind::Read,
             Op::Write { durable, .. } => Kind::Write { durable },
             Op::Flush => Kind::Flush,
             Op::Zero { .. } => Kind::Zero,
@@ -156,7 +164,7 @@ impl Rig {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
         let device = Arc::new(Device {
-            disk: disk.clone(),
+            disk: disk.clone().into(),
             inlet: Inlet::new(folder.path()).unwrap(),
             workers: workers.collect(),
             config: ConfigSpace { geometry, queues: 2, seg_max: 126 },

@@ -67,5 +67,5 @@ fn device() -> Device {
     };
     let workers = (0..QUEUES).map(worker).collect();
     let config = ConfigSpace { geometry, queues: QUEUES, seg_max: 126 };
-    Device { disk, inlet, workers, config, queue_size: 256, writeback: true.into() }
+    Device { disk: disk.into(), inlet, workers, config, queue_size: 256, writeback: true.into() }
 }

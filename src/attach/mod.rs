@@ -1,10 +1,12 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
-//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
+//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, a grant by way of the keeper ([`grants`]),
+//! the data key by way of the [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
 //! has proved right. The way back is the drop order of the same things.
 
 pub mod control;
+pub mod grants;
+mod helper;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
@@ -13,11 +15,11 @@ pub mod unwrap;
 
 use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, new_cipher};
+use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
-use crate::store::file::FileStore;
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
@@ -25,20 +27,23 @@ use crate::vhost::session::Inlet;
 use crate::vhost::worker::{Tuning, Worker};
 use crate::virtio::Geometry;
 use crate::virtio::config_space::ConfigSpace;
-use crate::volume::image_lock::{self, ImageLock};
-use crate::volume::io::Disk;
+use crate::volume::image_lock;
+use crate::volume::io::{Disk, Layers};
+use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::{KeyRecord, Metadata};
+use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
 use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
+use grants::Keeper;
 use record::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -110,7 +115,8 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let (disk, unwrapped_by) = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let Opened { disk, unwrapped_by, keeper } =
+        open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
     let how = disk.describe();
     let record = Arc::new(Record::new(catalog.clone(), lock));
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
@@ -129,7 +135,7 @@ pub fn attach(
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let device = device(&disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -147,6 +153,7 @@ pub fn attach(
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(name);
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
+    let disk = device.disk();
     drop(device);
     let result = served.context(|| format!("serve {volume}"));
     let result = result.and(disk.flush().context(|| format!("flush {volume}")));
@@ -158,60 +165,88 @@ pub fn attach(
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     record.release();
+    keeper.retire();
     log::info!("{volume} is detached");
     waiting.tell(&result);
     result
 }
 
-/// Opens the volume's data, its metadata proved right; tells which KMS keys that took.
+/// A volume's data, and what it took to have it.
+struct Opened {
+    disk: Arc<Disk>,
+    /// The KMS keys that unwrapped its data keys.
+    unwrapped_by: Vec<UsedKey>,
+    keeper: Keeper,
+}
+
+/// Opens the volume's data, its metadata proved right.
 fn open(
     catalog: &Catalog,
     lock: &VolumeLock,
     events: &EventLog,
+    settings: &Settings,
     options: &Options,
-) -> Result<(Arc<Disk>, Vec<UsedKey>)> {
+) -> Result<Opened> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.check_layers(&metadata)?;
-    if metadata.layers().len() != 1 {
-        let message =
-            format!("{} has {} layers; this version serves one", metadata.id(), metadata.layers().len());
-        return Err(Error::new(Kind::Unsupported, message));
-    }
-    let layer = catalog.layer_path(metadata.top().id);
-    let access = if options.read_only { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-    let image_lock = ImageLock::acquire(&layer, access)?;
     let block_size = metadata.sector_size().bytes();
-    let store =
-        FileStore::open(&layer, options.read_only, block_size).context(|| layer.display().to_string())?;
+    let mut layers = open_layers(catalog, &metadata, options.read_only)?;
+    let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
-    let deks = unwrap_all(catalog, &metadata, events)?;
-    seal(catalog, lock, &mut metadata, &deks, &store)?;
-    let cipher = match (metadata.top().key, DataUnit::from_bytes(block_size as usize)) {
-        (Some(key), Some(unit)) => Some(new_cipher(options.engine, &deks[key], unit)?),
-        (None, _) => None,
-        (_, None) => unreachable!("sector sizes are data units"),
+    let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
+    seal(catalog, lock, &mut metadata, &deks, &*store)?;
+    let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
+        unreachable!("sector sizes are data units");
     };
+    // Layers under the same key share its round keys.
+    let ciphers = deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?)));
+    let ciphers = ciphers.collect::<Result<Vec<Arc<dyn SectorCipher>>>>()?;
+    for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
+        layer.cipher = record.key.map(|key| ciphers[key].clone());
+    }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    let disk = Disk::new(geometry, &serial, Box::new(store), cipher, image_lock);
+    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
     let used =
         |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
-    Ok((Arc::new(disk), metadata.keys().iter().map(used).collect()))
+    let unwrapped_by = metadata.keys().iter().map(used).collect();
+    Ok(Opened { disk: Arc::new(disk), unwrapped_by, keeper })
 }
 
-/// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
-fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
+/// Opens the layers of a volume, the top first. Only that is ever written.
+fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<Vec<Layer>> {
+    let open = |(number, layer): (usize, &LayerRecord)| {
+        let frozen = read_only || number > 0;
+        let access = if frozen { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
+        Layer::open(&catalog.layer_path(layer.id), access, metadata.sector_size().bytes(), None)
+    };
+    metadata.layers().iter().enumerate().map(open).collect()
+}
+
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
+/// as its cause.
+fn unwrap_all(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    events: &EventLog,
+    settings: &Settings,
+) -> Result<(Vec<Dek>, Keeper)> {
+    let until = Instant::now() + settings.kms_patience;
+    let patience = || Patience(until.saturating_duration_since(Instant::now()));
+    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let refused = |refusal: Refusal| {
+        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+        events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
+        refusal.error()
+    };
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience()).map_err(refused)?;
     let mut deks = Vec::new();
-    for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
-            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
-            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
-            refusal.error()
-        });
-        deks.push(dek?);
+    for (n, key) in metadata.keys().iter().enumerate() {
+        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        deks.push(dek.map_err(refused)?);
     }
-    Ok(deks)
+    Ok((deks, keeper))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
@@ -220,7 +255,7 @@ fn seal(
     lock: &VolumeLock,
     metadata: &mut Metadata,
     deks: &[Dek],
-    store: &FileStore,
+    store: &dyn Store,
 ) -> Result<()> {
     match metadata.verify(deks)? {
         Seal::Sealed | Seal::NotEncrypted => {}
@@ -241,7 +276,7 @@ fn seal(
 }
 
 fn device(
-    disk: &Arc<Disk>,
+    disk: Arc<Disk>,
     inlet: Inlet,
     options: &Options,
     qos: &Arc<Qos>,
@@ -261,7 +296,6 @@ fn device(
     };
     let workers: Vec<Worker> = (0..options.queues).map(spawn).collect::<std::io::Result<_>>()?;
     Ok(Arc::new(Device {
-        disk: disk.clone(),
         inlet,
         workers: workers.into(),
         config: ConfigSpace {
@@ -269,6 +303,7 @@ fn device(
             queues: options.queues,
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
         },
+        disk: disk.into(),
         queue_size: options.queue_size,
         writeback: true.into(),
     }))

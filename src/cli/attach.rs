@@ -1,6 +1,7 @@
-//! `sealblk attach`, `sealblk detach`, and the hidden `sealblk unwrap`.
+//! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
 use super::{Env, output};
+use crate::attach::grants::keeper;
 use crate::attach::{self, Endpoint, Options, control, unwrap};
 use crate::crypt::xts::Engine;
 use crate::error::{Error, Kind, Result};
@@ -190,6 +191,11 @@ pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
 /// The unwrap helper's whole life.
 pub fn unwrap(env: &Env) -> Result<()> {
     unwrap::help(&env.root)
+}
+
+/// The whole life of an attach's grants' keeper.
+pub fn keep_grants(env: &Env) -> Result<()> {
+    keeper::keep(&env.root)
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {

@@ -9,6 +9,7 @@
 pub mod attach;
 pub mod doctor;
 pub mod events;
+pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
@@ -101,6 +102,8 @@ enum Command {
     Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
@@ -110,6 +113,9 @@ enum Command {
     /// Wrap a data key anew for the process that started this one.
     #[command(hide = true)]
     RewrapKey,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
@@ -123,9 +129,11 @@ impl Command {
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
+            Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
             Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }

@@ -1,12 +1,15 @@
 //! Where ciphertext lies. A store moves bytes; it never sees a key and does not know what they mean.
 //!
-//! A [`Store`] is shared by all queues of a volume; each queue's thread opens a [`Queue`] of its own and
-//! drives it alone. Buffers belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes
+//! A [`Store`] is a chain of layers, most often of one: the top layer takes the writes, those below are frozen and
+//! only read. Which of them has what it does not know. It is shared by all queues of a volume; each queue's thread
+//! opens a [`Queue`] of its own, which reaches all layers, and drives it alone. Buffers belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes
 //! back with the completion, so that nothing can touch it while the kernel does.
 
+pub mod chain;
 pub mod file;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::Duration;
 use vm_memory::VolatileSlice;
@@ -16,7 +19,7 @@ use vm_memory::VolatileSlice;
 pub struct Caps {
     /// How the bytes travel, in words for the operator: `io_uring, O_DIRECT`.
     pub access: String,
-    /// Size in bytes.
+    /// Size in bytes: of the top layer.
     pub size: u64,
 }
 
@@ -40,6 +43,12 @@ impl Buffer {
         self.len as usize
     }
 
+    /// A number that no other buffer of the same queue has meanwhile, below [`Queue::places`]; one more for each
+    /// 4096 bytes before those of the next.
+    pub fn place(&self) -> usize {
+        self.page as usize
+    }
+
     /// Whether it holds nothing. A pool never gives such a buffer.
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -53,6 +62,17 @@ pub enum Op {
     Read {
         /// Where from.
         offset: u64,
+        /// What to fill.
+        buffer: Buffer,
+    },
+    /// Fill a part of the buffer from `offset` of a layer below the top.
+    ReadBelow {
+        /// Which: 1 is the one right below the top.
+        layer: usize,
+        /// Where from.
+        offset: u64,
+        /// Which bytes of the buffer to fill.
+        part: Range<usize>,
         /// What to fill.
         buffer: Buffer,
     },
@@ -81,7 +101,7 @@ pub enum Op {
 /// Something that happened.
 #[derive(Debug)]
 pub enum Event {
-    /// An operation ended. A transfer shorter than its buffer is an error here.
+    /// An operation ended. A transfer shorter than what was to be moved is an error here.
     Done {
         /// The tag it was submitted with.
         tag: u64,
@@ -123,6 +143,18 @@ pub trait Store: Send + Sync {
 
     /// Whether it holds any data at all, that is, whether something was ever written.
     fn has_data(&self) -> io::Result<bool>;
+
+    /// The lengths in bytes of the layers below the top, from the one right below it.
+    fn below(&self) -> &[u64] {
+        &[]
+    }
+
+    /// The next run of bytes at or after `from` in which the layer (0: the top) may hold data; outside of such runs it
+    /// holds none that was written before this was asked. `None`: nothing from there to its end.
+    fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
+        let size = if layer == 0 { self.caps().size } else { self.below()[layer - 1] };
+        Ok((from < size).then_some(from..size))
+    }
 }
 
 /// One thread's way to a store. Dropping it waits for what is in flight.
@@ -133,21 +165,28 @@ pub trait Queue {
     /// Gives a buffer back.
     fn free(&mut self, buffer: Buffer);
 
+    /// How many buffers there can be, and more than any [`Buffer::place`].
+    fn places(&self) -> usize;
+
     /// The most bytes of one buffer.
     fn max_buffer(&self) -> usize;
 
     /// The bytes of a buffer of this queue.
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
 
-    /// The bytes at `offset` themselves, where the store is memory: neither an operation nor a copy is needed to read
-    /// them. They may change while they are read. `None` where an [`Op::Read`] is to be submitted.
-    fn in_memory(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
+    /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation nor a copy is
+    /// needed to read them. The top's may change while they are read. `None` where they are to be read by an operation.
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
 
-    /// Whether another operation may be submitted.
+    /// Whether another operation may be submitted, beside one for each [`Event::Done`] that was not taken yet.
     fn has_room(&self) -> bool;
 
+    /// Operations that were submitted and have caused no event yet.
+    fn in_flight(&self) -> usize;
+
     /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`].
-    /// Never more than the depth at a time: see [`Queue::has_room`].
+    /// Never more than the depth at a time: see [`Queue::has_room`]. Whoever has just taken an [`Event::Done`] may
+    /// submit one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);
 
     /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay open

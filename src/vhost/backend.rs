@@ -8,8 +8,8 @@ use crate::virtio::config_space::{ConfigSpace, writeback_written};
 use crate::virtio::features;
 use crate::volume::io::Disk;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestMemoryAtomic;
@@ -17,8 +17,8 @@ use vmm_sys_util::epoll::EventSet;
 
 /// An attached volume as a virtio device: what lasts from one VMM's connection to the next.
 pub struct Device {
-    /// The volume.
-    pub disk: Arc<Disk>,
+    /// The volume: what the queues serve. Locked while they are paused.
+    pub disk: Mutex<Arc<Disk>>,
     /// Where sessions get their inner sockets.
     pub inlet: Inlet,
     /// One thread a queue.

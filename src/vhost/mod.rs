@@ -11,6 +11,7 @@ pub mod backend;
 pub mod dirty;
 pub mod gate;
 pub mod inflight;
+pub mod pause;
 pub mod poll;
 pub mod qos;
 pub mod ring;

@@ -25,10 +25,11 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
-use sync::{Condvar, Mutex, MutexGuard, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+use sync::{Condvar, Mutex, MutexGuard, Receiver, SyncSender, sync_channel};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
@@ -69,6 +70,14 @@ enum Command {
     Start(Box<Setup>),
     SetCall(Option<File>),
     Stop,
+    /// Begin nothing more, and answer when no operation is in flight; then obey nothing but the next two.
+    Pause,
+    /// In a pause: get ready to go on with another disk.
+    Prepare(Arc<Disk>),
+    /// Go on, with the disk that was prepared, if that is said.
+    Resume {
+        switch: bool,
+    },
     Exit,
 }
 
@@ -91,12 +100,16 @@ impl Mailbox {
     }
 
     fn post(&self, command: Command) -> Answer {
-        let gone = || io::Error::other("the queue's thread is gone");
+        self.send(command)?.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Leaves a command for the thread; the answer comes by the receiver.
+    fn send(&self, command: Command) -> io::Result<Receiver<Answer>> {
         let (reply, answer) = sync_channel(1);
         self.commands().as_mut().ok_or_else(gone)?.push_back((command, reply));
         self.filled.notify_one();
         self.wake.write(1)?;
-        answer.recv().unwrap_or_else(|_| Err(gone()))
+        Ok(answer)
     }
 
     fn take(&self) -> Option<(Command, Reply)> {
@@ -118,9 +131,68 @@ impl Mailbox {
         }
     }
 
+    /// Waits for a command about the pause. All others stay where they are until it is over.
+    fn wait_in_pause(&self) -> (Command, Reply) {
+        let mut commands = self.commands();
+        loop {
+            let list = commands.get_or_insert_default();
+            let about = |c: &Command| matches!(c, Command::Prepare(_) | Command::Resume { .. });
+            let found = list.iter().position(|(command, _)| about(command));
+            if let Some(command) = found.and_then(|index| list.remove(index)) {
+                return command;
+            }
+            commands = self.filled.wait(commands).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Stands still until the end of a pause; answers what goes on, if that is not what there was. `open` makes it
+    /// out of the disk.
+    fn pause<T>(&self, open: impl Fn(&Arc<Disk>) -> io::Result<T>) -> Option<(Arc<Disk>, T)> {
+        let mut next = None;
+        loop {
+            match self.wait_in_pause() {
+                (Command::Prepare(disk), reply) => {
+                    let opened = open(&disk).map(|opened| next = Some((disk, opened)));
+                    let _ = reply.send(opened.map(|()| None));
+                }
+                (Command::Resume { switch }, reply) => {
+                    let _ = reply.send(Ok(None));
+                    return next.filter(|_| switch);
+                }
+                (_, reply) => drop(reply.send(Err(not_paused()))),
+            }
+        }
+    }
+
     fn commands(&self) -> MutexGuard<'_, Option<VecDeque<(Command, Reply)>>> {
         // The list is whole even if somebody panicked while holding it.
         self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the queue's thread is gone")
+}
+
+/// What a thread will answer to a [`Worker::pause`] or [`Worker::resume`].
+pub struct Awaited(Receiver<Answer>);
+
+impl Awaited {
+    /// The answer, if it comes until `deadline`.
+    pub fn wait_until(self, deadline: Instant) -> io::Result<()> {
+        match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(answer) => answer.map(drop),
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(RecvTimeoutError::Timeout) => {
+                let message = "operations are in flight that do not end";
+                Err(io::Error::new(io::ErrorKind::TimedOut, message))
+            }
+        }
+    }
+
+    /// The answer.
+    pub fn wait(self) -> io::Result<()> {
+        self.0.recv().unwrap_or_else(|_| Err(gone())).map(drop)
     }
 }
 
@@ -154,6 +226,22 @@ impl Worker {
     /// Drains and forgets the ring; answers where it stands, or `None` if there was none.
     pub fn stop(&self) -> io::Result<Option<Position>> {
         self.mailbox.post(Command::Stop)
+    }
+
+    /// Asks the thread to begin nothing more; the answer comes when none of its operations is in flight. Requests that
+    /// it has taken but not finished stay with it, and so do commands of others, until [`Worker::resume`].
+    pub fn pause(&self) -> io::Result<Awaited> {
+        self.mailbox.send(Command::Pause).map(Awaited)
+    }
+
+    /// Lets a thread that is paused open another disk, for [`Worker::resume`].
+    pub fn prepare(&self, disk: Arc<Disk>) -> io::Result<Awaited> {
+        self.mailbox.send(Command::Prepare(disk)).map(Awaited)
+    }
+
+    /// Lets a thread that was asked to pause go on; with the disk that was prepared last, if `switch`.
+    pub fn resume(&self, switch: bool) -> io::Result<Awaited> {
+        self.mailbox.send(Command::Resume { switch }).map(Awaited)
     }
 
     /// Replaces the call descriptor of the running ring, and signals the new one once.
@@ -193,29 +281,43 @@ fn live(index: usize, inbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning, d
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
 /// there only while it runs, so that a queue that no driver uses costs nothing.
 fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io::Result<()> {
+    let mut disk = disk.clone();
     loop {
         let (command, reply) = mailbox.wait();
         match command {
-            Command::Start(setup) => {
-                let depth = setup.ring.size().max(MIN_DEPTH);
-                match disk.open_queue(depth) {
-                    Ok(queue) => {
-                        let server = Server::new(mailbox.clone(), queue, *setup, tuning);
-                        let _ = reply.send(Ok(None));
-                        if server.run()? {
-                            return Ok(());
-                        }
+            Command::Start(setup) => match disk.open_queue(depth(&setup.ring)) {
+                Ok(queue) => {
+                    let server = Server::new(mailbox.clone(), queue, *setup, tuning);
+                    let _ = reply.send(Ok(None));
+                    if server.run(&mut disk)? {
+                        return Ok(());
                     }
-                    Err(e) => drop(reply.send(Err(e))),
+                }
+                Err(e) => drop(reply.send(Err(e))),
+            },
+            Command::SetCall(_) | Command::Stop | Command::Resume { .. } => drop(reply.send(Ok(None))),
+            Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
+            Command::Pause => {
+                let _ = reply.send(Ok(None));
+                // A ring would have had a queue.
+                if let Some((next, ())) = mailbox.pause(|_| Ok(())) {
+                    disk = next;
                 }
             }
-            Command::SetCall(_) | Command::Stop => drop(reply.send(Ok(None))),
             Command::Exit => {
                 let _ = reply.send(Ok(None));
                 return Ok(());
             }
         }
     }
+}
+
+fn depth(ring: &Ring) -> u16 {
+    ring.size().max(MIN_DEPTH)
+}
+
+fn not_paused() -> io::Error {
+    io::Error::other("the queue is not paused")
 }
 
 fn bind_to(cpu: usize) -> io::Result<()> {

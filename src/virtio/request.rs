@@ -79,13 +79,6 @@ pub enum Op {
     },
 }
 
-impl Op {
-    /// Whether it moves data between the guest and the disk.
-    pub fn moves_data(&self) -> bool {
-        matches!(self, Op::Read { .. } | Op::Write { .. })
-    }
-}
-
 /// A chain with a place for its status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parsed {

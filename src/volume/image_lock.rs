@@ -83,6 +83,18 @@ impl ImageLock {
         }
         Ok(lock)
     }
+
+    /// Lets others read too: from now on this is as if it had been acquired for [`Access::Read`].
+    pub fn stop_writing(&self) {
+        let gone = |of: fn(Access) -> &'static [i64], base| {
+            let kept = of(Access::Read);
+            of(Access::ReadWrite).iter().filter(move |n| !kept.contains(n)).map(move |n| base + n)
+        };
+        for byte in gone(Access::used, USED).chain(gone(Access::unshared, UNSHARED)) {
+            // Unlocking needs nothing that could be short; were it to fail, others would be kept off needlessly.
+            let _ = fcntl(&self.file, FcntlArg::F_OFD_SETLK(&byte_range(libc::F_UNLCK, byte, 1)));
+        }
+    }
 }
 
 impl Drop for ImageLock {
@@ -116,7 +128,10 @@ mod tests {
         let writer = get(Access::ReadWrite).unwrap();
         assert_eq!(get(Access::Read).unwrap_err().kind(), Kind::Busy);
         assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
-        drop(writer);
+        writer.stop_writing();
+        let reader = get(Access::Read).unwrap();
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        drop((writer, reader));
         assert!(get(Access::ReadWrite).is_ok());
     }
 }

@@ -4,13 +4,18 @@
 //! goes through a buffer of the store's queue, so that the kernel never holds a guest pointer, a write reads
 //! guest memory exactly once, and the guest never sees ciphertext.
 //!
-//! An all-zero 512-byte sector of an encrypted layer means "never written" and reads as zeros.
+//! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
+//! zeros; what several layers take is in [`layered`].
+
+mod layered;
 
 use super::image_lock::ImageLock;
+use super::map::{LayerMap, MAX_LAYERS};
 use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
+use layered::{Action, Layered, Part};
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -20,20 +25,46 @@ use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
+/// How a layer is encrypted; not at all without one. Layers under the same key share it.
+pub type Cipher = Option<Arc<dyn SectorCipher>>;
+
 /// An attached volume, as its queues see it.
 pub struct Disk {
     geometry: Geometry,
     serial: [u8; ID_BYTES],
-    store: Box<dyn Store>,
-    cipher: Option<Box<dyn SectorCipher>>,
-    /// Keeps others off the layer for as long as it is served.
-    _image_lock: ImageLock,
+    store: Arc<dyn Store>,
+    /// The top layer's.
+    cipher: Cipher,
+    /// The layers below the top, from the one right below it.
+    below: Vec<Below>,
+    /// Which layers may have what, where there are several.
+    map: Option<Arc<LayerMap>>,
+    /// Keep others off the layers for as long as they are served.
+    _image_locks: Vec<Arc<ImageLock>>,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
-    flush_failed: AtomicBool,
+    flush_failed: Arc<AtomicBool>,
+}
+
+/// The layers of a volume as they were opened, and what goes with each, the top first.
+pub struct Layers {
+    /// Where they lie.
+    pub store: Arc<dyn Store>,
+    /// How they are encrypted.
+    pub ciphers: Vec<Cipher>,
+    /// What keeps others off them.
+    pub image_locks: Vec<Arc<ImageLock>>,
+}
+
+/// A frozen layer.
+struct Below {
+    cipher: Cipher,
+    /// How many sectors it has; it may be shorter than the volume.
+    sectors: u64,
 }
 
 impl Disk {
-    /// A disk over `store`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as virtio has it.
+    /// A disk of one layer in `store`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as
+    /// virtio has it.
     pub fn new(
         geometry: Geometry,
         serial: &str,
@@ -41,18 +72,63 @@ impl Disk {
         cipher: Option<Box<dyn SectorCipher>>,
         image_lock: ImageLock,
     ) -> Self {
-        let mut id = [0; ID_BYTES];
-        for (to, from) in id.iter_mut().zip(serial.bytes()) {
-            *to = from;
-        }
         Disk {
             geometry,
-            serial: id,
-            store,
-            cipher,
-            _image_lock: image_lock,
-            flush_failed: AtomicBool::new(false),
+            serial: padded(serial),
+            store: store.into(),
+            cipher: cipher.map(Arc::from),
+            below: Vec::new(),
+            map: None,
+            _image_locks: vec![Arc::new(image_lock)],
+            flush_failed: Arc::default(),
         }
+    }
+
+    /// A disk of several layers, or of one.
+    ///
+    /// # Errors
+    /// `InvalidInput` if such layers cannot be served: more than [`MAX_LAYERS`], one below the top that is not whole
+    /// blocks long, or one without a cipher above another, in which zeros could not be kept.
+    pub fn layered(geometry: Geometry, serial: &str, layers: Layers) -> io::Result<Self> {
+        Self::over(geometry, padded(serial), layers, None, Arc::default())
+    }
+
+    /// The same volume when its top is frozen and `layers` has a new, empty one above it. The volume's queues must be
+    /// held meanwhile, so that nothing is written through this disk any more.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`].
+    pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
+        assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
+        Self::over(self.geometry, self.serial, layers, self.map.clone(), self.flush_failed.clone())
+    }
+
+    /// The same volume with other layers, or another size. The volume's queues must be held meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`].
+    pub fn with_layers(&self, geometry: Geometry, layers: Layers) -> io::Result<Self> {
+        Self::over(geometry, self.serial, layers, None, self.flush_failed.clone())
+    }
+
+    fn over(
+        geometry: Geometry,
+        serial: [u8; ID_BYTES],
+        layers: Layers,
+        map: Option<Arc<LayerMap>>,
+        flush_failed: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        let Layers { store, mut ciphers, image_locks } = layers;
+        assert_eq!(ciphers.len(), store.below().len() + 1, "every layer has its cipher, or none");
+        check_layers(&geometry, &ciphers, store.below())?;
+        let below = store.below().iter().map(|len| len / SECTOR_SIZE).zip(ciphers.drain(1..));
+        let below: Vec<_> = below.map(|(sectors, cipher)| Below { cipher, sectors }).collect();
+        let map = match map {
+            None if !below.is_empty() => Some(Arc::new(LayerMap::build(store.clone())?)),
+            map => map,
+        };
+        let cipher = ciphers.remove(0);
+        Ok(Disk { geometry, serial, store, cipher, below, map, _image_locks: image_locks, flush_failed })
     }
 
     /// Its shape.
@@ -69,12 +145,36 @@ impl Disk {
     pub fn describe(&self) -> String {
         let engine =
             self.cipher.as_ref().map_or("not encrypted".into(), |c| format!("XTS engine {}", c.engine()));
-        format!("{}; {engine}", self.store.caps().access)
+        let layers = match self.below.len() {
+            0 => String::new(),
+            n => format!("; {} layers", n + 1),
+        };
+        format!("{}; {engine}{layers}", self.store.caps().access)
+    }
+
+    /// How many layers there are, which is the top's height: the lowest has 1.
+    fn height(&self) -> u8 {
+        // At most MAX_LAYERS.
+        (self.below.len() + 1) as u8
+    }
+
+    fn cipher_at(&self, height: u8) -> &Cipher {
+        match self.height() - height {
+            0 => &self.cipher,
+            n => &self.below[usize::from(n) - 1].cipher,
+        }
+    }
+
+    /// Which layers may have what; none for a disk of one layer.
+    pub fn map(&self) -> Option<&Arc<LayerMap>> {
+        self.map.as_ref()
     }
 
     /// This thread's way to the disk, for at most `depth` operations at a time.
     pub fn open_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
-        Ok(DiskQueue { disk: self.clone(), queue: self.store.open_queue(depth)? })
+        let queue = self.store.open_queue(depth)?;
+        let layered = self.map.clone().map(|map| Layered::new(map, queue.places()));
+        Ok(DiskQueue { disk: self.clone(), queue, layered })
     }
 
     /// Makes everything written durable, by the calling thread.
@@ -94,6 +194,8 @@ impl Disk {
 pub struct DiskQueue {
     disk: Arc<Disk>,
     queue: Box<dyn Queue>,
+    /// Where there are several layers.
+    layered: Option<Layered>,
 }
 
 impl DiskQueue {
@@ -122,20 +224,39 @@ impl DiskQueue {
         self.queue.has_room()
     }
 
-    /// Reads ciphertext from `sector` into `buffer`; at its completion, [`DiskQueue::deliver`] it.
-    pub fn read(&mut self, tag: u64, sector: u64, buffer: Buffer) {
-        self.queue.submit(tag, Op::Read { offset: sector * SECTOR_SIZE, buffer });
+    /// Operations that were submitted and have caused no event yet.
+    pub fn in_flight(&self) -> usize {
+        self.queue.in_flight()
     }
 
-    /// Reads `len` bytes from `sector` into guest memory at once, where the store is memory and all of them were written;
-    /// answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    /// Reads ciphertext from `sector` into `buffer`; at its completion, [`DiskQueue::deliver`] it.
+    pub fn read(&mut self, tag: u64, sector: u64, buffer: Buffer) {
+        match &mut self.layered {
+            None => self.queue.submit(tag, Op::Read { offset: sector * SECTOR_SIZE, buffer }),
+            Some(layered) => layered.begin(&self.disk, &mut *self.queue, tag, sector, buffer),
+        }
+    }
+
+    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
         M: GuestMemory,
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
     {
-        let Some(bytes) = self.queue.in_memory(sector * SECTOR_SIZE, len as usize) else { return Ok(false) };
-        match &self.disk.cipher {
+        let height = match &self.layered {
+            None => self.disk.height(),
+            Some(layered) => layered.topmost(&self.disk, sector, len),
+        };
+        if height == 0 {
+            return Ok(false);
+        }
+        let layer = usize::from(self.disk.height() - height);
+        let Some(bytes) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
+            return Ok(false);
+        };
+        match self.disk.cipher_at(height) {
+            // What looks like zeros may be in a layer below.
+            None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
             Some(cipher) => {
                 let block = self.disk.geometry.block_size as usize;
                 let direct = !may_have_holes(&bytes)
@@ -179,20 +300,41 @@ impl DiskQueue {
             self.queue.free(buffer);
             return Err(e);
         }
-        self.queue.submit(tag, Op::Write { offset: sector * SECTOR_SIZE, buffer, durable });
+        self.submit_write(tag, sector, buffer, durable);
         Ok(())
     }
 
-    /// Decrypts a buffer that [`DiskQueue::read`] filled into guest memory.
-    pub fn deliver<M>(&mut self, sector: u64, buffer: &mut Buffer, guest: GuestData<'_, M>) -> io::Result<()>
+    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that
+    /// was all: if not, the buffer has gone on to another layer, and there will be another event with the same tag.
+    pub fn deliver<M>(
+        &mut self,
+        tag: u64,
+        sector: u64,
+        mut buffer: Buffer,
+        guest: GuestData<'_, M>,
+    ) -> io::Result<bool>
     where
         M: GuestMemory,
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
     {
-        let bytes = self.queue.bytes(buffer);
-        match &self.disk.cipher {
-            Some(cipher) => guest.decrypt_from(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
-            None => guest.copy_from(bytes),
+        let bytes = self.queue.bytes(&mut buffer);
+        let done = match (&mut self.layered, &self.disk.cipher) {
+            (Some(layered), _) => layered.deliver(&self.disk, bytes, buffer.place(), sector, guest),
+            (None, Some(cipher)) => {
+                let block = self.disk.geometry.block_size;
+                guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
+            }
+            (None, None) => guest.copy_from(bytes).map(|()| true),
+        };
+        match (done, &mut self.layered) {
+            (Ok(false), Some(layered)) => {
+                layered.go_on(&self.disk, &mut *self.queue, tag, sector, buffer);
+                Ok(false)
+            }
+            (done, _) => {
+                self.queue.free(buffer);
+                done
+            }
         }
     }
 
@@ -230,10 +372,41 @@ impl DiskQueue {
         }
     }
 
-    /// Makes `count` sectors read as zeros. There is one layer, so a hole in it is all that this takes.
-    pub fn zero(&mut self, tag: u64, sector: u64, count: u64, keep_space: bool) {
-        let (offset, len) = (sector * SECTOR_SIZE, count * SECTOR_SIZE);
-        self.queue.submit(tag, Op::Zero { offset, len, keep_space });
+    fn submit_write(&mut self, tag: u64, sector: u64, buffer: Buffer, durable: bool) {
+        let offset = sector * SECTOR_SIZE;
+        if let Some(layered) = &self.layered {
+            layered.map().mark(offset..offset + buffer.len() as u64, self.disk.height());
+        }
+        self.queue.submit(tag, Op::Write { offset, buffer, durable });
+    }
+
+    /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of them: the
+    /// answer says how many are seen to, and whether an operation was submitted for them. `None`: there is no room yet.
+    pub fn zero(&mut self, tag: u64, sector: u64, count: u64, how: Zeroing) -> Option<Zeroed> {
+        let most = self.max_buffer() as u64 / SECTOR_SIZE;
+        let part = match &self.layered {
+            None => Part { sectors: count, action: Action::Punch },
+            Some(layered) => layered.first_part(&self.disk, sector, count, most, how),
+        };
+        let (offset, len) = (sector * SECTOR_SIZE, part.sectors * SECTOR_SIZE);
+        match part.action {
+            Action::Nothing => return Some(Zeroed { sectors: part.sectors, submitted: false }),
+            Action::Punch if !self.queue.has_room() => return None,
+            Action::Punch => {
+                let keep_space = how == Zeroing::KeepSpace;
+                self.queue.submit(tag, Op::Zero { offset, len, keep_space });
+            }
+            Action::Write => {
+                let mut buffer = self.alloc(len as usize)?;
+                let bytes = self.queue.bytes(&mut buffer);
+                bytes.fill(0);
+                if let Some(cipher) = &self.disk.cipher {
+                    cipher.encrypt_in_place(bytes, sector);
+                }
+                self.submit_write(tag, sector, buffer, false);
+            }
+        }
+        Some(Zeroed { sectors: part.sectors, submitted: true })
     }
 
     /// See [`Queue::watch`].
@@ -248,21 +421,68 @@ impl DiskQueue {
 
     /// See [`Queue::wait`].
     pub fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        self.queue.wait(wait)
+        let due = self.layered.as_ref().is_some_and(Layered::has_event);
+        self.queue.wait(if due { Wait::Poll } else { wait })
     }
 
     /// See [`Queue::is_ready`].
     pub fn is_ready(&mut self) -> bool {
-        self.queue.is_ready()
+        self.layered.as_ref().is_some_and(Layered::has_event) || self.queue.is_ready()
     }
 
     /// See [`Queue::next_event`].
     pub fn next_event(&mut self) -> Option<Event> {
-        self.queue.next_event()
+        self.layered.as_mut().and_then(Layered::next_event).or_else(|| self.queue.next_event())
     }
 }
 
+/// What the guest asks for when it names sectors and sends no data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// It has no use for them: they may read as anything that they held or as zeros.
+    Discard,
+    /// They shall read as zeros; their space may go.
+    Unmap,
+    /// They shall read as zeros; their space shall stay theirs, where the store can do that.
+    KeepSpace,
+}
+
+/// What one step of [`DiskQueue::zero`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zeroed {
+    /// Sectors that are seen to, from the first.
+    pub sectors: u64,
+    /// Whether there will be an event for them.
+    pub submitted: bool,
+}
+
+fn padded(serial: &str) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    for (to, from) in id.iter_mut().zip(serial.bytes()) {
+        *to = from;
+    }
+    id
+}
+
+/// Whether such layers can be served.
+fn check_layers(geometry: &Geometry, ciphers: &[Cipher], below: &[u64]) -> io::Result<()> {
+    let refuse = |message: String| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    if ciphers.len() > MAX_LAYERS {
+        return refuse(format!("{} layers; at most {MAX_LAYERS} can be served: flatten it", ciphers.len()));
+    }
+    let block = u64::from(geometry.block_size);
+    if let Some(len) = below.iter().find(|&len| len % block != 0) {
+        return refuse(format!("a layer of {len} bytes, which are not whole blocks of {block} bytes"));
+    }
+    // Zeros mean "not in this layer": what is above another must have a way to write zeros that are none.
+    if ciphers[..ciphers.len() - 1].iter().any(Option::is_none) {
+        return refuse("a layer without a key lies above another; only the lowest can be without".into());
+    }
+    Ok(())
+}
+
 /// A request's data in guest memory, from byte `skip` on.
+#[derive(Clone, Copy)]
 pub struct GuestData<'a, M> {
     /// The guest's memory.
     pub mem: &'a M,
@@ -277,6 +497,23 @@ where
     M: GuestMemory,
     M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
 {
+    /// The same from byte `skip` of this on.
+    fn from(&self, skip: usize) -> Self {
+        GuestData { mem: self.mem, segments: self.segments, skip: self.skip + skip as u64 }
+    }
+
+    /// Fills the first `len` bytes with zeros.
+    fn fill_zero(&self, len: usize) -> io::Result<()> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        self.each(len, Permissions::Write, |slice, _| {
+            let mut at = 0;
+            while at < slice.len() {
+                // The offset is within the slice.
+                at += slice.write(&ZEROS, at).unwrap_or(slice.len());
+            }
+        })
+    }
+
     /// Calls `f` with each run of the first `len` bytes and its position among them.
     fn each(
         &self,

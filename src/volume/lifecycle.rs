@@ -63,7 +63,7 @@ pub fn create(
     let key = key.map(|with| {
         generate_key(id, &with).map_err(|e| {
             failed(e.to_string());
-            e.with_advice(with.key)
+            e.with_advice_of(with.provider.name(), with.key)
         })
     });
     let key = key.transpose().context(attempt)?;

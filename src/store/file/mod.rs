@@ -17,8 +17,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
+use queue::{FileQueue, Reached};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -107,13 +109,55 @@ impl FileStore {
     /// that shared one could flush at the same time, and one of them be told that all is well.
     fn open_again(&self) -> io::Result<File> {
         let flags = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
-        // Not by its name, which may mean another file by now.
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let file = OpenOptions::new().read(true).write(!self.read_only).custom_flags(flags).open(path)?;
+        let mut how = OpenOptions::new();
+        let how = how.read(true).write(!self.read_only).custom_flags(flags);
+        let file = how.open(self.by_descriptor())?;
         if !self.read_only {
             lock_in_flight(&file, libc::F_RDLCK)?;
         }
         Ok(file)
+    }
+
+    /// The same file for reading alone, once it is frozen.
+    pub fn frozen(&self) -> io::Result<Self> {
+        let direct = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
+        Ok(FileStore {
+            file: Arc::new(file),
+            access: self.access,
+            read_only: true,
+            caps: self.caps.clone(),
+            memory: self.memory.clone(),
+            write_cache: None,
+        })
+    }
+
+    /// A queue over this layer as the top and `below`, which are frozen, from the one right below it.
+    pub(super) fn open_queue_over(&self, below: &[Arc<FileStore>], depth: u16) -> io::Result<Box<dyn Queue>> {
+        let reached = |layer: &FileStore, file| Reached {
+            file,
+            inline: layer.access == Access::Inline,
+            memory: layer.memory.clone(),
+        };
+        let top = reached(self, Arc::new(self.open_again()?));
+        let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
+        let queue = FileQueue::new(top, below, depth)?;
+        Ok(Box::new(queue.with_write_cache(self.write_cache.clone())))
+    }
+
+    /// See [`Store::next_data`].
+    pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let start = match lseek64(&*self.file, from as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(Errno::ENXIO) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Some(start..lseek64(&*self.file, start as i64, Whence::SeekHole)? as u64))
+    }
+
+    /// A path that means this file, whatever its name means by now.
+    fn by_descriptor(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
     }
 
     /// The open file, for locks.
@@ -128,33 +172,30 @@ impl Store for FileStore {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let file = Arc::new(self.open_again()?);
-        let queue = queue::FileQueue::new(file, self.access, self.memory.clone(), depth)?;
-        Ok(Box::new(queue.with_write_cache(self.write_cache.clone())))
+        self.open_queue_over(&[], depth)
     }
 
     fn has_data(&self) -> io::Result<bool> {
         let mut room = Aligned::new(1 << 20);
         let mut from = 0;
-        loop {
-            let start = match lseek64(&*self.file, from, Whence::SeekData) {
-                Ok(start) => start as u64,
-                Err(Errno::ENXIO) => return Ok(false),
-                Err(e) => return Err(e.into()),
-            };
-            let end = lseek64(&*self.file, start as i64, Whence::SeekHole)? as u64;
+        while let Some(data) = self.next_data_from(from)? {
             // What is allocated may still be zeros: of a copy, say, that knew no holes.
-            let mut at = start;
-            while at < end {
-                let chunk = room.bytes((end - at).min(1 << 20) as usize);
+            let mut at = data.start;
+            while at < data.end {
+                let chunk = room.bytes((data.end - at).min(1 << 20) as usize);
                 self.file.read_exact_at(chunk, at)?;
                 if chunk.iter().any(|&byte| byte != 0) {
                     return Ok(true);
                 }
                 at += chunk.len() as u64;
             }
-            from = end as i64;
+            from = data.end;
         }
+        Ok(false)
+    }
+
+    fn next_data(&self, _layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.next_data_from(from)
     }
 }
 
@@ -196,8 +237,10 @@ fn lock_in_flight(file: &File, kind: i32) -> io::Result<()> {
 
 /// Whether an O_DIRECT transfer of one block is accepted: a trial says it better than any table.
 fn takes_blocks_of(file: &File, block_size: u32) -> bool {
-    let mut room = Aligned::new(block_size as usize);
-    match file.read_at(room.bytes(block_size as usize), u64::from(block_size)) {
+    let len = block_size as usize;
+    let mut room = Aligned::new(2 * len);
+    // Not at a page's beginning: parts of buffers are read as well.
+    match file.read_at(&mut room.bytes(2 * len)[len..], u64::from(block_size)) {
         Ok(_) => true,
         Err(e) => {
             log::debug!("O_DIRECT in blocks of {block_size} bytes on fd {}: {e}", file.as_raw_fd());

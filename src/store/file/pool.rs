@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Bytes in a page of the pool: the alignment that O_DIRECT needs at most.
 pub const PAGE: usize = 4096;
 /// Pages in a pool: 4 MiB a queue, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
-const PAGES: u32 = 1024;
+pub const PAGES: u32 = 1024;
 /// The most bytes in one buffer: larger transfers go in pieces.
 pub const MAX_BUFFER: usize = 256 * 1024;
 

@@ -2,7 +2,6 @@
 //! ring and one system call a batch.
 
 use super::super::{Buffer, Event, Op, Queue, Wait};
-use super::Access;
 use super::memory::FileMemory;
 use super::pool::{self, Pool};
 use super::write_cache::WriteCache;
@@ -48,6 +47,17 @@ struct Watch {
     fd: RawFd,
 }
 
+/// A layer and how it is reached.
+pub struct Reached {
+    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
+    /// it, and so no error is told to one of them only.
+    pub file: Arc<File>,
+    /// Whether it is read and written by the queue's thread on the spot.
+    pub inline: bool,
+    /// Where the file is memory.
+    pub memory: Option<Arc<FileMemory>>,
+}
+
 /// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
 pub struct FileQueue {
     ring: IoUring,
@@ -57,6 +67,8 @@ pub struct FileQueue {
     file: Arc<File>,
     inline: bool,
     memory: Option<Arc<FileMemory>>,
+    /// The layers below, which are only read, from the one right below the top.
+    below: Vec<Reached>,
     /// Of a block device that is written past the page cache: whether it has a cache of its own.
     write_cache: Option<Arc<WriteCache>>,
     depth: usize,
@@ -71,19 +83,16 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(
-        file: Arc<File>,
-        access: Access,
-        memory: Option<Arc<FileMemory>>,
-        depth: u16,
-    ) -> io::Result<Self> {
+    pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+        let Reached { file, inline, memory } = top;
         let depth = usize::from(depth.max(1));
         // Room for watches and their removal beside the data.
         let ring = build_ring(depth as u32 + 16)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
+        ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
         let pool = Pool::new()?;
-        let inline = access == Access::Inline;
-        let registered = !inline && register(&ring, &pool);
+        let by_ring = !inline || below.iter().any(|b| !b.inline);
+        let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
             ring,
             pool,
@@ -91,6 +100,7 @@ impl FileQueue {
             file,
             inline,
             memory,
+            below,
             write_cache: None,
             depth,
             pending: (0..depth).map(|_| None).collect(),
@@ -108,12 +118,8 @@ impl FileQueue {
         self
     }
 
-    fn in_flight(&self) -> usize {
-        self.depth - self.free_slots.len()
-    }
-
     fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an entry refers to the file, which is registered and open as long as the ring; to bytes of
+        // SAFETY: an entry refers to files, which are registered and open as long as the ring; to bytes of
         // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
         // ring (drop waits for all completions); or to nothing.
         if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
@@ -150,6 +156,19 @@ impl FileQueue {
                     opcode::Read::new(FILE, ptr, len).offset(offset).build()
                 }
             }
+            Op::ReadBelow { layer, offset, part, buffer } => {
+                // The kernel gets its place: it must lie in the buffer.
+                assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is filled");
+                let (ptr, len) = (self.pool.ptr(&buffer).wrapping_add(part.start), part.len() as u32);
+                pending.expect = len;
+                pending.buffer = Some(buffer);
+                let file = types::Fixed(layer as u32);
+                if self.registered {
+                    opcode::ReadFixed::new(file, ptr, len, 0).offset(offset).build()
+                } else {
+                    opcode::Read::new(file, ptr, len).offset(offset).build()
+                }
+            }
             Op::Write { offset, buffer, durable } => {
                 let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -176,6 +195,11 @@ impl FileQueue {
         let (buffer, result) = match op {
             Op::Read { offset, mut buffer } => {
                 let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
+                (Some(buffer), result)
+            }
+            Op::ReadBelow { layer, offset, part, mut buffer } => {
+                let bytes = &mut self.pool.bytes(&mut buffer)[part];
+                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
                 (Some(buffer), result)
             }
             Op::Write { offset, mut buffer, durable } => {
@@ -296,6 +320,10 @@ impl Queue for FileQueue {
         self.pool.free(buffer);
     }
 
+    fn places(&self) -> usize {
+        pool::PAGES as usize
+    }
+
     fn max_buffer(&self) -> usize {
         pool::MAX_BUFFER
     }
@@ -304,19 +332,30 @@ impl Queue for FileQueue {
         self.pool.bytes(buffer)
     }
 
-    fn in_memory(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        self.memory.as_ref()?.bytes(offset, len)
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
+        memory.as_ref()?.bytes(offset, len)
     }
 
     fn has_room(&self) -> bool {
-        !self.free_slots.is_empty()
+        // What was read inline from one layer may have to be read through the ring from the next.
+        let owed = if self.below.is_empty() { 0 } else { self.events.len() };
+        self.free_slots.len() > owed
+    }
+
+    fn in_flight(&self) -> usize {
+        self.depth - self.free_slots.len()
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
         if matches!(op, Op::Flush) && self.write_cache.as_ref().is_some_and(|cache| cache.is_off()) {
             return self.events.push_back(Event::Done { tag, buffer: None, result: Ok(()) });
         }
-        if self.inline { self.run_inline(tag, op) } else { self.start(tag, op) }
+        let inline = match &op {
+            Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
+            _ => self.inline,
+        };
+        if inline { self.run_inline(tag, op) } else { self.start(tag, op) }
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {

@@ -23,6 +23,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub struct Control {
     /// Flushes that were begun.
     pub begun: AtomicU32,
+    /// Flushes that have ended.
+    pub ended: AtomicU32,
     /// How many of them may end.
     pub may_end: AtomicU32,
     /// Those that end now fail.
@@ -60,7 +62,6 @@ struct FakeQueue {
     control: Arc<Control>,
     watches: Vec<(u32, RawFd)>,
     flushes: VecDeque<u64>,
-    ended: u32,
     events: VecDeque<Event>,
 }
 
@@ -83,7 +84,6 @@ impl Store for FakeStore {
             control: self.control.clone(),
             watches: Vec::new(),
             flushes: VecDeque::new(),
-            ended: self.control.begun.load(Ordering::SeqCst),
             events: VecDeque::new(),
         }))
     }
@@ -108,10 +108,10 @@ impl FakeQueue {
             // A flush takes longer than anything else.
             return;
         }
-        while self.ended < self.control.may_end.load(Ordering::SeqCst)
+        while self.control.ended.load(Ordering::SeqCst) < self.control.may_end.load(Ordering::SeqCst)
             && let Some(tag) = self.flushes.pop_front()
         {
-            self.ended += 1;
+            self.control.ended.fetch_add(1, Ordering::SeqCst);
             let failing = self.control.failing.load(Ordering::SeqCst);
             let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
             self.events.push_back(Event::Done { tag, buffer: None, result });
@@ -146,7 +146,15 @@ impl Queue for FakeQueue {
         &mut []
     }
 
-    fn in_memory(&self, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn places(&self) -> usize {
+        1
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flushes.len()
+    }
+
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
         None
     }
 

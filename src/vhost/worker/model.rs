@@ -100,6 +100,38 @@ fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
     });
 }
 
+/// A pause, at any moment of a driver that goes on: nothing is in flight in it, and nothing is begun. Afterwards all goes on,
+/// a stop that came meanwhile too.
+#[test]
+fn in_a_pause_nothing_is_in_flight() {
+    explore(|| {
+        let control = store_that_flushes();
+        let (worker, thread, _) = worker(&control);
+        let driver = Driver::new(&control);
+        let mut guest = driver.view();
+        worker.start(*driver.setup(BEGIN)).unwrap();
+        let puts = loom::thread::spawn(move || {
+            guest.put(1);
+            guest.put(1);
+        });
+        worker.pause().unwrap().wait().unwrap();
+        let still = || {
+            let (begun, ended) = (control.begun.load(SeqCst), control.ended.load(SeqCst));
+            assert_eq!(begun, ended, "a flush is in flight");
+            begun
+        };
+        let begun = still();
+        control.step();
+        assert_eq!(still(), begun, "something was begun in a pause");
+        worker.resume(false).unwrap().wait().unwrap();
+        puts.join().unwrap();
+        answered(&control, &driver, 2);
+        assert_eq!(worker.stop().unwrap(), Some(Position { next_avail: 2, next_used: 2 }));
+        drop(worker);
+        thread.join().unwrap();
+    });
+}
+
 /// Commands of several threads: each is answered, whether a ring runs at that moment or not.
 #[test]
 fn every_command_is_answered() {

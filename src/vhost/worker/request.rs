@@ -1,6 +1,6 @@
 //! One chain between being taken and being answered.
 
-use crate::virtio::{Op, Segment, Status};
+use crate::virtio::{Op, SECTOR_SIZE, Segment, Status};
 use std::io;
 use vm_memory::GuestAddress;
 
@@ -13,7 +13,7 @@ pub(super) struct Request {
     /// Its data runs.
     pub(super) segments: Vec<Segment>,
     pub(super) data_len: u64,
-    /// Bytes handed to the store.
+    /// Bytes of the disk that are seen to: handed to the store, or in need of nothing.
     pub(super) started: u64,
     /// Operations the store has.
     pub(super) pieces: u32,
@@ -45,6 +45,15 @@ impl Request {
             flushing: false,
             failed: false,
             unsupported: false,
+        }
+    }
+
+    /// Bytes of the disk to be seen to, piece by piece.
+    pub(super) fn total(&self) -> u64 {
+        match self.op {
+            Op::Read { .. } | Op::Write { .. } => self.data_len,
+            Op::Discard { count, .. } | Op::WriteZeroes { count, .. } => u64::from(count) * SECTOR_SIZE,
+            Op::Flush | Op::GetId => 0,
         }
     }
 

@@ -4,13 +4,13 @@
 use super::flushes::Flushes;
 use super::in_order::InOrder;
 use super::request::Request;
-use super::{Command, Mailbox, Reply, Setup, Tuning, signal};
+use super::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused, signal};
 use crate::store::{Buffer, Event, Wait};
 use crate::vhost::dirty::mark_dirty;
 use crate::vhost::poll::BusyPoll;
 use crate::vhost::qos::Qos;
 use crate::virtio::{Op, Status};
-use crate::volume::io::{DiskQueue, GuestData};
+use crate::volume::io::{Disk, DiskQueue, GuestData, Zeroing};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -52,15 +52,15 @@ pub(super) struct Server {
     throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
     broken: bool,
+    /// Who waits for nothing to be in flight.
+    pausing: Option<Reply>,
     /// Who waits for the ring to be drained, and whether the thread ends then.
     draining: Option<Reply>,
     exit: bool,
 }
 
 impl Server {
-    pub(super) fn new(mailbox: Arc<Mailbox>, mut io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
-        io.watch(WAKE, mailbox.wake.as_raw_fd());
-        io.watch(KICK, setup.kick.as_raw_fd());
+    pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
         // An interrupt that died with an earlier back-end would never come again.
         signal(setup.call.as_ref());
         let size = setup.ring.size();
@@ -75,7 +75,7 @@ impl Server {
                 );
             }
         }
-        Server {
+        let mut server = Server {
             mailbox,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
@@ -90,19 +90,31 @@ impl Server {
             throttled: None,
             broken: false,
             setup,
+            pausing: None,
             draining: None,
             exit: false,
-        }
+        };
+        server.watch();
+        server
     }
 
-    /// Serves until the ring is stopped; answers whether the thread shall end then.
-    pub(super) fn run(mut self) -> io::Result<bool> {
+    /// Serves until the ring is stopped; answers whether the thread shall end then. `disk` is the one that it serves,
+    /// and becomes another if a pause brings one.
+    pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
-            self.restart_stalled();
+            if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
+                self.pause(reply, disk);
+            }
+            if self.pausing.is_none() {
+                self.restart_stalled();
+            }
             let more = self.take_available()?;
             self.begin_flush();
             self.publish();
             let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            // First the pause, which somebody waits for as well.
+            let drained = drained && self.pausing.is_none();
+            let still = self.pausing.is_some() && self.io.in_flight() == 0;
             if let Some(reply) = self.draining.take_if(|_| drained) {
                 let position = self.setup.ring.position();
                 let exit = self.exit;
@@ -111,7 +123,7 @@ impl Server {
                 let _ = reply.send(Ok(Some(position)));
                 return Ok(exit);
             }
-            if more {
+            if more || still {
                 self.io.wait(Wait::Poll)?;
             } else {
                 self.sleep()?;
@@ -121,6 +133,23 @@ impl Server {
             }
             self.publish();
         }
+    }
+
+    /// Stands still. Nothing is in flight, and all events were taken; requests that are not finished go on later.
+    fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
+        let _ = reply.send(Ok(None));
+        let depth = depth(&self.setup.ring);
+        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue(depth)) {
+            self.io = io;
+            *disk = next;
+            self.watch();
+        }
+    }
+
+    /// Lets commands and kicks wake the thread.
+    fn watch(&mut self) {
+        self.io.watch(WAKE, self.mailbox.wake.as_raw_fd());
+        self.io.watch(KICK, self.setup.kick.as_raw_fd());
     }
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
@@ -147,7 +176,7 @@ impl Server {
     fn may_take(&self) -> bool {
         // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
         let wanted = self.draining.is_none() || !self.resubmit.is_empty();
-        !self.broken && wanted && self.stalled.is_empty() && !self.free.is_empty()
+        !self.broken && wanted && self.pausing.is_none() && self.stalled.is_empty() && !self.free.is_empty()
     }
 
     /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
@@ -261,8 +290,9 @@ impl Server {
             Op::GetId => self.get_id(slot),
             Op::Flush => self.ask_flush(slot),
             _ if !self.io.has_room() => self.stalled.push_back(slot),
-            Op::Discard { sector, count } => self.zero(slot, sector, count, false),
-            Op::WriteZeroes { sector, count, unmap } => self.zero(slot, sector, count, !unmap),
+            Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
+            Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
+            Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
         }
     }
 
@@ -304,12 +334,22 @@ impl Server {
         }
     }
 
-    fn zero(&mut self, slot: u16, sector: u64, count: u32, keep_space: bool) {
-        if count == 0 {
-            return self.finish(slot, Status::Ok);
+    fn zero(&mut self, slot: u16, sector: u64, how: Zeroing) {
+        let request = &mut self.requests[usize::from(slot)];
+        let total = request.total();
+        while request.started < total && !request.failed {
+            let at = request.started;
+            match self.io.zero(tag(slot, at), sector + at / 512, (total - at) / 512, how) {
+                Some(part) => {
+                    request.started += part.sectors * 512;
+                    request.pieces += u32::from(part.submitted);
+                }
+                None => return self.stalled.push_back(slot),
+            }
         }
-        self.io.zero(tag(slot, 0), sector, u64::from(count), keep_space);
-        self.requests[usize::from(slot)].pieces = 1;
+        if request.pieces == 0 {
+            self.finish(slot, Status::Ok);
+        }
     }
 
     fn get_id(&mut self, slot: u16) {
@@ -349,6 +389,7 @@ impl Server {
     /// Begins a flush if somebody waits for one and none runs.
     fn begin_flush(&mut self) {
         if self.io.has_room()
+            && self.pausing.is_none()
             && self.flushes.begin()
             && let Err(e) = self.io.flush(FLUSH)
         {
@@ -373,16 +414,23 @@ impl Server {
         let at = (tag >> 16) * 512;
         let request = &mut self.requests[usize::from(slot)];
         let result = match (request.op, buffer) {
-            (Op::Read { sector }, Some(mut buffer)) => {
+            (Op::Read { sector }, Some(buffer)) => {
                 let guest =
                     GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
-                let done = result.and_then(|()| self.io.deliver(sector + at / 512, &mut buffer, guest));
-                self.io.free(buffer);
-                done
+                match result {
+                    Ok(()) => match self.io.deliver(tag, sector + at / 512, buffer, guest) {
+                        Ok(false) => return,
+                        done => done.map(drop),
+                    },
+                    Err(e) => {
+                        self.io.free(buffer);
+                        Err(e)
+                    }
+                }
             }
-            (_, Some(buffer)) => {
+            (op, Some(buffer)) => {
                 self.io.free(buffer);
-                self.io.written(request.durable, result)
+                self.io.written(request.durable && matches!(op, Op::Write { .. }), result)
             }
             (_, None) => result,
         };
@@ -397,17 +445,16 @@ impl Server {
         }
         request.pieces -= 1;
         // What has more to hand over is in `stalled`, unless it failed there.
-        if request.pieces == 0
-            && (request.failed || request.started == request.data_len || !request.op.moves_data())
-        {
-            let zeroed = matches!(request.op, Op::WriteZeroes { .. }) && !request.failed;
-            if zeroed && request.durable && !std::mem::replace(&mut request.flushing, true) {
-                return self.ask_flush(slot);
-            }
-            let status = request.outcome();
-            self.stalled.retain(|&s| s != slot);
-            self.finish(slot, status);
+        if request.pieces > 0 || !(request.failed || request.started == request.total()) {
+            return;
         }
+        let zeroed = matches!(request.op, Op::WriteZeroes { .. }) && !request.failed;
+        if zeroed && request.durable && !std::mem::replace(&mut request.flushing, true) {
+            return self.ask_flush(slot);
+        }
+        let status = request.outcome();
+        self.stalled.retain(|&s| s != slot);
+        self.finish(slot, status);
     }
 
     /// Answers a request: data marked, status written, used entry added.
@@ -471,9 +518,16 @@ impl Server {
                     let _ = reply.send(Ok(None));
                 }
                 Command::Stop => self.draining = Some(reply),
+                Command::Pause => self.pausing = Some(reply),
                 Command::Exit => {
                     self.exit = true;
                     self.draining = Some(reply);
+                }
+                Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
+                // Whoever asked for a pause that was not answered yet does without it.
+                Command::Resume { .. } => {
+                    self.pausing = None;
+                    let _ = reply.send(Ok(None));
                 }
             }
         }

@@ -2,21 +2,22 @@
 //! threads can take turns; the code that uses them is the same.
 
 #[cfg(not(all(test, feature = "model")))]
-pub(super) use std::sync::mpsc::{SyncSender, sync_channel};
+pub(super) use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 #[cfg(not(all(test, feature = "model")))]
 pub(super) use std::sync::{Condvar, Mutex, MutexGuard};
 
 #[cfg(all(test, feature = "model"))]
 pub(super) use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(all(test, feature = "model"))]
-pub(super) use one_answer::{SyncSender, sync_channel};
+pub(super) use one_answer::{Receiver, SyncSender, sync_channel};
 
 /// `std::sync::mpsc` for the one message that is sent here, since loom's does not know that a sender can go.
 #[cfg(all(test, feature = "model"))]
 mod one_answer {
     use super::{Condvar, Mutex};
     use std::sync::Arc;
-    use std::sync::mpsc::{RecvError, SendError};
+    use std::sync::mpsc::{RecvError, RecvTimeoutError, SendError};
+    use std::time::Duration;
 
     enum Place<T> {
         Empty,
@@ -69,6 +70,11 @@ mod one_answer {
                     }
                 }
             }
+        }
+
+        /// There is no time in the model: as long as it takes.
+        pub fn recv_timeout(&self, _limit: Duration) -> Result<T, RecvTimeoutError> {
+            self.recv().map_err(|_| RecvTimeoutError::Disconnected)
         }
     }
 }

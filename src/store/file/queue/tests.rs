@@ -5,7 +5,8 @@ use super::*;
 fn queue() -> FileQueue {
     let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     file.set_len(1 << 20).unwrap();
-    FileQueue::new(Arc::new(file), Access::Buffered, None, 4).unwrap()
+    let layer = Reached { file: Arc::new(file), inline: false, memory: None };
+    FileQueue::new(layer, vec![], 4).unwrap()
 }
 
 fn done(queue: &mut FileQueue) -> (u64, io::Result<()>) {

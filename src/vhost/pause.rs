@@ -1,0 +1,96 @@
+//! All queues of a volume standing still at one point in time, and going on with other layers if there are any.
+//!
+//! While they are paused, no operation is in flight: what was acknowledged is in the disk, and what was not either is or
+//! is not. Requests that were taken and not finished, new ones, and what the VMM asks of a ring wait until the end: to
+//! the guest and its VMM a pause is nothing but slowness. It is therefore to be short, and whoever pauses must not
+//! wait for a VMM or a session meanwhile. A pause ends however its holder ends: by default as if it had not been.
+
+use super::backend::Device;
+use super::worker::Awaited;
+use crate::volume::io::Disk;
+use std::io;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+impl Device {
+    /// The volume as its queues serve it. Waits while they are paused.
+    pub fn disk(&self) -> Arc<Disk> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Disk>> {
+        // It is always a whole disk.
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pauses all queues, waiting for what they have in flight, together no longer than `patience`. Another pause of
+    /// this device is waited for.
+    ///
+    /// # Errors
+    /// `TimedOut` if operations do not end in that time, and whatever ended a queue's thread. All queues go on then.
+    pub fn pause(&self, patience: Duration) -> io::Result<Paused<'_>> {
+        let disk = self.lock();
+        let begun = Instant::now();
+        let paused = Paused { device: self, disk, begun, prepared: None, over: false };
+        // All are asked before any is waited for.
+        let asked: Vec<_> = self.workers.iter().map(|worker| worker.pause()).collect::<io::Result<_>>()?;
+        asked.into_iter().try_for_each(|answer| answer.wait_until(begun + patience))?;
+        Ok(paused)
+    }
+}
+
+/// A device whose queues stand still. Dropping it lets them go on as they were.
+pub struct Paused<'a> {
+    device: &'a Device,
+    disk: MutexGuard<'a, Arc<Disk>>,
+    begun: Instant,
+    prepared: Option<Arc<Disk>>,
+    over: bool,
+}
+
+impl Paused<'_> {
+    /// What the queues serve.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Lets every queue open `disk`, with which they shall go on: after this nothing but [`Paused::resume`] is needed.
+    ///
+    /// # Errors
+    /// What kept a queue from opening it. The queues stay paused.
+    pub fn prepare(&mut self, disk: Arc<Disk>) -> io::Result<()> {
+        self.prepared = None;
+        let workers = self.device.workers.iter();
+        let asked: Vec<_> = workers.map(|worker| worker.prepare(disk.clone())).collect::<io::Result<_>>()?;
+        asked.into_iter().try_for_each(Awaited::wait)?;
+        self.prepared = Some(disk);
+        Ok(())
+    }
+
+    /// Lets the queues go on, with what was prepared. Answers how long the guest may have noticed.
+    pub fn resume(mut self) -> Duration {
+        let next = self.prepared.take();
+        let answers = self.go_on(next.is_some());
+        self.over = true;
+        if let Some(next) = next {
+            *self.disk = next;
+        }
+        for answer in answers {
+            // A thread that is gone has said why, and the volume is being detached.
+            let _ = answer.wait();
+        }
+        self.begun.elapsed()
+    }
+
+    fn go_on(&self, switch: bool) -> Vec<Awaited> {
+        self.device.workers.iter().filter_map(|worker| worker.resume(switch).ok()).collect()
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            drop(self.go_on(false));
+        }
+    }
+}

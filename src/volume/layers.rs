@@ -1,0 +1,50 @@
+//! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
+
+use super::image_lock::{Access, ImageLock};
+use super::io::{Cipher, Layers};
+use crate::error::{Context, Result};
+use crate::store::chain::Chain;
+use crate::store::file::FileStore;
+use std::path::Path;
+use std::sync::Arc;
+
+/// One layer in a file or on a block device.
+#[derive(Clone)]
+pub struct Layer {
+    /// Its bytes.
+    pub store: Arc<FileStore>,
+    /// How they are encrypted.
+    pub cipher: Cipher,
+    /// What keeps others off them.
+    pub image_lock: Arc<ImageLock>,
+}
+
+impl Layer {
+    /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes QEMU's locks.
+    ///
+    /// # Errors
+    /// `Busy` if somebody has it open in a way that does not go together with `access`; as [`FileStore::open`].
+    pub fn open(path: &Path, access: Access, block_size: u32, cipher: Cipher) -> Result<Self> {
+        let image_lock = Arc::new(ImageLock::acquire(path, access)?);
+        let store = FileStore::open(path, access == Access::Read, block_size);
+        Ok(Layer { store: Arc::new(store.context(|| path.display().to_string())?), cipher, image_lock })
+    }
+
+    /// The same for reading alone, from now on: others may read it too. Whoever still holds it as it was must not
+    /// write any more.
+    pub fn frozen(&self) -> Result<Self> {
+        let store = self.store.frozen().context(|| "open the layer for reading")?;
+        self.image_lock.stop_writing();
+        Ok(Layer { store: Arc::new(store), ..self.clone() })
+    }
+}
+
+/// Layers as a disk takes them, the top first. There is at least one.
+pub fn chain(layers: &[Layer]) -> Layers {
+    let stores: Vec<_> = layers.iter().map(|layer| layer.store.clone()).collect();
+    Layers {
+        store: Arc::new(Chain::new(stores[0].clone(), stores[1..].to_vec())),
+        ciphers: layers.iter().map(|layer| layer.cipher.clone()).collect(),
+        image_locks: layers.iter().map(|layer| layer.image_lock.clone()).collect(),
+    }
+}
