@@ -172,6 +172,8 @@ fn bad_arguments_are_refused_before_anything_is_made() {
         &["--size=4096", "--name=a\nb"],
         &["--size=4096", "--key=alias/x", "--unencrypted"],
         &["--name=a"],
+        &["--size=4096", "--tag=novalue"],
+        &["--size=4096", "--tag=aws:x=1"],
     ] {
         store.refuse(2, &[&["volume", "create"], arguments].concat());
     }
@@ -224,7 +226,7 @@ fn damaged_metadata_is_refused_and_named() {
         ("cut short", Vec::new()),
         ("cut short", whole[..whole.len() / 2].to_vec()),
         ("not what sealblk writes", vec![0; whole.len()]),
-        ("format version 2", edit(|v| v["format"] = json!(2))),
+        ("format version 3", edit(|v| v["format"] = json!(3))),
         ("unknown field `colour`", edit(|v| v["colour"] = json!("red"))),
         ("not whole sectors", edit(|v| v["size"] = json!(1000))),
         ("is not that of", edit(|v| v["keys"][0]["context"]["aws:ebs:id"] = json!("vol-0123456789abcdef0"))),

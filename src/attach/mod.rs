@@ -1,12 +1,15 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, a grant by way of the keeper ([`grants`]),
-//! the data key by way of the [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things.
+//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the keeper
+//! ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads.
+//! Nothing listens before the helper is gone and the metadata has proved right; nothing that a VMM says is read before
+//! the process is confined. The way back is the drop order of the same things.
 
 pub mod control;
 pub mod grants;
 mod helper;
+mod notify;
+mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
@@ -17,9 +20,11 @@ use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::embedded::root_key::passphrase;
 use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
+use crate::store::file::ring;
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
@@ -32,11 +37,12 @@ use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
-use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
+use notify::Notifier;
 use record::Record;
+use sandbox::{Identity, Mode};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
@@ -80,6 +86,10 @@ pub struct Options {
     pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
+    /// How strictly the process is confined once it is ready.
+    pub sandbox: Mode,
+    /// The user to become then; none: the one that it was started as.
+    pub user: Option<Identity>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -103,6 +113,8 @@ pub fn attach(
         Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
         Endpoint::Path(_) => None,
     };
+    // The helpers' affair, not this process's.
+    let passphrase = passphrase::inherited_descriptor()?;
     sandbox::harden()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
@@ -115,12 +127,41 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let Opened { disk, unwrapped_by, keeper } =
+    let Opened { geometry, layers, unwrapped_by, keeper } =
         open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    drop(passphrase);
+
+    let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
+    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let (socket, name) = match (inherited, &path) {
+        (Some(socket), _) => (socket, None),
+        (None, Some(path)) => {
+            let (listener, name) = socket::listen(path).map_err(|e| e.context(attempt()))?;
+            (Socket::Listening(listener), Some(name))
+        }
+        (None, None) => unreachable!("an endpoint is a path or a descriptor"),
+    };
+    if let (Some(user), Some(path)) = (&options.user, &path) {
+        user.give_socket(path).map_err(|e| e.context(attempt()))?;
+    }
+    let manager = Notifier::connect();
+    let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
+    // Beside the queues': for the flush at the end, and for what is done in the background.
+    ring::prepare(usize::from(options.queues), 3).map_err(|e| cannot_serve(e).context(attempt()))?;
+    let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
+    let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
+    let confinement = confinement.map_err(|e| e.context(attempt()))?;
+    log::info!("the host process is confined: {confinement}");
+
+    let serial = options.serial.clone().unwrap_or_else(|| default_serial(volume));
+    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers");
+    let disk = Arc::new(disk.map_err(|e| e.context(attempt()))?);
+    // From here on the disk alone has the keys.
+    drop(layers);
     let how = disk.describe();
     let record = Arc::new(Record::new(catalog.clone(), lock));
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
-
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
@@ -130,27 +171,17 @@ pub fn attach(
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
     };
-    let control = Control::listen(&catalog.folder(volume), orders);
-    let control = control.map_err(|e| e.context(attempt()))?;
+    let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
-    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let inlet = inlet.seen_from_descriptors();
     let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
-    let (socket, name) = match (inherited, &path) {
-        (Some(socket), _) => (socket, None),
-        (None, Some(path)) => {
-            let (listener, name) = socket::listen(path).map_err(|e| e.context(attempt()))?;
-            (Socket::Listening(listener), Some(name))
-        }
-        (None, None) => unreachable!("an endpoint is a path or a descriptor"),
-    };
-    stop_on_signals(stop.clone()).context(attempt)?;
+    stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    manager.ready();
 
     let served = server::serve(&device, socket, &stop);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    manager.stopping();
     drop(name);
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
     let disk = device.disk();
@@ -171,9 +202,11 @@ pub fn attach(
     result
 }
 
-/// A volume's data, and what it took to have it.
+/// A volume's data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
-    disk: Arc<Disk>,
+    geometry: Geometry,
+    /// With their keys.
+    layers: Vec<Layer>,
     /// The KMS keys that unwrapped its data keys.
     unwrapped_by: Vec<UsedKey>,
     keeper: Keeper,
@@ -188,6 +221,7 @@ fn open(
     options: &Options,
 ) -> Result<Opened> {
     let mut metadata = catalog.load(lock.volume())?;
+    catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
     let block_size = metadata.sector_size().bytes();
     let mut layers = open_layers(catalog, &metadata, options.read_only)?;
@@ -195,7 +229,7 @@ fn open(
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
-    seal(catalog, lock, &mut metadata, &deks, &*store)?;
+    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
     let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
         unreachable!("sector sizes are data units");
     };
@@ -203,15 +237,20 @@ fn open(
     let ciphers = deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?)));
     let ciphers = ciphers.collect::<Result<Vec<Arc<dyn SectorCipher>>>>()?;
     for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = record.key.map(|key| ciphers[key].clone());
+        layer.cipher = match record.key {
+            Some(key) => Some(ciphers[key].clone()),
+            None if record.masked => {
+                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
+                Some(Arc::from(new_cipher(options.engine, &mask, unit)?))
+            }
+            None => None,
+        };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
     let used =
         |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
     let unwrapped_by = metadata.keys().iter().map(used).collect();
-    Ok(Opened { disk: Arc::new(disk), unwrapped_by, keeper })
+    Ok(Opened { geometry, layers, unwrapped_by, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.
@@ -257,19 +296,9 @@ fn seal(
     deks: &[Dek],
     store: &dyn Store,
 ) -> Result<()> {
-    match metadata.verify(deks)? {
-        Seal::Sealed | Seal::NotEncrypted => {}
-        Seal::Unsealed if store.has_data()? => {
-            let message = format!(
-                "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
-                 it from a backup",
-                metadata.id()
-            );
-            return Err(Error::new(Kind::Corrupt, message));
-        }
-        Seal::Unsealed => metadata.seal(deks),
-    }
-    if metadata.mark_attached() {
+    let was_sealed = metadata.is_sealed();
+    metadata.prove(deks, store)?;
+    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
         catalog.store(lock, metadata)?;
     }
     Ok(())
@@ -319,8 +348,7 @@ fn default_serial(volume: VolumeId) -> String {
     volume.to_string().replace('-', "")
 }
 
-fn stop_on_signals(stop: Arc<Stop>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {
     let wait = move || {
         for signal in &mut signals {
             log::info!("signal {signal}: detaching");

@@ -19,6 +19,7 @@ mod tests;
 use super::inflight::InflightQueue;
 use super::qos::Qos;
 use super::ring::{Position, Ring};
+use crate::store::file::ring;
 use crate::volume::io::Disk;
 use server::Server;
 use std::collections::VecDeque;
@@ -269,6 +270,7 @@ fn live(index: usize, inbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning, d
     {
         log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
     }
+    ring::claim();
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve_rings(inbox, disk, tuning)));
     inbox.close();
     match ended {

@@ -1,0 +1,179 @@
+//! Freezing a volume's top layer: from then on it is read only, a new one takes the writes, and a snapshot names it.
+//!
+//! In order: what is going to be made is noted ([`super::pending`]); the new layer is made; whoever has the volume sees
+//! to it that nothing is being written and syncs the old top; `volume.json` is replaced, **which is the moment**; the
+//! snapshot's record is written. `docs/format.md` argues each step.
+
+use super::catalog::Catalog;
+use super::id::{SnapshotId, VolumeId};
+use super::image_lock::{Access, ImageLock};
+use super::layout::MAX_LAYERS;
+use super::lifecycle::{Failure, make_layer};
+use super::lock::{Holder, Purpose, VolumeLock};
+use super::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata};
+use super::pending::Pending;
+use super::references::StoreLock;
+use super::snapshot::{Label, Snapshot};
+use crate::crypt::{Dek, SealKey};
+use crate::error::{Context, Error, Kind, Result};
+use crate::observe::Timestamp;
+use crate::observe::events::{Event, EventLog};
+use crate::store::file::FileStore;
+
+/// How a data key is unwrapped for the moment; the error's cause is the KMS's own words.
+pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
+
+/// A freeze that has begun: the new top layer is there, and nothing uses it yet.
+#[must_use = "the freeze counts once it is committed"]
+pub struct Freeze {
+    new_top: LayerRecord,
+}
+
+/// A freeze after its commit: the volume writes to its new top layer.
+#[must_use = "without its record the snapshot is lost"]
+pub struct Frozen {
+    snapshot: Snapshot,
+}
+
+impl Freeze {
+    /// Makes the new top layer. The volume may be written to meanwhile.
+    ///
+    /// # Errors
+    /// `Unsupported` if the volume has as many layers as it can have; those of the file system. The volume is as it
+    /// was.
+    pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<Self> {
+        if metadata.layers().len() >= MAX_LAYERS {
+            let id = metadata.id();
+            let message = format!(
+                "{id} has {MAX_LAYERS} layers, the most that a volume can have; \"sealblk volume flatten {id}\" makes \
+                 them one"
+            );
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
+        Pending::NewTop(new_top.id).store(catalog, lock)?;
+        make_layer(catalog, &new_top, false).inspect_err(|_| undo(catalog, lock))?;
+        Ok(Freeze { new_top })
+    }
+
+    /// The layer that is going to take the writes.
+    pub fn new_top(&self) -> &LayerRecord {
+        &self.new_top
+    }
+
+    /// Gives the volume its new top layer, durably. **The caller has synced the old top (fdatasync), and nothing has
+    /// been written to it since**; nothing is ever written to it again.
+    ///
+    /// `key` seals the volume; none for an unencrypted one.
+    ///
+    /// # Errors
+    /// Those of the file system: then the volume goes on with the top that it had.
+    pub fn commit(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        label: Label,
+        key: Option<&SealKey>,
+    ) -> Result<Frozen> {
+        let snapshot = Snapshot::of(metadata, SnapshotId::random(), label, key);
+        let mut next = metadata.clone();
+        next.layout = metadata.layout().with_new_top(self.new_top);
+        next.reseal(key);
+        catalog.store(lock, &mut next).inspect_err(|_| undo(catalog, lock))?;
+        *metadata = next;
+        Ok(Frozen { snapshot })
+    }
+
+    /// Takes it back: the new layer is removed.
+    pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
+        undo(catalog, lock);
+    }
+}
+
+impl Frozen {
+    /// Writes the snapshot's record, with which the snapshot is there.
+    ///
+    /// # Errors
+    /// Those of the file system: there is no snapshot then, and the volume has a layer more.
+    pub fn finish(self, catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<Snapshot> {
+        let _store = StoreLock::acquire(catalog)?;
+        catalog.mark_frozen(metadata);
+        catalog.store_snapshot(&self.snapshot)?;
+        catalog.forget_pending(lock)?;
+        Ok(self.snapshot)
+    }
+}
+
+/// Goes by what `volume.json` says now: a replacement that failed may have come far enough to be seen.
+fn undo(catalog: &Catalog, lock: &VolumeLock) {
+    let undone = catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata));
+    if let Err(e) = undone {
+        log::warn!("{e}; the next command that has {} tries again", lock.volume());
+    }
+}
+
+/// Makes a snapshot of a volume that nobody has attached, and reports a `createSnapshot` event.
+///
+/// # Errors
+/// `Busy`, naming the process that has it; `NotFound`; `Corrupt` for a volume that an attach would refuse; the KMS's;
+/// those of the file system.
+pub fn snapshot(
+    catalog: &Catalog,
+    events: &EventLog,
+    id: VolumeId,
+    label: Label,
+    unwrap: Unwrap<'_>,
+) -> Result<Snapshot> {
+    let started = Timestamp::now();
+    let made = take(catalog, id, label, unwrap);
+    let result = made.as_ref().map(|s| s.id()).map_err(|failure| failure.cause.clone());
+    events.record(&Event::create_snapshot(id, result, started));
+    made.map_err(|failure| failure.error.context(format!("make a snapshot of {id}")))
+}
+
+fn take(catalog: &Catalog, id: VolumeId, label: Label, unwrap: Unwrap<'_>) -> Result<Snapshot, Failure> {
+    let mut open = OpenDetached::open(catalog, id, Purpose::Snapshot, unwrap)?;
+    let freeze = Freeze::begin(catalog, &open.lock, &open.metadata)?;
+    if let Err(e) = open.top.file().sync_data() {
+        freeze.cancel(catalog, &open.lock);
+        return Err(Error::from(e).context("sync the top layer").into());
+    }
+    let frozen = freeze.commit(catalog, &open.lock, &mut open.metadata, label, open.seal_key.as_ref())?;
+    Ok(frozen.finish(catalog, &open.lock, &open.metadata)?)
+}
+
+/// A volume that this process has for a moment, to change its layers: proved right as an attach would, and sealed.
+pub(super) struct OpenDetached {
+    pub(super) lock: VolumeLock,
+    pub(super) metadata: Metadata,
+    pub(super) top: FileStore,
+    /// What seals it; none for an unencrypted volume.
+    pub(super) seal_key: Option<SealKey>,
+    _image_lock: ImageLock,
+}
+
+impl OpenDetached {
+    pub(super) fn open(
+        catalog: &Catalog,
+        id: VolumeId,
+        purpose: Purpose,
+        unwrap: Unwrap<'_>,
+    ) -> Result<Self, Failure> {
+        let holder = Holder::this_process(purpose, None)?;
+        let lock = VolumeLock::acquire(&catalog.folder(id), id, &holder)?;
+        let mut metadata = catalog.load(id)?;
+        catalog.recover(&lock, &metadata)?;
+        catalog.check_layers(&metadata)?;
+        let path = catalog.layer_path(metadata.top().id);
+        let image_lock = ImageLock::acquire(&path, Access::ReadWrite)?;
+        // Waits until no write of an earlier host process can come any more.
+        let top = FileStore::open(&path, false, metadata.sector_size().bytes());
+        let top = top.context(|| path.display().to_string())?;
+        let owner = KeyOwner::Volume(id);
+        let deks = metadata.keys().iter().map(|key| unwrap(owner, key)).collect::<Result<Vec<_>, _>>()?;
+        metadata.prove(&deks, &top)?;
+        let seal_key = metadata.seal_key(&deks)?;
+        Ok(OpenDetached { lock, metadata, top, seal_key, _image_lock: image_lock })
+    }
+}
