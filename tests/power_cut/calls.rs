@@ -34,9 +34,20 @@ pub enum Plan {
     Nothing,
     /// Something is said on standard output.
     Print,
-    Open { place: Place, existed: bool, truncate: bool },
-    Make { place: Place },
-    Write { ino: Ino, fd: u64, at: At, durable: bool },
+    Open {
+        place: Place,
+        existed: bool,
+        truncate: bool,
+    },
+    Make {
+        place: Place,
+    },
+    Write {
+        ino: Ino,
+        fd: u64,
+        at: At,
+        durable: bool,
+    },
     Operations(Vec<Op>),
     /// If it succeeds, it does something to a recorded file that is not modelled.
     NotModelled(String),
@@ -94,7 +105,9 @@ pub fn plan(thread: Pid, call: &Call, ledger: &Ledger) -> Plan {
         libc::SYS_io_uring_enter if b == 0 => Plan::Nothing,
         libc::SYS_io_uring_enter => check_submissions(thread),
         libc::SYS_ioctl => ioctl(known(a), b),
-        number => panic!("thread {thread} makes system call {number}, which the recorder does not know: {call:?}"),
+        number => {
+            panic!("thread {thread} makes system call {number}, which the recorder does not know: {call:?}")
+        }
     }
 }
 
@@ -152,7 +165,9 @@ fn allocate(thread: Pid, ino: Ino, fd: u64, mode: u64, offset: u64, len: u64) ->
 fn rename(from: Option<Place>, to: Option<Place>, flags: u64) -> Plan {
     match (from, to) {
         (None, None) => Plan::Nothing,
-        (Some(from), Some(to)) if from.folder == to.folder && flags & !u64::from(libc::RENAME_NOREPLACE) == 0 => {
+        (Some(from), Some(to))
+            if from.folder == to.folder && flags & !u64::from(libc::RENAME_NOREPLACE) == 0 =>
+        {
             Plan::Operations(vec![Op::Rename { folder: from.folder, from: from.name, to: to.name }])
         }
         other => Plan::NotModelled(format!("a rename with flags {flags}: {other:?}")),
@@ -259,7 +274,9 @@ impl Ledger {
     /// Whether a range of memory that is going to be writable belongs to a recorded file.
     fn check_mappings(&self, thread: Pid, address: u64, len: u64) -> Plan {
         let top = self.top.display().to_string();
-        let touched = mappings(thread).into_iter().filter(|(range, _)| range.start < address + len && address < range.end);
+        let touched = mappings(thread)
+            .into_iter()
+            .filter(|(range, _)| range.start < address + len && address < range.end);
         match touched.into_iter().find(|(_, line)| line.contains(&top) && line.contains("s ")) {
             Some((_, line)) => Plan::NotModelled(format!("a mapping is made writable: {line}")),
             None => Plan::Nothing,

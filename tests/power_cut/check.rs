@@ -45,7 +45,12 @@ fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Conte
         json(site, &["volume", "show", id])?;
         found.insert(id.to_owned(), expect.volumes.get(id).map(|v| v.content.clone()));
     }
-    right_ones_are_there("volume", &expect.volumes, &found.keys().cloned().collect(), expect.being_made.is_some())?;
+    right_ones_are_there(
+        "volume",
+        &expect.volumes,
+        &found.keys().cloned().collect(),
+        expect.being_made.is_some(),
+    )?;
     Ok(found)
 }
 
@@ -64,7 +69,9 @@ fn right_ones_are_there(
         }
     }
     match found.iter().filter(|id| !told.contains_key(*id)).count() {
-        count if count > usize::from(more) => Err(format!("a {noun} is there that nobody asked for: {found:?}")),
+        count if count > usize::from(more) => {
+            Err(format!("a {noun} is there that nobody asked for: {found:?}"))
+        }
         _ => Ok(()),
     }
 }
@@ -83,7 +90,8 @@ fn named_layers(root: &Path) -> Result<BTreeSet<String>> {
     let volumes = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
     let snapshots = files(&root.join("snapshots"))?;
     let mut named = BTreeSet::new();
-    for path in volumes.chain(snapshots).filter(|p| p.extension().is_some_and(|e| e == "json") && p.exists()) {
+    for path in volumes.chain(snapshots).filter(|p| p.extension().is_some_and(|e| e == "json") && p.exists())
+    {
         let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
         for layer in record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))? {
@@ -200,7 +208,9 @@ fn next_commands(site: &Site, expect: &Expect, before: BTreeSet<String>) -> Resu
     let ids = list.as_array().ok_or("no list of volumes")?.iter().map(|v| text(v, "id").map(str::to_owned));
     let after = ids.collect::<Result<BTreeSet<String>>>()?;
     if after != before {
-        return Err(format!("the volumes were {before:?} and are {after:?} after the next create and delete"));
+        return Err(format!(
+            "the volumes were {before:?} and are {after:?} after the next create and delete"
+        ));
     }
     nothing_is_left(&site.root())
 }
@@ -212,7 +222,9 @@ fn nothing_is_left(root: &Path) -> Result {
         return Err(format!("{} is left, and nothing names it", layer.display()));
     }
     match files(&root.join("volumes"))?.iter().find(|folder| !folder.join("volume.json").exists()) {
-        Some(folder) => Err(format!("{} is left, which is no volume: {:?}", folder.display(), files(folder)?)),
+        Some(folder) => {
+            Err(format!("{} is left, which is no volume: {:?}", folder.display(), files(folder)?))
+        }
         None => Ok(()),
     }
 }

@@ -32,7 +32,11 @@ pub struct Tried {
 impl fmt::Display for Tried {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tried { cuts, extremes, chosen } = self;
-        write!(f, "{cuts} cuts, {extremes} different extremes of them, {chosen} states by chance (seed {})", seed())
+        write!(
+            f,
+            "{cuts} cuts, {extremes} different extremes of them, {chosen} states by chance (seed {})",
+            seed()
+        )
     }
 }
 

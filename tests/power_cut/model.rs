@@ -70,7 +70,8 @@ impl Model {
         fn search(model: &Model, folder: Ino, wanted: Ino, path: &str) -> Option<String> {
             model.nodes[&folder].current_entries().into_iter().find_map(|(name, ino)| {
                 let path = if path.is_empty() { name } else { format!("{path}/{name}") };
-                let below = || (model.nodes[&ino].kind == Kind::Folder).then(|| search(model, ino, wanted, &path));
+                let below =
+                    || (model.nodes[&ino].kind == Kind::Folder).then(|| search(model, ino, wanted, &path));
                 if ino == wanted { Some(path.clone()) } else { below().flatten() }
             })
         }

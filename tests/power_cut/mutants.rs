@@ -18,8 +18,10 @@ fn is_found_out(trace: &Trace, from: usize, problem: &str) {
 #[test]
 fn a_program_that_does_not_sync_volume_json_is_found_out() {
     let trace = volumes::first_attach(&[]);
-    let renamed = trace.find(trace.start, |line| line.contains("rename") && line.ends_with(" to volume.json"));
-    let temporary = |line: &str| line.starts_with("sync") && line.contains("volume.json.") && line.ends_with(".tmp");
+    let renamed =
+        trace.find(trace.start, |line| line.contains("rename") && line.ends_with(" to volume.json"));
+    let temporary =
+        |line: &str| line.starts_with("sync") && line.contains("volume.json.") && line.ends_with(".tmp");
     let synced = trace.find(trace.start, temporary);
     assert!(synced < renamed);
     is_found_out(&trace.without(synced), synced, "volume.json");

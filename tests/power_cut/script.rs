@@ -46,7 +46,14 @@ impl Script {
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
         let said = self.recorder.run(self.site.command(arguments));
-        assert!(said.status.success(), "sealblk {}: {} {}{}", arguments.join(" "), said.status, said.out, said.err);
+        assert!(
+            said.status.success(),
+            "sealblk {}: {} {}{}",
+            arguments.join(" "),
+            said.status,
+            said.out,
+            said.err
+        );
         said.out
     }
 

@@ -43,6 +43,8 @@ use store::Store;
 pub struct Embedded {
     store: Store,
     place: Locality,
+    /// The principal whose grants attaches make, if they make any.
+    grantee: Option<String>,
 }
 
 impl Embedded {
@@ -54,12 +56,16 @@ impl Embedded {
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
         let mut kms = Self::at(root.kms(), config, Box::new(SystemClock));
         kms.place = Locality { region: settings.region, account: settings.account };
+        // Another account's is for keys of AWS KMS.
+        kms.grantee =
+            settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
         Ok(kms)
     }
 
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
-        let kms = Embedded { store: Store::new(dir, config, clock), place: Locality::default() };
+        let kms =
+            Embedded { store: Store::new(dir, config, clock), place: Locality::default(), grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
         if kms.store.asks_for_passphrase() {
             return kms;
