@@ -127,12 +127,9 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let Opened { disk, unwrapped_by, keeper } =
+    let Opened { geometry, layers, unwrapped_by, keeper } =
         open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
     drop(passphrase);
-    let how = disk.describe();
-    let record = Arc::new(Record::new(catalog.clone(), lock));
-    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
@@ -150,13 +147,21 @@ pub fn attach(
     }
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
-    // One for each queue, and one for the flush at the end.
-    ring::prepare(usize::from(options.queues) + 1).map_err(|e| cannot_serve(e).context(attempt()))?;
+    // Beside the queues': for the flush at the end, and for what is done in the background.
+    ring::prepare(usize::from(options.queues), 3).map_err(|e| cannot_serve(e).context(attempt()))?;
     let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
     let confinement = confinement.map_err(|e| e.context(attempt()))?;
     log::info!("the host process is confined: {confinement}");
 
+    let serial = options.serial.clone().unwrap_or_else(|| default_serial(volume));
+    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers");
+    let disk = Arc::new(disk.map_err(|e| e.context(attempt()))?);
+    // From here on the disk alone has the keys.
+    drop(layers);
+    let how = disk.describe();
+    let record = Arc::new(Record::new(catalog.clone(), lock));
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
@@ -197,9 +202,11 @@ pub fn attach(
     result
 }
 
-/// A volume's data, and what it took to have it.
+/// A volume's data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
-    disk: Arc<Disk>,
+    geometry: Geometry,
+    /// With their keys.
+    layers: Vec<Layer>,
     /// The KMS keys that unwrapped its data keys.
     unwrapped_by: Vec<UsedKey>,
     keeper: Keeper,
@@ -240,12 +247,10 @@ fn open(
         };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
     let used =
         |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
     let unwrapped_by = metadata.keys().iter().map(used).collect();
-    Ok(Opened { disk: Arc::new(disk), unwrapped_by, keeper })
+    Ok(Opened { geometry, layers, unwrapped_by, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.
