@@ -95,22 +95,6 @@ fn layers_are_right(root: &Path) -> Result {
     }
 }
 
-<<<<<<< HEAD
-/// The layers that volumes and snapshots name.
-fn named_layers(root: &Path) -> Result<BTreeSet<String>> {
-    let volumes = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
-    let snapshots = files(&root.join("snapshots"))?;
-    let mut named = BTreeSet::new();
-    for path in volumes.chain(snapshots).filter(|p| p.extension().is_some_and(|e| e == "json") && p.exists())
-    {
-        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
-        for layer in record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))? {
-            named.insert(text(layer, "id")?.to_owned());
-        }
-    }
-    Ok(named)
-=======
 /// The layers of each volume, the top one first.
 fn volume_records(root: &Path) -> Result<Vec<Vec<String>>> {
     let records = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
@@ -131,7 +115,6 @@ fn layers_in(path: &Path) -> Result<Vec<String>> {
     let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
     let layers = record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))?;
     layers.iter().map(|layer| text(layer, "id").map(str::to_owned)).collect()
->>>>>>> main
 }
 
 /// What is in a folder, which need not be there.
@@ -256,9 +239,6 @@ fn nothing_is_left(root: &Path) -> Result {
     if let Some(layer) = files(&root.join("layers"))?.iter().find(|path| !is_named(path)) {
         return Err(format!("{} is left, and nothing names it", layer.display()));
     }
-<<<<<<< HEAD
-    match files(&root.join("volumes"))?.iter().find(|folder| !folder.join("volume.json").exists()) {
-=======
     let left = |path: &std::path::PathBuf| {
         path.ends_with("pending.json") || path.extension().is_some_and(|e| e == "tmp")
     };
@@ -269,7 +249,6 @@ fn nothing_is_left(root: &Path) -> Result {
         }
     }
     match folders.iter().find(|folder| !folder.join("volume.json").exists()) {
->>>>>>> main
         Some(folder) => {
             Err(format!("{} is left, which is no volume: {:?}", folder.display(), files(folder)?))
         }
