@@ -8,12 +8,13 @@ pub mod control;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
+mod snapshot;
 pub mod socket;
 pub mod unwrap;
 
 use crate::config::Settings;
-use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
@@ -28,7 +29,7 @@ use crate::volume::image_lock;
 use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
+use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use record::Record;
@@ -109,19 +110,24 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let (disk, unwrapped_by) = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let opened = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
+    let Opened { disk, metadata, seal_key, layers } = opened;
     let how = disk.describe();
-    let record = Arc::new(Record::new(catalog.clone(), lock));
+    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
+    let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
+    let record = Arc::new(record);
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_snapshot, engine) = (record.clone(), options.engine);
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
         status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
     };
     let control = Control::listen(&catalog.folder(volume), orders);
     let control = control.map_err(|e| e.context(attempt()))?;
@@ -129,6 +135,7 @@ pub fn attach(
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
     let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    record.serve(&device);
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -145,6 +152,7 @@ pub fn attach(
     let served = server::serve(&device, socket, &stop);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     drop(name);
+    record.stop_serving();
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
     let disk = device.disk();
     drop(device);
@@ -163,13 +171,16 @@ pub fn attach(
     result
 }
 
-/// Opens the volume's data, its metadata proved right; tells which KMS keys that took.
-fn open(
-    catalog: &Catalog,
-    lock: &VolumeLock,
-    events: &EventLog,
-    options: &Options,
-) -> Result<(Arc<Disk>, Vec<UsedKey>)> {
+/// A volume whose metadata has proved right, and its data.
+struct Opened {
+    disk: Arc<Disk>,
+    metadata: Metadata,
+    seal_key: Option<SealKey>,
+    layers: Vec<Layer>,
+}
+
+/// Opens the volume's data, its metadata proved right.
+fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Opened> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
@@ -199,9 +210,8 @@ fn open(
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
     let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
-    let used =
-        |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
-    Ok((Arc::new(disk), metadata.keys().iter().map(used).collect()))
+    let seal_key = metadata.seal_key(&deks)?;
+    Ok(Opened { disk: Arc::new(disk), metadata, seal_key, layers })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.

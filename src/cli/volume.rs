@@ -49,6 +49,9 @@ pub struct ListArgs {
     filter: Vec<Filter>,
 }
 
+/// The filters of volumes, but for those of tags.
+pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
+
 /// A command on one volume.
 #[derive(clap::Args)]
 pub struct OneVolume {
@@ -70,7 +73,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
 }
 
 fn list(env: &Env, filters: &[Filter]) -> Result<()> {
-    filter::check(filters, &["id", "name", "status", "encrypted", "snapshot-id"])?;
+    filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
     if !filters.is_empty() {
@@ -101,7 +104,8 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     output::print(&output::table(&rows)).map(drop)
 }
 
-fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
+/// Whether a volume is one of those that `filters` mean.
+pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
     let status = match entry.metadata {
         Ok(_) => show::state(&catalog.held(entry.id)?),
         Err(_) => "damaged",

@@ -6,9 +6,9 @@
 //! that something else names stays. `docs/format.md` argues it step by step.
 
 use super::catalog::{self, Catalog};
-use super::id::VolumeId;
+use super::id::{LayerId, VolumeId};
 use super::lock::{self, Holder, Purpose, VolumeLock};
-use super::metadata::{Geometry, KeyOwner, KeyRecord, LayerRecord, Metadata, VolumeName, encryption_context};
+use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
 use super::references::{CREATING, DELETING, StoreLock, remove_unnamed};
 use super::tags::{self, Tags};
 use crate::crypt::Dek;
@@ -66,6 +66,13 @@ impl Failure {
     /// A KMS's refusal: its own words, and what can be done about `key`.
     pub(super) fn kms(e: KmsError, key: &str) -> Self {
         Failure { cause: e.to_string(), error: e.with_advice(key) }
+    }
+}
+
+impl Failure {
+    /// The same, told of the volume whose snapshot was not made.
+    pub fn of(self, volume: VolumeId) -> Self {
+        Failure { cause: self.cause, error: self.error.context(format!("make a snapshot of {volume}")) }
     }
 }
 
@@ -150,16 +157,19 @@ fn fill(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
-    make_layer(catalog, metadata.top(), wanted.preallocate)
+    make_layer(catalog, metadata.top().id, metadata.size(), wanted.preallocate)
 }
 
-/// Makes a layer's file, which must not be there, without data; it is durable then.
-pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bool) -> Result<()> {
-    let path = catalog.layer_path(layer.id);
-    let attempt = || format!("make {} of {} bytes", path.display(), layer.size);
+/// Makes a layer's file, which must not be there, without data; it is durable then. Something names it already.
+///
+/// # Errors
+/// Those of the file system; `Unsupported` if it cannot set space aside.
+pub fn make_layer(catalog: &Catalog, layer: LayerId, size: u64, preallocate: bool) -> Result<()> {
+    let path = catalog.layer_path(layer);
+    let attempt = || format!("make {} of {} bytes", path.display(), size);
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).context(attempt)?;
     if preallocate {
-        let len = libc::off_t::try_from(layer.size).expect("Geometry: below 2^63");
+        let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {
             Errno::EOPNOTSUPP => {
                 let message = "this file system cannot set space aside; leave out --preallocate";
@@ -168,7 +178,7 @@ pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bo
             e => Error::from(e).context(attempt()),
         })?;
     } else {
-        file.set_len(layer.size).context(attempt)?;
+        file.set_len(size).context(attempt)?;
     }
     file.sync_all().context(attempt)?;
     sync_dir(&catalog.root().layers())

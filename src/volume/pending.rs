@@ -7,7 +7,7 @@
 use super::catalog::{Catalog, read_bounded};
 use super::id::{LayerId, VolumeId};
 use super::lock::VolumeLock;
-use super::metadata::{Metadata, written};
+use super::metadata::{LayerRecord, Metadata, written};
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{replace_file, sync_dir};
 use serde::{Deserialize, Serialize};
@@ -105,12 +105,12 @@ impl Catalog {
         let Some(pending) = Pending::load(self, metadata.id())? else { return Ok(()) };
         log::info!("{}: an interrupted command left {pending:?}", metadata.id());
         pending.undo(self, metadata)?;
-        self.mark_frozen(metadata);
+        self.mark_frozen(&metadata.layers()[1..]);
         self.forget_pending(lock)
     }
 
     /// Removes the note of what was pending, once `volume.json` tells of it, or it was undone.
-    pub(super) fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
+    pub fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
         let folder = self.folder(lock.volume());
         let path = folder.join(FILE);
         match std::fs::remove_file(&path) {
@@ -121,10 +121,10 @@ impl Catalog {
         }
     }
 
-    /// Makes the files of a volume's lower layers read-only, which shows people and tools that nobody writes them any
-    /// more. Nothing depends on it.
-    pub(super) fn mark_frozen(&self, metadata: &Metadata) {
-        for layer in &metadata.layers()[1..] {
+    /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any more. Nothing
+    /// depends on it.
+    pub(super) fn mark_frozen(&self, layers: &[LayerRecord]) {
+        for layer in layers {
             let path = self.layer_path(layer.id);
             if let Err(e) = std::fs::set_permissions(&path, Permissions::from_mode(0o444)) {
                 log::warn!("chmod 0444 {}: {e}", path.display());
