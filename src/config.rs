@@ -5,6 +5,9 @@
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
 //! region = "us-east-1"             # in events and in the ARNs of the embedded KMS
 //! account = "000000000000"         # likewise, 12 digits
+//! kms-patience = 60                # seconds for which a KMS that cannot be reached is asked again
+//! attach-grants = true             # each attach makes a grant, and retires it at detach
+//! grantee-principal = "arn:aws:…"  # whose grants at AWS KMS: the principal of this host
 //! ```
 #![forbid(unsafe_code)]
 
@@ -14,6 +17,10 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::kms::key_ref::Locality;
 use crate::root::Root;
 use serde::Deserialize;
+use std::time::Duration;
+
+/// The most that `kms-patience` may be, seconds.
+const PATIENCE_MAX: u64 = 3600;
 
 /// The alias of the key that is made at first use, when neither the command nor the settings name one.
 pub const DEFAULT_KEY: &str = "alias/aws/ebs";
@@ -29,6 +36,12 @@ pub struct Settings {
     pub region: String,
     /// The account in events: 12 digits.
     pub account: String,
+    /// For how long a KMS that cannot be reached, or is overloaded, is asked again; at most an hour.
+    pub kms_patience: Duration,
+    /// Whether an attach makes a grant for itself, where the KMS has grants and knows for whom.
+    pub attach_grants: bool,
+    /// The ARN of the principal as which this host asks AWS KMS; the grants are made for it.
+    pub grantee_principal: Option<String>,
 }
 
 impl Default for Settings {
@@ -38,6 +51,9 @@ impl Default for Settings {
             encrypt_by_default: false,
             region: "us-east-1".into(),
             account: "000000000000".into(),
+            kms_patience: Duration::from_secs(60),
+            attach_grants: true,
+            grantee_principal: None,
         }
     }
 }
@@ -75,6 +91,9 @@ struct Written {
     encrypt_by_default: Option<bool>,
     region: Option<String>,
     account: Option<String>,
+    kms_patience: Option<u64>,
+    attach_grants: Option<bool>,
+    grantee_principal: Option<String>,
 }
 
 impl TryFrom<Written> for Settings {
@@ -87,6 +106,9 @@ impl TryFrom<Written> for Settings {
             encrypt_by_default: w.encrypt_by_default.unwrap_or(default.encrypt_by_default),
             region: w.region.unwrap_or(default.region),
             account: w.account.unwrap_or(default.account),
+            kms_patience: w.kms_patience.map_or(default.kms_patience, Duration::from_secs),
+            attach_grants: w.attach_grants.unwrap_or(default.attach_grants),
+            grantee_principal: w.grantee_principal,
         };
         if settings.default_key.trim().is_empty() {
             return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
@@ -97,6 +119,17 @@ impl TryFrom<Written> for Settings {
         }
         if settings.account.len() != 12 || !settings.account.bytes().all(|b| b.is_ascii_digit()) {
             return Err(usage("account must be 12 digits, in quotation marks"));
+        }
+        if settings.kms_patience > Duration::from_secs(PATIENCE_MAX) {
+            return Err(usage(format!("kms-patience must be a number of seconds, at most {PATIENCE_MAX}")));
+        }
+        let is_arn = |text: &str| {
+            text.starts_with("arn:") && text.len() <= 256 && text.bytes().all(|b| b.is_ascii_graphic())
+        };
+        if settings.grantee_principal.as_deref().is_some_and(|arn| !is_arn(arn)) {
+            return Err(usage(
+                "grantee-principal must be the ARN of a principal, as \"aws sts get-caller-identity\" shows it",
+            ));
         }
         Ok(settings)
     }
@@ -120,13 +153,17 @@ mod tests {
     #[test]
     fn what_is_set_is_meant() {
         let settings = Settings::parse(
-            "default-key = 'alias/prod'\nencrypt-by-default = true\nregion = 'eu-1'\naccount = '123456789012'\n",
+            "default-key = 'alias/prod'\nencrypt-by-default = true\nregion = 'eu-1'\naccount = '123456789012'\n\
+             kms-patience = 0\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
             default_key: "alias/prod".into(),
             encrypt_by_default: true,
             region: "eu-1".into(),
             account: "123456789012".into(),
+            kms_patience: Duration::ZERO,
+            attach_grants: false,
+            grantee_principal: Some("arn:aws:iam::123456789012:role/host".into()),
         };
         assert_eq!(settings.unwrap(), expected);
     }
@@ -140,6 +177,10 @@ mod tests {
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),
             ("region = ", "region"),
+            ("kms-patience = 3601", "at most 3600"),
+            ("kms-patience = -1", "kms-patience"),
+            ("attach-grants = 1", "boolean"),
+            ("grantee-principal = 'host'", "ARN of a principal"),
         ] {
             let e = Settings::parse(text).unwrap_err();
             assert_eq!(e.kind(), Kind::Usage, "{text}");

@@ -56,6 +56,11 @@ impl Root {
         self.0.join("kms")
     }
 
+    /// `grants/`, a note for each grant of an attach.
+    pub fn grants(&self) -> PathBuf {
+        self.0.join("grants")
+    }
+
     /// `events.jsonl`.
     pub fn events(&self) -> PathBuf {
         self.0.join("events.jsonl")

@@ -144,8 +144,9 @@ fn after_the_detach_the_key_is_in_no_memory_at_all() {
     use_disk(&mut session);
     assert!(host.frozen(|| look_through(host.pid(), &needles).secret) > 0);
     let traced = Traced::until_its_end(host.pid());
-    place.store.ok(&["detach", "t"]);
+    let mut detach = place.store.command().args(["detach", "t"]).spawn().expect("start sealblk");
     traced.wait_for_its_end();
+    assert!(process::wait_within(&mut detach, attach::LIMIT).expect("it ends").success());
     let seen = look_through(host.pid(), &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     assert_eq!(seen.secret, 0, "the memory that was made for keys is still there");
@@ -229,7 +230,11 @@ fn the_helper_is_gone_when_a_vmm_can_connect() {
     let place = Place::new(&[]);
     for _ in 0..5 {
         let host = place.attach(&[]);
-        assert_eq!(children(host.pid()), [""; 0].map(Into::<std::path::PathBuf>::into));
+        // The keeper of its grants is another one, which never has the key.
+        let commands =
+            children(host.pid()).into_iter().map(|child| fs::read(child.join("cmdline")).unwrap_or_default());
+        let commands: Vec<_> = commands.filter(|command| !command.ends_with(b"\0keep-grants\0")).collect();
+        assert_eq!(commands, [b""; 0]);
         // Nor is what came from it kept as a descriptor: the memory is mapped, and that is all.
         for fd in fs::read_dir(host.proc("fd")).expect("list the descriptors") {
             let to = fs::read_link(fd.expect("list the descriptors").path()).unwrap_or_default();
@@ -238,6 +243,24 @@ fn the_helper_is_gone_when_a_vmm_can_connect() {
         }
         host.end();
     }
+}
+
+#[test]
+fn the_keeper_of_the_grants_has_no_key() {
+    let place = Place::new(&[]);
+    let needles = Needles::of_key(&place.dek());
+    let host = place.attach(&[]);
+    use_disk(&mut open(&place.socket()));
+    let keepers = children(host.pid());
+    assert_eq!(keepers.len(), 1);
+    let pid = keepers[0].file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+    let traced = Traced::seize(Pid::from_raw(pid), 0);
+    traced.interrupt();
+    let seen = look_through(Pid::from_raw(pid), &needles);
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    assert!(seen.secret == 0 && seen.bytes > 1 << 20, "{} bytes", seen.bytes);
+    drop(traced);
+    host.end();
 }
 
 /// What is handed to the helper must be memory for keys, or else it keeps the key to itself.

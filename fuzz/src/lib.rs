@@ -14,4 +14,6 @@ pub mod kms_records;
 pub mod request;
 pub mod script;
 pub mod session;
+pub mod sigv4;
 pub mod volume_metadata;
+pub mod wire;

@@ -57,7 +57,7 @@ enum Answer {
     Status(Status),
     Throttled,
     Rewrapped,
-    NewLayer { id: LayerId, size: u64 },
+    NewLayer { id: LayerId },
     Held,
     Frozen(Frozen),
     Failed { kind: String, message: String },

@@ -1,10 +1,15 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, the data key by way of the
-//! [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things.
+//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the keeper
+//! ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads.
+//! Nothing listens before the helper is gone and the metadata has proved right; nothing that a VMM says is read before
+//! the process is confined. The way back is the drop order of the same things.
 
 pub mod control;
+pub mod grants;
+mod helper;
+mod notify;
+mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
@@ -16,8 +21,11 @@ use crate::config::Settings;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::embedded::root_key::passphrase;
+use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
+use crate::store::file::ring;
 use crate::vhost::backend::Device;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
@@ -32,13 +40,17 @@ use crate::volume::lock::{Holder, Purpose, VolumeLock};
 use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
+use grants::Keeper;
+use notify::Notifier;
 use record::Record;
+use sandbox::{Identity, Mode};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -75,6 +87,10 @@ pub struct Options {
     pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
+    /// How strictly the process is confined once it is ready.
+    pub sandbox: Mode,
+    /// The user to become then; none: the one that it was started as.
+    pub user: Option<Identity>,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -98,6 +114,8 @@ pub fn attach(
         Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
         Endpoint::Path(_) => None,
     };
+    // The helpers' affair, not this process's.
+    let passphrase = passphrase::inherited_descriptor()?;
     sandbox::harden()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
@@ -110,13 +128,38 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let opened = open(catalog, &lock, &events, options).map_err(|e| e.context(attempt()))?;
-    let Opened { disk, metadata, seal_key, layers } = opened;
+    let opened = open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    let Opened { disk, metadata, seal_key, layers, keeper } = opened;
+    drop(passphrase);
     let how = disk.describe();
     let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
     let record = Arc::new(record);
+
+    let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
+    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
+    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let (socket, name) = match (inherited, &path) {
+        (Some(socket), _) => (socket, None),
+        (None, Some(path)) => {
+            let (listener, name) = socket::listen(path).map_err(|e| e.context(attempt()))?;
+            (Socket::Listening(listener), Some(name))
+        }
+        (None, None) => unreachable!("an endpoint is a path or a descriptor"),
+    };
+    if let (Some(user), Some(path)) = (&options.user, &path) {
+        user.give_socket(path).map_err(|e| e.context(attempt()))?;
+    }
+    let manager = Notifier::connect();
+    let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
+    // Two for each queue, which opens new layers before it gives up the old ones; one for flushes by the thread that makes
+    // snapshots, and one for the flush at the end.
+    ring::prepare(2 * usize::from(options.queues) + 2).map_err(|e| cannot_serve(e).context(attempt()))?;
+    let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
+    let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
+    let confinement = confinement.map_err(|e| e.context(attempt()))?;
+    log::info!("the host process is confined: {confinement}");
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
@@ -129,28 +172,18 @@ pub fn attach(
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
         snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
     };
-    let control = Control::listen(&catalog.folder(volume), orders);
-    let control = control.map_err(|e| e.context(attempt()))?;
+    let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
-    let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
-    let inlet = inlet.map_err(|e| e.context(attempt()))?;
+    let inlet = inlet.seen_from_descriptors();
     let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
     record.serve(&device);
-    let (socket, name) = match (inherited, &path) {
-        (Some(socket), _) => (socket, None),
-        (None, Some(path)) => {
-            let (listener, name) = socket::listen(path).map_err(|e| e.context(attempt()))?;
-            (Socket::Listening(listener), Some(name))
-        }
-        (None, None) => unreachable!("an endpoint is a path or a descriptor"),
-    };
-    stop_on_signals(stop.clone()).context(attempt)?;
+    stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    manager.ready();
 
     let served = server::serve(&device, socket, &stop);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    manager.stopping();
     drop(name);
     record.stop_serving();
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
@@ -166,21 +199,29 @@ pub fn attach(
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     record.release();
+    keeper.retire();
     log::info!("{volume} is detached");
     waiting.tell(&result);
     result
 }
 
-/// A volume whose metadata has proved right, and its data.
+/// A volume whose metadata has proved right, its data, and what it took to have it.
 struct Opened {
     disk: Arc<Disk>,
     metadata: Metadata,
     seal_key: Option<SealKey>,
     layers: Vec<Layer>,
+    keeper: Keeper,
 }
 
 /// Opens the volume's data, its metadata proved right.
-fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Options) -> Result<Opened> {
+fn open(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    events: &EventLog,
+    settings: &Settings,
+    options: &Options,
+) -> Result<Opened> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
@@ -189,7 +230,7 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
-    let deks = unwrap_all(catalog, &metadata, events)?;
+    let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
     seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
     let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
         unreachable!("sector sizes are data units");
@@ -211,7 +252,7 @@ fn open(catalog: &Catalog, lock: &VolumeLock, events: &EventLog, options: &Optio
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
     let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
     let seal_key = metadata.seal_key(&deks)?;
-    Ok(Opened { disk: Arc::new(disk), metadata, seal_key, layers })
+    Ok(Opened { disk: Arc::new(disk), metadata, seal_key, layers, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.
@@ -224,18 +265,29 @@ fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Resul
     metadata.layers().iter().enumerate().map(open).collect()
 }
 
-/// The data keys, in the order of the volume's keys. A refusal is an event, with the KMS's words as its cause.
-fn unwrap_all(catalog: &Catalog, metadata: &Metadata, events: &EventLog) -> Result<Vec<Dek>> {
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
+/// as its cause.
+fn unwrap_all(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    events: &EventLog,
+    settings: &Settings,
+) -> Result<(Vec<Dek>, Keeper)> {
+    let until = Instant::now() + settings.kms_patience;
+    let patience = || Patience(until.saturating_duration_since(Instant::now()));
+    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let refused = |refusal: Refusal| {
+        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+        events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
+        refusal.error()
+    };
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience()).map_err(refused)?;
     let mut deks = Vec::new();
-    for key in metadata.keys() {
-        let dek = unwrap::unwrap(catalog.root(), metadata.id(), key).map_err(|refusal| {
-            let (arn, reattach) = (&key.wrapped.key_id, metadata.attached_before());
-            events.record(&Event::attach_failed(metadata.id(), Some(arn), refusal.cause.as_str(), reattach));
-            refusal.error()
-        });
-        deks.push(dek?);
+    for (n, key) in metadata.keys().iter().enumerate() {
+        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        deks.push(dek.map_err(refused)?);
     }
-    Ok(deks)
+    Ok((deks, keeper))
 }
 
 /// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
@@ -298,8 +350,7 @@ fn default_serial(volume: VolumeId) -> String {
     volume.to_string().replace('-', "")
 }
 
-fn stop_on_signals(stop: Arc<Stop>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {
     let wait = move || {
         for signal in &mut signals {
             log::info!("signal {signal}: detaching");

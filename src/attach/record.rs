@@ -80,7 +80,10 @@ impl Record {
 
     /// Gives the volume up: the next may have it.
     pub fn release(&self) {
-        drop(self.state().take());
+        let Some(State { lock, .. }) = self.state().take() else { return };
+        if let Err(e) = self.catalog.forget_own_layers(&lock) {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, Option<State>> {

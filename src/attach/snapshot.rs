@@ -1,8 +1,8 @@
 //! A snapshot of an attached volume: the queues are paused, the top layer is synced and frozen, and they go on with a
 //! new one.
 //!
-//! The command that asked makes the new layer's file and writes the snapshot's record; this process writes in its own
-//! volume's folder alone.
+//! This process, which is confined, writes in its own volume's folder alone: it makes the new layer there, and the command
+//! that asked links that to where layers lie and writes the snapshot's record.
 
 use super::control::conversation::{Conversation, Frozen};
 use super::record::{Record, State, gone};
@@ -12,12 +12,15 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::pause::Paused;
 use crate::volume::Snapshot;
 use crate::volume::catalog::Catalog;
-use crate::volume::freeze::Freeze;
+use crate::volume::freeze::{Freeze, Maker};
 use crate::volume::image_lock::Access;
 use crate::volume::io::Cipher;
 use crate::volume::layers::{self, Layer};
+use crate::volume::lifecycle::make_layer;
 use crate::volume::metadata::LayerRecord;
 use crate::volume::snapshot::Label;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +38,7 @@ impl Record {
         if state.read_only {
             return Err(Error::new(Kind::Busy, "it is attached read-only; detach it first"));
         }
-        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata)?;
+        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host)?;
         let new_top = *freeze.new_top();
         let ready = open_top(&self.catalog, state, engine, &new_top, client);
         let (layer, hold) = match ready {
@@ -63,7 +66,7 @@ impl Record {
     }
 }
 
-/// Has the client make the new layer, opens it, and brings most of what is not on disk yet there, so that the pause is
+/// Makes the new layer, has the client link it, opens it, and brings most of what is not on disk yet there, so that the pause is
 /// short. Answers whether the client wants to be asked before the commit.
 fn open_top(
     catalog: &Catalog,
@@ -72,13 +75,28 @@ fn open_top(
     new_top: &LayerRecord,
     client: &mut Conversation<'_>,
 ) -> Result<(Layer, bool)> {
-    let hold = client.have_layer_made(new_top.id, new_top.size, PATIENCE)?;
+    let path = catalog.own_layer_path(state.metadata.id(), new_top.id);
+    make_layer(&path, new_top.size, false)?;
+    let hold = client.have_layer_linked(new_top.id, PATIENCE)?;
     let block_size = state.metadata.sector_size().bytes();
     let cipher = cipher(state, engine, new_top)?;
-    let layer = Layer::open(&catalog.layer_path(new_top.id), Access::ReadWrite, block_size, cipher)?;
+    is_linked(&path, &catalog.layer_path(new_top.id))?;
+    // By the name that it has there: the other one is not this process's to open.
+    let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher)?;
     let top = state.layers.first().ok_or_else(gone)?;
     top.store.file().sync_data().context(|| "sync the top layer")?;
     Ok((layer, hold))
+}
+
+/// Looks whether the client has done its part.
+fn is_linked(own: &Path, layer: &Path) -> Result<()> {
+    let id = |path| std::fs::metadata(path).map(|m: std::fs::Metadata| (m.dev(), m.ino()));
+    match id(layer) {
+        Ok(there) if there == id(own)? => Ok(()),
+        // The process may run as a user who sees nothing but his own volume's folder.
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        _ => Err(Error::new(Kind::NotFound, format!("{} was not made", layer.display()))),
+    }
 }
 
 /// The new top has the key of the old one; a mask, which is no secret, is each layer's own.

@@ -2,12 +2,16 @@
 //!
 //! The two sides share a socket, the helper's standard input. The host process sends what is to be unwrapped and a
 //! descriptor of secret memory; the helper fills that and answers with a line of JSON. Network code and credentials
-//! are in the helper's memory only, and the host process has no part in what becomes of it.
+//! are in the helper's memory only, and the host process has no part in what becomes of it. What the helper frees is
+//! zeroed, by its allocator.
 
-use super::sandbox;
+use super::helper;
+use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::crypt::secret_mem::SecretFd;
+use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
+use crate::crypt::wiping_allocator;
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::patience::Patience;
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
 use crate::root::Root;
 use crate::volume::metadata::{KeyOwner, KeyRecord, encryption_context};
@@ -16,15 +20,14 @@ use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
 const MAX_MESSAGE: usize = 32 << 10;
-/// How long the helper may take before it is given up.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the helper may take beside the KMS's time before it is given up.
+const MARGIN: Duration = Duration::from_secs(30);
 
 /// What is to be unwrapped. The context is not in it: it follows from whose key it is.
 #[derive(Serialize, Deserialize)]
@@ -35,6 +38,10 @@ struct Request {
     key_id: String,
     /// Hexadecimal.
     blob: String,
+    /// Of the grant to decrypt by.
+    grant_token: Option<String>,
+    /// For how long a KMS that cannot be reached is asked again; the settings' patience if nothing is said.
+    patience_ms: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,6 +61,8 @@ pub struct Refusal {
     pub cause: String,
     /// The same with what the reader can do.
     pub message: String,
+    /// The ARN of the key that it is about, if it is about one.
+    pub key_id: Option<String>,
     /// The name of the error's kind.
     kind: String,
 }
@@ -65,53 +74,71 @@ impl Refusal {
     }
 }
 
-impl From<Error> for Refusal {
-    fn from(e: Error) -> Self {
-        Refusal { cause: e.to_string(), message: e.to_string(), kind: e.kind().name().into() }
+impl Refusal {
+    /// What the KMS answered about a key, as `error` says it to the reader.
+    pub(super) fn of_kms(cause: String, key_id: &str, error: Error) -> Self {
+        Refusal { cause, key_id: Some(key_id.to_owned()), ..error.into() }
     }
 }
 
-/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns.
+impl From<Error> for Refusal {
+    fn from(e: Error) -> Self {
+        let kind = e.kind().name().into();
+        Refusal { cause: e.to_string(), message: e.to_string(), key_id: None, kind }
+    }
+}
+
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
+/// with the settings' patience.
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it.
 pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Result<Dek, Refusal> {
+    let patience = Patience(Settings::load(root)?.kms_patience);
+    unwrap_granted(root, owner, key, None, patience)
+}
+
+/// The same by the grant whose token this is, if there is one.
+///
+/// # Errors
+/// As for [`unwrap`].
+pub fn unwrap_granted(
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    token: Option<&str>,
+    patience: Patience,
+) -> Result<Dek, Refusal> {
     let secret = SecretFd::create(Dek::LEN)?;
     log::debug!("the data key comes by {:?}", secret.kind());
-    match run_helper(root, &secret, owner.into(), key)? {
+    let request = Request {
+        owner: owner.into(),
+        provider: key.provider.clone(),
+        key_id: key.wrapped.key_id.clone(),
+        blob: hex::encode(&key.wrapped.blob),
+        grant_token: token.map(str::to_owned),
+        patience_ms: Some(patience.0.as_millis() as u64),
+    };
+    match run_helper(root, &secret, &request, patience.longest_call() + MARGIN)? {
         Answer::Unwrapped => Ok(Dek::from_secret(secret.map()?)?),
         Answer::Refused(refusal) => Err(refusal),
     }
 }
 
-fn run_helper(root: &Root, secret: &SecretFd, owner: KeyOwner, key: &KeyRecord) -> Result<Answer> {
-    let (ours, theirs) = UnixStream::pair().context(|| "make a socket for the unwrap helper")?;
-    ours.set_read_timeout(Some(PATIENCE))?;
-    let mut helper = Command::new("/proc/self/exe")
-        .arg("--root")
-        .arg(root.path())
-        .arg(COMMAND)
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .spawn()
-        .context(|| "start the unwrap helper")?;
-    let answer = ask(&ours, secret, owner, key);
+fn run_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<Answer> {
+    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let answer = socket.set_read_timeout(Some(time)).map_err(Error::from);
+    let answer = answer.and_then(|()| ask(&socket, secret, request));
     if answer.is_err() {
         // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
-        let _ = helper.kill();
+        let _ = child.kill();
     }
-    let status = helper.wait().context(|| "wait for the unwrap helper")?;
+    let status = child.wait().context(|| "wait for the unwrap helper")?;
     answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))
 }
 
-fn ask(socket: &UnixStream, secret: &SecretFd, owner: KeyOwner, key: &KeyRecord) -> Result<Answer> {
-    let request = Request {
-        owner,
-        provider: key.provider.clone(),
-        key_id: key.wrapped.key_id.clone(),
-        blob: hex::encode(&key.wrapped.blob),
-    };
-    let bytes = serde_json::to_vec(&request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answer> {
+    let bytes = serde_json::to_vec(request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
     let fds = [secret.as_fd().as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];
     let sent =
@@ -129,11 +156,12 @@ fn ask(socket: &UnixStream, secret: &SecretFd, owner: KeyOwner, key: &KeyRecord)
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn help(root: &Root) -> Result<()> {
-    sandbox::harden()?;
-    // SAFETY: the host process made standard input for us, and nobody else in this process uses it.
-    let mut socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };
+    wiping_allocator::wipe_from_now_on();
+    let mut socket = helper::begin()?;
     let request = receive(&socket).map_err(Refusal::from);
-    let answer = match request.and_then(|(request, secret)| fill(root, request, secret)) {
+    // The key passes the stack too, in other people's frames.
+    let filled = on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(root, request, secret)));
+    let answer = match filled {
         Ok(()) => Answer::Unwrapped,
         Err(refusal) => Answer::Refused(refusal),
     };
@@ -173,13 +201,18 @@ fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> 
     let context: EncryptionContext = encryption_context(request.owner);
     let blob =
         hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
-    let wrapped = WrappedKey { key_id: request.key_id, blob };
+    let wrapped = WrappedKey { key_id: request.key_id.clone(), blob };
     let refused = |e: KmsError| {
         let cause = e.to_string();
-        Refusal { cause, ..Refusal::from(e.with_advice(&wrapped.key_id)) }
+        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(&request.provider, &wrapped.key_id))
     };
-    let provider = kms::open_provider(root, &request.provider).map_err(refused)?;
-    let key = provider.decrypt(&wrapped, &context).map_err(refused)?;
+    let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
+    let provider = kms::open_patient_provider(root, &request.provider, patience).map_err(refused)?;
+    let key = match &request.grant_token {
+        Some(token) => provider.decrypt_granted(&wrapped, &context, token),
+        None => provider.decrypt(&wrapped, &context),
+    };
+    let key = key.map_err(refused)?;
     if key.len() != secret.len() {
         let message = format!("the wrapped data key has {} bytes instead of {}", key.len(), secret.len());
         return Err(Error::new(Kind::Corrupt, message).into());

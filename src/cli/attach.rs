@@ -1,6 +1,8 @@
-//! `sealblk attach`, `sealblk detach`, and the hidden `sealblk unwrap`.
+//! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
 use super::{Env, output};
+use crate::attach::grants::keeper;
+use crate::attach::sandbox::{Identity, Mode};
 use crate::attach::{self, Endpoint, Options, control, unwrap};
 use crate::crypt::xts::Engine;
 use crate::error::{Error, Kind, Result};
@@ -67,6 +69,16 @@ pub struct AttachArgs {
     /// in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
     in_order: bool,
+
+    /// Become this user once everything is open: the volume's files must be his, the root key need not. The socket
+    /// goes to the group [default: the user's own].
+    #[arg(long, value_name = "NAME[:GROUP]")]
+    user: Option<String>,
+
+    /// Confine the process once it is ready: on, log (forbidden system calls are done, and reported by the kernel) or
+    /// off.
+    #[arg(long, value_name = "MODE", default_value = "on", value_parser = sandbox)]
+    sandbox: Mode,
 
     /// Print what this back-end can do, as QEMU's vhost-user conventions have it, and exit.
     #[arg(long)]
@@ -141,6 +153,8 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         in_order: args.in_order,
         limits: args.limits.limits(),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
+        sandbox: args.sandbox,
+        user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
     attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
         if env.json {
@@ -192,6 +206,11 @@ pub fn unwrap(env: &Env) -> Result<()> {
     unwrap::help(&env.root)
 }
 
+/// The whole life of an attach's grants' keeper.
+pub fn keep_grants(env: &Env) -> Result<()> {
+    keeper::keep(&env.root)
+}
+
 fn queue_size(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
         Ok(size) if size.is_power_of_two() && (4..=1024).contains(&size) => Ok(size),
@@ -224,6 +243,10 @@ fn serial(text: &str) -> Result<String, String> {
         return Ok(text.into());
     }
     Err("at most 20 printable ASCII characters without spaces".into())
+}
+
+fn sandbox(text: &str) -> Result<Mode, String> {
+    text.parse().map_err(|e: Error| e.to_string())
 }
 
 fn engine(text: &str) -> Result<Engine, String> {

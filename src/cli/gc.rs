@@ -1,12 +1,16 @@
-//! `sealblk gc`: what interrupted commands, and hands, left in a store.
+//! `sealblk gc`: clears away what nobody needs any more and nobody else has cleared away.
+//!
+//! Files that interrupted commands, and hands, left in a store. Grants of attaches that are over: their host process was
+//! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
 use super::{Env, output, size};
-use crate::error::Result;
+use crate::attach::grants::{self, Note};
+use crate::error::{Error, Result};
 use crate::volume::gc::LeftOver;
 use serde_json::{Value, json};
 
-/// What `gc` takes.
+/// Arguments of `gc`.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -14,14 +18,58 @@ Examples:
   sealblk gc --json
 
 Removes layers that no volume and no snapshot names, temporary files, and what interrupted commands left. What somebody is
-just making or using stays. While a record cannot be read, no layer is removed: it might be its.")]
+just making or using stays. While a record cannot be read, no layer is removed: it might be its. Retires grants at the KMS
+of attaches that are over.")]
 pub struct Args {
-    /// Only say what would be removed.
+    /// Say what would be done, and do nothing.
     #[arg(long)]
     dry_run: bool,
 }
 
-/// Finds what is left over, and removes it.
+/// What became of one stale grant.
+struct Swept {
+    note: Note,
+    outcome: Option<Result<()>>,
+}
+
+impl Swept {
+    /// `would-retire`, `retired` or `failed`.
+    fn word(&self) -> &'static str {
+        match self.outcome {
+            None => "would-retire",
+            Some(Ok(())) => "retired",
+            Some(Err(_)) => "failed",
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        Some(self.outcome.as_ref()?.as_ref().err()?.to_string())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "volume": self.note.volume,
+            "key_id": self.note.key_id,
+            "provider": self.note.provider,
+            "grant_id": self.note.grant,
+            "since": self.note.since,
+            "result": self.word(),
+            "error": self.problem(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let grant = self.note.grant.as_deref().unwrap_or("(not known whether it was made)");
+        let (word, volume, key) = (self.word(), self.note.volume, &self.note.key_id);
+        let problem = self.problem().map_or(String::new(), |problem| format!(": {problem}"));
+        format!("{word} grant {grant} of {volume} on {key}{problem}\n")
+    }
+}
+
+/// Clears away, and says what.
+///
+/// # Errors
+/// What stands in the way of finding what is left over; the kind of the first grant that could not be retired.
 pub fn run(env: &Env, args: &Args) -> Result<()> {
     let catalog = env.catalog();
     // A store that does not exist is not made by looking.
@@ -30,15 +78,34 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
         true => catalog.collect()?,
         false => Vec::new(),
     };
+    let sweep = |note: Note| {
+        let outcome = (!args.dry_run).then(|| grants::retire(&env.root, &note));
+        Swept { note, outcome }
+    };
+    let swept: Vec<Swept> = grants::stale(&catalog)?.into_iter().map(sweep).collect();
+    report(env, args, &found, &swept)?;
+    let left = swept.iter().filter_map(|one| one.outcome.as_ref()?.as_ref().err());
+    match (left.clone().next(), left.count()) {
+        (None, _) => Ok(()),
+        (Some(first), count) => {
+            Err(Error::new(first.kind(), format!("{count} grants are not retired: {first}")))
+        }
+    }
+}
+
+fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result<()> {
     if env.json {
         let left_overs: Vec<Value> = found.iter().map(description).collect();
-        return output::print_json(&json!({"dry_run": args.dry_run, "left_overs": left_overs}));
+        let grants: Vec<Value> = swept.iter().map(Swept::json).collect();
+        let all = json!({"dry_run": args.dry_run, "left_overs": left_overs, "grants": grants});
+        return output::print_json(&all);
     }
     let mut rows = vec![["WHAT", "BYTES", "PATH"].map(String::from).to_vec()];
     rows.extend(found.iter().map(|left| {
         vec![left.what.name().to_string(), size::human(left.bytes), left.path.display().to_string()]
     }));
-    output::print(&output::table(&rows)).map(drop)
+    let grants: String = swept.iter().map(Swept::text).collect();
+    output::print(&(output::table(&rows) + &grants)).map(drop)
 }
 
 fn description(left: &LeftOver) -> Value {

@@ -108,7 +108,7 @@ enum Command {
     Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
-    /// Remove what interrupted commands left.
+    /// Clear away what interrupted commands left, and grants of attaches that did not end well.
     Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
@@ -119,6 +119,9 @@ enum Command {
     /// Wrap a data key anew for the process that started this one.
     #[command(hide = true)]
     RewrapKey,
+    /// Make the grants of an attach for the process that started this one, and retire them after it.
+    #[command(hide = true)]
+    KeepGrants,
 }
 
 impl Command {
@@ -137,6 +140,7 @@ impl Command {
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
             Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::KeepGrants => attach::keep_grants(env),
         }
     }
 }

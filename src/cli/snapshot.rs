@@ -1,6 +1,7 @@
 //! `sealblk snapshot`: make, list, show, tag and delete snapshots.
 #![forbid(unsafe_code)]
 
+mod copy;
 mod create;
 
 use super::filter::{self, Filter, Tag};
@@ -25,6 +26,8 @@ Examples:
     /// Show one snapshot.
     #[command(after_help = "Example:\n  sealblk snapshot show snap-0a1b")]
     Show(OneSnapshot),
+    /// Copy a snapshot.
+    Copy(copy::CopyArgs),
     /// Delete a snapshot, and the data that nothing else uses.
     #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
     Delete(OneSnapshot),
@@ -76,6 +79,7 @@ pub struct UntagArgs {
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::run(env, args),
+        Command::Copy(args) => copy::run(env, args),
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show(env, &args.snapshot),
         Command::Delete(args) => delete(env, &args.snapshot),

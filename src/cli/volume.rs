@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod create;
+mod resize;
 mod rewrap;
 mod show;
 mod tag;
@@ -32,6 +33,8 @@ Examples:
     /// Delete a volume and its data, unless it is attached.
     #[command(after_help = "Example:\n  sealblk volume delete db")]
     Delete(OneVolume),
+    /// Make a volume larger.
+    Resize(resize::ResizeArgs),
     /// Give a volume tags.
     #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
     Tag(tag::TagArgs),
@@ -67,6 +70,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),
         Command::Delete(args) => delete(env, &args.volume),
+        Command::Resize(args) => resize::run(env, &args),
         Command::Tag(args) => tag::tag(env, &args),
         Command::Untag(args) => tag::untag(env, &args),
     }

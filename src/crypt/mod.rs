@@ -6,6 +6,7 @@ pub mod dek;
 #[cfg(test)]
 mod residue;
 pub mod secret_mem;
+pub mod wiping_allocator;
 pub mod xts;
 
 pub use dek::{Dek, SealKey};

@@ -35,6 +35,27 @@ pub enum Exception {
 }
 
 impl Exception {
+    const ALL: [Exception; 13] = [
+        Exception::Conflict,
+        Exception::DryRun,
+        Exception::ExpiredImportToken,
+        Exception::IncorrectKeyMaterial,
+        Exception::InvalidAliasName,
+        Exception::InvalidArn,
+        Exception::InvalidGrantId,
+        Exception::InvalidGrantToken,
+        Exception::InvalidImportToken,
+        Exception::InvalidMarker,
+        Exception::LimitExceeded,
+        Exception::MalformedPolicyDocument,
+        Exception::Tag,
+    ];
+
+    /// The exception of that name on the wire.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|exception| exception.name() == name)
+    }
+
     /// Its name on the wire.
     pub fn name(self) -> &'static str {
         match self {
@@ -140,6 +161,73 @@ impl KmsError {
         }
     }
 
+    /// The error that a KMS means which answered with this `__type` (without its namespace) and this message.
+    ///
+    /// The name alone decides: AWS gives most of them one HTTP status.
+    pub fn of_wire(name: &str, message: String) -> Self {
+        // Some have no message; then the name is the word that there is.
+        let message = if message.is_empty() { name.to_owned() } else { message };
+        match name {
+            "DisabledException" => KmsError::Disabled(message),
+            "KMSInvalidStateException" => invalid_state(message),
+            "KeyUnavailableException" | "DependencyTimeoutException" => KmsError::Unavailable(message),
+            // "The request can be retried", as AWS documents it; of our own store it would mean damage.
+            "KMSInternalException" => KmsError::Unavailable(message),
+            "NotFoundException" => KmsError::NotFound(message),
+            "AlreadyExistsException" => KmsError::AlreadyExists(message),
+            "InvalidCiphertextException" => KmsError::InvalidCiphertext,
+            "IncorrectKeyException" => KmsError::IncorrectKey(message),
+            "ThrottlingException" => KmsError::Throttled(message),
+            "UnsupportedOperationException" => KmsError::Unsupported(message),
+            "ValidationException" | "InvalidKeyUsageException" | "SerializationException" => {
+                KmsError::Validation(message)
+            }
+            "AccessDeniedException"
+            | "ExpiredTokenException"
+            | "IncompleteSignatureException"
+            | "InvalidClientTokenId"
+            | "InvalidSignatureException"
+            | "MissingAuthenticationTokenException"
+            | "NotAuthorized"
+            | "OptInRequired"
+            | "UnrecognizedClientException" => KmsError::AccessDenied(message),
+            other => match Exception::named(other) {
+                Some(exception) => KmsError::Other(exception, message),
+                None => KmsError::Internal(format!("{other}: {message}")),
+            },
+        }
+    }
+
+    /// The error for the reader of a command about a key of the provider of this name: as
+    /// [`KmsError::with_advice`], with that provider's own commands.
+    pub fn with_advice_of(self, provider: &str, key: &str) -> Error {
+        if provider != "aws" {
+            return self.with_advice(key);
+        }
+        let advice = match &self {
+            KmsError::Disabled(_) => {
+                format!("enable it with \"aws kms enable-key --key-id {key}\" and try again")
+            }
+            KmsError::PendingDeletion(_) => format!(
+                "\"aws kms cancel-key-deletion --key-id {key}\" and \"aws kms enable-key --key-id {key}\" make it \
+                 usable again"
+            ),
+            KmsError::PendingImport(_) => {
+                "import its key material again (\"aws kms import-key-material …\") and try again".to_string()
+            }
+            KmsError::AccessDenied(_) => {
+                "look at the key's policy and at this host's credentials (docs/kms.md)".to_string()
+            }
+            _ => return self.with_advice(key),
+        };
+        self.advised(&advice)
+    }
+
+    fn advised(self, advice: &str) -> Error {
+        let e = Error::from(self);
+        Error::new(e.kind(), format!("{}; {advice}", e.to_string().trim_end_matches('.')))
+    }
+
     /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that. `key`
     /// is the key as `sealblk key` takes it.
     pub fn with_advice(self, key: &str) -> Error {
@@ -154,8 +242,18 @@ impl KmsError {
             }
             _ => return self.into(),
         };
-        let e = Error::from(self);
-        Error::new(e.kind(), format!("{}; {advice}", e.to_string().trim_end_matches('.')))
+        self.advised(&advice)
+    }
+}
+
+/// KMSInvalidStateException is of several sorts, which only its message tells apart.
+fn invalid_state(message: String) -> KmsError {
+    if message.ends_with(" is pending deletion.") {
+        KmsError::PendingDeletion(message)
+    } else if message.ends_with(" is pending import.") {
+        KmsError::PendingImport(message)
+    } else {
+        KmsError::InvalidState(message)
     }
 }
 
@@ -176,5 +274,64 @@ impl From<KmsError> for Error {
             _ => Kind::KmsRefused,
         };
         Error::new(kind, e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_type_on_the_wire_decides_and_the_message_stays() {
+        let arn = "arn:aws:kms:us-east-1:111122223333:key/1";
+        let of = |name: &str, message: &str| KmsError::of_wire(name, message.to_owned());
+        let state = |message: String| of("KMSInvalidStateException", &message);
+        let pending = format!("{arn} is pending deletion.");
+        assert_eq!(state(pending.clone()), KmsError::PendingDeletion(pending));
+        let import = format!("{arn} is pending import.");
+        assert_eq!(state(import.clone()), KmsError::PendingImport(import));
+        let not = format!("{arn} is not pending deletion.");
+        assert_eq!(state(not.clone()), KmsError::InvalidState(not));
+        assert_eq!(of("InvalidCiphertextException", ""), KmsError::InvalidCiphertext);
+        assert_eq!(of("ThrottlingException", "Rate exceeded"), KmsError::Throttled("Rate exceeded".into()));
+        assert_eq!(
+            of("LimitExceededException", "too many"),
+            KmsError::Other(Exception::LimitExceeded, "too many".into())
+        );
+        assert_eq!(of("NewException", "x"), KmsError::Internal("NewException: x".into()));
+        assert_eq!(of("AccessDeniedException", ""), KmsError::AccessDenied("AccessDeniedException".into()));
+    }
+
+    #[test]
+    fn every_error_of_ours_comes_back_from_its_own_name() {
+        let m = || "words".to_string();
+        let all = [
+            KmsError::Disabled(m()),
+            KmsError::InvalidState(m()),
+            KmsError::Unavailable(m()),
+            KmsError::NotFound(m()),
+            KmsError::AlreadyExists(m()),
+            KmsError::AccessDenied(m()),
+            KmsError::InvalidCiphertext,
+            KmsError::IncorrectKey(m()),
+            KmsError::Validation(m()),
+            KmsError::Throttled(m()),
+            KmsError::Unsupported(m()),
+        ];
+        let others = Exception::ALL.map(|exception| KmsError::Other(exception, m()));
+        for error in all.into_iter().chain(others) {
+            assert_eq!(KmsError::of_wire(error.type_name(), m()), error);
+        }
+    }
+
+    #[test]
+    fn advice_names_the_provider_s_own_commands() {
+        let disabled = || KmsError::Disabled("it is disabled.".into());
+        let words = |provider| disabled().with_advice_of(provider, "arn:x").to_string();
+        assert!(
+            words("aws").starts_with("it is disabled; ")
+                && words("aws").contains("aws kms enable-key --key-id arn:x")
+        );
+        assert!(words("embedded").contains("sealblk key enable arn:x"));
     }
 }

@@ -113,6 +113,11 @@ pub fn is_alias(name: &str) -> bool {
         && name.strip_prefix(ALIAS_PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
 }
 
+/// The region that an ARN of a KMS names; `None` for what is no such ARN.
+pub fn arn_region(text: &str) -> Option<&str> {
+    Arn::split(text).map(|arn| arn.region).filter(|region| !region.is_empty())
+}
+
 /// An ARN of a KMS, cut into its parts. The resource may hold colons.
 struct Arn<'a> {
     region: &'a str,
@@ -259,6 +264,17 @@ mod tests {
         let other = format!("arn:aws:kms:us-east-1:111122223333:key/{ID}");
         let error = Locality::default().parse(&other).unwrap_err();
         assert_eq!(error, KmsError::NotFound(format!("Key '{other}' does not exist")));
+    }
+
+    #[test]
+    fn an_arn_tells_its_region() {
+        assert_eq!(
+            arn_region(&format!("arn:aws-cn:kms:cn-north-1:111122223333:key/{ID}")),
+            Some("cn-north-1")
+        );
+        for text in ["alias/arn:aws", ID, "arn:aws:kms::1:key/x", "arn:aws:s3:us-east-1:1:key/x"] {
+            assert_eq!(arn_region(text), None, "{text}");
+        }
     }
 
     #[test]

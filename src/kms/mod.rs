@@ -3,17 +3,23 @@
 //! [`KeyProvider`] has one implementation a provider. A provider knows nothing of volumes but the
 //! encryption context that binds a wrapped key to one of them.
 
+pub mod aws;
 pub mod context;
 pub mod embedded;
 pub mod errors;
+pub mod grant;
 pub mod key_ref;
+pub mod patience;
 pub mod server;
 
 pub use context::EncryptionContext;
 pub use errors::{Exception, KmsError};
+pub use grant::{Grant, GrantRequest};
 pub use key_ref::{KeyRef, ProviderName};
 
+use crate::config::Settings;
 use crate::root::Root;
+use patience::Patience;
 use zeroize::Zeroizing;
 
 /// A wrapped data key and the canonical id of the KMS key that wrapped it.
@@ -119,14 +125,62 @@ pub trait KeyProvider: Send + Sync {
         let message = format!("the {} provider wraps no data keys that were made elsewhere", self.name());
         Err(KmsError::Unsupported(message))
     }
+
+    /// What it can do besides, and as whom. Here and below, unless a provider says otherwise: it has no grants.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for who may not decrypt
+    /// otherwise, and also in the moments before the whole KMS knows the grant.
+    fn decrypt_granted(
+        &self,
+        wrapped: &WrappedKey,
+        context: &EncryptionContext,
+        _token: &str,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        self.decrypt(wrapped, context)
+    }
+
+    /// CreateGrant: lets the grantee decrypt, and retire the grant. The same request again answers the same grant.
+    fn create_grant(&self, _request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
+        Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
+    }
+
+    /// RetireGrant. NotFound if there is no such grant (any more).
+    fn retire_grant(&self, _grant: &Grant) -> Result<(), KmsError> {
+        Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
+    }
 }
 
-/// Opens the provider of this name for the store at `root`: `embedded`, and later others.
+/// What a provider can do besides wrapping and unwrapping.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Whose grants it makes: the principal as which this host decrypts. `None`: it has no grants, or nobody has said
+    /// who the host is, and none are made.
+    pub grantee: Option<String>,
+}
+
+/// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of its settings.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
 pub fn open_provider(root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+    open_patient_provider(root, name, None)
+}
+
+/// The same with another patience than that of the settings.
+pub fn open_patient_provider(
+    root: &Root,
+    name: &str,
+    patience: Option<Patience>,
+) -> Result<Box<dyn KeyProvider>, KmsError> {
     match name {
         "embedded" => Ok(Box::new(embedded::Embedded::open(root)?)),
+        "aws" => {
+            let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
+            let patience = patience.unwrap_or(Patience(settings.kms_patience));
+            Ok(Box::new(aws::Aws::open(patience, settings.grantee_principal)?))
+        }
         name => Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
     }
 }

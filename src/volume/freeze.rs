@@ -25,6 +25,16 @@ pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
 #[must_use = "the freeze counts once it is committed"]
 pub struct Freeze {
     new_top: LayerRecord,
+    maker: Maker,
+}
+
+/// Who makes the new layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Maker {
+    /// A command, which reaches all of the store.
+    Command,
+    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]).
+    Host,
 }
 
 impl Freeze {
@@ -34,7 +44,7 @@ impl Freeze {
     /// # Errors
     /// `Unsupported` if the volume has as many layers as it can have; those of the file system. The volume is as it
     /// was.
-    pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<Self> {
+    pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata, maker: Maker) -> Result<Self> {
         if metadata.layers().len() >= MAX_LAYERS {
             let id = metadata.id();
             let message = format!(
@@ -45,7 +55,7 @@ impl Freeze {
         }
         let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
         Pending::NewTop(new_top.id).store(catalog, lock)?;
-        Ok(Freeze { new_top })
+        Ok(Freeze { new_top, maker })
     }
 
     /// The layer that is going to take the writes.
@@ -73,7 +83,7 @@ impl Freeze {
         let mut next = metadata.clone();
         next.layout = metadata.layout().with_new_top(self.new_top);
         next.reseal(key);
-        catalog.store(lock, &mut next).inspect_err(|_| undo(catalog, lock))?;
+        catalog.store(lock, &mut next).inspect_err(|_| self.undo(catalog, lock))?;
         *metadata = next;
         if let Err(e) = catalog.forget_pending(lock) {
             log::warn!("{e}; the next command that has {} tries again", lock.volume());
@@ -83,7 +93,36 @@ impl Freeze {
 
     /// Takes it back: the new layer is removed.
     pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
-        undo(catalog, lock);
+        self.undo(catalog, lock);
+    }
+
+    /// Goes by what `volume.json` says now: a replacement that failed may have come far enough to be seen.
+    fn undo(&self, catalog: &Catalog, lock: &VolumeLock) {
+        let undone = match self.maker {
+            Maker::Command => {
+                catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata))
+            }
+            Maker::Host => self.forget_own(catalog, lock),
+        };
+        if let Err(e) = undone {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+    }
+
+    /// What the confined process can do: the layer's other name is the client's to remove, or, while the note is there,
+    /// that of whoever takes the volume next.
+    fn forget_own(&self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
+        let named = catalog.load(lock.volume())?.layers().iter().any(|l| l.id == self.new_top.id);
+        if named || catalog.layer_path(self.new_top.id).exists() {
+            return Ok(());
+        }
+        let path = catalog.own_layer_path(lock.volume(), self.new_top.id);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::from(e).context(format!("remove {}", path.display())))
+            }
+            _ => catalog.forget_pending(lock),
+        }
     }
 }
 
@@ -105,14 +144,6 @@ pub fn note(catalog: &Catalog, snapshot: &Snapshot) -> Result<()> {
     catalog.store_snapshot(snapshot)
 }
 
-/// Goes by what `volume.json` says now: a replacement that failed may have come far enough to be seen.
-fn undo(catalog: &Catalog, lock: &VolumeLock) {
-    let undone = catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata));
-    if let Err(e) = undone {
-        log::warn!("{e}; the next command that has {} tries again", lock.volume());
-    }
-}
-
 /// A snapshot that is being made of a volume that nobody has attached. Dropped before the commit, it is none.
 pub struct Detached<'a> {
     catalog: &'a Catalog,
@@ -128,10 +159,10 @@ impl<'a> Detached<'a> {
     /// KMS's; those of the file system.
     pub fn begin(catalog: &'a Catalog, id: VolumeId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
         let open = OpenDetached::open(catalog, id, Purpose::Snapshot, unwrap)?;
-        let freeze = Freeze::begin(catalog, &open.lock, &open.metadata)?;
-        let (layer, size) = (freeze.new_top.id, freeze.new_top.size);
+        let freeze = Freeze::begin(catalog, &open.lock, &open.metadata, Maker::Command)?;
+        let (path, size) = (catalog.layer_path(freeze.new_top.id), freeze.new_top.size);
         let begun = Detached { catalog, open, freeze: Some(freeze) };
-        make_layer(catalog, layer, size, false)?;
+        make_layer(&path, size, false)?;
         begun.open.top.file().sync_data().context(|| "sync the top layer")?;
         Ok(begun)
     }

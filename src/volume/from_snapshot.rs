@@ -100,13 +100,16 @@ fn layout(
 }
 
 /// Whether `with` is the KMS key that the snapshot's top layer is under.
-pub(super) fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
+///
+/// # Errors
+/// The KMS's.
+pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
     let Some(top) = snapshot.layout().top().key.map(|n| &snapshot.keys()[n]) else { return Ok(false) };
     match with.provider.describe(with.key) {
         Ok(key) => Ok(top.provider == with.provider.name() && top.wrapped.key_id == key.key_id),
         // The default key is made at its first use.
         Err(KmsError::NotFound(_)) => Ok(false),
-        Err(e) => Err(Failure::kms(e, with.key)),
+        Err(e) => Err(Failure::kms(e, with.provider.name(), with.key)),
     }
 }
 
@@ -119,9 +122,11 @@ pub(super) fn rewrap_all(
     let from = snapshot.encryption_context();
     let rewrap = |key: &KeyRecord| {
         let kms_key = &key.wrapped.key_id;
-        let provider = (ways.open_provider)(&key.provider).map_err(|e| Failure::kms(e, kms_key))?;
-        let wrapped =
-            provider.rewrap(&key.wrapped, &from, kms_key, to).map_err(|e| Failure::kms(e, kms_key))?;
+        let provider =
+            (ways.open_provider)(&key.provider).map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
+        let wrapped = provider
+            .rewrap(&key.wrapped, &from, kms_key, to)
+            .map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
         Ok(KeyRecord { provider: key.provider.clone(), wrapped, check: None })
     };
     snapshot.keys().iter().map(rewrap).collect()

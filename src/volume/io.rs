@@ -7,6 +7,7 @@
 //! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
 //! zeros; what several layers take is in [`layered`].
 
+mod fence;
 mod layered;
 
 use super::image_lock::ImageLock;
@@ -15,6 +16,7 @@ use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
+use fence::{Fence, OpenLane};
 use layered::{Action, Layered, Part};
 use std::io;
 use std::os::fd::RawFd;
@@ -24,6 +26,8 @@ use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 const SECTOR: usize = SECTOR_SIZE as usize;
+/// The token of the watch that wakes a queue when a copy has left what it was refused.
+const LANE: u32 = u32::MAX;
 
 /// How a layer is encrypted; not at all without one. Layers under the same key share it.
 pub type Cipher = Option<Arc<dyn SectorCipher>>;
@@ -39,6 +43,8 @@ pub struct Disk {
     below: Vec<Below>,
     /// Which layers may have what, where there are several.
     map: Option<Arc<LayerMap>>,
+    /// What keeps queues out of the way of a copy, where there may be one.
+    fence: Option<Arc<Fence>>,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
@@ -79,6 +85,7 @@ impl Disk {
             cipher: cipher.map(Arc::from),
             below: Vec::new(),
             map: None,
+            fence: None,
             _image_locks: vec![Arc::new(image_lock)],
             flush_failed: Arc::default(),
         }
@@ -97,8 +104,9 @@ impl Disk {
     /// held meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
-    /// As for [`Disk::layered`].
+    /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
         Self::over(self.geometry, self.serial, layers, self.map.clone(), self.flush_failed.clone())
     }
@@ -106,8 +114,9 @@ impl Disk {
     /// The same volume with other layers, or another size. The volume's queues must be held meanwhile.
     ///
     /// # Errors
-    /// As for [`Disk::layered`].
+    /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_layers(&self, geometry: Geometry, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
         Self::over(geometry, self.serial, layers, None, self.flush_failed.clone())
     }
 
@@ -128,7 +137,37 @@ impl Disk {
             map => map,
         };
         let cipher = ciphers.remove(0);
-        Ok(Disk { geometry, serial, store, cipher, below, map, _image_locks: image_locks, flush_failed })
+        let fence = None;
+        Ok(Disk {
+            geometry,
+            serial,
+            store,
+            cipher,
+            below,
+            map,
+            fence,
+            _image_locks: image_locks,
+            flush_failed,
+        })
+    }
+
+    /// The same, made to be [hydrated](super::hydrate). To be said before any queue is opened.
+    pub fn hydrating(mut self) -> Self {
+        self.fence = (!self.below.is_empty()).then(Arc::default);
+        self
+    }
+
+    /// What a copy keeps queues out of its way with.
+    pub(super) fn fence(&self) -> Option<&Arc<Fence>> {
+        self.fence.as_ref()
+    }
+
+    /// Nothing may be written into a layer that is being frozen, nor read from one that is being dropped.
+    fn check_not_hydrated(&self) -> io::Result<()> {
+        match &self.fence {
+            Some(fence) if fence.is_taken() => Err(io::Error::other("its hydration was not stopped first")),
+            _ => Ok(()),
+        }
     }
 
     /// Its shape.
@@ -153,7 +192,7 @@ impl Disk {
     }
 
     /// How many layers there are, which is the top's height: the lowest has 1.
-    fn height(&self) -> u8 {
+    pub(super) fn height(&self) -> u8 {
         // At most MAX_LAYERS.
         (self.below.len() + 1) as u8
     }
@@ -172,14 +211,25 @@ impl Disk {
 
     /// This thread's way to the disk, for at most `depth` operations at a time.
     pub fn open_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
+        let mut queue = self.open_free_queue(depth)?;
+        if let Some(fence) = &self.fence {
+            let lane = fence.open(queue.queue.places())?;
+            queue.queue.watch(LANE, lane.wake_fd());
+            queue.lane = Some(lane);
+        }
+        Ok(queue)
+    }
+
+    /// The same for whoever copies, and so must not wait for himself.
+    pub(super) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
         let queue = self.store.open_queue(depth)?;
         let layered = self.map.clone().map(|map| Layered::new(map, queue.places()));
-        Ok(DiskQueue { disk: self.clone(), queue, layered })
+        Ok(DiskQueue { disk: self.clone(), queue, layered, lane: None })
     }
 
     /// Makes everything written durable, by the calling thread.
     pub fn flush(self: &Arc<Self>) -> io::Result<()> {
-        let mut queue = self.open_queue(1)?;
+        let mut queue = self.open_free_queue(1)?;
         queue.flush(0)?;
         loop {
             if let Some(Event::Done { result, .. }) = queue.next_event() {
@@ -196,6 +246,8 @@ pub struct DiskQueue {
     queue: Box<dyn Queue>,
     /// Where there are several layers.
     layered: Option<Layered>,
+    /// Where somebody may copy what is below into the top. It goes after the queue.
+    lane: Option<OpenLane>,
 }
 
 impl DiskQueue {
@@ -209,13 +261,27 @@ impl DiskQueue {
         self.queue.max_buffer()
     }
 
-    /// A buffer of `len` bytes, if there is one and another operation may be submitted.
-    pub fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        if self.queue.has_room() { self.queue.alloc(len) } else { None }
+    /// A buffer of `len` bytes for what is at `sector`, if there is one and another operation may be submitted there.
+    /// Where there is none, there may be one after the next [`DiskQueue::wait`].
+    pub fn alloc(&mut self, sector: u64, len: usize) -> Option<Buffer> {
+        if !self.queue.has_room() {
+            return None;
+        }
+        let buffer = self.queue.alloc(len)?;
+        if let Some(lane) = &self.lane
+            && !lane.enter(buffer.place(), sector..sector + len as u64 / SECTOR_SIZE)
+        {
+            self.queue.free(buffer);
+            return None;
+        }
+        Some(buffer)
     }
 
     /// Gives a buffer back.
     pub fn free(&mut self, buffer: Buffer) {
+        if let Some(lane) = &self.lane {
+            lane.leave(buffer.place());
+        }
         self.queue.free(buffer);
     }
 
@@ -239,6 +305,21 @@ impl DiskQueue {
 
     /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let Some(lane) = &self.lane else { return self.read_from_memory(sector, len, guest) };
+        let no_buffer = usize::MAX;
+        if !lane.enter(no_buffer, sector..sector + len / SECTOR_SIZE) {
+            return Ok(false);
+        }
+        let done = self.read_from_memory(sector, len, guest);
+        lane.leave(no_buffer);
+        done
+    }
+
+    fn read_from_memory<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
         M: GuestMemory,
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
@@ -297,11 +378,16 @@ impl DiskQueue {
             None => guest.copy_into(bytes),
         };
         if let Err(e) = taken {
-            self.queue.free(buffer);
+            self.free(buffer);
             return Err(e);
         }
         self.submit_write(tag, sector, buffer, durable);
         Ok(())
+    }
+
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from below the top.
+    pub(super) fn came_from_below(&self, place: usize, i: usize) -> bool {
+        self.layered.as_ref().is_some_and(|layered| layered.came_from_below(place, i))
     }
 
     /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that
@@ -332,7 +418,7 @@ impl DiskQueue {
                 Ok(false)
             }
             (done, _) => {
-                self.queue.free(buffer);
+                self.free(buffer);
                 done
             }
         }
@@ -397,7 +483,7 @@ impl DiskQueue {
                 self.queue.submit(tag, Op::Zero { offset, len, keep_space });
             }
             Action::Write => {
-                let mut buffer = self.alloc(len as usize)?;
+                let mut buffer = self.alloc(sector, len as usize)?;
                 let bytes = self.queue.bytes(&mut buffer);
                 bytes.fill(0);
                 if let Some(cipher) = &self.disk.cipher {
@@ -409,7 +495,7 @@ impl DiskQueue {
         Some(Zeroed { sectors: part.sectors, submitted: true })
     }
 
-    /// See [`Queue::watch`].
+    /// See [`Queue::watch`]. The token `u32::MAX` is taken.
     pub fn watch(&mut self, token: u32, fd: RawFd) {
         self.queue.watch(token, fd);
     }
@@ -432,7 +518,13 @@ impl DiskQueue {
 
     /// See [`Queue::next_event`].
     pub fn next_event(&mut self) -> Option<Event> {
-        self.layered.as_mut().and_then(Layered::next_event).or_else(|| self.queue.next_event())
+        loop {
+            let event = self.layered.as_mut().and_then(Layered::next_event);
+            match (event.or_else(|| self.queue.next_event())?, &self.lane) {
+                (Event::Ready { token: LANE }, Some(lane)) => lane.woken(),
+                (event, _) => return Some(event),
+            }
+        }
     }
 }
 

@@ -6,9 +6,10 @@
 //! that something else names stays. `docs/format.md` argues it step by step.
 
 use super::catalog::{self, Catalog};
-use super::id::{LayerId, VolumeId};
+use super::id::VolumeId;
 use super::lock::{self, Holder, Purpose, VolumeLock};
 use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
+use super::pending;
 use super::references::{CREATING, DELETING, StoreLock, remove_unnamed};
 use super::tags::{self, Tags};
 use crate::crypt::Dek;
@@ -48,7 +49,7 @@ impl WrappingKey<'_> {
     /// A new data key for `owner`, which the KMS makes and nobody sees.
     pub(super) fn generate(&self, owner: impl Into<KeyOwner>) -> Result<KeyRecord, Failure> {
         let wrapped = self.provider.generate_wrapped(self.key, Dek::LEN, &encryption_context(owner));
-        let wrapped = wrapped.map_err(|e| Failure::kms(e, self.key))?;
+        let wrapped = wrapped.map_err(|e| Failure::kms(e, self.provider.name(), self.key))?;
         Ok(KeyRecord { provider: self.provider.name().to_string(), wrapped, check: None })
     }
 }
@@ -63,9 +64,9 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A KMS's refusal: its own words, and what can be done about `key`.
-    pub(super) fn kms(e: KmsError, key: &str) -> Self {
-        Failure { cause: e.to_string(), error: e.with_advice(key) }
+    /// The refusal of the provider of this name: its own words, and what can be done about `key`.
+    pub(super) fn kms(e: KmsError, provider: &str, key: &str) -> Self {
+        Failure { cause: e.to_string(), error: e.with_advice_of(provider, key) }
     }
 }
 
@@ -157,17 +158,17 @@ fn fill(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
-    make_layer(catalog, metadata.top().id, metadata.size(), wanted.preallocate)
+    make_layer(&catalog.layer_path(metadata.top().id), metadata.size(), wanted.preallocate)
 }
 
-/// Makes a layer's file, which must not be there, without data; it is durable then. Something names it already.
+/// Makes a layer's file at `path`, where there must be none, without data; it is durable then. Something names it
+/// already.
 ///
 /// # Errors
 /// Those of the file system; `Unsupported` if it cannot set space aside.
-pub fn make_layer(catalog: &Catalog, layer: LayerId, size: u64, preallocate: bool) -> Result<()> {
-    let path = catalog.layer_path(layer);
-    let attempt = || format!("make {} of {} bytes", path.display(), size);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).context(attempt)?;
+pub fn make_layer(path: &Path, size: u64, preallocate: bool) -> Result<()> {
+    let attempt = || format!("make {} of {size} bytes", path.display());
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(attempt)?;
     if preallocate {
         let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {
@@ -181,7 +182,7 @@ pub fn make_layer(catalog: &Catalog, layer: LayerId, size: u64, preallocate: boo
         file.set_len(size).context(attempt)?;
     }
     file.sync_all().context(attempt)?;
-    sync_dir(&catalog.root().layers())
+    sync_dir(path.parent().expect("a layer lies in a folder"))
 }
 
 /// The rename after which the volume is there.
@@ -307,7 +308,8 @@ fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
             // Of a host process that was killed.
             continue;
         }
-        if ![lock::FILE, tags::FILE].contains(&name) && !name.ends_with(".tmp") {
+        let is_ours = [lock::FILE, tags::FILE].contains(&name) || pending::is_layer_name(name);
+        if !is_ours && !name.ends_with(".tmp") {
             return Ok(false);
         }
     }

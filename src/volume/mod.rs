@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 pub mod catalog;
+pub mod copy;
 pub mod freeze;
 pub mod from_snapshot;
 pub mod gc;
+pub mod hydrate;
 pub mod id;
 pub mod image_lock;
 pub mod io;
@@ -19,6 +21,7 @@ pub mod map;
 pub mod metadata;
 mod pending;
 mod references;
+pub mod resize;
 pub mod rewrap;
 pub mod seal;
 pub mod snapshot;

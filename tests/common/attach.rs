@@ -51,6 +51,15 @@ impl Place {
         Self::with_root(|_| Ok(()), arguments)
     }
 
+    /// The same in a store whose attaches make no grants, so that nothing at all is written by one that is refused.
+    pub fn without_grants(arguments: &[&str]) -> Self {
+        let settings = |root: &Path| {
+            fs::create_dir_all(root)?;
+            fs::write(root.join("sealblk.toml"), "attach-grants = false\n")
+        };
+        Self::with_root(settings, arguments)
+    }
+
     /// The same, after `prepare` was called with the root's path.
     pub fn with_root(prepare: impl FnOnce(&Path) -> std::io::Result<()>, arguments: &[&str]) -> Self {
         let place = Place { store: Store::new(), starts: Cell::new(0) };

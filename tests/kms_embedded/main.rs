@@ -13,7 +13,6 @@ mod rotation;
 mod rules;
 mod tags;
 
-use kms_suite::Admin;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::{Clock, SystemClock};
 use sealblk::kms::{EncryptionContext, KmsError};
@@ -72,29 +71,5 @@ fn corrupt(result: Result<impl std::fmt::Debug, KmsError>) -> String {
     match result.unwrap_err() {
         KmsError::Corrupt(message) => message,
         other => panic!("not Corrupt: {other:?}"),
-    }
-}
-
-impl Admin for Embedded {
-    fn create_key(&self) -> String {
-        Embedded::create_key(self, "", None).unwrap().arn
-    }
-    fn absent_key(&self) -> String {
-        self.locality().key_arn(uuid::Uuid::new_v4())
-    }
-    fn create_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
-        Embedded::create_alias(self, name, key)
-    }
-    fn enable(&self, key: &str) -> Result<(), KmsError> {
-        Embedded::enable(self, key).map(drop)
-    }
-    fn disable(&self, key: &str) -> Result<(), KmsError> {
-        Embedded::disable(self, key).map(drop)
-    }
-    fn schedule_deletion(&self, key: &str) -> Result<(), KmsError> {
-        Embedded::schedule_deletion(self, key, 7).map(drop)
-    }
-    fn cancel_deletion(&self, key: &str) -> Result<(), KmsError> {
-        Embedded::cancel_deletion(self, key).map(drop)
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! It sees a provider through `KeyProvider` and changes the state of its keys through [`Admin`].
 
-use sealblk::kms::{EncryptionContext, KeyProvider, KeyState, KmsError, WrappedKey};
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::page::Piece;
+use sealblk::kms::{EncryptionContext, Grant, GrantRequest, KeyProvider, KeyState, KmsError, WrappedKey};
 
 /// What an operator does at the provider, outside of `KeyProvider`. Keys are named by ARN.
 pub trait Admin {
@@ -20,12 +22,62 @@ pub trait Admin {
     fn schedule_deletion(&self, key: &str) -> Result<(), KmsError>;
     /// CancelKeyDeletion.
     fn cancel_deletion(&self, key: &str) -> Result<(), KmsError>;
+    /// ListGrants.
+    fn grants(&self, key: &str) -> Vec<SeenGrant>;
+}
+
+/// A grant as the provider's administrator sees it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SeenGrant {
+    pub id: String,
+    pub grantee: String,
+    pub retiring: Option<String>,
+    pub operations: Vec<&'static str>,
+    pub subset: Option<EncryptionContext>,
 }
 
 /// A provider under test.
 pub struct Subject<'a> {
     pub provider: &'a dyn KeyProvider,
     pub admin: &'a dyn Admin,
+    /// What is answered to an ARN of the region mars-north-1.
+    pub elsewhere: KmsError,
+}
+
+/// The administrator of an embedded KMS, and of whatever serves it.
+impl Admin for Embedded {
+    fn create_key(&self) -> String {
+        Embedded::create_key(self, "", None).unwrap().arn
+    }
+    fn absent_key(&self) -> String {
+        self.locality().key_arn(uuid::Uuid::new_v4())
+    }
+    fn create_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
+        Embedded::create_alias(self, name, key)
+    }
+    fn enable(&self, key: &str) -> Result<(), KmsError> {
+        Embedded::enable(self, key).map(drop)
+    }
+    fn disable(&self, key: &str) -> Result<(), KmsError> {
+        Embedded::disable(self, key).map(drop)
+    }
+    fn schedule_deletion(&self, key: &str) -> Result<(), KmsError> {
+        Embedded::schedule_deletion(self, key, 7).map(drop)
+    }
+    fn cancel_deletion(&self, key: &str) -> Result<(), KmsError> {
+        Embedded::cancel_deletion(self, key).map(drop)
+    }
+    fn grants(&self, key: &str) -> Vec<SeenGrant> {
+        let grants = Embedded::grants(self, key, None, None, &Piece::default()).unwrap().items;
+        let seen = grants.into_iter().map(|grant| SeenGrant {
+            id: grant.id,
+            grantee: grant.grantee,
+            retiring: grant.retiring,
+            operations: grant.operations.iter().map(|operation| operation.name()).collect(),
+            subset: grant.constraint.subset.map(EncryptionContext::from),
+        });
+        seen.collect()
+    }
 }
 
 /// The whole suite. `alias_prefix` keeps the aliases of several runs apart where they would meet.
@@ -39,6 +91,7 @@ pub fn run(subject: &Subject<'_>, alias_prefix: &str) {
     subject.rewrapping_keeps_the_data_key();
     subject.names_of_nothing_are_refused();
     subject.lengths_have_limits();
+    subject.grants_are_for_one_context_and_end();
 }
 
 fn volume(id: &str) -> EncryptionContext {
@@ -213,7 +266,7 @@ impl Subject<'_> {
         assert_eq!(describe("no key"), not_found("Invalid keyId 'no key'".into()));
         let region = key.split(':').nth(3).unwrap();
         let elsewhere = key.replace(&format!(":{region}:"), ":mars-north-1:");
-        assert_eq!(describe(&elsewhere), not_found("Invalid arn mars-north-1".into()));
+        assert_eq!(describe(&elsewhere), Err(self.elsewhere.clone()));
     }
 
     fn lengths_have_limits(&self) {
@@ -232,5 +285,44 @@ impl Subject<'_> {
         };
         refused(0, "greater than or equal to 1");
         refused(1025, "less than or equal to 1024");
+    }
+
+    fn grants_are_for_one_context_and_end(&self) {
+        let (key, context) = (self.admin.create_key(), volume("vol-1"));
+        let wrapped = self.wrap(&key, &context);
+        let grantee = self.provider.capabilities().grantee.expect("it knows who it is");
+        let request = GrantRequest { key: &key, grantee: &grantee, context: &context, name: "one" };
+        let grant = self.provider.create_grant(&request).unwrap();
+        assert_eq!(
+            self.provider.create_grant(&request).unwrap().id,
+            grant.id,
+            "the same request is the same grant"
+        );
+        let seen = SeenGrant {
+            id: grant.id.clone(),
+            grantee: grantee.clone(),
+            retiring: Some(grantee.clone()),
+            operations: vec!["Decrypt"],
+            subset: Some(context.clone()),
+        };
+        assert_eq!(self.admin.grants(&key), [seen]);
+        let token = grant.token.clone().expect("a token");
+        let opened = self.provider.decrypt_granted(&wrapped, &context, &token).unwrap();
+        assert_eq!(opened.to_vec(), self.open(&wrapped, &context).unwrap());
+        let refused = self.provider.decrypt_granted(&wrapped, &context, "bm9uZQ==").unwrap_err();
+        assert_eq!(refused.type_name(), "InvalidGrantTokenException");
+
+        let other = self.provider.create_grant(&GrantRequest { name: "two", ..request }).unwrap();
+        assert_ne!(other.id, grant.id);
+        self.provider.retire_grant(&grant).unwrap();
+        // Who has lost the token names it by its id.
+        self.provider.retire_grant(&Grant { token: None, ..other.clone() }).unwrap();
+        assert_eq!(self.admin.grants(&key), []);
+        let gone = self.provider.retire_grant(&Grant { token: None, ..other }).unwrap_err();
+        assert_eq!(gone.type_name(), "NotFoundException");
+
+        self.admin.disable(&key).unwrap();
+        let disabled = KmsError::Disabled(format!("{key} is disabled."));
+        assert_eq!(self.provider.create_grant(&request), Err(disabled));
     }
 }

@@ -207,19 +207,19 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     let made = |client: &mut Client| {
         client.say(&begin);
         let layer = client.hear()["new-layer"]["id"].as_str().unwrap().to_owned();
-        let file = std::fs::File::create(rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
-        file.set_len(8 << 20).unwrap();
+        let made = rig.place.volume_folder().join(format!("{layer}.img"));
+        std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
     };
     let pause = json!({"step": "pause", "hold": true});
     let scripts: [(&str, &dyn Fn(&mut Client)); 6] = [
         ("says nothing", &|_| ()),
         ("begins", &|c| c.say(&begin)),
-        ("makes the layer", &|c| made(c)),
-        ("makes no layer, and pauses", &|c| {
+        ("links the layer", &|c| made(c)),
+        ("does not link it, and pauses", &|c| {
             c.say(&begin);
             c.hear();
             c.say(&pause);
-            assert!(c.hear()["failed"].is_object());
+            assert_eq!(c.hear()["failed"]["kind"], "not-found");
         }),
         ("commits before it has paused", &|c| {
             made(c);
@@ -240,12 +240,17 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
         write(&mut session.rings[0], 8, &pattern(3, 4096));
         // The next one is heard when this is over.
         rig.place.store.ok(&["throttle", "t"]);
-        assert_eq!(rig.files("layers"), layers, "{what}");
-        assert!(!rig.place.volume_folder().join("pending.json").exists(), "{what}");
         assert_eq!(rig.reader().volume("t"), id, "{what}");
     }
-    rig.place.store.ok(&["snapshot", "create", "t"]);
     drop(session);
+    host.end();
+    rig.place.store.ok(&["gc"]);
+    assert_eq!(rig.files("layers"), layers);
+    let folder = crate::rig::files(&rig.place.volume_folder());
+    assert!(folder.iter().all(|p| p.ends_with("lock") || p.ends_with("volume.json")), "{folder:?}");
+    let (host, socket) = rig.attach("t");
+    assert!(open(&socket).rings.len() == 1);
+    rig.place.store.ok(&["snapshot", "create", "t"]);
     host.end();
 }
 

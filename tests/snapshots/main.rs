@@ -8,6 +8,7 @@ mod clones;
 mod common;
 #[path = "../common/content.rs"]
 mod content;
+mod copies;
 mod crash;
 mod crash_attached;
 mod detached;

@@ -2,8 +2,8 @@
 //!
 //! | client | host process |
 //! |---|---|
-//! | `snapshot`, with description and tags | notes that a layer is going to be made, and answers `new-layer` |
-//! | makes its file; `pause` | pauses the queues; if it was told to hold them, answers `held` |
+//! | `snapshot`, with description and tags | makes a layer in its volume's folder, and answers `new-layer` |
+//! | links it to where layers lie; `pause` | pauses the queues; if it was told to hold them, answers `held` |
 //! | `commit`, if it held them | freezes the old top, lets the queues go on with the new one, answers `frozen` |
 //! | writes the snapshot's record | |
 //!
@@ -12,12 +12,12 @@
 use super::{Answer, MAX_LINE, Request, connect, exchange, receive, say};
 use crate::error::{Context, Error, Kind, Result};
 use crate::volume::catalog::Catalog;
-use crate::volume::lifecycle::make_layer;
 use crate::volume::snapshot::Label;
 use crate::volume::{LayerId, Snapshot, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the host process may take for a step: longer than it waits itself.
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Step {
-    /// The new layer is there: pause, and then go on, or hold until `Commit`.
+    /// The new layer is where it belongs: pause, and then go on, or hold until `Commit`.
     Pause {
         /// Whether to wait.
         hold: bool,
@@ -66,12 +66,12 @@ impl<'a> Conversation<'a> {
         Ok(Conversation { client })
     }
 
-    /// Has the client make the file of a new layer, and answers whether it wants the queues held.
+    /// Has the client bring a new layer to where it belongs, and answers whether it wants the queues held.
     ///
     /// # Errors
     /// If it says anything else, or nothing in time.
-    pub fn have_layer_made(&mut self, id: LayerId, size: u64, patience: Duration) -> Result<bool> {
-        match self.ask(&Answer::NewLayer { id, size }, patience)? {
+    pub fn have_layer_linked(&mut self, id: LayerId, patience: Duration) -> Result<bool> {
+        match self.ask(&Answer::NewLayer { id }, patience)? {
             Step::Pause { hold } => Ok(hold),
             Step::Commit {} => Err(Error::new(Kind::Usage, "nothing is paused yet")),
         }
@@ -106,10 +106,12 @@ pub struct Freezing {
     client: UnixStream,
     volume: VolumeId,
     held: bool,
+    /// The new layer, until the host process may have given it to the volume.
+    made: Option<PathBuf>,
 }
 
 impl Freezing {
-    /// Makes the new layer. The volume goes on meanwhile.
+    /// Has the new layer made. The volume goes on meanwhile.
     ///
     /// # Errors
     /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
@@ -118,11 +120,11 @@ impl Freezing {
         client.set_read_timeout(Some(PATIENCE))?;
         let request =
             Request::Snapshot { description: label.description.clone(), tags: Box::new(label.tags.clone()) };
-        match exchange(&client, &request)? {
-            Answer::NewLayer { id, size } => make_layer(catalog, id, size, false)?,
-            _ => return Err(strange()),
-        }
-        Ok(Freezing { client, volume, held: false })
+        let Answer::NewLayer { id } = exchange(&client, &request)? else { return Err(strange()) };
+        let made = Some(catalog.layer_path(id));
+        let freezing = Freezing { client, volume, held: false, made };
+        catalog.link_own_layer(volume, id)?;
+        Ok(freezing)
     }
 
     /// The volume.
@@ -140,7 +142,8 @@ impl Freezing {
     }
 
     /// Tells the host process to freeze; [`Freezing::frozen`] hears how it went.
-    pub fn commit(&self) -> Result<()> {
+    pub fn commit(&mut self) -> Result<()> {
+        self.made = None;
         match self.held {
             true => say(&self.client, &Step::Commit {}),
             false => say(&self.client, &Step::Pause { hold: false }),
@@ -149,12 +152,21 @@ impl Freezing {
 
     /// The snapshot, whose record is still to be [written](crate::volume::freeze::note), and how long the volume's queues
     /// stood still.
-    pub fn frozen(self) -> Result<(Snapshot, Duration)> {
+    pub fn frozen(&mut self) -> Result<(Snapshot, Duration)> {
         match receive(&self.client)? {
             Answer::Frozen(Frozen { record, pause_us }) => {
                 Ok((Snapshot::from_json(record.as_bytes())?, Duration::from_micros(pause_us)))
             }
             _ => Err(strange()),
+        }
+    }
+}
+
+impl Drop for Freezing {
+    fn drop(&mut self) {
+        if let Some(path) = &self.made {
+            // Where it cannot be removed, or was not made: "sealblk gc" looks.
+            let _ = std::fs::remove_file(path);
         }
     }
 }

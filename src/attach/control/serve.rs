@@ -61,20 +61,38 @@ struct End {
     news: EventFd,
 }
 
+/// A control socket that nobody answers yet.
+pub struct Bound {
+    listener: UnixListener,
+    name: SocketName,
+}
+
+impl Bound {
+    /// Passes on what clients ask for.
+    pub fn serve(self, orders: Orders) -> Result<Control> {
+        let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let end = Arc::new(End { answer: OnceLock::new(), news });
+        let server = Server {
+            listener: self.listener,
+            orders,
+            end: end.clone(),
+            callers: Vec::new(),
+            detaching: Vec::new(),
+        };
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || server.run());
+        let thread = thread.context(|| "start the control thread")?;
+        Ok(Control { name: self.name, waiting: Waiting { end, thread } })
+    }
+}
+
 impl Control {
-    /// Listens in `folder`, and passes on what clients ask for.
-    pub fn listen(folder: &Path, orders: Orders) -> Result<Self> {
+    /// Listens in `folder`. Only while the process has one thread.
+    pub fn bind(folder: &Path) -> Result<Bound> {
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
         let (listener, name) = in_folder(folder, || socket::listen(Path::new(FILE)))?;
         listener.set_nonblocking(true)?;
-        let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let end = Arc::new(End { answer: OnceLock::new(), news });
-        let server =
-            Server { listener, orders, end: end.clone(), callers: Vec::new(), detaching: Vec::new() };
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || server.run());
-        let thread = thread.context(|| "start the control thread")?;
-        Ok(Control { name: name.moved_to(folder), waiting: Waiting { end, thread } })
+        Ok(Bound { listener, name: name.moved_to(folder) })
     }
 
     /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.

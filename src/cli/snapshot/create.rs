@@ -140,15 +140,16 @@ fn make(
             }
         }
     }
-    for one in &making {
+    for one in &mut making {
         if let Making::Attached(freezing) = one {
-            freezing.commit().map_err(of(freezing.volume()))?;
+            let id = freezing.volume();
+            freezing.commit().map_err(of(id))?;
         }
     }
     let mut made = Vec::new();
     for one in making {
         made.push(match one {
-            Making::Attached(freezing) => {
+            Making::Attached(mut freezing) => {
                 let id = freezing.volume();
                 let (snapshot, pause) = freezing.frozen().map_err(of(id))?;
                 Made { snapshot, pause: Some(pause) }

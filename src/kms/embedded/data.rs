@@ -4,10 +4,14 @@ use super::Embedded;
 use super::admin::out_of_range;
 use super::blob::{self, Blob, PLAINTEXT_MAX};
 use super::due;
+use super::grant_records::{Constraint, GrantOperation};
+use super::grants::{GrantRef, NewGrant};
 use super::open_log::OpenLog;
 use super::records::KeyEntry;
 use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
-use crate::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
+use crate::kms::{
+    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
+};
 use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
@@ -219,6 +223,38 @@ impl KeyProvider for Embedded {
 
     fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
         Ok(self.encrypt(key, data_key, context)?.into())
+    }
+
+    /// Whoever opens the store is its owner, and decrypts as the root principal.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { grantee: Some(self.owner().arn) }
+    }
+
+    fn decrypt_granted(
+        &self,
+        wrapped: &WrappedKey,
+        context: &EncryptionContext,
+        token: &str,
+    ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+        self.check_tokens(&[token.to_owned()])?;
+        self.decrypt(wrapped, context)
+    }
+
+    fn create_grant(&self, request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
+        let new = NewGrant {
+            grantee: request.grantee,
+            retiring: Some(request.grantee),
+            operations: &[GrantOperation::Decrypt],
+            constraint: Constraint { subset: Some(request.context.pairs().clone()), equals: None },
+            name: Some(request.name),
+        };
+        let granted = Embedded::create_grant(self, &self.owner(), request.key, &new, false)?;
+        Ok(Grant { key_id: request.key.to_owned(), id: granted.id, token: Some(granted.token) })
+    }
+
+    fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError> {
+        let named = GrantRef::Id { key: &grant.key_id, grant: &grant.id };
+        Embedded::retire_grant(self, &self.owner(), named, false)
     }
 }
 

@@ -35,6 +35,7 @@ use crate::config::Settings;
 use crate::root::Root;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
+use root_key::passphrase::Passphrase;
 use std::path::PathBuf;
 use store::Store;
 
@@ -59,6 +60,10 @@ impl Embedded {
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
         let kms = Embedded { store: Store::new(dir, config, clock), place: Locality::default() };
+        // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
+        if kms.store.asks_for_passphrase() {
+            return kms;
+        }
         if let Err(e) = kms.purge() {
             ::log::warn!(
                 "keys that may be due for deletion in {} were not looked at: {e}",
@@ -66,6 +71,30 @@ impl Embedded {
             );
         }
         kms
+    }
+
+    /// Makes the store now, with its root key under a passphrase if there is one. The first key makes it otherwise.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is one.
+    pub fn init(&self, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
+        match self.store.create(passphrase)? {
+            true => Ok(()),
+            false => Err(KmsError::AlreadyExists(format!(
+                "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is kept",
+                self.store.dir().display()
+            ))),
+        }
+    }
+
+    /// Opens the store, if there is one, so that whoever has to give a passphrase is asked now.
+    pub fn unlock(&self) -> Result<(), KmsError> {
+        if self.store.exists()? { self.store.read(|_| Ok(())) } else { Ok(()) }
+    }
+
+    /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.
+    pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+        self.store.protect_root_key(passphrase)
     }
 
     /// The region and account of its ARNs.

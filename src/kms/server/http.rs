@@ -4,6 +4,7 @@
 
 use super::operations::{self, Request};
 use super::sigv4::{self, Authorization, Signed};
+use super::tls::Tls;
 use super::wire::{Fields, WireError};
 use crate::error::Result;
 use crate::kms::embedded::Embedded;
@@ -23,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
+use zeroize::{Zeroize, Zeroizing};
 
 /// Connections at a time; more wait to be accepted.
 const CONNECTIONS: usize = 256;
@@ -31,6 +33,8 @@ const BODY_MAX: usize = 256 << 10;
 /// Bytes of a request's line and headers.
 const HEAD_MAX: usize = 32 << 10;
 const HEADERS_MAX: usize = 64;
+/// From the acceptance of a connection to the end of the TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// From the end of one request to the end of the next one's headers.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// For a request's body to arrive.
@@ -43,8 +47,12 @@ const CLOSING_TIME: Duration = Duration::from_secs(60);
 const CONTENT_TYPE: &str = "application/x-amz-json-1.1";
 const TARGET: &str = "TrentService.";
 
-/// Answers the connections that `next` accepts, until it fails for good.
-pub async fn accept<S>(kms: Arc<Embedded>, next: impl AsyncFn() -> std::io::Result<S>) -> Result<()>
+/// Answers the connections that `next` accepts, by TLS if that is given, until it fails for good.
+pub async fn accept<S>(
+    kms: Arc<Embedded>,
+    tls: Option<Arc<Tls>>,
+    next: impl AsyncFn() -> std::io::Result<S>,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -62,9 +70,16 @@ where
                 continue;
             }
         };
-        let kms = kms.clone();
+        let (kms, acceptor) = (kms.clone(), tls.as_ref().map(|tls| tls.acceptor()));
         tokio::spawn(async move {
-            connection(kms, stream).await;
+            match acceptor {
+                None => connection(kms, stream).await,
+                Some(acceptor) => match timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => connection(kms, stream).await,
+                    Ok(Err(e)) => log::debug!("a TLS handshake failed: {e}"),
+                    Err(_) => log::debug!("a TLS handshake took too long"),
+                },
+            }
             drop(place);
         });
     }
@@ -83,6 +98,8 @@ where
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(HEAD_MAX)
         .max_headers(HEADERS_MAX)
+        // An answer goes out as it lies there, without a copy in a buffer that lives as long as the connection.
+        .writev(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = std::pin::pin!(served);
     let outcome = match timeout(CONNECTION_TIME, served.as_mut()).await {
@@ -115,11 +132,10 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
         Err(e) => Err(e),
     };
     let (status, body) = match answer {
-        Ok(Value::Null) => (200, Vec::new()),
-        Ok(value) => (200, value.to_string().into_bytes()),
-        Err(e) => (e.status(), e.body()),
+        Ok(value) => (200, bytes_of(value)),
+        Err(e) => (e.status(), e.body().into()),
     };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let mut response = Response::new(Full::new(body));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     headers.insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(CONTENT_TYPE));
@@ -128,6 +144,20 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
         headers.insert("x-amzn-requestid", id);
     }
     response
+}
+
+/// What is sent; wiped when it was, since it may have a data key in it.
+fn bytes_of(mut answer: Value) -> Bytes {
+    if answer.is_null() {
+        return Bytes::new();
+    }
+    // Room for every answer with a key in it: growing would leave a copy behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(16 << 10));
+    serde_json::to_writer(&mut *bytes, &answer).expect("a value can be written into memory");
+    if let Some(Value::String(plaintext)) = answer.get_mut("Plaintext") {
+        plaintext.zeroize();
+    }
+    Bytes::from_owner(bytes)
 }
 
 async fn read(body: Incoming) -> std::result::Result<Bytes, WireError> {

@@ -309,11 +309,11 @@ impl Server {
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
             let len = left.min(self.io.max_buffer() as u64) as usize;
-            let Some(buffer) = self.io.alloc(len) else {
+            let at = request.started;
+            let Some(buffer) = self.io.alloc(sector + at / 512, len) else {
                 self.stalled.push_back(slot);
                 return;
             };
-            let at = request.started;
             let (tag, sector) = (tag(slot, at), sector + at / 512);
             request.started += len as u64;
             if write {

@@ -32,6 +32,8 @@ pub(super) struct Layered {
     missing: Box<[u8]>,
     /// By place: one bit for each sector that the layer has which was read last.
     found: Box<[u8]>,
+    /// By place: one bit for each sector that was not in the top but in a layer below.
+    raised: Box<[u8]>,
     /// Reads for which there is nothing in any layer.
     done: VecDeque<(u64, Buffer)>,
 }
@@ -69,6 +71,7 @@ impl Layered {
             reads: vec![Read::default(); places].into(),
             missing: vec![0; places].into(),
             found: vec![0; places].into(),
+            raised: vec![0; places].into(),
             done: VecDeque::with_capacity(places),
         }
     }
@@ -105,6 +108,7 @@ impl Layered {
         let place = buffer.place();
         for (i, bits) in self.missing[place..].iter_mut().take(sectors.div_ceil(PLACE_SECTORS)).enumerate() {
             *bits = bits_below(sectors - i * PLACE_SECTORS);
+            self.raised[place + i] = 0;
         }
         self.reads[place].height = disk.height() + 1;
         self.go_on(disk, queue, tag, sector, buffer);
@@ -194,7 +198,7 @@ impl Layered {
         let sectors = bytes.len() / SECTOR;
         let places = place..place + sectors.div_ceil(PLACE_SECTORS);
         let Read { height, part } = self.reads[place].clone();
-        let (missing, found) = (&mut self.missing[places.clone()], &mut self.found[places]);
+        let (missing, found) = (&mut self.missing[places.clone()], &mut self.found[places.clone()]);
         if height == 0 {
             let zeros = |run: Range<usize>| guest.from(run.start * SECTOR).fill_zero(run.len() * SECTOR);
             return each_run(0..sectors, |i| is_set(missing, i), zeros).map(|()| true);
@@ -202,6 +206,11 @@ impl Layered {
         let part = usize::from(part.start)..usize::from(part.end);
         for (i, (found, missing)) in found.iter_mut().zip(&*missing).enumerate() {
             *found = missing & there(bytes, i, &part);
+        }
+        if height < disk.height() {
+            for (raised, found) in self.raised[places].iter_mut().zip(&*found) {
+                *raised |= found;
+            }
         }
         let (cipher, block) = (disk.cipher_at(height), disk.geometry.block_size);
         if (0..sectors).all(|i| is_set(found, i)) {
@@ -237,6 +246,11 @@ impl Layered {
             self.learn(height, place, sector, part);
         }
         Ok(all)
+    }
+
+    /// Whether the `i`-th sector of the read whose buffer was at `place` came from below the top.
+    pub(super) fn came_from_below(&self, place: usize, i: usize) -> bool {
+        is_set(&self.raised[place..], i)
     }
 
     /// Tells the map where a frozen layer that was read has nothing.

@@ -1,0 +1,290 @@
+//! The keeper: a helper process that makes an attach's grants and retires them when the attach is over.
+//!
+//! It never sees a data key. The host process sends one line that says which keys it will use, and gets one line with the
+//! grants' tokens. Then the keeper waits. Another line means the end of the attach, and is answered when the grants are
+//! retired; the socket's end means the same where nobody is left to answer. So it needs nothing of the host process,
+//! which is confined by then, and may be killed.
+
+use super::notes::{self, Note};
+use super::{create, retire, settle};
+use crate::attach::helper;
+use crate::attach::unwrap::Refusal;
+use crate::config::Settings;
+use crate::error::{Context, Error, Kind, Result};
+use crate::kms::patience::Patience;
+use crate::kms::{self, Grant, KeyProvider, KmsError};
+use crate::root::Root;
+use crate::volume::VolumeId;
+use crate::volume::metadata::Metadata;
+use nix::sys::signal::{SigSet, Signal};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// The hidden subcommand.
+pub const COMMAND: &str = "keep-grants";
+/// The longest line in bytes: tokens have up to 8192 characters.
+const MAX_LINE: u64 = 1 << 20;
+/// What the keeper may take beside the KMS's time.
+const MARGIN: Duration = Duration::from_secs(30);
+
+/// What is to be granted.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Order {
+    volume: VolumeId,
+    /// The volume's keys, in its order: provider and ARN.
+    keys: Vec<(String, String)>,
+    patience_ms: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+enum Answer {
+    /// The grants' tokens, in the keys' order; none where the provider has no grants to make.
+    Granted(Vec<Option<String>>),
+    /// The KMS, or something on the way to it, refused.
+    Refused(Refusal),
+    /// All grants are retired.
+    Retired,
+    /// Some are not.
+    Left(String),
+}
+
+/// The host process's end. Dropped, it lets the keeper retire the grants by itself.
+#[derive(Default)]
+pub struct Keeper {
+    socket: Option<UnixStream>,
+    tokens: Vec<Option<String>>,
+}
+
+impl Keeper {
+    /// Has the grants made for an attach of the volume, where the settings want them. Whoever calls it has the volume.
+    ///
+    /// # Errors
+    /// The KMS's refusal, or what went wrong on the way to it.
+    pub fn start(
+        root: &Root,
+        settings: &Settings,
+        metadata: &Metadata,
+        patience: Patience,
+    ) -> Result<Self, Refusal> {
+        let keys: Vec<(String, String)> = match settings.attach_grants {
+            true => metadata.keys().iter().map(|k| (k.provider.clone(), k.wrapped.key_id.clone())).collect(),
+            false => Vec::new(),
+        };
+        if keys.is_empty() && notes::of_volume(root, metadata.id())?.is_empty() {
+            return Ok(Keeper::default());
+        }
+        let (socket, mut child) = helper::spawn(root, COMMAND)?;
+        let time = patience.longest_call() * keys.len().max(1) as u32 + MARGIN;
+        let order = Order { volume: metadata.id(), keys, patience_ms: patience.0.as_millis() as u64 };
+        let answer = socket.set_read_timeout(Some(time)).map_err(Error::from).and_then(|()| {
+            say(&socket, &order)?;
+            hear(&mut BufReader::new(&socket))
+        });
+        match answer {
+            Ok(Some(Answer::Granted(tokens))) => {
+                // From now on what it may take is what retiring takes.
+                let time = super::RETIRING.longest_call() * tokens.len().max(1) as u32;
+                socket.set_read_timeout(Some(time)).map_err(Error::from)?;
+                Ok(Keeper { socket: Some(socket), tokens })
+            }
+            Ok(Some(Answer::Refused(refusal))) => {
+                drop(socket);
+                // It has nothing left to do.
+                child.wait().map_err(Error::from)?;
+                Err(refusal)
+            }
+            outcome => {
+                // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
+                let _ = child.kill();
+                let status = child.wait().map_err(Error::from)?;
+                let problem = outcome.err().unwrap_or_else(|| Error::new(Kind::Other, "it gave no answer"));
+                Err(problem.context(format!("the {COMMAND} helper ({status})")).into())
+            }
+        }
+    }
+
+    /// The token for the volume's key of that place, if there is one.
+    pub fn token(&self, key: usize) -> Option<&str> {
+        self.tokens.get(key)?.as_deref()
+    }
+
+    /// Has the grants retired, and waits for that. What cannot be retired now is logged: it will be later.
+    pub fn retire(mut self) {
+        let Some(socket) = self.socket.take().filter(|_| self.tokens.iter().any(Option::is_some)) else {
+            return;
+        };
+        let answer = (&socket).write_all(b"\n").map_err(Error::from);
+        let why = match answer.and_then(|()| hear(&mut BufReader::new(&socket))) {
+            Ok(Some(Answer::Retired)) => return,
+            Ok(Some(Answer::Left(why))) => why,
+            Ok(_) => "its keeper has ended".into(),
+            Err(e) => e.to_string(),
+        };
+        log::warn!(
+            "the grant of this attach is not retired: {why}; the next attach or \"sealblk gc\" does it"
+        );
+    }
+}
+
+/// The keeper's side: the whole life of the process.
+///
+/// # Errors
+/// Only when the other side could not even be told.
+pub fn keep(root: &Root) -> Result<()> {
+    let socket = helper::begin()?;
+    let mut lines = BufReader::new(&socket);
+    let order: Order = hear(&mut lines)?
+        .ok_or_else(|| Error::new(Kind::Usage, "this command is started by \"sealblk attach\" alone"))?;
+    let old = notes::of_volume(root, order.volume)?;
+    let mut made = Vec::new();
+    let granted = grant_all(root, &order, &old, &mut made);
+    // The terminal's and the service manager's signals are for the host process; its end is what ends this one.
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block().context(|| "block signals")?;
+    helper::outlive_parent()?;
+    let tokens = match granted {
+        Ok(tokens) => tokens,
+        Err(refusal) => {
+            if let Err(e) = retire_made(root, &made) {
+                log::warn!("{e}");
+            }
+            return say(&socket, &Answer::Refused(refusal));
+        }
+    };
+    // Whoever has gone meanwhile is found below.
+    let _ = say(&socket, &Answer::Granted(tokens));
+    for note in old.iter().filter(|note| made.iter().all(|(of, _)| of.id != note.id)) {
+        match retire(root, note) {
+            Ok(()) => log::info!("retired the grant of an attach since {} that did not end well", note.since),
+            Err(e) => log::warn!("a grant of an attach since {} is not retired: {e}", note.since),
+        }
+    }
+    let asked = wait_for_the_end(&mut lines);
+    let answer = match retire_made(root, &made) {
+        Ok(()) => Answer::Retired,
+        Err(e) => Answer::Left(e.to_string()),
+    };
+    match (asked, answer) {
+        (true, answer) => say(&socket, &answer),
+        (false, Answer::Left(why)) => {
+            log::warn!("{}: the grant of its attach is not retired: {why}", order.volume);
+            Ok(())
+        }
+        (false, _) => Ok(()),
+    }
+}
+
+/// Waits for the next line, or for the end of the socket; answers whether there was a line.
+fn wait_for_the_end(lines: &mut impl BufRead) -> bool {
+    lines.take(MAX_LINE).read_until(b'\n', &mut Vec::new()).is_ok_and(|bytes| bytes > 0)
+}
+
+/// The tokens. Every grant that was made is in `made` afterwards, also where another one failed.
+fn grant_all(
+    root: &Root,
+    order: &Order,
+    old: &[Note],
+    made: &mut Vec<(Note, Grant)>,
+) -> Result<Vec<Option<String>>, Refusal> {
+    let patience = Patience(Duration::from_millis(order.patience_ms));
+    let mut tokens: Vec<Option<String>> = Vec::new();
+    for (n, (provider, key)) in order.keys.iter().enumerate() {
+        if let Some(same) = order.keys[..n].iter().position(|k| (&k.0, &k.1) == (provider, key)) {
+            tokens.push(tokens[same].clone());
+            continue;
+        }
+        let refused = |e: KmsError| refusal(root, provider, key, e);
+        let opened = kms::open_patient_provider(root, provider, Some(patience)).map_err(refused)?;
+        let Some(grantee) = opened.capabilities().grantee else {
+            log::debug!("no grant is made for {key}: grantee-principal is not set in sealblk.toml");
+            tokens.push(None);
+            continue;
+        };
+        let wanted = Note::new(order.volume, provider, key, &grantee);
+        let note = old.iter().find(|old| old.could_be(&wanted)).cloned().unwrap_or(wanted);
+        let grant = make(root, &*opened, note, made)?.map_err(refused)?;
+        tokens.push(grant.token);
+    }
+    Ok(tokens)
+}
+
+/// Makes one grant, noted before and after.
+fn make(
+    root: &Root,
+    provider: &dyn KeyProvider,
+    mut note: Note,
+    made: &mut Vec<(Note, Grant)>,
+) -> Result<Result<Grant, KmsError>, Error> {
+    notes::write(root, &note)?;
+    match create(provider, &note) {
+        Ok(grant) => {
+            note.grant = Some(grant.id.clone());
+            made.push((note.clone(), grant.clone()));
+            notes::write(root, &note)?;
+            Ok(Ok(grant))
+        }
+        // Whether it was made nobody knows; the note says that it may have been.
+        Err(e @ (KmsError::Transport(_) | KmsError::Unavailable(_))) => Ok(Err(e)),
+        Err(e) => {
+            notes::remove(root, &note)?;
+            Ok(Err(e))
+        }
+    }
+}
+
+/// Retires what [`grant_all`] has made; goes on after a failure, and answers the first.
+fn retire_made(root: &Root, made: &[(Note, Grant)]) -> Result<()> {
+    let mut outcome = Ok(());
+    for (note, grant) in made {
+        outcome = outcome.and(retire_made_one(root, note, grant));
+    }
+    outcome
+}
+
+/// By its token at first: soon after its making not all of the KMS knows the grant by its id.
+fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
+    let patience = notes::patience(root, super::RETIRING);
+    let provider = kms::open_patient_provider(root, &note.provider, Some(patience))?;
+    let retired = match provider.retire_grant(grant) {
+        // Tokens age.
+        Err(KmsError::Other(kms::Exception::InvalidGrantToken, _)) => {
+            provider.retire_grant(&Grant { token: None, ..grant.clone() })
+        }
+        outcome => outcome,
+    };
+    settle(root, note, retired)
+}
+
+fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Refusal {
+    let cause = e.to_string();
+    let hint = match &e {
+        KmsError::AccessDenied(_) | KmsError::Unsupported(_) | KmsError::Other(..) => format!(
+            "; where this host may not make grants, set attach-grants = false in {}",
+            root.settings().display()
+        ),
+        _ => String::new(),
+    };
+    let error = e.with_advice_of(provider, key).context("make a grant for this attach");
+    Refusal::of_kms(cause, key, Error::new(error.kind(), format!("{error}{hint}")))
+}
+
+fn say(mut socket: &UnixStream, what: &impl Serialize) -> Result<()> {
+    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    line.push(b'\n');
+    Ok(socket.write_all(&line)?)
+}
+
+/// The next line; none at the end of the socket.
+fn hear<T: for<'de> Deserialize<'de>>(lines: &mut impl BufRead) -> Result<Option<T>> {
+    let mut line = String::new();
+    if lines.take(MAX_LINE).read_line(&mut line)? == 0 {
+        return Ok(None);
+    }
+    serde_json::from_str(&line)
+        .map(Some)
+        .map_err(|e| Error::new(Kind::Other, format!("it said what is not readable: {e}")))
+}

@@ -1,0 +1,86 @@
+//! The SDK's client for one region: whom it asks, as whom, and over which connections.
+
+use crate::kms::KmsError;
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_kms::config::interceptors::BeforeTransmitInterceptorContextRef;
+use aws_sdk_kms::config::retry::RetryConfig;
+use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents, SharedHttpClient};
+use aws_sdk_kms::error::BoxError;
+use aws_smithy_http_client::proxy::ProxyConfig;
+use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
+use aws_smithy_http_client::{Builder, Connector};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A client and what is known of where it goes.
+pub struct Regional {
+    /// The SDK's.
+    pub client: aws_sdk_kms::Client,
+    region: String,
+    seen: Seen,
+}
+
+impl Regional {
+    /// The client for `region`, else for the environment's: `AWS_REGION`, the profile's, the instance's.
+    ///
+    /// # Errors
+    /// Validation where no region is known.
+    pub async fn new(region: Option<&str>) -> Result<Self, KmsError> {
+        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http_client());
+        if let Some(region) = region {
+            loader = loader.region(Region::new(region.to_owned()));
+        }
+        let shared = loader.load().await;
+        let Some(region) = shared.region().map(ToString::to_string) else {
+            return Err(KmsError::Validation(
+                "no AWS region is known: name the key by its ARN, or set AWS_REGION or the profile's region"
+                    .into(),
+            ));
+        };
+        let seen = Seen::default();
+        let config = aws_sdk_kms::config::Builder::from(&shared)
+            .retry_config(RetryConfig::disabled())
+            .interceptor(seen.clone())
+            .build();
+        Ok(Regional { client: aws_sdk_kms::Client::from_conf(config), region, seen })
+    }
+
+    /// Where requests go, as a URL once one has been made.
+    pub fn endpoint(&self) -> String {
+        let seen = self.seen.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.clone().unwrap_or_else(|| format!("AWS KMS in {}", self.region))
+    }
+}
+
+/// HTTPS by rustls with the platform's root certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others), through the
+/// environment's proxy if there is one.
+fn http_client() -> SharedHttpClient {
+    Builder::new().build_with_connector_fn(|settings, components| {
+        let mut connector = Connector::builder().proxy_config(ProxyConfig::from_env());
+        connector.set_connector_settings(settings.cloned());
+        connector.set_sleep_impl(components.and_then(RuntimeComponents::sleep_impl));
+        connector.tls_provider(tls::Provider::rustls(CryptoMode::Ring)).build()
+    })
+}
+
+/// The scheme and host of the last request: only the SDK knows what it makes of environment, profile and region.
+#[derive(Clone, Debug, Default)]
+struct Seen(Arc<Mutex<Option<String>>>);
+
+impl Intercept for Seen {
+    fn name(&self) -> &'static str {
+        "endpoint"
+    }
+
+    fn read_before_transmit(
+        &self,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let uri = context.request().uri();
+        let end = uri.find("://").and_then(|scheme| Some(scheme + 3 + uri[scheme + 3..].find('/')?));
+        let endpoint = uri[..end.unwrap_or(uri.len())].to_owned();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(endpoint);
+        Ok(())
+    }
+}

@@ -1,0 +1,121 @@
+//! An embedded KMS served as AWS KMS is, by a process of its own with a store of its own, and the environment that
+//! leads an AWS SDK to it. Nothing here leaves the machine.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use super::process::tie_to_test;
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::clock::SystemClock;
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+/// Variables of an environment.
+pub type Variables = Vec<(String, String)>;
+
+/// A KMS and its server, ended when dropped.
+pub struct KmsServer {
+    folder: tempfile::TempDir,
+    child: Child,
+    /// Where it listens: `http://127.0.0.1:PORT`.
+    pub url: String,
+}
+
+/// Somebody who may ask the KMS.
+pub struct Principal {
+    pub arn: String,
+    access_key: String,
+    secret: String,
+}
+
+impl KmsServer {
+    /// An empty KMS.
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        let mut command = command(&folder);
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).stdout(Stdio::piped());
+        tie_to_test(&mut command, vec![]);
+        let mut child = command.spawn().expect("start sealblk");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read a line");
+        let url = line.trim_end().strip_prefix("listening on ").expect("it says where").to_owned();
+        KmsServer { folder, child, url }
+    }
+
+    /// The KMS itself, as its operator has it.
+    pub fn admin(&self) -> Embedded {
+        let (root, config) = folders(&self.folder);
+        Embedded::at(root.join("kms"), config, Box::new(SystemClock))
+    }
+
+    /// Its root folder and its configuration folder.
+    pub fn folders(&self) -> (PathBuf, PathBuf) {
+        folders(&self.folder)
+    }
+
+    /// Makes a principal; "root" may do everything.
+    pub fn principal(&self, name: &str) -> Principal {
+        let made = command(&self.folder).args(["--json", "kms", "principal", "create", name]).output();
+        let made: Value = serde_json::from_slice(&made.expect("start sealblk").stdout).expect("JSON");
+        let text = |name: &str| made[name].as_str().expect("a text").to_owned();
+        Principal { arn: text("Arn"), access_key: text("AccessKeyId"), secret: text("SecretAccessKey") }
+    }
+}
+
+impl Drop for KmsServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Principal {
+    /// What leads an SDK to the KMS at `url` as this principal.
+    pub fn environment(&self, url: &str) -> Variables {
+        let mut variables = environment(url);
+        variables.push(("AWS_ACCESS_KEY_ID".into(), self.access_key.clone()));
+        variables.push(("AWS_SECRET_ACCESS_KEY".into(), self.secret.clone()));
+        variables
+    }
+
+    /// Its access key in the words of a configuration file, or of JSON.
+    pub fn keys(&self) -> (&str, &str) {
+        (&self.access_key, &self.secret)
+    }
+}
+
+/// What leads an SDK to the KMS at `url` as nobody.
+pub fn environment(url: &str) -> Variables {
+    let pairs = [
+        ("AWS_ENDPOINT_URL_KMS", url),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("AWS_CONFIG_FILE", "/dev/null"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/dev/null"),
+        ("NO_PROXY", "*"),
+    ];
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+}
+
+/// Takes away whatever the one who runs the tests has set for AWS and for proxies.
+pub fn forget_aws(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let upper = name.to_string_lossy().to_ascii_uppercase();
+        if upper.starts_with("AWS_") || upper.ends_with("_PROXY") {
+            command.env_remove(name);
+        }
+    }
+}
+
+fn folders(folder: &tempfile::TempDir) -> (PathBuf, PathBuf) {
+    (folder.path().join("root"), folder.path().join("config"))
+}
+
+fn command(folder: &tempfile::TempDir) -> Command {
+    let (root, config) = folders(folder);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
+    command.env("SEALBLK_CONFIG_DIR", config).env_remove("SEALBLK_ROOT").arg("--root").arg(root);
+    command.stdin(Stdio::null());
+    command
+}

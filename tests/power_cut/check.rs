@@ -1,0 +1,230 @@
+//! Whether a store after a power cut is what it must be: the real program is asked, and its files are looked at.
+
+use super::common::frontend::{Request, block};
+use super::expect::{Content, Expect, Presence, SECTOR, Volume};
+use super::site::Site;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// How much is read from a guest's disk at a time.
+const PIECE: usize = 64 << 10;
+
+type Result<T = ()> = std::result::Result<T, String>;
+
+/// Everything that must hold of the store at `site`, which is changed by it.
+pub fn check(site: &Site, expect: &Expect) -> Result {
+    let listed = volumes(site, expect)?;
+    layers_are_there(&site.root())?;
+    events(site, expect)?;
+    keys(site, expect)?;
+    snapshots(site, expect)?;
+    for (id, content) in &listed {
+        contents(site, expect, id, content.as_ref()).map_err(|e| format!("{id}: {e}"))?;
+    }
+    next_commands(site, expect, listed.keys().cloned().collect())
+}
+
+fn json(site: &Site, arguments: &[&str]) -> Result<Value> {
+    let text = site.ok(&[arguments, &["--json"]].concat())?;
+    serde_json::from_str(&text).map_err(|e| format!("{arguments:?} printed no JSON: {e}: {text}"))
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> Result<&'a str> {
+    value[field].as_str().ok_or_else(|| format!("no {field} in {value}"))
+}
+
+/// The volumes that are listed, and what each must hold, if it is one that somebody was told of.
+fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Content>>> {
+    let mut found = BTreeMap::new();
+    for volume in json(site, &["volume", "list"])?.as_array().ok_or("no list of volumes")? {
+        let id = text(volume, "id")?;
+        if volume["state"] != "available" || !volume["problem"].is_null() {
+            return Err(format!("a volume is listed that is not whole: {volume}"));
+        }
+        json(site, &["volume", "show", id])?;
+        found.insert(id.to_owned(), expect.volumes.get(id).map(|v| v.content.clone()));
+    }
+    right_ones_are_there(
+        "volume",
+        &expect.volumes,
+        &found.keys().cloned().collect(),
+        expect.being_made.is_some(),
+    )?;
+    Ok(found)
+}
+
+/// Compares what is listed with what was told; `more` says whether something is being made.
+fn right_ones_are_there(
+    noun: &str,
+    told: &BTreeMap<String, Volume>,
+    found: &BTreeSet<String>,
+    more: bool,
+) -> Result {
+    for (id, what) in told {
+        match (what.presence, found.contains(id)) {
+            (Presence::Must, false) => return Err(format!("{noun} {id} was made and is not there")),
+            (Presence::MustNot, true) => return Err(format!("{noun} {id} was deleted and is there")),
+            _ => {}
+        }
+    }
+    match found.iter().filter(|id| !told.contains_key(*id)).count() {
+        count if count > usize::from(more) => {
+            Err(format!("a {noun} is there that nobody asked for: {found:?}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whatever names a layer, the layer is there.
+fn layers_are_there(root: &Path) -> Result {
+    let missing = |layer: &String| !root.join("layers").join(format!("{layer}.img")).exists();
+    match named_layers(root)?.into_iter().find(missing) {
+        Some(layer) => Err(format!("layer {layer} is named and not there")),
+        None => Ok(()),
+    }
+}
+
+/// The layers that volumes and snapshots name.
+fn named_layers(root: &Path) -> Result<BTreeSet<String>> {
+    let volumes = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
+    let snapshots = files(&root.join("snapshots"))?;
+    let mut named = BTreeSet::new();
+    for path in volumes.chain(snapshots).filter(|p| p.extension().is_some_and(|e| e == "json") && p.exists())
+    {
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+        for layer in record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))? {
+            named.insert(text(layer, "id")?.to_owned());
+        }
+    }
+    Ok(named)
+}
+
+/// What is in a folder, which need not be there.
+fn files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
+    match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(format!("{}: {e}", folder.display())),
+        Ok(entries) => Ok(entries.map(|entry| entry.expect("list a folder").path()).collect()),
+    }
+}
+
+/// The log can be read, and has what must be in it.
+fn events(site: &Site, expect: &Expect) -> Result {
+    let lines = site.ok(&["events", "--json"])?;
+    let mut found = BTreeSet::new();
+    for line in lines.lines() {
+        let event: Value = serde_json::from_str(line).map_err(|e| format!("no event: {e}: {line}"))?;
+        let detail = &event["detail"];
+        let snapshot = detail["snapshot_id"].as_str();
+        let of = snapshot.or_else(|| event["resources"][0].as_str()).unwrap_or_default();
+        let id = of.rsplit('/').next().unwrap_or_default();
+        found.insert((text(detail, "event")?.to_owned(), id.to_owned()));
+    }
+    match expect.events.iter().find(|event| !found.contains(event)) {
+        Some(event) => Err(format!("the event {event:?} was lost; there are {found:?}")),
+        None => Ok(()),
+    }
+}
+
+/// The KMS's store opens, and every key is in a state that it may be in.
+fn keys(site: &Site, expect: &Expect) -> Result {
+    if !site.root().join("kms/log").exists() && expect.keys.is_empty() {
+        return Ok(());
+    }
+    let mut found = BTreeMap::new();
+    for key in json(site, &["key", "list"])?["Keys"].as_array().ok_or("no list of keys")? {
+        found.insert(text(key, "KeyId")?.to_owned(), text(key, "KeyState")?.to_owned());
+    }
+    for (id, states) in &expect.keys {
+        match found.get(id) {
+            None => return Err(format!("key {id} was made and is not there")),
+            Some(state) if !states.contains(state) => {
+                return Err(format!("key {id} is {state} and must be one of {states:?}"));
+            }
+            Some(_) => {}
+        }
+    }
+    let more = found.keys().filter(|id| !expect.keys.contains_key(*id)).count();
+    match more > usize::from(expect.key_being_made) + usize::from(expect.default_key) {
+        true => Err(format!("there are keys that nobody asked for: {found:?}")),
+        false => Ok(()),
+    }
+}
+
+/// Every snapshot is whole: a volume made of it holds what it must.
+fn snapshots(site: &Site, expect: &Expect) -> Result {
+    if expect.snapshots.is_empty() && expect.snapshot_being_made.is_none() {
+        return Ok(());
+    }
+    let list = json(site, &["snapshot", "list"])?;
+    let mut found = BTreeSet::new();
+    for snapshot in list.as_array().ok_or("no list of snapshots")? {
+        let id = text(snapshot, "id")?;
+        found.insert(id.to_owned());
+        let told = expect.snapshots.get(id).map(|s| &s.content);
+        let Some(content) = told.or(expect.snapshot_being_made.as_ref()) else { continue };
+        let clone = site.ok(&["volume", "create", "--snapshot", id])?;
+        let same = contents(site, expect, clone.trim(), Some(content));
+        same.map_err(|e| format!("a volume made of {id}: {e}"))?;
+        site.ok(&["volume", "delete", clone.trim()])?;
+    }
+    right_ones_are_there("snapshot", &expect.snapshots, &found, expect.snapshot_being_made.is_some())
+}
+
+/// A volume can be attached and holds what it must; without `told`, it is the one that is being made.
+fn contents(site: &Site, expect: &Expect, id: &str, told: Option<&Content>) -> Result {
+    if !expect.all_keys_are_enabled() {
+        return Ok(());
+    }
+    let allowed = told.or(expect.being_made.as_ref()).ok_or("nobody asked for it")?;
+    site.with_attached(id, |session| {
+        let (mut bytes, len) = (Vec::new(), allowed.sectors() * SECTOR);
+        while bytes.len() < len {
+            let piece = PIECE.min(len - bytes.len());
+            let outcome = Request::read((bytes.len() / SECTOR) as u64, piece).run(&mut session.rings[0]);
+            let outcome = outcome.map_err(|e| format!("read: {e}"))?;
+            if outcome.status != block::OK {
+                return Err(format!("a read at byte {} answers {}", bytes.len(), outcome.status));
+            }
+            bytes.extend(outcome.data);
+        }
+        allowed.allows(&bytes)
+    })
+}
+
+/// The next commands work, change nothing that is there, and leave nothing behind of what was cut off.
+fn next_commands(site: &Site, expect: &Expect, before: BTreeSet<String>) -> Result {
+    if expect.key_being_made || !expect.keys.is_empty() {
+        let key = json(site, &["key", "create"])?;
+        let mut after = expect.clone();
+        after.key_is(text(&key, "KeyId")?, "Enabled");
+        keys(site, &after)?;
+    }
+    let probe = site.ok(&["volume", "create", "--size", "4KiB", "--unencrypted"])?;
+    site.ok(&["volume", "delete", probe.trim()])?;
+    let list = json(site, &["volume", "list"])?;
+    let ids = list.as_array().ok_or("no list of volumes")?.iter().map(|v| text(v, "id").map(str::to_owned));
+    let after = ids.collect::<Result<BTreeSet<String>>>()?;
+    if after != before {
+        return Err(format!(
+            "the volumes were {before:?} and are {after:?} after the next create and delete"
+        ));
+    }
+    nothing_is_left(&site.root())
+}
+
+fn nothing_is_left(root: &Path) -> Result {
+    let named = named_layers(root)?;
+    let is_named = |path: &Path| path.file_stem().is_some_and(|id| named.contains(&*id.to_string_lossy()));
+    if let Some(layer) = files(&root.join("layers"))?.iter().find(|path| !is_named(path)) {
+        return Err(format!("{} is left, and nothing names it", layer.display()));
+    }
+    match files(&root.join("volumes"))?.iter().find(|folder| !folder.join("volume.json").exists()) {
+        Some(folder) => {
+            Err(format!("{} is left, which is no volume: {:?}", folder.display(), files(folder)?))
+        }
+        None => Ok(()),
+    }
+}

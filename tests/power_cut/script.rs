@@ -1,0 +1,204 @@
+//! How a scenario is told: commands and guests, recorded, with what each promises.
+
+use super::common::frontend::{Request, Segment, Session, block};
+use super::expect::{Content, Expect, Presence, SECTOR, ZEROS, sector};
+use super::recorder::{Recorder, Running};
+use super::site::Site;
+use super::trace::Trace;
+use serde_json::Value;
+
+/// A recording in the making.
+pub struct Script {
+    site: Site,
+    recorder: Recorder,
+    seeds: u64,
+}
+
+/// A volume that is attached, and its guest.
+pub struct Guest {
+    recorder: Recorder,
+    volume: String,
+    session: Session,
+    host: Running,
+    seeds: u64,
+}
+
+impl Script {
+    /// With an empty store.
+    pub fn new() -> Self {
+        let site = Site::new();
+        let recorder = Recorder::new(&site.top());
+        Script { site, recorder, seeds: 0 }
+    }
+
+    /// From now on, power cuts are of interest; what came before is another scenario's.
+    pub fn start(&self) {
+        self.recorder.start();
+    }
+
+    /// Changes what may be expected from now on.
+    pub fn mark(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
+        self.recorder.mark(label, apply);
+    }
+
+    /// Runs a command, which must succeed; answers what it printed. What it promises counts from the moment when it
+    /// begins to print: [`Script::promise`].
+    #[track_caller]
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let said = self.recorder.run(self.site.command(arguments));
+        assert!(
+            said.status.success(),
+            "sealblk {}: {} {}{}",
+            arguments.join(" "),
+            said.status,
+            said.out,
+            said.err
+        );
+        said.out
+    }
+
+    /// What the last command promised.
+    pub fn promise(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
+        self.recorder.mark_where_it_spoke(label, apply);
+    }
+
+    /// A file beside the store, which no power cut hits.
+    pub fn beside(&self, name: &str) -> std::path::PathBuf {
+        self.site.beside(name)
+    }
+
+    /// The store's root.
+    pub fn root(&self) -> std::path::PathBuf {
+        self.site.root()
+    }
+
+    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.
+    #[track_caller]
+    pub fn create(&self, content: Content, arguments: &[&str]) -> String {
+        let size = format!("{}B", content.sectors() * SECTOR);
+        let default_key = !arguments.iter().any(|a| ["--unencrypted", "--key"].contains(a));
+        self.mark("a volume is being made", move |expect| {
+            expect.default_key |= default_key;
+            expect.making(content.clone());
+        });
+        let size = ["--size", &size];
+        let out = self.run(&[&["volume", "create"], &size[..], arguments].concat());
+        let id = out.trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was made"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Deletes a volume.
+    #[track_caller]
+    pub fn delete(&self, id: &str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("{id} is being deleted"), move |expect| expect.volume(&before, Presence::May));
+        self.run(&["volume", "delete", id]);
+        self.promise(&format!("{id} was deleted"), move |expect| {
+            expect.volume(&after, Presence::MustNot);
+            expect.events.push(("deleteVolume".into(), after.clone()));
+        });
+    }
+
+    /// Makes a KMS key; answers its id.
+    #[track_caller]
+    pub fn create_key(&self, arguments: &[&str]) -> String {
+        self.mark("a key is being made", |expect| expect.key_being_made = true);
+        let out = self.run(&[&["key", "create", "--json"], arguments].concat());
+        let key: Value = serde_json::from_str(&out).expect("JSON");
+        let id = key["KeyId"].as_str().expect("it has an id").to_owned();
+        let told = id.clone();
+        self.promise(&format!("key {id} was made"), move |expect| {
+            expect.key_being_made = false;
+            expect.key_is(&told, "Enabled");
+        });
+        id
+    }
+
+    /// A command that brings a key into a state.
+    #[track_caller]
+    pub fn change_key(&self, id: &str, command: &[&str], state: &'static str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("key {id} may be {state}"), move |expect| expect.key_may_be(&before, state));
+        self.run(&[&["key"], command, &[id]].concat());
+        self.promise(&format!("key {id} is {state}"), move |expect| expect.key_is(&after, state));
+    }
+
+    /// Attaches a volume.
+    #[track_caller]
+    pub fn attach(&mut self, id: &str) -> Guest {
+        let (command, ready) = self.site.attach_command(id);
+        let host = self.recorder.begin(command);
+        ready.wait(|| host.has_ended()).unwrap_or_else(|e| panic!("{e}"));
+        let session = ready.connect().unwrap_or_else(|e| panic!("{e}"));
+        self.seeds += 1 << 16;
+        Guest { recorder: self.recorder.clone(), volume: id.into(), session, host, seeds: self.seeds }
+    }
+
+    /// What was recorded.
+    pub fn finish(self) -> Trace {
+        self.recorder.finish()
+    }
+}
+
+impl Guest {
+    fn expect(&self, label: String, change: impl Fn(&mut Content) + Send + Sync + 'static) {
+        let volume = self.volume.clone();
+        self.recorder.mark(&label, move |expect| change(expect.content(&volume)));
+    }
+
+    #[track_caller]
+    fn ask(&mut self, request: &Request) {
+        let outcome = request.run(&mut self.session.rings[0]).expect("the request completes");
+        assert_eq!(outcome.status, block::OK, "{request:?}");
+    }
+
+    /// Writes other data to so many sectors from the first on.
+    #[track_caller]
+    pub fn write(&mut self, first: usize, count: usize) {
+        self.seeds += 1;
+        let seeds = vec![self.seeds; count];
+        let data: Vec<u8> = (first..first + count).flat_map(|number| sector(number, self.seeds)).collect();
+        let label = format!("the guest writes {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &seeds));
+        self.ask(&Request::write(first as u64, &data));
+    }
+
+    /// Makes so many sectors from the first on zeros.
+    #[track_caller]
+    pub fn write_zeroes(&mut self, first: usize, count: usize, unmap: bool) {
+        let label = format!("the guest zeros {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &vec![ZEROS; count]));
+        let segment = Segment { sector: first as u64, count: count as u32, flags: unmap.into() };
+        self.ask(&Request::write_zeroes(&[segment]));
+    }
+
+    /// Discards so many sectors from the first on, which have no layer below: they become zeros.
+    #[track_caller]
+    pub fn discard(&mut self, first: usize, count: usize) {
+        let label = format!("the guest discards {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &vec![ZEROS; count]));
+        self.ask(&Request::discard(&[Segment { sector: first as u64, count: count as u32, flags: 0 }]));
+    }
+
+    /// Flushes.
+    #[track_caller]
+    pub fn flush(&mut self) {
+        self.ask(&Request::flush());
+        self.expect("the guest's flush is done".into(), Content::flush);
+    }
+
+    /// The front-end goes, and the volume is detached.
+    #[track_caller]
+    pub fn detach(self, script: &Script) {
+        let Guest { volume, session, host, .. } = self;
+        drop(session);
+        script.run(&["detach", &volume]);
+        // Durable when it is answered, although nobody promised it to the guest.
+        let id = volume.clone();
+        script.promise(&format!("{volume} is detached"), move |expect| expect.content(&id).flush());
+        let status = host.wait();
+        assert!(status.success(), "attach ended with {status}");
+    }
+}
