@@ -235,6 +235,18 @@ fn a_process_with_several_threads_is_not_confined_by_half() {
     assert!(refused.contains("several threads"), "{refused}");
 }
 
+/// What goes wrong in a queue's thread must be told, with its backtrace if that is wanted.
+#[test]
+fn a_panic_and_its_backtrace_need_nothing_that_is_forbidden() {
+    let act = || {
+        let caught = std::thread::spawn(|| std::panic::catch_unwind(|| panic!("on purpose")).is_err()).join();
+        let trace = std::backtrace::Backtrace::force_capture().to_string();
+        i32::from(!(caught.is_ok_and(|caught| caught) && !trace.is_empty()))
+    };
+    let (end, said) = confined(&[], act);
+    assert_eq!(end, End::Exit(0), "{said}");
+}
+
 /// The exit code for what an attempt came to: 0, or the error's number.
 fn code<T>(attempt: std::io::Result<T>) -> i32 {
     attempt.err().map_or(0, |e| e.raw_os_error().unwrap_or(98))
@@ -319,7 +331,7 @@ fn only_a_socket_that_is_held_can_be_connected_to() {
 }
 
 #[test]
-fn rings_are_made_beforehand_and_each_thread_keeps_its_own() {
+fn rings_are_made_beforehand_and_each_queues_thread_keeps_its_own() {
     let use_one = || -> std::io::Result<u32> {
         let mut ring = ring::Ring::take(1024)?;
         let serial = ring.next_serial();
@@ -327,15 +339,31 @@ fn rings_are_made_beforehand_and_each_thread_keeps_its_own() {
         ring.forget(false);
         Ok(serial)
     };
-    // The same ring again: its numbers go on. A thread that ends takes its ring along.
-    let thread = move || Ok::<_, std::io::Error>(use_one()? + 1 == use_one()?);
     let act = |()| {
-        let mut outcomes = (0..3).map(|_| std::thread::spawn(thread).join().expect("no panic"));
-        let used = (outcomes.next(), outcomes.next(), outcomes.next());
-        let (Some(Ok(true)), Some(Ok(true)), Some(Err(e))) = used else { return 1 };
-        if e.to_string() == "every io_uring of this process is in use" { 0 } else { 2 }
+        // Others share one, each in its turn, from whatever thread.
+        for _ in 0..3 {
+            if !std::thread::spawn(move || use_one().is_ok()).join().unwrap_or(false) {
+                return 1;
+            }
+        }
+        let held = ring::Ring::take(8);
+        let none = ring::Ring::take(8).err().map(|e| e.to_string());
+        if held.is_err() || none.as_deref() != Some("every io_uring of this process is in use") {
+            return 2;
+        }
+        // A queue's thread has two, whoever else has the shared one, and the same ones again.
+        let own = std::thread::spawn(move || {
+            ring::claim();
+            let both = (ring::Ring::take(8), ring::Ring::take(8));
+            both.0.is_ok() && both.1.is_ok() && ring::Ring::take(8).is_err()
+        });
+        let again = std::thread::spawn(move || {
+            ring::claim();
+            matches!((use_one(), use_one()), (Ok(first), Ok(second)) if first + 1 == second)
+        });
+        if own.join().unwrap_or(false) && again.join().unwrap_or(false) { 0 } else { 3 }
     };
-    let prepare = || ring::prepare(2).expect("make rings");
+    let prepare = || ring::prepare(2, 1).expect("make rings");
     assert_eq!(confined_after(prepare, &[], act), (End::Exit(0), String::new()));
 }
 

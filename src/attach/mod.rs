@@ -129,13 +129,8 @@ pub fn attach(
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
     let opened = open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
-    let Opened { disk, metadata, seal_key, layers, keeper } = opened;
+    let Opened { geometry, metadata, seal_key, layers, keeper } = opened;
     drop(passphrase);
-    let how = disk.describe();
-    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
-    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
-    let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
-    let record = Arc::new(record);
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
     let inlet = Inlet::new(&catalog.folder(volume)).context(|| "make a socket in the volume's folder");
@@ -153,14 +148,21 @@ pub fn attach(
     }
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
-    // Two for each queue, which opens new layers before it gives up the old ones; one for flushes by the thread that makes
-    // snapshots, and one for the flush at the end.
-    ring::prepare(2 * usize::from(options.queues) + 2).map_err(|e| cannot_serve(e).context(attempt()))?;
+    // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
+    ring::prepare(usize::from(options.queues), 4).map_err(|e| cannot_serve(e).context(attempt()))?;
     let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
     let confinement = confinement.map_err(|e| e.context(attempt()))?;
     log::info!("the host process is confined: {confinement}");
 
+    let serial = options.serial.clone().unwrap_or_else(|| default_serial(volume));
+    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers");
+    let disk = Arc::new(disk.map_err(|e| e.context(attempt()))?);
+    let how = disk.describe();
+    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
+    let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
+    let record = Arc::new(record);
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
@@ -205,11 +207,12 @@ pub fn attach(
     result
 }
 
-/// A volume whose metadata has proved right, its data, and what it took to have it.
+/// A volume whose metadata has proved right, its data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
-    disk: Arc<Disk>,
+    geometry: Geometry,
     metadata: Metadata,
     seal_key: Option<SealKey>,
+    /// With their keys.
     layers: Vec<Layer>,
     keeper: Keeper,
 }
@@ -249,10 +252,8 @@ fn open(
         };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers")?;
     let seal_key = metadata.seal_key(&deks)?;
-    Ok(Opened { disk: Arc::new(disk), metadata, seal_key, layers, keeper })
+    Ok(Opened { geometry, metadata, seal_key, layers, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.

@@ -2,6 +2,7 @@
 
 use super::output::{print, print_json, table};
 use super::{Env, key::date};
+use crate::attach::sandbox;
 use crate::error::Result;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
@@ -209,6 +210,8 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
         (None, Some(path)) => Address::Unix(path),
         (None, None) => unreachable!("clap asks for one of them"),
     };
+    // It has the store's keys for as long as it runs.
+    sandbox::harden()?;
     kms.unlock()?;
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
     server::serve(kms, &address, tls, |url| match env.json {

@@ -11,6 +11,7 @@ mod server;
 use super::inflight::InflightQueue;
 use super::qos::Qos;
 use super::ring::{Position, Ring};
+use crate::store::file::ring;
 use crate::volume::io::Disk;
 use server::Server;
 use std::collections::VecDeque;
@@ -206,6 +207,7 @@ impl Worker {
             {
                 log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
             }
+            ring::claim();
             let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, &tuning));
             let ended = std::panic::catch_unwind(serve);
             inbox.close();

@@ -7,5 +7,7 @@ mod common;
 mod hydration;
 mod model;
 mod pauses;
+mod power;
 mod random;
+mod recorded;
 mod rig;

@@ -12,10 +12,14 @@ const PIECE: usize = 64 << 10;
 
 type Result<T = ()> = std::result::Result<T, String>;
 
-/// Everything that must hold of the store at `site`, which is changed by it.
-pub fn check(site: &Site, expect: &Expect) -> Result {
+/// Everything that must hold of the store at `site`, which is changed by it. With `gc_first` what is left over is cleared
+/// away before anybody attaches a volume, who would do so too.
+pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     let listed = volumes(site, expect)?;
-    layers_are_there(&site.root())?;
+    layers_are_right(&site.root())?;
+    if gc_first && site.root().exists() {
+        site.ok(&["gc"])?;
+    }
     events(site, expect)?;
     keys(site, expect)?;
     snapshots(site, expect)?;
@@ -76,29 +80,41 @@ fn right_ones_are_there(
     }
 }
 
-/// Whatever names a layer, the layer is there.
-fn layers_are_there(root: &Path) -> Result {
-    let missing = |layer: &String| !root.join("layers").join(format!("{layer}.img")).exists();
-    match named_layers(root)?.into_iter().find(missing) {
-        Some(layer) => Err(format!("layer {layer} is named and not there")),
+/// Whatever names a layer, the layer is there; and what a snapshot names is written by no volume.
+fn layers_are_right(root: &Path) -> Result {
+    let (of_volumes, of_snapshots) = (volume_records(root)?, snapshot_records(root)?);
+    for layer in of_volumes.iter().chain(&of_snapshots).flatten() {
+        if !root.join("layers").join(format!("{layer}.img")).exists() {
+            return Err(format!("layer {layer} is named and not there"));
+        }
+    }
+    let is_frozen = |top: &&String| of_snapshots.iter().flatten().any(|layer| layer == *top);
+    match of_volumes.iter().filter_map(|layers| layers.first()).find(is_frozen) {
+        Some(top) => Err(format!("layer {top} is a snapshot's, and a volume writes to it")),
         None => Ok(()),
     }
 }
 
-/// The layers that volumes and snapshots name.
-fn named_layers(root: &Path) -> Result<BTreeSet<String>> {
-    let volumes = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
-    let snapshots = files(&root.join("snapshots"))?;
-    let mut named = BTreeSet::new();
-    for path in volumes.chain(snapshots).filter(|p| p.extension().is_some_and(|e| e == "json") && p.exists())
-    {
-        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
-        for layer in record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))? {
-            named.insert(text(layer, "id")?.to_owned());
-        }
-    }
-    Ok(named)
+/// The layers of each volume, the top one first.
+fn volume_records(root: &Path) -> Result<Vec<Vec<String>>> {
+    let records = files(&root.join("volumes"))?.into_iter().map(|folder| folder.join("volume.json"));
+    records.filter(|path| path.exists()).map(|path| layers_in(&path)).collect()
+}
+
+/// The layers of each snapshot, the top one first.
+fn snapshot_records(root: &Path) -> Result<Vec<Vec<String>>> {
+    let records = files(&root.join("snapshots"))?.into_iter();
+    records
+        .filter(|path| path.extension().is_some_and(|e| e == "json"))
+        .map(|path| layers_in(&path))
+        .collect()
+}
+
+fn layers_in(path: &Path) -> Result<Vec<String>> {
+    let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let record: Value = serde_json::from_slice(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+    let layers = record["layers"].as_array().ok_or_else(|| format!("{}: no layers", path.display()))?;
+    layers.iter().map(|layer| text(layer, "id").map(str::to_owned)).collect()
 }
 
 /// What is in a folder, which need not be there.
@@ -212,16 +228,27 @@ fn next_commands(site: &Site, expect: &Expect, before: BTreeSet<String>) -> Resu
             "the volumes were {before:?} and are {after:?} after the next create and delete"
         ));
     }
+    site.ok(&["gc"])?;
     nothing_is_left(&site.root())
 }
 
 fn nothing_is_left(root: &Path) -> Result {
-    let named = named_layers(root)?;
-    let is_named = |path: &Path| path.file_stem().is_some_and(|id| named.contains(&*id.to_string_lossy()));
+    let named: Vec<String> = [volume_records(root)?, snapshot_records(root)?].concat().concat();
+    let is_named =
+        |path: &Path| path.file_stem().is_some_and(|id| named.iter().any(|layer| id == layer.as_str()));
     if let Some(layer) = files(&root.join("layers"))?.iter().find(|path| !is_named(path)) {
         return Err(format!("{} is left, and nothing names it", layer.display()));
     }
-    match files(&root.join("volumes"))?.iter().find(|folder| !folder.join("volume.json").exists()) {
+    let left = |path: &std::path::PathBuf| {
+        path.ends_with("pending.json") || path.extension().is_some_and(|e| e == "tmp")
+    };
+    let folders = files(&root.join("volumes"))?;
+    for folder in folders.iter().chain([&root.join("snapshots")]) {
+        if let Some(path) = files(folder)?.into_iter().find(left) {
+            return Err(format!("{} is left", path.display()));
+        }
+    }
+    match folders.iter().find(|folder| !folder.join("volume.json").exists()) {
         Some(folder) => {
             Err(format!("{} is left, which is no volume: {:?}", folder.display(), files(folder)?))
         }

@@ -86,11 +86,6 @@ impl Content {
         newest
     }
 
-    /// It ends in so many sectors of zeros more.
-    pub fn grow(&mut self, sectors: usize) {
-        self.0.resize(sectors, vec![ZEROS]);
-    }
-
     /// Whether these bytes fit.
     pub fn allows(&self, bytes: &[u8]) -> Result<(), String> {
         if bytes.len() != SECTOR * self.0.len() {
@@ -137,6 +132,11 @@ impl Expect {
     /// A volume comes to be so.
     pub fn volume(&mut self, id: &str, presence: Presence) {
         self.volumes.get_mut(id).expect("the volume was made").presence = presence;
+    }
+
+    /// A snapshot comes to be so.
+    pub fn snapshot(&mut self, id: &str, presence: Presence) {
+        self.snapshots.get_mut(id).expect("the snapshot was made").presence = presence;
     }
 
     /// A key may be in this state, too.

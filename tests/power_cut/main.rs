@@ -28,5 +28,6 @@ mod random;
 mod recorder;
 mod script;
 mod site;
+mod snapshots;
 mod trace;
 mod volumes;

@@ -1,7 +1,7 @@
 //! How a scenario is told: commands and guests, recorded, with what each promises.
 
 use super::common::frontend::{Request, Segment, Session, block};
-use super::expect::{Content, Expect, Presence, SECTOR, ZEROS, sector};
+use super::expect::{Content, Expect, Presence, SECTOR, Volume, ZEROS, sector};
 use super::recorder::{Recorder, Running};
 use super::site::Site;
 use super::trace::Trace;
@@ -62,16 +62,6 @@ impl Script {
         self.recorder.mark_where_it_spoke(label, apply);
     }
 
-    /// A file beside the store, which no power cut hits.
-    pub fn beside(&self, name: &str) -> std::path::PathBuf {
-        self.site.beside(name)
-    }
-
-    /// The store's root.
-    pub fn root(&self) -> std::path::PathBuf {
-        self.site.root()
-    }
-
     /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.
     #[track_caller]
     pub fn create(&self, content: Content, arguments: &[&str]) -> String {
@@ -99,6 +89,48 @@ impl Script {
             expect.volume(&after, Presence::MustNot);
             expect.events.push(("deleteVolume".into(), after.clone()));
         });
+    }
+
+    /// Makes a snapshot of a volume, attached or not; answers its id. It holds all that was written by then.
+    #[track_caller]
+    pub fn snapshot(&self, id: &str) -> String {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("a snapshot of {id} is being made"), move |expect| {
+            expect.snapshot_being_made = Some(expect.content(&before).newest());
+        });
+        let snapshot = self.run(&["snapshot", "create", id]).trim().to_owned();
+        let told = snapshot.clone();
+        self.promise(&format!("{snapshot} of {id} was made"), move |expect| {
+            let content = expect.snapshot_being_made.take().expect("it is being made");
+            expect.snapshots.insert(told.clone(), Volume { presence: Presence::Must, content });
+            expect.content(&after).flush();
+            expect.events.push(("createSnapshot".into(), told.clone()));
+        });
+        snapshot
+    }
+
+    /// Makes a volume of a snapshot, with these arguments besides; answers its id.
+    #[track_caller]
+    pub fn clone_of(&self, snapshot: &str, arguments: &[&str]) -> String {
+        let of = snapshot.to_owned();
+        self.mark(&format!("a volume is being made of {snapshot}"), move |expect| {
+            let content = expect.snapshots[&of].content.clone();
+            expect.making(content);
+        });
+        let out = self.run(&[&["volume", "create", "--snapshot", snapshot], arguments].concat());
+        let id = out.trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was made"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Deletes a snapshot.
+    #[track_caller]
+    pub fn delete_snapshot(&self, id: &str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("{id} is being deleted"), move |expect| expect.snapshot(&before, Presence::May));
+        self.run(&["snapshot", "delete", id]);
+        self.promise(&format!("{id} was deleted"), move |expect| expect.snapshot(&after, Presence::MustNot));
     }
 
     /// Makes a KMS key; answers its id.
@@ -151,7 +183,7 @@ impl Guest {
     #[track_caller]
     fn ask(&mut self, request: &Request) {
         let outcome = request.run(&mut self.session.rings[0]).expect("the request completes");
-        assert_eq!(outcome.status, block::OK, "{request:?}");
+        assert_eq!(outcome.status, block::OK, "request {} at sector {}", request.kind, request.sector);
     }
 
     /// Writes other data to so many sectors from the first on.

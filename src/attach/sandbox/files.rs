@@ -45,7 +45,7 @@ impl Access {
             Access::Read => AccessFlags::R_OK,
             Access::Write => AccessFlags::R_OK | AccessFlags::W_OK,
             Access::Own => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
-            Access::Remove => AccessFlags::F_OK,
+            Access::Remove => AccessFlags::empty(),
         }
     }
 }

@@ -115,7 +115,8 @@ pub(super) fn drop_capabilities(rules: &[Rule]) -> Result<()> {
 
 /// The first file that the permissions keep from whoever this process is at the moment.
 fn first_unreachable(rules: &[Rule]) -> Option<(&Rule, Errno)> {
-    rules.iter().find_map(|rule| {
+    let mut needed = rules.iter().filter(|rule| !rule.access.permissions().is_empty());
+    needed.find_map(|rule| {
         let access = faccessat(AT_FDCWD, &rule.path, rule.access.permissions(), AtFlags::AT_EACCESS);
         access.err().map(|why| (rule, why))
     })

@@ -2,7 +2,8 @@
 //!
 //! The kernel does what a ring is asked to do without asking a system call filter, so each ring takes only the
 //! operations that serve a layer, from its beginning to its end. A confined process cannot make rings at all: it makes
-//! as many as it will need beforehand ([`prepare`]), and a thread that gives one up gets the same one again.
+//! as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`]) and gets the same ones again
+//! and again; others share a few.
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
@@ -35,28 +36,50 @@ const PREPARED_ENTRIES: u32 = 256;
 /// Room for completions: more than a queue may have in flight.
 const PREPARED_COMPLETIONS: u32 = 2048;
 
-/// Rings that nobody has used yet; none at all in a process that makes them as it needs them.
-static PREPARED: Mutex<Option<Vec<IoUring>>> = Mutex::new(None);
+/// Rings for each thread that [`claim`]s some: what it uses, and what takes its place while a volume gets other layers.
+const CLAIM: usize = 2;
+
+/// What was made beforehand; none at all in a process that makes rings as it needs them.
+static PREPARED: Mutex<Option<Prepared>> = Mutex::new(None);
+
+struct Prepared {
+    /// For threads that claim them. Such a ring belongs to the thread that it begins with, which is faster.
+    own: Vec<Made>,
+    /// For whoever needs one for a while.
+    shared: Vec<Made>,
+}
 
 thread_local! {
-    /// What this thread has given up. A ring belongs to the thread that it began with.
+    /// This thread's own, as long as it does not use them.
     static KEPT: RefCell<Vec<Made>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Makes `count` rings. From here on no other is made, and who finds none left is told so.
-pub fn prepare(count: usize) -> io::Result<()> {
-    let make = |_| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS));
-    let rings = (0..count).map(make).collect::<io::Result<Vec<_>>>()?;
-    *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) = Some(rings);
+/// Makes rings for so many threads that will [`claim`] theirs, and for so many others at a time. From here on no other
+/// is made, and who finds none left is told so.
+pub fn prepare(claims: usize, others: usize) -> io::Result<()> {
+    let make = |shared| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), shared);
+    let rings = |count, shared| (0..count).map(|_| make(shared)).collect::<io::Result<Vec<_>>>();
+    let prepared = Prepared { own: rings(claims * CLAIM, false)?, shared: rings(others, true)? };
+    *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
     Ok(())
+}
+
+/// Gives this thread rings of its own, until it ends, if there are some.
+pub fn claim() {
+    if let Some(prepared) = &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
+        let rest = prepared.own.len().saturating_sub(CLAIM);
+        KEPT.with_borrow_mut(|kept| kept.extend(prepared.own.drain(rest..)));
+    }
 }
 
 struct Made {
     ring: IoUring,
+    shared: bool,
+    begun: bool,
     next_serial: u32,
 }
 
-/// A ring of this thread's.
+/// A ring that this thread uses.
 pub struct Ring {
     /// `None` only while it is being dropped.
     made: Option<Made>,
@@ -68,14 +91,11 @@ impl Ring {
     /// A ring for `entries` submissions at a time; for fewer, where it was made beforehand.
     pub fn take(entries: u32) -> io::Result<Self> {
         let kept = KEPT.with_borrow_mut(Vec::pop);
-        let made = match kept {
-            Some(made) => made,
-            None => {
-                let ring = new_or_prepared(entries)?;
-                ring.submitter().register_enable_rings()?;
-                Made { ring, next_serial: 0 }
-            }
-        };
+        let mut made = kept.map_or_else(|| new_or_prepared(entries), Ok)?;
+        if !made.begun {
+            made.ring.submitter().register_enable_rings()?;
+            made.begun = true;
+        }
         Ok(Ring { made: Some(made), clean: false })
     }
 
@@ -101,10 +121,15 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        let more_can_be_made = PREPARED.lock().unwrap_or_else(PoisonError::into_inner).is_none();
-        if self.clean && !more_can_be_made {
+        let Some(made) = self.made.take().filter(|_| self.clean) else { return };
+        // Where more can be made, this one goes.
+        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(prepared) = &mut *prepared else { return };
+        if made.shared {
+            prepared.shared.push(made);
+        } else {
             // A thread that is ending has no use for it.
-            let _ = KEPT.try_with(|kept| kept.borrow_mut().extend(self.made.take()));
+            let _ = KEPT.try_with(|kept| kept.borrow_mut().push(made));
         }
     }
 }
@@ -123,25 +148,28 @@ impl DerefMut for Ring {
     }
 }
 
-fn new_or_prepared(entries: u32) -> io::Result<IoUring> {
+fn new_or_prepared(entries: u32) -> io::Result<Made> {
     match &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
-        None => build(entries, None),
-        Some(rings) => {
-            rings.pop().ok_or_else(|| io::Error::other("every io_uring of this process is in use"))
+        None => build(entries, None, false),
+        Some(prepared) => {
+            let none = || io::Error::other("every io_uring of this process is in use");
+            prepared.shared.pop().ok_or_else(none)
         }
     }
 }
 
-/// A ring that has not begun: the thread that lets it begin is the one that it is for.
-fn build(entries: u32, completions: Option<u32>) -> io::Result<IoUring> {
+/// A ring that has not begun. One that is not shared is for the thread that lets it begin.
+fn build(entries: u32, completions: Option<u32>, shared: bool) -> io::Result<Made> {
     let mut builder = IoUring::builder();
     builder.setup_clamp().setup_submit_all().setup_r_disabled();
     if let Some(completions) = completions {
         builder.setup_cqsize(completions);
     }
     let mut best = builder.clone();
-    // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
-    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    if !shared {
+        // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
+        best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    }
     let ring = best.build(entries).or_else(|e| match e.raw_os_error() {
         Some(libc::EINVAL) => builder.build(entries),
         _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
@@ -151,7 +179,7 @@ fn build(entries: u32, completions: Option<u32>) -> io::Result<IoUring> {
     let flags = [Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits())];
     let mut all: Vec<Restriction> = operations.into_iter().chain(registrations).chain(flags).collect();
     ring.submitter().register_restrictions(&mut all)?;
-    Ok(ring)
+    Ok(Made { ring, shared, begun: false, next_serial: 0 })
 }
 
 #[cfg(test)]
