@@ -10,7 +10,8 @@
 //! its sectors. A buffer that needs no layer at all comes back as an event without having been to the store.
 
 use super::super::map::{Entry, LayerMap};
-use super::{Disk, GuestData, SECTOR, Zeroing, is_zero};
+use super::guest::is_zero;
+use super::{Disk, GuestData, SECTOR, Zeroing};
 use crate::store::{Buffer, Event, Op, Queue};
 use crate::virtio::SECTOR_SIZE;
 use std::collections::VecDeque;
