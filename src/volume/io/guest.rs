@@ -116,11 +116,25 @@ where
         sector: u64,
         block: u32,
     ) -> io::Result<()> {
-        let unwritten = src.chunks_exact(SECTOR).any(is_zero);
-        if !unwritten && self.in_whole_blocks(src.len(), block as usize, Permissions::Write)? {
-            return self.decrypt_directly(cipher, VolatileSlice::from(src), sector);
+        if all_there(src) {
+            return self.decrypt_all_from(cipher, src, sector, block);
         }
         decrypt_with_holes(cipher, src, sector, block as usize);
+        self.copy_from(src)
+    }
+
+    /// The same where no sector of `src` is all zero.
+    pub(super) fn decrypt_all_from(
+        &self,
+        cipher: &dyn SectorCipher,
+        src: &mut [u8],
+        sector: u64,
+        block: u32,
+    ) -> io::Result<()> {
+        if self.in_whole_blocks(src.len(), block as usize, Permissions::Write)? {
+            return self.decrypt_directly(cipher, VolatileSlice::from(src), sector);
+        }
+        cipher.decrypt_in_place(src, sector);
         self.copy_from(src)
     }
 
@@ -173,6 +187,11 @@ fn decrypt_with_holes(cipher: &dyn SectorCipher, data: &mut [u8], sector: u64, b
 pub(super) fn may_have_holes(bytes: &VolatileSlice<'_>) -> bool {
     let begins_with_zeros = |at| bytes.load::<u64>(at, Ordering::Relaxed).is_ok_and(|word| word == 0);
     (0..bytes.len()).step_by(SECTOR).any(begins_with_zeros)
+}
+
+/// Whether none of its sectors is all zero.
+pub(super) fn all_there(bytes: &[u8]) -> bool {
+    !bytes.chunks_exact(SECTOR).any(is_zero)
 }
 
 /// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight zero
