@@ -8,13 +8,14 @@
 pub mod control;
 pub mod grants;
 mod helper;
-mod notify;
+pub(crate) mod notify;
 mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
 mod snapshot;
 pub mod socket;
+mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
@@ -50,6 +51,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use trail::KeysHeld;
 use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
@@ -129,7 +131,7 @@ pub fn attach(
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
     let opened = open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
-    let Opened { geometry, metadata, seal_key, layers, keeper } = opened;
+    let Opened { mut held, geometry, metadata, seal_key, layers, keeper } = opened;
     drop(passphrase);
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
@@ -198,6 +200,10 @@ pub fn attach(
         Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
         None => result,
     };
+    if let Some(held) = &mut held {
+        held.ended(&result);
+    }
+    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     record.release();
@@ -209,6 +215,8 @@ pub fn attach(
 
 /// A volume whose metadata has proved right, its data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
+    /// That this process has the data keys: to be dropped after the layers, which have them.
+    held: Option<KeysHeld>,
     geometry: Geometry,
     metadata: Metadata,
     seal_key: Option<SealKey>,
@@ -233,8 +241,11 @@ fn open(
     let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
+    // Before the keys, to be dropped after them.
+    let held;
     let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
     seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
+    held = KeysHeld::begin(catalog.root(), &metadata)?;
     let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
         unreachable!("sector sizes are data units");
     };
@@ -253,7 +264,7 @@ fn open(
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
     let seal_key = metadata.seal_key(&deks)?;
-    Ok(Opened { geometry, metadata, seal_key, layers, keeper })
+    Ok(Opened { held, geometry, metadata, seal_key, layers, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.

@@ -11,6 +11,7 @@ use super::lock::{self, Holder, Purpose, VolumeLock};
 use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
 use super::pending;
 use super::references::{CREATING, DELETING, StoreLock, remove_unnamed};
+use super::shred::{self, Receipt};
 use super::tags::{self, Tags};
 use crate::crypt::Dek;
 use crate::error::{Context, Error, Kind, Result};
@@ -199,14 +200,46 @@ fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
 /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` if its metadata cannot be read, since then
 /// nobody knows its layers. An error after the volume is gone says so.
 pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
+    delete_by(catalog, events, id, |folder, _| rename_durably(folder, catalog::FILE, DELETING))
+}
+
+/// As [`delete`], and overwrites the wrapped copies of the volume's data keys first.
+///
+/// # Errors
+/// Those of [`delete`]. After an error that says that the volume is deleted, the next delete or create finishes it.
+pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Receipt> {
+    let mut receipt = delete_by(catalog, events, id, |folder, metadata| {
+        let mut receipt = Receipt::new(catalog, metadata)?;
+        replace_file(&folder.join(DELETING), &shred::without_wrapped_keys(metadata)?)?;
+        rename_durably(folder, catalog::FILE, shred::FILE)?;
+        receipt.destroyed = shred::destroy_all(folder).context(
+            || "it is deleted, but its wrapped keys are not all overwritten; the next delete tries again",
+        )?;
+        Ok(receipt)
+    })?;
+    receipt.layers.retain(|layer| !layer.exists());
+    Ok(receipt)
+}
+
+/// Deletes a volume; `let_go` renames its metadata, after which it is not there any more.
+fn delete_by<T>(
+    catalog: &Catalog,
+    events: &EventLog,
+    id: VolumeId,
+    let_go: impl FnOnce(&Path, &Metadata) -> Result<T>,
+) -> Result<T> {
     let folder = catalog.folder(id);
     let holder = Holder::this_process(Purpose::Delete, None)?;
     let attempt = || format!("delete {id}");
     let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
     let metadata = catalog.load(id).context(attempt)?;
     catalog.recover(&lock, &metadata).context(attempt)?;
-    rename_durably(&folder, catalog::FILE, DELETING).context(attempt)?;
-    events.record(&Event::delete_volume(id));
+    let done = let_go(&folder, &metadata);
+    if done.is_ok() || !folder.join(catalog::FILE).exists() {
+        shred::record_destroyed(catalog, &metadata, &done);
+        events.record(&Event::delete_volume(id));
+    }
+    let done = done.context(attempt)?;
     let store = StoreLock::acquire(catalog)?;
     clear(catalog, &metadata, &store).context(|| {
         format!(
@@ -214,7 +247,7 @@ pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> 
         )
     })?;
     clear_remains(catalog, &store);
-    Ok(())
+    Ok(done)
 }
 
 /// # Errors
@@ -251,6 +284,7 @@ fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()
 
 fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
     let folder = catalog.folder(id);
+    shred::finish(&folder)?;
     std::fs::remove_dir_all(&folder).context(|| format!("remove {}", folder.display()))?;
     sync_dir(&catalog.root().volumes())
 }

@@ -24,6 +24,7 @@ mod references;
 pub mod resize;
 pub mod rewrap;
 pub mod seal;
+pub mod shred;
 pub mod snapshot;
 pub mod tags;
 

@@ -277,7 +277,9 @@ fn a_clone_and_its_source_are_attached_side_by_side() {
         assert!(guest_sees(session, 8 << 20) == expected, "{n}");
     }
     drop(sessions);
-    [source, clone, other].into_iter().for_each(|(host, _)| host.end());
+    for (host, _) in [source, clone, other] {
+        host.end();
+    }
     assert!(rig.reader().snapshot_content(&rig.reader().snapshot(&snapshot)) == rig.data);
 }
 

@@ -194,7 +194,8 @@ fn answer(
     let operation = signed.header("x-amz-target").and_then(|target| target.strip_prefix(TARGET));
     let operation = operation.ok_or(WireError { kind: "UnknownOperationException", message: None })?;
     let fields = Fields::parse(body)?;
-    operations::answer(&Request { kms, caller: &caller, fields }, operation)
+    let access_key = &authorization.access_key;
+    operations::answer(&Request { kms, caller: &caller, access_key, fields }, operation)
 }
 
 /// The headers as texts, names in lower case.
