@@ -95,7 +95,8 @@ impl Device {
         let mut daemon = tool("qemu-storage-daemon");
         daemon.args(["--blockdev", &node("driver=file,node-name=disk", "disk")]);
         daemon.args(["--blockdev", &node("driver=file,node-name=log", "log")]);
-        daemon.args(["--blockdev", "driver=blklogwrites,node-name=both,file=disk,log=log,log-sector-size=512"]);
+        daemon
+            .args(["--blockdev", "driver=blklogwrites,node-name=both,file=disk,log=log,log-sector-size=512"]);
         let device = path("device").display().to_string();
         daemon.args(["--export", &format!("type=fuse,id=e,node-name=both,writable=on,mountpoint={device}")]);
         daemon.stdin(Stdio::null());
@@ -104,7 +105,10 @@ impl Device {
         let deadline = Instant::now() + LIMIT;
         while std::fs::metadata(path("device")).map_or(0, |m| m.len()) == 0 {
             let ended = daemon.0.try_wait().expect("ask for the daemon");
-            assert!(ended.is_none() && Instant::now() < deadline, "the storage daemon offers nothing: {ended:?}");
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "the storage daemon offers nothing: {ended:?}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         let mounted = Mounted::new(&path("device"), &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
@@ -226,8 +230,12 @@ impl Recorded {
     fn survives(&self, what: &str) {
         let attempt = |done: usize, share: Share, seed: u64| {
             if let Err(problem) = self.attempt(done, share, seed) {
-                let told: Vec<&str> =
-                    self.marks.iter().filter(|(at, _)| *at <= done).map(|(_, mark)| mark.label.as_str()).collect();
+                let told: Vec<&str> = self
+                    .marks
+                    .iter()
+                    .filter(|(at, _)| *at <= done)
+                    .map(|(_, mark)| mark.label.as_str())
+                    .collect();
                 panic!(
                     "{what}, a power cut after write {done} of {}, {share:?} of what was not flushed, seed {seed:#x}: \
                      {problem}\nUntil then:\n  {}",
@@ -249,7 +257,11 @@ impl Recorded {
             chosen += 1;
         }
         let flushes = cuts.len() - 1;
-        println!("{what}: {} writes, {flushes} flushes, {chosen} states by chance (seed {})", self.log.len(), seed());
+        println!(
+            "{what}: {} writes, {flushes} flushes, {chosen} states by chance (seed {})",
+            self.log.len(),
+            seed()
+        );
     }
 }
 
