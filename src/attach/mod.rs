@@ -13,13 +13,14 @@ mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
+mod snapshot;
 pub mod socket;
 mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
-use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::embedded::root_key::passphrase;
 use crate::kms::patience::Patience;
@@ -37,7 +38,7 @@ use crate::volume::image_lock;
 use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
+use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
@@ -129,8 +130,8 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let Opened { mut held, geometry, layers, unwrapped_by, keeper } =
-        open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    let opened = open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    let Opened { mut held, geometry, metadata, seal_key, layers, keeper } = opened;
     drop(passphrase);
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
@@ -149,8 +150,8 @@ pub fn attach(
     }
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
-    // Beside the queues': for the flush at the end, and for what is done in the background.
-    ring::prepare(usize::from(options.queues), 3).map_err(|e| cannot_serve(e).context(attempt()))?;
+    // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
+    ring::prepare(usize::from(options.queues), 4).map_err(|e| cannot_serve(e).context(attempt()))?;
     let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
     let confinement = confinement.map_err(|e| e.context(attempt()))?;
@@ -159,24 +160,27 @@ pub fn attach(
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(volume));
     let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers");
     let disk = Arc::new(disk.map_err(|e| e.context(attempt()))?);
-    // From here on the disk alone has the keys.
-    drop(layers);
     let how = disk.describe();
-    let record = Arc::new(Record::new(catalog.clone(), lock));
+    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
+    let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
+    let record = Arc::new(record);
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_snapshot, engine) = (record.clone(), options.engine);
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
         status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
     };
     let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
     let inlet = inlet.seen_from_descriptors();
     let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    record.serve(&device);
     stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
@@ -185,6 +189,7 @@ pub fn attach(
     let served = server::serve(&device, socket, &stop);
     manager.stopping();
     drop(name);
+    record.stop_serving();
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
     let disk = device.disk();
     drop(device);
@@ -208,15 +213,15 @@ pub fn attach(
     result
 }
 
-/// A volume's data, and what it took to have it. Nothing of it has a thread yet.
+/// A volume whose metadata has proved right, its data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
     /// That this process has the data keys: to be dropped after the layers, which have them.
     held: Option<KeysHeld>,
     geometry: Geometry,
+    metadata: Metadata,
+    seal_key: Option<SealKey>,
     /// With their keys.
     layers: Vec<Layer>,
-    /// The KMS keys that unwrapped its data keys.
-    unwrapped_by: Vec<UsedKey>,
     keeper: Keeper,
 }
 
@@ -258,10 +263,8 @@ fn open(
         };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let used =
-        |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
-    let unwrapped_by = metadata.keys().iter().map(used).collect();
-    Ok(Opened { held, geometry, layers, unwrapped_by, keeper })
+    let seal_key = metadata.seal_key(&deks)?;
+    Ok(Opened { held, geometry, metadata, seal_key, layers, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.

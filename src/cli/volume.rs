@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod create;
+mod resize;
 mod rewrap;
 mod show;
 mod tag;
@@ -40,6 +41,8 @@ it removes it, and prints a receipt: what was destroyed, and what is outside its
 volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
 else needs it.")]
     Delete(DeleteArgs),
+    /// Make a volume larger.
+    Resize(resize::ResizeArgs),
     /// Give a volume tags.
     #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
     Tag(tag::TagArgs),
@@ -66,6 +69,8 @@ pub struct DeleteArgs {
     #[arg(long)]
     shred: bool,
 }
+/// The filters of volumes, but for those of tags.
+pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
 
 /// A command on one volume.
 #[derive(clap::Args)]
@@ -82,13 +87,14 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),
         Command::Delete(args) => delete(env, &args),
+        Command::Resize(args) => resize::run(env, &args),
         Command::Tag(args) => tag::tag(env, &args),
         Command::Untag(args) => tag::untag(env, &args),
     }
 }
 
 fn list(env: &Env, filters: &[Filter]) -> Result<()> {
-    filter::check(filters, &["id", "name", "status", "encrypted", "snapshot-id"])?;
+    filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
     if !filters.is_empty() {
@@ -119,7 +125,8 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     output::print(&output::table(&rows)).map(drop)
 }
 
-fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
+/// Whether a volume is one of those that `filters` mean.
+pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
     let status = match entry.metadata {
         Ok(_) => show::state(&catalog.held(entry.id)?),
         Err(_) => "damaged",

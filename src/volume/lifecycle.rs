@@ -8,7 +8,8 @@
 use super::catalog::{self, Catalog};
 use super::id::VolumeId;
 use super::lock::{self, Holder, Purpose, VolumeLock};
-use super::metadata::{Geometry, KeyOwner, KeyRecord, LayerRecord, Metadata, VolumeName, encryption_context};
+use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
+use super::pending;
 use super::references::{CREATING, DELETING, StoreLock, remove_unnamed};
 use super::shred::{self, Receipt};
 use super::tags::{self, Tags};
@@ -67,6 +68,13 @@ impl Failure {
     /// The refusal of the provider of this name: its own words, and what can be done about `key`.
     pub(super) fn kms(e: KmsError, provider: &str, key: &str) -> Self {
         Failure { cause: e.to_string(), error: e.with_advice_of(provider, key) }
+    }
+}
+
+impl Failure {
+    /// The same, told of the volume whose snapshot was not made.
+    pub fn of(self, volume: VolumeId) -> Self {
+        Failure { cause: self.cause, error: self.error.context(format!("make a snapshot of {volume}")) }
     }
 }
 
@@ -151,16 +159,19 @@ fn fill(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
-    make_layer(catalog, metadata.top(), wanted.preallocate)
+    make_layer(&catalog.layer_path(metadata.top().id), metadata.size(), wanted.preallocate)
 }
 
-/// Makes a layer's file, which must not be there, without data; it is durable then.
-pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bool) -> Result<()> {
-    let path = catalog.layer_path(layer.id);
-    let attempt = || format!("make {} of {} bytes", path.display(), layer.size);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).context(attempt)?;
+/// Makes a layer's file at `path`, where there must be none, without data; it is durable then. Something names it
+/// already.
+///
+/// # Errors
+/// Those of the file system; `Unsupported` if it cannot set space aside.
+pub fn make_layer(path: &Path, size: u64, preallocate: bool) -> Result<()> {
+    let attempt = || format!("make {} of {size} bytes", path.display());
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(attempt)?;
     if preallocate {
-        let len = libc::off_t::try_from(layer.size).expect("Geometry: below 2^63");
+        let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {
             Errno::EOPNOTSUPP => {
                 let message = "this file system cannot set space aside; leave out --preallocate";
@@ -169,10 +180,10 @@ pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bo
             e => Error::from(e).context(attempt()),
         })?;
     } else {
-        file.set_len(layer.size).context(attempt)?;
+        file.set_len(size).context(attempt)?;
     }
     file.sync_all().context(attempt)?;
-    sync_dir(&catalog.root().layers())
+    sync_dir(path.parent().expect("a layer lies in a folder"))
 }
 
 /// The rename after which the volume is there.
@@ -331,7 +342,8 @@ fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
             // Of a host process that was killed.
             continue;
         }
-        if ![lock::FILE, tags::FILE].contains(&name) && !name.ends_with(".tmp") {
+        let is_ours = [lock::FILE, tags::FILE].contains(&name) || pending::is_layer_name(name);
+        if !is_ours && !name.ends_with(".tmp") {
             return Ok(false);
         }
     }

@@ -20,7 +20,7 @@ struct Case<'a> {
 
 /// A volume that was attached once and has data.
 fn used() -> (Place, Vec<u8>) {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let data = pattern(1, 1 << 16);
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
@@ -170,7 +170,7 @@ fn metadata_that_was_edited_is_refused_by_its_mac() {
 
 #[test]
 fn a_seal_that_was_taken_away_is_missed_where_there_is_data() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let path = place.volume_json();
     let never_attached = fs::read(&path).unwrap();
     let host = place.attach(&[]);
@@ -203,7 +203,7 @@ fn a_seal_that_was_taken_away_is_missed_where_there_is_data() {
 /// A power cut can come between the KMS's answer and the seal; and who attaches first may be anyone.
 #[test]
 fn a_volume_without_data_is_sealed_at_its_first_attach() {
-    let place = Place::without_grants(&["--preallocate"]);
+    let place = Place::new(&["--preallocate"]);
     assert!(!place.metadata().is_sealed());
     let host = place.attach(&["--read-only"]);
     assert!(place.metadata().is_sealed(), "sealed before the socket opens");
@@ -216,7 +216,7 @@ fn a_volume_without_data_is_sealed_at_its_first_attach() {
 /// Zeros and holes mean the same: a layer may have been copied by what does not know holes.
 #[test]
 fn a_volume_whose_holes_were_filled_with_zeros_has_no_data() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     fs::write(place.layer(), vec![0; 8 << 20]).unwrap();
     place.attach(&[]).end();
     assert!(place.metadata().is_sealed());

@@ -35,7 +35,7 @@ fn refused(place: &Place, name: &str, cause: &str) -> String {
 
 #[test]
 fn a_disabled_key_lets_io_go_on_and_stops_the_next_attach() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let arn = place.key();
     let host = place.attach(&[]);
     let (first, second) = (pattern(1, 65536), pattern(2, 65536));
@@ -63,7 +63,7 @@ fn a_disabled_key_lets_io_go_on_and_stops_the_next_attach() {
 
 #[test]
 fn a_key_that_waits_for_its_deletion_stops_the_next_attach() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let arn = place.key();
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
@@ -86,7 +86,7 @@ fn a_key_that_waits_for_its_deletion_stops_the_next_attach() {
 
 #[test]
 fn until_a_first_attach_has_worked_a_failure_is_no_reattach() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let cause = format!("{} is disabled.", place.key());
     place.store.ok(&["key", "disable", "alias/aws/ebs"]);
     refused(&place, "attachVolume", &cause);

@@ -21,7 +21,7 @@ fn qemu(program: &str, arguments: &[&str], layer: &Path, more: &[&str]) -> (bool
 
 #[test]
 fn a_second_attach_is_refused_and_told_who_has_it() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
     write(&mut session.rings[0], 0, &pattern(1, 4096));
@@ -51,7 +51,7 @@ fn a_second_attach_is_refused_and_told_who_has_it() {
 
 #[test]
 fn two_readers_are_still_two() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let host = place.attach(&["--read-only"]);
     let mut command = place.store.command();
     command.args(["attach", "t", "--read-only", "--socket-path"]).arg(place.folder().join("second.sock"));
@@ -61,7 +61,7 @@ fn two_readers_are_still_two() {
 
 #[test]
 fn qemu_tools_are_refused_the_layer_while_it_is_attached() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
     write(&mut session.rings[0], 0, &pattern(1, 4096));
@@ -91,7 +91,7 @@ fn qemu_tools_are_refused_the_layer_while_it_is_attached() {
 
 #[test]
 fn readers_may_read_a_layer_that_is_attached_read_only() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let host = place.attach(&["--read-only"]);
     let (worked, said) = qemu("qemu-io", &["-f", "raw", "-r", "-c", "read 0 512"], &place.layer(), &[]);
     assert!(worked, "{said}");
@@ -102,7 +102,7 @@ fn readers_may_read_a_layer_that_is_attached_read_only() {
 
 #[test]
 fn an_attached_volume_is_not_deleted() {
-    let place = Place::without_grants(&[]);
+    let place = Place::new(&[]);
     let host = place.attach(&[]);
     let tree = Tree::of(&place);
     let output = place.store.run(&["volume", "delete", "t"]);

@@ -23,7 +23,7 @@ struct Two {
 
 impl Two {
     fn new() -> Self {
-        let place = Place::without_grants(&[]);
+        let place = Place::new(&[]);
         let data = pattern(1, 1 << 16);
         let host = place.attach(&[]);
         let mut session = open(&place.socket());

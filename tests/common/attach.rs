@@ -51,13 +51,13 @@ impl Place {
         Self::with_root(|_| Ok(()), arguments)
     }
 
-    /// The same in a store whose attaches make no grants, so that nothing at all is written by one that is refused.
-    pub fn without_grants(arguments: &[&str]) -> Self {
-        let settings = |root: &Path| {
+    /// The same in a store with these settings.
+    pub fn with_settings(settings: &str, arguments: &[&str]) -> Self {
+        let write = |root: &Path| {
             fs::create_dir_all(root)?;
-            fs::write(root.join("sealblk.toml"), "attach-grants = false\n")
+            fs::write(root.join("sealblk.toml"), settings)
         };
-        Self::with_root(settings, arguments)
+        Self::with_root(write, arguments)
     }
 
     /// The same, after `prepare` was called with the root's path.

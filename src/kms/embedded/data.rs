@@ -257,9 +257,9 @@ impl KeyProvider for Embedded {
         Ok(self.encrypt(key, data_key, context)?.into())
     }
 
-    /// Whoever opens the store is its owner, and decrypts as the root principal.
+    /// Whoever opens the store is its owner, who needs no grants: there is a grantee only where the settings name one.
     fn capabilities(&self) -> Capabilities {
-        Capabilities { grantee: Some(self.owner().arn) }
+        Capabilities { grantee: self.grantee.clone() }
     }
 
     fn decrypt_granted(

@@ -48,6 +48,8 @@ pub struct Embedded {
     audit: AuditLog,
     /// Whether whoever calls writes the audit record of the call himself, since he knows more of it.
     caller_records: bool,
+    /// The principal whose grants attaches make, if they make any.
+    grantee: Option<String>,
 }
 
 impl Embedded {
@@ -58,7 +60,11 @@ impl Embedded {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
         let place = Locality { region: settings.region, account: settings.account };
-        Ok(Self::in_place(root.kms(), config, Box::new(SystemClock), place))
+        let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place);
+        // Another account's is for keys of AWS KMS.
+        kms.grantee =
+            settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
+        Ok(kms)
     }
 
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its audit log lies
@@ -70,7 +76,7 @@ impl Embedded {
     fn in_place(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, place: Locality) -> Self {
         let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
         let store = Store::new(dir, config, clock);
-        let kms = Embedded { store, place, audit, caller_records: false };
+        let kms = Embedded { store, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
         if kms.store.asks_for_passphrase() {
             return kms;
