@@ -41,6 +41,11 @@ impl Root {
         self.0.join("volumes")
     }
 
+    /// `snapshots/`, one record a snapshot.
+    pub fn snapshots(&self) -> PathBuf {
+        self.0.join("snapshots")
+    }
+
     /// `layers/`, one ciphertext file a layer.
     pub fn layers(&self) -> PathBuf {
         self.0.join("layers")

@@ -43,4 +43,6 @@ macro_rules! replayed {
     };
 }
 
-replayed! { config_space gate key_ref kms_blob kms_log kms_records request session volume_metadata }
+replayed! {
+    audit_log config_space gate key_ref kms_blob kms_log kms_records request session sigv4 volume_metadata wire
+}

@@ -144,8 +144,9 @@ fn after_the_detach_the_key_is_in_no_memory_at_all() {
     use_disk(&mut session);
     assert!(host.frozen(|| look_through(host.pid(), &needles).secret) > 0);
     let traced = Traced::until_its_end(host.pid());
-    place.store.ok(&["detach", "t"]);
+    let mut detach = place.store.command().args(["detach", "t"]).spawn().expect("start sealblk");
     traced.wait_for_its_end();
+    assert!(process::wait_within(&mut detach, attach::LIMIT).expect("it ends").success());
     let seen = look_through(host.pid(), &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     assert_eq!(seen.secret, 0, "the memory that was made for keys is still there");
@@ -240,6 +241,24 @@ fn the_helper_is_gone_when_a_vmm_can_connect() {
     }
 }
 
+#[test]
+fn the_keeper_of_the_grants_has_no_key() {
+    let place = Place::with_settings("grantee-principal = 'arn:aws:iam::000000000000:root'", &[]);
+    let needles = Needles::of_key(&place.dek());
+    let host = place.attach(&[]);
+    use_disk(&mut open(&place.socket()));
+    let keepers = children(host.pid());
+    assert_eq!(keepers.len(), 1);
+    let pid = keepers[0].file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+    let traced = Traced::seize(Pid::from_raw(pid), 0);
+    traced.interrupt();
+    let seen = look_through(Pid::from_raw(pid), &needles);
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    assert!(seen.secret == 0 && seen.bytes > 1 << 20, "{} bytes", seen.bytes);
+    drop(traced);
+    host.end();
+}
+
 /// What is handed to the helper must be memory for keys, or else it keeps the key to itself.
 #[test]
 fn the_helper_puts_the_key_into_no_file() {
@@ -247,7 +266,7 @@ fn the_helper_puts_the_key_into_no_file() {
     let metadata = place.metadata();
     let wrapped = &metadata.keys()[0].wrapped;
     let request = serde_json::json!({
-        "volume": metadata.id(), "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+        "owner": {"volume": metadata.id()}, "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
     });
     let path = place.folder().join("trap");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();

@@ -8,6 +8,7 @@ use sealblk::root::Root;
 use sealblk::volume::lifecycle::{self, Wanted, WrappingKey};
 use sealblk::volume::lock::{Held, Holder, Purpose, VolumeLock};
 use sealblk::volume::metadata::{Geometry, SectorSize};
+use sealblk::volume::tags::Tags;
 use sealblk::volume::{Catalog, Metadata, VolumeId};
 use sealblk::{Error, Kind};
 use std::collections::BTreeMap;
@@ -127,7 +128,7 @@ impl Store {
 
 fn wanted(name: Option<&str>) -> Wanted {
     let geometry = Geometry::new(1 << 20, SectorSize::B512).unwrap();
-    Wanted { geometry, name: name.map(|n| n.parse().unwrap()), preallocate: false }
+    Wanted { geometry, name: name.map(|n| n.parse().unwrap()), tags: Tags::default(), preallocate: false }
 }
 
 fn mode(path: &Path) -> u32 {
@@ -184,7 +185,7 @@ fn a_kms_that_refuses_leaves_nothing_but_the_event() {
 fn a_volume_that_does_not_fit_leaves_nothing_but_the_event() {
     let store = Store::new();
     let geometry = Geometry::new(1 << 62, SectorSize::B512).unwrap();
-    let wanted = Wanted { geometry, name: None, preallocate: true };
+    let wanted = Wanted { geometry, preallocate: true, ..wanted(None) };
     lifecycle::create(&store.catalog, &store.events, &wanted, None).unwrap_err();
     assert!(store.files().is_empty());
     assert_eq!(store.folders(), 0);

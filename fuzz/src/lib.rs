@@ -4,6 +4,7 @@
 //! The fuzzer drives these (`ci/fuzz`), and `tests/corpus.rs` includes this file and replays the kept inputs in
 //! `corpus/<target>/` in an ordinary test. So it uses nothing of the fuzzer's, and only public parts of sealblk.
 
+pub mod audit_log;
 pub mod config_space;
 pub mod gate;
 pub mod input;
@@ -14,4 +15,6 @@ pub mod kms_records;
 pub mod request;
 pub mod script;
 pub mod session;
+pub mod sigv4;
 pub mod volume_metadata;
+pub mod wire;

@@ -1,28 +1,34 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layer and QEMU's locks on it, a grant by way of the keeper ([`grants`]),
-//! the data key by way of the [`unwrap`] helper, the seal, the threads, the sockets. Nothing listens before the helper is gone and the metadata
-//! has proved right. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the layers
-//! and the threads come last: when another process has let go of the volume ([`handover`]).
+//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the keeper
+//! ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads.
+//! Nothing listens before the helper is gone and the metadata has proved right; nothing that a VMM says is read before
+//! the process is confined. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the
+//! layers and what serves them come last: when another process has let go of the volume ([`handover`]).
 
 pub mod control;
 pub mod grants;
 pub mod handover;
 mod helper;
+pub(crate) mod notify;
+mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
+mod snapshot;
 pub mod socket;
+mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
-use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
+use crate::kms::embedded::root_key::passphrase;
 use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
 use crate::store::Store;
-use crate::store::file::FileStore;
+use crate::store::file::{FileStore, ring};
 use crate::vhost::backend::Device;
 use crate::vhost::gate::Channel;
 use crate::vhost::qos::{Limits, Qos};
@@ -31,16 +37,17 @@ use crate::vhost::session::Inlet;
 use crate::vhost::worker::Tuning;
 use crate::virtio::{Geometry, SECTOR_SIZE, SharedGeometry};
 use crate::volume::image_lock;
-use crate::volume::io::{Disk, Layers};
+use crate::volume::io::Layers;
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
 use crate::volume::metadata::{LayerRecord, Metadata};
-use crate::volume::seal::Seal;
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
 use handover::{Handover, Parts};
+use notify::Notifier;
 use record::Record;
+use sandbox::{Identity, Mode};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
@@ -48,6 +55,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use trail::KeysHeld;
 use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
@@ -85,6 +93,10 @@ pub struct Options {
     pub limits: Limits,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
+    /// How strictly the process is confined once it is ready.
+    pub sandbox: Mode,
+    /// The user to become then; none: the one that it was started as.
+    pub user: Option<Identity>,
     /// Take the volume over from the process that has it, when a VMM starts its rings here.
     pub incoming: bool,
 }
@@ -110,6 +122,8 @@ pub fn attach(
         Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
         Endpoint::Path(_) => None,
     };
+    // The helpers' affair, not this process's.
+    let passphrase = passphrase::inherited_descriptor()?;
     sandbox::harden()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
@@ -123,66 +137,27 @@ pub fn attach(
     let lock_file = LockFile::open(&folder, volume).map_err(|e| e.context(attempt()))?;
     let place = Place::take(&lock_file, &holder, options.incoming).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let mut keys = None;
+    // To be dropped after the data keys.
+    let mut held: Option<KeysHeld>;
+    let mut granted = None;
     let get_keys = |metadata: &Metadata| {
         let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
-        keys = Some((metadata.keys().iter().map(UsedKey::of).collect(), keeper));
+        granted = Some((metadata.clone(), keeper));
         Ok(Arc::from(deks))
     };
-    let opener = match &place {
-        Place::Holder(lock) => Opener::with_disk(catalog, lock, options, get_keys),
+    let opened = match &place {
+        Place::Holder(lock) => Opener::with_layers(catalog, lock, options, get_keys),
         Place::Next(_) => Opener::without(catalog, volume, options, get_keys),
     };
-    let (opener, how, disk) = opener.map_err(|e| e.context(attempt()))?;
-    let Some((unwrapped_by, keeper)) = keys else { unreachable!("nothing is opened without its keys") };
-    let record = Arc::new(Record::new(catalog.clone()));
-    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
+    let (opener, opened) = opened.map_err(|e| e.context(attempt()))?;
+    let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
+    held = KeysHeld::begin(catalog.root(), &metadata).map_err(|e| e.context(attempt()))?;
+    drop(passphrase);
 
-    let stop = Stop::new()?;
-    let qos = Arc::new(Qos::new(options.limits));
-    let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
-    let orders = Orders {
-        detach: Box::new(move || on_detach.stop()),
-        status: Box::new(move || status.clone()),
-        throttle: Box::new(move |limits| on_throttle.set(limits)),
-        rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
-    };
-    let control = Control::listen(&folder, options.incoming, orders).map_err(|e| e.context(attempt()))?;
+    let control = Control::bind(&folder, options.incoming).map_err(|e| e.context(attempt()))?;
     let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
     let inlet = Inlet::new(&folder, inlet).context(|| "make a socket in the volume's folder");
     let inlet = inlet.map_err(|e| e.context(attempt()))?;
-    let (geometry, channel, name) = (opener.geometry.clone(), Arc::<Channel>::default(), control.name());
-    let writeback = Arc::new(AtomicBool::new(true));
-    let parts = Parts {
-        opener,
-        lock_file,
-        holder,
-        record: record.clone(),
-        queues: options.queues,
-        cpus: options.cpus.clone(),
-        tuning: Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos },
-        channel: channel.clone(),
-        stop: stop.clone(),
-        writeback: writeback.clone(),
-        taken: Box::new(move || name.become_holders()),
-    };
-    let handover = match (place, disk) {
-        (Place::Holder(lock), Some(disk)) => Handover::holding(parts, disk, lock),
-        (Place::Next(turn), _) => Ok(Handover::waiting(parts, turn)),
-        (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
-    };
-    let handover = Arc::new(handover.map_err(|e| e.context(attempt()))?);
-    handover.heed_announcements().map_err(|e| e.context(attempt()))?;
-    let device = Arc::new(Device {
-        tenure: handover.clone(),
-        geometry,
-        inlet,
-        channel,
-        queues: options.queues,
-        seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
-        queue_size: options.queue_size,
-        writeback,
-    });
     let (socket, name) = match (inherited, &path) {
         (Some(socket), _) => (socket, None),
         (None, Some(path)) => {
@@ -191,18 +166,85 @@ pub fn attach(
         }
         (None, None) => unreachable!("an endpoint is a path or a descriptor"),
     };
-    stop_on_signals(stop.clone()).context(attempt)?;
+    if let (Some(user), Some(path)) = (&options.user, &path) {
+        user.give_socket(path).map_err(|e| e.context(attempt()))?;
+    }
+    let announcements = lock_file.announcements().map_err(|e| e.context(attempt()))?;
+    let manager = Notifier::connect();
+    let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
+    // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
+    ring::prepare(usize::from(options.queues), 4).map_err(|e| cannot_serve(e).context(attempt()))?;
+    let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
+    let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
+    let confinement = confinement.map_err(|e| e.context(attempt()))?;
+    log::info!("the host process is confined: {confinement}");
+
+    let stop = Stop::new()?;
+    let qos = Arc::new(Qos::new(options.limits));
+    let record = Arc::new(Record::new(catalog.clone()));
+    let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
+    let (geometry, control_name) = (opener.geometry.clone(), control.name());
+    let parts = Parts {
+        opener,
+        lock_file,
+        holder,
+        record: record.clone(),
+        channel: channel.clone(),
+        stop: stop.clone(),
+        writeback: writeback.clone(),
+        taken: Box::new(move || control_name.become_holders()),
+    };
+    let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos: qos.clone() };
+    let handover = Handover::new(parts, options.queues, &options.cpus, &tuning).and_then(|handover| {
+        match (place, opened) {
+            (Place::Holder(lock), Some(opened)) => handover.begin(opened, lock),
+            (Place::Next(turn), _) => handover.wait(turn),
+            (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
+        }?;
+        handover.heed(announcements)?;
+        Ok(handover)
+    });
+    let handover = handover.map_err(|e| e.context(attempt()))?;
+    let how = handover.describe();
+    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
+    let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_snapshot, engine) = (record.clone(), options.engine);
+    let orders = Orders {
+        detach: Box::new(move || on_detach.stop()),
+        status: Box::new(move || status.clone()),
+        throttle: Box::new(move |limits| on_throttle.set(limits)),
+        rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
+    };
+    let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
+    let device = Arc::new(Device {
+        tenure: handover.clone(),
+        geometry,
+        inlet: inlet.seen_from_descriptors(),
+        channel,
+        queues: options.queues,
+        seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
+        queue_size: options.queue_size,
+        writeback,
+    });
+    stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
     ready(&Attached { volume, how: &how })?;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    manager.ready();
 
     let served = server::serve(&device, socket, &stop);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    manager.stopping();
     drop(name);
+    record.stop_serving();
     // Threads end, rings are drained; then what they wrote is made durable, and with the rest go the keys.
     drop(device);
     let result = handover.end().and(served.context(|| format!("serve {volume}")));
     drop(handover);
+    if let Some(held) = &mut held {
+        held.ended(&result);
+    }
+    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     let had_it = record.release();
@@ -230,6 +272,14 @@ impl Place {
 /// A volume's data keys, in the order of its keys.
 type Deks = Arc<[Dek]>;
 
+/// A volume whose metadata has proved right, and its data. Nothing of it has a thread yet.
+pub struct Opened {
+    metadata: Metadata,
+    seal_key: Option<SealKey>,
+    /// With their keys.
+    layers: Vec<Layer>,
+}
+
 /// How the volume is opened, each time that this process gets it: once, unless it is handed over. It keeps the data
 /// keys.
 pub struct Opener {
@@ -238,19 +288,21 @@ pub struct Opener {
     options: Options,
     deks: Deks,
     geometry: Arc<SharedGeometry>,
+    /// How the volume is reached, as far as that was found out without having it.
+    how: String,
 }
 
 impl Opener {
     /// Opens the volume, which this process has; the data keys come from `keys`.
-    fn with_disk(
+    fn with_layers(
         catalog: &Catalog,
         lock: &VolumeLock,
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
-    ) -> Result<(Self, String, Option<Arc<Disk>>)> {
-        let (disk, deks) = open(catalog, lock, options, keys)?;
-        let opener = Opener::new(catalog, lock.volume(), options, deks, disk.geometry());
-        Ok((opener, disk.describe(), Some(disk)))
+    ) -> Result<(Self, Option<Opened>)> {
+        let (opened, deks) = open(catalog, lock, options, keys)?;
+        let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
+        Ok((opener, Some(opened)))
     }
 
     /// Finds out whether the volume could be opened, which another process has.
@@ -259,12 +311,11 @@ impl Opener {
         volume: VolumeId,
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
-    ) -> Result<(Self, String, Option<Arc<Disk>>)> {
+    ) -> Result<(Self, Option<Opened>)> {
         let metadata = catalog.load(volume)?;
         catalog.check_layers(&metadata)?;
-        let geometry = shape(&metadata, options);
         let path = catalog.layer_path(metadata.top().id);
-        let top = FileStore::open(&path, true, geometry.block_size);
+        let top = FileStore::open(&path, true, metadata.sector_size().bytes());
         let top = top.context(|| path.display().to_string())?;
         top.open_queue(1).map_err(cannot_serve)?;
         let deks = keys(&metadata)?;
@@ -275,24 +326,20 @@ impl Opener {
             None => "not encrypted".into(),
         };
         let how = format!("{}; {engine}", top.caps().access);
-        Ok((Opener::new(catalog, volume, options, deks, geometry), how, None))
+        Ok((Opener::new(catalog, &metadata, options, deks, how), None))
     }
 
-    fn new(catalog: &Catalog, volume: VolumeId, options: &Options, deks: Deks, geometry: Geometry) -> Self {
-        let geometry = Arc::new(SharedGeometry::new(geometry));
-        Opener { catalog: catalog.clone(), volume, options: options.clone(), deks, geometry }
+    fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, deks: Deks, how: String) -> Self {
+        let geometry = Arc::new(SharedGeometry::new(shape(metadata, options)));
+        let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
+        Opener { catalog, volume, options, deks, geometry, how }
     }
 
-    /// The volume.
-    pub fn volume(&self) -> VolumeId {
-        self.volume
-    }
-
-    /// Opens the volume anew, as it is now. Answers whether it is larger than this process knew.
+    /// Opens the volume anew, as it is now.
     ///
     /// # Errors
     /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
-    pub fn open(&self, lock: &VolumeLock) -> Result<(Arc<Disk>, bool)> {
+    fn open(&self, lock: &VolumeLock) -> Result<Opened> {
         let now = self.geometry.now();
         let keys = |metadata: &Metadata| {
             let shape = shape(metadata, &self.options);
@@ -305,9 +352,11 @@ impl Opener {
             let message = "it has got other data keys or a smaller size meanwhile; attach it anew";
             Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
         };
-        let (disk, _) = open(&self.catalog, lock, &self.options, keys)?;
-        let grew = self.geometry.grow(disk.geometry().sectors);
-        Ok((disk, grew))
+        open(&self.catalog, lock, &self.options, keys).map(|(opened, _)| opened)
+    }
+
+    fn serial(&self) -> String {
+        self.options.serial.clone().unwrap_or_else(|| default_serial(self.volume))
     }
 }
 
@@ -322,30 +371,40 @@ fn open(
     lock: &VolumeLock,
     options: &Options,
     keys: impl FnOnce(&Metadata) -> Result<Deks>,
-) -> Result<(Arc<Disk>, Deks)> {
+) -> Result<(Opened, Deks)> {
     let mut metadata = catalog.load(lock.volume())?;
+    catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
     let mut layers = open_layers(catalog, &metadata, options.read_only)?;
     let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = keys(&metadata)?;
-    seal(catalog, lock, &mut metadata, &deks, &*store)?;
+    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
     let ciphers = ciphers(&deks, &metadata, options)?;
     for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = record.key.map(|key| ciphers[key].clone());
+        layer.cipher = match record.key {
+            Some(key) => Some(ciphers[key].clone()),
+            None if record.masked => {
+                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
+                Some(Arc::from(new_cipher(options.engine, &mask, data_unit(&metadata))?))
+            }
+            None => None,
+        };
     }
-    let serial = options.serial.clone().unwrap_or_else(|| default_serial(metadata.id()));
-    let disk = Disk::layered(shape(&metadata, options), &serial, layers::chain(&layers));
-    Ok((Arc::new(disk.context(|| "open its layers")?), deks))
+    let seal_key = metadata.seal_key(&deks)?;
+    Ok((Opened { metadata, seal_key, layers }, deks))
 }
 
 /// The ciphers, in the order of the data keys. Layers under the same key share its round keys.
 fn ciphers(deks: &[Dek], metadata: &Metadata, options: &Options) -> Result<Vec<Arc<dyn SectorCipher>>> {
-    let Some(unit) = DataUnit::from_bytes(metadata.sector_size().bytes() as usize) else {
-        unreachable!("sector sizes are data units");
-    };
+    let unit = data_unit(metadata);
     deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?))).collect()
+}
+
+fn data_unit(metadata: &Metadata) -> DataUnit {
+    let unit = DataUnit::from_bytes(metadata.sector_size().bytes() as usize);
+    unit.unwrap_or_else(|| unreachable!("sector sizes are data units"))
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.
@@ -353,7 +412,10 @@ fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Resul
     let open = |(number, layer): (usize, &LayerRecord)| {
         let frozen = read_only || number > 0;
         let access = if frozen { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-        Layer::open(&catalog.layer_path(layer.id), access, metadata.sector_size().bytes(), None)
+        // Made by a process that has not detached since: that name a confined process may open.
+        let own = catalog.own_layer_path(metadata.id(), layer.id);
+        let path = if own.exists() { own } else { catalog.layer_path(layer.id) };
+        Layer::open(&path, access, metadata.sector_size().bytes(), None)
     };
     metadata.layers().iter().enumerate().map(open).collect()
 }
@@ -392,19 +454,9 @@ fn seal(
     deks: &[Dek],
     store: &dyn Store,
 ) -> Result<()> {
-    match metadata.verify(deks)? {
-        Seal::Sealed | Seal::NotEncrypted => {}
-        Seal::Unsealed if store.has_data()? => {
-            let message = format!(
-                "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
-                 it from a backup",
-                metadata.id()
-            );
-            return Err(Error::new(Kind::Corrupt, message));
-        }
-        Seal::Unsealed => metadata.seal(deks),
-    }
-    if metadata.mark_attached() {
+    let was_sealed = metadata.is_sealed();
+    metadata.prove(deks, store)?;
+    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
         catalog.store(lock, metadata)?;
     }
     Ok(())
@@ -420,8 +472,7 @@ fn default_serial(volume: VolumeId) -> String {
     volume.to_string().replace('-', "")
 }
 
-fn stop_on_signals(stop: Arc<Stop>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {
     let wait = move || {
         for signal in &mut signals {
             log::info!("signal {signal}: detaching");

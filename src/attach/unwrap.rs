@@ -14,8 +14,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::kms::patience::Patience;
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
 use crate::root::Root;
-use crate::volume::VolumeId;
-use crate::volume::metadata::{KeyRecord, encryption_context};
+use crate::volume::metadata::{KeyOwner, KeyRecord, encryption_context};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -30,11 +29,11 @@ const MAX_MESSAGE: usize = 32 << 10;
 /// How long the helper may take beside the KMS's time before it is given up.
 const MARGIN: Duration = Duration::from_secs(30);
 
-/// What is to be unwrapped. The context is not in it: it follows from the volume.
+/// What is to be unwrapped. The context is not in it: it follows from whose key it is.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
-    volume: VolumeId,
+    owner: KeyOwner,
     provider: String,
     key_id: String,
     /// Hexadecimal.
@@ -89,14 +88,14 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Unwraps a volume's data key by a helper process, which has ended when this returns; without a grant, with the
-/// settings' patience.
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
+/// with the settings' patience.
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it.
-pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek, Refusal> {
+pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Result<Dek, Refusal> {
     let patience = Patience(Settings::load(root)?.kms_patience);
-    unwrap_granted(root, volume, key, None, patience)
+    unwrap_granted(root, owner, key, None, patience)
 }
 
 /// The same by the grant whose token this is, if there is one.
@@ -105,7 +104,7 @@ pub fn unwrap(root: &Root, volume: VolumeId, key: &KeyRecord) -> Result<Dek, Ref
 /// As for [`unwrap`].
 pub fn unwrap_granted(
     root: &Root,
-    volume: VolumeId,
+    owner: impl Into<KeyOwner>,
     key: &KeyRecord,
     token: Option<&str>,
     patience: Patience,
@@ -113,7 +112,7 @@ pub fn unwrap_granted(
     let secret = SecretFd::create(Dek::LEN)?;
     log::debug!("the data key comes by {:?}", secret.kind());
     let request = Request {
-        volume,
+        owner: owner.into(),
         provider: key.provider.clone(),
         key_id: key.wrapped.key_id.clone(),
         blob: hex::encode(&key.wrapped.blob),
@@ -199,7 +198,7 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
 }
 
 fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
-    let context: EncryptionContext = encryption_context(request.volume);
+    let context: EncryptionContext = encryption_context(request.owner);
     let blob =
         hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
     let wrapped = WrappedKey { key_id: request.key_id.clone(), blob };

@@ -2,6 +2,7 @@
 
 use super::{Env, output};
 use crate::attach::grants::keeper;
+use crate::attach::sandbox::{Identity, Mode};
 use crate::attach::{self, Endpoint, Options, control, unwrap};
 use crate::crypt::xts::Engine;
 use crate::error::{Error, Kind, Result};
@@ -73,6 +74,16 @@ pub struct AttachArgs {
     /// in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
     in_order: bool,
+
+    /// Become this user once everything is open: the volume's files must be his, the root key need not. The socket
+    /// goes to the group [default: the user's own].
+    #[arg(long, value_name = "NAME[:GROUP]")]
+    user: Option<String>,
+
+    /// Confine the process once it is ready: on, log (forbidden system calls are done, and reported by the kernel) or
+    /// off.
+    #[arg(long, value_name = "MODE", default_value = "on", value_parser = sandbox)]
+    sandbox: Mode,
 
     /// Print what this back-end can do, as QEMU's vhost-user conventions have it, and exit.
     #[arg(long)]
@@ -148,6 +159,8 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         limits: args.limits.limits(),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
         incoming: args.incoming,
+        sandbox: args.sandbox,
+        user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
     attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
         if env.json {
@@ -236,6 +249,10 @@ fn serial(text: &str) -> Result<String, String> {
         return Ok(text.into());
     }
     Err("at most 20 printable ASCII characters without spaces".into())
+}
+
+fn sandbox(text: &str) -> Result<Mode, String> {
+    text.parse().map_err(|e: Error| e.to_string())
 }
 
 fn engine(text: &str) -> Result<Engine, String> {

@@ -1,6 +1,7 @@
 //! `sealblk doctor`: what this machine has of what a volume's host process wants.
 
 use super::{Env, output};
+use crate::attach::sandbox;
 use crate::crypt::secret_mem::{SecretFd, SecretKind};
 use crate::crypt::xts::Engine;
 use crate::error::{Error, Kind, Result};
@@ -31,7 +32,15 @@ struct Finding {
 
 /// Looks at the machine, prints what it finds, and fails if something that is needed is not there.
 pub fn run(env: &Env) -> Result<()> {
-    let findings = [engines(), secret_memory(), locked_memory(), io_uring(), data_folder(env.root.path())];
+    let findings = [
+        engines(),
+        secret_memory(),
+        locked_memory(),
+        io_uring(),
+        seccomp(),
+        landlock(),
+        data_folder(env.root.path()),
+    ];
     if env.json {
         output::print_json(&findings)?;
     } else {
@@ -105,6 +114,28 @@ fn io_uring() -> Finding {
         },
     };
     Finding { what: "io_uring", verdict, found }
+}
+
+fn seccomp() -> Finding {
+    let (verdict, found) = match sandbox::check_seccomp() {
+        Ok(()) => (Verdict::Ok, "the host process makes the system calls that it needs, and no other".into()),
+        Err(e) => (Verdict::Bad, e.to_string()),
+    };
+    Finding { what: "seccomp", verdict, found }
+}
+
+fn landlock() -> Finding {
+    let (verdict, found) = match sandbox::landlock_version() {
+        Some(version) => {
+            (Verdict::Ok, format!("version {version}: the host process opens its volume's files alone"))
+        }
+        None => {
+            let found = "not in this kernel, or off (boot with lsm=landlock,…): the host process can open every file \
+                         of its user; let it have one of its own (--user)";
+            (Verdict::Note, found.into())
+        }
+    };
+    Finding { what: "Landlock", verdict, found }
 }
 
 fn data_folder(root: &Path) -> Finding {

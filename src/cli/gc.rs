@@ -1,17 +1,25 @@
 //! `sealblk gc`: clears away what nobody needs any more and nobody else has cleared away.
 //!
-//! Grants of attaches that are over: their host process was killed together with the keeper of its grants, or the KMS was
-//! out of reach at the detach.
+//! Files that interrupted commands, and hands, left in a store. Grants of attaches that are over: their host process was
+//! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
-use super::{Env, output};
+use super::{Env, output, size};
 use crate::attach::grants::{self, Note};
 use crate::error::{Error, Result};
+use crate::volume::gc::LeftOver;
 use serde_json::{Value, json};
 
 /// Arguments of `gc`.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  sealblk gc --dry-run")]
+#[command(after_help = "\
+Examples:
+  sealblk gc --dry-run
+  sealblk gc --json
+
+Removes layers that no volume and no snapshot names, temporary files, and what interrupted commands left. What somebody is
+just making or using stays. While a record cannot be read, no layer is removed: it might be its. Retires grants at the KMS
+of attaches that are over.")]
 pub struct Args {
     /// Say what would be done, and do nothing.
     #[arg(long)]
@@ -40,13 +48,13 @@ impl Swept {
 
     fn json(&self) -> Value {
         json!({
-            "VolumeId": self.note.volume,
-            "KeyId": self.note.key_id,
-            "Provider": self.note.provider,
-            "GrantId": self.note.grant,
-            "Since": self.note.since,
-            "Result": self.word(),
-            "Error": self.problem(),
+            "volume": self.note.volume,
+            "key_id": self.note.key_id,
+            "provider": self.note.provider,
+            "grant_id": self.note.grant,
+            "since": self.note.since,
+            "result": self.word(),
+            "error": self.problem(),
         })
     }
 
@@ -61,18 +69,21 @@ impl Swept {
 /// Clears away, and says what.
 ///
 /// # Errors
-/// The kind of the first thing that could not be cleared away; the rest is done all the same.
+/// What stands in the way of finding what is left over; the kind of the first grant that could not be retired.
 pub fn run(env: &Env, args: &Args) -> Result<()> {
+    let catalog = env.catalog();
+    // A store that does not exist is not made by looking.
+    let found = match env.root.path().exists() {
+        true if args.dry_run => catalog.left_overs()?,
+        true => catalog.collect()?,
+        false => Vec::new(),
+    };
     let sweep = |note: Note| {
         let outcome = (!args.dry_run).then(|| grants::retire(&env.root, &note));
         Swept { note, outcome }
     };
-    let swept: Vec<Swept> = grants::stale(&env.catalog())?.into_iter().map(sweep).collect();
-    if env.json {
-        output::print_json(&json!({"Grants": swept.iter().map(Swept::json).collect::<Vec<_>>()}))?;
-    } else {
-        output::print(&swept.iter().map(Swept::text).collect::<String>())?;
-    }
+    let swept: Vec<Swept> = grants::stale(&catalog)?.into_iter().map(sweep).collect();
+    report(env, args, &found, &swept)?;
     let left = swept.iter().filter_map(|one| one.outcome.as_ref()?.as_ref().err());
     match (left.clone().next(), left.count()) {
         (None, _) => Ok(()),
@@ -80,4 +91,23 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
             Err(Error::new(first.kind(), format!("{count} grants are not retired: {first}")))
         }
     }
+}
+
+fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result<()> {
+    if env.json {
+        let left_overs: Vec<Value> = found.iter().map(description).collect();
+        let grants: Vec<Value> = swept.iter().map(Swept::json).collect();
+        let all = json!({"dry_run": args.dry_run, "left_overs": left_overs, "grants": grants});
+        return output::print_json(&all);
+    }
+    let mut rows = vec![["WHAT", "BYTES", "PATH"].map(String::from).to_vec()];
+    rows.extend(found.iter().map(|left| {
+        vec![left.what.name().to_string(), size::human(left.bytes), left.path.display().to_string()]
+    }));
+    let grants: String = swept.iter().map(Swept::text).collect();
+    output::print(&(output::table(&rows) + &grants)).map(drop)
+}
+
+fn description(left: &LeftOver) -> Value {
+    json!({"what": left.what.name(), "path": left.path.display().to_string(), "bytes": left.bytes})
 }

@@ -2,9 +2,12 @@
 
 use super::output::{print, print_json, table};
 use super::{Env, key::date};
+use crate::attach::sandbox;
 use crate::error::Result;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
+use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
+use crate::kms::server::tls::Files;
 use crate::kms::server::{self, Address};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -18,16 +21,77 @@ pub enum Command {
     #[command(after_help = "Example:\n  sealblk kms serve --listen 127.0.0.1:8600\n  \
                             AWS_ENDPOINT_URL_KMS=http://127.0.0.1:8600 aws kms list-keys")]
     Serve(ServeArgs),
+    /// Make the store of the embedded KMS now; the first key would make it, too.
+    ///
+    /// With a passphrase its root key is of no use to who copies the file. Who needs the key is asked at the terminal,
+    /// or gets the passphrase by SEALBLK_PASSPHRASE_FD=N, a descriptor to read it from, or as the systemd credential
+    /// sealblk-kms-passphrase.
+    #[command(after_help = "Example:\n  sealblk kms init --passphrase")]
+    Init(InitArgs),
+    /// Put the root key under a passphrase, under another one, or under none.
+    #[command(subcommand, after_help = "Example:\n  sealblk kms passphrase set")]
+    Passphrase(PassphraseCommand),
     /// Make, show and delete those who may ask the server.
     #[command(subcommand, after_help = "Example:\n  sealblk kms principal create host-1")]
     Principal(PrincipalCommand),
 }
 
+/// Arguments of `kms init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Keep the root key under a passphrase.
+    #[arg(long)]
+    passphrase: bool,
+    #[command(flatten)]
+    new: NewPassphraseArgs,
+}
+
+/// What can be done with the passphrase.
+#[derive(Debug, Subcommand)]
+pub enum PassphraseCommand {
+    /// Put the root key under a passphrase, or under another one. Nothing is encrypted anew.
+    #[command(after_help = "Example:\n  sealblk kms passphrase set")]
+    Set(NewPassphraseArgs),
+    /// Keep the root key without a passphrase, for whoever can read its file.
+    #[command(after_help = "Example:\n  sealblk kms passphrase remove")]
+    Remove,
+}
+
+/// A new passphrase.
+#[derive(Debug, Args)]
+pub struct NewPassphraseArgs {
+    /// Read the new passphrase from this descriptor, up to the end of the line [default: ask at the terminal, twice].
+    #[arg(long, value_name = "N")]
+    new_passphrase_fd: Option<i32>,
+}
+
+impl NewPassphraseArgs {
+    fn get(&self) -> Result<Passphrase> {
+        let new =
+            self.new_passphrase_fd.map_or_else(passphrase::new_at_terminal, Passphrase::from_descriptor);
+        Ok(new?)
+    }
+}
+
+/// Arguments of `kms serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Serve by TLS with the certificate in this file, PEM, with those between it and what clients trust. It and the key
+    /// are read again at SIGHUP.
+    #[arg(long, value_name = "FILE", requires = "tls_key", conflicts_with = "socket_path")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+}
+
 /// Where to listen.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-pub struct ServeArgs {
-    /// Listen on this loopback address; port 0 is any that is free.
+struct PlaceArgs {
+    /// Listen on this address, without TLS a loopback one; port 0 is any that is free.
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
     /// Listen on this Unix socket.
@@ -49,6 +113,23 @@ pub enum PrincipalCommand {
     /// Delete a principal, its access key and the grants that were made for it.
     #[command(after_help = "Example:\n  sealblk kms principal delete host-1")]
     Delete(NameArg),
+    /// Give a principal a second access key, and show the secret this once: first replace the old key wherever it is
+    /// used, then delete it.
+    #[command(after_help = "Example:\n  sealblk kms principal create-key host-1")]
+    CreateKey(NameArg),
+    /// Delete one of the two access keys of a principal.
+    #[command(after_help = "Example:\n  sealblk kms principal delete-key host-1 AKIA…")]
+    DeleteKey(DeleteKeyArgs),
+}
+
+/// Arguments of `kms principal delete-key`.
+#[derive(Debug, Args)]
+pub struct DeleteKeyArgs {
+    #[command(flatten)]
+    name: NameArg,
+    /// The id of the access key.
+    #[arg(value_name = "ACCESS_KEY")]
+    access_key: String,
 }
 
 /// Arguments of `kms principal create`.
@@ -74,9 +155,36 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     let kms = Embedded::open(&env.root)?;
     match command {
         Command::Serve(args) => serve(env, kms, args),
+        Command::Init(args) => {
+            let wanted = args.passphrase || args.new.new_passphrase_fd.is_some();
+            let passphrase = if wanted { Some(args.new.get()?) } else { None };
+            kms.init(passphrase.as_ref())?;
+            root_key_is(env, wanted, "the KMS store is made")
+        }
+        Command::Passphrase(PassphraseCommand::Set(new)) => {
+            // The old one first, as everywhere.
+            kms.unlock()?;
+            kms.protect_root_key(Some(&new.get()?))?;
+            root_key_is(env, true, "the passphrase is set")
+        }
+        Command::Passphrase(PassphraseCommand::Remove) => {
+            kms.protect_root_key(None)?;
+            root_key_is(env, false, "the passphrase is removed")
+        }
         Command::Principal(PrincipalCommand::Create(args)) => {
             let (made, secret) = kms.create_principal(&args.name.name, args.admin)?;
             created(env, &made, &secret)
+        }
+        Command::Principal(PrincipalCommand::CreateKey(NameArg { name })) => {
+            let (access_key, secret) = kms.create_access_key(&name)?;
+            key_created(env, &name, &access_key, &secret)
+        }
+        Command::Principal(PrincipalCommand::DeleteKey(args)) => {
+            kms.delete_access_key(&args.name.name, &args.access_key)?;
+            match env.json {
+                true => print_json(&json!({ "Name": args.name.name, "AccessKeyId": args.access_key })),
+                false => print(&format!("{} deleted\n", args.access_key)).map(drop),
+            }
         }
         Command::Principal(PrincipalCommand::List) => list(env, &kms.principals()?),
         Command::Principal(PrincipalCommand::Delete(NameArg { name })) => {
@@ -89,13 +197,24 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     }
 }
 
+fn root_key_is(env: &Env, under_passphrase: bool, done: &str) -> Result<()> {
+    match env.json {
+        true => print_json(&json!({ "RootKeyUnderPassphrase": under_passphrase })),
+        false => print(&format!("{done}\n")).map(drop),
+    }
+}
+
 fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
-    let address = match (args.listen, args.socket_path) {
+    let address = match (args.place.listen, args.place.socket_path) {
         (Some(address), _) => Address::Tcp(address),
         (None, Some(path)) => Address::Unix(path),
         (None, None) => unreachable!("clap asks for one of them"),
     };
-    server::serve(kms, &address, |url| match env.json {
+    // It has the store's keys for as long as it runs.
+    sandbox::harden()?;
+    kms.unlock()?;
+    let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
+    server::serve(kms, &address, tls, |url| match env.json {
         true => print_json(&json!({ "Url": url })),
         false => print(&format!("listening on {url}\n")).map(drop),
     })
@@ -107,13 +226,23 @@ fn created(env: &Env, made: &PrincipalMetadata, secret: &SecretKey) -> Result<()
         shown["SecretAccessKey"] = secret.as_str().into();
         return print_json(&shown);
     }
-    print(&format!(
-        "{}\n\nAWS_ACCESS_KEY_ID={}\nAWS_SECRET_ACCESS_KEY={}\n\nThe secret is not shown again.\n",
-        made.arn,
-        made.access_key,
-        secret.as_str()
-    ))
-    .map(drop)
+    print(&format!("{}\n\n{}", made.arn, access_key_text(&made.access_keys[0], secret))).map(drop)
+}
+
+fn key_created(env: &Env, name: &str, access_key: &str, secret: &SecretKey) -> Result<()> {
+    match env.json {
+        true => print_json(
+            &json!({ "Name": name, "AccessKeyId": access_key, "SecretAccessKey": secret.as_str() }),
+        ),
+        false => print(&access_key_text(access_key, secret)).map(drop),
+    }
+}
+
+fn access_key_text(access_key: &str, secret: &SecretKey) -> String {
+    let secret = secret.as_str();
+    format!(
+        "AWS_ACCESS_KEY_ID={access_key}\nAWS_SECRET_ACCESS_KEY={secret}\n\nThe secret is not shown again.\n"
+    )
 }
 
 fn list(env: &Env, principals: &[PrincipalMetadata]) -> Result<()> {
@@ -121,10 +250,10 @@ fn list(env: &Env, principals: &[PrincipalMetadata]) -> Result<()> {
         let all: Vec<Value> = principals.iter().map(principal_json).collect();
         return print_json(&json!({ "Principals": all }));
     }
-    let mut rows = vec![["NAME", "ACCESS KEY", "MAY", "CREATED", "ARN"].map(String::from).to_vec()];
+    let mut rows = vec![["NAME", "ACCESS KEYS", "MAY", "CREATED", "ARN"].map(String::from).to_vec()];
     rows.extend(principals.iter().map(|p| {
         let may = if p.admin { "everything" } else { "what grants allow" };
-        vec![p.name.clone(), p.access_key.clone(), may.into(), date(p.created), p.arn.clone()]
+        vec![p.name.clone(), p.access_keys.join(" "), may.into(), date(p.created), p.arn.clone()]
     }));
     print(&table(&rows)).map(drop)
 }
@@ -134,7 +263,8 @@ fn principal_json(principal: &PrincipalMetadata) -> Value {
         "Name": principal.name,
         "Arn": principal.arn,
         "Admin": principal.admin,
-        "AccessKeyId": principal.access_key,
+        "AccessKeyId": principal.access_keys[0],
+        "AccessKeyIds": principal.access_keys,
         "CreationDate": date(principal.created),
     })
 }

@@ -7,14 +7,19 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod audit;
 pub mod doctor;
 pub mod events;
+pub mod filter;
 pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+mod provider;
+mod receipt;
 pub mod settings;
 pub mod size;
+pub mod snapshot;
 pub mod volume;
 
 use crate::config::Settings;
@@ -85,6 +90,9 @@ enum Command {
     /// Make, show and delete volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk volume create --size 20GiB --name db")]
     Volume(volume::Command),
+    /// Make, show, copy and delete snapshots of volumes.
+    #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
+    Snapshot(snapshot::Command),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
@@ -102,7 +110,10 @@ enum Command {
     Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
-    /// Clear away what attaches that did not end well have left: grants at the KMS.
+    /// Show who used which key when, and check that the record of it is whole.
+    #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
+    Audit(audit::Command),
+    /// Clear away what interrupted commands left, and grants of attaches that did not end well.
     Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
@@ -122,6 +133,7 @@ impl Command {
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
+            Command::Snapshot(command) => snapshot::run(env, command),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),
@@ -129,6 +141,7 @@ impl Command {
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
+            Command::Audit(command) => audit::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),

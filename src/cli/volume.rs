@@ -1,63 +1,76 @@
-//! `sealblk volume`: make, list, show, rewrap and delete volumes.
+//! `sealblk volume`: make, list, show, tag, rewrap and delete volumes.
 #![forbid(unsafe_code)]
 
+mod create;
+mod resize;
 mod rewrap;
 mod show;
+mod tag;
 
+use super::filter::{self, Filter};
 use super::{Env, output, size};
-use crate::error::{Error, Kind, Result};
-use crate::kms::{self, KeyRef};
+use crate::error::Result;
 use crate::volume::VolumeId;
 use crate::volume::catalog::{Catalog, Entry};
-use crate::volume::lifecycle::{self, Wanted, WrappingKey};
-use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
+use crate::volume::lifecycle;
 use serde_json::{Value, json};
 
 /// The commands.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Make a volume.
+    /// Make a volume, empty or from a snapshot.
+    Create(create::CreateArgs),
+    /// List the volumes.
     #[command(after_help = "\
 Examples:
-  sealblk volume create --size 20GiB --name db
-  sealblk volume create --size 100GiB --key alias/prod --sector-size 4096
-
-The data key is made and wrapped by the KMS key; nobody sees it. Prints the new volume's id.")]
-    Create(CreateArgs),
-    /// List the volumes.
-    #[command(after_help = "Example:\n  sealblk volume list --json")]
-    List,
+  sealblk volume list --json
+  sealblk volume list --filter tag:Name=db --filter status=available")]
+    List(ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
     Show(show::ShowArgs),
     /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
     Rewrap(rewrap::RewrapArgs),
     /// Delete a volume and its data, unless it is attached.
-    #[command(after_help = "Example:\n  sealblk volume delete db")]
-    Delete(OneVolume),
+    #[command(after_help = "\
+Examples:
+  sealblk volume delete db
+  sealblk volume delete db --shred --json > receipt.json
+
+Without its data key a volume's data is noise. --shred overwrites every wrapped copy of the data key in the store before
+it removes it, and prints a receipt: what was destroyed, and what is outside its reach. Whoever kept a copy of
+volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
+else needs it.")]
+    Delete(DeleteArgs),
+    /// Make a volume larger.
+    Resize(resize::ResizeArgs),
+    /// Give a volume tags.
+    #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
+    Tag(tag::TagArgs),
+    /// Take tags away from a volume.
+    #[command(after_help = "Example:\n  sealblk volume untag db env")]
+    Untag(tag::UntagArgs),
 }
 
-/// What `volume create` takes.
+/// What `volume list` takes.
 #[derive(clap::Args)]
-pub struct CreateArgs {
-    /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB.
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    size: u64,
-    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096.
-    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = parse_sector_size)]
-    sector_size: SectorSize,
-    /// The KMS key, by id, ARN or alias [default: the settings' default-key, else alias/aws/ebs].
-    #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
-    key: Option<String>,
-    /// Do not encrypt it. That never changes in the volume's life.
-    #[arg(long)]
-    unencrypted: bool,
-    /// A name, to be used in place of the id.
-    #[arg(long)]
-    name: Option<VolumeName>,
-    /// Set the whole size aside in the file system now.
-    #[arg(long)]
-    preallocate: bool,
+pub struct ListArgs {
+    /// Only volumes of which this is so: id, name, status, encrypted, snapshot-id, tag-key, or tag:KEY. Of filters with
+    /// one name any must be so, of others all.
+    #[arg(long, value_name = "NAME=VALUE")]
+    filter: Vec<Filter>,
 }
+
+/// What `volume delete` takes.
+#[derive(clap::Args)]
+pub struct DeleteArgs {
+    #[command(flatten)]
+    volume: OneVolume,
+    /// Overwrite every wrapped copy of its data key, and print a receipt.
+    #[arg(long)]
+    shred: bool,
+}
+/// The filters of volumes, but for those of tags.
+pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
 
 /// A command on one volume.
 #[derive(clap::Args)]
@@ -69,44 +82,30 @@ pub struct OneVolume {
 /// Runs one of the commands.
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
-        Command::Create(args) => create(env, args),
-        Command::List => list(env),
+        Command::Create(args) => create::run(env, args),
+        Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),
-        Command::Delete(args) => delete(env, &args.volume),
+        Command::Delete(args) => delete(env, &args),
+        Command::Resize(args) => resize::run(env, &args),
+        Command::Tag(args) => tag::tag(env, &args),
+        Command::Untag(args) => tag::untag(env, &args),
     }
 }
 
-fn create(env: &Env, args: CreateArgs) -> Result<()> {
-    let settings = env.settings()?;
-    if args.unencrypted && settings.encrypt_by_default {
-        let message = format!(
-            "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
-            env.root.settings().display()
-        );
-        return Err(Error::new(Kind::Usage, message));
-    }
-    let geometry = Geometry::new(args.size, args.sector_size)?;
-    let wanted = Wanted { geometry, name: args.name, preallocate: args.preallocate };
-    let (catalog, events) = (env.catalog(), env.events(&settings));
-    let made = if args.unencrypted {
-        lifecycle::create(&catalog, &events, &wanted, None)?
-    } else {
-        let key = args.key.unwrap_or(settings.default_key.clone());
-        let reference = KeyRef::parse(&key, &settings.locality()).map_err(|e| e.with_advice(&key))?;
-        let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
-        let key = WrappingKey { provider: &*provider, key: &reference.key };
-        lifecycle::create(&catalog, &events, &wanted, Some(key))?
-    };
-    match env.json {
-        true => output::print_json(&show::description(&catalog, &made)?),
-        false => output::print(&format!("{}\n", made.id())).map(drop),
-    }
-}
-
-fn list(env: &Env) -> Result<()> {
+fn list(env: &Env, filters: &[Filter]) -> Result<()> {
+    filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
-    let entries = catalog.list()?;
+    let mut entries = catalog.list()?;
+    if !filters.is_empty() {
+        let mut wanted = Vec::new();
+        for entry in entries {
+            if is_wanted(&catalog, &entry, filters)? {
+                wanted.push(entry);
+            }
+        }
+        entries = wanted;
+    }
     if env.json {
         let values = entries.iter().map(|e| match &e.metadata {
             Ok(metadata) => show::description(&catalog, metadata),
@@ -124,6 +123,25 @@ fn list(env: &Env) -> Result<()> {
         rows.push(row(&catalog, entry)?);
     }
     output::print(&output::table(&rows)).map(drop)
+}
+
+/// Whether a volume is one of those that `filters` mean.
+pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
+    let status = match entry.metadata {
+        Ok(_) => show::state(&catalog.held(entry.id)?),
+        Err(_) => "damaged",
+    };
+    let metadata = entry.metadata.as_ref().ok();
+    let fields = [
+        ("id", Some(entry.id.to_string())),
+        ("name", entry.name().map(String::from)),
+        ("status", Some(status.to_string())),
+        ("encrypted", metadata.map(|m| m.is_encrypted().to_string())),
+        ("snapshot-id", metadata.and_then(|m| m.origin()).map(|o| o.snapshot.to_string())),
+    ];
+    // A volume whose tags cannot be read has none.
+    let tags = catalog.tags(entry.id).unwrap_or_default();
+    Ok(filter::matches(filters, &fields, &tags))
 }
 
 fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
@@ -151,17 +169,16 @@ fn yes_or_no(it: bool) -> &'static str {
     if it { "yes" } else { "no" }
 }
 
-fn delete(env: &Env, reference: &str) -> Result<()> {
+fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
     let (catalog, events) = (env.catalog(), env.events(&env.settings()?));
-    let id: VolumeId = catalog.resolve(reference)?;
+    let id: VolumeId = catalog.resolve(&args.volume.volume)?;
+    if args.shred {
+        let receipt = lifecycle::shred(&catalog, &events, id)?;
+        return super::receipt::print(env, &receipt);
+    }
     lifecycle::delete(&catalog, &events, id)?;
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),
     }
-}
-
-fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
-    let bytes: u32 = text.parse().map_err(|_| "it is 512 or 4096".to_string())?;
-    SectorSize::try_from(bytes)
 }

@@ -48,6 +48,18 @@ impl Dek {
         Self::from_secret(mem)
     }
 
+    /// The key of a layer that is not encrypted and lies above another: no secret, since it follows from the layer's
+    /// id. It keeps zeros that are written from being zeros in the file. HKDF-SHA256, no salt, info
+    /// `sealblk layer mask v1`, 64 bytes.
+    ///
+    /// # Errors
+    /// As [`SecretMem::new`].
+    pub fn mask_of_layer(id: &[u8; 16]) -> Result<Self> {
+        let mut mem = SecretMem::new(Self::LEN)?;
+        expand(id, None, b"sealblk layer mask v1", mem.as_mut_slice());
+        Self::from_secret(mem)
+    }
+
     /// A value that tells whether an unwrapped key is the one a layer was written with, without helping to
     /// find it: HKDF-SHA256 (RFC 5869), no salt, info `sealblk key check v1`, 16 bytes.
     pub fn check_value(&self) -> [u8; 16] {
@@ -61,13 +73,23 @@ impl Dek {
     pub fn metadata_mac(&self, volume_id: &str, message: &[u8]) -> [u8; 32] {
         let mut tag = [0; 32];
         on_scrubbed_stack(|| {
-            let mut key = Zeroizing::new([0; 32]);
-            expand(self.bytes(), Some(volume_id.as_bytes()), b"sealblk metadata v1", &mut *key);
-            let mut mac = Hmac::<Sha256>::new_from_slice(&*key).expect("HMAC takes keys of any length");
-            mac.update(message);
-            tag = mac.finalize().into_bytes().into();
+            let mut key = Zeroizing::new([0; SealKey::LEN]);
+            expand(self.bytes(), Some(volume_id.as_bytes()), SealKey::INFO, &mut *key);
+            tag = hmac(&*key, message);
         });
         tag
+    }
+
+    /// What [`Dek::metadata_mac`] derives on its way, for those who have to seal metadata when the data key is gone.
+    ///
+    /// # Errors
+    /// As [`SecretMem::new`].
+    pub fn seal_key(&self, volume_id: &str) -> Result<SealKey> {
+        let mut key = SecretMem::new(SealKey::LEN)?;
+        on_scrubbed_stack(|| {
+            expand(self.bytes(), Some(volume_id.as_bytes()), SealKey::INFO, key.as_mut_slice());
+        });
+        Ok(SealKey(key))
     }
 
     /// The key itself, data key ‖ tweak key. For tests that decrypt a layer with other software, and for a
@@ -85,6 +107,27 @@ impl Dek {
     fn bytes(&self) -> &[u8; Self::LEN] {
         self.0.as_slice().try_into().expect("from_secret checked the length")
     }
+}
+
+/// The key of the MAC over a volume's metadata. It opens no data.
+pub struct SealKey(SecretMem);
+
+impl SealKey {
+    const LEN: usize = 32;
+    const INFO: &[u8] = b"sealblk metadata v1";
+
+    /// The same as [`Dek::metadata_mac`] of the data key that it is from.
+    pub fn mac(&self, message: &[u8]) -> [u8; 32] {
+        let mut tag = [0; 32];
+        on_scrubbed_stack(|| tag = hmac(self.0.as_slice(), message));
+        tag
+    }
+}
+
+fn hmac(key: &[u8], message: &[u8]) -> [u8; 32] {
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length");
+    mac.update(message);
+    mac.finalize().into_bytes().into()
 }
 
 fn check_len(len: usize) -> Result<()> {
@@ -151,5 +194,6 @@ mod tests {
         assert_eq!(hex::encode(mac), "e66f7dbe47dbf1c7f985602740b1137539a796fb51d8e78979251c8d15eafbd6");
         assert_ne!(mac, dek.metadata_mac("vol-0123456789abcdef1", b"metadata"));
         assert_ne!(mac, dek.metadata_mac("vol-0123456789abcdef0", b"metadatb"));
+        assert_eq!(mac, dek.seal_key("vol-0123456789abcdef0").unwrap().mac(b"metadata"));
     }
 }

@@ -11,6 +11,7 @@
 
 mod fd;
 mod pages;
+pub(super) mod registers;
 mod stack;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use super::Timestamp;
 use crate::config::Settings;
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{Root, create_dir_durable, sync_dir};
-use crate::volume::VolumeId;
+use crate::volume::{SnapshotId, VolumeId};
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use uuid::Uuid;
 
-/// What happened to a volume.
+/// What happened to a volume or snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     name: &'static str,
@@ -27,6 +27,19 @@ pub struct Event {
     request_id: Option<Uuid>,
     volume: VolumeId,
     kms_key: Option<String>,
+    snapshot: Option<OfSnapshot>,
+}
+
+/// What an event about a snapshot has besides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct OfSnapshot {
+    /// None if it was never made.
+    id: Option<SnapshotId>,
+    /// The snapshot that it is a copy of; otherwise it is of the event's volume.
+    source: Option<SnapshotId>,
+    start: Timestamp,
+    end: Timestamp,
+    incremental: Option<bool>,
 }
 
 impl Event {
@@ -37,13 +50,21 @@ impl Event {
             Err(cause) => ("failed", cause),
         };
         let request_id = Some(Uuid::new_v4());
-        Event { name: "createVolume", result, cause, request_id, volume, kms_key: None }
+        Event { name: "createVolume", result, cause, request_id, volume, kms_key: None, snapshot: None }
     }
 
     /// `deleteVolume`: `deleted`.
     pub fn delete_volume(volume: VolumeId) -> Self {
         let (cause, request_id) = (String::new(), Some(Uuid::new_v4()));
-        Event { name: "deleteVolume", result: "deleted", cause, request_id, volume, kms_key: None }
+        Event {
+            name: "deleteVolume",
+            result: "deleted",
+            cause,
+            request_id,
+            volume,
+            kms_key: None,
+            snapshot: None,
+        }
     }
 
     /// `attachVolume`, or `reattachVolume` for a volume that was attached before: `failed`. `cause` is the
@@ -56,7 +77,53 @@ impl Event {
     ) -> Self {
         let name = if reattach { "reattachVolume" } else { "attachVolume" };
         let (cause, kms_key) = (cause.into(), kms_key.map(Into::into));
-        Event { name, result: "failed", cause, request_id: None, volume, kms_key }
+        Event { name, result: "failed", cause, request_id: None, volume, kms_key, snapshot: None }
+    }
+
+    /// `modifyVolume`: how far it has come, `modifying`, `optimizing` or `completed`.
+    pub fn modify_volume(volume: VolumeId, result: &'static str) -> Self {
+        let request_id = Some(Uuid::new_v4());
+        let cause = String::new();
+        Event { name: "modifyVolume", result, cause, request_id, volume, kms_key: None, snapshot: None }
+    }
+
+    /// `modifyVolume`: `failed`, for a cause.
+    pub fn modify_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
+        Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
+    }
+
+    /// `copySnapshot` of `source`, which is of `volume`, to data that the two share: `succeeded`, or `failed` for a cause.
+    pub fn copy_snapshot(
+        source: SnapshotId,
+        volume: VolumeId,
+        result: Result<SnapshotId, String>,
+        start: Timestamp,
+    ) -> Self {
+        let incremental = result.is_ok().then_some(true);
+        let mut event = Self::create_snapshot(volume, result, start);
+        event.name = "copySnapshot";
+        if let Some(snapshot) = &mut event.snapshot {
+            (snapshot.source, snapshot.incremental) = (Some(source), incremental);
+        }
+        event
+    }
+
+    /// `createSnapshot`: `succeeded`, or `failed` for a cause.
+    pub fn create_snapshot(volume: VolumeId, result: Result<SnapshotId, String>, start: Timestamp) -> Self {
+        let snapshot = OfSnapshot {
+            id: result.as_ref().ok().copied(),
+            source: None,
+            start,
+            end: Timestamp::now(),
+            incremental: None,
+        };
+        let (result, cause) = match result {
+            Ok(_) => ("succeeded", String::new()),
+            Err(cause) => ("failed", cause),
+        };
+        let request_id = Some(Uuid::new_v4());
+        let snapshot = Some(snapshot);
+        Event { name: "createSnapshot", result, cause, request_id, volume, kms_key: None, snapshot }
     }
 }
 
@@ -81,6 +148,21 @@ struct Detail<'a> {
     cause: &'a str,
     #[serde(rename = "request-id")]
     request_id: String,
+    #[serde(flatten)]
+    snapshot: Option<SnapshotDetail>,
+}
+
+/// Named as EBS names them, each in its own way.
+#[derive(Serialize)]
+struct SnapshotDetail {
+    snapshot_id: String,
+    source: String,
+    #[serde(rename = "startTime")]
+    start: Timestamp,
+    #[serde(rename = "endTime")]
+    end: Timestamp,
+    #[serde(rename = "Incremental", skip_serializing_if = "Option::is_none")]
+    incremental: Option<String>,
 }
 
 /// The store's `events.jsonl`, for those who report.
@@ -116,26 +198,45 @@ impl EventLog {
     }
 
     fn line(&self, event: &Event) -> Vec<u8> {
-        let arn = format!("arn:aws:ec2:{}:{}:volume/{}", self.region, self.account, event.volume);
+        let volume = self.arn("volume", event.volume);
+        let of_snapshot = event.snapshot.as_ref();
+        let detail = of_snapshot.map(|s| SnapshotDetail {
+            snapshot_id: s.id.map(|id| self.arn("snapshot", id)).unwrap_or_default(),
+            source: s.source.map_or_else(|| volume.clone(), |id| self.arn("snapshot", id)),
+            start: s.start,
+            end: s.end,
+            incremental: s.incremental.map(|yes| yes.to_string()),
+        });
+        // A snapshot that was never made has no name.
+        let snapshot = of_snapshot.and_then(|s| s.id).map(|id| self.arn("snapshot", id));
+        let resource = snapshot.unwrap_or(volume);
         let written = Written {
             version: "0",
             id: Uuid::new_v4().to_string(),
-            detail_type: "EBS Volume Notification",
+            detail_type: match of_snapshot {
+                Some(_) => "EBS Snapshot Notification",
+                None => "EBS Volume Notification",
+            },
             source: "aws.ec2",
             account: &self.account,
             time: Timestamp::now(),
             region: &self.region,
-            resources: std::iter::once(arn).chain(event.kms_key.clone()).collect(),
+            resources: std::iter::once(resource).chain(event.kms_key.clone()).collect(),
             detail: Detail {
                 event: event.name,
                 result: event.result,
                 cause: &event.cause,
                 request_id: event.request_id.map(|id| id.to_string()).unwrap_or_default(),
+                snapshot: detail,
             },
         };
         let mut line = serde_json::to_vec(&written).expect("strings and lists of strings");
         line.push(b'\n');
         line
+    }
+
+    fn arn(&self, kind: &str, id: impl std::fmt::Display) -> String {
+        format!("arn:aws:ec2:{}:{}:{kind}/{id}", self.region, self.account)
     }
 
     fn append_line(&self, line: &[u8]) -> Result<()> {

@@ -4,11 +4,11 @@ use super::backend::{Backend, Device};
 use super::dirty::GuestMemory;
 use super::gate::{Gate, Limits};
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -77,6 +77,8 @@ pub struct Inlet {
     listener: UnixListener,
     /// The socket's file, which lives on without a name.
     file: File,
+    /// How the file is named to connect.
+    name: String,
 }
 
 impl Inlet {
@@ -91,16 +93,25 @@ impl Inlet {
         let _ = std::fs::remove_file(&name);
         let listener = UnixListener::bind(&name)?;
         let file = open(0, name.as_ref());
+        // This process may become another user; nobody else finds what has no name.
+        let permitted = std::fs::set_permissions(&name, Permissions::from_mode(0o666));
         std::fs::remove_file(&name)?;
+        permitted?;
         listener.set_nonblocking(true)?;
-        Ok(Inlet { listener, file: file? })
+        let file = file?;
+        Ok(Inlet { listener, name: by_descriptor(&file), file })
+    }
+
+    /// The same for a process whose working folder is the one of its descriptors, where the name is short.
+    pub fn seen_from_descriptors(self) -> Self {
+        Inlet { name: self.file.as_raw_fd().to_string(), ..self }
     }
 
     /// Connects; the other end is the only one that [`Inlet::listener`] has to give.
     fn connect(&self) -> io::Result<UnixStream> {
         // Left by a session that could not begin.
         while self.listener.accept().is_ok() {}
-        UnixStream::connect(by_descriptor(&self.file))
+        UnixStream::connect(&self.name)
     }
 
     fn listener(&self) -> io::Result<Listener> {

@@ -11,15 +11,15 @@ use std::sync::{Arc, Mutex};
 /// The volume, open, and the threads that serve it. While there is one, no other process writes the volume.
 pub struct Serving {
     /// One thread a queue.
-    pub(super) workers: Vec<Worker>,
+    pub(super) workers: Arc<[Worker]>,
     /// What they serve. Locked while they are paused.
     pub(super) disk: Mutex<Arc<Disk>>,
 }
 
 impl Serving {
-    /// `disk`, and threads that were started for it.
-    pub fn new(disk: Arc<Disk>, workers: Vec<Worker>) -> Arc<Self> {
-        Arc::new(Serving { workers, disk: Mutex::new(disk) })
+    /// `disk`, and threads that were started for it, or [hold](Worker::hold) it since.
+    pub fn new(disk: Arc<Disk>, workers: impl Into<Arc<[Worker]>>) -> Arc<Self> {
+        Arc::new(Serving { workers: workers.into(), disk: Mutex::new(disk) })
     }
 }
 

@@ -8,20 +8,30 @@ mod in_order;
 mod interrupt;
 mod request;
 mod server;
+mod sync;
+
+#[cfg(test)]
+mod fake;
+#[cfg(all(test, feature = "model"))]
+mod model;
+#[cfg(all(test, not(feature = "model")))]
+mod tests;
 
 use super::inflight::InflightQueue;
 use super::qos::Qos;
 use super::ring::{Position, Ring};
+use crate::store::file::ring;
 use crate::volume::io::Disk;
 use server::Server;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use sync::{Condvar, Mutex, MutexGuard, Receiver, SyncSender, sync_channel};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
@@ -64,6 +74,8 @@ enum Command {
     Start(Box<Setup>),
     SetCall(Option<File>),
     Sync,
+    /// Have another disk, or none, for the rings to come.
+    Hold(Option<Arc<Disk>>),
     Stop,
     /// Begin nothing more, and answer when no operation is in flight; then obey nothing but the next two.
     Pause,
@@ -90,6 +102,13 @@ struct Mailbox {
 }
 
 impl Mailbox {
+    fn new() -> io::Result<Arc<Self>> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let commands = Mutex::new(Some(VecDeque::new()));
+        let signalling = AtomicBool::new(false);
+        Ok(Arc::new(Mailbox { commands, filled: Condvar::new(), wake, signalling }))
+    }
+
     /// Leaves a command for the thread; the answer comes by the receiver.
     fn send(&self, command: Command) -> io::Result<Receiver<Answer>> {
         let (reply, answer) = sync_channel(1);
@@ -190,38 +209,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread for queue `index`. `died` is called with the reason should it fail while it serves:
+    /// Starts the thread for queue `index`, with a disk or as yet without one. `died` is called with the reason should it fail while it serves:
     /// then requests of the guest are lost, and nobody may go on as if nothing had happened.
     pub fn spawn(
         index: usize,
-        disk: Arc<Disk>,
+        disk: impl Into<Option<Arc<Disk>>>,
         tuning: Tuning,
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mailbox = Arc::new(Mailbox {
-            commands: Mutex::new(Some(VecDeque::new())),
-            filled: Condvar::new(),
-            wake,
-            signalling: AtomicBool::new(false),
-        });
-        let inbox = mailbox.clone();
+        let mailbox = Mailbox::new()?;
+        let (inbox, disk) = (mailbox.clone(), disk.into());
         interrupt::prepare()?;
-        let run = move || {
-            if let Some(cpu) = tuning.cpu
-                && let Err(e) = bind_to(cpu)
-            {
-                log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
-            }
-            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, &tuning));
-            let ended = std::panic::catch_unwind(serve);
-            inbox.close();
-            match ended {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => died(format!("queue {index}: {e}")),
-                Err(_) => died(format!("queue {index}: its thread panicked")),
-            }
-        };
+        let run = move || live(index, &inbox, disk, &tuning, died);
         let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(run)?;
         Ok(Worker { mailbox, thread: Some(thread) })
     }
@@ -243,6 +242,11 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Has the rings to come served from `disk`, or none at all. Forgets the disk before, which no ring may use now.
+    pub fn hold(&self, disk: Option<Arc<Disk>>) -> io::Result<()> {
+        self.ask(Command::Hold(disk)).map(drop)
     }
 
     /// Serves a ring. Any earlier one must have been stopped.
@@ -295,23 +299,55 @@ impl Drop for Worker {
     }
 }
 
+/// The thread's life.
+fn live(
+    index: usize,
+    inbox: &Arc<Mailbox>,
+    disk: Option<Arc<Disk>>,
+    tuning: &Tuning,
+    died: impl FnOnce(String),
+) {
+    if let Some(cpu) = tuning.cpu
+        && let Err(e) = bind_to(cpu)
+    {
+        log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
+    }
+    ring::claim();
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve_rings(inbox, disk, tuning)));
+    inbox.close();
+    match ended {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => died(format!("queue {index}: {e}")),
+        Err(_) => died(format!("queue {index}: its thread panicked")),
+    }
+}
+
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
 /// there only while it runs, so that a queue that no driver uses costs nothing.
-fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io::Result<()> {
-    let mut disk = disk.clone();
+fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tuning) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
         match command {
-            Command::Start(setup) => match disk.open_queue(depth(&setup.ring)) {
-                Ok(queue) => {
-                    let server = Server::new(mailbox.clone(), queue, *setup, tuning);
-                    let _ = reply.send(Ok(None));
-                    if server.run(&mut disk)? {
-                        return Ok(());
+            Command::Start(setup) => {
+                let Some(disk) = &mut disk else {
+                    drop(reply.send(Err(io::Error::other("another process has the volume"))));
+                    continue;
+                };
+                match disk.open_queue(depth(&setup.ring)) {
+                    Ok(queue) => {
+                        let server = Server::new(mailbox.clone(), queue, *setup, tuning);
+                        let _ = reply.send(Ok(None));
+                        if server.run(disk)? {
+                            return Ok(());
+                        }
                     }
+                    Err(e) => drop(reply.send(Err(e))),
                 }
-                Err(e) => drop(reply.send(Err(e))),
-            },
+            }
+            Command::Hold(next) => {
+                disk = next;
+                let _ = reply.send(Ok(None));
+            }
             Command::SetCall(_) | Command::Sync | Command::Stop | Command::Resume { .. } => {
                 drop(reply.send(Ok(None)))
             }
@@ -320,7 +356,7 @@ fn serve_rings(mailbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning) -> io:
                 let _ = reply.send(Ok(None));
                 // A ring would have had a queue.
                 if let Some((next, ())) = mailbox.pause(|_| Ok(())) {
-                    disk = next;
+                    disk = Some(next);
                 }
             }
             Command::Exit => {

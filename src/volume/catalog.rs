@@ -5,9 +5,10 @@
 
 use super::id::{LayerId, VolumeId, is_lower_hex};
 use super::lock::{self, Held, VolumeLock};
-use super::metadata::{MAX_FILE_LEN, Metadata};
+use super::metadata::{LayerRecord, MAX_FILE_LEN, Metadata};
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{Root, replace_file};
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
@@ -165,25 +166,28 @@ impl Catalog {
         lock::query(&self.folder(id))
     }
 
-    /// Looks whether the volume's layers are there and as long as the volume.
+    /// Looks whether the volume's layers are there and as long as they shall be.
     ///
     /// # Errors
     /// `Corrupt`, naming the first layer that is missing or has another length.
     pub fn check_layers(&self, metadata: &Metadata) -> Result<()> {
-        for layer in metadata.layers() {
+        self.check_files(&metadata.id(), metadata.layers())
+    }
+
+    pub(super) fn check_files(&self, whose: &dyn Display, layers: &[LayerRecord]) -> Result<()> {
+        for layer in layers {
             let path = self.layer_path(layer.id);
             let problem = match std::fs::metadata(&path) {
                 Ok(m) if m.file_type().is_block_device() => continue,
                 Ok(m) if !m.is_file() => "is not a file".to_string(),
-                Ok(m) if m.len() != metadata.size() => {
-                    format!("has {} bytes instead of {}", m.len(), metadata.size())
+                Ok(m) if m.len() != layer.size => {
+                    format!("has {} bytes instead of {}", m.len(), layer.size)
                 }
                 Ok(_) => continue,
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => "is missing".to_string(),
                 Err(e) => return Err(Error::from(e).context(format!("look at {}", path.display()))),
             };
-            let message =
-                format!("{}'s layer {} {problem}; restore it from a backup", metadata.id(), path.display());
+            let message = format!("{whose}'s layer {} {problem}; restore it from a backup", path.display());
             return Err(Error::new(Kind::Corrupt, message));
         }
         Ok(())
@@ -208,7 +212,7 @@ fn ambiguous(reference: &str, candidates: &[&Entry]) -> Error {
     Error::new(Kind::Usage, format!("{reference:?} can be any of {}; give more digits", list.join(", ")))
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read_bounded(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_FILE_LEN + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE_LEN {

@@ -1,4 +1,4 @@
-//! Names of volumes and layers.
+//! Names of volumes, snapshots and layers.
 //!
 //! A parsed id is safe to use as a file name: it has one spelling, and no separators or dots.
 
@@ -56,6 +56,35 @@ impl FromStr for VolumeId {
 }
 
 impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{:017x}", Self::PREFIX, self.0.0)
+    }
+}
+
+/// A snapshot: `snap-` and 17 lower-case hexadecimal digits, as EBS has them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotId(Hex17);
+
+impl SnapshotId {
+    /// What each snapshot's id begins with.
+    pub const PREFIX: &str = "snap-";
+
+    /// A new id, which no other snapshot has but with a probability of 2⁻⁶⁸.
+    pub fn random() -> Self {
+        SnapshotId(Hex17::random())
+    }
+}
+
+impl FromStr for SnapshotId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Hex17::parse(text, Self::PREFIX).map(SnapshotId)
+    }
+}
+
+impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{:017x}", Self::PREFIX, self.0.0)
     }
@@ -122,7 +151,7 @@ macro_rules! as_text {
     )*};
 }
 
-as_text!(VolumeId, LayerId);
+as_text!(VolumeId, SnapshotId, LayerId);
 
 #[cfg(test)]
 mod tests {
@@ -154,6 +183,11 @@ mod tests {
         ] {
             assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
         }
+        for bad in ["snap-", "vol-0123456789abcdef0", "snap-0123456789ABCDEF0", "snap-0123456789abcdef01"] {
+            assert!(bad.parse::<SnapshotId>().is_err(), "{bad}");
+        }
+        let id = "snap-0123456789abcdef0";
+        assert_eq!(id.parse::<SnapshotId>().unwrap().to_string(), id);
         for bad in [
             "67e55044-10b1-426f-9247-BB680E5FE0C8",
             "67e5504410b1426f9247bb680e5fe0c8",

@@ -7,21 +7,24 @@
 //! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
 //! zeros; what several layers take is in [`layered`].
 
+mod fence;
+mod guest;
 mod layered;
+mod queue;
+
+pub use guest::GuestData;
+pub use queue::{DiskQueue, Zeroed, Zeroing};
 
 use super::image_lock::ImageLock;
 use super::map::{LayerMap, MAX_LAYERS};
 use crate::crypt::xts::SectorCipher;
-use crate::store::{Buffer, Event, Op, Queue, Store, Wait};
+use crate::store::{Event, Store, Wait};
 use crate::virtio::request::ID_BYTES;
-use crate::virtio::{Geometry, SECTOR_SIZE, Segment};
-use layered::{Action, Layered, Part};
+use crate::virtio::{Geometry, SECTOR_SIZE};
+use fence::Fence;
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use vm_memory::bitmap::WithBitmapSlice;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
@@ -42,6 +45,8 @@ pub struct Disk {
     below: Vec<Below>,
     /// Which layers may have what, where there are several.
     map: Option<Arc<LayerMap>>,
+    /// What keeps queues out of the way of a copy, where there may be one.
+    fence: Option<Arc<Fence>>,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
@@ -76,13 +81,14 @@ impl Disk {
         image_lock: ImageLock,
     ) -> Self {
         Disk {
-            geometry,
             sectors: geometry.sectors.into(),
+            geometry,
             serial: padded(serial),
             store: store.into(),
             cipher: cipher.map(Arc::from),
             below: Vec::new(),
             map: None,
+            fence: None,
             _image_locks: vec![Arc::new(image_lock)],
             flush_failed: Arc::default(),
         }
@@ -101,8 +107,9 @@ impl Disk {
     /// held meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
-    /// As for [`Disk::layered`].
+    /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
         Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
     }
@@ -110,8 +117,9 @@ impl Disk {
     /// The same volume with other layers, or another size. The volume's queues must be held meanwhile.
     ///
     /// # Errors
-    /// As for [`Disk::layered`].
+    /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_layers(&self, geometry: Geometry, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
         Self::over(geometry, self.serial, layers, None, self.flush_failed.clone())
     }
 
@@ -132,18 +140,38 @@ impl Disk {
             map => map,
         };
         let cipher = ciphers.remove(0);
-        let sectors = geometry.sectors.into();
+        let fence = None;
         Ok(Disk {
+            sectors: geometry.sectors.into(),
             geometry,
-            sectors,
             serial,
             store,
             cipher,
             below,
             map,
+            fence,
             _image_locks: image_locks,
             flush_failed,
         })
+    }
+
+    /// The same, made to be [hydrated](super::hydrate). To be said before any queue is opened.
+    pub fn hydrating(mut self) -> Self {
+        self.fence = (!self.below.is_empty()).then(Arc::default);
+        self
+    }
+
+    /// What a copy keeps queues out of its way with.
+    pub(super) fn fence(&self) -> Option<&Arc<Fence>> {
+        self.fence.as_ref()
+    }
+
+    /// Nothing may be written into a layer that is being frozen, nor read from one that is being dropped.
+    fn check_not_hydrated(&self) -> io::Result<()> {
+        match &self.fence {
+            Some(fence) if fence.is_taken() => Err(io::Error::other("its hydration was not stopped first")),
+            _ => Ok(()),
+        }
     }
 
     /// Its shape at this moment. A request is judged by one look at it.
@@ -182,7 +210,7 @@ impl Disk {
     }
 
     /// How many layers there are, which is the top's height: the lowest has 1.
-    fn height(&self) -> u8 {
+    pub(super) fn height(&self) -> u8 {
         // At most MAX_LAYERS.
         (self.below.len() + 1) as u8
     }
@@ -201,14 +229,17 @@ impl Disk {
 
     /// This thread's way to the disk, for at most `depth` operations at a time.
     pub fn open_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
-        let queue = self.store.open_queue(depth)?;
-        let layered = self.map.clone().map(|map| Layered::new(map, queue.places()));
-        Ok(DiskQueue { disk: self.clone(), queue, layered })
+        DiskQueue::open(self, depth, self.fence.as_ref())
+    }
+
+    /// The same for whoever copies, and so must not wait for himself.
+    pub(super) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
+        DiskQueue::open(self, depth, None)
     }
 
     /// Makes everything written durable, by the calling thread.
     pub fn flush(self: &Arc<Self>) -> io::Result<()> {
-        let mut queue = self.open_queue(1)?;
+        let mut queue = self.open_free_queue(1)?;
         queue.flush(0)?;
         loop {
             if let Some(Event::Done { result, .. }) = queue.next_event() {
@@ -217,272 +248,6 @@ impl Disk {
             queue.wait(Wait::Event)?;
         }
     }
-}
-
-/// One thread's way to the disk. Sectors and lengths were checked against the geometry by whoever calls.
-pub struct DiskQueue {
-    disk: Arc<Disk>,
-    queue: Box<dyn Queue>,
-    /// Where there are several layers.
-    layered: Option<Layered>,
-}
-
-impl DiskQueue {
-    /// The disk.
-    pub fn disk(&self) -> &Disk {
-        &self.disk
-    }
-
-    /// The most bytes in one buffer; a multiple of the block size.
-    pub fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
-    }
-
-    /// A buffer of `len` bytes, if there is one and another operation may be submitted.
-    pub fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        if self.queue.has_room() { self.queue.alloc(len) } else { None }
-    }
-
-    /// Gives a buffer back.
-    pub fn free(&mut self, buffer: Buffer) {
-        self.queue.free(buffer);
-    }
-
-    /// Whether another operation may be submitted.
-    pub fn has_room(&self) -> bool {
-        self.queue.has_room()
-    }
-
-    /// Operations that were submitted and have caused no event yet.
-    pub fn in_flight(&self) -> usize {
-        self.queue.in_flight()
-    }
-
-    /// Reads ciphertext from `sector` into `buffer`; at its completion, [`DiskQueue::deliver`] it.
-    pub fn read(&mut self, tag: u64, sector: u64, buffer: Buffer) {
-        match &mut self.layered {
-            None => self.queue.submit(tag, Op::Read { offset: sector * SECTOR_SIZE, buffer }),
-            Some(layered) => layered.begin(&self.disk, &mut *self.queue, tag, sector, buffer),
-        }
-    }
-
-    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
-    pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
-    where
-        M: GuestMemory,
-        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
-    {
-        let height = match &self.layered {
-            None => self.disk.height(),
-            Some(layered) => layered.topmost(&self.disk, sector, len),
-        };
-        if height == 0 {
-            return Ok(false);
-        }
-        let layer = usize::from(self.disk.height() - height);
-        let Some(bytes) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
-            return Ok(false);
-        };
-        match self.disk.cipher_at(height) {
-            // What looks like zeros may be in a layer below.
-            None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
-            Some(cipher) => {
-                let block = self.disk.geometry.block_size as usize;
-                let direct = !may_have_holes(&bytes)
-                    && guest.in_whole_blocks(bytes.len(), block, Permissions::Write)?;
-                if direct {
-                    guest.decrypt_directly(cipher.as_ref(), bytes, sector)?;
-                }
-                Ok(direct)
-            }
-            None => {
-                guest.each(bytes.len(), Permissions::Write, |slice, at| {
-                    if let Ok(from) = bytes.subslice(at, slice.len()) {
-                        from.copy_to_volatile_slice(slice);
-                    }
-                })?;
-                Ok(true)
-            }
-        }
-    }
-
-    /// Encrypts `buffer.len()` bytes of guest data, the first `skip` bytes of it left out, and writes them at
-    /// `sector`.
-    pub fn write<M>(
-        &mut self,
-        tag: u64,
-        sector: u64,
-        mut buffer: Buffer,
-        durable: bool,
-        guest: GuestData<'_, M>,
-    ) -> io::Result<()>
-    where
-        M: GuestMemory,
-        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
-    {
-        let bytes = self.queue.bytes(&mut buffer);
-        let taken = match &self.disk.cipher {
-            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
-            None => guest.copy_into(bytes),
-        };
-        if let Err(e) = taken {
-            self.queue.free(buffer);
-            return Err(e);
-        }
-        self.submit_write(tag, sector, buffer, durable);
-        Ok(())
-    }
-
-    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that
-    /// was all: if not, the buffer has gone on to another layer, and there will be another event with the same tag.
-    pub fn deliver<M>(
-        &mut self,
-        tag: u64,
-        sector: u64,
-        mut buffer: Buffer,
-        guest: GuestData<'_, M>,
-    ) -> io::Result<bool>
-    where
-        M: GuestMemory,
-        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
-    {
-        let bytes = self.queue.bytes(&mut buffer);
-        let done = match (&mut self.layered, &self.disk.cipher) {
-            (Some(layered), _) => layered.deliver(&self.disk, bytes, buffer.place(), sector, guest),
-            (None, Some(cipher)) => {
-                let block = self.disk.geometry.block_size;
-                guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
-            }
-            (None, None) => guest.copy_from(bytes).map(|()| true),
-        };
-        match (done, &mut self.layered) {
-            (Ok(false), Some(layered)) => {
-                layered.go_on(&self.disk, &mut *self.queue, tag, sector, buffer);
-                Ok(false)
-            }
-            (done, _) => {
-                self.queue.free(buffer);
-                done
-            }
-        }
-    }
-
-    /// Starts a flush; its result goes through [`DiskQueue::flushed`]. Refused at once after one has failed.
-    pub fn flush(&mut self, tag: u64) -> io::Result<()> {
-        if self.disk.flush_failed.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier flush failed"));
-        }
-        self.queue.submit(tag, Op::Flush);
-        Ok(())
-    }
-
-    /// What a finished flush means: once failed, always failed.
-    pub fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
-        if let Err(e) = &result {
-            log::error!("flush failed: {e}; no later flush will be reported as a success");
-            self.disk.flush_failed.store(true, Ordering::Release);
-        }
-        if self.disk.flush_failed.load(Ordering::Acquire) {
-            return Err(io::Error::other("a flush failed"));
-        }
-        result
-    }
-
-    /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once only,
-    /// to whoever syncs next: the error may be that of writes which had completed before.
-    pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
-        use io::ErrorKind::{QuotaExceeded, StorageFull, UnexpectedEof};
-        match &result {
-            // For want of room nothing else is lost.
-            Err(e) if durable && !matches!(e.kind(), QuotaExceeded | StorageFull | UnexpectedEof) => {
-                self.flushed(result)
-            }
-            _ => result,
-        }
-    }
-
-    fn submit_write(&mut self, tag: u64, sector: u64, buffer: Buffer, durable: bool) {
-        let offset = sector * SECTOR_SIZE;
-        if let Some(layered) = &self.layered {
-            layered.map().mark(offset..offset + buffer.len() as u64, self.disk.height());
-        }
-        self.queue.submit(tag, Op::Write { offset, buffer, durable });
-    }
-
-    /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of them: the
-    /// answer says how many are seen to, and whether an operation was submitted for them. `None`: there is no room yet.
-    pub fn zero(&mut self, tag: u64, sector: u64, count: u64, how: Zeroing) -> Option<Zeroed> {
-        let most = self.max_buffer() as u64 / SECTOR_SIZE;
-        let part = match &self.layered {
-            None => Part { sectors: count, action: Action::Punch },
-            Some(layered) => layered.first_part(&self.disk, sector, count, most, how),
-        };
-        let (offset, len) = (sector * SECTOR_SIZE, part.sectors * SECTOR_SIZE);
-        match part.action {
-            Action::Nothing => return Some(Zeroed { sectors: part.sectors, submitted: false }),
-            Action::Punch if !self.queue.has_room() => return None,
-            Action::Punch => {
-                let keep_space = how == Zeroing::KeepSpace;
-                self.queue.submit(tag, Op::Zero { offset, len, keep_space });
-            }
-            Action::Write => {
-                let mut buffer = self.alloc(len as usize)?;
-                let bytes = self.queue.bytes(&mut buffer);
-                bytes.fill(0);
-                if let Some(cipher) = &self.disk.cipher {
-                    cipher.encrypt_in_place(bytes, sector);
-                }
-                self.submit_write(tag, sector, buffer, false);
-            }
-        }
-        Some(Zeroed { sectors: part.sectors, submitted: true })
-    }
-
-    /// See [`Queue::watch`].
-    pub fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd);
-    }
-
-    /// See [`Queue::unwatch`].
-    pub fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token);
-    }
-
-    /// See [`Queue::wait`].
-    pub fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        let due = self.layered.as_ref().is_some_and(Layered::has_event);
-        self.queue.wait(if due { Wait::Poll } else { wait })
-    }
-
-    /// See [`Queue::is_ready`].
-    pub fn is_ready(&mut self) -> bool {
-        self.layered.as_ref().is_some_and(Layered::has_event) || self.queue.is_ready()
-    }
-
-    /// See [`Queue::next_event`].
-    pub fn next_event(&mut self) -> Option<Event> {
-        self.layered.as_mut().and_then(Layered::next_event).or_else(|| self.queue.next_event())
-    }
-}
-
-/// What the guest asks for when it names sectors and sends no data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Zeroing {
-    /// It has no use for them: they may read as anything that they held or as zeros.
-    Discard,
-    /// They shall read as zeros; their space may go.
-    Unmap,
-    /// They shall read as zeros; their space shall stay theirs, where the store can do that.
-    KeepSpace,
-}
-
-/// What one step of [`DiskQueue::zero`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Zeroed {
-    /// Sectors that are seen to, from the first.
-    pub sectors: u64,
-    /// Whether there will be an event for them.
-    pub submitted: bool,
 }
 
 fn padded(serial: &str) -> [u8; ID_BYTES] {
@@ -509,181 +274,3 @@ fn check_layers(geometry: &Geometry, ciphers: &[Cipher], below: &[u64]) -> io::R
     }
     Ok(())
 }
-
-/// A request's data in guest memory, from byte `skip` on.
-#[derive(Clone, Copy)]
-pub struct GuestData<'a, M> {
-    /// The guest's memory.
-    pub mem: &'a M,
-    /// The data runs, in order, all checked to lie in it.
-    pub segments: &'a [Segment],
-    /// Bytes of them to leave out at the beginning.
-    pub skip: u64,
-}
-
-impl<M> GuestData<'_, M>
-where
-    M: GuestMemory,
-    M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
-{
-    /// The same from byte `skip` of this on.
-    fn from(&self, skip: usize) -> Self {
-        GuestData { mem: self.mem, segments: self.segments, skip: self.skip + skip as u64 }
-    }
-
-    /// Fills the first `len` bytes with zeros.
-    fn fill_zero(&self, len: usize) -> io::Result<()> {
-        const ZEROS: [u8; 4096] = [0; 4096];
-        self.each(len, Permissions::Write, |slice, _| {
-            let mut at = 0;
-            while at < slice.len() {
-                // The offset is within the slice.
-                at += slice.write(&ZEROS, at).unwrap_or(slice.len());
-            }
-        })
-    }
-
-    /// Calls `f` with each run of the first `len` bytes and its position among them.
-    fn each(
-        &self,
-        len: usize,
-        access: Permissions,
-        mut f: impl FnMut(VolatileSlice<'_>, usize),
-    ) -> io::Result<()> {
-        let mut skip = self.skip;
-        let mut at = 0;
-        for segment in self.segments {
-            let run = u64::from(segment.len);
-            if skip >= run {
-                skip -= run;
-                continue;
-            }
-            let take = ((run - skip) as usize).min(len - at);
-            let start = segment.addr.0 + skip;
-            skip = 0;
-            let slices = self.mem.get_slices(vm_memory::GuestAddress(start), take, access);
-            for slice in slices.map_err(io::Error::other)? {
-                let slice = slice.map_err(io::Error::other)?;
-                let n = slice.len();
-                f(slice, at);
-                at += n;
-            }
-            if at == len {
-                return Ok(());
-            }
-        }
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
-
-    /// Whether every run of the first `len` bytes is whole blocks, so that the cipher can work on it directly.
-    fn in_whole_blocks(&self, len: usize, block: usize, access: Permissions) -> io::Result<bool> {
-        let mut whole = true;
-        self.each(len, access, |slice, _| whole &= slice.len() % block == 0)?;
-        Ok(whole)
-    }
-
-    fn copy_into(&self, dst: &mut [u8]) -> io::Result<()> {
-        self.each(dst.len(), Permissions::Read, |slice, at| {
-            slice.copy_to(&mut dst[at..at + slice.len()]);
-        })
-    }
-
-    fn copy_from(&self, src: &[u8]) -> io::Result<()> {
-        self.each(src.len(), Permissions::Write, |slice, at| slice.copy_from(&src[at..at + slice.len()]))
-    }
-
-    fn encrypt_into(
-        &self,
-        cipher: &dyn SectorCipher,
-        dst: &mut [u8],
-        sector: u64,
-        block: u32,
-    ) -> io::Result<()> {
-        if self.in_whole_blocks(dst.len(), block as usize, Permissions::Read)? {
-            self.each(dst.len(), Permissions::Read, |slice, at| {
-                let n = slice.len();
-                cipher.encrypt(slice, &mut dst[at..at + n], sector + (at / SECTOR) as u64);
-            })
-        } else {
-            self.copy_into(dst)?;
-            cipher.encrypt_in_place(dst, sector);
-            Ok(())
-        }
-    }
-
-    fn decrypt_from(
-        &self,
-        cipher: &dyn SectorCipher,
-        src: &mut [u8],
-        sector: u64,
-        block: u32,
-    ) -> io::Result<()> {
-        let unwritten = src.chunks_exact(SECTOR).any(is_zero);
-        if !unwritten && self.in_whole_blocks(src.len(), block as usize, Permissions::Write)? {
-            return self.decrypt_directly(cipher, VolatileSlice::from(src), sector);
-        }
-        decrypt_with_holes(cipher, src, sector, block as usize);
-        self.copy_from(src)
-    }
-
-    /// All of `src` was written, and the runs are whole blocks.
-    fn decrypt_directly(
-        &self,
-        cipher: &dyn SectorCipher,
-        src: VolatileSlice<'_>,
-        sector: u64,
-    ) -> io::Result<()> {
-        self.each(src.len(), Permissions::Write, |slice, at| {
-            let from = src.subslice(at, slice.len()).expect("each stays within the length");
-            cipher.decrypt(from, slice, sector + (at / SECTOR) as u64);
-        })
-    }
-}
-
-/// Decrypts in place what was written and leaves zeros where nothing was. With 4096-byte blocks a block may be
-/// both: after a power cut, a part of its first write may be there. XTS treats each 16 bytes by themselves, so
-/// the parts that are there decrypt as they would in a whole block.
-fn decrypt_with_holes(cipher: &dyn SectorCipher, data: &mut [u8], sector: u64, block: usize) {
-    let mut at = 0;
-    while at < data.len() {
-        let first = &data[at..at + block];
-        if is_zero(first) {
-            at += block;
-            continue;
-        }
-        if first.chunks_exact(SECTOR).any(is_zero) {
-            let holes: Vec<bool> = first.chunks_exact(SECTOR).map(is_zero).collect();
-            let part = &mut data[at..at + block];
-            cipher.decrypt_in_place(part, sector + (at / SECTOR) as u64);
-            for (bytes, hole) in part.chunks_exact_mut(SECTOR).zip(holes) {
-                if hole {
-                    bytes.fill(0);
-                }
-            }
-            at += block;
-            continue;
-        }
-        let whole = |b: &[u8]| !b.chunks_exact(SECTOR).any(is_zero);
-        let blocks = data[at..].chunks_exact(block).take_while(|b| whole(b)).count();
-        let end = at + blocks * block;
-        cipher.decrypt_in_place(&mut data[at..end], sector + (at / SECTOR) as u64);
-        at = end;
-    }
-}
-
-/// Whether a sector begins with zero bytes, as hardly any ciphertext does and every unwritten sector.
-fn may_have_holes(bytes: &VolatileSlice<'_>) -> bool {
-    let begins_with_zeros = |at| bytes.load::<u64>(at, Ordering::Relaxed).is_ok_and(|word| word == 0);
-    (0..bytes.len()).step_by(SECTOR).any(begins_with_zeros)
-}
-
-/// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight zero
-/// bytes, and quick to say yes, a word at a time.
-fn is_zero(sector: &[u8]) -> bool {
-    let (words, _) = sector.as_chunks::<8>();
-    let word = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);
-    words.first().is_none_or(|first| word(first) == 0) && words.iter().fold(0, |all, w| all | word(w)) == 0
-}
-
-#[cfg(test)]
-mod tests;

@@ -39,6 +39,12 @@ pub enum Purpose {
     Create,
     /// It is being deleted.
     Delete,
+    /// A snapshot of it is being made.
+    Snapshot,
+    /// It is being made larger.
+    Resize,
+    /// What an interrupted command left of it is being cleared up.
+    Recover,
     /// Its data keys are being wrapped anew.
     Rewrap,
 }
@@ -83,6 +89,9 @@ impl fmt::Display for Holder {
             Purpose::Attach => "is attached",
             Purpose::Create => "is being made",
             Purpose::Delete => "is being deleted",
+            Purpose::Snapshot => "is being made a snapshot of",
+            Purpose::Resize => "is being made larger",
+            Purpose::Recover => "is being tidied up",
             Purpose::Rewrap => "is being rewrapped",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;

@@ -32,6 +32,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// The most layers that heights can tell apart.
 pub const MAX_LAYERS: usize = 127;
@@ -168,13 +169,47 @@ impl LayerMap {
         self.cells.ready.load(Ordering::Acquire)
     }
 
-    /// Waits until the search is over; answers whether the map is ready: it is not if the search has failed.
-    pub fn wait(&self) -> bool {
-        let mut over = self.search.over.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*over {
-            over = self.search.changed.wait(over).unwrap_or_else(PoisonError::into_inner);
+    /// Waits until the search is over, no longer than `limit`; answers whether it is. It may have failed.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let over = self.search.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.search.changed.wait_timeout_while(over, limit, |over| !*over);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// The first byte at or after `from` at which some layer below `height` may have something, if there is one.
+    pub fn next_below(&self, height: u8, from: u64) -> Option<u64> {
+        if !self.is_ready() {
+            return (from < self.cells.blocks << self.cells.shift).then_some(from);
         }
-        self.is_ready()
+        let mut block = from >> self.cells.shift;
+        while block < self.cells.blocks {
+            let page_end = ((block / PAGE as u64 + 1) * PAGE as u64).min(self.cells.blocks);
+            let there = self.cells.pages[block as usize / PAGE].get().is_some();
+            if there && let Some(found) = (block..page_end).find(|&b| self.cells.entry(b).below(height) > 0) {
+                return Some(from.max(found << self.cells.shift));
+            }
+            block = page_end;
+        }
+        None
+    }
+
+    /// How many of these bytes lie in blocks in which some layer below `height` may have something.
+    pub fn bytes_below(&self, height: u8, bytes: Range<u64>) -> u64 {
+        if !self.is_ready() {
+            return bytes.end - bytes.start;
+        }
+        let mut blocks = self.cells.blocks(bytes);
+        let mut count = 0;
+        while blocks.start < blocks.end {
+            let page_end = (blocks.start / PAGE as u64 + 1) * PAGE as u64;
+            let end = page_end.min(blocks.end);
+            if self.cells.pages[blocks.start as usize / PAGE].get().is_some() {
+                count +=
+                    (blocks.start..end).filter(|&b| self.cells.entry(b).below(height) > 0).count() as u64;
+            }
+            blocks.start = end;
+        }
+        count << self.cells.shift
     }
 
     /// Bytes of a block: a power of two, at least 4096.

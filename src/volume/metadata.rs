@@ -1,16 +1,19 @@
 //! What a volume's `volume.json` means: size, keys, layers. The file format is in [`written`], the MAC over it
 //! in [`super::seal`].
 //!
-//! A [`Metadata`] has been checked: its size is whole sectors, it has a layer, every layer's key exists, the
-//! wrapped keys have a possible length. It holds no key in the clear, and touches no file.
+//! A [`Metadata`] has been checked: its size is whole sectors, its [`Layout`] fits together. It holds no key in the
+//! clear, and touches no file.
 
-mod written;
+pub(in crate::volume) mod written;
 
 pub use written::{FORMAT, MAX_FILE_LEN};
 
-use super::id::{LayerId, VolumeId};
+pub use super::layout::{KeyRecord, LayerRecord};
+
+use super::id::{SnapshotId, VolumeId};
+use super::layout::{Layout, SealVersion};
 use crate::error::{Error, Kind, Result};
-use crate::kms::{EncryptionContext, WrappedKey};
+use crate::kms::EncryptionContext;
 use crate::observe::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -146,31 +149,27 @@ impl TryFrom<String> for VolumeName {
     }
 }
 
-/// A data key as a volume has it: wrapped, and with what tells whether an unwrapped one is the right one.
+/// What shows that a snapshot's layers were put together by somebody who had its data keys: the snapshot's own MAC,
+/// and what else was in the message under it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeyRecord {
-    /// The provider that wrapped it: `embedded`, …
-    pub provider: String,
-    /// The KMS key's canonical id and the wrapped data key.
-    pub wrapped: WrappedKey,
-    /// [`crate::crypt::Dek::check_value`] of the data key; none until the first attach.
-    pub(super) check: Option<[u8; 16]>,
+pub struct Proof {
+    /// The snapshot that was sealed; a copy of it under the same data keys has another id.
+    pub snapshot: SnapshotId,
+    /// The volume that it was made of, under whose id the MAC's key was derived.
+    pub volume: VolumeId,
+    /// The snapshot's size in bytes.
+    pub size: u64,
+    /// HMAC-SHA256, as docs/format.md has it.
+    pub mac: [u8; 32],
 }
 
-impl KeyRecord {
-    /// The data key's check value, once an attach has noted it.
-    pub fn check(&self) -> Option<[u8; 16]> {
-        self.check
-    }
-}
-
-/// A layer as a volume has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerRecord {
-    /// Names its file.
-    pub id: LayerId,
-    /// Which of the volume's keys encrypts it; none: plaintext.
-    pub key: Option<usize>,
+/// Where the lower layers of a clone are from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The snapshot that the volume was made of.
+    pub snapshot: SnapshotId,
+    /// What proves its layers at the first attach; none for an unencrypted snapshot.
+    pub proof: Option<Proof>,
 }
 
 /// What is known of a volume.
@@ -178,28 +177,37 @@ pub struct LayerRecord {
 pub struct Metadata {
     pub(super) id: VolumeId,
     pub(super) name: Option<VolumeName>,
-    pub(super) geometry: Geometry,
+    pub(super) layout: Layout,
+    pub(super) origin: Option<Origin>,
     pub(super) created: Timestamp,
-    pub(super) keys: Vec<KeyRecord>,
-    pub(super) layers: Vec<LayerRecord>,
     pub(super) generation: u64,
     pub(super) attached_before: bool,
+    pub(super) seal_version: SealVersion,
     pub(super) mac: Option<[u8; 32]>,
 }
 
 impl Metadata {
     /// A new volume with one layer that holds nothing yet, encrypted with `key` or, without one, not at all.
     pub fn new(id: VolumeId, name: Option<VolumeName>, geometry: Geometry, key: Option<KeyRecord>) -> Self {
-        let layer = LayerRecord { id: LayerId::random(), key: key.is_some().then_some(0) };
+        Self::with_layout(id, name, Layout::new(geometry, key), None)
+    }
+
+    /// A new volume that is laid out so.
+    pub(super) fn with_layout(
+        id: VolumeId,
+        name: Option<VolumeName>,
+        layout: Layout,
+        origin: Option<Origin>,
+    ) -> Self {
         Metadata {
             id,
             name,
-            geometry,
+            layout,
+            origin,
             created: Timestamp::now(),
-            keys: key.into_iter().collect(),
-            layers: vec![layer],
             generation: 0,
             attached_before: false,
+            seal_version: SealVersion::V2,
             mac: None,
         }
     }
@@ -216,17 +224,27 @@ impl Metadata {
 
     /// Its size and sector size.
     pub fn geometry(&self) -> Geometry {
-        self.geometry
+        self.layout.geometry
     }
 
     /// In bytes.
     pub fn size(&self) -> u64 {
-        self.geometry.size
+        self.layout.geometry.size
     }
 
     /// The size of a sector.
     pub fn sector_size(&self) -> SectorSize {
-        self.geometry.sector_size
+        self.layout.geometry.sector_size
+    }
+
+    /// Its layers and keys.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The snapshot that it was made of, if it is a clone.
+    pub fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
     }
 
     /// When it was made.
@@ -236,22 +254,22 @@ impl Metadata {
 
     /// Whether what the guest writes is encrypted. It never changes in a volume's life.
     pub fn is_encrypted(&self) -> bool {
-        self.top().key.is_some()
+        self.layout.is_encrypted()
     }
 
     /// The data keys of its layers, none for an unencrypted volume.
     pub fn keys(&self) -> &[KeyRecord] {
-        &self.keys
+        &self.layout.keys
     }
 
     /// Its layers, the top one, which takes the writes, first.
     pub fn layers(&self) -> &[LayerRecord] {
-        &self.layers
+        &self.layout.layers
     }
 
     /// The layer that takes the writes.
     pub fn top(&self) -> &LayerRecord {
-        self.layers.first().expect("a volume has a layer: new() makes one, reading checks it")
+        self.layout.top()
     }
 
     /// How often the metadata has been written.
@@ -287,9 +305,40 @@ impl Metadata {
     }
 }
 
-/// The encryption context of a volume's keys, as EBS has it: `{"aws:ebs:id": "vol-…"}`.
-pub fn encryption_context(id: VolumeId) -> EncryptionContext {
-    EncryptionContext::pair("aws:ebs:id", id.to_string())
+/// The encryption context of a volume's or a snapshot's keys, as EBS has it: `{"aws:ebs:id": "vol-…"}`.
+pub fn encryption_context(id: impl Into<KeyOwner>) -> EncryptionContext {
+    EncryptionContext::pair("aws:ebs:id", id.into().to_string())
+}
+
+/// Whose wrapped keys they are: what their encryption context names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyOwner {
+    /// A volume, and the snapshots that were made of it.
+    Volume(VolumeId),
+    /// A snapshot that was copied.
+    Snapshot(SnapshotId),
+}
+
+impl From<VolumeId> for KeyOwner {
+    fn from(id: VolumeId) -> Self {
+        KeyOwner::Volume(id)
+    }
+}
+
+impl From<SnapshotId> for KeyOwner {
+    fn from(id: SnapshotId) -> Self {
+        KeyOwner::Snapshot(id)
+    }
+}
+
+impl fmt::Display for KeyOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyOwner::Volume(id) => id.fmt(f),
+            KeyOwner::Snapshot(id) => id.fmt(f),
+        }
+    }
 }
 
 #[cfg(test)]

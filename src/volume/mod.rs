@@ -1,22 +1,35 @@
-//! Volumes: what they are called, what is known of them, who has one, how one is made and deleted.
+//! Volumes and snapshots: what they are called, what is known of them, who has one, how one is made and deleted.
 //!
 //! May assume: a local file system with OFD locks, atomic rename and fsync. Must not know:
 //! sockets, VMMs. The bytes of `volume.json` and of the folders around it are described in `docs/format.md`.
 #![forbid(unsafe_code)]
 
 pub mod catalog;
+pub mod copy;
+pub mod freeze;
+pub mod from_snapshot;
+pub mod gc;
+pub mod hydrate;
 pub mod id;
 pub mod image_lock;
 pub mod io;
 pub mod layers;
+pub mod layout;
 pub mod lifecycle;
 pub mod lock;
 pub mod map;
 pub mod metadata;
+mod pending;
+mod references;
+pub mod resize;
 pub mod rewrap;
 pub mod seal;
+pub mod shred;
+pub mod snapshot;
+pub mod tags;
 
 pub use catalog::Catalog;
-pub use id::{LayerId, VolumeId};
+pub use id::{LayerId, SnapshotId, VolumeId};
 pub use metadata::Metadata;
 pub use seal::Seal;
+pub use snapshot::Snapshot;

@@ -51,7 +51,7 @@ impl Metadata {
     /// `volume.json`.
     pub fn rewrap(&mut self, new: &Rewrapped) -> Result<()> {
         let mut changed = self.clone();
-        let key = changed.keys.get_mut(new.slot);
+        let key = changed.layout.keys.get_mut(new.slot);
         let key = key.ok_or_else(|| Error::new(Kind::Usage, format!("it has no data key {}", new.slot)))?;
         if digest(&key.wrapped.blob) != new.replaces {
             let message = format!(

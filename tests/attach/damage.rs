@@ -61,6 +61,11 @@ fn edited(bytes: &[u8], edit: impl FnOnce(&mut Value)) -> Vec<u8> {
     serde_json::to_vec_pretty(&value).expect("JSON")
 }
 
+fn resize(v: &mut Value, size: u64) {
+    v["size"] = json!(size);
+    v["layers"][0]["size"] = json!(size);
+}
+
 #[test]
 fn a_damaged_or_foreign_volume_json_is_refused() {
     let (place, data) = used();
@@ -76,8 +81,8 @@ fn a_damaged_or_foreign_volume_json_is_refused() {
         ("much too long", "longer than 16777216 bytes", vec![b' '; (16 << 20) + 1]),
         (
             "a future version",
-            "format version 2, and this sealblk knows only version 1",
-            edit(|v| v["format"] = json!(2)),
+            "format version 3, and this sealblk knows only versions 1 and 2",
+            edit(|v| v["format"] = json!(3)),
         ),
         ("an unknown field", "unknown field `colour`", edit(|v| v["colour"] = json!("red"))),
         ("an unknown field of a key", "unknown field `colour`", edit(|v| v["keys"][0]["colour"] = json!(1))),
@@ -86,7 +91,8 @@ fn a_damaged_or_foreign_volume_json_is_refused() {
             "missing field `sector_size`",
             edit(|v| drop(v.as_object_mut().unwrap().remove("sector_size"))),
         ),
-        ("half a sector", "not whole sectors", edit(|v| v["size"] = json!((8 << 20) + 256))),
+        ("half a sector", "not whole sectors", edit(|v| resize(v, (8 << 20) + 256))),
+        ("a layer that is too short", "its top layer has", edit(|v| v["layers"][0]["size"] = json!(4 << 20))),
         (
             "another volume's id",
             "it describes vol-0123456789abcdef0",
@@ -141,8 +147,8 @@ fn metadata_that_was_edited_is_refused_by_its_mac() {
         ("the MAC's first digit", edited_mac, 8 << 20, edited(&whole, |v| flip(&mut v["mac"], 0))),
         ("the MAC's last digit", edited_mac, 8 << 20, edited(&whole, |v| flip(&mut v["mac"], 63))),
         ("the check value", other_key, 8 << 20, edited(&whole, |v| flip(&mut v["keys"][0]["check"], 31))),
-        ("a smaller size", edited_mac, 4 << 20, edited(&whole, |v| v["size"] = json!(4 << 20))),
-        ("a larger size", edited_mac, 16 << 20, edited(&whole, |v| v["size"] = json!(16 << 20))),
+        ("a smaller size", edited_mac, 4 << 20, edited(&whole, |v| resize(v, 4 << 20))),
+        ("a larger size", edited_mac, 16 << 20, edited(&whole, |v| resize(v, 16 << 20))),
         ("the sector size", edited_mac, 8 << 20, edited(&whole, |v| v["sector_size"] = json!(4096))),
     ];
     let content = fs::read(&layer).unwrap();

@@ -51,6 +51,15 @@ impl Place {
         Self::with_root(|_| Ok(()), arguments)
     }
 
+    /// The same in a store with these settings.
+    pub fn with_settings(settings: &str, arguments: &[&str]) -> Self {
+        let write = |root: &Path| {
+            fs::create_dir_all(root)?;
+            fs::write(root.join("sealblk.toml"), settings)
+        };
+        Self::with_root(write, arguments)
+    }
+
     /// The same, after `prepare` was called with the root's path.
     pub fn with_root(prepare: impl FnOnce(&Path) -> std::io::Result<()>, arguments: &[&str]) -> Self {
         let place = Place { store: Store::new(), starts: Cell::new(0) };

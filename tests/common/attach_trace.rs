@@ -58,6 +58,10 @@ impl Traced {
             match waitid(Id::Pid(self.0), flags).expect("it is traced") {
                 WaitStatus::PtraceEvent(_, _, found) if found == event => return,
                 WaitStatus::StillAlive => std::thread::sleep(Duration::from_millis(1)),
+                // A signal is on its way to it, such as that a child has ended: it shall have it.
+                WaitStatus::Stopped(_, signal) => {
+                    request(libc::PTRACE_CONT, self.0, 0, signal as usize).expect("it is stopped");
+                }
                 other => panic!("{} was to stop with event {event}: {other:?}", self.0),
             }
             assert!(Instant::now() < deadline, "{} does not stop", self.0);

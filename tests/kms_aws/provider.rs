@@ -35,9 +35,9 @@ fn in_its_environment() {
     let variable = |name| std::env::var_os(name).expect("started by another test").into();
     let admin = Embedded::at(variable(STORE), variable(CONFIG), Box::new(SystemClock));
     let grantee = admin.locality().root_arn();
-    let provider = Aws::open(Patience(Duration::from_secs(30)), Some(grantee)).unwrap();
+    let provider = Aws::open(Patience(Duration::from_secs(30)), Some(grantee.clone())).unwrap();
     // The ARN's region is where the request goes; this KMS is not that region's.
     let message = "Credential should be scoped to a valid region, not 'mars-north-1'. ";
     let elsewhere = KmsError::AccessDenied(message.into());
-    kms_suite::run(&Subject { provider: &provider, admin: &admin, elsewhere }, "aws-");
+    kms_suite::run(&Subject { provider: &provider, admin: &admin, grantee, elsewhere }, "aws-");
 }

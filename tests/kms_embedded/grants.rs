@@ -176,9 +176,9 @@ fn a_principal_goes_with_its_grants_and_its_secret_is_not_on_the_disk() {
     let kms = place.open();
     let key = Admin::create_key(&kms);
     let (made, secret) = kms.create_principal("host", false).unwrap();
-    assert_eq!((made.access_key.len(), secret.len()), (20, 40));
+    assert_eq!((made.access_keys[0].len(), secret.len()), (20, 40));
     let known = |access_key: &str| place.open().principal_of(access_key).unwrap();
-    let (caller, again) = known(&made.access_key).unwrap();
+    let (caller, again) = known(&made.access_keys[0]).unwrap();
     assert_eq!((caller.arn.as_str(), *again == *secret), ("arn:aws:iam::000000000000:user/host", true));
     assert!(known("AKIAIOSFODNN7EXAMPLE").is_none());
     let log = std::fs::read(place.log()).unwrap();
@@ -188,7 +188,7 @@ fn a_principal_goes_with_its_grants_and_its_secret_is_not_on_the_disk() {
 
     grant(&kms, &key, &caller, &[GrantOperation::Decrypt]);
     kms.delete_principal("host").unwrap();
-    assert!(known(&made.access_key).is_none());
+    assert!(known(&made.access_keys[0]).is_none());
     kms.create_principal("host", false).unwrap();
     let decrypt = kms.check_allowed(&caller, GrantOperation::Decrypt, &key, &volume("v"));
     assert_eq!(kind(decrypt), "AccessDeniedException", "another principal of the same name");
@@ -196,4 +196,31 @@ fn a_principal_goes_with_its_grants_and_its_secret_is_not_on_the_disk() {
     assert!(root.admin && root.arn == "arn:aws:iam::000000000000:root");
     assert_eq!(kms.principals().unwrap().len(), 2);
     assert_eq!(kind(kms.delete_principal("nobody")), "NotFoundException");
+}
+
+#[test]
+fn one_access_key_takes_over_from_the_other() {
+    let place = Place::new();
+    let kms = place.open();
+    let (made, first_secret) = kms.create_principal("host", false).unwrap();
+    let first = &made.access_keys[0];
+    let secret_of =
+        |id: &str| place.open().principal_of(id).unwrap().map(|(caller, secret)| (caller.arn, secret));
+    assert_eq!(kind(kms.delete_access_key("host", first)), "ValidationException", "it is the only one");
+    let (second, second_secret) = kms.create_access_key("host").unwrap();
+    assert_eq!(kind(kms.create_access_key("host")), "LimitExceededException");
+    assert_eq!(kms.principals().unwrap()[0].access_keys, [first.clone(), second.clone()]);
+    // Both are the same principal, each with its own secret.
+    assert_eq!(secret_of(first), Some((made.arn.clone(), first_secret)));
+    assert_eq!(secret_of(&second), Some((made.arn.clone(), second_secret.clone())));
+    assert_eq!(kind(kms.delete_access_key("host", "AKIAIOSFODNN7EXAMPLE")), "NotFoundException");
+    assert_eq!(kind(kms.delete_access_key("nobody", first)), "NotFoundException");
+    kms.delete_access_key("host", first).unwrap();
+    assert_eq!(secret_of(first), None);
+    assert_eq!(secret_of(&second), Some((made.arn.clone(), second_secret)));
+    // And again, the other way round: the newer of two can go as well.
+    let (third, _) = kms.create_access_key("host").unwrap();
+    kms.delete_access_key("host", &third).unwrap();
+    assert_eq!(kms.principals().unwrap()[0].access_keys, [second]);
+    assert_eq!(kind(kms.create_access_key("nobody")), "NotFoundException");
 }

@@ -2,10 +2,12 @@
 //! is slow, silent or stuck keeps another waiting.
 
 use super::super::socket::{self, SocketName};
+use super::conversation::{Conversation, Frozen};
 use super::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, say};
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::qos::Limits;
 use crate::volume::rewrap::Rewrapped;
+use crate::volume::snapshot::Label;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io::{ErrorKind, Read};
@@ -24,6 +26,9 @@ const LAST_PATIENCE: Duration = Duration::from_millis(500);
 /// Notes a data key that was wrapped anew.
 pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 
+/// Makes a snapshot, in turns with the client.
+pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Frozen> + Send>;
+
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {
     /// End the attachment. Does not wait for that.
@@ -34,6 +39,8 @@ pub struct Orders {
     pub throttle: Box<dyn Fn(Limits) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
+    /// Make a snapshot.
+    pub snapshot: SnapshotOrder,
 }
 
 /// The host process's end.
@@ -73,27 +80,46 @@ struct End {
     news: EventFd,
 }
 
+/// A control socket that nobody answers yet.
+pub struct Bound {
+    listener: UnixListener,
+    name: Arc<Name>,
+}
+
+impl Bound {
+    /// The socket's name.
+    pub fn name(&self) -> Arc<Name> {
+        self.name.clone()
+    }
+
+    /// Passes on what clients ask for.
+    pub fn serve(self, orders: Orders) -> Result<Control> {
+        let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let end = Arc::new(End { answer: OnceLock::new(), news });
+        let server = Server {
+            listener: self.listener,
+            orders,
+            end: end.clone(),
+            callers: Vec::new(),
+            detaching: Vec::new(),
+        };
+        let thread = std::thread::Builder::new().name("control".into()).spawn(move || server.run());
+        let thread = thread.context(|| "start the control thread")?;
+        Ok(Control { name: self.name, waiting: Waiting { end, thread } })
+    }
+}
+
 impl Control {
-    /// Listens in `folder`, and passes on what clients ask for. With `incoming`, clients find somebody else there as yet.
-    pub fn listen(folder: &Path, incoming: bool, orders: Orders) -> Result<Self> {
+    /// Listens in `folder`. Only while the process has one thread. With `incoming`, clients find somebody else there as
+    /// yet.
+    pub fn bind(folder: &Path, incoming: bool) -> Result<Bound> {
         let file = if incoming { INCOMING_FILE } else { FILE };
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
         let (listener, name) = in_folder(folder, || socket::listen(Path::new(file)))?;
         listener.set_nonblocking(true)?;
-        let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let end = Arc::new(End { answer: OnceLock::new(), news });
-        let server =
-            Server { listener, orders, end: end.clone(), callers: Vec::new(), detaching: Vec::new() };
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || server.run());
-        let thread = thread.context(|| "start the control thread")?;
         let name = Arc::new(Name(Mutex::new(Some(name.moved_to(folder)))));
-        Ok(Control { name, waiting: Waiting { end, thread } })
-    }
-
-    /// The socket's name.
-    pub fn name(&self) -> Arc<Name> {
-        self.name.clone()
+        Ok(Bound { listener, name })
     }
 
     /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
@@ -232,6 +258,13 @@ impl Server {
             Ok(Request::Rewrap(new)) => {
                 let done = (self.orders.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
+            }
+            Ok(Request::Snapshot { description, tags }) => {
+                log::info!("a client makes a snapshot");
+                let label = Label::new(description, *tags);
+                let conversation = Conversation::with(&caller.stream);
+                let made = label.and_then(|label| (self.orders.snapshot)(label, &mut conversation?));
+                made.map(Answer::Frozen)
             }
             Err(e) => Err(e),
         };

@@ -44,7 +44,7 @@ struct Order {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 enum Answer {
-    /// The grants' tokens, in the keys' order; none where the provider has no grants to make.
+    /// The grants' tokens, in the keys' order; none where no grant was to be made.
     Granted(Vec<Option<String>>),
     /// The KMS, or something on the way to it, refused.
     Refused(Refusal),

@@ -71,6 +71,11 @@ fn rows(
     for layer in metadata.layers() {
         rows.push(pair("layer", catalog.layer_path(layer.id).display()));
     }
+    rows.extend(metadata.origin().map(|origin| pair("made from", origin.snapshot)));
+    match catalog.tags(metadata.id()) {
+        Ok(tags) => rows.extend(tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}")))),
+        Err(e) => rows.push(pair("tag", e)),
+    }
     rows.push(pair("created", metadata.created()));
     rows.push(pair("state", state(&attached.held)));
     rows.extend(attached.rows());
@@ -215,7 +220,7 @@ pub fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
     let layers: Vec<Value> = metadata
         .layers()
         .iter()
-        .map(|layer| json!({"id": layer.id, "key": layer.key, "path": catalog.layer_path(layer.id).display().to_string()}))
+        .map(|layer| json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": catalog.layer_path(layer.id).display().to_string()}))
         .collect();
     Ok(json!({
         "id": metadata.id(),
@@ -228,6 +233,8 @@ pub fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
         "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
         "keys": keys,
         "layers": layers,
+        "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
+        "tags": catalog.tags(metadata.id())?,
         "generation": metadata.generation(),
         "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
     }))

@@ -1,7 +1,8 @@
 //! Secret memory that one process fills and another reads, handed over as a file descriptor.
 //!
 //! The reader creates it, gives the descriptor to a helper it starts, waits for the helper's end and maps it:
-//! so the two never use the bytes at the same time. The descriptor is close-on-exec: giving it to a child
+//! so the two never use the bytes at the same time. Pages that are not locked by themselves the reader maps at once, so
+//! that they are locked from the beginning to the end. The descriptor is close-on-exec: giving it to a child
 //! needs an explicit step, and no other child gets it by accident.
 
 use super::pages::Pages;
@@ -16,11 +17,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 /// `f_type` of files made by memfd_secret (linux/magic.h).
 const SECRETMEM_MAGIC: i64 = 0x5345_434d;
 
-/// A memory file for secrets whose size is fixed for good. Nothing is mapped yet.
+/// A memory file for secrets whose size is fixed for good.
 pub struct SecretFd {
     fd: OwnedFd,
     len: usize,
     kind: SecretKind,
+    /// The maker's mapping where it is what locks the pages, which must not lapse when a helper's mapping goes. Wiped
+    /// with this.
+    locked: Option<SecretMem>,
 }
 
 impl SecretFd {
@@ -58,7 +62,11 @@ impl SecretFd {
             fcntl(&fd, FcntlArg::F_ADD_SEALS(fixed_size() | SealFlag::F_SEAL_SEAL))
                 .context(|| "seal a memory file for a key")?;
         }
-        Ok(SecretFd { fd, len, kind })
+        let mut secret = SecretFd { fd, len, kind, locked: None };
+        if kind == SecretKind::LockedMemfd {
+            secret.locked = Some(secret.mapping()?);
+        }
+        Ok(secret)
     }
 
     /// Takes a descriptor that came from [`SecretFd::create`], here or in another process.
@@ -71,7 +79,7 @@ impl SecretFd {
         let len = usize::try_from(stat.st_size).unwrap_or(0);
         check_len(len)?;
         let kind = kind_of(fd.as_fd())?;
-        Ok(SecretFd { fd, len, kind })
+        Ok(SecretFd { fd, len, kind, locked: None })
     }
 
     /// Maps the file and closes the descriptor. What is mapped is wiped at drop, for every holder: the side
@@ -81,7 +89,11 @@ impl SecretFd {
     ///
     /// # Errors
     /// `Unsupported` where the memory cannot be locked (`RLIMIT_MEMLOCK`).
-    pub fn map(self) -> Result<SecretMem> {
+    pub fn map(mut self) -> Result<SecretMem> {
+        self.locked.take().map_or_else(|| self.mapping(), Ok)
+    }
+
+    fn mapping(&self) -> Result<SecretMem> {
         let pages = Pages::shared(self.fd.as_fd(), self.len, self.kind == SecretKind::MemfdSecret)?;
         Ok(SecretMem { pages, len: self.len, kind: self.kind, wipe_at_drop: true })
     }

@@ -200,6 +200,24 @@ fn shareable_memory_cannot_be_resized_and_closes_on_exec() {
     }
 }
 
+/// A helper that has filled the pages and is gone does not leave them unlocked, nor does one that never came.
+#[test]
+fn pages_that_are_handed_round_are_locked_from_the_beginning() {
+    let fd = SecretFd::with_kind(SecretKind::LockedMemfd, 64).unwrap();
+    let inode = nix::sys::stat::fstat(&fd).unwrap().st_ino.to_string();
+    let locked = || {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut of_file = smaps.lines().skip_while(|line| !line.split(' ').any(|word| word == inode));
+        of_file.find_map(|line| line.strip_prefix("VmFlags:")).is_some_and(|flags| flags.contains(" lo"))
+    };
+    assert!(locked());
+    let mut helper = second_map(&fd);
+    helper.as_mut_slice().fill(0x44);
+    helper.hand_over();
+    assert!(locked());
+    assert_eq!(fd.map().unwrap().as_slice(), [0x44; 64]);
+}
+
 #[test]
 fn other_files_are_refused_as_secret_descriptors() {
     let ordinary = tempfile::tempfile().unwrap();

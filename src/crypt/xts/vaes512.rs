@@ -9,10 +9,13 @@ mod keys;
 
 use super::{DataUnit, Direction, SectorCipher, TweakInput, check_request};
 use crate::crypt::Dek;
-use crate::crypt::secret_mem::Secret;
+use crate::crypt::secret_mem::{Secret, wipe_stack};
 use crate::error::Result;
 use keys::Keys;
 use vm_memory::VolatileSlice;
+
+/// Bytes of stack below which no kernel reaches in a development build.
+const DEVELOPMENT_FRAMES: usize = 16 << 10;
 
 /// Whether this CPU and kernel have what the kernels need.
 pub(super) fn available() -> bool {
@@ -49,7 +52,12 @@ impl Vaes512 {
     unsafe fn run(&self, way: Direction, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) {
         let run = kernel::kernel(way, self.unit);
         // SAFETY: the constructor checked the CPU's features; the memory is as the caller promises.
-        unsafe { run(&self.keys, src, dst, len / self.unit.bytes(), first) }
+        unsafe { run(&self.keys, src, dst, len / self.unit.bytes(), first) };
+        // A development build does not inline all parts of a kernel (how many depends on the rest of the program), and
+        // what is passed between them goes by the stack. `ci/check-spills` sees to it that a release has no need of this.
+        if cfg!(debug_assertions) {
+            wipe_stack::<DEVELOPMENT_FRAMES>();
+        }
     }
 
     fn in_place(&self, way: Direction, data: &mut [u8], first: TweakInput) {

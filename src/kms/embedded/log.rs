@@ -11,6 +11,8 @@ const FORMAT: u16 = 1;
 /// The root key is 32 random bytes that lie elsewhere; other kinds will have parameters.
 const ROOT_PLAIN: u8 = 1;
 const FIXED: usize = 68;
+/// What a disk writes whole or not at all.
+const SECTOR: usize = 512;
 
 /// Bytes of a header of this version.
 pub const HEADER_LEN: usize = FIXED + 32;
@@ -114,9 +116,9 @@ pub fn encode_record(before: &Position, body: &[u8], keys: &StoreKeys) -> (Vec<u
 /// Reads the record after `before` at the beginning of `bytes`, which stand at `offset` of the file and reach its
 /// end. Corrupt if it is neither whole, nor absent, nor torn.
 ///
-/// Torn is only what a write that was never finished leaves: bytes that stop short, or that are zero from a
-/// 512-byte boundary to the file's end. A head has a MAC of its own, so that a changed length is not mistaken for
-/// a record that stops short.
+/// Torn is only what a write that was never finished leaves: bytes that stop short, or of which a sector of 512 bytes
+/// is zero, whichever that is, since a disk keeps no order. A head has a MAC of its own, so that a changed length is not
+/// mistaken for a record that stops short.
 pub fn next_record<'a>(
     before: &Position,
     bytes: &'a [u8],
@@ -137,7 +139,7 @@ pub fn next_record<'a>(
     };
     let (head, rest) = bytes.split_at(HEAD_LEN);
     if !same(&head[12..], &keys.mac("head", &[&before.chain, &head[..12]])[..16]) {
-        let torn = head_ends_in_unwritten_sector(bytes, offset);
+        let torn = has_unwritten_sector(bytes, offset);
         return if torn { Ok(Next::Torn) } else { damaged("the MAC of its head") };
     }
     let len = u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
@@ -151,25 +153,21 @@ pub fn next_record<'a>(
     let (record, mac) = bytes[..HEAD_LEN + len + MAC_LEN].split_at(HEAD_LEN + len);
     let chain = keys.mac("record", &[&before.chain, record]);
     if !same(mac, &chain) {
-        return if ends_in_unwritten_sector(bytes, offset) { Ok(Next::Torn) } else { damaged("its MAC") };
+        // A record with others behind it was finished before they were begun.
+        let is_last = rest.len() == len + MAC_LEN;
+        let torn = is_last && has_unwritten_sector(bytes, offset);
+        return if torn { Ok(Next::Torn) } else { damaged("its MAC") };
     }
     let after = Position { seq, chain };
     Ok(Next::Record { body: &record[HEAD_LEN..], after, len: HEAD_LEN + len + MAC_LEN })
 }
 
-/// Whether a sector begins inside the head at `offset`, and all from there to the file's end is zero: of the head,
-/// too, only the first part has reached the disk.
-fn head_ends_in_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
-    let written = (512 - offset % 512) as usize;
-    written < HEAD_LEN && bytes[written..].iter().all(|&b| b == 0)
-}
-
-/// Whether the last sector of the file begins in `bytes` and is all zero: a file that was made longer by a write
-/// whose data did not reach the disk.
-fn ends_in_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
-    let end = offset + bytes.len() as u64;
-    let last_sector = (end - 1) / 512 * 512;
-    last_sector > offset && bytes[(last_sector - offset) as usize..].iter().all(|&b| b == 0)
+/// Whether what a sector holds of `bytes`, which stand at `offset` and reach the file's end, is all zero: the file was
+/// made longer by a write, and its data did not reach the disk there.
+fn has_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
+    let first = (SECTOR - offset as usize % SECTOR).min(bytes.len());
+    let zero = |part: &[u8]| !part.is_empty() && part.iter().all(|&b| b == 0);
+    zero(&bytes[..first]) || bytes[first..].chunks(SECTOR).any(zero)
 }
 
 #[cfg(test)]
@@ -214,32 +212,30 @@ mod tests {
     }
 
     #[test]
-    fn sectors_that_never_reached_the_disk_are_torn() {
+    fn a_record_is_torn_whichever_of_its_sectors_never_reached_the_disk() {
         let keys = keys();
-        let (mut record, _) = encode_record(&START, &[b'x'; 2000], &keys);
-        record[924..].fill(0);
-        // The file's end is in the sector that begins at record[1948], or 100 + 1948 = 4 * 512 of the file.
-        assert_eq!(next_record(&START, &record, 100, &keys), Ok(Next::Torn));
-        assert_eq!(next_record(&START, &[0; 300], 100, &keys), Ok(Next::Torn));
-        record[2059] = 1;
-        assert!(next_record(&START, &record, 100, &keys).is_err());
-    }
-
-    #[test]
-    fn a_record_may_be_torn_at_any_boundary_also_in_its_head() {
-        let keys = keys();
-        let (record, _) = encode_record(&START, &[b'x'; 2000], &keys);
-        for offset in 0..512 {
-            for written in (512 - offset..record.len()).step_by(512) {
+        let (record, after) = encode_record(&START, &[b'x'; 2000], &keys);
+        for offset in (0..512).step_by(3) {
+            let ends = (512 - offset..record.len()).step_by(512).chain([record.len()]);
+            let starts = std::iter::once(0).chain((512 - offset..record.len()).step_by(512));
+            let sectors: Vec<_> = starts.zip(ends).collect();
+            for lost in 1..1 << sectors.len() {
                 let mut torn = record.clone();
-                torn[written..].fill(0);
+                let is_lost = |n: &usize| lost >> n & 1 == 1;
+                (0..sectors.len()).filter(is_lost).for_each(|n| torn[sectors[n].0..sectors[n].1].fill(0));
                 let got = next_record(&START, &torn, offset as u64, &keys);
-                assert_eq!(got, Ok(Next::Torn), "{written} bytes at {offset}");
-                // With anything behind it, it is damage.
-                *torn.last_mut().unwrap() = 1;
-                assert!(next_record(&START, &torn, offset as u64, &keys).is_err(), "{written} at {offset}");
+                match torn == record {
+                    // It began with zeros anyway.
+                    true => assert!(matches!(got, Ok(Next::Record { .. }))),
+                    false => assert_eq!(got, Ok(Next::Torn), "{lost:b} of {sectors:?} at {offset}"),
+                }
             }
         }
+        // With another record behind it, it was finished.
+        let mut damaged = record.clone();
+        damaged[512..1024].fill(0);
+        damaged.extend(encode_record(&after, b"more", &keys).0);
+        assert!(next_record(&START, &damaged, 0, &keys).is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod anchor;
+pub mod audit;
 pub mod blob;
 pub mod clock;
 pub mod data;
@@ -32,9 +33,11 @@ pub mod tags;
 use super::KmsError;
 use super::key_ref::Locality;
 use crate::config::Settings;
+use crate::observe::audit::AuditLog;
 use crate::root::Root;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
+use root_key::passphrase::Passphrase;
 use std::path::PathBuf;
 use store::Store;
 
@@ -42,6 +45,11 @@ use store::Store;
 pub struct Embedded {
     store: Store,
     place: Locality,
+    audit: AuditLog,
+    /// Whether whoever calls writes the audit record of the call himself, since he knows more of it.
+    caller_records: bool,
+    /// The principal whose grants attaches make, if they make any.
+    grantee: Option<String>,
 }
 
 impl Embedded {
@@ -51,14 +59,28 @@ impl Embedded {
     pub fn open(root: &Root) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
-        let mut kms = Self::at(root.kms(), config, Box::new(SystemClock));
-        kms.place = Locality { region: settings.region, account: settings.account };
+        let place = Locality { region: settings.region, account: settings.account };
+        let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place);
+        // Another account's is for keys of AWS KMS.
+        kms.grantee =
+            settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
         Ok(kms)
     }
 
-    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
+    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its audit log lies
+    /// beside `dir`.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
-        let kms = Embedded { store: Store::new(dir, config, clock), place: Locality::default() };
+        Self::in_place(dir, config, clock, Locality::default())
+    }
+
+    fn in_place(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, place: Locality) -> Self {
+        let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
+        let store = Store::new(dir, config, clock);
+        let kms = Embedded { store, place, audit, caller_records: false, grantee: None };
+        // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
+        if kms.store.asks_for_passphrase() {
+            return kms;
+        }
         if let Err(e) = kms.purge() {
             ::log::warn!(
                 "keys that may be due for deletion in {} were not looked at: {e}",
@@ -66,6 +88,30 @@ impl Embedded {
             );
         }
         kms
+    }
+
+    /// Makes the store now, with its root key under a passphrase if there is one. The first key makes it otherwise.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is one.
+    pub fn init(&self, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
+        match self.store.create(passphrase)? {
+            true => Ok(()),
+            false => Err(KmsError::AlreadyExists(format!(
+                "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is kept",
+                self.store.dir().display()
+            ))),
+        }
+    }
+
+    /// Opens the store, if there is one, so that whoever has to give a passphrase is asked now.
+    pub fn unlock(&self) -> Result<(), KmsError> {
+        if self.store.exists()? { self.store.read(|_| Ok(())) } else { Ok(()) }
+    }
+
+    /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.
+    pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+        self.store.protect_root_key(passphrase)
     }
 
     /// The region and account of its ARNs.

@@ -14,6 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 
 /// A log that is longer was not written by this program, which rewrites it long before.
 const LOG_MAX: u64 = 1 << 30;
@@ -41,8 +42,7 @@ impl OpenLog {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|e| failed("read the KMS store", path, &e))?,
         };
-        let mut start = Vec::with_capacity(HEADER_LEN);
-        (&file).take(HEADER_LEN as u64).read_to_end(&mut start).map_err(|e| failed("read", path, &e))?;
+        let start = first_bytes_of(&file).map_err(|e| failed("read", path, &e))?;
         let header = Header::parse(&start).map_err(|e| at(path, e))?;
         let keys = StoreKeys::derive(&root_key::load(config, header.store)?, header.store);
         if !Header::is_authentic(&start, &keys) {
@@ -64,6 +64,12 @@ impl OpenLog {
         };
         log.catch_up()?;
         Ok(Some(log))
+    }
+
+    /// The id of the store whose log is at `path`, if its header says one; nothing vouches for it.
+    pub fn store_at(path: &Path) -> Option<Uuid> {
+        let start = File::open(path).and_then(|file| first_bytes_of(&file)).ok()?;
+        Header::parse(&start).ok().map(|header| header.store)
     }
 
     /// A log without records, for the store that `root` was just made for.
@@ -102,6 +108,11 @@ impl OpenLog {
                 }
             }
         }
+    }
+
+    /// The store's id.
+    pub fn store(&self) -> Uuid {
+        self.header.store
     }
 
     /// What the records add up to.
@@ -250,6 +261,12 @@ impl OpenLog {
 }
 
 /// Puts the file's path before the message of a damaged store.
+fn first_bytes_of(file: &File) -> std::io::Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(HEADER_LEN);
+    file.take(HEADER_LEN as u64).read_to_end(&mut start)?;
+    Ok(start)
+}
+
 fn at(path: &Path, e: KmsError) -> KmsError {
     match e {
         KmsError::Corrupt(message) => KmsError::Corrupt(format!("{}: {message}", path.display())),

@@ -5,10 +5,12 @@
 //! him do.
 
 use super::Embedded;
+use super::audit::Call;
 use super::blob::{Material, random};
 use super::grant_records::{GrantName, GrantOperation};
-use super::records::{Change, PrincipalEntry, PrincipalName};
+use super::records::{AccessKeyEntry, Change, PrincipalEntry, PrincipalName};
 use super::state::State;
+use crate::kms::errors::Exception;
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{EncryptionContext, KmsError};
 use base64::Engine;
@@ -28,8 +30,8 @@ pub struct PrincipalMetadata {
     pub arn: String,
     /// Whether it may do everything.
     pub admin: bool,
-    /// The id of its access key.
-    pub access_key: String,
+    /// The ids of its access keys, one or two, the older first.
+    pub access_keys: Vec<String>,
     /// When it was made: milliseconds since 1970.
     pub created: i64,
 }
@@ -61,13 +63,12 @@ impl Embedded {
     ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
         check_name(name)?;
         self.store.create_if_absent()?;
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             if log.state().principal(name).is_some() {
                 let message = format!("there is a principal {name}; delete it first to give it another key");
                 return Err(KmsError::AlreadyExists(message));
             }
-            let mut seed = Material(Zeroizing::new([0; 32]));
-            random(&mut seed.0[..])?;
+            let seed = new_seed()?;
             let id = Uuid::new_v4();
             let entry = PrincipalEntry {
                 name: name.to_owned(),
@@ -76,10 +77,12 @@ impl Embedded {
                 created: now.time,
                 access_key: new_access_key()?,
                 sealed: log.keys().seal(id, id, &seed)?,
+                second: None,
             };
             let answer = (self.principal_metadata(&entry), secret_of(&seed));
             Ok((vec![Change::Principal(entry)], answer))
-        })
+        });
+        self.record(Call::new("CreatePrincipal").with("name", name).with("admin", admin), made)
     }
 
     /// All principals, by name. Without a store there are none.
@@ -90,14 +93,54 @@ impl Embedded {
         self.store.read(|log| Ok(log.state().principals().map(|p| self.principal_metadata(p)).collect()))
     }
 
+    /// Gives a principal a second access key, so that the first can be replaced wherever it is used before it is
+    /// deleted; the secret is shown this once.
+    pub fn create_access_key(&self, name: &str) -> Result<(String, SecretKey), KmsError> {
+        let made = self.store.write(|log, now| {
+            let mut entry = existing(log.state(), name)?.clone();
+            if entry.second.is_some() {
+                let message = format!("{name} has two access keys; delete one to make another");
+                return Err(KmsError::Other(Exception::LimitExceeded, message));
+            }
+            let seed = new_seed()?;
+            let access_key = new_access_key()?;
+            let sealed = log.keys().seal(entry.id, entry.id, &seed)?;
+            entry.second = Some(AccessKeyEntry { access_key: access_key.clone(), created: now.time, sealed });
+            Ok((vec![Change::Principal(entry)], (access_key, secret_of(&seed))))
+        });
+        let id = made.as_ref().ok().map(|(access_key, _)| &**access_key);
+        self.record(Call::new("CreateAccessKey").with("name", name).answering("accessKeyId", id), made)
+    }
+
+    /// Takes one of its two access keys from a principal. No request with it that begins after this has answered
+    /// succeeds.
+    pub fn delete_access_key(&self, name: &str, access_key: &str) -> Result<(), KmsError> {
+        let deleted = self.store.write(|log, _| {
+            let mut entry = existing(log.state(), name)?.clone();
+            match entry.second.take() {
+                Some(second) if second.access_key == access_key => {}
+                Some(second) if entry.access_key == access_key => {
+                    (entry.access_key, entry.sealed) = (second.access_key, second.sealed);
+                }
+                None if entry.access_key == access_key => {
+                    let message = format!(
+                        "{access_key} is the only access key of {name}: make another first, or delete the principal"
+                    );
+                    return Err(KmsError::Validation(message));
+                }
+                _ => return Err(KmsError::NotFound(format!("{name} has no access key {access_key}"))),
+            }
+            Ok((vec![Change::Principal(entry)], ()))
+        });
+        let call = Call::new("DeleteAccessKey").with("name", name).with("accessKeyId", access_key);
+        self.record(call, deleted)
+    }
+
     /// Removes a principal and the grants that were made for it. No request of its that begins after this has
     /// answered succeeds.
     pub fn delete_principal(&self, name: &str) -> Result<(), KmsError> {
-        self.store.write(|log, _| {
-            let entry = log
-                .state()
-                .principal(name)
-                .ok_or_else(|| KmsError::NotFound(format!("there is no principal {name}")))?;
+        let deleted = self.store.write(|log, _| {
+            let entry = existing(log.state(), name)?;
             let arn = principal_arn(&self.place, &entry.name);
             let grants = log.state().grants().filter(|grant| grant.grantee == arn);
             let mut changes: Vec<Change> = grants
@@ -105,7 +148,8 @@ impl Embedded {
                 .collect();
             changes.push(Change::PrincipalDeleted(PrincipalName { name: entry.name.clone() }));
             Ok((changes, ()))
-        })
+        });
+        self.record(Call::new("DeletePrincipal").with("name", name), deleted)
     }
 
     /// Who has this access key, and its secret; `None` if nobody has.
@@ -114,10 +158,14 @@ impl Embedded {
             return Ok(None);
         }
         self.store.read(|log| {
-            let Some(entry) = log.state().principals().find(|p| p.access_key == access_key) else {
-                return Ok(None);
+            let sealed_in = |entry: &PrincipalEntry| {
+                let second = entry.second.as_ref().map(|second| (&second.access_key, second.sealed));
+                let mut both = std::iter::once((&entry.access_key, entry.sealed)).chain(second);
+                both.find(|(id, _)| *id == access_key).map(|(_, sealed)| sealed)
             };
-            let seed = log.keys().open(entry.id, entry.id, &entry.sealed)?;
+            let mut found = log.state().principals().filter_map(|p| sealed_in(p).map(|sealed| (p, sealed)));
+            let Some((entry, sealed)) = found.next() else { return Ok(None) };
+            let seed = log.keys().open(entry.id, entry.id, &sealed)?;
             let caller = Caller { arn: principal_arn(&self.place, &entry.name), admin: entry.admin };
             Ok(Some((caller, secret_of(&seed))))
         })
@@ -166,10 +214,23 @@ impl Embedded {
             name: entry.name.clone(),
             arn: principal_arn(&self.place, &entry.name),
             admin: entry.admin,
-            access_key: entry.access_key.clone(),
+            access_keys: std::iter::once(&entry.access_key)
+                .chain(entry.second.as_ref().map(|second| &second.access_key))
+                .cloned()
+                .collect(),
             created: entry.created,
         }
     }
+}
+
+fn existing<'a>(state: &'a State, name: &str) -> Result<&'a PrincipalEntry, KmsError> {
+    state.principal(name).ok_or_else(|| KmsError::NotFound(format!("there is no principal {name}")))
+}
+
+fn new_seed() -> Result<Material, KmsError> {
+    let mut seed = Material(Zeroizing::new([0; 32]));
+    random(&mut seed.0[..])?;
+    Ok(seed)
 }
 
 /// AccessDeniedException for `action` on `resource`.

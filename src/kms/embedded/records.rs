@@ -187,6 +187,22 @@ pub struct PrincipalEntry {
     /// The seed of the secret access key, sealed under the store key; base64.
     #[serde(with = "sealed")]
     pub sealed: [u8; SEALED_LEN],
+    /// There while one access key takes over from the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<AccessKeyEntry>,
+}
+
+/// A further access key of a principal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AccessKeyEntry {
+    /// Its id.
+    pub access_key: String,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// The seed of its secret, sealed under the store key; base64.
+    #[serde(with = "sealed")]
+    pub sealed: [u8; SEALED_LEN],
 }
 
 /// Names a principal.

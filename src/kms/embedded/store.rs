@@ -9,7 +9,7 @@ use super::log::{Header, Position};
 use super::open_log::OpenLog;
 use super::plain::failed;
 use super::records::{Change, Transaction};
-use super::root_key;
+use super::root_key::{self, passphrase::Passphrase};
 use crate::kms::KmsError;
 use crate::root::{create_dir_durable, replace_file, sync_dir};
 use std::path::{Path, PathBuf};
@@ -53,6 +53,12 @@ impl Store {
     /// The moment by the store's clock.
     pub fn now(&self) -> Moment {
         self.clock.now()
+    }
+
+    /// Whether a passphrase is needed before the store can be read.
+    pub fn asks_for_passphrase(&self) -> bool {
+        self.cached().is_none()
+            && OpenLog::store_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
     }
 
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
@@ -106,24 +112,42 @@ impl Store {
 
     /// Makes the store, with a new root key, if there is none.
     pub fn create_if_absent(&self) -> Result<(), KmsError> {
+        self.create(None).map(drop)
+    }
+
+    /// The same, with the root key under a passphrase; answers whether there was none.
+    pub fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
         if self.exists()? {
-            return Ok(());
+            return Ok(false);
         }
         create_dir_durable(&self.dir).map_err(internal)?;
         let _lock = Lock::exclusive(&self.lock_path())?;
         if self.exists()? {
-            return Ok(());
+            return Ok(false);
         }
         let header = Header { store: Uuid::new_v4(), base: Position { seq: 0, chain: [0; 32] } };
         // The root key first: a root key without a store is litter, a store without its root key is lost.
-        let root = root_key::create(&self.config, header.store)?;
+        let root = root_key::create(&self.config, header.store, passphrase)?;
         replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)).map_err(internal)?;
         log::info!(
             "made a KMS store in {}; back up its root key {}",
             self.dir.display(),
             root_key::path(&self.config, header.store).display()
         );
-        Ok(())
+        Ok(true)
+    }
+
+    /// Puts the root key under another passphrase, or under none; answers where it lies. The store stays as it is.
+    pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+        let mut cached = self.cached();
+        if !self.exists()? {
+            return Err(self.absent());
+        }
+        let _lock = Lock::exclusive(&self.lock_path())?;
+        // Opened with the root key that there is, which is therefore the right one.
+        let store = self.refresh(&mut cached)?.0.store();
+        root_key::protect(&self.config, store, passphrase)?;
+        Ok(root_key::path(&self.config, store))
     }
 
     /// The log, up to date and checked against the anchor, and whether it is ahead of the anchor.

@@ -4,7 +4,9 @@
 
 use super::operations::{self, Request};
 use super::sigv4::{self, Authorization, Signed};
+use super::tls::Tls;
 use super::wire::{Fields, WireError};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::error::Result;
 use crate::kms::embedded::Embedded;
 use http_body_util::{BodyExt, Full, Limited};
@@ -23,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
+use zeroize::{Zeroize, Zeroizing};
 
 /// Connections at a time; more wait to be accepted.
 const CONNECTIONS: usize = 256;
@@ -31,6 +34,8 @@ const BODY_MAX: usize = 256 << 10;
 /// Bytes of a request's line and headers.
 const HEAD_MAX: usize = 32 << 10;
 const HEADERS_MAX: usize = 64;
+/// From the acceptance of a connection to the end of the TLS handshake.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// From the end of one request to the end of the next one's headers.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// For a request's body to arrive.
@@ -43,8 +48,12 @@ const CLOSING_TIME: Duration = Duration::from_secs(60);
 const CONTENT_TYPE: &str = "application/x-amz-json-1.1";
 const TARGET: &str = "TrentService.";
 
-/// Answers the connections that `next` accepts, until it fails for good.
-pub async fn accept<S>(kms: Arc<Embedded>, next: impl AsyncFn() -> std::io::Result<S>) -> Result<()>
+/// Answers the connections that `next` accepts, by TLS if that is given, until it fails for good.
+pub async fn accept<S>(
+    kms: Arc<Embedded>,
+    tls: Option<Arc<Tls>>,
+    next: impl AsyncFn() -> std::io::Result<S>,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -62,9 +71,16 @@ where
                 continue;
             }
         };
-        let kms = kms.clone();
+        let (kms, acceptor) = (kms.clone(), tls.as_ref().map(|tls| tls.acceptor()));
         tokio::spawn(async move {
-            connection(kms, stream).await;
+            match acceptor {
+                None => connection(kms, stream).await,
+                Some(acceptor) => match timeout(HANDSHAKE_TIME, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => connection(kms, stream).await,
+                    Ok(Err(e)) => log::debug!("a TLS handshake failed: {e}"),
+                    Err(_) => log::debug!("a TLS handshake took too long"),
+                },
+            }
             drop(place);
         });
     }
@@ -83,6 +99,8 @@ where
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(HEAD_MAX)
         .max_headers(HEADERS_MAX)
+        // An answer goes out as it lies there, without a copy in a buffer that lives as long as the connection.
+        .writev(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = std::pin::pin!(served);
     let outcome = match timeout(CONNECTION_TIME, served.as_mut()).await {
@@ -104,9 +122,12 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
     let (head, body) = request.into_parts();
     let answer = match read(body).await {
         Ok(body) => {
-            // It waits for the disk and for locks, which must not keep other connections waiting.
+            // It waits for the disk and for locks, which must not keep other connections waiting. What passes its stack
+            // may be a data key, as it is and as text.
             let answered = tokio::task::spawn_blocking(move || {
-                answer(&kms, &head.method, &head.uri, &head.headers, &body)
+                on_scrubbed_stack(|| {
+                    answer(&kms, &head.method, &head.uri, &head.headers, &body).map(bytes_of)
+                })
             });
             answered.await.unwrap_or_else(|_| {
                 Err(WireError::new("KMSInternalException", "The KMS failed; its log says why."))
@@ -115,11 +136,10 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
         Err(e) => Err(e),
     };
     let (status, body) = match answer {
-        Ok(Value::Null) => (200, Vec::new()),
-        Ok(value) => (200, value.to_string().into_bytes()),
-        Err(e) => (e.status(), e.body()),
+        Ok(body) => (200, body),
+        Err(e) => (e.status(), e.body().into()),
     };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let mut response = Response::new(Full::new(body));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     headers.insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(CONTENT_TYPE));
@@ -128,6 +148,20 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
         headers.insert("x-amzn-requestid", id);
     }
     response
+}
+
+/// What is sent; wiped when it was, since it may have a data key in it.
+fn bytes_of(mut answer: Value) -> Bytes {
+    if answer.is_null() {
+        return Bytes::new();
+    }
+    // Room for every answer with a key in it: growing would leave a copy behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(16 << 10));
+    serde_json::to_writer(&mut *bytes, &answer).expect("a value can be written into memory");
+    if let Some(Value::String(plaintext)) = answer.get_mut("Plaintext") {
+        plaintext.zeroize();
+    }
+    Bytes::from_owner(bytes)
 }
 
 async fn read(body: Incoming) -> std::result::Result<Bytes, WireError> {
@@ -164,7 +198,8 @@ fn answer(
     let operation = signed.header("x-amz-target").and_then(|target| target.strip_prefix(TARGET));
     let operation = operation.ok_or(WireError { kind: "UnknownOperationException", message: None })?;
     let fields = Fields::parse(body)?;
-    operations::answer(&Request { kms, caller: &caller, fields }, operation)
+    let access_key = &authorization.access_key;
+    operations::answer(&Request { kms, caller: &caller, access_key, fields }, operation)
 }
 
 /// The headers as texts, names in lower case.

@@ -1,13 +1,13 @@
 //! The embedded KMS on AWS's wire, for boto3, the AWS CLI and every AWS SDK.
 //!
 //! It assumes nothing of who connects: a request is answered when its signature is right, and everything before
-//! that is bounded in size and time. It speaks plain HTTP, so it listens on loopback addresses and Unix sockets
-//! only. It holds no state of its own: ending it at any moment loses nothing that was answered.
+//! that is bounded in size and time. Without TLS it listens on loopback addresses and Unix sockets only. It holds no state of its own: ending it at any moment loses nothing that was answered.
 
 mod http;
 mod operations;
-mod sigv4;
-mod wire;
+pub mod sigv4;
+pub mod tls;
+pub mod wire;
 
 use super::embedded::Embedded;
 use crate::error::{Context, Error, Kind, Result};
@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tls::Tls;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 /// Threads for operations, which wait for the disk.
@@ -23,24 +24,35 @@ const THREADS: usize = 32;
 /// Where the server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// A loopback address; port 0 is any.
+    /// An address, without TLS a loopback one; port 0 is any.
     Tcp(SocketAddr),
     /// A Unix socket, made with mode 0600.
     Unix(PathBuf),
 }
 
-/// Serves `kms` until the process is ended. `ready` hears where, as a URL, once requests are accepted.
-pub fn serve(kms: Embedded, address: &Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+/// Serves `kms` until the process is ended, by TLS if there are files for it. `ready` hears where, as a URL, once
+/// requests are accepted.
+pub fn serve(
+    kms: Embedded,
+    address: &Address,
+    tls: Option<tls::Files>,
+    ready: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
     if let Address::Tcp(address) = address
         && !address.ip().is_loopback()
+        && tls.is_none()
     {
         return Err(Error::new(
             Kind::Usage,
             format!(
-                "{address} is not a loopback address: the KMS speaks plain HTTP, and data keys would pass the network \
-                 in the clear; listen on 127.0.0.1 or a Unix socket, and put a TLS proxy or a tunnel before it"
+                "{address} is not a loopback address, and without TLS data keys would pass the network in the clear: \
+                 give --tls-cert and --tls-key, or listen on 127.0.0.1 or a Unix socket"
             ),
         ));
+    }
+    let tls = tls.map(Tls::load).transpose()?;
+    if let Some(tls) = &tls {
+        tls.clone().reload_on_hangup()?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -48,21 +60,29 @@ pub fn serve(kms: Embedded, address: &Address, ready: impl FnOnce(&str) -> Resul
         .max_blocking_threads(THREADS)
         .build()
         .context(|| "start the KMS server")?;
-    runtime.block_on(listen(Arc::new(kms), address, ready))
+    // A request's record names who has signed it, which only the server knows.
+    let kms = Arc::new(kms.recorded_by_caller());
+    runtime.block_on(listen(kms, address, tls, ready))
 }
 
-async fn listen(kms: Arc<Embedded>, address: &Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+async fn listen(
+    kms: Arc<Embedded>,
+    address: &Address,
+    tls: Option<Arc<Tls>>,
+    ready: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
     match address {
         Address::Tcp(address) => {
             let attempt = || format!("listen on {address}");
             let listener = TcpListener::bind(address).await.context(attempt)?;
-            ready(&format!("http://{}", listener.local_addr().context(attempt)?))?;
-            http::accept(kms, async || Ok(listener.accept().await?.0)).await
+            let scheme = if tls.is_some() { "https" } else { "http" };
+            ready(&format!("{scheme}://{}", listener.local_addr().context(attempt)?))?;
+            http::accept(kms, tls, async || Ok(listener.accept().await?.0)).await
         }
         Address::Unix(path) => {
             let listener = bind(path).await?;
             ready(&format!("http+unix://{}", path.display()))?;
-            http::accept(kms, async || Ok(listener.accept().await?.0)).await
+            http::accept(kms, None, async || Ok(listener.accept().await?.0)).await
         }
     }
 }

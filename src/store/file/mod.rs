@@ -9,6 +9,7 @@
 mod memory;
 mod pool;
 mod queue;
+pub mod ring;
 mod write_cache;
 
 use super::{Caps, Queue, Store};

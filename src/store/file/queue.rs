@@ -4,6 +4,7 @@
 use super::super::{Buffer, Event, Op, Queue, Wait};
 use super::memory::FileMemory;
 use super::pool::{self, Pool};
+use super::ring::Ring;
 use super::write_cache::WriteCache;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::collections::VecDeque;
@@ -58,9 +59,10 @@ pub struct Reached {
     pub memory: Option<Arc<FileMemory>>,
 }
 
-/// The queue. The ring comes before the pool: it must be gone before the memory that it knows.
+/// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
+/// be gone, before that goes.
 pub struct FileQueue {
-    ring: IoUring,
+    ring: Ring,
     pool: Pool,
     /// Whether the pool is registered as fixed buffer 0.
     registered: bool,
@@ -75,7 +77,6 @@ pub struct FileQueue {
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
     watches: Vec<Watch>,
-    next_serial: u32,
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
     events: VecDeque<Event>,
@@ -86,11 +87,11 @@ impl FileQueue {
     pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
         let Reached { file, inline, memory } = top;
         let depth = usize::from(depth.max(1));
+        let pool = Pool::new()?;
         // Room for watches and their removal beside the data.
-        let ring = build_ring(depth as u32 + 16)?;
+        let ring = Ring::take(depth as u32 + 16)?;
         let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
         ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
-        let pool = Pool::new()?;
         let by_ring = !inline || below.iter().any(|b| !b.inline);
         let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
@@ -106,7 +107,6 @@ impl FileQueue {
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
             watches: Vec::new(),
-            next_serial: 0,
             backlog: VecDeque::new(),
             events: VecDeque::with_capacity(2 * depth),
         })
@@ -359,8 +359,7 @@ impl Queue for FileQueue {
     }
 
     fn watch(&mut self, token: u32, fd: RawFd) {
-        let serial = self.next_serial;
-        self.next_serial = serial.wrapping_add(1);
+        let serial = self.ring.next_serial();
         self.watches.push(Watch { token, serial, fd });
         self.push(poll(serial, fd));
     }
@@ -403,19 +402,15 @@ impl Drop for FileQueue {
             }
             self.reap();
         }
+        // The ring may serve another queue of this thread.
+        while let Some(watch) = self.watches.first() {
+            self.unwatch(watch.token);
+        }
+        if let Err(e) = self.enter(Wait::Poll) {
+            log::error!("giving up watches: {e}");
+        }
+        self.ring.forget(self.registered);
     }
-}
-
-fn build_ring(entries: u32) -> io::Result<IoUring> {
-    let mut builder = IoUring::builder();
-    builder.setup_clamp().setup_submit_all();
-    let mut best = builder.clone();
-    // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
-    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    best.build(entries).or_else(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) => builder.build(entries),
-        _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
-    })
 }
 
 /// Registers the pool, so that the kernel need not look its pages up for each request. It may be refused by

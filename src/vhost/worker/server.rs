@@ -308,11 +308,11 @@ impl Server {
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
             let len = left.min(self.io.max_buffer() as u64) as usize;
-            let Some(buffer) = self.io.alloc(len) else {
+            let at = request.started;
+            let Some(buffer) = self.io.alloc(sector + at / 512, len) else {
                 self.stalled.push_back(slot);
                 return;
             };
-            let at = request.started;
             let (tag, sector) = (tag(slot, at), sector + at / 512);
             request.started += len as u64;
             if write {
@@ -389,6 +389,7 @@ impl Server {
     /// Begins a flush if somebody waits for one and none runs.
     fn begin_flush(&mut self) {
         if self.io.has_room()
+            && self.pausing.is_none()
             && self.flushes.begin()
             && let Err(e) = self.io.flush(FLUSH)
         {
@@ -510,7 +511,9 @@ impl Server {
         let _ = self.mailbox.wake.read();
         while let Some((command, reply)) = self.mailbox.take() {
             match command {
-                Command::Start(_) => drop(reply.send(Err(io::Error::other("a ring is running already")))),
+                Command::Start(_) | Command::Hold(_) => {
+                    drop(reply.send(Err(io::Error::other("a ring is running already"))))
+                }
                 Command::SetCall(call) => {
                     self.setup.call = call;
                     self.mailbox.signal(self.setup.call.as_ref());

@@ -3,18 +3,19 @@
 //! Every field is required and no other is taken, so that a file which a newer sealblk wrote, or a hand
 //! edited, is refused rather than half understood. The version is looked at first, on its own.
 
-use super::{Geometry, KeyRecord, LayerRecord, Metadata, SectorSize, VolumeName, encryption_context};
+use super::{Metadata, Origin, Proof, SectorSize, VolumeName, encryption_context};
 use crate::error::{Error, Kind, Result};
-use crate::kms::WrappedKey;
 use crate::observe::Timestamp;
-use crate::volume::id::{LayerId, VolumeId};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Deserializer, Serialize};
-use std::collections::{BTreeMap, HashSet};
+use crate::volume::id::{LayerId, SnapshotId, VolumeId};
+use crate::volume::layout::SealVersion;
+use crate::volume::layout::written::{
+    WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
-/// The format version that is written, and the only one that is read.
-pub const FORMAT: u32 = 1;
+/// The format version that is written. Version 1, which sealblk wrote before there were snapshots, is read as well.
+pub const FORMAT: u32 = 2;
 
 /// Longer files are refused unread, in bytes: a thousand layers with their keys fit in.
 pub const MAX_FILE_LEN: u64 = 16 << 20;
@@ -32,26 +33,59 @@ struct Written {
     created: Timestamp,
     keys: Vec<WrittenKey>,
     layers: Vec<WrittenLayer>,
+    #[serde(deserialize_with = "required")]
+    hydrate: Option<LayerId>,
+    #[serde(deserialize_with = "required")]
+    origin: Option<WrittenOrigin>,
     generation: u64,
     attached_before: bool,
+    seal: u32,
     #[serde(deserialize_with = "required")]
     mac: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenKey {
-    provider: String,
-    key_id: String,
-    wrapped: String,
-    context: BTreeMap<String, String>,
+struct WrittenOrigin {
+    snapshot: SnapshotId,
     #[serde(deserialize_with = "required")]
-    check: Option<String>,
+    proof: Option<WrittenProof>,
 }
 
+/// As it stands in a clone's origin.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenLayer {
+struct WrittenProof {
+    snapshot: SnapshotId,
+    volume: VolumeId,
+    size: u64,
+    mac: String,
+}
+
+/// The file as version 1 had it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenV1 {
+    #[serde(rename = "format")]
+    _format: u32,
+    id: VolumeId,
+    #[serde(deserialize_with = "required")]
+    name: Option<VolumeName>,
+    size: u64,
+    sector_size: SectorSize,
+    encrypted: bool,
+    created: Timestamp,
+    keys: Vec<WrittenKey>,
+    layers: Vec<WrittenLayerV1>,
+    generation: u64,
+    attached_before: bool,
+    #[serde(deserialize_with = "required")]
+    mac: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenLayerV1 {
     id: LayerId,
     #[serde(deserialize_with = "required")]
     key: Option<usize>,
@@ -63,68 +97,101 @@ struct Version {
     format: u64,
 }
 
-/// An optional value that must be written all the same, as `null`.
-fn required<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Option<T>, D::Error> {
-    Option::deserialize(d)
-}
-
 impl Metadata {
     /// Reads `volume.json`.
     ///
     /// # Errors
-    /// `Corrupt` for anything but a complete, consistent file of version 1. The caller adds which file it was.
+    /// `Corrupt` for anything but a complete, consistent file of version 1 or 2. The caller adds which file it was.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
-        let Version { format } = serde_json::from_slice(bytes).map_err(not_readable)?;
-        if format != u64::from(FORMAT) {
-            return Err(corrupt(format!(
-                "it has format version {format}, and this sealblk knows only version {FORMAT}; use the \
-                 sealblk that wrote it, or a newer one"
-            )));
-        }
-        let written: Written = serde_json::from_slice(bytes).map_err(not_readable)?;
+        let written: Written = match version(bytes)? {
+            1 => read::<WrittenV1>(bytes)?.into(),
+            2 => read(bytes)?,
+            other => return Err(unknown_version(other, "versions 1 and 2")),
+        };
         written.try_into().map_err(corrupt)
     }
 
     /// The bytes of `volume.json`.
     pub fn to_json(&self) -> Vec<u8> {
-        let mut bytes =
-            serde_json::to_vec_pretty(&Written::from(self)).expect("strings, numbers and maps of strings");
-        bytes.push(b'\n');
-        bytes
+        to_json(&Written::from(self))
     }
 }
 
-fn corrupt(problem: String) -> Error {
+/// The version of a record, which is looked at first and alone.
+pub(in crate::volume) fn version(bytes: &[u8]) -> Result<u64> {
+    read::<Version>(bytes).map(|v| v.format)
+}
+
+/// A record's JSON, taken apart.
+pub(in crate::volume) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        let what = if e.is_eof() { "it is cut short" } else { "it is not what sealblk writes" };
+        corrupt(format!("{what}: {e}; restore it from a backup"))
+    })
+}
+
+/// A record's bytes.
+pub(in crate::volume) fn to_json(written: &impl Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(written).expect("strings, numbers and maps of strings");
+    bytes.push(b'\n');
+    bytes
+}
+
+/// The error for a record of a version that is not known.
+pub(in crate::volume) fn unknown_version(version: u64, known: &str) -> Error {
+    corrupt(format!(
+        "it has format version {version}, and this sealblk knows only {known}; use the sealblk that wrote it, or a \
+         newer one"
+    ))
+}
+
+/// The error for a record that is damaged, for this reason.
+pub(in crate::volume) fn corrupt(problem: String) -> Error {
     Error::new(Kind::Corrupt, problem)
 }
 
-fn not_readable(e: serde_json::Error) -> Error {
-    let what = if e.is_eof() { "it is cut short" } else { "it is not what sealblk writes" };
-    corrupt(format!("{what}: {e}; restore it from a backup"))
+impl From<WrittenV1> for Written {
+    fn from(w: WrittenV1) -> Self {
+        // The layers were as long as the volume, and the MAC is over a message that did not say so.
+        let layer = |l: WrittenLayerV1| WrittenLayer { id: l.id, key: l.key, masked: false, size: w.size };
+        Written {
+            format: FORMAT,
+            id: w.id,
+            name: w.name,
+            size: w.size,
+            sector_size: w.sector_size,
+            encrypted: w.encrypted,
+            created: w.created,
+            keys: w.keys,
+            layers: w.layers.into_iter().map(layer).collect(),
+            hydrate: None,
+            origin: None,
+            generation: w.generation,
+            attached_before: w.attached_before,
+            seal: if w.mac.is_some() { 1 } else { 2 },
+            mac: w.mac,
+        }
+    }
 }
 
 impl From<&Metadata> for Written {
     fn from(m: &Metadata) -> Self {
-        let context = m.encryption_context().pairs().clone();
-        let key = |key: &KeyRecord| WrittenKey {
-            provider: key.provider.clone(),
-            key_id: key.wrapped.key_id.clone(),
-            wrapped: BASE64.encode(&key.wrapped.blob),
-            context: context.clone(),
-            check: key.check.map(hex::encode),
-        };
+        let layout = WrittenLayout::of(&m.layout, &m.encryption_context());
         Written {
             format: FORMAT,
             id: m.id,
             name: m.name.clone(),
-            size: m.size(),
-            sector_size: m.sector_size(),
-            encrypted: m.is_encrypted(),
+            size: layout.size,
+            sector_size: layout.sector_size,
+            encrypted: layout.encrypted,
             created: m.created,
-            keys: m.keys.iter().map(key).collect(),
-            layers: m.layers.iter().map(|l| WrittenLayer { id: l.id, key: l.key }).collect(),
+            keys: layout.keys,
+            layers: layout.layers,
+            hydrate: layout.hydrate,
+            origin: m.origin.as_ref().map(WrittenOrigin::from),
             generation: m.generation,
             attached_before: m.attached_before,
+            seal: m.seal_version.number(),
             mac: m.mac.map(hex::encode),
         }
     }
@@ -134,95 +201,71 @@ impl TryFrom<Written> for Metadata {
     type Error = String;
 
     fn try_from(w: Written) -> Result<Self, String> {
-        let keys = w
-            .keys
-            .into_iter()
-            .enumerate()
-            .map(|(n, key)| key.parse(w.id).map_err(|problem| format!("key {n}: {problem}")))
-            .collect::<Result<Vec<_>, _>>()?;
-        let layers: Vec<_> = w.layers.iter().map(|l| LayerRecord { id: l.id, key: l.key }).collect();
-        check_layers(&layers, keys.len(), w.encrypted)?;
+        let layout = WrittenLayout {
+            size: w.size,
+            sector_size: w.sector_size,
+            encrypted: w.encrypted,
+            keys: w.keys,
+            layers: w.layers,
+            hydrate: w.hydrate,
+        };
+        let layout = layout.parse(&encryption_context(w.id))?;
         let mac = w.mac.map(|mac| fixed_hex("mac", &mac)).transpose()?;
-        check_seal(&keys, mac.is_some())?;
+        check_seal(&layout, mac.is_some())?;
+        let seal_version = match w.seal {
+            2 => SealVersion::V2,
+            1 if mac.is_none() => return Err("a seal of version 1 without a MAC".into()),
+            1 if layout.layers.iter().any(|l| l.size != layout.geometry.size()) => {
+                return Err("a seal of version 1, and layers of several lengths".into());
+            }
+            1 => SealVersion::V1,
+            other => return Err(format!("a seal of version {other}")),
+        };
         Ok(Metadata {
             id: w.id,
             name: w.name,
-            geometry: Geometry::new(w.size, w.sector_size).map_err(|e| e.to_string())?,
+            layout,
+            origin: w.origin.map(Origin::try_from).transpose()?,
             created: w.created,
-            keys,
-            layers,
             generation: w.generation,
             attached_before: w.attached_before,
+            seal_version,
             mac,
         })
     }
 }
 
-impl WrittenKey {
-    fn parse(self, volume: VolumeId) -> Result<KeyRecord, String> {
-        if self.context != *encryption_context(volume).pairs() {
-            return Err(format!("its context is {:?}, which is not that of {volume}", self.context));
-        }
-        if !plain(&self.provider, 32) {
-            return Err("the provider's name is not one".into());
-        }
-        if !plain(&self.key_id, 2048) {
-            return Err("the KMS key's id is not one".into());
-        }
-        let blob = BASE64.decode(&self.wrapped).map_err(|e| format!("the wrapped key is not base64: {e}"))?;
-        if !(1..=6144).contains(&blob.len()) {
-            return Err(format!("the wrapped key has {} bytes; 1 to 6144 are possible", blob.len()));
-        }
-        let check = self.check.map(|check| fixed_hex("check", &check)).transpose()?;
-        Ok(KeyRecord { provider: self.provider, wrapped: WrappedKey { key_id: self.key_id, blob }, check })
+impl From<&Origin> for WrittenOrigin {
+    fn from(origin: &Origin) -> Self {
+        let proof = |p: &Proof| WrittenProof {
+            snapshot: p.snapshot,
+            volume: p.volume,
+            size: p.size,
+            mac: hex::encode(p.mac),
+        };
+        WrittenOrigin { snapshot: origin.snapshot, proof: origin.proof.as_ref().map(proof) }
     }
 }
 
-/// Printable ASCII without spaces, at least one character.
-fn plain(text: &str, longest: usize) -> bool {
-    (1..=longest).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
-}
+impl TryFrom<WrittenOrigin> for Origin {
+    type Error = String;
 
-fn fixed_hex<const N: usize>(field: &str, text: &str) -> Result<[u8; N], String> {
-    let mut bytes = [0; N];
-    hex::decode_to_slice(text, &mut bytes)
-        .map_err(|_| format!("\"{field}\" is not {} hexadecimal digits", 2 * N))?;
-    Ok(bytes)
-}
-
-fn check_layers(layers: &[LayerRecord], keys: usize, encrypted: bool) -> Result<(), String> {
-    let top = layers.first().ok_or("it has no layer")?;
-    let mut ids = HashSet::new();
-    for layer in layers {
-        if !ids.insert(layer.id) {
-            return Err(format!("layer {} is there twice", layer.id));
-        }
-        if let Some(n) = layer.key.filter(|&n| n >= keys) {
-            return Err(format!("layer {} has key {n}, but there are {keys} keys", layer.id));
-        }
-    }
-    if let Some(n) = (0..keys).find(|&n| layers.iter().all(|l| l.key != Some(n))) {
-        return Err(format!("key {n} belongs to no layer"));
-    }
-    match (encrypted, top.key) {
-        (true, None) => Err("it is encrypted, but its top layer has no key".into()),
-        (false, _) if keys > 0 => Err("it is not encrypted, but has keys".into()),
-        _ => Ok(()),
-    }
-}
-
-/// The check values and the MAC are written together, at the first attach.
-fn check_seal(keys: &[KeyRecord], mac: bool) -> Result<(), String> {
-    match (mac, keys.is_empty(), keys.iter().all(|k| k.check.is_some() == mac)) {
-        (true, true, _) => Err("it has a MAC, but no key".into()),
-        (_, _, false) => Err("the MAC and the keys' check values are not all there".into()),
-        _ => Ok(()),
+    fn try_from(w: WrittenOrigin) -> Result<Self, String> {
+        let proof = |p: WrittenProof| -> Result<Proof, String> {
+            let mac = fixed_hex("mac", &p.mac)?;
+            Ok(Proof { snapshot: p.snapshot, volume: p.volume, size: p.size, mac })
+        };
+        Ok(Origin { snapshot: w.snapshot, proof: w.proof.map(proof).transpose()? })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kms::WrappedKey;
+    use crate::volume::metadata::{Geometry, KeyRecord};
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD as BASE64;
     use serde_json::{Value, json};
 
     fn encrypted() -> Metadata {
@@ -236,7 +279,7 @@ mod tests {
 
     fn sealed() -> Metadata {
         let mut m = encrypted();
-        m.keys[0].check = Some([1; 16]);
+        m.layout.keys[0].check = Some([1; 16]);
         m.mac = Some([2; 32]);
         m
     }
@@ -285,7 +328,7 @@ mod tests {
 
     #[test]
     fn other_versions_are_named_before_their_fields_are_looked_at() {
-        for version in [0, 2, 4294967297_u64] {
+        for version in [0, 3, 4294967297_u64] {
             let words = refusal(&encrypted(), |v| {
                 v["format"] = json!(version);
                 v["news"] = json!([]);

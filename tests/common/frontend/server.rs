@@ -152,8 +152,15 @@ pub fn holdings(pid: i32) -> Result<Holdings> {
     };
     Ok(Holdings {
         fds: fs::read_dir(dir.join("fd"))?.count(),
-        threads: fs::read_dir(dir.join("task"))?.count(),
+        threads: fs::read_dir(dir.join("task"))?.filter(is_its_own).count(),
         maps: fs::read_to_string(dir.join("maps"))?.lines().count(),
         rss_kib: number("RssAnon:") + number("RssFile:"),
     })
+}
+
+/// Whether the process has started a thread itself. The kernel's helpers for an io_uring come and go as it likes.
+fn is_its_own(thread: &std::io::Result<fs::DirEntry>) -> bool {
+    let name =
+        thread.as_ref().map(|thread| fs::read_to_string(thread.path().join("comm")).unwrap_or_default());
+    name.is_ok_and(|name| !name.starts_with("iou-"))
 }

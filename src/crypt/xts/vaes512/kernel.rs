@@ -11,6 +11,7 @@
 
 use super::super::{DataUnit, Direction, TweakInput};
 use super::keys::{Keys, ROUND_KEYS, Schedule};
+use crate::crypt::secret_mem::registers::clear_zmm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -65,7 +66,7 @@ macro_rules! kernels {
         unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) {
             // SAFETY: the caller's promise (see `Kernel`) is what `run` asks for.
             unsafe { run::<$decrypt, { $unit.bytes() / GROUP }>(keys, src, dst, units, first) };
-            clear_registers();
+            clear_zmm();
         }
     )* };
 }
@@ -297,42 +298,4 @@ struct Unaligned(__m512i);
 unsafe fn read(at: *const u8) -> __m512i {
     // SAFETY: the caller vouches for 64 readable bytes; Unaligned has alignment 1.
     unsafe { at.cast::<Unaligned>().read_volatile().0 }
-}
-
-/// Zeroes the vector registers, in which round keys and tweaks would otherwise wait for the next signal frame
-/// to carry them into memory.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn clear_registers() {
-    // SAFETY: writes registers that are declared as clobbered; no memory.
-    unsafe {
-        std::arch::asm!(
-            "vzeroall",
-            "vpxord zmm16, zmm16, zmm16",
-            "vpxord zmm17, zmm17, zmm17",
-            "vpxord zmm18, zmm18, zmm18",
-            "vpxord zmm19, zmm19, zmm19",
-            "vpxord zmm20, zmm20, zmm20",
-            "vpxord zmm21, zmm21, zmm21",
-            "vpxord zmm22, zmm22, zmm22",
-            "vpxord zmm23, zmm23, zmm23",
-            "vpxord zmm24, zmm24, zmm24",
-            "vpxord zmm25, zmm25, zmm25",
-            "vpxord zmm26, zmm26, zmm26",
-            "vpxord zmm27, zmm27, zmm27",
-            "vpxord zmm28, zmm28, zmm28",
-            "vpxord zmm29, zmm29, zmm29",
-            "vpxord zmm30, zmm30, zmm30",
-            "vpxord zmm31, zmm31, zmm31",
-            out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _,
-            out("zmm4") _, out("zmm5") _, out("zmm6") _, out("zmm7") _,
-            out("zmm8") _, out("zmm9") _, out("zmm10") _, out("zmm11") _,
-            out("zmm12") _, out("zmm13") _, out("zmm14") _, out("zmm15") _,
-            out("zmm16") _, out("zmm17") _, out("zmm18") _, out("zmm19") _,
-            out("zmm20") _, out("zmm21") _, out("zmm22") _, out("zmm23") _,
-            out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
-            out("zmm28") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-            options(nomem, nostack, preserves_flags),
-        );
-    }
 }

@@ -8,8 +8,10 @@ mod grants;
 mod import;
 mod keys;
 mod notes;
+mod trail;
 
 use super::wire::{Fields, WireError};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::grant_records::GrantOperation;
 use crate::kms::embedded::page::{Page, Piece};
@@ -23,6 +25,8 @@ pub struct Request<'a> {
     pub kms: &'a Embedded,
     /// Who asks.
     pub caller: &'a Caller,
+    /// The id of the access key that has signed it.
+    pub access_key: &'a str,
     /// What is asked.
     pub fields: Fields,
 }
@@ -30,8 +34,18 @@ pub struct Request<'a> {
 /// What is answered; null is an empty body.
 pub type Answer = Result<Value, WireError>;
 
-/// Answers a request for the operation of this name.
+/// Answers a request for the operation of this name, once it is recorded in the audit log.
 pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
+    // What is on the stack of a plaintext would outlive the record: that takes other frames than an answer does.
+    match on_scrubbed_stack(|| perform(request, operation)) {
+        Err(WireError { kind: "UnknownOperationException", message }) => {
+            Err(WireError { kind: "UnknownOperationException", message })
+        }
+        answer => trail::record(request, operation, answer),
+    }
+}
+
+fn perform(request: &Request<'_>, operation: &str) -> Answer {
     match operation {
         "CreateKey" => keys::create(request),
         "DescribeKey" => keys::describe(request),

@@ -1,0 +1,78 @@
+//! What the service manager is told (sd_notify(3)): over a socket that is connected before the process is confined and
+//! can make no more.
+
+use nix::errno::Errno;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+/// Where the service manager listens, if there is one.
+pub struct Notifier(Option<UnixDatagram>);
+
+impl Notifier {
+    /// Connects to the socket that `NOTIFY_SOCKET` names. Without it, or if nobody is there, nobody is told.
+    pub fn connect() -> Self {
+        let socket = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).map(|name| to(&name));
+        Notifier(socket.and_then(|socket| match socket {
+            Ok(socket) => Some(socket),
+            Err(e) => {
+                log::warn!(
+                    "the service manager's socket: {e}; it will not be told that the volume is attached"
+                );
+                None
+            }
+        }))
+    }
+
+    /// VMMs can connect.
+    pub fn ready(&self) {
+        self.tell("READY=1\n");
+    }
+
+    /// The end has begun.
+    pub fn stopping(&self) {
+        self.tell("STOPPING=1\n");
+    }
+
+    fn tell(&self, what: &str) {
+        if let Some(socket) = &self.0
+            && let Err(e) = socket.send(what.as_bytes())
+        {
+            log::warn!("telling the service manager {}: {e}", what.trim_end());
+        }
+    }
+}
+
+fn to(name: &OsStr) -> io::Result<UnixDatagram> {
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        [b'/', ..] => SocketAddr::from_pathname(name)?,
+        _ => return Err(Errno::EAFNOSUPPORT.into()),
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manager_is_told_wherever_it_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let name = format!("sealblk-test-{}", std::process::id());
+        let by_name = SocketAddr::from_abstract_name(&name).unwrap();
+        let managers = [UnixDatagram::bind(&path).unwrap(), UnixDatagram::bind_addr(&by_name).unwrap()];
+        for (manager, at) in managers.iter().zip([path.to_str().unwrap(), &format!("@{name}")]) {
+            Notifier(Some(to(OsStr::new(at)).unwrap())).ready();
+            let mut said = [0; 64];
+            let len = manager.recv(&mut said).unwrap();
+            assert_eq!(&said[..len], b"READY=1\n");
+        }
+        assert!(to(OsStr::new("vsock:2:1")).is_err());
+    }
+}

@@ -1,0 +1,45 @@
+//! The KMS key that an operator names, and the ways to the data keys of volumes and snapshots.
+#![forbid(unsafe_code)]
+
+use super::Env;
+use crate::attach::unwrap;
+use crate::config::Settings;
+use crate::crypt::Dek;
+use crate::error::Result;
+use crate::kms::{self, KeyProvider, KeyRef, KmsError};
+use crate::volume::lifecycle::{Failure, WrappingKey};
+use crate::volume::metadata::{KeyOwner, KeyRecord};
+
+/// A KMS key and the KMS that has it.
+pub struct NamedKey {
+    provider: Box<dyn KeyProvider>,
+    key: String,
+}
+
+impl NamedKey {
+    /// The key that `reference` means, or the settings' default.
+    pub fn open(env: &Env, settings: &Settings, reference: Option<&str>) -> Result<Self> {
+        let text = reference.unwrap_or(&settings.default_key);
+        let reference = KeyRef::parse(text, &settings.locality()).map_err(|e| e.with_advice(text))?;
+        let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
+        Ok(NamedKey { provider, key: reference.key })
+    }
+
+    /// For those who make data keys.
+    pub fn wrapping(&self) -> WrappingKey<'_> {
+        WrappingKey { provider: &*self.provider, key: &self.key }
+    }
+}
+
+/// The provider of this name.
+pub fn open(env: &Env) -> impl Fn(&str) -> Result<Box<dyn KeyProvider>, KmsError> {
+    |name| kms::open_provider(&env.root, name)
+}
+
+/// Unwraps by the helper process, as an attach does.
+pub fn unwrap(env: &Env) -> impl Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure> {
+    |owner, key| {
+        let unwrapped = unwrap::unwrap(&env.root, owner, key);
+        unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })
+    }
+}

@@ -1,0 +1,129 @@
+//! `sealblk volume create`.
+#![forbid(unsafe_code)]
+
+use super::output;
+use super::show::description;
+use crate::attach::sandbox;
+use crate::cli::filter::{self, Tag};
+use crate::cli::provider::{self, NamedKey};
+use crate::cli::{Env, size};
+use crate::config::Settings;
+use crate::error::{Error, Kind, Result};
+use crate::volume::from_snapshot::{self, Keys};
+use crate::volume::lifecycle::{self, Wanted};
+use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
+use crate::volume::tags::Tags;
+use crate::volume::{Metadata, Snapshot};
+
+/// What `volume create` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk volume create --size 20GiB --name db
+  sealblk volume create --size 100GiB --key alias/prod --sector-size 4096
+  sealblk volume create --snapshot snap-0a1b --size 40GiB
+
+The data key is made and wrapped by the KMS key; nobody sees it. Prints the new volume's id. A volume from a snapshot is
+there at once, whatever its size. Under the snapshot's KMS key it has the same data key; with another --key it gets one of
+its own, and what the snapshot holds is encrypted anew in the background while the volume is attached.")]
+pub struct CreateArgs {
+    /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB [default: the
+    /// snapshot's].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present = "snapshot")]
+    size: Option<u64>,
+    /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
+    #[arg(long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default: 512, or the snapshot's].
+    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
+    sector_size: Option<SectorSize>,
+    /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings' default-key, else alias/aws/ebs].
+    #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
+    key: Option<String>,
+    /// Do not encrypt it. That never changes in the volume's life.
+    #[arg(long)]
+    unencrypted: bool,
+    /// A name, to be used in place of the id.
+    #[arg(long)]
+    name: Option<VolumeName>,
+    /// A tag; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    tag: Vec<Tag>,
+    /// Set the whole size aside in the file system now.
+    #[arg(long)]
+    preallocate: bool,
+}
+
+/// Makes a volume.
+pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
+    let settings = env.settings()?;
+    if args.unencrypted && settings.encrypt_by_default {
+        let message = format!(
+            "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
+            env.root.settings().display()
+        );
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let mut tags = Tags::default();
+    filter::set(&mut tags, &args.tag)?;
+    let catalog = env.catalog();
+    let made = match &args.snapshot {
+        Some(reference) => {
+            let snapshot = catalog.load_snapshot(catalog.resolve_snapshot(reference)?)?;
+            from(env, &settings, &args, tags, &snapshot)?
+        }
+        None => empty(env, &settings, &args, tags)?,
+    };
+    match env.json {
+        true => output::print_json(&description(&catalog, &made)?),
+        false => output::print(&format!("{}\n", made.id())).map(drop),
+    }
+}
+
+fn wanted(args: &CreateArgs, tags: Tags, size: u64, sector_size: SectorSize) -> Result<Wanted> {
+    let geometry = Geometry::new(args.size.unwrap_or(size), args.sector_size.unwrap_or(sector_size))?;
+    Ok(Wanted { geometry, name: args.name.clone(), tags, preallocate: args.preallocate })
+}
+
+fn empty(env: &Env, settings: &Settings, args: &CreateArgs, tags: Tags) -> Result<Metadata> {
+    let wanted = wanted(args, tags, 0, SectorSize::default())?;
+    let (catalog, events) = (env.catalog(), env.events(settings));
+    if args.unencrypted {
+        return lifecycle::create(&catalog, &events, &wanted, None);
+    }
+    let key = NamedKey::open(env, settings, args.key.as_deref())?;
+    lifecycle::create(&catalog, &events, &wanted, Some(key.wrapping()))
+}
+
+fn from(
+    env: &Env,
+    settings: &Settings,
+    args: &CreateArgs,
+    tags: Tags,
+    snapshot: &Snapshot,
+) -> Result<Metadata> {
+    if args.unencrypted && snapshot.is_encrypted() {
+        let message = format!(
+            "{} is encrypted, and so is every volume that is made from it; leave out --unencrypted",
+            snapshot.id()
+        );
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let wanted = wanted(args, tags, snapshot.geometry().size(), snapshot.geometry().sector_size())?;
+    // Without a wish, an encrypted snapshot's key; an unencrypted one's only where the settings let that be.
+    let has_own_key = args.key.is_some() || (settings.encrypt_by_default && !snapshot.is_encrypted());
+    let key = has_own_key.then(|| NamedKey::open(env, settings, args.key.as_deref())).transpose()?;
+    if key.is_some() && !snapshot.is_encrypted() {
+        // Such a volume is sealed at once: this process sees its data key.
+        sandbox::harden()?;
+    }
+    let (open_provider, unwrap) = (provider::open(env), provider::unwrap(env));
+    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
+    let key = key.as_ref().map(NamedKey::wrapping);
+    from_snapshot::create(&env.catalog(), &env.events(settings), &wanted, snapshot, key, keys)
+}
+
+fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
+    let bytes: u32 = text.parse().map_err(|_| "it is 512 or 4096".to_string())?;
+    SectorSize::try_from(bytes)
+}

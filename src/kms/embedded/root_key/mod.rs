@@ -1,0 +1,164 @@
+//! Where the root key comes from: the systemd credential `sealblk-kms-root-key`, if this service was given one, else the
+//! file `<config>/kms-<store id>.key`, mode 0600, never in the store's own folder.
+//!
+//! Credential and file have one line: the key itself, `sealblk-kms-root-key-1:` and 64 hex digits, or in the file the
+//! key under a passphrase ([`wrapped`]).
+
+pub mod passphrase;
+pub mod wrapped;
+
+use super::blob::random;
+use super::keys::RootKey;
+use super::plain::failed;
+use crate::kms::KmsError;
+use crate::root::{create_dir_durable, replace_file, sync_dir};
+use passphrase::Passphrase;
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use uuid::Uuid;
+use wrapped::Wrapped;
+use zeroize::Zeroizing;
+
+const PREFIX: &str = "sealblk-kms-root-key-1:";
+/// Longer than any good file: what is longer is not a root key.
+const FILE_MAX: u64 = 512;
+/// The credential's name.
+const CREDENTIAL: &str = "sealblk-kms-root-key";
+
+/// The line of a file. Has no Debug.
+type Line = Zeroizing<Vec<u8>>;
+
+/// What a process has unwrapped: nobody is asked twice, and the costly function is computed once.
+static UNWRAPPED: Mutex<Option<(Vec<u8>, RootKey)>> = Mutex::new(None);
+
+/// Where the root key of `store` lies.
+pub fn path(config: &Path, store: Uuid) -> PathBuf {
+    config.join(format!("kms-{store}.key"))
+}
+
+/// Makes a new root key for `store`, in a file that did not exist, under a passphrase if there is one; durable when
+/// this returns.
+pub fn create(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> Result<RootKey, KmsError> {
+    create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    let mut bytes = Zeroizing::new([0; 32]);
+    random(&mut bytes[..])?;
+    let key = RootKey(bytes);
+    let path = path(config, store);
+    write(&path, &line(&key, store, passphrase)?)
+        .map_err(|e| failed("create the KMS root key", &path, &e))?;
+    sync_dir(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    Ok(key)
+}
+
+/// Puts the root key of `store` under `passphrase`, or under none. The key stays the same, and with it everything that
+/// it opens. Durable when this returns.
+pub fn protect(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
+    let path = path(config, store);
+    if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
+        return Err(KmsError::Unsupported(format!(
+            "there is no {}: the root key comes from a credential, which is not kept under a passphrase",
+            path.display()
+        )));
+    }
+    let key = from_file(&path, store)?;
+    replace_file(&path, &line(&key, store, passphrase)?).map_err(|e| KmsError::Internal(e.to_string()))
+}
+
+/// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than its owner
+/// may read or write.
+pub fn load(config: &Path, store: Uuid) -> Result<RootKey, KmsError> {
+    match passphrase::credential(CREDENTIAL, FILE_MAX)? {
+        Some((path, text)) => parse(&text).ok_or_else(|| damaged(&path)),
+        None => from_file(&path(config, store), store),
+    }
+}
+
+/// Whether [`load`] would have to get a passphrase from somewhere.
+pub fn asks(config: &Path, store: Uuid) -> bool {
+    if !matches!(passphrase::credential(CREDENTIAL, FILE_MAX), Ok(None)) {
+        return false;
+    }
+    let Ok(text) = read(&path(config, store), store) else { return false };
+    let unwrapped = UNWRAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
+    !known && Wrapped::parse(&text).is_some()
+}
+
+fn from_file(path: &Path, store: Uuid) -> Result<RootKey, KmsError> {
+    let text = read(path, store)?;
+    if let Some(key) = parse(&text) {
+        return Ok(key);
+    }
+    let wrapped = Wrapped::parse(&text).ok_or_else(|| damaged(path))?;
+    let mut unwrapped = UNWRAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((line, key)) = &*unwrapped
+        && line[..] == text[..]
+    {
+        return Ok(RootKey(key.0.clone()));
+    }
+    let key =
+        passphrase::ask_until(&format!("Passphrase of the KMS root key {}: ", path.display()), |given| {
+            wrapped.open(store, given)
+        })?;
+    *unwrapped = Some((text.to_vec(), RootKey(key.0.clone())));
+    Ok(key)
+}
+
+fn line(key: &RootKey, store: Uuid, passphrase: Option<&Passphrase>) -> Result<Line, KmsError> {
+    if let Some(passphrase) = passphrase {
+        return Ok(Zeroizing::new(Wrapped::seal(key, store, passphrase)?.line().into_bytes()));
+    }
+    let mut line = Zeroizing::new(vec![b'\n'; PREFIX.len() + 65]);
+    line[..PREFIX.len()].copy_from_slice(PREFIX.as_bytes());
+    hex::encode_to_slice(&key.0[..], &mut line[PREFIX.len()..PREFIX.len() + 64]).expect("two digits a byte");
+    Ok(line)
+}
+
+fn write(path: &Path, line: &[u8]) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(line)?;
+    file.sync_all()
+}
+
+fn read(path: &Path, store: Uuid) -> Result<Line, KmsError> {
+    let file = File::open(path).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => missing(path, store),
+        _ => failed("read the KMS root key", path, &e),
+    })?;
+    let metadata = file.metadata().map_err(|e| failed("read the KMS root key", path, &e))?;
+    let mode = metadata.permissions().mode() & 0o7777;
+    if !metadata.is_file() || mode & 0o077 != 0 {
+        return Err(KmsError::Internal(format!(
+            "the KMS root key {} may be read or changed by others (mode {mode:04o}): if nobody has copied it, run \
+             \"chmod 600\" on it and try again",
+            path.display()
+        )));
+    }
+    let mut text = Zeroizing::new(Vec::with_capacity(FILE_MAX as usize));
+    file.take(FILE_MAX).read_to_end(&mut text).map_err(|e| failed("read the KMS root key", path, &e))?;
+    Ok(text)
+}
+
+fn damaged(path: &Path) -> KmsError {
+    KmsError::Corrupt(format!("{} is not a KMS root key; put it back from a backup", path.display()))
+}
+
+fn missing(path: &Path, store: Uuid) -> KmsError {
+    KmsError::Internal(format!(
+        "the root key of the KMS store {store} is missing: put {} back from a backup (the store's folder is \
+         worthless without it; if the key lies in another folder, set SEALBLK_CONFIG_DIR; if it is a systemd \
+         credential, this was not started with it)",
+        path.display()
+    ))
+}
+
+/// Parses a line that is the key itself.
+pub fn parse(text: &[u8]) -> Option<RootKey> {
+    let digits = text.trim_ascii_end().strip_prefix(PREFIX.as_bytes())?;
+    let mut key = Zeroizing::new([0; 32]);
+    hex::decode_to_slice(digits, &mut key[..]).ok()?;
+    Some(RootKey(key))
+}

@@ -1,0 +1,246 @@
+//! Passphrases, and how a process gets one: from a descriptor that it was started with, from a systemd credential, or
+//! from whoever sits at its terminal. Never from an argument or the environment, which others can see.
+//!
+//! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of credentials
+//! and the terminal from the host process, which itself asks for nothing.
+
+use super::super::plain::failed;
+use crate::kms::KmsError;
+use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
+use nix::unistd::{Whence, lseek};
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Seek, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use zeroize::Zeroizing;
+
+/// Names the number of a descriptor that a passphrase can be read from.
+pub const DESCRIPTOR: &str = "SEALBLK_PASSPHRASE_FD";
+/// The name of the credential that holds one.
+const CREDENTIAL: &str = "sealblk-kms-passphrase";
+/// Bytes of the longest one.
+const MAX: usize = 1024;
+/// How often somebody at a terminal may be wrong.
+const TRIES: u32 = 3;
+
+/// What a pipe has given: it gives it once.
+static GIVEN: Mutex<Option<Passphrase>> = Mutex::new(None);
+
+/// A passphrase. Has no Debug.
+pub struct Passphrase(Zeroizing<Vec<u8>>);
+
+impl Passphrase {
+    /// The bytes up to the first end of line.
+    pub fn new(bytes: &[u8]) -> Result<Self, KmsError> {
+        let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.is_empty() || line.len() > MAX {
+            return Err(KmsError::Validation(format!(
+                "a passphrase has 1 to {MAX} bytes, and ends with the line"
+            )));
+        }
+        Ok(Passphrase(Zeroizing::new(line.to_vec())))
+    }
+
+    /// Reads one from an open descriptor.
+    pub fn from_descriptor(number: RawFd) -> Result<Self, KmsError> {
+        let attempt = |e: &dyn std::fmt::Display| {
+            KmsError::Validation(format!("read a passphrase from descriptor {number}: {e}"))
+        };
+        if (0..=libc::STDERR_FILENO).contains(&number) || !is_open(number) {
+            return Err(attempt(
+                &"it must be one that this process was started with, and no standard stream",
+            ));
+        }
+        // SAFETY: it is open, and whoever started us gave it to us for this. It is borrowed for as long as it takes to
+        // make a copy.
+        let copy = unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned();
+        let mut file = File::from(copy.map_err(|e| attempt(&e))?);
+        // A file is read from its beginning by whoever needs it; a pipe gives what it has to the first.
+        match file.rewind() {
+            Err(e) if e.raw_os_error() != Some(libc::ESPIPE) => return Err(attempt(&e)),
+            _ => {}
+        }
+        Self::new(&read_line(file).map_err(|e| attempt(&e))?)
+    }
+
+    /// The same bytes?
+    pub fn is(&self, other: &Passphrase) -> bool {
+        super::super::keys::same(&self.0, &other.0)
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it, but has helpers
+/// that need it. What is in a pipe is put into a memory file for them, by the kernel alone.
+///
+/// To be called before anything opens a descriptor that could have its number.
+pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
+    let Some(number) = named_descriptor()? else { return Ok(None) };
+    if number <= libc::STDERR_FILENO || !is_open(number) {
+        // Whoever needs it says so.
+        return Ok(None);
+    }
+    // SAFETY: it is open, and was made by whoever started us, for this use alone; nothing else in this process owns it.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    for_many(&descriptor).map_err(|e| {
+        KmsError::Validation(format!("read a passphrase from descriptor {number}: {}", e.desc()))
+    })?;
+    Ok(Some(descriptor))
+}
+
+fn for_many(descriptor: &OwnedFd) -> Result<(), Errno> {
+    if lseek(descriptor, 0, Whence::SeekCur) != Err(Errno::ESPIPE) {
+        return Ok(());
+    }
+    let file = memfd_create("sealblk-passphrase", MFdFlags::MFD_CLOEXEC)?;
+    let mut left = MAX + 2;
+    while left > 0 {
+        match splice(descriptor, None, &file, None, left, SpliceFFlags::empty()) {
+            Ok(0) => break,
+            Ok(moved) => left -= moved.min(left),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    // SAFETY: both are open and ours; the pipe's number means the file from here on, which helpers inherit.
+    match unsafe { libc::dup2(file.as_raw_fd(), descriptor.as_raw_fd()) } {
+        -1 => Err(Errno::last()),
+        _ => Ok(()),
+    }
+}
+
+fn is_open(number: RawFd) -> bool {
+    // SAFETY: F_GETFD only asks whether the descriptor is open.
+    (unsafe { libc::fcntl(number, libc::F_GETFD) }) >= 0
+}
+
+fn named_descriptor() -> Result<Option<RawFd>, KmsError> {
+    let Some(text) = std::env::var_os(DESCRIPTOR).filter(|text| !text.is_empty()) else { return Ok(None) };
+    let number = text.to_str().and_then(|text| text.parse().ok());
+    number.map(Some).ok_or_else(|| KmsError::Validation(format!("{DESCRIPTOR} is not a number")))
+}
+
+/// Gets a passphrase and tries it with `open`, which answers `None` for a wrong one. Somebody at a terminal, who sees
+/// `prompt`, may try again.
+pub(super) fn ask_until<T>(
+    prompt: &str,
+    open: impl Fn(&Passphrase) -> Result<Option<T>, KmsError>,
+) -> Result<T, KmsError> {
+    let wrong = |whence: &str| {
+        KmsError::AccessDenied(format!(
+            "the passphrase {whence} is not the one of the KMS root key, or that is damaged"
+        ))
+    };
+    if let Some(number) = named_descriptor()? {
+        let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let given = match &mut *given {
+            Some(given) => given,
+            none => none.insert(Passphrase::from_descriptor(number)?),
+        };
+        return open(given)?.ok_or_else(|| wrong(&format!("from descriptor {number}")));
+    }
+    if let Some((path, text)) = credential(CREDENTIAL, MAX as u64 + 2)? {
+        return open(&Passphrase::new(&text)?)?.ok_or_else(|| wrong(&format!("in {}", path.display())));
+    }
+    for _ in 0..TRIES {
+        if let Some(opened) = open(&at_terminal(prompt)?)? {
+            return Ok(opened);
+        }
+        log::warn!("that is not the passphrase");
+    }
+    Err(wrong("that was given"))
+}
+
+/// A new passphrase from whoever sits at the terminal, who has to say it twice.
+pub fn new_at_terminal() -> Result<Passphrase, KmsError> {
+    let first = at_terminal("New passphrase of the KMS root key: ")?;
+    if at_terminal("The same again: ")?.is(&first) {
+        return Ok(first);
+    }
+    Err(KmsError::Validation("the two passphrases differ; nothing was changed".into()))
+}
+
+/// A credential: where it lies, and what it says. Has no Debug.
+type Credential = (PathBuf, Zeroizing<Vec<u8>>);
+
+/// The systemd credential of that name, if this process was started with one.
+pub(super) fn credential(name: &str, longest: u64) -> Result<Option<Credential>, KmsError> {
+    let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|f| !f.is_empty()) else {
+        return Ok(None);
+    };
+    let path = Path::new(&folder).join(name);
+    let file = match File::open(&path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|e| failed("read the credential", &path, &e))?,
+    };
+    let mut text = Zeroizing::new(Vec::with_capacity(longest as usize));
+    file.take(longest).read_to_end(&mut text).map_err(|e| failed("read the credential", &path, &e))?;
+    Ok(Some((path, text)))
+}
+
+fn at_terminal(prompt: &str) -> Result<Passphrase, KmsError> {
+    let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty").map_err(|e| {
+        KmsError::Validation(format!(
+            "the KMS root key is under a passphrase, and there is no terminal to ask for it ({e}): give it by \
+             {DESCRIPTOR}=N, a descriptor to read it from, or as the systemd credential {CREDENTIAL}"
+        ))
+    })?;
+    let failed = |e: std::io::Error| KmsError::Internal(format!("ask at the terminal: {e}"));
+    let quiet = Quiet::new(&terminal).map_err(|e| failed(e.into()))?;
+    (&terminal).write_all(prompt.as_bytes()).map_err(failed)?;
+    let line = read_line(&terminal);
+    drop(quiet);
+    (&terminal).write_all(b"\n").map_err(failed)?;
+    Passphrase::new(&line.map_err(failed)?)
+}
+
+/// Reads to the end of the line, byte by byte: what follows is not ours.
+fn read_line(mut from: impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {
+    // The room is there from the start: growing would leave a copy behind.
+    let mut line = Zeroizing::new(Vec::with_capacity(MAX + 2));
+    let mut byte = Zeroizing::new([0]);
+    while line.len() < MAX + 2 {
+        match from.read(&mut byte[..]) {
+            Ok(0) => break,
+            Ok(_) => line.push(byte[0]),
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        }
+        if byte[0] == b'\n' {
+            break;
+        }
+    }
+    Ok(line)
+}
+
+/// A terminal that does not show what is typed; at drop it is as it was.
+struct Quiet<'a> {
+    terminal: &'a File,
+    before: Termios,
+}
+
+impl<'a> Quiet<'a> {
+    fn new(terminal: &'a File) -> Result<Self, Errno> {
+        let before = tcgetattr(terminal)?;
+        let mut quiet = before.clone();
+        quiet.local_flags.remove(LocalFlags::ECHO);
+        tcsetattr(terminal, SetArg::TCSAFLUSH, &quiet)?;
+        Ok(Quiet { terminal, before })
+    }
+}
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = tcsetattr(self.terminal, SetArg::TCSAFLUSH, &self.before) {
+            log::warn!("the terminal could not be set back: {e}");
+        }
+    }
+}

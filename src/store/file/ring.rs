@@ -1,0 +1,210 @@
+//! The io_urings of a process: what they may do, and where they come from once no more can be made.
+//!
+//! The kernel does what a ring is asked to do without asking a system call filter, so each ring takes only the
+//! operations that serve a layer, from its beginning to its end. A confined process cannot make rings at all: it makes
+//! as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`]) and gets the same ones again
+//! and again; others share a few.
+
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue};
+use std::cell::RefCell;
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
+
+/// What may be asked of a ring.
+const OPERATIONS: [u8; 8] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::PollRemove::CODE,
+];
+/// What may be registered with a ring (io_uring_register(2)): buffers, files, and that it is to begin.
+pub const REGISTRATIONS: [u8; 5] = [BUFFERS, NO_BUFFERS, FILES, NO_FILES, ENABLE];
+const BUFFERS: u8 = 0;
+const NO_BUFFERS: u8 = 1;
+const FILES: u8 = 2;
+const NO_FILES: u8 = 3;
+const ENABLE: u8 = 12;
+
+/// Entries of a ring that is made before its use is known: what a thread submits at a time. More waits in its queue.
+const PREPARED_ENTRIES: u32 = 256;
+/// Room for completions: more than a queue may have in flight.
+const PREPARED_COMPLETIONS: u32 = 2048;
+
+/// Rings for each thread that [`claim`]s some: what it uses, and what takes its place while a volume gets other layers.
+const CLAIM: usize = 2;
+
+/// What was made beforehand; none at all in a process that makes rings as it needs them.
+static PREPARED: Mutex<Option<Prepared>> = Mutex::new(None);
+
+struct Prepared {
+    /// For threads that claim them. Such a ring belongs to the thread that it begins with, which is faster.
+    own: Vec<Made>,
+    /// For whoever needs one for a while.
+    shared: Vec<Made>,
+}
+
+thread_local! {
+    /// This thread's own, as long as it does not use them.
+    static KEPT: RefCell<Vec<Made>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Makes rings for so many threads that will [`claim`] theirs, and for so many others at a time. From here on no other
+/// is made, and who finds none left is told so.
+pub fn prepare(claims: usize, others: usize) -> io::Result<()> {
+    let make = |shared| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), shared);
+    let rings = |count, shared| (0..count).map(|_| make(shared)).collect::<io::Result<Vec<_>>>();
+    let prepared = Prepared { own: rings(claims * CLAIM, false)?, shared: rings(others, true)? };
+    *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
+    Ok(())
+}
+
+/// Gives this thread rings of its own, until it ends, if there are some.
+pub fn claim() {
+    if let Some(prepared) = &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
+        let rest = prepared.own.len().saturating_sub(CLAIM);
+        KEPT.with_borrow_mut(|kept| kept.extend(prepared.own.drain(rest..)));
+    }
+}
+
+struct Made {
+    ring: IoUring,
+    shared: bool,
+    begun: bool,
+    next_serial: u32,
+}
+
+/// A ring that this thread uses.
+pub struct Ring {
+    /// `None` only while it is being dropped.
+    made: Option<Made>,
+    /// Whether it holds nothing of its last user's.
+    clean: bool,
+}
+
+impl Ring {
+    /// A ring for `entries` submissions at a time; for fewer, where it was made beforehand.
+    pub fn take(entries: u32) -> io::Result<Self> {
+        let kept = KEPT.with_borrow_mut(Vec::pop);
+        let mut made = kept.map_or_else(|| new_or_prepared(entries), Ok)?;
+        if !made.begun {
+            made.ring.submitter().register_enable_rings()?;
+            made.begun = true;
+        }
+        Ok(Ring { made: Some(made), clean: false })
+    }
+
+    /// A number that no other watch on this ring has or had, until they repeat.
+    pub fn next_serial(&mut self) -> u32 {
+        let made = self.made.as_mut().expect("there until drop");
+        made.next_serial = made.next_serial.wrapping_add(1);
+        made.next_serial
+    }
+
+    /// Forgets files, and buffers where there are some. Nothing may be in flight.
+    pub fn forget(&mut self, buffers: bool) {
+        let submitter = self.submitter();
+        let forgotten = submitter.unregister_files();
+        let forgotten =
+            forgotten.and_then(|()| if buffers { submitter.unregister_buffers() } else { Ok(()) });
+        match forgotten {
+            Ok(()) => self.clean = true,
+            Err(e) => log::error!("giving up an io_uring: {e}"),
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let Some(made) = self.made.take().filter(|_| self.clean) else { return };
+        // Where more can be made, this one goes.
+        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(prepared) = &mut *prepared else { return };
+        if made.shared {
+            prepared.shared.push(made);
+        } else {
+            // A thread that is ending has no use for it.
+            let _ = KEPT.try_with(|kept| kept.borrow_mut().push(made));
+        }
+    }
+}
+
+impl Deref for Ring {
+    type Target = IoUring;
+
+    fn deref(&self) -> &IoUring {
+        &self.made.as_ref().expect("there until drop").ring
+    }
+}
+
+impl DerefMut for Ring {
+    fn deref_mut(&mut self) -> &mut IoUring {
+        &mut self.made.as_mut().expect("there until drop").ring
+    }
+}
+
+fn new_or_prepared(entries: u32) -> io::Result<Made> {
+    match &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
+        None => build(entries, None, false),
+        Some(prepared) => {
+            let none = || io::Error::other("every io_uring of this process is in use");
+            prepared.shared.pop().ok_or_else(none)
+        }
+    }
+}
+
+/// A ring that has not begun. One that is not shared is for the thread that lets it begin.
+fn build(entries: u32, completions: Option<u32>, shared: bool) -> io::Result<Made> {
+    let mut builder = IoUring::builder();
+    builder.setup_clamp().setup_submit_all().setup_r_disabled();
+    if let Some(completions) = completions {
+        builder.setup_cqsize(completions);
+    }
+    let mut best = builder.clone();
+    if !shared {
+        // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
+        best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    }
+    let ring = best.build(entries).or_else(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => builder.build(entries),
+        _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
+    })?;
+    let operations = OPERATIONS.map(Restriction::sqe_op);
+    let registrations = REGISTRATIONS.map(Restriction::register_op);
+    let flags = [Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits())];
+    let mut all: Vec<Restriction> = operations.into_iter().chain(registrations).chain(flags).collect();
+    ring.submitter().register_restrictions(&mut all)?;
+    Ok(Made { ring, shared, begun: false, next_serial: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_uring::types::Fd;
+
+    /// What becomes of one operation.
+    fn result(ring: &mut IoUring, entry: squeue::Entry) -> i32 {
+        // SAFETY: the entries below refer to no memory.
+        unsafe { ring.submission().push(&entry) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn a_ring_does_what_serves_a_layer_and_nothing_else() {
+        let mut ring = Ring::take(8).unwrap();
+        let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
+        assert_eq!(result(&mut ring, socket), -libc::EACCES);
+        assert_eq!(result(&mut ring, opcode::AsyncCancel::new(1).build()), -libc::EACCES);
+        let linked = opcode::Fsync::new(Fd(-1)).build();
+        assert_eq!(result(&mut ring, linked.clone().flags(squeue::Flags::ASYNC)), -libc::EACCES);
+        assert_eq!(result(&mut ring, linked), -libc::EBADF);
+        let refused = ring.submitter().register_eventfd(0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+    }
+}

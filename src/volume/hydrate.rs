@@ -1,0 +1,291 @@
+//! Hydration: in the background, everything that lower layers hold comes up into the top, under the top's key.
+//!
+//! It is what re-keys a volume (a new key above), encrypts one in place (plaintext below), flattens a chain (the same
+//! key), and makes a full copy (an empty top above a snapshot's layers). It goes through the volume once, in chunks:
+//! reads each through all layers and writes what came from below the top into it, while the fence keeps the guest out
+//! of that chunk. So what the guest has written always wins: it is in the top when the chunk is read, and stays, or it
+//! comes later, over the copy.
+//!
+//! Afterwards every sector that any layer has is in the top, for good: a guest's discard makes holes only where nothing
+//! lies below. All of that is durable when it is said to be [complete](End::Complete); then the caller may record the
+//! volume as having one layer, and only then give it one.
+//!
+//! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top what it had
+//! brought there. Whoever changes the disk's layers stops it first.
+//!
+//! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
+//! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
+
+use super::io::{Disk, DiskQueue, GuestData};
+use super::map::LayerMap;
+use crate::store::{Buffer, Event, Wait};
+use crate::virtio::{SECTOR_SIZE, Segment};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Bytes copied at a time, for which a guest may have to wait; a buffer's length.
+const CHUNK: u64 = 256 << 10;
+/// Operations at a time.
+const DEPTH: u16 = 16;
+/// How often one that waits looks whether it was stopped or its rate changed.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How a hydration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Everything is in the top layer, durably.
+    Complete,
+    /// It was stopped.
+    Stopped,
+}
+
+/// A hydration of a disk, as those see it who do not do it.
+pub struct Hydration {
+    disk: Arc<Disk>,
+    map: Arc<LayerMap>,
+    /// Bytes a second; 0: no limit.
+    rate: AtomicU64,
+    stop: AtomicBool,
+    stopped: (Mutex<()>, Condvar),
+    /// Bytes still to be looked at; `u64::MAX` until it is known.
+    left: AtomicU64,
+}
+
+impl Hydration {
+    /// A hydration of `disk` at no more than `rate` bytes a second (0: no limit).
+    ///
+    /// # Errors
+    /// `InvalidInput` unless the disk has several layers and is made for it ([`Disk::hydrating`]).
+    pub fn new(disk: Arc<Disk>, rate: u64) -> io::Result<Arc<Self>> {
+        let Some(map) = disk.map().filter(|_| disk.fence().is_some()).cloned() else {
+            let message = "the disk is not made to be hydrated";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        };
+        Ok(Arc::new(Hydration {
+            disk,
+            map,
+            rate: rate.into(),
+            stop: false.into(),
+            stopped: Default::default(),
+            left: u64::MAX.into(),
+        }))
+    }
+
+    /// How many bytes of the volume may still be in lower layers alone; `None` until that is known, soon after it has
+    /// begun. What the guest writes meanwhile need not be copied and is counted nevertheless.
+    pub fn left(&self) -> Option<u64> {
+        Some(self.left.load(Ordering::Relaxed)).filter(|&left| left != u64::MAX)
+    }
+
+    /// Changes the rate: bytes a second, 0: no limit.
+    pub fn set_rate(&self, rate: u64) {
+        self.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// Makes [`Hydration::run`] end soon.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.stopped.1.notify_all();
+    }
+
+    /// Does it, in the calling thread.
+    ///
+    /// # Errors
+    /// `ResourceBusy` if another is at it; what the store says, with the place. It can be run again then.
+    pub fn run(&self) -> io::Result<End> {
+        let Some(fence) = self.disk.fence().filter(|fence| fence.take()) else {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being hydrated already"));
+        };
+        let result = Copier::new(self).and_then(|mut copier| copier.copy_all());
+        // After an error, a write may have been in flight until the copier's queue was closed just now.
+        fence.leave();
+        fence.give_back();
+        result
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Waits until `due` at most; answers whether to go on.
+    fn wait_until(&self, due: Instant) -> bool {
+        let mut guard = self.stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            if self.is_stopped() || left.is_zero() || self.rate.load(Ordering::Relaxed) == 0 {
+                return !self.is_stopped();
+            }
+            let woken = self.stopped.1.wait_timeout(guard, left.min(LOOK));
+            guard = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// The one who does it.
+struct Copier<'a> {
+    hydration: &'a Hydration,
+    queue: DiskQueue,
+    /// Where a chunk's plaintext is between the layers: to the disk it is a guest's memory.
+    chunk: GuestMemoryMmap<()>,
+    /// When the rate allows the next chunk.
+    due: Instant,
+}
+
+impl<'a> Copier<'a> {
+    fn new(hydration: &'a Hydration) -> io::Result<Self> {
+        let queue = hydration.disk.open_free_queue(DEPTH)?;
+        let chunk = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), CHUNK as usize)]);
+        let chunk = chunk.map_err(io::Error::other)?;
+        Ok(Copier { hydration, queue, chunk, due: Instant::now() })
+    }
+
+    fn copy_all(&mut self) -> io::Result<End> {
+        let Hydration { disk, map, left, .. } = self.hydration;
+        let (size, top) = (disk.geometry().sectors * SECTOR_SIZE, disk.height());
+        while !map.wait(LOOK) {
+            if self.hydration.is_stopped() {
+                return Ok(End::Stopped);
+            }
+        }
+        left.store(map.bytes_below(top, 0..size), Ordering::Relaxed);
+        let mut at = 0;
+        while let Some(found) = map.next_below(top, at).filter(|&found| found < size) {
+            let start = found - found % CHUNK;
+            at = start + CHUNK;
+            let bytes = start..size.min(at);
+            let below = map.bytes_below(top, bytes.clone());
+            if !self.hydration.wait_until(self.due) || !self.copy(bytes)? {
+                return Ok(End::Stopped);
+            }
+            let counted = |left: u64| Some(left.saturating_sub(below));
+            let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
+        }
+        self.flush()?;
+        left.store(0, Ordering::Relaxed);
+        Ok(End::Complete)
+    }
+
+    /// Brings a chunk up while nobody else is in it; answers whether it was not stopped before.
+    fn copy(&mut self, bytes: Range<u64>) -> io::Result<bool> {
+        let hydration = self.hydration;
+        let Some(fence) = hydration.disk.fence() else { return Ok(false) };
+        let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
+        let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
+        let copied = if alone { self.raise(sector, len as usize) } else { Ok(()) };
+        fence.leave();
+        copied.map_err(|e| {
+            io::Error::new(e.kind(), format!("hydrating {len} bytes at {}: {e}", bytes.start))
+        })?;
+        let rate = hydration.rate.load(Ordering::Relaxed);
+        if let Some(nanos) = (len * 1_000_000_000).checked_div(rate) {
+            // What was not used is not saved up.
+            self.due = self.due.max(Instant::now()) + Duration::from_nanos(nanos);
+        }
+        Ok(alone)
+    }
+
+    /// Reads a chunk and writes what came from below.
+    fn raise(&mut self, sector: u64, len: usize) -> io::Result<()> {
+        let raised = self.read(sector, len)?;
+        let mut in_flight = 0;
+        for run in raised {
+            let len = ((run.end - run.start) * SECTOR_SIZE) as usize;
+            let buffer = loop {
+                match self.queue.alloc(run.start, len) {
+                    Some(buffer) => break buffer,
+                    None if in_flight == 0 => return Err(no_room()),
+                    None => in_flight -= self.finish_one()?,
+                }
+            };
+            in_flight += 1;
+            let segments = [segment((run.start - sector) * SECTOR_SIZE, len)];
+            let guest = GuestData { mem: &self.chunk, segments: &segments, skip: 0 };
+            self.queue.write(0, run.start, buffer, false, guest)?;
+        }
+        while in_flight > 0 {
+            in_flight -= self.finish_one()?;
+        }
+        Ok(())
+    }
+
+    /// Reads a chunk; answers which runs of its blocks have sectors that came from below the top.
+    fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
+        let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
+        let place = buffer.place();
+        self.queue.read(0, sector, buffer);
+        let segments = [segment(0, len)];
+        loop {
+            let Some(buffer) = self.next_done()? else { continue };
+            let guest = GuestData { mem: &self.chunk, segments: &segments, skip: 0 };
+            if self.queue.deliver(0, sector, buffer, guest)? {
+                break;
+            }
+        }
+        let block = self.hydration.disk.geometry().block_sectors();
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
+            if !(first..first + block).any(|i| self.queue.came_from_below(place, i as usize)) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.end == sector + first => run.end += block,
+                _ => runs.push(sector + first..sector + first + block),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Waits for the next write to end: one.
+    fn finish_one(&mut self) -> io::Result<usize> {
+        if let Some(buffer) = self.next_done()? {
+            self.queue.free(buffer);
+        }
+        Ok(1)
+    }
+
+    /// Waits for the next operation to end, and answers its buffer, if it had one.
+    fn next_done(&mut self) -> io::Result<Option<Buffer>> {
+        loop {
+            match self.queue.next_event() {
+                Some(Event::Done { buffer, result, .. }) => {
+                    return match (result, buffer) {
+                        (Ok(()), buffer) => Ok(buffer),
+                        (Err(e), buffer) => {
+                            buffer.into_iter().for_each(|buffer| self.queue.free(buffer));
+                            Err(e)
+                        }
+                    };
+                }
+                Some(_) => {}
+                None => self.queue.wait(Wait::Event)?,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.queue.flush(0)?;
+        let result = self.next_done().map(drop);
+        self.queue.flushed(result)
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        // It held the guest's data.
+        if let Err(e) = self.chunk.write_slice(&vec![0; CHUNK as usize], GuestAddress(0)) {
+            log::error!("wiping what was copied last: {e}");
+        }
+    }
+}
+
+fn no_room() -> io::Error {
+    io::Error::other("a queue that nobody else uses has no room")
+}
+
+fn segment(start: u64, len: usize) -> Segment {
+    Segment { addr: GuestAddress(start), len: len as u32 }
+}

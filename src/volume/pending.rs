@@ -1,0 +1,174 @@
+//! `pending.json` in a volume's folder: what the process that has the volume is changing about its layers' files, so
+//! that the next one can undo what a crash left of it.
+//!
+//! It is durable before the change begins and removed when `volume.json` tells of it. So whoever takes the volume finds
+//! either no such file, or one that says what may be left over.
+
+use super::catalog::{Catalog, read_bounded};
+use super::id::{LayerId, VolumeId};
+use super::lock::VolumeLock;
+use super::metadata::{LayerRecord, Metadata, written};
+use crate::error::{Context, Error, Kind, Result};
+use crate::root::{replace_file, sync_dir};
+use serde::{Deserialize, Serialize};
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+/// The file's name in the volume's folder.
+pub(super) const FILE: &str = "pending.json";
+
+const FORMAT: u32 = 1;
+
+/// A change of a volume's layers that `volume.json` may not tell of yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Pending {
+    /// This layer is being made, to be the volume's top.
+    NewTop(LayerId),
+    /// The top layer's file is being made as long as this, in bytes.
+    Resize(u64),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    format: u32,
+    change: Pending,
+}
+
+impl Pending {
+    /// What is pending of a volume, if anything.
+    ///
+    /// # Errors
+    /// `Corrupt` for a file that is none of ours.
+    pub(super) fn load(catalog: &Catalog, id: VolumeId) -> Result<Option<Self>> {
+        let path = catalog.folder(id).join(FILE);
+        let attempt = || format!("read {}", path.display());
+        let bytes = match read_bounded(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+            Err(e) => return Err(e.context(attempt())),
+        };
+        match written::version(&bytes).context(attempt)? {
+            1 => Ok(Some(written::read::<Written>(&bytes).context(attempt)?.change)),
+            other => Err(written::unknown_version(other, "version 1").context(attempt())),
+        }
+    }
+
+    /// The layer that is being made.
+    pub(super) fn new_layer(self) -> Option<LayerId> {
+        match self {
+            Pending::NewTop(id) => Some(id),
+            Pending::Resize(_) => None,
+        }
+    }
+
+    /// Notes it, before anything of it is done.
+    pub(super) fn store(self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
+        let written = Written { format: FORMAT, change: self };
+        replace_file(&catalog.folder(lock.volume()).join(FILE), &written::to_json(&written))
+    }
+
+    /// The second names were removed before.
+    fn undo(self, catalog: &Catalog, metadata: &Metadata) -> Result<()> {
+        match self {
+            Pending::NewTop(id) if metadata.layers().iter().any(|l| l.id == id) => Ok(()),
+            Pending::NewTop(id) => {
+                let path = catalog.layer_path(id);
+                match std::fs::remove_file(&path) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                        Err(Error::from(e).context(format!("remove {}", path.display())))
+                    }
+                    _ => sync_dir(&catalog.root().layers()),
+                }
+            }
+            Pending::Resize(_) => {
+                let path = catalog.layer_path(metadata.top().id);
+                let shorten = || -> std::io::Result<()> {
+                    let file = OpenOptions::new().write(true).open(&path)?;
+                    file.set_len(metadata.size())?;
+                    file.sync_all()
+                };
+                shorten().context(|| format!("give {} its length back", path.display()))
+            }
+        }
+    }
+}
+
+/// Whether a file of this name is a layer's.
+pub(super) fn is_layer_name(name: &str) -> bool {
+    name.strip_suffix(".img").is_some_and(|id| id.parse::<LayerId>().is_ok())
+}
+
+impl Catalog {
+    /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in between. For
+    /// whoever has the volume, before he looks at its layers.
+    ///
+    /// # Errors
+    /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours.
+    pub fn recover(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+        assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
+        self.forget_own_layers(lock)?;
+        let Some(pending) = Pending::load(self, metadata.id())? else { return Ok(()) };
+        log::info!("{}: an interrupted command left {pending:?}", metadata.id());
+        pending.undo(self, metadata)?;
+        self.mark_frozen(&metadata.layers()[1..]);
+        self.forget_pending(lock)
+    }
+
+    /// A layer as the process that has the volume attached has made it: in the volume's folder, since it reaches no
+    /// other. It is a second name of [`Catalog::layer_path`], until the volume is given up.
+    pub fn own_layer_path(&self, volume: VolumeId, layer: LayerId) -> PathBuf {
+        self.folder(volume).join(format!("{layer}.img"))
+    }
+
+    /// Gives a layer that was made in a volume's folder the name by which it will be known, durably. Something names
+    /// it already.
+    pub fn link_own_layer(&self, volume: VolumeId, layer: LayerId) -> Result<()> {
+        let (from, to) = (self.own_layer_path(volume, layer), self.layer_path(layer));
+        std::fs::hard_link(&from, &to).context(|| format!("link {} to {}", from.display(), to.display()))?;
+        sync_dir(&self.root().layers())
+    }
+
+    /// Removes the names that layers have in the folder of their volume. Whoever serves them has them open.
+    pub fn forget_own_layers(&self, lock: &VolumeLock) -> Result<()> {
+        self.own_layers(lock.volume())?
+            .iter()
+            .try_for_each(|path| std::fs::remove_file(path).context(|| format!("remove {}", path.display())))
+    }
+
+    pub(super) fn own_layers(&self, volume: VolumeId) -> Result<Vec<PathBuf>> {
+        let folder = self.folder(volume);
+        let attempt = || format!("list {}", folder.display());
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&folder).context(attempt)? {
+            let entry = entry.context(attempt)?;
+            found.extend(entry.file_name().to_str().is_some_and(is_layer_name).then(|| entry.path()));
+        }
+        Ok(found)
+    }
+
+    /// Removes the note of what was pending, once `volume.json` tells of it, or it was undone.
+    pub fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
+        let folder = self.folder(lock.volume());
+        let path = folder.join(FILE);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::from(e).context(format!("remove {}", path.display())))
+            }
+            _ => sync_dir(&folder),
+        }
+    }
+
+    /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any more. Nothing
+    /// depends on it.
+    pub(super) fn mark_frozen(&self, layers: &[LayerRecord]) {
+        for layer in layers {
+            let path = self.layer_path(layer.id);
+            if let Err(e) = std::fs::set_permissions(&path, Permissions::from_mode(0o444)) {
+                log::warn!("chmod 0444 {}: {e}", path.display());
+            }
+        }
+    }
+}

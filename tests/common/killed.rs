@@ -1,0 +1,177 @@
+//! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use nix::errno::Errno;
+use nix::libc::{self, c_long, c_void};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+/// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
+#[cfg(target_arch = "x86_64")]
+const OLD_CHANGES: &[c_long] =
+    &[libc::SYS_rename, libc::SYS_unlink, libc::SYS_rmdir, libc::SYS_mkdir, libc::SYS_chmod, libc::SYS_open];
+#[cfg(not(target_arch = "x86_64"))]
+const OLD_CHANGES: &[c_long] = &[];
+const CHANGES: &[c_long] = &[
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_unlinkat,
+    libc::SYS_mkdirat,
+    libc::SYS_fchmodat,
+    libc::SYS_fchmod,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_openat,
+];
+
+/// How a command that was to be killed ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// Before its call of that number.
+    Killed,
+    /// By itself: it has fewer such calls.
+    Exited(i32),
+}
+
+/// Runs `command` and kills it just before the call number `step`, counted from 0, that changes files. Processes that
+/// it starts are not counted.
+#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
+pub fn killed_before(command: &mut Command, step: usize) -> End {
+    // SAFETY: between fork and exec the closure makes one system call, on no memory.
+    unsafe {
+        command.pre_exec(|| {
+            let done = libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            Errno::result(done).map(drop).map_err(std::io::Error::from)
+        });
+    }
+    let mut child = command.spawn().expect("start sealblk");
+    let pid = Pid::from_raw(child.id() as i32);
+    assert!(
+        matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGTRAP))),
+        "it stops as it begins"
+    );
+    let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;
+    request(libc::PTRACE_SETOPTIONS, pid, 0, options as usize).expect("it is traced");
+    let mut steps = 0;
+    let mut pass_on = 0;
+    loop {
+        request(libc::PTRACE_SYSCALL, pid, 0, pass_on).expect("it is stopped");
+        pass_on = 0;
+        match waitpid(pid, None).expect("it is a child") {
+            WaitStatus::Exited(_, code) => return End::Exited(code),
+            WaitStatus::PtraceSyscall(_) if changes_files(pid) => {
+                if steps == step {
+                    kill(&mut child);
+                    return End::Killed;
+                }
+                steps += 1;
+            }
+            WaitStatus::PtraceSyscall(_) => {}
+            WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
+            other => panic!("{pid}: {other:?}"),
+        }
+    }
+}
+
+/// Whether a thread's process was killed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Killed {
+    /// Before the call of that number.
+    Yes,
+    /// What was waited for came first.
+    No,
+}
+
+/// One thread of another process, held at each of its system calls.
+pub struct Stepper(Pid);
+
+impl Stepper {
+    /// Traces a thread, which goes on running.
+    pub fn seize(thread: Pid) -> Self {
+        request(libc::PTRACE_SEIZE, thread, 0, libc::PTRACE_O_TRACESYSGOOD as usize).expect("root may trace");
+        request(libc::PTRACE_INTERRUPT, thread, 0, 0).expect("it runs");
+        Stepper(thread)
+    }
+
+    /// Kills the process just before the thread's call number `step`, counted from 0, that changes files; unless
+    /// `done` comes true before.
+    pub fn kill_before(self, step: usize, mut done: impl FnMut() -> bool) -> Killed {
+        let mut steps = 0;
+        loop {
+            let mut pass_on = 0;
+            // A thread is waited for by who traces it, and there is no descriptor to poll.
+            let flags =
+                WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
+            match waitid(Id::Pid(self.0), flags).expect("it is traced") {
+                WaitStatus::StillAlive if done() => {
+                    self.let_go();
+                    return Killed::No;
+                }
+                WaitStatus::StillAlive => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                WaitStatus::PtraceSyscall(_) if changes_files(self.0) => {
+                    if steps == step {
+                        nix::sys::signal::kill(self.0, Signal::SIGKILL).expect("it is there");
+                        // The process is not reported to its parent before its threads were to their tracers.
+                        let flags = WaitPidFlag::WEXITED | WaitPidFlag::__WALL;
+                        waitid(Id::Pid(self.0), flags).expect("it is traced");
+                        return Killed::Yes;
+                    }
+                    steps += 1;
+                }
+                WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
+                WaitStatus::PtraceSyscall(_) | WaitStatus::PtraceEvent(..) => {}
+                other => panic!("{}: {other:?}", self.0),
+            }
+            request(libc::PTRACE_SYSCALL, self.0, 0, pass_on).expect("it is stopped");
+        }
+    }
+
+    fn let_go(&self) {
+        request(libc::PTRACE_INTERRUPT, self.0, 0, 0).expect("it runs");
+        waitid(Id::Pid(self.0), WaitPidFlag::WSTOPPED | WaitPidFlag::__WALL).expect("it stops");
+        request(libc::PTRACE_DETACH, self.0, 0, 0).expect("it is stopped");
+    }
+}
+
+fn kill(child: &mut Child) {
+    child.kill().expect("it is there");
+    child.wait().expect("it is a child");
+}
+
+/// Whether the call that it is about to make changes files; false after a call.
+fn changes_files(pid: Pid) -> bool {
+    // SAFETY: it is plain numbers, for which zero is a value.
+    let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
+    let (size, place) = (size_of_val(&info), (&raw mut info) as usize);
+    request(libc::PTRACE_GET_SYSCALL_INFO, pid, size, place).expect("it is at a call");
+    if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
+        return false;
+    }
+    // SAFETY: at an entry the kernel has filled this member in.
+    let entry = unsafe { info.u.entry };
+    let call = entry.nr as c_long;
+    let creates = |flags: u64| flags & (libc::O_CREAT as u64) != 0;
+    match call {
+        libc::SYS_openat => creates(entry.args[2]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_open => creates(entry.args[1]),
+        _ => CHANGES.contains(&call) || OLD_CHANGES.contains(&call),
+    }
+}
+
+fn request(what: u32, pid: Pid, address: usize, data: usize) -> nix::Result<()> {
+    // SAFETY: of the requests made here, all of this module's, only GET_SYSCALL_INFO takes a pointer, to memory of its
+    // caller's of the size that it gives, alive until this returns.
+    let done = unsafe { libc::ptrace(what, pid.as_raw(), address as *mut c_void, data as *mut c_void) };
+    Errno::result(done).map(drop)
+}

@@ -1,0 +1,253 @@
+//! How a scenario is told: commands and guests, recorded, with what each promises.
+
+use super::common::frontend::{Request, Segment, Session, block};
+use super::expect::{Content, Expect, Presence, SECTOR, Volume, ZEROS, sector};
+use super::recorder::Recorder;
+use super::site::Site;
+use super::tape::{Running, Tape, mark};
+use super::trace::Trace;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// A recording in the making.
+pub struct Script {
+    site: Site,
+    tape: Arc<dyn Tape>,
+    seeds: u64,
+}
+
+/// Records a scenario by the system calls that are made.
+pub fn traced(scenario: impl FnOnce(&mut Script)) -> Trace {
+    let site = Site::new();
+    let recorder = Recorder::new(site.top());
+    scenario(&mut Script::new(site, Arc::new(recorder.clone())));
+    recorder.finish()
+}
+
+/// A volume that is attached, and its guest.
+pub struct Guest {
+    tape: Arc<dyn Tape>,
+    volume: String,
+    session: Session,
+    host: Box<dyn Running>,
+    seeds: u64,
+}
+
+impl Script {
+    /// With the empty store at `site`.
+    pub fn new(site: Site, tape: Arc<dyn Tape>) -> Self {
+        Script { site, tape, seeds: 0 }
+    }
+
+    /// From now on, power cuts are of interest; what came before is another scenario's.
+    pub fn start(&self) {
+        self.tape.start();
+    }
+
+    /// Changes what may be expected from now on.
+    pub fn mark(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
+        self.tape.mark(mark(label, apply));
+    }
+
+    /// Runs a command, which must succeed; answers what it printed. What it promises counts from the moment when it
+    /// begins to print: [`Script::promise`].
+    #[track_caller]
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let said = self.tape.run(self.site.command(arguments));
+        assert!(
+            said.status.success(),
+            "sealblk {}: {} {}{}",
+            arguments.join(" "),
+            said.status,
+            said.out,
+            said.err
+        );
+        said.out
+    }
+
+    /// What the last command promised.
+    pub fn promise(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
+        self.tape.mark_where_it_spoke(mark(label, apply));
+    }
+
+    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.
+    #[track_caller]
+    pub fn create(&self, content: Content, arguments: &[&str]) -> String {
+        let size = format!("{}B", content.sectors() * SECTOR);
+        let default_key = !arguments.iter().any(|a| ["--unencrypted", "--key"].contains(a));
+        self.mark("a volume is being made", move |expect| {
+            expect.default_key |= default_key;
+            expect.making(content.clone());
+        });
+        let size = ["--size", &size];
+        let out = self.run(&[&["volume", "create"], &size[..], arguments].concat());
+        let id = out.trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was made"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Deletes a volume.
+    #[track_caller]
+    pub fn delete(&self, id: &str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("{id} is being deleted"), move |expect| expect.volume(&before, Presence::May));
+        self.run(&["volume", "delete", id]);
+        self.promise(&format!("{id} was deleted"), move |expect| {
+            expect.volume(&after, Presence::MustNot);
+            expect.events.push(("deleteVolume".into(), after.clone()));
+        });
+    }
+
+    /// Makes a snapshot of a volume, attached or not; answers its id. It holds all that was written by then.
+    #[track_caller]
+    pub fn snapshot(&self, id: &str) -> String {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("a snapshot of {id} is being made"), move |expect| {
+            expect.snapshot_being_made = Some(expect.content(&before).newest());
+        });
+        let snapshot = self.run(&["snapshot", "create", id]).trim().to_owned();
+        let told = snapshot.clone();
+        self.promise(&format!("{snapshot} of {id} was made"), move |expect| {
+            let content = expect.snapshot_being_made.take().expect("it is being made");
+            expect.snapshots.insert(told.clone(), Volume::with(content));
+            expect.content(&after).flush();
+            expect.events.push(("createSnapshot".into(), told.clone()));
+        });
+        snapshot
+    }
+
+    /// Makes a volume of a snapshot, with these arguments besides; answers its id.
+    #[track_caller]
+    pub fn clone_of(&self, snapshot: &str, arguments: &[&str]) -> String {
+        let of = snapshot.to_owned();
+        self.mark(&format!("a volume is being made of {snapshot}"), move |expect| {
+            let content = expect.snapshots[&of].content.clone();
+            expect.making(content);
+        });
+        let out = self.run(&[&["volume", "create", "--snapshot", snapshot], arguments].concat());
+        let id = out.trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was made"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Deletes a snapshot.
+    #[track_caller]
+    pub fn delete_snapshot(&self, id: &str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("{id} is being deleted"), move |expect| expect.snapshot(&before, Presence::May));
+        self.run(&["snapshot", "delete", id]);
+        self.promise(&format!("{id} was deleted"), move |expect| expect.snapshot(&after, Presence::MustNot));
+    }
+
+    /// Makes a KMS key; answers its id.
+    #[track_caller]
+    pub fn create_key(&self, arguments: &[&str]) -> String {
+        self.mark("a key is being made", |expect| expect.key_being_made = true);
+        let out = self.run(&[&["key", "create", "--json"], arguments].concat());
+        let key: Value = serde_json::from_str(&out).expect("JSON");
+        let id = key["KeyId"].as_str().expect("it has an id").to_owned();
+        let told = id.clone();
+        self.promise(&format!("key {id} was made"), move |expect| {
+            expect.key_being_made = false;
+            expect.key_is(&told, "Enabled");
+        });
+        id
+    }
+
+    /// A command that brings a key into a state.
+    #[track_caller]
+    pub fn change_key(&self, id: &str, command: &[&str], state: &'static str) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("key {id} may be {state}"), move |expect| expect.key_may_be(&before, state));
+        self.run(&[&["key"], command, &[id]].concat());
+        self.promise(&format!("key {id} is {state}"), move |expect| expect.key_is(&after, state));
+    }
+
+    /// Wraps a volume's data key, which is wrapped by the KMS key `old`, by `new` instead.
+    #[track_caller]
+    pub fn rewrap(&self, id: &str, old: &str, new: &str) {
+        let (volume, keys) = (id.to_owned(), [old.to_owned(), new.to_owned()]);
+        self.mark(&format!("{id} is being rewrapped"), move |expect| {
+            keys.iter().for_each(|key| expect.wrapped_by(&volume, key, false));
+        });
+        self.run(&["volume", "rewrap", id, "--key", new]);
+        let (volume, new) = (id.to_owned(), new.to_owned());
+        self.promise(&format!("{id} is wrapped by {new}"), move |expect| {
+            expect.wrapped_by(&volume, &new, true)
+        });
+    }
+
+    /// Attaches a volume.
+    #[track_caller]
+    pub fn attach(&mut self, id: &str) -> Guest {
+        let (command, ready) = self.site.attach_command(id);
+        let mut host = self.tape.begin(command);
+        ready.wait(|| host.has_ended()).unwrap_or_else(|e| panic!("{e}"));
+        let session = ready.connect().unwrap_or_else(|e| panic!("{e}"));
+        self.seeds += 1 << 16;
+        Guest { tape: self.tape.clone(), volume: id.into(), session, host, seeds: self.seeds }
+    }
+}
+
+impl Guest {
+    fn expect(&self, label: String, change: impl Fn(&mut Content) + Send + Sync + 'static) {
+        let volume = self.volume.clone();
+        self.tape.mark(mark(&label, move |expect| change(expect.content(&volume))));
+    }
+
+    #[track_caller]
+    fn ask(&mut self, request: &Request) {
+        let outcome = request.run(&mut self.session.rings[0]).expect("the request completes");
+        assert_eq!(outcome.status, block::OK, "request {} at sector {}", request.kind, request.sector);
+    }
+
+    /// Writes other data to so many sectors from the first on.
+    #[track_caller]
+    pub fn write(&mut self, first: usize, count: usize) {
+        self.seeds += 1;
+        let seeds = vec![self.seeds; count];
+        let data: Vec<u8> = (first..first + count).flat_map(|number| sector(number, self.seeds)).collect();
+        let label = format!("the guest writes {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &seeds));
+        self.ask(&Request::write(first as u64, &data));
+    }
+
+    /// Makes so many sectors from the first on zeros.
+    #[track_caller]
+    pub fn write_zeroes(&mut self, first: usize, count: usize, unmap: bool) {
+        let label = format!("the guest zeros {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &vec![ZEROS; count]));
+        let segment = Segment { sector: first as u64, count: count as u32, flags: unmap.into() };
+        self.ask(&Request::write_zeroes(&[segment]));
+    }
+
+    /// Discards so many sectors from the first on, which have no layer below: they become zeros.
+    #[track_caller]
+    pub fn discard(&mut self, first: usize, count: usize) {
+        let label = format!("the guest discards {first}+{count}");
+        self.expect(label, move |content| content.may_become(first, &vec![ZEROS; count]));
+        self.ask(&Request::discard(&[Segment { sector: first as u64, count: count as u32, flags: 0 }]));
+    }
+
+    /// Flushes.
+    #[track_caller]
+    pub fn flush(&mut self) {
+        self.ask(&Request::flush());
+        self.expect("the guest's flush is done".into(), Content::flush);
+    }
+
+    /// The front-end goes, and the volume is detached.
+    #[track_caller]
+    pub fn detach(self, script: &Script) {
+        let Guest { volume, session, host, .. } = self;
+        drop(session);
+        script.run(&["detach", &volume]);
+        // Durable when it is answered, although nobody promised it to the guest.
+        let id = volume.clone();
+        script.promise(&format!("{volume} is detached"), move |expect| expect.content(&id).flush());
+        let status = host.wait();
+        assert!(status.success(), "attach ended with {status}");
+    }
+}

@@ -1,0 +1,107 @@
+//! The life of a volume, cut everywhere.
+
+use super::expect::Content;
+use super::explore::explore;
+use super::script::{Script, traced};
+use super::trace::Trace;
+
+/// A volume's sectors: enough for several pages, few enough to be read often.
+pub const SECTORS: usize = 256;
+
+/// Fails if any state is wrong.
+#[track_caller]
+pub fn survives(trace: &Trace) {
+    let tried = explore(trace, 0).unwrap_or_else(|failure| panic!("{failure:?}"));
+    println!("{tried}");
+}
+
+/// A volume is made, with these arguments, in an empty store.
+pub fn create(script: &mut Script, arguments: &[&str]) {
+    script.start();
+    script.create(Content::zeros(SECTORS), arguments);
+}
+
+/// Of two volumes, one is deleted.
+pub fn delete(script: &mut Script) {
+    let ids = [(); 2].map(|()| script.create(Content::zeros(SECTORS), &["--unencrypted"]));
+    script.start();
+    script.delete(&ids[0]);
+}
+
+/// A volume is attached for the first time, written to in every way, and detached.
+pub fn first_attach(script: &mut Script, arguments: &[&str]) {
+    let id = script.create(Content::zeros(SECTORS), arguments);
+    script.start();
+    let mut guest = script.attach(&id);
+    guest.write(0, 8);
+    guest.write(13, 30);
+    guest.flush();
+    guest.write(4, 24);
+    guest.write_zeroes(20, 9, false);
+    guest.flush();
+    guest.write(5, 2);
+    guest.discard(8, 16);
+    guest.write(100, 3);
+    guest.flush();
+    guest.write_zeroes(0, 8, true);
+    guest.write(2, 4);
+    guest.write(250, 6);
+    guest.detach(script);
+}
+
+/// The same with sectors of 4096 bytes.
+pub fn large_sectors(script: &mut Script) {
+    let id = script.create(Content::zeros(SECTORS), &["--unencrypted", "--sector-size", "4096"]);
+    script.start();
+    let mut guest = script.attach(&id);
+    guest.write(0, 24);
+    guest.flush();
+    guest.write(8, 8);
+    guest.discard(0, 16);
+    guest.write(16, 8);
+    guest.flush();
+    guest.detach(script);
+}
+
+/// A volume's data key is wrapped by another KMS key, while it is attached and while it is not.
+pub fn rewrapped(script: &mut Script) {
+    let keys = [(); 2].map(|()| script.create_key(&[]));
+    let id = script.create(Content::zeros(SECTORS), &["--key", &keys[0]]);
+    let mut guest = script.attach(&id);
+    guest.write(0, 8);
+    script.start();
+    script.rewrap(&id, &keys[0], &keys[1]);
+    guest.write(4, 8);
+    guest.detach(script);
+    script.rewrap(&id, &keys[1], &keys[0]);
+}
+
+#[test]
+fn an_encrypted_volume_is_made() {
+    survives(&traced(|script| create(script, &[])));
+}
+
+#[test]
+fn a_preallocated_unencrypted_volume_is_made() {
+    survives(&traced(|script| create(script, &["--unencrypted", "--preallocate", "--name", "a"])));
+}
+
+#[test]
+fn a_volume_is_deleted() {
+    survives(&traced(delete));
+}
+
+#[test]
+fn a_volume_is_sealed_and_written_to() {
+    survives(&traced(|script| first_attach(script, &[])));
+}
+
+#[test]
+fn an_unencrypted_volume_with_large_sectors_is_written_to() {
+    survives(&traced(large_sectors));
+}
+
+#[test]
+fn a_volume_is_rewrapped() {
+    survives(&traced(rewrapped));
+}
