@@ -266,7 +266,7 @@ fn the_helper_puts_the_key_into_no_file() {
     let metadata = place.metadata();
     let wrapped = &metadata.keys()[0].wrapped;
     let request = serde_json::json!({
-        "volume": metadata.id(), "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+        "owner": {"volume": metadata.id()}, "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
     });
     let path = place.folder().join("trap");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
