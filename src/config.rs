@@ -9,9 +9,12 @@
 //! attach-grants = true             # each attach makes a grant, and retires it at detach
 //! grantee-principal = "arn:aws:…"  # whose grants at AWS KMS: the principal of this host
 //! ```
+//!
+//! and `[[event-sink]]` tables ([`sinks`]).
 #![forbid(unsafe_code)]
 
 pub mod edit;
+pub mod sinks;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::key_ref::Locality;
@@ -42,6 +45,8 @@ pub struct Settings {
     pub attach_grants: bool,
     /// The ARN of the principal as which this host asks AWS KMS; the grants are made for it.
     pub grantee_principal: Option<String>,
+    /// To whom events are delivered.
+    pub event_sinks: Vec<sinks::Sink>,
 }
 
 impl Default for Settings {
@@ -54,6 +59,7 @@ impl Default for Settings {
             kms_patience: Duration::from_secs(60),
             attach_grants: true,
             grantee_principal: None,
+            event_sinks: Vec::new(),
         }
     }
 }
@@ -94,6 +100,8 @@ struct Written {
     kms_patience: Option<u64>,
     attach_grants: Option<bool>,
     grantee_principal: Option<String>,
+    #[serde(default)]
+    event_sink: Vec<sinks::WrittenSink>,
 }
 
 impl TryFrom<Written> for Settings {
@@ -109,6 +117,7 @@ impl TryFrom<Written> for Settings {
             kms_patience: w.kms_patience.map_or(default.kms_patience, Duration::from_secs),
             attach_grants: w.attach_grants.unwrap_or(default.attach_grants),
             grantee_principal: w.grantee_principal,
+            event_sinks: sinks::parse(w.event_sink)?,
         };
         if settings.default_key.trim().is_empty() {
             return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
@@ -164,8 +173,30 @@ mod tests {
             kms_patience: Duration::ZERO,
             attach_grants: false,
             grantee_principal: Some("arn:aws:iam::123456789012:role/host".into()),
+            event_sinks: Vec::new(),
         };
         assert_eq!(settings.unwrap(), expected);
+    }
+
+    #[test]
+    fn event_sinks_are_commands_or_urls() {
+        let settings = Settings::parse(
+            "[[event-sink]]\nname = 'a'\ncommand = ['/bin/x', 'y']\ntimeout = 5\n\
+             [[event-sink]]\nname = 'b-2'\nurl = 'http://[::1]:80/e?x=1'\n",
+        );
+        let expected = [
+            sinks::Sink {
+                name: "a".into(),
+                target: sinks::Target::Command(vec!["/bin/x".into(), "y".into()]),
+                timeout: Duration::from_secs(5),
+            },
+            sinks::Sink {
+                name: "b-2".into(),
+                target: sinks::Target::Http("http://[::1]:80/e?x=1".parse().unwrap()),
+                timeout: Duration::from_secs(30),
+            },
+        ];
+        assert_eq!(settings.unwrap().event_sinks, expected);
     }
 
     #[test]
@@ -177,6 +208,19 @@ mod tests {
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),
             ("region = ", "region"),
+            ("[[event-sink]]\nname = 'A'\nurl = 'http://h/'", "name is 1 to 64"),
+            ("[[event-sink]]\nname = 'a'", "either command or url"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\ncommand = ['/x']", "either command or url"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'https://h/'", "https is not spoken"),
+            ("[[event-sink]]\nname = 'a'\nurl = '/h'", "with a host"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://u:p@h/'", "name or password"),
+            ("[[event-sink]]\nname = 'a'\ncommand = ['page']", "absolute path"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\ntimeout = 0", "1 to 600"),
+            ("[[event-sink]]\nname = 'a'\nurl = 'http://h/'\nretries = 1", "unknown field"),
+            (
+                "[[event-sink]]\nname = 'a'\ncommand = ['/x']\n[[event-sink]]\nname = 'a'\ncommand = ['/y']",
+                "two event sinks",
+            ),
             ("kms-patience = 3601", "at most 3600"),
             ("kms-patience = -1", "kms-patience"),
             ("attach-grants = 1", "boolean"),

@@ -4,6 +4,7 @@
 //! The fuzzer drives these (`ci/fuzz`), and `tests/corpus.rs` includes this file and replays the kept inputs in
 //! `corpus/<target>/` in an ordinary test. So it uses nothing of the fuzzer's, and only public parts of sealblk.
 
+pub mod audit_log;
 pub mod config_space;
 pub mod gate;
 pub mod input;

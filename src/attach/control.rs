@@ -3,16 +3,21 @@
 //! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when everything is
 //! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
 
+pub mod conversation;
 mod serve;
 
 pub use serve::{Control, Orders, Waiting};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::qos::Limits;
-use crate::volume::VolumeId;
 use crate::volume::catalog::Catalog;
-use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::lock::{Held, Purpose};
+use crate::volume::metadata::KeyRecord;
 use crate::volume::rewrap::Rewrapped;
+use crate::volume::tags::Tags;
+use crate::volume::{LayerId, VolumeId};
+use conversation::Frozen;
+use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -21,8 +26,8 @@ use std::time::Duration;
 
 /// The socket's name in the volume's folder.
 const FILE: &str = "control.sock";
-/// The longest line in bytes: a wrapped key of 6144 bytes in base64, an ARN, and some words.
-const MAX_LINE: u64 = 16 << 10;
+/// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and 50 tags in any script.
+const MAX_LINE: u64 = 1 << 20;
 /// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -32,8 +37,17 @@ enum Request {
     // With braces: serde would take unknown fields otherwise.
     Detach {},
     Status {},
-    Throttle { iops: u64, throughput: u64, burst_ms: u64 },
+    Throttle {
+        iops: u64,
+        throughput: u64,
+        burst_ms: u64,
+    },
     Rewrap(Box<Rewrapped>),
+    /// The beginning of a [`conversation`].
+    Snapshot {
+        description: String,
+        tags: Box<Tags>,
+    },
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -43,6 +57,9 @@ enum Answer {
     Status(Status),
     Throttled,
     Rewrapped,
+    NewLayer { id: LayerId },
+    Held,
+    Frozen(Frozen),
     Failed { kind: String, message: String },
 }
 
@@ -70,6 +87,13 @@ pub struct UsedKey {
     pub provider: String,
     /// The key's canonical id.
     pub key_id: String,
+}
+
+impl UsedKey {
+    /// That which wraps a data key.
+    pub fn of(key: &KeyRecord) -> Self {
+        UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() }
+    }
 }
 
 /// Asks the process that has `volume` attached to let it go, and waits until it has.
@@ -103,37 +127,51 @@ pub fn status(catalog: &Catalog, volume: VolumeId) -> Result<Status> {
 
 /// Sends a request and waits for the answer, as long as `patience` says; without one, as long as it takes.
 fn ask(catalog: &Catalog, volume: VolumeId, request: &Request, patience: Option<Duration>) -> Result<Answer> {
+    let client = connect(catalog, volume)?;
+    client.set_read_timeout(patience)?;
+    exchange(&client, request)
+}
+
+/// # Errors
+/// `NotFound` if `volume` is not attached; if the process that has it does not listen, that.
+fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
     let holder = match catalog.held(volume)? {
         Held::By(holder) if holder.purpose == Purpose::Attach => holder,
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
         other => return Err(crate::volume::lock::busy(volume, &other)),
     };
     let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
-    let client = client.map_err(|e| not_reached(&holder, &e))?;
-    client.set_read_timeout(patience)?;
-    say(&client, request)?;
+    client.map_err(|e| not_reached(&holder.pid.to_string(), &e))
+}
+
+fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
+    say(client, what)?;
+    receive(client)
+}
+
+fn receive(client: &UnixStream) -> Result<Answer> {
+    // Who listens is not changed by anybody but the process that does.
+    let pid = getsockopt(client, sockopt::PeerCredentials).map_or("?".into(), |c| c.pid().to_string());
     let mut line = String::new();
-    let heard = BufReader::new(&client).take(MAX_LINE).read_line(&mut line);
-    heard.map_err(|e| not_reached(&holder, &e.into()))?;
+    let heard = BufReader::new(client).take(MAX_LINE).read_line(&mut line);
+    heard.map_err(|e| not_reached(&pid, &e.into()))?;
     match serde_json::from_str(&line) {
         Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message)),
         Ok(answer) => Ok(answer),
         Err(_) if line.is_empty() => {
-            let message = format!("process {} ended without a word; look at its log", holder.pid);
+            let message = format!("process {pid} ended without a word; look at its log");
             Err(Error::new(Kind::Other, message))
         }
         Err(_) => {
-            let message = format!("the answer of process {} is of another version of sealblk", holder.pid);
+            let message = format!("the answer of process {pid} is of another version of sealblk");
             Err(Error::new(Kind::Unsupported, message))
         }
     }
 }
 
-fn not_reached(holder: &Holder, e: &Error) -> Error {
-    let message = format!(
-        "process {} has it, but its control socket does not answer ({e}); SIGTERM ends it too",
-        holder.pid
-    );
+fn not_reached(pid: &str, e: &Error) -> Error {
+    let message =
+        format!("process {pid} has it, but its control socket does not answer ({e}); SIGTERM ends it too");
     Error::new(Kind::Other, message)
 }
 

@@ -8,17 +8,19 @@
 pub mod control;
 pub mod grants;
 mod helper;
-mod notify;
+pub(crate) mod notify;
 mod reach;
 mod record;
 pub mod rewrap;
 pub mod sandbox;
+mod snapshot;
 pub mod socket;
+mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
-use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::embedded::root_key::passphrase;
 use crate::kms::patience::Patience;
@@ -36,7 +38,7 @@ use crate::volume::image_lock;
 use crate::volume::io::{Disk, Layers};
 use crate::volume::layers::{self, Layer};
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::metadata::{KeyRecord, LayerRecord, Metadata};
+use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
@@ -49,6 +51,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use trail::KeysHeld;
 use unwrap::Refusal;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
@@ -127,8 +130,8 @@ pub fn attach(
     let lock =
         VolumeLock::acquire(&catalog.folder(volume), volume, &holder).map_err(|e| e.context(attempt()))?;
     let events = EventLog::new(catalog.root(), settings);
-    let Opened { geometry, layers, unwrapped_by, keeper } =
-        open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    let opened = open(catalog, &lock, &events, settings, options).map_err(|e| e.context(attempt()))?;
+    let Opened { mut held, geometry, metadata, seal_key, layers, keeper } = opened;
     drop(passphrase);
 
     let control = Control::bind(&catalog.folder(volume)).map_err(|e| e.context(attempt()))?;
@@ -147,8 +150,8 @@ pub fn attach(
     }
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
-    // Beside the queues': for the flush at the end, and for what is done in the background.
-    ring::prepare(usize::from(options.queues), 3).map_err(|e| cannot_serve(e).context(attempt()))?;
+    // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
+    ring::prepare(usize::from(options.queues), 4).map_err(|e| cannot_serve(e).context(attempt()))?;
     let files = reach::rules(catalog, volume, options, path.as_deref()).map_err(|e| e.context(attempt()))?;
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files);
     let confinement = confinement.map_err(|e| e.context(attempt()))?;
@@ -157,24 +160,27 @@ pub fn attach(
     let serial = options.serial.clone().unwrap_or_else(|| default_serial(volume));
     let disk = Disk::layered(geometry, &serial, layers::chain(&layers)).context(|| "open its layers");
     let disk = Arc::new(disk.map_err(|e| e.context(attempt()))?);
-    // From here on the disk alone has the keys.
-    drop(layers);
     let how = disk.describe();
-    let record = Arc::new(Record::new(catalog.clone(), lock));
+    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
+    let record = Record::new(catalog.clone(), lock, metadata, seal_key, layers, options.read_only);
+    let record = Arc::new(record);
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_snapshot, engine) = (record.clone(), options.engine);
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
         status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
     };
     let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let failure: Arc<Mutex<Option<String>>> = Arc::default();
     let inlet = inlet.seen_from_descriptors();
     let device = device(disk, inlet, options, &qos, &stop, &failure).map_err(|e| e.context(attempt()))?;
+    record.serve(&device);
     stop_on_signals(signals, stop.clone()).context(attempt)?;
     log::info!("{volume} is attached: {how}");
     ready(&Attached { volume, how: &how })?;
@@ -183,6 +189,7 @@ pub fn attach(
     let served = server::serve(&device, socket, &stop);
     manager.stopping();
     drop(name);
+    record.stop_serving();
     // Threads end, rings are drained; then what they wrote is made durable, and with the disk goes the key.
     let disk = device.disk();
     drop(device);
@@ -193,6 +200,10 @@ pub fn attach(
         Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
         None => result,
     };
+    if let Some(held) = &mut held {
+        held.ended(&result);
+    }
+    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     record.release();
@@ -202,13 +213,15 @@ pub fn attach(
     result
 }
 
-/// A volume's data, and what it took to have it. Nothing of it has a thread yet.
+/// A volume whose metadata has proved right, its data, and what it took to have it. Nothing of it has a thread yet.
 struct Opened {
+    /// That this process has the data keys: to be dropped after the layers, which have them.
+    held: Option<KeysHeld>,
     geometry: Geometry,
+    metadata: Metadata,
+    seal_key: Option<SealKey>,
     /// With their keys.
     layers: Vec<Layer>,
-    /// The KMS keys that unwrapped its data keys.
-    unwrapped_by: Vec<UsedKey>,
     keeper: Keeper,
 }
 
@@ -228,8 +241,11 @@ fn open(
     let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
+    // Before the keys, to be dropped after them.
+    let held;
     let (deks, keeper) = unwrap_all(catalog, &metadata, events, settings)?;
     seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
+    held = KeysHeld::begin(catalog.root(), &metadata)?;
     let Some(unit) = DataUnit::from_bytes(block_size as usize) else {
         unreachable!("sector sizes are data units");
     };
@@ -247,10 +263,8 @@ fn open(
         };
     }
     let geometry = Geometry { sectors: metadata.size() / 512, block_size, read_only: options.read_only };
-    let used =
-        |key: &KeyRecord| UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() };
-    let unwrapped_by = metadata.keys().iter().map(used).collect();
-    Ok(Opened { geometry, layers, unwrapped_by, keeper })
+    let seal_key = metadata.seal_key(&deks)?;
+    Ok(Opened { held, geometry, metadata, seal_key, layers, keeper })
 }
 
 /// Opens the layers of a volume, the top first. Only that is ever written.

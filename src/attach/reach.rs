@@ -7,6 +7,9 @@
 //! | `layers/<uuid>.img`, those below | likewise | read |
 //! | the folder of the VMM's socket | its name is removed at the end | remove |
 //!
+//! The audit log and its mark (`audit.jsonl`, `audit-….plain`) are written at the end through descriptors that are open
+//! since the first record.
+//!
 //! A line of this table is a line of [`rules`]. What is not there needs no rule if a descriptor of it came in time, by
 //! opening it before or from a control client: Landlock asks at opening. A rule for a whole shared folder, such as
 //! `layers/`, would let a taken-over process at every other volume's files; rather let a client pass what it has made.

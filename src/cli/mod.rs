@@ -7,6 +7,7 @@
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod attach;
+pub mod audit;
 pub mod doctor;
 pub mod events;
 pub mod filter;
@@ -15,6 +16,7 @@ pub mod key;
 pub mod kms;
 pub mod output;
 mod provider;
+mod receipt;
 pub mod settings;
 pub mod size;
 pub mod snapshot;
@@ -108,6 +110,9 @@ enum Command {
     Settings(settings::Command),
     /// Show what happened to volumes.
     Events(events::Args),
+    /// Show who used which key when, and check that the record of it is whole.
+    #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
+    Audit(audit::Command),
     /// Clear away what interrupted commands left, and grants of attaches that did not end well.
     Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
@@ -136,6 +141,7 @@ impl Command {
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
+            Command::Audit(command) => audit::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),

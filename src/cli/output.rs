@@ -18,6 +18,11 @@ pub fn print(text: &str) -> Result<Want> {
     }
 }
 
+/// Says something on standard error, beside the results. Who has closed that does not want to know.
+pub fn tell(text: &str) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
 /// Prints a JSON value and a newline.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(std::io::Error::from).context(|| "print JSON")?;

@@ -1,13 +1,14 @@
 //! `sealblk snapshot`: make, list, show, tag and delete snapshots.
 #![forbid(unsafe_code)]
 
+mod copy;
+mod create;
+
 use super::filter::{self, Filter, Tag};
-use super::{Env, output, provider, size};
-use crate::attach::sandbox;
+use super::{Env, output, size};
 use crate::error::{Context, Result};
 use crate::volume::catalog::Catalog;
-use crate::volume::freeze;
-use crate::volume::snapshot::{Entry, Label, Snapshot};
+use crate::volume::snapshot::{Entry, Snapshot};
 use crate::volume::tags::Tags;
 use serde_json::{Value, json};
 
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Make a snapshot of a volume, which takes the same short time whatever the volume's size.
-    Create(CreateArgs),
+    Create(create::CreateArgs),
     /// List the snapshots.
     #[command(after_help = "\
 Examples:
@@ -25,6 +26,8 @@ Examples:
     /// Show one snapshot.
     #[command(after_help = "Example:\n  sealblk snapshot show snap-0a1b")]
     Show(OneSnapshot),
+    /// Copy a snapshot.
+    Copy(copy::CopyArgs),
     /// Delete a snapshot, and the data that nothing else uses.
     #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
     Delete(OneSnapshot),
@@ -34,28 +37,6 @@ Examples:
     /// Take tags away from a snapshot.
     #[command(after_help = "Example:\n  sealblk snapshot untag snap-0a1b env")]
     Untag(UntagArgs),
-}
-
-/// What `snapshot create` takes.
-#[derive(clap::Args)]
-#[command(after_help = "\
-Examples:
-  sealblk snapshot create db
-  sealblk snapshot create db --name nightly --description 'before the upgrade' --tag env=prod
-
-It holds what was flushed before, and possibly what was not. Prints the new snapshot's id.")]
-pub struct CreateArgs {
-    /// The volume: its id, the first digits of its id, or its name.
-    volume: String,
-    /// What it is for, in at most 255 characters.
-    #[arg(long, default_value = "", hide_default_value = true)]
-    description: String,
-    /// A name, the same as --tag Name=NAME: to be used in place of the id while no other snapshot has it.
-    #[arg(long)]
-    name: Option<String>,
-    /// A tag; may be given several times.
-    #[arg(long, value_name = "KEY=VALUE")]
-    tag: Vec<Tag>,
 }
 
 /// What `snapshot list` takes.
@@ -97,31 +78,13 @@ pub struct UntagArgs {
 /// Runs one of the commands.
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
-        Command::Create(args) => create(env, args),
+        Command::Create(args) => create::run(env, args),
+        Command::Copy(args) => copy::run(env, args),
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show(env, &args.snapshot),
         Command::Delete(args) => delete(env, &args.snapshot),
         Command::Tag(args) => retag(env, &args.snapshot, |tags| filter::set(tags, &args.tags)),
         Command::Untag(args) => retag(env, &args.snapshot, |tags| filter::remove(tags, &args.keys)),
-    }
-}
-
-fn create(env: &Env, args: CreateArgs) -> Result<()> {
-    let (catalog, settings) = (env.catalog(), env.settings()?);
-    let mut tags = Tags::default();
-    filter::set(&mut tags, &args.tag)?;
-    if let Some(name) = &args.name {
-        tags.set("Name", name)?;
-    }
-    let label = Label::new(args.description, tags)?;
-    let volume = catalog.resolve(&args.volume)?;
-    // This process sees the data key, to seal what it makes.
-    sandbox::harden()?;
-    let unwrap = provider::unwrap(env);
-    let made = freeze::snapshot(&catalog, &env.events(&settings), volume, label, &unwrap)?;
-    match env.json {
-        true => output::print_json(&description(&catalog, &made)),
-        false => output::print(&format!("{}\n", made.id())).map(drop),
     }
 }
 

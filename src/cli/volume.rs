@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod create;
+mod resize;
 mod rewrap;
 mod show;
 mod tag;
@@ -30,8 +31,18 @@ Examples:
     /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
     Rewrap(rewrap::RewrapArgs),
     /// Delete a volume and its data, unless it is attached.
-    #[command(after_help = "Example:\n  sealblk volume delete db")]
-    Delete(OneVolume),
+    #[command(after_help = "\
+Examples:
+  sealblk volume delete db
+  sealblk volume delete db --shred --json > receipt.json
+
+Without its data key a volume's data is noise. --shred overwrites every wrapped copy of the data key in the store before
+it removes it, and prints a receipt: what was destroyed, and what is outside its reach. Whoever kept a copy of
+volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
+else needs it.")]
+    Delete(DeleteArgs),
+    /// Make a volume larger.
+    Resize(resize::ResizeArgs),
     /// Give a volume tags.
     #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
     Tag(tag::TagArgs),
@@ -49,6 +60,18 @@ pub struct ListArgs {
     filter: Vec<Filter>,
 }
 
+/// What `volume delete` takes.
+#[derive(clap::Args)]
+pub struct DeleteArgs {
+    #[command(flatten)]
+    volume: OneVolume,
+    /// Overwrite every wrapped copy of its data key, and print a receipt.
+    #[arg(long)]
+    shred: bool,
+}
+/// The filters of volumes, but for those of tags.
+pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
+
 /// A command on one volume.
 #[derive(clap::Args)]
 pub struct OneVolume {
@@ -63,14 +86,15 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),
-        Command::Delete(args) => delete(env, &args.volume),
+        Command::Delete(args) => delete(env, &args),
+        Command::Resize(args) => resize::run(env, &args),
         Command::Tag(args) => tag::tag(env, &args),
         Command::Untag(args) => tag::untag(env, &args),
     }
 }
 
 fn list(env: &Env, filters: &[Filter]) -> Result<()> {
-    filter::check(filters, &["id", "name", "status", "encrypted", "snapshot-id"])?;
+    filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
     if !filters.is_empty() {
@@ -101,7 +125,8 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     output::print(&output::table(&rows)).map(drop)
 }
 
-fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
+/// Whether a volume is one of those that `filters` mean.
+pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
     let status = match entry.metadata {
         Ok(_) => show::state(&catalog.held(entry.id)?),
         Err(_) => "damaged",
@@ -144,9 +169,13 @@ fn yes_or_no(it: bool) -> &'static str {
     if it { "yes" } else { "no" }
 }
 
-fn delete(env: &Env, reference: &str) -> Result<()> {
+fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
     let (catalog, events) = (env.catalog(), env.events(&env.settings()?));
-    let id: VolumeId = catalog.resolve(reference)?;
+    let id: VolumeId = catalog.resolve(&args.volume.volume)?;
+    if args.shred {
+        let receipt = lifecycle::shred(&catalog, &events, id)?;
+        return super::receipt::print(env, &receipt);
+    }
     lifecycle::delete(&catalog, &events, id)?;
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),

@@ -10,6 +10,7 @@ pub mod errors;
 pub mod grant;
 pub mod key_ref;
 pub mod patience;
+mod recorded;
 pub mod server;
 
 pub use context::EncryptionContext;
@@ -18,6 +19,7 @@ pub use grant::{Grant, GrantRequest};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::config::Settings;
+use crate::observe::audit::AuditKey;
 use crate::root::Root;
 use patience::Patience;
 use zeroize::Zeroizing;
@@ -151,6 +153,11 @@ pub trait KeyProvider: Send + Sync {
     fn retire_grant(&self, _grant: &Grant) -> Result<(), KmsError> {
         Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
     }
+
+    /// What audit records can be authenticated with; a KMS elsewhere has nothing for that.
+    fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
+        Ok(None)
+    }
 }
 
 /// What a provider can do besides wrapping and unwrapping.
@@ -162,6 +169,7 @@ pub struct Capabilities {
 }
 
 /// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of its settings.
+/// What it is used for goes into the store's audit log.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
 pub fn open_provider(root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
@@ -174,13 +182,14 @@ pub fn open_patient_provider(
     name: &str,
     patience: Option<Patience>,
 ) -> Result<Box<dyn KeyProvider>, KmsError> {
-    match name {
-        "embedded" => Ok(Box::new(embedded::Embedded::open(root)?)),
+    let provider: Box<dyn KeyProvider> = match name {
+        "embedded" => Box::new(embedded::Embedded::open(root)?),
         "aws" => {
             let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
             let patience = patience.unwrap_or(Patience(settings.kms_patience));
-            Ok(Box::new(aws::Aws::open(patience, settings.grantee_principal)?))
+            Box::new(aws::Aws::open(patience, settings.grantee_principal)?)
         }
-        name => Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
-    }
+        name => return Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
+    };
+    Ok(Box::new(recorded::Recorded::new(root, provider)?))
 }

@@ -80,6 +80,34 @@ impl Event {
         Event { name, result: "failed", cause, request_id: None, volume, kms_key, snapshot: None }
     }
 
+    /// `modifyVolume`: how far it has come, `modifying`, `optimizing` or `completed`.
+    pub fn modify_volume(volume: VolumeId, result: &'static str) -> Self {
+        let request_id = Some(Uuid::new_v4());
+        let cause = String::new();
+        Event { name: "modifyVolume", result, cause, request_id, volume, kms_key: None, snapshot: None }
+    }
+
+    /// `modifyVolume`: `failed`, for a cause.
+    pub fn modify_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
+        Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
+    }
+
+    /// `copySnapshot` of `source`, which is of `volume`, to data that the two share: `succeeded`, or `failed` for a cause.
+    pub fn copy_snapshot(
+        source: SnapshotId,
+        volume: VolumeId,
+        result: Result<SnapshotId, String>,
+        start: Timestamp,
+    ) -> Self {
+        let incremental = result.is_ok().then_some(true);
+        let mut event = Self::create_snapshot(volume, result, start);
+        event.name = "copySnapshot";
+        if let Some(snapshot) = &mut event.snapshot {
+            (snapshot.source, snapshot.incremental) = (Some(source), incremental);
+        }
+        event
+    }
+
     /// `createSnapshot`: `succeeded`, or `failed` for a cause.
     pub fn create_snapshot(volume: VolumeId, result: Result<SnapshotId, String>, start: Timestamp) -> Self {
         let snapshot = OfSnapshot {

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::time::Duration;
 use time::format_description::BorrowedFormatItem;
-use time::macros::format_description;
+use time::macros::{datetime, format_description};
 use time::{OffsetDateTime, PrimitiveDateTime};
 
 const FORMAT: &[BorrowedFormatItem<'_>] =
@@ -20,6 +21,13 @@ impl Timestamp {
         let now = OffsetDateTime::now_utc();
         let whole = now.replace_nanosecond(0).expect("0 is a valid nanosecond");
         Timestamp(PrimitiveDateTime::new(whole.date(), whole.time()))
+    }
+
+    /// So long ago, by the clock; the beginning of time at most.
+    pub fn ago(duration: Duration) -> Self {
+        let Timestamp(now) = Timestamp::now();
+        let then = time::Duration::try_from(duration).ok().and_then(|duration| now.checked_sub(duration));
+        Timestamp(then.unwrap_or(PrimitiveDateTime::MIN).max(datetime!(0000-01-01 0:00)))
     }
 }
 
@@ -58,5 +66,12 @@ mod tests {
         {
             assert!(Timestamp::try_from(bad.to_string()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn long_ago_is_still_a_time() {
+        let now = Timestamp::now();
+        assert!(Timestamp::ago(Duration::from_secs(60)) < now);
+        assert_eq!(Timestamp::ago(Duration::MAX).to_string(), "0000-01-01T00:00:00Z");
     }
 }

@@ -16,32 +16,35 @@ use super::references::StoreLock;
 use super::snapshot::{Label, Snapshot};
 use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
-use crate::observe::Timestamp;
-use crate::observe::events::{Event, EventLog};
 use crate::store::file::FileStore;
 
 /// How a data key is unwrapped for the moment; the error's cause is the KMS's own words.
 pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
 
-/// A freeze that has begun: the new top layer is there, and nothing uses it yet.
+/// A freeze that has begun: what the new top layer will be is noted, and nothing uses it yet.
 #[must_use = "the freeze counts once it is committed"]
 pub struct Freeze {
     new_top: LayerRecord,
+    maker: Maker,
 }
 
-/// A freeze after its commit: the volume writes to its new top layer.
-#[must_use = "without its record the snapshot is lost"]
-pub struct Frozen {
-    snapshot: Snapshot,
+/// Who makes the new layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Maker {
+    /// A command, which reaches all of the store.
+    Command,
+    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]).
+    Host,
 }
 
 impl Freeze {
-    /// Makes the new top layer. The volume may be written to meanwhile.
+    /// Notes which layer is going to be made; [`make_layer`] makes it, without data. The volume may be written to
+    /// meanwhile.
     ///
     /// # Errors
     /// `Unsupported` if the volume has as many layers as it can have; those of the file system. The volume is as it
     /// was.
-    pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<Self> {
+    pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata, maker: Maker) -> Result<Self> {
         if metadata.layers().len() >= MAX_LAYERS {
             let id = metadata.id();
             let message = format!(
@@ -52,8 +55,7 @@ impl Freeze {
         }
         let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
         Pending::NewTop(new_top.id).store(catalog, lock)?;
-        make_layer(catalog, &new_top, false).inspect_err(|_| undo(catalog, lock))?;
-        Ok(Freeze { new_top })
+        Ok(Freeze { new_top, maker })
     }
 
     /// The layer that is going to take the writes.
@@ -61,8 +63,9 @@ impl Freeze {
         &self.new_top
     }
 
-    /// Gives the volume its new top layer, durably. **The caller has synced the old top (fdatasync), and nothing has
-    /// been written to it since**; nothing is ever written to it again.
+    /// Gives the volume its new top layer, durably, and answers the snapshot. **The new layer is there, durable and
+    /// empty. The old top was synced (fdatasync), nothing has been written to it since**, and nothing ever is again. The
+    /// snapshot is there once it is [noted](note).
     ///
     /// `key` seals the volume; none for an unencrypted one.
     ///
@@ -75,72 +78,109 @@ impl Freeze {
         metadata: &mut Metadata,
         label: Label,
         key: Option<&SealKey>,
-    ) -> Result<Frozen> {
+    ) -> Result<Snapshot> {
         let snapshot = Snapshot::of(metadata, SnapshotId::random(), label, key);
         let mut next = metadata.clone();
         next.layout = metadata.layout().with_new_top(self.new_top);
         next.reseal(key);
-        catalog.store(lock, &mut next).inspect_err(|_| undo(catalog, lock))?;
+        catalog.store(lock, &mut next).inspect_err(|_| self.undo(catalog, lock))?;
         *metadata = next;
-        Ok(Frozen { snapshot })
+        if let Err(e) = catalog.forget_pending(lock) {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+        Ok(snapshot)
     }
 
     /// Takes it back: the new layer is removed.
     pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
-        undo(catalog, lock);
+        self.undo(catalog, lock);
+    }
+
+    /// Goes by what `volume.json` says now: a replacement that failed may have come far enough to be seen.
+    fn undo(&self, catalog: &Catalog, lock: &VolumeLock) {
+        let undone = match self.maker {
+            Maker::Command => {
+                catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata))
+            }
+            Maker::Host => self.forget_own(catalog, lock),
+        };
+        if let Err(e) = undone {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+    }
+
+    /// What the confined process can do: the layer's other name is the client's to remove, or, while the note is there,
+    /// that of whoever takes the volume next.
+    fn forget_own(&self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
+        let named = catalog.load(lock.volume())?.layers().iter().any(|l| l.id == self.new_top.id);
+        if named || catalog.layer_path(self.new_top.id).exists() {
+            return Ok(());
+        }
+        let path = catalog.own_layer_path(lock.volume(), self.new_top.id);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::from(e).context(format!("remove {}", path.display())))
+            }
+            _ => catalog.forget_pending(lock),
+        }
     }
 }
 
-impl Frozen {
-    /// Writes the snapshot's record, with which the snapshot is there.
-    ///
-    /// # Errors
-    /// Those of the file system: there is no snapshot then, and the volume has a layer more.
-    pub fn finish(self, catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<Snapshot> {
-        let _store = StoreLock::acquire(catalog)?;
-        catalog.mark_frozen(metadata);
-        catalog.store_snapshot(&self.snapshot)?;
-        catalog.forget_pending(lock)?;
-        Ok(self.snapshot)
-    }
-}
-
-/// Goes by what `volume.json` says now: a replacement that failed may have come far enough to be seen.
-fn undo(catalog: &Catalog, lock: &VolumeLock) {
-    let undone = catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata));
-    if let Err(e) = undone {
-        log::warn!("{e}; the next command that has {} tries again", lock.volume());
-    }
-}
-
-/// Makes a snapshot of a volume that nobody has attached, and reports a `createSnapshot` event.
+/// Writes the record of a snapshot that was committed: with this it is there.
 ///
 /// # Errors
-/// `Busy`, naming the process that has it; `NotFound`; `Corrupt` for a volume that an attach would refuse; the KMS's;
-/// those of the file system.
-pub fn snapshot(
-    catalog: &Catalog,
-    events: &EventLog,
-    id: VolumeId,
-    label: Label,
-    unwrap: Unwrap<'_>,
-) -> Result<Snapshot> {
-    let started = Timestamp::now();
-    let made = take(catalog, id, label, unwrap);
-    let result = made.as_ref().map(|s| s.id()).map_err(|failure| failure.cause.clone());
-    events.record(&Event::create_snapshot(id, result, started));
-    made.map_err(|failure| failure.error.context(format!("make a snapshot of {id}")))
+/// `NotFound` if its volume has gone meanwhile; those of the file system. There is no snapshot then, and the volume has a
+/// layer more.
+pub fn note(catalog: &Catalog, snapshot: &Snapshot) -> Result<()> {
+    let _store = StoreLock::acquire(catalog)?;
+    // What names the layers until now: if it does not any more, they may be gone.
+    let volume = catalog.load(snapshot.volume())?;
+    let is_named = |layer: &LayerRecord| volume.layers().iter().any(|l| l.id == layer.id);
+    if !snapshot.layers().iter().all(is_named) {
+        let message = format!("{} was changed meanwhile; try again", volume.id());
+        return Err(Error::new(Kind::Busy, message));
+    }
+    catalog.mark_frozen(snapshot.layers());
+    catalog.store_snapshot(snapshot)
 }
 
-fn take(catalog: &Catalog, id: VolumeId, label: Label, unwrap: Unwrap<'_>) -> Result<Snapshot, Failure> {
-    let mut open = OpenDetached::open(catalog, id, Purpose::Snapshot, unwrap)?;
-    let freeze = Freeze::begin(catalog, &open.lock, &open.metadata)?;
-    if let Err(e) = open.top.file().sync_data() {
-        freeze.cancel(catalog, &open.lock);
-        return Err(Error::from(e).context("sync the top layer").into());
+/// A snapshot that is being made of a volume that nobody has attached. Dropped before the commit, it is none.
+pub struct Detached<'a> {
+    catalog: &'a Catalog,
+    open: OpenDetached,
+    freeze: Option<Freeze>,
+}
+
+impl<'a> Detached<'a> {
+    /// Takes the volume, makes the new layer and syncs the old one.
+    ///
+    /// # Errors
+    /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` for a volume that an attach would refuse; the
+    /// KMS's; those of the file system.
+    pub fn begin(catalog: &'a Catalog, id: VolumeId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
+        let open = OpenDetached::open(catalog, id, Purpose::Snapshot, unwrap)?;
+        let freeze = Freeze::begin(catalog, &open.lock, &open.metadata, Maker::Command)?;
+        let (path, size) = (catalog.layer_path(freeze.new_top.id), freeze.new_top.size);
+        let begun = Detached { catalog, open, freeze: Some(freeze) };
+        make_layer(&path, size, false)?;
+        begun.open.top.file().sync_data().context(|| "sync the top layer")?;
+        Ok(begun)
     }
-    let frozen = freeze.commit(catalog, &open.lock, &mut open.metadata, label, open.seal_key.as_ref())?;
-    Ok(frozen.finish(catalog, &open.lock, &open.metadata)?)
+
+    /// Freezes the old layer. The snapshot is there once it is [noted](note).
+    pub fn commit(mut self, label: Label) -> Result<Snapshot> {
+        let freeze = self.freeze.take().expect("it is taken here alone, and by drop");
+        let OpenDetached { lock, metadata, seal_key, .. } = &mut self.open;
+        freeze.commit(self.catalog, lock, metadata, label, seal_key.as_ref())
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        if let Some(freeze) = self.freeze.take() {
+            freeze.cancel(self.catalog, &self.open.lock);
+        }
+    }
 }
 
 /// A volume that this process has for a moment, to change its layers: proved right as an attach would, and sealed.

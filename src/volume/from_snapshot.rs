@@ -100,7 +100,10 @@ fn layout(
 }
 
 /// Whether `with` is the KMS key that the snapshot's top layer is under.
-pub(super) fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
+///
+/// # Errors
+/// The KMS's.
+pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
     let Some(top) = snapshot.layout().top().key.map(|n| &snapshot.keys()[n]) else { return Ok(false) };
     match with.provider.describe(with.key) {
         Ok(key) => Ok(top.provider == with.provider.name() && top.wrapped.key_id == key.key_id),

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 pub enum What {
     /// A layer's file that no volume and no snapshot names.
     Layer,
-    /// A file that never came to be renamed to what it was to be.
+    /// A file that never came to be renamed to what it was to be, or a layer's second name in its volume's folder.
     Temporary,
     /// A volume whose making or deleting was interrupted, with whatever of it is left.
     Volume,
@@ -109,7 +109,7 @@ impl Catalog {
                 found.extend(LeftOver::at(What::Volume, folder));
                 continue;
             }
-            let temporary = temporary_files(&folder)?.into_iter();
+            let temporary = temporary_files(&folder)?.into_iter().chain(self.own_layers(id)?);
             found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
             found.extend(LeftOver::at(What::Change, folder.join(pending::FILE)));
         }
@@ -152,7 +152,8 @@ impl Catalog {
     /// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.
     fn tidy(&self, id: VolumeId) -> Result<()> {
         let folder = self.folder(id);
-        if !folder.join(pending::FILE).exists() && temporary_files(&folder)?.is_empty() {
+        let is_tidy = temporary_files(&folder)?.is_empty() && self.own_layers(id)?.is_empty();
+        if is_tidy && !folder.join(pending::FILE).exists() {
             return Ok(());
         }
         let holder = Holder::this_process(Purpose::Recover, None)?;

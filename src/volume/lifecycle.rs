@@ -8,8 +8,10 @@
 use super::catalog::{self, Catalog};
 use super::id::VolumeId;
 use super::lock::{self, Holder, Purpose, VolumeLock};
-use super::metadata::{Geometry, KeyOwner, KeyRecord, LayerRecord, Metadata, VolumeName, encryption_context};
+use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
+use super::pending;
 use super::references::{CREATING, DELETING, StoreLock, remove_unnamed};
+use super::shred::{self, Receipt};
 use super::tags::{self, Tags};
 use crate::crypt::Dek;
 use crate::error::{Context, Error, Kind, Result};
@@ -66,6 +68,13 @@ impl Failure {
     /// The refusal of the provider of this name: its own words, and what can be done about `key`.
     pub(super) fn kms(e: KmsError, provider: &str, key: &str) -> Self {
         Failure { cause: e.to_string(), error: e.with_advice_of(provider, key) }
+    }
+}
+
+impl Failure {
+    /// The same, told of the volume whose snapshot was not made.
+    pub fn of(self, volume: VolumeId) -> Self {
+        Failure { cause: self.cause, error: self.error.context(format!("make a snapshot of {volume}")) }
     }
 }
 
@@ -150,16 +159,19 @@ fn fill(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
-    make_layer(catalog, metadata.top(), wanted.preallocate)
+    make_layer(&catalog.layer_path(metadata.top().id), metadata.size(), wanted.preallocate)
 }
 
-/// Makes a layer's file, which must not be there, without data; it is durable then.
-pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bool) -> Result<()> {
-    let path = catalog.layer_path(layer.id);
-    let attempt = || format!("make {} of {} bytes", path.display(), layer.size);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).context(attempt)?;
+/// Makes a layer's file at `path`, where there must be none, without data; it is durable then. Something names it
+/// already.
+///
+/// # Errors
+/// Those of the file system; `Unsupported` if it cannot set space aside.
+pub fn make_layer(path: &Path, size: u64, preallocate: bool) -> Result<()> {
+    let attempt = || format!("make {} of {size} bytes", path.display());
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(attempt)?;
     if preallocate {
-        let len = libc::off_t::try_from(layer.size).expect("Geometry: below 2^63");
+        let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {
             Errno::EOPNOTSUPP => {
                 let message = "this file system cannot set space aside; leave out --preallocate";
@@ -168,10 +180,10 @@ pub(super) fn make_layer(catalog: &Catalog, layer: &LayerRecord, preallocate: bo
             e => Error::from(e).context(attempt()),
         })?;
     } else {
-        file.set_len(layer.size).context(attempt)?;
+        file.set_len(size).context(attempt)?;
     }
     file.sync_all().context(attempt)?;
-    sync_dir(&catalog.root().layers())
+    sync_dir(path.parent().expect("a layer lies in a folder"))
 }
 
 /// The rename after which the volume is there.
@@ -188,14 +200,46 @@ fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
 /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` if its metadata cannot be read, since then
 /// nobody knows its layers. An error after the volume is gone says so.
 pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
+    delete_by(catalog, events, id, |folder, _| rename_durably(folder, catalog::FILE, DELETING))
+}
+
+/// As [`delete`], and overwrites the wrapped copies of the volume's data keys first.
+///
+/// # Errors
+/// Those of [`delete`]. After an error that says that the volume is deleted, the next delete or create finishes it.
+pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Receipt> {
+    let mut receipt = delete_by(catalog, events, id, |folder, metadata| {
+        let mut receipt = Receipt::new(catalog, metadata)?;
+        replace_file(&folder.join(DELETING), &shred::without_wrapped_keys(metadata)?)?;
+        rename_durably(folder, catalog::FILE, shred::FILE)?;
+        receipt.destroyed = shred::destroy_all(folder).context(
+            || "it is deleted, but its wrapped keys are not all overwritten; the next delete tries again",
+        )?;
+        Ok(receipt)
+    })?;
+    receipt.layers.retain(|layer| !layer.exists());
+    Ok(receipt)
+}
+
+/// Deletes a volume; `let_go` renames its metadata, after which it is not there any more.
+fn delete_by<T>(
+    catalog: &Catalog,
+    events: &EventLog,
+    id: VolumeId,
+    let_go: impl FnOnce(&Path, &Metadata) -> Result<T>,
+) -> Result<T> {
     let folder = catalog.folder(id);
     let holder = Holder::this_process(Purpose::Delete, None)?;
     let attempt = || format!("delete {id}");
     let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
     let metadata = catalog.load(id).context(attempt)?;
     catalog.recover(&lock, &metadata).context(attempt)?;
-    rename_durably(&folder, catalog::FILE, DELETING).context(attempt)?;
-    events.record(&Event::delete_volume(id));
+    let done = let_go(&folder, &metadata);
+    if done.is_ok() || !folder.join(catalog::FILE).exists() {
+        shred::record_destroyed(catalog, &metadata, &done);
+        events.record(&Event::delete_volume(id));
+    }
+    let done = done.context(attempt)?;
     let store = StoreLock::acquire(catalog)?;
     clear(catalog, &metadata, &store).context(|| {
         format!(
@@ -203,7 +247,7 @@ pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> 
         )
     })?;
     clear_remains(catalog, &store);
-    Ok(())
+    Ok(done)
 }
 
 /// # Errors
@@ -240,6 +284,7 @@ fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()
 
 fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
     let folder = catalog.folder(id);
+    shred::finish(&folder)?;
     std::fs::remove_dir_all(&folder).context(|| format!("remove {}", folder.display()))?;
     sync_dir(&catalog.root().volumes())
 }
@@ -297,7 +342,8 @@ fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
             // Of a host process that was killed.
             continue;
         }
-        if ![lock::FILE, tags::FILE].contains(&name) && !name.ends_with(".tmp") {
+        let is_ours = [lock::FILE, tags::FILE].contains(&name) || pending::is_layer_name(name);
+        if !is_ours && !name.ends_with(".tmp") {
             return Ok(false);
         }
     }

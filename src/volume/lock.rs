@@ -31,6 +31,8 @@ pub enum Purpose {
     Delete,
     /// A snapshot of it is being made.
     Snapshot,
+    /// It is being made larger.
+    Resize,
     /// What an interrupted command left of it is being cleared up.
     Recover,
     /// Its data keys are being wrapped anew.
@@ -74,6 +76,7 @@ impl fmt::Display for Holder {
             Purpose::Create => "is being made",
             Purpose::Delete => "is being deleted",
             Purpose::Snapshot => "is being made a snapshot of",
+            Purpose::Resize => "is being made larger",
             Purpose::Recover => "is being tidied up",
             Purpose::Rewrap => "is being rewrapped",
         };

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod catalog;
+pub mod copy;
 pub mod freeze;
 pub mod from_snapshot;
 pub mod gc;
@@ -20,8 +21,10 @@ pub mod map;
 pub mod metadata;
 mod pending;
 mod references;
+pub mod resize;
 pub mod rewrap;
 pub mod seal;
+pub mod shred;
 pub mod snapshot;
 pub mod tags;
 

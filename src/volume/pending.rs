@@ -7,12 +7,13 @@
 use super::catalog::{Catalog, read_bounded};
 use super::id::{LayerId, VolumeId};
 use super::lock::VolumeLock;
-use super::metadata::{Metadata, written};
+use super::metadata::{LayerRecord, Metadata, written};
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{replace_file, sync_dir};
 use serde::{Deserialize, Serialize};
 use std::fs::{OpenOptions, Permissions};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 /// The file's name in the volume's folder.
 pub(super) const FILE: &str = "pending.json";
@@ -69,6 +70,7 @@ impl Pending {
         replace_file(&catalog.folder(lock.volume()).join(FILE), &written::to_json(&written))
     }
 
+    /// The second names were removed before.
     fn undo(self, catalog: &Catalog, metadata: &Metadata) -> Result<()> {
         match self {
             Pending::NewTop(id) if metadata.layers().iter().any(|l| l.id == id) => Ok(()),
@@ -94,6 +96,11 @@ impl Pending {
     }
 }
 
+/// Whether a file of this name is a layer's.
+pub(super) fn is_layer_name(name: &str) -> bool {
+    name.strip_suffix(".img").is_some_and(|id| id.parse::<LayerId>().is_ok())
+}
+
 impl Catalog {
     /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in between. For
     /// whoever has the volume, before he looks at its layers.
@@ -102,15 +109,48 @@ impl Catalog {
     /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours.
     pub fn recover(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
+        self.forget_own_layers(lock)?;
         let Some(pending) = Pending::load(self, metadata.id())? else { return Ok(()) };
         log::info!("{}: an interrupted command left {pending:?}", metadata.id());
         pending.undo(self, metadata)?;
-        self.mark_frozen(metadata);
+        self.mark_frozen(&metadata.layers()[1..]);
         self.forget_pending(lock)
     }
 
+    /// A layer as the process that has the volume attached has made it: in the volume's folder, since it reaches no
+    /// other. It is a second name of [`Catalog::layer_path`], until the volume is given up.
+    pub fn own_layer_path(&self, volume: VolumeId, layer: LayerId) -> PathBuf {
+        self.folder(volume).join(format!("{layer}.img"))
+    }
+
+    /// Gives a layer that was made in a volume's folder the name by which it will be known, durably. Something names
+    /// it already.
+    pub fn link_own_layer(&self, volume: VolumeId, layer: LayerId) -> Result<()> {
+        let (from, to) = (self.own_layer_path(volume, layer), self.layer_path(layer));
+        std::fs::hard_link(&from, &to).context(|| format!("link {} to {}", from.display(), to.display()))?;
+        sync_dir(&self.root().layers())
+    }
+
+    /// Removes the names that layers have in the folder of their volume. Whoever serves them has them open.
+    pub fn forget_own_layers(&self, lock: &VolumeLock) -> Result<()> {
+        self.own_layers(lock.volume())?
+            .iter()
+            .try_for_each(|path| std::fs::remove_file(path).context(|| format!("remove {}", path.display())))
+    }
+
+    pub(super) fn own_layers(&self, volume: VolumeId) -> Result<Vec<PathBuf>> {
+        let folder = self.folder(volume);
+        let attempt = || format!("list {}", folder.display());
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&folder).context(attempt)? {
+            let entry = entry.context(attempt)?;
+            found.extend(entry.file_name().to_str().is_some_and(is_layer_name).then(|| entry.path()));
+        }
+        Ok(found)
+    }
+
     /// Removes the note of what was pending, once `volume.json` tells of it, or it was undone.
-    pub(super) fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
+    pub fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
         let folder = self.folder(lock.volume());
         let path = folder.join(FILE);
         match std::fs::remove_file(&path) {
@@ -121,10 +161,10 @@ impl Catalog {
         }
     }
 
-    /// Makes the files of a volume's lower layers read-only, which shows people and tools that nobody writes them any
-    /// more. Nothing depends on it.
-    pub(super) fn mark_frozen(&self, metadata: &Metadata) {
-        for layer in &metadata.layers()[1..] {
+    /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any more. Nothing
+    /// depends on it.
+    pub(super) fn mark_frozen(&self, layers: &[LayerRecord]) {
+        for layer in layers {
             let path = self.layer_path(layer.id);
             if let Err(e) = std::fs::set_permissions(&path, Permissions::from_mode(0o444)) {
                 log::warn!("chmod 0444 {}: {e}", path.display());

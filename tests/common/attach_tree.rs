@@ -23,6 +23,8 @@ struct Entry {
 pub struct Tree {
     entries: BTreeMap<PathBuf, Entry>,
     events: Vec<u8>,
+    /// The audit log; how far it reaches is noted beside the root key.
+    audit: Vec<u8>,
 }
 
 impl Tree {
@@ -39,16 +41,19 @@ impl Tree {
             todo.extend(names.map(|n| n.expect("list a folder").path()));
             entries.extend(entry(&path).map(|e| (path, e)));
         }
-        let events = entries.remove(&Self::event_log(place)).map_or(Vec::new(), |e| e.content);
+        let mut log =
+            |name: &str| entries.remove(&place.store.root().join(name)).map_or(Vec::new(), |e| e.content);
+        let (events, audit) = (log("events.jsonl"), log("audit.jsonl"));
+        entries.retain(|path, _| !is_mark(path));
         for (path, entry) in &mut entries {
             if path.ends_with("lock") && path.starts_with(place.store.root().join("volumes")) {
                 (entry.modified, entry.content) = ((0, 0), Vec::new());
             }
         }
-        Tree { entries, events }
+        Tree { entries, events, audit }
     }
 
-    /// Nothing is otherwise, but for events that were added; so many.
+    /// Nothing is otherwise, but for events that were added, so many, and audit records.
     #[track_caller]
     pub fn assert_unchanged(&self, place: &Place, what: &str, new_events: usize) {
         let now = Tree::of(place);
@@ -56,14 +61,15 @@ impl Tree {
         let all = self.entries.keys().chain(now.entries.keys());
         let changed: Vec<&PathBuf> = all.filter(differs).collect();
         assert!(changed.is_empty(), "{what} has changed {changed:?}");
+        assert!(now.audit.starts_with(&self.audit), "{what}: audit records are only added");
         let added = now.events.strip_prefix(&self.events[..]).expect("events are only added");
         let lines = added.iter().filter(|b| **b == b'\n').count();
         assert_eq!(lines, new_events, "{what}: {}", String::from_utf8_lossy(added));
     }
+}
 
-    fn event_log(place: &Place) -> PathBuf {
-        place.store.root().join("events.jsonl")
-    }
+fn is_mark(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("audit-"))
 }
 
 /// None for what has gone meanwhile.

@@ -1,14 +1,15 @@
-//! A command that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
+//! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
 
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use nix::errno::Errno;
 use nix::libc::{self, c_long, c_void};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::time::Duration;
 
 /// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
 #[cfg(target_arch = "x86_64")]
@@ -75,6 +76,69 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
             WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
             other => panic!("{pid}: {other:?}"),
         }
+    }
+}
+
+/// Whether a thread's process was killed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Killed {
+    /// Before the call of that number.
+    Yes,
+    /// What was waited for came first.
+    No,
+}
+
+/// One thread of another process, held at each of its system calls.
+pub struct Stepper(Pid);
+
+impl Stepper {
+    /// Traces a thread, which goes on running.
+    pub fn seize(thread: Pid) -> Self {
+        request(libc::PTRACE_SEIZE, thread, 0, libc::PTRACE_O_TRACESYSGOOD as usize).expect("root may trace");
+        request(libc::PTRACE_INTERRUPT, thread, 0, 0).expect("it runs");
+        Stepper(thread)
+    }
+
+    /// Kills the process just before the thread's call number `step`, counted from 0, that changes files; unless
+    /// `done` comes true before.
+    pub fn kill_before(self, step: usize, mut done: impl FnMut() -> bool) -> Killed {
+        let mut steps = 0;
+        loop {
+            let mut pass_on = 0;
+            // A thread is waited for by who traces it, and there is no descriptor to poll.
+            let flags =
+                WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
+            match waitid(Id::Pid(self.0), flags).expect("it is traced") {
+                WaitStatus::StillAlive if done() => {
+                    self.let_go();
+                    return Killed::No;
+                }
+                WaitStatus::StillAlive => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                WaitStatus::PtraceSyscall(_) if changes_files(self.0) => {
+                    if steps == step {
+                        nix::sys::signal::kill(self.0, Signal::SIGKILL).expect("it is there");
+                        // The process is not reported to its parent before its threads were to their tracers.
+                        let flags = WaitPidFlag::WEXITED | WaitPidFlag::__WALL;
+                        waitid(Id::Pid(self.0), flags).expect("it is traced");
+                        return Killed::Yes;
+                    }
+                    steps += 1;
+                }
+                WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
+                WaitStatus::PtraceSyscall(_) | WaitStatus::PtraceEvent(..) => {}
+                other => panic!("{}: {other:?}", self.0),
+            }
+            request(libc::PTRACE_SYSCALL, self.0, 0, pass_on).expect("it is stopped");
+        }
+    }
+
+    fn let_go(&self) {
+        request(libc::PTRACE_INTERRUPT, self.0, 0, 0).expect("it runs");
+        waitid(Id::Pid(self.0), WaitPidFlag::WSTOPPED | WaitPidFlag::__WALL).expect("it stops");
+        request(libc::PTRACE_DETACH, self.0, 0, 0).expect("it is stopped");
     }
 }
 

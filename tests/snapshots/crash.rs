@@ -125,6 +125,24 @@ fn a_clone_that_is_killed_is_there_or_not_and_its_snapshot_stays_whole() {
 }
 
 #[test]
+fn a_volume_whose_resizing_is_killed_has_its_old_size_or_its_new_one() {
+    for arguments in [&[][..], &["--unencrypted"]] {
+        let trials = Trials::new(arguments, |rig| drop(rig.id(&["snapshot", "create", "t"])));
+        trials.each_step(&["volume", "resize", "t", "10MiB"], |rig, step| {
+            rig.place.store.ok(&["gc"]);
+            let reader = rig.reader();
+            let volume = reader.volume("t");
+            reader.catalog().check_layers(&volume).unwrap_or_else(|e| panic!("step {step}: {e}"));
+            let mut expected = rig.data.clone();
+            expected.resize(volume.size() as usize, 0);
+            assert!([8 << 20, 10 << 20].contains(&volume.size()), "step {step}");
+            assert!(reader.volume_content(&volume) == expected, "step {step}");
+            rig.place.store.ok(&["volume", "resize", "t", "10MiB"]);
+        });
+    }
+}
+
+#[test]
 fn a_deletion_that_is_killed_takes_nothing_else_along() {
     let prepare = |rig: &Rig| {
         rig.place.store.ok(&["snapshot", "create", "t", "--name", "s"]);

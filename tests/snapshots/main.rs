@@ -2,12 +2,15 @@
 
 #[path = "../common/attach.rs"]
 mod attach;
+mod attached;
 mod clones;
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../common/content.rs"]
 mod content;
+mod copies;
 mod crash;
+mod crash_attached;
 mod detached;
 mod gc;
 #[path = "../common/killed.rs"]

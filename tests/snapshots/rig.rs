@@ -1,6 +1,6 @@
 //! A store with a volume that has data, and what the tests ask of it.
 
-use crate::attach::{Place, Said, flush, open, write};
+use crate::attach::{Host, Place, Said, flush, open, write};
 use crate::common::disk::pattern;
 use crate::content::Reader;
 use serde_json::Value;
@@ -34,6 +34,15 @@ impl Rig {
 
     pub fn reader(&self) -> Reader {
         Reader::new(&self.place.store.root(), self.place.store.config())
+    }
+
+    /// Attaches a volume on a socket of its own, and answers where that is.
+    #[track_caller]
+    pub fn attach(&self, volume: &str) -> (Host, PathBuf) {
+        let socket = self.place.folder().join(format!("{volume}.socket"));
+        let mut command = self.place.store.command();
+        command.args(["attach", volume, "--queues", "2", "--socket-path"]).arg(&socket);
+        (self.place.start(command, vec![]), socket)
     }
 
     /// Runs a command that succeeds and says so in JSON.

@@ -2,10 +2,12 @@
 //! is slow, silent or stuck keeps another waiting.
 
 use super::super::socket::{self, SocketName};
+use super::conversation::{Conversation, Frozen};
 use super::{Answer, FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, say};
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::qos::Limits;
 use crate::volume::rewrap::Rewrapped;
+use crate::volume::snapshot::Label;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io::{ErrorKind, Read};
@@ -24,6 +26,9 @@ const LAST_PATIENCE: Duration = Duration::from_millis(500);
 /// Notes a data key that was wrapped anew.
 pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 
+/// Makes a snapshot, in turns with the client.
+pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Frozen> + Send>;
+
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {
     /// End the attachment. Does not wait for that.
@@ -34,6 +39,8 @@ pub struct Orders {
     pub throttle: Box<dyn Fn(Limits) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
+    /// Make a snapshot.
+    pub snapshot: SnapshotOrder,
 }
 
 /// The host process's end.
@@ -224,6 +231,13 @@ impl Server {
             Ok(Request::Rewrap(new)) => {
                 let done = (self.orders.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
+            }
+            Ok(Request::Snapshot { description, tags }) => {
+                log::info!("a client makes a snapshot");
+                let label = Label::new(description, *tags);
+                let conversation = Conversation::with(&caller.stream);
+                let made = label.and_then(|label| (self.orders.snapshot)(label, &mut conversation?));
+                made.map(Answer::Frozen)
             }
             Err(e) => Err(e),
         };

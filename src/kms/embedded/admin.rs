@@ -1,6 +1,7 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use super::Embedded;
+use super::audit::{Call, Due};
 use super::data::material_id;
 use super::due;
 use super::open_log::OpenLog;
@@ -89,11 +90,18 @@ impl Embedded {
         new.policy.map_or(Ok(()), tags::check_policy)?;
         tags::check_tags(new.tags)?;
         self.store.create_if_absent()?;
-        let id = self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
             new_key(log, now, new)
-        })?;
-        self.key(&id.to_string())
+        });
+        let id = made.as_ref().map(Uuid::to_string).unwrap_or_default();
+        let origin = if new.external { "EXTERNAL" } else { "AWS_KMS" };
+        let call = Call::new("CreateKey").about(&id).with("description", new.description);
+        self.record(call.with("origin", origin), made)?;
+        if let Some(name) = new.alias {
+            self.record(Call::new("CreateAlias").about(&id).with("aliasName", name), Ok(()))?;
+        }
+        self.key(&id)
     }
 
     /// DescribeKey, for a key argument of any form.
@@ -111,18 +119,20 @@ impl Embedded {
 
     /// EnableKey.
     pub fn enable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        self.change_key(key, |entry, _| {
+        let enabled = self.change_key(key, |entry, _| {
             entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: true, ..entry.clone() })
-        })
+        });
+        self.record(Call::new("EnableKey").on(key), enabled)
     }
 
     /// DisableKey: no Encrypt or Decrypt that begins after this has answered succeeds.
     pub fn disable(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        self.change_key(key, |entry, _| {
+        let disabled = self.change_key(key, |entry, _| {
             entry.check_ready(&self.place)?;
             Ok(KeyEntry { enabled: false, ..entry.clone() })
-        })
+        });
+        self.record(Call::new("DisableKey").on(key), disabled)
     }
 
     /// UpdateKeyDescription.
@@ -132,7 +142,8 @@ impl Embedded {
             entry.check_alive(&self.place)?;
             Ok(KeyEntry { description: description.to_owned(), ..entry.clone() })
         };
-        self.change_key(key, change).map(drop)
+        let call = Call::new("UpdateKeyDescription").on(key).with("description", description);
+        self.record(call, self.change_key(key, change).map(drop))
     }
 
     /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`].
@@ -140,54 +151,65 @@ impl Embedded {
         if !DELETION_DAYS.contains(&days) {
             return Err(out_of_range(days, "pendingWindowInDays", &DELETION_DAYS));
         }
-        self.change_key(key, |entry, now| {
+        let dying = self.change_key(key, |entry, now| {
             entry.check_alive(&self.place)?;
             let deletion = Some(Deletion::ask(days, &now.moment, now.time));
             Ok(KeyEntry { enabled: false, deletion, ..entry.clone() })
-        })
+        });
+        self.record(Call::new("ScheduleKeyDeletion").on(key).with("pendingWindowInDays", days), dying)
     }
 
     /// CancelKeyDeletion: the key is Disabled afterwards.
     pub fn cancel_deletion(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        self.change_key(key, |entry, _| match entry.deletion {
+        let kept = self.change_key(key, |entry, _| match entry.deletion {
             Some(_) => Ok(KeyEntry { deletion: None, ..entry.clone() }),
             None => {
                 let arn = self.place.key_arn(entry.id);
                 Err(KmsError::InvalidState(format!("{arn} is not pending deletion.")))
             }
-        })
+        });
+        self.record(Call::new("CancelKeyDeletion").on(key), kept)
     }
 
     /// CreateAlias.
     pub fn create_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             let entry = log.state().key(key, &self.place)?;
             entry.check_alive(&self.place)?;
             self.check_alias_is_free(log, name)?;
             Ok((vec![new_alias(name, entry.id, now)], ()))
-        })
+        });
+        self.record(
+            Call::new("CreateAlias").about(key).with("aliasName", name).with("targetKeyId", key),
+            made,
+        )
     }
 
     /// UpdateAlias: away from a dying key, but not towards one.
     pub fn update_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        self.store.write(|log, now| {
+        let moved = self.store.write(|log, now| {
             let alias = log.state().alias(name, &self.place)?;
             let entry = log.state().key(key, &self.place)?;
             entry.check_alive(&self.place)?;
             let alias = AliasEntry { key: entry.id, updated: now.time, ..alias.clone() };
             Ok((vec![Change::Alias(alias)], ()))
-        })
+        });
+        self.record(
+            Call::new("UpdateAlias").about(key).with("aliasName", name).with("targetKeyId", key),
+            moved,
+        )
     }
 
     /// DeleteAlias: the key itself stays as it is.
     pub fn delete_alias(&self, name: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        self.store.write(|log, _| {
+        let deleted = self.store.write(|log, _| {
             let name = log.state().alias(name, &self.place)?.name.clone();
             Ok((vec![Change::AliasDeleted(AliasName { name })], ()))
-        })
+        });
+        self.record(Call::new("DeleteAlias").with("aliasName", name), deleted)
     }
 
     /// ListAliases, by name. Without a store there are none.
@@ -218,15 +240,18 @@ impl Embedded {
         if !due {
             return Ok(());
         }
-        self.store.write(|log, now| {
+        let done: Vec<Due> = self.store.write(|log, now| {
             let changes = due::changes(log, &now.moment)?;
             for change in &changes {
                 if let Change::KeyDeleted(key) = change {
                     log::warn!("deleting KMS key {}: its waiting window is over", self.place.key_arn(key.id));
                 }
             }
-            Ok((changes, ()))
-        })
+            let done = changes.iter().filter_map(|change| Due::of(change, log.state())).collect();
+            Ok((changes, done))
+        })?;
+        self.record_due(&done);
+        Ok(())
     }
 
     /// Makes the default key and its alias if nobody has, one for all who try at once.
@@ -235,15 +260,17 @@ impl Embedded {
         if self.store.read(|log| Ok(log.state().has_alias(DEFAULT_KEY_ALIAS)))? {
             return Ok(());
         }
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             if log.state().has_alias(DEFAULT_KEY_ALIAS) {
-                return Ok((Vec::new(), ()));
+                return Ok((Vec::new(), None));
             }
             let description = "Default key that protects volumes when no other key is named";
             let new = NewKey { description, alias: Some(DEFAULT_KEY_ALIAS), ..NewKey::default() };
-            let (changes, _) = new_key(log, now, &new)?;
-            Ok((changes, ()))
-        })
+            let (changes, id) = new_key(log, now, &new)?;
+            Ok((changes, Some(id)))
+        })?;
+        self.record_due(&made.map(Due::default_key).into_iter().collect::<Vec<_>>());
+        Ok(())
     }
 
     pub(super) fn change_key(

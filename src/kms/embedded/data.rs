@@ -2,6 +2,7 @@
 
 use super::Embedded;
 use super::admin::out_of_range;
+use super::audit::Call;
 use super::blob::{self, Blob, PLAINTEXT_MAX};
 use super::due;
 use super::grant_records::{Constraint, GrantOperation};
@@ -12,6 +13,7 @@ use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
 use crate::kms::{
     Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
 };
+use crate::observe::audit::AuditKey;
 use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
@@ -19,6 +21,9 @@ use zeroize::Zeroizing;
 
 /// Bytes that GenerateDataKey and GenerateRandom may be asked for.
 pub const RANDOM_LEN: RangeInclusive<usize> = 1..=1024;
+
+/// The parameter that holds the context in an audit record.
+const CONTEXT: &str = "encryptionContext";
 
 /// What was encrypted, and with what.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +83,8 @@ impl Embedded {
             )));
         }
         self.make_default_key_for(key)?;
-        self.current(|log| self.seal(log, key, plaintext, context))
+        let sealed = self.current(|log| self.seal(log, key, plaintext, context));
+        self.record(Call::new("Encrypt").on(key).under(CONTEXT, context), sealed)
     }
 
     /// GenerateDataKey: `len` random bytes ([`RANDOM_LEN`]), in the clear and under `key`.
@@ -88,8 +94,21 @@ impl Embedded {
         len: usize,
         context: &EncryptionContext,
     ) -> Result<(Sealed, Zeroizing<Vec<u8>>), KmsError> {
+        self.generate("GenerateDataKey", key, len, context)
+    }
+
+    fn generate(
+        &self,
+        operation: &str,
+        key: &str,
+        len: usize,
+        context: &EncryptionContext,
+    ) -> Result<(Sealed, Zeroizing<Vec<u8>>), KmsError> {
         let plaintext = self.generate_random(len)?;
-        Ok((self.encrypt(key, &plaintext, context)?, plaintext))
+        self.make_default_key_for(key)?;
+        let sealed = self.current(|log| self.seal(log, key, &plaintext, context));
+        let call = Call::new(operation).on(key).under(CONTEXT, context).with("numberOfBytes", len);
+        Ok((self.record(call, sealed)?, plaintext))
     }
 
     /// GenerateRandom: `len` random bytes ([`RANDOM_LEN`]).
@@ -109,7 +128,13 @@ impl Embedded {
         blob: &[u8],
         context: &EncryptionContext,
     ) -> Result<Opened, KmsError> {
-        self.current(|log| self.unseal(log, key, blob, context))
+        let opened = self.current(|log| self.unseal(log, key, blob, context));
+        let call = Call::new("Decrypt").under(CONTEXT, context);
+        let call = match key {
+            Some(key) => call.on(key),
+            None => call.about(&key_in(blob)),
+        };
+        self.record(call, opened)
     }
 
     /// ReEncrypt: what `blob` holds, under `key` and `to`, without showing it.
@@ -122,11 +147,14 @@ impl Embedded {
         to: &EncryptionContext,
     ) -> Result<ReEncrypted, KmsError> {
         self.make_default_key_for(key)?;
-        self.current(|log| {
+        let done = self.current(|log| {
             let opened = self.unseal(log, source, blob, from)?;
             let sealed = self.seal(log, key, &opened.plaintext, to)?;
             Ok(ReEncrypted { source_key: opened.key, source_material: opened.material, sealed })
-        })
+        });
+        let call = Call::new("ReEncrypt").about(&key_in(blob)).about(key);
+        let call = call.with("destinationKeyId", key).under("sourceEncryptionContext", from);
+        self.record(call.under("destinationEncryptionContext", to), done)
     }
 
     fn seal(
@@ -200,7 +228,7 @@ impl KeyProvider for Embedded {
         len: usize,
         context: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError> {
-        Ok(self.generate_data_key(key, len, context)?.0.into())
+        Ok(self.generate("GenerateDataKeyWithoutPlaintext", key, len, context)?.0.into())
     }
 
     fn decrypt(
@@ -219,6 +247,10 @@ impl KeyProvider for Embedded {
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError> {
         Ok(self.re_encrypt(&wrapped.blob, Some(&wrapped.key_id), from, key, to)?.sealed.into())
+    }
+
+    fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
+        Embedded::audit_key(self)
     }
 
     fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
@@ -271,6 +303,11 @@ pub(in crate::kms) fn unknown_key() -> KmsError {
          are not allowed to access."
             .into(),
     )
+}
+
+/// The id of the key that a ciphertext names; nothing for what is no ciphertext.
+pub(in crate::kms) fn key_in(blob: &[u8]) -> String {
+    Blob::parse(blob).map(|blob| blob.key.to_string()).unwrap_or_default()
 }
 
 fn no_material(key: &KeyEntry) -> KmsError {

@@ -3,6 +3,7 @@
 //! A grant holds as soon as CreateGrant has answered, so its token is needed for nothing but to name the grant.
 
 use super::Embedded;
+use super::audit::Call;
 use super::blob::random;
 use super::grant_records::{Constraint, GrantEntry, GrantName, GrantOperation};
 use super::keys::{StoreKeys, same};
@@ -13,6 +14,7 @@ use super::state::State;
 use crate::kms::{Exception, KmsError};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
 
 /// Grants of one key.
 pub const GRANTS_MAX: usize = 50_000;
@@ -71,7 +73,7 @@ impl Embedded {
         dry_run: bool,
     ) -> Result<Granted, KmsError> {
         check_new(new)?;
-        self.store.write(|log, now| {
+        let granted = self.store.write(|log, now| {
             let state = log.state();
             let entry = state.key(key, &self.place)?;
             let mut operations = new.operations.to_vec();
@@ -108,7 +110,17 @@ impl Embedded {
             let granted = Granted { id: grant.id.clone(), token: token(log.keys(), &grant.id) };
             let changes = if same.is_some() { Vec::new() } else { vec![Change::Grant(grant)] };
             Ok((changes, granted))
-        })
+        });
+        let operations: Vec<&str> = new.operations.iter().map(|operation| operation.name()).collect();
+        let call = Call::new("CreateGrant").on(key).with("granteePrincipal", new.grantee);
+        let call = call.with("retiringPrincipal", new.retiring).with("operations", operations);
+        let (equals, subset) = (&new.constraint.equals, &new.constraint.subset);
+        let call = call.with(
+            "constraints",
+            json!({ "encryptionContextEquals": equals, "encryptionContextSubset": subset }),
+        );
+        let id = granted.as_ref().ok().map(|granted| &*granted.id);
+        self.record(call.answering("grantId", id), granted)
     }
 
     /// ListGrants, by id; only those with this id or grantee, where one is given.
@@ -146,7 +158,7 @@ impl Embedded {
 
     /// RetireGrant: by its retiring principal, by a grantee whose grant allows it, or by an administrator.
     pub fn retire_grant(&self, caller: &Caller, grant: GrantRef<'_>, dry_run: bool) -> Result<(), KmsError> {
-        self.store.write(|log, _| {
+        let retired = self.store.write(|log, _| {
             let found = match grant {
                 GrantRef::Id { key, grant } => self.find_grant(log.state(), key, grant)?,
                 GrantRef::Token(token) => {
@@ -160,13 +172,21 @@ impl Embedded {
             if !(caller.admin || retiring || grantee) {
                 return Err(denied(caller, "RetireGrant", &self.place.key_arn(found.key)));
             }
-            end(found, dry_run)
-        })
+            let named = (found.key.to_string(), found.id.clone());
+            end(found, dry_run).map(|(changes, ())| (changes, named))
+        });
+        let named = match (&retired, grant) {
+            (Ok((key, id)), _) => Call::new("RetireGrant").on(key).with("grantId", &**id),
+            (Err(_), GrantRef::Id { key, grant }) => Call::new("RetireGrant").on(key).with("grantId", grant),
+            (Err(_), GrantRef::Token(_)) => Call::new("RetireGrant"),
+        };
+        self.record(named, retired.map(drop))
     }
 
     /// RevokeGrant. What the grantee begins after this has answered fails.
     pub fn revoke_grant(&self, key: &str, id: &str, dry_run: bool) -> Result<(), KmsError> {
-        self.store.write(|log, _| end(self.find_grant(log.state(), key, id)?, dry_run))
+        let revoked = self.store.write(|log, _| end(self.find_grant(log.state(), key, id)?, dry_run));
+        self.record(Call::new("RevokeGrant").on(key).with("grantId", id), revoked)
     }
 
     /// Fails unless each is the token of a grant of this store's, there still or not.

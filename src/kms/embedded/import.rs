@@ -7,6 +7,7 @@
 //! to import, the RSA key is of no use but for one KMS key and one day, and the operation is blinded.
 
 use super::Embedded;
+use super::audit::Call;
 use super::blob::Material;
 use super::data::material_id;
 use super::keys::{StoreKeys, same};
@@ -87,7 +88,7 @@ impl Embedded {
         let public_key = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
         let secret = private.to_pkcs8_der().map_err(rsa_failed)?;
         let valid_to = self.store.now().wall + DAY;
-        self.store.read(|log| {
+        let parameters = self.store.read(|log| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;
             let mut token = Zeroizing::new(Vec::with_capacity(HEAD_LEN + secret.as_bytes().len()));
             token.extend_from_slice(entry.id.as_bytes());
@@ -100,7 +101,9 @@ impl Embedded {
                 public_key: public_key.clone(),
                 valid_to,
             })
-        })
+        });
+        let call = Call::new("GetParametersForImport").on(key);
+        self.record(call.with("wrappingKeySpec", format!("RSA_{}", spec.bits())), parameters)
     }
 
     /// ImportKeyMaterial: 32 bytes, wrapped as the parameters say; `expires` is when the KMS forgets them.
@@ -117,6 +120,19 @@ impl Embedded {
         if expires.is_some_and(|at| at <= now || at > now + 365 * DAY) {
             return Err(KmsError::Validation("ValidTo must lie in the future, and within 365 days.".into()));
         }
+        let imported = self.import_now(key, token, wrapped, expires, now);
+        let call = Call::new("ImportKeyMaterial").on(key).with("validTo", expires);
+        self.record(call, imported)
+    }
+
+    fn import_now(
+        &self,
+        key: &str,
+        token: &[u8],
+        wrapped: &[u8],
+        expires: Option<i64>,
+        now: i64,
+    ) -> Result<ImportedMaterial, KmsError> {
         let id = self.importable(key)?;
         let token = self.store.read(|log| open_token(log.keys(), token, id, now))?;
         let material = unwrap(&token, wrapped)?;
@@ -130,7 +146,7 @@ impl Embedded {
 
     /// DeleteImportedKeyMaterial: the key waits for import afterwards; answers `None` if it did already.
     pub fn delete_material(&self, key: &str) -> Result<(String, Option<String>), KmsError> {
-        self.store.write(|log, _| {
+        let deleted = self.store.write(|log, _| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;
             let arn = self.place.key_arn(entry.id);
             if entry.versions.is_empty() {
@@ -138,7 +154,8 @@ impl Embedded {
             }
             let material = self.imported(entry).material;
             Ok((vec![Change::Key(without_material(entry))], (arn, Some(material))))
-        })
+        });
+        self.record(Call::new("DeleteImportedKeyMaterial").on(key), deleted)
     }
 
     fn imported(&self, key: &KeyEntry) -> ImportedMaterial {

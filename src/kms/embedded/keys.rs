@@ -4,6 +4,7 @@
 
 use super::blob::{Material, random};
 use crate::kms::KmsError;
+use crate::observe::audit::AuditKey;
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use hkdf::Hkdf;
@@ -19,11 +20,12 @@ pub struct RootKey(pub Zeroizing<[u8; 32]>);
 /// Key material as it lies in the log: IV (12 bytes), ciphertext (32), tag (16).
 pub const SEALED_LEN: usize = 60;
 
-/// The keys of one store. HKDF's label `sealblk kms audit key` is reserved for the audit's MACs.
+/// The keys of one store.
 pub struct StoreKeys {
     store: Uuid,
     sealing: Zeroizing<[u8; 32]>,
     mac: Zeroizing<[u8; 32]>,
+    audit: AuditKey,
 }
 
 impl StoreKeys {
@@ -39,7 +41,13 @@ impl StoreKeys {
             store,
             sealing: expand(b"sealblk kms store key"),
             mac: expand(b"sealblk kms log mac key"),
+            audit: AuditKey::new(store, expand(b"sealblk kms audit key")),
         }
+    }
+
+    /// What the audit log's MACs are made with.
+    pub fn audit(&self) -> &AuditKey {
+        &self.audit
     }
 
     /// HMAC-SHA-256 of `label`, a zero byte and the parts. Only the last part may vary in length for one label.

@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod anchor;
+pub mod audit;
 pub mod blob;
 pub mod clock;
 pub mod data;
@@ -32,6 +33,7 @@ pub mod tags;
 use super::KmsError;
 use super::key_ref::Locality;
 use crate::config::Settings;
+use crate::observe::audit::AuditLog;
 use crate::root::Root;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
@@ -43,6 +45,9 @@ use store::Store;
 pub struct Embedded {
     store: Store,
     place: Locality,
+    audit: AuditLog,
+    /// Whether whoever calls writes the audit record of the call himself, since he knows more of it.
+    caller_records: bool,
     /// The principal whose grants attaches make, if they make any.
     grantee: Option<String>,
 }
@@ -54,18 +59,24 @@ impl Embedded {
     pub fn open(root: &Root) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
-        let mut kms = Self::at(root.kms(), config, Box::new(SystemClock));
-        kms.place = Locality { region: settings.region, account: settings.account };
+        let place = Locality { region: settings.region, account: settings.account };
+        let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place);
         // Another account's is for keys of AWS KMS.
         kms.grantee =
             settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
         Ok(kms)
     }
 
-    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data.
+    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its audit log lies
+    /// beside `dir`.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
-        let kms =
-            Embedded { store: Store::new(dir, config, clock), place: Locality::default(), grantee: None };
+        Self::in_place(dir, config, clock, Locality::default())
+    }
+
+    fn in_place(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, place: Locality) -> Self {
+        let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
+        let store = Store::new(dir, config, clock);
+        let kms = Embedded { store, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
         if kms.store.asks_for_passphrase() {
             return kms;

@@ -5,6 +5,7 @@
 //! him do.
 
 use super::Embedded;
+use super::audit::Call;
 use super::blob::{Material, random};
 use super::grant_records::{GrantName, GrantOperation};
 use super::records::{AccessKeyEntry, Change, PrincipalEntry, PrincipalName};
@@ -62,7 +63,7 @@ impl Embedded {
     ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
         check_name(name)?;
         self.store.create_if_absent()?;
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             if log.state().principal(name).is_some() {
                 let message = format!("there is a principal {name}; delete it first to give it another key");
                 return Err(KmsError::AlreadyExists(message));
@@ -80,7 +81,8 @@ impl Embedded {
             };
             let answer = (self.principal_metadata(&entry), secret_of(&seed));
             Ok((vec![Change::Principal(entry)], answer))
-        })
+        });
+        self.record(Call::new("CreatePrincipal").with("name", name).with("admin", admin), made)
     }
 
     /// All principals, by name. Without a store there are none.
@@ -94,7 +96,7 @@ impl Embedded {
     /// Gives a principal a second access key, so that the first can be replaced wherever it is used before it is
     /// deleted; the secret is shown this once.
     pub fn create_access_key(&self, name: &str) -> Result<(String, SecretKey), KmsError> {
-        self.store.write(|log, now| {
+        let made = self.store.write(|log, now| {
             let mut entry = existing(log.state(), name)?.clone();
             if entry.second.is_some() {
                 let message = format!("{name} has two access keys; delete one to make another");
@@ -105,13 +107,15 @@ impl Embedded {
             let sealed = log.keys().seal(entry.id, entry.id, &seed)?;
             entry.second = Some(AccessKeyEntry { access_key: access_key.clone(), created: now.time, sealed });
             Ok((vec![Change::Principal(entry)], (access_key, secret_of(&seed))))
-        })
+        });
+        let id = made.as_ref().ok().map(|(access_key, _)| &**access_key);
+        self.record(Call::new("CreateAccessKey").with("name", name).answering("accessKeyId", id), made)
     }
 
     /// Takes one of its two access keys from a principal. No request with it that begins after this has answered
     /// succeeds.
     pub fn delete_access_key(&self, name: &str, access_key: &str) -> Result<(), KmsError> {
-        self.store.write(|log, _| {
+        let deleted = self.store.write(|log, _| {
             let mut entry = existing(log.state(), name)?.clone();
             match entry.second.take() {
                 Some(second) if second.access_key == access_key => {}
@@ -127,13 +131,15 @@ impl Embedded {
                 _ => return Err(KmsError::NotFound(format!("{name} has no access key {access_key}"))),
             }
             Ok((vec![Change::Principal(entry)], ()))
-        })
+        });
+        let call = Call::new("DeleteAccessKey").with("name", name).with("accessKeyId", access_key);
+        self.record(call, deleted)
     }
 
     /// Removes a principal and the grants that were made for it. No request of its that begins after this has
     /// answered succeeds.
     pub fn delete_principal(&self, name: &str) -> Result<(), KmsError> {
-        self.store.write(|log, _| {
+        let deleted = self.store.write(|log, _| {
             let entry = existing(log.state(), name)?;
             let arn = principal_arn(&self.place, &entry.name);
             let grants = log.state().grants().filter(|grant| grant.grantee == arn);
@@ -142,7 +148,8 @@ impl Embedded {
                 .collect();
             changes.push(Change::PrincipalDeleted(PrincipalName { name: entry.name.clone() }));
             Ok((changes, ()))
-        })
+        });
+        self.record(Call::new("DeletePrincipal").with("name", name), deleted)
     }
 
     /// Who has this access key, and its secret; `None` if nobody has.

@@ -3,6 +3,7 @@
 
 use super::Embedded;
 use super::admin::out_of_range;
+use super::audit::Call;
 use super::blob::{Material, random};
 use super::data::material_id;
 use super::open_log::OpenLog;
@@ -69,23 +70,24 @@ impl Embedded {
         if !PERIOD_DAYS.contains(&days) {
             return Err(out_of_range(days, "rotationPeriodInDays", &PERIOD_DAYS));
         }
-        self.change_key(key, |entry, now| {
+        let enabled = self.change_key(key, |entry, now| {
             self.check_rotatable(entry)?;
             if entry.rotation.as_ref().is_some_and(|rotation| rotation.days == days) {
                 return Ok(entry.clone());
             }
             Ok(KeyEntry { rotation: Some(Rotation::begin(days, now.moment.wall)), ..entry.clone() })
-        })
-        .map(drop)
+        });
+        let call = Call::new("EnableKeyRotation").on(key).with("rotationPeriodInDays", days);
+        self.record(call, enabled.map(drop))
     }
 
     /// DisableKeyRotation.
     pub fn disable_rotation(&self, key: &str) -> Result<(), KmsError> {
-        self.change_key(key, |entry, _| {
+        let disabled = self.change_key(key, |entry, _| {
             self.check_rotatable(entry)?;
             Ok(KeyEntry { rotation: None, ..entry.clone() })
-        })
-        .map(drop)
+        });
+        self.record(Call::new("DisableKeyRotation").on(key), disabled.map(drop))
     }
 
     /// GetKeyRotationStatus. A key that waits for deletion is not rotated.
@@ -101,7 +103,7 @@ impl Embedded {
 
     /// RotateKeyOnDemand; answers the key's ARN. The rhythm of the automatic rotation stays.
     pub fn rotate_on_demand(&self, key: &str) -> Result<String, KmsError> {
-        self.store.write(|log, now| {
+        let rotated = self.store.write(|log, now| {
             let mut entry = log.state().key(key, &self.place)?.clone();
             self.check_rotatable(&entry)?;
             let arn = self.place.key_arn(entry.id);
@@ -114,7 +116,8 @@ impl Embedded {
             }
             entry.versions.push(new_version(log, &entry, now.time, RotationType::OnDemand)?);
             Ok((vec![Change::Key(entry)], arn))
-        })
+        });
+        self.record(Call::new("RotateKeyOnDemand").on(key), rotated)
     }
 
     /// The versions of a key, oldest first.

@@ -2,6 +2,7 @@
 //! their form only.
 
 use super::Embedded;
+use super::audit::Call;
 use super::records::KeyEntry;
 use crate::kms::{Exception, KmsError};
 use serde_json::Value;
@@ -25,7 +26,9 @@ impl Embedded {
             check_count(&tags)?;
             Ok(KeyEntry { tags, ..entry.clone() })
         };
-        self.change_key(key, change).map(drop)
+        let names: Vec<&str> = tags.iter().map(|(name, _)| &**name).collect();
+        let call = Call::new("TagResource").on(key).with("tagKeys", names);
+        self.record(call, self.change_key(key, change).map(drop))
     }
 
     /// UntagResource: removes tags; those that are not there are no error.
@@ -37,7 +40,8 @@ impl Embedded {
             tags.retain(|name, _| !names.contains(name));
             Ok(KeyEntry { tags, ..entry.clone() })
         };
-        self.change_key(key, change).map(drop)
+        let call = Call::new("UntagResource").on(key).with("tagKeys", names);
+        self.record(call, self.change_key(key, change).map(drop))
     }
 
     /// ListResourceTags, by name.
@@ -53,7 +57,8 @@ impl Embedded {
             entry.check_alive(&self.place)?;
             Ok(KeyEntry { policy: Some(policy.to_owned()), ..entry.clone() })
         };
-        self.change_key(key, change).map(drop)
+        let call = Call::new("PutKeyPolicy").on(key).with("policy", policy);
+        self.record(call, self.change_key(key, change).map(drop))
     }
 
     /// GetKeyPolicy.

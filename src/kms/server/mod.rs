@@ -60,7 +60,9 @@ pub fn serve(
         .max_blocking_threads(THREADS)
         .build()
         .context(|| "start the KMS server")?;
-    runtime.block_on(listen(Arc::new(kms), address, tls, ready))
+    // A request's record names who has signed it, which only the server knows.
+    let kms = Arc::new(kms.recorded_by_caller());
+    runtime.block_on(listen(kms, address, tls, ready))
 }
 
 async fn listen(

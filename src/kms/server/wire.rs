@@ -190,8 +190,8 @@ impl Fields {
         }
     }
 
-    /// Null is absent.
-    fn value(&self, name: &str) -> Option<&Value> {
+    /// A field as it is; null is absent.
+    pub fn value(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 }

@@ -27,6 +27,15 @@ pub struct Recorded {
     pub text: String,
     /// What it says, a JSON object.
     pub event: Value,
+    /// Where its line begins in the log, in bytes.
+    pub start: u64,
+}
+
+impl Recorded {
+    /// The event's id, by which who gets it twice knows it.
+    pub fn id(&self) -> Option<&str> {
+        self.event["id"].as_str()
+    }
 }
 
 /// A reader of a store's events, from the first one on.
@@ -34,6 +43,8 @@ pub struct Recorded {
 pub struct EventReader {
     path: PathBuf,
     file: Option<BufReader<File>>,
+    /// Where the next line begins.
+    start: u64,
     /// The beginning of a line whose end is not there yet.
     partial: Vec<u8>,
 }
@@ -41,7 +52,12 @@ pub struct EventReader {
 impl EventReader {
     /// The events of the store at `root`, which may have none yet.
     pub fn new(root: &Root) -> Self {
-        EventReader { path: root.events(), file: None, partial: Vec::new() }
+        Self::at(root, 0)
+    }
+
+    /// The same, from a line that begins at `start` bytes.
+    pub fn at(root: &Root, start: u64) -> Self {
+        EventReader { path: root.events(), file: None, start, partial: Vec::new() }
     }
 
     /// Hands on every event that has been written since the last call, oldest first.
@@ -54,7 +70,7 @@ impl EventReader {
         let attempt = || self.path.display().to_string();
         self.file = match self.file.take() {
             Some(file) => Some(file),
-            None => open(&self.path).context(attempt)?,
+            None => open(&self.path, self.start).context(attempt)?,
         };
         let Some(file) = &mut self.file else { return Ok(Want::More) };
         loop {
@@ -62,8 +78,9 @@ impl EventReader {
             if self.partial.pop_if(|last| *last == b'\n').is_none() {
                 return Ok(Want::More);
             }
-            let line = std::mem::take(&mut self.partial);
-            match recorded(line) {
+            let (line, start) = (std::mem::take(&mut self.partial), self.start);
+            self.start += line.len() as u64 + 1;
+            match recorded(line, start) {
                 Some(event) if take(&event)? == Want::Enough => return Ok(Want::Enough),
                 Some(_) => {}
                 None => log::warn!("{}: passing over a line that is no event", self.path.display()),
@@ -105,30 +122,33 @@ impl EventReader {
             // Moved away: what is still written to it is still ours.
             Err(_) => true,
         };
-        let line_start = file.stream_position()? - self.partial.len() as u64;
-        if !same || line_start > ours.len() {
+        if !same || self.start > ours.len() {
             self.file = None;
+            self.start = 0;
             self.partial.clear();
             return Ok(true);
         }
         if file.stream_position()? > ours.len() {
             // The writer took back a line that it could not write whole.
-            file.seek(SeekFrom::Start(line_start))?;
+            file.seek(SeekFrom::Start(self.start))?;
             self.partial.clear();
         }
         Ok(false)
     }
 }
 
-fn recorded(line: Vec<u8>) -> Option<Recorded> {
+fn recorded(line: Vec<u8>, start: u64) -> Option<Recorded> {
     let text = String::from_utf8(line).ok()?;
     let event: Value = serde_json::from_str(&text).ok().filter(Value::is_object)?;
-    Some(Recorded { text, event })
+    Some(Recorded { text, event, start })
 }
 
-fn open(path: &Path) -> std::io::Result<Option<BufReader<File>>> {
+fn open(path: &Path, start: u64) -> std::io::Result<Option<BufReader<File>>> {
     match File::open(path) {
-        Ok(file) => Ok(Some(BufReader::new(file))),
+        Ok(mut file) => {
+            file.seek(SeekFrom::Start(start))?;
+            Ok(Some(BufReader::new(file)))
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }

@@ -8,6 +8,7 @@ mod grants;
 mod import;
 mod keys;
 mod notes;
+mod trail;
 
 use super::wire::{Fields, WireError};
 use crate::kms::embedded::Embedded;
@@ -23,6 +24,8 @@ pub struct Request<'a> {
     pub kms: &'a Embedded,
     /// Who asks.
     pub caller: &'a Caller,
+    /// The id of the access key that has signed it.
+    pub access_key: &'a str,
     /// What is asked.
     pub fields: Fields,
 }
@@ -30,8 +33,17 @@ pub struct Request<'a> {
 /// What is answered; null is an empty body.
 pub type Answer = Result<Value, WireError>;
 
-/// Answers a request for the operation of this name.
+/// Answers a request for the operation of this name, once it is recorded in the audit log.
 pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
+    match perform(request, operation) {
+        Err(WireError { kind: "UnknownOperationException", message }) => {
+            Err(WireError { kind: "UnknownOperationException", message })
+        }
+        answer => trail::record(request, operation, answer),
+    }
+}
+
+fn perform(request: &Request<'_>, operation: &str) -> Answer {
     match operation {
         "CreateKey" => keys::create(request),
         "DescribeKey" => keys::describe(request),

@@ -1,0 +1,189 @@
+//! `sealblk snapshot create`, of one volume or of several at one point in time, attached or not.
+#![forbid(unsafe_code)]
+
+use super::description;
+use crate::attach::control::conversation::Freezing;
+use crate::attach::sandbox;
+use crate::cli::filter::{self, Filter, Tag};
+use crate::cli::{Env, output, provider, volume};
+use crate::error::{Error, Kind, Result};
+use crate::observe::Timestamp;
+use crate::observe::events::Event;
+use crate::root::create_dir_durable;
+use crate::volume::catalog::Catalog;
+use crate::volume::freeze::{self, Detached, Unwrap};
+use crate::volume::lifecycle::Failure;
+use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::snapshot::Label;
+use crate::volume::tags::Tags;
+use crate::volume::{Snapshot, VolumeId};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// What `snapshot create` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk snapshot create db
+  sealblk snapshot create db --name nightly --description 'before the upgrade' --tag env=prod
+  sealblk snapshot create --all-of tag:vm=web
+
+It holds what was flushed before, and possibly what was not. Prints the new snapshot's id, and on standard error how long an
+attached volume's queues stood still. With --all-of, the snapshots of all the volumes are of one moment, in which none of them
+had a request in flight; if one cannot be made, none is.")]
+pub struct CreateArgs {
+    /// The volume: its id, the first digits of its id, or its name.
+    #[arg(required_unless_present = "all_of", conflicts_with = "all_of")]
+    volume: Option<String>,
+    /// All volumes of which this is so, as `volume list --filter` takes it; may be given several times.
+    #[arg(long, value_name = "NAME=VALUE")]
+    all_of: Vec<Filter>,
+    /// What it is for, in at most 255 characters.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    description: String,
+    /// A name, the same as --tag Name=NAME: to be used in place of the id while no other snapshot has it.
+    #[arg(long)]
+    name: Option<String>,
+    /// A tag; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    tag: Vec<Tag>,
+}
+
+/// A snapshot that was made, and how long the volume stood still, if it was attached.
+struct Made {
+    snapshot: Snapshot,
+    pause: Option<Duration>,
+}
+
+/// One that is being made.
+enum Making<'a> {
+    Attached(Freezing),
+    Detached(VolumeId, Box<Detached<'a>>),
+}
+
+/// Makes the snapshots.
+pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
+    let (catalog, settings) = (env.catalog(), env.settings()?);
+    let label = label(&args)?;
+    let volumes = match &args.volume {
+        Some(reference) => vec![catalog.resolve(reference)?],
+        None => all_of(&catalog, &args.all_of)?,
+    };
+    // This process sees the data keys of volumes that nobody has attached, to seal what it makes.
+    sandbox::harden()?;
+    let (events, started) = (env.events(&settings), Timestamp::now());
+    let made = make(&catalog, &volumes, &label, &provider::unwrap(env));
+    match &made {
+        Ok(made) => made.iter().for_each(|m| {
+            events.record(&Event::create_snapshot(m.snapshot.volume(), Ok(m.snapshot.id()), started))
+        }),
+        Err(failed) => volumes
+            .iter()
+            .for_each(|id| events.record(&Event::create_snapshot(*id, Err(failed.cause.clone()), started))),
+    }
+    let made = made.map_err(|failed| failed.error)?;
+    print(env, &catalog, &made, args.volume.is_some())
+}
+
+fn label(args: &CreateArgs) -> Result<Label> {
+    let mut tags = Tags::default();
+    filter::set(&mut tags, &args.tag)?;
+    if let Some(name) = &args.name {
+        tags.set("Name", name)?;
+    }
+    Label::new(args.description.clone(), tags)
+}
+
+fn all_of(catalog: &Catalog, filters: &[Filter]) -> Result<Vec<VolumeId>> {
+    filter::check(filters, &volume::FILTERS)?;
+    let mut volumes = Vec::new();
+    for entry in catalog.list()? {
+        if volume::is_wanted(catalog, &entry, filters)? {
+            volumes.push(entry.id);
+        }
+    }
+    match volumes.is_empty() {
+        false => Ok(volumes),
+        true => Err(Error::new(
+            Kind::NotFound,
+            "there is no such volume; \"sealblk volume list\" shows which there are",
+        )),
+    }
+}
+
+fn make(
+    catalog: &Catalog,
+    volumes: &[VolumeId],
+    label: &Label,
+    unwrap: Unwrap<'_>,
+) -> Result<Vec<Made>, Failure> {
+    let of = |id: VolumeId| move |e: Error| Failure::from(e).of(id);
+    create_dir_durable(&catalog.root().snapshots())?;
+    let mut making = Vec::new();
+    for &id in volumes {
+        making.push(match catalog.held(id)? {
+            Held::By(Holder { purpose: Purpose::Attach, .. }) => {
+                Making::Attached(Freezing::begin(catalog, id, label).map_err(of(id))?)
+            }
+            _ => {
+                let begun = Detached::begin(catalog, id, unwrap).map_err(|failure| failure.of(id))?;
+                Making::Detached(id, Box::new(begun))
+            }
+        });
+    }
+    // All stand still before any is frozen.
+    if making.len() > 1 {
+        for one in &mut making {
+            if let Making::Attached(freezing) = one {
+                let id = freezing.volume();
+                freezing.hold().map_err(of(id))?;
+            }
+        }
+    }
+    for one in &mut making {
+        if let Making::Attached(freezing) = one {
+            let id = freezing.volume();
+            freezing.commit().map_err(of(id))?;
+        }
+    }
+    let mut made = Vec::new();
+    for one in making {
+        made.push(match one {
+            Making::Attached(mut freezing) => {
+                let id = freezing.volume();
+                let (snapshot, pause) = freezing.frozen().map_err(of(id))?;
+                Made { snapshot, pause: Some(pause) }
+            }
+            Making::Detached(id, detached) => {
+                Made { snapshot: detached.commit(label.clone()).map_err(of(id))?, pause: None }
+            }
+        });
+    }
+    made.iter().try_for_each(|m| freeze::note(catalog, &m.snapshot).map_err(of(m.snapshot.volume())))?;
+    Ok(made)
+}
+
+fn print(env: &Env, catalog: &Catalog, made: &[Made], one: bool) -> Result<()> {
+    if env.json {
+        let value = |m: &Made| {
+            let mut value = description(catalog, &m.snapshot);
+            value["pause_us"] = json!(m.pause.map(|pause| pause.as_micros() as u64));
+            value
+        };
+        let mut values: Vec<Value> = made.iter().map(value).collect();
+        return match one {
+            true => output::print_json(&values.remove(0)),
+            false => output::print_json(&values),
+        };
+    }
+    for m in made {
+        if let Some(pause) = m.pause {
+            output::tell(&format!("{}: its queues stood still for {pause:.1?}", m.snapshot.volume()));
+        }
+        match one {
+            true => output::print(&format!("{}\n", m.snapshot.id()))?,
+            false => output::print(&format!("{}  {}\n", m.snapshot.id(), m.snapshot.volume()))?,
+        };
+    }
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! The KMS's records in the audit log: every use of a key, and every change of keys and of what is known of them.
+//!
+//! A record is durable before what was done is answered: no plaintext leaves the KMS that the log does not know of.
+//! What only shows keys is recorded when it is asked over the wire; of the store's owner, who can read the files
+//! as they lie, it is not.
+
+use super::Embedded;
+use super::records::Change;
+use super::state::State;
+use crate::kms::{EncryptionContext, KmsError};
+use crate::observe::audit::{AuditKey, Entry, Place};
+use serde_json::{Value, json};
+use std::cmp::Ordering;
+use uuid::Uuid;
+
+/// A call, as it is recorded.
+pub struct Call<'a> {
+    name: &'a str,
+    keys: Vec<String>,
+    parameters: Vec<(&'a str, Value)>,
+    answer: Option<(&'a str, Value)>,
+    by: Option<Value>,
+}
+
+impl<'a> Call<'a> {
+    /// A call of the operation of this name.
+    pub fn new(name: &'a str) -> Self {
+        Call { name, keys: Vec::new(), parameters: Vec::new(), answer: None, by: None }
+    }
+
+    /// The same, on the key that this argument names.
+    pub fn on(self, key: &str) -> Self {
+        self.about(key).with("keyId", key)
+    }
+
+    /// The same, about the key that this argument names.
+    pub fn about(mut self, key: &str) -> Self {
+        self.keys.push(key.to_owned());
+        self
+    }
+
+    /// The same, with a parameter. Never a plaintext, a ciphertext or a token.
+    pub fn with(mut self, name: &'a str, value: impl Into<Value>) -> Self {
+        self.parameters.push((name, value.into()));
+        self
+    }
+
+    /// The same, under this context.
+    pub fn under(self, name: &'a str, context: &EncryptionContext) -> Self {
+        if context.pairs().is_empty() { self } else { self.with(name, json!(context.pairs())) }
+    }
+
+    /// The same, with something that was answered.
+    pub fn answering(self, name: &'a str, value: impl Into<Value>) -> Self {
+        Call { answer: Some((name, value.into())), ..self }
+    }
+
+    /// The same, by somebody else than the user of this process.
+    pub fn by(self, identity: Value) -> Self {
+        Call { by: Some(identity), ..self }
+    }
+}
+
+impl Embedded {
+    /// The same KMS, for one who records calls himself by [`Embedded::record_call`].
+    pub fn recorded_by_caller(self) -> Self {
+        Embedded { caller_records: true, ..self }
+    }
+
+    /// The store's audit key; `None` if there is no store.
+    pub fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(None);
+        }
+        self.store.read(|log| Ok(Some(log.keys().audit().clone())))
+    }
+
+    /// Records a call of the store's owner; answers `result`, unless it cannot be recorded.
+    pub(super) fn record<T>(&self, call: Call<'_>, result: Result<T, KmsError>) -> Result<T, KmsError> {
+        if self.caller_records {
+            return result;
+        }
+        let failure = result.as_ref().err().map(|e| (e.type_name(), e.to_string()));
+        self.record_call(&call, failure.as_ref().map(|(code, message)| (*code, &**message)))?;
+        result
+    }
+
+    /// Records a call, and with what code and message it failed, if it did.
+    ///
+    /// # Errors
+    /// Internal if a call that has succeeded could not be recorded, and must not be answered therefore.
+    pub fn record_call(&self, call: &Call<'_>, failure: Option<(&str, &str)>) -> Result<(), KmsError> {
+        let write = || -> Result<(), KmsError> {
+            // Without a store there is no key that could have been used.
+            let Some((key, arns)) = self.key_and_arns(call)? else { return Ok(()) };
+            let entry = self.entry(call, &arns, failure);
+            self.audit.append(&entry, Some(&key)).map_err(|e| KmsError::Internal(e.to_string()))
+        };
+        match (write(), failure) {
+            (Err(e), None) => Err(not_recorded(call.name, &e)),
+            (Err(e), Some((code, _))) => {
+                log::error!("{} failed ({code}), and that could not be recorded: {e}", call.name);
+                Ok(())
+            }
+            (Ok(()), _) => Ok(()),
+        }
+    }
+
+    /// Records what the KMS has done by itself: what became due, or a key that was made for its first user.
+    pub(super) fn record_due(&self, done: &[Due]) {
+        for Due { name, key } in done {
+            let entry = Entry::kms_service(name, &self.audit_place()).about_key(&self.place.key_arn(*key));
+            let key = self.audit_key().ok().flatten();
+            if let Err(e) = self.audit.append(&entry, key.as_ref()) {
+                log::error!("{name} could not be recorded: {e}");
+            }
+        }
+    }
+
+    fn entry(&self, call: &Call<'_>, arns: &[String], failure: Option<(&str, &str)>) -> Entry {
+        let mut entry = Entry::kms_call(call.name, &self.audit_place());
+        for arn in arns {
+            entry = entry.about_key(arn);
+        }
+        for (name, value) in &call.parameters {
+            entry = entry.with(name, value.clone());
+        }
+        if let Some((name, value)) = &call.answer {
+            entry = entry.answering(name, value.clone());
+        }
+        if let Some(identity) = &call.by {
+            entry = entry.by(identity.clone());
+        }
+        match failure {
+            Some((code, message)) => entry.failed(code, message),
+            None => entry,
+        }
+    }
+
+    /// The audit key, and the ARNs of the keys that the call names, as far as they are there.
+    fn key_and_arns(&self, call: &Call<'_>) -> Result<Option<(AuditKey, Vec<String>)>, KmsError> {
+        if !self.store.exists()? {
+            return Ok(None);
+        }
+        let arn =
+            |state: &State, key: &String| Some(self.place.key_arn(state.key(key, &self.place).ok()?.id));
+        self.store.read(|log| {
+            let arns = call.keys.iter().filter_map(|key| arn(log.state(), key)).collect();
+            Ok(Some((log.keys().audit().clone(), arns)))
+        })
+    }
+
+    fn audit_place(&self) -> Place<'_> {
+        Place { region: &self.place.region, account: &self.place.account }
+    }
+}
+
+/// Something that the KMS did by itself, as AWS names it, and to which key.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Due {
+    name: &'static str,
+    key: Uuid,
+}
+
+impl Due {
+    /// The default key was made, for its first user.
+    pub fn default_key(key: Uuid) -> Self {
+        Due { name: "CreateKey", key }
+    }
+
+    /// What a change that time asked for is; `None` for a mere note.
+    pub fn of(change: &Change, before: &State) -> Option<Self> {
+        match change {
+            Change::KeyDeleted(key) => Some(Due { name: "DeleteKey", key: key.id }),
+            Change::Key(after) => {
+                let versions = before.key_by_id(after.id).map_or(0, |key| key.versions.len());
+                let name = match after.versions.len().cmp(&versions) {
+                    Ordering::Less => "DeleteExpiredKeyMaterial",
+                    Ordering::Greater => "RotateKey",
+                    Ordering::Equal => return None,
+                };
+                Some(Due { name, key: after.id })
+            }
+            _ => None,
+        }
+    }
+}
+
+fn not_recorded(operation: &str, e: &KmsError) -> KmsError {
+    KmsError::Internal(format!(
+        "{operation} is not answered, since it could not be recorded in the audit log: {e}. A change that was asked for \
+         may have been made: look at the key before you try again"
+    ))
+}

@@ -1,0 +1,102 @@
+//! What the audit log keeps of a request: who asked for what, about which keys, and how it was answered.
+//!
+//! Fields are kept by name, so that no plaintext, ciphertext or token gets there.
+
+use super::{Answer, Request};
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::data::key_in;
+use crate::kms::server::wire::WireError;
+use serde_json::{Value, json};
+
+/// The fields that are kept, with their names on the wire and in the log, where members begin with a small letter.
+const KEPT: &[(&str, &str)] = &[
+    ("KeyId", "keyId"),
+    ("EncryptionContext", "encryptionContext"),
+    ("EncryptionAlgorithm", "encryptionAlgorithm"),
+    ("NumberOfBytes", "numberOfBytes"),
+    ("KeySpec", "keySpec"),
+    ("SourceKeyId", "sourceKeyId"),
+    ("SourceEncryptionContext", "sourceEncryptionContext"),
+    ("SourceEncryptionAlgorithm", "sourceEncryptionAlgorithm"),
+    ("DestinationKeyId", "destinationKeyId"),
+    ("DestinationEncryptionContext", "destinationEncryptionContext"),
+    ("DestinationEncryptionAlgorithm", "destinationEncryptionAlgorithm"),
+    ("DryRun", "dryRun"),
+    ("KeyUsage", "keyUsage"),
+    ("Origin", "origin"),
+    ("Description", "description"),
+    ("Policy", "policy"),
+    ("PolicyName", "policyName"),
+    ("Tags", "tags"),
+    ("TagKeys", "tagKeys"),
+    ("PendingWindowInDays", "pendingWindowInDays"),
+    ("RotationPeriodInDays", "rotationPeriodInDays"),
+    ("AliasName", "aliasName"),
+    ("TargetKeyId", "targetKeyId"),
+    ("GrantId", "grantId"),
+    ("GranteePrincipal", "granteePrincipal"),
+    ("RetiringPrincipal", "retiringPrincipal"),
+    ("Operations", "operations"),
+    ("Constraints", "constraints"),
+    ("Name", "name"),
+    ("WrappingAlgorithm", "wrappingAlgorithm"),
+    ("WrappingKeySpec", "wrappingKeySpec"),
+    ("ExpirationModel", "expirationModel"),
+    ("ValidTo", "validTo"),
+    ("Limit", "limit"),
+];
+
+/// Records a request; what it is answered then.
+pub fn record(request: &Request<'_>, operation: &str, answer: Answer) -> Answer {
+    let mut call = Call::new(operation).by(identity(request));
+    for (wire, log) in KEPT {
+        if let Some(value) = request.fields.value(wire) {
+            call = call.with(log, value.clone());
+        }
+    }
+    for key in keys(request, answer.as_ref().unwrap_or(&Value::Null)) {
+        call = call.about(&key);
+    }
+    let granted = answer.as_ref().ok().and_then(|answer| answer.get("GrantId"));
+    if let Some(id) = granted {
+        call = call.answering("grantId", id.clone());
+    }
+    let failure = answer.as_ref().err().map(|e| (e.kind, e.message.as_deref().unwrap_or_default()));
+    request.kms.record_call(&call, failure).map_err(|e| {
+        log::error!("{e}");
+        let message =
+            format!("{operation} could not be recorded in the audit log, and is not answered without.");
+        WireError::new("KMSInternalException", message)
+    })?;
+    answer
+}
+
+/// Who asks, as CloudTrail has it.
+fn identity(request: &Request<'_>) -> Value {
+    let arn = &request.caller.arn;
+    let account = &request.kms.locality().account;
+    match arn.split_once(":user/") {
+        Some((_, name)) => {
+            json!({ "type": "IAMUser", "arn": arn, "accountId": account, "accessKeyId": request.access_key, "userName": name })
+        }
+        None => {
+            json!({ "type": "Root", "arn": arn, "accountId": account, "accessKeyId": request.access_key })
+        }
+    }
+}
+
+/// The keys that the request is about: those that were answered, named, or meant by a ciphertext.
+fn keys(request: &Request<'_>, answer: &Value) -> Vec<String> {
+    let answered =
+        ["/SourceKeyId", "/KeyId", "/KeyMetadata/Arn"].iter().filter_map(|place| answer.pointer(place));
+    let mut keys: Vec<String> = answered.filter_map(Value::as_str).map(str::to_owned).collect();
+    if keys.is_empty() {
+        let named = ["SourceKeyId", "KeyId", "DestinationKeyId", "TargetKeyId"];
+        let named = named.iter().filter_map(|name| request.fields.value(name)?.as_str());
+        keys.extend(named.map(str::to_owned));
+        if let Ok(blob) = request.fields.bytes("CiphertextBlob") {
+            keys.push(key_in(&blob));
+        }
+    }
+    keys
+}
