@@ -51,7 +51,7 @@ impl Rig {
         let geometry = Geometry { sectors: SMALL / 512, block_size: 512, read_only: false };
         let disk = Arc::new(Disk::new(geometry, "rig", store, None, lock));
         let worker = |n| Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("{why}")).unwrap();
-        let serving = Serving::new(disk.clone(), (0..2).map(worker).collect());
+        let serving = Serving::new(disk.clone(), (0..2).map(worker).collect::<Vec<_>>());
         let device = Arc::new(Device {
             tenure: Arc::new(Sole(serving)),
             geometry: Arc::new(SharedGeometry::new(geometry)),

@@ -164,7 +164,7 @@ impl Rig {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
         let device = Arc::new(Device {
-            tenure: Arc::new(Sole(Serving::new(disk.clone(), workers.collect()))),
+            tenure: Arc::new(Sole(Serving::new(disk.clone(), workers.collect::<Vec<_>>()))),
             geometry: Arc::new(SharedGeometry::new(geometry)),
             inlet: Inlet::new(folder.path(), "inner").unwrap(),
             channel: Arc::default(),

@@ -65,7 +65,7 @@ fn device() -> Device {
         let tuning = Tuning { in_order: index == 1, ..Tuning::default() };
         Worker::spawn(usize::from(index), disk.clone(), tuning, died).expect("a thread")
     };
-    let workers = (0..QUEUES).map(worker).collect();
+    let workers = (0..QUEUES).map(worker).collect::<Vec<_>>();
     let tenure = Arc::new(Sole(Serving::new(disk, workers)));
     let geometry = Arc::new(SharedGeometry::new(geometry));
     let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, Arc::new(true.into()));

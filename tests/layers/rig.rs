@@ -7,9 +7,9 @@ use sealblk::store::{Event, Wait};
 use sealblk::vhost::backend::Device;
 use sealblk::vhost::server::{self, Socket, Stop};
 use sealblk::vhost::session::Inlet;
+use sealblk::vhost::tenure::{Serving as Queues, Sole};
 use sealblk::vhost::worker::{Tuning, Worker};
-use sealblk::virtio::Segment;
-use sealblk::virtio::config_space::ConfigSpace;
+use sealblk::virtio::{Segment, SharedGeometry};
 use sealblk::volume::hydrate::{End, Hydration};
 use sealblk::volume::image_lock::Access;
 use sealblk::volume::io::{Cipher, Disk, GuestData};
@@ -89,7 +89,7 @@ impl Keys {
 
 /// A device over such layers, a VMM connected to it.
 pub struct Served {
-    pub device: Arc<Device>,
+    pub device: Arc<Queues>,
     pub session: Session,
     /// As the device has them open, the top first.
     pub layers: Vec<Layer>,
@@ -107,19 +107,23 @@ impl Served {
         let workers = (0..QUEUES).map(|n| {
             Worker::spawn(n, disk.clone(), tuning.clone(), |why| panic!("a worker died: {why}")).unwrap()
         });
-        let device = Arc::new(Device {
-            inlet: Inlet::new(folder).unwrap(),
-            workers: workers.collect(),
-            config: ConfigSpace { geometry: *disk.geometry(), queues: QUEUES as u16, seg_max: 126 },
+        let geometry = Arc::new(SharedGeometry::new(disk.geometry()));
+        let device = Queues::new(disk.clone(), workers.collect::<Vec<_>>());
+        let served = Arc::new(Device {
+            tenure: Arc::new(Sole(device.clone())),
+            geometry,
+            inlet: Inlet::new(folder, "inner").unwrap(),
+            channel: Arc::default(),
+            queues: QUEUES as u16,
+            seg_max: 126,
             queue_size: 128,
-            writeback: true.into(),
-            disk: disk.into(),
+            writeback: Arc::new(true.into()),
         });
         let name = folder.join("s");
         let _ = std::fs::remove_file(&name);
         let listener = UnixListener::bind(&name).unwrap();
         let stop = Stop::new().unwrap();
-        let (until, served) = (stop.clone(), device.clone());
+        let until = stop.clone();
         let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
         let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
@@ -137,7 +141,7 @@ impl Served {
     pub fn drop_lower_layers(&mut self) {
         let mut paused = self.device.pause(PATIENCE).unwrap();
         self.layers.truncate(1);
-        let geometry = *paused.disk().geometry();
+        let geometry = paused.disk().geometry();
         let disk = paused.disk().with_layers(geometry, chain(&self.layers)).unwrap();
         paused.prepare(Arc::new(disk)).unwrap();
         paused.resume();
