@@ -55,8 +55,13 @@ impl BlockLog {
         assert_eq!(number(24)? as u32 as u64, SECTOR, "its sectors have another size");
         let (mut entries, mut at) = (Vec::new(), SECTOR);
         for _ in 0..number(16)? {
-            let [sector, count, flags, mark] = [number(at)?, number(at + 8)?, number(at + 16)?, number(at + 24)?];
-            assert_eq!((flags & !(FLUSH | FUA | DISCARD), mark), (0, 0), "an entry of a kind that is not known");
+            let [sector, count, flags, mark] =
+                [number(at)?, number(at + 8)?, number(at + 16)?, number(at + 24)?];
+            assert_eq!(
+                (flags & !(FLUSH | FUA | DISCARD), mark),
+                (0, 0),
+                "an entry of a kind that is not known"
+            );
             let (len, data) = (count * SECTOR, flags & DISCARD == 0);
             let end = at + SECTOR + if data { len } else { 0 };
             let (flush, durable) = (flags & FLUSH != 0, flags & FUA != 0);
@@ -75,6 +80,11 @@ impl BlockLog {
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// As if the device had never flushed.
+    pub fn forget_flushes(&mut self) {
+        self.entries.iter_mut().for_each(|entry| (entry.flush, entry.durable) = (false, false));
     }
 
     /// The last entries before each flush, and the last of all: how many were done.
