@@ -6,6 +6,7 @@ use super::operations::{self, Request};
 use super::sigv4::{self, Authorization, Signed};
 use super::tls::Tls;
 use super::wire::{Fields, WireError};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::error::Result;
 use crate::kms::embedded::Embedded;
 use http_body_util::{BodyExt, Full, Limited};
@@ -121,9 +122,12 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
     let (head, body) = request.into_parts();
     let answer = match read(body).await {
         Ok(body) => {
-            // It waits for the disk and for locks, which must not keep other connections waiting.
+            // It waits for the disk and for locks, which must not keep other connections waiting. What passes its stack
+            // may be a data key, as it is and as text.
             let answered = tokio::task::spawn_blocking(move || {
-                answer(&kms, &head.method, &head.uri, &head.headers, &body)
+                on_scrubbed_stack(|| {
+                    answer(&kms, &head.method, &head.uri, &head.headers, &body).map(bytes_of)
+                })
             });
             answered.await.unwrap_or_else(|_| {
                 Err(WireError::new("KMSInternalException", "The KMS failed; its log says why."))
@@ -132,7 +136,7 @@ async fn respond(kms: Arc<Embedded>, request: hyper::Request<Incoming>) -> Respo
         Err(e) => Err(e),
     };
     let (status, body) = match answer {
-        Ok(value) => (200, bytes_of(value)),
+        Ok(body) => (200, body),
         Err(e) => (e.status(), e.body().into()),
     };
     let mut response = Response::new(Full::new(body));
