@@ -32,9 +32,14 @@ pub struct Principal {
 impl KmsServer {
     /// An empty KMS.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, served with these arguments besides.
+    pub fn start_with(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut command = command(&folder);
-        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).stdout(Stdio::piped());
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).args(arguments).stdout(Stdio::piped());
         tie_to_test(&mut command, vec![]);
         let mut child = command.spawn().expect("start sealblk");
         let mut line = String::new();
@@ -101,6 +106,9 @@ pub fn environment(url: &str) -> Variables {
         ("AWS_PROFILE", ""),
         ("AWS_DEFAULT_REGION", ""),
         ("AWS_ENDPOINT_URL", ""),
+        ("AWS_CA_BUNDLE", ""),
+        ("SSL_CERT_FILE", ""),
+        ("SSL_CERT_DIR", ""),
         ("AWS_USE_FIPS_ENDPOINT", ""),
         ("AWS_USE_DUALSTACK_ENDPOINT", ""),
         ("AWS_WEB_IDENTITY_TOKEN_FILE", ""),

@@ -5,6 +5,7 @@ use crate::kms_server::{self, KmsServer, Variables, environment};
 use crate::kms_suite::Admin;
 use crate::store::{Store, said};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Output;
 
 /// A KMS with a key, and a store of which nothing is known but where its configuration files lie.
@@ -18,7 +19,10 @@ struct Case {
 
 impl Case {
     fn new() -> Self {
-        let kms = KmsServer::start();
+        Self::with(KmsServer::start())
+    }
+
+    fn with(kms: KmsServer) -> Self {
         let root = kms.principal("root");
         let keys = (root.keys().0.to_owned(), root.keys().1.to_owned());
         let (key, variables) = (Admin::create_key(&kms.admin()), environment(&kms.url));
@@ -176,3 +180,41 @@ fn a_configuration_that_makes_no_sense_is_not_tried_again() {
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     assert!(said(&output).contains("FIPS and custom endpoint are not supported"), "{}", said(&output));
 }
+
+#[test]
+fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names() {
+    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+    let files = tempfile::tempdir().expect("make a temporary folder");
+    let file = |name: &str, text: &str| {
+        let path = files.path().join(name);
+        fs::write(&path, text).expect("write a file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("make it private");
+        path.display().to_string()
+    };
+    let (certificate, key) =
+        (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()));
+    let mut case = Case::with(KmsServer::start_with(&["--tls-cert", &certificate, "--tls-key", &key]));
+    let (id, secret) = case.keys.clone();
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    let stranger = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+    let stranger = file("stranger.pem", &stranger.cert.pem());
+    for (name, trusted) in [("AWS_CA_BUNDLE", &certificate), ("SSL_CERT_FILE", &certificate)] {
+        case.set(name, &stranger);
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(6), "{}", said(&output));
+        assert!(said(&output).contains("invalid peer certificate"), "{}", said(&output));
+        case.set(name, trusted);
+        case.works();
+        case.set(name, "");
+    }
+    for (text, why) in [("", "there are no certificates in it"), (NO_CERTIFICATE, "AWS_CA_BUNDLE: ")] {
+        case.set("AWS_CA_BUNDLE", &file("bad.pem", text));
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+    }
+}
+
+/// PEM, but no certificate.
+const NO_CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
