@@ -5,7 +5,6 @@ use crate::kms_server::{self, KmsServer, Variables, environment};
 use crate::kms_suite::Admin;
 use crate::store::{Store, said};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Output;
 
 /// A KMS with a key, and a store of which nothing is known but where its configuration files lie.
@@ -183,17 +182,14 @@ fn a_configuration_that_makes_no_sense_is_not_tried_again() {
 
 #[test]
 fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names() {
-    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
     let files = tempfile::tempdir().expect("make a temporary folder");
     let file = |name: &str, text: &str| {
         let path = files.path().join(name);
         fs::write(&path, text).expect("write a file");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("make it private");
         path.display().to_string()
     };
-    let (certificate, key) =
-        (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()));
-    let mut case = Case::with(KmsServer::start_with(&["--tls-cert", &certificate, "--tls-key", &key]));
+    let mut case = Case::with(KmsServer::start_tls(files.path()));
+    let certificate = files.path().join("kms.pem").display().to_string();
     let (id, secret) = case.keys.clone();
     case.set("AWS_ACCESS_KEY_ID", &id);
     case.set("AWS_SECRET_ACCESS_KEY", &secret);
