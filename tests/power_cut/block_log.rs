@@ -55,8 +55,13 @@ impl BlockLog {
         assert_eq!(number(24)? as u32 as u64, SECTOR, "its sectors have another size");
         let (mut entries, mut at) = (Vec::new(), SECTOR);
         for _ in 0..number(16)? {
-            let [sector, count, flags, mark] = [number(at)?, number(at + 8)?, number(at + 16)?, number(at + 24)?];
-            assert_eq!((flags & !(FLUSH | FUA | DISCARD), mark), (0, 0), "an entry of a kind that is not known");
+            let [sector, count, flags, mark] =
+                [number(at)?, number(at + 8)?, number(at + 16)?, number(at + 24)?];
+            assert_eq!(
+                (flags & !(FLUSH | FUA | DISCARD), mark),
+                (0, 0),
+                "an entry of a kind that is not known"
+            );
             let (len, data) = (count * SECTOR, flags & DISCARD == 0);
             let end = at + SECTOR + if data { len } else { 0 };
             let (flush, durable) = (flags & FLUSH != 0, flags & FUA != 0);

@@ -95,7 +95,8 @@ impl Device {
         let mut daemon = tool("qemu-storage-daemon");
         daemon.args(["--blockdev", &node("driver=file,node-name=disk", "disk")]);
         daemon.args(["--blockdev", &node("driver=file,node-name=log", "log")]);
-        daemon.args(["--blockdev", "driver=blklogwrites,node-name=both,file=disk,log=log,log-sector-size=512"]);
+        daemon
+            .args(["--blockdev", "driver=blklogwrites,node-name=both,file=disk,log=log,log-sector-size=512"]);
         let device = path("device").display().to_string();
         daemon.args(["--export", &format!("type=fuse,id=e,node-name=both,writable=on,mountpoint={device}")]);
         daemon.stdin(Stdio::null());
@@ -104,7 +105,10 @@ impl Device {
         let deadline = Instant::now() + LIMIT;
         while std::fs::metadata(path("device")).map_or(0, |m| m.len()) == 0 {
             let ended = daemon.0.try_wait().expect("ask for the daemon");
-            assert!(ended.is_none() && Instant::now() < deadline, "the storage daemon offers nothing: {ended:?}");
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "the storage daemon offers nothing: {ended:?}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         let mounted = Mounted::new(&path("device"), &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
@@ -219,15 +223,19 @@ impl Recorded {
         let mounted = Mounted::new(&image, &state.path().join("mounted"))?;
         let mut expect = Expect::default();
         self.marks.iter().filter(|(at, _)| *at <= done).for_each(|(_, mark)| (mark.apply)(&mut expect));
-        check(&Site::at(mounted.0.join("t")), &expect, done % 2 == 0)
+        check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
     }
 
     /// The extremes at every flush, then states by chance until the time is over.
     fn survives(&self, what: &str) {
         let attempt = |done: usize, share: Share, seed: u64| {
             if let Err(problem) = self.attempt(done, share, seed) {
-                let told: Vec<&str> =
-                    self.marks.iter().filter(|(at, _)| *at <= done).map(|(_, mark)| mark.label.as_str()).collect();
+                let told: Vec<&str> = self
+                    .marks
+                    .iter()
+                    .filter(|(at, _)| *at <= done)
+                    .map(|(_, mark)| mark.label.as_str())
+                    .collect();
                 panic!(
                     "{what}, a power cut after write {done} of {}, {share:?} of what was not flushed, seed {seed:#x}: \
                      {problem}\nUntil then:\n  {}",
@@ -249,12 +257,17 @@ impl Recorded {
             chosen += 1;
         }
         let flushes = cuts.len() - 1;
-        println!("{what}: {} writes, {flushes} flushes, {chosen} states by chance (seed {})", self.log.len(), seed());
+        println!(
+            "{what}: {} writes, {flushes} flushes, {chosen} states by chance (seed {})",
+            self.log.len(),
+            seed()
+        );
     }
 }
 
 fn all(made: Made) {
-    let scenarios: [(&str, &dyn Fn(&mut Script)); 8] = [
+    type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
+    let scenarios: [Scenario<'_>; 8] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),

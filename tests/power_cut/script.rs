@@ -174,7 +174,9 @@ impl Script {
         });
         self.run(&["volume", "rewrap", id, "--key", new]);
         let (volume, new) = (id.to_owned(), new.to_owned());
-        self.promise(&format!("{id} is wrapped by {new}"), move |expect| expect.wrapped_by(&volume, &new, true));
+        self.promise(&format!("{id} is wrapped by {new}"), move |expect| {
+            expect.wrapped_by(&volume, &new, true)
+        });
     }
 
     /// Attaches a volume.
