@@ -168,17 +168,10 @@ pub fn new_at_terminal() -> Result<Passphrase, KmsError> {
     Err(KmsError::Validation("the two passphrases differ; nothing was changed".into()))
 }
 
-<<<<<<< HEAD
-/// Where a credential lies, and what it says.
-type Credential = (PathBuf, Zeroizing<Vec<u8>>);
-
-/// The systemd credential of that name, if this process was started with one, and where it lies.
-=======
 /// A credential: where it lies, and what it says. Has no Debug.
 type Credential = (PathBuf, Zeroizing<Vec<u8>>);
 
 /// The systemd credential of that name, if this process was started with one.
->>>>>>> sandbox
 pub(super) fn credential(name: &str, longest: u64) -> Result<Option<Credential>, KmsError> {
     let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|f| !f.is_empty()) else {
         return Ok(None);
