@@ -50,6 +50,7 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
             Errno::result(done).map(drop).map_err(std::io::Error::from)
         });
     }
+    #[expect(clippy::zombie_processes, reason = "waitpid below sees its end, or kill() waits for it")]
     let mut child = command.spawn().expect("start sealblk");
     let pid = Pid::from_raw(child.id() as i32);
     assert!(
