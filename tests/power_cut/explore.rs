@@ -170,7 +170,7 @@ fn run(trace: &Trace, next: impl Fn() -> Option<Job> + Sync) -> Result<(), Failu
 fn attempt(job: &Job) -> Result<(), String> {
     let site = Site::new();
     job.image.write(site.top()).map_err(|e| format!("make the state: {e}"))?;
-    check(&site, &job.expect, job.image.fingerprint() % 2 == 0)
+    check(&site, &job.expect, job.image.fingerprint().is_multiple_of(2))
 }
 
 impl Job {

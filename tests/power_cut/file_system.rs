@@ -223,7 +223,7 @@ impl Recorded {
         let mounted = Mounted::new(&image, &state.path().join("mounted"))?;
         let mut expect = Expect::default();
         self.marks.iter().filter(|(at, _)| *at <= done).for_each(|(_, mark)| (mark.apply)(&mut expect));
-        check(&Site::at(mounted.0.join("t")), &expect, done % 2 == 0)
+        check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
     }
 
     /// The extremes at every flush, then states by chance until the time is over.
@@ -266,7 +266,8 @@ impl Recorded {
 }
 
 fn all(made: Made) {
-    let scenarios: [(&str, &dyn Fn(&mut Script)); 8] = [
+    type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
+    let scenarios: [Scenario<'_>; 8] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),

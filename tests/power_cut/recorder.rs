@@ -129,6 +129,7 @@ impl Tape for Recorder {
         ledger.entries.insert(place, Entry::Mark(mark));
     }
 
+    #[expect(clippy::zombie_processes, reason = "`follow` waits for it, as its tracer")]
     fn run(&self, mut command: Command) -> Said {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.ledger().spoke = None;

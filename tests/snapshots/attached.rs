@@ -197,9 +197,6 @@ impl Client {
     }
 }
 
-/// What a client does before it goes away.
-type Script<'a> = &'a dyn Fn(&mut Client);
-
 #[test]
 fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     let rig = Rig::new(&[]);
@@ -214,7 +211,8 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
         std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
     };
     let pause = json!({"step": "pause", "hold": true});
-    let scripts: [(&str, Script<'_>); 6] = [
+    type Script<'a> = (&'a str, &'a dyn Fn(&mut Client));
+    let scripts: [Script<'_>; 6] = [
         ("says nothing", &|_| ()),
         ("begins", &|c| c.say(&begin)),
         ("links the layer", &|c| made(c)),

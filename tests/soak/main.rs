@@ -1,5 +1,6 @@
 //! Everything at once for a long time: load that knows what every sector holds, and meanwhile VMMs that vanish, devices
-//! that are stopped and reset, host processes that are killed or detached, limits that change, keys that are rewrapped.
+//! that are stopped and reset, host processes that are killed or detached, limits that change, keys that are rewrapped,
+//! snapshots, volumes that grow.
 //! Nothing may be lost, and a host process may not grow.
 //!
 //! `ci/soak` runs it for an hour; among the other tests it runs for some seconds. SEALBLK_SOAK_SECONDS says how long,
@@ -27,6 +28,10 @@ const REQUESTS: u64 = 300;
 const GROWTH_KIB: u64 = 4096;
 /// Mappings that allocators make and keep.
 const MORE_MAPS: usize = 16;
+/// Snapshots in all: each leaves a layer more, of which a volume can have 64.
+const MOST_SNAPSHOTS: u64 = 24;
+/// Descriptors that a host process may keep for each layer that it got while it ran.
+const FDS_A_LAYER: usize = 2;
 /// Looks at a host process without a VMM before it counts as warm.
 const WARM: usize = 4;
 /// How long a host process may take to tidy up after a VMM.
@@ -40,6 +45,7 @@ enum Event {
     Vanish,
     Throttle,
     Rewrap,
+    Snapshot,
     Show,
     Verify,
     Kill,
@@ -47,12 +53,13 @@ enum Event {
 }
 
 /// How often each comes, in a thousand.
-const OFTEN: [(Event, u64); 9] = [
+const OFTEN: [(Event, u64); 10] = [
     (Event::Pause, 250),
     (Event::Reset, 200),
-    (Event::Vanish, 330),
+    (Event::Vanish, 320),
     (Event::Throttle, 60),
     (Event::Rewrap, 30),
+    (Event::Snapshot, 10),
     (Event::Show, 30),
     (Event::Verify, 60),
     (Event::Kill, 30),
@@ -63,6 +70,8 @@ const OFTEN: [(Event, u64); 9] = [
 struct Life {
     /// Before the first VMM came.
     bare: Holdings,
+    /// Layers that came since.
+    layers: usize,
     looks: usize,
     warm: Option<Holdings>,
     last: Holdings,
@@ -72,7 +81,7 @@ impl Life {
     /// Of a host process that no VMM has connected to yet.
     fn begin(host: &Attached<'_>) -> Self {
         let bare = holdings(host.pid() as i32).expect("the host process runs");
-        Life { bare, looks: 0, warm: None, last: bare }
+        Life { bare, layers: 0, looks: 0, warm: None, last: bare }
     }
 
     /// Looks at it when it has tidied up after a VMM, which must leave nothing behind.
@@ -82,7 +91,7 @@ impl Life {
             let memory = self.warm.is_none_or(|warm| {
                 now.maps <= warm.maps + MORE_MAPS && now.rss_kib <= warm.rss_kib + GROWTH_KIB
             });
-            memory && now.fds <= self.bare.fds && now.threads <= self.bare.threads
+            memory && now.fds <= self.bare.fds + FDS_A_LAYER * self.layers && now.threads <= self.bare.threads
         };
         let now = loop {
             let now = holdings(host.pid() as i32).expect("the host process runs");
@@ -132,6 +141,11 @@ fn soak() {
             Event::Vanish => rig = rig.vanish(|host| life.look(host)),
             Event::Throttle => throttle(&store, &mut rig),
             Event::Rewrap => rewrap(&store, &mut rig),
+            Event::Snapshot if counts[&event] <= MOST_SNAPSHOTS => {
+                store.ok(&["snapshot", "create", "t"]);
+                life.layers += 1;
+            }
+            Event::Snapshot => {}
             Event::Show => drop(store.ok(&["volume", "show", "t", "--check-key"])),
             Event::Verify => verify(&mut rig),
             Event::Kill => {
@@ -143,6 +157,8 @@ fn soak() {
             }
             Event::Detach => {
                 rig.detach();
+                let size = (64 << 20) + (counts[&event] << 20);
+                store.ok(&["volume", "resize", "t", &size.to_string()]);
                 rig.attach_again();
                 lives.push(std::mem::replace(&mut life, Life::begin(rig.host())));
                 rig = rig.vanish(|_| ());

@@ -168,10 +168,10 @@ pub fn new_at_terminal() -> Result<Passphrase, KmsError> {
     Err(KmsError::Validation("the two passphrases differ; nothing was changed".into()))
 }
 
-/// Where a credential lies, and what it says.
+/// A credential: where it lies, and what it says. Has no Debug.
 type Credential = (PathBuf, Zeroizing<Vec<u8>>);
 
-/// The systemd credential of that name, if this process was started with one, and where it lies.
+/// The systemd credential of that name, if this process was started with one.
 pub(super) fn credential(name: &str, longest: u64) -> Result<Option<Credential>, KmsError> {
     let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|f| !f.is_empty()) else {
         return Ok(None);
