@@ -3,11 +3,11 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use super::process::{tie_to_test, wait_within};
-use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -17,14 +17,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A root folder and a configuration folder, gone with the value.
 pub struct Store {
     folder: TempDir,
-    variables: RefCell<Vec<(String, String)>>,
+    variables: Mutex<Vec<(String, String)>>,
 }
 
 impl Store {
     /// An empty store.
     pub fn new() -> Self {
         // Not in the build folder: a socket's path may be 107 bytes at most.
-        Store { folder: tempfile::tempdir().expect("make a temporary folder"), variables: RefCell::default() }
+        Store { folder: tempfile::tempdir().expect("make a temporary folder"), variables: Mutex::default() }
     }
 
     /// Where the store lies.
@@ -42,7 +42,7 @@ impl Store {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
         command.env("SEALBLK_CONFIG_DIR", self.config()).arg("--root").arg(self.root());
         command.stdin(Stdio::null());
-        for (name, value) in self.variables.borrow().iter() {
+        for (name, value) in self.variables().iter() {
             match value.as_str() {
                 "" => command.env_remove(name),
                 value => command.env(name, value),
@@ -51,10 +51,14 @@ impl Store {
         command
     }
 
+    fn variables(&self) -> MutexGuard<'_, Vec<(String, String)>> {
+        self.variables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Gives every command from now on these variables, beside what the test itself was started with; an empty one is
     /// taken away.
     pub fn set_environment(&self, variables: Vec<(String, String)>) {
-        *self.variables.borrow_mut() = variables;
+        *self.variables() = variables;
     }
 
     /// Writes `sealblk.toml`.
