@@ -4,6 +4,8 @@
 #[path = "common/attach.rs"]
 mod attach;
 mod common;
+#[path = "common/kms_server.rs"]
+mod kms_server;
 #[path = "common/attach_memory.rs"]
 mod memory;
 #[path = "common/process.rs"]
@@ -16,20 +18,24 @@ mod trace;
 use attach::{Host, Place, flush, open, read, write};
 use common::disk::pattern;
 use common::frontend::{Framing, Request, Segment, Session, block};
+use kms_server::KmsServer;
 use memory::{Needles, children, look_through};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::Pid;
+use sealblk::crypt::SecretFd;
+use sealblk::kms::KeyProvider;
 use std::fs::{self, File};
 use std::io::{IoSlice, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use store::Store;
 use trace::Traced;
 
 const SERIAL: &str = "needle-in-haystack-1";
@@ -266,7 +272,7 @@ fn the_helper_puts_the_key_into_no_file() {
     let metadata = place.metadata();
     let wrapped = &metadata.keys()[0].wrapped;
     let request = serde_json::json!({
-        "volume": metadata.id(), "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+        "owner": {"volume": metadata.id()}, "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
     });
     let path = place.folder().join("trap");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
@@ -288,6 +294,50 @@ fn the_helper_puts_the_key_into_no_file() {
     assert!(answer.contains("is not a sealed memory file for a key"), "{answer}");
     assert_eq!(fs::read(&path).unwrap(), [0; 64]);
     assert_eq!(Needles::of_key(&place.dek()).find(answer.as_bytes()), []);
+}
+
+/// The AWS SDK has had the key in buffers that are not ours. At its end the helper is held, with all its memory still
+/// there.
+#[test]
+fn the_helper_that_asked_by_the_aws_sdk_has_nothing_of_the_key_at_its_end() {
+    let kms = KmsServer::start();
+    let store = Store::new();
+    store.set_environment(kms.principal("root").environment(&kms.url));
+    let key = kms.admin().create_key("", None).expect("make a key").arn;
+    let place = Place::of(store, &["--key", &format!("aws:{key}")]);
+    let metadata = place.metadata();
+    let wrapped = &metadata.keys()[0].wrapped;
+    let dek = kms.admin().decrypt(wrapped, &metadata.encryption_context()).expect("unwrap the data key");
+    let request = serde_json::json!({
+        "owner": {"volume": metadata.id()}, "provider": "aws", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+    });
+    let secret = SecretFd::create(64).expect("memory for a key");
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut command = place.store.command();
+    command.arg("unwrap").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+    let mut helper = command.spawn().expect("start the helper");
+    drop(command);
+    let pid = Pid::from_raw(helper.id() as i32);
+    let traced = Traced::until_its_end(pid);
+    let (text, fds) = (request.to_string(), [secret.as_fd().as_raw_fd()]);
+    let control = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(text.as_bytes())], &control, MsgFlags::empty(), None)
+        .unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    traced.wait_for_its_end();
+    let seen = look_through(pid, &Needles::of_key(&dek));
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    let root = place.store.root().display().to_string();
+    assert!(
+        !look_through(pid, &Needles::words(&root)).found.is_empty(),
+        "the search does not find its arguments"
+    );
+    drop(traced);
+    let mut answer = String::new();
+    (&ours).read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "\"unwrapped\"");
+    assert!(process::wait_within(&mut helper, attach::LIMIT).expect("it ends").success());
+    assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
 }
 
 #[test]

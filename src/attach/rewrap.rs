@@ -7,8 +7,9 @@
 //! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
 
 use super::unwrap::Refusal;
-use super::{control, sandbox};
-use crate::crypt::Dek;
+use super::{control, helper};
+use crate::crypt::secret_mem::on_scrubbed_stack;
+use crate::crypt::{Dek, wiping_allocator};
 use crate::error::{Context, Error, Kind, Result};
 use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
 use crate::root::Root;
@@ -19,7 +20,8 @@ use crate::volume::rewrap::Rewrapped;
 use crate::volume::{Metadata, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
-use std::process::{Command, Stdio};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 
 /// The hidden subcommand of the helper.
 pub const COMMAND: &str = "rewrap-key";
@@ -123,21 +125,11 @@ fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) -> Res
         to_provider: to.provider.as_str().into(),
         to_key: to.key.clone(),
     };
-    let mut helper = Command::new("/proc/self/exe")
-        .arg("--root")
-        .arg(root.path())
-        .arg(COMMAND)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context(|| "start the rewrap helper")?;
-    // Closed when it is written, which is how the helper knows that it is all.
-    let input = helper.stdin.take().map_or(Ok(()), |mut input| input.write_all(&bytes(&request)?));
-    let output = helper.wait_with_output().context(|| "wait for the rewrap helper")?;
-    let said = input.map_err(Error::from).and_then(|()| {
-        serde_json::from_slice(&output.stdout).map_err(|e| Error::new(Kind::Other, e.to_string()))
-    });
-    match said.context(|| format!("the rewrap helper ({})", output.status))? {
+    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let said = ask(&socket, &request);
+    drop(socket);
+    let status = child.wait().context(|| "wait for the rewrap helper")?;
+    match said.context(|| format!("the rewrap helper ({status})"))? {
         Answer::Rewrapped { key_id, blob } => {
             let blob = hex::decode(&blob).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
             Ok(WrappedKey { key_id, blob })
@@ -146,22 +138,34 @@ fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) -> Res
     }
 }
 
-/// The helper's side: the whole life of the process, between standard input and output.
+fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
+    socket.write_all(&bytes(request)?)?;
+    socket.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    socket.take(MAX_MESSAGE).read_to_end(&mut answer)?;
+    serde_json::from_slice(&answer)
+        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+}
+
+/// The helper's side: the whole life of the process. What it frees is zeroed, by its allocator.
 ///
 /// # Errors
 /// Only when the answer could not be given.
 pub fn help(root: &Root) -> Result<()> {
-    sandbox::harden()?;
-    let answer = match receive().and_then(|request| answer(root, &request)) {
+    wiping_allocator::wipe_from_now_on();
+    let mut socket = helper::begin()?;
+    // The key passes the stack too, in other people's frames.
+    let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(root, &request)));
+    let answer = match new {
         Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
         Err(e) => Answer::Refused(e.into()),
     };
-    std::io::stdout().write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
+    socket.write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
 }
 
-fn receive() -> Result<Request> {
+fn receive(socket: &UnixStream) -> Result<Request> {
     let mut text = Vec::new();
-    std::io::stdin().take(MAX_MESSAGE).read_to_end(&mut text)?;
+    socket.take(MAX_MESSAGE).read_to_end(&mut text)?;
     serde_json::from_slice(&text).map_err(|e| {
         let attempt = "take a request: this command is started by \"sealblk volume rewrap\" alone";
         Error::new(Kind::Usage, e.to_string()).context(attempt)

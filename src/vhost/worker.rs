@@ -7,6 +7,14 @@ mod flushes;
 mod in_order;
 mod request;
 mod server;
+mod sync;
+
+#[cfg(test)]
+mod fake;
+#[cfg(all(test, feature = "model"))]
+mod model;
+#[cfg(all(test, not(feature = "model")))]
+mod tests;
 
 use super::inflight::InflightQueue;
 use super::qos::Qos;
@@ -18,10 +26,11 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use sync::{Condvar, Mutex, MutexGuard, Receiver, SyncSender, sync_channel};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
@@ -85,6 +94,12 @@ struct Mailbox {
 }
 
 impl Mailbox {
+    fn new() -> io::Result<Arc<Self>> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let commands = Mutex::new(Some(VecDeque::new()));
+        Ok(Arc::new(Mailbox { commands, filled: Condvar::new(), wake }))
+    }
+
     fn post(&self, command: Command) -> Answer {
         self.send(command)?.recv().unwrap_or_else(|_| Err(gone()))
     }
@@ -197,26 +212,9 @@ impl Worker {
         tuning: Tuning,
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mailbox =
-            Arc::new(Mailbox { commands: Mutex::new(Some(VecDeque::new())), filled: Condvar::new(), wake });
+        let mailbox = Mailbox::new()?;
         let inbox = mailbox.clone();
-        let run = move || {
-            if let Some(cpu) = tuning.cpu
-                && let Err(e) = bind_to(cpu)
-            {
-                log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
-            }
-            ring::claim();
-            let serve = std::panic::AssertUnwindSafe(|| serve_rings(&inbox, &disk, &tuning));
-            let ended = std::panic::catch_unwind(serve);
-            inbox.close();
-            match ended {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => died(format!("queue {index}: {e}")),
-                Err(_) => died(format!("queue {index}: its thread panicked")),
-            }
-        };
+        let run = move || live(index, &inbox, &disk, &tuning, died);
         let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(run)?;
         Ok(Worker { mailbox, thread: Some(thread) })
     }
@@ -262,6 +260,23 @@ impl Drop for Worker {
         {
             log::error!("a queue's thread ended with a panic");
         }
+    }
+}
+
+/// The thread's life.
+fn live(index: usize, inbox: &Arc<Mailbox>, disk: &Arc<Disk>, tuning: &Tuning, died: impl FnOnce(String)) {
+    if let Some(cpu) = tuning.cpu
+        && let Err(e) = bind_to(cpu)
+    {
+        log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
+    }
+    ring::claim();
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve_rings(inbox, disk, tuning)));
+    inbox.close();
+    match ended {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => died(format!("queue {index}: {e}")),
+        Err(_) => died(format!("queue {index}: its thread panicked")),
     }
 }
 

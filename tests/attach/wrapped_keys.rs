@@ -171,8 +171,8 @@ fn a_wrapped_key_that_was_changed_is_refused() {
     two.refused("a KMS key that never was", 3, &format!("Key '{none}' does not exist"), 1, |v| {
         v["keys"][0]["key_id"] = json!(none);
     });
-    two.refused("a provider of another version", 8, "the aws provider is not in this version", 1, |v| {
-        v["keys"][0]["provider"] = json!("aws");
+    two.refused("a provider of another version", 8, "the pkcs11 provider is not in this version", 1, |v| {
+        v["keys"][0]["provider"] = json!("pkcs11");
     });
     two.assert_whole();
 }

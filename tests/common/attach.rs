@@ -53,17 +53,21 @@ impl Place {
 
     /// The same in a store with these settings.
     pub fn with_settings(settings: &str, arguments: &[&str]) -> Self {
-        let write = |root: &Path| {
-            fs::create_dir_all(root)?;
-            fs::write(root.join("sealblk.toml"), settings)
-        };
-        Self::with_root(write, arguments)
+        let store = Store::new();
+        store.configure(settings);
+        Self::of(store, arguments)
     }
 
     /// The same, after `prepare` was called with the root's path.
     pub fn with_root(prepare: impl FnOnce(&Path) -> std::io::Result<()>, arguments: &[&str]) -> Self {
-        let place = Place { store: Store::new(), starts: Cell::new(0) };
-        prepare(&place.store.root()).expect("prepare the root folder");
+        let store = Store::new();
+        prepare(&store.root()).expect("prepare the root folder");
+        Self::of(store, arguments)
+    }
+
+    /// The same in a store that is there.
+    pub fn of(store: Store, arguments: &[&str]) -> Self {
+        let place = Place { store, starts: Cell::new(0) };
         place.store.ok(&[&["volume", "create", "--size", "8MiB", "--name", "t"], arguments].concat());
         place
     }

@@ -42,6 +42,7 @@ pub enum End {
 
 /// Runs `command` and kills it just before the call number `step`, counted from 0, that changes files. Processes that
 /// it starts are not counted.
+#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 pub fn killed_before(command: &mut Command, step: usize) -> End {
     // SAFETY: between fork and exec the closure makes one system call, on no memory.
     unsafe {

@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-/// Variables of an environment.
+/// Variables of an environment; an empty one is to be taken away.
 pub type Variables = Vec<(String, String)>;
 
 /// A KMS and its server, ended when dropped.
@@ -74,8 +74,8 @@ impl Principal {
     /// What leads an SDK to the KMS at `url` as this principal.
     pub fn environment(&self, url: &str) -> Variables {
         let mut variables = environment(url);
-        variables.push(("AWS_ACCESS_KEY_ID".into(), self.access_key.clone()));
-        variables.push(("AWS_SECRET_ACCESS_KEY".into(), self.secret.clone()));
+        set(&mut variables, "AWS_ACCESS_KEY_ID", &self.access_key);
+        set(&mut variables, "AWS_SECRET_ACCESS_KEY", &self.secret);
         variables
     }
 
@@ -85,27 +85,36 @@ impl Principal {
     }
 }
 
+/// Sets a variable in place of what was said of it before.
+pub fn set(variables: &mut Variables, name: &str, value: &str) {
+    variables.retain(|(known, _)| known != name);
+    variables.push((name.to_owned(), value.to_owned()));
+}
+
 /// What leads an SDK to the KMS at `url` as nobody.
 pub fn environment(url: &str) -> Variables {
+    // Whatever the one who runs the tests has set.
     let pairs = [
+        ("AWS_ACCESS_KEY_ID", ""),
+        ("AWS_SECRET_ACCESS_KEY", ""),
+        ("AWS_SESSION_TOKEN", ""),
+        ("AWS_PROFILE", ""),
+        ("AWS_DEFAULT_REGION", ""),
+        ("AWS_ENDPOINT_URL", ""),
+        ("AWS_USE_FIPS_ENDPOINT", ""),
+        ("AWS_USE_DUALSTACK_ENDPOINT", ""),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", ""),
+        ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ""),
+        ("AWS_CONTAINER_CREDENTIALS_FULL_URI", ""),
         ("AWS_ENDPOINT_URL_KMS", url),
         ("AWS_REGION", "us-east-1"),
         ("AWS_EC2_METADATA_DISABLED", "true"),
         ("AWS_CONFIG_FILE", "/dev/null"),
         ("AWS_SHARED_CREDENTIALS_FILE", "/dev/null"),
         ("NO_PROXY", "*"),
+        ("no_proxy", "*"),
     ];
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
-}
-
-/// Takes away whatever the one who runs the tests has set for AWS and for proxies.
-pub fn forget_aws(command: &mut Command) {
-    for (name, _) in std::env::vars_os() {
-        let upper = name.to_string_lossy().to_ascii_uppercase();
-        if upper.starts_with("AWS_") || upper.ends_with("_PROXY") {
-            command.env_remove(name);
-        }
-    }
 }
 
 fn folders(folder: &tempfile::TempDir) -> (PathBuf, PathBuf) {

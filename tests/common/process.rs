@@ -44,16 +44,38 @@ pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
     }
 }
 
-/// Waits until a child has ended by itself; an error when it takes longer than `limit`.
-pub fn wait_within(child: &mut Child, limit: Duration) -> io::Result<ExitStatus> {
-    // SAFETY: pidfd_open takes a process id and flags, no pointers; the id is that of a child which has not
-    // been waited for, so it cannot mean another process.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+/// A process that is not a child of ours, whose end can be waited for.
+pub struct Other(OwnedFd);
+
+/// The process of this id, which runs now.
+pub fn ended(pid: nix::unistd::Pid) -> Other {
+    Other(pidfd(pid.as_raw()).expect("it runs"))
+}
+
+impl Other {
+    /// Waits until it has ended, however.
+    #[track_caller]
+    pub fn wait(self, limit: Duration) {
+        let timeout = PollTimeout::try_from(limit).expect("a limit below a month");
+        let ended = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout);
+        assert_eq!(ended, Ok(1), "it still runs after {limit:?}");
+    }
+}
+
+fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes a process id and flags, no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the call above made this descriptor, and nothing else owns it.
-    let ended = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Waits until a child has ended by itself; an error when it takes longer than `limit`.
+pub fn wait_within(child: &mut Child, limit: Duration) -> io::Result<ExitStatus> {
+    // The id is that of a child which has not been waited for, so it cannot mean another process.
+    let ended = pidfd(child.id() as i32)?;
     let timeout = PollTimeout::try_from(limit).expect("a limit below a month");
     match poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], timeout)? {
         0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it still runs after {limit:?}"))),

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -16,13 +17,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A root folder and a configuration folder, gone with the value.
 pub struct Store {
     folder: TempDir,
+    variables: Mutex<Vec<(String, String)>>,
 }
 
 impl Store {
     /// An empty store.
     pub fn new() -> Self {
         // Not in the build folder: a socket's path may be 107 bytes at most.
-        Store { folder: tempfile::tempdir().expect("make a temporary folder") }
+        Store { folder: tempfile::tempdir().expect("make a temporary folder"), variables: Mutex::default() }
     }
 
     /// Where the store lies.
@@ -40,7 +42,29 @@ impl Store {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
         command.env("SEALBLK_CONFIG_DIR", self.config()).arg("--root").arg(self.root());
         command.stdin(Stdio::null());
+        for (name, value) in self.variables().iter() {
+            match value.as_str() {
+                "" => command.env_remove(name),
+                value => command.env(name, value),
+            };
+        }
         command
+    }
+
+    fn variables(&self) -> MutexGuard<'_, Vec<(String, String)>> {
+        self.variables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives every command from now on these variables, beside what the test itself was started with; an empty one is
+    /// taken away.
+    pub fn set_environment(&self, variables: Vec<(String, String)>) {
+        *self.variables() = variables;
+    }
+
+    /// Writes `sealblk.toml`.
+    pub fn configure(&self, settings: &str) {
+        std::fs::create_dir_all(self.root()).expect("make the root folder");
+        std::fs::write(self.root().join("sealblk.toml"), settings).expect("write the settings");
     }
 
     /// Runs a command to its end.

@@ -1,5 +1,7 @@
 //! A guest under load whose disk's host process comes and goes.
 
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
 use crate::common::disk::FREE;
 use crate::common::frontend::load::{Load, Random};
 use crate::common::frontend::session::{F_EVENT_IDX, F_LOG_ALL};
@@ -64,7 +66,7 @@ impl<'a> Rig<'a> {
     /// Attaches and starts a guest on a part of the disk of its own, the `part`th of 8.
     pub fn start(store: &'a Store, way: Way, shape: Shape, part: u64, seed: u64) -> Self {
         let attached = attach(store, way);
-        let mut protocol = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK;
+        let mut protocol = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::RESET_DEVICE;
         if way != Way::InOrder {
             protocol |= Protocol::INFLIGHT_SHMFD;
         }
@@ -198,6 +200,43 @@ impl<'a> Rig<'a> {
         };
         session.start_at(&bases).expect("the device starts");
         Rig { store, attached, session, loads, options, way, random }
+    }
+
+    /// Lets what is in flight complete, and puts nothing more on the rings.
+    pub fn settle(&mut self) {
+        let flying: u64 = self.loads.iter().map(|l| l.heads().len() as u64).sum();
+        self.pump(self.completed() + flying, 0);
+    }
+
+    /// Stops the device under load, as a VMM that pauses, and starts it again. With `reset`, as a guest that resets it.
+    pub fn stop_and_start(&mut self, reset: bool) {
+        if reset {
+            self.session.reset_device().expect("the device is reset");
+        } else {
+            self.session.stop().expect("the device stops");
+        }
+        // Everything that was taken was answered before the answer to that.
+        self.take();
+        let bases: Vec<u16> = self.session.rings.iter().map(|r| r.used_idx()).collect();
+        self.session.start_at(&bases).expect("the device starts");
+    }
+
+    /// The VMM is gone at once, with its guest and all that this had in flight. `meanwhile` is called while there is
+    /// none; then another VMM comes with a new guest, on the same disk.
+    pub fn vanish(self, meanwhile: impl FnOnce(&Attached<'a>)) -> Self {
+        let Rig { store, attached, session, mut loads, options, way, random } = self;
+        drop(session);
+        loads.iter_mut().for_each(Load::vanish);
+        let host = attached.as_ref().expect("it runs");
+        meanwhile(host);
+        let session = Session::open(host.socket(), &options).expect("the back-end serves the next");
+        Rig { store, attached, session, loads, options, way, random }
+    }
+
+    /// Detaches the volume, with the VMM connected and requests in flight.
+    pub fn detach(&mut self) {
+        self.attached.take().expect("it runs").detach();
+        self.take();
     }
 
     /// With everything completed: the disk holds what it should, every request was answered exactly once, and

@@ -91,6 +91,7 @@ pub fn run(subject: &Subject<'_>, alias_prefix: &str) {
     subject.a_blob_opens_only_with_its_own_key();
     subject.states_are_honoured_and_named();
     subject.rewrapping_keeps_the_data_key();
+    subject.data_keys_made_elsewhere_can_be_wrapped();
     subject.names_of_nothing_are_refused();
     subject.lengths_have_limits();
     subject.grants_are_for_one_context_and_end();
@@ -251,6 +252,15 @@ impl Subject<'_> {
         }
         let wrong = self.provider.rewrap(&wrapped, &to, &other, &to);
         assert_eq!(wrong, Err(KmsError::InvalidCiphertext));
+    }
+
+    fn data_keys_made_elsewhere_can_be_wrapped(&self) {
+        let (key, context) = (self.admin.create_key(), volume("vol-1"));
+        let plaintext: Vec<u8> = (0..64).collect();
+        let wrapped = self.provider.wrap(&key, &plaintext, &context).unwrap();
+        assert_eq!(wrapped.key_id, key);
+        assert_eq!(self.open(&wrapped, &context).unwrap(), plaintext);
+        assert_eq!(self.open(&wrapped, &volume("vol-2")), Err(KmsError::InvalidCiphertext));
     }
 
     fn names_of_nothing_are_refused(&self) {

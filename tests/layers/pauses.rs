@@ -115,7 +115,7 @@ fn a_vmm_that_stops_its_rings_or_leaves_during_a_pause_is_served_after_it() {
 fn requests_that_the_limits_hold_back_neither_delay_a_pause_nor_are_lost() {
     let limits = Limits { iops: 1, throughput: 0, burst: Duration::ZERO };
     let qos = Arc::new(Qos::new(limits));
-    let mut rig = Rig::new(&Tuning { qos: qos.clone(), ..Tuning::default() });
+    let mut rig = Rig::new(&Tuning { qos: qos.clone(), in_order: true, ..Tuning::default() });
     let ring = &mut rig.served.session.rings[0];
     let pending: Vec<_> =
         (0..40u64).map(|n| submit(ring, &Request::write(8 * n, &[n as u8 + 1; 4096]))).collect();

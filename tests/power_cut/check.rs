@@ -46,7 +46,7 @@ fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Conte
         if volume["state"] != "available" || !volume["problem"].is_null() {
             return Err(format!("a volume is listed that is not whole: {volume}"));
         }
-        json(site, &["volume", "show", id])?;
+        wrapped_rightly(&json(site, &["volume", "show", id])?, expect.volumes.get(id))?;
         found.insert(id.to_owned(), expect.volumes.get(id).map(|v| v.content.clone()));
     }
     right_ones_are_there(
@@ -56,6 +56,16 @@ fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Conte
         expect.being_made.is_some(),
     )?;
     Ok(found)
+}
+
+/// A KMS key wraps the data key that may.
+fn wrapped_rightly(shown: &Value, told: Option<&Volume>) -> Result {
+    let Some(told) = told.filter(|volume| !volume.wrapped_by.is_empty()) else { return Ok(()) };
+    let by = text(&shown["keys"][0], "key_id")?;
+    match told.wrapped_by.iter().any(|key| by.ends_with(key)) {
+        true => Ok(()),
+        false => Err(format!("the volume is wrapped by {by} and must be by one of {:?}", told.wrapped_by)),
+    }
 }
 
 /// Compares what is listed with what was told; `more` says whether something is being made.

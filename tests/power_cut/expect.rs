@@ -29,6 +29,15 @@ pub struct Volume {
     pub presence: Presence,
     /// What it holds.
     pub content: Content,
+    /// The ids of the KMS keys of which one wraps its data key; none: whichever.
+    pub wrapped_by: BTreeSet<String>,
+}
+
+impl Volume {
+    /// One that is there and holds this.
+    pub fn with(content: Content) -> Self {
+        Volume { presence: Presence::Must, content, wrapped_by: BTreeSet::new() }
+    }
 }
 
 /// All of it.
@@ -120,7 +129,7 @@ impl Expect {
     /// It was made, and this is its id.
     pub fn made(&mut self, id: &str) {
         let content = self.being_made.take().expect("a volume is being made");
-        self.volumes.insert(id.into(), Volume { presence: Presence::Must, content });
+        self.volumes.insert(id.into(), Volume::with(content));
         self.events.push(("createVolume".into(), id.into()));
     }
 
@@ -132,6 +141,13 @@ impl Expect {
     /// A volume comes to be so.
     pub fn volume(&mut self, id: &str, presence: Presence) {
         self.volumes.get_mut(id).expect("the volume was made").presence = presence;
+    }
+
+    /// A volume's data key may be wrapped by this KMS key, too, or is by this one alone.
+    pub fn wrapped_by(&mut self, id: &str, key: &str, alone: bool) {
+        let keys = &mut self.volumes.get_mut(id).expect("the volume was made").wrapped_by;
+        keys.retain(|_| !alone);
+        keys.insert(key.into());
     }
 
     /// A snapshot comes to be so.

@@ -80,12 +80,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn number(variable: &str) -> Option<u64> {
+pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} is a number, not {text:?}")))
 }
 
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     number("POWER_CUT_SEED").unwrap_or(1)
 }
 
@@ -169,8 +169,8 @@ fn run(trace: &Trace, next: impl Fn() -> Option<Job> + Sync) -> Result<(), Failu
 
 fn attempt(job: &Job) -> Result<(), String> {
     let site = Site::new();
-    job.image.write(&site.top()).map_err(|e| format!("make the state: {e}"))?;
-    check(&site, &job.expect, job.image.fingerprint() % 2 == 0)
+    job.image.write(site.top()).map_err(|e| format!("make the state: {e}"))?;
+    check(&site, &job.expect, job.image.fingerprint().is_multiple_of(2))
 }
 
 impl Job {

@@ -1,12 +1,10 @@
 //! The embedded KMS's keys, cut everywhere.
 
-use super::script::Script;
-use super::trace::Trace;
+use super::script::{Script, traced};
 use super::volumes::survives;
 
 /// A key goes through its states.
-pub fn key_states() -> Trace {
-    let script = Script::new();
+pub fn key_states(script: &mut Script) {
     script.start();
     let id = script.create_key(&["--alias", "alias/a"]);
     script.change_key(&id, &["disable"], "Disabled");
@@ -14,10 +12,9 @@ pub fn key_states() -> Trace {
     script.create_key(&["--description", &"a long description ".repeat(60)]);
     script.change_key(&id, &["schedule-deletion", "--days", "7"], "PendingDeletion");
     script.change_key(&id, &["cancel-deletion"], "Disabled");
-    script.finish()
 }
 
 #[test]
 fn a_key_goes_through_its_states() {
-    survives(&key_states());
+    survives(&traced(key_states));
 }

@@ -10,12 +10,14 @@
 //! always tried; `POWER_CUT_SEED` decides them.
 #![cfg(target_arch = "x86_64")]
 
+mod block_log;
 mod calls;
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod expect;
 mod explore;
+mod file_system;
 mod harmless;
 mod image;
 mod kms;
@@ -29,5 +31,6 @@ mod recorder;
 mod script;
 mod site;
 mod snapshots;
+mod tape;
 mod trace;
 mod volumes;

@@ -1,6 +1,7 @@
 //! Recordings as wrong programs would have made them: the checks must find each out.
 
 use super::explore::explore;
+use super::script::traced;
 use super::trace::Trace;
 use super::{kms, snapshots, volumes};
 
@@ -33,7 +34,7 @@ fn syncs_volume_folder(line: &str) -> bool {
 
 #[test]
 fn a_program_that_does_not_sync_volume_json_is_found_out() {
-    let trace = volumes::first_attach(&[]);
+    let trace = traced(|script| volumes::first_attach(script, &[]));
     let start = trace.start;
     let (trace, place) = without(trace, start, |line| syncs_temporary(line, "volume.json"));
     is_found_out(&trace, place, "volume.json");
@@ -41,7 +42,7 @@ fn a_program_that_does_not_sync_volume_json_is_found_out() {
 
 #[test]
 fn a_program_that_does_not_sync_the_folder_of_a_new_volume_is_found_out() {
-    let trace = volumes::create(&["--unencrypted"]);
+    let trace = traced(|script| volumes::create(script, &["--unencrypted"]));
     let renamed = trace.find(trace.start, |line| line.ends_with("creating.json to volume.json"));
     let (trace, _) = without(trace, renamed, syncs_volume_folder);
     is_found_out(&trace, renamed, "was made and is not there");
@@ -50,7 +51,7 @@ fn a_program_that_does_not_sync_the_folder_of_a_new_volume_is_found_out() {
 #[test]
 fn a_program_that_publishes_a_volume_before_its_layer_is_durable_is_found_out() {
     for like in ["sync root/layers/", "sync root/layers"] {
-        let trace = volumes::create(&["--unencrypted"]);
+        let trace = traced(|script| volumes::create(script, &["--unencrypted"]));
         let made = trace.find(trace.start, |line| line.starts_with("make File root/layers/"));
         let (trace, place) = without(trace, made, |line| match like.ends_with('/') {
             true => line.starts_with(like),
@@ -62,7 +63,7 @@ fn a_program_that_publishes_a_volume_before_its_layer_is_durable_is_found_out() 
 
 #[test]
 fn a_program_that_writes_before_its_seal_is_durable_is_found_out() {
-    let trace = volumes::first_attach(&[]);
+    let trace = traced(|script| volumes::first_attach(script, &[]));
     let sealed =
         trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
     let (trace, place) = without(trace, sealed, syncs_volume_folder);
@@ -71,7 +72,7 @@ fn a_program_that_writes_before_its_seal_is_durable_is_found_out() {
 
 #[test]
 fn a_program_that_does_not_sync_what_the_guest_flushes_is_found_out() {
-    let trace = volumes::first_attach(&[]);
+    let trace = traced(|script| volumes::first_attach(script, &[]));
     let written = trace.find(trace.start, |line| line.starts_with("write root/layers/"));
     let (trace, place) = without(trace, written, |line| line.starts_with("datasync root/layers/"));
     is_found_out(&trace, place, "holds zeros instead of one of the patterns");
@@ -79,7 +80,7 @@ fn a_program_that_does_not_sync_what_the_guest_flushes_is_found_out() {
 
 #[test]
 fn a_program_that_removes_a_layer_before_the_deletion_is_durable_is_found_out() {
-    let trace = volumes::delete();
+    let trace = traced(volumes::delete);
     let renamed = trace.find(trace.start, |line| line.ends_with("volume.json to deleting.json"));
     let (trace, place) = without(trace, renamed, syncs_volume_folder);
     is_found_out(&trace, place, "a volume is listed that is not whole");
@@ -87,7 +88,7 @@ fn a_program_that_removes_a_layer_before_the_deletion_is_durable_is_found_out() 
 
 #[test]
 fn a_program_that_does_not_sync_an_event_is_found_out() {
-    let trace = volumes::create(&["--unencrypted"]);
+    let trace = traced(|script| volumes::create(script, &["--unencrypted"]));
     let start = trace.start;
     let (trace, place) = without(trace, start, |line| line == "datasync root/events.jsonl");
     is_found_out(&trace, place, "was lost");
@@ -95,7 +96,7 @@ fn a_program_that_does_not_sync_an_event_is_found_out() {
 
 #[test]
 fn a_kms_that_answers_before_its_record_is_durable_is_found_out() {
-    let trace = kms::key_states();
+    let trace = traced(kms::key_states);
     let start = trace.find(trace.start, |line| line.contains("may be Disabled"));
     let written = trace.find(start, |line| line.starts_with("write root/kms/log"));
     let (trace, place) = without(trace, written, |line| line == "datasync root/kms/log");
@@ -104,7 +105,7 @@ fn a_kms_that_answers_before_its_record_is_durable_is_found_out() {
 
 #[test]
 fn a_snapshot_whose_record_comes_before_the_commit_is_found_out() {
-    let mut trace = snapshots::of_detached(&[]);
+    let mut trace = traced(|script| snapshots::of_detached(script, &[]));
     let commit =
         trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
     let first = trace.find(commit, |line| line == "make Folder root/snapshots");
@@ -117,15 +118,23 @@ fn a_snapshot_whose_record_comes_before_the_commit_is_found_out() {
 
 #[test]
 fn a_freeze_whose_new_layer_is_not_durable_before_the_commit_is_found_out() {
-    let trace = snapshots::of_detached(&[]);
+    let trace = traced(|script| snapshots::of_detached(script, &[]));
     let made = trace.find(trace.start, |line| line.starts_with("make File root/layers/"));
     let (trace, place) = without(trace, made, |line| line == "sync root/layers");
     is_found_out(&trace, place, "a volume is listed that is not whole");
 }
 
 #[test]
+fn a_freeze_that_does_not_sync_the_old_top_is_found_out() {
+    let trace = traced(|script| snapshots::of_attached(script, &[]));
+    let start = trace.find(trace.start, |line| line.contains("a snapshot of"));
+    let (trace, place) = without(trace, start, |line| line.starts_with("datasync root/layers/"));
+    is_found_out(&trace, place, "instead of one of the patterns");
+}
+
+#[test]
 fn a_program_that_removes_a_snapshots_layer_before_the_deletion_is_durable_is_found_out() {
-    let trace = snapshots::deleted();
+    let trace = traced(snapshots::deleted);
     let renamed = trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(".deleting"));
     // The layer that the older snapshot alone names is the newer one's as well; the last deletion removes it.
     let last = trace.find(renamed + 1, |line| line.starts_with("rename") && line.ends_with(".deleting"));

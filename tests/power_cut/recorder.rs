@@ -2,9 +2,9 @@
 //! stops at every system call that could change a file. One such call is made at a time, so that their order is known.
 
 use super::calls::{self, Plan};
-use super::expect::Expect;
 use super::process::tie_to_test;
 use super::ptrace::{self, Stop};
+use super::tape::{Running, Said, Tape};
 use super::trace::{Entry, Ino, Mark, Op, Trace};
 use nix::unistd::Pid;
 use std::collections::HashSet;
@@ -50,23 +50,12 @@ impl Ledger {
 #[derive(Clone)]
 pub struct Recorder {
     ledger: Arc<Mutex<Ledger>>,
-}
-
-/// What a command said, and how it ended.
-#[derive(Debug)]
-pub struct Said {
-    /// How it ended.
-    pub status: ExitStatus,
-    /// Standard output.
-    pub out: String,
-    /// Standard error.
-    pub err: String,
+    top: Ino,
 }
 
 /// A traced process that runs beside the test.
-pub struct Running {
-    /// Its id.
-    pub pid: Pid,
+struct Traced {
+    pid: Pid,
     tracer: Option<JoinHandle<ExitStatus>>,
 }
 
@@ -77,57 +66,11 @@ impl Recorder {
         let metadata = std::fs::metadata(&top).expect("the folder is there");
         let (device, known) = (metadata.dev(), HashSet::from([metadata.ino()]));
         let ledger = Ledger { top, device, known, entries: Vec::new(), start: 0, spoke: None };
-        Recorder { ledger: Arc::new(Mutex::new(ledger)) }
+        Recorder { ledger: Arc::new(Mutex::new(ledger)), top: metadata.ino() }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// From now on, power cuts are of interest.
-    pub fn start(&self) {
-        let mut ledger = self.ledger();
-        ledger.start = ledger.entries.len();
-    }
-
-    /// Changes what may be expected after a power cut from now on.
-    pub fn mark(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
-        let mark = Mark { label: label.into(), apply: Arc::new(apply) };
-        self.ledger().entries.push(Entry::Mark(mark));
-    }
-
-    /// The same, at the moment when the command that ran last began to say that it had succeeded.
-    pub fn mark_where_it_spoke(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
-        let mark = Mark { label: label.into(), apply: Arc::new(apply) };
-        let mut ledger = self.ledger();
-        let place = ledger.spoke.take().unwrap_or(ledger.entries.len());
-        ledger.entries.insert(place, Entry::Mark(mark));
-    }
-
-    /// Runs a command to its end.
-    pub fn run(&self, mut command: Command) -> Said {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        self.ledger().spoke = None;
-        let mut child = self.spawn(&mut command);
-        let status = self.follow(Pid::from_raw(child.id() as i32), true);
-        // Not more than a pipe holds: it was not read while the command ran.
-        let (mut out, mut err) = (String::new(), String::new());
-        child.stdout.take().expect("piped").read_to_string(&mut out).expect("output in UTF-8");
-        child.stderr.take().expect("piped").read_to_string(&mut err).expect("output in UTF-8");
-        Said { status, out, err }
-    }
-
-    /// Starts a command that runs beside the test.
-    pub fn begin(&self, mut command: Command) -> Running {
-        let (tell, told) = std::sync::mpsc::channel();
-        let recorder = self.clone();
-        let tracer = std::thread::spawn(move || {
-            // By this thread, since only who spawned it may trace it.
-            let pid = Pid::from_raw(recorder.spawn(&mut command).id() as i32);
-            tell.send(pid).expect("the test waits for it");
-            recorder.follow(pid, false)
-        });
-        Running { pid: told.recv().expect("the command was started"), tracer: Some(tracer) }
     }
 
     fn spawn(&self, command: &mut Command) -> Child {
@@ -166,8 +109,49 @@ impl Recorder {
     /// What was recorded.
     pub fn finish(&self) -> Trace {
         let ledger = self.ledger();
-        let top = std::fs::metadata(&ledger.top).expect("the folder is there").ino();
-        Trace { top, entries: ledger.entries.clone(), start: ledger.start }
+        Trace { top: self.top, entries: ledger.entries.clone(), start: ledger.start }
+    }
+}
+
+impl Tape for Recorder {
+    fn start(&self) {
+        let mut ledger = self.ledger();
+        ledger.start = ledger.entries.len();
+    }
+
+    fn mark(&self, mark: Mark) {
+        self.ledger().entries.push(Entry::Mark(mark));
+    }
+
+    fn mark_where_it_spoke(&self, mark: Mark) {
+        let mut ledger = self.ledger();
+        let place = ledger.spoke.take().unwrap_or(ledger.entries.len());
+        ledger.entries.insert(place, Entry::Mark(mark));
+    }
+
+    #[expect(clippy::zombie_processes, reason = "`follow` waits for it, as its tracer")]
+    fn run(&self, mut command: Command) -> Said {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.ledger().spoke = None;
+        let mut child = self.spawn(&mut command);
+        let status = self.follow(Pid::from_raw(child.id() as i32), true);
+        // Not more than a pipe holds: it was not read while the command ran.
+        let (mut out, mut err) = (String::new(), String::new());
+        child.stdout.take().expect("piped").read_to_string(&mut out).expect("output in UTF-8");
+        child.stderr.take().expect("piped").read_to_string(&mut err).expect("output in UTF-8");
+        Said { status, out, err }
+    }
+
+    fn begin(&self, mut command: Command) -> Box<dyn Running> {
+        let (tell, told) = std::sync::mpsc::channel();
+        let recorder = self.clone();
+        let tracer = std::thread::spawn(move || {
+            // By this thread, since only who spawned it may trace it.
+            let pid = Pid::from_raw(recorder.spawn(&mut command).id() as i32);
+            tell.send(pid).expect("the test waits for it");
+            recorder.follow(pid, false)
+        });
+        Box::new(Traced { pid: told.recv().expect("the command was started"), tracer: Some(tracer) })
     }
 }
 
@@ -185,20 +169,18 @@ fn make_call(thread: Pid, plan: Plan, ledger: &mut Ledger) {
     }
 }
 
-impl Running {
-    /// Waits until it has ended.
-    pub fn wait(mut self) -> ExitStatus {
+impl Running for Traced {
+    fn has_ended(&mut self) -> bool {
+        self.tracer.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn wait(mut self: Box<Self>) -> ExitStatus {
         let tracer = self.tracer.take().expect("it is waited for once");
         tracer.join().unwrap_or_else(|problem| std::panic::resume_unwind(problem))
     }
-
-    /// Whether it has ended, or could not be recorded any more.
-    pub fn has_ended(&self) -> bool {
-        self.tracer.as_ref().is_none_or(JoinHandle::is_finished)
-    }
 }
 
-impl Drop for Running {
+impl Drop for Traced {
     fn drop(&mut self) {
         if let Some(tracer) = self.tracer.take() {
             // An error means that it has ended already. Its id is not another's before its tracer has reaped it.

@@ -2,50 +2,58 @@
 
 use super::common::frontend::{Request, Segment, Session, block};
 use super::expect::{Content, Expect, Presence, SECTOR, Volume, ZEROS, sector};
-use super::recorder::{Recorder, Running};
+use super::recorder::Recorder;
 use super::site::Site;
+use super::tape::{Running, Tape, mark};
 use super::trace::Trace;
 use serde_json::Value;
+use std::sync::Arc;
 
 /// A recording in the making.
 pub struct Script {
     site: Site,
-    recorder: Recorder,
+    tape: Arc<dyn Tape>,
     seeds: u64,
+}
+
+/// Records a scenario by the system calls that are made.
+pub fn traced(scenario: impl FnOnce(&mut Script)) -> Trace {
+    let site = Site::new();
+    let recorder = Recorder::new(site.top());
+    scenario(&mut Script::new(site, Arc::new(recorder.clone())));
+    recorder.finish()
 }
 
 /// A volume that is attached, and its guest.
 pub struct Guest {
-    recorder: Recorder,
+    tape: Arc<dyn Tape>,
     volume: String,
     session: Session,
-    host: Running,
+    host: Box<dyn Running>,
     seeds: u64,
 }
 
 impl Script {
-    /// With an empty store.
-    pub fn new() -> Self {
-        let site = Site::new();
-        let recorder = Recorder::new(&site.top());
-        Script { site, recorder, seeds: 0 }
+    /// With the empty store at `site`.
+    pub fn new(site: Site, tape: Arc<dyn Tape>) -> Self {
+        Script { site, tape, seeds: 0 }
     }
 
     /// From now on, power cuts are of interest; what came before is another scenario's.
     pub fn start(&self) {
-        self.recorder.start();
+        self.tape.start();
     }
 
     /// Changes what may be expected from now on.
     pub fn mark(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
-        self.recorder.mark(label, apply);
+        self.tape.mark(mark(label, apply));
     }
 
     /// Runs a command, which must succeed; answers what it printed. What it promises counts from the moment when it
     /// begins to print: [`Script::promise`].
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
-        let said = self.recorder.run(self.site.command(arguments));
+        let said = self.tape.run(self.site.command(arguments));
         assert!(
             said.status.success(),
             "sealblk {}: {} {}{}",
@@ -59,7 +67,7 @@ impl Script {
 
     /// What the last command promised.
     pub fn promise(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
-        self.recorder.mark_where_it_spoke(label, apply);
+        self.tape.mark_where_it_spoke(mark(label, apply));
     }
 
     /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.
@@ -102,7 +110,7 @@ impl Script {
         let told = snapshot.clone();
         self.promise(&format!("{snapshot} of {id} was made"), move |expect| {
             let content = expect.snapshot_being_made.take().expect("it is being made");
-            expect.snapshots.insert(told.clone(), Volume { presence: Presence::Must, content });
+            expect.snapshots.insert(told.clone(), Volume::with(content));
             expect.content(&after).flush();
             expect.events.push(("createSnapshot".into(), told.clone()));
         });
@@ -157,27 +165,36 @@ impl Script {
         self.promise(&format!("key {id} is {state}"), move |expect| expect.key_is(&after, state));
     }
 
+    /// Wraps a volume's data key, which is wrapped by the KMS key `old`, by `new` instead.
+    #[track_caller]
+    pub fn rewrap(&self, id: &str, old: &str, new: &str) {
+        let (volume, keys) = (id.to_owned(), [old.to_owned(), new.to_owned()]);
+        self.mark(&format!("{id} is being rewrapped"), move |expect| {
+            keys.iter().for_each(|key| expect.wrapped_by(&volume, key, false));
+        });
+        self.run(&["volume", "rewrap", id, "--key", new]);
+        let (volume, new) = (id.to_owned(), new.to_owned());
+        self.promise(&format!("{id} is wrapped by {new}"), move |expect| {
+            expect.wrapped_by(&volume, &new, true)
+        });
+    }
+
     /// Attaches a volume.
     #[track_caller]
     pub fn attach(&mut self, id: &str) -> Guest {
         let (command, ready) = self.site.attach_command(id);
-        let host = self.recorder.begin(command);
+        let mut host = self.tape.begin(command);
         ready.wait(|| host.has_ended()).unwrap_or_else(|e| panic!("{e}"));
         let session = ready.connect().unwrap_or_else(|e| panic!("{e}"));
         self.seeds += 1 << 16;
-        Guest { recorder: self.recorder.clone(), volume: id.into(), session, host, seeds: self.seeds }
-    }
-
-    /// What was recorded.
-    pub fn finish(self) -> Trace {
-        self.recorder.finish()
+        Guest { tape: self.tape.clone(), volume: id.into(), session, host, seeds: self.seeds }
     }
 }
 
 impl Guest {
     fn expect(&self, label: String, change: impl Fn(&mut Content) + Send + Sync + 'static) {
         let volume = self.volume.clone();
-        self.recorder.mark(&label, move |expect| change(expect.content(&volume)));
+        self.tape.mark(mark(&label, move |expect| change(expect.content(&volume))));
     }
 
     #[track_caller]

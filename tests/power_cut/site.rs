@@ -12,23 +12,29 @@ use tempfile::TempDir;
 /// Far longer than anything here takes.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
-/// A folder on tmpfs; gone with the value.
+/// A store, and a folder beside it, which goes with the value.
 pub struct Site {
     folder: TempDir,
+    top: PathBuf,
 }
 
 impl Site {
-    /// An empty store.
+    /// An empty store on tmpfs.
     pub fn new() -> Self {
-        let folder = tempfile::Builder::new().prefix("sealblk-cut").tempdir_in("/dev/shm");
-        let site = Site { folder: folder.expect("make a folder in /dev/shm, which must be a tmpfs") };
-        std::fs::create_dir(site.top()).expect("make a folder");
-        site
+        let folder = folder();
+        let top = folder.path().join("t");
+        std::fs::create_dir(&top).expect("make a folder");
+        Site { folder, top }
+    }
+
+    /// The store in `top`, wherever that is.
+    pub fn at(top: PathBuf) -> Self {
+        Site { folder: folder(), top }
     }
 
     /// The folder that a power cut hits: with the root and the configuration folder.
-    pub fn top(&self) -> PathBuf {
-        self.folder.path().join("t")
+    pub fn top(&self) -> &Path {
+        &self.top
     }
 
     /// The store's root.
@@ -96,6 +102,12 @@ impl Site {
         let mut session = ready.connect()?;
         f(&mut session)
     }
+}
+
+/// A folder on tmpfs, with a short path, as sockets need it.
+pub fn folder() -> TempDir {
+    let folder = tempfile::Builder::new().prefix("sealblk-cut").tempdir_in("/dev/shm");
+    folder.expect("make a folder in /dev/shm, which must be a tmpfs")
 }
 
 /// Dies with the value.

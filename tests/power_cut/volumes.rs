@@ -2,7 +2,7 @@
 
 use super::expect::Content;
 use super::explore::explore;
-use super::script::Script;
+use super::script::{Script, traced};
 use super::trace::Trace;
 
 /// A volume's sectors: enough for several pages, few enough to be read often.
@@ -16,25 +16,20 @@ pub fn survives(trace: &Trace) {
 }
 
 /// A volume is made, with these arguments, in an empty store.
-pub fn create(arguments: &[&str]) -> Trace {
-    let script = Script::new();
+pub fn create(script: &mut Script, arguments: &[&str]) {
     script.start();
     script.create(Content::zeros(SECTORS), arguments);
-    script.finish()
 }
 
 /// Of two volumes, one is deleted.
-pub fn delete() -> Trace {
-    let script = Script::new();
+pub fn delete(script: &mut Script) {
     let ids = [(); 2].map(|()| script.create(Content::zeros(SECTORS), &["--unencrypted"]));
     script.start();
     script.delete(&ids[0]);
-    script.finish()
 }
 
 /// A volume is attached for the first time, written to in every way, and detached.
-pub fn first_attach(arguments: &[&str]) -> Trace {
-    let mut script = Script::new();
+pub fn first_attach(script: &mut Script, arguments: &[&str]) {
     let id = script.create(Content::zeros(SECTORS), arguments);
     script.start();
     let mut guest = script.attach(&id);
@@ -51,33 +46,11 @@ pub fn first_attach(arguments: &[&str]) -> Trace {
     guest.write_zeroes(0, 8, true);
     guest.write(2, 4);
     guest.write(250, 6);
-    guest.detach(&script);
-    script.finish()
+    guest.detach(script);
 }
 
-#[test]
-fn an_encrypted_volume_is_made() {
-    survives(&create(&[]));
-}
-
-#[test]
-fn a_preallocated_unencrypted_volume_is_made() {
-    survives(&create(&["--unencrypted", "--preallocate", "--name", "a"]));
-}
-
-#[test]
-fn a_volume_is_deleted() {
-    survives(&delete());
-}
-
-#[test]
-fn a_volume_is_sealed_and_written_to() {
-    survives(&first_attach(&[]));
-}
-
-#[test]
-fn an_unencrypted_volume_with_large_sectors_is_written_to() {
-    let mut script = Script::new();
+/// The same with sectors of 4096 bytes.
+pub fn large_sectors(script: &mut Script) {
     let id = script.create(Content::zeros(SECTORS), &["--unencrypted", "--sector-size", "4096"]);
     script.start();
     let mut guest = script.attach(&id);
@@ -87,6 +60,48 @@ fn an_unencrypted_volume_with_large_sectors_is_written_to() {
     guest.discard(0, 16);
     guest.write(16, 8);
     guest.flush();
-    guest.detach(&script);
-    survives(&script.finish());
+    guest.detach(script);
+}
+
+/// A volume's data key is wrapped by another KMS key, while it is attached and while it is not.
+pub fn rewrapped(script: &mut Script) {
+    let keys = [(); 2].map(|()| script.create_key(&[]));
+    let id = script.create(Content::zeros(SECTORS), &["--key", &keys[0]]);
+    let mut guest = script.attach(&id);
+    guest.write(0, 8);
+    script.start();
+    script.rewrap(&id, &keys[0], &keys[1]);
+    guest.write(4, 8);
+    guest.detach(script);
+    script.rewrap(&id, &keys[1], &keys[0]);
+}
+
+#[test]
+fn an_encrypted_volume_is_made() {
+    survives(&traced(|script| create(script, &[])));
+}
+
+#[test]
+fn a_preallocated_unencrypted_volume_is_made() {
+    survives(&traced(|script| create(script, &["--unencrypted", "--preallocate", "--name", "a"])));
+}
+
+#[test]
+fn a_volume_is_deleted() {
+    survives(&traced(delete));
+}
+
+#[test]
+fn a_volume_is_sealed_and_written_to() {
+    survives(&traced(|script| first_attach(script, &[])));
+}
+
+#[test]
+fn an_unencrypted_volume_with_large_sectors_is_written_to() {
+    survives(&traced(large_sectors));
+}
+
+#[test]
+fn a_volume_is_rewrapped() {
+    survives(&traced(rewrapped));
 }

@@ -211,7 +211,8 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
         std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
     };
     let pause = json!({"step": "pause", "hold": true});
-    let scripts: [(&str, &dyn Fn(&mut Client)); 6] = [
+    type Script<'a> = (&'a str, &'a dyn Fn(&mut Client));
+    let scripts: [Script<'_>; 6] = [
         ("says nothing", &|_| ()),
         ("begins", &|c| c.say(&begin)),
         ("links the layer", &|c| made(c)),

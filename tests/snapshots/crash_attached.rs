@@ -31,6 +31,8 @@ fn a_host_process_that_is_killed_while_it_freezes_loses_nothing() {
             write(&mut session.rings[0], 8 * step as u64, &data);
             flush(&mut session.rings[0]);
             rig.data[4096 * step..][..4096].copy_from_slice(&data);
+            // Its control thread has begun when it has answered.
+            rig.place.store.ok(&["throttle", "t"]);
             let stepper = Stepper::seize(control_thread(host.pid()));
             let mut command = rig.place.store.command();
             command.args(["snapshot", "create", "t"]).stdout(Stdio::null()).stderr(Stdio::null());

@@ -98,7 +98,8 @@ fn a_snapshot_whose_layers_were_edited_makes_clones_that_are_refused() {
 fn a_record_that_is_not_a_whole_record_is_refused() {
     let two = Two::new();
     let path = two.record(&two.first);
-    let cases: [(&str, fn(&mut Value)); 8] = [
+    type Case = (&'static str, fn(&mut Value));
+    let cases: [Case; 8] = [
         ("unknown field `colour`", |v| v["colour"] = json!("red")),
         ("format version 2", |v| v["format"] = json!(2)),
         ("it is encrypted, but has no MAC", |v| {
@@ -133,7 +134,8 @@ fn an_unsealed_clone_that_was_edited_is_refused() {
     let path = two.volume_json("c");
     let nowhere = "nothing says where the layers below its top are from";
     let first: Value = serde_json::from_slice(&fs::read(two.record(&two.first)).unwrap()).unwrap();
-    let cases: Vec<(&str, Box<dyn Fn(&mut Value)>)> = vec![
+    type Case<'a> = (&'a str, Box<dyn Fn(&mut Value)>);
+    let cases: Vec<Case<'_>> = vec![
         (NOT_SEALED_SO, Box::new(|v| v["layers"].as_array_mut().unwrap().swap(1, 2))),
         (NOT_SEALED_SO, Box::new(|v| v["layers"][2]["key"] = Value::Null)),
         (NOT_SEALED_SO, Box::new(|v| v["origin"]["proof"]["size"] = json!(4096 + (8 << 20)))),

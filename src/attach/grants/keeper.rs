@@ -70,11 +70,19 @@ impl Keeper {
         metadata: &Metadata,
         patience: Patience,
     ) -> Result<Self, Refusal> {
-        let keys: Vec<(String, String)> = match settings.attach_grants {
+        // Without a grantee no provider has a grant to make: so no process is started to find that out.
+        let wanted = settings.attach_grants && settings.grantee_principal.is_some();
+        if !wanted {
+            log::debug!(
+                "no grant is made: attach-grants is off, or no grantee-principal is set in sealblk.toml"
+            );
+        }
+        let keys: Vec<(String, String)> = match wanted {
             true => metadata.keys().iter().map(|k| (k.provider.clone(), k.wrapped.key_id.clone())).collect(),
             false => Vec::new(),
         };
-        if keys.is_empty() && notes::of_volume(root, metadata.id())?.is_empty() {
+        let left_behind = !notes::of_volume(root, metadata.id())?.is_empty();
+        if keys.is_empty() && !left_behind {
             return Ok(Keeper::default());
         }
         let (socket, mut child) = helper::spawn(root, COMMAND)?;
@@ -85,6 +93,11 @@ impl Keeper {
             hear(&mut BufReader::new(&socket))
         });
         match answer {
+            Ok(Some(Answer::Granted(tokens))) if !left_behind && tokens.iter().all(Option::is_none) => {
+                // There was nothing to make, and nothing is left for it to do.
+                child.wait().map_err(Error::from)?;
+                Ok(Keeper::default())
+            }
             Ok(Some(Answer::Granted(tokens))) => {
                 // From now on what it may take is what retiring takes.
                 let time = super::RETIRING.longest_call() * tokens.len().max(1) as u32;
@@ -163,6 +176,9 @@ pub fn keep(root: &Root) -> Result<()> {
             Err(e) => log::warn!("a grant of an attach since {} is not retired: {e}", note.since),
         }
     }
+    if made.is_empty() {
+        return Ok(());
+    }
     let asked = wait_for_the_end(&mut lines);
     let answer = match retire_made(root, &made) {
         Ok(()) => Answer::Retired,
@@ -200,7 +216,7 @@ fn grant_all(
         let refused = |e: KmsError| refusal(root, provider, key, e);
         let opened = kms::open_patient_provider(root, provider, Some(patience)).map_err(refused)?;
         let Some(grantee) = opened.capabilities().grantee else {
-            log::debug!("no grant is made for {key}: grantee-principal is not set in sealblk.toml");
+            log::debug!("no grant is made for {key}: grantee-principal is nobody at the {provider} provider");
             tokens.push(None);
             continue;
         };

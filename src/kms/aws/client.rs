@@ -30,7 +30,8 @@ impl Regional {
             loader = loader.region(Region::new(region.to_owned()));
         }
         let shared = loader.load().await;
-        let Some(region) = shared.region().map(ToString::to_string) else {
+        let Some(region) = shared.region().map(ToString::to_string).filter(|region| !region.is_empty())
+        else {
             return Err(KmsError::Validation(
                 "no AWS region is known: name the key by its ARN, or set AWS_REGION or the profile's region"
                     .into(),

@@ -27,9 +27,22 @@ where
         SdkError::TimeoutError(_) => unreachable(endpoint, "no answer in time"),
         other => match credentials(other) {
             Some(problem) => problem,
-            None => unreachable(endpoint, &deepest(other)),
+            None if is_networks(other) => unreachable(endpoint, &deepest(other)),
+            None => KmsError::Validation(format!("AWS is not set up rightly: {}", deepest(other))),
         },
     }
+}
+
+/// Whether it failed on the way, and not because nobody could say where to go: no endpoint fits what is configured.
+fn is_networks<E>(error: &SdkError<E>) -> bool
+where
+    E: Error + 'static,
+{
+    let by_kind = match error {
+        SdkError::DispatchFailure(failure) => failure.is_io() || failure.is_timeout(),
+        _ => false,
+    };
+    by_kind || chain(error).any(|e| e.is::<std::io::Error>() || e.is::<hyper::Error>())
 }
 
 /// Transport: nobody answered at `endpoint`.

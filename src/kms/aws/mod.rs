@@ -197,6 +197,18 @@ impl KeyProvider for Aws {
         self::wrapped(answer.key_id, answer.ciphertext_blob)
     }
 
+    /// Encrypt. The SDK keeps copies of the data key that nobody can wipe: only for processes that wipe what they free.
+    fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
+        let answer = self.call(key, |kms| {
+            kms.encrypt()
+                .key_id(key)
+                .plaintext(Blob::new(data_key))
+                .set_encryption_context(pairs(context))
+                .send()
+        })?;
+        wrapped(answer.key_id, answer.ciphertext_blob)
+    }
+
     fn create_grant(&self, request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
         let constraints =
             GrantConstraints::builder().set_encryption_context_subset(pairs(request.context)).build();

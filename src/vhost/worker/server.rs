@@ -389,6 +389,7 @@ impl Server {
     /// Begins a flush if somebody waits for one and none runs.
     fn begin_flush(&mut self) {
         if self.io.has_room()
+            && self.pausing.is_none()
             && self.flushes.begin()
             && let Err(e) = self.io.flush(FLUSH)
         {

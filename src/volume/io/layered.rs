@@ -10,7 +10,9 @@
 //! its sectors. A buffer that needs no layer at all comes back as an event without having been to the store.
 
 use super::super::map::{Entry, LayerMap};
-use super::{Disk, GuestData, SECTOR, Zeroing, is_zero};
+use super::guest::{all_there, is_zero};
+use super::{Disk, GuestData, SECTOR, Zeroing};
+use crate::crypt::xts::SectorCipher;
 use crate::store::{Buffer, Event, Op, Queue};
 use crate::virtio::SECTOR_SIZE;
 use std::collections::VecDeque;
@@ -45,6 +47,8 @@ struct Read {
     height: u8,
     /// Which of the buffer's sectors are being read.
     part: Range<u16>,
+    /// None of them was found in another layer before.
+    fresh: bool,
 }
 
 /// What to do with some sectors that shall be zeros or are discarded.
@@ -110,7 +114,7 @@ impl Layered {
             *bits = bits_below(sectors - i * PLACE_SECTORS);
             self.raised[place + i] = 0;
         }
-        self.reads[place].height = disk.height() + 1;
+        self.reads[place] = Read { height: disk.height() + 1, part: 0..0, fresh: true };
         self.go_on(disk, queue, tag, sector, buffer);
     }
 
@@ -125,7 +129,8 @@ impl Layered {
     ) {
         let place = buffer.place();
         let (height, part) = self.next(disk, sector, &buffer);
-        self.reads[place] = Read { height, part: part.start as u16..part.end as u16 };
+        let read = &mut self.reads[place];
+        (read.height, read.part) = (height, part.start as u16..part.end as u16);
         let offset = (sector + part.start as u64) * SECTOR_SIZE;
         let part = part.start * SECTOR..part.end * SECTOR;
         match usize::from(disk.height() - height) {
@@ -197,13 +202,25 @@ impl Layered {
     {
         let sectors = bytes.len() / SECTOR;
         let places = place..place + sectors.div_ceil(PLACE_SECTORS);
-        let Read { height, part } = self.reads[place].clone();
+        let Read { height, part, fresh } = self.reads[place].clone();
         let (missing, found) = (&mut self.missing[places.clone()], &mut self.found[places.clone()]);
         if height == 0 {
             let zeros = |run: Range<usize>| guest.from(run.start * SECTOR).fill_zero(run.len() * SECTOR);
             return each_run(0..sectors, |i| is_set(missing, i), zeros).map(|()| true);
         }
         let part = usize::from(part.start)..usize::from(part.end);
+        let (cipher, block) = (disk.cipher_at(height), disk.geometry.block_size);
+        let is_whole = part == (0..sectors) && fresh;
+        if is_whole && all_there(bytes) {
+            if height < disk.height() {
+                self.raised[places].fill(u8::MAX);
+            }
+            return match cipher {
+                Some(cipher) => guest.decrypt_all_from(cipher.as_ref(), bytes, sector, block),
+                None => guest.copy_from(bytes),
+            }
+            .map(|()| true);
+        }
         for (i, (found, missing)) in found.iter_mut().zip(&*missing).enumerate() {
             *found = missing & there(bytes, i, &part);
         }
@@ -212,35 +229,17 @@ impl Layered {
                 *raised |= found;
             }
         }
-        let (cipher, block) = (disk.cipher_at(height), disk.geometry.block_size);
-        if (0..sectors).all(|i| is_set(found, i)) {
-            match cipher {
-                Some(cipher) => guest.decrypt_from(cipher.as_ref(), bytes, sector, block)?,
-                None => guest.copy_from(bytes)?,
-            }
-            return Ok(true);
-        }
         if let Some(cipher) = cipher {
-            let sectors_of = |block_number: usize| {
-                let first = block_number * block as usize / SECTOR;
-                first..first + block as usize / SECTOR
-            };
-            let has_some = |n| sectors_of(n).any(|i| is_set(found, i));
-            each_run(0..bytes.len() / block as usize, has_some, |run| {
-                let run = sectors_of(run.start).start..sectors_of(run.end).start;
-                let at = sector + run.start as u64;
-                cipher.decrypt_in_place(&mut bytes[run.start * SECTOR..run.end * SECTOR], at);
-                Ok(())
-            })?;
+            decrypt_found(cipher.as_ref(), bytes, found, sector, block as usize);
         }
-        each_run(
-            0..sectors,
-            |i| is_set(found, i),
-            |run| guest.from(run.start * SECTOR).copy_from(&bytes[run.start * SECTOR..run.end * SECTOR]),
-        )?;
+        let give = |run: Range<usize>| {
+            guest.from(run.start * SECTOR).copy_from(&bytes[run.start * SECTOR..run.end * SECTOR])
+        };
+        each_run(0..sectors, |i| is_set(found, i), give)?;
         for (missing, found) in missing.iter_mut().zip(&*found) {
             *missing &= !*found;
         }
+        self.reads[place].fresh &= found.iter().all(|&bits| bits == 0);
         let all = missing.iter().all(|&bits| bits == 0);
         if height < disk.height() && sector.is_multiple_of(PLACE_SECTORS as u64) {
             self.learn(height, place, sector, part);
@@ -282,6 +281,20 @@ impl Layered {
         }
         Part { sectors: (end - sector).min(limit), action: first }
     }
+}
+
+/// Decrypts in place the blocks that have sectors which were found. A block may have others, which come out as noise:
+/// XTS treats each 16 bytes by themselves.
+fn decrypt_found(cipher: &dyn SectorCipher, bytes: &mut [u8], found: &[u8], sector: u64, block: usize) {
+    let (blocks, block_sectors) = (bytes.len() / block, block / SECTOR);
+    let has_some = |n: usize| (n * block_sectors..(n + 1) * block_sectors).any(|i| is_set(found, i));
+    let decrypt = |run: Range<usize>| {
+        let at = sector + (run.start * block_sectors) as u64;
+        cipher.decrypt_in_place(&mut bytes[run.start * block..run.end * block], at);
+        Ok(())
+    };
+    // It never fails.
+    let _ = each_run(0..blocks, has_some, decrypt);
 }
 
 /// One bit for each of the sectors of the `i`-th place that was read and is not all zero.

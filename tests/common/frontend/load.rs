@@ -3,6 +3,7 @@
 
 use super::block::{OK, Pending};
 use super::{Fault, Framing, LIMIT, Place, Request, Result, Segment, SplitRing};
+use std::collections::HashMap;
 use std::ops::Range;
 
 const SECTOR: usize = 512;
@@ -62,6 +63,8 @@ pub struct Load {
     /// First sector on the disk.
     first: u64,
     sectors: Vec<Sector>,
+    /// What sectors may hold instead, that a guest was writing when it vanished.
+    unsure: HashMap<usize, Vec<u64>>,
     doing: Vec<Doing>,
     writes: u64,
     /// Requests put on the ring so far.
@@ -81,6 +84,7 @@ impl Load {
             random: Random::new(seed),
             first: sectors.start,
             sectors: vec![Sector::default(); count],
+            unsure: HashMap::new(),
             doing: Vec::new(),
             writes: 0,
             submitted: 0,
@@ -144,15 +148,40 @@ impl Load {
         if effect == Effect::Read {
             self.check(sectors.clone(), &outcome.data)?;
         }
-        for sector in &mut self.sectors[sectors] {
+        for index in sectors {
+            let sector = &mut self.sectors[index];
             match effect {
                 Effect::Read => sector.readers -= 1,
-                Effect::Hold(number) => (sector.holds, sector.written) = (number, false),
+                Effect::Hold(number) => {
+                    (sector.holds, sector.written) = (number, false);
+                    self.unsure.remove(&index);
+                }
                 Effect::Nothing => {}
             }
         }
         self.completed += 1;
         Ok(true)
+    }
+
+    /// The guest vanishes with all that it has in flight: of a sector that was being written, nobody knows whether it
+    /// was. The next read of it tells.
+    pub fn vanish(&mut self) {
+        for Doing { sectors, effect, .. } in self.doing.drain(..) {
+            for index in sectors {
+                let sector = &mut self.sectors[index];
+                match effect {
+                    Effect::Read => sector.readers -= 1,
+                    Effect::Hold(number) => {
+                        sector.written = false;
+                        self.unsure.entry(index).or_default().push(number);
+                    }
+                    Effect::Nothing => {}
+                }
+            }
+        }
+        if let Some(order) = &mut self.order {
+            order.clear();
+        }
     }
 
     /// Reads everything, with nothing in flight, and checks it.
@@ -172,9 +201,14 @@ impl Load {
         Ok(())
     }
 
-    fn check(&self, sectors: Range<usize>, data: &[u8]) -> Result<()> {
+    fn check(&mut self, sectors: Range<usize>, data: &[u8]) -> Result<()> {
         for (index, found) in sectors.zip(data.chunks(SECTOR)) {
-            let (sector, number) = (self.first + index as u64, self.sectors[index].holds);
+            let sector = self.first + index as u64;
+            let instead = self.unsure.remove(&index).unwrap_or_default();
+            if let Some(&number) = instead.iter().find(|&&number| found == content(sector, number)) {
+                self.sectors[index].holds = number;
+            }
+            let number = self.sectors[index].holds;
             if found != content(sector, number) {
                 let words: Vec<u64> =
                     found.chunks(8).map(|w| u64::from_le_bytes(w.try_into().unwrap())).collect();

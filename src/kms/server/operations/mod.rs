@@ -11,6 +11,7 @@ mod notes;
 mod trail;
 
 use super::wire::{Fields, WireError};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::grant_records::GrantOperation;
 use crate::kms::embedded::page::{Page, Piece};
@@ -35,7 +36,8 @@ pub type Answer = Result<Value, WireError>;
 
 /// Answers a request for the operation of this name, once it is recorded in the audit log.
 pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
-    match perform(request, operation) {
+    // What is on the stack of a plaintext would outlive the record: that takes other frames than an answer does.
+    match on_scrubbed_stack(|| perform(request, operation)) {
         Err(WireError { kind: "UnknownOperationException", message }) => {
             Err(WireError { kind: "UnknownOperationException", message })
         }

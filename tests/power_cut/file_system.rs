@@ -1,0 +1,295 @@
+//! The same scenarios over real file systems: all writes of the block device below are recorded, with its flushes; then
+//! the device is put back into states in which a power cut could have left it, the kernel mounts it, which replays its
+//! journal, and the store on it is looked at.
+//!
+//! The device is a loop device over a file that QEMU's storage daemon offers by FUSE, and whose writes it logs. That takes
+//! root, FUSE and loop devices, and mkfs; so these tests are run by `ci/power-cut` alone.
+
+use super::block_log::BlockLog;
+use super::check::check;
+use super::expect::Expect;
+use super::explore::{number, seed};
+use super::image::Share;
+use super::process::{tie_to_test, tool, wait_within};
+use super::random::Random;
+use super::script::Script;
+use super::site::{LIMIT, Site, folder};
+use super::tape::{Running, Said, Tape};
+use super::trace::Mark;
+use super::{kms, snapshots, volumes};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// A file system as it is made: its name, the device's MiB, and what mkfs takes besides.
+type Made = (&'static str, u64, &'static [&'static str]);
+const EXT4: Made = ("ext4", 48, &["-F", "-q", "-b", "4096"]);
+const XFS: Made = ("xfs", 320, &["-q"]);
+
+/// Runs a command that must succeed.
+#[track_caller]
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A device with a file system; unmounted with the value.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(device: &Path, at: &Path) -> Result<Self, String> {
+        std::fs::create_dir_all(at).map_err(|e| e.to_string())?;
+        let output = Command::new("mount").args(["-o", "loop,nodiscard"]).args([device, at]).output();
+        let output = output.expect("start mount");
+        match output.status.success() {
+            true => Ok(Mounted(at.into())),
+            false => Err(format!("mount: {}", String::from_utf8_lossy(&output.stderr))),
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LIMIT;
+        // The kernel ends the requests of a killed process, and closes its files, only after the process itself.
+        let is_unmounted = || {
+            let status = Command::new("umount").arg(&self.0).stderr(Stdio::null()).status();
+            status.is_ok_and(|s| s.success())
+        };
+        while !is_unmounted() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// The storage daemon; killed with the value.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = wait_within(&mut self.0, LIMIT);
+    }
+}
+
+/// A device whose writes are recorded.
+struct Device {
+    // In this order: unmounted before the daemon ends.
+    mounted: Mounted,
+    daemon: Daemon,
+    folder: TempDir,
+}
+
+impl Device {
+    fn new((name, mib, arguments): Made) -> Self {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name);
+        File::create(path("disk")).and_then(|f| f.set_len(mib << 20)).expect("make a disk");
+        run(Command::new(format!("mkfs.{name}")).args(arguments).arg(path("disk")));
+        run(Command::new("cp").arg("--sparse=always").args([path("disk"), path("base")]));
+        ["log", "device"].iter().for_each(|name| drop(File::create(path(name)).expect("make a file")));
+        let node = |text: &str, file: &str| format!("{text},filename={}", path(file).display());
+        let mut daemon = tool("qemu-storage-daemon");
+        daemon.args(["--blockdev", &node("driver=file,node-name=disk", "disk")]);
+        daemon.args(["--blockdev", &node("driver=file,node-name=log", "log")]);
+        daemon
+            .args(["--blockdev", "driver=blklogwrites,node-name=both,file=disk,log=log,log-sector-size=512"]);
+        let device = path("device").display().to_string();
+        daemon.args(["--export", &format!("type=fuse,id=e,node-name=both,writable=on,mountpoint={device}")]);
+        daemon.stdin(Stdio::null());
+        tie_to_test(&mut daemon, vec![]);
+        let mut daemon = Daemon(daemon.spawn().expect("start qemu-storage-daemon"));
+        let deadline = Instant::now() + LIMIT;
+        while std::fs::metadata(path("device")).map_or(0, |m| m.len()) == 0 {
+            let ended = daemon.0.try_wait().expect("ask for the daemon");
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "the storage daemon offers nothing: {ended:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mounted = Mounted::new(&path("device"), &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
+        Device { mounted, daemon, folder }
+    }
+
+    fn log_len(&self) -> u64 {
+        std::fs::metadata(self.folder.path().join("log")).expect("the log is there").len()
+    }
+}
+
+/// Where the log ended at each mark.
+#[derive(Default)]
+struct Marks {
+    marks: Vec<(u64, Mark)>,
+    start: u64,
+}
+
+struct BlockTape {
+    device: Device,
+    marks: Mutex<Marks>,
+}
+
+impl Tape for BlockTape {
+    fn start(&self) {
+        self.marks.lock().unwrap().start = self.device.log_len();
+    }
+
+    fn mark(&self, mark: Mark) {
+        let now = self.device.log_len();
+        self.marks.lock().unwrap().marks.push((now, mark));
+    }
+
+    fn mark_where_it_spoke(&self, mark: Mark) {
+        self.mark(mark);
+    }
+
+    fn run(&self, mut command: Command) -> Said {
+        tie_to_test(&mut command, vec![]);
+        let output = command.output().expect("start sealblk");
+        let text = |bytes| String::from_utf8(bytes).expect("output in UTF-8");
+        Said { status: output.status, out: text(output.stdout), err: text(output.stderr) }
+    }
+
+    fn begin(&self, mut command: Command) -> Box<dyn Running> {
+        tie_to_test(&mut command, vec![]);
+        Box::new(Host(command.spawn().expect("start sealblk")))
+    }
+}
+
+struct Host(Child);
+
+impl Running for Host {
+    fn has_ended(&mut self) -> bool {
+        self.0.try_wait().expect("ask for the child").is_some()
+    }
+
+    fn wait(mut self: Box<Self>) -> ExitStatus {
+        wait_within(&mut self.0, LIMIT).expect("it ends")
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What was recorded, and the disk before it.
+struct Recorded {
+    log: BlockLog,
+    marks: Vec<(usize, Mark)>,
+    start: usize,
+    folder: TempDir,
+}
+
+fn record(made: Made, scenario: &dyn Fn(&mut Script)) -> Recorded {
+    let device = Device::new(made);
+    let top = device.mounted.0.join("t");
+    std::fs::create_dir(&top).expect("make a folder");
+    run(Command::new("sync").arg("--file-system").arg(&top));
+    let tape = Arc::new(BlockTape { device, marks: Mutex::default() });
+    scenario(&mut Script::new(Site::at(top), tape.clone()));
+    let tape = Arc::into_inner(tape).expect("the scenario is over");
+    let Device { mounted, daemon, folder } = tape.device;
+    drop(mounted);
+    end(daemon);
+    let log = BlockLog::read(&folder.path().join("log")).expect("read the log");
+    let marks = tape.marks.into_inner().expect("nobody panicked");
+    let start = log.entries_in(marks.start);
+    let marks = marks.marks.into_iter().map(|(len, mark)| (log.entries_in(len), mark)).collect();
+    Recorded { log, marks, start, folder }
+}
+
+/// Ends the daemon so that it finishes its log.
+fn end(mut daemon: Daemon) {
+    let pid = nix::unistd::Pid::from_raw(daemon.0.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+    assert!(wait_within(&mut daemon.0, LIMIT).expect("it ends").success());
+}
+
+impl Recorded {
+    /// One state: whether it holds what had been promised.
+    fn attempt(&self, done: usize, share: Share, seed: u64) -> Result<(), String> {
+        let state = folder();
+        let image = state.path().join("disk");
+        run(Command::new("cp").arg("--sparse=always").args([&self.folder.path().join("base"), &image]));
+        let file = File::options().write(true).open(&image).expect("open the copy");
+        self.log.replay(done, share, &mut Random::new(seed), &file).expect("put the state into the copy");
+        drop(file);
+        let mounted = Mounted::new(&image, &state.path().join("mounted"))?;
+        let mut expect = Expect::default();
+        self.marks.iter().filter(|(at, _)| *at <= done).for_each(|(_, mark)| (mark.apply)(&mut expect));
+        check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
+    }
+
+    /// The extremes at every flush, then states by chance until the time is over.
+    fn survives(&self, what: &str) {
+        let attempt = |done: usize, share: Share, seed: u64| {
+            if let Err(problem) = self.attempt(done, share, seed) {
+                let told: Vec<&str> = self
+                    .marks
+                    .iter()
+                    .filter(|(at, _)| *at <= done)
+                    .map(|(_, mark)| mark.label.as_str())
+                    .collect();
+                panic!(
+                    "{what}, a power cut after write {done} of {}, {share:?} of what was not flushed, seed {seed:#x}: \
+                     {problem}\nUntil then:\n  {}",
+                    self.log.len(),
+                    told.join("\n  ")
+                );
+            }
+        };
+        let cuts = self.log.before_flushes(self.start);
+        for &done in &cuts {
+            attempt(done, Share::None, 0);
+            attempt(done, Share::All, 0);
+        }
+        let end = Instant::now() + Duration::from_secs(number("POWER_CUT_SECONDS").unwrap_or(20));
+        let (mut random, mut chosen) = (Random::new(seed()), 0);
+        while Instant::now() < end {
+            let done = self.start + random.below(self.log.len() + 1 - self.start);
+            attempt(done, Share::Chance, random.next());
+            chosen += 1;
+        }
+        let flushes = cuts.len() - 1;
+        println!(
+            "{what}: {} writes, {flushes} flushes, {chosen} states by chance (seed {})",
+            self.log.len(),
+            seed()
+        );
+    }
+}
+
+fn all(made: Made) {
+    type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
+    let scenarios: [Scenario<'_>; 8] = [
+        ("create", &|script| volumes::create(script, &[])),
+        ("delete", &volumes::delete),
+        ("first attach", &|script| volumes::first_attach(script, &[])),
+        ("keys", &kms::key_states),
+        ("snapshot and clone", &|script| snapshots::cloned(script, &[])),
+        ("snapshot while attached", &|script| snapshots::of_attached(script, &[])),
+        ("snapshots deleted", &snapshots::deleted),
+        ("rewrap", &volumes::rewrapped),
+    ];
+    for (name, scenario) in scenarios {
+        record(made, scenario).survives(&format!("{}, {name}", made.0));
+    }
+}
+
+#[test]
+#[ignore = "takes root, FUSE and loop devices; run by ci/power-cut"]
+fn every_scenario_survives_on_ext4() {
+    all(EXT4);
+}
+
+#[test]
+#[ignore = "takes root, FUSE and loop devices; run by ci/power-cut"]
+fn every_scenario_survives_on_xfs() {
+    all(XFS);
+}
