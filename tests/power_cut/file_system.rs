@@ -260,7 +260,8 @@ impl Recorded {
 }
 
 fn all(made: Made) {
-    let scenarios: [(&str, &dyn Fn(&mut Script)); 8] = [
+    type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
+    let scenarios: [Scenario<'_>; 8] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),
