@@ -300,9 +300,17 @@ fn the_helper_puts_the_key_into_no_file() {
 /// there.
 #[test]
 fn the_helper_that_asked_by_the_aws_sdk_has_nothing_of_the_key_at_its_end() {
-    let kms = KmsServer::start();
+    helper_keeps_nothing(&KmsServer::start(), "");
+    let files = tempfile::tempdir().expect("make a temporary folder");
+    let kms = KmsServer::start_tls(files.path());
+    helper_keeps_nothing(&kms, &files.path().join("kms.pem").display().to_string());
+}
+
+fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let store = Store::new();
-    store.set_environment(kms.principal("root").environment(&kms.url));
+    let mut environment = kms.principal("root").environment(&kms.url);
+    kms_server::set(&mut environment, "AWS_CA_BUNDLE", certificates);
+    store.set_environment(environment);
     let key = kms.admin().create_key("", None).expect("make a key").arn;
     let place = Place::of(store, &["--key", &format!("aws:{key}")]);
     let metadata = place.metadata();

@@ -7,8 +7,10 @@ use super::process::tie_to_test;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::Value;
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// Variables of an environment; an empty one is to be taken away.
@@ -32,15 +34,34 @@ pub struct Principal {
 impl KmsServer {
     /// An empty KMS.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, served with these arguments besides.
+    pub fn start_with(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut command = command(&folder);
-        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).stdout(Stdio::piped());
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).args(arguments).stdout(Stdio::piped());
         tie_to_test(&mut command, vec![]);
         let mut child = command.spawn().expect("start sealblk");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read a line");
         let url = line.trim_end().strip_prefix("listening on ").expect("it says where").to_owned();
         KmsServer { folder, child, url }
+    }
+
+    /// The same by TLS; its certificate is beside the private key in `files`, as `kms.pem`.
+    pub fn start_tls(files: &Path) -> Self {
+        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+        let file = |name: &str, text: &str| {
+            let path = files.join(name);
+            fs::write(&path, text).expect("write a file");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("make it private");
+            path.display().to_string()
+        };
+        let (certificate, key) =
+            (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()));
+        Self::start_with(&["--tls-cert", &certificate, "--tls-key", &key])
     }
 
     /// The KMS itself, as its operator has it.
@@ -101,6 +122,9 @@ pub fn environment(url: &str) -> Variables {
         ("AWS_PROFILE", ""),
         ("AWS_DEFAULT_REGION", ""),
         ("AWS_ENDPOINT_URL", ""),
+        ("AWS_CA_BUNDLE", ""),
+        ("SSL_CERT_FILE", ""),
+        ("SSL_CERT_DIR", ""),
         ("AWS_USE_FIPS_ENDPOINT", ""),
         ("AWS_USE_DUALSTACK_ENDPOINT", ""),
         ("AWS_WEB_IDENTITY_TOKEN_FILE", ""),

@@ -18,7 +18,10 @@ struct Case {
 
 impl Case {
     fn new() -> Self {
-        let kms = KmsServer::start();
+        Self::with(KmsServer::start())
+    }
+
+    fn with(kms: KmsServer) -> Self {
         let root = kms.principal("root");
         let keys = (root.keys().0.to_owned(), root.keys().1.to_owned());
         let (key, variables) = (Admin::create_key(&kms.admin()), environment(&kms.url));
@@ -176,3 +179,38 @@ fn a_configuration_that_makes_no_sense_is_not_tried_again() {
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     assert!(said(&output).contains("FIPS and custom endpoint are not supported"), "{}", said(&output));
 }
+
+#[test]
+fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names() {
+    let files = tempfile::tempdir().expect("make a temporary folder");
+    let file = |name: &str, text: &str| {
+        let path = files.path().join(name);
+        fs::write(&path, text).expect("write a file");
+        path.display().to_string()
+    };
+    let mut case = Case::with(KmsServer::start_tls(files.path()));
+    let certificate = files.path().join("kms.pem").display().to_string();
+    let (id, secret) = case.keys.clone();
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    let stranger = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+    let stranger = file("stranger.pem", &stranger.cert.pem());
+    for (name, trusted) in [("AWS_CA_BUNDLE", &certificate), ("SSL_CERT_FILE", &certificate)] {
+        case.set(name, &stranger);
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(6), "{}", said(&output));
+        assert!(said(&output).contains("invalid peer certificate"), "{}", said(&output));
+        case.set(name, trusted);
+        case.works();
+        case.set(name, "");
+    }
+    for (text, why) in [("", "there are no certificates in it"), (NO_CERTIFICATE, "AWS_CA_BUNDLE: ")] {
+        case.set("AWS_CA_BUNDLE", &file("bad.pem", text));
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+    }
+}
+
+/// PEM, but no certificate.
+const NO_CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";

@@ -82,6 +82,11 @@ impl BlockLog {
         self.entries.len()
     }
 
+    /// As if the device had never flushed.
+    pub fn forget_flushes(&mut self) {
+        self.entries.iter_mut().for_each(|entry| (entry.flush, entry.durable) = (false, false));
+    }
+
     /// The last entries before each flush, and the last of all: how many were done.
     pub fn before_flushes(&self, from: usize) -> Vec<usize> {
         let flushes = (from..self.len()).filter(|&n| self.entries[n].flush);

@@ -17,6 +17,7 @@ type Result<T = ()> = std::result::Result<T, String>;
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     let listed = volumes(site, expect)?;
     layers_are_right(&site.root())?;
+    audit(site)?;
     if gc_first && site.root().exists() {
         site.ok(&["gc"])?;
     }
@@ -154,6 +155,14 @@ fn events(site: &Site, expect: &Expect) -> Result {
     }
 }
 
+/// The audit's log is whole, but for a record that was never answered.
+fn audit(site: &Site) -> Result {
+    if site.root().join("audit.jsonl").exists() {
+        site.ok(&["audit", "verify"])?;
+    }
+    Ok(())
+}
+
 /// The KMS's store opens, and every key is in a state that it may be in.
 fn keys(site: &Site, expect: &Expect) -> Result {
     if !site.root().join("kms/log").exists() && expect.keys.is_empty() {
@@ -239,6 +248,7 @@ fn next_commands(site: &Site, expect: &Expect, before: BTreeSet<String>) -> Resu
         ));
     }
     site.ok(&["gc"])?;
+    audit(site)?;
     nothing_is_left(&site.root())
 }
 

@@ -123,6 +123,7 @@ fn soak() {
     store.ok(&["key", "create", "--alias", "alias/other"]);
     let shape = Shape { queues: 2, event_idx: true, indirect: true };
     let mut rig = Rig::start(&store, Way::Qemu, shape, 0, seed);
+    rig.loads.iter_mut().for_each(|load| load.discards_may_keep = true);
     // One that no VMM has seen is what the others are held to.
     rig.crash();
     rig.attach_again();

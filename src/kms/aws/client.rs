@@ -7,9 +7,14 @@ use aws_sdk_kms::config::retry::RetryConfig;
 use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents, SharedHttpClient};
 use aws_sdk_kms::error::BoxError;
 use aws_smithy_http_client::proxy::ProxyConfig;
-use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{self, TlsContext, TrustStore};
 use aws_smithy_http_client::{Builder, Connector};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio_rustls::rustls::RootCertStore;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 
 /// A client and what is known of where it goes.
 pub struct Regional {
@@ -25,7 +30,8 @@ impl Regional {
     /// # Errors
     /// Validation where no region is known.
     pub async fn new(region: Option<&str>) -> Result<Self, KmsError> {
-        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http_client());
+        let http = http_client(trusted()?);
+        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http);
         if let Some(region) = region {
             loader = loader.region(Region::new(region.to_owned()));
         }
@@ -52,15 +58,40 @@ impl Regional {
     }
 }
 
-/// HTTPS by rustls with the platform's root certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others), through the
-/// environment's proxy if there is one.
-fn http_client() -> SharedHttpClient {
-    Builder::new().build_with_connector_fn(|settings, components| {
+/// HTTPS by rustls, through the environment's proxy if there is one.
+fn http_client(trusted: TlsContext) -> SharedHttpClient {
+    Builder::new().build_with_connector_fn(move |settings, components| {
         let mut connector = Connector::builder().proxy_config(ProxyConfig::from_env());
         connector.set_connector_settings(settings.cloned());
         connector.set_sleep_impl(components.and_then(RuntimeComponents::sleep_impl));
-        connector.tls_provider(tls::Provider::rustls(CryptoMode::Ring)).build()
+        connector.tls_provider(tls::Provider::rustls(CryptoMode::Ring)).tls_context(trusted.clone()).build()
     })
+}
+
+/// Whose certificates are believed: those of the file that `AWS_CA_BUNDLE` names, as AWS's other tools have it, else the
+/// platform's roots (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others).
+///
+/// # Errors
+/// Validation for a file without usable certificates.
+fn trusted() -> Result<TlsContext, KmsError> {
+    let Some(path) = std::env::var_os("AWS_CA_BUNDLE").filter(|path| !path.is_empty()).map(PathBuf::from)
+    else {
+        return Ok(TlsContext::default());
+    };
+    let unusable = |why: &dyn std::fmt::Display| {
+        KmsError::Validation(format!("AWS_CA_BUNDLE: {}: {why}", path.display()))
+    };
+    let pem = std::fs::read(&path).map_err(|e| unusable(&e))?;
+    let certificates: Vec<_> =
+        CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|e| unusable(&e))?;
+    // The SDK takes it for granted that each of them is good.
+    let mut roots = RootCertStore::empty();
+    certificates.into_iter().try_for_each(|certificate| roots.add(certificate)).map_err(|e| unusable(&e))?;
+    if roots.is_empty() {
+        return Err(unusable(&"there are no certificates in it"));
+    }
+    let store = TrustStore::empty().with_pem_certificate(pem);
+    TlsContext::builder().with_trust_store(store).build().map_err(|e| unusable(&e))
 }
 
 /// The scheme and host of the last request: only the SDK knows what it makes of environment, profile and region.

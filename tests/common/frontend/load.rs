@@ -41,6 +41,8 @@ enum Effect {
     Read,
     /// They hold this write's number, or zeros if it is 0.
     Hold(u64),
+    /// They hold zeros, or what they held.
+    Discard,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -74,6 +76,8 @@ pub struct Load {
     /// Heads in the order in which they were put on the ring, where the answers must come in that order.
     order: Option<std::collections::VecDeque<u16>>,
     indirect: bool,
+    /// Whether a discard may leave data where it is, as one does where a snapshot has the same sectors.
+    pub discards_may_keep: bool,
 }
 
 impl Load {
@@ -91,6 +95,7 @@ impl Load {
             completed: 0,
             order: None,
             indirect,
+            discards_may_keep: false,
         }
     }
 
@@ -114,7 +119,7 @@ impl Load {
         for sector in &mut self.sectors[sectors.clone()] {
             match effect {
                 Effect::Read => sector.readers += 1,
-                Effect::Hold(_) => sector.written = true,
+                Effect::Hold(_) | Effect::Discard => sector.written = true,
                 Effect::Nothing => {}
             }
         }
@@ -156,6 +161,10 @@ impl Load {
                     (sector.holds, sector.written) = (number, false);
                     self.unsure.remove(&index);
                 }
+                Effect::Discard => {
+                    self.unsure.entry(index).or_default().push(sector.holds);
+                    (sector.holds, sector.written) = (0, false);
+                }
                 Effect::Nothing => {}
             }
         }
@@ -174,6 +183,10 @@ impl Load {
                     Effect::Hold(number) => {
                         sector.written = false;
                         self.unsure.entry(index).or_default().push(number);
+                    }
+                    Effect::Discard => {
+                        sector.written = false;
+                        self.unsure.entry(index).or_default().push(0);
                     }
                     Effect::Nothing => {}
                 }
@@ -242,7 +255,10 @@ impl Load {
                 let data = (first..first + len as u64).flat_map(|s| content(s, self.writes));
                 (Request::write(first, &data.collect::<Vec<_>>()), sectors, Effect::Hold(self.writes))
             }
-            85..90 => (Request::discard(&[segment]), sectors, Effect::Hold(0)),
+            85..90 => {
+                let effect = if self.discards_may_keep { Effect::Discard } else { Effect::Hold(0) };
+                (Request::discard(&[segment]), sectors, effect)
+            }
             90..95 => (Request::write_zeroes(&[segment]), sectors, Effect::Hold(0)),
             _ => (Request::flush(), 0..0, Effect::Nothing),
         }
