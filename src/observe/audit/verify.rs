@@ -333,6 +333,10 @@ fn marks(
     for (log, kind) in logs.iter().flat_map(|&log| [(log, MarkKind::Signed), (log, MarkKind::Plain)]) {
         let path = mark::path(config, log, kind);
         let Ok(bytes) = std::fs::read(&path) else { continue };
+        // Made, and cut off by a power failure before it was first written: as good as one that is not there.
+        if bytes.iter().all(|&byte| byte == 0) {
+            continue;
+        }
         let damaged = || Problem {
             damage: Damage::Mark,
             record: None,
