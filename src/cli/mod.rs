@@ -15,6 +15,7 @@ pub mod gc;
 pub mod key;
 pub mod kms;
 pub mod output;
+pub mod progress;
 mod provider;
 mod receipt;
 pub mod settings;

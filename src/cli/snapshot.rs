@@ -5,9 +5,11 @@ mod copy;
 mod create;
 
 use super::filter::{self, Filter, Tag};
+use super::volume::export;
 use super::{Env, output, size};
 use crate::error::{Context, Result};
 use crate::volume::catalog::Catalog;
+use crate::volume::export::What;
 use crate::volume::snapshot::{Entry, Snapshot};
 use crate::volume::tags::Tags;
 use serde_json::{Value, json};
@@ -28,6 +30,8 @@ Examples:
     Show(OneSnapshot),
     /// Copy a snapshot.
     Copy(copy::CopyArgs),
+    /// Write what a snapshot holds into a file, in the clear.
+    Export(ExportArgs),
     /// Delete a snapshot, and the data that nothing else uses.
     #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
     Delete(OneSnapshot),
@@ -53,6 +57,21 @@ pub struct ListArgs {
 pub struct OneSnapshot {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
     snapshot: String,
+}
+
+/// What `snapshot export` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  sealblk snapshot export snap-0a1b /mnt/usb/db.img
+
+The file holds the data in the clear: see where it goes. It takes the snapshot's data keys from the KMS, and the audit log
+says so before anything is written.")]
+pub struct ExportArgs {
+    /// The snapshot: its id, the first digits of its id, or its tag Name.
+    snapshot: String,
+    #[command(flatten)]
+    to: export::To,
 }
 
 /// What `snapshot tag` takes.
@@ -82,6 +101,10 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Copy(args) => copy::run(env, args),
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show(env, &args.snapshot),
+        Command::Export(args) => {
+            let id = env.catalog().resolve_snapshot(&args.snapshot)?;
+            export::export(env, What::Snapshot(id), &args.to)
+        }
         Command::Delete(args) => delete(env, &args.snapshot),
         Command::Tag(args) => retag(env, &args.snapshot, |tags| filter::set(tags, &args.tags)),
         Command::Untag(args) => retag(env, &args.snapshot, |tags| filter::remove(tags, &args.keys)),

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod create;
+pub(super) mod export;
+mod import;
 mod resize;
 mod rewrap;
 mod show;
@@ -20,6 +22,10 @@ use serde_json::{Value, json};
 pub enum Command {
     /// Make a volume, empty or from a snapshot.
     Create(create::CreateArgs),
+    /// Make a volume from a raw or qcow2 disk image.
+    Import(import::ImportArgs),
+    /// Write what a volume holds into a file, in the clear.
+    Export(export::ExportArgs),
     /// List the volumes.
     #[command(after_help = "\
 Examples:
@@ -83,6 +89,8 @@ pub struct OneVolume {
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::run(env, args),
+        Command::Import(args) => import::run(env, &args),
+        Command::Export(args) => export::run(env, &args),
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),

@@ -108,6 +108,30 @@ impl Event {
         event
     }
 
+    /// `exportVolume`, or of a snapshot of it `exportSnapshot`: `succeeded`, or `failed` for a cause. EBS has no such event.
+    pub fn export(
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+        result: Result<(), String>,
+        start: Timestamp,
+    ) -> Self {
+        let (result, cause) = match result {
+            Ok(()) => ("succeeded", String::new()),
+            Err(cause) => ("failed", cause),
+        };
+        let end = Timestamp::now();
+        let of = |id| OfSnapshot { id: Some(id), source: None, start, end, incremental: None };
+        Event {
+            name: if snapshot.is_some() { "exportSnapshot" } else { "exportVolume" },
+            result,
+            cause,
+            request_id: Some(Uuid::new_v4()),
+            volume,
+            kms_key: None,
+            snapshot: snapshot.map(of),
+        }
+    }
+
     /// `createSnapshot`: `succeeded`, or `failed` for a cause.
     pub fn create_snapshot(volume: VolumeId, result: Result<SnapshotId, String>, start: Timestamp) -> Self {
         let snapshot = OfSnapshot {

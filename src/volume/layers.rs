@@ -1,7 +1,11 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
+use super::catalog::Catalog;
 use super::image_lock::{Access, ImageLock};
 use super::io::{Cipher, Layers};
+use super::layout::Layout;
+use crate::crypt::Dek;
+use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
 use crate::store::chain::Chain;
 use crate::store::file::FileStore;
@@ -42,6 +46,29 @@ impl Layer {
         self.image_lock.stop_writing();
         Ok(Layer { store: Arc::new(store), ..self.clone() })
     }
+}
+
+/// Opens all layers of a volume that nobody has attached, or of a snapshot, with their keys: `deks` has one for each of
+/// the layout's, in that order. `top` is what is going to be done with the top layer; those below it are read.
+///
+/// # Errors
+/// As [`Layer::open`].
+pub fn open_all(catalog: &Catalog, layout: &Layout, deks: &[Dek], top: Access) -> Result<Vec<Layer>> {
+    let bytes = layout.geometry().sector_size().bytes();
+    let unit = DataUnit::from_bytes(bytes as usize).expect("sector sizes are data units");
+    let cipher = |dek: &Dek| new_cipher(Engine::Auto, dek, unit).map(Arc::<dyn SectorCipher>::from);
+    let ciphers = deks.iter().map(cipher).collect::<Result<Vec<_>>>()?;
+    let mut opened = Vec::new();
+    for (n, layer) in layout.layers().iter().enumerate() {
+        let cipher = match layer.key {
+            Some(key) => Some(ciphers[key].clone()),
+            None if layer.masked => Some(cipher(&Dek::mask_of_layer(layer.id.as_bytes())?)?),
+            None => None,
+        };
+        let access = if n == 0 { top } else { Access::Read };
+        opened.push(Layer::open(&catalog.layer_path(layer.id), access, bytes, cipher)?);
+    }
+    Ok(opened)
 }
 
 /// Layers as a disk takes them, the top first. There is at least one.

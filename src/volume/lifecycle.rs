@@ -108,20 +108,39 @@ pub(super) fn create_with(
     wanted: &Wanted,
     prepare: impl FnOnce(VolumeId) -> Result<Metadata, Failure>,
 ) -> Result<Metadata> {
+    create_filled(catalog, events, wanted, prepare, |_| Ok(()))
+}
+
+/// The same, and `fill` gives it its data before it is there. What `fill` has written is durable when it returns; it
+/// makes no other layers than the metadata names.
+pub(super) fn create_filled(
+    catalog: &Catalog,
+    events: &EventLog,
+    wanted: &Wanted,
+    prepare: impl FnOnce(VolumeId) -> Result<Metadata, Failure>,
+    fill: impl FnOnce(&Metadata) -> Result<()>,
+) -> Result<Metadata> {
     check_name_is_free(catalog, wanted.name.as_ref())?;
     let id = VolumeId::random();
     // First what can fail for reasons of others, while there is nothing to clear away.
-    let made = prepare(id).and_then(|metadata| Ok(make(catalog, metadata, wanted)?));
+    let made = prepare(id).and_then(|metadata| Ok(make(catalog, metadata, wanted, fill)?));
     let result = made.as_ref().map(drop).map_err(|failure| failure.cause.clone());
     events.record(&Event::create_volume(id, result));
     made.map_err(|failure| failure.error.context("create a volume"))
 }
 
-fn make(catalog: &Catalog, metadata: Metadata, wanted: &Wanted) -> Result<Metadata> {
+fn make(
+    catalog: &Catalog,
+    metadata: Metadata,
+    wanted: &Wanted,
+    fill: impl FnOnce(&Metadata) -> Result<()>,
+) -> Result<Metadata> {
     create_dir_durable(&catalog.root().layers())?;
     let metadata = metadata.next_generation()?;
     let _lock = begin(catalog, &metadata)?;
-    let made = fill(catalog, &metadata, wanted).and_then(|()| commit(catalog, &metadata));
+    let made = furnish(catalog, &metadata, wanted)
+        .and_then(|()| fill(&metadata))
+        .and_then(|()| commit(catalog, &metadata));
     if let Err(e) = made {
         let cleared = StoreLock::acquire(catalog).and_then(|store| abandon(catalog, &metadata, &store));
         if let Err(left) = cleared {
@@ -154,8 +173,8 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     begun
 }
 
-/// Makes everything that the volume needs before it is there.
-fn fill(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
+/// Makes everything that the volume needs before it is there, but for its data.
+fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }

@@ -6,12 +6,15 @@
 
 pub mod catalog;
 pub mod copy;
+pub mod export;
 pub mod freeze;
 pub mod from_snapshot;
 pub mod gc;
 pub mod hydrate;
 pub mod id;
+pub mod image;
 pub mod image_lock;
+pub mod import;
 pub mod io;
 pub mod layers;
 pub mod layout;
@@ -27,6 +30,7 @@ pub mod seal;
 pub mod shred;
 pub mod snapshot;
 pub mod tags;
+mod transfer;
 
 pub use catalog::Catalog;
 pub use id::{LayerId, SnapshotId, VolumeId};

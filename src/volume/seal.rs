@@ -7,6 +7,7 @@
 
 use super::layout::{LayerRecord, SealVersion, sealed_bytes};
 use super::metadata::{Geometry, Metadata, Proof, SectorSize};
+use super::snapshot::Snapshot;
 use crate::crypt::{Dek, SealKey};
 use crate::error::{Error, Kind, Result};
 use crate::store::Store;
@@ -150,6 +151,32 @@ impl Metadata {
     fn sealed_bytes(&self) -> Vec<u8> {
         let checks = self.layout.checks();
         sealed_bytes(self.seal_version, &self.id.to_string(), self.geometry(), self.layers(), &checks)
+    }
+}
+
+impl Snapshot {
+    /// Compares the record with the data keys; `deks` has one for each of [`Snapshot::keys`], in that order.
+    ///
+    /// # Errors
+    /// `Corrupt` for a data key that is not the snapshot's, and for a record that was edited.
+    pub fn verify(&self, deks: &[Dek]) -> Result<()> {
+        assert_eq!(deks.len(), self.keys().len(), "one data key for each of the snapshot's keys");
+        let Some(top) = self.layout().top().key else { return Ok(()) };
+        let checks: Vec<_> = deks.iter().map(Dek::check_value).collect();
+        let mac = |proof: &Proof| -> Result<[u8; 32]> {
+            let message = proof.message(self.geometry().sector_size(), self.layers(), &checks)?;
+            Ok(deks[top].metadata_mac(&proof.volume.to_string(), &message))
+        };
+        match self.proof() {
+            Some(proof) if bool::from(proof.mac.ct_eq(&mac(&proof)?)) => Ok(()),
+            _ => {
+                let message = format!(
+                    "{}: its record, or a data key of it, is not what it was sealed with; it was edited or replaced",
+                    self.id()
+                );
+                Err(Error::new(Kind::Corrupt, message))
+            }
+        }
     }
 }
 

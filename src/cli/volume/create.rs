@@ -57,12 +57,8 @@ pub struct CreateArgs {
 /// Makes a volume.
 pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
     let settings = env.settings()?;
-    if args.unencrypted && settings.encrypt_by_default {
-        let message = format!(
-            "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
-            env.root.settings().display()
-        );
-        return Err(Error::new(Kind::Usage, message));
+    if args.unencrypted {
+        check_may_be_unencrypted(env, &settings)?;
     }
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
@@ -78,6 +74,19 @@ pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
         true => output::print_json(&description(&catalog, &made)?),
         false => output::print(&format!("{}\n", made.id())).map(drop),
     }
+}
+
+/// # Errors
+/// `Usage` if the settings say that every new volume is encrypted.
+pub(super) fn check_may_be_unencrypted(env: &Env, settings: &Settings) -> Result<()> {
+    if !settings.encrypt_by_default {
+        return Ok(());
+    }
+    let message = format!(
+        "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
+        env.root.settings().display()
+    );
+    Err(Error::new(Kind::Usage, message))
 }
 
 fn wanted(args: &CreateArgs, tags: Tags, size: u64, sector_size: SectorSize) -> Result<Wanted> {
@@ -123,7 +132,7 @@ fn from(
     from_snapshot::create(&env.catalog(), &env.events(settings), &wanted, snapshot, key, keys)
 }
 
-fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
+pub(super) fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
     let bytes: u32 = text.parse().map_err(|_| "it is 512 or 4096".to_string())?;
     SectorSize::try_from(bytes)
 }

@@ -57,6 +57,8 @@ pub enum Step {
     Attach,
     /// That process has wiped it.
     Detach,
+    /// What it encrypts is going to be written into a file, in the clear.
+    Export,
     /// The store's wrapped copies of it were removed, and with them the volume.
     Destroy,
 }
@@ -69,6 +71,7 @@ impl Step {
             Step::Rewrap => "RewrapDek",
             Step::Attach => "AttachVolume",
             Step::Detach => "DetachVolume",
+            Step::Export => "ExportVolume",
             Step::Destroy => "DestroyDek",
         }
     }

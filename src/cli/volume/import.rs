@@ -1,0 +1,113 @@
+//! `sealblk volume import`.
+#![forbid(unsafe_code)]
+
+use super::create::{check_may_be_unencrypted, parse_sector_size};
+use super::output;
+use super::show::description;
+use crate::attach::sandbox;
+use crate::cli::filter::{self, Tag};
+use crate::cli::progress::Progress;
+use crate::cli::provider::{self, NamedKey};
+use crate::cli::{Env, size};
+use crate::config::Settings;
+use crate::error::{Error, Kind, Result};
+use crate::volume::image::{BackingFiles, Format, Image};
+use crate::volume::import::{self, Key};
+use crate::volume::lifecycle::Wanted;
+use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
+use crate::volume::tags::Tags;
+use crate::volume::{Catalog, Metadata};
+use std::path::PathBuf;
+
+/// What `volume import` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk volume import debian.qcow2 --name web
+  sealblk volume import /dev/vg/db --format raw --key alias/prod --size 40GiB
+
+The volume is there when all of the image is in it; interrupted, nothing is left. Zeros take no space. Prints its id.
+
+Without --format, a file is raw if it begins like no other known format, and qcow2 if it begins so and is called .qcow2;
+anything else is refused: the guest of a raw disk can write a qcow2 header into it. Files that a qcow2 image is based on
+are read only with --backing-files: it could name any file that you may read.")]
+pub struct ImportArgs {
+    /// The image: a file or block device. It is only read.
+    file: PathBuf,
+    /// What it is: raw or qcow2.
+    #[arg(long)]
+    format: Option<Format>,
+    /// Read the files that a qcow2 image says it is based on.
+    #[arg(long)]
+    backing_files: bool,
+    /// The volume's size, not smaller than the image's [default: the image's, whole sectors].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    size: Option<u64>,
+    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default: 512].
+    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
+    sector_size: Option<SectorSize>,
+    /// The KMS key, by id, ARN or alias [default: the settings' default-key, else alias/aws/ebs].
+    #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
+    key: Option<String>,
+    /// Do not encrypt it. That never changes in the volume's life.
+    #[arg(long)]
+    unencrypted: bool,
+    /// A name, to be used in place of the id.
+    #[arg(long)]
+    name: Option<VolumeName>,
+    /// A tag; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    tag: Vec<Tag>,
+    /// Set the whole size aside in the file system now.
+    #[arg(long)]
+    preallocate: bool,
+}
+
+/// Makes a volume from an image.
+pub fn run(env: &Env, args: &ImportArgs) -> Result<()> {
+    let (settings, catalog) = (env.settings()?, env.catalog());
+    if args.unencrypted {
+        check_may_be_unencrypted(env, &settings)?;
+    }
+    let made = copied(env, &settings, &catalog, args)
+        .map_err(|e| e.context(format!("import {}", args.file.display())))?;
+    match env.json {
+        true => output::print_json(&description(&catalog, &made)?),
+        false => output::print(&format!("{}\n", made.id())).map(drop),
+    }
+}
+
+fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) -> Result<Metadata> {
+    let backing = if args.backing_files { BackingFiles::Read } else { BackingFiles::Refuse };
+    let image = Image::open(&args.file, args.format, backing)?;
+    let wanted = wanted(args, image.size())?;
+    let events = env.events(settings);
+    let mut progress = Progress::new()?;
+    let mut watch = |at| progress.at(at, image.size());
+    if args.unencrypted {
+        return import::import(catalog, &events, &wanted, &image, None, &mut watch);
+    }
+    let named = NamedKey::open(env, settings, args.key.as_deref())?;
+    // This process sees the data key.
+    sandbox::harden()?;
+    let unwrap = provider::unwrap(env);
+    let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
+    import::import(catalog, &events, &wanted, &image, Some(key), &mut watch)
+}
+
+fn wanted(args: &ImportArgs, len: u64) -> Result<Wanted> {
+    let sector_size = args.sector_size.unwrap_or_default();
+    let least = import::size_of(len, sector_size);
+    let size = args.size.unwrap_or(least);
+    if size < least {
+        let message = format!("the image is a disk of {len} bytes; the volume has to have {least} at least");
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let geometry = Geometry::new(size, sector_size)?;
+    if args.size.is_none() && size != len {
+        log::warn!("the image has {len} bytes; the volume has {size}, whole sectors, with zeros at its end");
+    }
+    let mut tags = Tags::default();
+    filter::set(&mut tags, &args.tag)?;
+    Ok(Wanted { geometry, name: args.name.clone(), tags, preallocate: args.preallocate })
+}

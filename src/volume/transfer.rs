@@ -1,0 +1,186 @@
+//! A whole disk in or out: plaintext that this process has, or wants, instead of a guest.
+//!
+//! It goes the way that a guest's data goes, through a queue of the [`Disk`], so that ciphers, layers and the all-zero
+//! rule are the same. Plaintext is in two places of this process's memory besides the queue's buffers, both of which are
+//! wiped at the end.
+#![forbid(unsafe_code)]
+
+use super::io::{Disk, DiskQueue, GuestData};
+use crate::error::{Context, Error, Kind, Result};
+use crate::store::{Buffer, Event, Wait};
+use crate::virtio::{SECTOR_SIZE, Segment};
+use std::io;
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zeroize::Zeroizing;
+
+/// Bytes at a time; a buffer's length.
+pub(super) const CHUNK: usize = 256 << 10;
+/// What is zeros from one multiple of this to the next is not written: a page and a file system's block.
+pub(super) const BLOCK: usize = 4096;
+/// Operations at a time.
+const DEPTH: u16 = 16;
+
+/// Says how far it has come, in bytes of the disk; an error ends it.
+pub type Watch<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+
+/// The way to a disk for one who has no guest.
+pub(super) struct Transfer {
+    queue: DiskQueue,
+    /// Where plaintext is for the disk, to which it is a guest's memory.
+    memory: GuestMemoryMmap<()>,
+    in_flight: usize,
+}
+
+impl Transfer {
+    pub(super) fn new(disk: &Arc<Disk>) -> Result<Self> {
+        let queue = disk.open_queue(DEPTH).context(|| "open a queue")?;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), CHUNK)]).map_err(io::Error::other)?;
+        Ok(Transfer { queue, memory, in_flight: 0 })
+    }
+
+    /// Writes so many bytes, at most [`CHUNK`] and whole sectors, at byte `at`, but for blocks that are zeros: nothing
+    /// is in the layer where they would be. They are durable after [`Transfer::flush`].
+    pub(super) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.memory.write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
+        for (start, len) in runs(bytes) {
+            self.write_run(at, start, len)
+                .context(|| format!("write {len} bytes at {}", at + start as u64))?;
+        }
+        Ok(())
+    }
+
+    fn write_run(&mut self, at: u64, start: usize, len: usize) -> io::Result<()> {
+        let sector = (at + start as u64) / SECTOR_SIZE;
+        let buffer = loop {
+            match self.queue.alloc(sector, len) {
+                Some(buffer) => break buffer,
+                None => self.finish_one()?,
+            }
+        };
+        let segments = [Segment { addr: GuestAddress(start as u64), len: len as u32 }];
+        let guest = GuestData { mem: &self.memory, segments: &segments, skip: 0 };
+        self.queue.write(0, sector, buffer, false, guest)?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Reads so many bytes, at most [`CHUNK`] and whole sectors, from byte `at`.
+    pub(super) fn read(&mut self, at: u64, into: &mut [u8]) -> Result<()> {
+        self.read_plain(at, into.len()).context(|| format!("read {} bytes at {at}", into.len()))?;
+        Ok(self.memory.read_slice(into, GuestAddress(0)).map_err(io::Error::other)?)
+    }
+
+    fn read_plain(&mut self, at: u64, len: usize) -> io::Result<()> {
+        let sector = at / SECTOR_SIZE;
+        let buffer = self.queue.alloc(sector, len).ok_or_else(|| io::Error::other("there is no room"))?;
+        self.queue.read(0, sector, buffer);
+        let segments = [Segment { addr: GuestAddress(0), len: len as u32 }];
+        loop {
+            let Some(buffer) = self.next_done()? else { continue };
+            let guest = GuestData { mem: &self.memory, segments: &segments, skip: 0 };
+            if self.queue.deliver(0, sector, buffer, guest)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for what is written and makes it durable.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        let mut flush = || {
+            while self.in_flight > 0 {
+                self.finish_one()?;
+            }
+            self.queue.flush(0)?;
+            let result = self.next_done().map(drop);
+            self.queue.flushed(result)
+        };
+        flush().context(|| "make the data durable")
+    }
+
+    fn finish_one(&mut self) -> io::Result<()> {
+        if self.in_flight == 0 {
+            return Err(io::Error::other("a queue that nobody else uses has no room"));
+        }
+        self.in_flight -= 1;
+        if let Some(buffer) = self.next_done()? {
+            self.queue.free(buffer);
+        }
+        Ok(())
+    }
+
+    /// Waits for the next operation to end, and answers its buffer, if it had one.
+    fn next_done(&mut self) -> io::Result<Option<Buffer>> {
+        loop {
+            match self.queue.next_event() {
+                Some(Event::Done { buffer, result, .. }) => {
+                    return match (result, buffer) {
+                        (Ok(()), buffer) => Ok(buffer),
+                        (Err(e), buffer) => {
+                            buffer.into_iter().for_each(|buffer| self.queue.free(buffer));
+                            Err(e)
+                        }
+                    };
+                }
+                Some(_) => {}
+                None => self.queue.wait(Wait::Event)?,
+            }
+        }
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if let Err(e) = self.memory.write_slice(&vec![0; CHUNK], GuestAddress(0)) {
+            log::error!("wiping what was copied last: {e}");
+        }
+    }
+}
+
+/// Room for a chunk of plaintext, wiped at the end.
+pub(super) fn room() -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(vec![0; CHUNK])
+}
+
+/// The runs of blocks that are not zeros: beginning and length of each, in bytes.
+pub(super) fn runs(bytes: &[u8]) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (n, block) in bytes.chunks(BLOCK).enumerate() {
+        if is_zero(block) {
+            continue;
+        }
+        match runs.last_mut() {
+            Some((start, len)) if *start + *len == n * BLOCK => *len += block.len(),
+            _ => runs.push((n * BLOCK, block.len())),
+        }
+    }
+    runs
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    // So that a compiler sees whole words.
+    let (words, rest) = block.as_chunks::<8>();
+    words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// What one is told whose command was interrupted by a signal.
+pub fn interrupted() -> Error {
+    Error::new(Kind::Other, "it was interrupted; nothing of it is left")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_blocks_of_zeros_are_left_out() {
+        let mut bytes = vec![0; 5 * BLOCK + 512];
+        bytes[BLOCK] = 1;
+        bytes[3 * BLOCK - 1] = 1;
+        *bytes.last_mut().unwrap() = 1;
+        assert_eq!(runs(&bytes), [(BLOCK, 2 * BLOCK), (5 * BLOCK, 512)]);
+        assert_eq!(runs(&[0; 3 * BLOCK]), []);
+        assert_eq!(runs(&[]), []);
+        assert_eq!(runs(&[1; 512]), [(0, 512)]);
+    }
+}
