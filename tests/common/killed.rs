@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Output};
 use std::time::Duration;
 
 /// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
@@ -42,8 +42,36 @@ pub enum End {
 
 /// Runs `command` and kills it just before the call number `step`, counted from 0, that changes files. Processes that
 /// it starts are not counted.
-#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 pub fn killed_before(command: &mut Command, step: usize) -> End {
+    match run_to(command, step) {
+        Ok(mut child) => {
+            kill(&mut child);
+            End::Killed
+        }
+        Err(code) => End::Exited(code),
+    }
+}
+
+/// Runs `command` and sends it SIGINT just before the call of that number, then lets it go on to its end. `None` if it
+/// has fewer such calls; then it has ended with the exit code 0.
+pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> {
+    match run_to(command, step) {
+        Ok(child) => {
+            let pid = Pid::from_raw(child.id() as i32);
+            nix::sys::signal::kill(pid, Signal::SIGINT).expect("it is there");
+            request(libc::PTRACE_DETACH, pid, 0, 0).expect("it is stopped");
+            Some(child.wait_with_output().expect("it is a child"))
+        }
+        Err(code) => {
+            assert_eq!(code, 0);
+            None
+        }
+    }
+}
+
+/// Runs `command` to just before the call of that number, where it is held; or to its end, and answers its exit code.
+#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
+fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
     // SAFETY: between fork and exec the closure makes one system call, on no memory.
     unsafe {
         command.pre_exec(|| {
@@ -51,7 +79,7 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
             Errno::result(done).map(drop).map_err(std::io::Error::from)
         });
     }
-    let mut child = command.spawn().expect("start sealblk");
+    let child = command.spawn().expect("start sealblk");
     let pid = Pid::from_raw(child.id() as i32);
     assert!(
         matches!(waitpid(pid, None), Ok(WaitStatus::Stopped(_, Signal::SIGTRAP))),
@@ -65,11 +93,10 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
         request(libc::PTRACE_SYSCALL, pid, 0, pass_on).expect("it is stopped");
         pass_on = 0;
         match waitpid(pid, None).expect("it is a child") {
-            WaitStatus::Exited(_, code) => return End::Exited(code),
+            WaitStatus::Exited(_, code) => return Err(code),
             WaitStatus::PtraceSyscall(_) if changes_files(pid) => {
                 if steps == step {
-                    kill(&mut child);
-                    return End::Killed;
+                    return Ok(child);
                 }
                 steps += 1;
             }

@@ -1,0 +1,154 @@
+//! Raw images, and what is the same for all.
+
+use crate::rig::{Rig, files, overwrite, qemu};
+use serde_json::json;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
+
+const LEN: usize = 8 << 20;
+
+#[test]
+fn a_raw_image_is_encrypted_sealed_and_what_a_guest_finds() {
+    for arguments in [&[][..], &["--sector-size", "4096", "--preallocate"], &["--unencrypted"]] {
+        let rig = Rig::new();
+        let data = rig.raw("disk.img", LEN);
+        let tags = ["--name", "v", "--tag", "env=prod"];
+        let made = rig.import(&[&[&*rig.path("disk.img")], &tags[..], arguments].concat());
+        let encrypted = !arguments.contains(&"--unencrypted");
+        assert_eq!((&made["encrypted"], &made["size"]), (&json!(encrypted), &json!(LEN)));
+        assert_eq!((&made["name"], &made["tags"]), (&json!("v"), &json!({"env": "prod"})));
+        let id = made["id"].as_str().unwrap();
+        let metadata: serde_json::Value = serde_json::from_slice(
+            &fs::read(rig.store.root().join("volumes").join(id).join("volume.json")).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(metadata["mac"].is_string(), encrypted);
+        rig.assert_holds("v", &data);
+        rig.assert_guest_finds("v", &data);
+        let event = &rig.events("createVolume")[0]["detail"];
+        assert_eq!((&event["result"], &event["cause"]), (&json!("available"), &json!("")));
+    }
+}
+
+#[test]
+fn zeros_take_no_space_whether_they_are_holes_or_written() {
+    let rig = Rig::new();
+    let mut data = rig.raw("disk.img", 64 << 20);
+    let written = vec![0; 4 << 20];
+    overwrite(rig.path("disk.img"), 8 << 20, &written);
+    overwrite(rig.path("disk.img"), 20 << 20, &[1]);
+    data[20 << 20] = 1;
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    rig.assert_holds("v", &data);
+    let blocks = fs::metadata(rig.store.only_layer()).unwrap().blocks() * 512;
+    assert!((370_000..1 << 20).contains(&blocks), "{blocks} bytes");
+}
+
+#[test]
+fn an_image_that_is_no_whole_sectors_has_zeros_at_its_end() {
+    for (sector_size, size) in [("512", LEN + 512), ("4096", LEN + 4096)] {
+        let rig = Rig::new();
+        let data = rig.raw("disk.img", LEN + 1);
+        let arguments = [&rig.path("disk.img"), "--name", "v", "--sector-size", sector_size];
+        assert_eq!(rig.import(&arguments)["size"], size);
+        rig.assert_holds("v", &data);
+        rig.assert_guest_finds("v", &data);
+    }
+}
+
+#[test]
+fn a_volume_can_be_larger_than_its_image_and_not_smaller() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", LEN);
+    let said = rig.refuse(2, &["volume", "import", &rig.path("disk.img"), "--size", "7MiB"]);
+    assert!(said.contains("8388608 at least"), "{said}");
+    assert_eq!(rig.import(&[&rig.path("disk.img"), "--name", "v", "--size", "20MiB"])["size"], 20 << 20);
+    rig.assert_holds("v", &data);
+    rig.assert_guest_finds("v", &data);
+}
+
+#[test]
+fn what_a_file_is_is_not_decided_by_its_beginning_alone() {
+    let rig = Rig::new();
+    let mut data = rig.raw("disk.img", LEN);
+    // As the guest of a raw disk can write it.
+    overwrite(rig.path("disk.img"), 0, b"QFI\xfb\0\0\0\x03");
+    data[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    let said = rig.refuse(2, &["volume", "import", &rig.path("disk.img")]);
+    assert!(said.contains("say --format qcow2 or --format raw"), "{said}");
+    rig.import(&[&rig.path("disk.img"), "--format", "raw", "--name", "v"]);
+    rig.assert_holds("v", &data);
+    for (name, start, words) in [
+        ("a.qcow2", &b"\0\0\0\0"[..], "does not begin like it"),
+        ("b.img", b"KDMV", "like VMDK"),
+        ("c.img", b"vhdxfile", "like VHDX"),
+    ] {
+        rig.raw(name, LEN);
+        overwrite(rig.path(name), 0, start);
+        let said = rig.refuse(2, &["volume", "import", &rig.path(name)]);
+        assert!(said.contains(words), "{said}");
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused_and_nothing_is_made() {
+    let rig = Rig::new();
+    rig.raw("disk.img", LEN);
+    fs::write(rig.path("empty.img"), "").unwrap();
+    let pipe = rig.folder().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (code, arguments, words) in [
+        (3, &["missing.img"][..], "missing.img"),
+        (2, &["empty.img"], "it is empty"),
+        (2, &["pipe"], "neither a file nor a block device"),
+        (2, &["root"], "neither a file nor a block device"),
+        (2, &["disk.img", "--format", "qcow2"], "no qcow2 image"),
+        (2, &["disk.img", "--format", "vmdk"], "none of raw, qcow2"),
+        (3, &["disk.img", "--key", "alias/other"], "no KMS store"),
+    ] {
+        fs::create_dir_all(rig.store.root()).unwrap();
+        let path = rig.path(arguments[0]);
+        let said = rig.refuse(code, &[&["volume", "import", &path], &arguments[1..]].concat());
+        assert!(said.contains(words), "{said}");
+    }
+    rig.store.configure("encrypt-by-default = true\n");
+    let said = rig.refuse(2, &["volume", "import", &rig.path("disk.img"), "--unencrypted"]);
+    assert!(said.contains("encrypt-by-default"), "{said}");
+    rig.assert_nothing_is_left();
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_before_anything_is_copied() {
+    let rig = Rig::new();
+    rig.raw("disk.img", LEN);
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    let layers = files(&rig.store.root().join("layers"));
+    let said = rig.refuse(4, &["volume", "import", &rig.path("disk.img"), "--name", "v"]);
+    assert!(said.contains("has the name \"v\" already"), "{said}");
+    assert_eq!(files(&rig.store.root().join("layers")), layers);
+}
+
+#[test]
+fn an_image_that_qemu_writes_is_refused_and_cannot_be_written_meanwhile() {
+    let rig = Rig::new();
+    rig.raw("disk.img", LEN);
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "raw", &rig.path("disk.img")]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = qemu_io.spawn().expect("qemu-io, of Debian's qemu-utils, is needed");
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"length\n").unwrap();
+    let mut answer = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    while !answer.contains("8 MiB") {
+        answer.clear();
+        assert_ne!(stdout.read_line(&mut answer).unwrap(), 0, "qemu-io ended");
+    }
+    let said = rig.refuse(4, &["volume", "import", &rig.path("disk.img")]);
+    assert!(said.contains("is open in QEMU"), "{said}");
+    drop(stdin);
+    child.wait().unwrap();
+    rig.import(&[&rig.path("disk.img")]);
+    qemu("qemu-img", &["resize", "-q", "-f", "raw", &rig.path("disk.img"), "9M"]);
+}
