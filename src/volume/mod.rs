@@ -15,6 +15,7 @@ pub mod id;
 pub mod image;
 pub mod image_lock;
 pub mod import;
+pub mod in_place;
 pub mod io;
 pub mod layers;
 pub mod layout;

@@ -13,6 +13,7 @@ use crate::config::Settings;
 use crate::error::{Error, Kind, Result};
 use crate::volume::image::{BackingFiles, Format, Image};
 use crate::volume::import::{self, Key};
+use crate::volume::in_place::{self, Candidate};
 use crate::volume::lifecycle::Wanted;
 use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
 use crate::volume::tags::Tags;
@@ -25,14 +26,20 @@ use std::path::PathBuf;
 Examples:
   sealblk volume import debian.qcow2 --name web
   sealblk volume import /dev/vg/db --format raw --key alias/prod --size 40GiB
+  sealblk volume import big.img --in-place --name big
 
 The volume is there when all of the image is in it; interrupted, nothing is left. Zeros take no space. Prints its id.
 
 Without --format, a file is raw if it begins like no other known format, and qcow2 if it begins so and is called .qcow2;
 anything else is refused: the guest of a raw disk can write a qcow2 header into it. Files that a qcow2 image is based on
-are read only with --backing-files: it could name any file that you may read.")]
+are read only with --backing-files: it could name any file that you may read.
+
+--in-place takes no time and no space: the raw image itself, which must lie on the store's file system, becomes the
+volume's lowest layer, and its own name goes. What the guest writes is encrypted from the beginning; the rest is encrypted
+in the background while the volume is attached. The image's old blocks are not overwritten on the medium: who must not
+leave plaintext there needs another medium, or one that was encrypted before.")]
 pub struct ImportArgs {
-    /// The image: a file or block device. It is only read.
+    /// The image: a file or block device. It is only read, but for --in-place.
     file: PathBuf,
     /// What it is: raw or qcow2.
     #[arg(long)]
@@ -61,6 +68,9 @@ pub struct ImportArgs {
     /// Set the whole size aside in the file system now.
     #[arg(long)]
     preallocate: bool,
+    /// Do not copy a raw image, but take the file itself.
+    #[arg(long, conflicts_with_all = ["unencrypted", "backing_files"])]
+    in_place: bool,
 }
 
 /// Makes a volume from an image.
@@ -69,7 +79,8 @@ pub fn run(env: &Env, args: &ImportArgs) -> Result<()> {
     if args.unencrypted {
         check_may_be_unencrypted(env, &settings)?;
     }
-    let made = copied(env, &settings, &catalog, args)
+    let import = if args.in_place { in_place } else { copied };
+    let made = import(env, &settings, &catalog, args)
         .map_err(|e| e.context(format!("import {}", args.file.display())))?;
     match env.json {
         true => output::print_json(&description(&catalog, &made)?),
@@ -93,6 +104,23 @@ fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) 
     let unwrap = provider::unwrap(env);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
     import::import(catalog, &events, &wanted, &image, Some(key), &mut watch)
+}
+
+fn in_place(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) -> Result<Metadata> {
+    let image = Image::open(&args.file, args.format, BackingFiles::Refuse)?;
+    if image.format() != Format::Raw {
+        let message = format!("only a raw image can be taken in place, and it is {}", image.format());
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let wanted = wanted(args, image.size())?;
+    drop(image);
+    let candidate = Candidate::new(catalog, &args.file)?;
+    let named = NamedKey::open(env, settings, args.key.as_deref())?;
+    // This process sees the data key, to seal the volume.
+    sandbox::harden()?;
+    let unwrap = provider::unwrap(env);
+    let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
+    in_place::import(catalog, &env.events(settings), &wanted, &candidate, key)
 }
 
 fn wanted(args: &ImportArgs, len: u64) -> Result<Wanted> {
