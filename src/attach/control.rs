@@ -9,6 +9,7 @@ mod serve;
 pub use serve::{Control, Orders, Waiting};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Purpose};
@@ -45,6 +46,9 @@ enum Request {
         burst_ms: u64,
     },
     Rewrap(Box<Rewrapped>),
+    Resize {
+        size: u64,
+    },
     /// The beginning of a [`conversation`].
     Snapshot {
         description: String,
@@ -59,6 +63,7 @@ enum Answer {
     Status(Status),
     Throttled,
     Rewrapped,
+    Resized(Told),
     NewLayer { id: LayerId },
     Held,
     Frozen(Frozen),
@@ -114,6 +119,15 @@ pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<(
 /// says so, durably.
 pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
     ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
+}
+
+/// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
+/// When this returns, `volume.json` says so, durably.
+pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
+    match ask(catalog, volume, &Request::Resize { size }, None)? {
+        Answer::Resized(told) => Ok(told),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
 }
 
 /// What the process that has `volume` attached says of itself.

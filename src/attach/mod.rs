@@ -13,6 +13,7 @@ mod helper;
 pub(crate) mod notify;
 mod reach;
 mod record;
+mod resize;
 pub mod rewrap;
 pub mod sandbox;
 mod snapshot;
@@ -210,11 +211,17 @@ pub fn attach(
     let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
     let (on_snapshot, engine) = (record.clone(), options.engine);
+    let (on_resize, shown, vmm) = (record.clone(), geometry.clone(), channel.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
         status: Box::new(move || status.clone()),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        resize: Box::new(move |size| {
+            on_resize.resize(size)?;
+            shown.grow(size / SECTOR_SIZE);
+            Ok(vmm.config_changed())
+        }),
         snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
     };
     let control = control.serve(orders).map_err(|e| e.context(attempt()))?;

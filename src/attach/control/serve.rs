@@ -5,6 +5,7 @@ use super::super::socket::{self, SocketName};
 use super::conversation::{Conversation, Frozen};
 use super::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, say};
 use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
 use crate::volume::rewrap::Rewrapped;
 use crate::volume::snapshot::Label;
@@ -29,6 +30,9 @@ pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 /// Makes a snapshot, in turns with the client.
 pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
+/// Makes the volume so many bytes large, and tells the VMM.
+pub type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
+
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {
     /// End the attachment. Does not wait for that.
@@ -39,6 +43,8 @@ pub struct Orders {
     pub throttle: Box<dyn Fn(Limits) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
+    /// Make the volume larger.
+    pub resize: ResizeOrder,
     /// Make a snapshot.
     pub snapshot: SnapshotOrder,
 }
@@ -258,6 +264,10 @@ impl Server {
             Ok(Request::Rewrap(new)) => {
                 let done = (self.orders.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
+            }
+            Ok(Request::Resize { size }) => {
+                log::info!("a client makes the volume {size} bytes large");
+                (self.orders.resize)(size).map(Answer::Resized)
             }
             Ok(Request::Snapshot { description, tags }) => {
                 log::info!("a client makes a snapshot");
