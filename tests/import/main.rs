@@ -10,6 +10,7 @@ mod copied;
 mod crash;
 mod export;
 mod hostile;
+mod in_place;
 #[path = "../common/killed.rs"]
 mod killed;
 #[path = "../common/process.rs"]
