@@ -54,6 +54,13 @@ pub fn matches(filters: &[Filter], fields: &[(&str, Option<String>)], tags: &Tag
 #[derive(Clone, Debug)]
 pub struct Tag(pub String, pub String);
 
+impl Tag {
+    /// Of a key and its value.
+    pub fn of((key, value): (&str, &str)) -> Self {
+        Tag(key.into(), value.into())
+    }
+}
+
 impl FromStr for Tag {
     type Err = String;
 

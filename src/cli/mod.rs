@@ -6,6 +6,7 @@
 //! that a pipe never sees half a result followed by an error. The exit code tells the kind of error
 //! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
+pub mod apply;
 pub mod attach;
 pub mod audit;
 pub mod doctor;
@@ -94,6 +95,8 @@ enum Command {
     /// Make, show, copy and delete snapshots of volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
     Snapshot(snapshot::Command),
+    /// Make the volumes what a file says they are.
+    Apply(apply::ApplyArgs),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
@@ -135,6 +138,7 @@ impl Command {
         match self {
             Command::Volume(command) => volume::run(env, command),
             Command::Snapshot(command) => snapshot::run(env, command),
+            Command::Apply(args) => apply::run(env, &args),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
             Command::Key(command) => key::run(env, command),

@@ -6,7 +6,7 @@ use crate::attach::unwrap;
 use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::error::Result;
-use crate::kms::{self, KeyProvider, KeyRef, KmsError};
+use crate::kms::{self, KeyDescription, KeyProvider, KeyRef, KmsError};
 use crate::volume::lifecycle::{Failure, WrappingKey};
 use crate::volume::metadata::{KeyOwner, KeyRecord};
 
@@ -23,6 +23,16 @@ impl NamedKey {
         let reference = KeyRef::parse(text, &settings.locality()).map_err(|e| e.with_advice(text))?;
         let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
         Ok(NamedKey { provider, key: reference.key })
+    }
+
+    /// What its KMS says of it.
+    pub fn describe(&self) -> Result<KeyDescription, KmsError> {
+        self.provider.describe(&self.key)
+    }
+
+    /// The name of its KMS, as volumes keep it.
+    pub fn provider_name(&self) -> &str {
+        self.provider.name()
     }
 
     /// For those who make data keys.

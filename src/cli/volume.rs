@@ -1,10 +1,10 @@
 //! `sealblk volume`: make, list, show, tag, rewrap and delete volumes.
 #![forbid(unsafe_code)]
 
-mod create;
+pub(super) mod create;
 pub(super) mod export;
 mod import;
-mod resize;
+pub(super) mod resize;
 mod rewrap;
 mod show;
 mod tag;
@@ -88,7 +88,7 @@ pub struct OneVolume {
 /// Runs one of the commands.
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
-        Command::Create(args) => create::run(env, args),
+        Command::Create(args) => create::run(env, &args),
         Command::Import(args) => import::run(env, &args),
         Command::Export(args) => export::run(env, &args),
         Command::List(args) => list(env, &args.filter),

@@ -30,55 +30,59 @@ pub struct CreateArgs {
     /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB [default: the
     /// snapshot's].
     #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present = "snapshot")]
-    size: Option<u64>,
+    pub(in crate::cli) size: Option<u64>,
     /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
     #[arg(long, value_name = "SNAPSHOT")]
-    snapshot: Option<String>,
+    pub(in crate::cli) snapshot: Option<String>,
     /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default: 512, or the snapshot's].
     #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
-    sector_size: Option<SectorSize>,
+    pub(in crate::cli) sector_size: Option<SectorSize>,
     /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings' default-key, else alias/aws/ebs].
     #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
-    key: Option<String>,
+    pub(in crate::cli) key: Option<String>,
     /// Do not encrypt it. That never changes in the volume's life.
     #[arg(long)]
-    unencrypted: bool,
+    pub(in crate::cli) unencrypted: bool,
     /// A name, to be used in place of the id.
     #[arg(long)]
-    name: Option<VolumeName>,
+    pub(in crate::cli) name: Option<VolumeName>,
     /// A tag; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
-    tag: Vec<Tag>,
+    pub(in crate::cli) tag: Vec<Tag>,
     /// Set the whole size aside in the file system now.
     #[arg(long)]
-    preallocate: bool,
+    pub(in crate::cli) preallocate: bool,
+}
+
+/// Makes a volume, and prints what it is.
+pub fn run(env: &Env, args: &CreateArgs) -> Result<()> {
+    let made = create(env, &env.settings()?, args)?;
+    match env.json {
+        true => output::print_json(&description(&env.catalog(), &made)?),
+        false => output::print(&format!("{}\n", made.id())).map(drop),
+    }
 }
 
 /// Makes a volume.
-pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
-    let settings = env.settings()?;
+pub fn create(env: &Env, settings: &Settings, args: &CreateArgs) -> Result<Metadata> {
     if args.unencrypted {
-        check_may_be_unencrypted(env, &settings)?;
+        check_may_be_unencrypted(env, settings)?;
     }
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
-    let catalog = env.catalog();
-    let made = match &args.snapshot {
+    match &args.snapshot {
         Some(reference) => {
+            let catalog = env.catalog();
             let snapshot = catalog.load_snapshot(catalog.resolve_snapshot(reference)?)?;
-            from(env, &settings, &args, tags, &snapshot)?
+            from(env, settings, args, tags, &snapshot)
         }
-        None => empty(env, &settings, &args, tags)?,
-    };
-    match env.json {
-        true => output::print_json(&description(&catalog, &made)?),
-        false => output::print(&format!("{}\n", made.id())).map(drop),
+        None => empty(env, settings, args, tags),
     }
 }
 
 /// # Errors
 /// `Usage` if the settings say that every new volume is encrypted.
-pub(super) fn check_may_be_unencrypted(env: &Env, settings: &Settings) -> Result<()> {
+pub fn check_may_be_unencrypted(env: &Env, settings: &Settings) -> Result<()> {
     if !settings.encrypt_by_default {
         return Ok(());
     }

@@ -1,0 +1,127 @@
+//! What is written in the file that is applied, into what is meant.
+#![forbid(unsafe_code)]
+
+use crate::cli::size;
+use crate::error::{Error, Kind, Result};
+use crate::volume::metadata::{SectorSize, VolumeName};
+use crate::volume::tags::Tags;
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer};
+use std::collections::HashSet;
+use std::fmt;
+
+/// A volume as it shall be.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Wanted {
+    /// Which one it is.
+    pub name: VolumeName,
+    /// In bytes.
+    #[serde(default, deserialize_with = "bytes")]
+    pub size: Option<u64>,
+    pub key: Option<String>,
+    pub sector_size: Option<SectorSize>,
+    pub snapshot: Option<String>,
+    #[serde(default)]
+    pub unencrypted: bool,
+    pub tags: Option<Tags>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    #[serde(default)]
+    volume: Vec<Wanted>,
+}
+
+/// Reads a file: JSON if it begins with a brace, which TOML never does.
+///
+/// # Errors
+/// `Usage`, with the place in the file.
+pub fn parse(text: &str) -> Result<Vec<Wanted>> {
+    let written: Result<Written, String> = match text.trim_start().starts_with('{') {
+        true => serde_json::from_str(text).map_err(|e| e.to_string()),
+        false => toml::from_str(text).map_err(|e| e.to_string().trim_end().to_string()),
+    };
+    let usage = |message: String| Error::new(Kind::Usage, message);
+    let volumes = written.map_err(usage)?.volume;
+    let mut names = HashSet::new();
+    for volume in &volumes {
+        let problem = if !names.insert(volume.name.as_str()) {
+            "is there twice"
+        } else if volume.size.is_none() && volume.snapshot.is_none() {
+            "has neither a size nor a snapshot"
+        } else if volume.unencrypted && volume.key.is_some() {
+            "has a key, and is not to be encrypted"
+        } else {
+            continue;
+        };
+        return Err(usage(format!("the volume \"{}\" {problem}", volume.name)));
+    }
+    Ok(volumes)
+}
+
+/// A number of bytes, or a text such as `20GiB`.
+fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    struct Bytes;
+    impl Visitor<'_> for Bytes {
+        type Value = u64;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a size, such as \"20GiB\" or a number of bytes")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
+            size::parse(text).map_err(E::custom)
+        }
+
+        fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<u64, E> {
+            Ok(bytes)
+        }
+
+        fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<u64, E> {
+            u64::try_from(bytes).map_err(|_| E::custom("a size is not below zero"))
+        }
+    }
+    from.deserialize_any(Bytes).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_languages_say_the_same() {
+        let toml = "[[volume]]\nname = \"db\"\nsize = \"20GiB\"\nkey = \"alias/prod\"\nsector-size = 4096\n\
+                    tags = { env = \"prod\" }\n\n[[volume]]\nname = \"b\"\nsnapshot = \"nightly\"\n";
+        let json = r#" {"volume": [{"name": "db", "size": 21474836480, "key": "alias/prod", "sector-size": 4096,
+                     "tags": {"env": "prod"}}, {"name": "b", "snapshot": "nightly"}]}"#;
+        let parsed = parse(toml).unwrap();
+        assert_eq!(parsed, parse(json).unwrap());
+        assert_eq!((parsed[0].size, parsed[1].size), (Some(20 << 30), None));
+        assert_eq!(parse("").unwrap(), []);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_its_place() {
+        for (text, words) in [
+            ("[[volume]]\nname = \"a\"\nsize = 1\ncolour = 3\n", "line 4"),
+            ("[[volume]]\nname = \"a\"\nsize = \"big\"\n", "line 3"),
+            ("[[volume]]\nname = \"a\"\nsize = -1\n", "below zero"),
+            ("[[volume]]\nname = \"a\"\nsize = true\n", "such as"),
+            ("[[volume]]\nname = \"vol-1\"\nsize = 1\n", "begins like an id"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nsector-size = 1024\n", "512 or 4096"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\ntags = { \"aws:x\" = \"1\" }\n", "reserved"),
+            ("[[volumes]]\n", "volumes"),
+            ("[[volume]]\nsize = 1\n", "name"),
+            ("[[volume]]\nname = \"a\"\n", "neither a size nor a snapshot"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nunencrypted = true\nkey = \"k\"\n", "has a key"),
+            ("{\"volume\": [{\"name\": \"a\", \"size\": \"1x\"}]}", "line 1 column"),
+            ("{\"volume\": [{\"name\": \"a\", \"size\": 1}, {\"name\": \"a\", \"size\": 1}]}", "twice"),
+        ] {
+            let e = parse(text).expect_err(text);
+            assert_eq!(e.kind(), Kind::Usage);
+            assert!(e.to_string().contains(words), "{text}: {e}");
+        }
+    }
+}
