@@ -17,6 +17,7 @@ type Result<T = ()> = std::result::Result<T, String>;
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     let listed = volumes(site, expect)?;
     layers_are_right(&site.root())?;
+    image(site, expect, &listed)?;
     audit(site)?;
     if gc_first && site.root().exists() {
         site.ok(&["gc"])?;
@@ -134,6 +135,16 @@ fn files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(format!("{}: {e}", folder.display())),
         Ok(entries) => Ok(entries.map(|entry| entry.expect("list a folder").path()).collect()),
+    }
+}
+
+/// The image that is becoming a volume is there, whole, by its name; or it is a volume, which is looked at like the others.
+fn image(site: &Site, expect: &Expect, listed: &BTreeMap<String, Option<Content>>) -> Result {
+    let Some(content) = &expect.image else { return Ok(()) };
+    match std::fs::read(site.image()) {
+        Ok(bytes) => content.allows(&bytes).map_err(|e| format!("the image: {e}")),
+        Err(_) if listed.values().any(Option::is_none) => Ok(()),
+        Err(e) => Err(format!("the image was lost: {e}, and it is no volume")),
     }
 }
 

@@ -62,6 +62,31 @@ fn a_program_that_publishes_a_volume_before_its_layer_is_durable_is_found_out() 
 }
 
 #[test]
+fn an_import_that_publishes_its_volume_before_the_data_is_durable_is_found_out() {
+    let trace = traced(|script| volumes::imported(script, &[]));
+    let written = trace.find(trace.start, |line| line.starts_with("write root/layers/"));
+    let (trace, place) = without(trace, written, |line| line.starts_with("datasync root/layers/"));
+    is_found_out(&trace, place, "holds zeros instead of one of the patterns");
+}
+
+#[test]
+fn an_image_whose_name_goes_before_its_volume_is_durable_is_found_out() {
+    let trace = traced(volumes::taken_in_place);
+    let renamed =
+        trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
+    let (trace, _) = without(trace, renamed, syncs_volume_folder);
+    is_found_out(&trace, renamed, "the image was lost");
+}
+
+#[test]
+fn an_image_whose_name_goes_before_its_layers_is_durable_is_found_out() {
+    let trace = traced(volumes::taken_in_place);
+    let linked = trace.find(trace.start, |line| line.starts_with("link"));
+    let (trace, place) = without(trace, linked, |line| line == "sync root/layers");
+    is_found_out(&trace, place, "a volume is listed that is not whole");
+}
+
+#[test]
 fn a_program_that_writes_before_its_seal_is_durable_is_found_out() {
     let trace = traced(|script| volumes::first_attach(script, &[]));
     let sealed =

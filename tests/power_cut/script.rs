@@ -7,6 +7,9 @@ use super::site::Site;
 use super::tape::{Running, Tape, mark};
 use super::trace::Trace;
 use serde_json::Value;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// A recording in the making.
@@ -84,6 +87,59 @@ impl Script {
         let id = out.trim().to_owned();
         let told = id.clone();
         self.promise(&format!("{id} was made"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Makes a volume of a raw image of so many sectors, of which those in `data` hold something, with these arguments
+    /// besides; answers its id.
+    #[track_caller]
+    pub fn import(&self, sectors: usize, data: &[Range<usize>], arguments: &[&str]) -> String {
+        let mut content = Content::zeros(sectors);
+        let image = self.site.beside("image");
+        let file = File::create(&image).expect("make an image");
+        file.set_len((sectors * SECTOR) as u64).expect("give it its length");
+        for (seed, range) in (1..).zip(data) {
+            content.may_become(range.start, &vec![seed; range.len()]);
+            for number in range.clone() {
+                file.write_all_at(&sector(number, seed), (number * SECTOR) as u64).expect("write the image");
+            }
+        }
+        content.flush();
+        self.mark("an image is being imported", move |expect| {
+            expect.default_key = true;
+            expect.making(content.clone());
+        });
+        let image = image.display().to_string();
+        let out = self.run(&[&["volume", "import", &image], arguments].concat());
+        let id = out.trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was imported"), move |expect| expect.made(&told));
+        id
+    }
+
+    /// Writes what a volume holds into the image beside the store, which a power cut hits as well.
+    #[track_caller]
+    pub fn export_to_image(&self, id: &str) {
+        let image = self.site.image().display().to_string();
+        self.run(&["volume", "export", id, &image]);
+    }
+
+    /// Makes a volume of that image, which holds what `source` holds, in place; answers its id.
+    #[track_caller]
+    pub fn take_image(&self, source: &str) -> String {
+        let source = source.to_owned();
+        self.mark("an image is being taken", move |expect| {
+            let content = expect.content(&source).newest();
+            expect.image = Some(content.clone());
+            expect.making(content);
+        });
+        let image = self.site.image().display().to_string();
+        let id = self.run(&["volume", "import", "--in-place", "--format", "raw", &image]).trim().to_owned();
+        let told = id.clone();
+        self.promise(&format!("{id} was made of an image"), move |expect| {
+            expect.image = None;
+            expect.made(&told);
+        });
         id
     }
 

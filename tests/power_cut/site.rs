@@ -42,6 +42,11 @@ impl Site {
         self.top().join("root")
     }
 
+    /// A disk image that a power cut hits, too.
+    pub fn image(&self) -> PathBuf {
+        self.top().join("image")
+    }
+
     /// Something beside it.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)

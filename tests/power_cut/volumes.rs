@@ -76,6 +76,48 @@ pub fn rewrapped(script: &mut Script) {
     script.rewrap(&id, &keys[1], &keys[0]);
 }
 
+/// An image is imported, with these arguments besides, and the volume written to.
+pub fn imported(script: &mut Script, arguments: &[&str]) {
+    script.start();
+    let id = script.import(SECTORS, &[0..20, 64..80, 250..256], arguments);
+    let mut guest = script.attach(&id);
+    guest.write(8, 64);
+    guest.flush();
+    guest.detach(script);
+}
+
+/// A raw image becomes a volume where it lies, and is written to.
+pub fn taken_in_place(script: &mut Script) {
+    let source = script.create(Content::zeros(SECTORS), &[]);
+    let mut guest = script.attach(&source);
+    guest.write(0, 20);
+    guest.write(250, 6);
+    guest.detach(script);
+    script.export_to_image(&source);
+    script.start();
+    let id = script.take_image(&source);
+    let mut guest = script.attach(&id);
+    guest.write(8, 64);
+    guest.flush();
+    guest.detach(script);
+}
+
+#[test]
+fn an_image_is_taken_in_place() {
+    survives(&traced(taken_in_place));
+}
+
+#[test]
+fn an_image_is_imported() {
+    survives(&traced(|script| imported(script, &[])));
+}
+
+#[test]
+fn an_image_is_imported_without_a_key_and_with_large_sectors() {
+    let arguments = ["--unencrypted", "--sector-size", "4096", "--preallocate"];
+    survives(&traced(|script| imported(script, &arguments)));
+}
+
 #[test]
 fn an_encrypted_volume_is_made() {
     survives(&traced(|script| create(script, &[])));
