@@ -26,7 +26,7 @@ Examples:
   sealblk audit show --key alias/aws/ebs --since 2026-01-31T00:00:00Z
 
 Each use of a KMS key is a record (Decrypt, GenerateDataKeyWithoutPlaintext, DisableKey, …), and each step in the life of
-a data key, the DEK: GenerateDek, UnwrapDek, AttachVolume, DetachVolume, RewrapDek, DestroyDek. An attach of a volume is
+a data key, the DEK: GenerateDek, UnwrapDek, AttachVolume, DetachVolume, ExportVolume, RewrapDek, DestroyDek. An attach is
 Decrypt and UnwrapDek by the helper, then AttachVolume by the process that serves it. A process that was killed
 leaves no DetachVolume.
 

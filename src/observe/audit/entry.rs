@@ -203,7 +203,7 @@ impl Process {
 /// The program's path and its command.
 fn program() -> String {
     let path = std::env::current_exe().map_or_else(|_| "sealblk".into(), |path| path.display().to_string());
-    let known = ["attach", "unwrap", "volume", "key", "kms", "snapshot", "gc"];
+    let known = ["attach", "unwrap", "volume", "key", "kms", "snapshot", "gc", "apply"];
     let command = std::env::args().skip(1).find(|argument| known.contains(&argument.as_str()));
     command.map_or(path.clone(), |command| format!("{path} {command}"))
 }
