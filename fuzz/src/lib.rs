@@ -7,6 +7,7 @@
 pub mod audit_log;
 pub mod config_space;
 pub mod gate;
+pub mod image;
 pub mod input;
 pub mod key_ref;
 pub mod kms_blob;

@@ -24,11 +24,13 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// From now on SIGINT, SIGTERM and SIGHUP make [`Progress::at`] an error instead of
-    /// ending the process at once.
+    /// From now on SIGINT, SIGTERM and SIGHUP make [`Progress::at`] an error instead of ending the process at once; those
+    /// that whoever started it has told it to ignore, as `nohup` does, it goes on ignoring.
     pub fn new() -> Result<Self> {
         let interrupted = Arc::<AtomicBool>::default();
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
+        let ignored = ignored_signals();
+        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0)
+        {
             signal_hook::flag::register(signal, interrupted.clone()).context(|| "wait for signals")?;
         }
         let is_terminal = std::io::stderr().is_terminal();
@@ -63,6 +65,13 @@ impl Drop for Progress {
             self.draw("");
         }
     }
+}
+
+/// The signals that this process ignores: bit n − 1 for signal n, as the kernel tells (proc_pid_status(5)).
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 fn line(at: u64, total: u64, elapsed: Duration) -> String {

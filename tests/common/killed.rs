@@ -52,13 +52,13 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
     }
 }
 
-/// Runs `command` and sends it SIGINT just before the call of that number, then lets it go on to its end. `None` if it
+/// Runs `command` and sends it SIGTERM just before the call of that number, then lets it go on to its end. `None` if it
 /// has fewer such calls; then it has ended with the exit code 0.
 pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> {
     match run_to(command, step) {
         Ok(child) => {
             let pid = Pid::from_raw(child.id() as i32);
-            nix::sys::signal::kill(pid, Signal::SIGINT).expect("it is there");
+            nix::sys::signal::kill(pid, Signal::SIGTERM).expect("it is there");
             request(libc::PTRACE_DETACH, pid, 0, 0).expect("it is stopped");
             Some(child.wait_with_output().expect("it is a child"))
         }
