@@ -37,18 +37,18 @@ impl Progress {
         Ok(Progress { begun: Instant::now(), drawn: None, is_terminal, interrupted })
     }
 
-    /// It has come to byte `at` of `total`.
+    /// So many bytes of `total` are done.
     ///
     /// # Errors
     /// If a signal came.
-    pub fn at(&mut self, at: u64, total: u64) -> Result<()> {
+    pub fn at(&mut self, done: u64, total: u64) -> Result<()> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(import::interrupted());
         }
-        let is_due = self.drawn.is_none_or(|drawn| drawn.elapsed() >= STEP) || at >= total;
+        let is_due = self.drawn.is_none_or(|drawn| drawn.elapsed() >= STEP) || done >= total;
         if self.is_terminal && is_due {
             self.drawn = Some(Instant::now());
-            self.draw(&line(at, total, self.begun.elapsed()));
+            self.draw(&line(done, total, self.begun.elapsed()));
         }
         Ok(())
     }
@@ -74,8 +74,8 @@ fn ignored_signals() -> u64 {
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
-fn line(at: u64, total: u64, elapsed: Duration) -> String {
-    let part = if total == 0 { 1.0 } else { at as f64 / total as f64 };
+fn line(done: u64, total: u64, elapsed: Duration) -> String {
+    let part = if total == 0 { 1.0 } else { done as f64 / total as f64 };
     let full = ((part * WIDTH as f64) as usize).min(WIDTH);
     let bar = "#".repeat(full) + &"-".repeat(WIDTH - full);
     let rest = match elapsed.as_secs_f64() * (1.0 - part) / part {

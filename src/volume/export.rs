@@ -14,7 +14,7 @@ use super::layout::Layout;
 use super::lifecycle::Failure;
 use super::lock::{Held, Holder, Purpose, VolumeLock};
 use super::metadata::{KeyOwner, encryption_context};
-use super::transfer::{self, BLOCK, CHUNK, Transfer};
+use super::transfer::{self, Transfer};
 use crate::crypt::Dek;
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::Timestamp;
@@ -51,19 +51,19 @@ pub struct Target<'a> {
     pub replace: bool,
 }
 
-/// Writes what `what` holds, in the clear and without zeros, into a file. `begin` is told the size in bytes. Reports an
+/// Writes what `what` holds, in the clear and without zeros, into a file. Reports an
 /// `exportVolume` or `exportSnapshot` event; answers the size.
 ///
 /// # Errors
 /// `Busy` if there is such a file, or the volume is attached; `NotFound`; `Corrupt` for what an attach would refuse; the
-/// KMS's; those of the file system; what `begin` and `watch` answer. There is no new file then.
+/// KMS's; those of the file system; what `watch` answers. There is no new file then.
 pub fn export(
     catalog: &Catalog,
     events: &EventLog,
     what: What,
     target: Target<'_>,
     unwrap: Unwrap<'_>,
-    watch: &mut dyn FnMut(u64, u64) -> Result<()>,
+    watch: Watch<'_>,
 ) -> Result<u64> {
     let started = Timestamp::now();
     let attempt = || match what {
@@ -78,7 +78,7 @@ pub fn export(
     let done = Source::open(catalog, what, unwrap).and_then(|source| {
         let size = source.layout.geometry().size();
         source.record(catalog, snapshot, target.path)?;
-        source.copy(target, &mut |at| watch(at, size))?;
+        source.copy(target, watch)?;
         Ok(size)
     });
     let result = done.as_ref().map(drop).map_err(|failure| failure.cause.clone());
@@ -167,23 +167,13 @@ impl Source {
         let write = |e: std::io::Error| Error::from(e).context(format!("write {}", target.path.display()));
         partial.file.set_len(size).map_err(write)?;
         let mut transfer = Transfer::new(&self.disk)?;
-        let mut room = transfer::room();
-        let mut at = 0;
-        while let Some(data) = self.next_data(at)? {
-            at = at.max(data.start - data.start % BLOCK as u64);
-            let end = data.end.next_multiple_of(BLOCK as u64).min(size);
-            while at < end {
-                watch(at)?;
-                let bytes = &mut room[..(end - at).min(CHUNK as u64) as usize];
-                transfer.read(at, bytes)?;
-                for (start, len) in transfer::runs(bytes) {
-                    let run = &bytes[start..start + len];
-                    partial.file.write_all_at(run, at + start as u64).map_err(write)?;
-                }
-                at += bytes.len() as u64;
-            }
-        }
-        watch(size)?;
+        transfer::each_chunk(size, &|from| self.next_data(from), watch, &mut |at, chunk| {
+            transfer.read(at, chunk)?;
+            transfer::runs(chunk).into_iter().try_for_each(|(start, len)| {
+                let run = &chunk[start..start + len];
+                partial.file.write_all_at(run, at + start as u64).map_err(write)
+            })
+        })?;
         partial.file.sync_all().map_err(write)?;
         partial.finish().context(|| format!("name {}", target.path.display()))
     }

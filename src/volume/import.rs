@@ -12,7 +12,7 @@ use super::io::Disk;
 use super::layers;
 use super::lifecycle::{self, Failure, Wanted, WrappingKey};
 use super::metadata::{KeyOwner, Metadata, SectorSize};
-use super::transfer::{self, BLOCK, CHUNK, Transfer};
+use super::transfer::{self, Transfer};
 use crate::crypt::Dek;
 use crate::error::{Context, Result};
 use crate::observe::events::EventLog;
@@ -81,20 +81,10 @@ fn fill(catalog: &Catalog, metadata: &Metadata, deks: &[Dek], image: &Image, wat
     };
     let disk = Disk::layered(geometry, "", layers::chain(&layers)).context(|| "open the new layer")?;
     let mut transfer = Transfer::new(&Arc::new(disk))?;
-    let mut room = transfer::room();
-    let mut at = 0;
-    while let Some(data) = image.next_data(at)? {
-        // Data begins and ends at blocks of the image's own size, which may be smaller.
-        at = at.max(data.start - data.start % BLOCK as u64);
-        let end = data.end.next_multiple_of(BLOCK as u64).min(metadata.size());
-        while at < end {
-            watch(at)?;
-            let bytes = &mut room[..(end - at).min(CHUNK as u64) as usize];
-            image.read(at, bytes)?;
-            transfer.write(at, bytes)?;
-            at += bytes.len() as u64;
-        }
-    }
-    transfer.flush()?;
-    watch(image.size())
+    let next_data = |from| image.next_data(from);
+    transfer::each_chunk(metadata.size(), &next_data, watch, &mut |at, chunk| {
+        image.read(at, chunk)?;
+        transfer.write(at, chunk)
+    })?;
+    transfer.flush()
 }

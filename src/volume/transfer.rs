@@ -10,19 +10,65 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::store::{Buffer, Event, Wait};
 use crate::virtio::{SECTOR_SIZE, Segment};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zeroize::Zeroizing;
 
 /// Bytes at a time; a buffer's length.
-pub(super) const CHUNK: usize = 256 << 10;
+const CHUNK: usize = 256 << 10;
 /// What is zeros from one multiple of this to the next is not written: a page and a file system's block.
-pub(super) const BLOCK: usize = 4096;
+const BLOCK: usize = 4096;
 /// Operations at a time.
 const DEPTH: u16 = 16;
 
-/// Says how far it has come, in bytes of the disk; an error ends it.
-pub type Watch<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+/// Is told how many bytes of how many have been copied; an error ends it.
+pub type Watch<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// Where the next data is, at or after a byte of a disk.
+pub(super) type NextData<'a> = &'a dyn Fn(u64) -> Result<Option<Range<u64>>>;
+
+/// Goes through the data of a disk of `size` bytes, whole blocks of it and whole sectors, in chunks: `copy` gets the place of
+/// each and room for it.
+pub(super) fn each_chunk(
+    size: u64,
+    next_data: NextData<'_>,
+    watch: Watch<'_>,
+    copy: &mut dyn FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    // Also so that what is wrong with a source is found before much is copied.
+    let mut total = 0;
+    each_run(size, next_data, &mut |run| {
+        total += run.end - run.start;
+        Ok(())
+    })?;
+    let mut room = Zeroizing::new(vec![0; CHUNK]);
+    let mut done = 0;
+    each_run(size, next_data, &mut |run| {
+        let mut at = run.start;
+        while at < run.end {
+            watch(done, total)?;
+            let chunk = &mut room[..(run.end - at).min(CHUNK as u64) as usize];
+            copy(at, chunk)?;
+            at += chunk.len() as u64;
+            done += chunk.len() as u64;
+        }
+        Ok(())
+    })?;
+    watch(done, total)
+}
+
+fn each_run(size: u64, next_data: NextData<'_>, f: &mut dyn FnMut(Range<u64>) -> Result<()>) -> Result<()> {
+    let block = BLOCK as u64;
+    let mut at = 0;
+    while let Some(data) = next_data(at)?.filter(|data| data.start < size) {
+        // Data begins and ends at blocks of its source's own size, which may be smaller.
+        let start = at.max(data.start - data.start % block);
+        at = data.end.next_multiple_of(block).min(size);
+        f(start..at)?;
+    }
+    Ok(())
+}
 
 /// The way to a disk for one who has no guest.
 pub(super) struct Transfer {
@@ -137,11 +183,6 @@ impl Drop for Transfer {
     }
 }
 
-/// Room for a chunk of plaintext, wiped at the end.
-pub(super) fn room() -> Zeroizing<Vec<u8>> {
-    Zeroizing::new(vec![0; CHUNK])
-}
-
 /// The runs of blocks that are not zeros: beginning and length of each, in bytes.
 pub(super) fn runs(bytes: &[u8]) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
@@ -171,6 +212,20 @@ pub fn interrupted() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_of_data_are_whole_blocks_once_each_and_end_with_the_disk() {
+        let data = [100..200, 5000..8192, 8192..8193, 20_000..30_000];
+        let next =
+            |from| Ok(data.iter().find(|data| data.end > from).map(|data| data.start.max(from)..data.end));
+        let mut runs = Vec::new();
+        let mut keep = |run| {
+            runs.push(run);
+            Ok(())
+        };
+        each_run(20_992, &next, &mut keep).unwrap();
+        assert_eq!(runs, [0..4096, 4096..8192, 8192..12_288, 16_384..20_992]);
+    }
 
     #[test]
     fn only_blocks_of_zeros_are_left_out() {

@@ -52,7 +52,7 @@ pub fn export(env: &Env, what: What, to: &To) -> Result<()> {
     let mut progress = Progress::new()?;
     let target = Target { path: &to.file, replace: to.force };
     let unwrap = provider::unwrap(env);
-    let mut watch = |at, size| progress.at(at, size);
+    let mut watch = |done, total| progress.at(done, total);
     let bytes = export::export(&catalog, &env.events(&settings), what, target, &unwrap, &mut watch)?;
     drop(progress);
     let (file, format) = (to.file.display(), to.format);

@@ -94,7 +94,7 @@ fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) 
     let wanted = wanted(args, image.size())?;
     let events = env.events(settings);
     let mut progress = Progress::new()?;
-    let mut watch = |at| progress.at(at, image.size());
+    let mut watch = |done, total| progress.at(done, total);
     if args.unencrypted {
         return import::import(catalog, &events, &wanted, &image, None, &mut watch);
     }
