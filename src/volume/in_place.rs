@@ -34,7 +34,7 @@ impl Candidate {
     /// Looks at the file at `path`.
     ///
     /// # Errors
-    /// `Usage` for what is no file, is on another file system, or has several names already; `Busy` if QEMU has it
+    /// `Usage` for what is no file, is the store's, is on another file system, or has several names already; `Busy` if QEMU has it
     /// open, or a loop device.
     pub fn new(catalog: &Catalog, path: &Path) -> Result<Self> {
         let path = path.canonicalize()?;
@@ -51,6 +51,9 @@ impl Candidate {
             return usage(
                 "only a file can become a layer where it lies; leave out --in-place to copy it".into(),
             );
+        }
+        if path.starts_with(catalog.root().path().canonicalize()?) {
+            return usage("it lies in the store itself".into());
         }
         if found.dev() != std::fs::metadata(&layers)?.dev() {
             return usage(format!(

@@ -1,5 +1,6 @@
 //! Raw images, and what is the same for all.
 
+use crate::content::Reader;
 use crate::rig::{Rig, files, overwrite, qemu};
 use serde_json::json;
 use std::fs;
@@ -30,6 +31,41 @@ fn a_raw_image_is_encrypted_sealed_and_what_a_guest_finds() {
         let event = &rig.events("createVolume")[0]["detail"];
         assert_eq!((&event["result"], &event["cause"]), (&json!("available"), &json!("")));
     }
+}
+
+#[test]
+fn the_data_key_is_in_no_file_and_nothing_of_the_image_in_the_store() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", LEN);
+    rig.import(&[&rig.path("disk.img"), "--name", "v", "-vv"]);
+    rig.store.ok(&["volume", "export", "v", &rig.path("out.img"), "-vv"]);
+    let reader = Reader::new(&rig.store.root(), rig.store.config());
+    let volume = reader.volume("v");
+    let dek = &reader.deks(volume.layout(), &volume.encryption_context())[0];
+    let halves = [&dek[..32], &dek[32..]];
+    let forms = halves.map(|half| [half.to_vec(), hex::encode(half).into_bytes()]).concat();
+    let mut folders = vec![rig.folder()];
+    let mut looked_at = 0;
+    while let Some(folder) = folders.pop() {
+        for path in files(&folder) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let bytes = fs::read(&path).unwrap();
+            let holds = |what: &[u8]| is_in(what, &bytes);
+            assert!(!forms.iter().any(|form| holds(form)), "{} holds the data key", path.display());
+            let of_store = path.starts_with(rig.store.root());
+            assert!(!of_store || !holds(&data[4096..4160]), "{} holds plaintext", path.display());
+            looked_at += 1;
+        }
+    }
+    assert!(looked_at > 5);
+}
+
+/// Whether `bytes` hold `what` anywhere.
+fn is_in(what: &[u8], bytes: &[u8]) -> bool {
+    bytes.iter().enumerate().any(|(at, byte)| *byte == what[0] && bytes[at..].starts_with(what))
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::interrupted_before;
+use crate::killed::{End, interrupted_before, killed_before};
 use crate::rig::{Rig, files};
 use serde_json::{Value, json};
 use std::fs;
@@ -169,6 +169,34 @@ fn without_the_key_or_with_an_edited_record_nothing_comes_out() {
     }
     assert_eq!(audit(&rig, "ExportVolume").len(), 0);
     assert!(!fs::exists(&out).unwrap());
+}
+
+#[test]
+fn nothing_is_written_that_is_not_on_the_record_whenever_it_is_killed() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", 1 << 20);
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    let (before, out) = (files(&rig.folder()), rig.path("out.img"));
+    let (mut recorded, mut begun) = (0, 0);
+    for step in 0.. {
+        assert!(step < 200, "it never ends");
+        let mut command = rig.store.command();
+        command.args(["volume", "export", "v", &out]).stdout(Stdio::null()).stderr(Stdio::null());
+        let end = killed_before(&mut command, step);
+        let new: Vec<_> = files(&rig.folder()).into_iter().filter(|path| !before.contains(path)).collect();
+        let records = audit(&rig, "ExportVolume").len();
+        assert!(new.is_empty() || records > recorded, "step {step}: {new:?} without a record");
+        recorded = records;
+        // The file has its name when all of it is there.
+        assert!(new.iter().all(|path| *path != *out || fs::read(path).unwrap() == data), "step {step}");
+        begun += u32::from(new.iter().any(|path| *path != *out));
+        new.iter().for_each(|path| fs::remove_file(path).unwrap());
+        if end != End::Killed {
+            assert_eq!((end, new), (End::Exited(0), vec![out.into()]));
+            break;
+        }
+    }
+    assert!(begun > 0, "it was killed in the middle, too");
 }
 
 #[test]

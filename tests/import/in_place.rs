@@ -96,6 +96,13 @@ fn what_cannot_be_taken_in_place_is_refused_and_stays_as_it_was() {
     assert!(fs::read(rig.path("disk.img")).unwrap() == data);
     assert_eq!(fs::metadata(rig.path("disk.img")).unwrap().nlink(), 1);
     rig.assert_nothing_is_left();
+    // Another volume's layer is not taken away from it.
+    rig.import(&[&rig.path("disk.img"), "--name", "other"]);
+    let layer = rig.store.only_layer();
+    let layer = ["volume", "import", layer.to_str().unwrap(), "--in-place", "--format", "raw"];
+    let said = rig.refuse(2, &layer);
+    assert!(said.contains("lies in the store itself"), "{said}");
+    rig.assert_holds("other", &data);
     // By a symbolic link it is the file that is meant.
     std::os::unix::fs::symlink(rig.path("disk.img"), rig.path("link.img")).unwrap();
     rig.import(&[&rig.path("link.img"), "--in-place", "--name", "v"]);
