@@ -171,3 +171,11 @@ fn a_program_that_removes_a_snapshots_layer_before_the_deletion_is_durable_is_fo
     let (trace, place) = without(trace, last, |line| line == "sync root/snapshots");
     is_found_out(&trace, place, "is named and not there");
 }
+
+#[test]
+fn a_volume_that_is_larger_before_its_layer_is_durably_so_is_found_out() {
+    let trace = traced(|script| volumes::grown(script, &[]));
+    let noted = trace.find(trace.start, |line| line.ends_with(" to pending.json"));
+    let (trace, place) = without(trace, noted, |line| line.starts_with("sync root/layers/"));
+    is_found_out(&trace, place, "a volume is listed that is not whole");
+}
