@@ -158,9 +158,10 @@ impl Handover {
     fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
         let Parts { opener, record, channel, writeback, .. } = &self.parts;
         let Opened { metadata, seal_key, layers } = opened;
-        let shape = super::shape(&metadata, &opener.options);
+        let shape = super::shape(&metadata, opener.options.read_only);
         let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
-        let disk = Arc::new(disk.context(|| "open its layers")?);
+        let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
+        let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));
         for worker in &*self.workers {
             worker.hold(Some(disk.clone()))?;
         }
@@ -173,6 +174,7 @@ impl Handover {
         *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&serving);
         let read_only = shape.read_only;
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
+        record.begin_hydration();
         Ok(serving)
     }
 
@@ -206,6 +208,7 @@ impl Handover {
         if self.failure().is_some() {
             return log::error!("{volume} stays here: a queue's thread died");
         }
+        self.parts.record.hydrator.stop();
         if let Err(e) = serving.disk().flush() {
             return log::error!("{volume}: {e}; it stays here, since data may be lost");
         }

@@ -10,9 +10,12 @@ pub mod control;
 pub mod grants;
 pub mod handover;
 mod helper;
+pub mod hydration;
+mod keyring;
 pub(crate) mod notify;
 mod reach;
 mod record;
+mod rekey;
 pub mod rewrap;
 pub mod sandbox;
 mod snapshot;
@@ -45,6 +48,8 @@ use crate::volume::{Catalog, VolumeId};
 use control::{Control, Orders, Status, UsedKey};
 use grants::Keeper;
 use handover::{Handover, Parts};
+use hydration::Hydrator;
+use keyring::{Deks, Keyring};
 use notify::Notifier;
 use record::Record;
 use sandbox::{Identity, Mode};
@@ -52,8 +57,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use trail::KeysHeld;
 use unwrap::Refusal;
@@ -91,6 +96,8 @@ pub struct Options {
     pub in_order: bool,
     /// Limits on requests and bytes a second.
     pub limits: Limits,
+    /// Bytes a second at which what lower layers hold is copied up where that is to be done; 0: no limit.
+    pub hydrate_rate: u64,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
     /// How strictly the process is confined once it is ready.
@@ -136,14 +143,12 @@ pub fn attach(
     let folder = catalog.folder(volume);
     let lock_file = LockFile::open(&folder, volume).map_err(|e| e.context(attempt()))?;
     let place = Place::take(&lock_file, &holder, options.incoming).map_err(|e| e.context(attempt()))?;
-    let events = EventLog::new(catalog.root(), settings);
-    // To be dropped after the data keys.
-    let mut held: Option<KeysHeld>;
+    let mut events = EventLog::new(catalog.root(), settings);
     let mut granted = None;
     let get_keys = |metadata: &Metadata| {
         let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
         granted = Some((metadata.clone(), keeper));
-        Ok(Arc::from(deks))
+        Ok(deks)
     };
     let opened = match &place {
         Place::Holder(lock) => Opener::with_layers(catalog, lock, options, get_keys),
@@ -151,7 +156,9 @@ pub fn attach(
     };
     let (opener, opened) = opened.map_err(|e| e.context(attempt()))?;
     let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
-    held = KeysHeld::begin(catalog.root(), &metadata).map_err(|e| e.context(attempt()))?;
+    // To be dropped after the data keys.
+    let held = KeysHeld::begin(catalog.root(), &metadata).map_err(|e| e.context(attempt()))?;
+    let held = Arc::new(Mutex::new(held));
     drop(passphrase);
 
     let control = Control::bind(&folder, options.incoming).map_err(|e| e.context(attempt()))?;
@@ -170,6 +177,7 @@ pub fn attach(
         user.give_socket(path).map_err(|e| e.context(attempt()))?;
     }
     let announcements = lock_file.announcements().map_err(|e| e.context(attempt()))?;
+    events.keep_open().map_err(|e| e.context(attempt()))?;
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
@@ -181,7 +189,8 @@ pub fn attach(
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
-    let record = Arc::new(Record::new(catalog.clone()));
+    let hydrator = Hydrator::new(opener.keys.clone(), held.clone(), events, options.hydrate_rate);
+    let record = Record::new(catalog.clone(), hydrator);
     let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
     let (geometry, control_name) = (opener.geometry.clone(), control.name());
     let parts = Parts {
@@ -207,15 +216,20 @@ pub fn attach(
     let handover = handover.map_err(|e| e.context(attempt()))?;
     let how = handover.describe();
     let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
-    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
+    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by, hydration: None };
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_status, on_rate) = (record.clone(), record.clone());
     let (on_snapshot, engine) = (record.clone(), options.engine);
+    let (on_rekey, on_flatten) = (record.clone(), record.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
-        status: Box::new(move || status.clone()),
+        status: Box::new(move || Status { hydration: on_status.hydration(), ..status.clone() }),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
+        hydrate_rate: Box::new(move |rate| on_rate.set_hydrate_rate(rate)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
         snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
+        rekey: Box::new(move |key, dek, client| on_rekey.rekey(engine, key, dek, client)),
+        flatten: Box::new(move || on_flatten.flatten()),
     };
     let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let device = Arc::new(Device {
@@ -241,10 +255,10 @@ pub fn attach(
     drop(device);
     let result = handover.end().and(served.context(|| format!("serve {volume}")));
     drop(handover);
-    if let Some(held) = &mut held {
+    let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(mut held) = held {
         held.ended(&result);
     }
-    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     let had_it = record.release();
@@ -269,9 +283,6 @@ impl Place {
     }
 }
 
-/// A volume's data keys, in the order of its keys.
-type Deks = Arc<[Dek]>;
-
 /// A volume whose metadata has proved right, and its data. Nothing of it has a thread yet.
 pub struct Opened {
     metadata: Metadata,
@@ -286,7 +297,7 @@ pub struct Opener {
     catalog: Catalog,
     volume: VolumeId,
     options: Options,
-    deks: Deks,
+    keys: Arc<Keyring>,
     geometry: Arc<SharedGeometry>,
     /// How the volume is reached, as far as that was found out without having it.
     how: String,
@@ -300,7 +311,7 @@ impl Opener {
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, Option<Opened>)> {
-        let (opened, deks) = open(catalog, lock, options, keys)?;
+        let (opened, deks) = open(catalog, lock, options.read_only, options.engine, keys)?;
         let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
         Ok((opener, Some(opened)))
     }
@@ -321,7 +332,7 @@ impl Opener {
         let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.
         let _ = metadata.verify(&deks)?;
-        let engine = match ciphers(&deks, &metadata, options)?.first() {
+        let engine = match ciphers(&deks, &metadata, options.engine)?.first() {
             Some(cipher) => format!("XTS engine {}", cipher.engine()),
             None => "not encrypted".into(),
         };
@@ -330,9 +341,9 @@ impl Opener {
     }
 
     fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, deks: Deks, how: String) -> Self {
-        let geometry = Arc::new(SharedGeometry::new(shape(metadata, options)));
+        let geometry = Arc::new(SharedGeometry::new(shape(metadata, options.read_only)));
         let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
-        Opener { catalog, volume, options, deks, geometry, how }
+        Opener { catalog, volume, options, keys: Keyring::new(deks), geometry, how }
     }
 
     /// Opens the volume anew, as it is now.
@@ -342,17 +353,17 @@ impl Opener {
     fn open(&self, lock: &VolumeLock) -> Result<Opened> {
         let now = self.geometry.now();
         let keys = |metadata: &Metadata| {
-            let shape = shape(metadata, &self.options);
-            if metadata.keys().len() == self.deks.len()
-                && shape.block_size == now.block_size
-                && shape.sectors >= now.sectors
-            {
-                return Ok(self.deks.clone());
+            let shape = shape(metadata, self.options.read_only);
+            if shape.block_size == now.block_size && shape.sectors >= now.sectors {
+                return self.keys.of(metadata);
             }
-            let message = "it has got other data keys or a smaller size meanwhile; attach it anew";
+            let message = "it has got a smaller size meanwhile; attach it anew";
             Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
         };
-        open(&self.catalog, lock, &self.options, keys).map(|(opened, _)| opened)
+        let Options { read_only, engine, .. } = self.options;
+        let (opened, _) = open(&self.catalog, lock, read_only, engine, keys)?;
+        self.keys.keep(&opened.metadata);
+        Ok(opened)
     }
 
     fn serial(&self) -> String {
@@ -360,34 +371,35 @@ impl Opener {
     }
 }
 
-fn shape(metadata: &Metadata, options: &Options) -> Geometry {
+fn shape(metadata: &Metadata, read_only: bool) -> Geometry {
     let block_size = metadata.sector_size().bytes();
-    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only: options.read_only }
+    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only }
 }
 
 /// Opens the volume's data, its metadata proved right; the data keys come from `keys`.
 fn open(
     catalog: &Catalog,
     lock: &VolumeLock,
-    options: &Options,
+    read_only: bool,
+    engine: Engine,
     keys: impl FnOnce(&Metadata) -> Result<Deks>,
 ) -> Result<(Opened, Deks)> {
     let mut metadata = catalog.load(lock.volume())?;
     catalog.recover(lock, &metadata)?;
     catalog.check_layers(&metadata)?;
-    let mut layers = open_layers(catalog, &metadata, options.read_only)?;
+    let mut layers = open_layers(catalog, &metadata, read_only)?;
     let Layers { store, .. } = layers::chain(&layers);
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = keys(&metadata)?;
     seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
-    let ciphers = ciphers(&deks, &metadata, options)?;
+    let ciphers = ciphers(&deks, &metadata, engine)?;
     for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
         layer.cipher = match record.key {
             Some(key) => Some(ciphers[key].clone()),
             None if record.masked => {
                 let mask = Dek::mask_of_layer(record.id.as_bytes())?;
-                Some(Arc::from(new_cipher(options.engine, &mask, data_unit(&metadata))?))
+                Some(Arc::from(new_cipher(engine, &mask, data_unit(&metadata))?))
             }
             None => None,
         };
@@ -397,9 +409,9 @@ fn open(
 }
 
 /// The ciphers, in the order of the data keys. Layers under the same key share its round keys.
-fn ciphers(deks: &[Dek], metadata: &Metadata, options: &Options) -> Result<Vec<Arc<dyn SectorCipher>>> {
+fn ciphers(deks: &[Arc<Dek>], metadata: &Metadata, engine: Engine) -> Result<Vec<Arc<dyn SectorCipher>>> {
     let unit = data_unit(metadata);
-    deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?))).collect()
+    deks.iter().map(|dek| Ok(Arc::from(new_cipher(engine, dek, unit)?))).collect()
 }
 
 fn data_unit(metadata: &Metadata) -> DataUnit {
@@ -428,7 +440,7 @@ fn unwrap_all(
     events: &EventLog,
     settings: &Settings,
     alone: bool,
-) -> Result<(Vec<Dek>, Keeper)> {
+) -> Result<(Deks, Keeper)> {
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
     let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
@@ -438,10 +450,10 @@ fn unwrap_all(
         refusal.error()
     };
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
-    let mut deks = Vec::new();
+    let mut deks = Deks::new();
     for (n, key) in metadata.keys().iter().enumerate() {
         let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
-        deks.push(dek.map_err(refused)?);
+        deks.push(Arc::new(dek.map_err(refused)?));
     }
     Ok((deks, keeper))
 }
@@ -451,7 +463,7 @@ fn seal(
     catalog: &Catalog,
     lock: &VolumeLock,
     metadata: &mut Metadata,
-    deks: &[Dek],
+    deks: &[Arc<Dek>],
     store: &dyn Store,
 ) -> Result<()> {
     let was_sealed = metadata.is_sealed();

@@ -47,6 +47,8 @@ pub struct Disk {
     map: Option<Arc<LayerMap>>,
     /// What keeps queues out of the way of a copy, where there may be one.
     fence: Option<Arc<Fence>>,
+    /// The height of the uppermost of the layers that a copy brings up; 0: there is no copy.
+    leaving: u8,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
@@ -89,6 +91,7 @@ impl Disk {
             below: Vec::new(),
             map: None,
             fence: None,
+            leaving: 0,
             _image_locks: vec![Arc::new(image_lock)],
             flush_failed: Arc::default(),
         }
@@ -111,10 +114,26 @@ impl Disk {
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
+        let next =
+            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        Ok(next?.with_leaving(self.leaving))
     }
 
-    /// The same volume with other layers, or another size. The volume's queues must be held meanwhile.
+    /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](super::hydrate). The
+    /// volume's queues must be held meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`], and if a hydration is still running.
+    pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
+        self.check_not_hydrated()?;
+        assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
+        let next =
+            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        Ok(next?.hydrating_lowest(leaving))
+    }
+
+    /// The same volume with other layers, or another size; nothing of it is hydrated any more. The volume's queues must be
+    /// held meanwhile.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
@@ -140,7 +159,6 @@ impl Disk {
             map => map,
         };
         let cipher = ciphers.remove(0);
-        let fence = None;
         Ok(Disk {
             sectors: geometry.sectors.into(),
             geometry,
@@ -149,16 +167,35 @@ impl Disk {
             cipher,
             below,
             map,
-            fence,
+            fence: None,
+            leaving: 0,
             _image_locks: image_locks,
             flush_failed,
         })
     }
 
-    /// The same, made to be [hydrated](super::hydrate). To be said before any queue is opened.
-    pub fn hydrating(mut self) -> Self {
-        self.fence = (!self.below.is_empty()).then(Arc::default);
+    /// The same, made to be [hydrated](super::hydrate) from all layers below the top. To be said before any queue is
+    /// opened.
+    pub fn hydrating(self) -> Self {
+        let below = self.below.len();
+        self.hydrating_lowest(below)
+    }
+
+    /// The same from the lowest so many layers, which are below the top.
+    pub fn hydrating_lowest(self, layers: usize) -> Self {
+        assert!(layers <= self.below.len(), "the top stays");
+        self.with_leaving(layers as u8)
+    }
+
+    fn with_leaving(mut self, leaving: u8) -> Self {
+        self.leaving = leaving;
+        self.fence = (leaving > 0).then(Arc::default);
         self
+    }
+
+    /// The height of the uppermost of the layers that are brought up; 0: none.
+    pub(super) fn leaving(&self) -> u8 {
+        self.leaving
     }
 
     /// What a copy keeps queues out of its way with.

@@ -47,6 +47,8 @@ pub enum Purpose {
     Recover,
     /// Its data keys are being wrapped anew.
     Rewrap,
+    /// It gets a new data key, or what lower layers hold is copied up.
+    Hydrate,
 }
 
 /// The process that holds a volume, as it says itself.
@@ -93,6 +95,7 @@ impl fmt::Display for Holder {
             Purpose::Resize => "is being made larger",
             Purpose::Recover => "is being tidied up",
             Purpose::Rewrap => "is being rewrapped",
+            Purpose::Hydrate => "is being re-keyed or flattened",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {
