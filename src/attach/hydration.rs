@@ -10,6 +10,7 @@
 
 pub mod offline;
 
+use super::grants::Keeper;
 use super::keyring::Keyring;
 use super::record::{Record, State};
 use super::trail::KeysHeld;
@@ -46,11 +47,20 @@ pub struct Progress {
     pub problem: Option<String>,
 }
 
+/// What has to do with the data keys of an attached volume.
+pub(super) struct Keys {
+    /// The keys.
+    pub(super) ring: Arc<Keyring>,
+    /// What the audit log is told of them.
+    pub(super) held: Arc<Mutex<Option<KeysHeld>>>,
+    /// The grants by which they were unwrapped.
+    pub(super) grants: Arc<Keeper>,
+}
+
 /// What hydrates an attached volume.
 pub struct Hydrator {
     record: Weak<Record>,
-    keys: Arc<Keyring>,
-    held: Arc<Mutex<Option<KeysHeld>>>,
+    keys: Keys,
     events: EventLog,
     rate: AtomicU64,
     current: Mutex<Option<Current>>,
@@ -62,14 +72,9 @@ struct Current {
 }
 
 impl Hydrator {
-    /// One that reports to `events` and to whoever keeps the trail of data keys, at `rate` bytes a second (0: no limit).
-    pub(super) fn new(
-        keys: Arc<Keyring>,
-        held: Arc<Mutex<Option<KeysHeld>>>,
-        events: EventLog,
-        rate: u64,
-    ) -> Self {
-        Hydrator { record: Weak::new(), keys, held, events, rate: rate.into(), current: Mutex::default() }
+    /// One that reports to `events`, at `rate` bytes a second (0: no limit).
+    pub(super) fn new(keys: Keys, events: EventLog, rate: u64) -> Self {
+        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), current: Mutex::default() }
     }
 
     /// The same, of this volume.
@@ -126,7 +131,7 @@ impl Hydrator {
                 log::error!("the hydration's thread panicked");
             }
         }
-        self.keys.wipe();
+        self.keys.ring.wipe();
     }
 
     fn is_current(&self, job: &Arc<Job>) -> bool {
@@ -139,7 +144,7 @@ impl Hydrator {
 
     /// The volume has got a data key: nothing is done with it before that is on record.
     pub(super) fn note_new_key(&self, volume: &Metadata) -> Result<()> {
-        match &mut *self.held.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &mut *self.keys.held.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(held) => held.follow(volume),
             None => Ok(()),
         }
@@ -147,12 +152,12 @@ impl Hydrator {
 
     /// Keeps a data key that the volume has got.
     pub(super) fn keyring(&self) -> &Keyring {
-        &self.keys
+        &self.keys.ring
     }
 
     /// The volume has fewer data keys: wipes the others.
     pub(super) fn forget_old_keys(&self, volume: &Metadata) {
-        self.keys.keep(volume);
+        self.keys.ring.keep(volume);
         if let Err(e) = self.note_new_key(volume) {
             log::error!("a data key was wiped, and the audit log does not tell: {e}");
         }
@@ -200,18 +205,21 @@ impl Record {
     /// Everything was copied up: the layers leave, unless the job is another's meanwhile. The queues stand still while
     /// `volume.json` is replaced: with the layers that it names before they may make holes in the top, after it.
     fn finish_hydration(&self, job: &Arc<Job>) -> Option<Result<()>> {
-        let mut state = self.state();
-        let state = state.as_mut().filter(|_| self.hydrator.is_current(job))?;
-        let done = self.let_layers_leave(state);
-        match &done {
-            Ok(()) => {
-                self.hydrator.report(&state.metadata, "completed");
-                // This thread ends by itself.
-                drop(self.hydrator.current().take());
-            }
-            Err(e) => job.note(Some(e.to_string())),
+        let mut guard = self.state();
+        let state = guard.as_mut().filter(|_| self.hydrator.is_current(job))?;
+        if let Err(e) = self.let_layers_leave(state) {
+            job.note(Some(e.to_string()));
+            return Some(Err(e));
         }
-        Some(done)
+        self.hydrator.report(&state.metadata, "completed");
+        let volume = state.metadata.clone();
+        drop(guard);
+        // That takes a while.
+        self.hydrator.keys.grants.retire_others_than_of(&volume);
+        let mut current = self.hydrator.current();
+        // This thread ends by itself.
+        drop(current.take_if(|current| Arc::ptr_eq(&current.job, job)));
+        Some(Ok(()))
     }
 
     fn let_layers_leave(&self, state: &mut State) -> Result<()> {

@@ -189,7 +189,9 @@ pub fn attach(
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
-    let hydrator = Hydrator::new(opener.keys.clone(), held.clone(), events, options.hydrate_rate);
+    let keeper = Arc::new(keeper);
+    let keys = hydration::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
+    let hydrator = Hydrator::new(keys, events, options.hydrate_rate);
     let record = Record::new(catalog.clone(), hydrator);
     let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
     let (geometry, control_name) = (opener.geometry.clone(), control.name());

@@ -8,7 +8,7 @@ use super::control::conversation::Conversation;
 use super::record::{Record, State, gone};
 use super::snapshot::{PATIENCE, get_ready, open_top};
 use crate::crypt::Dek;
-use crate::crypt::secret_mem::SecretFd;
+use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::xts::{DataUnit, Engine, new_cipher};
 use crate::error::{Context, Error, Kind, Result};
 use crate::volume::freeze::{Freeze, Maker};
@@ -122,7 +122,7 @@ fn check_writable(state: &State) -> Result<()> {
 /// The data key, in memory of this process's own. What it came in is wiped.
 fn take(secret: SecretFd) -> Result<Arc<Dek>> {
     let shared = secret.map()?;
-    Ok(Arc::new(Dek::from_bytes(shared.as_slice())?))
+    on_scrubbed_stack(|| Dek::from_bytes(shared.as_slice())).map(Arc::new)
 }
 
 fn cipher(engine: Engine, dek: &Dek, volume: &Metadata) -> Result<Cipher> {
