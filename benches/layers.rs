@@ -1,7 +1,10 @@
-//! What a chain of layers costs a read: 4 KiB random reads of a volume of one layer and of the same data spread over
-//! many, through a disk's queue in this process, without a VMM.
+//! What a chain of layers costs a read: 4 KiB random reads of a volume of one layer, of the same data at the bottom of
+//! many, and of the same data spread over them, through a disk's queue in this process, without a VMM.
 //!
-//! The two take turns in every round, so that a machine whose speed drifts slows both alike; what is printed is the
+//! At the bottom it lies in one file as with one layer: that is what the chain itself costs. Spread over many files it
+//! is in many more extents, which is what the file system makes of it.
+//!
+//! They take turns in every round, so that a machine whose speed drifts slows all alike; what is printed is the
 //! best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once on a memory file system.
 
 use sealblk::crypt::Dek;
@@ -57,8 +60,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     };
     let folder = tempfile::tempdir_in(&options.folder)?;
-    let mut cases = [1, options.layers].map(|layers| case(folder.path(), layers, &options)).into_iter();
-    let mut cases: Vec<Case> = cases.by_ref().collect::<Result<_, _>>()?;
+    let wanted = [(1, Spread::Lowest), (options.layers, Spread::Lowest), (options.layers, Spread::All)];
+    let cases = wanted.map(|(layers, spread)| case(folder.path(), layers, spread, &options));
+    let mut cases = cases.into_iter().collect::<Result<Vec<_>, _>>()?;
     let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (options.depth * BLOCK) as usize)])?;
     let mut random = 1;
     for round in 0..=options.rounds {
@@ -72,31 +76,49 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let ns = |time: Duration| time.as_nanos() as f64 / READS as f64;
     let percent = |a: Duration, b: Duration| 100.0 * (ns(b) / ns(a) - 1.0);
-    for case in &cases {
-        println!("{:9}  {:7.0} ns a read  {:7.0} ns of CPU", case.name, ns(case.best.0), ns(case.best.1));
+    let one = cases[0].best;
+    for Case { name, best, .. } in &cases {
+        println!("{name:22} {:7.0} ns a read  {:7.0} ns of CPU", ns(best.0), ns(best.1));
     }
-    let (one, many) = (cases[0].best, cases[1].best);
-    println!("the chain costs {:+.1} % time, {:+.1} % CPU", percent(one.0, many.0), percent(one.1, many.1));
+    for Case { name, best, .. } in &cases[1..] {
+        let (time, cpu) = (percent(one.0, best.0), percent(one.1, best.1));
+        println!("{name} cost {time:+.1} % time, {cpu:+.1} % CPU");
+    }
     Ok(())
 }
 
+/// In which layers the data lies.
+#[derive(Clone, Copy, PartialEq)]
+enum Spread {
+    Lowest,
+    All,
+}
+
 /// A volume full of data, each block of which lies in one of the layers.
-fn case(folder: &Path, layers: u64, options: &Options) -> Result<Case, Box<dyn std::error::Error>> {
+fn case(
+    folder: &Path,
+    layers: u64,
+    spread: Spread,
+    options: &Options,
+) -> Result<Case, Box<dyn std::error::Error>> {
     let cipher: Cipher = Some(Arc::from(new_cipher(
         Engine::Auto,
         &Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?,
         DataUnit::B512,
     )?));
+    let name = format!("{layers} layers, {}", if spread == Spread::Lowest { "lowest" } else { "spread" });
+    // Runs of blocks, as guests write them, in no order.
+    let layer_of = |block: u64| match spread {
+        Spread::Lowest => layers - 1,
+        Spread::All => (block / 16).wrapping_mul(0x9e37_79b9) % layers,
+    };
     let mut opened = Vec::new();
     let noise: Vec<u8> = (0..BLOCK).map(|i| (i * 7 + i / 256) as u8 | 1).collect();
     for layer in 0..layers {
-        let path = folder.join(format!("{layer}-of-{layers}.img"));
+        let path = folder.join(format!("{name}, {layer}.img"));
         let file = File::create_new(&path)?;
         file.set_len(options.size)?;
-        // Runs of blocks, as guests write them, in no order.
-        for block in
-            (0..options.size / BLOCK).filter(|block| (block / 16).wrapping_mul(0x9e37_79b9) % layers == layer)
-        {
+        for block in (0..options.size / BLOCK).filter(|&block| layer_of(block) == layer) {
             file.write_all_at(&noise, block * BLOCK)?;
         }
         file.sync_all()?;
@@ -109,7 +131,7 @@ fn case(folder: &Path, layers: u64, options: &Options) -> Result<Case, Box<dyn s
         map.wait(Duration::MAX);
     }
     let queue = Arc::new(disk).open_queue(options.depth as u16)?;
-    Ok(Case { name: format!("{layers} layers"), queue, best: (Duration::MAX, Duration::MAX) })
+    Ok(Case { name, queue, best: (Duration::MAX, Duration::MAX) })
 }
 
 /// Random reads, so many in flight; answers the time and the CPU time that all took.

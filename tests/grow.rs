@@ -1,5 +1,8 @@
-//! A disk that grows while a VMM has it: the VMM is told, the configuration shows it, and the new sectors are there.
+//! A volume is made larger while it is attached: the VMM is told, the configuration shows it, the new sectors are there,
+//! and whatever comes in between, nothing of what was written is lost.
 
+#[path = "common/attach.rs"]
+mod attach;
 mod common;
 #[path = "common/guest.rs"]
 mod guest;
@@ -7,106 +10,65 @@ mod guest;
 mod process;
 #[path = "common/qemu.rs"]
 mod qemu;
+#[path = "common/store.rs"]
+mod store;
 
+use attach::{Host, Place, flush, open, read, write};
 use common::disk::assert_carries;
-use common::frontend::block::IOERR;
+use common::frontend::block::{IOERR, OK};
+use common::frontend::load::{Load, settle};
 use common::frontend::ring::readable;
 use common::frontend::{LIMIT, Options, Request, Session};
 use guest::Guest;
-use sealblk::store::file::FileStore;
-use sealblk::vhost::backend::Device;
-use sealblk::vhost::gate::Told;
-use sealblk::vhost::server::{self, Socket, Stop};
-use sealblk::vhost::session::Inlet;
-use sealblk::vhost::tenure::{Serving, Sole};
-use sealblk::vhost::worker::{Tuning, Worker};
-use sealblk::virtio::{Geometry, SharedGeometry};
-use sealblk::volume::image_lock::{Access, ImageLock};
-use sealblk::volume::io::Disk;
+use serde_json::Value;
 use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::path::Path;
+use store::Store;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
-const SMALL: u64 = 16 << 20;
+/// The volume's size at first, and then.
+const SMALL: u64 = 8 << 20;
 const LARGE: u64 = 24 << 20;
+/// The volumes that there are: on a disk's file system and on one of memory, encrypted and not, of both kinds of sectors.
+const VOLUMES: [&[&str]; 3] = [&[], &["--sector-size", "4096"], &["--unencrypted"]];
 
-/// A device served by a thread of this process.
-struct Rig {
-    folder: tempfile::TempDir,
-    device: Arc<Device>,
-    stop: Arc<Stop>,
-    server: Option<JoinHandle<()>>,
+/// Makes the volume larger, and answers what the command said.
+fn grow(store: &Store, size: u64) -> Value {
+    let said = store.ok(&["volume", "resize", "t", &size.to_string(), "--json"]);
+    serde_json::from_str(&said).unwrap()
 }
 
-impl Rig {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let image = folder.path().join("disk");
-        std::fs::File::create(&image).unwrap().set_len(SMALL).unwrap();
-        let lock = ImageLock::acquire(&image, Access::ReadWrite).unwrap();
-        let store = Box::new(FileStore::open(&image, false, 512).unwrap());
-        let geometry = Geometry { sectors: SMALL / 512, block_size: 512, read_only: false };
-        let disk = Arc::new(Disk::new(geometry, "rig", store, None, lock));
-        let worker = |n| Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("{why}")).unwrap();
-        let serving = Serving::new(disk.clone(), (0..2).map(worker).collect::<Vec<_>>());
-        let device = Arc::new(Device {
-            tenure: Arc::new(Sole(serving)),
-            geometry: Arc::new(SharedGeometry::new(geometry)),
-            inlet: Inlet::new(folder.path(), "inner").unwrap(),
-            channel: Arc::default(),
-            queues: 2,
-            seg_max: 126,
-            queue_size: 256,
-            writeback: Arc::new(true.into()),
-        });
-        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let stop = Stop::new().unwrap();
-        let (until, served) = (stop.clone(), device.clone());
-        let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
-        let server = Some(std::thread::spawn(serve));
-        Rig { folder, device, stop, server }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("s")
-    }
-
-    fn grow(&self) -> Told {
-        let image = std::fs::File::options().write(true).open(self.folder.path().join("disk")).unwrap();
-        image.set_len(LARGE).unwrap();
-        self.device.grow(LARGE / 512).unwrap()
-    }
+fn on_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
-        self.stop.stop();
-        let ended = self.server.take().unwrap().join();
-        assert!(ended.is_ok() || std::thread::panicking());
-    }
+/// A volume whose layers lie in memory as long as the folder is there.
+fn place_on_memory(folder: &Path, arguments: &[&str]) -> Place {
+    Place::with_root(|root| std::os::unix::fs::symlink(folder, root), arguments)
 }
 
-fn open(rig: &Rig, more: Protocol) -> Session {
+fn session(place: &Place, more: Protocol, less: Protocol) -> Session {
     let usual = Options::default();
-    let protocol = usual.protocol | more;
-    Session::open(&rig.socket(), &Options { protocol, ..usual }).unwrap()
+    let protocol = (usual.protocol | more) & !less;
+    Session::open(&place.socket(), &Options { protocol, ..usual }).unwrap()
+}
+
+fn status(session: &mut Session, sector: u64) -> u8 {
+    Request::read(sector, 4096).run(&mut session.rings[0]).unwrap().status
 }
 
 #[test]
 fn the_vmm_is_told_and_the_new_sectors_are_there() {
-    for acks in [true, false] {
-        let rig = Rig::new();
-        let usual = Options::default();
-        let without = if acks { Protocol::empty() } else { Protocol::REPLY_ACK };
-        let protocol = (usual.protocol | Protocol::BACKEND_REQ) & !without;
-        let mut session = Session::open(&rig.socket(), &Options { protocol, ..usual }).unwrap();
-        let beyond = Request::read(SMALL / 512, 4096).run(&mut session.rings[0]).unwrap();
-        assert_eq!((beyond.status, session.config().unwrap().capacity), (IOERR, SMALL / 512));
-        let told = std::thread::scope(|scope| {
-            let growing = scope.spawn(|| rig.grow());
+    for (acks, without) in [(true, Protocol::empty()), (false, Protocol::REPLY_ACK)] {
+        let place = Place::new(&[]);
+        let host = place.attach(&[]);
+        let mut session = session(&place, Protocol::BACKEND_REQ, without);
+        assert_eq!(
+            (status(&mut session, SMALL / 512), session.config().unwrap().capacity),
+            (IOERR, SMALL / 512)
+        );
+        let said = std::thread::scope(|scope| {
+            let growing = scope.spawn(|| grow(&place.store, LARGE));
             let mut channel = session.backend_channel().unwrap();
             assert!(readable(channel, LIMIT).unwrap());
             let mut message = [0; 12];
@@ -120,47 +82,163 @@ fn the_vmm_is_told_and_the_new_sectors_are_there() {
             }
             growing.join().unwrap()
         });
-        assert_eq!(told, if acks { Told::Confirmed } else { Told::Sent });
+        assert_eq!(
+            (&said["vmm"], &said["size"]),
+            (&(if acks { "confirmed" } else { "sent" }).into(), &LARGE.into())
+        );
         assert_carries(&mut session.rings[0], SMALL / 512, 65536);
         assert_carries(&mut session.rings[0], LARGE / 512 - 8, 4096);
+        assert_eq!(status(&mut session, LARGE / 512), IOERR);
+        drop(session);
+        host.end();
     }
 }
 
 #[test]
 fn a_vmm_without_a_channel_sees_it_when_it_looks() {
-    let rig = Rig::new();
-    let mut session = open(&rig, Protocol::empty());
-    assert_eq!(rig.grow(), Told::Nobody);
-    assert_eq!(session.config().unwrap().capacity, LARGE / 512);
-    assert_carries(&mut session.rings[0], SMALL / 512, 4096);
-    drop(session);
-    let session = open(&rig, Protocol::BACKEND_REQ);
-    assert_eq!(session.config().unwrap().capacity, LARGE / 512);
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    assert_eq!(grow(&place.store, SMALL + 4096)["vmm"], "nobody");
+    let mut without = session(&place, Protocol::empty(), Protocol::empty());
+    assert_eq!(without.config().unwrap().capacity, SMALL / 512 + 8);
+    assert_eq!(grow(&place.store, LARGE)["vmm"], "nobody");
+    assert_eq!(without.config().unwrap().capacity, LARGE / 512);
+    assert_carries(&mut without.rings[0], SMALL / 512, 4096);
+    drop(without);
+    let with = session(&place, Protocol::BACKEND_REQ, Protocol::empty());
+    assert_eq!(with.config().unwrap().capacity, LARGE / 512);
     // The channel goes with its VMM.
-    drop(session);
-    let _next = open(&rig, Protocol::empty());
-    assert_eq!(rig.grow(), Told::Nobody);
+    drop(with);
+    let next = session(&place, Protocol::empty(), Protocol::empty());
+    assert_eq!(grow(&place.store, LARGE + 4096)["vmm"], "nobody");
+    drop(next);
+    host.end();
 }
 
 #[test]
-fn a_vmm_that_never_answers_holds_up_neither_the_disk_nor_its_end() {
-    let rig = Rig::new();
-    let mut session = open(&rig, Protocol::BACKEND_REQ);
+fn a_vmm_that_never_answers_holds_up_neither_the_disk_nor_the_command() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let mut session = session(&place, Protocol::BACKEND_REQ, Protocol::empty());
     std::thread::scope(|scope| {
-        let growing = scope.spawn(|| rig.grow());
+        let growing = scope.spawn(|| grow(&place.store, LARGE));
         assert!(readable(session.backend_channel().unwrap(), LIMIT).unwrap());
         assert_carries(&mut session.rings[0], SMALL / 512, 4096);
-        assert_eq!(growing.join().unwrap(), Told::Sent);
+        assert_eq!(growing.join().unwrap()["vmm"], "sent");
     });
+    drop(session);
+    host.end();
+}
+
+/// What was written before is there, what is beyond is zeros, and both can be written; also after a crash.
+fn grows_whole(place: &Place) {
+    let pattern: Vec<u8> = (0..65536u32).map(|i| (i % 251) as u8).collect();
+    let mut host = place.attach(&["--queues", "2"]);
+    let mut guest = open(&place.socket());
+    write(&mut guest.rings[0], 0, &pattern);
+    write(&mut guest.rings[0], SMALL / 512 - 8, &pattern[..4096]);
+    // Of one layer first, then of two.
+    for (n, size) in [16 << 20, LARGE].into_iter().enumerate() {
+        assert_eq!(grow(&place.store, size)["size"], size);
+        assert_eq!(read(&mut guest.rings[0], 0, 65536), pattern);
+        assert_eq!(read(&mut guest.rings[0], SMALL / 512 - 8, 4096), pattern[..4096]);
+        let last = size / 512 - 128;
+        assert_eq!(read(&mut guest.rings[0], last, 65536), vec![0; 65536]);
+        write(&mut guest.rings[0], last, &pattern);
+        flush(&mut guest.rings[0]);
+        host.crash();
+        host = place.attach(&[]);
+        guest = open(&place.socket());
+        assert_eq!(guest.config().unwrap().capacity, size / 512);
+        assert_eq!(read(&mut guest.rings[0], last, 65536), pattern);
+        if n == 0 {
+            place.store.ok(&["snapshot", "create", "t", "--name", "small"]);
+        }
+    }
+    // The snapshot has the size that the volume had.
+    place.store.ok(&["volume", "create", "--snapshot", "small", "--name", "clone"]);
+    let shown: Value = serde_json::from_str(&place.store.ok(&["volume", "show", "clone", "--json"])).unwrap();
+    assert_eq!(shown["size"], 16 << 20);
+    drop(guest);
+    host.end();
+}
+
+#[test]
+fn what_was_there_stays_and_what_is_new_lasts() {
+    for arguments in VOLUMES {
+        grows_whole(&Place::new(arguments));
+        let memory = on_memory();
+        grows_whole(&place_on_memory(memory.path(), arguments));
+    }
+}
+
+#[test]
+fn under_load_nothing_goes_wrong() {
+    let memory = on_memory();
+    for place in [Place::new(&[]), place_on_memory(memory.path(), &[])] {
+        let host = place.attach(&["--queues", "2"]);
+        let usual = Options::default();
+        let mut guest = Session::open(&place.socket(), &Options { queues: 2, ..usual }).unwrap();
+        let mut loads = [0, 1].map(|n| Load::new(n, 2048 * n..2048 * (n + 1), true));
+        // Some of it lies in a snapshot soon.
+        loads.iter_mut().for_each(|load| load.discards_may_keep = true);
+        for step in 1..=8 {
+            let growing = std::thread::scope(|scope| {
+                let growing = scope.spawn(|| grow(&place.store, SMALL + (step << 20)));
+                while !growing.is_finished() {
+                    for (load, ring) in loads.iter_mut().zip(&mut guest.rings) {
+                        while load.submit(ring).unwrap() {}
+                        ring.kick_if_wanted();
+                        while load.take(ring).unwrap() {}
+                    }
+                }
+                growing.join().unwrap()
+            });
+            assert_eq!(growing["size"], SMALL + (step << 20));
+            if step % 4 == 0 {
+                place.store.ok(&["snapshot", "create", "t"]);
+            }
+        }
+        settle(&mut loads, &mut guest.rings).unwrap();
+        for (load, ring) in loads.iter_mut().zip(&mut guest.rings) {
+            load.verify(ring).unwrap();
+        }
+        drop(guest);
+        host.end();
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_changes_nothing() {
+    let place = Place::new(&[]);
+    let refused = |code: i32, size: &str, words: &str| {
+        let output = place.store.run(&["volume", "resize", "t", size]);
+        let said = store::said(&output);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(words), "{said}");
+    };
+    let host = place.attach(&[]);
+    refused(2, "4MiB", "cannot be made smaller");
+    refused(2, "8388609B", "512");
+    host.end();
+    let host: Host = place.attach(&["--read-only"]);
+    refused(4, "16MiB", "read-only");
+    let mut session = open(&place.socket());
+    assert_eq!(session.config().unwrap().capacity, SMALL / 512);
+    assert_eq!(Request::read(0, 4096).run(&mut session.rings[0]).unwrap().status, OK);
+    drop(session);
+    host.end();
+    assert_eq!(std::fs::metadata(place.layer()).unwrap().len(), SMALL);
 }
 
 #[test]
 fn a_linux_guest_under_qemu_sees_its_disk_grow() {
-    let rig = Rig::new();
-    let mut guest = Guest::builder().disk(rig.socket()).queues(2).boot();
+    let place = Place::new(&[]);
+    let host = place.attach(&["--queues", "2"]);
+    let mut guest = Guest::builder().disk(place.socket()).queues(2).boot();
     assert_eq!(guest.ok("blockdev --getsize64 /dev/vda").trim(), SMALL.to_string());
     guest.ok("mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt; echo before >/mnt/file; sync");
-    assert_eq!(rig.grow(), Told::Confirmed);
+    assert_eq!(grow(&place.store, LARGE)["vmm"], "confirmed");
     let until = format!("until [ $(blockdev --getsize64 /dev/vda) = {LARGE} ]; do usleep 20000; done");
     guest.ok(&format!("timeout 60 sh -c '{until}'"));
     let last = LARGE / 4096 - 1;
@@ -171,4 +249,5 @@ fn a_linux_guest_under_qemu_sees_its_disk_grow() {
          cat /mnt/file; umount /mnt; e2fsck -fn /dev/vda"
     ));
     guest.shutdown();
+    host.end();
 }

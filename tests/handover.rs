@@ -151,6 +151,8 @@ fn a_guest_under_load_moves_from_process_to_process() {
 #[test]
 fn a_guest_moves_while_its_volume_is_rekeyed() {
     let mut rig = Rig::new();
+    // What lies below would show through a hole.
+    rig.loads.iter_mut().for_each(|load| load.discards_may_keep = true);
     let (source, mut vmm) = rig.source(Kind::Qemu10);
     rig.go_on(&mut vmm);
     rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "1"]);

@@ -59,8 +59,13 @@ class Run:
         self.machine = machine()
         self.idle = {}
         loads = {}
+        self.snapshots = {}
         for line in (folder / "measurements").read_text().splitlines():
             row = json.loads(line)
+            if "snapshot" in row:
+                took = {"pause_us": row["snapshot"]["pause_us"], "took_us": row["took_us"]}
+                self.snapshots.setdefault(row["snapshot_of_gib"], []).append(took)
+                continue
             where = (row["fs"], row["server"])
             if "idle" in row:
                 self.idle[where] = row["idle"]
@@ -74,6 +79,7 @@ class Run:
         self.servers = [s for s in SERVERS if s in present]
         self.systems = [fs for fs in ("tmpfs", "disk") if any(fs == f for _, f, _ in self.cells)]
         self.crypto = crypto(folder / "xts")
+        self.layers = (folder / "layers").read_text().splitlines()
         self.failed = sum(cell.failed for cell in self.cells.values())
 
     def cell(self, fs, server, work):
@@ -125,6 +131,8 @@ class Run:
             "results": rows,
             "idle": [{"fs": fs, "server": server, **v} for (fs, server), v in self.idle.items()],
             "crypto": self.crypto,
+            "snapshots": {f"{gib} GiB": taken for gib, taken in self.snapshots.items()},
+            "layers": self.layers,
             "aims": [aim.as_json() for aim in aims(self)],
             "failed_requests": self.failed,
         }

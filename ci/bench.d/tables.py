@@ -1,5 +1,7 @@
 """Results as text: tables for a terminal, and a short one in Markdown for the README."""
 
+import statistics
+
 import results
 
 PATTERNS = {
@@ -114,6 +116,16 @@ def crypto(run):
     return grid(rows)
 
 
+def snapshots(run):
+    rows = [["of an attached volume of", "snapshots", "pause, us: median", "most", "command, ms: median", "most"]]
+    for gib, taken in run.snapshots.items():
+        pauses, whole = ([t[what] for t in taken] for what in ("pause_us", "took_us"))
+        shown = [f"{statistics.median(pauses):.0f}", f"{max(pauses)}"]
+        shown += [f"{ms / 1000:.1f}" for ms in (statistics.median(whole), max(whole))]
+        rows.append([f"{gib} GiB", str(len(taken)), *shown])
+    return grid(rows)
+
+
 def aims(run):
     rows = [["", "measured", "aim", ""]]
     for aim in results.aims(run):
@@ -137,6 +149,8 @@ def text(run):
         block("Server CPU, us a request", per_server(run, fs, run.fs_name(fs), lambda c: f"{c.cpu_us:.2f}"))
     block("Memory, and rest", at_rest(run))
     block("The cipher alone", crypto(run))
+    block("Snapshots under load", snapshots(run))
+    block("Chains of layers", run.layers)
     block("Aims (one queue, where nothing else is said)", aims(run))
     lines.append(f"{run.failed} requests failed; measured in {run.facts['took']} s")
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ pub use serve::{Control, Orders, Waiting};
 
 use super::hydration::Progress;
 use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Purpose};
@@ -51,6 +52,9 @@ enum Request {
         rate: u64,
     },
     Rewrap(Box<Rewrapped>),
+    Resize {
+        size: u64,
+    },
     /// The beginning of a [`conversation`].
     Snapshot {
         description: String,
@@ -68,6 +72,7 @@ enum Answer {
     Status(Status),
     Throttled,
     Rewrapped,
+    Resized(Told),
     NewLayer {
         id: LayerId,
     },
@@ -152,6 +157,15 @@ pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
 /// says so, durably.
 pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
     ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
+}
+
+/// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
+/// When this returns, `volume.json` says so, durably.
+pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
+    match ask(catalog, volume, &Request::Resize { size }, None)? {
+        Answer::Resized(told) => Ok(told),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
 }
 
 /// What the process that has `volume` attached says of itself.

@@ -16,6 +16,7 @@ pub(crate) mod notify;
 mod reach;
 mod record;
 mod rekey;
+mod resize;
 pub mod rewrap;
 pub mod sandbox;
 mod snapshot;
@@ -223,12 +224,18 @@ pub fn attach(
     let (on_status, on_rate) = (record.clone(), record.clone());
     let (on_snapshot, engine) = (record.clone(), options.engine);
     let (on_rekey, on_flatten) = (record.clone(), record.clone());
+    let (on_resize, shown, vmm) = (record.clone(), geometry.clone(), channel.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
         status: Box::new(move || Status { hydration: on_status.hydration(), ..status.clone() }),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
         hydrate_rate: Box::new(move |rate| on_rate.set_hydrate_rate(rate)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
+        resize: Box::new(move |size| {
+            on_resize.resize(size)?;
+            shown.grow(size / SECTOR_SIZE);
+            Ok(vmm.config_changed())
+        }),
         snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
         rekey: Box::new(move |key, dek, client| on_rekey.rekey(engine, key, dek, client)),
         flatten: Box::new(move || on_flatten.flatten()),
@@ -313,7 +320,7 @@ impl Opener {
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, Option<Opened>)> {
-        let (opened, deks) = open(catalog, lock, options.read_only, options.engine, keys)?;
+        let (opened, deks) = open(catalog, lock, options.read_only, options.engine, false, keys)?;
         let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
         Ok((opener, Some(opened)))
     }
@@ -363,7 +370,7 @@ impl Opener {
             Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
         };
         let Options { read_only, engine, .. } = self.options;
-        let (opened, _) = open(&self.catalog, lock, read_only, engine, keys)?;
+        let (opened, _) = open(&self.catalog, lock, read_only, engine, true, keys)?;
         self.keys.keep(&opened.metadata);
         Ok(opened)
     }
@@ -384,10 +391,14 @@ fn open(
     lock: &VolumeLock,
     read_only: bool,
     engine: Engine,
+    confined: bool,
     keys: impl FnOnce(&Metadata) -> Result<Deks>,
 ) -> Result<(Opened, Deks)> {
     let mut metadata = catalog.load(lock.volume())?;
-    catalog.recover(lock, &metadata)?;
+    match confined {
+        true => catalog.recover_confined(lock, &metadata)?,
+        false => catalog.recover(lock, &metadata)?,
+    }
     catalog.check_layers(&metadata)?;
     let mut layers = open_layers(catalog, &metadata, read_only)?;
     let Layers { store, .. } = layers::chain(&layers);

@@ -2,7 +2,7 @@
 
 use super::cache_mode::CacheMode;
 use super::dirty::GuestMemory;
-use super::gate::{Channel, Told};
+use super::gate::Channel;
 use super::session::{Farewell, Inlet};
 use super::tenure::Tenure;
 use super::vring::{Rings, Vring};
@@ -38,21 +38,6 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes the capacity that many 512-byte sectors, which must be whole blocks and be there to be written. Requests
-    /// are judged by it from now on, the configuration space shows it, and the VMM is told if one is connected. A
-    /// smaller number than the present changes nothing. Waits for the VMM a few seconds at most.
-    ///
-    /// # Errors
-    /// As [`Disk::grow`](crate::volume::io::Disk::grow): a disk of several layers is replaced first
-    /// ([`Paused::prepare`](super::pause::Paused::prepare)).
-    pub fn grow(&self, sectors: u64) -> io::Result<Told> {
-        if let Some(serving) = self.tenure.serving() {
-            serving.disk().grow(sectors)?;
-        }
-        self.geometry.grow(sectors);
-        Ok(self.channel.config_changed())
-    }
-
     fn config(&self) -> ConfigSpace {
         ConfigSpace { geometry: self.geometry.now(), queues: self.queues, seg_max: self.seg_max }
     }

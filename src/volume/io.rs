@@ -24,7 +24,7 @@ use crate::virtio::{Geometry, SECTOR_SIZE};
 use fence::Fence;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicBool;
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
@@ -33,10 +33,7 @@ pub type Cipher = Option<Arc<dyn SectorCipher>>;
 
 /// An attached volume, as its queues see it.
 pub struct Disk {
-    /// Its shape; the capacity is the one at the beginning.
     geometry: Geometry,
-    /// The capacity in sectors.
-    sectors: AtomicU64,
     serial: [u8; ID_BYTES],
     store: Arc<dyn Store>,
     /// The top layer's.
@@ -83,7 +80,6 @@ impl Disk {
         image_lock: ImageLock,
     ) -> Self {
         Disk {
-            sectors: geometry.sectors.into(),
             geometry,
             serial: padded(serial),
             store: store.into(),
@@ -160,7 +156,6 @@ impl Disk {
         };
         let cipher = ciphers.remove(0);
         Ok(Disk {
-            sectors: geometry.sectors.into(),
             geometry,
             serial,
             store,
@@ -211,23 +206,9 @@ impl Disk {
         }
     }
 
-    /// Its shape at this moment. A request is judged by one look at it.
+    /// Its shape.
     pub fn geometry(&self) -> Geometry {
-        Geometry { sectors: self.sectors.load(Ordering::Acquire), ..self.geometry }
-    }
-
-    /// Makes the capacity that many sectors, which must be whole blocks and be there to be written; a smaller number
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// `Unsupported` for a disk of several layers, whose map is as long as the disk: it is replaced by a longer one
-    /// ([`Disk::with_layers`]).
-    pub fn grow(&self, sectors: u64) -> io::Result<()> {
-        if sectors > self.geometry().sectors && self.map.is_some() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "several layers grow with their map"));
-        }
-        self.sectors.fetch_max(sectors, Ordering::AcqRel);
-        Ok(())
+        self.geometry
     }
 
     /// The serial, padded with zero bytes.

@@ -15,6 +15,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::{File, FileTimes, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,14 +75,19 @@ impl Holder {
     /// This process, from now on.
     pub fn this_process(purpose: Purpose, socket: Option<&Path>) -> Result<Self> {
         let pid = std::process::id();
-        let start_time = start_time(pid)?;
+        let stat = read_stat(pid).context(|| "look at this process")?;
+        let start_time = start_time(&stat)
+            .ok_or_else(|| Error::new(Kind::Other, format!("/proc/{pid}/stat does not read as expected")))?;
         let socket = socket.map(|path| path.display().to_string());
         Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
     }
 
-    /// Whether that very process still runs.
+    /// Whether that very process still runs. A confined process may not look: to it, whoever the file names does.
     pub fn is_alive(&self) -> bool {
-        start_time(self.pid).is_ok_and(|t| t == self.start_time)
+        match read_stat(self.pid) {
+            Ok(stat) => start_time(&stat) == Some(self.start_time),
+            Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
+        }
     }
 }
 
@@ -378,15 +384,15 @@ fn same_file(file: &File, path: &Path) -> std::io::Result<bool> {
     }
 }
 
-/// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)).
-fn start_time(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).context(|| format!("read {path}"))?;
+/// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)): when the process began.
+fn start_time(stat: &str) -> Option<u64> {
     // The name, field 2, is in parentheses and may hold anything, parentheses too.
-    stat.rsplit_once(')')
-        .and_then(|(_, after)| after.split_whitespace().nth(19))
-        .and_then(|ticks| ticks.parse().ok())
-        .ok_or_else(|| Error::new(Kind::Other, format!("{path} does not read as expected")))
+    let (_, after) = stat.rsplit_once(')')?;
+    after.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn read_stat(pid: u32) -> io::Result<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
 }
 
 #[cfg(test)]

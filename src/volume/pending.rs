@@ -123,6 +123,27 @@ impl Catalog {
         Ok(())
     }
 
+    /// The same for a process that is confined, and reaches no layers but those that it knew before, and those in its
+    /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
+    /// file is left to "sealblk gc".
+    ///
+    /// # Errors
+    /// As for [`Catalog::recover`].
+    pub fn recover_confined(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+        let has = |id: LayerId| metadata.layers().iter().any(|l| l.id == id);
+        for path in self.own_layers(lock.volume())? {
+            let id = path.file_stem().and_then(|stem| stem.to_str()?.parse::<LayerId>().ok());
+            if id.is_some_and(|id| !has(id)) {
+                std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+            }
+        }
+        match Pending::load(self, metadata.id())? {
+            None => Ok(()),
+            Some(Pending::NewTop(id)) if !has(id) => Ok(()),
+            Some(pending) => pending.undo(self, metadata).and_then(|()| self.forget_pending(lock)),
+        }
+    }
+
     /// As [`Catalog::recover`], but for layers that have left the chain.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Making a volume larger, while nobody has it attached.
+//! Making a volume larger, attached or not.
 //!
 //! The top layer's file is made longer; lower layers stay as they are. `pending.json` says so first, so that a file that is
 //! longer than `volume.json` says is given its length back by whoever takes the volume next.
@@ -7,24 +7,25 @@ use super::catalog::Catalog;
 use super::freeze::{OpenDetached, Unwrap};
 use super::id::VolumeId;
 use super::lifecycle::Failure;
-use super::lock::Purpose;
+use super::lock::{Purpose, VolumeLock};
 use super::metadata::{Geometry, Metadata};
 use super::pending::Pending;
+use crate::crypt::SealKey;
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::events::{Event, EventLog};
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 
-/// Makes a volume `size` bytes large, and reports `modifyVolume` events. Answers what is known of it then.
+/// Makes a volume `size` bytes large by `change`, and reports `modifyVolume` events. Answers what is known of it then.
+/// `change` is [`detached`], or what has the process do it that has the volume attached ([`Growth`]).
 ///
 /// # Errors
-/// `Usage` for a size that is smaller, or not whole sectors; `Busy`, naming the process that has it; `Corrupt` for a
-/// volume that an attach would refuse; the KMS's; those of the file system.
+/// `Usage` for a size that is smaller, or not whole sectors; what `change` says.
 pub fn grow(
     catalog: &Catalog,
     events: &EventLog,
     id: VolumeId,
     size: u64,
-    unwrap: Unwrap<'_>,
+    change: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<Metadata> {
     let attempt = || format!("resize {id}");
     let before = catalog.load(id).context(attempt)?;
@@ -32,7 +33,7 @@ pub fn grow(
     if before.size() == size {
         return Ok(before);
     }
-    let grown = grow_detached(catalog, id, size, unwrap);
+    let grown = change();
     let result = grown.as_ref().map(drop).map_err(|failure| failure.cause.clone());
     if result.is_ok() {
         events.record(&Event::modify_volume(id, "modifying"));
@@ -42,7 +43,8 @@ pub fn grow(
         Ok(()) => events.record(&Event::modify_volume(id, "completed")),
         Err(cause) => events.record(&Event::modify_failed(id, cause.as_str())),
     }
-    grown.map_err(|failure| failure.error.context(attempt()))
+    grown.map_err(|failure| failure.error.context(attempt()))?;
+    catalog.load(id)
 }
 
 /// # Errors
@@ -58,37 +60,92 @@ fn check(volume: &Metadata, size: u64) -> Result<Geometry> {
     Geometry::new(size, volume.sector_size())
 }
 
-fn grow_detached(
-    catalog: &Catalog,
-    id: VolumeId,
-    size: u64,
-    unwrap: Unwrap<'_>,
-) -> Result<Metadata, Failure> {
+/// Makes a volume larger that nobody has attached.
+///
+/// # Errors
+/// `Busy`, naming the process that has it; `Corrupt` for a volume that an attach would refuse; the KMS's; those of the
+/// file system.
+pub fn detached(catalog: &Catalog, id: VolumeId, size: u64, unwrap: Unwrap<'_>) -> Result<(), Failure> {
     let OpenDetached { lock, metadata, seal_key, .. } =
         &mut OpenDetached::open(catalog, id, Purpose::Resize, unwrap)?;
-    // As it is now that nobody else can change it.
-    let geometry = check(metadata, size)?;
-    let mut next = metadata.clone();
-    next.layout.geometry = geometry;
-    next.layout.layers[0].size = size;
-    next.reseal(seal_key.as_ref());
-    let path = catalog.layer_path(next.top().id);
-    Pending::Resize(size).store(catalog, lock)?;
-    let lengthen = || -> std::io::Result<()> {
-        let file = OpenOptions::new().write(true).open(&path)?;
-        file.set_len(size)?;
-        file.sync_all()
-    };
-    let done = lengthen().context(|| format!("make {} {size} bytes long", path.display()));
-    if let Err(e) = done.and_then(|()| catalog.store(lock, &mut next)) {
-        // By what volume.json says now.
-        if let Err(left) = catalog.load(id).and_then(|now| catalog.recover(lock, &now)) {
-            log::warn!("{left}; the next command that has {id} tries again");
+    let path = catalog.layer_path(metadata.top().id);
+    let top = OpenOptions::new().write(true).open(&path).context(|| format!("open {}", path.display()))?;
+    let growth = Growth::begin(catalog, lock, metadata, size, &top)?;
+    Ok(growth.commit(catalog, lock, metadata, seal_key.as_ref())?)
+}
+
+/// A resize that has begun: the top layer's file, `top`, is as long as it is going to be, and nothing uses that yet.
+#[must_use = "the volume has its new size once this is committed"]
+pub struct Growth<'a> {
+    geometry: Geometry,
+    top: &'a File,
+}
+
+impl<'a> Growth<'a> {
+    /// Makes the file of the top layer longer, durably. The volume may be written to meanwhile.
+    ///
+    /// # Errors
+    /// `Usage`, as for [`grow`]; those of the file system. The volume is as it was.
+    pub fn begin(
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &Metadata,
+        size: u64,
+        top: &'a File,
+    ) -> Result<Self> {
+        // As it is now that nobody else can change it.
+        let geometry = check(metadata, size)?;
+        Pending::Resize(size).store(catalog, lock)?;
+        let growth = Growth { geometry, top };
+        match top.set_len(size).and_then(|()| top.sync_all()) {
+            Ok(()) => Ok(growth),
+            Err(e) => {
+                growth.cancel(catalog, lock);
+                Err(Error::from(e).context(format!("make the top layer {size} bytes long")))
+            }
         }
-        return Err(e.into());
     }
-    if let Err(e) = catalog.forget_pending(lock) {
-        log::warn!("{e}; the next command that has {id} tries again");
+
+    /// Gives the volume its new size, durably. `key` seals it; none for an unencrypted one.
+    ///
+    /// # Errors
+    /// Those of the file system: then it has the size that it had.
+    pub fn commit(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        key: Option<&SealKey>,
+    ) -> Result<()> {
+        let mut next = metadata.clone();
+        next.layout.geometry = self.geometry;
+        next.layout.layers[0].size = self.geometry.size();
+        next.reseal(key);
+        if let Err(e) = catalog.store(lock, &mut next) {
+            self.cancel(catalog, lock);
+            return Err(e);
+        }
+        *metadata = next;
+        if let Err(e) = catalog.forget_pending(lock) {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+        Ok(())
     }
-    Ok(next)
+
+    /// Gives the file its length back, by what `volume.json` says now: a replacement that failed may have come far
+    /// enough to be seen.
+    pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
+        let undo = || {
+            let size = catalog.load(lock.volume())?.size();
+            if size < self.geometry.size() {
+                self.top.set_len(size)?;
+                self.top.sync_all()?;
+                catalog.forget_pending(lock)?;
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(e) = undo() {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+    }
 }

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -23,18 +24,22 @@ pub fn tool(program: &str) -> Command {
 }
 
 /// Makes the child die with the thread that spawns it, so that a killed test leaves nothing running, and
-/// lets it inherit `keep`.
+/// lets it inherit `keep`. Signals mean to it what they mean to a program that a terminal starts, also where the tests
+/// run in the background of a script.
 ///
 /// The thread is the test's own: a child must not be spawned from a helper thread that ends earlier.
 pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
     let parent = nix::unistd::getpid();
-    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, fcntl) on values
-    // that it owns; it does not allocate.
+    // SAFETY: between fork and exec the closure only makes system calls (prctl, getppid, sigaction, fcntl) on
+    // values that it owns; it does not allocate.
     unsafe {
         command.pre_exec(move || {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
             if nix::unistd::getppid() != parent {
                 return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            for of_terminals in [Signal::SIGINT, Signal::SIGQUIT] {
+                signal(of_terminals, SigHandler::SigDfl)?;
             }
             for fd in &keep {
                 nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;

@@ -2,7 +2,7 @@
 //! they come from once everything was copied.
 
 use crate::attach::flush;
-use crate::watch::{Guest, SLOW, attach, full, sees, wait_for, wait_for_a_part};
+use crate::watch::{Guest, SLOW, attach, full, sees, wait_for_a_part, wait_until_done};
 
 #[test]
 fn a_clone_under_another_key_is_attached_at_once_and_ends_on_its_own() {
@@ -25,7 +25,7 @@ fn a_clone_under_another_key_is_attached_at_once_and_ends_on_its_own() {
         let (host, socket) = attach(&rig, "c", &[]);
         let mut guest = Guest::on(&socket, 32);
         guest.work(&mut data, 20);
-        wait_for(&rig, "c", "it is done", |shown| shown["hydration"].is_null());
+        wait_until_done(&rig, "c");
         guest.work(&mut data, 20);
         flush(&mut guest.session.rings[0]);
         drop(guest);

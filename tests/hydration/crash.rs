@@ -5,7 +5,7 @@ use crate::attach::{flush, open, write};
 use crate::common::disk::pattern;
 use crate::killed::{End, Killed, Stepper, killed_before};
 use crate::rig::Rig;
-use crate::watch::{deks, wait_for};
+use crate::watch::{deks, wait_until_done};
 use nix::unistd::Pid;
 use std::fs;
 use std::process::Stdio;
@@ -131,7 +131,7 @@ fn a_host_process_that_is_killed_while_layers_leave_loses_nothing() {
         }
         // The next one goes on.
         let (host, _) = rig.attach("t");
-        wait_for(&rig, "t", "it is done", |shown| shown["hydration"].is_null());
+        wait_until_done(&rig, "t");
         rig.place.store.ok(&["detach", "t"]);
         host.ends_well();
         assert!(rig.reader().volume_content(&rig.reader().volume("t")) == rig.data, "step {step}");

@@ -2,7 +2,7 @@
 
 use crate::attach::{flush, open};
 use crate::rig::{Rig, files};
-use crate::watch::{Guest, SLOW, attach, deks, full, sees, wait_for, wait_for_a_part};
+use crate::watch::{Guest, SLOW, attach, deks, full, sees, wait_for_a_part, wait_until_done};
 
 /// A volume with so many snapshots, and what each of them holds.
 fn chain(arguments: &[&str], snapshots: usize) -> (Rig, Vec<(String, Vec<u8>)>) {
@@ -86,7 +86,7 @@ fn layers_that_have_left_are_removed_by_who_comes_next() {
         let rig = full(&[]);
         rig.place.store.ok(&["volume", "rekey", "t"]);
         let (host, _) = rig.attach("t");
-        wait_for(&rig, "t", "it is done", |shown| shown["hydration"].is_null());
+        wait_until_done(&rig, "t");
         assert_eq!(rig.files("layers").len(), 2, "{what}");
         next(&rig);
         rig.assert_layers_are_named();

@@ -2,7 +2,7 @@
 
 use crate::attach::{flush, open};
 use crate::rig::Rig;
-use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part};
+use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part, wait_until_done};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use serde_json::{Value, json};
@@ -85,7 +85,7 @@ fn a_volume_that_nobody_has_attached_is_rekeyed_by_the_command_or_at_the_next_at
     assert!(shown["hydration"]["allocated"].as_u64().unwrap() >= 6 << 20, "{shown}");
     assert!(rig.reader().volume_content(&rig.reader().volume("t")) == rig.data);
     let (host, _) = rig.attach("t");
-    wait_for(&rig, "t", "it is done", |shown| shown["hydration"].is_null());
+    wait_until_done(&rig, "t");
     rig.place.store.ok(&["detach", "t"]);
     host.ends_well();
     assert_free_of(&rig, &second, &rig.data);
@@ -133,7 +133,7 @@ fn the_layer_of_a_snapshot_in_the_middle_is_not_copied_again() {
     guest.work(&mut rig.data, 30);
     rig.id(&["snapshot", "create", "t"]);
     rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "0"]);
-    wait_for(&rig, "t", "it is done", |shown| shown["hydration"].is_null());
+    wait_until_done(&rig, "t");
     guest.work(&mut rig.data, 30);
     flush(&mut guest.session.rings[0]);
     drop(guest);
@@ -215,7 +215,7 @@ fn what_stands_in_the_way_is_told_and_the_copy_goes_on_when_it_is_gone() {
     // The guest goes on with what is there.
     assert!(crate::attach::read(&mut open(&socket).rings[0], 0, 1 << 20) == rig.data[..1 << 20]);
     std::os::unix::fs::FileExt::write_all_at(&file, &rest, 2 << 20).unwrap();
-    wait_for(&rig, "t", "it is done", |shown| shown["hydration"].is_null());
+    wait_until_done(&rig, "t");
     assert!(sees(&mut open(&socket), 8 << 20) == rig.data);
     host.end();
     assert_eq!(results(&rig), ["hydrating", "failed", "completed"]);
@@ -238,4 +238,27 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     assert_eq!(rig.files("layers").len(), 1);
     let after = fs::read(rig.place.volume_json()).unwrap();
     assert_eq!(after, before);
+}
+
+#[test]
+fn a_volume_is_made_larger_while_it_is_rekeyed() {
+    let mut rig = full(&[]);
+    let old = deks(&rig, "t").remove(0);
+    let (host, socket) = attach(&rig, "t", SLOW);
+    let mut guest = Guest::on(&socket, 17);
+    rig.place.store.ok(&["volume", "rekey", "t"]);
+    wait_for_a_part(&rig, "t");
+    guest.work(&mut rig.data, 20);
+    rig.place.store.ok(&["volume", "resize", "t", "12MiB"]);
+    rig.data.resize(12 << 20, 0);
+    guest.work(&mut rig.data, 40);
+    rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "0"]);
+    wait_until_done(&rig, "t");
+    guest.work(&mut rig.data, 20);
+    flush(&mut guest.session.rings[0]);
+    drop(guest);
+    rig.place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    assert_free_of(&rig, &old, &rig.data);
+    rig.assert_layers_are_named();
 }

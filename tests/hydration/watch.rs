@@ -112,3 +112,10 @@ pub fn deks(rig: &Rig, volume: &str) -> Vec<Vec<u8>> {
     let (reader, volume) = (rig.reader(), rig.reader().volume(volume));
     reader.deks(volume.layout(), &volume.encryption_context())
 }
+
+/// Waits until nothing is to be copied up, and the host process has closed what has left.
+#[track_caller]
+pub fn wait_until_done(rig: &Rig, volume: &str) {
+    let is_done = |shown: &Value| shown["hydration"].is_null() && shown["attachment"]["hydration"].is_null();
+    wait_for(rig, volume, "it is done", is_done);
+}

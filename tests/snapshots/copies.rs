@@ -83,7 +83,6 @@ fn a_volume_is_made_larger_and_never_smaller() {
         let end = crate::common::disk::pattern(5, 4096);
         crate::attach::write(&mut session.rings[0], (12 << 20) / 512 - 8, &end);
         drop(session);
-        assert!(rig.refuse(4, &["volume", "resize", "t", "16MiB"]).contains("is attached"));
         host.end();
         for (size, words) in [("4MiB", "cannot be made smaller"), ("12582913", "not whole sectors")] {
             assert!(rig.refuse(2, &["volume", "resize", "t", size]).contains(words));

@@ -48,12 +48,13 @@ enum Event {
     Snapshot,
     Show,
     Verify,
+    Grow,
     Kill,
     Detach,
 }
 
 /// How often each comes, in a thousand.
-const OFTEN: [(Event, u64); 10] = [
+const OFTEN: [(Event, u64); 11] = [
     (Event::Pause, 250),
     (Event::Reset, 200),
     (Event::Vanish, 320),
@@ -61,7 +62,8 @@ const OFTEN: [(Event, u64); 10] = [
     (Event::Rewrap, 30),
     (Event::Snapshot, 10),
     (Event::Show, 30),
-    (Event::Verify, 60),
+    (Event::Verify, 50),
+    (Event::Grow, 10),
     (Event::Kill, 30),
     (Event::Detach, 10),
 ];
@@ -116,6 +118,13 @@ fn until() -> Instant {
     Instant::now() + Duration::from_secs(seconds)
 }
 
+/// Makes the volume a little larger than `size` bytes, and answers how large.
+fn grow(store: &Store, size: u64) -> u64 {
+    let size = size + (1 << 20);
+    store.ok(&["volume", "resize", "t", &size.to_string()]);
+    size
+}
+
 #[test]
 fn soak() {
     let (begun, end, seed) = (Instant::now(), until(), rig::seed());
@@ -130,7 +139,7 @@ fn soak() {
     let (mut life, mut lives) = (Life::begin(rig.host()), Vec::new());
     rig = rig.reconnect();
     let mut counts: BTreeMap<Event, u64> = BTreeMap::new();
-    let mut told = Instant::now();
+    let (mut told, mut size) = (Instant::now(), 64 << 20);
     while Instant::now() < end {
         let target = rig.loads.iter().map(|l| l.submitted).max().expect("a ring") + REQUESTS;
         rig.pump(rig.completed() + REQUESTS, target);
@@ -149,6 +158,7 @@ fn soak() {
             Event::Snapshot => {}
             Event::Show => drop(store.ok(&["volume", "show", "t", "--check-key"])),
             Event::Verify => verify(&mut rig),
+            Event::Grow => size = grow(&store, size),
             Event::Kill => {
                 rig.submit(target + REQUESTS);
                 rig.kill(target + REQUESTS);
@@ -158,8 +168,7 @@ fn soak() {
             }
             Event::Detach => {
                 rig.detach();
-                let size = (64 << 20) + (counts[&event] << 20);
-                store.ok(&["volume", "resize", "t", &size.to_string()]);
+                size = grow(&store, size);
                 rig.attach_again();
                 lives.push(std::mem::replace(&mut life, Life::begin(rig.host())));
                 rig = rig.vanish(|_| ());

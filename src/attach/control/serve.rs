@@ -7,6 +7,7 @@ use super::passing;
 use super::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, say};
 use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
+use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
 use crate::volume::rekey::WrittenNewKey;
 use crate::volume::rewrap::Rewrapped;
@@ -36,6 +37,9 @@ pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Froz
 /// stood still.
 pub type RekeyOrder = Box<dyn Fn(WrittenNewKey, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
+/// Makes the volume so many bytes large, and tells the VMM.
+pub type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
+
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {
     /// End the attachment. Does not wait for that.
@@ -48,6 +52,8 @@ pub struct Orders {
     pub hydrate_rate: Box<dyn Fn(u64) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
+    /// Make the volume larger.
+    pub resize: ResizeOrder,
     /// Make a snapshot.
     pub snapshot: SnapshotOrder,
     /// Give the volume another data key.
@@ -278,6 +284,10 @@ impl Server {
             Ok(Request::Rewrap(new)) => {
                 let done = (self.orders.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
+            }
+            Ok(Request::Resize { size }) => {
+                log::info!("a client makes the volume {size} bytes large");
+                (self.orders.resize)(size).map(Answer::Resized)
             }
             Ok(Request::Snapshot { description, tags }) => {
                 log::info!("a client makes a snapshot");

@@ -46,7 +46,8 @@ pub fn complete(
         let dek = |key| Ok(Arc::new(unwrap::unwrap(catalog.root(), volume, key).map_err(|r| r.error())?));
         metadata.keys().iter().map(dek).collect::<Result<Deks>>()
     };
-    let (Opened { mut metadata, seal_key, layers }, deks) = open(catalog, &lock, false, Engine::Auto, keys)?;
+    let (Opened { mut metadata, seal_key, layers }, deks) =
+        open(catalog, &lock, false, Engine::Auto, false, keys)?;
     drop(deks);
     let leaving = metadata.layout().leaving();
     if leaving == 0 {

@@ -3,10 +3,15 @@
 
 use super::output;
 use super::show::description;
+use crate::attach::control;
 use crate::attach::sandbox;
 use crate::cli::{Env, provider, size};
 use crate::error::Result;
-use crate::volume::resize;
+use crate::vhost::gate::Told;
+use crate::volume::lifecycle::Failure;
+use crate::volume::lock::{Held, Holder, Purpose};
+use crate::volume::{Metadata, VolumeId, resize};
+use serde_json::json;
 
 /// What `volume resize` takes.
 #[derive(clap::Args)]
@@ -14,7 +19,9 @@ use crate::volume::resize;
 Example:
   sealblk volume resize db 40GiB
 
-A volume can be made larger, not smaller. Detach it first. The guest's file system is made larger in the guest.")]
+A volume can be made larger, not smaller, while it is attached, too: the guest then sees a larger disk at once if its VMM takes
+the message (QEMU does), and otherwise when the VMM connects the next time. The file system on it is made larger in the
+guest, by resize2fs or xfs_growfs.")]
 pub struct ResizeArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
@@ -25,14 +32,41 @@ pub struct ResizeArgs {
 
 /// Makes a volume larger.
 pub fn run(env: &Env, args: &ResizeArgs) -> Result<()> {
-    let (catalog, settings) = (env.catalog(), env.settings()?);
+    let catalog = env.catalog();
     let id = catalog.resolve(&args.volume)?;
-    // This process sees the data keys, to seal the new size.
+    let (resized, told) = resize(env, id, args.size)?;
+    if env.json {
+        let mut value = description(&catalog, &resized)?;
+        value["vmm"] = json!(told);
+        return output::print_json(&value);
+    }
+    output::print(&format!("{id} has {}\n", size::human(resized.size())))?;
+    if let Some(told) = told {
+        output::tell(match told {
+            Told::Confirmed => "the VMM was told, and has taken note",
+            Told::Sent => "the VMM was told; it does not say what it made of it",
+            Told::Refused => {
+                "the VMM says that it cannot act on it: the guest sees it when the disk is plugged anew"
+            }
+            Told::Nobody => "no VMM could be told: the next to connect sees it",
+        });
+    }
+    Ok(())
+}
+
+/// Makes a volume larger. Answers what is known of it then and, of an attached one that was smaller, who was told.
+pub fn resize(env: &Env, id: VolumeId, size: u64) -> Result<(Metadata, Option<Told>)> {
+    let (catalog, settings) = (env.catalog(), env.settings()?);
+    // This process sees the data keys of a volume that nobody has attached, to seal the new size.
     sandbox::harden()?;
     let unwrap = provider::unwrap(env);
-    let resized = resize::grow(&catalog, &env.events(&settings), id, args.size, &unwrap)?;
-    match env.json {
-        true => output::print_json(&description(&catalog, &resized)?),
-        false => output::print(&format!("{id} has {}\n", size::human(resized.size()))).map(drop),
-    }
+    let mut told = None;
+    let resized = resize::grow(&catalog, &env.events(&settings), id, size, || match catalog.held(id)? {
+        Held::By(Holder { purpose: Purpose::Attach, .. }) => {
+            told = Some(control::resize(&catalog, id, size)?);
+            Ok::<_, Failure>(())
+        }
+        _ => resize::detached(&catalog, id, size, &unwrap),
+    })?;
+    Ok((resized, told))
 }

@@ -53,6 +53,13 @@ impl Access {
             Access::Inline => "memory file system",
         }
     }
+
+    fn memory_of(self, file: &File, size: u64) -> Option<Arc<FileMemory>> {
+        match self {
+            Access::Inline => FileMemory::map(file, size).map(Arc::new),
+            Access::Direct | Access::Buffered => None,
+        }
+    }
 }
 
 /// A file or block device that holds one layer.
@@ -95,10 +102,7 @@ impl FileStore {
         }
         let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
         let caps = Caps { access: access.words().into(), size };
-        let memory = match access {
-            Access::Inline => FileMemory::map(&file, size).map(Arc::new),
-            Access::Direct | Access::Buffered => None,
-        };
+        let memory = access.memory_of(&file, size);
         let write_cache = match access {
             Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
             _ => None,
@@ -130,6 +134,19 @@ impl FileStore {
             caps: self.caps.clone(),
             memory: self.memory.clone(),
             write_cache: None,
+        })
+    }
+
+    /// The same file, which was made longer.
+    pub fn lengthened(&self) -> io::Result<Self> {
+        let size = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
+        Ok(FileStore {
+            file: self.file.clone(),
+            access: self.access,
+            read_only: self.read_only,
+            caps: Caps { size, ..self.caps.clone() },
+            memory: self.access.memory_of(&self.file, size),
+            write_cache: self.write_cache.clone(),
         })
     }
 
