@@ -41,8 +41,9 @@ use crate::vhost::session::Inlet;
 use crate::vhost::worker::Tuning;
 use crate::virtio::{Geometry, SECTOR_SIZE, SharedGeometry};
 use crate::volume::image_lock;
-use crate::volume::io::Layers;
+use crate::volume::io::{Cipher, Layers};
 use crate::volume::layers::{self, Layer};
+use crate::volume::layout::Layout;
 use crate::volume::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
 use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
@@ -341,7 +342,7 @@ impl Opener {
         let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.
         let _ = metadata.verify(&deks)?;
-        let engine = match ciphers(&deks, &metadata, options.engine)?.first() {
+        let engine = match ciphers(&deks, metadata.layout(), options.engine)?.first() {
             Some(cipher) => format!("XTS engine {}", cipher.engine()),
             None => "not encrypted".into(),
         };
@@ -406,29 +407,35 @@ fn open(
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = keys(&metadata)?;
     seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
-    let ciphers = ciphers(&deks, &metadata, engine)?;
-    for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = match record.key {
-            Some(key) => Some(ciphers[key].clone()),
-            None if record.masked => {
-                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
-                Some(Arc::from(new_cipher(engine, &mask, data_unit(&metadata))?))
-            }
-            None => None,
-        };
+    for (layer, cipher) in layers.iter_mut().zip(layer_ciphers(&deks, metadata.layout(), engine)?) {
+        layer.cipher = cipher;
     }
     let seal_key = metadata.seal_key(&deks)?;
     Ok((Opened { metadata, seal_key, layers }, deks))
 }
 
+/// How each of the layers is encrypted; `deks` are in the order of the keys.
+fn layer_ciphers(deks: &[Arc<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
+    let ciphers = ciphers(deks, layout, engine)?;
+    let of = |layer: &LayerRecord| match layer.key {
+        Some(key) => Ok(Some(ciphers[key].clone())),
+        None if layer.masked => {
+            let mask = Dek::mask_of_layer(layer.id.as_bytes())?;
+            Ok(Some(Arc::from(new_cipher(engine, &mask, data_unit(layout))?)))
+        }
+        None => Ok(None),
+    };
+    layout.layers().iter().map(of).collect()
+}
+
 /// The ciphers, in the order of the data keys. Layers under the same key share its round keys.
-fn ciphers(deks: &[Arc<Dek>], metadata: &Metadata, engine: Engine) -> Result<Vec<Arc<dyn SectorCipher>>> {
-    let unit = data_unit(metadata);
+fn ciphers(deks: &[Arc<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Arc<dyn SectorCipher>>> {
+    let unit = data_unit(layout);
     deks.iter().map(|dek| Ok(Arc::from(new_cipher(engine, dek, unit)?))).collect()
 }
 
-fn data_unit(metadata: &Metadata) -> DataUnit {
-    let unit = DataUnit::from_bytes(metadata.sector_size().bytes() as usize);
+fn data_unit(layout: &Layout) -> DataUnit {
+    let unit = DataUnit::from_bytes(layout.geometry().sector_size().bytes() as usize);
     unit.unwrap_or_else(|| unreachable!("sector sizes are data units"))
 }
 

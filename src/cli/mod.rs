@@ -14,6 +14,7 @@ pub mod filter;
 pub mod gc;
 pub mod key;
 pub mod kms;
+mod meter;
 pub mod output;
 mod provider;
 mod receipt;

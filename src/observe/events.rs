@@ -105,14 +105,16 @@ impl Event {
         Event { cause: cause.into(), ..Self::hydrate_volume(volume, kms_key, "failed") }
     }
 
-    /// `copySnapshot` of `source`, which is of `volume`, to data that the two share: `succeeded`, or `failed` for a cause.
+    /// `copySnapshot` of `source`, which is of `volume`: `succeeded`, or `failed` for a cause. `incremental` if the two share
+    /// their data.
     pub fn copy_snapshot(
         source: SnapshotId,
         volume: VolumeId,
         result: Result<SnapshotId, String>,
         start: Timestamp,
+        incremental: bool,
     ) -> Self {
-        let incremental = result.is_ok().then_some(true);
+        let incremental = result.is_ok().then_some(incremental);
         let mut event = Self::create_snapshot(volume, result, start);
         event.name = "copySnapshot";
         if let Some(snapshot) = &mut event.snapshot {

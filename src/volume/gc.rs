@@ -25,7 +25,7 @@ pub enum What {
     Temporary,
     /// A volume whose making or deleting was interrupted, with whatever of it is left.
     Volume,
-    /// A snapshot whose deleting was interrupted.
+    /// A snapshot whose copying or deleting was interrupted.
     Snapshot,
     /// A change of a volume's layers that was interrupted.
     Change,
@@ -81,6 +81,7 @@ impl Catalog {
         let store = StoreLock::acquire(self)?;
         let mut found = self.find(&store)?;
         clear_remains(self, &store);
+        self.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
         for id in self.ids()? {
             self.tidy(id, &store)?;
         }
@@ -121,6 +122,8 @@ impl Catalog {
             let temporary = temporary_files(&snapshots)?.into_iter();
             found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
         }
+        let copies = self.interrupted_copies()?.into_iter();
+        found.extend(copies.filter_map(|path| LeftOver::at(What::Snapshot, path)));
         let deleted = self.deleted_snapshots()?.into_iter();
         found.extend(deleted.filter_map(|path| LeftOver::at(What::Snapshot, path)));
         Ok(found)

@@ -1,15 +1,19 @@
-//! Hydration of a volume that nobody has attached, by a command that has it meanwhile.
+//! Hydration by a command: of a volume that nobody has attached, and of a copy of a snapshot.
 
 use super::super::keyring::Deks;
-use super::super::{Opened, open, shape, unwrap};
+use super::super::{Opened, layer_ciphers, open, shape, unwrap};
 use super::Progress;
 use crate::crypt::xts::Engine;
 use crate::error::{Context, Error, Kind, Result};
+use crate::virtio::{Geometry, SECTOR_SIZE};
 use crate::volume::catalog::Catalog;
+use crate::volume::copy::full::Copying;
 use crate::volume::hydrate::{End, Hydration};
+use crate::volume::image_lock::Access;
 use crate::volume::io::Disk;
+use crate::volume::layers::Layer;
 use crate::volume::lock::{Holder, Purpose, VolumeLock};
-use crate::volume::{Metadata, VolumeId, hydrated, layers, rekey};
+use crate::volume::{Metadata, Snapshot, VolumeId, hydrated, layers, rekey};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
@@ -63,13 +67,42 @@ pub fn complete(
     Ok(metadata)
 }
 
+/// Brings everything that the layers of `source` have into the one layer of its copy, at most `rate` bytes a second (0: no
+/// limit), durably. `tell` is told now and then how far that has come.
+///
+/// # Errors
+/// `Busy` if somebody uses a layer in a way that does not go together with this; those of the file system.
+pub fn fill_copy(
+    catalog: &Catalog,
+    source: &Snapshot,
+    copying: &Copying,
+    rate: u64,
+    tell: &mut dyn FnMut(&Progress),
+) -> Result<()> {
+    let (dek, source_deks) = copying.deks();
+    let top = layer_ciphers(std::slice::from_ref(dek), copying.copy().layout(), Engine::Auto)?;
+    let below = layer_ciphers(source_deks, source.layout(), Engine::Auto)?;
+    let block_size = source.geometry().sector_size().bytes();
+    let records = copying.copy().layers().iter().chain(source.layers());
+    let mut opened = Vec::new();
+    for (record, cipher) in records.zip(top.into_iter().chain(below)) {
+        let access = if opened.is_empty() { Access::ReadWrite } else { Access::Read };
+        opened.push(Layer::open(&catalog.layer_path(record.id), access, block_size, cipher)?);
+    }
+    let sectors = source.geometry().size() / SECTOR_SIZE;
+    let disk = Disk::layered(Geometry { sectors, block_size, read_only: false }, "", layers::chain(&opened));
+    let disk = disk.context(|| "open the layers")?.hydrating();
+    drop(opened);
+    copy(&*Hydration::new(Arc::new(disk), rate)?, rate, tell)
+}
+
 fn take(catalog: &Catalog, volume: VolumeId) -> Result<VolumeLock> {
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
     VolumeLock::acquire(&catalog.folder(volume), volume, &holder)
 }
 
 /// Runs it to its end.
-pub fn copy(hydration: &Hydration, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<()> {
+fn copy(hydration: &Hydration, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<()> {
     let end = std::thread::scope(|threads| {
         let (over, wait) = sync_channel(1);
         threads.spawn(move || over.send(hydration.run()));
