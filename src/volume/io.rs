@@ -102,17 +102,15 @@ impl Disk {
         Self::over(geometry, padded(serial), layers, None, Arc::default())
     }
 
-    /// The same volume when its top is frozen and `layers` has a new, empty one above it. The volume's queues must be
-    /// held meanwhile, so that nothing is written through this disk any more.
+    /// The same volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
+    /// unless that [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        let next =
-            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
-        Ok(next?.with_leaving(self.leaving))
+        Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
     }
 
     /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](super::hydrate). The
@@ -128,8 +126,8 @@ impl Disk {
         Ok(next?.hydrating_lowest(leaving))
     }
 
-    /// The same volume with other layers, or another size; nothing of it is hydrated any more. The volume's queues must be
-    /// held meanwhile.
+    /// The same volume with other layers, or another size; nothing of it is hydrated any more unless that
+    /// [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
@@ -177,14 +175,10 @@ impl Disk {
     }
 
     /// The same from the lowest so many layers, which are below the top.
-    pub fn hydrating_lowest(self, layers: usize) -> Self {
+    pub fn hydrating_lowest(mut self, layers: usize) -> Self {
         assert!(layers <= self.below.len(), "the top stays");
-        self.with_leaving(layers as u8)
-    }
-
-    fn with_leaving(mut self, leaving: u8) -> Self {
-        self.leaving = leaving;
-        self.fence = (leaving > 0).then(Arc::default);
+        self.leaving = layers as u8;
+        self.fence = (layers > 0).then(Arc::default);
         self
     }
 

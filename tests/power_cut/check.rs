@@ -261,7 +261,7 @@ fn nothing_is_left(root: &Path) -> Result {
     }
     let left = |path: &std::path::PathBuf| {
         ["pending.json", "leaving.json"].iter().any(|name| path.ends_with(name))
-            || path.extension().is_some_and(|e| e == "tmp")
+            || path.extension().is_some_and(|e| e == "tmp" || e == "copying")
     };
     let folders = files(&root.join("volumes"))?;
     for folder in folders.iter().chain([&root.join("snapshots")]) {

@@ -82,6 +82,21 @@ pub fn encrypted(script: &mut Script) {
     guest.detach(script);
 }
 
+/// A snapshot is copied under another data key, and the original deleted.
+pub fn copied(script: &mut Script) {
+    let id = with_data(script, &["--unencrypted"]);
+    let snapshot = script.snapshot(&id);
+    script.mark("the default key may be made", |expect| expect.default_key = true);
+    script.start();
+    script.copy_of(&snapshot, &["--key", "alias/aws/ebs"]);
+    script.delete_snapshot(&snapshot);
+}
+
+#[test]
+fn a_snapshot_is_copied_under_another_data_key() {
+    survives(&traced(copied));
+}
+
 #[test]
 fn a_detached_volume_gets_another_data_key() {
     survives(&traced(rekeyed_detached));

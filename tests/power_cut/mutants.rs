@@ -204,3 +204,13 @@ fn a_rekeying_that_does_not_sync_the_old_top_is_found_out() {
     let trace = places.into_iter().fold(trace, Trace::without);
     is_found_out(&trace, flushed - count, "instead of one of the patterns");
 }
+
+#[test]
+fn a_copy_of_a_snapshot_that_is_not_synced_before_it_is_there_is_found_out() {
+    let trace = traced(hydration::copied);
+    let renamed = trace.find(trace.start, |line| line.starts_with("rename") && line.contains(".copying to "));
+    let synced = |line: &String| line.starts_with("datasync root/layers/");
+    let place = trace.lines()[..renamed].iter().rposition(synced).expect("the copy is synced");
+    assert!(place > trace.start);
+    is_found_out(&trace.without(place), place, "instead of one of the patterns");
+}
