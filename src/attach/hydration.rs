@@ -10,6 +10,7 @@
 
 pub mod offline;
 
+use super::control::UsedKey;
 use super::grants::Keeper;
 use super::keyring::Keyring;
 use super::record::{Record, State};
@@ -64,6 +65,8 @@ pub struct Hydrator {
     events: EventLog,
     rate: AtomicU64,
     current: Mutex<Option<Current>>,
+    /// By which KMS keys the data keys were unwrapped, in the order of the volume's keys.
+    unwrapped_by: Mutex<Vec<UsedKey>>,
 }
 
 struct Current {
@@ -74,7 +77,8 @@ struct Current {
 impl Hydrator {
     /// One that reports to `events`, at `rate` bytes a second (0: no limit).
     pub(super) fn new(keys: Keys, events: EventLog, rate: u64) -> Self {
-        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), current: Mutex::default() }
+        let (current, unwrapped_by) = Default::default();
+        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), current, unwrapped_by }
     }
 
     /// The same, of this volume.
@@ -163,6 +167,11 @@ impl Hydrator {
         }
     }
 
+    /// By which KMS keys the volume's data keys were unwrapped, in its order.
+    pub(super) fn unwrapped_by(&self) -> MutexGuard<'_, Vec<UsedKey>> {
+        self.unwrapped_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reports how far it has come.
     pub(super) fn report(&self, volume: &Metadata, result: &'static str) {
         self.events.record(&Event::hydrate_volume(volume.id(), kms_key(volume), result));
@@ -230,6 +239,8 @@ impl Record {
         let disk = paused.disk().with_layers(geometry, layers::chain(&state.layers[..stay]));
         let disk = disk.context(|| "open its layers")?;
         paused.prepare(Arc::new(disk)).context(|| "let the queues open its layers")?;
+        let stays = |n| state.metadata.layers()[..stay].iter().any(|l| l.key == Some(n));
+        let keys: Vec<bool> = (0..state.metadata.keys().len()).map(stays).collect();
         let left: Vec<_> = state.metadata.layers()[stay..].iter().map(|l| l.id).collect();
         hydrated::commit(&self.catalog, &state.lock, &mut state.metadata, state.seal_key.as_ref())?;
         let pause = paused.resume();
@@ -240,6 +251,8 @@ impl Record {
             // Those that this process has made have a second name, in its own folder.
             let _ = std::fs::remove_file(self.catalog.own_layer_path(id, layer));
         }
+        let mut keys = keys.into_iter();
+        self.hydrator.unwrapped_by().retain(|_| keys.next().unwrap_or(true));
         self.hydrator.forget_old_keys(&state.metadata);
         Ok(())
     }

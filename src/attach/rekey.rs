@@ -4,6 +4,7 @@
 //! The process that asks has had the KMS make the new data key and a helper unwrap it; here it arrives in secret memory, by a
 //! descriptor, and is copied into memory that is this process's alone.
 
+use super::control::UsedKey;
 use super::control::conversation::Conversation;
 use super::record::{Record, State, gone};
 use super::snapshot::{PATIENCE, get_ready, open_top};
@@ -54,7 +55,7 @@ impl Record {
     ) -> Result<Duration> {
         self.hydrator.note_new_key(&key.also_of(&state.metadata))?;
         self.hydrator.keyring().add(dek.clone());
-        let seal_key = dek.seal_key(&state.metadata.id().to_string())?;
+        let (seal_key, used) = (dek.seal_key(&state.metadata.id().to_string())?, UsedKey::of(key.record()));
         let cipher = cipher(engine, &dek, &state.metadata)?;
         let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host)?;
         let new_top = *freeze.new_top();
@@ -76,6 +77,7 @@ impl Record {
         next[1].image_lock.stop_writing();
         state.layers = next;
         state.seal_key = Some(seal_key);
+        self.hydrator.unwrapped_by().push(used);
         let id = state.metadata.id();
         log::info!("{id} has another data key; the queues stood still for {pause:?}");
         self.hydrator.report(&state.metadata, "hydrating");

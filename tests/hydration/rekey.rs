@@ -57,6 +57,8 @@ fn a_volume_in_use_is_rekeyed_and_needs_the_old_key_no_more() {
         flush(&mut guest.session.rings[0]);
         assert!(sees(&mut guest.session, 8 << 20) == rig.data);
         assert!(!old_layer.exists());
+        let used = json!([{"provider": "embedded", "key_id": rig.place.key()}]);
+        assert_eq!(show(&rig, "t")["attachment"]["unwrapped_by"], used);
         drop(guest);
         host.end();
         assert_free_of(&rig, &old_dek, &rig.data);

@@ -190,22 +190,6 @@ fn a_program_that_makes_holes_before_the_old_layers_have_left_durably_is_found_o
 }
 
 #[test]
-fn a_rekeying_that_does_not_sync_the_old_top_is_found_out() {
-    let trace = traced(|script| hydration::rekeyed_attached(script, &[]));
-    let begun =
-        trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to pending.json"));
-    let commit = trace.find(begun, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
-    let flushed = trace.find(commit, |line| line.contains("flush is done"));
-    // Until the guest flushes, it need not be there; its flush is the new top's.
-    let syncs = |line: &String| line.starts_with("datasync root/layers/");
-    let places: Vec<usize> = (begun..commit).rev().filter(|&n| syncs(&trace.lines()[n])).collect();
-    assert!(!places.is_empty());
-    let count = places.len();
-    let trace = places.into_iter().fold(trace, Trace::without);
-    is_found_out(&trace, flushed - count, "instead of one of the patterns");
-}
-
-#[test]
 fn a_copy_of_a_snapshot_that_is_not_synced_before_it_is_there_is_found_out() {
     let trace = traced(hydration::copied);
     let renamed = trace.find(trace.start, |line| line.starts_with("rename") && line.contains(".copying to "));

@@ -1,7 +1,8 @@
 //! Hydration by a command: of a volume that nobody has attached, and of a copy of a snapshot.
 
 use super::super::keyring::Deks;
-use super::super::{Opened, layer_ciphers, open, shape, unwrap};
+use super::super::opener::{Opened, layer_ciphers, open, shape};
+use super::super::unwrap;
 use super::Progress;
 use crate::crypt::xts::Engine;
 use crate::error::{Context, Error, Kind, Result};

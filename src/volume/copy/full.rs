@@ -51,7 +51,7 @@ impl Copying {
         source.verify(&source_deks)?;
         if let Some((copy, lock)) = interrupted(catalog, source, &label, key)? {
             let dek = unwrap(&copy, &copy.keys()[0])?;
-            copy.verify(&[dek.clone()])?;
+            copy.verify(std::slice::from_ref(&dek))?;
             log::info!("going on with {}, which was interrupted", copy.id());
             let copying = Copying { copy, source_deks, dek, _lock: lock };
             copying.make_layer(catalog)?;
