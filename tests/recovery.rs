@@ -10,8 +10,8 @@ mod qemu;
 mod store;
 
 use guest::Guest;
-use std::time::{Duration, Instant};
-use store::{Attached, Store};
+use std::time::Duration;
+use store::Store;
 
 /// Writes and reads through both queues with verification, on the bare disk: what fio wrote last must be there,
 /// and nothing older. It goes on for as long as the kills take.
@@ -22,21 +22,6 @@ const LOAD: &str = "
     grep -o 'err= *[0-9]*' /tmp/fio
 ";
 
-/// Waits until this host process has written that much of the guest's data.
-fn wait_for_load(attached: &Attached, bytes: u64) {
-    let limit = Instant::now() + Duration::from_secs(60);
-    loop {
-        let io =
-            std::fs::read_to_string(format!("/proc/{}/io", attached.pid())).expect("the host process runs");
-        let written = io.lines().find_map(|l| l.strip_prefix("write_bytes: ")).expect("the kernel counts");
-        if written.parse::<u64>().expect("a number") >= bytes {
-            return;
-        }
-        assert!(Instant::now() < limit, "the guest's load does not reach the disk: {}", attached.output());
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn a_guest_under_load_survives_kills_of_the_host_process() {
     let store = Store::new();
@@ -45,11 +30,11 @@ fn a_guest_under_load_survives_kills_of_the_host_process() {
     let mut guest = Guest::builder().disk(attached.socket()).queues(2).reconnect().boot();
     guest.start(LOAD);
     for _ in 0..5 {
-        wait_for_load(&attached, 4 << 20);
+        attached.wait_for_load(4 << 20);
         attached.kill();
         attached = store.attach("t", &["--queues", "2"]);
     }
-    wait_for_load(&attached, 4 << 20);
+    attached.wait_for_load(4 << 20);
     let done = guest.finish(Duration::from_secs(180));
     assert!(done.status == 0, "fio found an error: {}\n{}", done.stdout, attached.output());
     assert!(!guest.ok("dmesg").contains("I/O error"), "the guest saw an error");

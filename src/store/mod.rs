@@ -178,6 +178,11 @@ pub trait Queue {
     /// needed to read them. The top's may change while they are read. `None` where they are to be read by an operation.
     fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
 
+    /// What is at `offset` of a layer will be asked for soon: a hint.
+    fn expect(&self, layer: usize, offset: u64, len: usize) {
+        let _ = (layer, offset, len);
+    }
+
     /// Whether another operation may be submitted, beside one for each [`Event::Done`] that was not taken yet.
     fn has_room(&self) -> bool;
 

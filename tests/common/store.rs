@@ -141,6 +141,30 @@ impl Attached<'_> {
         self.child.id()
     }
 
+    /// How much of the guest's data it has written, in bytes.
+    pub fn written(&self) -> u64 {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.pid()));
+        let io = io.expect("the host process runs");
+        let written = io.lines().find_map(|l| l.strip_prefix("write_bytes: ")).expect("the kernel counts");
+        written.parse().expect("a number")
+    }
+
+    /// Waits until the guest's load has written so many bytes in all.
+    #[track_caller]
+    pub fn wait_for_load(&self, bytes: u64) {
+        let limit = Instant::now() + 2 * LIMIT;
+        while self.written() < bytes {
+            assert!(Instant::now() < limit, "the guest's load does not reach the disk: {}", self.output());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until the guest's load has written four mebibytes more.
+    #[track_caller]
+    pub fn more_load(&self) {
+        self.wait_for_load(self.written() + (4 << 20));
+    }
+
     /// What it has printed so far.
     pub fn output(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()

@@ -8,6 +8,7 @@
 
 mod memory;
 mod pool;
+mod prefetch;
 mod queue;
 pub mod ring;
 mod write_cache;

@@ -4,6 +4,7 @@
 use super::super::{Buffer, Event, Op, Queue, Wait};
 use super::memory::FileMemory;
 use super::pool::{self, Pool};
+use super::prefetch::prefetch;
 use super::ring::Ring;
 use super::write_cache::WriteCache;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -335,6 +336,12 @@ impl Queue for FileQueue {
     fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
         let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
         memory.as_ref()?.bytes(offset, len)
+    }
+
+    fn expect(&self, layer: usize, offset: u64, len: usize) {
+        if let Some(bytes) = self.in_memory(layer, offset, len) {
+            prefetch(&bytes);
+        }
     }
 
     fn has_room(&self) -> bool {

@@ -182,44 +182,64 @@ impl Server {
         self.may_take() && self.setup.ring.enable_kicks()
     }
 
+    /// Takes a chain, if there is one that may be taken.
+    fn take_one(&mut self) -> Option<u16> {
+        if !self.may_take() {
+            return None;
+        }
+        let head = match self.resubmit.pop_front() {
+            Some(head) => head,
+            None => self.setup.ring.pop().unwrap_or_else(|e| {
+                self.break_ring(&e.to_string());
+                None
+            })?,
+        };
+        if !self.claim(head) {
+            self.break_ring(&format!("chain {head} is in flight already"));
+            return None;
+        }
+        if let Some(in_order) = &mut self.in_order {
+            in_order.taken(head);
+        }
+        Some(head)
+    }
+
+    /// Hands a request over that was begun.
+    fn serve(&mut self, slot: u16) -> io::Result<()> {
+        self.advance(slot);
+        // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+        while let Some(event) = self.io.next_event() {
+            self.handle(event)?;
+        }
+        if self.setup.ring.unpublished() >= SHOW {
+            self.publish();
+        }
+        Ok(())
+    }
+
     /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
     /// back at once.
     fn take_available(&mut self) -> io::Result<bool> {
         if self.may_take() {
             self.setup.ring.disable_kicks();
         }
+        // One chain ahead of what is served: what its request needs is under way meanwhile.
+        let mut ahead = None;
+        let mut more = true;
         for _ in 0..BATCH {
-            if !self.may_take() {
-                return Ok(false);
-            }
-            let head = match self.resubmit.pop_front() {
-                Some(head) => head,
-                None => match self.setup.ring.pop() {
-                    Ok(Some(head)) => head,
-                    Ok(None) => return Ok(false),
-                    Err(e) => {
-                        self.break_ring(&e.to_string());
-                        return Ok(false);
-                    }
-                },
+            let Some(head) = self.take_one() else {
+                more = false;
+                break;
             };
-            if !self.claim(head) {
-                self.break_ring(&format!("chain {head} is in flight already"));
-                return Ok(false);
-            }
-            if let Some(in_order) = &mut self.in_order {
-                in_order.taken(head);
-            }
-            self.begin(head);
-            // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
-            while let Some(event) = self.io.next_event() {
-                self.handle(event)?;
-            }
-            if self.setup.ring.unpublished() >= SHOW {
-                self.publish();
+            let begun = self.begin(head);
+            if let Some(slot) = std::mem::replace(&mut ahead, begun) {
+                self.serve(slot)?;
             }
         }
-        Ok(true)
+        if let Some(slot) = ahead {
+            self.serve(slot)?;
+        }
+        Ok(more)
     }
 
     fn handle(&mut self, event: Event) -> io::Result<()> {

@@ -90,6 +90,26 @@ impl DiskQueue {
         }
     }
 
+    /// A read of `len` bytes from `sector` will come soon: what it needs can be on its way meanwhile.
+    pub fn expect(&self, sector: u64, len: u64) {
+        if let Some(height) = self.only_height(sector, len) {
+            self.queue.expect(self.layer_at(height), sector * SECTOR_SIZE, len as usize);
+        }
+    }
+
+    /// The height of the one layer that has all of it, if that is known.
+    fn only_height(&self, sector: u64, len: u64) -> Option<u8> {
+        match &self.layered {
+            None => Some(self.disk.height()),
+            Some(layered) => Some(layered.topmost(&self.disk, sector, len)).filter(|&height| height > 0),
+        }
+    }
+
+    /// A layer as the store counts: 0 is the top.
+    fn layer_at(&self, height: u8) -> usize {
+        usize::from(self.disk.height() - height)
+    }
+
     /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
@@ -111,14 +131,8 @@ impl DiskQueue {
         M: GuestMemory,
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
     {
-        let height = match &self.layered {
-            None => self.disk.height(),
-            Some(layered) => layered.topmost(&self.disk, sector, len),
-        };
-        if height == 0 {
-            return Ok(false);
-        }
-        let layer = usize::from(self.disk.height() - height);
+        let Some(height) = self.only_height(sector, len) else { return Ok(false) };
+        let layer = self.layer_at(height);
         let Some(bytes) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
             return Ok(false);
         };

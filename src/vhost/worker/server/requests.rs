@@ -9,9 +9,9 @@ use std::sync::atomic::Ordering;
 use vm_memory::Bytes;
 
 impl Server {
-    /// Begins with a chain; there is a free slot.
-    pub(super) fn begin(&mut self, head: u16) {
-        let Some(slot) = self.free.pop() else { return };
+    /// Looks into a chain; there is a free slot. Answers the request that is to be handed over, if there is one.
+    pub(super) fn begin(&mut self, head: u16) -> Option<u16> {
+        let slot = self.free.pop()?;
         // On record before anything has an effect.
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.take(head);
@@ -20,7 +20,8 @@ impl Server {
         let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().geometry(), &mut request.segments)
         else {
             self.free.push(slot);
-            return self.answer(head, 0);
+            self.answer(head, 0);
+            return None;
         };
         request.head = head;
         request.status = parsed.status;
@@ -36,12 +37,16 @@ impl Server {
         match parsed.op {
             Ok(op) => {
                 request.op = op;
-                self.advance(slot);
+                if let Op::Read { sector } = op {
+                    self.io.expect(sector, request.data_len);
+                }
+                Some(slot)
             }
             Err(status) => {
                 // Nothing was moved: no data to mark.
                 request.op = Op::Flush;
                 self.finish(slot, status);
+                None
             }
         }
     }
@@ -59,7 +64,7 @@ impl Server {
     }
 
     /// Hands over as much of a request as there is room for.
-    fn advance(&mut self, slot: u16) {
+    pub(super) fn advance(&mut self, slot: u16) {
         let request = &mut self.requests[usize::from(slot)];
         // A drain does not wait for the limits.
         if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
