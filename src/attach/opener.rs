@@ -18,6 +18,17 @@ use crate::volume::metadata::{LayerRecord, Metadata};
 use crate::volume::{Catalog, VolumeId};
 use std::sync::Arc;
 
+/// What a volume is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Opening {
+    /// It is being attached.
+    Attach,
+    /// It comes (back) to a process that is confined already.
+    Again,
+    /// A command does something with it that nobody has attached.
+    Command,
+}
+
 /// A volume whose metadata has proved right, and its data. Nothing of it has a thread yet.
 pub struct Opened {
     pub(super) metadata: Metadata,
@@ -46,7 +57,7 @@ impl Opener {
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, Option<Opened>)> {
-        let (opened, deks) = open(catalog, lock, options.read_only, options.engine, false, keys)?;
+        let (opened, deks) = open(catalog, lock, options.read_only, options.engine, Opening::Attach, keys)?;
         let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
         Ok((opener, Some(opened)))
     }
@@ -96,7 +107,7 @@ impl Opener {
             Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
         };
         let Options { read_only, engine, .. } = self.options;
-        let (opened, _) = open(&self.catalog, lock, read_only, engine, true, keys)?;
+        let (opened, _) = open(&self.catalog, lock, read_only, engine, Opening::Again, keys)?;
         self.keys.keep(&opened.metadata);
         Ok(opened)
     }
@@ -117,13 +128,13 @@ pub(super) fn open(
     lock: &VolumeLock,
     read_only: bool,
     engine: Engine,
-    confined: bool,
+    opening: Opening,
     keys: impl FnOnce(&Metadata) -> Result<Deks>,
 ) -> Result<(Opened, Deks)> {
     let mut metadata = catalog.load(lock.volume())?;
-    match confined {
-        true => catalog.recover_confined(lock, &metadata)?,
-        false => catalog.recover(lock, &metadata)?,
+    match opening {
+        Opening::Again => catalog.recover_confined(lock, &metadata)?,
+        Opening::Attach | Opening::Command => catalog.recover(lock, &metadata)?,
     }
     catalog.check_layers(&metadata)?;
     let mut layers = open_layers(catalog, &metadata, read_only)?;
@@ -131,7 +142,7 @@ pub(super) fn open(
     // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
     store.open_queue(1).map_err(cannot_serve)?;
     let deks = keys(&metadata)?;
-    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
+    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store, opening)?;
     for (layer, cipher) in layers.iter_mut().zip(layer_ciphers(&deks, metadata.layout(), engine)?) {
         layer.cipher = cipher;
     }
@@ -184,10 +195,12 @@ fn seal(
     metadata: &mut Metadata,
     deks: &[Arc<Dek>],
     store: &dyn Store,
+    opening: Opening,
 ) -> Result<()> {
     let was_sealed = metadata.is_sealed();
     metadata.prove(deks, store)?;
-    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
+    let is_first = opening != Opening::Command && metadata.mark_attached();
+    if is_first || metadata.is_sealed() != was_sealed {
         catalog.store(lock, metadata)?;
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Hydration by a command: of a volume that nobody has attached, and of a copy of a snapshot.
 
 use super::super::keyring::Deks;
-use super::super::opener::{Opened, layer_ciphers, open, shape};
+use super::super::opener::{Opened, Opening, layer_ciphers, open, shape};
 use super::super::unwrap;
 use super::Progress;
 use crate::crypt::xts::Engine;
@@ -52,7 +52,7 @@ pub fn complete(
         metadata.keys().iter().map(dek).collect::<Result<Deks>>()
     };
     let (Opened { mut metadata, seal_key, layers }, deks) =
-        open(catalog, &lock, false, Engine::Auto, false, keys)?;
+        open(catalog, &lock, false, Engine::Auto, Opening::Command, keys)?;
     drop(deks);
     let leaving = metadata.layout().leaving();
     if leaving == 0 {

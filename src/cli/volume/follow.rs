@@ -12,12 +12,20 @@ use std::time::Duration;
 /// How often a host process is asked how far it has come.
 const ASK: Duration = Duration::from_millis(500);
 
-/// Returns when nothing is to be copied up any more, with what is known of the volume then. Of a volume that nobody has
+/// How it came to its end.
+pub struct Followed {
+    /// What is known of the volume then.
+    pub volume: Metadata,
+    /// Whether this process did the last part.
+    pub done_here: bool,
+}
+
+/// Returns when nothing is to be copied up any more. Of a volume that nobody has
 /// attached this process does it, at `rate` bytes a second (0: no limit). Says on a terminal how far it has come.
 ///
 /// # Errors
 /// As for [`offline::complete`].
-pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Metadata> {
+pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Followed> {
     let mut meter = Meter::new();
     let is_attached =
         || Ok::<_, Error>(matches!(catalog.held(volume)?, Held::By(Holder { purpose: Purpose::Attach, .. })));
@@ -26,7 +34,7 @@ pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Metadata
         if metadata.layout().leaving() == 0 {
             meter.clear();
             catalog.clear_left(volume)?;
-            return Ok(metadata);
+            return Ok(Followed { volume: metadata, done_here: false });
         }
         if is_attached()? {
             // It may be let go of at any moment.
@@ -40,7 +48,8 @@ pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Metadata
             Err(e) if e.kind() == Kind::Busy && is_attached()? => {}
             done => {
                 meter.clear();
-                return done.context(|| format!("copy up the lower layers of {volume}"));
+                let volume = done.context(|| format!("copy up the lower layers of {volume}"))?;
+                return Ok(Followed { volume, done_here: true });
             }
         }
     }

@@ -165,30 +165,25 @@ fn finish(env: &Env, catalog: &Catalog, id: VolumeId, following: &FollowArgs, sa
     if !env.json {
         output::print(&format!("{said}\n"))?;
     }
-    let was_attached = is_attached(catalog, id)?;
-    let before = catalog.load(id)?;
-    let now = match following.follow {
-        true => follow(catalog, id, following.rate)?,
-        false => before.clone(),
-    };
-    let was_done_here = before.layout().leaving() > 0 && now.layout().leaving() == 0 && !was_attached;
-    if was_done_here && following.follow {
-        env.events(&env.settings()?).record(&Event::hydrate_volume(id, kms_key(&now), "completed"));
+    let mut now = catalog.load(id)?;
+    if following.follow {
+        let followed = follow(catalog, id, following.rate)?;
+        now = followed.volume;
+        if followed.done_here {
+            let events = env.events(&env.settings()?);
+            events.record(&Event::hydrate_volume(id, kms_key(&now), "completed"));
+        }
     }
     if env.json {
         return output::print_json(&show::description(catalog, &now)?);
     }
-    let rest = match now.layout().leaving() {
-        0 if following.follow => format!("everything is in {}\n", plural(now.layers().len())),
-        0 => String::new(),
-        n => format!(
-            "{} are copied up while it is attached; \"sealblk volume show {id}\" says how far that is\n",
-            plural(n)
+    let rest = match (now.layout().leaving(), now.layers().len()) {
+        (0, 1) if following.follow => "everything is in one layer\n".into(),
+        (0, layers) if following.follow => format!("everything is in {layers} layers\n"),
+        (0, _) => String::new(),
+        _ => format!(
+            "what lower layers hold is copied up while it is attached; \"sealblk volume show {id}\" says how far that is\n"
         ),
     };
     output::print(&rest).map(drop)
-}
-
-fn plural(layers: usize) -> String {
-    if layers == 1 { "1 layer".into() } else { format!("{layers} layers") }
 }
