@@ -16,6 +16,7 @@ use sealblk::kms::embedded::{Embedded, clock::SystemClock};
 use sealblk::root::Root;
 use sealblk::volume::Catalog;
 use serde_json::json;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use store::Store;
 
@@ -90,6 +91,44 @@ fn a_disk_of_512_byte_sectors_behaves_as_an_ordinary_one() {
 #[test]
 fn a_disk_of_4096_byte_sectors_behaves_as_an_ordinary_one() {
     encrypted_disk_behaves_as_an_ordinary_one(4096);
+}
+
+#[test]
+fn a_guest_goes_on_while_its_volume_is_rekeyed_again_and_again() {
+    let store = store_with_volume(512);
+    store.ok(&["key", "create", "--alias", "alias/new"]);
+    let attached = store.attach("t", &["--queues", "2", "--hydrate-rate", "16MiB"]);
+    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
+    let files = guest.ok(MAKE_FILES);
+    let is_over = AtomicBool::new(false);
+    let times = std::thread::scope(|scope| {
+        let rekeying = scope.spawn(|| {
+            let mut times = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                store.ok(&["volume", "rekey", "t", "--follow"]);
+                times += 1;
+            }
+            store.ok(&["volume", "rekey", "t", "--key", "alias/new", "--follow"]);
+            times
+        });
+        guest.ok(VERIFIED_LOAD);
+        is_over.store(true, Ordering::Relaxed);
+        rekeying.join().expect("it is re-keyed")
+    });
+    assert!(times > 1, "it was re-keyed {times} times during the load");
+    assert_eq!(guest.ok(CHECK_FILES), files);
+    guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+    guest.shutdown();
+    attached.detach();
+    store.only_layer();
+    store.ok(&["key", "disable", "alias/aws/ebs"]);
+    let attached = store.attach("t", &["--queues", "2"]);
+    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
+    guest.ok("e2fsck -fn /dev/vda; mount /dev/vda /mnt");
+    assert_eq!(guest.ok(CHECK_FILES), files, "under the new key");
+    guest.ok("umount /mnt");
+    guest.shutdown();
+    attached.detach();
 }
 
 /// Fills 3 MiB with a byte that is not zero and keeps its checksum.

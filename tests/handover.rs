@@ -147,6 +147,40 @@ fn a_guest_under_load_moves_from_process_to_process() {
     }
 }
 
+/// What is being copied up stops with the source and goes on at the destination, also where it comes back to the source.
+#[test]
+fn a_guest_moves_while_its_volume_is_rekeyed() {
+    let mut rig = Rig::new();
+    // What lies below would show through a hole.
+    rig.loads.iter_mut().for_each(|load| load.discards_may_keep = true);
+    let (source, mut vmm) = rig.source(Kind::Qemu10);
+    rig.go_on(&mut vmm);
+    rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "1"]);
+    rig.place.store.ok(&["volume", "rekey", "t"]);
+    rig.fill(&mut vmm);
+    let (destination, mut next) = rig.destination(&vmm);
+    // It is cancelled at first.
+    stop(&vmm, Kind::Qemu10);
+    assert_eq!(rig.holder(), None, "the source has let go");
+    start(&mut vmm);
+    assert_eq!(rig.holder(), pid(&source));
+    rig.go_on(&mut vmm);
+    rig.fill(&mut vmm);
+    stop(&vmm, Kind::Qemu10);
+    move_guest(&mut vmm, &mut next);
+    start(&mut next);
+    assert_eq!(rig.holder(), pid(&destination));
+    rig.go_on(&mut next);
+    drop(vmm);
+    source.ends_well();
+    // The destination's own rate is no obstacle.
+    rig.place.store.ok(&["volume", "flatten", "t", "--follow"]);
+    assert_eq!((rig.place.metadata().layers().len(), rig.place.metadata().keys().len()), (1, 1));
+    rig.go_on(&mut next);
+    drop(next);
+    destination.end();
+}
+
 #[test]
 fn a_source_whose_migration_is_cancelled_goes_on() {
     for kind in [Kind::Qemu10, Kind::CloudHypervisor] {

@@ -139,6 +139,33 @@ fn the_key_is_in_no_register_with_the_portable_engine() {
     key_stays_out_of_registers("portable");
 }
 
+/// The old data key goes when nothing needs it any more, and the new one never is where it could be found.
+#[test]
+fn of_a_volume_that_is_rekeyed_neither_key_is_in_memory_and_the_old_one_goes() {
+    let place = Place::new(&[]);
+    let old = Needles::of_key(&place.dek());
+    let host = place.attach(&["--serial", SERIAL, "--queues", "2", "--hydrate-rate", "1"]);
+    let mut session = open(&place.socket());
+    use_disk(&mut session);
+    let secret = || host.frozen(|| look_through(host.pid(), &old).secret);
+    let before = secret();
+    place.store.ok(&["volume", "rekey", "t"]);
+    use_disk(&mut session);
+    assert!(secret() > before, "it has both");
+    place.store.ok(&["throttle", "t", "--hydrate-rate", "0"]);
+    place.store.ok(&["volume", "flatten", "t", "--follow"]);
+    let new = Needles::of_key(&place.dek());
+    use_disk(&mut session);
+    for (what, needles) in [("the old key", &old), ("the new key", &new)] {
+        assert_not_in_memory(&host, needles, what);
+    }
+    // Only what there was for one key is there for one key.
+    assert_eq!(secret(), before);
+    drop(session);
+    host.end();
+    assert!(new.find_in_files(&place.store.root()).is_empty());
+}
+
 /// At its end the process is held, with all its memory still there: the key has been wiped by then, and the memory
 /// that was made for it has been given back.
 #[test]

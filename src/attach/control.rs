@@ -4,16 +4,19 @@
 //! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
 
 pub mod conversation;
+mod passing;
 mod serve;
 
 pub use serve::{Control, Orders, Waiting};
 
+use super::hydration::Progress;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
 use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Purpose};
 use crate::volume::metadata::KeyRecord;
+use crate::volume::rekey::WrittenNewKey;
 use crate::volume::rewrap::Rewrapped;
 use crate::volume::tags::Tags;
 use crate::volume::{LayerId, VolumeId};
@@ -45,6 +48,9 @@ enum Request {
         throughput: u64,
         burst_ms: u64,
     },
+    HydrateRate {
+        rate: u64,
+    },
     Rewrap(Box<Rewrapped>),
     Resize {
         size: u64,
@@ -54,6 +60,9 @@ enum Request {
         description: String,
         tags: Box<Tags>,
     },
+    /// The beginning of another one. The data key itself comes with it as a descriptor.
+    Rekey(Box<WrittenNewKey>),
+    Flatten {},
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -64,10 +73,22 @@ enum Answer {
     Throttled,
     Rewrapped,
     Resized(Told),
-    NewLayer { id: LayerId },
+    NewLayer {
+        id: LayerId,
+    },
     Held,
     Frozen(Frozen),
-    Failed { kind: String, message: String },
+    Rekeyed {
+        pause_us: u64,
+    },
+    /// Whether there is anything to be copied up.
+    Flattening {
+        is_any: bool,
+    },
+    Failed {
+        kind: String,
+        message: String,
+    },
 }
 
 impl Answer {
@@ -85,6 +106,9 @@ pub struct Status {
     pub read_only: bool,
     /// Which KMS keys its data keys were unwrapped by, in the order of the volume's keys.
     pub unwrapped_by: Vec<UsedKey>,
+    /// How far it has come with copying up what lower layers hold, if it does.
+    #[serde(default)]
+    pub hydration: Option<Progress>,
 }
 
 /// A KMS key that unwrapped a data key.
@@ -113,6 +137,20 @@ pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<(
     let burst_ms = limits.burst.as_millis() as u64;
     let request = Request::Throttle { iops: limits.iops, throughput: limits.throughput, burst_ms };
     ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
+}
+
+/// Has what the process copies up that has `volume` attached limited to `rate` bytes a second; 0: not at all.
+pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<()> {
+    let request = Request::HydrateRate { rate };
+    ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
+}
+
+/// Has the process that has `volume` attached copy up everything below the top. Answers whether there is anything.
+pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
+    match ask(catalog, volume, &Request::Flatten {}, None)? {
+        Answer::Flattening { is_any } => Ok(is_any),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
 }
 
 /// Has the process that has `volume` attached note how a data key is wrapped now. When this returns, `volume.json`
@@ -192,9 +230,13 @@ fn not_reached(pid: &str, e: &Error) -> Error {
 }
 
 fn say(mut client: &UnixStream, what: &impl Serialize) -> Result<()> {
+    Ok(client.write_all(&line(what)?)?)
+}
+
+fn line(what: &impl Serialize) -> Result<Vec<u8>> {
     let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
     line.push(b'\n');
-    Ok(client.write_all(&line)?)
+    Ok(line)
 }
 
 /// Runs `f` with `folder` as the working folder. Only while the process has one thread.

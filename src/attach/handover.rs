@@ -6,8 +6,9 @@
 //!
 //! The queues' threads stay, with or without a disk: in a confined process their io_urings cannot be made again.
 
+use super::control::UsedKey;
+use super::opener::{Opened, Opener, shape};
 use super::record::{Record, State as Held};
-use super::{Opened, Opener};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::Timestamp;
 use crate::vhost::gate::Channel;
@@ -158,9 +159,10 @@ impl Handover {
     fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
         let Parts { opener, record, channel, writeback, .. } = &self.parts;
         let Opened { metadata, seal_key, layers } = opened;
-        let shape = super::shape(&metadata, &opener.options);
+        let shape = shape(&metadata, opener.options.read_only);
         let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
-        let disk = Arc::new(disk.context(|| "open its layers")?);
+        let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
+        let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));
         for worker in &*self.workers {
             worker.hold(Some(disk.clone()))?;
         }
@@ -172,7 +174,9 @@ impl Handover {
         let serving = Serving::new(disk, self.workers.clone());
         *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&serving);
         let read_only = shape.read_only;
+        *record.hydrator.unwrapped_by() = metadata.keys().iter().map(UsedKey::of).collect();
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
+        record.begin_hydration();
         Ok(serving)
     }
 
@@ -206,6 +210,7 @@ impl Handover {
         if self.failure().is_some() {
             return log::error!("{volume} stays here: a queue's thread died");
         }
+        self.parts.record.hydrator.stop();
         if let Err(e) = serving.disk().flush() {
             return log::error!("{volume}: {e}; it stays here, since data may be lost");
         }

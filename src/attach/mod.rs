@@ -10,9 +10,13 @@ pub mod control;
 pub mod grants;
 pub mod handover;
 mod helper;
+pub mod hydration;
+mod keyring;
 pub(crate) mod notify;
+mod opener;
 mod reach;
 mod record;
+mod rekey;
 mod resize;
 pub mod rewrap;
 pub mod sandbox;
@@ -22,39 +26,37 @@ mod trail;
 pub mod unwrap;
 
 use crate::config::Settings;
-use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
-use crate::crypt::{Dek, SealKey};
-use crate::error::{Context, Error, Kind, Result};
+use crate::crypt::xts::Engine;
+use crate::error::{Context, Result};
 use crate::kms::embedded::root_key::passphrase;
 use crate::kms::patience::Patience;
 use crate::observe::events::{Event, EventLog};
-use crate::store::Store;
-use crate::store::file::{FileStore, ring};
+use crate::store::file::ring;
 use crate::vhost::backend::Device;
 use crate::vhost::gate::Channel;
 use crate::vhost::qos::{Limits, Qos};
 use crate::vhost::server::{self, Socket, Stop};
 use crate::vhost::session::Inlet;
 use crate::vhost::worker::Tuning;
-use crate::virtio::{Geometry, SECTOR_SIZE, SharedGeometry};
-use crate::volume::image_lock;
-use crate::volume::io::Layers;
-use crate::volume::layers::{self, Layer};
+use crate::virtio::SECTOR_SIZE;
 use crate::volume::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
-use crate::volume::metadata::{LayerRecord, Metadata};
+use crate::volume::metadata::Metadata;
 use crate::volume::{Catalog, VolumeId};
-use control::{Control, Orders, Status, UsedKey};
+use control::{Control, Orders, Status};
 use grants::Keeper;
 use handover::{Handover, Parts};
+use hydration::Hydrator;
+use keyring::Deks;
 use notify::Notifier;
+use opener::{Opener, cannot_serve};
 use record::Record;
 use sandbox::{Identity, Mode};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use trail::KeysHeld;
 use unwrap::Refusal;
@@ -92,6 +94,8 @@ pub struct Options {
     pub in_order: bool,
     /// Limits on requests and bytes a second.
     pub limits: Limits,
+    /// Bytes a second at which what lower layers hold is copied up where that is to be done; 0: no limit.
+    pub hydrate_rate: u64,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
     /// How strictly the process is confined once it is ready.
@@ -137,14 +141,12 @@ pub fn attach(
     let folder = catalog.folder(volume);
     let lock_file = LockFile::open(&folder, volume).map_err(|e| e.context(attempt()))?;
     let place = Place::take(&lock_file, &holder, options.incoming).map_err(|e| e.context(attempt()))?;
-    let events = EventLog::new(catalog.root(), settings);
-    // To be dropped after the data keys.
-    let mut held: Option<KeysHeld>;
+    let mut events = EventLog::new(catalog.root(), settings);
     let mut granted = None;
     let get_keys = |metadata: &Metadata| {
         let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
         granted = Some((metadata.clone(), keeper));
-        Ok(Arc::from(deks))
+        Ok(deks)
     };
     let opened = match &place {
         Place::Holder(lock) => Opener::with_layers(catalog, lock, options, get_keys),
@@ -152,7 +154,9 @@ pub fn attach(
     };
     let (opener, opened) = opened.map_err(|e| e.context(attempt()))?;
     let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
-    held = KeysHeld::begin(catalog.root(), &metadata).map_err(|e| e.context(attempt()))?;
+    // To be dropped after the data keys.
+    let held = KeysHeld::begin(catalog.root(), &metadata).map_err(|e| e.context(attempt()))?;
+    let held = Arc::new(Mutex::new(held));
     drop(passphrase);
 
     let control = Control::bind(&folder, options.incoming).map_err(|e| e.context(attempt()))?;
@@ -171,6 +175,7 @@ pub fn attach(
         user.give_socket(path).map_err(|e| e.context(attempt()))?;
     }
     let announcements = lock_file.announcements().map_err(|e| e.context(attempt()))?;
+    events.keep_open().map_err(|e| e.context(attempt()))?;
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
@@ -182,7 +187,10 @@ pub fn attach(
 
     let stop = Stop::new()?;
     let qos = Arc::new(Qos::new(options.limits));
-    let record = Arc::new(Record::new(catalog.clone()));
+    let keeper = Arc::new(keeper);
+    let keys = hydration::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
+    let hydrator = Hydrator::new(keys, events, options.hydrate_rate);
+    let record = Record::new(catalog.clone(), hydrator);
     let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
     let (geometry, control_name) = (opener.geometry.clone(), control.name());
     let parts = Parts {
@@ -207,15 +215,22 @@ pub fn attach(
     });
     let handover = handover.map_err(|e| e.context(attempt()))?;
     let how = handover.describe();
-    let unwrapped_by = metadata.keys().iter().map(UsedKey::of).collect();
-    let status = Status { access: how.clone(), read_only: options.read_only, unwrapped_by };
+    let (access, read_only) = (how.clone(), options.read_only);
     let (on_detach, on_throttle, on_rewrap) = (stop.clone(), qos.clone(), record.clone());
+    let (on_status, on_rate) = (record.clone(), record.clone());
     let (on_snapshot, engine) = (record.clone(), options.engine);
+    let (on_rekey, on_flatten) = (record.clone(), record.clone());
     let (on_resize, shown, vmm) = (record.clone(), geometry.clone(), channel.clone());
     let orders = Orders {
         detach: Box::new(move || on_detach.stop()),
-        status: Box::new(move || status.clone()),
+        status: Box::new(move || Status {
+            access: access.clone(),
+            read_only,
+            unwrapped_by: on_status.hydrator.unwrapped_by().clone(),
+            hydration: on_status.hydration(),
+        }),
         throttle: Box::new(move |limits| on_throttle.set(limits)),
+        hydrate_rate: Box::new(move |rate| on_rate.set_hydrate_rate(rate)),
         rewrap: Box::new(move |new| on_rewrap.rewrap(new)),
         resize: Box::new(move |size| {
             on_resize.resize(size)?;
@@ -223,6 +238,8 @@ pub fn attach(
             Ok(vmm.config_changed())
         }),
         snapshot: Box::new(move |label, client| on_snapshot.snapshot(engine, label, client)),
+        rekey: Box::new(move |key, dek, client| on_rekey.rekey(engine, key, dek, client)),
+        flatten: Box::new(move || on_flatten.flatten()),
     };
     let control = control.serve(orders).map_err(|e| e.context(attempt()))?;
     let device = Arc::new(Device {
@@ -248,10 +265,10 @@ pub fn attach(
     drop(device);
     let result = handover.end().and(served.context(|| format!("serve {volume}")));
     drop(handover);
-    if let Some(held) = &mut held {
+    let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(mut held) = held {
         held.ended(&result);
     }
-    drop(held);
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     let had_it = record.release();
@@ -276,157 +293,6 @@ impl Place {
     }
 }
 
-/// A volume's data keys, in the order of its keys.
-type Deks = Arc<[Dek]>;
-
-/// A volume whose metadata has proved right, and its data. Nothing of it has a thread yet.
-pub struct Opened {
-    metadata: Metadata,
-    seal_key: Option<SealKey>,
-    /// With their keys.
-    layers: Vec<Layer>,
-}
-
-/// How the volume is opened, each time that this process gets it: once, unless it is handed over. It keeps the data
-/// keys.
-pub struct Opener {
-    catalog: Catalog,
-    volume: VolumeId,
-    options: Options,
-    deks: Deks,
-    geometry: Arc<SharedGeometry>,
-    /// How the volume is reached, as far as that was found out without having it.
-    how: String,
-}
-
-impl Opener {
-    /// Opens the volume, which this process has; the data keys come from `keys`.
-    fn with_layers(
-        catalog: &Catalog,
-        lock: &VolumeLock,
-        options: &Options,
-        keys: impl FnOnce(&Metadata) -> Result<Deks>,
-    ) -> Result<(Self, Option<Opened>)> {
-        let (opened, deks) = open(catalog, lock, options, keys)?;
-        let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
-        Ok((opener, Some(opened)))
-    }
-
-    /// Finds out whether the volume could be opened, which another process has.
-    fn without(
-        catalog: &Catalog,
-        volume: VolumeId,
-        options: &Options,
-        keys: impl FnOnce(&Metadata) -> Result<Deks>,
-    ) -> Result<(Self, Option<Opened>)> {
-        let metadata = catalog.load(volume)?;
-        catalog.check_layers(&metadata)?;
-        let path = catalog.layer_path(metadata.top().id);
-        let top = FileStore::open(&path, true, metadata.sector_size().bytes());
-        let top = top.context(|| path.display().to_string())?;
-        top.open_queue(1).map_err(cannot_serve)?;
-        let deks = keys(&metadata)?;
-        // A volume without a seal gets it from whoever has it first.
-        let _ = metadata.verify(&deks)?;
-        let engine = match ciphers(&deks, &metadata, options)?.first() {
-            Some(cipher) => format!("XTS engine {}", cipher.engine()),
-            None => "not encrypted".into(),
-        };
-        let how = format!("{}; {engine}", top.caps().access);
-        Ok((Opener::new(catalog, &metadata, options, deks, how), None))
-    }
-
-    fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, deks: Deks, how: String) -> Self {
-        let geometry = Arc::new(SharedGeometry::new(shape(metadata, options)));
-        let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
-        Opener { catalog, volume, options, deks, geometry, how }
-    }
-
-    /// Opens the volume anew, as it is now.
-    ///
-    /// # Errors
-    /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
-    fn open(&self, lock: &VolumeLock) -> Result<Opened> {
-        let now = self.geometry.now();
-        let keys = |metadata: &Metadata| {
-            let shape = shape(metadata, &self.options);
-            if metadata.keys().len() == self.deks.len()
-                && shape.block_size == now.block_size
-                && shape.sectors >= now.sectors
-            {
-                return Ok(self.deks.clone());
-            }
-            let message = "it has got other data keys or a smaller size meanwhile; attach it anew";
-            Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
-        };
-        open(&self.catalog, lock, &self.options, keys).map(|(opened, _)| opened)
-    }
-
-    fn serial(&self) -> String {
-        self.options.serial.clone().unwrap_or_else(|| default_serial(self.volume))
-    }
-}
-
-fn shape(metadata: &Metadata, options: &Options) -> Geometry {
-    let block_size = metadata.sector_size().bytes();
-    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only: options.read_only }
-}
-
-/// Opens the volume's data, its metadata proved right; the data keys come from `keys`.
-fn open(
-    catalog: &Catalog,
-    lock: &VolumeLock,
-    options: &Options,
-    keys: impl FnOnce(&Metadata) -> Result<Deks>,
-) -> Result<(Opened, Deks)> {
-    let mut metadata = catalog.load(lock.volume())?;
-    catalog.recover(lock, &metadata)?;
-    catalog.check_layers(&metadata)?;
-    let mut layers = open_layers(catalog, &metadata, options.read_only)?;
-    let Layers { store, .. } = layers::chain(&layers);
-    // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
-    store.open_queue(1).map_err(cannot_serve)?;
-    let deks = keys(&metadata)?;
-    seal(catalog, lock, &mut metadata, &deks, &*layers[0].store)?;
-    let ciphers = ciphers(&deks, &metadata, options)?;
-    for (layer, record) in layers.iter_mut().zip(metadata.layers()) {
-        layer.cipher = match record.key {
-            Some(key) => Some(ciphers[key].clone()),
-            None if record.masked => {
-                let mask = Dek::mask_of_layer(record.id.as_bytes())?;
-                Some(Arc::from(new_cipher(options.engine, &mask, data_unit(&metadata))?))
-            }
-            None => None,
-        };
-    }
-    let seal_key = metadata.seal_key(&deks)?;
-    Ok((Opened { metadata, seal_key, layers }, deks))
-}
-
-/// The ciphers, in the order of the data keys. Layers under the same key share its round keys.
-fn ciphers(deks: &[Dek], metadata: &Metadata, options: &Options) -> Result<Vec<Arc<dyn SectorCipher>>> {
-    let unit = data_unit(metadata);
-    deks.iter().map(|dek| Ok(Arc::from(new_cipher(options.engine, dek, unit)?))).collect()
-}
-
-fn data_unit(metadata: &Metadata) -> DataUnit {
-    let unit = DataUnit::from_bytes(metadata.sector_size().bytes() as usize);
-    unit.unwrap_or_else(|| unreachable!("sector sizes are data units"))
-}
-
-/// Opens the layers of a volume, the top first. Only that is ever written.
-fn open_layers(catalog: &Catalog, metadata: &Metadata, read_only: bool) -> Result<Vec<Layer>> {
-    let open = |(number, layer): (usize, &LayerRecord)| {
-        let frozen = read_only || number > 0;
-        let access = if frozen { image_lock::Access::Read } else { image_lock::Access::ReadWrite };
-        // Made by a process that has not detached since: that name a confined process may open.
-        let own = catalog.own_layer_path(metadata.id(), layer.id);
-        let path = if own.exists() { own } else { catalog.layer_path(layer.id) };
-        Layer::open(&path, access, metadata.sector_size().bytes(), None)
-    };
-    metadata.layers().iter().enumerate().map(open).collect()
-}
-
 /// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
 /// as its cause.
 fn unwrap_all(
@@ -435,7 +301,7 @@ fn unwrap_all(
     events: &EventLog,
     settings: &Settings,
     alone: bool,
-) -> Result<(Vec<Dek>, Keeper)> {
+) -> Result<(Deks, Keeper)> {
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
     let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
@@ -445,38 +311,12 @@ fn unwrap_all(
         refusal.error()
     };
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
-    let mut deks = Vec::new();
+    let mut deks = Deks::new();
     for (n, key) in metadata.keys().iter().enumerate() {
         let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
-        deks.push(dek.map_err(refused)?);
+        deks.push(Arc::new(dek.map_err(refused)?));
     }
     Ok((deks, keeper))
-}
-
-/// Checks the metadata's seal, or sets it if nobody had the keys before, and notes the first attach.
-fn seal(
-    catalog: &Catalog,
-    lock: &VolumeLock,
-    metadata: &mut Metadata,
-    deks: &[Dek],
-    store: &dyn Store,
-) -> Result<()> {
-    let was_sealed = metadata.is_sealed();
-    metadata.prove(deks, store)?;
-    if metadata.mark_attached() || metadata.is_sealed() != was_sealed {
-        catalog.store(lock, metadata)?;
-    }
-    Ok(())
-}
-
-fn cannot_serve(e: std::io::Error) -> Error {
-    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
-    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
-}
-
-/// EBS shows `vol0123456789abcdef0`: exactly the 20 bytes that there are.
-fn default_serial(volume: VolumeId) -> String {
-    volume.to_string().replace('-', "")
 }
 
 fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {

@@ -1,6 +1,7 @@
 //! An attached volume's place in the store, and what it takes to change it. While it is attached, its host process alone
 //! may replace `volume.json`, and does it here.
 
+use super::hydration::Hydrator;
 use crate::crypt::SealKey;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::tenure::Serving;
@@ -16,6 +17,8 @@ pub struct Record {
     pub(super) catalog: Catalog,
     /// None while another process has the volume.
     state: Mutex<Option<State>>,
+    /// What brings up what lower layers hold.
+    pub(super) hydrator: Hydrator,
 }
 
 /// The volume as it is now. The metadata is what was proved right at the attach and changed since by this process: what
@@ -34,8 +37,12 @@ pub(super) struct State {
 
 impl Record {
     /// Of a volume that this process does not have yet.
-    pub fn new(catalog: Catalog) -> Self {
-        Record { catalog, state: Mutex::default() }
+    pub fn new(catalog: Catalog, hydrator: Hydrator) -> Arc<Self> {
+        Arc::new_cyclic(|record| Record {
+            catalog,
+            state: Mutex::default(),
+            hydrator: hydrator.of(record.clone()),
+        })
     }
 
     /// Of the volume as it was opened, from now on.
@@ -73,6 +80,7 @@ impl Record {
             state.layers.clear();
             state.seal_key = None;
         }
+        self.hydrator.end();
     }
 
     /// Gives the volume up: the next may have it. Answers whether this process had it.

@@ -1,7 +1,7 @@
 //! An attached volume is made larger: the top layer's file grows while the guest goes on, and the queues are paused only to
 //! go on with a disk of the new size.
 
-use super::record::{Record, gone};
+use super::record::{Record, State, gone};
 use crate::error::{Context, Error, Kind, Result};
 use crate::virtio::{Geometry, SECTOR_SIZE};
 use crate::volume::layers::{self, Layer};
@@ -24,6 +24,14 @@ impl Record {
         if state.read_only {
             return Err(Error::new(Kind::Busy, "it is attached read-only; detach it first"));
         }
+        // What is being copied goes into the layer as this disk has it.
+        self.hydrator.stop();
+        let done = self.grow(size, state);
+        self.hydrator.begin(state, false);
+        done
+    }
+
+    fn grow(&self, size: u64, state: &mut State) -> Result<()> {
         let serving = state.serving()?;
         let top = state.layers.first().ok_or_else(gone)?.clone();
         let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, top.store.file())?;
@@ -34,9 +42,9 @@ impl Record {
             let mut paused = serving.pause(PATIENCE).context(|| "wait for what is in flight")?;
             let geometry = Geometry { sectors: size / SECTOR_SIZE, ..paused.disk().geometry() };
             let disk = paused.disk().with_layers(geometry, layers::chain(&next));
-            paused
-                .prepare(Arc::new(disk.context(|| "open its layers")?))
-                .context(|| "let the queues open it")?;
+            let disk = disk.context(|| "open its layers")?;
+            let disk = disk.hydrating_lowest(state.metadata.layout().leaving());
+            paused.prepare(Arc::new(disk)).context(|| "let the queues open it")?;
             Ok((paused, next))
         };
         let (paused, next) = match ready() {

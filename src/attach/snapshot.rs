@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long what is in flight may take to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the queues may stand still for other volumes that are to be paused as well.
 const HOLD: Duration = Duration::from_secs(5);
 
@@ -38,9 +38,24 @@ impl Record {
         if state.read_only {
             return Err(Error::new(Kind::Busy, "it is attached read-only; detach it first"));
         }
+        // What is being copied goes into the layer that takes the writes, whichever that is.
+        self.hydrator.stop();
+        let frozen = self.freeze(engine, label, client, state);
+        self.hydrator.begin(state, frozen.is_ok());
+        frozen
+    }
+
+    fn freeze(
+        &self,
+        engine: Engine,
+        label: Label,
+        client: &mut Conversation<'_>,
+        state: &mut State,
+    ) -> Result<Frozen> {
         let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host)?;
         let new_top = *freeze.new_top();
-        let ready = open_top(&self.catalog, state, engine, &new_top, client);
+        let ready = cipher(state, engine, &new_top)
+            .and_then(|cipher| open_top(&self.catalog, state, cipher, &new_top, client));
         let (layer, hold) = match ready {
             Ok(ready) => ready,
             Err(e) => {
@@ -51,7 +66,8 @@ impl Record {
         let serving = state.serving()?;
         let ready =
             serving.pause(PATIENCE).context(|| "wait for what is in flight").and_then(|mut paused| {
-                let next = get_ready(&mut paused, state, layer, hold.then_some(client))?;
+                let leaving = state.metadata.layout().leaving();
+                let next = get_ready(&mut paused, state, layer, leaving, hold.then_some(client))?;
                 Ok((paused, next))
             });
         let (paused, next) = match ready {
@@ -69,10 +85,10 @@ impl Record {
 
 /// Makes the new layer, has the client link it, opens it, and brings most of what is not on disk yet there, so that the pause is
 /// short. Answers whether the client wants to be asked before the commit.
-fn open_top(
+pub(super) fn open_top(
     catalog: &Catalog,
     state: &State,
-    engine: Engine,
+    cipher: Cipher,
     new_top: &LayerRecord,
     client: &mut Conversation<'_>,
 ) -> Result<(Layer, bool)> {
@@ -80,7 +96,6 @@ fn open_top(
     make_layer(&path, new_top.size, false)?;
     let hold = client.have_layer_linked(new_top.id, PATIENCE)?;
     let block_size = state.metadata.sector_size().bytes();
-    let cipher = cipher(state, engine, new_top)?;
     is_linked(&path, &catalog.layer_path(new_top.id))?;
     // By the name that it has there: the other one is not this process's to open.
     let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher)?;
@@ -111,11 +126,12 @@ fn cipher(state: &State, engine: Engine, layer: &LayerRecord) -> Result<Cipher> 
 }
 
 /// Everything that can fail, while the queues stand still: the old top is synced, and each queue has opened the new
-/// layers. With a `client`, it is told, and has to say that it shall go on.
-fn get_ready(
+/// layers, of which the lowest so many are leaving. With a `client`, it is told, and has to say that it shall go on.
+pub(super) fn get_ready(
     paused: &mut Paused<'_>,
     state: &State,
     new_top: Layer,
+    leaving: usize,
     client: Option<&mut Conversation<'_>>,
 ) -> Result<Vec<Layer>> {
     paused.disk().flush().context(|| "sync the top layer")?;
@@ -124,6 +140,7 @@ fn get_ready(
     let frozen = Layer { store: Arc::new(frozen), ..old_top.clone() };
     let next: Vec<Layer> = [new_top, frozen].into_iter().chain(state.layers[1..].iter().cloned()).collect();
     let disk = paused.disk().with_new_top(layers::chain(&next)).context(|| "open its layers")?;
+    let disk = disk.hydrating_lowest(leaving);
     paused.prepare(Arc::new(disk)).context(|| "let the queues open its layers")?;
     if let Some(client) = client {
         client.hold(HOLD)?;

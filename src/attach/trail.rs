@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::observe::audit::{AuditLog, Entry, Step};
 use crate::root::Root;
 use crate::volume::Metadata;
+use crate::volume::metadata::KeyRecord;
 
 /// That this process has the data keys of a volume. Drop it when they are wiped: that is recorded then.
 pub struct KeysHeld {
@@ -28,15 +29,33 @@ impl KeysHeld {
         Ok(Some(held))
     }
 
+    /// Records that the volume has other data keys now: that this process has those that are new, or, of those that are
+    /// gone, that it has wiped them.
+    ///
+    /// # Errors
+    /// Those of the log; none of the new ones may be used then.
+    pub fn follow(&mut self, volume: &Metadata) -> Result<()> {
+        let mine = |key: &KeyRecord, others: &Metadata| !others.keys().iter().any(|k| is_same(k, key));
+        let gone: Vec<Entry> = self.some_entries(Step::Detach, |key| mine(key, volume)).collect();
+        let before = std::mem::replace(&mut self.volume, volume.clone());
+        let new: Vec<Entry> = self.some_entries(Step::Attach, |key| mine(key, &before)).collect();
+        let noted = gone.iter().chain(&new).try_for_each(|entry| self.log.append(entry, None));
+        noted.inspect_err(|_| self.volume = before)
+    }
+
     /// Says with what the attachment ended, if it did not end as it should.
     pub fn ended(&mut self, result: &Result<()>) {
         self.failure = result.as_ref().err().map(|e: &Error| (e.kind().name(), e.to_string()));
     }
 
     fn entries(&self, step: Step) -> impl Iterator<Item = Entry> {
+        self.some_entries(step, |_| true)
+    }
+
+    fn some_entries(&self, step: Step, which: impl Fn(&KeyRecord) -> bool) -> impl Iterator<Item = Entry> {
         let context = self.volume.encryption_context();
-        let entry = move |(provider, arn): (&str, &str)| Entry::dek(step, &context, provider, arn);
-        self.volume.keys().iter().map(|key| (&*key.provider, &*key.wrapped.key_id)).map(entry)
+        let entry = move |key: &KeyRecord| Entry::dek(step, &context, &key.provider, &key.wrapped.key_id);
+        self.volume.keys().iter().filter(move |key| which(key)).map(entry)
     }
 }
 
@@ -49,5 +68,13 @@ impl Drop for KeysHeld {
             };
             self.log.record(&entry);
         }
+    }
+}
+
+/// Whether it is the same data key, however it is wrapped.
+fn is_same(a: &KeyRecord, b: &KeyRecord) -> bool {
+    match (a.check(), b.check()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a.wrapped == b.wrapped,
     }
 }

@@ -110,6 +110,22 @@ pub fn unwrap_granted(
     patience: Patience,
 ) -> Result<Dek, Refusal> {
     let secret = SecretFd::create(Dek::LEN)?;
+    unwrap_into(root, owner, key, token, patience, &secret)?;
+    Ok(Dek::from_secret(secret.map()?)?)
+}
+
+/// The same into secret memory that is there, of the length of a data key, and that this process need not look into.
+///
+/// # Errors
+/// As for [`unwrap`].
+pub fn unwrap_into(
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    token: Option<&str>,
+    patience: Patience,
+    secret: &SecretFd,
+) -> Result<(), Refusal> {
     log::debug!("the data key comes by {:?}", secret.kind());
     let request = Request {
         owner: owner.into(),
@@ -119,8 +135,8 @@ pub fn unwrap_granted(
         grant_token: token.map(str::to_owned),
         patience_ms: Some(patience.0.as_millis() as u64),
     };
-    match run_helper(root, &secret, &request, patience.longest_call() + MARGIN)? {
-        Answer::Unwrapped => Ok(Dek::from_secret(secret.map()?)?),
+    match run_helper(root, secret, &request, patience.longest_call() + MARGIN)? {
+        Answer::Unwrapped => Ok(()),
         Answer::Refused(refusal) => Err(refusal),
     }
 }

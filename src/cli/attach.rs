@@ -70,6 +70,11 @@ pub struct AttachArgs {
     #[command(flatten)]
     limits: LimitArgs,
 
+    /// Bytes a second, like 100MiB, at which a volume that is being re-keyed, flattened or encrypted has what its lower
+    /// layers hold copied up; 0: no limit.
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = super::size::parse)]
+    hydrate_rate: u64,
+
     /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does without
     /// in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
@@ -93,22 +98,30 @@ pub struct AttachArgs {
 /// Limits on a volume's requests, for all its queues together.
 #[derive(Args)]
 struct LimitArgs {
-    /// Requests a second; 0: no limit.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    iops: u64,
+    /// Requests a second; 0: no limit [default: 0].
+    #[arg(long, value_name = "N")]
+    iops: Option<u64>,
 
-    /// Bytes a second, like 100MiB; 0: no limit.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = super::size::parse)]
-    throughput: u64,
+    /// Bytes a second, like 100MiB; 0: no limit [default: 0].
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    throughput: Option<u64>,
 
-    /// How many seconds' worth of the limits a volume saves up while it is idle.
-    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
-    burst: Duration,
+    /// How many seconds' worth of the limits a volume saves up while it is idle [default: 1].
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    burst: Option<Duration>,
 }
 
 impl LimitArgs {
     fn limits(&self) -> Limits {
-        Limits { iops: self.iops, throughput: self.throughput, burst: self.burst }
+        Limits {
+            iops: self.iops.unwrap_or(0),
+            throughput: self.throughput.unwrap_or(0),
+            burst: self.burst.unwrap_or(Duration::from_secs(1)),
+        }
+    }
+
+    fn is_any(&self) -> bool {
+        self.iops.is_some() || self.throughput.is_some() || self.burst.is_some()
     }
 }
 
@@ -117,13 +130,18 @@ impl LimitArgs {
 #[command(after_help = "\
 Example:
   sealblk throttle db --iops 3000 --throughput 125MiB
-  sealblk throttle db                                   lifts all limits")]
+  sealblk throttle db                                   lifts all limits of the guest's
+  sealblk throttle db --hydrate-rate 200MiB             changes nothing else")]
 pub struct ThrottleArgs {
     /// The volume: its id, a unique beginning of it, or its name.
     volume: String,
 
     #[command(flatten)]
     limits: LimitArgs,
+
+    /// Bytes a second at which what lower layers hold is copied up; 0: no limit [default: as it is].
+    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    hydrate_rate: Option<u64>,
 }
 
 /// Arguments of `detach`.
@@ -157,6 +175,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         poll: Duration::from_micros(args.poll_us),
         in_order: args.in_order,
         limits: args.limits.limits(),
+        hydrate_rate: args.hydrate_rate,
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
         incoming: args.incoming,
         sandbox: args.sandbox,
@@ -182,6 +201,10 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
     let catalog = env.catalog();
     let volume = catalog.resolve(&args.volume)?;
     control::detach(&catalog, volume)?;
+    // What the host process took out of the volume's chain, and could not remove.
+    if let Err(e) = catalog.clear_left(volume) {
+        log::warn!("{e}; \"sealblk gc\" tries again");
+    }
     if env.json {
         return output::print_json(&json!({"VolumeId": volume, "State": "detached"}));
     }
@@ -192,19 +215,33 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
 pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
     let catalog = env.catalog();
     let volume = catalog.resolve(&args.volume)?;
-    let limits = args.limits.limits();
-    control::throttle(&catalog, volume, limits)?;
+    // Without a word about either, the guest's limits are lifted.
+    let limits = (args.limits.is_any() || args.hydrate_rate.is_none()).then(|| args.limits.limits());
+    if let Some(limits) = limits {
+        control::throttle(&catalog, volume, limits)?;
+    }
+    if let Some(rate) = args.hydrate_rate {
+        control::set_hydrate_rate(&catalog, volume, rate)?;
+    }
     if env.json {
-        return output::print_json(&json!({
-            "VolumeId": volume,
-            "Iops": limits.iops,
-            "Throughput": limits.throughput,
-            "BurstSeconds": limits.burst.as_secs_f64(),
-        }));
+        let mut value = json!({"VolumeId": volume});
+        if let Some(limits) = limits {
+            value["Iops"] = json!(limits.iops);
+            value["Throughput"] = json!(limits.throughput);
+            value["BurstSeconds"] = json!(limits.burst.as_secs_f64());
+        }
+        if let Some(rate) = args.hydrate_rate {
+            value["HydrateRate"] = json!(rate);
+        }
+        return output::print_json(&value);
     }
     let amount = |n: u64, unit: &str| if n == 0 { "unlimited".into() } else { format!("{n} {unit}") };
-    let (iops, bytes) = (amount(limits.iops, "requests/s"), amount(limits.throughput, "bytes/s"));
-    output::print(&format!("{volume}: {iops}, {bytes}\n")).map(drop)
+    let mut said = Vec::new();
+    if let Some(limits) = limits {
+        said.extend([amount(limits.iops, "requests/s"), amount(limits.throughput, "bytes/s")]);
+    }
+    said.extend(args.hydrate_rate.map(|rate| format!("copying up {}", amount(rate, "bytes/s"))));
+    output::print(&format!("{volume}: {}\n", said.join(", "))).map(drop)
 }
 
 /// The unwrap helper's whole life.

@@ -15,6 +15,7 @@ pub mod filter;
 pub mod gc;
 pub mod key;
 pub mod kms;
+mod meter;
 pub mod output;
 pub mod progress;
 mod provider;

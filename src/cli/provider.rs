@@ -21,6 +21,11 @@ impl NamedKey {
     pub fn open(env: &Env, settings: &Settings, reference: Option<&str>) -> Result<Self> {
         let text = reference.unwrap_or(&settings.default_key);
         let reference = KeyRef::parse(text, &settings.locality()).map_err(|e| e.with_advice(text))?;
+        Self::of(env, reference)
+    }
+
+    /// This key.
+    pub fn of(env: &Env, reference: KeyRef) -> Result<Self> {
         let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
         Ok(NamedKey { provider, key: reference.key })
     }

@@ -3,7 +3,9 @@
 
 pub(super) mod create;
 pub(super) mod export;
+mod follow;
 mod import;
+mod rekey;
 pub(super) mod resize;
 mod rewrap;
 mod show;
@@ -36,6 +38,10 @@ Examples:
     Show(show::ShowArgs),
     /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
     Rewrap(rewrap::RewrapArgs),
+    /// Give a volume a new data key, attached or not, and encrypt everything anew under it.
+    Rekey(rekey::RekeyArgs),
+    /// Make a volume's layers one, attached or not: it needs no snapshot's data any more then.
+    Flatten(rekey::FlattenArgs),
     /// Delete a volume and its data, unless it is attached.
     #[command(after_help = "\
 Examples:
@@ -94,6 +100,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::run(env, &args),
+        Command::Rekey(args) => rekey::rekey(env, &args),
+        Command::Flatten(args) => rekey::flatten(env, &args),
         Command::Delete(args) => delete(env, &args),
         Command::Resize(args) => resize::run(env, &args),
         Command::Tag(args) => tag::tag(env, &args),

@@ -16,6 +16,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// What happened to a volume or snapshot.
@@ -92,14 +93,28 @@ impl Event {
         Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
     }
 
-    /// `copySnapshot` of `source`, which is of `volume`, to data that the two share: `succeeded`, or `failed` for a cause.
+    /// `hydrateVolume`, which EBS does not have: what lower layers hold is brought up into the top one, under the data key
+    /// that the KMS key `kms_key` wraps. How far it has come: `hydrating` or `completed`.
+    pub fn hydrate_volume(volume: VolumeId, kms_key: Option<&str>, result: &'static str) -> Self {
+        let kms_key = kms_key.map(Into::into);
+        Event { name: "hydrateVolume", kms_key, ..Self::modify_volume(volume, result) }
+    }
+
+    /// `hydrateVolume`: `failed`, for a cause. It is tried again.
+    pub fn hydrate_failed(volume: VolumeId, kms_key: Option<&str>, cause: impl Into<String>) -> Self {
+        Event { cause: cause.into(), ..Self::hydrate_volume(volume, kms_key, "failed") }
+    }
+
+    /// `copySnapshot` of `source`, which is of `volume`: `succeeded`, or `failed` for a cause. `incremental` if the two share
+    /// their data.
     pub fn copy_snapshot(
         source: SnapshotId,
         volume: VolumeId,
         result: Result<SnapshotId, String>,
         start: Timestamp,
+        incremental: bool,
     ) -> Self {
-        let incremental = result.is_ok().then_some(true);
+        let incremental = result.is_ok().then_some(incremental);
         let mut event = Self::create_snapshot(volume, result, start);
         event.name = "copySnapshot";
         if let Some(snapshot) = &mut event.snapshot {
@@ -196,6 +211,8 @@ pub struct EventLog {
     path: PathBuf,
     account: String,
     region: String,
+    /// The file, for a process that will not be able to open it any more.
+    open: Option<Arc<File>>,
 }
 
 impl EventLog {
@@ -206,7 +223,29 @@ impl EventLog {
             path: root.events(),
             account: settings.account.clone(),
             region: settings.region.clone(),
+            open: None,
         }
+    }
+
+    /// Opens the file now, and never again: for a process that is going to be confined. It must not report from several
+    /// threads at a time.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn keep_open(&mut self) -> Result<()> {
+        let file = self.open_file().context(|| format!("open {}", self.path.display()))?;
+        self.open = Some(Arc::new(file));
+        Ok(())
+    }
+
+    fn open_file(&self) -> Result<File> {
+        create_dir_durable(&self.root)?;
+        let is_new = !self.path.exists();
+        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&self.path)?;
+        if is_new {
+            sync_dir(&self.root)?;
+        }
+        Ok(file)
     }
 
     /// Appends an event. For those who have something more important to report: a failure is logged.
@@ -264,9 +303,10 @@ impl EventLog {
     }
 
     fn append_line(&self, line: &[u8]) -> Result<()> {
-        create_dir_durable(&self.root)?;
-        let is_new = !self.path.exists();
-        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&self.path)?;
+        let file = match &self.open {
+            Some(file) => file.try_clone()?,
+            None => self.open_file()?,
+        };
         let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
         let before = file.metadata()?.len();
         let mut bytes = Vec::with_capacity(line.len() + 1);
@@ -280,8 +320,7 @@ impl EventLog {
             file.set_len(before)?;
             return Err(Error::new(Kind::Other, "the file system is full"));
         }
-        file.sync_data()?;
-        if is_new { sync_dir(&self.root) } else { Ok(()) }
+        Ok(file.sync_data()?)
     }
 }
 

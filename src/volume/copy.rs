@@ -1,6 +1,9 @@
 //! Copies of snapshots: under the same data keys, wrapped anew by the KMS for the copy's id, so that nobody sees them.
 //!
-//! The copy names the same layers. What proves them is still the original's MAC (docs/format.md).
+//! The copy names the same layers. What proves them is still the original's MAC (docs/format.md). Copies under other data
+//! keys are in [`full`].
+
+pub mod full;
 
 use super::catalog::Catalog;
 use super::from_snapshot::{Keys, rewrap_all};
@@ -27,7 +30,7 @@ pub fn copy(
     let started = Timestamp::now();
     let made = make(catalog, source, label, keys);
     let result = made.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
-    events.record(&Event::copy_snapshot(source.id(), source.volume(), result, started));
+    events.record(&Event::copy_snapshot(source.id(), source.volume(), result, started, true));
     made.map_err(|failure| failure.error.context(format!("copy {}", source.id())))
 }
 

@@ -13,6 +13,7 @@ use super::lock::{Holder, Purpose, VolumeLock};
 use super::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata};
 use super::pending::Pending;
 use super::references::StoreLock;
+use super::rekey::NewKey;
 use super::snapshot::{Label, Snapshot};
 use crate::crypt::{Dek, SealKey};
 use crate::error::{Context, Error, Kind, Result};
@@ -83,12 +84,42 @@ impl Freeze {
         let mut next = metadata.clone();
         next.layout = metadata.layout().with_new_top(self.new_top);
         next.reseal(key);
+        self.store(catalog, lock, metadata, next)?;
+        Ok(snapshot)
+    }
+
+    /// Gives the volume its new top layer under the data key `dek`, which `key` wraps, and marks all below to be copied
+    /// up; otherwise as [`Freeze::commit`], but that no snapshot is made. `seal_key` is that of `dek`.
+    ///
+    /// # Errors
+    /// As for [`Freeze::commit`].
+    pub fn commit_rekeyed(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        key: NewKey,
+        seal_key: &SealKey,
+    ) -> Result<()> {
+        let mut next = metadata.clone();
+        next.layout = metadata.layout().rekeyed(self.new_top, key.0);
+        next.reseal(Some(seal_key));
+        self.store(catalog, lock, metadata, next)
+    }
+
+    fn store(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        mut next: Metadata,
+    ) -> Result<()> {
         catalog.store(lock, &mut next).inspect_err(|_| self.undo(catalog, lock))?;
         *metadata = next;
         if let Err(e) = catalog.forget_pending(lock) {
             log::warn!("{e}; the next command that has {} tries again", lock.volume());
         }
-        Ok(snapshot)
+        Ok(())
     }
 
     /// Takes it back: the new layer is removed.

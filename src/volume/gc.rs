@@ -4,6 +4,7 @@
 //! record leads to as well, such as a layer whose volume's folder was removed by hand.
 
 use super::catalog::{self, Catalog};
+use super::hydrated;
 use super::id::{LayerId, VolumeId};
 use super::image_lock::{Access, ImageLock};
 use super::lifecycle::clear_remains;
@@ -24,7 +25,7 @@ pub enum What {
     Temporary,
     /// A volume whose making or deleting was interrupted, with whatever of it is left.
     Volume,
-    /// A snapshot whose deleting was interrupted.
+    /// A snapshot whose copying or deleting was interrupted.
     Snapshot,
     /// A change of a volume's layers that was interrupted.
     Change,
@@ -80,8 +81,9 @@ impl Catalog {
         let store = StoreLock::acquire(self)?;
         let mut found = self.find(&store)?;
         clear_remains(self, &store);
+        self.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
         for id in self.ids()? {
-            self.tidy(id)?;
+            self.tidy(id, &store)?;
         }
         // What the remains named is named no more.
         found.extend(self.unnamed_layers(&store)?);
@@ -111,13 +113,17 @@ impl Catalog {
             }
             let temporary = temporary_files(&folder)?.into_iter().chain(self.own_layers(id)?);
             found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
-            found.extend(LeftOver::at(What::Change, folder.join(pending::FILE)));
+            for name in [pending::FILE, hydrated::FILE] {
+                found.extend(LeftOver::at(What::Change, folder.join(name)));
+            }
         }
         let snapshots = self.root().snapshots();
         if snapshots.exists() {
             let temporary = temporary_files(&snapshots)?.into_iter();
             found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
         }
+        let copies = self.interrupted_copies()?.into_iter();
+        found.extend(copies.filter_map(|path| LeftOver::at(What::Snapshot, path)));
         let deleted = self.deleted_snapshots()?.into_iter();
         found.extend(deleted.filter_map(|path| LeftOver::at(What::Snapshot, path)));
         Ok(found)
@@ -150,10 +156,10 @@ impl Catalog {
     }
 
     /// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.
-    fn tidy(&self, id: VolumeId) -> Result<()> {
+    fn tidy(&self, id: VolumeId, store: &StoreLock) -> Result<()> {
         let folder = self.folder(id);
         let is_tidy = temporary_files(&folder)?.is_empty() && self.own_layers(id)?.is_empty();
-        if is_tidy && !folder.join(pending::FILE).exists() {
+        if is_tidy && ![pending::FILE, hydrated::FILE].iter().any(|name| folder.join(name).exists()) {
             return Ok(());
         }
         let holder = Holder::this_process(Purpose::Recover, None)?;
@@ -163,7 +169,11 @@ impl Catalog {
             Err(e) => return Err(e),
         };
         temporary_files(&folder)?.iter().try_for_each(|path| remove(path))?;
-        self.recover(&lock, &self.load(id)?)
+        self.undo_pending(&lock, &self.load(id)?)?;
+        match self.has_left_layers(id) {
+            true => self.settle_left(&lock, store),
+            false => Ok(()),
+        }
     }
 }
 

@@ -1,14 +1,14 @@
-//! Hydration: in the background, everything that lower layers hold comes up into the top, under the top's key.
+//! Hydration: in the background, what the lowest layers hold comes up into the top, under the top's key.
 //!
 //! It is what re-keys a volume (a new key above), encrypts one in place (plaintext below), flattens a chain (the same
 //! key), and makes a full copy (an empty top above a snapshot's layers). It goes through the volume once, in chunks:
-//! reads each through all layers and writes what came from below the top into it, while the fence keeps the guest out
-//! of that chunk. So what the guest has written always wins: it is in the top when the chunk is read, and stays, or it
+//! reads each through all layers and writes what came from the leaving ones into the top, while the fence keeps the guest
+//! out of that chunk. So what the guest has written always wins: it is in the top when the chunk is read, and stays, or it
 //! comes later, over the copy.
 //!
-//! Afterwards every sector that any layer has is in the top, for good: a guest's discard makes holes only where nothing
-//! lies below. All of that is durable when it is said to be [complete](End::Complete); then the caller may record the
-//! volume as having one layer, and only then give it one.
+//! Afterwards every sector that a leaving layer has is in the top, or in a layer between, for good: a guest's discard makes
+//! holes only where nothing lies below. All of that is durable when it is said to be [complete](End::Complete); then the
+//! caller may record the volume as having the other layers alone, and only then take these away from it.
 //!
 //! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top what it had
 //! brought there. Whoever changes the disk's layers stops it first.
@@ -51,7 +51,7 @@ pub struct Hydration {
     rate: AtomicU64,
     stop: AtomicBool,
     stopped: (Mutex<()>, Condvar),
-    /// Bytes still to be looked at; `u64::MAX` until it is known.
+    /// Bytes still to be looked at; `u64::MAX` until that is known.
     left: AtomicU64,
 }
 
@@ -59,7 +59,7 @@ impl Hydration {
     /// A hydration of `disk` at no more than `rate` bytes a second (0: no limit).
     ///
     /// # Errors
-    /// `InvalidInput` unless the disk has several layers and is made for it ([`Disk::hydrating`]).
+    /// `InvalidInput` unless the disk is made for it ([`Disk::hydrating`]).
     pub fn new(disk: Arc<Disk>, rate: u64) -> io::Result<Arc<Self>> {
         let Some(map) = disk.map().filter(|_| disk.fence().is_some()).cloned() else {
             let message = "the disk is not made to be hydrated";
@@ -79,6 +79,11 @@ impl Hydration {
     /// begun. What the guest writes meanwhile need not be copied and is counted nevertheless.
     pub fn left(&self) -> Option<u64> {
         Some(self.left.load(Ordering::Relaxed)).filter(|&left| left != u64::MAX)
+    }
+
+    /// The rate: bytes a second, 0: no limit.
+    pub fn rate(&self) -> u64 {
+        self.rate.load(Ordering::Relaxed)
     }
 
     /// Changes the rate: bytes a second, 0: no limit.
@@ -111,13 +116,21 @@ impl Hydration {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Waits until `due` at most; answers whether to go on.
-    fn wait_until(&self, due: Instant) -> bool {
+    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Answers when that was; not if it
+    /// was stopped.
+    fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
         let mut guard = self.stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let left = due.saturating_duration_since(Instant::now());
-            if self.is_stopped() || left.is_zero() || self.rate.load(Ordering::Relaxed) == 0 {
-                return !self.is_stopped();
+            let (now, rate) = (Instant::now(), self.rate());
+            let nanos = (bytes * 1_000_000_000).checked_div(rate).unwrap_or(0);
+            let due = since + Duration::from_nanos(nanos);
+            let left = due.saturating_duration_since(now);
+            if self.is_stopped() {
+                return None;
+            }
+            if left.is_zero() {
+                // What was not used is not saved up.
+                return Some(if now - due < LOOK { due } else { now });
             }
             let woken = self.stopped.1.wait_timeout(guard, left.min(LOOK));
             guard = woken.unwrap_or_else(PoisonError::into_inner).0;
@@ -131,8 +144,8 @@ struct Copier<'a> {
     queue: DiskQueue,
     /// Where a chunk's plaintext is between the layers: to the disk it is a guest's memory.
     chunk: GuestMemoryMmap<()>,
-    /// When the rate allows the next chunk.
-    due: Instant,
+    /// Bytes copied since then, which count for the rate.
+    copied: (Instant, u64),
 }
 
 impl<'a> Copier<'a> {
@@ -140,25 +153,28 @@ impl<'a> Copier<'a> {
         let queue = hydration.disk.open_free_queue(DEPTH)?;
         let chunk = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), CHUNK as usize)]);
         let chunk = chunk.map_err(io::Error::other)?;
-        Ok(Copier { hydration, queue, chunk, due: Instant::now() })
+        Ok(Copier { hydration, queue, chunk, copied: (Instant::now(), 0) })
     }
 
     fn copy_all(&mut self) -> io::Result<End> {
         let Hydration { disk, map, left, .. } = self.hydration;
-        let (size, top) = (disk.geometry().sectors * SECTOR_SIZE, disk.height());
+        let (size, stays) = (disk.geometry().sectors * SECTOR_SIZE, disk.leaving() + 1);
         while !map.wait(LOOK) {
             if self.hydration.is_stopped() {
                 return Ok(End::Stopped);
             }
         }
-        left.store(map.bytes_below(top, 0..size), Ordering::Relaxed);
+        left.store(map.bytes_below(stays, 0..size), Ordering::Relaxed);
         let mut at = 0;
-        while let Some(found) = map.next_below(top, at).filter(|&found| found < size) {
+        while let Some(found) = map.next_below(stays, at).filter(|&found| found < size) {
             let start = found - found % CHUNK;
             at = start + CHUNK;
             let bytes = start..size.min(at);
-            let below = map.bytes_below(top, bytes.clone());
-            if !self.hydration.wait_until(self.due) || !self.copy(bytes)? {
+            let below = map.bytes_below(stays, bytes.clone());
+            let (since, copied) = self.copied;
+            let Some(now) = self.hydration.wait(since, copied) else { return Ok(End::Stopped) };
+            self.copied = (now, bytes.end - bytes.start);
+            if !self.copy(bytes)? {
                 return Ok(End::Stopped);
             }
             let counted = |left: u64| Some(left.saturating_sub(below));
@@ -180,15 +196,10 @@ impl<'a> Copier<'a> {
         copied.map_err(|e| {
             io::Error::new(e.kind(), format!("hydrating {len} bytes at {}: {e}", bytes.start))
         })?;
-        let rate = hydration.rate.load(Ordering::Relaxed);
-        if let Some(nanos) = (len * 1_000_000_000).checked_div(rate) {
-            // What was not used is not saved up.
-            self.due = self.due.max(Instant::now()) + Duration::from_nanos(nanos);
-        }
         Ok(alone)
     }
 
-    /// Reads a chunk and writes what came from below.
+    /// Reads a chunk and writes what came from the leaving layers.
     fn raise(&mut self, sector: u64, len: usize) -> io::Result<()> {
         let raised = self.read(sector, len)?;
         let mut in_flight = 0;
@@ -212,7 +223,7 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    /// Reads a chunk; answers which runs of its blocks have sectors that came from below the top.
+    /// Reads a chunk; answers which runs of its blocks have sectors that came from the leaving layers.
     fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
         let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
         let place = buffer.place();
@@ -228,7 +239,7 @@ impl<'a> Copier<'a> {
         let block = self.hydration.disk.geometry().block_sectors();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
-            if !(first..first + block).any(|i| self.queue.came_from_below(place, i as usize)) {
+            if !(first..first + block).any(|i| self.queue.is_to_be_raised(place, i as usize)) {
                 continue;
             }
             match runs.last_mut() {

@@ -44,6 +44,8 @@ pub struct Disk {
     map: Option<Arc<LayerMap>>,
     /// What keeps queues out of the way of a copy, where there may be one.
     fence: Option<Arc<Fence>>,
+    /// The height of the uppermost of the layers that a copy brings up; 0: there is no copy.
+    leaving: u8,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
     /// A flush that failed once may have lost data for good: it is never reported as a success again.
@@ -85,6 +87,7 @@ impl Disk {
             below: Vec::new(),
             map: None,
             fence: None,
+            leaving: 0,
             _image_locks: vec![Arc::new(image_lock)],
             flush_failed: Arc::default(),
         }
@@ -99,18 +102,32 @@ impl Disk {
         Self::over(geometry, padded(serial), layers, None, Arc::default())
     }
 
-    /// The same volume when its top is frozen and `layers` has a new, empty one above it. The volume's queues must be
-    /// held meanwhile, so that nothing is written through this disk any more.
+    /// The same volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
+    /// unless that [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        Self::over(self.geometry, self.serial, layers, self.map.clone(), self.flush_failed.clone())
+        Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
     }
 
-    /// The same volume with other layers, or another size. The volume's queues must be held meanwhile.
+    /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](super::hydrate). The
+    /// volume's queues must be held meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`], and if a hydration is still running.
+    pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
+        self.check_not_hydrated()?;
+        assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
+        let next =
+            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        Ok(next?.hydrating_lowest(leaving))
+    }
+
+    /// The same volume with other layers, or another size; nothing of it is hydrated any more unless that
+    /// [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
@@ -136,7 +153,6 @@ impl Disk {
             map => map,
         };
         let cipher = ciphers.remove(0);
-        let fence = None;
         Ok(Disk {
             geometry,
             serial,
@@ -144,16 +160,31 @@ impl Disk {
             cipher,
             below,
             map,
-            fence,
+            fence: None,
+            leaving: 0,
             _image_locks: image_locks,
             flush_failed,
         })
     }
 
-    /// The same, made to be [hydrated](super::hydrate). To be said before any queue is opened.
-    pub fn hydrating(mut self) -> Self {
-        self.fence = (!self.below.is_empty()).then(Arc::default);
+    /// The same, made to be [hydrated](super::hydrate) from all layers below the top. To be said before any queue is
+    /// opened.
+    pub fn hydrating(self) -> Self {
+        let below = self.below.len();
+        self.hydrating_lowest(below)
+    }
+
+    /// The same from the lowest so many layers, which are below the top.
+    pub fn hydrating_lowest(mut self, layers: usize) -> Self {
+        assert!(layers <= self.below.len(), "the top stays");
+        self.leaving = layers as u8;
+        self.fence = (layers > 0).then(Arc::default);
         self
+    }
+
+    /// The height of the uppermost of the layers that are brought up; 0: none.
+    pub(super) fn leaving(&self) -> u8 {
+        self.leaving
     }
 
     /// What a copy keeps queues out of its way with.

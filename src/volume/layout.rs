@@ -106,6 +106,40 @@ impl Layout {
         next
     }
 
+    /// How many of the layers, the lowest ones, are being copied up and will then leave the chain.
+    pub fn leaving(&self) -> usize {
+        let found = self.hydrate.and_then(|id| self.layers.iter().position(|l| l.id == id));
+        found.map_or(0, |position| self.layers.len() - position)
+    }
+
+    /// The same, with everything below the top to be copied up; none if there is nothing.
+    pub(super) fn with_all_leaving(&self) -> Option<Self> {
+        let hydrate = Some(self.layers.get(1)?.id);
+        Some(Layout { hydrate, ..self.clone() })
+    }
+
+    /// The same with an empty layer on top that is encrypted with another `key`, and all below it to be copied up.
+    pub(super) fn rekeyed(&self, top: LayerRecord, key: KeyRecord) -> Self {
+        let mut next = self.with_new_top(LayerRecord { key: Some(self.keys.len()), masked: false, ..top });
+        next.keys.push(key);
+        next.hydrate = Some(self.top().id);
+        next
+    }
+
+    /// The same without the layers that were copied up, and without the keys that no other layer has.
+    pub(super) fn hydrated(&self) -> Self {
+        let mut next = self.clone();
+        next.layers.truncate(self.layers.len() - self.leaving());
+        next.hydrate = None;
+        let used = |n: &usize| next.layers.iter().any(|l| l.key == Some(*n));
+        let stay: Vec<usize> = (0..self.keys.len()).filter(used).collect();
+        next.keys = stay.iter().map(|&n| self.keys[n].clone()).collect();
+        for layer in &mut next.layers {
+            layer.key = layer.key.and_then(|old| stay.iter().position(|&n| n == old));
+        }
+        next
+    }
+
     /// The keys' check values; for a layout that is sealed or being sealed.
     pub(super) fn checks(&self) -> Vec<[u8; 16]> {
         let check = |key: &KeyRecord| key.check.expect("verify and seal have looked, or noted it");

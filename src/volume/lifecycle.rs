@@ -6,6 +6,7 @@
 //! that something else names stays. `docs/format.md` argues it step by step.
 
 use super::catalog::{self, Catalog};
+use super::hydrated;
 use super::id::VolumeId;
 use super::lock::{self, Holder, Purpose, VolumeLock};
 use super::metadata::{Geometry, KeyOwner, KeyRecord, Metadata, VolumeName, encryption_context};
@@ -361,7 +362,8 @@ fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
             // Of a host process that was killed.
             continue;
         }
-        let is_ours = [lock::FILE, tags::FILE].contains(&name) || pending::is_layer_name(name);
+        let is_ours =
+            [lock::FILE, tags::FILE, hydrated::FILE].contains(&name) || pending::is_layer_name(name);
         if !is_ours && !name.ends_with(".tmp") {
             return Ok(false);
         }

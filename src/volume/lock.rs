@@ -50,6 +50,8 @@ pub enum Purpose {
     Rewrap,
     /// Its data is being copied out of the store.
     Export,
+    /// It gets a new data key, or what lower layers hold is copied up.
+    Hydrate,
 }
 
 /// The process that holds a volume, as it says itself.
@@ -102,6 +104,7 @@ impl fmt::Display for Holder {
             Purpose::Recover => "is being tidied up",
             Purpose::Rewrap => "is being rewrapped",
             Purpose::Export => "is being exported",
+            Purpose::Hydrate => "is being re-keyed or flattened",
         };
         write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
         if let Some(socket) = &self.socket {

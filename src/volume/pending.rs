@@ -8,6 +8,7 @@ use super::catalog::{Catalog, read_bounded};
 use super::id::{LayerId, VolumeId};
 use super::lock::VolumeLock;
 use super::metadata::{LayerRecord, Metadata, written};
+use super::references::StoreLock;
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{replace_file, sync_dir};
 use serde::{Deserialize, Serialize};
@@ -108,13 +109,55 @@ impl Catalog {
     /// # Errors
     /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours.
     pub fn recover(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+        self.undo_pending(lock, metadata)?;
+        if self.has_left_layers(lock.volume()) {
+            // A confined process cannot, and a record that cannot be read is no reason to keep the volume from anybody.
+            let settled = StoreLock::acquire(self).and_then(|store| self.settle_left(lock, &store));
+            if let Err(e) = settled {
+                log::warn!(
+                    "{e}; the next command that has {}, or \"sealblk gc\", tries again",
+                    metadata.id()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for a process that is confined, and reaches no layers but those that it knew before, and those in its
+    /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
+    /// file is left to "sealblk gc".
+    ///
+    /// # Errors
+    /// As for [`Catalog::recover`].
+    pub fn recover_confined(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+        let has = |id: LayerId| metadata.layers().iter().any(|l| l.id == id);
+        for path in self.own_layers(lock.volume())? {
+            let id = path.file_stem().and_then(|stem| stem.to_str()?.parse::<LayerId>().ok());
+            if id.is_some_and(|id| !has(id)) {
+                std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+            }
+        }
+        match Pending::load(self, metadata.id())? {
+            None => Ok(()),
+            Some(Pending::NewTop(id)) if !has(id) => Ok(()),
+            Some(pending) => pending.undo(self, metadata).and_then(|()| self.forget_pending(lock)),
+        }
+    }
+
+    /// As [`Catalog::recover`], but for layers that have left the chain.
+    ///
+    /// # Errors
+    /// As for that.
+    pub(super) fn undo_pending(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
         self.forget_own_layers(lock)?;
-        let Some(pending) = Pending::load(self, metadata.id())? else { return Ok(()) };
-        log::info!("{}: an interrupted command left {pending:?}", metadata.id());
-        pending.undo(self, metadata)?;
-        self.mark_frozen(&metadata.layers()[1..]);
-        self.forget_pending(lock)
+        if let Some(pending) = Pending::load(self, metadata.id())? {
+            log::info!("{}: an interrupted command left {pending:?}", metadata.id());
+            pending.undo(self, metadata)?;
+            self.mark_frozen(&metadata.layers()[1..]);
+            self.forget_pending(lock)?;
+        }
+        Ok(())
     }
 
     /// A layer as the process that has the volume attached has made it: in the volume's folder, since it reaches no

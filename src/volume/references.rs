@@ -52,6 +52,7 @@ pub(super) fn named_layers(catalog: &Catalog, _store: &StoreLock) -> Result<Hash
         named.extend(Pending::load(catalog, id)?.and_then(|pending| pending.new_layer()));
         named.extend(layers_of_volume(catalog, id)?);
     }
+    named.extend(catalog.layers_of_copies()?.iter().map(|l| l.id));
     for id in catalog.snapshot_ids()? {
         match catalog.load_snapshot(id) {
             Err(e) if e.kind() == Kind::NotFound => {}

@@ -11,6 +11,7 @@ use super::snapshot::Snapshot;
 use crate::crypt::{Dek, SealKey};
 use crate::error::{Error, Kind, Result};
 use crate::store::Store;
+use std::borrow::Borrow;
 use subtle::ConstantTimeEq;
 
 /// What the metadata of a volume turned out to be worth. Nothing here tells of the data itself.
@@ -32,7 +33,7 @@ impl Metadata {
     ///
     /// # Errors
     /// `Corrupt` for a data key that is not the volume's, and for metadata that was edited.
-    pub fn verify(&self, deks: &[Dek]) -> Result<Seal> {
+    pub fn verify(&self, deks: &[impl Borrow<Dek>]) -> Result<Seal> {
         self.assert_all_keys(deks);
         let Some(top) = self.top().key else { return Ok(Seal::NotEncrypted) };
         let Some(mac) = &self.mac else {
@@ -40,21 +41,21 @@ impl Metadata {
             return Ok(Seal::Unsealed);
         };
         for (n, (key, dek)) in self.keys().iter().zip(deks).enumerate() {
-            if key.check.is_none_or(|check| bool::from(check.ct_ne(&dek.check_value()))) {
+            if key.check.is_none_or(|check| bool::from(check.ct_ne(&dek.borrow().check_value()))) {
                 return Err(self.refusal(format!(
                     "wrapped data key {n} unwraps to another key than the one the volume was written with; it \
                      belongs to another volume or was replaced"
                 )));
             }
         }
-        match bool::from(mac.ct_eq(&self.compute_mac(&deks[top]))) {
+        match bool::from(mac.ct_eq(&self.compute_mac(deks[top].borrow()))) {
             true => Ok(Seal::Sealed),
             false => Err(self.refusal("the MAC does not fit the rest; volume.json was edited".into())),
         }
     }
 
     /// An unsealed volume: are the layers below its top those that the snapshot's seal is over?
-    fn verify_origin(&self, deks: &[Dek]) -> Result<()> {
+    fn verify_origin(&self, deks: &[impl Borrow<Dek>]) -> Result<()> {
         let below = &self.layers()[1..];
         let Some(first) = below.first() else { return Ok(()) };
         let proof = self.origin.as_ref().and_then(|origin| origin.proof.as_ref());
@@ -68,9 +69,9 @@ impl Metadata {
         }
         // The snapshot's keys come first, and it has none that no layer of it uses.
         let keys = below.iter().filter_map(|l| l.key).max().map_or(0, |n| n + 1);
-        let checks: Vec<_> = deks[..keys].iter().map(Dek::check_value).collect();
+        let checks: Vec<_> = deks[..keys].iter().map(|dek| dek.borrow().check_value()).collect();
         let message = proof.message(self.sector_size(), below, &checks)?;
-        let mac = deks[key].metadata_mac(&proof.volume.to_string(), &message);
+        let mac = deks[key].borrow().metadata_mac(&proof.volume.to_string(), &message);
         match bool::from(proof.mac.ct_eq(&mac)) {
             true => Ok(()),
             false => Err(self.refusal(format!(
@@ -86,7 +87,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::verify`]; `Corrupt` for a volume with data and without a seal.
-    pub fn prove(&mut self, deks: &[Dek], top: &dyn Store) -> Result<()> {
+    pub fn prove(&mut self, deks: &[impl Borrow<Dek>], top: &dyn Store) -> Result<()> {
         match self.verify(deks)? {
             Seal::Sealed | Seal::NotEncrypted => {}
             Seal::Unsealed if top.has_data()? => {
@@ -104,14 +105,14 @@ impl Metadata {
 
     /// Notes the data keys' check values and the MAC; `deks` as for [`Metadata::verify`]. For an unencrypted
     /// volume there is nothing to note. It counts once it is stored.
-    pub fn seal(&mut self, deks: &[Dek]) {
+    pub fn seal(&mut self, deks: &[impl Borrow<Dek>]) {
         self.assert_all_keys(deks);
         let Some(top) = self.top().key else { return };
         for (key, dek) in self.layout.keys.iter_mut().zip(deks) {
-            key.check = Some(dek.check_value());
+            key.check = Some(dek.borrow().check_value());
         }
         self.seal_version = SealVersion::V2;
-        self.mac = Some(self.compute_mac(&deks[top]));
+        self.mac = Some(self.compute_mac(deks[top].borrow()));
     }
 
     /// Seals anew what was sealed and has another layout now; `key` is that of the top layer's data key and none for
@@ -125,9 +126,9 @@ impl Metadata {
 
     /// What seals the volume when its data keys are gone; none for an unencrypted one. `deks` as for
     /// [`Metadata::verify`].
-    pub fn seal_key(&self, deks: &[Dek]) -> Result<Option<SealKey>> {
+    pub fn seal_key(&self, deks: &[impl Borrow<Dek>]) -> Result<Option<SealKey>> {
         self.assert_all_keys(deks);
-        self.top().key.map(|top| deks[top].seal_key(&self.id.to_string())).transpose()
+        self.top().key.map(|top| deks[top].borrow().seal_key(&self.id.to_string())).transpose()
     }
 
     /// Whether it has a seal, right or wrong.
@@ -135,7 +136,7 @@ impl Metadata {
         self.mac.is_some()
     }
 
-    fn assert_all_keys(&self, deks: &[Dek]) {
+    fn assert_all_keys(&self, deks: &[impl Borrow<Dek>]) {
         assert_eq!(deks.len(), self.keys().len(), "one data key for each of the volume's keys");
     }
 
@@ -159,13 +160,13 @@ impl Snapshot {
     ///
     /// # Errors
     /// `Corrupt` for a data key that is not the snapshot's, and for a record that was edited.
-    pub fn verify(&self, deks: &[Dek]) -> Result<()> {
+    pub fn verify(&self, deks: &[impl Borrow<Dek>]) -> Result<()> {
         assert_eq!(deks.len(), self.keys().len(), "one data key for each of the snapshot's keys");
         let Some(top) = self.layout().top().key else { return Ok(()) };
-        let checks: Vec<_> = deks.iter().map(Dek::check_value).collect();
+        let checks: Vec<_> = deks.iter().map(|dek| dek.borrow().check_value()).collect();
         let mac = |proof: &Proof| -> Result<[u8; 32]> {
             let message = proof.message(self.geometry().sector_size(), self.layers(), &checks)?;
-            Ok(deks[top].metadata_mac(&proof.volume.to_string(), &message))
+            Ok(deks[top].borrow().metadata_mac(&proof.volume.to_string(), &message))
         };
         match self.proof() {
             Some(proof) if bool::from(proof.mac.ct_eq(&mac(&proof)?)) => Ok(()),
@@ -231,9 +232,9 @@ mod tests {
     #[test]
     fn an_unencrypted_volume_has_none() {
         let mut m = new(None);
-        m.seal(&[]);
+        m.seal(&[] as &[Dek]);
         assert!(!m.is_sealed());
-        assert_eq!(m.verify(&[]).unwrap(), Seal::NotEncrypted);
+        assert_eq!(m.verify(&[] as &[Dek]).unwrap(), Seal::NotEncrypted);
     }
 
     #[test]

@@ -56,14 +56,25 @@ impl Snapshot {
     /// The volume as it is now, sealed with the `key` of the volume's seal; none for an unencrypted volume.
     pub(super) fn of(volume: &Metadata, id: SnapshotId, label: Label, key: Option<&SealKey>) -> Self {
         assert_eq!(key.is_some(), volume.is_encrypted(), "an encrypted volume has a seal, and no other");
-        let layout = volume.layout().clone();
-        let message = || {
-            let checks = layout.checks();
-            sealed_bytes(SealVersion::V2, &id.to_string(), layout.geometry, &layout.layers, &checks)
+        let (layout, created) = (volume.layout().clone(), Timestamp::now());
+        let unsealed = Snapshot {
+            id,
+            volume: volume.id(),
+            copy_of: None,
+            layout,
+            created,
+            label,
+            sealed_as: id,
+            mac: None,
         };
-        let mac = key.map(|key| key.mac(&message()));
-        let created = Timestamp::now();
-        Snapshot { id, volume: volume.id(), copy_of: None, layout, created, label, sealed_as: id, mac }
+        let mac = key.map(|key| key.mac(&unsealed.sealed_bytes(&unsealed.layout.checks())));
+        Snapshot { mac, ..unsealed }
+    }
+
+    /// What its MAC is over, with the check values of its data keys.
+    pub(super) fn sealed_bytes(&self, checks: &[[u8; 16]]) -> Vec<u8> {
+        let Layout { geometry, layers, .. } = &self.layout;
+        sealed_bytes(SealVersion::V2, &self.sealed_as.to_string(), *geometry, layers, checks)
     }
 
     /// Its id.

@@ -155,6 +155,8 @@ impl Stepper {
                     }
                     steps += 1;
                 }
+                // The thread has come to its end, and the process goes on.
+                WaitStatus::Exited(..) => return Killed::No,
                 WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
                 WaitStatus::PtraceSyscall(_) | WaitStatus::PtraceEvent(..) => {}
                 other => panic!("{}: {other:?}", self.0),

@@ -15,6 +15,7 @@ use sealblk::kms::embedded::grant_records::GrantOperation;
 use sealblk::kms::embedded::grants::NewGrant;
 use serde_json::Value;
 use std::fs;
+use std::time::{Duration, Instant};
 
 const ROOT: &str = "grantee-principal = 'arn:aws:iam::000000000000:root'\nkms-patience = 1\n";
 
@@ -47,6 +48,26 @@ fn assert_granted(site: &Site, grantee: &str) {
         subset: Some(context),
     };
     assert_eq!(seen, [expected]);
+}
+
+/// Not only at the detach, which may be months later.
+#[test]
+fn the_grant_on_a_key_that_a_volume_needs_no_more_is_retired_while_it_is_attached() {
+    let place = Place::with_settings(ROOT, &[]);
+    let old = place.key();
+    place.store.ok(&["key", "create", "--alias", "alias/new"]);
+    let host = place.attach(&[]);
+    assert_eq!((Admin::grants(&place.kms(), &old).len(), notes(&place)), (1, 1));
+    place.store.ok(&["volume", "rekey", "t", "--key", "alias/new", "--follow"]);
+    assert_ne!(place.key(), old);
+    let deadline = Instant::now() + LIMIT;
+    while (Admin::grants(&place.kms(), &old).len(), notes(&place)) != (0, 0) {
+        assert!(Instant::now() < deadline, "the grant is not retired: {}", host.output());
+        // Nothing tells when it is.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
 }
 
 #[test]

@@ -53,7 +53,7 @@ fn an_unencrypted_image_is_encrypted_in_place_and_not_needed_any_more() {
     expected[8000 * 512..11000 * 512].fill(0);
     assert!(hydrating.hydration.left().is_none_or(|left| left <= SECTORS * 512));
     assert_eq!(hydrating.wait(), End::Complete);
-    served.drop_lower_layers();
+    assert_eq!(served.drop_lower_layers(), 1);
     std::fs::remove_file(&files[1].path).unwrap();
     let disk = served.device.disk();
     drop(served);

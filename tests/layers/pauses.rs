@@ -43,7 +43,7 @@ impl Rig {
 
     fn freeze(&mut self) {
         let top = self.places.file(0, Some(1), SECTORS);
-        self.served.freeze(self.keys.open(&top, Access::ReadWrite, 512), false);
+        self.served.freeze(self.keys.open(&top, Access::ReadWrite, 512), 0);
     }
 }
 

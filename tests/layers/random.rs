@@ -80,8 +80,7 @@ impl Life {
                 }
                 if let Some(over) = hydrating.take_if(|h| h.is_over()) {
                     assert_eq!((over.hydration.left(), over.wait()), (Some(0), End::Complete));
-                    served.drop_lower_layers();
-                    self.files.truncate(1);
+                    self.files.truncate(served.drop_lower_layers());
                 }
                 self.finish(&mut served, started);
             }
@@ -151,8 +150,8 @@ impl Life {
     /// Freezes the top while `steps` are in flight.
     fn freeze(&mut self, served: &mut Served, steps: &[Step]) {
         let top = self.new_top(self.model.sectors());
-        let hydrating = self.random.below(2) == 0;
-        served.freeze(self.keys.open(&top, Access::ReadWrite, self.block), hydrating);
+        let leaving = self.random.below(self.files.len() as u64 + 1) as usize;
+        served.freeze(self.keys.open(&top, Access::ReadWrite, self.block), leaving);
         self.frozen.push((self.files.clone(), self.perhaps(steps)));
         self.files.insert(0, top);
     }

@@ -93,6 +93,8 @@ pub struct Served {
     pub session: Session,
     /// As the device has them open, the top first.
     pub layers: Vec<Layer>,
+    /// How many of them, the lowest, are being hydrated from.
+    pub leaving: usize,
     server: Serving,
 }
 
@@ -127,7 +129,8 @@ impl Served {
         let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
         let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
-        Served { device, session, layers, server }
+        let leaving = layers.len() - 1;
+        Served { device, session, layers, leaving, server }
     }
 
     /// Begins to hydrate, if the disk is made for that.
@@ -137,14 +140,16 @@ impl Served {
         Some(Hydrating { hydration, thread: std::thread::spawn(move || runs.run().unwrap()) })
     }
 
-    /// Leaves nothing but the top, which must hold everything.
-    pub fn drop_lower_layers(&mut self) {
+    /// Takes those layers away, of which those above must hold everything; answers how many are left.
+    pub fn drop_lower_layers(&mut self) -> usize {
         let mut paused = self.device.pause(PATIENCE).unwrap();
-        self.layers.truncate(1);
+        self.layers.truncate(self.layers.len() - self.leaving);
+        self.leaving = 0;
         let geometry = paused.disk().geometry();
         let disk = paused.disk().with_layers(geometry, chain(&self.layers)).unwrap();
         paused.prepare(Arc::new(disk)).unwrap();
         paused.resume();
+        self.layers.len()
     }
 
     /// Lets the VMM leave.
@@ -152,15 +157,16 @@ impl Served {
         self.server
     }
 
-    /// Freezes the top and puts `top` above it, while the guest may have requests in flight.
-    pub fn freeze(&mut self, top: Layer, hydrating: bool) {
+    /// Freezes the top and puts `top` above it, while the guest may have requests in flight. The lowest so many layers can be
+    /// hydrated from then.
+    pub fn freeze(&mut self, top: Layer, leaving: usize) {
         let mut paused = self.device.pause(PATIENCE).unwrap();
         paused.disk().flush().unwrap();
         self.layers[0] = self.layers[0].frozen().unwrap();
         self.layers.insert(0, top);
         let disk = paused.disk().with_new_top(chain(&self.layers)).unwrap();
-        let disk = if hydrating { disk.hydrating() } else { disk };
-        paused.prepare(Arc::new(disk)).unwrap();
+        self.leaving = leaving;
+        paused.prepare(Arc::new(disk.hydrating_lowest(leaving))).unwrap();
         paused.resume();
     }
 }

@@ -272,7 +272,8 @@ fn nothing_is_left(root: &Path) -> Result {
         return Err(format!("{} is left, and nothing names it", layer.display()));
     }
     let left = |path: &std::path::PathBuf| {
-        path.ends_with("pending.json") || path.extension().is_some_and(|e| e == "tmp")
+        ["pending.json", "leaving.json"].iter().any(|name| path.ends_with(name))
+            || path.extension().is_some_and(|e| e == "tmp" || e == "copying")
     };
     let folders = files(&root.join("volumes"))?;
     for folder in folders.iter().chain([&root.join("snapshots")]) {

@@ -16,7 +16,7 @@ use super::script::Script;
 use super::site::{LIMIT, Site, folder};
 use super::tape::{Running, Said, Tape};
 use super::trace::Mark;
-use super::{kms, snapshots, volumes};
+use super::{hydration, kms, snapshots, volumes};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -261,7 +261,7 @@ impl Recorded {
 
 fn all(made: Made) {
     type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
-    let scenarios: [Scenario<'_>; 8] = [
+    let scenarios: [Scenario<'_>; 11] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),
@@ -270,6 +270,9 @@ fn all(made: Made) {
         ("snapshot while attached", &|script| snapshots::of_attached(script, &[])),
         ("snapshots deleted", &snapshots::deleted),
         ("rewrap", &volumes::rewrapped),
+        ("rekey while attached", &|script| hydration::rekeyed_attached(script, &[])),
+        ("flatten", &hydration::flattened),
+        ("copy under another key", &hydration::copied),
     ];
     for (name, scenario) in scenarios {
         let tried =

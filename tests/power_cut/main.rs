@@ -19,6 +19,7 @@ mod expect;
 mod explore;
 mod file_system;
 mod harmless;
+mod hydration;
 mod image;
 mod kms;
 mod model;

@@ -1,9 +1,9 @@
 //! Recordings as wrong programs would have made them: the checks must find each out.
 
 use super::explore::explore;
-use super::script::traced;
+use super::script::{Script, traced};
 use super::trace::Trace;
-use super::{kms, snapshots, volumes};
+use super::{hydration, kms, snapshots, volumes};
 
 /// Tries the trace, of which what comes before `from` is right; what is found wrong must be this.
 #[track_caller]
@@ -178,4 +178,56 @@ fn a_volume_that_is_larger_before_its_layer_is_durably_so_is_found_out() {
     let noted = trace.find(trace.start, |line| line.ends_with(" to pending.json"));
     let (trace, place) = without(trace, noted, |line| line.starts_with("sync root/layers/"));
     is_found_out(&trace, place, "a volume is listed that is not whole");
+}
+
+/// Where `volume.json` is replaced by one without the layers that have left: the last replacement before the copy is over.
+fn layers_leave(trace: &Trace) -> usize {
+    let noted =
+        trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to leaving.json"));
+    trace.find(noted, |line| line.starts_with("rename") && line.ends_with(" to volume.json"))
+}
+
+#[test]
+fn a_copy_that_is_not_synced_before_the_old_layers_leave_is_found_out() {
+    for scenario in [hydration::rekeyed_detached as fn(&mut Script), hydration::flattened] {
+        let trace = traced(scenario);
+        let commit = layers_leave(&trace);
+        let last = |line: &String| line.starts_with("datasync root/layers/");
+        let place = trace.lines()[..commit].iter().rposition(last).expect("the copy is synced");
+        assert!(place > trace.start);
+        let (trace, place) = (trace.without(place), place);
+        is_found_out(&trace, place, "instead of one of the patterns");
+    }
+}
+
+#[test]
+fn a_program_that_removes_old_layers_before_they_have_left_durably_is_found_out() {
+    let trace = traced(hydration::rekeyed_detached);
+    let commit = layers_leave(&trace);
+    let (trace, place) = without(trace, commit, syncs_volume_folder);
+    is_found_out(&trace, place, "a volume is listed that is not whole");
+}
+
+/// A hole in the top is right when nothing lies below any more, and no power cut brings that back.
+#[test]
+fn a_program_that_makes_holes_before_the_old_layers_have_left_durably_is_found_out() {
+    let trace = traced(|script| hydration::rekeyed_attached(script, &[]));
+    let commit = layers_leave(&trace);
+    let zeroed = trace.find(commit, |line| line.contains("the guest zeros"));
+    // The old layers stay, so that nothing but the hole is wrong.
+    let removed = |line: &String| line.starts_with("remove root/layers/");
+    let places: Vec<usize> = (commit..trace.entries.len()).filter(|&n| removed(&trace.lines()[n])).collect();
+    let trace = places.into_iter().rev().fold(trace, Trace::without);
+    let (trace, _) = without(trace, commit, syncs_volume_folder);
+    is_found_out(&trace, zeroed, "instead of one of the patterns");
+}
+
+#[test]
+fn a_copy_of_a_snapshot_that_is_not_synced_before_it_is_there_is_found_out() {
+    let trace = traced(hydration::copied);
+    let renamed = trace.find(trace.start, |line| line.starts_with("rename") && line.contains(".copying to "));
+    let synced = |line: &String| line.starts_with("datasync root/layers/");
+    let place = trace.lines()[..renamed].iter().rposition(synced).expect("the copy is synced");
+    assert!(place > trace.start);
+    is_found_out(&trace.without(place), place, "instead of one of the patterns");
 }

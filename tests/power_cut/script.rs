@@ -202,6 +202,23 @@ impl Script {
         id
     }
 
+    /// Copies a snapshot, with these arguments besides; answers the copy's id.
+    #[track_caller]
+    pub fn copy_of(&self, snapshot: &str, arguments: &[&str]) -> String {
+        let of = snapshot.to_owned();
+        self.mark(&format!("{snapshot} is being copied"), move |expect| {
+            expect.snapshot_being_made = Some(expect.snapshots[&of].content.clone());
+        });
+        let copy = self.run(&[&["snapshot", "copy", snapshot], arguments].concat()).trim().to_owned();
+        let told = copy.clone();
+        self.promise(&format!("{copy} was made"), move |expect| {
+            let content = expect.snapshot_being_made.take().expect("it is being made");
+            expect.snapshots.insert(told.clone(), Volume::with(content));
+            expect.events.push(("copySnapshot".into(), told.clone()));
+        });
+        copy
+    }
+
     /// Deletes a snapshot.
     #[track_caller]
     pub fn delete_snapshot(&self, id: &str) {

@@ -1,8 +1,10 @@
 //! Copies of snapshots, and volumes that are made larger.
 
+use crate::killed::{End, killed_before};
 use crate::rig::Rig;
 use serde_json::json;
 use std::fs;
+use std::process::Stdio;
 
 #[test]
 fn a_copy_has_the_same_data_key_wrapped_for_itself_and_shares_the_data() {
@@ -57,14 +59,143 @@ fn a_copy_needs_the_kms_and_knows_its_key() {
     let rig = Rig::new(&[]);
     let source = rig.id(&["snapshot", "create", "t"]);
     rig.place.store.ok(&["key", "create", "--alias", "alias/other"]);
-    let said = rig.refuse(8, &["snapshot", "copy", &source, "--key", "alias/other"]);
-    assert!(said.contains("is under another KMS key"), "{said}");
     rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    let said = rig.refuse(5, &["snapshot", "copy", &source, "--key", "alias/other"]);
+    assert!(said.contains("is disabled"), "{said}");
     let said = rig.refuse(5, &["snapshot", "copy", &source]);
     assert!(said.contains("is disabled"), "{said}");
     let detail = rig.last_event()["detail"].clone();
     assert_eq!((&detail["event"], &detail["result"]), (&json!("copySnapshot"), &json!("failed")));
     assert_eq!(rig.files("snapshots").len(), 1);
+}
+
+/// A snapshot with three layers, and what it holds.
+fn of_three_layers(rig: &mut Rig) -> String {
+    rig.id(&["snapshot", "create", "t"]);
+    for n in 0..2 {
+        let (host, socket) = rig.attach("t");
+        let mut session = crate::attach::open(&socket);
+        let (at, data) = ((2 + n) << 20, crate::common::disk::pattern(n, 1 << 20));
+        crate::attach::write(&mut session.rings[0], at / 512, &data);
+        rig.data[at as usize..][..1 << 20].copy_from_slice(&data);
+        drop(session);
+        host.end();
+        if n == 0 {
+            rig.id(&["snapshot", "create", "t"]);
+        }
+    }
+    rig.id(&["snapshot", "create", "t"])
+}
+
+#[test]
+fn a_copy_under_another_key_has_its_own_data_and_needs_nothing_of_the_original() {
+    for arguments in [&[][..], &["--unencrypted", "--sector-size", "4096"]] {
+        let mut rig = Rig::new(arguments);
+        let source = of_three_layers(&mut rig);
+        rig.place.store.ok(&["key", "create", "--alias", "alias/other"]);
+        // While the volume is in use.
+        let (host, _) = rig.attach("t");
+        let id = rig.id(&["snapshot", "copy", &source, "--key", "alias/other"]);
+        let detail = rig.last_event()["detail"].clone();
+        assert_eq!((&detail["event"], &detail["result"]), (&json!("copySnapshot"), &json!("succeeded")));
+        assert_eq!(detail["Incremental"], "false");
+        host.end();
+        let reader = rig.reader();
+        let (copy, original) = (reader.snapshot(&id), reader.snapshot(&source));
+        let deks = |s: &sealblk::volume::Snapshot| reader.deks(s.layout(), &s.encryption_context());
+        assert_eq!((copy.layers().len(), copy.is_encrypted()), (1, true));
+        assert!(!deks(&original).contains(&deks(&copy)[0]));
+        assert!(reader.snapshot_content(&copy) == rig.data);
+        let stored = fs::read(reader.catalog().layer_path(copy.layers()[0].id)).unwrap();
+        let in_the_clear = stored.chunks(512).zip(rig.data.chunks(512)).filter(|(a, b)| a == b && a[0] != 0);
+        assert_eq!(in_the_clear.count(), 0);
+        for snapshot in reader.catalog().snapshot_ids().unwrap() {
+            if snapshot != copy.id() {
+                rig.place.store.ok(&["snapshot", "delete", &snapshot.to_string()]);
+            }
+        }
+        rig.place.store.ok(&["volume", "delete", "t"]);
+        if arguments.is_empty() {
+            rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+        }
+        rig.place.store.ok(&["volume", "create", "--snapshot", &id, "--name", "c"]);
+        let (host, _) = rig.attach("c");
+        host.end();
+        assert!(rig.reader().volume_content(&rig.reader().volume("c")) == rig.data);
+        rig.assert_layers_are_named();
+        let again = rig.id(&["snapshot", "copy", &id]);
+        assert_eq!(rig.reader().snapshot(&again).layers(), copy.layers());
+    }
+}
+
+#[test]
+fn a_copy_that_is_killed_is_gone_on_with_or_cleared_away() {
+    let mut rig = Rig::new(&[]);
+    let source = of_three_layers(&mut rig);
+    rig.place.store.ok(&["key", "create", "--alias", "alias/other"]);
+    let (before, layers) = (rig.files("snapshots"), rig.files("layers"));
+    let copy = ["snapshot", "copy", &source, "--key", "alias/other"];
+    for step in 0.. {
+        assert!(step < 100, "it never ends");
+        let mut command = rig.place.store.command();
+        command.args(copy).stdout(Stdio::null()).stderr(Stdio::null());
+        let end = killed_before(&mut command, step);
+        let left = rig.files("snapshots");
+        let unfinished = left.iter().find(|path| path.extension().is_some_and(|e| e == "copying")).cloned();
+        match (step % 2, &unfinished) {
+            // What was begun becomes the copy.
+            (0, Some(path)) => {
+                let id = rig.id(&copy);
+                assert!(path.to_str().unwrap().contains(&id), "step {step}: {id}");
+                assert!(
+                    rig.reader().snapshot_content(&rig.reader().snapshot(&id)) == rig.data,
+                    "step {step}"
+                );
+            }
+            (1, Some(path)) => {
+                assert!(
+                    rig.place.store.ok(&["gc", "--dry-run"]).contains(path.to_str().unwrap()),
+                    "step {step}"
+                );
+            }
+            _ => {}
+        }
+        rig.place.store.ok(&["gc"]);
+        for snapshot in rig.reader().catalog().snapshot_ids().unwrap() {
+            if !before.contains(&rig.place.store.root().join(format!("snapshots/{snapshot}.json"))) {
+                assert!(
+                    rig.reader().snapshot_content(&rig.reader().snapshot(&snapshot.to_string())) == rig.data
+                );
+                rig.place.store.ok(&["snapshot", "delete", &snapshot.to_string()]);
+            }
+        }
+        assert_eq!(
+            (rig.files("snapshots"), rig.files("layers")),
+            (before.clone(), layers.clone()),
+            "step {step}"
+        );
+        if end == End::Exited(0) {
+            assert!(step > 8 && unfinished.is_none(), "step {step}");
+            break;
+        }
+        assert_eq!(end, End::Killed, "step {step}");
+    }
+}
+
+/// Under a new data key it would prove right what nobody with the old one had made.
+#[test]
+fn what_was_tampered_with_is_not_copied_under_another_key() {
+    let rig = Rig::new(&[]);
+    let (one, two) = (rig.id(&["snapshot", "create", "t"]), rig.id(&["snapshot", "create", "t"]));
+    rig.place.store.ok(&["key", "create", "--alias", "alias/other"]);
+    let record = |id: &str| rig.place.store.root().join(format!("snapshots/{id}.json"));
+    let other: serde_json::Value = serde_json::from_slice(&fs::read(record(&one)).unwrap()).unwrap();
+    let mut edited: serde_json::Value = serde_json::from_slice(&fs::read(record(&two)).unwrap()).unwrap();
+    edited["layers"] = other["layers"].clone();
+    fs::write(record(&two), edited.to_string()).unwrap();
+    let said = rig.refuse(7, &["snapshot", "copy", &two, "--key", "alias/other"]);
+    assert!(said.contains("are not those that it was sealed with"), "{said}");
+    assert_eq!(rig.files("snapshots").len(), 2);
 }
 
 #[test]

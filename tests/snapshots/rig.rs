@@ -1,5 +1,7 @@
 //! A store with a volume that has data, and what the tests ask of it.
 
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
 use crate::attach::{Host, Place, Said, flush, open, write};
 use crate::common::disk::pattern;
 use crate::content::Reader;

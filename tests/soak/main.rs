@@ -1,6 +1,6 @@
 //! Everything at once for a long time: load that knows what every sector holds, and meanwhile VMMs that vanish, devices
 //! that are stopped and reset, host processes that are killed or detached, limits that change, keys that are rewrapped,
-//! snapshots, volumes that grow.
+//! snapshots, volumes that grow and are re-keyed.
 //! Nothing may be lost, and a host process may not grow.
 //!
 //! `ci/soak` runs it for an hour; among the other tests it runs for some seconds. SEALBLK_SOAK_SECONDS says how long,
@@ -49,21 +49,23 @@ enum Event {
     Show,
     Verify,
     Grow,
+    Rekey,
     Kill,
     Detach,
 }
 
 /// How often each comes, in a thousand.
-const OFTEN: [(Event, u64); 11] = [
+const OFTEN: [(Event, u64); 12] = [
     (Event::Pause, 250),
     (Event::Reset, 200),
-    (Event::Vanish, 320),
+    (Event::Vanish, 310),
     (Event::Throttle, 60),
     (Event::Rewrap, 30),
     (Event::Snapshot, 10),
     (Event::Show, 30),
     (Event::Verify, 50),
     (Event::Grow, 10),
+    (Event::Rekey, 10),
     (Event::Kill, 30),
     (Event::Detach, 10),
 ];
@@ -159,6 +161,10 @@ fn soak() {
             Event::Show => drop(store.ok(&["volume", "show", "t", "--check-key"])),
             Event::Verify => verify(&mut rig),
             Event::Grow => size = grow(&store, size),
+            Event::Rekey => {
+                store.ok(&["volume", "rekey", "t", "--follow"]);
+                life.layers += 1;
+            }
             Event::Kill => {
                 rig.submit(target + REQUESTS);
                 rig.kill(target + REQUESTS);

@@ -8,14 +8,21 @@
 //! | writes the snapshot's record | |
 //!
 //! Until the freeze, whatever fails on either side, or is not said in time, undoes everything.
+//!
+//! Another data key is given to a volume in the same way: with `rekey` come the wrapped key, and the data key itself in secret
+//! memory, as a descriptor; the host process takes it, and the rest is as above, but that the answer is `rekeyed` and no record is
+//! written.
 
-use super::{Answer, MAX_LINE, Request, connect, exchange, receive, say};
+use super::{Answer, MAX_LINE, Request, connect, exchange, line, passing, receive, say};
+use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
 use crate::volume::catalog::Catalog;
+use crate::volume::rekey::NewKey;
 use crate::volume::snapshot::Label;
 use crate::volume::{LayerId, Snapshot, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -159,6 +166,28 @@ impl Freezing {
             }
             _ => Err(strange()),
         }
+    }
+}
+
+/// The client's side of giving an attached volume another data key, which lies in `dek`: gone from there afterwards, whoever
+/// has it. Answers how long its queues stood still.
+///
+/// # Errors
+/// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
+pub fn rekey(catalog: &Catalog, volume: VolumeId, key: &NewKey, dek: SecretFd) -> Result<Duration> {
+    let client = connect(catalog, volume)?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    let line = line(&Request::Rekey(Box::new(key.into())))?;
+    passing::send(&client, &line, dek.as_fd()).context(|| "hand the new data key over")?;
+    let Answer::NewLayer { id } = receive(&client)? else { return Err(strange()) };
+    // It has taken it.
+    dek.give_away();
+    let mut freezing = Freezing { client, volume, held: false, made: Some(catalog.layer_path(id)) };
+    catalog.link_own_layer(volume, id)?;
+    freezing.commit()?;
+    match receive(&freezing.client)? {
+        Answer::Rekeyed { pause_us } => Ok(Duration::from_micros(pause_us)),
+        _ => Err(strange()),
     }
 }
 

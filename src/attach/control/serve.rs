@@ -3,16 +3,19 @@
 
 use super::super::socket::{self, SocketName};
 use super::conversation::{Conversation, Frozen};
+use super::passing;
 use super::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, say};
+use crate::crypt::secret_mem::SecretFd;
 use crate::error::{Context, Error, Kind, Result};
 use crate::vhost::gate::Told;
 use crate::vhost::qos::Limits;
+use crate::volume::rekey::WrittenNewKey;
 use crate::volume::rewrap::Rewrapped;
 use crate::volume::snapshot::Label;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::io::{ErrorKind, Read};
-use std::os::fd::AsFd;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -30,6 +33,10 @@ pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 /// Makes a snapshot, in turns with the client.
 pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
+/// Gives the volume another data key, which came in secret memory, in turns with the client; answers how long the queues
+/// stood still.
+pub type RekeyOrder = Box<dyn Fn(WrittenNewKey, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
+
 /// Makes the volume so many bytes large, and tells the VMM.
 pub type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
 
@@ -41,12 +48,18 @@ pub struct Orders {
     pub status: Box<dyn Fn() -> Status + Send>,
     /// Put other limits in force.
     pub throttle: Box<dyn Fn(Limits) + Send>,
+    /// Put another limit on what is copied up in force, in bytes a second; 0: none.
+    pub hydrate_rate: Box<dyn Fn(u64) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
     /// Make the volume larger.
     pub resize: ResizeOrder,
     /// Make a snapshot.
     pub snapshot: SnapshotOrder,
+    /// Give the volume another data key.
+    pub rekey: RekeyOrder,
+    /// Copy up everything below the top; answers whether there is anything.
+    pub flatten: Box<dyn Fn() -> Result<bool> + Send>,
 }
 
 /// The host process's end.
@@ -152,6 +165,8 @@ impl Waiting {
 struct Caller {
     stream: UnixStream,
     line: Vec<u8>,
+    /// That came with what it said, the first of them.
+    descriptor: Option<OwnedFd>,
     until: Instant,
 }
 
@@ -217,7 +232,7 @@ impl Server {
                         self.callers.remove(0);
                     }
                     let until = Instant::now() + PATIENCE;
-                    self.callers.push(Caller { stream, line: Vec::new(), until });
+                    self.callers.push(Caller { stream, line: Vec::new(), descriptor: None, until });
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
@@ -261,6 +276,11 @@ impl Server {
                 (self.orders.throttle)(limits);
                 Ok(Answer::Throttled)
             }
+            Ok(Request::HydrateRate { rate }) => {
+                log::info!("a client has at most {rate} bytes a second copied up (0: any number)");
+                (self.orders.hydrate_rate)(rate);
+                Ok(Answer::Throttled)
+            }
             Ok(Request::Rewrap(new)) => {
                 let done = (self.orders.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
@@ -276,6 +296,19 @@ impl Server {
                 let made = label.and_then(|label| (self.orders.snapshot)(label, &mut conversation?));
                 made.map(Answer::Frozen)
             }
+            Ok(Request::Rekey(key)) => {
+                log::info!("a client gives the volume another data key");
+                let dek =
+                    caller.descriptor.ok_or_else(|| Error::new(Kind::Usage, "no data key came with it"));
+                let conversation = Conversation::with(&caller.stream);
+                let done = dek.and_then(SecretFd::from_fd);
+                let done = done.and_then(|dek| (self.orders.rekey)(*key, dek, &mut conversation?));
+                done.map(|pause| Answer::Rekeyed { pause_us: pause.as_micros() as u64 })
+            }
+            Ok(Request::Flatten {}) => {
+                log::info!("a client has the volume flattened");
+                (self.orders.flatten)().map(|is_any| Answer::Flattening { is_any })
+            }
             Err(e) => Err(e),
         };
         tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
@@ -287,7 +320,11 @@ impl Caller {
     fn hear(&mut self) -> std::io::Result<bool> {
         let mut part = [0; 4096];
         while (self.line.len() as u64) < MAX_LINE {
-            match self.stream.read(&mut part) {
+            let received = passing::receive(&self.stream, &mut part).map(|(n, descriptor)| {
+                self.descriptor = self.descriptor.take().or(descriptor);
+                n
+            });
+            match received {
                 Ok(0) => return Ok(true),
                 Ok(n) => self.line.extend_from_slice(&part[..n]),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),

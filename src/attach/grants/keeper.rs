@@ -1,9 +1,10 @@
 //! The keeper: a helper process that makes an attach's grants and retires them when the attach is over.
 //!
 //! It never sees a data key. The host process sends one line that says which keys it will use, and gets one line with the
-//! grants' tokens. Then the keeper waits. Another line means the end of the attach, and is answered when the grants are
-//! retired; the socket's end means the same where nobody is left to answer. So it needs nothing of the host process,
-//! which is confined by then, and may be killed.
+//! grants' tokens. Then the keeper waits. Another line says which keys the volume still needs, and is answered when the grants
+//! on others are retired. An empty one means the end of the attach, and is answered when all are; the socket's end means the
+//! same where nobody is left to answer. So it needs nothing of the host process, which is confined by then, and may be
+//! killed.
 
 use super::notes::{self, Note};
 use super::{create, retire, settle};
@@ -48,7 +49,7 @@ enum Answer {
     Granted(Vec<Option<String>>),
     /// The KMS, or something on the way to it, refused.
     Refused(Refusal),
-    /// All grants are retired.
+    /// All grants that were to be are retired.
     Retired,
     /// Some are not.
     Left(String),
@@ -82,7 +83,7 @@ impl Keeper {
             );
         }
         let keys: Vec<(String, String)> = match wanted {
-            true => metadata.keys().iter().map(|k| (k.provider.clone(), k.wrapped.key_id.clone())).collect(),
+            true => keys_of(metadata),
             false => Vec::new(),
         };
         let left_behind = alone && !notes::of_volume(root, metadata.id())?.is_empty();
@@ -131,12 +132,21 @@ impl Keeper {
     }
 
     /// Has the grants retired, and waits for that. What cannot be retired now is logged: it will be later.
-    pub fn retire(mut self) {
-        let Some(socket) = self.socket.take().filter(|_| self.tokens.iter().any(Option::is_some)) else {
+    pub fn retire(&self) {
+        self.ask(|mut socket| Ok(socket.write_all(b"\n")?));
+    }
+
+    /// The same for grants on keys that the volume does not need any more.
+    pub fn retire_others_than_of(&self, volume: &Metadata) {
+        let needed = keys_of(volume);
+        self.ask(|socket| say(socket, &needed));
+    }
+
+    fn ask(&self, order: impl FnOnce(&UnixStream) -> Result<()>) {
+        let Some(socket) = self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some)) else {
             return;
         };
-        let answer = (&socket).write_all(b"\n").map_err(Error::from);
-        let why = match answer.and_then(|()| hear(&mut BufReader::new(&socket))) {
+        let why = match order(socket).and_then(|()| hear(&mut BufReader::new(socket))) {
             Ok(Some(Answer::Retired)) => return,
             Ok(Some(Answer::Left(why))) => why,
             Ok(_) => "its keeper has ended".into(),
@@ -184,7 +194,7 @@ pub fn keep(root: &Root) -> Result<()> {
     if made.is_empty() {
         return Ok(());
     }
-    let asked = wait_for_the_end(&mut lines);
+    let asked = keep_until_the_end(root, &socket, &mut lines, &mut made);
     let answer = match retire_made(root, &made) {
         Ok(()) => Answer::Retired,
         Err(e) => Answer::Left(e.to_string()),
@@ -199,9 +209,35 @@ pub fn keep(root: &Root) -> Result<()> {
     }
 }
 
-/// Waits for the next line, or for the end of the socket; answers whether there was a line.
-fn wait_for_the_end(lines: &mut impl BufRead) -> bool {
-    lines.take(MAX_LINE).read_until(b'\n', &mut Vec::new()).is_ok_and(|bytes| bytes > 0)
+/// Retires grants that are not needed any more, until an empty line or the end of the socket; answers whether there was such a
+/// line.
+fn keep_until_the_end(
+    root: &Root,
+    socket: &UnixStream,
+    lines: &mut impl BufRead,
+    made: &mut Vec<(Note, Grant)>,
+) -> bool {
+    loop {
+        let mut line = String::new();
+        if !lines.take(MAX_LINE).read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
+            return false;
+        }
+        let Ok(needed) = serde_json::from_str::<Vec<(String, String)>>(&line) else { return true };
+        let is_needed =
+            |note: &Note| needed.iter().any(|(p, key)| (p, key) == (&note.provider, &note.key_id));
+        let others: Vec<_> = made.extract_if(.., |(note, _)| !is_needed(note)).collect();
+        let answer = match retire_made(root, &others) {
+            Ok(()) => Answer::Retired,
+            Err(e) => Answer::Left(e.to_string()),
+        };
+        // Whoever has gone meanwhile is found above.
+        let _ = say(socket, &answer);
+    }
+}
+
+/// The KMS keys that wrap a volume's data keys: provider and ARN.
+fn keys_of(volume: &Metadata) -> Vec<(String, String)> {
+    volume.keys().iter().map(|k| (k.provider.clone(), k.wrapped.key_id.clone())).collect()
 }
 
 /// The tokens. Every grant that was made is in `made` afterwards, also where another one failed.

@@ -2,28 +2,43 @@
 #![forbid(unsafe_code)]
 
 use super::description;
+use crate::attach::hydration::offline;
+use crate::attach::sandbox;
 use crate::cli::filter::{self, Tag};
+use crate::cli::meter::Meter;
 use crate::cli::provider::{self, NamedKey};
-use crate::cli::{Env, output};
-use crate::error::{Error, Kind, Result};
-use crate::volume::copy;
-use crate::volume::from_snapshot::{self, Keys};
+use crate::cli::{Env, output, size};
+use crate::error::Result;
+use crate::observe::Timestamp;
+use crate::observe::events::{Event, EventLog};
+use crate::volume::Snapshot;
+use crate::volume::catalog::Catalog;
+use crate::volume::copy::{self, full::Copying};
+use crate::volume::from_snapshot::{Keys, is_key_of};
+use crate::volume::lifecycle::Failure;
 use crate::volume::snapshot::Label;
 use crate::volume::tags::Tags;
 
 /// What `snapshot copy` takes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Example:
+Examples:
   sealblk snapshot copy snap-0a1b --description 'to keep'
 
-The copy has the same data key, which the KMS wraps for the copy's own id, and shares the data. Prints its id.")]
+  sealblk snapshot copy nightly --key alias/other
+
+The copy has the same data key, which the KMS wraps for the copy's own id, and shares the data. Under another KMS key, and of
+a snapshot that is not encrypted, everything is copied under a new data key: that takes a while, and, if it is interrupted, the
+same command goes on with it, until \"sealblk gc\" clears away what there is. Prints the copy's id.")]
 pub struct CopyArgs {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
     snapshot: String,
-    /// The KMS key, which must be the snapshot's [default: that].
+    /// The KMS key, by id, ARN or alias [default: the snapshot's].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    /// Where everything is copied: bytes a second; 0: no limit.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    rate: u64,
     /// What it is for, in at most 255 characters [default: the snapshot's].
     #[arg(long)]
     description: Option<String>,
@@ -39,22 +54,49 @@ pub fn run(env: &Env, args: CopyArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
     let label = Label::new(args.description.unwrap_or_else(|| source.label().description.clone()), tags)?;
-    if let Some(key) = &args.key {
-        let key = NamedKey::open(env, &settings, Some(key))?;
-        if !from_snapshot::is_key_of(&key.wrapping(), &source).map_err(|failure| failure.error)? {
-            let message = format!(
-                "{} is under another KMS key; \"sealblk volume create --snapshot {0} --key …\" makes a volume under it, \
-                 whose snapshots are under it, too",
-                source.id()
-            );
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-    }
     let (open_provider, unwrap) = (provider::open(env), provider::unwrap(env));
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
-    let made = copy::copy(&catalog, &env.events(&settings), &source, label, keys)?;
+    let key = args.key.as_ref().map(|key| NamedKey::open(env, &settings, Some(key))).transpose()?;
+    let other = match &key {
+        Some(key) if !is_key_of(&key.wrapping(), &source).map_err(|failure| failure.error)? => Some(key),
+        _ => None,
+    };
+    let made = match other {
+        None => copy::copy(&catalog, &env.events(&settings), &source, label, keys)?,
+        Some(key) => {
+            // This process has the data keys while it copies.
+            sandbox::harden()?;
+            full(&catalog, &env.events(&settings), &source, label, key, keys, args.rate)?
+        }
+    };
     match env.json {
         true => output::print_json(&description(&catalog, &made)),
         false => output::print(&format!("{}\n", made.id())).map(drop),
     }
+}
+
+/// Copies everything under another data key, and reports it as an event.
+fn full(
+    catalog: &Catalog,
+    events: &EventLog,
+    source: &Snapshot,
+    label: Label,
+    key: &NamedKey,
+    keys: Keys<'_>,
+    rate: u64,
+) -> Result<Snapshot> {
+    let started = Timestamp::now();
+    let copy = || -> Result<Snapshot, Failure> {
+        let copying = Copying::begin(catalog, source, label, &key.wrapping(), keys)?;
+        let mut meter = Meter::new();
+        let filled =
+            offline::fill_copy(catalog, source, &copying, rate, &mut |progress| meter.show(progress));
+        meter.clear();
+        filled?;
+        Ok(copying.commit(catalog)?)
+    };
+    let made = copy();
+    let result = made.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
+    events.record(&Event::copy_snapshot(source.id(), source.volume(), result, started, false));
+    made.map_err(|failure| failure.error.context(format!("copy {}", source.id())))
 }

@@ -1,6 +1,7 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
 use crate::attach::control::{self, Status};
+use crate::attach::hydration::Progress;
 use crate::cli::{Env, output, size};
 use crate::error::{Error, Kind, Result};
 use crate::kms::{self, KeyState};
@@ -10,6 +11,7 @@ use crate::volume::catalog::Catalog;
 use crate::volume::lock::{Held, Holder, Purpose};
 use crate::volume::metadata::{KeyRecord, VolumeName};
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt;
 
 /// What `volume show` takes.
 #[derive(clap::Args)]
@@ -71,6 +73,7 @@ fn rows(
     for layer in metadata.layers() {
         rows.push(pair("layer", catalog.layer_path(layer.id).display()));
     }
+    rows.extend(attached.hydration(catalog, metadata));
     rows.extend(metadata.origin().map(|origin| pair("made from", origin.snapshot)));
     match catalog.tags(metadata.id()) {
         Ok(tags) => rows.extend(tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}")))),
@@ -125,6 +128,45 @@ impl Attached {
         rows
     }
 
+    /// What is still to be copied up from lower layers, under their keys.
+    fn hydration(&self, catalog: &Catalog, metadata: &Metadata) -> Vec<Vec<String>> {
+        let leaving = metadata.layout().leaving();
+        if leaving == 0 {
+            return Vec::new();
+        }
+        let layers = metadata.layers();
+        let below = &layers[layers.len() - leaving..];
+        let mut old: Vec<&str> =
+            below.iter().filter_map(|l| l.key).map(|n| metadata.keys()[n].wrapped.key_id.as_str()).collect();
+        old.dedup();
+        let what = match (below.iter().any(|l| l.key != metadata.top().key), old.is_empty()) {
+            (false, _) => "in lower layers".to_string(),
+            (true, true) => "not encrypted".to_string(),
+            (true, false) => format!("under the old data keys ({})", old.join(", ")),
+        };
+        let progress = match &self.status {
+            Some(Ok(status)) => status.hydration.as_ref(),
+            _ => None,
+        };
+        let Some(Progress { left, rate, problem }) = progress else {
+            let most = size::about(allocated(catalog, metadata));
+            return vec![pair(
+                "copied up",
+                format!("at most {most} are still {what}; the next attach goes on"),
+            )];
+        };
+        let left =
+            left.map_or("it is not yet known how much is".into(), |n| format!("{} are", size::about(n)));
+        let rate = if *rate == 0 {
+            "without a limit".into()
+        } else {
+            format!("at {}/s at most", size::about(*rate))
+        };
+        let mut rows = vec![pair("copied up", format!("{left} still {what}; {rate}"))];
+        rows.extend(problem.as_ref().map(|problem| pair("", format!("it does not go on: {problem}"))));
+        rows
+    }
+
     fn json(&self) -> Value {
         let (Held::By(holder), Some(status)) = (&self.held, &self.status) else { return Value::Null };
         let mut value = json!({"pid": holder.pid, "since": holder.since, "socket": holder.socket});
@@ -133,6 +175,7 @@ impl Attached {
                 value["access"] = json!(status.access);
                 value["read_only"] = json!(status.read_only);
                 value["unwrapped_by"] = json!(status.unwrapped_by);
+                value["hydration"] = json!(status.hydration);
             }
             Err(e) => value["problem"] = json!(e.to_string()),
         }
@@ -233,11 +276,28 @@ pub fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
         "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
         "keys": keys,
         "layers": layers,
+        "hydration": waiting(catalog, metadata),
         "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
         "tags": catalog.tags(metadata.id())?,
         "generation": metadata.generation(),
         "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
     }))
+}
+
+/// What is to be copied up, whether anybody is at it or not.
+fn waiting(catalog: &Catalog, metadata: &Metadata) -> Value {
+    match metadata.layout().leaving() {
+        0 => Value::Null,
+        n => json!({"layers": n, "allocated": allocated(catalog, metadata)}),
+    }
+}
+
+/// What the leaving layers take on disk, in bytes: no more than that is left to be copied.
+fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
+    let layers = metadata.layers();
+    let leaving = layers[layers.len() - metadata.layout().leaving()..].iter();
+    // What cannot be looked at is told of as the volume's problem.
+    leaving.filter_map(|l| std::fs::metadata(catalog.layer_path(l.id)).ok()).map(|m| m.blocks() * 512).sum()
 }
 
 /// EBS's word for it.

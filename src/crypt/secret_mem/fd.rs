@@ -98,6 +98,13 @@ impl SecretFd {
         Ok(SecretMem { pages, len: self.len, kind: self.kind, wipe_at_drop: true })
     }
 
+    /// Lets go of it without wiping: another process that was given the descriptor has mapped it, and wipes.
+    pub fn give_away(mut self) {
+        if let Some(locked) = self.locked.take() {
+            locked.hand_over();
+        }
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len

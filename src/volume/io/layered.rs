@@ -34,7 +34,7 @@ pub(super) struct Layered {
     missing: Box<[u8]>,
     /// By place: one bit for each sector that the layer has which was read last.
     found: Box<[u8]>,
-    /// By place: one bit for each sector that was not in the top but in a layer below.
+    /// By place: one bit for each sector that came from one of the layers that a copy brings up.
     raised: Box<[u8]>,
     /// Reads for which there is nothing in any layer.
     done: VecDeque<(u64, Buffer)>,
@@ -212,7 +212,7 @@ impl Layered {
         let (cipher, block) = (disk.cipher_at(height), disk.geometry.block_size);
         let is_whole = part == (0..sectors) && fresh;
         if is_whole && all_there(bytes) {
-            if height < disk.height() {
+            if height <= disk.leaving() {
                 self.raised[places].fill(u8::MAX);
             }
             return match cipher {
@@ -224,7 +224,7 @@ impl Layered {
         for (i, (found, missing)) in found.iter_mut().zip(&*missing).enumerate() {
             *found = missing & there(bytes, i, &part);
         }
-        if height < disk.height() {
+        if height <= disk.leaving() {
             for (raised, found) in self.raised[places].iter_mut().zip(&*found) {
                 *raised |= found;
             }
@@ -247,8 +247,8 @@ impl Layered {
         Ok(all)
     }
 
-    /// Whether the `i`-th sector of the read whose buffer was at `place` came from below the top.
-    pub(super) fn came_from_below(&self, place: usize, i: usize) -> bool {
+    /// Whether the `i`-th sector of the read whose buffer was at `place` came from a layer that is brought up.
+    pub(super) fn is_to_be_raised(&self, place: usize, i: usize) -> bool {
         is_set(&self.raised[place..], i)
     }
 

@@ -186,9 +186,10 @@ impl DiskQueue {
         Ok(())
     }
 
-    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from below the top.
-    pub(in crate::volume) fn came_from_below(&self, place: usize, i: usize) -> bool {
-        self.layered.as_ref().is_some_and(|layered| layered.came_from_below(place, i))
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is brought
+    /// up.
+    pub(in crate::volume) fn is_to_be_raised(&self, place: usize, i: usize) -> bool {
+        self.layered.as_ref().is_some_and(|layered| layered.is_to_be_raised(place, i))
     }
 
     /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that

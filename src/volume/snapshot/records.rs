@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 const RECORD: &str = "json";
 /// The same once it is not there any more, until its layers are gone.
 const DELETING: &str = "deleting";
+/// The same until it is there, of a copy under another data key.
+const COPYING: &str = "copying";
 
 /// One snapshot, as a list shows it.
 #[derive(Debug)]
@@ -31,6 +33,24 @@ impl Catalog {
     /// A snapshot's record.
     pub fn snapshot_path(&self, id: SnapshotId) -> PathBuf {
         self.snapshot_file(id, RECORD)
+    }
+
+    /// What will be the record of a copy.
+    pub(in crate::volume) fn copying_path(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot_file(id, COPYING)
+    }
+
+    /// What will be the records of copies.
+    pub(in crate::volume) fn copies_in_the_making(&self) -> Result<Vec<(SnapshotId, PathBuf)>> {
+        Ok(self.snapshot_files(COPYING)?.into_iter().map(|id| (id, self.copying_path(id))).collect())
+    }
+
+    /// Reads what will be the record of a copy.
+    ///
+    /// # Errors
+    /// As for [`Catalog::load_snapshot`].
+    pub(in crate::volume) fn load_copying(&self, id: SnapshotId) -> Result<Snapshot> {
+        read_snapshot(&self.copying_path(id), id)
     }
 
     /// Every snapshot's id, sorted.
