@@ -82,6 +82,24 @@ fn handing_over_keeps_the_bytes_for_the_other_side() {
     }
 }
 
+#[test]
+fn a_descriptor_that_is_given_away_keeps_the_bytes_for_the_other_side_alone() {
+    for kind in shareable_kinds() {
+        let fd = SecretFd::with_kind(kind, 64).unwrap();
+        let mut helper = second_map(&fd);
+        helper.as_mut_slice().fill(0x55);
+        helper.hand_over();
+        let taken = second_map(&fd);
+        fd.give_away();
+        assert!(taken.as_slice().iter().all(|b| *b == 0x55), "{kind}: it is there for who has it now");
+        let fd = SecretFd::with_kind(kind, 64).unwrap();
+        let mut taken = second_map(&fd);
+        taken.as_mut_slice().fill(0x66);
+        drop(taken);
+        assert!(fd.map().unwrap().as_slice().iter().all(|b| *b == 0), "{kind}: who has it wipes it");
+    }
+}
+
 /// A pipe can hold a page by reference (vmsplice): what it yields after the drop is what the page holds then.
 #[test]
 fn private_memory_is_wiped_at_drop() {
