@@ -6,6 +6,7 @@
 use super::id::{LayerId, VolumeId, is_lower_hex};
 use super::lock::{self, Held, VolumeLock};
 use super::metadata::{LayerRecord, MAX_FILE_LEN, Metadata};
+use super::pending::Pending;
 use crate::error::{Context, Error, Kind, Result};
 use crate::root::{Root, replace_file};
 use std::fmt::Display;
@@ -171,7 +172,15 @@ impl Catalog {
     /// # Errors
     /// `Corrupt`, naming the first layer that is missing or has another length.
     pub fn check_layers(&self, metadata: &Metadata) -> Result<()> {
-        self.check_files(&metadata.id(), metadata.layers())
+        self.check_files(&metadata.id(), metadata.layers()).or_else(|problem| {
+            // While a volume is made larger, and until somebody takes it after a crash in between, its top is longer.
+            let Ok(Some(Pending::Resize(size))) = Pending::load(self, metadata.id()) else {
+                return Err(problem);
+            };
+            let mut layers = metadata.layers().to_vec();
+            layers[0].size = size;
+            self.check_files(&metadata.id(), &layers).map_err(|_| problem)
+        })
     }
 
     pub(super) fn check_files(&self, whose: &dyn Display, layers: &[LayerRecord]) -> Result<()> {

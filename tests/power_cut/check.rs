@@ -215,7 +215,8 @@ fn contents(site: &Site, expect: &Expect, id: &str, told: Option<&Content>) -> R
     }
     let allowed = told.or(expect.being_made.as_ref()).ok_or("nobody asked for it")?;
     site.with_attached(id, |session| {
-        let (mut bytes, len) = (Vec::new(), allowed.sectors() * SECTOR);
+        let config = session.config().map_err(|e| format!("the configuration: {e}"))?;
+        let (mut bytes, len) = (Vec::new(), config.capacity as usize * SECTOR);
         while bytes.len() < len {
             let piece = PIECE.min(len - bytes.len());
             let outcome = Request::read((bytes.len() / SECTOR) as u64, piece).run(&mut session.rings[0]);

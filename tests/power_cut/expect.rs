@@ -20,7 +20,11 @@ pub enum Presence {
 
 /// What each sector of a volume may hold: seeds of [`sector`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Content(Vec<Vec<u64>>);
+pub struct Content {
+    sectors: Vec<Vec<u64>>,
+    /// How many of the last ones may not be there: the volume is being made larger.
+    more: usize,
+}
 
 /// A volume that somebody was told of.
 #[derive(Clone, Debug, Hash)]
@@ -64,17 +68,17 @@ pub struct Expect {
 impl Content {
     /// So many sectors of zeros.
     pub fn zeros(sectors: usize) -> Self {
-        Content(vec![vec![ZEROS]; sectors])
+        Content { sectors: vec![vec![ZEROS]; sectors], more: 0 }
     }
 
     /// Its sectors.
     pub fn sectors(&self) -> usize {
-        self.0.len()
+        self.sectors.len()
     }
 
     /// From now on, these sectors, from the first on, may also hold this.
     pub fn may_become(&mut self, first: usize, seeds: &[u64]) {
-        for (sector, seed) in self.0[first..].iter_mut().zip(seeds) {
+        for (sector, seed) in self.sectors[first..].iter_mut().zip(seeds) {
             // The newest stands last.
             sector.retain(|s| s != seed);
             sector.push(*seed);
@@ -83,9 +87,20 @@ impl Content {
 
     /// From now on, every sector holds what was written to it last.
     pub fn flush(&mut self) {
-        for sector in &mut self.0 {
+        for sector in &mut self.sectors {
             sector.drain(..sector.len() - 1);
         }
+    }
+
+    /// From now on there may be so many sectors, the last of which hold zeros.
+    pub fn may_grow(&mut self, sectors: usize) {
+        self.more = sectors - self.sectors.len();
+        self.sectors.resize(sectors, vec![ZEROS]);
+    }
+
+    /// From now on those sectors are there.
+    pub fn has_grown(&mut self) {
+        self.more = 0;
     }
 
     /// What was written last.
@@ -97,10 +112,11 @@ impl Content {
 
     /// Whether these bytes fit.
     pub fn allows(&self, bytes: &[u8]) -> Result<(), String> {
-        if bytes.len() != SECTOR * self.0.len() {
-            return Err(format!("it has {} bytes instead of {}", bytes.len(), SECTOR * self.0.len()));
+        let (most, least) = (self.sectors.len(), self.sectors.len() - self.more);
+        if ![most, least].contains(&(bytes.len() / SECTOR)) {
+            return Err(format!("it has {} bytes instead of {}", bytes.len(), SECTOR * most));
         }
-        for (number, (found, seeds)) in bytes.chunks(SECTOR).zip(&self.0).enumerate() {
+        for (number, (found, seeds)) in bytes.chunks(SECTOR).zip(&self.sectors).enumerate() {
             if !seeds.iter().any(|&seed| found == sector(number, seed)) {
                 let what = if found.iter().all(|&b| b == 0) { "zeros" } else { "something else" };
                 return Err(format!("sector {number} holds {what} instead of one of the patterns {seeds:?}"));

@@ -198,3 +198,11 @@ fn a_copy_of_a_snapshot_that_is_not_synced_before_it_is_there_is_found_out() {
     assert!(place > trace.start);
     is_found_out(&trace.without(place), place, "instead of one of the patterns");
 }
+
+#[test]
+fn a_volume_that_is_larger_before_its_layer_is_durably_so_is_found_out() {
+    let trace = traced(|script| volumes::grown(script, &[]));
+    let noted = trace.find(trace.start, |line| line.ends_with(" to pending.json"));
+    let (trace, place) = without(trace, noted, |line| line.starts_with("sync root/layers/"));
+    is_found_out(&trace, place, "a volume is listed that is not whole");
+}

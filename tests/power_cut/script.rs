@@ -99,6 +99,20 @@ impl Script {
         });
     }
 
+    /// Makes a volume, attached or not, so many sectors large.
+    #[track_caller]
+    pub fn resize(&self, id: &str, sectors: usize) {
+        let (before, after) = (id.to_owned(), id.to_owned());
+        self.mark(&format!("{id} is being made larger"), move |expect| {
+            expect.content(&before).may_grow(sectors);
+        });
+        self.run(&["volume", "resize", id, &format!("{}B", sectors * SECTOR)]);
+        self.promise(&format!("{id} was made larger"), move |expect| {
+            expect.content(&after).has_grown();
+            expect.events.push(("modifyVolume".into(), after.clone()));
+        });
+    }
+
     /// Makes a snapshot of a volume, attached or not; answers its id. It holds all that was written by then.
     #[track_caller]
     pub fn snapshot(&self, id: &str) -> String {

@@ -76,6 +76,24 @@ pub fn rewrapped(script: &mut Script) {
     script.rewrap(&id, &keys[1], &keys[0]);
 }
 
+/// A volume is made larger, detached and attached, and its new sectors are written to.
+pub fn grown(script: &mut Script, arguments: &[&str]) {
+    let id = script.create(Content::zeros(SECTORS), arguments);
+    let mut guest = script.attach(&id);
+    guest.write(SECTORS - 8, 8);
+    guest.detach(script);
+    script.start();
+    script.resize(&id, SECTORS + 64);
+    let mut guest = script.attach(&id);
+    guest.write(SECTORS, 64);
+    guest.flush();
+    script.resize(&id, SECTORS + 128);
+    guest.write(SECTORS + 56, 16);
+    guest.flush();
+    guest.write(SECTORS + 120, 8);
+    guest.detach(script);
+}
+
 #[test]
 fn an_encrypted_volume_is_made() {
     survives(&traced(|script| create(script, &[])));
@@ -104,4 +122,9 @@ fn an_unencrypted_volume_with_large_sectors_is_written_to() {
 #[test]
 fn a_volume_is_rewrapped() {
     survives(&traced(rewrapped));
+}
+
+#[test]
+fn a_volume_is_made_larger() {
+    survives(&traced(|script| grown(script, &[])));
 }
