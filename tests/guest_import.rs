@@ -10,8 +10,9 @@ mod qemu;
 mod store;
 
 use guest::Guest;
+use serde_json::Value;
 use std::fs::File;
-use std::process::Command;
+use std::time::{Duration, Instant};
 use store::Store;
 
 /// Makes a file system with some files on the disk, and answers their checksums.
@@ -35,9 +36,9 @@ fn a_guest_finds_its_files_on_the_encrypted_volume_that_its_disk_became() {
     let mut guest = Guest::builder().plain_disk(&raw).boot();
     let files = guest.ok(MAKE_FILES);
     guest.shutdown();
-    let mut convert = Command::new("qemu-img");
+    let mut convert = process::tool("qemu-img");
     convert.args(["convert", "-c", "-f", "raw", "-O", "qcow2"]).args([&raw, &qcow2]);
-    assert!(convert.status().expect("qemu-img, of Debian's qemu-utils, is needed").success());
+    assert!(convert.status().expect("start qemu-img").success());
     let (raw, qcow2) = (raw.display().to_string(), qcow2.display().to_string());
     store.ok(&["volume", "import", &qcow2, "--name", "copied", "--size", "160MiB"]);
     store.ok(&["volume", "import", &raw, "--in-place", "--name", "taken"]);
@@ -65,4 +66,52 @@ fn a_guest_finds_its_files_on_the_encrypted_volume_that_its_disk_became() {
     guest.shutdown();
     copied.detach();
     taken.detach();
+}
+
+/// What `volume show` says of the volume.
+fn show(store: &Store, volume: &str) -> Value {
+    serde_json::from_str(&store.ok(&["volume", "show", volume, "--json"])).expect("JSON")
+}
+
+#[test]
+fn an_image_is_encrypted_where_it_lies_while_its_guest_works_on_it() {
+    const MARK: &str = "words that only plaintext has";
+    let store = Store::new();
+    let raw = store.root().parent().expect("it lies in a folder").join("disk.img");
+    File::create(&raw).and_then(|file| file.set_len(192 << 20)).expect("make a disk");
+    let mut guest = Guest::builder().plain_disk(&raw).boot();
+    let files = guest.ok(MAKE_FILES);
+    guest.ok(&format!(
+        "mount /dev/vda /mnt; mkdir /mnt/load; for i in $(seq 30000); do echo '{MARK}' $i; done >/mnt/marked; umount /mnt"
+    ));
+    guest.shutdown();
+    let image = std::fs::read(&raw).expect("read the image");
+    assert!(image.windows(MARK.len()).any(|found| found == MARK.as_bytes()));
+    store.ok(&["volume", "import", &raw.display().to_string(), "--in-place", "--name", "taken"]);
+
+    // Nothing is copied yet when the guest begins.
+    let attached = store.attach("taken", &["--queues", "2", "--hydrate-rate", "1"]);
+    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
+    guest.ok("mount /dev/vda /mnt");
+    guest.start_fio("/mnt/load");
+    attached.more_load();
+    assert_eq!(show(&store, "taken")["layers"].as_array().expect("its layers").len(), 2);
+    store.ok(&["throttle", "taken", "--hydrate-rate", "32MiB"]);
+    let limit = Instant::now() + Duration::from_secs(120);
+    while show(&store, "taken")["layers"].as_array().expect("its layers").len() > 1 {
+        assert!(Instant::now() < limit, "it is not encrypted in time: {}", attached.output());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    attached.more_load();
+    guest.stop_fio();
+    assert_eq!(guest.ok("cd /mnt && sha256sum numbers random many/*"), files);
+    guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+    guest.shutdown();
+    attached.detach();
+    assert!(!raw.exists());
+    let layer = std::fs::read(store.only_layer()).expect("read the layer");
+    assert!(
+        !layer.windows(MARK.len()).any(|found| found == MARK.as_bytes()),
+        "plaintext is left in the layer"
+    );
 }

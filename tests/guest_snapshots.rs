@@ -14,21 +14,6 @@ use guest::Guest;
 use serde_json::Value;
 use store::{Attached, Store};
 
-/// Writes and reads through both queues, every block verified, until it is told to stop.
-const START_LOAD: &str = "
-    mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && mkdir /mnt/load
-    setsid fio --name=load --directory=/mnt/load --size=16M --numjobs=2 --rw=randrw --bs=16k --direct=1 \
-        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
-        --time_based --runtime=3600 --group_reporting --output=/tmp/fio </dev/null >/tmp/fio.err 2>&1 &
-    echo $! >/tmp/fio.pid
-";
-const STOP_LOAD: &str = "
-    kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }
-    timeout 120 sh -c 'while [ -e /proc/$(cat /tmp/fio.pid) ]; do usleep 50000; done'
-    cat /tmp/fio /tmp/fio.err
-    grep -q 'err= 0' /tmp/fio
-    ! grep -q 'verify: bad' /tmp/fio /tmp/fio.err
-";
 /// How many snapshots are made under load.
 const SNAPSHOTS: u32 = 5;
 
@@ -49,7 +34,8 @@ fn snapshots_under_load_and_a_clone_beside_the_original() {
     store.ok(&["volume", "create", "--size", "192MiB", "--name", "t"]);
     let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
-    guest.ok(START_LOAD);
+    guest.ok("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && mkdir /mnt/load");
+    guest.start_fio("/mnt/load");
     for n in 1..=SNAPSHOTS {
         // Flushed before the snapshot begins: it is in it. What comes later is not.
         guest.ok(&format!(
@@ -88,8 +74,7 @@ fn snapshots_under_load_and_a_clone_beside_the_original() {
          e2fsck -fn /dev/vda",
     );
     attached.more_load();
-    let load = guest.ok(STOP_LOAD);
-    assert!(!guest.ok("dmesg").contains("I/O error"), "the guest saw an error: {load}");
+    guest.stop_fio();
     guest.ok("! [ -e /mnt/of-the-clone ]; umount /mnt; e2fsck -fn /dev/vda");
     guest.shutdown();
     attached.detach();

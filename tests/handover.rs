@@ -400,8 +400,9 @@ fn what_the_guest_chose_goes_with_the_volume() {
     let mut next = next.reconnect(&socket).unwrap();
     assert_eq!(next.read_config().unwrap()[WRITEBACK], 0);
     rig.go_on(&mut next);
-    // The guest is gone for good.
+    // The guest is gone for good, and the process knows it before it ends.
     drop(next);
+    host.says("the VMM has disconnected");
     rig.place.store.ok(&["detach", "t"]);
     host.ends_well();
     let (_host, socket) = rig.attach(&[]);

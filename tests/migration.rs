@@ -27,21 +27,6 @@ const MAKE_FILES: &str = "
 ";
 const CHECK_FILES: &str = "cd /mnt && sha256sum numbers random";
 
-/// Writes and reads through both queues, every block verified, until it is told to stop.
-const START_LOAD: &str = "
-    setsid fio --name=load --directory=/mnt --size=24M --numjobs=2 --rw=randrw --bs=16k --direct=1 \
-        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
-        --time_based --runtime=3600 --group_reporting --output=/tmp/fio </dev/null >/tmp/fio.err 2>&1 &
-    echo $! >/tmp/fio.pid
-";
-const STOP_LOAD: &str = "
-    kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }
-    timeout 120 sh -c 'while [ -e /proc/$(cat /tmp/fio.pid) ]; do usleep 50000; done'
-    cat /tmp/fio /tmp/fio.err
-    grep -q 'err= 0' /tmp/fio
-    ! grep -q 'verify: bad' /tmp/fio /tmp/fio.err
-";
-
 fn machine(socket: &Path) -> guest::Builder {
     Guest::builder().disk(socket).queues(2).env("SEALBLK_QEMU", "backports")
 }
@@ -53,7 +38,7 @@ fn a_guest_under_load_moves_between_two_qemus() {
     let mut source = store.attach_as("0", "t", &["--queues", "2"]);
     let mut guest = machine(source.socket()).boot();
     let files = guest.ok(MAKE_FILES);
-    guest.ok(START_LOAD);
+    guest.start_fio("/mnt");
     for hop in ["1", "2"] {
         source.more_load();
         let destination = store.attach_as(hop, "t", &["--queues", "2", "--incoming"]);
@@ -77,8 +62,7 @@ fn a_guest_under_load_moves_between_two_qemus() {
     waiting.kill();
     source.more_load();
 
-    let load = guest.ok(STOP_LOAD);
-    assert!(!guest.ok("dmesg").contains("I/O error"), "the guest saw an error: {load}");
+    guest.stop_fio();
     assert_eq!(guest.ok(CHECK_FILES), files);
     guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
     // With somebody waiting, the host process would end with its VMM.

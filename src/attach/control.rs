@@ -7,7 +7,7 @@ pub mod conversation;
 mod passing;
 mod serve;
 
-pub use serve::{Control, Orders, Waiting};
+pub use serve::{Bound, Control, Name, Orders, Waiting};
 
 use super::hydration::Progress;
 use crate::error::{Context, Error, Kind, Result};

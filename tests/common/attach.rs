@@ -227,6 +227,16 @@ impl Host {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Waits until it has printed this.
+    #[track_caller]
+    pub fn says(&self, words: &str) {
+        let limit = Instant::now() + LIMIT;
+        while !self.output().contains(words) {
+            assert!(Instant::now() < limit, "it does not say \"{words}\": {}", self.output());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// A file of its folder in /proc.
     pub fn proc(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{name}", self.pid()))

@@ -174,6 +174,28 @@ impl Guest {
         output.stdout
     }
 
+    /// Begins to write and read files in `folder`, by two jobs, every block verified, until [`Guest::stop_fio`].
+    #[track_caller]
+    pub fn start_fio(&mut self, folder: &str) {
+        self.ok(&format!(
+            "setsid fio --name=load --directory={folder} --size=24M --numjobs=2 --rw=randrw --bs=16k --direct=1 \
+                 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
+                 --time_based --runtime=3600 --group_reporting --output=/tmp/fio </dev/null >/tmp/fio.err 2>&1 &
+             echo $! >/tmp/fio.pid"
+        ));
+    }
+
+    /// Ends that; nothing may have been wrong.
+    #[track_caller]
+    pub fn stop_fio(&mut self) {
+        self.ok("kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }
+             timeout 120 sh -c 'while [ -e /proc/$(cat /tmp/fio.pid) ]; do usleep 50000; done'
+             cat /tmp/fio /tmp/fio.err
+             grep -q 'err= 0' /tmp/fio
+             ! grep -q 'verify: bad' /tmp/fio /tmp/fio.err");
+        assert!(!self.ok("dmesg").contains("I/O error"), "the guest saw an error");
+    }
+
     /// Runs a shell script that must fail, and answers what it wrote.
     #[track_caller]
     pub fn refused(&mut self, script: &str) -> String {

@@ -194,7 +194,7 @@ fn what_was_tampered_with_is_not_copied_under_another_key() {
     edited["layers"] = other["layers"].clone();
     fs::write(record(&two), edited.to_string()).unwrap();
     let said = rig.refuse(7, &["snapshot", "copy", &two, "--key", "alias/other"]);
-    assert!(said.contains("are not those that it was sealed with"), "{said}");
+    assert!(said.contains("is not what it was sealed with"), "{said}");
     assert_eq!(rig.files("snapshots").len(), 2);
 }
 

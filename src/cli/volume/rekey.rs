@@ -126,6 +126,7 @@ pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     let catalog = env.catalog();
     let id = catalog.resolve(&args.volume)?;
     let attempt = |e: Error| e.context(format!("flatten {id}"));
+    let before = catalog.load(id)?;
     let is_attached = is_attached(&catalog, id)?;
     let marked = match is_attached {
         true => control::flatten(&catalog, id),
@@ -143,9 +144,9 @@ pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     if args.following.follow {
         sandbox::harden()?;
     }
-    if !is_attached {
-        let (events, metadata) = (env.events(&env.settings()?), catalog.load(id)?);
-        events.record(&Event::hydrate_volume(id, kms_key(&metadata), "hydrating"));
+    let marked = catalog.load(id)?;
+    if !is_attached && marked.layout().hydrate() != before.layout().hydrate() {
+        env.events(&env.settings()?).record(&Event::hydrate_volume(id, kms_key(&marked), "hydrating"));
     }
     finish(env, &catalog, id, &args.following, &format!("{id} is being flattened"))
 }
