@@ -55,7 +55,7 @@ fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Conte
         "volume",
         &expect.volumes,
         &found.keys().cloned().collect(),
-        expect.being_made.is_some(),
+        usize::from(expect.being_made.is_some()),
     )?;
     Ok(found)
 }
@@ -70,12 +70,12 @@ fn wrapped_rightly(shown: &Value, told: Option<&Volume>) -> Result {
     }
 }
 
-/// Compares what is listed with what was told; `more` says whether something is being made.
+/// Compares what is listed with what was told; `more` says how many more may be there, being made.
 fn right_ones_are_there(
     noun: &str,
     told: &BTreeMap<String, Volume>,
     found: &BTreeSet<String>,
-    more: bool,
+    more: usize,
 ) -> Result {
     for (id, what) in told {
         match (what.presence, found.contains(id)) {
@@ -85,9 +85,7 @@ fn right_ones_are_there(
         }
     }
     match found.iter().filter(|id| !told.contains_key(*id)).count() {
-        count if count > usize::from(more) => {
-            Err(format!("a {noun} is there that nobody asked for: {found:?}"))
-        }
+        count if count > more => Err(format!("a {noun} is there that nobody asked for: {found:?}")),
         _ => Ok(()),
     }
 }
@@ -201,7 +199,7 @@ fn keys(site: &Site, expect: &Expect) -> Result {
 
 /// Every snapshot is whole: a volume made of it holds what it must.
 fn snapshots(site: &Site, expect: &Expect) -> Result {
-    if expect.snapshots.is_empty() && expect.snapshot_being_made.is_none() {
+    if expect.snapshots.is_empty() && expect.snapshots_being_made.is_empty() {
         return Ok(());
     }
     let list = json(site, &["snapshot", "list"])?;
@@ -210,13 +208,18 @@ fn snapshots(site: &Site, expect: &Expect) -> Result {
         let id = text(snapshot, "id")?;
         found.insert(id.to_owned());
         let told = expect.snapshots.get(id).map(|s| &s.content);
-        let Some(content) = told.or(expect.snapshot_being_made.as_ref()) else { continue };
+        let made = &expect.snapshots_being_made;
+        let being_made = match made.len() {
+            1 => made.values().next(),
+            _ => made.get(text(snapshot, "volume_id")?),
+        };
+        let Some(content) = told.or(being_made) else { continue };
         let clone = site.ok(&["volume", "create", "--snapshot", id])?;
         let same = contents(site, expect, clone.trim(), Some(content));
         same.map_err(|e| format!("a volume made of {id}: {e}"))?;
         site.ok(&["volume", "delete", clone.trim()])?;
     }
-    right_ones_are_there("snapshot", &expect.snapshots, &found, expect.snapshot_being_made.is_some())
+    right_ones_are_there("snapshot", &expect.snapshots, &found, expect.snapshots_being_made.len())
 }
 
 /// A volume can be attached and holds what it must; without `told`, it is the one that is being made.

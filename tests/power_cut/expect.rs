@@ -55,8 +55,8 @@ pub struct Expect {
     pub image: Option<Content>,
     /// Snapshots by id; the content is that of a volume made from it.
     pub snapshots: BTreeMap<String, Volume>,
-    /// What the snapshot holds that is being made.
-    pub snapshot_being_made: Option<Content>,
+    /// What the snapshots hold that are being made, by what they are made of.
+    pub snapshots_being_made: BTreeMap<String, Content>,
     /// The KMS keys by id, and the states that each may be in.
     pub keys: BTreeMap<String, BTreeSet<String>>,
     /// Whether there may be a key that nobody was told of yet.

@@ -172,19 +172,42 @@ impl Script {
     /// Makes a snapshot of a volume, attached or not; answers its id. It holds all that was written by then.
     #[track_caller]
     pub fn snapshot(&self, id: &str) -> String {
-        let (before, after) = (id.to_owned(), id.to_owned());
-        self.mark(&format!("a snapshot of {id} is being made"), move |expect| {
-            expect.snapshot_being_made = Some(expect.content(&before).newest());
+        self.freeze(&[id], &[id]).remove(0)
+    }
+
+    /// Makes snapshots of all volumes that have the tag `set` at one moment; answers their ids, in the order of `volumes`,
+    /// which they are.
+    #[track_caller]
+    pub fn snapshot_all_of(&self, set: &str, volumes: &[&str]) -> Vec<String> {
+        self.freeze(volumes, &["--all-of", &format!("tag:set={set}")])
+    }
+
+    #[track_caller]
+    fn freeze(&self, volumes: &[&str], arguments: &[&str]) -> Vec<String> {
+        let before: Vec<_> = volumes.iter().map(|id| id.to_string()).collect();
+        self.mark(&format!("a snapshot of {volumes:?} is being made"), move |expect| {
+            for id in &before {
+                let content = expect.content(id).newest();
+                expect.snapshots_being_made.insert(id.clone(), content);
+            }
         });
-        let snapshot = self.run(&["snapshot", "create", id]).trim().to_owned();
-        let told = snapshot.clone();
-        self.promise(&format!("{snapshot} of {id} was made"), move |expect| {
-            let content = expect.snapshot_being_made.take().expect("it is being made");
-            expect.snapshots.insert(told.clone(), Volume::with(content));
-            expect.content(&after).flush();
-            expect.events.push(("createSnapshot".into(), told.clone()));
+        let said = self.run(&[&["snapshot", "create"], arguments].concat());
+        let of = |volume: &str| {
+            // With several, the volume's id stands behind each.
+            let line = said.lines().find(|line| volumes.len() == 1 || line.ends_with(volume));
+            line.and_then(|line| line.split_whitespace().next()).expect("it has an id").to_owned()
+        };
+        let made: Vec<_> = volumes.iter().map(|volume| of(volume)).collect();
+        let told: Vec<_> = made.iter().cloned().zip(volumes.iter().map(|id| id.to_string())).collect();
+        self.promise(&format!("{made:?} of {volumes:?} were made"), move |expect| {
+            for (snapshot, volume) in &told {
+                let content = expect.snapshots_being_made.remove(volume).expect("it is being made");
+                expect.snapshots.insert(snapshot.clone(), Volume::with(content));
+                expect.content(volume).flush();
+                expect.events.push(("createSnapshot".into(), snapshot.clone()));
+            }
         });
-        snapshot
+        made
     }
 
     /// Makes a volume of a snapshot, with these arguments besides; answers its id.
@@ -207,12 +230,12 @@ impl Script {
     pub fn copy_of(&self, snapshot: &str, arguments: &[&str]) -> String {
         let of = snapshot.to_owned();
         self.mark(&format!("{snapshot} is being copied"), move |expect| {
-            expect.snapshot_being_made = Some(expect.snapshots[&of].content.clone());
+            expect.snapshots_being_made.insert(of.clone(), expect.snapshots[&of].content.clone());
         });
         let copy = self.run(&[&["snapshot", "copy", snapshot], arguments].concat()).trim().to_owned();
-        let told = copy.clone();
+        let (told, of) = (copy.clone(), snapshot.to_owned());
         self.promise(&format!("{copy} was made"), move |expect| {
-            let content = expect.snapshot_being_made.take().expect("it is being made");
+            let content = expect.snapshots_being_made.remove(&of).expect("it is being made");
             expect.snapshots.insert(told.clone(), Volume::with(content));
             expect.events.push(("copySnapshot".into(), told.clone()));
         });

@@ -37,6 +37,22 @@ pub fn of_attached(script: &mut Script, arguments: &[&str]) {
     guest.detach(script);
 }
 
+/// Snapshots of two volumes, one of which is attached, are made at one moment, twice.
+pub fn of_several(script: &mut Script) {
+    let (one, other) =
+        (with_data(script, &["--tag", "set=a"]), with_data(script, &["--unencrypted", "--tag", "set=a"]));
+    script.start();
+    let mut guest = script.attach(&one);
+    guest.write(8, 16);
+    script.snapshot_all_of("a", &[&one, &other]);
+    guest.write(0, 16);
+    guest.flush();
+    guest.write(200, 8);
+    script.snapshot_all_of("a", &[&one, &other]);
+    guest.write(96, 16);
+    guest.detach(script);
+}
+
 /// Of two snapshots of a volume the older one is deleted, then the volume, then the other snapshot.
 pub fn deleted(script: &mut Script) {
     let id = with_data(script, &["--unencrypted"]);
@@ -78,6 +94,11 @@ fn a_snapshot_of_a_detached_unencrypted_volume_is_made() {
 #[test]
 fn snapshots_of_an_attached_volume_are_made() {
     survives(&traced(|script| of_attached(script, &[])));
+}
+
+#[test]
+fn snapshots_of_several_volumes_are_made_at_one_moment() {
+    survives(&traced(of_several));
 }
 
 #[test]
