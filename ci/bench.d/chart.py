@@ -7,7 +7,7 @@ import tables
 
 COLORS = {
     "sealblk": "#1857b8",
-    "sealblk-polling": "#1857b8",
+    "sealblk-sleeping": "#1857b8",
     "sealblk-plain": "#86aee6",
     "qsd-raw": "#80868f",
     "qsd-raw-iothread": "#b7bcc4",

@@ -13,7 +13,7 @@ SERVERS = {
     "qsd-raw-iothread": ("qsd raw", "iothread"),
     "qsd-luks": ("qsd", "LUKS"),
     "qsd-luks-iothread": ("qsd LUKS", "iothread"),
-    "sealblk-polling": ("sealblk", "polling"),
+    "sealblk-sleeping": ("sealblk", "no polling"),
 }
 
 # The pool of bounce buffers that a queue in use has, as the README states it.
@@ -169,10 +169,8 @@ def aims(run):
         found.append(least(f"{what}, tmpfs, to qsd LUKS", run.ratio("tmpfs", "luks", work), luks, "x"))
         found.append(least(f"{what}, tmpfs, to qsd raw", run.ratio("tmpfs", "raw", work), raw, "x"))
     quick = lambda server: getattr(run.cell("tmpfs", server, one), "p50", None)
-    polled = "sealblk" if "--poll-us" in run.facts["attach_args"] else "sealblk-polling"
-    if polled != "sealblk":
-        found.append(most("4 KiB random read, QD 1, p50, tmpfs", quick("sealblk"), 11, "us"))
-    found.append(most("4 KiB random read, QD 1, p50, tmpfs, polling", quick(polled), 5, "us"))
+    found.append(most("4 KiB random read, QD 1, p50, tmpfs", quick("sealblk"), 5, "us"))
+    found.append(most("4 KiB random read, QD 1, p50, tmpfs, without polling", quick("sealblk-sleeping"), 11, "us"))
     for size, limit in ((4096, 0.9), (128 << 10, 0.75)):
         shares = [run.share_of_plain("tmpfs", w) for w in run.works if w[0] == 1 and w[2] == size]
         shares = [share for share in shares if share is not None]

@@ -64,6 +64,8 @@ pub struct Hydrator {
     keys: Keys,
     events: EventLog,
     rate: AtomicU64,
+    /// Until when layers stay, for a snapshot that is being noted.
+    stay_until: Mutex<Option<Instant>>,
     current: Mutex<Option<Current>>,
     /// By which KMS keys the data keys were unwrapped, in the order of the volume's keys.
     unwrapped_by: Mutex<Vec<UsedKey>>,
@@ -77,8 +79,8 @@ struct Current {
 impl Hydrator {
     /// One that reports to `events`, at `rate` bytes a second (0: no limit).
     pub(super) fn new(keys: Keys, events: EventLog, rate: u64) -> Self {
-        let (current, unwrapped_by) = Default::default();
-        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), current, unwrapped_by }
+        let (stay_until, current, unwrapped_by) = Default::default();
+        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), stay_until, current, unwrapped_by }
     }
 
     /// The same, of this volume.
@@ -88,18 +90,21 @@ impl Hydrator {
 
     /// Begins, if there is something to be copied up; none is at it. After a freeze, layers stay a moment longer.
     pub(super) fn begin(&self, state: &State, frozen: bool) {
+        if frozen {
+            *self.stay_until() = Some(Instant::now() + GRACE);
+        }
         if state.read_only || state.metadata.layout().leaving() == 0 {
             return;
         }
-        if let Err(e) = self.start(state, frozen) {
+        if let Err(e) = self.start(state) {
             log::error!("{} is not hydrated: {e}; the next attach does it", state.metadata.id());
         }
     }
 
-    fn start(&self, state: &State, frozen: bool) -> Result<()> {
+    fn start(&self, state: &State) -> Result<()> {
         let disk = state.serving()?.disk();
         let hydration = Hydration::new(disk, self.rate.load(Ordering::Relaxed))?;
-        let until = Instant::now() + if frozen { GRACE } else { Duration::ZERO };
+        let until = self.stay_until().unwrap_or_else(Instant::now);
         let job = Arc::new(Job::new(hydration));
         let (record, run) = (self.record.clone(), job.clone());
         let work = move || {
@@ -128,6 +133,7 @@ impl Hydrator {
 
     /// Ends it for good, and wipes the data keys that would be needed to open the volume again.
     pub(super) fn end(&self) {
+        self.keys.ring.wipe();
         let current = self.current().take();
         if let Some(Current { job, thread }) = current {
             job.stop();
@@ -135,11 +141,14 @@ impl Hydrator {
                 log::error!("the hydration's thread panicked");
             }
         }
-        self.keys.ring.wipe();
     }
 
     fn is_current(&self, job: &Arc<Job>) -> bool {
         self.current().as_ref().is_some_and(|current| Arc::ptr_eq(&current.job, job))
+    }
+
+    fn stay_until(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.stay_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn current(&self) -> MutexGuard<'_, Option<Current>> {
@@ -222,6 +231,8 @@ impl Record {
         }
         self.hydrator.report(&state.metadata, "completed");
         let volume = state.metadata.clone();
+        // With it go the layers that have left, and their ciphers.
+        drop(job.slot().hydration.take());
         drop(guard);
         // That takes a while.
         self.hydrator.keys.grants.retire_others_than_of(&volume);

@@ -89,7 +89,7 @@ impl Record {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         check_writable(state)?;
-        let all = state.layers.len() - 1;
+        let all = state.layers.len().checked_sub(1).ok_or_else(gone)?;
         if all == 0 || state.metadata.layout().leaving() == all {
             return Ok(all > 0);
         }
@@ -115,6 +115,7 @@ impl Record {
 }
 
 fn check_writable(state: &State) -> Result<()> {
+    let _is_served = state.serving()?;
     match state.read_only {
         true => Err(Error::new(Kind::Busy, "it is attached read-only; detach it first")),
         false => Ok(()),

@@ -35,6 +35,7 @@ impl Record {
     pub fn snapshot(&self, engine: Engine, label: Label, client: &mut Conversation<'_>) -> Result<Frozen> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
+        let _is_served = state.serving()?;
         if state.read_only {
             return Err(Error::new(Kind::Busy, "it is attached read-only; detach it first"));
         }

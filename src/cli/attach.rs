@@ -53,9 +53,9 @@ pub struct AttachArgs {
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = engine)]
     xts_engine: Engine,
 
-    /// Let a queue's thread look for work for so many microseconds before it sleeps: lower latency for CPU time. It
-    /// adapts, and an idle volume costs nothing.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    /// How many microseconds a queue's thread may look for work before it sleeps; 0: none. It adapts: where that finds
+    /// nothing it sleeps at once, and an idle volume costs nothing.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(0..=10_000))]
     poll_us: u64,
 
     /// Bind the queues' threads to these CPUs, one after the other: 2,3 or 4-7.

@@ -219,6 +219,12 @@ fn retag(env: &Env, reference: &str, change: impl FnOnce(&mut Tags) -> Result<()
 }
 
 /// A snapshot in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
+/// Tells whoever has something encrypted made of a snapshot that is not: its record has no seal.
+pub(super) fn tell_that_unproved(snapshot: &Snapshot) {
+    let id = snapshot.id();
+    output::tell(&format!("{id} is not encrypted: nothing proves what it holds, and it is taken as it is"));
+}
+
 fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
     let keys = snapshot.keys().iter();
     let keys: Vec<Value> =

@@ -34,7 +34,8 @@ impl Serving {
         let paused = Paused { serving: self, disk, begun, prepared: None, over: false };
         // All are asked before any is waited for.
         let asked: Vec<_> = self.workers.iter().map(|worker| worker.pause()).collect::<io::Result<_>>()?;
-        asked.into_iter().try_for_each(|answer| answer.wait_until(begun + patience))?;
+        let mut asked = asked.into_iter().zip(self.workers.iter());
+        asked.try_for_each(|(answer, worker)| worker.wait_until(answer, begun + patience))?;
         Ok(paused)
     }
 }

@@ -1,4 +1,4 @@
-//! Busy polling before sleep, where the operator asked for it, for as long as it pays.
+//! Busy polling before sleep, as long as the operator allows, and only while it pays.
 //!
 //! A thread that looks for work for a few microseconds before it sleeps saves the driver's kick and its own
 //! wake-up. The window adapts, as KVM's halt polling does: it grows when a sleep turned out to be short, and

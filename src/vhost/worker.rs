@@ -184,18 +184,6 @@ fn gone() -> io::Error {
 pub struct Awaited(Receiver<Answer>);
 
 impl Awaited {
-    /// The answer, if it comes until `deadline`.
-    pub fn wait_until(self, deadline: Instant) -> io::Result<()> {
-        match self.0.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(answer) => answer.map(drop),
-            Err(RecvTimeoutError::Disconnected) => Err(gone()),
-            Err(RecvTimeoutError::Timeout) => {
-                let message = "operations are in flight that do not end";
-                Err(io::Error::new(io::ErrorKind::TimedOut, message))
-            }
-        }
-    }
-
     /// The answer.
     pub fn wait(self) -> io::Result<()> {
         self.0.recv().unwrap_or_else(|_| Err(gone())).map(drop)
@@ -233,14 +221,33 @@ impl Worker {
             match answer.recv_timeout(INTERRUPT_AFTER) {
                 Ok(answer) => return answer,
                 Err(RecvTimeoutError::Disconnected) => return Err(gone()),
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some(thread) = &self.thread
-                        && self.mailbox.signalling.load(Ordering::Relaxed)
-                    {
-                        interrupt::interrupt(thread);
-                    }
-                }
+                Err(RecvTimeoutError::Timeout) => self.free_of_vmm(),
             }
+        }
+    }
+
+    /// What the thread answers, if it does until `deadline`. As in [`Worker::ask`], a VMM cannot hold it up.
+    pub fn wait_until(&self, answer: Awaited, deadline: Instant) -> io::Result<()> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match answer.0.recv_timeout(left.min(INTERRUPT_AFTER)) {
+                Ok(answer) => return answer.map(drop),
+                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => {
+                    let message = "operations are in flight that do not end";
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+                }
+                Err(RecvTimeoutError::Timeout) => self.free_of_vmm(),
+            }
+        }
+    }
+
+    /// Interrupts the thread where it waits for a VMM to take a signal.
+    fn free_of_vmm(&self) {
+        if let Some(thread) = &self.thread
+            && self.mailbox.signalling.load(Ordering::Relaxed)
+        {
+            interrupt::interrupt(thread);
         }
     }
 

@@ -55,7 +55,7 @@ impl Freeze {
             return Err(Error::new(Kind::Unsupported, message));
         }
         let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
-        Pending::NewTop(new_top.id).store(catalog, lock)?;
+        Pending::NewTop(new_top.id).store(catalog, lock, metadata)?;
         Ok(Freeze { new_top, maker })
     }
 
@@ -157,22 +157,27 @@ impl Freeze {
     }
 }
 
-/// Writes the record of a snapshot that was committed: with this it is there.
+/// Writes the records of snapshots that were committed: with this they are there.
 ///
 /// # Errors
-/// `NotFound` if its volume has gone meanwhile; those of the file system. There is no snapshot then, and the volume has a
-/// layer more.
-pub fn note(catalog: &Catalog, snapshot: &Snapshot) -> Result<()> {
+/// `NotFound` if a volume of theirs has gone meanwhile; `Busy` if it has changed: then there is none of them, and each
+/// volume has a layer more. Those of the file system: then some may be there.
+pub fn note(catalog: &Catalog, snapshots: &[&Snapshot]) -> Result<()> {
     let _store = StoreLock::acquire(catalog)?;
-    // What names the layers until now: if it does not any more, they may be gone.
-    let volume = catalog.load(snapshot.volume())?;
-    let is_named = |layer: &LayerRecord| volume.layers().iter().any(|l| l.id == layer.id);
-    if !snapshot.layers().iter().all(is_named) {
-        let message = format!("{} was changed meanwhile; try again", volume.id());
-        return Err(Error::new(Kind::Busy, message));
+    for snapshot in snapshots {
+        // What names the layers until now: if it does not any more, they may be gone.
+        let volume = catalog.load(snapshot.volume())?;
+        let is_named = |layer: &LayerRecord| volume.layers().iter().any(|l| l.id == layer.id);
+        if !snapshot.layers().iter().all(is_named) {
+            let message = format!("{} was changed meanwhile; try again", volume.id());
+            return Err(Error::new(Kind::Busy, message));
+        }
     }
-    catalog.mark_frozen(snapshot.layers());
-    catalog.store_snapshot(snapshot)
+    for snapshot in snapshots {
+        catalog.mark_frozen(snapshot.layers());
+        catalog.store_snapshot(snapshot)?;
+    }
+    Ok(())
 }
 
 /// A snapshot that is being made of a volume that nobody has attached. Dropped before the commit, it is none.

@@ -89,8 +89,13 @@ impl Catalog {
         found.extend(self.unnamed_layers(&store)?);
         found.sort_by(|a, b| a.path.cmp(&b.path));
         found.dedup_by(|a, b| a.path == b.path);
-        for left in found.iter().filter(|left| matches!(left.what, What::Layer | What::Temporary)) {
-            remove(&left.path)?;
+        let snapshots = self.root().snapshots();
+        for left in &found {
+            // What lies in a volume's folder is its next holder's, who may already be waiting for it.
+            let is_temporary = left.what == What::Temporary && left.path.parent() == Some(&*snapshots);
+            if left.what == What::Layer || is_temporary {
+                remove(&left.path)?;
+            }
         }
         for folder in [self.root().layers(), self.root().snapshots()].iter().filter(|f| f.exists()) {
             sync_dir(folder)?;

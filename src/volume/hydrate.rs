@@ -192,10 +192,12 @@ impl<'a> Copier<'a> {
         let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
         let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
         let copied = if alone { self.raise(sector, len as usize) } else { Ok(()) };
-        fence.leave();
+        // After an error, other writes of the chunk may be in flight, which would land on what a guest writes there now: it
+        // is left when the queue is closed.
         copied.map_err(|e| {
             io::Error::new(e.kind(), format!("hydrating {len} bytes at {}: {e}", bytes.start))
         })?;
+        fence.leave();
         Ok(alone)
     }
 

@@ -64,7 +64,7 @@ impl Catalog {
     }
 
     /// The layers that are leaving a volume's chain, or have left it, as far as they were not cleared away.
-    fn left_layers(&self, volume: VolumeId) -> Result<Vec<LayerId>> {
+    pub(super) fn left_layers(&self, volume: VolumeId) -> Result<Vec<LayerId>> {
         let path = self.leaving_path(volume);
         let attempt = || format!("read {}", path.display());
         let bytes = match read_bounded(&path) {

@@ -298,7 +298,8 @@ fn abandon(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<
 
 /// Removes a volume that is not there any more: those of its layers that nothing else names, and last what names them.
 fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()> {
-    remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id), store)?;
+    let left = catalog.left_layers(metadata.id())?;
+    remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id).chain(left), store)?;
     remove_folder(catalog, metadata.id())
 }
 

@@ -65,8 +65,17 @@ impl Pending {
         }
     }
 
-    /// Notes it, before anything of it is done.
-    pub(super) fn store(self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
+    /// Notes it, before anything of it is done to the volume, which is so.
+    ///
+    /// # Errors
+    /// `Busy` if an earlier resize was neither finished nor undone: nobody else would do that any more.
+    pub(super) fn store(self, catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+        if let Some(Pending::Resize(size)) = Pending::load(catalog, lock.volume())?
+            && size != metadata.size()
+        {
+            let message = "an earlier resize of it failed half-way; detach it first";
+            return Err(Error::new(Kind::Busy, message));
+        }
         let written = Written { format: FORMAT, change: self };
         replace_file(&catalog.folder(lock.volume()).join(FILE), &written::to_json(&written))
     }
@@ -85,7 +94,10 @@ impl Pending {
                 }
             }
             Pending::Resize(_) => {
-                let path = catalog.layer_path(metadata.top().id);
+                let (layer, own) =
+                    (metadata.top().id, catalog.own_layer_path(metadata.id(), metadata.top().id));
+                // By the name that a confined process may open, where there is one.
+                let path = if own.exists() { own } else { catalog.layer_path(layer) };
                 let shorten = || -> std::io::Result<()> {
                     let file = OpenOptions::new().write(true).open(&path)?;
                     file.set_len(metadata.size())?;

@@ -95,7 +95,7 @@ impl<'a> Growth<'a> {
     ) -> Result<Self> {
         // As it is now that nobody else can change it.
         let geometry = check(metadata, size)?;
-        Pending::Resize(size).store(catalog, lock)?;
+        Pending::Resize(size).store(catalog, lock, metadata)?;
         let growth = Growth { geometry, top };
         match top.set_len(size).and_then(|()| top.sync_all()) {
             Ok(()) => Ok(growth),

@@ -4,6 +4,7 @@
 //! as that writes in place; what else there may be of it, the receipt says.
 
 use super::catalog::Catalog;
+use super::hydrated;
 use super::id::VolumeId;
 use super::lock;
 use super::metadata::{KeyRecord, Metadata};
@@ -86,11 +87,13 @@ impl Receipt {
                 .map(|other| other.name.clone())
                 .collect(),
         });
+        let left = catalog.left_layers(metadata.id())?;
+        let layers = metadata.layers().iter().map(|layer| layer.id).chain(left);
         Ok(Receipt {
             volume: metadata.id(),
             time: Timestamp::now(),
             destroyed: Vec::new(),
-            layers: metadata.layers().iter().map(|layer| catalog.layer_path(layer.id)).collect(),
+            layers: layers.map(|layer| catalog.layer_path(layer)).collect(),
             wrapped_by: wrapped_by.collect(),
             same_data_key: others
                 .iter()
@@ -203,14 +206,14 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&value).map_err(unreadable)
 }
 
-/// Overwrites and removes every file in a volume's folder, but for the lock and the record without wrapped keys that tells
+/// Overwrites and removes every file in a volume's folder, but for the lock, and the records without wrapped keys that tell
 /// what else is to be removed.
 pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
     let attempt = || format!("list {}", folder.display());
     let mut destroyed = Vec::new();
     for entry in std::fs::read_dir(folder).context(attempt)? {
         let entry = entry.context(attempt)?;
-        let is_spared = [lock::FILE, DELETING].iter().any(|name| entry.file_name() == *name);
+        let is_spared = [lock::FILE, DELETING, hydrated::FILE].iter().any(|name| entry.file_name() == *name);
         if !is_spared && entry.file_type().context(attempt)?.is_file() {
             destroyed.push(destroy(&entry.path())?);
         }

@@ -241,5 +241,8 @@ fn summary(lives: &[Life], counts: &BTreeMap<Event, u64>, requests: u64, took: D
         }
     }
     let (first, most) = (ends.first().copied(), ends.iter().max().copied());
-    assert!(most <= first.map(|kib| kib + GROWTH_KIB + COPY_KIB), "later host processes are larger than the first");
+    assert!(
+        most <= first.map(|kib| kib + GROWTH_KIB + COPY_KIB),
+        "later host processes are larger than the first"
+    );
 }

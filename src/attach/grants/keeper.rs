@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// The hidden subcommand.
@@ -60,6 +61,7 @@ enum Answer {
 pub struct Keeper {
     socket: Option<UnixStream>,
     tokens: Vec<Option<String>>,
+    asking: Mutex<()>,
 }
 
 impl Keeper {
@@ -108,7 +110,7 @@ impl Keeper {
                 // From now on what it may take is what retiring takes.
                 let time = super::RETIRING.longest_call() * tokens.len().max(1) as u32;
                 socket.set_read_timeout(Some(time)).map_err(Error::from)?;
-                Ok(Keeper { socket: Some(socket), tokens })
+                Ok(Keeper { socket: Some(socket), tokens, ..Keeper::default() })
             }
             Ok(Some(Answer::Refused(refusal))) => {
                 drop(socket);
@@ -146,6 +148,8 @@ impl Keeper {
         let Some(socket) = self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some)) else {
             return;
         };
+        // One question at a time: the answers do not say which they are to.
+        let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let why = match order(socket).and_then(|()| hear(&mut BufReader::new(socket))) {
             Ok(Some(Answer::Retired)) => return,
             Ok(Some(Answer::Left(why))) => why,

@@ -1,7 +1,7 @@
 //! `sealblk snapshot copy`.
 #![forbid(unsafe_code)]
 
-use super::description;
+use super::{description, tell_that_unproved};
 use crate::attach::hydration::offline;
 use crate::attach::sandbox;
 use crate::cli::filter::{self, Tag};
@@ -66,6 +66,9 @@ pub fn run(env: &Env, args: CopyArgs) -> Result<()> {
         Some(key) => {
             // This process has the data keys while it copies.
             sandbox::harden()?;
+            if !source.is_encrypted() {
+                tell_that_unproved(&source);
+            }
             full(&catalog, &env.events(&settings), &source, label, key, keys, args.rate)?
         }
     };

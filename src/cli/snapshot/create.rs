@@ -159,7 +159,7 @@ fn make(
             }
         });
     }
-    made.iter().try_for_each(|m| freeze::note(catalog, &m.snapshot).map_err(of(m.snapshot.volume())))?;
+    freeze::note(catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
     Ok(made)
 }
 

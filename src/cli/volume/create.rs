@@ -6,6 +6,7 @@ use super::show::description;
 use crate::attach::sandbox;
 use crate::cli::filter::{self, Tag};
 use crate::cli::provider::{self, NamedKey};
+use crate::cli::snapshot::tell_that_unproved;
 use crate::cli::{Env, size};
 use crate::config::Settings;
 use crate::error::{Error, Kind, Result};
@@ -127,6 +128,7 @@ fn from(
     let has_own_key = args.key.is_some() || (settings.encrypt_by_default && !snapshot.is_encrypted());
     let key = has_own_key.then(|| NamedKey::open(env, settings, args.key.as_deref())).transpose()?;
     if key.is_some() && !snapshot.is_encrypted() {
+        tell_that_unproved(snapshot);
         // Such a volume is sealed at once: this process sees its data key.
         sandbox::harden()?;
     }

@@ -81,7 +81,8 @@ impl Copying {
         let layer = self.copy.layout().top();
         let path = catalog.layer_path(layer.id);
         match std::fs::metadata(&path) {
-            Ok(found) if found.len() == layer.size => return Ok(()),
+            // Whoever made it may have been cut off before its name was durable.
+            Ok(found) if found.len() == layer.size => return sync_dir(&catalog.root().layers()),
             // Cut off in its making: nothing was written to it.
             Ok(_) => std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?,
             Err(_) => create_dir_durable(&catalog.root().layers())?,
