@@ -1,0 +1,22 @@
+//! Uses every kernel, so that the compiler keeps them.
+#![allow(dead_code, unused_imports, missing_docs, reason = "the files are the whole crate's")]
+
+#[path = "../../src/crypt/mod.rs"]
+mod crypt;
+#[path = "../../src/error.rs"]
+mod error;
+
+use crypt::Dek;
+use crypt::xts::{DataUnit, Engine, new_cipher};
+
+fn main() -> error::Result<()> {
+    let dek = Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?;
+    let mut data = vec![1; 1 << 16];
+    for unit in [DataUnit::B512, DataUnit::B4096] {
+        let cipher = new_cipher(Engine::Auto, &dek, unit)?;
+        cipher.encrypt_in_place(&mut data, 8);
+        cipher.decrypt_in_place(&mut data, 16);
+    }
+    std::hint::black_box(data);
+    Ok(())
+}
