@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod failing;
 mod hydration;
 mod model;
 mod pauses;
