@@ -16,16 +16,15 @@
 //! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
 //! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
 
-use super::io::{Disk, DiskQueue, GuestData};
+use super::io::{Disk, DiskQueue, GuestData, Scratch};
 use super::map::LayerMap;
-use crate::store::{Buffer, Event, Wait};
 use crate::virtio::{SECTOR_SIZE, Segment};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 /// Bytes copied at a time, for which a guest may have to wait; a buffer's length.
 const CHUNK: u64 = 256 << 10;
@@ -142,8 +141,8 @@ impl Hydration {
 struct Copier<'a> {
     hydration: &'a Hydration,
     queue: DiskQueue,
-    /// Where a chunk's plaintext is between the layers: to the disk it is a guest's memory.
-    chunk: GuestMemoryMmap<()>,
+    /// Where a chunk's plaintext is between the layers.
+    chunk: Scratch,
     /// Bytes copied since then, which count for the rate.
     copied: (Instant, u64),
 }
@@ -151,8 +150,7 @@ struct Copier<'a> {
 impl<'a> Copier<'a> {
     fn new(hydration: &'a Hydration) -> io::Result<Self> {
         let queue = hydration.disk.open_free_queue(DEPTH)?;
-        let chunk = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), CHUNK as usize)]);
-        let chunk = chunk.map_err(io::Error::other)?;
+        let chunk = Scratch::new(CHUNK as usize)?;
         Ok(Copier { hydration, queue, chunk, copied: (Instant::now(), 0) })
     }
 
@@ -180,7 +178,7 @@ impl<'a> Copier<'a> {
             let counted = |left: u64| Some(left.saturating_sub(below));
             let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
         }
-        self.flush()?;
+        self.queue.flush_and_wait()?;
         left.store(0, Ordering::Relaxed);
         Ok(End::Complete)
     }
@@ -211,16 +209,20 @@ impl<'a> Copier<'a> {
                 match self.queue.alloc(run.start, len) {
                     Some(buffer) => break buffer,
                     None if in_flight == 0 => return Err(no_room()),
-                    None => in_flight -= self.finish_one()?,
+                    None => {
+                        self.queue.finish_one()?;
+                        in_flight -= 1;
+                    }
                 }
             };
             in_flight += 1;
             let segments = [segment((run.start - sector) * SECTOR_SIZE, len)];
-            let guest = GuestData { mem: &self.chunk, segments: &segments, skip: 0 };
+            let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
             self.queue.write(0, run.start, buffer, false, guest)?;
         }
         while in_flight > 0 {
-            in_flight -= self.finish_one()?;
+            self.queue.finish_one()?;
+            in_flight -= 1;
         }
         Ok(())
     }
@@ -229,15 +231,9 @@ impl<'a> Copier<'a> {
     fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
         let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
         let place = buffer.place();
-        self.queue.read(0, sector, buffer);
         let segments = [segment(0, len)];
-        loop {
-            let Some(buffer) = self.next_done()? else { continue };
-            let guest = GuestData { mem: &self.chunk, segments: &segments, skip: 0 };
-            if self.queue.deliver(0, sector, buffer, guest)? {
-                break;
-            }
-        }
+        let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
+        self.queue.read_and_wait(sector, buffer, guest)?;
         let block = self.hydration.disk.geometry().block_sectors();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
@@ -250,48 +246,6 @@ impl<'a> Copier<'a> {
             }
         }
         Ok(runs)
-    }
-
-    /// Waits for the next write to end: one.
-    fn finish_one(&mut self) -> io::Result<usize> {
-        if let Some(buffer) = self.next_done()? {
-            self.queue.free(buffer);
-        }
-        Ok(1)
-    }
-
-    /// Waits for the next operation to end, and answers its buffer, if it had one.
-    fn next_done(&mut self) -> io::Result<Option<Buffer>> {
-        loop {
-            match self.queue.next_event() {
-                Some(Event::Done { buffer, result, .. }) => {
-                    return match (result, buffer) {
-                        (Ok(()), buffer) => Ok(buffer),
-                        (Err(e), buffer) => {
-                            buffer.into_iter().for_each(|buffer| self.queue.free(buffer));
-                            Err(e)
-                        }
-                    };
-                }
-                Some(_) => {}
-                None => self.queue.wait(Wait::Event)?,
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.queue.flush(0)?;
-        let result = self.next_done().map(drop);
-        self.queue.flushed(result)
-    }
-}
-
-impl Drop for Copier<'_> {
-    fn drop(&mut self) {
-        // It held the guest's data.
-        if let Err(e) = self.chunk.write_slice(&vec![0; CHUNK as usize], GuestAddress(0)) {
-            log::error!("wiping what was copied last: {e}");
-        }
     }
 }
 

@@ -7,18 +7,21 @@
 //! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
 //! zeros; what several layers take is in [`layered`].
 
+mod blocking;
 mod fence;
 mod guest;
 mod layered;
 mod queue;
 
+pub(in crate::volume) use blocking::Scratch;
 pub use guest::GuestData;
+pub(in crate::volume) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
 
 use super::image_lock::ImageLock;
 use super::map::{LayerMap, MAX_LAYERS};
 use crate::crypt::xts::SectorCipher;
-use crate::store::{Event, Store, Wait};
+use crate::store::Store;
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{Geometry, SECTOR_SIZE};
 use fence::Fence;
@@ -251,14 +254,7 @@ impl Disk {
 
     /// Makes everything written durable, by the calling thread.
     pub fn flush(self: &Arc<Self>) -> io::Result<()> {
-        let mut queue = self.open_free_queue(1)?;
-        queue.flush(0)?;
-        loop {
-            if let Some(Event::Done { result, .. }) = queue.next_event() {
-                return queue.flushed(result);
-            }
-            queue.wait(Wait::Event)?;
-        }
+        self.open_free_queue(1)?.flush_and_wait()
     }
 }
 

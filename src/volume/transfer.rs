@@ -5,14 +5,13 @@
 //! wiped at the end.
 #![forbid(unsafe_code)]
 
-use super::io::{Disk, DiskQueue, GuestData};
+use super::io::{Disk, DiskQueue, GuestData, Scratch, is_zero};
 use crate::error::{Context, Error, Kind, Result};
-use crate::store::{Buffer, Event, Wait};
 use crate::virtio::{SECTOR_SIZE, Segment};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use zeroize::Zeroizing;
 
 /// Bytes at a time; a buffer's length.
@@ -74,21 +73,20 @@ fn each_run(size: u64, next_data: NextData<'_>, f: &mut dyn FnMut(Range<u64>) ->
 pub(super) struct Transfer {
     queue: DiskQueue,
     /// Where plaintext is for the disk, to which it is a guest's memory.
-    memory: GuestMemoryMmap<()>,
+    memory: Scratch,
     in_flight: usize,
 }
 
 impl Transfer {
     pub(super) fn new(disk: &Arc<Disk>) -> Result<Self> {
         let queue = disk.open_queue(DEPTH).context(|| "open a queue")?;
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), CHUNK)]).map_err(io::Error::other)?;
-        Ok(Transfer { queue, memory, in_flight: 0 })
+        Ok(Transfer { queue, memory: Scratch::new(CHUNK)?, in_flight: 0 })
     }
 
     /// Writes so many bytes, at most [`CHUNK`] and whole sectors, at byte `at`, but for blocks that are zeros: nothing
     /// is in the layer where they would be. They are durable after [`Transfer::flush`].
     pub(super) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.memory.write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
+        self.memory.memory().write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
         for (start, len) in runs(bytes) {
             self.write_run(at, start, len)
                 .context(|| format!("write {len} bytes at {}", at + start as u64))?;
@@ -105,7 +103,7 @@ impl Transfer {
             }
         };
         let segments = [Segment { addr: GuestAddress(start as u64), len: len as u32 }];
-        let guest = GuestData { mem: &self.memory, segments: &segments, skip: 0 };
+        let guest = GuestData { mem: self.memory.memory(), segments: &segments, skip: 0 };
         self.queue.write(0, sector, buffer, false, guest)?;
         self.in_flight += 1;
         Ok(())
@@ -114,21 +112,15 @@ impl Transfer {
     /// Reads so many bytes, at most [`CHUNK`] and whole sectors, from byte `at`.
     pub(super) fn read(&mut self, at: u64, into: &mut [u8]) -> Result<()> {
         self.read_plain(at, into.len()).context(|| format!("read {} bytes at {at}", into.len()))?;
-        Ok(self.memory.read_slice(into, GuestAddress(0)).map_err(io::Error::other)?)
+        Ok(self.memory.memory().read_slice(into, GuestAddress(0)).map_err(io::Error::other)?)
     }
 
     fn read_plain(&mut self, at: u64, len: usize) -> io::Result<()> {
         let sector = at / SECTOR_SIZE;
         let buffer = self.queue.alloc(sector, len).ok_or_else(|| io::Error::other("there is no room"))?;
-        self.queue.read(0, sector, buffer);
         let segments = [Segment { addr: GuestAddress(0), len: len as u32 }];
-        loop {
-            let Some(buffer) = self.next_done()? else { continue };
-            let guest = GuestData { mem: &self.memory, segments: &segments, skip: 0 };
-            if self.queue.deliver(0, sector, buffer, guest)? {
-                return Ok(());
-            }
-        }
+        let guest = GuestData { mem: self.memory.memory(), segments: &segments, skip: 0 };
+        self.queue.read_and_wait(sector, buffer, guest)
     }
 
     /// Waits for what is written and makes it durable.
@@ -137,9 +129,7 @@ impl Transfer {
             while self.in_flight > 0 {
                 self.finish_one()?;
             }
-            self.queue.flush(0)?;
-            let result = self.next_done().map(drop);
-            self.queue.flushed(result)
+            self.queue.flush_and_wait()
         };
         flush().context(|| "make the data durable")
     }
@@ -149,37 +139,7 @@ impl Transfer {
             return Err(io::Error::other("a queue that nobody else uses has no room"));
         }
         self.in_flight -= 1;
-        if let Some(buffer) = self.next_done()? {
-            self.queue.free(buffer);
-        }
-        Ok(())
-    }
-
-    /// Waits for the next operation to end, and answers its buffer, if it had one.
-    fn next_done(&mut self) -> io::Result<Option<Buffer>> {
-        loop {
-            match self.queue.next_event() {
-                Some(Event::Done { buffer, result, .. }) => {
-                    return match (result, buffer) {
-                        (Ok(()), buffer) => Ok(buffer),
-                        (Err(e), buffer) => {
-                            buffer.into_iter().for_each(|buffer| self.queue.free(buffer));
-                            Err(e)
-                        }
-                    };
-                }
-                Some(_) => {}
-                None => self.queue.wait(Wait::Event)?,
-            }
-        }
-    }
-}
-
-impl Drop for Transfer {
-    fn drop(&mut self) {
-        if let Err(e) = self.memory.write_slice(&vec![0; CHUNK], GuestAddress(0)) {
-            log::error!("wiping what was copied last: {e}");
-        }
+        self.queue.finish_one()
     }
 }
 
@@ -196,12 +156,6 @@ pub(super) fn runs(bytes: &[u8]) -> Vec<(usize, usize)> {
         }
     }
     runs
-}
-
-fn is_zero(block: &[u8]) -> bool {
-    // So that a compiler sees whole words.
-    let (words, rest) = block.as_chunks::<8>();
-    words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
 /// What one is told whose command was interrupted by a signal.

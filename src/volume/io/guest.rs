@@ -196,7 +196,7 @@ pub(super) fn all_there(bytes: &[u8]) -> bool {
 
 /// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight zero
 /// bytes, and quick to say yes, a word at a time.
-pub(super) fn is_zero(sector: &[u8]) -> bool {
+pub(in crate::volume) fn is_zero(sector: &[u8]) -> bool {
     let (words, _) = sector.as_chunks::<8>();
     let word = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);
     words.first().is_none_or(|first| word(first) == 0) && words.iter().fold(0, |all, w| all | word(w)) == 0
