@@ -7,9 +7,14 @@ use nix::libc::{self, c_long, c_void};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
+use std::fs;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a thread may take to come to life.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
 #[cfg(target_arch = "x86_64")]
@@ -114,6 +119,30 @@ pub enum Killed {
     Yes,
     /// What was waited for came first.
     No,
+}
+
+/// The thread of `process` that is called so, which gives itself that name some time after it was made.
+#[track_caller]
+pub fn wait_for_thread(process: Pid, name: &str) -> Pid {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(thread) = thread(process, name) {
+            return thread;
+        }
+        assert!(Instant::now() < deadline, "{process} has no thread \"{name}\"");
+        // Nothing tells of it.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The thread of `process` that is called so, if there is one now.
+pub fn thread(process: Pid, name: &str) -> Option<Pid> {
+    // Others may be gone before they are asked.
+    let is_it =
+        |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name);
+    let threads = fs::read_dir(format!("/proc/{process}/task")).ok()?;
+    let path = threads.filter_map(|thread| Some(thread.ok()?.path())).find(is_it)?;
+    Some(Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?))
 }
 
 /// One thread of another process, held at each of its system calls.

@@ -3,22 +3,10 @@
 
 use crate::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::{End, Killed, Stepper, killed_before};
+use crate::killed::{End, Killed, Stepper, killed_before, thread, wait_for_thread};
 use crate::rig::Rig;
 use crate::watch::{deks, wait_until_done};
-use nix::unistd::Pid;
-use std::fs;
 use std::process::Stdio;
-
-/// The thread of `process` that is called so, if there is one.
-fn thread(process: Pid, name: &str) -> Option<Pid> {
-    let threads = fs::read_dir(format!("/proc/{process}/task")).ok()?;
-    let is_it = |path: &std::path::PathBuf| {
-        fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name)
-    };
-    let path = threads.filter_map(|t| Some(t.ok()?.path())).find(is_it)?;
-    Some(Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?))
-}
 
 #[test]
 fn commands_that_are_killed_leave_a_whole_volume_and_the_next_one_goes_on() {
@@ -67,7 +55,7 @@ fn a_host_process_that_is_killed_while_it_gets_another_key_loses_nothing() {
         rig.data[4096 * step..][..4096].copy_from_slice(&data);
         // Its control thread has begun when it has answered.
         rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "1"]);
-        let stepper = Stepper::seize(thread(host.pid(), "control").expect("it has a control thread"));
+        let stepper = Stepper::seize(wait_for_thread(host.pid(), "control"));
         let mut command = rig.place.store.command();
         command.args(["volume", "rekey", "t"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut client = command.spawn().unwrap();
@@ -110,7 +98,7 @@ fn a_host_process_that_is_killed_while_layers_leave_loses_nothing() {
         write(&mut session.rings[0], 8 * step as u64, &data);
         flush(&mut session.rings[0]);
         rig.data[4096 * step..][..4096].copy_from_slice(&data);
-        let stepper = Stepper::seize(thread(host.pid(), "hydration").expect("it is being hydrated"));
+        let stepper = Stepper::seize(wait_for_thread(host.pid(), "hydration"));
         let mut throttle = rig.place.store.command();
         throttle.args(["throttle", "t", "--hydrate-rate", "0"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut throttle = throttle.spawn().unwrap();

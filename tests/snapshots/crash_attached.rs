@@ -3,20 +3,9 @@
 
 use crate::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::{Killed, Stepper};
+use crate::killed::{Killed, Stepper, wait_for_thread};
 use crate::rig::Rig;
-use nix::unistd::Pid;
-use std::fs;
 use std::process::Stdio;
-
-/// The thread of `process` that carries out what control clients ask for.
-fn control_thread(process: Pid) -> Pid {
-    let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap().map(|t| t.unwrap().path());
-    let is_control =
-        |path: &std::path::PathBuf| fs::read_to_string(path.join("comm")).unwrap().trim() == "control";
-    let path = threads.into_iter().find(is_control).expect("it has a control thread");
-    Pid::from_raw(path.file_name().unwrap().to_str().unwrap().parse().unwrap())
-}
 
 #[test]
 fn a_host_process_that_is_killed_while_it_freezes_loses_nothing() {
@@ -33,7 +22,7 @@ fn a_host_process_that_is_killed_while_it_freezes_loses_nothing() {
             rig.data[4096 * step..][..4096].copy_from_slice(&data);
             // Its control thread has begun when it has answered.
             rig.place.store.ok(&["throttle", "t"]);
-            let stepper = Stepper::seize(control_thread(host.pid()));
+            let stepper = Stepper::seize(wait_for_thread(host.pid(), "control"));
             let mut command = rig.place.store.command();
             command.args(["snapshot", "create", "t"]).stdout(Stdio::null()).stderr(Stdio::null());
             let mut client = command.spawn().unwrap();
