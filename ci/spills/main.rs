@@ -13,9 +13,11 @@ fn main() -> error::Result<()> {
     let dek = Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?;
     let mut data = vec![1; 1 << 16];
     for unit in [DataUnit::B512, DataUnit::B4096] {
-        let cipher = new_cipher(Engine::Auto, &dek, unit)?;
-        cipher.encrypt_in_place(&mut data, 8);
-        cipher.decrypt_in_place(&mut data, 16);
+        for engine in Engine::available() {
+            let cipher = new_cipher(engine, &dek, unit)?;
+            cipher.encrypt_in_place(&mut data, 8);
+            cipher.decrypt_in_place(&mut data, 16);
+        }
     }
     std::hint::black_box(data);
     Ok(())

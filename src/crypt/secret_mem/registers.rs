@@ -54,9 +54,11 @@ pub fn clear_zmm() {
     }
 }
 
+/// Zeroes the lower halves of the first sixteen, which are all registers of a CPU without AVX-512.
 #[cfg(target_arch = "x86_64")]
+#[inline]
 #[target_feature(enable = "avx")]
-fn clear_ymm() {
+pub fn clear_ymm() {
     // SAFETY: writes registers that are declared as clobbered; no memory.
     unsafe {
         std::arch::asm!(

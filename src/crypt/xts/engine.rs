@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 use super::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use super::vaes::{Vaes, Width};
 use super::{DataUnit, SectorCipher};
 use crate::crypt::Dek;
 use crate::error::{Error, Kind, Result};
@@ -16,14 +18,16 @@ pub enum Engine {
     Auto,
     /// Safe Rust over the `aes` crate: runs everywhere.
     Portable,
-    /// AVX-512 with VAES and VPCLMULQDQ (x86-64: Intel since Ice Lake, AMD since Zen 4).
+    /// VAES and VPCLMULQDQ with AVX2 (x86-64: AMD since Zen 3, Intel's Alder Lake and later without AVX-512).
+    Vaes256,
+    /// VAES and VPCLMULQDQ with AVX-512 (x86-64: Intel since Ice Lake, AMD since Zen 4).
     Vaes512,
 }
 
 impl Engine {
     /// The engines that this CPU can run, fastest first; without `Auto`.
     pub fn available() -> Vec<Engine> {
-        [Engine::Vaes512, Engine::Portable].into_iter().filter(|e| e.runs_here()).collect()
+        [Engine::Vaes512, Engine::Vaes256, Engine::Portable].into_iter().filter(|e| e.runs_here()).collect()
     }
 
     /// Its name, as in the configuration.
@@ -31,6 +35,7 @@ impl Engine {
         match self {
             Engine::Auto => "auto",
             Engine::Portable => "portable",
+            Engine::Vaes256 => "vaes256",
             Engine::Vaes512 => "vaes512",
         }
     }
@@ -39,9 +44,11 @@ impl Engine {
         match self {
             Engine::Auto | Engine::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Engine::Vaes512 => super::vaes512::available(),
+            Engine::Vaes256 => Width::Bits256.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Engine::Vaes512 => Width::Bits512.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Engine::Vaes512 => false,
+            Engine::Vaes256 | Engine::Vaes512 => false,
         }
     }
 }
@@ -56,9 +63,10 @@ impl FromStr for Engine {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let all = [Engine::Auto, Engine::Portable, Engine::Vaes512];
+        let all = [Engine::Auto, Engine::Portable, Engine::Vaes256, Engine::Vaes512];
         all.into_iter().find(|e| e.name() == name).ok_or_else(|| {
-            Error::new(Kind::Usage, format!("no cipher engine \"{name}\"; there are auto, portable, vaes512"))
+            let names = all.map(Engine::name).join(", ");
+            Error::new(Kind::Usage, format!("no cipher engine \"{name}\"; there are {names}"))
         })
     }
 }
@@ -71,24 +79,27 @@ pub fn new_cipher(engine: Engine, dek: &Dek, unit: DataUnit) -> Result<Box<dyn S
     match engine {
         Engine::Auto => new_cipher(Engine::available()[0], dek, unit),
         Engine::Portable => Ok(Box::new(Portable::new(dek, unit)?)),
-        Engine::Vaes512 => vaes512(dek, unit)?.ok_or_else(lacking),
+        #[cfg(target_arch = "x86_64")]
+        Engine::Vaes256 => vaes(Width::Bits256, "AVX2", dek, unit),
+        #[cfg(target_arch = "x86_64")]
+        Engine::Vaes512 => vaes(Width::Bits512, "AVX-512 F and BW", dek, unit),
+        #[cfg(not(target_arch = "x86_64"))]
+        Engine::Vaes256 | Engine::Vaes512 => Err(lacking(engine.name(), "x86-64")),
     }
 }
 
-/// The VAES engine, or `None` where the CPU lacks its instructions.
+/// A VAES engine, whose registers are said to be `registers`.
 #[cfg(target_arch = "x86_64")]
-fn vaes512(dek: &Dek, unit: DataUnit) -> Result<Option<Box<dyn SectorCipher>>> {
-    Ok(super::vaes512::Vaes512::new(dek, unit)?.map(|cipher| Box::new(cipher) as Box<dyn SectorCipher>))
+fn vaes(width: Width, registers: &str, dek: &Dek, unit: DataUnit) -> Result<Box<dyn SectorCipher>> {
+    match Vaes::new(width, dek, unit)? {
+        Some(cipher) => Ok(Box::new(cipher)),
+        None => Err(lacking(width.engine().name(), registers)),
+    }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn vaes512(_: &Dek, _: DataUnit) -> Result<Option<Box<dyn SectorCipher>>> {
-    Ok(None)
-}
-
-fn lacking() -> Error {
-    Error::new(
-        Kind::Unsupported,
-        "this CPU cannot run the cipher engine vaes512 (it needs AVX-512 F and BW, VAES and VPCLMULQDQ); use auto or portable",
-    )
+fn lacking(engine: &str, what: &str) -> Error {
+    let message = format!(
+        "this CPU cannot run the cipher engine {engine} (it needs {what}, VAES and VPCLMULQDQ); use auto or portable"
+    );
+    Error::new(Kind::Unsupported, message)
 }

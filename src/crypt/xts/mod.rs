@@ -6,7 +6,7 @@
 mod engine;
 mod portable;
 #[cfg(target_arch = "x86_64")]
-mod vaes512;
+mod vaes;
 
 pub use engine::{Engine, new_cipher};
 
@@ -15,7 +15,7 @@ use vm_memory::VolatileSlice;
 /// Encrypts and decrypts whole requests of one volume. All lengths are multiples of the data unit and
 /// `first_sector` (512-byte units) is a multiple of the data unit's sectors; an engine panics otherwise.
 pub trait SectorCipher: Send + Sync {
-    /// Which engine this is, for the log and `doctor`: `portable`, `vaes512`.
+    /// Which engine this is, for the log and `doctor`: `portable`, `vaes256`, `vaes512`.
     fn engine(&self) -> &'static str;
 
     /// The data unit that it was made for.

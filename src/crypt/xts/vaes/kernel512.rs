@@ -1,4 +1,4 @@
-//! The kernels: data units from source to destination through XTS, 512 bytes at a time in eight registers.
+//! The kernels for 512-bit registers: data units from source to destination through XTS, 512 bytes at a time in eight registers.
 //!
 //! A data unit is walked in groups of 32 blocks. The tweaks of a group are eight registers of four consecutive
 //! tweaks each, made from the initial tweak (a 512-byte unit is one group) or from the group before. The initial
@@ -10,6 +10,7 @@
 //! used, for the same reason.
 
 use super::super::{DataUnit, Direction, TweakInput};
+use super::Kernel;
 use super::keys::{Keys, ROUND_KEYS, Schedule};
 use crate::crypt::secret_mem::registers::clear_zmm;
 use std::arch::x86_64::*;
@@ -40,12 +41,6 @@ static DOWN: Constant = Constant([64, 64, 63, 63, 62, 62, 61, 61]);
 /// What the tweak inputs of four data units, of 512 and of 4096 bytes, have over the first.
 static NEXT_512: Constant = Constant([0, 0, 1, 0, 2, 0, 3, 0]);
 static NEXT_4096: Constant = Constant([0, 0, 8, 0, 16, 0, 24, 0]);
-
-/// A kernel: from, to, number of data units, tweak input of the first.
-///
-/// Safe to call where the CPU has AVX-512 F and BW, VAES and VPCLMULQDQ, the source is readable and the destination
-/// writable for all data units, and the two are the same or do not overlap. Each byte of the source is read once.
-pub(super) type Kernel = unsafe fn(&Keys, *const u8, *mut u8, usize, TweakInput);
 
 /// The kernel for a direction and a data unit.
 pub(super) fn kernel(direction: Direction, unit: DataUnit) -> Kernel {

@@ -1,13 +1,14 @@
-//! The engine for x86-64 CPUs with AVX-512 and VAES: four blocks an instruction, eight instructions in flight.
+//! The engines for x86-64 CPUs with VAES: two blocks an instruction, or four where there is AVX-512.
 //!
 //! Data goes from source to destination in one pass, with the tweak chain of a data unit in registers. Round keys
 //! and tweaks are never written to the stack: the keys lie four times over, as wide as a register, in secret
 //! memory and are loaded from there round by round; `ci/check-spills` checks the machine code for it.
 
-mod kernel;
+mod kernel256;
+mod kernel512;
 mod keys;
 
-use super::{DataUnit, Direction, SectorCipher, TweakInput, check_request};
+use super::{DataUnit, Direction, Engine, SectorCipher, TweakInput, check_request};
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
 use crate::error::Result;
@@ -17,31 +18,67 @@ use vm_memory::VolatileSlice;
 /// Bytes of stack below which no kernel reaches in a development build.
 const DEVELOPMENT_FRAMES: usize = 16 << 10;
 
-/// Whether this CPU and kernel have what the kernels need.
-pub(super) fn available() -> bool {
-    is_x86_feature_detected!("aes")
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("vaes")
-        && is_x86_feature_detected!("vpclmulqdq")
+/// A kernel: from, to, number of data units, tweak input of the first.
+///
+/// Safe to call where the CPU has what its [`Width`] needs, the source is readable and the destination writable for
+/// all data units, and the two are the same or do not overlap. Each byte of the source is read once.
+type Kernel = unsafe fn(&Keys, *const u8, *mut u8, usize, TweakInput);
+
+/// How wide the registers are that the kernels use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Width {
+    /// 256 bits: AVX2.
+    Bits256,
+    /// 512 bits: AVX-512 F and BW.
+    Bits512,
 }
 
-/// The VAES engine. That one exists proves that the CPU can run it.
-pub(super) struct Vaes512 {
+impl Width {
+    /// Whether this CPU and its operating system have what the kernels need.
+    pub(super) fn is_available(self) -> bool {
+        let vaes = is_x86_feature_detected!("aes")
+            && is_x86_feature_detected!("vaes")
+            && is_x86_feature_detected!("vpclmulqdq");
+        let registers = match self {
+            Width::Bits256 => is_x86_feature_detected!("avx2"),
+            Width::Bits512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
+        };
+        vaes && registers
+    }
+
+    /// The engine that is made of them.
+    pub(super) fn engine(self) -> Engine {
+        match self {
+            Width::Bits256 => Engine::Vaes256,
+            Width::Bits512 => Engine::Vaes512,
+        }
+    }
+
+    fn kernel(self, way: Direction, unit: DataUnit) -> Kernel {
+        match self {
+            Width::Bits256 => kernel256::kernel(way, unit),
+            Width::Bits512 => kernel512::kernel(way, unit),
+        }
+    }
+}
+
+/// A VAES engine. That one exists proves that the CPU can run it.
+pub(super) struct Vaes {
     keys: Secret<Keys>,
     unit: DataUnit,
+    width: Width,
 }
 
-impl Vaes512 {
+impl Vaes {
     /// The engine under `dek`, or `None` on a CPU that lacks the instructions.
-    pub(super) fn new(dek: &Dek, unit: DataUnit) -> Result<Option<Self>> {
-        if !available() {
+    pub(super) fn new(width: Width, dek: &Dek, unit: DataUnit) -> Result<Option<Self>> {
+        if !width.is_available() {
             return Ok(None);
         }
         let (data, tweak) = dek.halves();
-        // SAFETY: `available` has just found every feature that key expansion uses.
+        // SAFETY: `is_available` has just found every feature that key expansion uses.
         let keys = Secret::new(|| unsafe { Keys::expand(data, tweak) })?;
-        Ok(Some(Vaes512 { keys, unit }))
+        Ok(Some(Vaes { keys, unit, width }))
     }
 
     /// `len` bytes from `src` to `dst`, which may be the same.
@@ -50,7 +87,7 @@ impl Vaes512 {
     /// `src` is readable and `dst` writable for `len` bytes, a multiple of the data unit, and they are equal or do
     /// not overlap. Others may change the memory meanwhile; nobody else holds a Rust reference to what is written.
     unsafe fn run(&self, way: Direction, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) {
-        let run = kernel::kernel(way, self.unit);
+        let run = self.width.kernel(way, self.unit);
         // SAFETY: the constructor checked the CPU's features; the memory is as the caller promises.
         unsafe { run(&self.keys, src, dst, len / self.unit.bytes(), first) };
         // A development build does not inline all parts of a kernel (how many depends on the rest of the program), and
@@ -67,9 +104,9 @@ impl Vaes512 {
     }
 }
 
-impl SectorCipher for Vaes512 {
+impl SectorCipher for Vaes {
     fn engine(&self) -> &'static str {
-        "vaes512"
+        self.width.engine().name()
     }
 
     fn data_unit(&self) -> DataUnit {

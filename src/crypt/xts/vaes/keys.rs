@@ -18,7 +18,7 @@ pub(super) struct Keys {
 
 impl Keys {
     /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
-    #[target_feature(enable = "aes,avx512f")]
+    #[target_feature(enable = "aes,sse2")]
     pub(super) fn expand(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
         let data = expand(data);
         Keys {
@@ -30,12 +30,14 @@ impl Keys {
 }
 
 impl Schedule {
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "sse2")]
     fn new(round_keys: &[__m128i; ROUND_KEYS]) -> Schedule {
         let mut schedule = Schedule([[0; 64]; ROUND_KEYS]);
         for (wide, key) in schedule.0.iter_mut().zip(round_keys) {
-            // SAFETY: `wide` is 64 bytes; the store takes any alignment.
-            unsafe { _mm512_storeu_si512(wide.as_mut_ptr().cast(), _mm512_broadcast_i32x4(*key)) };
+            for place in wide.chunks_exact_mut(16) {
+                // SAFETY: `place` is 16 bytes; the store takes any alignment.
+                unsafe { _mm_storeu_si128(place.as_mut_ptr().cast(), *key) };
+            }
         }
         schedule
     }
@@ -47,6 +49,15 @@ impl Schedule {
     pub(super) fn round_key(&self, round: usize) -> __m512i {
         let wide: *const __m512i = self.0[round].as_ptr().cast();
         // SAFETY: 64 initialised bytes, and aligned: a Schedule is to 64 bytes, of which every entry is a multiple.
+        unsafe { wide.read_volatile() }
+    }
+
+    /// The same for two blocks.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn round_key_256(&self, round: usize) -> __m256i {
+        let wide: *const __m256i = self.0[round].as_ptr().cast();
+        // SAFETY: as above, of which this is the first half.
         unsafe { wide.read_volatile() }
     }
 }

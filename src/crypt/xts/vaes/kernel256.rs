@@ -1,0 +1,213 @@
+//! The kernels for 256-bit registers: data units from source to destination through XTS, 128 bytes at a time in four
+//! registers.
+//!
+//! There are sixteen registers only, so a group is eight blocks: four registers of data and four of their tweaks. The CPU
+//! keeps its AES units busy by working on two or three groups at once, whose order in the code matters less therefore than
+//! with [`super::kernel512`], which this is otherwise like.
+
+use super::super::{DataUnit, Direction, TweakInput};
+use super::Kernel;
+use super::keys::{Keys, ROUND_KEYS, Schedule};
+use crate::crypt::secret_mem::registers::clear_ymm;
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::hint::black_box;
+
+/// Registers of two blocks in a group.
+const WIDTH: usize = 4;
+/// Bytes of one register, and of one group.
+const REGISTER: usize = 32;
+const GROUP: usize = WIDTH * REGISTER;
+/// The last of AES-256's rounds.
+const LAST_ROUND: usize = ROUND_KEYS - 1;
+
+/// Four registers: eight blocks, or their tweaks.
+type Group = [__m256i; WIDTH];
+
+/// A register's worth of 64-bit words.
+#[repr(align(32))]
+struct Constant([u64; 4]);
+
+/// x⁷ + x² + x + 1: what x¹²⁸ is worth in XTS's field.
+static POLYNOMIAL: Constant = Constant([0x87; 4]);
+/// By how many bits to shift the halves of two blocks up, and their carries down, for α⁰ and α¹.
+static UP: Constant = Constant([0, 0, 1, 1]);
+static DOWN: Constant = Constant([64, 64, 63, 63]);
+/// What the tweak inputs of two data units, of 512 and of 4096 bytes, have over the first.
+static NEXT_512: Constant = Constant([0, 0, 1, 0]);
+static NEXT_4096: Constant = Constant([0, 0, 8, 0]);
+
+/// The kernel for a direction and a data unit.
+pub(super) fn kernel(direction: Direction, unit: DataUnit) -> Kernel {
+    match (direction, unit) {
+        (Direction::Encrypt, DataUnit::B512) => encrypt_512,
+        (Direction::Encrypt, DataUnit::B4096) => encrypt_4096,
+        (Direction::Decrypt, DataUnit::B512) => decrypt_512,
+        (Direction::Decrypt, DataUnit::B4096) => decrypt_4096,
+    }
+}
+
+macro_rules! kernels {
+    ($($name:ident: $decrypt:literal, $unit:expr;)*) => { $(
+        // Never inlined: see `kernel512`.
+        #[inline(never)]
+        #[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+        unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) {
+            // SAFETY: the caller's promise (see `Kernel`) is what `run` asks for.
+            unsafe { run::<$decrypt, { $unit.bytes() / GROUP }>(keys, src, dst, units, first) };
+            clear_ymm();
+        }
+    )* };
+}
+
+kernels! {
+    encrypt_512: false, DataUnit::B512;
+    decrypt_512: true, DataUnit::B512;
+    encrypt_4096: false, DataUnit::B4096;
+    decrypt_4096: true, DataUnit::B4096;
+}
+
+#[inline]
+#[target_feature(enable = "avx2,vaes,vpclmulqdq")]
+unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
+    keys: &Keys,
+    mut src: *const u8,
+    mut dst: *mut u8,
+    units: usize,
+    first: TweakInput,
+) {
+    let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
+    let mut input = first;
+    let mut initial = encrypt_two::<GROUPS>(&keys.tweak, input);
+    for unit in 0..units {
+        let mut tweaks = first_tweaks(initial);
+        // The next unit's, now, so that they are there when they are needed.
+        input = input.plus((GROUPS * GROUP / 512) as u64);
+        initial = if unit % 2 == 1 {
+            encrypt_two::<GROUPS>(&keys.tweak, input)
+        } else {
+            _mm256_permute4x64_epi64::<0b11_10_11_10>(initial)
+        };
+        for group in 0..GROUPS {
+            if group > 0 {
+                tweaks = tweaks.map(|tweak| times_alpha_8(tweak));
+            }
+            // SAFETY: both pointers have as many groups ahead of them as the unit has left.
+            unsafe {
+                crypt::<DECRYPT>(data_keys, src, dst, &tweaks);
+                src = src.add(GROUP);
+                dst = dst.add(GROUP);
+            }
+        }
+    }
+}
+
+/// Crypts a group.
+#[inline]
+#[target_feature(enable = "avx2,vaes")]
+unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut u8, tweaks: &Group) {
+    let mut blocks = *tweaks;
+    let key = keys.round_key_256(0);
+    for (i, block) in blocks.iter_mut().enumerate() {
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is register i.
+        let data = unsafe { read(src.add(i * REGISTER)) };
+        *block = _mm256_xor_si256(_mm256_xor_si256(*block, key), data);
+    }
+    for round in 1..LAST_ROUND {
+        let key = keys.round_key_256(round);
+        for block in blocks.iter_mut() {
+            *block =
+                if DECRYPT { _mm256_aesdec_epi128(*block, key) } else { _mm256_aesenc_epi128(*block, key) };
+        }
+    }
+    let key = keys.round_key_256(LAST_ROUND);
+    for (i, (block, tweak)) in blocks.iter().zip(tweaks).enumerate() {
+        // The last round ends in an xor with its key, so the tweak goes in with it.
+        let key = _mm256_xor_si256(key, *tweak);
+        let done = if DECRYPT {
+            _mm256_aesdeclast_epi128(*block, key)
+        } else {
+            _mm256_aesenclast_epi128(*block, key)
+        };
+        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is register i.
+        unsafe { _mm256_storeu_si256(dst.add(i * REGISTER).cast(), done) };
+    }
+}
+
+/// The initial tweaks of two data units of GROUPS groups each, the first of which has the tweak input `first`.
+#[inline]
+#[target_feature(enable = "avx2,vaes")]
+fn encrypt_two<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m256i {
+    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    let high = black_box(first.high as i64);
+    let first = _mm256_set_epi64x(high, first.low as i64, high, first.low as i64);
+    let next = if GROUPS * GROUP == DataUnit::B512.bytes() { &NEXT_512 } else { &NEXT_4096 };
+    let mut tweaks = _mm256_xor_si256(_mm256_add_epi64(first, constant(next)), keys.round_key_256(0));
+    for round in 1..LAST_ROUND {
+        tweaks = _mm256_aesenc_epi128(tweaks, keys.round_key_256(round));
+    }
+    here_and_now(_mm256_aesenclast_epi128(tweaks, keys.round_key_256(LAST_ROUND)))
+}
+
+/// Has `value` computed before anything is read that comes after it: else the compiler reads round keys on the way for
+/// later, for which it has no registers but the stack.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn here_and_now(mut value: __m256i) -> __m256i {
+    // SAFETY: no instruction at all. Without `nomem` no access to memory is moved across it.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) value, options(nostack, preserves_flags)) };
+    value
+}
+
+/// The tweaks of the first group of a data unit, whose initial tweak is the lower block of `initial`.
+#[inline]
+#[target_feature(enable = "avx2,vpclmulqdq")]
+fn first_tweaks(initial: __m256i) -> Group {
+    let same = _mm256_permute4x64_epi64::<0b01_00_01_00>(initial);
+    let carries = _mm256_srlv_epi64(same, constant(&DOWN));
+    let n0 = fold(_mm256_sllv_epi64(same, constant(&UP)), carries);
+    let n1 = fold(_mm256_slli_epi64::<2>(n0), _mm256_srli_epi64::<62>(n0));
+    let n2 = fold(_mm256_slli_epi64::<4>(n0), _mm256_srli_epi64::<60>(n0));
+    let n3 = fold(_mm256_slli_epi64::<4>(n1), _mm256_srli_epi64::<60>(n1));
+    [n0, n1, n2, n3]
+}
+
+/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half, the
+/// high half's, times the polynomial, back in below.
+#[inline]
+#[target_feature(enable = "avx2,vpclmulqdq")]
+fn fold(shifted: __m256i, carries: __m256i) -> __m256i {
+    let into_high = _mm256_bslli_epi128::<8>(carries);
+    let folded = _mm256_clmulepi64_epi128::<0x01>(carries, constant(&POLYNOMIAL));
+    _mm256_xor_si256(_mm256_xor_si256(shifted, into_high), folded)
+}
+
+/// Each block times α⁸: a byte up, and what falls out at the top, times the polynomial, back in below (IEEE 1619 section
+/// 5.2, eight doublings at once).
+#[inline]
+#[target_feature(enable = "avx2,vpclmulqdq")]
+fn times_alpha_8(tweak: __m256i) -> __m256i {
+    let carry = _mm256_bsrli_epi128::<15>(tweak);
+    let folded = _mm256_clmulepi64_epi128::<0x00>(carry, constant(&POLYNOMIAL));
+    _mm256_xor_si256(_mm256_bslli_epi128::<1>(tweak), folded)
+}
+
+/// Reads a constant anew.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn constant(constant: &'static Constant) -> __m256i {
+    // SAFETY: 32 initialised bytes, aligned to 32.
+    unsafe { constant.0.as_ptr().cast::<__m256i>().read_volatile() }
+}
+
+/// 32 bytes at any address.
+#[repr(C, packed)]
+struct Unaligned(__m256i);
+
+/// Reads a register's worth exactly once: the memory may be a guest's, which may change it at any time.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn read(at: *const u8) -> __m256i {
+    // SAFETY: the caller vouches for 32 readable bytes; Unaligned has alignment 1.
+    unsafe { at.cast::<Unaligned>().read_volatile().0 }
+}
