@@ -189,7 +189,7 @@ pub trait Queue {
     /// Operations that were submitted and have caused no event yet.
     fn in_flight(&self) -> usize;
 
-    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`].
+    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`] at the latest.
     /// Never more than the depth at a time: see [`Queue::has_room`]. Whoever has just taken an [`Event::Done`] may
     /// submit one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);

@@ -2,21 +2,29 @@
 //!
 //! A thread that looks for work for a few microseconds before it sleeps saves the driver's kick and its own
 //! wake-up. The window adapts, as KVM's halt polling does: it grows when a sleep turned out to be short, and
-//! halves when nothing came, so that an idle queue soon sleeps at once and costs nothing.
+//! halves when nothing came, so that an idle queue soon sleeps at once and costs nothing. Where waking up takes longer than
+//! the window, no sleep is ever short: so after many sleeps it tries once more.
 
 use std::time::{Duration, Instant};
+
+/// Sleeps after which polling is tried again: so rarely that it is nothing beside what they cost.
+const TRY_AFTER: u32 = 64;
 
 /// How long to look before sleeping.
 pub struct BusyPoll {
     /// What the operator allows; zero: never poll.
     limit: Duration,
     window: Duration,
+    /// Sleeps since polling was given up.
+    sleeps: u32,
+    /// The next poll is a trial: if it finds nothing, that was all.
+    trial: bool,
 }
 
 impl BusyPoll {
     /// Polling for at most `limit` at a time.
     pub fn new(limit: Duration) -> Self {
-        BusyPoll { limit, window: limit }
+        BusyPoll { limit, window: limit, sleeps: 0, trial: false }
     }
 
     /// Whether it is worth a look at present.
@@ -34,6 +42,7 @@ impl BusyPoll {
             // Reading the clock costs as much as a few looks.
             for _ in 0..16 {
                 if look() {
+                    self.trial = false;
                     return true;
                 }
                 std::hint::spin_loop();
@@ -54,14 +63,20 @@ impl BusyPoll {
         let result = sleep();
         if begun.elapsed() < self.limit {
             self.window = (self.window * 2).clamp(self.limit / 8, self.limit);
+            self.trial = false;
+        } else if self.window.is_zero() {
+            self.sleeps += 1;
+            if self.sleeps == TRY_AFTER {
+                (self.window, self.trial) = (self.limit, true);
+            }
         }
         result
     }
 
     fn shrink(&mut self) {
         self.window /= 2;
-        if self.window < self.limit / 8 {
-            self.window = Duration::ZERO;
+        if self.trial || self.window < self.limit / 8 {
+            *self = BusyPoll { window: Duration::ZERO, ..BusyPoll::new(self.limit) };
         }
     }
 }
@@ -85,6 +100,27 @@ mod tests {
         poll.limit = Duration::MAX / 16;
         poll.sleep(|| ());
         assert!(poll.poll(|| true));
+    }
+
+    #[test]
+    fn where_no_sleep_is_short_polling_is_tried_again_once_in_a_while() {
+        let mut poll = BusyPoll::new(Duration::from_nanos(8));
+        let sleep = |poll: &mut BusyPoll| poll.sleep(|| std::thread::sleep(Duration::from_micros(1)));
+        while poll.is_on() {
+            poll.poll(|| false);
+        }
+        for _ in 1..TRY_AFTER {
+            sleep(&mut poll);
+            assert!(!poll.is_on());
+        }
+        sleep(&mut poll);
+        assert!(!poll.poll(|| false) && !poll.is_on(), "it is given up at once");
+        for _ in 0..TRY_AFTER {
+            sleep(&mut poll);
+        }
+        assert!(poll.poll(|| true));
+        poll.poll(|| false);
+        assert!(poll.is_on(), "what has found something is not given up at once");
     }
 
     #[test]

@@ -44,7 +44,10 @@ pub(super) struct Server {
     /// Where answers wait for older ones, if they shall go out in order.
     in_order: Option<InOrder>,
     flushes: Flushes,
-    poll: BusyPoll,
+    /// Looking for work before sleeping: the second one where the driver was just answered, and may have more soon.
+    polls: [BusyPoll; 2],
+    /// Whether the driver was answered since the thread slept.
+    answered: bool,
     qos: Arc<Qos>,
     /// The oldest stalled request may not begin before this time is over.
     throttled: Option<Duration>,
@@ -83,7 +86,8 @@ impl Server {
             heads: vec![0; usize::from(size).div_ceil(64)],
             in_order: tuning.in_order.then(|| InOrder::new(size)),
             flushes: Flushes::default(),
-            poll: BusyPoll::new(tuning.poll),
+            polls: std::array::from_fn(|_| BusyPoll::new(tuning.poll)),
+            answered: false,
             qos: tuning.qos.clone(),
             throttled: None,
             broken: false,
@@ -128,6 +132,7 @@ impl Server {
             }
             while let Some(event) = self.io.next_event() {
                 self.handle(event)?;
+                self.show();
             }
             self.publish();
         }
@@ -156,18 +161,19 @@ impl Server {
             // Not for long: the limits may change meanwhile.
             return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
         }
-        if self.poll.is_on() {
-            self.io.wait(Wait::Poll)?;
-            let may_take = self.may_take();
-            let (io, ring) = (&mut self.io, &self.setup.ring);
-            if self.poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
-                return self.io.wait(Wait::Poll);
+        let may_take = self.may_take();
+        let which = usize::from(std::mem::take(&mut self.answered));
+        let (poll, io, ring) = (&mut self.polls[which], &mut self.io, &self.setup.ring);
+        if poll.is_on() {
+            io.wait(Wait::Poll)?;
+            if poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+                return io.wait(Wait::Poll);
             }
         }
         if self.kick_missed() {
             return self.io.wait(Wait::Poll);
         }
-        self.poll.sleep(|| self.io.wait(Wait::Event))
+        self.polls[which].sleep(|| self.io.wait(Wait::Event))
     }
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
@@ -211,9 +217,7 @@ impl Server {
         while let Some(event) = self.io.next_event() {
             self.handle(event)?;
         }
-        if self.setup.ring.unpublished() >= SHOW {
-            self.publish();
-        }
+        self.show();
         Ok(())
     }
 
@@ -256,9 +260,17 @@ impl Server {
         Ok(())
     }
 
+    /// Lets the driver see what was answered, if it is enough for it to go on with.
+    fn show(&mut self) {
+        if self.setup.ring.unpublished() >= SHOW {
+            self.publish();
+        }
+    }
+
     /// Lets the driver see what was answered.
     fn publish(&mut self) {
         let Some(interrupt) = self.setup.ring.publish() else { return };
+        self.answered = true;
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.published(self.setup.ring.position().next_used);
         }
