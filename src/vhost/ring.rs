@@ -5,7 +5,7 @@
 
 use super::dirty::{GuestMemory, RingLog};
 use crate::virtio::chain::Chain;
-use crate::virtio::{self, Geometry, Parsed, Segment};
+use crate::virtio::{self, Geometry, Parsed, Segment, memory};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -26,6 +26,8 @@ pub struct Ring {
     mem: Arc<GuestMemory>,
     queue: Queue,
     log: RingLog,
+    /// Available index as it was last seen.
+    avail: u16,
     /// Used index that the driver has seen; the queue's `next_used` runs ahead of it within a batch.
     published: u16,
     event_idx: bool,
@@ -49,7 +51,8 @@ impl Ring {
         if wraps || !queue.is_valid(&*mem) {
             return None;
         }
-        Some(Ring { published: queue.next_used(), event_idx: queue.event_idx_enabled(), mem, queue, log })
+        let (avail, published) = (queue.next_avail(), queue.next_used());
+        Some(Ring { avail, published, event_idx: queue.event_idx_enabled(), mem, queue, log })
     }
 
     /// Guest memory, as the front-end gave it when the ring started.
@@ -87,8 +90,11 @@ impl Ring {
     /// broke the ring's rules.
     pub fn pop(&mut self) -> Result<Option<u16>, Error> {
         let next = self.queue.next_avail();
-        let idx = self.queue.avail_idx(&*self.mem, Ordering::Acquire)?;
-        match idx.0.wrapping_sub(next) {
+        if self.avail == next {
+            // Looked at once for all that it shows.
+            self.avail = self.queue.avail_idx(&*self.mem, Ordering::Acquire)?.0;
+        }
+        match self.avail.wrapping_sub(next) {
             0 => return Ok(None),
             // More than the ring has room for.
             n if n > self.queue.size() => return Err(Error::InvalidAvailRingIndex),
@@ -96,7 +102,7 @@ impl Ring {
         }
         let at = AVAIL_HEADER + u64::from(next % self.queue.size()) * AVAIL_ELEMENT;
         let addr = GuestAddress(self.queue.avail_ring()).unchecked_add(at);
-        let head = u16::from_le(self.mem.read_obj(addr).map_err(Error::GuestMemory)?);
+        let head = u16::from_le(memory::read(&*self.mem, addr).map_err(Error::GuestMemory)?);
         if head >= self.queue.size() {
             return Err(Error::InvalidDescriptorIndex);
         }
@@ -114,7 +120,8 @@ impl Ring {
     /// Leaves out what an earlier back-end has taken: with that many chains in flight, the next available index
     /// follows from the used one.
     pub fn skip_in_flight(&mut self, count: u16) {
-        self.queue.set_next_avail(self.queue.next_used().wrapping_add(count));
+        self.avail = self.queue.next_used().wrapping_add(count);
+        self.queue.set_next_avail(self.avail);
     }
 
     /// Writes a used entry; the driver sees it after [`Ring::publish`]. `head` is below the ring's size.
@@ -124,7 +131,7 @@ impl Ring {
         let addr = GuestAddress(self.queue.used_ring()).unchecked_add(at);
         let element = u64::from(len) << 32 | u64::from(head);
         // Valid since `new`: the ring lies in guest memory, which stays mapped as long as we hold it.
-        if let Err(e) = self.mem.write_obj(element.to_le(), addr) {
+        if let Err(e) = memory::write(&*self.mem, addr, element.to_le()) {
             log::error!("used ring at {:#x}: {e}", addr.0);
         }
         self.log.mark_used(at, USED_ELEMENT);

@@ -3,8 +3,9 @@
 //! The guest wrote every number here. A walk reads a bounded number of descriptors and ends early at whatever
 //! breaks the rules: then the last descriptor that it gave says that another follows, which tells the reader.
 
+use super::memory;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Address, GuestAddress, GuestMemory};
 
 /// Bytes in a descriptor.
 const DESCRIPTOR: u64 = 16;
@@ -53,7 +54,7 @@ impl<M: GuestMemory> Iterator for Chain<'_, M> {
             }
             self.left -= 1;
             let addr = self.table.checked_add(u64::from(index) * DESCRIPTOR)?;
-            let desc: Descriptor = self.mem.read_obj(addr).ok()?;
+            let desc: Descriptor = memory::read(self.mem, addr).ok()?;
             if !desc.refers_to_indirect_table() {
                 self.next = desc.has_next().then(|| desc.next());
                 return Some(desc);

@@ -8,6 +8,7 @@
 pub mod chain;
 pub mod config_space;
 pub mod features;
+pub mod memory;
 pub mod request;
 
 pub use request::{Op, Parsed, Segment, Status, parse};

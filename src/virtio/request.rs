@@ -4,7 +4,7 @@
 //! is found by byte position: the first 16 readable bytes are the header, the last writable byte is the
 //! status, what lies between is data.
 
-use super::{Geometry, MAX_DISCARD_SECTORS};
+use super::{Geometry, MAX_DISCARD_SECTORS, memory};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -165,6 +165,14 @@ fn take_header<M: GuestMemory>(
     data: &mut Vec<Segment>,
     readable: &mut usize,
 ) -> Option<[u8; HEADER_SIZE]> {
+    let first = data[..*readable].first_mut()?;
+    if first.len as usize == HEADER_SIZE {
+        // As drivers lay it out.
+        let header = memory::read::<u128>(mem, first.addr).ok()?;
+        data.remove(0);
+        *readable -= 1;
+        return Some(header.to_ne_bytes());
+    }
     let mut header = [0; HEADER_SIZE];
     let mut filled = 0;
     let mut used_up = 0;

@@ -48,6 +48,10 @@ where
         access: Permissions,
         mut f: impl FnMut(VolatileSlice<'_>, usize),
     ) -> io::Result<()> {
+        if let Some(run) = self.one_run(len, access) {
+            f(run, 0);
+            return Ok(());
+        }
         let mut skip = self.skip;
         let mut at = 0;
         for segment in self.segments {
@@ -73,10 +77,35 @@ where
         Err(io::ErrorKind::UnexpectedEof.into())
     }
 
-    /// Whether every run of the first `len` bytes is whole blocks, so that the cipher can work on it directly.
-    pub(super) fn in_whole_blocks(&self, len: usize, block: usize, access: Permissions) -> io::Result<bool> {
+    /// The first `len` bytes, if they are one run, as they mostly are.
+    fn one_run(&self, len: usize, access: Permissions) -> Option<VolatileSlice<'_>> {
+        let first = self.segments.first()?;
+        if self.skip + len as u64 > u64::from(first.len) {
+            return None;
+        }
+        let start = vm_memory::GuestAddress(first.addr.0 + self.skip);
+        let run = self.mem.get_slices(start, len, access).ok()?.next()?.ok()?;
+        (run.len() == len).then_some(run)
+    }
+
+    /// The same if every run is whole blocks, so that the cipher can work on it directly; answers whether that is so.
+    /// `len` is whole blocks.
+    fn each_of_whole_blocks(
+        &self,
+        len: usize,
+        block: usize,
+        access: Permissions,
+        mut f: impl FnMut(VolatileSlice<'_>, usize),
+    ) -> io::Result<bool> {
+        if let Some(run) = self.one_run(len, access) {
+            f(run, 0);
+            return Ok(true);
+        }
         let mut whole = true;
         self.each(len, access, |slice, _| whole &= slice.len() % block == 0)?;
+        if whole {
+            self.each(len, access, f)?;
+        }
         Ok(whole)
     }
 
@@ -97,16 +126,16 @@ where
         sector: u64,
         block: u32,
     ) -> io::Result<()> {
-        if self.in_whole_blocks(dst.len(), block as usize, Permissions::Read)? {
-            self.each(dst.len(), Permissions::Read, |slice, at| {
+        let directly =
+            self.each_of_whole_blocks(dst.len(), block as usize, Permissions::Read, |slice, at| {
                 let n = slice.len();
                 cipher.encrypt(slice, &mut dst[at..at + n], sector + (at / SECTOR) as u64);
-            })
-        } else {
+            })?;
+        if !directly {
             self.copy_into(dst)?;
             cipher.encrypt_in_place(dst, sector);
-            Ok(())
         }
+        Ok(())
     }
 
     pub(super) fn decrypt_from(
@@ -131,21 +160,22 @@ where
         sector: u64,
         block: u32,
     ) -> io::Result<()> {
-        if self.in_whole_blocks(src.len(), block as usize, Permissions::Write)? {
-            return self.decrypt_directly(cipher, VolatileSlice::from(src), sector);
+        if self.decrypt_directly(cipher, VolatileSlice::from(&mut *src), sector, block)? {
+            return Ok(());
         }
         cipher.decrypt_in_place(src, sector);
         self.copy_from(src)
     }
 
-    /// All of `src` was written, and the runs are whole blocks.
+    /// Decrypts `src`, all of which was written, if the runs are whole blocks; answers whether that is so.
     pub(super) fn decrypt_directly(
         &self,
         cipher: &dyn SectorCipher,
         src: VolatileSlice<'_>,
         sector: u64,
-    ) -> io::Result<()> {
-        self.each(src.len(), Permissions::Write, |slice, at| {
+        block: u32,
+    ) -> io::Result<bool> {
+        self.each_of_whole_blocks(src.len(), block as usize, Permissions::Write, |slice, at| {
             let from = src.subslice(at, slice.len()).expect("each stays within the length");
             cipher.decrypt(from, slice, sector + (at / SECTOR) as u64);
         })

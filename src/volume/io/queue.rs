@@ -139,14 +139,9 @@ impl DiskQueue {
         match self.disk.cipher_at(height) {
             // What looks like zeros may be in a layer below.
             None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
+            Some(_) if may_have_holes(&bytes) => Ok(false),
             Some(cipher) => {
-                let block = self.disk.geometry.block_size as usize;
-                let direct = !may_have_holes(&bytes)
-                    && guest.in_whole_blocks(bytes.len(), block, Permissions::Write)?;
-                if direct {
-                    guest.decrypt_directly(cipher.as_ref(), bytes, sector)?;
-                }
-                Ok(direct)
+                guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size)
             }
             None => {
                 guest.each(bytes.len(), Permissions::Write, |slice, at| {

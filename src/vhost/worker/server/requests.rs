@@ -2,7 +2,7 @@
 
 use super::{FLUSH, Server};
 use crate::store::Buffer;
-use crate::virtio::{Op, Status};
+use crate::virtio::{Op, Status, memory};
 use crate::volume::io::{GuestData, Zeroing};
 use std::io;
 use std::sync::atomic::Ordering;
@@ -244,7 +244,7 @@ impl Server {
             }
         }
         // In guest memory, as `parse` checked.
-        if let Err(e) = mem.write_obj(status as u8, request.status) {
+        if let Err(e) = memory::write(&**mem, request.status, status as u8) {
             log::warn!("status byte: {e}");
         }
         self.setup.ring.mark_dirty(request.status, 1);
