@@ -6,7 +6,7 @@ use crate::virtio::Segment;
 use std::io;
 use std::sync::atomic::Ordering;
 use vm_memory::bitmap::WithBitmapSlice;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestMemory, Permissions, VolatileSlice};
 
 /// A request's data in guest memory, from byte `skip` on.
 #[derive(Clone, Copy)]
@@ -83,7 +83,7 @@ where
         if self.skip + len as u64 > u64::from(first.len) {
             return None;
         }
-        let start = vm_memory::GuestAddress(first.addr.0 + self.skip);
+        let start = first.addr.checked_add(self.skip)?;
         let run = self.mem.get_slices(start, len, access).ok()?.next()?.ok()?;
         (run.len() == len).then_some(run)
     }
