@@ -18,6 +18,10 @@ use vm_memory::VolatileSlice;
 /// Bytes of stack below which no kernel reaches in a development build.
 const DEVELOPMENT_FRAMES: usize = 16 << 10;
 
+/// How many bytes before it is read a kernel asks for memory: so long does that take, beside the work on those bytes. The
+/// CPU does so by itself in a page, but not from one page to the next.
+const AHEAD: usize = 2048;
+
 /// A kernel: from, to, number of data units, tweak input of the first.
 ///
 /// Safe to call where the CPU has what its [`Width`] needs, the source is readable and the destination writable for

@@ -2,19 +2,19 @@
 
 use vm_memory::VolatileSlice;
 
-/// The most bytes that are asked for. In a longer run the CPU sees by itself where the reading goes, and what is asked for
-/// beside that comes too late or takes the place of what is needed first.
-const MOST: usize = 8192;
+/// The most bytes that are asked for, from the first: when those are there, whoever reads them asks for more, and what is
+/// asked for too early takes the place of what is needed first.
+const MOST: usize = 2048;
 /// Bytes that the CPU fetches at a time.
 const LINE: usize = 64;
 
-/// Asks for `bytes`, if they are few. It changes nothing but how soon they are there.
+/// Asks for the first of `bytes`. It changes nothing but how soon they are there.
 pub(super) fn prefetch(bytes: &VolatileSlice<'_>) {
     #[cfg(target_arch = "x86_64")]
-    if bytes.len() <= MOST {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         let begin = bytes.ptr_guard();
-        for at in (0..bytes.len()).step_by(LINE) {
+        for at in (0..bytes.len().min(MOST)).step_by(LINE) {
             // SAFETY: a hint to the CPU, which reads nothing that the program could see and never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(begin.as_ptr().wrapping_add(at).cast()) };
         }

@@ -80,7 +80,7 @@ where
     /// The first `len` bytes, if they are one run, as they mostly are.
     fn one_run(&self, len: usize, access: Permissions) -> Option<VolatileSlice<'_>> {
         let first = self.segments.first()?;
-        if self.skip + len as u64 > u64::from(first.len) {
+        if self.skip.checked_add(len as u64)? > u64::from(first.len) {
             return None;
         }
         let start = first.addr.checked_add(self.skip)?;

@@ -10,8 +10,8 @@
 //! used, for the same reason.
 
 use super::super::{DataUnit, Direction, TweakInput};
-use super::Kernel;
 use super::keys::{Keys, ROUND_KEYS, Schedule};
+use super::{AHEAD, Kernel};
 use crate::crypt::secret_mem::registers::clear_zmm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -185,8 +185,12 @@ unsafe fn start(keys: &Schedule, src: *const u8, tweaks: &Group) -> Group {
     let mut blocks = *tweaks;
     let key = keys.round_key(0);
     for (i, block) in blocks.iter_mut().enumerate() {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is register i.
-        let data = unsafe { read(src.add(i * REGISTER)) };
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is register i. The other is a hint,
+        // which never faults, also behind their end.
+        let data = unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(i * REGISTER + AHEAD).cast());
+            read(src.add(i * REGISTER))
+        };
         *block = _mm512_ternarylogic_epi64::<XOR3>(data, *block, key);
     }
     blocks
