@@ -11,12 +11,13 @@ mod store;
 
 use attach::{Host, Place, flush, open, read, write};
 use common::disk::pattern;
+use nix::libc::ESRCH;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use sealblk::attach::sandbox::{self, Access, Identity, Mode, Rule, violation};
 use sealblk::store::file::ring;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -31,11 +32,13 @@ fn of_every_thread(host: &Host, name: &str) -> Vec<String> {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("there is such a line");
         line.trim_start_matches(':').trim().to_owned()
     };
-    // The kernel's own, for an io_uring, may be gone by now.
-    threads
-        .filter_map(|t| fs::read_to_string(t.expect("list").path().join("status")).ok())
-        .map(value)
-        .collect()
+    let status = |thread: fs::DirEntry| match fs::read_to_string(thread.path().join("status")) {
+        Ok(status) => Some(status),
+        // One of the kernel's own, for an io_uring, may be gone by now.
+        Err(e) if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(ESRCH) => None,
+        Err(e) => panic!("read what a thread says of itself: {e}"),
+    };
+    threads.filter_map(|t| status(t.expect("list"))).map(value).collect()
 }
 
 /// Every thread of `host`, at least `count`, is confined.

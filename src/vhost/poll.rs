@@ -7,8 +7,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Sleeps after which polling is tried again: so rarely that it is nothing beside what they cost.
+/// Sleeps after which polling is tried again, and for how long at most: so little that it is nothing beside what they cost.
 const TRY_AFTER: u32 = 64;
+const TRIAL: Duration = Duration::from_micros(16);
 
 /// How long to look before sleeping.
 pub struct BusyPoll {
@@ -67,7 +68,7 @@ impl BusyPoll {
         } else if self.window.is_zero() {
             self.sleeps += 1;
             if self.sleeps == TRY_AFTER {
-                (self.window, self.trial) = (self.limit, true);
+                (self.window, self.trial) = (self.limit.min(TRIAL), true);
             }
         }
         result

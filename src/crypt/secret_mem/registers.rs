@@ -54,11 +54,15 @@ pub fn clear_zmm() {
     }
 }
 
-/// Zeroes the lower halves of the first sixteen, which are all registers of a CPU without AVX-512.
+/// Zeroes all registers of a CPU without AVX-512, and all that code uses which is not made for it.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx")]
 pub fn clear_ymm() {
+    // Where all code is made for AVX-512, the compiler may have used more.
+    #[cfg(target_feature = "avx512f")]
+    return clear_zmm();
+    #[cfg(not(target_feature = "avx512f"))]
     // SAFETY: writes registers that are declared as clobbered; no memory.
     unsafe {
         std::arch::asm!(

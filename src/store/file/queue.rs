@@ -25,8 +25,8 @@ const FILE: types::Fixed = types::Fixed(0);
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// The kernel gets what waits for it when it is so many operations, or bytes, before another is prepared: a device that
-/// takes requests one after the other would stand idle else. A call for each would cost more than it gains.
+/// The kernel gets what waits for it when it is so many operations, or bytes, before another buffer is filled: a device
+/// that takes requests one after the other would stand idle meanwhile. A call for each would cost more than it gains.
 const EARLY_OPERATIONS: usize = 4;
 const EARLY_BYTES: usize = 128 << 10;
 
@@ -83,7 +83,7 @@ pub struct FileQueue {
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
     watches: Vec<Watch>,
-    /// Bytes to be moved by what the kernel does not know of yet.
+    /// Bytes to be moved by what was handed over since the kernel was entered.
     waiting_bytes: usize,
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
@@ -196,7 +196,6 @@ impl FileQueue {
             }
         };
         pending.entry = entry.user_data(u64::from(slot));
-        self.begin_early();
         self.waiting_bytes += pending.expect as usize;
         self.submit_again(slot, pending);
     }
@@ -333,6 +332,7 @@ impl FileQueue {
 
 impl Queue for FileQueue {
     fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        self.begin_early();
         self.pool.alloc(len)
     }
 

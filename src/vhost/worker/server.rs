@@ -46,7 +46,7 @@ pub(super) struct Server {
     flushes: Flushes,
     /// Looking for work before sleeping: the second one where the driver was just answered, and may have more soon.
     polls: [BusyPoll; 2],
-    /// Whether the driver was answered since the thread slept.
+    /// Whether the driver was answered since there was nothing to do last.
     answered: bool,
     qos: Arc<Qos>,
     /// The oldest stalled request may not begin before this time is over.

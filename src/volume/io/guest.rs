@@ -48,6 +48,9 @@ where
         access: Permissions,
         mut f: impl FnMut(VolatileSlice<'_>, usize),
     ) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
         if let Some(run) = self.one_run(len, access) {
             f(run, 0);
             return Ok(());

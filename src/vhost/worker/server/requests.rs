@@ -53,6 +53,8 @@ impl Server {
 
     /// Goes on with requests that lacked something, oldest first.
     pub(super) fn restart_stalled(&mut self) {
+        // Who must still wait for the limits says so again.
+        self.throttled = None;
         while let Some(slot) = self.stalled.pop_front() {
             self.advance(slot);
             // It may have stalled again: then it is the only one at the back that is oldest.

@@ -271,3 +271,15 @@ fn too_little_room_and_room_that_is_not_there_are_errors() {
         assert!(guest.decrypt_from(&*cipher, &mut bytes, 0, 512).is_err());
     }
 }
+
+#[test]
+fn nothing_is_moved_without_an_error() {
+    let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let cipher = new_cipher(Engine::Auto, &Dek::from_bytes(&KEY).unwrap(), DataUnit::B512).unwrap();
+    let guest = GuestData { mem: &mem, segments: &[], skip: 0 };
+    guest.copy_into(&mut []).unwrap();
+    guest.copy_from(&[]).unwrap();
+    guest.encrypt_into(&*cipher, &mut [], 0, 512).unwrap();
+    guest.decrypt_from(&*cipher, &mut [], 0, 512).unwrap();
+    guest.decrypt_directly(&*cipher, VolatileSlice::from(&mut [][..]), 0, 512).unwrap();
+}
