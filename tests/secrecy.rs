@@ -25,6 +25,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::Pid;
 use sealblk::crypt::SecretFd;
+use sealblk::crypt::xts::Engine;
 use sealblk::kms::KeyProvider;
 use std::fs::{self, File};
 use std::io::{IoSlice, Read};
@@ -90,14 +91,19 @@ fn key_stays_in_its_memory(engine: &str) {
     }
 }
 
+/// Those that this CPU can run and that are not taken by themselves: without VAES there is none.
+fn other_engines() -> impl Iterator<Item = &'static str> {
+    Engine::available().into_iter().skip(1).map(Engine::name)
+}
+
 #[test]
 fn the_key_is_in_no_memory_but_its_own() {
     key_stays_in_its_memory("auto");
 }
 
 #[test]
-fn the_key_is_in_no_memory_but_its_own_with_the_portable_engine() {
-    key_stays_in_its_memory("portable");
+fn the_key_is_in_no_memory_but_its_own_with_any_other_engine() {
+    other_engines().for_each(key_stays_in_its_memory);
 }
 
 /// What is in a register is in memory after the next signal and when glibc binds a function, and in every new thread.
@@ -135,8 +141,8 @@ fn the_key_is_in_no_register() {
 
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn the_key_is_in_no_register_with_the_portable_engine() {
-    key_stays_out_of_registers("portable");
+fn the_key_is_in_no_register_with_any_other_engine() {
+    other_engines().for_each(key_stays_out_of_registers);
 }
 
 /// The old data key goes when nothing needs it any more, and the new one never is where it could be found.
