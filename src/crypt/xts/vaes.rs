@@ -4,6 +4,8 @@
 //! and tweaks are never written to the stack: the keys lie four times over, as wide as a register, in secret
 //! memory and are loaded from there round by round; `ci/check-spills` checks the machine code for it.
 
+#[macro_use]
+mod kernels;
 mod kernel256;
 mod kernel512;
 mod keys;

@@ -37,35 +37,7 @@ static DOWN: Constant = Constant([64, 64, 63, 63]);
 static NEXT_512: Constant = Constant([0, 0, 1, 0]);
 static NEXT_4096: Constant = Constant([0, 0, 8, 0]);
 
-/// The kernel for a direction and a data unit.
-pub(super) fn kernel(direction: Direction, unit: DataUnit) -> Kernel {
-    match (direction, unit) {
-        (Direction::Encrypt, DataUnit::B512) => encrypt_512,
-        (Direction::Encrypt, DataUnit::B4096) => encrypt_4096,
-        (Direction::Decrypt, DataUnit::B512) => decrypt_512,
-        (Direction::Decrypt, DataUnit::B4096) => decrypt_4096,
-    }
-}
-
-macro_rules! kernels {
-    ($($name:ident: $decrypt:literal, $unit:expr;)*) => { $(
-        // Never inlined: see `kernel512`.
-        #[inline(never)]
-        #[target_feature(enable = "avx2,vaes,vpclmulqdq")]
-        unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) {
-            // SAFETY: the caller's promise (see `Kernel`) is what `run` asks for.
-            unsafe { run::<$decrypt, { $unit.bytes() / GROUP }>(keys, src, dst, units, first) };
-            clear_ymm();
-        }
-    )* };
-}
-
-kernels! {
-    encrypt_512: false, DataUnit::B512;
-    decrypt_512: true, DataUnit::B512;
-    encrypt_4096: false, DataUnit::B4096;
-    decrypt_4096: true, DataUnit::B4096;
-}
+kernels!("avx2,vaes,vpclmulqdq", clear_ymm);
 
 #[inline]
 #[target_feature(enable = "avx2,vaes,vpclmulqdq")]

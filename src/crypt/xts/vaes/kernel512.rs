@@ -42,36 +42,7 @@ static DOWN: Constant = Constant([64, 64, 63, 63, 62, 62, 61, 61]);
 static NEXT_512: Constant = Constant([0, 0, 1, 0, 2, 0, 3, 0]);
 static NEXT_4096: Constant = Constant([0, 0, 8, 0, 16, 0, 24, 0]);
 
-/// The kernel for a direction and a data unit.
-pub(super) fn kernel(direction: Direction, unit: DataUnit) -> Kernel {
-    match (direction, unit) {
-        (Direction::Encrypt, DataUnit::B512) => encrypt_512,
-        (Direction::Encrypt, DataUnit::B4096) => encrypt_4096,
-        (Direction::Decrypt, DataUnit::B512) => decrypt_512,
-        (Direction::Decrypt, DataUnit::B4096) => decrypt_4096,
-    }
-}
-
-macro_rules! kernels {
-    ($($name:ident: $decrypt:literal, $unit:expr;)*) => { $(
-        // Never inlined, so that nothing but this loop competes for its registers and `ci/check-spills` finds it
-        // by its name.
-        #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
-        unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) {
-            // SAFETY: the caller's promise (see `Kernel`) is what `run` asks for.
-            unsafe { run::<$decrypt, { $unit.bytes() / GROUP }>(keys, src, dst, units, first) };
-            clear_zmm();
-        }
-    )* };
-}
-
-kernels! {
-    encrypt_512: false, DataUnit::B512;
-    decrypt_512: true, DataUnit::B512;
-    encrypt_4096: false, DataUnit::B4096;
-    decrypt_4096: true, DataUnit::B4096;
-}
+kernels!("avx512f,avx512bw,vaes,vpclmulqdq", clear_zmm);
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
