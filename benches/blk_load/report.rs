@@ -62,9 +62,10 @@ impl Report {
         self.iops() * self.bs as f64 / f64::from(1 << 20)
     }
 
-    /// Whether every request was done.
+    /// Whether every request was done. There may be none where a disk stood still all the time; a back-end that does not
+    /// answer at all is an error before this.
     pub fn clean(&self) -> bool {
-        self.errors == 0 && self.requests > 0
+        self.errors == 0
     }
 
     /// One JSON object.
