@@ -29,15 +29,27 @@ pub trait SectorCipher: Send + Sync {
     /// `dst`. The two have the same length and do not overlap.
     fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64);
 
-    /// In place.
-    fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64);
+    /// Whole data units in place, for the methods below, which have checked that they are; `first` is the first one's.
+    fn in_place(&self, direction: Direction, data: &mut [u8], first: TweakInput);
 
     /// In place.
-    fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64);
+    fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
+        check_request(self.data_unit(), data.len(), data.len(), first_sector);
+        self.in_place(Direction::Encrypt, data, TweakInput::sector(first_sector));
+    }
+
+    /// In place.
+    fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
+        check_request(self.data_unit(), data.len(), data.len(), first_sector);
+        self.in_place(Direction::Decrypt, data, TweakInput::sector(first_sector));
+    }
 
     /// One data unit in place under any 128-bit tweak. Volumes have sector numbers; published test vectors
     /// have tweaks like this.
-    fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]);
+    fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]) {
+        assert_eq!(data.len(), self.data_unit().bytes(), "one data unit");
+        self.in_place(direction, data, TweakInput::bytes(tweak));
+    }
 }
 
 /// The length of what one tweak covers.
@@ -83,9 +95,9 @@ pub enum Direction {
 }
 
 /// What is encrypted under the second key to become the tweak of a data unit, as two little-endian halves. From
-/// unit to unit only `low` counts on.
+/// unit to unit only `low` counts on. Nobody else makes one.
 #[derive(Clone, Copy)]
-struct TweakInput {
+pub struct TweakInput {
     low: u64,
     high: u64,
 }

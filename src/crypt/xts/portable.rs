@@ -79,13 +79,6 @@ impl Portable {
         }
         wipe_stack::<AES_STACK>();
     }
-
-    #[inline(never)]
-    fn in_place(&self, direction: Direction, data: &mut [u8], first: TweakInput) {
-        self.for_each_batch(data.len(), first, |at, batch| {
-            batch.crypt(direction, &mut data[at..at + batch.len]);
-        });
-    }
 }
 
 impl SectorCipher for Portable {
@@ -117,19 +110,11 @@ impl SectorCipher for Portable {
         });
     }
 
-    fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.unit, data.len(), data.len(), first_sector);
-        self.in_place(Direction::Encrypt, data, TweakInput::sector(first_sector));
-    }
-
-    fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.unit, data.len(), data.len(), first_sector);
-        self.in_place(Direction::Decrypt, data, TweakInput::sector(first_sector));
-    }
-
-    fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]) {
-        assert_eq!(data.len(), self.unit.bytes(), "one data unit");
-        self.in_place(direction, data, TweakInput::bytes(tweak));
+    #[inline(never)]
+    fn in_place(&self, direction: Direction, data: &mut [u8], first: TweakInput) {
+        self.for_each_batch(data.len(), first, |at, batch| {
+            batch.crypt(direction, &mut data[at..at + batch.len]);
+        });
     }
 }
 

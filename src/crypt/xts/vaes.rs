@@ -102,12 +102,6 @@ impl Vaes {
             wipe_stack::<DEVELOPMENT_FRAMES>();
         }
     }
-
-    fn in_place(&self, way: Direction, data: &mut [u8], first: TweakInput) {
-        let at = data.as_mut_ptr();
-        // SAFETY: `data` is exclusively ours; the callers checked that it is whole data units.
-        unsafe { self.run(way, at, at, data.len(), first) }
-    }
 }
 
 impl SectorCipher for Vaes {
@@ -135,18 +129,10 @@ impl SectorCipher for Vaes {
         unsafe { self.run(Direction::Decrypt, from.as_ptr(), guest.as_ptr(), src.len(), first) }
     }
 
-    fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.unit, data.len(), data.len(), first_sector);
-        self.in_place(Direction::Encrypt, data, TweakInput::sector(first_sector));
-    }
-
-    fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.unit, data.len(), data.len(), first_sector);
-        self.in_place(Direction::Decrypt, data, TweakInput::sector(first_sector));
-    }
-
-    fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]) {
-        assert_eq!(data.len(), self.unit.bytes(), "one data unit");
-        self.in_place(direction, data, TweakInput::bytes(tweak));
+    fn in_place(&self, way: Direction, data: &mut [u8], first: TweakInput) {
+        let at = data.as_mut_ptr();
+        // SAFETY: `data` is exclusively ours. Only the trait's own methods can make a tweak input, and they have checked that
+        // it is whole data units.
+        unsafe { self.run(way, at, at, data.len(), first) }
     }
 }

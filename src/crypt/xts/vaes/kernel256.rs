@@ -6,7 +6,7 @@
 //! with [`super::kernel512`], which this is otherwise like.
 
 use super::super::{DataUnit, Direction, TweakInput};
-use super::keys::{Keys, ROUND_KEYS, Schedule};
+use super::keys::{Keys, LAST_ROUND, Schedule};
 use super::{AHEAD, Kernel};
 use crate::crypt::secret_mem::registers::clear_ymm;
 use std::arch::asm;
@@ -18,8 +18,6 @@ const WIDTH: usize = 4;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 32;
 const GROUP: usize = WIDTH * REGISTER;
-/// The last of AES-256's rounds.
-const LAST_ROUND: usize = ROUND_KEYS - 1;
 
 /// Four registers: eight blocks, or their tweaks.
 type Group = [__m256i; WIDTH];

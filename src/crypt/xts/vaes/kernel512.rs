@@ -1,4 +1,5 @@
-//! The kernels for 512-bit registers: data units from source to destination through XTS, 512 bytes at a time in eight registers.
+//! The kernels for 512-bit registers: data units from source to destination through XTS, 512 bytes at a time in eight
+//! registers.
 //!
 //! A data unit is walked in groups of 32 blocks. The tweaks of a group are eight registers of four consecutive
 //! tweaks each, made from the initial tweak (a 512-byte unit is one group) or from the group before. The initial
@@ -10,7 +11,7 @@
 //! used, for the same reason.
 
 use super::super::{DataUnit, Direction, TweakInput};
-use super::keys::{Keys, ROUND_KEYS, Schedule};
+use super::keys::{Keys, LAST_ROUND, Schedule};
 use super::{AHEAD, Kernel};
 use crate::crypt::secret_mem::registers::clear_zmm;
 use std::arch::x86_64::*;
@@ -21,8 +22,6 @@ const WIDTH: usize = 8;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 64;
 const GROUP: usize = WIDTH * REGISTER;
-/// The last of AES-256's rounds.
-const LAST_ROUND: usize = ROUND_KEYS - 1;
 /// The truth table of a xor b xor c.
 const XOR3: i32 = 0x96;
 

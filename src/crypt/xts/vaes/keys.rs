@@ -3,7 +3,9 @@
 use std::arch::x86_64::*;
 
 /// Round keys of AES-256: 14 rounds and the whitening before them.
-pub(super) const ROUND_KEYS: usize = 15;
+const ROUND_KEYS: usize = 15;
+/// The last of its rounds.
+pub(super) const LAST_ROUND: usize = ROUND_KEYS - 1;
 
 /// One schedule; every round key stands four times in a row, once for each block of a register.
 #[repr(C, align(64))]
