@@ -7,12 +7,12 @@
 //! They take turns in every round, so that a machine whose speed drifts slows all alike; what is printed is the
 //! best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once on a memory file system.
 
+use sealblk::backing::{Event, Wait};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
-use sealblk::store::{Event, Wait};
+use sealblk::disk::{Cipher, Disk, DiskQueue, GuestData};
+use sealblk::image::lock::Access;
 use sealblk::virtio::{Geometry, Segment};
-use sealblk::volume::image_lock::Access;
-use sealblk::volume::io::{Cipher, Disk, DiskQueue, GuestData};
 use sealblk::volume::layers::{Layer, chain};
 use std::fs::File;
 use std::io;

@@ -1,27 +1,46 @@
 //! sealblk gives a virtual machine an encrypted disk that the guest cannot tell from an ordinary one.
 //!
-//! ```text
-//! cli ─► attach ─► vhost ─► virtio          who asks; the VMM's protocol; the guest's requests, pure
-//!           │        │
-//!           │        └────► volume::io ─► crypt ─► store     sectors, cipher, ciphertext bytes
-//!           ├──► volume (catalogue, life cycle) ─► kms (providers)
-//!           └──► observe (events)
-//! ```
+//! The rooms of the house, the highest first. A room uses those in its row, and all of them stand below it: an arrow never
+//! points up. `ci/map` holds this table against the code.
 //!
-//! An arrow never points back up. `virtio` and `crypt` know no file, no socket, no KMS; `store` sees
-//! ciphertext only and never a key; `kms` knows nothing of volumes but an encryption context.
+//! | room | what is in it | it uses |
+//! |---|---|---|
+//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `image` `kms` `ops` `sandbox` `vhost` `volume` |
+//! | `ops` | the use cases, one file a verb | `audit` `backing` `base` `catalog` `crypt` `disk` `events` `helper` `host` `image` `kms` `virtio` `volume` |
+//! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
+//! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
+//! | `helper` | processes that talk to a KMS for another: unwrap, rewrap, the keeper of grants | `base` `catalog` `config` `crypt` `kms` `sandbox` |
+//! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
+//! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `kms` |
+//! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` |
+//! | `audit` | the log of every use of a key | `base` |
+//! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `disk` `virtio` |
+//! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
+//! | `image` | disk images of others: raw, qcow2, QEMU's locks | `base` |
+//! | `sandbox` | what a process gives up: system calls, files, its user | `backing` `base` |
+//! | `backing` | where ciphertext lies: files, and io_uring | `base` |
+//! | `virtio` | requests of a guest, pure | - |
+//! | `crypt` | data keys in secret memory, AES-XTS | `base` |
+//! | `config` | the settings of a store | `base` |
+//! | `base` | errors, durable files, locks, time | - |
 
-pub mod attach;
+pub mod audit;
+pub mod backing;
+pub mod base;
+pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod crypt;
-pub mod error;
+pub mod disk;
+pub mod events;
+pub mod helper;
+pub mod host;
+pub mod image;
 pub mod kms;
-pub mod observe;
-pub mod root;
-pub mod store;
+pub mod ops;
+pub mod sandbox;
 pub mod vhost;
 pub mod virtio;
 pub mod volume;
 
-pub use error::{Error, Kind, Result};
+pub use base::{Error, Kind, Result};

@@ -1,9 +1,9 @@
 //! `sealblk volume`, `sealblk events` and the settings, through the binary: what a user types, reads and finds
 //! on disk, and that a refusal changes nothing.
 
-use sealblk::root::Root;
-use sealblk::volume::Catalog;
-use sealblk::volume::lock::{Holder, Purpose, VolumeLock};
+use sealblk::base::root::Root;
+use sealblk::catalog::Catalog;
+use sealblk::catalog::lock::{Holder, Purpose, VolumeLock};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;

@@ -16,8 +16,7 @@ use std::collections::BTreeSet;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::time::Instant;
-use vhost::vhost_user::message::FrontendReq as Req;
-use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 
 const RAM: u64 = 16 << 20;
 

@@ -11,10 +11,11 @@ mod store;
 
 use base64::Engine;
 use guest::Guest;
+use sealblk::base::root::Root;
+use sealblk::catalog::Catalog;
 use sealblk::kms::KeyProvider;
-use sealblk::kms::embedded::{Embedded, clock::SystemClock};
-use sealblk::root::Root;
-use sealblk::volume::Catalog;
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! QEMU's own tools and our locks keep off each other's files.
 
-use sealblk::Kind;
-use sealblk::volume::image_lock::{Access, ImageLock};
+use sealblk::base::Kind;
+use sealblk::image::lock::{Access, ImageLock};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};

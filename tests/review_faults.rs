@@ -5,16 +5,16 @@ mod common;
 
 use common::frontend::block::{IOERR, OK};
 use common::frontend::{Options, Request, Segment, Session};
-use sealblk::store::file::FileStore;
-use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
-use sealblk::vhost::backend::Device;
-use sealblk::vhost::server::{self, Socket, Stop};
+use sealblk::backing::file::FileStore;
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::disk::Disk;
+use sealblk::image::lock::{Access, ImageLock};
+use sealblk::vhost::device::Device;
+use sealblk::vhost::listener::{self, Socket, Stop};
+use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::Inlet;
 use sealblk::vhost::tenure::{Serving, Sole};
-use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Geometry, SharedGeometry};
-use sealblk::volume::image_lock::{Access, ImageLock};
-use sealblk::volume::io::Disk;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
@@ -176,7 +176,7 @@ impl Rig {
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let stop = Stop::new().unwrap();
         let until = stop.clone();
-        let serve = move || server::serve(&device, Socket::Listening(listener), &until).unwrap();
+        let serve = move || listener::serve(&device, Socket::Listening(listener), &until).unwrap();
         let server = Some(std::thread::spawn(serve));
         Rig { folder, script, stop, disk, server }
     }

@@ -14,8 +14,8 @@ use common::disk::pattern;
 use nix::libc::ESRCH;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use sealblk::attach::sandbox::{self, Access, Identity, Mode, Rule, violation};
-use sealblk::store::file::ring;
+use sealblk::backing::file::ring;
+use sealblk::sandbox::{self, Access, Identity, Mode, Rule, violation};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -318,7 +318,7 @@ fn files_that_no_rule_names_cannot_be_opened() {
 }
 
 fn sealblk_replace(path: &Path) -> std::io::Result<()> {
-    sealblk::root::replace_file(path, b"new").map_err(|e| std::io::Error::other(e.to_string()))
+    sealblk::base::root::replace_file(path, b"new").map_err(|e| std::io::Error::other(e.to_string()))
 }
 
 #[test]

@@ -1,16 +1,18 @@
 //! Volumes on disk: what making and deleting leave at every point where they can be cut off, and what becomes
 //! of metadata that is damaged, foreign, or written by two.
 
+use sealblk::base::root::Root;
+use sealblk::base::{Error, Kind};
+use sealblk::catalog::lock::{Held, Holder, Purpose, VolumeLock};
+use sealblk::catalog::metadata::{Geometry, SectorSize};
+use sealblk::catalog::tags::Tags;
+use sealblk::catalog::{Catalog, Metadata, VolumeId};
 use sealblk::config::Settings;
+use sealblk::events::EventLog;
 use sealblk::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
-use sealblk::observe::events::EventLog;
-use sealblk::root::Root;
-use sealblk::volume::lifecycle::{self, Wanted, WrappingKey};
-use sealblk::volume::lock::{Held, Holder, Purpose, VolumeLock};
-use sealblk::volume::metadata::{Geometry, SectorSize};
-use sealblk::volume::tags::Tags;
-use sealblk::volume::{Catalog, Metadata, VolumeId};
-use sealblk::{Error, Kind};
+use sealblk::ops::create::{self, Wanted};
+use sealblk::ops::delete;
+use sealblk::ops::keys::WrappingKey;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -79,11 +81,11 @@ impl Store {
     fn create(&self, name: Option<&str>) -> Result<Metadata, Error> {
         let kms = OneKey { enabled: true };
         let key = WrappingKey { provider: &kms, key: "alias/one" };
-        lifecycle::create(&self.catalog, &self.events, &wanted(name), Some(key))
+        create::create(&self.catalog, &self.events, &wanted(name), Some(key))
     }
 
     fn delete(&self, id: VolumeId) -> Result<(), Error> {
-        lifecycle::delete(&self.catalog, &self.events, id)
+        delete::delete(&self.catalog, &self.events, id)
     }
 
     fn hold(&self, id: VolumeId) -> VolumeLock {
@@ -159,7 +161,7 @@ fn a_new_volume_is_private_sparse_and_unsealed() {
 fn preallocation_sets_the_space_aside() {
     let store = Store::new();
     let wanted = Wanted { preallocate: true, ..wanted(None) };
-    let made = lifecycle::create(&store.catalog, &store.events, &wanted, None).unwrap();
+    let made = create::create(&store.catalog, &store.events, &wanted, None).unwrap();
     let layer = fs::metadata(store.layer(&made)).unwrap();
     assert_eq!(layer.len(), 1 << 20);
     assert!(layer.blocks() * 512 >= 1 << 20);
@@ -171,7 +173,7 @@ fn a_kms_that_refuses_leaves_nothing_but_the_event() {
     let store = Store::new();
     let kms = OneKey { enabled: false };
     let key = WrappingKey { provider: &kms, key: "alias/one" };
-    let e = lifecycle::create(&store.catalog, &store.events, &wanted(None), Some(key)).unwrap_err();
+    let e = create::create(&store.catalog, &store.events, &wanted(None), Some(key)).unwrap_err();
     assert_eq!(e.kind(), Kind::KmsRefused);
     assert!(e.to_string().contains("sealblk key enable alias/one"), "{e}");
     assert!(!store.root.volumes().exists() && !store.root.layers().exists());
@@ -186,7 +188,7 @@ fn a_volume_that_does_not_fit_leaves_nothing_but_the_event() {
     let store = Store::new();
     let geometry = Geometry::new(1 << 62, SectorSize::B512).unwrap();
     let wanted = Wanted { geometry, preallocate: true, ..wanted(None) };
-    lifecycle::create(&store.catalog, &store.events, &wanted, None).unwrap_err();
+    create::create(&store.catalog, &store.events, &wanted, None).unwrap_err();
     assert!(store.files().is_empty());
     assert_eq!(store.folders(), 0);
     assert_eq!(store.last_event()["detail"]["result"], "failed");

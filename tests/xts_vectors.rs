@@ -2,9 +2,9 @@
 
 use aes::Aes256;
 use aes::cipher::KeyInit;
+use sealblk::base::error::Kind;
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Direction, Engine, SectorCipher, new_cipher};
-use sealblk::error::Kind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use vm_memory::VolatileSlice;
 use xts_mode::{Xts128, get_tweak_default};

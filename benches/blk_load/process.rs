@@ -3,8 +3,7 @@
 use super::frontend::Result;
 use nix::unistd::Pid;
 use std::collections::HashMap;
-use std::fs;
-use std::io;
+use std::{fs, io};
 
 /// CPU time that process `pid` has used in all its threads, those that have ended among them, nanoseconds.
 pub fn cpu_ns(pid: Pid) -> Result<u64> {

@@ -3,13 +3,16 @@
 
 #[path = "../../src/crypt/mod.rs"]
 mod crypt;
-#[path = "../../src/error.rs"]
-mod error;
+mod base {
+    #[path = "../../../src/base/error.rs"]
+    pub mod error;
+    pub use error::{Error, Kind, Result};
+}
 
 use crypt::Dek;
 use crypt::xts::{DataUnit, Engine, new_cipher};
 
-fn main() -> error::Result<()> {
+fn main() -> base::Result<()> {
     let dek = Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?;
     let mut data = vec![1; 1 << 16];
     for unit in [DataUnit::B512, DataUnit::B4096] {

@@ -1,9 +1,9 @@
 //! The audit log: lines and marks that are anything, and logs that were written and then damaged.
 
 use super::input::Input;
-use sealblk::observe::audit::line::{self, AuditKey, Position};
-use sealblk::observe::audit::mark::Mark;
-use sealblk::observe::audit::verify::{Checker, Report, each_line};
+use sealblk::audit::line::{self, AuditKey, Position};
+use sealblk::audit::mark::Mark;
+use sealblk::audit::verify::{Checker, Report, each_line};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::LazyLock;

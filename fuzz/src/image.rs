@@ -1,7 +1,7 @@
 //! A qcow2 image, whoever made it.
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use sealblk::volume::image::{BackingFiles, Format, Image};
+use sealblk::image::{BackingFiles, Format, Image};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;

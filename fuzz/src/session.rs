@@ -3,16 +3,16 @@
 
 use super::input::Input;
 use super::script::{Files, answers, send_all};
+use sealblk::backing::file::FileStore;
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
-use sealblk::store::file::FileStore;
-use sealblk::vhost::backend::Device;
+use sealblk::disk::Disk;
+use sealblk::image::lock::{Access, ImageLock};
+use sealblk::vhost::device::Device;
+use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::{Inlet, serve};
 use sealblk::vhost::tenure::{Serving, Sole};
-use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Geometry, SharedGeometry};
-use sealblk::volume::image_lock::{Access, ImageLock};
-use sealblk::volume::io::Disk;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock, Mutex};

@@ -1,7 +1,7 @@
 //! `volume.json`, whoever wrote it.
 
-use sealblk::Kind;
-use sealblk::volume::Metadata;
+use sealblk::base::Kind;
+use sealblk::catalog::Metadata;
 use std::collections::HashSet;
 
 /// Any file.

@@ -1,12 +1,13 @@
 //! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
-use super::{Env, output};
-use crate::attach::grants::keeper;
-use crate::attach::sandbox::{Identity, Mode};
-use crate::attach::{self, Endpoint, Options, control, unwrap};
+use crate::base::{Error, Kind, Result};
+use crate::cli::{Env, output};
 use crate::crypt::xts::Engine;
-use crate::error::{Error, Kind, Result};
-use crate::vhost::qos::Limits;
+use crate::helper::grants::keeper;
+use crate::helper::unwrap;
+use crate::host::{Endpoint, Options, control};
+use crate::sandbox::{Identity, Mode};
+use crate::vhost::queue::qos::Limits;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -72,7 +73,7 @@ pub struct AttachArgs {
 
     /// Bytes a second, like 100MiB, at which a volume that is being re-keyed, flattened or encrypted has what its lower
     /// layers hold copied up; 0: no limit.
-    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = super::size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::cli::size::parse)]
     hydrate_rate: u64,
 
     /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does without
@@ -103,7 +104,7 @@ struct LimitArgs {
     iops: Option<u64>,
 
     /// Bytes a second, like 100MiB; 0: no limit [default: 0].
-    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::cli::size::parse)]
     throughput: Option<u64>,
 
     /// How many seconds' worth of the limits a volume saves up while it is idle [default: 1].
@@ -140,7 +141,7 @@ pub struct ThrottleArgs {
     limits: LimitArgs,
 
     /// Bytes a second at which what lower layers hold is copied up; 0: no limit [default: as it is].
-    #[arg(long, value_name = "SIZE", value_parser = super::size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::cli::size::parse)]
     hydrate_rate: Option<u64>,
 }
 
@@ -181,7 +182,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
-    attach::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
+    crate::host::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
         if env.json {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,

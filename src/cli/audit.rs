@@ -1,15 +1,14 @@
 //! `sealblk audit`: who used which key when, and whether the log of it is whole.
 #![forbid(unsafe_code)]
 
-use super::{Env, output};
-use crate::error::{Context, Error, Kind, Result};
+use crate::audit;
+use crate::audit::verify::{Report, each_line, verify};
+use crate::base::root::Root;
+use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::VolumeId;
+use crate::cli::{Env, output};
+use crate::events::read::Want;
 use crate::kms::embedded::Embedded;
-use crate::observe::Timestamp;
-use crate::observe::audit;
-use crate::observe::audit::verify::{Report, each_line, verify};
-use crate::observe::events::read::Want;
-use crate::root::Root;
-use crate::volume::VolumeId;
 use serde_json::Value;
 use std::fs::File;
 use std::ops::ControlFlow;

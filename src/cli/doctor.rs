@@ -1,12 +1,12 @@
 //! `sealblk doctor`: what this machine has of what a volume's host process wants.
 
-use super::{Env, output};
-use crate::attach::sandbox;
+use crate::backing::Store;
+use crate::backing::file::FileStore;
+use crate::base::{Error, Kind, Result};
+use crate::cli::{Env, output};
 use crate::crypt::secret_mem::{SecretFd, SecretKind};
 use crate::crypt::xts::Engine;
-use crate::error::{Error, Kind, Result};
-use crate::store::Store;
-use crate::store::file::FileStore;
+use crate::sandbox;
 use io_uring::IoUring;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;

@@ -1,11 +1,11 @@
 //! `sealblk events`: what happened to volumes, and who is told.
 #![forbid(unsafe_code)]
 
-use super::{Env, output};
-use crate::attach::notify::Notifier;
-use crate::error::{Context, Error, Kind, Result};
-use crate::observe::deliver::{self, Outcome};
-use crate::observe::events::read::{EventReader, Recorded};
+use crate::base::{Context, Error, Kind, Result};
+use crate::cli::{Env, output};
+use crate::events::deliver::{self, Outcome};
+use crate::events::read::{EventReader, Recorded};
+use crate::host::notify::Notifier;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;

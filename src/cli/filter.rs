@@ -1,8 +1,8 @@
 //! `--filter NAME=VALUE` of lists, as EC2 has them, and `KEY=VALUE` of tags.
 #![forbid(unsafe_code)]
 
-use crate::error::{Error, Kind, Result};
-use crate::volume::tags::Tags;
+use crate::base::{Error, Kind, Result};
+use crate::catalog::tags::Tags;
 use std::str::FromStr;
 
 /// One `NAME=VALUE`.

@@ -4,10 +4,10 @@
 //! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
-use super::{Env, output, size};
-use crate::attach::grants::{self, Note};
-use crate::error::{Error, Result};
-use crate::volume::gc::LeftOver;
+use crate::base::{Error, Result};
+use crate::cli::{Env, output, size};
+use crate::helper::grants::{self, Note};
+use crate::ops::gc::LeftOver;
 use serde_json::{Value, json};
 
 /// Arguments of `gc`.

@@ -1,7 +1,7 @@
 //! `sealblk key`: the keys and aliases of the embedded KMS.
 
-use super::{Env, output};
-use crate::error::{Error, Kind, Result};
+use crate::base::{Error, Kind, Result};
+use crate::cli::{Env, output};
 use crate::kms::KeyState;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};

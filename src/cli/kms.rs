@@ -1,14 +1,15 @@
 //! `sealblk kms`: the embedded KMS as a server, and who may ask it.
 
-use super::output::{print, print_json, table};
-use super::{Env, key::date};
-use crate::attach::sandbox;
-use crate::error::Result;
+use crate::base::Result;
+use crate::cli::Env;
+use crate::cli::key::date;
+use crate::cli::output::{print, print_json, table};
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
 use crate::kms::server::tls::Files;
 use crate::kms::server::{self, Address};
+use crate::sandbox;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::net::SocketAddr;

@@ -1,8 +1,8 @@
 //! How far a copy has come, on a terminal.
 #![forbid(unsafe_code)]
 
-use super::size;
-use crate::attach::hydration::Progress;
+use crate::cli::size;
+use crate::host::status::Progress;
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};

@@ -4,7 +4,7 @@
 //! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one object on
 //! standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing but results, so
 //! that a pipe never sees half a result followed by an error. The exit code tells the kind of error
-//! ([`crate::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
+//! ([`crate::base::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
 
 pub mod apply;
 pub mod attach;
@@ -25,11 +25,11 @@ pub mod size;
 pub mod snapshot;
 pub mod volume;
 
+use crate::base::root::Root;
+use crate::base::{Context, Error, Result};
+use crate::catalog::Catalog;
 use crate::config::Settings;
-use crate::error::{Context, Error, Result};
-use crate::observe::events::EventLog;
-use crate::root::Root;
-use crate::volume::Catalog;
+use crate::events::EventLog;
 use clap::{Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
@@ -151,7 +151,7 @@ impl Command {
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
-            Command::RewrapKey => crate::attach::rewrap::help(&env.root),
+            Command::RewrapKey => crate::helper::rewrap::help(&env.root),
             Command::KeepGrants => attach::keep_grants(env),
         }
     }

@@ -1,8 +1,8 @@
 //! What commands print: JSON values and aligned tables, to a standard output that may go away.
 #![forbid(unsafe_code)]
 
-use crate::error::{Context, Error, Result};
-use crate::observe::events::read::Want;
+use crate::base::{Context, Error, Result};
+use crate::events::read::Want;
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
 

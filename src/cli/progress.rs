@@ -1,9 +1,9 @@
 //! How far a long command has come, on a terminal, and that it ends when it is interrupted.
 #![forbid(unsafe_code)]
 
-use super::size;
-use crate::error::{Context, Result};
-use crate::volume::import;
+use crate::base::{Context, Result};
+use crate::cli::size;
+use crate::ops::import;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;

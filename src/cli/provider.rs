@@ -1,14 +1,14 @@
 //! The KMS key that an operator names, and the ways to the data keys of volumes and snapshots.
 #![forbid(unsafe_code)]
 
-use super::Env;
-use crate::attach::unwrap;
+use crate::base::Result;
+use crate::catalog::metadata::{KeyOwner, KeyRecord};
+use crate::cli::Env;
 use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::error::Result;
-use crate::kms::{self, KeyDescription, KeyProvider, KeyRef, KmsError};
-use crate::volume::lifecycle::{Failure, WrappingKey};
-use crate::volume::metadata::{KeyOwner, KeyRecord};
+use crate::helper::unwrap;
+use crate::kms::{self, Failure, KeyDescription, KeyProvider, KeyRef, KmsError};
+use crate::ops::keys::WrappingKey;
 
 /// A KMS key and the KMS that has it.
 pub struct NamedKey {
@@ -20,7 +20,7 @@ impl NamedKey {
     /// The key that `reference` means, or the settings' default.
     pub fn open(env: &Env, settings: &Settings, reference: Option<&str>) -> Result<Self> {
         let text = reference.unwrap_or(&settings.default_key);
-        let reference = KeyRef::parse(text, &settings.locality()).map_err(|e| e.with_advice(text))?;
+        let reference = KeyRef::parse(text, &settings.locality).map_err(|e| e.with_advice(text))?;
         Self::of(env, reference)
     }
 

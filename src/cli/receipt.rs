@@ -1,9 +1,9 @@
 //! The receipt of `volume delete --shred`: what was destroyed, and what is outside its reach.
 #![forbid(unsafe_code)]
 
-use super::{Env, output};
-use crate::error::Result;
-use crate::volume::shred::Receipt;
+use crate::base::Result;
+use crate::cli::{Env, output};
+use crate::ops::shred::Receipt;
 use serde_json::json;
 
 /// Prints it.

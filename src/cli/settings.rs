@@ -1,9 +1,9 @@
 //! `sealblk settings`: what holds for the whole store, with EBS's rules.
 #![forbid(unsafe_code)]
 
-use super::{Env, output};
+use crate::base::{Error, Kind, Result};
+use crate::cli::{Env, output};
 use crate::config::{DEFAULT_KEY, Settings, edit};
-use crate::error::{Error, Kind, Result};
 use crate::kms::{self, KeyRef};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
@@ -72,7 +72,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
 /// That volumes can be made with it now. The alias of the key that is made at first use may mean none yet.
 fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
-    let reference = KeyRef::parse(key, &env.settings()?.locality());
+    let reference = KeyRef::parse(key, &env.settings()?.locality);
     let reference = reference.map_err(|e| unchanged(e.with_advice(key)))?;
     let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
     let described = match provider.describe(&reference.key) {
@@ -94,16 +94,16 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
             "file": file.display().to_string(),
             "default_key": settings.default_key,
             "encrypt_by_default": settings.encrypt_by_default,
-            "region": settings.region,
-            "account": settings.account,
+            "region": settings.locality.region,
+            "account": settings.locality.account,
         }));
     }
     let on_off = if settings.encrypt_by_default { "on" } else { "off" };
     let rows = [
         ("default-key", settings.default_key.as_str()),
         ("encrypt-by-default", on_off),
-        ("region", &settings.region),
-        ("account", &settings.account),
+        ("region", &settings.locality.region),
+        ("account", &settings.locality.account),
     ];
     let from = if file.exists() { "" } else { " (not there: these are the defaults)" };
     let rows: Vec<_> = rows.iter().map(|(name, value)| vec![name.to_string(), value.to_string()]).collect();

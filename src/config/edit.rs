@@ -1,9 +1,8 @@
 //! Changing `sealblk.toml` by command: one setting at a time, the operator's comments, order and spacing kept.
 
-use super::Settings;
-use crate::error::{Context, Error, Kind, Result};
-use crate::root::{Root, create_dir_durable, replace_file};
-use nix::fcntl::{Flock, FlockArg};
+use crate::base::root::{Root, create_dir_durable, replace_file};
+use crate::base::{Context, Error, Kind, Result, locks};
+use crate::config::Settings;
 use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -20,7 +19,7 @@ pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
     let attempt = || format!("change {key} in {}", path.display());
     // Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be locked.
     let folder = File::open(root.path()).context(attempt)?;
-    let _folder = Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, e)| e).context(attempt)?;
+    let _folder = locks::lock_whole(folder).context(attempt)?;
     let text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
         read => read.context(attempt)?,

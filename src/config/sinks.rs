@@ -11,8 +11,8 @@
 //! url = "http://127.0.0.1:8088/events"          # one POST an event
 //! ```
 
-use super::usage;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
+use crate::config::usage;
 use hyper::Uri;
 use serde::Deserialize;
 use std::collections::HashSet;

@@ -4,8 +4,8 @@
 //! no Debug, no Clone and no Serialize: it can be used, not shown.
 #![forbid(unsafe_code)]
 
-use super::secret_mem::{SecretMem, on_scrubbed_stack};
-use crate::error::{Error, Kind, Result};
+use crate::base::{Error, Kind, Result};
+use crate::crypt::secret_mem::{SecretMem, on_scrubbed_stack};
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;

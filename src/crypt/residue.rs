@@ -3,8 +3,8 @@
 //! Round keys 0 and 1 of AES-256 are the key itself, and every schedule holds them (that of a decryption at its
 //! end); so the key's own 16-byte pieces are what to look for.
 
-use super::Dek;
-use super::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::Dek;
+use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use std::hint::black_box;
 use std::io::{Read, Seek, SeekFrom};
 use vm_memory::VolatileSlice;

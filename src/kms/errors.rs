@@ -1,9 +1,9 @@
 //! What a KMS can answer instead of a key, worded as AWS KMS words it: the message becomes the `cause` of an
 //! event.
 
-use crate::error::{Error, Kind};
+use crate::base::{Error, Kind};
 
-/// Exceptions of AWS KMS that only users of the whole KMS meet, never those of a [`super::KeyProvider`].
+/// Exceptions of AWS KMS that only users of the whole KMS meet, never those of a [`crate::kms::KeyProvider`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exception {
     /// ConflictException.

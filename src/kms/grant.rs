@@ -1,8 +1,8 @@
 //! Grants as a provider makes them for an attach: one key, one context, Decrypt alone.
 //!
-//! The embedded KMS's own grants, with all their operations and constraints, are in [`super::embedded::grants`].
+//! The embedded KMS's own grants, with all their operations and constraints, are in [`crate::kms::embedded::grants`].
 
-use super::EncryptionContext;
+use crate::kms::EncryptionContext;
 
 /// A grant to be made: the grantee may decrypt what is bound to `context`, and retire the grant.
 #[derive(Clone, Copy, Debug)]

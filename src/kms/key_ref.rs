@@ -2,7 +2,8 @@
 //!
 //! Pure: it parses names and makes names, it does not know which keys exist.
 
-use super::KmsError;
+pub use crate::base::Locality;
+use crate::kms::KmsError;
 use std::fmt;
 use uuid::Uuid;
 
@@ -17,21 +18,6 @@ pub const RESERVED_ALIAS_PREFIX: &str = "alias/aws/";
 
 /// The alias of the default key.
 pub const DEFAULT_KEY_ALIAS: &str = "alias/aws/ebs";
-
-/// The region and account in the ARNs of the embedded KMS.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Locality {
-    /// The region, `us-east-1` by default.
-    pub region: String,
-    /// The twelve-digit account, `000000000000` by default.
-    pub account: String,
-}
-
-impl Default for Locality {
-    fn default() -> Self {
-        Locality { region: "us-east-1".into(), account: "000000000000".into() }
-    }
-}
 
 /// One key or alias of a KMS at a known [`Locality`].
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ pub mod aws;
 pub mod context;
 pub mod embedded;
 pub mod errors;
+mod failure;
 pub mod grant;
 pub mod key_ref;
 pub mod patience;
@@ -15,12 +16,13 @@ pub mod server;
 
 pub use context::EncryptionContext;
 pub use errors::{Exception, KmsError};
+pub use failure::Failure;
 pub use grant::{Grant, GrantRequest};
 pub use key_ref::{KeyRef, ProviderName};
 
+use crate::audit::AuditKey;
+use crate::base::root::Root;
 use crate::config::Settings;
-use crate::observe::audit::AuditKey;
-use crate::root::Root;
 use patience::Patience;
 use zeroize::Zeroizing;
 

@@ -3,7 +3,7 @@
 //! Only what a later try may put right is tried again: Unavailable, Throttled, Transport. The process's signals keep
 //! their default meaning while it waits, so that SIGINT and SIGTERM end it at once.
 
-use super::KmsError;
+use crate::kms::KmsError;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use time::macros::format_description;

@@ -3,10 +3,11 @@
 //! A record is durable before what it tells of is answered. The embedded KMS's own records stand beside these: they
 //! tell of its keys, these of the data keys.
 
-use super::{Capabilities, EncryptionContext, Grant, GrantRequest};
-use super::{KeyDescription, KeyProvider, KmsError, WrappedKey};
-use crate::observe::audit::{AuditKey, AuditLog, Entry, Step};
-use crate::root::Root;
+use crate::audit::{AuditKey, AuditLog, Entry, Step};
+use crate::base::root::Root;
+use crate::kms::{
+    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
+};
 use zeroize::Zeroizing;
 
 /// A provider and the log.
@@ -30,7 +31,7 @@ impl Recorded {
         context: &EncryptionContext,
         result: Result<T, KmsError>,
     ) -> Result<T, KmsError> {
-        let entry = Entry::dek(step, context, self.inner.name(), key);
+        let entry = Entry::dek(step, context.pairs(), self.inner.name(), key);
         let entry = match &result {
             Ok(_) => entry,
             Err(e) => entry.failed(e.type_name(), &e.to_string()),

@@ -1,23 +1,19 @@
 //! vhost-user: the VMM's protocol, and the threads that serve its rings.
 //!
 //! ```text
-//! VMM ── gate ── vhost-user crate ── backend, vring ──► worker: ring ─► virtio::parse ─► volume::io
+//! VMM ── gate ── vhost-user crate ── device, vring ──► queue: ring ─► virtio::parse ─► disk
 //! ```
 //!
-//! It knows a volume only as a [`Disk`](crate::volume::io::Disk). Both sides of the sockets are hostile: the
+//! It knows a volume only as a [`Disk`](crate::disk::Disk). Both sides of the sockets are hostile: the
 //! gate checks what the VMM says, `virtio` what the guest writes.
 
-pub mod backend;
 pub mod cache_mode;
+pub mod device;
 pub mod dirty;
 pub mod gate;
-pub mod inflight;
+pub mod listener;
 pub mod pause;
-pub mod poll;
-pub mod qos;
-pub mod ring;
-pub mod server;
+pub mod queue;
 pub mod session;
 pub mod tenure;
 pub mod vring;
-pub mod worker;

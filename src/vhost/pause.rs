@@ -5,9 +5,9 @@
 //! the guest and its VMM a pause is nothing but slowness. It is therefore to be short, and whoever pauses must not
 //! wait for a VMM or a session meanwhile. A pause ends however its holder ends: by default as if it had not been.
 
-use super::tenure::Serving;
-use super::worker::Awaited;
-use crate::volume::io::Disk;
+use crate::disk::Disk;
+use crate::vhost::queue::Awaited;
+use crate::vhost::tenure::Serving;
 use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! One VMM's connection, from its first message to its last: a fresh daemon of the crate behind a fresh gate.
 
-use super::backend::{Backend, Device};
-use super::dirty::GuestMemory;
-use super::gate::{Gate, Limits};
+use crate::vhost::device::{Backend, Device};
+use crate::vhost::dirty::GuestMemory;
+use crate::vhost::gate::{Gate, Limits};
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;

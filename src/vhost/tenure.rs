@@ -3,8 +3,8 @@
 //! At any time at most one process of all that have a socket for a volume may read and write it. A ring begins with a
 //! [`Tenure::claim`]; when none runs any more, [`Tenure::rest`] lets another process have the volume if one waits for it.
 
-use super::worker::Worker;
-use crate::volume::io::Disk;
+use crate::disk::Disk;
+use crate::vhost::queue::Worker;
 use std::io;
 use std::sync::{Arc, Mutex};
 

@@ -4,12 +4,12 @@
 //! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
 //! crate's own event loop has no part in this: it runs without threads.
 
-use super::cache_mode::CacheMode;
-use super::dirty::{DirtyLog, GuestMemory, RingLog};
-use super::inflight::Inflight;
-use super::ring::Ring;
-use super::tenure::{Serving, Tenure};
-use super::worker::{Setup, Worker};
+use crate::vhost::cache_mode::CacheMode;
+use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
+use crate::vhost::queue::inflight::Inflight;
+use crate::vhost::queue::ring::Ring;
+use crate::vhost::queue::{Setup, Worker};
+use crate::vhost::tenure::{Serving, Tenure};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -395,7 +395,7 @@ impl VringT<Memory> for Vring {
     fn set_call(&self, file: Option<File>) {
         let mut seat = lock(&self.seat);
         seat.call = file;
-        let Some(serving) = &seat.running else { return super::worker::signal(seat.call.as_ref()) };
+        let Some(serving) = &seat.running else { return crate::vhost::queue::signal(seat.call.as_ref()) };
         let copy = seat.call.as_ref().map(File::try_clone).transpose();
         if let Err(e) = copy.and_then(|call| serving.workers[self.index].set_call(call)) {
             log::error!("ring {}: {e}", self.index);

@@ -3,7 +3,7 @@
 //! The guest wrote every number here. A walk reads a bounded number of descriptors and ends early at whatever
 //! breaks the rules: then the last descriptor that it gave says that another follows, which tells the reader.
 
-use super::memory;
+use crate::virtio::memory;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, GuestAddress, GuestMemory};
 

@@ -1,6 +1,6 @@
 //! The configuration space of the block device (virtio 1.3, 5.2.4).
 
-use super::{Geometry, MAX_DISCARD_SECTORS, SECTOR_SIZE};
+use crate::virtio::{Geometry, MAX_DISCARD_SECTORS, SECTOR_SIZE};
 
 /// Bytes that front-ends may ask for: `struct virtio_blk_config` up to its zoned part. What we do not offer
 /// reads as zero.

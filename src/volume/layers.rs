@@ -1,14 +1,16 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
-use super::catalog::Catalog;
-use super::image_lock::{Access, ImageLock};
-use super::io::{Cipher, Layers};
-use super::layout::Layout;
+use crate::backing::chain::Chain;
+use crate::backing::file::FileStore;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::layout::Layout;
+use crate::catalog::metadata::{LayerRecord, SectorSize};
+use crate::catalog::{Catalog, VolumeId};
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
-use crate::error::{Context, Error, Kind, Result};
-use crate::store::chain::Chain;
-use crate::store::file::FileStore;
+use crate::disk::{Cipher, Layers};
+use crate::image::lock::{Access, ImageLock};
+use std::borrow::Borrow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -48,27 +50,76 @@ impl Layer {
     }
 }
 
-/// Opens all layers of a volume that nobody has attached, or of a snapshot, with their keys: `deks` has one for each of
-/// the layout's, in that order. `top` is what is going to be done with the top layer; those below it are read.
+/// Opens the layers of `layout`, the top first, as yet without their ciphers. `top` is what is going to be done with the top
+/// layer; those below it are read. `volume` is whose layers they are.
 ///
 /// # Errors
 /// As [`Layer::open`].
-pub fn open_all(catalog: &Catalog, layout: &Layout, deks: &[Dek], top: Access) -> Result<Vec<Layer>> {
+pub(super) fn open_without_ciphers(
+    catalog: &Catalog,
+    volume: VolumeId,
+    layout: &Layout,
+    top: Access,
+) -> Result<Vec<Layer>> {
     let bytes = layout.geometry().sector_size().bytes();
-    let unit = DataUnit::from_bytes(bytes as usize).expect("sector sizes are data units");
-    let cipher = |dek: &Dek| new_cipher(Engine::Auto, dek, unit).map(Arc::<dyn SectorCipher>::from);
-    let ciphers = deks.iter().map(cipher).collect::<Result<Vec<_>>>()?;
+    let open = |(number, layer): (usize, &LayerRecord)| {
+        let access = if number == 0 { top } else { Access::Read };
+        // Made by a process that has not detached since: that name a confined process may open.
+        let own = catalog.own_layer_path(volume, layer.id);
+        let path = if own.exists() { own } else { catalog.layer_path(layer.id) };
+        Layer::open(&path, access, bytes, None)
+    };
+    layout.layers().iter().enumerate().map(open).collect()
+}
+
+/// Opens all layers of a volume that is being made, or of a snapshot, with their ciphers: `deks` has a data key for each of
+/// the layout's keys, in that order. `top` is what is going to be done with the top layer; those below it are read.
+///
+/// # Errors
+/// As [`Layer::open`].
+pub fn open_all(
+    catalog: &Catalog,
+    layout: &Layout,
+    deks: &[impl Borrow<Dek>],
+    top: Access,
+) -> Result<Vec<Layer>> {
+    let bytes = layout.geometry().sector_size().bytes();
     let mut opened = Vec::new();
-    for (n, layer) in layout.layers().iter().enumerate() {
-        let cipher = match layer.key {
-            Some(key) => Some(ciphers[key].clone()),
-            None if layer.masked => Some(cipher(&Dek::mask_of_layer(layer.id.as_bytes())?)?),
-            None => None,
-        };
-        let access = if n == 0 { top } else { Access::Read };
+    for (layer, cipher) in layout.layers().iter().zip(ciphers(deks, layout, Engine::Auto)?) {
+        let access = if opened.is_empty() { top } else { Access::Read };
         opened.push(Layer::open(&catalog.layer_path(layer.id), access, bytes, cipher)?);
     }
     Ok(opened)
+}
+
+/// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same key share its round
+/// keys.
+pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
+    let unit = data_unit(layout.geometry().sector_size());
+    let of_key = |dek: &Dek| new_cipher(engine, dek, unit).map(Arc::<dyn SectorCipher>::from);
+    let of_keys = deks.iter().map(|dek| of_key(dek.borrow())).collect::<Result<Vec<_>>>()?;
+    let of_layer = |layer: &LayerRecord| match layer.key {
+        Some(key) => Ok(Some(of_keys[key].clone())),
+        None => mask(layer, engine, unit),
+    };
+    layout.layers().iter().map(of_layer).collect()
+}
+
+/// The cipher of a layer that has no key: its mask, which is no secret, or none.
+pub fn mask(layer: &LayerRecord, engine: Engine, unit: DataUnit) -> Result<Cipher> {
+    if !layer.masked {
+        return Ok(None);
+    }
+    let mask = Dek::mask_of_layer(layer.id.as_bytes())?;
+    Ok(Some(Arc::from(new_cipher(engine, &mask, unit)?)))
+}
+
+/// What one tweak covers in a volume of this sector size.
+pub fn data_unit(sector_size: SectorSize) -> DataUnit {
+    match sector_size {
+        SectorSize::B512 => DataUnit::B512,
+        SectorSize::B4096 => DataUnit::B4096,
+    }
 }
 
 /// Layers as a disk takes them, the top first. There is at least one.

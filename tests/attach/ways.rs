@@ -6,7 +6,7 @@ use crate::common::frontend::session::{F_DISCARD, F_RO, F_WRITE_ZEROES};
 use crate::common::frontend::{Options, Request, Segment, Session, block};
 use crate::store::{Store, said};
 use nix::sys::signal::Signal;
-use sealblk::volume::lock::Held;
+use sealblk::catalog::lock::Held;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

@@ -5,11 +5,11 @@ use crate::common::disk::pattern;
 use crate::tree::Tree;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use sealblk::base::root::Root;
+use sealblk::catalog::Metadata;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::{Clock, Moment, SystemClock};
 use sealblk::kms::{KeyProvider, WrappedKey};
-use sealblk::root::Root;
-use sealblk::volume::Metadata;
 use serde_json::{Value, json};
 use std::fs;
 

@@ -11,9 +11,10 @@ mod store;
 mod tampering;
 mod writers;
 
+use sealblk::audit::verify::{Report, verify};
+use sealblk::audit::{AuditKey, AuditLog, Entry, Step};
+use sealblk::base::Locality;
 use sealblk::kms::EncryptionContext;
-use sealblk::observe::audit::verify::{Report, verify};
-use sealblk::observe::audit::{AuditKey, AuditLog, Entry, Place, Step};
 use std::fs;
 use std::path::PathBuf;
 use uuid::Uuid;
@@ -74,11 +75,16 @@ fn key(n: u8) -> AuditKey {
 
 /// A record of the KMS's, which has a MAC.
 fn decrypt() -> Entry {
-    let place = Place { region: "us-east-1", account: "000000000000" };
+    let place = Locality::default();
     Entry::kms_call("Decrypt", &place).with("keyId", ARN).about_key(ARN)
 }
 
 /// A record of a process that has no audit key.
 fn attach() -> Entry {
-    Entry::dek(Step::Attach, &EncryptionContext::pair("aws:ebs:id", "vol-0123456789abcdef0"), "embedded", ARN)
+    Entry::dek(
+        Step::Attach,
+        EncryptionContext::pair("aws:ebs:id", "vol-0123456789abcdef0").pairs(),
+        "embedded",
+        ARN,
+    )
 }

@@ -1,8 +1,8 @@
 //! What somebody who can write the store's folder, and has no audit key, can do to the log.
 
 use super::{Folders, attach, decrypt, key};
-use sealblk::observe::audit::line;
-use sealblk::observe::audit::verify::Damage;
+use sealblk::audit::line;
+use sealblk::audit::verify::Damage;
 use sha2::{Digest, Sha256};
 use std::fs;
 

@@ -47,7 +47,7 @@ fn writer(folders: &Folders, with_key: bool) -> Child {
 fn other_process() {
     let place = PathBuf::from(std::env::var_os("SEALBLK_TEST_STORE").expect("run by another test"));
     let with_key = std::env::var("SEALBLK_TEST_KEY").is_ok_and(|value| value == "true");
-    let log = sealblk::observe::audit::AuditLog::at(&place.join("root"), &place.join("config"));
+    let log = sealblk::audit::AuditLog::at(&place.join("root"), &place.join("config"));
     loop {
         match with_key {
             true => log.append(&decrypt(), Some(&key(1))).unwrap(),

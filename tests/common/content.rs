@@ -4,13 +4,14 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use hkdf::Hkdf;
+use sealblk::base::root::Root;
+use sealblk::catalog::layout::Layout;
+use sealblk::catalog::{Catalog, Metadata, Snapshot};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
-use sealblk::kms::embedded::{Embedded, clock::SystemClock};
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::clock::SystemClock;
 use sealblk::kms::{EncryptionContext, KeyProvider};
-use sealblk::root::Root;
-use sealblk::volume::layout::Layout;
-use sealblk::volume::{Catalog, Metadata, Snapshot};
 use sha2::Sha256;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,7 @@ impl Reader {
 
     /// A layout's data keys.
     pub fn deks(&self, layout: &Layout, context: &EncryptionContext) -> Vec<Vec<u8>> {
-        let open = |key: &sealblk::volume::layout::KeyRecord| {
+        let open = |key: &sealblk::catalog::layout::KeyRecord| {
             self.kms.decrypt(&key.wrapped, context).expect("unwrap a data key").to_vec()
         };
         layout.keys().iter().map(open).collect()

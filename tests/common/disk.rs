@@ -3,10 +3,9 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+use super::frontend::ring::readable;
 use super::frontend::server::Holdings;
-use super::frontend::{
-    LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block, ring::readable,
-};
+use super::frontend::{LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

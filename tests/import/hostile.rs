@@ -1,14 +1,14 @@
 //! qcow2 images that somebody made to do harm: each is an error or some content, and never anything else.
 
 use crate::rig::{Rig, overwrite, qemu};
-use sealblk::volume::image::{BackingFiles, Format, Image};
+use sealblk::image::{BackingFiles, Format, Image};
 use std::fs;
 use std::path::Path;
 
 const LEN: usize = 2 << 20;
 
 /// Reads all of an image, as an import does.
-fn read_all(path: &Path) -> sealblk::Result<u64> {
+fn read_all(path: &Path) -> sealblk::base::Result<u64> {
     let image = Image::open(path, Some(Format::Qcow2), BackingFiles::Refuse)?;
     let mut room = vec![0; 256 << 10];
     let (mut at, mut sum) = (0, 0);

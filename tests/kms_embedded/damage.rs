@@ -3,10 +3,9 @@
 use crate::kms_suite::Admin;
 use crate::{Place, corrupt};
 use sealblk::kms::KeyState;
-use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::keys::StoreKeys;
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, encode_record};
-use sealblk::kms::embedded::{anchor, root_key};
+use sealblk::kms::embedded::{Embedded, anchor, root_key};
 use std::fs;
 
 /// A store that has seen some changes, and what log and anchor were after each.

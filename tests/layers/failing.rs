@@ -1,11 +1,11 @@
 //! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
 
 use crate::rig::{Keys, Places, read_whole};
-use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::disk::hydrate::Hydration;
+use sealblk::disk::{Disk, GuestData};
+use sealblk::image::lock::Access;
 use sealblk::virtio::{Geometry, Segment};
-use sealblk::volume::hydrate::Hydration;
-use sealblk::volume::image_lock::Access;
-use sealblk::volume::io::{Disk, GuestData};
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::io;

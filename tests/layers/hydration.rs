@@ -3,11 +3,11 @@
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Request, Segment};
 use crate::rig::{Keys, LayerFile, Places, Served, read_whole};
-use sealblk::vhost::worker::Tuning;
+use sealblk::disk::Disk;
+use sealblk::disk::hydrate::{End, Hydration};
+use sealblk::image::lock::Access;
+use sealblk::vhost::queue::Tuning;
 use sealblk::virtio::Geometry;
-use sealblk::volume::hydrate::{End, Hydration};
-use sealblk::volume::image_lock::Access;
-use sealblk::volume::io::Disk;
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;

@@ -3,12 +3,12 @@
 use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::{LIMIT, Options, Request, Session, SplitRing};
 use crate::rig::{Keys, PATIENCE, Places, QUEUES, Served};
-use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
-use sealblk::vhost::qos::{Limits, Qos};
-use sealblk::vhost::worker::Tuning;
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::disk::{Disk, Layers};
+use sealblk::image::lock::Access;
+use sealblk::vhost::queue::Tuning;
+use sealblk::vhost::queue::qos::{Limits, Qos};
 use sealblk::virtio::Geometry;
-use sealblk::volume::image_lock::Access;
-use sealblk::volume::io::{Disk, Layers};
 use sealblk::volume::layers::chain;
 use std::io;
 use std::os::fd::RawFd;

@@ -1,7 +1,7 @@
 //! A store that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
 //! at any place in it.
 
-use sealblk::store::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;

@@ -1,18 +1,18 @@
 //! A volume of layer files, served to a front-end, and looked at as a whole.
 
 use crate::common::frontend::{Options, Session};
+use sealblk::backing::{Event, Wait};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
-use sealblk::store::{Event, Wait};
-use sealblk::vhost::backend::Device;
-use sealblk::vhost::server::{self, Socket, Stop};
+use sealblk::disk::hydrate::{End, Hydration};
+use sealblk::disk::{Cipher, Disk, GuestData};
+use sealblk::image::lock::Access;
+use sealblk::vhost::device::Device;
+use sealblk::vhost::listener::{self, Socket, Stop};
+use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::Inlet;
 use sealblk::vhost::tenure::{Serving as Queues, Sole};
-use sealblk::vhost::worker::{Tuning, Worker};
 use sealblk::virtio::{Segment, SharedGeometry};
-use sealblk::volume::hydrate::{End, Hydration};
-use sealblk::volume::image_lock::Access;
-use sealblk::volume::io::{Cipher, Disk, GuestData};
 use sealblk::volume::layers::{Layer, chain};
 use std::fs::File;
 use std::os::unix::net::UnixListener;
@@ -126,7 +126,7 @@ impl Served {
         let listener = UnixListener::bind(&name).unwrap();
         let stop = Stop::new().unwrap();
         let until = stop.clone();
-        let serve = move || server::serve(&served, Socket::Listening(listener), &until).unwrap();
+        let serve = move || listener::serve(&served, Socket::Listening(listener), &until).unwrap();
         let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
         let leaving = layers.len() - 1;

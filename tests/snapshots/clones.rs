@@ -1,7 +1,7 @@
 //! Volumes made from snapshots.
 
 use crate::rig::Rig;
-use sealblk::volume::Seal;
+use sealblk::catalog::Seal;
 use serde_json::json;
 use std::fs;
 
@@ -13,7 +13,7 @@ fn a_clone_under_the_same_kms_key_has_the_same_data_key_wrapped_for_itself() {
     assert_eq!((&made["size"], &made["snapshot_id"]), (&json!(8 << 20), &json!(snapshot)));
     let reader = rig.reader();
     let (source, clone, snapshot) = (reader.volume("t"), reader.volume("c"), reader.snapshot(&snapshot));
-    let keys = |m: &sealblk::volume::Metadata| reader.deks(m.layout(), &m.encryption_context());
+    let keys = |m: &sealblk::catalog::Metadata| reader.deks(m.layout(), &m.encryption_context());
     assert!(keys(&source) == keys(&clone) && clone.keys().len() == 1);
     assert_ne!(clone.keys()[0].wrapped.blob, source.keys()[0].wrapped.blob);
     assert!(!clone.is_sealed() && clone.layout().hydrate().is_none());

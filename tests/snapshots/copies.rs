@@ -17,7 +17,7 @@ fn a_copy_has_the_same_data_key_wrapped_for_itself_and_shares_the_data() {
     assert_eq!((&made["tags"], rig.files("layers")), (&json!({}), layers));
     let reader = rig.reader();
     let (copy, original) = (reader.snapshot(id), reader.snapshot(&source));
-    let deks = |s: &sealblk::volume::Snapshot| reader.deks(s.layout(), &s.encryption_context());
+    let deks = |s: &sealblk::catalog::Snapshot| reader.deks(s.layout(), &s.encryption_context());
     assert!(deks(&copy) == deks(&original));
     assert_ne!(copy.encryption_context(), original.encryption_context());
     assert_ne!(copy.keys()[0].wrapped.blob, original.keys()[0].wrapped.blob);
@@ -102,7 +102,7 @@ fn a_copy_under_another_key_has_its_own_data_and_needs_nothing_of_the_original()
         host.end();
         let reader = rig.reader();
         let (copy, original) = (reader.snapshot(&id), reader.snapshot(&source));
-        let deks = |s: &sealblk::volume::Snapshot| reader.deks(s.layout(), &s.encryption_context());
+        let deks = |s: &sealblk::catalog::Snapshot| reader.deks(s.layout(), &s.encryption_context());
         assert_eq!((copy.layers().len(), copy.is_encrypted()), (1, true));
         assert!(!deks(&original).contains(&deks(&copy)[0]));
         assert!(reader.snapshot_content(&copy) == rig.data);

@@ -1,10 +1,10 @@
 //! What is written in the file that is applied, into what is meant.
 #![forbid(unsafe_code)]
 
+use crate::base::{Error, Kind, Result};
+use crate::catalog::metadata::{SectorSize, VolumeName};
+use crate::catalog::tags::Tags;
 use crate::cli::size;
-use crate::error::{Error, Kind, Result};
-use crate::volume::metadata::{SectorSize, VolumeName};
-use crate::volume::tags::Tags;
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::HashSet;

@@ -1,17 +1,17 @@
 //! What has to be done so that the volumes are what a file says; or why it cannot be.
 #![forbid(unsafe_code)]
 
-use super::file::Wanted;
-use super::shown;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::metadata::Geometry;
+use crate::catalog::tags::Tags;
+use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId};
 use crate::cli::Env;
+use crate::cli::apply::file::Wanted;
+use crate::cli::apply::shown;
 use crate::cli::provider::NamedKey;
 use crate::cli::volume::create::check_may_be_unencrypted;
 use crate::config::{DEFAULT_KEY, Settings};
-use crate::error::{Context, Error, Kind, Result};
 use crate::kms::KmsError;
-use crate::volume::metadata::Geometry;
-use crate::volume::tags::Tags;
-use crate::volume::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId};
 use serde_json::{Value, json};
 
 /// What will be done, in order.

@@ -1,23 +1,21 @@
 //! `sealblk snapshot copy`.
 #![forbid(unsafe_code)]
 
-use super::{description, tell_that_unproved};
-use crate::attach::hydration::offline;
-use crate::attach::sandbox;
+use crate::base::{Result, Timestamp};
+use crate::catalog::snapshot::Label;
+use crate::catalog::tags::Tags;
+use crate::catalog::{Catalog, Snapshot};
 use crate::cli::filter::{self, Tag};
 use crate::cli::meter::Meter;
 use crate::cli::provider::{self, NamedKey};
+use crate::cli::snapshot::{description, tell_that_unproved};
 use crate::cli::{Env, output, size};
-use crate::error::Result;
-use crate::observe::Timestamp;
-use crate::observe::events::{Event, EventLog};
-use crate::volume::Snapshot;
-use crate::volume::catalog::Catalog;
-use crate::volume::copy::{self, full::Copying};
-use crate::volume::from_snapshot::{Keys, is_key_of};
-use crate::volume::lifecycle::Failure;
-use crate::volume::snapshot::Label;
-use crate::volume::tags::Tags;
+use crate::events::{Event, EventLog};
+use crate::kms::Failure;
+use crate::ops::clone::{Keys, is_key_of};
+use crate::ops::copy::full::Copying;
+use crate::ops::{copy, flatten};
+use crate::sandbox;
 
 /// What `snapshot copy` takes.
 #[derive(clap::Args)]
@@ -93,7 +91,7 @@ fn full(
         let copying = Copying::begin(catalog, source, label, &key.wrapping(), keys)?;
         let mut meter = Meter::new();
         let filled =
-            offline::fill_copy(catalog, source, &copying, rate, &mut |progress| meter.show(progress));
+            flatten::fill_copy(catalog, source, &copying, rate, &mut |progress| meter.show(progress));
         meter.clear();
         filled?;
         Ok(copying.commit(catalog)?)

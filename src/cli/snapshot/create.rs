@@ -1,22 +1,21 @@
 //! `sealblk snapshot create`, of one volume or of several at one point in time, attached or not.
 #![forbid(unsafe_code)]
 
-use super::description;
-use crate::attach::control::conversation::Freezing;
-use crate::attach::sandbox;
+use crate::base::root::create_dir_durable;
+use crate::base::{Error, Kind, Result, Timestamp};
+use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::snapshot::Label;
+use crate::catalog::tags::Tags;
+use crate::catalog::{Catalog, Snapshot, VolumeId, freeze};
 use crate::cli::filter::{self, Filter, Tag};
+use crate::cli::snapshot::description;
 use crate::cli::{Env, output, provider, volume};
-use crate::error::{Error, Kind, Result};
-use crate::observe::Timestamp;
-use crate::observe::events::Event;
-use crate::root::create_dir_durable;
-use crate::volume::catalog::Catalog;
-use crate::volume::freeze::{self, Detached, Unwrap};
-use crate::volume::lifecycle::Failure;
-use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::snapshot::Label;
-use crate::volume::tags::Tags;
-use crate::volume::{Snapshot, VolumeId};
+use crate::events::Event;
+use crate::host::control::conversation::Freezing;
+use crate::kms::Failure;
+use crate::ops::snapshot::Detached;
+use crate::sandbox;
+use crate::volume::open::Unwrap;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -117,7 +116,7 @@ fn make(
     label: &Label,
     unwrap: Unwrap<'_>,
 ) -> Result<Vec<Made>, Failure> {
-    let of = |id: VolumeId| move |e: Error| Failure::from(e).of(id);
+    let of = |id: VolumeId| move |e: Error| Failure::from(e).context(format!("make a snapshot of {id}"));
     create_dir_durable(&catalog.root().snapshots())?;
     let mut making = Vec::new();
     for &id in volumes {
@@ -126,7 +125,8 @@ fn make(
                 Making::Attached(Freezing::begin(catalog, id, label).map_err(of(id))?)
             }
             _ => {
-                let begun = Detached::begin(catalog, id, unwrap).map_err(|failure| failure.of(id))?;
+                let begun = Detached::begin(catalog, id, unwrap)
+                    .map_err(|failure| failure.context(format!("make a snapshot of {id}")))?;
                 Making::Detached(id, Box::new(begun))
             }
         });

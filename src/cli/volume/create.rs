@@ -1,20 +1,20 @@
 //! `sealblk volume create`.
 #![forbid(unsafe_code)]
 
-use super::output;
-use super::show::description;
-use crate::attach::sandbox;
+use crate::base::{Error, Kind, Result};
+use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::tags::Tags;
+use crate::catalog::{Metadata, Snapshot};
 use crate::cli::filter::{self, Tag};
 use crate::cli::provider::{self, NamedKey};
 use crate::cli::snapshot::tell_that_unproved;
+use crate::cli::volume::output;
+use crate::cli::volume::show::description;
 use crate::cli::{Env, size};
 use crate::config::Settings;
-use crate::error::{Error, Kind, Result};
-use crate::volume::from_snapshot::{self, Keys};
-use crate::volume::lifecycle::{self, Wanted};
-use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
-use crate::volume::tags::Tags;
-use crate::volume::{Metadata, Snapshot};
+use crate::ops::clone::Keys;
+use crate::ops::create::{self, Wanted};
+use crate::sandbox;
 
 /// What `volume create` takes.
 #[derive(clap::Args)]
@@ -103,10 +103,10 @@ fn empty(env: &Env, settings: &Settings, args: &CreateArgs, tags: Tags) -> Resul
     let wanted = wanted(args, tags, 0, SectorSize::default())?;
     let (catalog, events) = (env.catalog(), env.events(settings));
     if args.unencrypted {
-        return lifecycle::create(&catalog, &events, &wanted, None);
+        return create::create(&catalog, &events, &wanted, None);
     }
     let key = NamedKey::open(env, settings, args.key.as_deref())?;
-    lifecycle::create(&catalog, &events, &wanted, Some(key.wrapping()))
+    create::create(&catalog, &events, &wanted, Some(key.wrapping()))
 }
 
 fn from(
@@ -135,7 +135,7 @@ fn from(
     let (open_provider, unwrap) = (provider::open(env), provider::unwrap(env));
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
     let key = key.as_ref().map(NamedKey::wrapping);
-    from_snapshot::create(&env.catalog(), &env.events(settings), &wanted, snapshot, key, keys)
+    crate::ops::clone::create(&env.catalog(), &env.events(settings), &wanted, snapshot, key, keys)
 }
 
 pub(super) fn parse_sector_size(text: &str) -> Result<SectorSize, String> {

@@ -1,13 +1,13 @@
 //! `sealblk volume export` and `sealblk snapshot export`.
 #![forbid(unsafe_code)]
 
-use super::output;
-use crate::attach::sandbox;
+use crate::base::Result;
 use crate::cli::progress::Progress;
+use crate::cli::volume::output;
 use crate::cli::{Env, provider, size};
-use crate::error::Result;
-use crate::volume::export::{self, Target, What};
-use crate::volume::image::Format;
+use crate::image::Format;
+use crate::ops::export::{self, Target, What};
+use crate::sandbox;
 use serde_json::json;
 use std::path::PathBuf;
 

@@ -1,12 +1,11 @@
 //! Waiting until a volume's lower layers have left its chain: watching its host process do it, or doing it.
 
-use crate::attach::control;
-use crate::attach::hydration::offline;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::cli::meter::Meter;
-use crate::error::{Context, Error, Kind, Result};
-use crate::volume::catalog::Catalog;
-use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::{Metadata, VolumeId};
+use crate::host::control;
+use crate::ops::flatten;
 use std::time::Duration;
 
 /// How often a host process is asked how far it has come.
@@ -24,7 +23,7 @@ pub struct Followed {
 /// attached this process does it, at `rate` bytes a second (0: no limit). Says on a terminal how far it has come.
 ///
 /// # Errors
-/// As for [`offline::complete`].
+/// As for [`flatten::complete`].
 pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Followed> {
     let mut meter = Meter::new();
     let is_attached =
@@ -44,7 +43,7 @@ pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Followed
             std::thread::sleep(ASK);
             continue;
         }
-        match offline::complete(catalog, volume, rate, &mut |progress| meter.show(progress)) {
+        match flatten::complete(catalog, volume, rate, &mut |progress| meter.show(progress)) {
             Err(e) if e.kind() == Kind::Busy && is_attached()? => {}
             done => {
                 meter.clear();

@@ -1,23 +1,23 @@
 //! `sealblk volume import`.
 #![forbid(unsafe_code)]
 
-use super::create::{check_may_be_unencrypted, parse_sector_size};
-use super::output;
-use super::show::description;
-use crate::attach::sandbox;
+use crate::base::{Error, Kind, Result};
+use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::tags::Tags;
+use crate::catalog::{Catalog, Metadata};
 use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
 use crate::cli::provider::{self, NamedKey};
+use crate::cli::volume::create::{check_may_be_unencrypted, parse_sector_size};
+use crate::cli::volume::output;
+use crate::cli::volume::show::description;
 use crate::cli::{Env, size};
 use crate::config::Settings;
-use crate::error::{Error, Kind, Result};
-use crate::volume::image::{BackingFiles, Format, Image};
-use crate::volume::import::{self, Key};
-use crate::volume::in_place::{self, Candidate};
-use crate::volume::lifecycle::Wanted;
-use crate::volume::metadata::{Geometry, SectorSize, VolumeName};
-use crate::volume::tags::Tags;
-use crate::volume::{Catalog, Metadata};
+use crate::image::{BackingFiles, Format, Image};
+use crate::ops::create::Wanted;
+use crate::ops::import::{self, Key};
+use crate::ops::import_in_place::Candidate;
+use crate::sandbox;
 use std::path::PathBuf;
 
 /// What `volume import` takes.
@@ -120,7 +120,7 @@ fn in_place(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs
     sandbox::harden()?;
     let unwrap = provider::unwrap(env);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
-    in_place::import(catalog, &env.events(settings), &wanted, &candidate, key)
+    crate::ops::import_in_place::import(catalog, &env.events(settings), &wanted, &candidate, key)
 }
 
 fn wanted(args: &ImportArgs, len: u64) -> Result<Wanted> {

@@ -1,24 +1,24 @@
 //! `sealblk volume rekey` and `sealblk volume flatten`.
 #![forbid(unsafe_code)]
 
-use super::follow::follow;
-use super::show;
-use crate::attach::control::conversation;
-use crate::attach::hydration::{kms_key, offline};
-use crate::attach::{control, sandbox, unwrap};
+use crate::base::{Error, Kind, Result};
+use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::rekey::{NewKey, check_encrypted};
+use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::cli::provider::{self, NamedKey};
+use crate::cli::volume::follow::follow;
+use crate::cli::volume::show;
 use crate::cli::{Env, output, size};
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
-use crate::error::{Error, Kind, Result};
-use crate::kms::KeyRef;
+use crate::events::Event;
+use crate::helper::unwrap;
+use crate::host::changes::hydrate::kms_key;
+use crate::host::control::{self, conversation};
 use crate::kms::patience::Patience;
-use crate::observe::events::Event;
-use crate::volume::catalog::Catalog;
-use crate::volume::lifecycle::Failure;
-use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::rekey::{self, NewKey, check_encrypted};
-use crate::volume::{Metadata, VolumeId};
+use crate::kms::{Failure, KeyRef};
+use crate::ops::rekey;
+use crate::sandbox;
 use std::time::Duration;
 
 /// What `volume rekey` takes.
@@ -83,7 +83,7 @@ pub fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     // This process, or its memory, has the new data key for a moment.
     sandbox::harden()?;
     let events = env.events(&env.settings()?);
-    let done = NewKey::generate(&key.wrapping(), id).and_then(|new| {
+    let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
         let pause = give(env, &catalog, id, new.clone())?;
         Ok((new, pause))
     });
@@ -130,7 +130,7 @@ pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     let is_attached = is_attached(&catalog, id)?;
     let marked = match is_attached {
         true => control::flatten(&catalog, id),
-        false => offline::mark(&catalog, id),
+        false => crate::ops::flatten::mark(&catalog, id),
     };
     if !marked.map_err(attempt)? {
         return finish(

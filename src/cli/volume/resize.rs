@@ -1,16 +1,17 @@
 //! `sealblk volume resize`.
 #![forbid(unsafe_code)]
 
-use super::output;
-use super::show::description;
-use crate::attach::control;
-use crate::attach::sandbox;
+use crate::base::Result;
+use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::{Metadata, VolumeId};
+use crate::cli::volume::output;
+use crate::cli::volume::show::description;
 use crate::cli::{Env, provider, size};
-use crate::error::Result;
+use crate::host::control;
+use crate::kms::Failure;
+use crate::ops::resize;
+use crate::sandbox;
 use crate::vhost::gate::Told;
-use crate::volume::lifecycle::Failure;
-use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::{Metadata, VolumeId, resize};
 use serde_json::json;
 
 /// What `volume resize` takes.

@@ -1,12 +1,11 @@
 //! `sealblk volume rewrap`: the same data key, wrapped by another KMS key.
 
-use crate::attach::rewrap::{self, Change};
+use crate::base::{Error, Kind, Result};
+use crate::catalog::metadata::KeyRecord;
+use crate::catalog::{Catalog, Entry, Metadata, VolumeId};
 use crate::cli::{Env, output};
-use crate::error::{Error, Kind, Result};
 use crate::kms::{self, KeyRef};
-use crate::volume::catalog::{Catalog, Entry};
-use crate::volume::metadata::KeyRecord;
-use crate::volume::{Metadata, VolumeId};
+use crate::ops::rewrap::{self, Change};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -44,7 +43,7 @@ struct Wish {
 
 impl Wish {
     fn new(env: &Env, args: &RewrapArgs) -> Result<Self> {
-        let locality = env.settings()?.locality();
+        let locality = env.settings()?.locality;
         let parse = |text: &String| KeyRef::parse(text, &locality).map_err(|e| e.with_advice(text));
         let to = args.key.as_ref().map(parse).transpose()?;
         let from = args.from.as_ref().map(|text| canonical(env, &parse(text)?)).transpose()?;

@@ -1,15 +1,14 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
-use crate::attach::control::{self, Status};
-use crate::attach::hydration::Progress;
+use crate::base::root::Root;
+use crate::base::{Error, Kind, Result};
+use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::metadata::{KeyRecord, VolumeName};
+use crate::catalog::{Catalog, Metadata};
 use crate::cli::{Env, output, size};
-use crate::error::{Error, Kind, Result};
+use crate::host::control;
+use crate::host::status::{Progress, Status, UsedKey};
 use crate::kms::{self, KeyState};
-use crate::root::Root;
-use crate::volume::Metadata;
-use crate::volume::catalog::Catalog;
-use crate::volume::lock::{Held, Holder, Purpose};
-use crate::volume::metadata::{KeyRecord, VolumeName};
 use serde_json::{Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -62,7 +61,7 @@ fn rows(
         pair("name", metadata.name().map_or("-", VolumeName::as_str)),
         pair("size", format!("{} ({} bytes)", size::human(metadata.size()), metadata.size())),
         pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
-        pair("encrypted", super::yes_or_no(metadata.is_encrypted())),
+        pair("encrypted", crate::cli::volume::yes_or_no(metadata.is_encrypted())),
     ];
     for (n, key) in metadata.keys().iter().enumerate() {
         rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
@@ -117,7 +116,7 @@ impl Attached {
                 if status.read_only {
                     rows.push(pair("", "read-only"));
                 }
-                let used = |key: &control::UsedKey| {
+                let used = |key: &UsedKey| {
                     pair("", format!("data key unwrapped by {}: {}", key.provider, key.key_id))
                 };
                 rows.extend(status.unwrapped_by.iter().map(used));

@@ -1,11 +1,11 @@
 //! `sealblk volume tag` and `untag`.
 #![forbid(unsafe_code)]
 
-use super::output;
+use crate::base::{Context, Result};
+use crate::catalog::tags::Tags;
 use crate::cli::Env;
 use crate::cli::filter::{self, Tag};
-use crate::error::{Context, Result};
-use crate::volume::tags::Tags;
+use crate::cli::volume::output;
 use serde_json::json;
 
 /// What `volume tag` takes.

@@ -5,9 +5,9 @@
 //! that they are locked from the beginning to the end. The descriptor is close-on-exec: giving it to a child
 //! needs an explicit step, and no other child gets it by accident.
 
-use super::pages::Pages;
-use super::{SecretKind, SecretMem, check_len};
-use crate::error::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
+use crate::crypt::secret_mem::pages::Pages;
+use crate::crypt::secret_mem::{SecretKind, SecretMem, check_len};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::fstatfs;
@@ -28,7 +28,7 @@ pub struct SecretFd {
 }
 
 impl SecretFd {
-    /// A file of `len` zero bytes, 1..=[`super::MAX_LEN`]: of `memfd_secret` where the kernel has it, else a
+    /// A file of `len` zero bytes, 1..=[`crate::crypt::secret_mem::MAX_LEN`]: of `memfd_secret` where the kernel has it, else a
     /// sealed `memfd_create`.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Mapped pages with a guard page on either side. The system calls of secret memory and nothing else.
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};

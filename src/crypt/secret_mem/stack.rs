@@ -5,7 +5,7 @@
 //! The registers are zeroed, because the next signal frame, or the next function that glibc binds lazily
 //! (`_dl_runtime_resolve_xsavec`), would carry them into memory.
 
-use super::registers::clear_vector_registers;
+use crate::crypt::secret_mem::registers::clear_vector_registers;
 
 /// How deep the frames of key expansion and derivation may reach, bytes. Optimised they stay below 8 KiB;
 /// unoptimised builds copy each schedule several times.

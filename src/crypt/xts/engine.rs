@@ -1,12 +1,12 @@
 //! Which engine encrypts: chosen by what the CPU has, or by the operator.
 #![forbid(unsafe_code)]
 
-use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
-use super::vaes::{Vaes, Width};
-use super::{DataUnit, SectorCipher};
+use crate::base::{Error, Kind, Result};
 use crate::crypt::Dek;
-use crate::error::{Error, Kind, Result};
+use crate::crypt::xts::portable::Portable;
+use crate::crypt::xts::vaes::{Vaes, Width};
+use crate::crypt::xts::{DataUnit, SectorCipher};
 use std::fmt;
 use std::str::FromStr;
 

@@ -5,10 +5,10 @@
 //! what is encrypted is the copy.
 #![forbid(unsafe_code)]
 
-use super::{DataUnit, Direction, SectorCipher, TweakInput, check_request};
+use crate::base::Result;
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
-use crate::error::Result;
+use crate::crypt::xts::{DataUnit, Direction, SectorCipher, TweakInput, check_request};
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256Dec, Aes256Enc, Block};
 use vm_memory::VolatileSlice;

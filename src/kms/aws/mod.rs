@@ -10,10 +10,12 @@
 mod client;
 mod failure;
 
-use super::grant::{Grant, GrantRequest};
-use super::key_ref::arn_region;
-use super::patience::Patience;
-use super::{Capabilities, EncryptionContext, KeyDescription, KeyProvider, KeyState, KmsError, WrappedKey};
+use crate::kms::grant::{Grant, GrantRequest};
+use crate::kms::key_ref::arn_region;
+use crate::kms::patience::Patience;
+use crate::kms::{
+    Capabilities, EncryptionContext, KeyDescription, KeyProvider, KeyState, KmsError, WrappedKey,
+};
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::{self, GrantConstraints, GrantOperation};
 use client::Regional;

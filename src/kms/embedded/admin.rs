@@ -1,14 +1,12 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
-use super::Embedded;
-use super::audit::{Call, Due};
-use super::data::material_id;
-use super::due;
-use super::open_log::OpenLog;
-use super::records::{AliasEntry, AliasName, Change, Deletion, External, KeyEntry};
-use super::rotation::first_version;
-use super::store::Now;
-use super::tags;
+use crate::kms::embedded::audit::{Call, Due};
+use crate::kms::embedded::data::material_id;
+use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::records::{AliasEntry, AliasName, Change, Deletion, External, KeyEntry};
+use crate::kms::embedded::rotation::first_version;
+use crate::kms::embedded::store::Now;
+use crate::kms::embedded::{Embedded, due, tags};
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;

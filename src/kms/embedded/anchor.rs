@@ -4,11 +4,11 @@
 //! record may be the one that disabled a key. The anchor lies beside the root key, out of reach of whoever can
 //! write the store's folder only.
 
-use super::keys::{StoreKeys, same};
-use super::log::Position;
-use super::plain::failed;
+use crate::base::root::replace_file;
 use crate::kms::KmsError;
-use crate::root::replace_file;
+use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::log::Position;
+use crate::kms::embedded::plain::failed;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;

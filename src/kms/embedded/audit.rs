@@ -4,11 +4,11 @@
 //! What only shows keys is recorded when it is asked over the wire; of the store's owner, who can read the files
 //! as they lie, it is not.
 
-use super::Embedded;
-use super::records::Change;
-use super::state::State;
+use crate::audit::{AuditKey, Entry};
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::records::Change;
+use crate::kms::embedded::state::State;
 use crate::kms::{EncryptionContext, KmsError};
-use crate::observe::audit::{AuditKey, Entry, Place};
 use serde_json::{Value, json};
 use std::cmp::Ordering;
 use uuid::Uuid;
@@ -109,7 +109,7 @@ impl Embedded {
     /// Records what the KMS has done by itself: what became due, or a key that was made for its first user.
     pub(super) fn record_due(&self, done: &[Due]) {
         for Due { name, key } in done {
-            let entry = Entry::kms_service(name, &self.audit_place()).about_key(&self.place.key_arn(*key));
+            let entry = Entry::kms_service(name, &self.place).about_key(&self.place.key_arn(*key));
             let key = self.audit_key().ok().flatten();
             if let Err(e) = self.audit.append(&entry, key.as_ref()) {
                 log::error!("{name} could not be recorded: {e}");
@@ -118,7 +118,7 @@ impl Embedded {
     }
 
     fn entry(&self, call: &Call<'_>, arns: &[String], failure: Option<(&str, &str)>) -> Entry {
-        let mut entry = Entry::kms_call(call.name, &self.audit_place());
+        let mut entry = Entry::kms_call(call.name, &self.place);
         for arn in arns {
             entry = entry.about_key(arn);
         }
@@ -148,10 +148,6 @@ impl Embedded {
             let arns = call.keys.iter().filter_map(|key| arn(log.state(), key)).collect();
             Ok(Some((log.keys().audit().clone(), arns)))
         })
-    }
-
-    fn audit_place(&self) -> Place<'_> {
-        Place { region: &self.place.region, account: &self.place.account }
     }
 }
 

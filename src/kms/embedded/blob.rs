@@ -3,7 +3,7 @@
 //! Pure: bytes and key material in, bytes out. It does not know which keys exist or what state they are in.
 //! docs/kms-store.md describes the format byte by byte.
 
-use super::kbkdf;
+use crate::kms::embedded::kbkdf;
 use crate::kms::{EncryptionContext, KmsError};
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};

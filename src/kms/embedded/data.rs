@@ -1,19 +1,18 @@
 //! Encrypting and decrypting under the embedded KMS's keys, and the [`KeyProvider`] made of it.
 
-use super::Embedded;
-use super::admin::out_of_range;
-use super::audit::Call;
-use super::blob::{self, Blob, PLAINTEXT_MAX};
-use super::due;
-use super::grant_records::{Constraint, GrantOperation};
-use super::grants::{GrantRef, NewGrant};
-use super::open_log::OpenLog;
-use super::records::KeyEntry;
+use crate::audit::AuditKey;
+use crate::kms::embedded::admin::out_of_range;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::blob::{self, Blob, PLAINTEXT_MAX};
+use crate::kms::embedded::grant_records::{Constraint, GrantOperation};
+use crate::kms::embedded::grants::{GrantRef, NewGrant};
+use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::records::KeyEntry;
+use crate::kms::embedded::{Embedded, due};
 use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
 use crate::kms::{
     Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
 };
-use crate::observe::audit::AuditKey;
 use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
 use uuid::Uuid;

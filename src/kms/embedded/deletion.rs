@@ -8,8 +8,8 @@
 //! - after a reboot: the wall clock must still say so a day after it was first seen to say so; a day of running
 //!   time if there was no reboot meanwhile.
 
-use super::clock::Moment;
-use super::records::Deletion;
+use crate::kms::embedded::clock::Moment;
+use crate::kms::embedded::records::Deletion;
 
 const HOUR: i64 = 3_600_000;
 const DAY: i64 = 24 * HOUR;

@@ -1,12 +1,12 @@
 //! What the passing of time asks of a store: keys whose waiting window is over, rotations whose day has
 //! come, imported material that has expired.
 
-use super::clock::Moment;
-use super::deletion::Verdict;
-use super::import::without_material;
-use super::open_log::OpenLog;
-use super::records::{AliasName, Change, Deletion, KeyEntry, KeyId, RotationType};
-use super::rotation::new_version;
+use crate::kms::embedded::clock::Moment;
+use crate::kms::embedded::deletion::Verdict;
+use crate::kms::embedded::import::without_material;
+use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::records::{AliasName, Change, Deletion, KeyEntry, KeyId, RotationType};
+use crate::kms::embedded::rotation::new_version;
 use crate::kms::{KeyState, KmsError};
 
 /// Whether anything is due.

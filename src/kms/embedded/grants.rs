@@ -2,15 +2,15 @@
 //!
 //! A grant holds as soon as CreateGrant has answered, so its token is needed for nothing but to name the grant.
 
-use super::Embedded;
-use super::audit::Call;
-use super::blob::random;
-use super::grant_records::{Constraint, GrantEntry, GrantName, GrantOperation};
-use super::keys::{StoreKeys, same};
-use super::page::{Page, Piece};
-use super::principals::{Caller, denied, is_principal};
-use super::records::{Change, KeyEntry};
-use super::state::State;
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::blob::random;
+use crate::kms::embedded::grant_records::{Constraint, GrantEntry, GrantName, GrantOperation};
+use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::page::{Page, Piece};
+use crate::kms::embedded::principals::{Caller, denied, is_principal};
+use crate::kms::embedded::records::{Change, KeyEntry};
+use crate::kms::embedded::state::State;
 use crate::kms::{Exception, KmsError};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

@@ -6,12 +6,12 @@
 //! RSA's private operation is the one secret computation here that a caller can time. The caller has to be allowed
 //! to import, the RSA key is of no use but for one KMS key and one day, and the operation is blinded.
 
-use super::Embedded;
-use super::audit::Call;
-use super::blob::Material;
-use super::data::material_id;
-use super::keys::{StoreKeys, same};
-use super::records::{Change, External, KeyEntry, VersionEntry};
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::blob::Material;
+use crate::kms::embedded::data::material_id;
+use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry};
 use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
 use rsa::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};

@@ -2,9 +2,9 @@
 //!
 //! Pure. Where the root key comes from is `root_key`'s matter.
 
-use super::blob::{Material, random};
+use crate::audit::AuditKey;
 use crate::kms::KmsError;
-use crate::observe::audit::AuditKey;
+use crate::kms::embedded::blob::{Material, random};
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use hkdf::Hkdf;

@@ -2,8 +2,8 @@
 //!
 //! Pure: it sees byte slices and the store's keys, no file. docs/kms-store.md describes the format byte by byte.
 
-use super::keys::{StoreKeys, same};
 use crate::kms::KmsError;
+use crate::kms::embedded::keys::{StoreKeys, same};
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"SBLK-KMS";
@@ -172,8 +172,8 @@ fn has_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::keys::RootKey;
     use super::*;
+    use crate::kms::embedded::keys::RootKey;
     use zeroize::Zeroizing;
 
     const START: Position = Position { seq: 0, chain: [0; 32] };

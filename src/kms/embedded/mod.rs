@@ -30,11 +30,11 @@ mod state;
 mod store;
 pub mod tags;
 
-use super::KmsError;
-use super::key_ref::Locality;
+use crate::audit::AuditLog;
+use crate::base::root::Root;
 use crate::config::Settings;
-use crate::observe::audit::AuditLog;
-use crate::root::Root;
+use crate::kms::KmsError;
+use crate::kms::key_ref::Locality;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
 use root_key::passphrase::Passphrase;
@@ -59,7 +59,7 @@ impl Embedded {
     pub fn open(root: &Root) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
-        let place = Locality { region: settings.region, account: settings.account };
+        let place = settings.locality;
         let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place);
         // Another account's is for keys of AWS KMS.
         kms.grantee =

@@ -2,14 +2,13 @@
 //!
 //! Its caller holds the store's lock whenever it reads or writes the file.
 
-use super::anchor;
-use super::keys::{RootKey, StoreKeys};
-use super::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
-use super::plain::failed;
-use super::records::{Change, Transaction};
-use super::root_key;
-use super::state::State;
 use crate::kms::KmsError;
+use crate::kms::embedded::keys::{RootKey, StoreKeys};
+use crate::kms::embedded::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
+use crate::kms::embedded::plain::failed;
+use crate::kms::embedded::records::{Change, Transaction};
+use crate::kms::embedded::state::State;
+use crate::kms::embedded::{anchor, root_key};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};

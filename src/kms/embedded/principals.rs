@@ -4,12 +4,12 @@
 //! principal is the root principal, an administrator, who may do everything too, or one who may do what grants let
 //! him do.
 
-use super::Embedded;
-use super::audit::Call;
-use super::blob::{Material, random};
-use super::grant_records::{GrantName, GrantOperation};
-use super::records::{AccessKeyEntry, Change, PrincipalEntry, PrincipalName};
-use super::state::State;
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::blob::{Material, random};
+use crate::kms::embedded::grant_records::{GrantName, GrantOperation};
+use crate::kms::embedded::records::{AccessKeyEntry, Change, PrincipalEntry, PrincipalName};
+use crate::kms::embedded::state::State;
 use crate::kms::errors::Exception;
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{EncryptionContext, KmsError};

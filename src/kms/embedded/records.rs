@@ -4,10 +4,10 @@
 //! one thing, so that replaying is an upsert and a compacted log is the list of what lives. New kinds of things
 //! (grants, principals, policies) are new kinds of changes; a version that does not know one refuses the log.
 
-use super::clock::Moment;
-use super::grant_records::{GrantEntry, GrantName};
-use super::keys::SEALED_LEN;
 use crate::kms::KmsError;
+use crate::kms::embedded::clock::Moment;
+use crate::kms::embedded::grant_records::{GrantEntry, GrantName};
+use crate::kms::embedded::keys::SEALED_LEN;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;

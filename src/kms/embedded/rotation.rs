@@ -1,13 +1,13 @@
 //! Rotation: new material for a key, by its period or on demand. Old versions stay, so that what they have encrypted
 //! can be read.
 
-use super::Embedded;
-use super::admin::out_of_range;
-use super::audit::Call;
-use super::blob::{Material, random};
-use super::data::material_id;
-use super::open_log::OpenLog;
-use super::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry};
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::admin::out_of_range;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::blob::{Material, random};
+use crate::kms::embedded::data::material_id;
+use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry};
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;

@@ -2,8 +2,8 @@
 //!
 //! Pure. It answers lookups and state questions in AWS's words and does not know how changes become durable.
 
-use super::grant_records::GrantEntry;
-use super::records::{AliasEntry, Change, KeyEntry, PrincipalEntry, Transaction};
+use crate::kms::embedded::grant_records::GrantEntry;
+use crate::kms::embedded::records::{AliasEntry, Change, KeyEntry, PrincipalEntry, Transaction};
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{KeyState, KmsError};
 use std::collections::BTreeMap;

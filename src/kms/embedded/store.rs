@@ -3,15 +3,16 @@
 //! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md argues each
 //! crash point.
 
-use super::clock::{Clock, Moment};
-use super::lock::Lock;
-use super::log::{Header, Position};
-use super::open_log::OpenLog;
-use super::plain::failed;
-use super::records::{Change, Transaction};
-use super::root_key::{self, passphrase::Passphrase};
+use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::kms::KmsError;
-use crate::root::{create_dir_durable, replace_file, sync_dir};
+use crate::kms::embedded::clock::{Clock, Moment};
+use crate::kms::embedded::lock::Lock;
+use crate::kms::embedded::log::{Header, Position};
+use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::plain::failed;
+use crate::kms::embedded::records::{Change, Transaction};
+use crate::kms::embedded::root_key;
+use crate::kms::embedded::root_key::passphrase::Passphrase;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
@@ -214,6 +215,6 @@ impl Store {
     }
 }
 
-fn internal(e: crate::Error) -> KmsError {
+fn internal(e: crate::base::Error) -> KmsError {
     KmsError::Internal(e.to_string())
 }

@@ -1,9 +1,9 @@
 //! Tags and policies: what is written down about a key. Neither decides who may do what; policies are checked for
 //! their form only.
 
-use super::Embedded;
-use super::audit::Call;
-use super::records::KeyEntry;
+use crate::kms::embedded::Embedded;
+use crate::kms::embedded::audit::Call;
+use crate::kms::embedded::records::KeyEntry;
 use crate::kms::{Exception, KmsError};
 use serde_json::Value;
 use std::collections::BTreeMap;

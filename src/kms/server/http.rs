@@ -2,13 +2,13 @@
 //!
 //! hyper reads and writes HTTP/1; this bounds it. An answer of AWS's form goes to everything that is HTTP at all.
 
-use super::operations::{self, Request};
-use super::sigv4::{self, Authorization, Signed};
-use super::tls::Tls;
-use super::wire::{Fields, WireError};
+use crate::base::Result;
 use crate::crypt::secret_mem::on_scrubbed_stack;
-use crate::error::Result;
 use crate::kms::embedded::Embedded;
+use crate::kms::server::operations::{self, Request};
+use crate::kms::server::sigv4::{self, Authorization, Signed};
+use crate::kms::server::tls::Tls;
+use crate::kms::server::wire::{Fields, WireError};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;

@@ -9,8 +9,8 @@ pub mod sigv4;
 pub mod tls;
 pub mod wire;
 
-use super::embedded::Embedded;
-use crate::error::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
+use crate::kms::embedded::Embedded;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};

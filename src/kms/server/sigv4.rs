@@ -3,7 +3,7 @@
 //! Pure: a request, the time and a secret in, yes or AWS's own refusal out. Signatures in the query ("presigned
 //! URLs") are not accepted: nobody needs them for a KMS, and they end in logs.
 
-use super::wire::WireError;
+use crate::kms::server::wire::WireError;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;

@@ -1,6 +1,6 @@
 //! TLS for the server: its certificate and key, and how they are replaced while it runs.
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use signal_hook::consts::SIGHUP;
 use signal_hook::iterator::Signals;
 use std::os::unix::fs::PermissionsExt;

@@ -4,12 +4,14 @@
 //! configuration changed; a VMM then reads it again. The VMM has the other end and may do with it what it likes:
 //! nothing here waits for it without a limit.
 
-use super::Result;
-use super::message::{HEADER, NEED_REPLY, REPLY, VERSION, invalid, word_at};
+use crate::vhost::gate::Result;
+use crate::vhost::gate::message::{HEADER, NEED_REPLY, REPLY, VERSION, invalid, word_at};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockType, SockaddrLike, SockaddrStorage};
-use nix::sys::socket::{getsockname, getsockopt, recv, send, sockopt};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, recv, send,
+    sockopt,
+};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

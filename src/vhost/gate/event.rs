@@ -1,7 +1,7 @@
 //! The event descriptors of a ring: kick, call and err.
 
-use super::Result;
-use super::message::{Message, invalid};
+use crate::vhost::gate::Result;
+use crate::vhost::gate::message::{Message, invalid};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 

@@ -1,6 +1,6 @@
 //! The guest's memory regions, checked before anybody maps them.
 
-use super::message::{Message, invalid};
+use crate::vhost::gate::message::{Message, invalid};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use std::io;

@@ -13,9 +13,9 @@ mod state;
 
 pub use channel::{Channel, Told};
 
-use super::dirty::Bitmap;
-use super::inflight::{Description, Inflight};
-use super::vring::Rings;
+use crate::vhost::dirty::Bitmap;
+use crate::vhost::queue::inflight::{Description, Inflight};
+use crate::vhost::vring::Rings;
 use event::check_event;
 use memory::MemoryTable;
 use message::{Message, invalid};

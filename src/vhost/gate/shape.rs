@@ -1,7 +1,7 @@
 //! What each request that we offer looks like: sizes, descriptors, queue numbers, and the features that it needs.
 
-use super::message::{MAX_BODY, MAX_FDS, Message, invalid};
-use super::{Limits, Result};
+use crate::vhost::gate::message::{MAX_BODY, MAX_FDS, Message, invalid};
+use crate::vhost::gate::{Limits, Result};
 use std::ops::RangeInclusive;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 

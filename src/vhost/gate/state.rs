@@ -3,8 +3,8 @@
 //!
 //! Source: the vhost-user protocol, "Migrating back-end state".
 
-use super::Result;
-use super::message::Message;
+use crate::vhost::gate::Result;
+use crate::vhost::gate::message::Message;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};

@@ -1,8 +1,8 @@
 //! Building blocks of a front-end that means harm: bodies of messages with any numbers, and odd descriptors.
 
-use super::memory::Seals;
+use super::memory::{self, Seals};
 use super::raw::{NEED_REPLY, VERSION};
-use super::{Fault, RawSocket, Reply, Result, memory};
+use super::{Fault, RawSocket, Reply, Result};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};

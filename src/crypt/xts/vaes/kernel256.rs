@@ -3,12 +3,12 @@
 //!
 //! There are sixteen registers only, so a group is eight blocks: four registers of data and four of their tweaks. The CPU
 //! keeps its AES units busy by working on two or three groups at once, whose order in the code matters less therefore than
-//! with [`super::kernel512`], which this is otherwise like.
+//! with [`crate::crypt::xts::vaes::kernel512`], which this is otherwise like.
 
-use super::super::{DataUnit, Direction, TweakInput};
-use super::keys::{Keys, LAST_ROUND, Schedule};
-use super::{AHEAD, Kernel};
 use crate::crypt::secret_mem::registers::clear_ymm;
+use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
+use crate::crypt::xts::vaes::{AHEAD, Kernel};
+use crate::crypt::xts::{DataUnit, Direction, TweakInput};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;

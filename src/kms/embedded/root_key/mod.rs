@@ -7,11 +7,11 @@
 pub mod passphrase;
 pub mod wrapped;
 
-use super::blob::random;
-use super::keys::RootKey;
-use super::plain::failed;
+use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::kms::KmsError;
-use crate::root::{create_dir_durable, replace_file, sync_dir};
+use crate::kms::embedded::blob::random;
+use crate::kms::embedded::keys::RootKey;
+use crate::kms::embedded::plain::failed;
 use passphrase::Passphrase;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};

@@ -4,8 +4,8 @@
 //! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of credentials
 //! and the terminal from the host process, which itself asks for nothing.
 
-use super::super::plain::failed;
 use crate::kms::KmsError;
+use crate::kms::embedded::plain::failed;
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -70,7 +70,7 @@ impl Passphrase {
 
     /// The same bytes?
     pub fn is(&self, other: &Passphrase) -> bool {
-        super::super::keys::same(&self.0, &other.0)
+        crate::kms::embedded::keys::same(&self.0, &other.0)
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

@@ -5,10 +5,10 @@
 //! additional data is the store's id and everything before `<sealed>`, so that no parameter can be changed and no key be
 //! put under another store's name. Pure: it asks nobody and opens no file.
 
-use super::super::blob::random;
-use super::super::keys::RootKey;
-use super::passphrase::Passphrase;
 use crate::kms::KmsError;
+use crate::kms::embedded::blob::random;
+use crate::kms::embedded::keys::RootKey;
+use crate::kms::embedded::root_key::passphrase::Passphrase;
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use argon2::{Algorithm, Argon2, Block, Params, Version};

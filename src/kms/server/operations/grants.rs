@@ -1,10 +1,10 @@
 //! Grants.
 
-use super::super::wire::{Fields, WireError, constraint};
-use super::{Answer, Request, paged, seconds};
 use crate::kms::embedded::grant_records::{Constraint, GrantEntry, GrantOperation};
 use crate::kms::embedded::grants::{GrantRef, NewGrant};
 use crate::kms::embedded::page::Page;
+use crate::kms::server::operations::{Answer, Request, paged, seconds};
+use crate::kms::server::wire::{Fields, WireError, constraint};
 use serde_json::{Value, json};
 
 pub fn create(request: &Request<'_>) -> Answer {

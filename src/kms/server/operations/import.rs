@@ -1,8 +1,8 @@
 //! Imported key material.
 
-use super::super::wire::{WireError, constraint, missing};
-use super::{Answer, Request, seconds};
 use crate::kms::embedded::import::{WRAPPING_ALGORITHM, WrappingKeySpec};
+use crate::kms::server::operations::{Answer, Request, seconds};
+use crate::kms::server::wire::{WireError, constraint, missing};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::json;

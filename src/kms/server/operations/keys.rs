@@ -1,9 +1,9 @@
 //! Keys and aliases.
 
-use super::super::wire::{Fields, WireError, missing};
-use super::{Answer, Request, paged, seconds};
 use crate::kms::embedded::admin::{AliasMetadata, DELETION_DAYS, KeyMetadata, NewKey, out_of_range};
 use crate::kms::embedded::grant_records::GrantOperation;
+use crate::kms::server::operations::{Answer, Request, paged, seconds};
+use crate::kms::server::wire::{Fields, WireError, missing};
 use crate::kms::{EncryptionContext, KeyState};
 use serde_json::{Value, json};
 

@@ -10,12 +10,12 @@ mod keys;
 mod notes;
 mod trail;
 
-use super::wire::{Fields, WireError};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::grant_records::GrantOperation;
 use crate::kms::embedded::page::{Page, Piece};
 use crate::kms::embedded::principals::Caller;
+use crate::kms::server::wire::{Fields, WireError};
 use crate::kms::{EncryptionContext, KmsError};
 use serde_json::{Value, json};
 

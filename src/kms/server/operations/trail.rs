@@ -2,9 +2,9 @@
 //!
 //! Fields are kept by name, so that no plaintext, ciphertext or token gets there.
 
-use super::{Answer, Request};
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::data::key_in;
+use crate::kms::server::operations::{Answer, Request};
 use crate::kms::server::wire::WireError;
 use serde_json::{Value, json};
 

@@ -1,0 +1,336 @@
+//! A layer in a file: its bytes are the volume's ciphertext, offset for offset.
+//!
+//! How the file is best reached depends on where it lies. On a disk's file system and on block devices:
+//! io_uring with O_DIRECT, so that the page cache does not hold everything twice. Where O_DIRECT is refused, or
+//! wants larger blocks than the volume has: io_uring through the page cache. On tmpfs, where io_uring would
+//! hand each request to a kernel thread only to copy memory: reads from the file's memory itself ([`memory`]), and
+//! `pread` and `pwrite` on the spot.
+
+mod memory;
+mod pool;
+mod prefetch;
+mod queue;
+pub mod ring;
+mod write_cache;
+
+use crate::backing::{Caps, Queue, Store};
+use crate::base::locks::{self, Bytes};
+use memory::FileMemory;
+use nix::errno::Errno;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::{Whence, lseek64};
+use queue::{FileQueue, Reached};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use write_cache::WriteCache;
+
+/// The byte, beyond any layer's end, whose lock says that a queue may have writes in flight.
+const IN_FLIGHT: Bytes = Bytes::one(i64::MAX - 1);
+/// How long to wait for the writes of an earlier process.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How the bytes travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// io_uring with O_DIRECT.
+    Direct,
+    /// io_uring through the page cache.
+    Buffered,
+    /// The file's memory, `pread` and `pwrite`, by the queue's thread.
+    Inline,
+}
+
+impl Access {
+    fn words(self) -> &'static str {
+        match self {
+            Access::Direct => "io_uring, O_DIRECT",
+            Access::Buffered => "io_uring, buffered",
+            Access::Inline => "memory file system",
+        }
+    }
+
+    fn memory_of(self, file: &File, size: u64) -> Option<Arc<FileMemory>> {
+        match self {
+            Access::Inline => FileMemory::map(file, size).map(Arc::new),
+            Access::Direct | Access::Buffered => None,
+        }
+    }
+}
+
+/// A file or block device that holds one layer.
+pub struct FileStore {
+    file: Arc<File>,
+    access: Access,
+    read_only: bool,
+    caps: Caps,
+    /// Where the file is memory.
+    memory: Option<Arc<FileMemory>>,
+    /// Where it is a block device that is written past the page cache.
+    write_cache: Option<Arc<WriteCache>>,
+}
+
+impl FileStore {
+    /// Opens the file at `path`, which must exist and be a regular file or a block device, for transfers in
+    /// multiples of `block_size` bytes (512 or 4096).
+    pub fn open(path: &Path, read_only: bool, block_size: u32) -> io::Result<Self> {
+        let open = |flags| {
+            OpenOptions::new().read(true).write(!read_only).custom_flags(flags | libc::O_NOFOLLOW).open(path)
+        };
+        let plain = open(0)?;
+        let kind = plain.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        let (file, access) = if fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
+            (plain, Access::Inline)
+        } else {
+            match open(libc::O_DIRECT) {
+                Ok(direct) if takes_blocks_of(&direct, block_size) => (direct, Access::Direct),
+                _ => (plain, Access::Buffered),
+            }
+        };
+        if !read_only {
+            wait_for_earlier_writes(&file)?;
+        }
+        let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
+        let caps = Caps { access: access.words().into(), size };
+        let memory = access.memory_of(&file, size);
+        let write_cache = match access {
+            Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
+            _ => None,
+        };
+        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory, write_cache })
+    }
+
+    /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
+    /// that shared one could flush at the same time, and one of them be told that all is well.
+    fn open_again(&self) -> io::Result<File> {
+        let flags = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        let mut how = OpenOptions::new();
+        let how = how.read(true).write(!self.read_only).custom_flags(flags);
+        let file = how.open(self.by_descriptor())?;
+        if !self.read_only {
+            lock_in_flight(&file, locks::Kind::Shared)?;
+        }
+        Ok(file)
+    }
+
+    /// The same file for reading alone, once it is frozen.
+    pub fn frozen(&self) -> io::Result<Self> {
+        let direct = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
+        Ok(FileStore {
+            file: Arc::new(file),
+            access: self.access,
+            read_only: true,
+            caps: self.caps.clone(),
+            memory: self.memory.clone(),
+            write_cache: None,
+        })
+    }
+
+    /// The same file, which was made longer.
+    pub fn lengthened(&self) -> io::Result<Self> {
+        let size = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
+        Ok(FileStore {
+            file: self.file.clone(),
+            access: self.access,
+            read_only: self.read_only,
+            caps: Caps { size, ..self.caps.clone() },
+            memory: self.access.memory_of(&self.file, size),
+            write_cache: self.write_cache.clone(),
+        })
+    }
+
+    /// A queue over this layer as the top and `below`, which are frozen, from the one right below it.
+    pub(super) fn open_queue_over(&self, below: &[Arc<FileStore>], depth: u16) -> io::Result<Box<dyn Queue>> {
+        let reached = |layer: &FileStore, file| Reached {
+            file,
+            inline: layer.access == Access::Inline,
+            memory: layer.memory.clone(),
+        };
+        let top = reached(self, Arc::new(self.open_again()?));
+        let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
+        let queue = FileQueue::new(top, below, depth)?;
+        Ok(Box::new(queue.with_write_cache(self.write_cache.clone())))
+    }
+
+    /// See [`Store::next_data`].
+    pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let start = match lseek64(&*self.file, from as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(Errno::ENXIO) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Some(start..lseek64(&*self.file, start as i64, Whence::SeekHole)? as u64))
+    }
+
+    /// A path that means this file, whatever its name means by now.
+    fn by_descriptor(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+    }
+
+    /// The open file, for locks.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Store for FileStore {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.open_queue_over(&[], depth)
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        let mut room = Aligned::new(1 << 20);
+        let mut from = 0;
+        while let Some(data) = self.next_data_from(from)? {
+            // What is allocated may still be zeros: of a copy, say, that knew no holes.
+            let mut at = data.start;
+            while at < data.end {
+                let chunk = room.bytes((data.end - at).min(1 << 20) as usize);
+                self.file.read_exact_at(chunk, at)?;
+                if chunk.iter().any(|&byte| byte != 0) {
+                    return Ok(true);
+                }
+                at += chunk.len() as u64;
+            }
+            from = data.end;
+        }
+        Ok(false)
+    }
+
+    fn next_data(&self, _layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.next_data_from(from)
+    }
+}
+
+/// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests of a killed
+/// process only after the process itself, and what is on its way then would land on top of what is written now. Each
+/// queue's open file carries a lock, which the kernel keeps for as long as a request uses that open file.
+fn wait_for_earlier_writes(file: &File) -> io::Result<()> {
+    let limit = Instant::now() + PATIENCE;
+    loop {
+        match lock_in_flight(file, locks::Kind::Exclusive) {
+            // Shared from here on: our own queues take it as well.
+            Ok(()) => return lock_in_flight(file, locks::Kind::Shared),
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+            Err(_) if Instant::now() > limit => {
+                let message = "writes of an earlier host process are still on their way to it";
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+            }
+            Err(_) => std::thread::sleep(PATIENCE / 6000),
+        }
+    }
+}
+
+/// Takes the lock that says "a queue may have writes in flight" for this open file.
+fn lock_in_flight(file: &File, kind: locks::Kind) -> io::Result<()> {
+    match locks::try_lock(file, kind, IN_FLIGHT)? {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// Whether an O_DIRECT transfer of one block is accepted: a trial says it better than any table.
+fn takes_blocks_of(file: &File, block_size: u32) -> bool {
+    let len = block_size as usize;
+    let mut room = Aligned::new(2 * len);
+    // Not at a page's beginning: parts of buffers are read as well.
+    match file.read_at(&mut room.bytes(2 * len)[len..], u64::from(block_size)) {
+        Ok(_) => true,
+        Err(e) => {
+            log::debug!("O_DIRECT in blocks of {block_size} bytes on fd {}: {e}", file.as_raw_fd());
+            false
+        }
+    }
+}
+
+/// Page-aligned bytes, as O_DIRECT wants them.
+struct Aligned {
+    room: Vec<u8>,
+    skip: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let room = vec![0; len + pool::PAGE];
+        let skip = room.as_ptr().align_offset(pool::PAGE);
+        Aligned { room, skip }
+    }
+
+    /// The first `len` of them, at most as many as there are.
+    fn bytes(&mut self, len: usize) -> &mut [u8] {
+        &mut self.room[self.skip..self.skip + len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every descriptor of this process that is open on `file`.
+    fn opened(file: &File) -> Vec<std::path::PathBuf> {
+        use std::os::unix::fs::MetadataExt;
+        let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+        let ours = id(file.metadata().unwrap());
+        let all = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().path());
+        all.filter(|fd| std::fs::metadata(fd).is_ok_and(|m| id(m) == ours)).collect()
+    }
+
+    #[test]
+    fn a_file_is_not_opened_for_writing_while_another_queue_may_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let store = FileStore::open(&path, false, 512).unwrap();
+        let queue = store.open_queue(1).unwrap();
+        drop(store);
+        // The open file of a queue is what the kernel keeps while requests are in flight, whoever else is gone.
+        let busy = lock_in_flight(&file(), locks::Kind::Exclusive).unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
+        let waiting = std::thread::scope(|scope| {
+            let opens = scope.spawn(|| FileStore::open(&path, false, 512).map(drop));
+            drop(queue);
+            opens.join().unwrap()
+        });
+        waiting.unwrap();
+    }
+
+    #[test]
+    fn every_queue_has_an_open_file_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        for read_only in [false, true] {
+            let store = FileStore::open(&path, read_only, 512).unwrap();
+            std::fs::rename(&path, dir.path().join("moved")).unwrap();
+            let queues = [store.open_queue(1).unwrap(), store.open_queue(1).unwrap()];
+            let files = opened(store.file());
+            assert_eq!(files.len(), 3);
+            // A seek moves the position of one open file, whatever descriptors it has.
+            lseek64(store.file(), 77, Whence::SeekSet).unwrap();
+            let positions = files.iter().map(|fd| {
+                let info = fd.to_str().unwrap().replace("/fd/", "/fdinfo/");
+                std::fs::read_to_string(info).unwrap().lines().next().unwrap().to_owned()
+            });
+            assert_eq!(positions.filter(|line| line.ends_with("77")).count(), 1);
+            drop(queues);
+            std::fs::rename(dir.path().join("moved"), &path).unwrap();
+        }
+    }
+}

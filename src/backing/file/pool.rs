@@ -1,0 +1,161 @@
+//! The bounce buffers of one queue: a fixed run of pages, handed out in contiguous pieces.
+//!
+//! The size is the bound on what one queue can ever hold; whoever finds it empty waits for completions.
+
+use crate::backing::Buffer;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Bytes in a page of the pool: the alignment that O_DIRECT needs at most.
+pub const PAGE: usize = 4096;
+/// Pages in a pool: 4 MiB a queue, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
+pub const PAGES: u32 = 1024;
+/// The most bytes in one buffer: larger transfers go in pieces.
+pub const MAX_BUFFER: usize = 256 * 1024;
+
+/// Pages for transfers, not for keys: they hold ciphertext, and plaintext only while a request is served.
+pub struct Pool {
+    id: u32,
+    base: NonNull<u8>,
+    /// One bit a page, 1 = free.
+    free: [u64; PAGES as usize / 64],
+    /// Where the last search ended.
+    hint: usize,
+    free_pages: u32,
+}
+
+// SAFETY: the pages are owned by this value alone, like those of a Vec.
+unsafe impl Send for Pool {}
+
+impl Pool {
+    /// Maps the pages.
+    pub fn new() -> io::Result<Self> {
+        use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
+        let len = NonZeroUsize::new(PAGES as usize * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no other memory.
+        let base = unsafe {
+            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+        }?;
+        // What passes through is the guest's plaintext: it has no place in a core file.
+        // SAFETY: the range is the mapping made above; DONTDUMP does not change its contents.
+        unsafe { madvise(base, len.get(), MmapAdvise::MADV_DONTDUMP) }?;
+        static POOLS: AtomicU32 = AtomicU32::new(0);
+        let id = POOLS.fetch_add(1, Ordering::Relaxed);
+        Ok(Pool { id, base: base.cast(), free: [u64::MAX; _], hint: 0, free_pages: PAGES })
+    }
+
+    /// The whole pool as an iovec, for registration with io_uring.
+    pub fn iovec(&self) -> libc::iovec {
+        libc::iovec { iov_base: self.base.as_ptr().cast(), iov_len: PAGES as usize * PAGE }
+    }
+
+    /// A buffer of `len` bytes, 1..=[`MAX_BUFFER`], page-aligned.
+    pub fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        debug_assert!((1..=MAX_BUFFER).contains(&len));
+        let pages = len.div_ceil(PAGE) as u32;
+        if pages > self.free_pages {
+            return None;
+        }
+        let page = if pages == 1 { self.find_page()? } else { self.find_run(pages)? };
+        self.mark(page, pages, false);
+        Some(Buffer { pool: self.id, page, pages, len: len as u32 })
+    }
+
+    /// Takes a buffer back.
+    pub fn free(&mut self, buffer: Buffer) {
+        assert_eq!(buffer.pool, self.id, "a buffer goes back to the pool that made it");
+        self.mark(buffer.page, buffer.pages, true);
+        self.hint = buffer.page as usize / 64;
+    }
+
+    /// Where the buffer's bytes are.
+    pub fn ptr(&self, buffer: &Buffer) -> *mut u8 {
+        assert_eq!(buffer.pool, self.id, "a buffer is used with the pool that made it");
+        // SAFETY: the pages of this pool's buffers lie inside the mapping, since only `alloc` makes buffers.
+        unsafe { self.base.as_ptr().add(buffer.page as usize * PAGE) }
+    }
+
+    /// The buffer's bytes.
+    pub fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        // SAFETY: `alloc` gave these pages to this buffer alone, buffers cannot be copied, and both it and the
+        // pool are borrowed for as long as the slice lives. The kernel uses the pages only while the queue
+        // owns the buffer. `len` is at most the length of its pages.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(buffer), buffer.len as usize) }
+    }
+
+    fn find_page(&mut self) -> Option<u32> {
+        let words = self.free.len();
+        (0..words).map(|i| (self.hint + i) % words).find(|&word| self.free[word] != 0).map(|word| {
+            self.hint = word;
+            (word * 64) as u32 + self.free[word].trailing_zeros()
+        })
+    }
+
+    fn find_run(&self, pages: u32) -> Option<u32> {
+        let mut start = 0;
+        while start + pages <= PAGES {
+            match (start..start + pages).rev().find(|&page| !self.is_free(page)) {
+                None => return Some(start),
+                Some(taken) => start = taken + 1,
+            }
+        }
+        None
+    }
+
+    fn is_free(&self, page: u32) -> bool {
+        self.free[page as usize / 64] >> (page % 64) & 1 == 1
+    }
+
+    fn mark(&mut self, page: u32, pages: u32, free: bool) {
+        for page in page..page + pages {
+            let bit = 1u64 << (page % 64);
+            let word = &mut self.free[page as usize / 64];
+            debug_assert_eq!(*word & bit == 0, free, "a page is taken and given back once");
+            *word ^= bit;
+        }
+        if free { self.free_pages += pages } else { self.free_pages -= pages }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length; no buffer can be looked into without the pool.
+        let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), PAGES as usize * PAGE) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_never_overlap_and_all_come_back() {
+        let mut pool = Pool::new().unwrap();
+        let mut held: Vec<Buffer> = Vec::new();
+        let mut seed = 1u64;
+        for _ in 0..20_000 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let roll = (seed >> 33) as usize;
+            if roll.is_multiple_of(3) && !held.is_empty() {
+                let mut buffer = held.swap_remove(roll / 3 % held.len());
+                let tag = pool.bytes(&mut buffer)[0];
+                assert!(pool.bytes(&mut buffer).iter().all(|&b| b == tag), "somebody else wrote into it");
+                pool.free(buffer);
+            } else if let Some(mut buffer) = pool.alloc(1 + roll % MAX_BUFFER) {
+                pool.bytes(&mut buffer).fill(roll as u8);
+                held.push(buffer);
+            }
+        }
+        for buffer in held {
+            pool.free(buffer);
+        }
+        assert_eq!(pool.free_pages, PAGES);
+        let all: Vec<_> = std::iter::from_fn(|| pool.alloc(PAGE)).collect();
+        assert_eq!(all.len(), PAGES as usize);
+        assert!(pool.alloc(1).is_none());
+        all.into_iter().for_each(|b| pool.free(b));
+    }
+}

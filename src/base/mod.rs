@@ -1,0 +1,16 @@
+//! What every room needs: errors, where a store lies and how its files are changed durably, points in time.
+//!
+//! Knows nothing of what the other modules are about.
+
+pub mod error;
+mod locality;
+pub mod locks;
+pub mod root;
+mod timestamp;
+
+pub use error::{Context, Error, Kind, Result};
+pub use locality::Locality;
+pub use timestamp::Timestamp;
+
+/// The largest disk in bytes: what a file offset can say, in whole sectors of any size.
+pub const MAX_DISK_SIZE: u64 = (1 << 63) - 4096;

@@ -1,0 +1,99 @@
+//! A volume's new size, as its record has it.
+
+use crate::base::{Error, Kind, Result};
+use crate::catalog::lock::VolumeLock;
+use crate::catalog::metadata::Geometry;
+use crate::catalog::{Catalog, Metadata, Pending};
+use crate::crypt::SealKey;
+use std::fs::File;
+
+/// The size that a volume is going to have.
+///
+/// # Errors
+/// `Usage` for a size that is smaller, or not whole sectors.
+pub fn check(volume: &Metadata, size: u64) -> Result<Geometry> {
+    if size < volume.size() {
+        let message = format!(
+            "it has {} bytes, and a volume cannot be made smaller: its file system may lie there",
+            volume.size()
+        );
+        return Err(Error::new(Kind::Usage, message));
+    }
+    Geometry::new(size, volume.sector_size())
+}
+
+/// A resize that has begun: the top layer's file, `top`, is as long as it is going to be, and nothing uses that yet.
+#[must_use = "the volume has its new size once this is committed"]
+pub struct Growth<'a> {
+    geometry: Geometry,
+    top: &'a File,
+}
+
+impl<'a> Growth<'a> {
+    /// Makes the file of the top layer longer, durably. The volume may be written to meanwhile.
+    ///
+    /// # Errors
+    /// `Usage`, as for [`check`]; those of the file system. The volume is as it was.
+    pub fn begin(
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &Metadata,
+        size: u64,
+        top: &'a File,
+    ) -> Result<Self> {
+        // As it is now that nobody else can change it.
+        let geometry = check(metadata, size)?;
+        Pending::Resize(size).store(catalog, lock, metadata)?;
+        let growth = Growth { geometry, top };
+        match top.set_len(size).and_then(|()| top.sync_all()) {
+            Ok(()) => Ok(growth),
+            Err(e) => {
+                growth.cancel(catalog, lock);
+                Err(Error::from(e).context(format!("make the top layer {size} bytes long")))
+            }
+        }
+    }
+
+    /// Gives the volume its new size, durably. `key` seals it; none for an unencrypted one.
+    ///
+    /// # Errors
+    /// Those of the file system: then it has the size that it had.
+    pub fn commit(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        key: Option<&SealKey>,
+    ) -> Result<()> {
+        let mut next = metadata.clone();
+        next.layout.geometry = self.geometry;
+        next.layout.layers[0].size = self.geometry.size();
+        next.reseal(key);
+        if let Err(e) = catalog.store(lock, &mut next) {
+            self.cancel(catalog, lock);
+            return Err(e);
+        }
+        *metadata = next;
+        if let Err(e) = catalog.forget_pending(lock) {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+        Ok(())
+    }
+
+    /// Gives the file its length back, by what `volume.json` says now: a replacement that failed may have come far
+    /// enough to be seen.
+    pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
+        let undo = || {
+            let size = catalog.load(lock.volume())?.size();
+            if size < self.geometry.size() {
+                self.top.set_len(size)?;
+                self.top.sync_all()?;
+                catalog.forget_pending(lock)?;
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(e) = undo() {
+            log::warn!("{e}; the next command that has {} tries again", lock.volume());
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What becomes of a volume whose lower layers were copied up: they leave its chain, and nobody needs their keys.
+//!
+//! `leaving.json` in the volume's folder names the layers that are about to leave, or have left, until their files are
+//! removed where nothing else names them. It is durable before `volume.json` is replaced, **which is the moment**. It names
+//! layers for those who clear up, and keeps none: a layer is removed when no record names it ([`crate::catalog::references`]).
+//! `docs/format.md` argues the steps.
+
+use crate::base::root::{replace_file, sync_dir};
+use crate::base::{Context, Kind, Result};
+use crate::catalog::lock::VolumeLock;
+use crate::catalog::metadata::{Metadata, written};
+use crate::catalog::references::{StoreLock, remove_unnamed};
+use crate::catalog::{Catalog, LayerId, VolumeId, read_bounded};
+use crate::crypt::SealKey;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The file's name in the volume's folder.
+pub(crate) const FILE: &str = "leaving.json";
+
+const FORMAT: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    format: u32,
+    layers: Vec<LayerId>,
+}
+
+/// Takes the layers that were copied up out of the volume's chain, durably. **What they held is in the layers above,
+/// durably**, and whoever serves the volume writes to no other layer than its top. Their files are there until somebody
+/// [clears them away](Catalog::clear_left).
+///
+/// `key` seals the volume; none for an unencrypted one.
+///
+/// # Errors
+/// Those of the file system: then the volume goes on with the layers that it had.
+pub fn commit(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    metadata: &mut Metadata,
+    key: Option<&SealKey>,
+) -> Result<()> {
+    let layout = metadata.layout();
+    let leaving = &layout.layers()[layout.layers().len() - layout.leaving()..];
+    let mut layers = catalog.left_layers(lock.volume())?;
+    layers.extend(leaving.iter().map(|l| l.id));
+    layers.sort_unstable();
+    layers.dedup();
+    let path = catalog.leaving_path(lock.volume());
+    replace_file(&path, &written::to_json(&Written { format: FORMAT, layers }))?;
+    let mut next = metadata.clone();
+    next.layout = metadata.layout().hydrated();
+    next.reseal(key);
+    catalog.store(lock, &mut next)?;
+    *metadata = next;
+    Ok(())
+}
+
+impl Catalog {
+    fn leaving_path(&self, volume: VolumeId) -> PathBuf {
+        self.folder(volume).join(FILE)
+    }
+
+    /// The layers that are leaving a volume's chain, or have left it, as far as they were not cleared away.
+    pub(crate) fn left_layers(&self, volume: VolumeId) -> Result<Vec<LayerId>> {
+        let path = self.leaving_path(volume);
+        let attempt = || format!("read {}", path.display());
+        let bytes = match read_bounded(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == Kind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e.context(attempt())),
+        };
+        match written::version(&bytes).context(attempt)? {
+            1 => Ok(written::read::<Written>(&bytes).context(attempt)?.layers),
+            other => Err(written::unknown_version(other, "version 1").context(attempt())),
+        }
+    }
+
+    /// Whether some layers may have left its chain that were not cleared away.
+    pub(crate) fn has_left_layers(&self, volume: VolumeId) -> bool {
+        self.leaving_path(volume).exists()
+    }
+
+    /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process may be at
+    /// work meanwhile. Answers how many that were.
+    ///
+    /// # Errors
+    /// `Corrupt` if a record cannot be read, since then nobody knows what it names; those of the file system.
+    pub fn clear_left(&self, volume: VolumeId) -> Result<usize> {
+        if !self.has_left_layers(volume) {
+            return Ok(0);
+        }
+        self.clear_left_under(volume, &StoreLock::acquire(self)?)
+    }
+
+    fn clear_left_under(&self, volume: VolumeId, store: &StoreLock) -> Result<usize> {
+        let removed = remove_unnamed(self, self.left_layers(volume)?, store)
+            .map_err(|e| e.context(format!("remove the layers that have left the chain of {volume}")))?;
+        if removed > 0 {
+            log::info!("{volume}: removed {removed} layers that have left its chain");
+        }
+        Ok(removed)
+    }
+
+    /// The same for who has the volume, after which nobody need do it again.
+    ///
+    /// # Errors
+    /// As for [`Catalog::clear_left`].
+    pub(crate) fn settle_left(&self, lock: &VolumeLock, store: &StoreLock) -> Result<()> {
+        self.clear_left_under(lock.volume(), store)?;
+        let path = self.leaving_path(lock.volume());
+        std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+        sync_dir(&self.folder(lock.volume()))
+    }
+}

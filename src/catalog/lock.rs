@@ -1,0 +1,485 @@
+//! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who is to have
+//! it next, in a live migration: another such lock, beside the first.
+//!
+//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
+//! says who it is, for the reader of an error; without the lock it means nothing, but for what the guest wants of whoever
+//! serves it next. The file is never replaced:
+//! a lock on a file that a path no longer leads to would protect nothing.
+
+use crate::base::locks::{self, Bytes};
+use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::VolumeId;
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, FileTimes, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+use std::{fmt, io};
+
+/// The file's name in the volume's folder.
+pub const FILE: &str = "lock";
+/// Bytes of the file, from its beginning, whose lock says who has the volume.
+const HELD: Bytes = Bytes::range(0, 1 << 62);
+/// The byte whose lock says that a process waits to have it.
+const AWAITED: Bytes = Bytes::one(1 << 62);
+/// The most bytes of the file that are read.
+const MAX_HOLDER: usize = 64 << 10;
+
+/// What a volume is held for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// It is attached.
+    Attach,
+    /// It is being made.
+    Create,
+    /// It is being deleted.
+    Delete,
+    /// A snapshot of it is being made.
+    Snapshot,
+    /// It is being made larger.
+    Resize,
+    /// What an interrupted command left of it is being cleared up.
+    Recover,
+    /// Its data keys are being wrapped anew.
+    Rewrap,
+    /// Its data is being copied out of the store.
+    Export,
+    /// It gets a new data key, or what lower layers hold is copied up.
+    Hydrate,
+}
+
+/// The process that holds a volume, as it says itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// What it does with the volume.
+    pub purpose: Purpose,
+    /// Its process id, in the pid namespace that it ran in.
+    pub pid: u32,
+    /// When the process began, in clock ticks since boot: tells it from a later one with the same id.
+    pub start_time: u64,
+    /// Since when it has the volume.
+    pub since: Timestamp,
+    /// The vhost-user socket's path, where it has one, as text for people.
+    pub socket: Option<String>,
+    /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when the holder
+    /// is gone: the guest does not say it again to who serves it next.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub write_through: bool,
+}
+
+impl Holder {
+    /// This process, from now on.
+    pub fn this_process(purpose: Purpose, socket: Option<&Path>) -> Result<Self> {
+        let pid = std::process::id();
+        let stat = read_stat(pid).context(|| "look at this process")?;
+        let start_time = start_time(&stat)
+            .ok_or_else(|| Error::new(Kind::Other, format!("/proc/{pid}/stat does not read as expected")))?;
+        let socket = socket.map(|path| path.display().to_string());
+        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
+    }
+
+    /// Whether that very process still runs. A confined process may not look: to it, whoever the file names does.
+    pub fn is_alive(&self) -> bool {
+        match read_stat(self.pid) {
+            Ok(stat) => start_time(&stat) == Some(self.start_time),
+            Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let doing = match self.purpose {
+            Purpose::Attach => "is attached",
+            Purpose::Create => "is being made",
+            Purpose::Delete => "is being deleted",
+            Purpose::Snapshot => "is being made a snapshot of",
+            Purpose::Resize => "is being made larger",
+            Purpose::Recover => "is being tidied up",
+            Purpose::Rewrap => "is being rewrapped",
+            Purpose::Export => "is being exported",
+            Purpose::Hydrate => "is being re-keyed or flattened",
+        };
+        write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
+        if let Some(socket) = &self.socket {
+            write!(f, ", socket {socket}")?;
+        }
+        f.write_str(")")
+    }
+}
+
+/// Whether somebody has a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Nobody.
+    Free,
+    /// This process.
+    By(Holder),
+    /// Somebody who has not said who he is, or not yet.
+    Unknown,
+}
+
+/// A volume's lock file, open. By itself it holds nothing.
+#[derive(Clone, Debug)]
+pub struct LockFile {
+    file: Arc<File>,
+    path: PathBuf,
+    volume: VolumeId,
+}
+
+impl LockFile {
+    /// Opens that of the volume whose folder is `folder`.
+    pub fn open(folder: &Path, volume: VolumeId) -> Result<Self> {
+        let path = folder.join(FILE);
+        // Create: the folder of a volume that was copied by hand may lack the file.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(&path).context(|| format!("lock {}", path.display()))?;
+        Ok(LockFile { file: Arc::new(file), path, volume })
+    }
+
+    /// Takes the volume.
+    ///
+    /// # Errors
+    /// `Busy`, naming the process that has it, or because another is to have it next; `NotFound` if the volume was
+    /// deleted meanwhile.
+    pub fn acquire(&self, holder: &Holder) -> Result<VolumeLock> {
+        let lock = self.acquire_awaited(holder)?;
+        if self.is_awaited()? {
+            let hint = "detach it where \"sealblk attach --incoming\" waits for it, or let its VMM start";
+            return Err(Error::new(
+                Kind::Busy,
+                format!("{} is about to be handed over; {hint}", self.volume),
+            ));
+        }
+        Ok(lock)
+    }
+
+    /// The same for who is to have it next, and for who has let go of it and wants it back.
+    ///
+    /// # Errors
+    /// As [`LockFile::acquire`], but for the second.
+    pub fn acquire_awaited(&self, holder: &Holder) -> Result<VolumeLock> {
+        let attempt = || format!("lock {}", self.path.display());
+        if !self.lock(HELD).context(attempt)? {
+            return Err(busy(self.volume, &query_file(&self.file).context(attempt)?));
+        }
+        let before = read_holder(&self.file).context(attempt)?;
+        let write_through = before.is_some_and(|holder| holder.write_through);
+        let lock = VolumeLock { file: self.clone(), holder: Holder { write_through, ..holder.clone() } };
+        if !same_file(&self.file, &self.path).context(attempt)? {
+            return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
+        }
+        lock.write_holder();
+        Ok(lock)
+    }
+
+    /// Announces that this process is to have the volume next. It takes nothing from who has it now.
+    ///
+    /// # Errors
+    /// `Busy` if another process is to have it next.
+    pub fn announce(&self) -> Result<Turn> {
+        if !self.lock(AWAITED).context(|| format!("lock {}", self.path.display()))? {
+            let message = format!("another process waits for {} already; end that first", self.volume);
+            return Err(Error::new(Kind::Busy, message));
+        }
+        // Who holds it may be asleep: see `Announcements`.
+        let now = SystemTime::now();
+        // Both, which is what makes it a change of attributes to inotify.
+        let times = FileTimes::new().set_accessed(now).set_modified(now);
+        self.file.set_times(times).context(|| format!("touch {}", self.path.display()))?;
+        Ok(Turn(self.clone()))
+    }
+
+    /// What tells of announcements, as far as they are made on this machine.
+    pub fn announcements(&self) -> Result<Announcements> {
+        let attempt = || format!("watch {}", self.path.display());
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).context(attempt)?;
+        inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB).context(attempt)?;
+        Ok(Announcements(inotify))
+    }
+
+    /// Whether another process has announced itself.
+    pub fn is_awaited(&self) -> Result<bool> {
+        locks::is_locked_against(&self.file, locks::Kind::Shared, AWAITED)
+            .context(|| format!("look at {}", self.path.display()))
+    }
+
+    /// Locks these bytes of the file; `false` if somebody has them.
+    fn lock(&self, bytes: Bytes) -> Result<bool> {
+        Ok(locks::try_lock(&self.file, locks::Kind::Exclusive, bytes)?)
+    }
+}
+
+/// A volume that this process has. Proof, for whoever wants it, that no other process has it.
+#[derive(Debug)]
+pub struct VolumeLock {
+    file: LockFile,
+    holder: Holder,
+}
+
+impl VolumeLock {
+    /// Takes the volume whose folder is `folder`.
+    ///
+    /// # Errors
+    /// As [`LockFile::acquire`].
+    pub fn acquire(folder: &Path, volume: VolumeId, holder: &Holder) -> Result<Self> {
+        LockFile::open(folder, volume)?.acquire(holder)
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> VolumeId {
+        self.file.volume
+    }
+
+    /// Whether the guest wants writes to be durable when they complete, as far as this or an earlier process knows.
+    pub fn write_through(&self) -> bool {
+        self.holder.write_through
+    }
+
+    /// Notes what the guest wants, for whoever serves it after this process.
+    pub fn note_write_through(&mut self, write_through: bool) {
+        self.holder.write_through = write_through;
+        self.write_holder();
+    }
+
+    fn write_holder(&self) {
+        let text = serde_json::to_vec(&self.holder).expect("strings and numbers");
+        let file = &self.file.file;
+        if let Err(e) = file.set_len(0).and_then(|()| file.write_all_at(&text, 0)) {
+            // The lock holds all the same, and on a full disk a volume must still be deleted.
+            log::warn!("{}: {e}", self.file.path.display());
+        }
+    }
+}
+
+impl Drop for VolumeLock {
+    fn drop(&mut self) {
+        // For whoever looks at the file by hand; but what the guest wants must not be lost.
+        if !self.holder.write_through {
+            let _ = self.file.file.set_len(0);
+        }
+        locks::unlock(&self.file.file, HELD);
+    }
+}
+
+/// Tells when somebody may have announced himself.
+pub struct Announcements(Inotify);
+
+impl Announcements {
+    /// Waits for the next time.
+    pub fn wait(&self) -> Result<()> {
+        match self.0.read_events() {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(Error::from(e).context("wait for announcements")),
+        }
+    }
+}
+
+/// The place of who is to have a volume next, until this is dropped.
+#[derive(Debug)]
+pub struct Turn(LockFile);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        locks::unlock(&self.0.file, AWAITED);
+    }
+}
+
+/// Who has the volume whose folder is `folder`; asking takes nothing.
+pub fn query(folder: &Path) -> Result<Held> {
+    let path = folder.join(FILE);
+    let attempt = || format!("look at {}", path.display());
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Held::Free),
+        Err(e) => return Err(Error::from(e).context(attempt())),
+    };
+    query_file(&file).context(attempt)
+}
+
+fn query_file(file: &File) -> Result<Held> {
+    // A read lock suffices to ask: a holder has a write lock.
+    if !locks::is_locked_against(file, locks::Kind::Shared, HELD)? {
+        return Ok(Held::Free);
+    }
+    // Between taking the lock and writing, the file says who had it before.
+    let holder = read_holder(file)?.filter(Holder::is_alive);
+    Ok(holder.map_or(Held::Unknown, Held::By))
+}
+
+/// What the file says, if that can be read.
+fn read_holder(file: &File) -> std::io::Result<Option<Holder>> {
+    let mut text = vec![0; MAX_HOLDER];
+    let len = file.read_at(&mut text, 0)?;
+    Ok(serde_json::from_slice(&text[..len]).ok())
+}
+
+/// The error for a volume that somebody else has.
+pub fn busy(volume: VolumeId, held: &Held) -> Error {
+    let message = match held {
+        Held::By(holder) => format!("{volume} {holder}"),
+        Held::Unknown | Held::Free => format!("{volume} is in use by another process"),
+    };
+    let hint = match held {
+        Held::By(Holder { purpose: Purpose::Attach, .. }) => {
+            format!("; \"sealblk detach {volume}\" ends that")
+        }
+        _ => "; try again".to_string(),
+    };
+    Error::new(Kind::Busy, message + &hint)
+}
+
+fn same_file(file: &File, path: &Path) -> std::io::Result<bool> {
+    let ours = file.metadata()?;
+    match std::fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)): when the process began.
+fn start_time(stat: &str) -> Option<u64> {
+    // The name, field 2, is in parentheses and may hold anything, parentheses too.
+    let (_, after) = stat.rsplit_once(')')?;
+    after.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn read_stat(pid: u32) -> io::Result<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attach(socket: Option<&Path>) -> Holder {
+        Holder::this_process(Purpose::Attach, socket).unwrap()
+    }
+
+    #[test]
+    fn a_second_holder_is_refused_and_told_who_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let holder = attach(Some(Path::new("/run/vm.sock")));
+        let lock = VolumeLock::acquire(dir.path(), id, &holder).unwrap();
+        assert_eq!(query(dir.path()).unwrap(), Held::By(holder));
+        let e = VolumeLock::acquire(dir.path(), id, &attach(None)).unwrap_err();
+        assert_eq!(e.kind(), Kind::Busy);
+        let expected = format!("{id} is attached by process {} (since ", std::process::id());
+        assert!(e.to_string().starts_with(&expected), "{e}");
+        assert!(e.to_string().contains("socket /run/vm.sock)"), "{e}");
+        drop(lock);
+        assert_eq!(query(dir.path()).unwrap(), Held::Free);
+        assert!(VolumeLock::acquire(dir.path(), id, &attach(None)).is_ok());
+    }
+
+    #[test]
+    fn what_the_file_says_without_the_lock_means_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        std::fs::write(dir.path().join(FILE), serde_json::to_vec(&attach(None)).unwrap()).unwrap();
+        assert_eq!(query(dir.path()).unwrap(), Held::Free);
+        assert!(VolumeLock::acquire(dir.path(), id, &attach(None)).is_ok());
+    }
+
+    #[test]
+    fn a_holder_that_has_not_said_who_it_is_still_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let lock = VolumeLock::acquire(dir.path(), id, &attach(None)).unwrap();
+        let mut gone = attach(None);
+        gone.start_time += 1;
+        for text in [serde_json::to_vec(&gone).unwrap(), b"{\"pid\"".to_vec(), Vec::new()] {
+            std::fs::write(dir.path().join(FILE), text).unwrap();
+            assert_eq!(query(dir.path()).unwrap(), Held::Unknown);
+            let e = VolumeLock::acquire(dir.path(), id, &attach(None)).unwrap_err();
+            assert!(e.kind() == Kind::Busy && e.to_string().contains("another process"), "{e}");
+        }
+        drop(lock);
+    }
+
+    #[test]
+    fn who_waits_for_a_volume_takes_nothing_and_is_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let open = || LockFile::open(dir.path(), id).unwrap();
+        let (source, next) = (open(), open());
+        let lock = source.acquire(&attach(None)).unwrap();
+        assert!(!source.is_awaited().unwrap());
+        let turn = next.announce().unwrap();
+        assert!(source.is_awaited().unwrap() && !next.is_awaited().unwrap());
+        assert_eq!(open().announce().unwrap_err().kind(), Kind::Busy);
+        assert_eq!(next.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        drop(lock);
+        assert_eq!(query(dir.path()).unwrap(), Held::Free, "who waits does not hold");
+        let e = open().acquire(&attach(None)).unwrap_err();
+        assert!(e.kind() == Kind::Busy && e.to_string().contains("about to be handed over"), "{e}");
+        assert_eq!(query(dir.path()).unwrap(), Held::Free, "a refused attempt leaves nothing");
+        drop(source.acquire_awaited(&attach(None)).unwrap());
+        let lock = next.acquire(&attach(None)).unwrap();
+        drop(turn);
+        assert!(
+            matches!(query(dir.path()).unwrap(), Held::By(_)),
+            "the one lock does not take the other along"
+        );
+        assert!(!source.is_awaited().unwrap());
+        assert_eq!(source.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        let _again = source.announce().unwrap();
+        drop(lock);
+        assert!(next.is_awaited().unwrap());
+        assert!(source.acquire(&attach(None)).is_ok());
+    }
+
+    #[test]
+    fn what_the_guest_chose_outlives_its_host_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let acquire = || VolumeLock::acquire(dir.path(), VolumeId::random(), &attach(None)).unwrap();
+        let mut lock = acquire();
+        assert!(!lock.write_through());
+        lock.note_write_through(true);
+        drop(lock);
+        assert_eq!(query(dir.path()).unwrap(), Held::Free);
+        // However often it changes hands, and however they end.
+        let lock = acquire();
+        assert!(lock.write_through());
+        drop(lock);
+        let mut lock = acquire();
+        assert!(lock.write_through());
+        lock.note_write_through(false);
+        drop(lock);
+        assert_eq!(std::fs::metadata(dir.path().join(FILE)).unwrap().len(), 0);
+        assert!(!acquire().write_through());
+    }
+
+    #[test]
+    fn a_lock_of_the_whole_file_excludes_everybody() {
+        // As versions before this one took it.
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let (old, new) = (LockFile::open(dir.path(), id).unwrap(), LockFile::open(dir.path(), id).unwrap());
+        assert!(old.lock(Bytes::ALL).unwrap());
+        assert_eq!(new.acquire(&attach(None)).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(query(dir.path()).unwrap(), Held::Unknown);
+        locks::unlock(&old.file, Bytes::ALL);
+        let _lock = new.acquire(&attach(None)).unwrap();
+        assert!(!old.lock(Bytes::ALL).unwrap());
+    }
+
+    #[test]
+    fn a_lock_on_a_deleted_file_is_not_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        let file = File::create(&path).unwrap();
+        assert!(same_file(&file, &path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        assert!(!same_file(&file, &path).unwrap());
+        let _other = File::create(&path).unwrap();
+        assert!(!same_file(&file, &path).unwrap());
+    }
+}

@@ -1,0 +1,114 @@
+//! Another data key for a volume, and a chain of layers made one: what `volume.json` says of it. The copying is
+//! [`crate::disk::hydrate`]'s, and what follows it [`crate::catalog::leaving`]'s.
+//!
+//! A volume is re-keyed by freezing its top and giving it a new one under the new data key. To be flattened it needs no
+//! new layer: what is below its top is marked to be copied up.
+
+use crate::base::{Error, Kind, Result};
+use crate::catalog::Catalog;
+use crate::catalog::lock::VolumeLock;
+use crate::catalog::metadata::{KeyRecord, Metadata};
+use crate::crypt::Dek;
+use crate::kms::WrappedKey;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A data key that a volume is going to have, wrapped for it by a KMS. Nobody may have seen it yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewKey(pub(crate) KeyRecord);
+
+impl NewKey {
+    /// A data key that a KMS has made and wrapped.
+    pub fn new(record: KeyRecord) -> Self {
+        NewKey(record)
+    }
+
+    /// As it is noted of a volume.
+    pub fn record(&self) -> &KeyRecord {
+        &self.0
+    }
+
+    /// Notes what tells the data key from others.
+    pub fn checked(mut self, dek: &Dek) -> Self {
+        self.0.check = Some(dek.check_value());
+        self
+    }
+}
+
+impl NewKey {
+    /// What will be known of the keys of `volume` when it has this one, too.
+    pub fn also_of(&self, volume: &Metadata) -> Metadata {
+        let mut next = volume.clone();
+        next.layout.keys.push(self.0.clone());
+        next
+    }
+}
+
+impl fmt::Display for NewKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.0.provider, self.0.wrapped.key_id)
+    }
+}
+
+/// A [`NewKey`] as one process tells another of it. Says nothing that `volume.json` would not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenNewKey {
+    provider: String,
+    key_id: String,
+    /// Base64.
+    wrapped: String,
+}
+
+impl From<&NewKey> for WrittenNewKey {
+    fn from(key: &NewKey) -> Self {
+        let KeyRecord { provider, wrapped, .. } = &key.0;
+        let blob = BASE64.encode(&wrapped.blob);
+        WrittenNewKey { provider: provider.clone(), key_id: wrapped.key_id.clone(), wrapped: blob }
+    }
+}
+
+impl WrittenNewKey {
+    /// What it means, if it could stand in the `volume.json` of `volume`.
+    ///
+    /// # Errors
+    /// `Usage` for what could not.
+    pub fn parse(self, volume: &Metadata) -> Result<NewKey> {
+        let usage = |e: String| Error::new(Kind::Usage, format!("the new data key: {e}"));
+        let blob = BASE64.decode(&self.wrapped).map_err(|e| usage(e.to_string()))?;
+        let wrapped = WrappedKey { key_id: self.key_id, blob };
+        let record = KeyRecord { provider: self.provider, wrapped, check: None };
+        let alone = Metadata::new(volume.id(), None, volume.geometry(), Some(record));
+        let read = Metadata::from_json(&alone.to_json()).map_err(|e| usage(e.to_string()))?;
+        let key = read.keys().first().cloned();
+        key.map(NewKey).ok_or_else(|| usage("it is not one".into()))
+    }
+}
+
+/// # Errors
+/// `Usage` for a volume that has no data key.
+pub fn check_encrypted(volume: &Metadata) -> Result<()> {
+    if volume.is_encrypted() {
+        return Ok(());
+    }
+    let message = "it is not encrypted, and stays so; a snapshot of it can be made an encrypted volume: \"sealblk \
+                   volume create --snapshot … --key …\"";
+    Err(Error::new(Kind::Usage, message))
+}
+
+/// Marks all layers below the top to be copied up, durably; the caller has the volume. Answers whether there are any.
+///
+/// # Errors
+/// Those of the file system; the volume is as it was then.
+pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Metadata) -> Result<bool> {
+    let Some(layout) = metadata.layout().with_all_leaving() else { return Ok(false) };
+    if layout != *metadata.layout() {
+        // The seal is not over it.
+        let mut next = Metadata { layout, ..metadata.clone() };
+        catalog.store(lock, &mut next)?;
+        *metadata = next;
+    }
+    Ok(true)
+}

@@ -1,0 +1,251 @@
+//! `sealblk snapshot`: make, list, show, tag and delete snapshots.
+#![forbid(unsafe_code)]
+
+mod copy;
+mod create;
+
+use crate::base::{Context, Result};
+use crate::catalog::Catalog;
+use crate::catalog::snapshot::{Entry, Snapshot};
+use crate::catalog::tags::Tags;
+use crate::cli::filter::{self, Filter, Tag};
+use crate::cli::volume::export;
+use crate::cli::{Env, output, size};
+use crate::ops::export::What;
+use serde_json::{Value, json};
+
+/// The commands.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Make a snapshot of a volume, which takes the same short time whatever the volume's size.
+    Create(create::CreateArgs),
+    /// List the snapshots.
+    #[command(after_help = "\
+Examples:
+  sealblk snapshot list --json
+  sealblk snapshot list --filter volume-id=vol-0123456789abcdef0 --filter tag:Name=nightly")]
+    List(ListArgs),
+    /// Show one snapshot.
+    #[command(after_help = "Example:\n  sealblk snapshot show snap-0a1b")]
+    Show(OneSnapshot),
+    /// Copy a snapshot.
+    Copy(copy::CopyArgs),
+    /// Write what a snapshot holds into a file, in the clear.
+    Export(ExportArgs),
+    /// Delete a snapshot, and the data that nothing else uses.
+    #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
+    Delete(OneSnapshot),
+    /// Give a snapshot tags.
+    #[command(after_help = "Example:\n  sealblk snapshot tag snap-0a1b Name=nightly")]
+    Tag(TagArgs),
+    /// Take tags away from a snapshot.
+    #[command(after_help = "Example:\n  sealblk snapshot untag snap-0a1b env")]
+    Untag(UntagArgs),
+}
+
+/// What `snapshot list` takes.
+#[derive(clap::Args)]
+pub struct ListArgs {
+    /// Only snapshots of which this is so: id, volume-id, status, encrypted, description, tag-key, or tag:KEY. Of filters
+    /// with one name any must be so, of others all.
+    #[arg(long, value_name = "NAME=VALUE")]
+    filter: Vec<Filter>,
+}
+
+/// A command on one snapshot.
+#[derive(clap::Args)]
+pub struct OneSnapshot {
+    /// The snapshot: its id, the first digits of its id, or its tag Name.
+    snapshot: String,
+}
+
+/// What `snapshot export` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  sealblk snapshot export snap-0a1b /mnt/usb/db.img
+
+The file holds the data in the clear: see where it goes. It takes the snapshot's data keys from the KMS, and the audit log
+says so before anything is written.")]
+pub struct ExportArgs {
+    /// The snapshot: its id, the first digits of its id, or its tag Name.
+    snapshot: String,
+    #[command(flatten)]
+    to: export::To,
+}
+
+/// What `snapshot tag` takes.
+#[derive(clap::Args)]
+pub struct TagArgs {
+    /// The snapshot: its id, the first digits of its id, or its tag Name.
+    snapshot: String,
+    /// The tags; those that are there get another value.
+    #[arg(value_name = "KEY=VALUE", required = true)]
+    tags: Vec<Tag>,
+}
+
+/// What `snapshot untag` takes.
+#[derive(clap::Args)]
+pub struct UntagArgs {
+    /// The snapshot: its id, the first digits of its id, or its tag Name.
+    snapshot: String,
+    /// The tags' keys.
+    #[arg(value_name = "KEY", required = true)]
+    keys: Vec<String>,
+}
+
+/// Runs one of the commands.
+pub fn run(env: &Env, command: Command) -> Result<()> {
+    match command {
+        Command::Create(args) => create::run(env, args),
+        Command::Copy(args) => copy::run(env, args),
+        Command::List(args) => list(env, &args.filter),
+        Command::Show(args) => show(env, &args.snapshot),
+        Command::Export(args) => {
+            let id = env.catalog().resolve_snapshot(&args.snapshot)?;
+            export::export(env, What::Snapshot(id), &args.to)
+        }
+        Command::Delete(args) => delete(env, &args.snapshot),
+        Command::Tag(args) => retag(env, &args.snapshot, |tags| filter::set(tags, &args.tags)),
+        Command::Untag(args) => retag(env, &args.snapshot, |tags| filter::remove(tags, &args.keys)),
+    }
+}
+
+fn list(env: &Env, filters: &[Filter]) -> Result<()> {
+    filter::check(filters, &["id", "volume-id", "status", "encrypted", "description"])?;
+    let catalog = env.catalog();
+    let mut entries = catalog.snapshots()?;
+    entries.retain(|entry| is_wanted(entry, filters));
+    if env.json {
+        let values = entries.iter().map(|e| match &e.snapshot {
+            Ok(snapshot) => description(&catalog, snapshot),
+            Err(error) => json!({
+                "id": e.id,
+                "state": "damaged",
+                "error": {"kind": error.kind().name(), "message": error.to_string()},
+            }),
+        });
+        return output::print_json(&values.collect::<Vec<Value>>());
+    }
+    let head = ["ID", "NAME", "VOLUME", "SIZE", "ENCRYPTED", "STATE", "CREATED"].map(String::from);
+    let mut rows = vec![head.to_vec()];
+    rows.extend(entries.iter().map(row));
+    output::print(&output::table(&rows)).map(drop)
+}
+
+fn is_wanted(entry: &Entry, filters: &[Filter]) -> bool {
+    let snapshot = entry.snapshot.as_ref().ok();
+    let fields = [
+        ("id", Some(entry.id.to_string())),
+        ("volume-id", snapshot.map(|s| s.volume().to_string())),
+        ("status", Some(if snapshot.is_some() { "completed" } else { "damaged" }.to_string())),
+        ("encrypted", snapshot.map(|s| s.is_encrypted().to_string())),
+        ("description", snapshot.map(|s| s.label().description.clone())),
+    ];
+    let none = Tags::default();
+    filter::matches(filters, &fields, snapshot.map_or(&none, |s| &s.label().tags))
+}
+
+fn row(entry: &Entry) -> Vec<String> {
+    let id = entry.id.to_string();
+    let none = || "-".to_string();
+    match &entry.snapshot {
+        Ok(snapshot) => vec![
+            id,
+            entry.name().map_or_else(none, String::from),
+            snapshot.volume().to_string(),
+            size::human(snapshot.geometry().size()),
+            if snapshot.is_encrypted() { "yes" } else { "no" }.to_string(),
+            "completed".to_string(),
+            snapshot.created().to_string(),
+        ],
+        Err(e) => {
+            log::warn!("{e}");
+            vec![id, none(), none(), none(), none(), "damaged".into(), none()]
+        }
+    }
+}
+
+fn show(env: &Env, reference: &str) -> Result<()> {
+    let catalog = env.catalog();
+    let snapshot = catalog.load_snapshot(catalog.resolve_snapshot(reference)?)?;
+    if env.json {
+        return output::print_json(&description(&catalog, &snapshot));
+    }
+    let pair = |name: &str, value: String| vec![name.to_string(), value];
+    let bytes = snapshot.geometry().size();
+    let mut rows = vec![
+        pair("id", snapshot.id().to_string()),
+        pair("description", snapshot.label().description.clone()),
+        pair("volume", snapshot.volume().to_string()),
+        pair("size", format!("{} ({bytes} bytes)", size::human(bytes))),
+        pair("sector size", format!("{} bytes", snapshot.geometry().sector_size().bytes())),
+        pair("encrypted", if snapshot.is_encrypted() { "yes" } else { "no" }.to_string()),
+    ];
+    rows.extend(snapshot.copy_of().map(|id| pair("copy of", id.to_string())));
+    let key = |key: &crate::catalog::metadata::KeyRecord| {
+        pair("key", format!("{}: {}", key.provider, key.wrapped.key_id))
+    };
+    rows.extend(snapshot.keys().iter().map(key));
+    rows.extend(
+        snapshot.layers().iter().map(|l| pair("layer", catalog.layer_path(l.id).display().to_string())),
+    );
+    rows.extend(snapshot.label().tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}"))));
+    rows.push(pair("created", snapshot.created().to_string()));
+    rows.extend(catalog.check_snapshot(&snapshot).err().map(|problem| pair("problem", problem.to_string())));
+    output::print(&output::table(&rows)).map(drop)
+}
+
+fn delete(env: &Env, reference: &str) -> Result<()> {
+    let catalog = env.catalog();
+    let id = catalog.resolve_snapshot(reference)?;
+    catalog.delete_snapshot(id)?;
+    match env.json {
+        true => output::print_json(&json!({"id": id, "state": "deleted"})),
+        false => output::print(&format!("{id} deleted\n")).map(drop),
+    }
+}
+
+fn retag(env: &Env, reference: &str, change: impl FnOnce(&mut Tags) -> Result<()>) -> Result<()> {
+    let catalog = env.catalog();
+    let id = catalog.resolve_snapshot(reference)?;
+    let snapshot = catalog.retag_snapshot(id, change).context(|| format!("tag {id}"))?;
+    let tags = &snapshot.label().tags;
+    if env.json {
+        return output::print_json(&json!({"id": id, "tags": tags}));
+    }
+    let lines: String = tags.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+    output::print(&lines).map(drop)
+}
+
+/// A snapshot in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
+/// Tells whoever has something encrypted made of a snapshot that is not: its record has no seal.
+pub(super) fn tell_that_unproved(snapshot: &Snapshot) {
+    let id = snapshot.id();
+    output::tell(&format!("{id} is not encrypted: nothing proves what it holds, and it is taken as it is"));
+}
+
+fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
+    let keys = snapshot.keys().iter();
+    let keys: Vec<Value> =
+        keys.map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id})).collect();
+    let layers = snapshot.layers().iter().map(|layer| {
+        let path = catalog.layer_path(layer.id).display().to_string();
+        json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": path})
+    });
+    json!({
+        "id": snapshot.id(),
+        "description": snapshot.label().description,
+        "volume_id": snapshot.volume(),
+        "copy_of": snapshot.copy_of(),
+        "size": snapshot.geometry().size(),
+        "sector_size": snapshot.geometry().sector_size(),
+        "encrypted": snapshot.is_encrypted(),
+        "created": snapshot.created(),
+        "state": "completed",
+        "tags": snapshot.label().tags,
+        "keys": keys,
+        "layers": layers.collect::<Vec<Value>>(),
+        "problem": catalog.check_snapshot(snapshot).err().map(|e| e.to_string()),
+    })
+}

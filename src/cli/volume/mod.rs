@@ -1,0 +1,199 @@
+//! `sealblk volume`: make, list, show, tag, rewrap and delete volumes.
+#![forbid(unsafe_code)]
+
+pub(super) mod create;
+pub(super) mod export;
+mod follow;
+mod import;
+mod rekey;
+pub(super) mod resize;
+mod rewrap;
+mod show;
+mod tag;
+
+use crate::base::Result;
+use crate::catalog::{Catalog, Entry, VolumeId};
+use crate::cli::filter::{self, Filter};
+use crate::cli::{Env, output, size};
+use crate::ops::delete;
+use serde_json::{Value, json};
+
+/// The commands.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Make a volume, empty or from a snapshot.
+    Create(create::CreateArgs),
+    /// Make a volume from a raw or qcow2 disk image.
+    Import(import::ImportArgs),
+    /// Write what a volume holds into a file, in the clear.
+    Export(export::ExportArgs),
+    /// List the volumes.
+    #[command(after_help = "\
+Examples:
+  sealblk volume list --json
+  sealblk volume list --filter tag:Name=db --filter status=available")]
+    List(ListArgs),
+    /// Show one volume: what it is, who has it attached, and what its next attach needs.
+    Show(show::ShowArgs),
+    /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
+    Rewrap(rewrap::RewrapArgs),
+    /// Give a volume a new data key, attached or not, and encrypt everything anew under it.
+    Rekey(rekey::RekeyArgs),
+    /// Make a volume's layers one, attached or not: it needs no snapshot's data any more then.
+    Flatten(rekey::FlattenArgs),
+    /// Delete a volume and its data, unless it is attached.
+    #[command(after_help = "\
+Examples:
+  sealblk volume delete db
+  sealblk volume delete db --shred --json > receipt.json
+
+Without its data key a volume's data is noise. --shred overwrites every wrapped copy of the data key in the store before
+it removes it, and prints a receipt: what was destroyed, and what is outside its reach. Whoever kept a copy of
+volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
+else needs it.")]
+    Delete(DeleteArgs),
+    /// Make a volume larger.
+    Resize(resize::ResizeArgs),
+    /// Give a volume tags.
+    #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
+    Tag(tag::TagArgs),
+    /// Take tags away from a volume.
+    #[command(after_help = "Example:\n  sealblk volume untag db env")]
+    Untag(tag::UntagArgs),
+}
+
+/// What `volume list` takes.
+#[derive(clap::Args)]
+pub struct ListArgs {
+    /// Only volumes of which this is so: id, name, status, encrypted, snapshot-id, tag-key, or tag:KEY. Of filters with
+    /// one name any must be so, of others all.
+    #[arg(long, value_name = "NAME=VALUE")]
+    filter: Vec<Filter>,
+}
+
+/// What `volume delete` takes.
+#[derive(clap::Args)]
+pub struct DeleteArgs {
+    #[command(flatten)]
+    volume: OneVolume,
+    /// Overwrite every wrapped copy of its data key, and print a receipt.
+    #[arg(long)]
+    shred: bool,
+}
+/// The filters of volumes, but for those of tags.
+pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
+
+/// A command on one volume.
+#[derive(clap::Args)]
+pub struct OneVolume {
+    /// The volume: its id, the first digits of its id, or its name.
+    volume: String,
+}
+
+/// Runs one of the commands.
+pub fn run(env: &Env, command: Command) -> Result<()> {
+    match command {
+        Command::Create(args) => create::run(env, &args),
+        Command::Import(args) => import::run(env, &args),
+        Command::Export(args) => export::run(env, &args),
+        Command::List(args) => list(env, &args.filter),
+        Command::Show(args) => show::show(env, &args),
+        Command::Rewrap(args) => rewrap::run(env, &args),
+        Command::Rekey(args) => rekey::rekey(env, &args),
+        Command::Flatten(args) => rekey::flatten(env, &args),
+        Command::Delete(args) => delete(env, &args),
+        Command::Resize(args) => resize::run(env, &args),
+        Command::Tag(args) => tag::tag(env, &args),
+        Command::Untag(args) => tag::untag(env, &args),
+    }
+}
+
+fn list(env: &Env, filters: &[Filter]) -> Result<()> {
+    filter::check(filters, &FILTERS)?;
+    let catalog = env.catalog();
+    let mut entries = catalog.list()?;
+    if !filters.is_empty() {
+        let mut wanted = Vec::new();
+        for entry in entries {
+            if is_wanted(&catalog, &entry, filters)? {
+                wanted.push(entry);
+            }
+        }
+        entries = wanted;
+    }
+    if env.json {
+        let values = entries.iter().map(|e| match &e.metadata {
+            Ok(metadata) => show::description(&catalog, metadata),
+            Err(error) => Ok(json!({
+                "id": e.id,
+                "state": "damaged",
+                "error": {"kind": error.kind().name(), "message": error.to_string()},
+            })),
+        });
+        return output::print_json(&values.collect::<Result<Vec<Value>>>()?);
+    }
+    let head = ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED"].map(String::from);
+    let mut rows = vec![head.to_vec()];
+    for entry in &entries {
+        rows.push(row(&catalog, entry)?);
+    }
+    output::print(&output::table(&rows)).map(drop)
+}
+
+/// Whether a volume is one of those that `filters` mean.
+pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> Result<bool> {
+    let status = match entry.metadata {
+        Ok(_) => show::state(&catalog.held(entry.id)?),
+        Err(_) => "damaged",
+    };
+    let metadata = entry.metadata.as_ref().ok();
+    let fields = [
+        ("id", Some(entry.id.to_string())),
+        ("name", entry.name().map(String::from)),
+        ("status", Some(status.to_string())),
+        ("encrypted", metadata.map(|m| m.is_encrypted().to_string())),
+        ("snapshot-id", metadata.and_then(|m| m.origin()).map(|o| o.snapshot.to_string())),
+    ];
+    // A volume whose tags cannot be read has none.
+    let tags = catalog.tags(entry.id).unwrap_or_default();
+    Ok(filter::matches(filters, &fields, &tags))
+}
+
+fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
+    let id = entry.id.to_string();
+    let none = || "-".to_string();
+    let metadata = match &entry.metadata {
+        Ok(metadata) => metadata,
+        Err(e) => {
+            log::warn!("{e}");
+            return Ok(vec![id, none(), none(), none(), none(), "damaged".into(), none()]);
+        }
+    };
+    Ok(vec![
+        id,
+        metadata.name().map_or_else(none, ToString::to_string),
+        size::human(metadata.size()),
+        metadata.sector_size().bytes().to_string(),
+        yes_or_no(metadata.is_encrypted()).to_string(),
+        show::state(&catalog.held(entry.id)?).to_string(),
+        metadata.created().to_string(),
+    ])
+}
+
+fn yes_or_no(it: bool) -> &'static str {
+    if it { "yes" } else { "no" }
+}
+
+fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
+    let (catalog, events) = (env.catalog(), env.events(&env.settings()?));
+    let id: VolumeId = catalog.resolve(&args.volume.volume)?;
+    if args.shred {
+        let receipt = delete::shred(&catalog, &events, id)?;
+        return crate::cli::receipt::print(env, &receipt);
+    }
+    delete::delete(&catalog, &events, id)?;
+    match env.json {
+        true => output::print_json(&json!({"id": id, "state": "deleted"})),
+        false => output::print(&format!("{id} deleted\n")).map(drop),
+    }
+}

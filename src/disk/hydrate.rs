@@ -1,0 +1,258 @@
+//! Hydration: in the background, what the lowest layers hold comes up into the top, under the top's key.
+//!
+//! It is what re-keys a volume (a new key above), encrypts one in place (plaintext below), flattens a chain (the same
+//! key), and makes a full copy (an empty top above a snapshot's layers). It goes through the volume once, in chunks:
+//! reads each through all layers and writes what came from the leaving ones into the top, while the fence keeps the guest
+//! out of that chunk. So what the guest has written always wins: it is in the top when the chunk is read, and stays, or it
+//! comes later, over the copy.
+//!
+//! Afterwards every sector that a leaving layer has is in the top, or in a layer between, for good: a guest's discard makes
+//! holes only where nothing lies below. All of that is durable when it is said to be [complete](End::Complete); then the
+//! caller may record the volume as having the other layers alone, and only then take these away from it.
+//!
+//! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top what it had
+//! brought there. Whoever changes the disk's layers stops it first.
+//!
+//! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
+//! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
+
+use crate::disk::map::LayerMap;
+use crate::disk::{Disk, DiskQueue, GuestData, Scratch};
+use crate::virtio::{SECTOR_SIZE, Segment};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use vm_memory::GuestAddress;
+
+/// Bytes copied at a time, for which a guest may have to wait; a buffer's length.
+const CHUNK: u64 = 256 << 10;
+/// Operations at a time.
+const DEPTH: u16 = 16;
+/// How often one that waits looks whether it was stopped or its rate changed.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How a hydration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Everything is in the top layer, durably.
+    Complete,
+    /// It was stopped.
+    Stopped,
+}
+
+/// A hydration of a disk, as those see it who do not do it.
+pub struct Hydration {
+    disk: Arc<Disk>,
+    map: Arc<LayerMap>,
+    /// Bytes a second; 0: no limit.
+    rate: AtomicU64,
+    stop: AtomicBool,
+    stopped: (Mutex<()>, Condvar),
+    /// Bytes still to be looked at; `u64::MAX` until that is known.
+    left: AtomicU64,
+}
+
+impl Hydration {
+    /// A hydration of `disk` at no more than `rate` bytes a second (0: no limit).
+    ///
+    /// # Errors
+    /// `InvalidInput` unless the disk is made for it ([`Disk::hydrating`]).
+    pub fn new(disk: Arc<Disk>, rate: u64) -> io::Result<Arc<Self>> {
+        let Some(map) = disk.map().filter(|_| disk.fence().is_some()).cloned() else {
+            let message = "the disk is not made to be hydrated";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        };
+        Ok(Arc::new(Hydration {
+            disk,
+            map,
+            rate: rate.into(),
+            stop: false.into(),
+            stopped: Default::default(),
+            left: u64::MAX.into(),
+        }))
+    }
+
+    /// How many bytes of the volume may still be in lower layers alone; `None` until that is known, soon after it has
+    /// begun. What the guest writes meanwhile need not be copied and is counted nevertheless.
+    pub fn left(&self) -> Option<u64> {
+        Some(self.left.load(Ordering::Relaxed)).filter(|&left| left != u64::MAX)
+    }
+
+    /// The rate: bytes a second, 0: no limit.
+    pub fn rate(&self) -> u64 {
+        self.rate.load(Ordering::Relaxed)
+    }
+
+    /// Changes the rate: bytes a second, 0: no limit.
+    pub fn set_rate(&self, rate: u64) {
+        self.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// Makes [`Hydration::run`] end soon.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.stopped.1.notify_all();
+    }
+
+    /// Does it, in the calling thread.
+    ///
+    /// # Errors
+    /// `ResourceBusy` if another is at it; what the store says, with the place. It can be run again then.
+    pub fn run(&self) -> io::Result<End> {
+        let Some(fence) = self.disk.fence().filter(|fence| fence.take()) else {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being hydrated already"));
+        };
+        let result = Copier::new(self).and_then(|mut copier| copier.copy_all());
+        // After an error, a write may have been in flight until the copier's queue was closed just now.
+        fence.leave();
+        fence.give_back();
+        result
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Answers when that was; not if it
+    /// was stopped.
+    fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
+        let mut guard = self.stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let (now, rate) = (Instant::now(), self.rate());
+            let nanos = (bytes * 1_000_000_000).checked_div(rate).unwrap_or(0);
+            let due = since + Duration::from_nanos(nanos);
+            let left = due.saturating_duration_since(now);
+            if self.is_stopped() {
+                return None;
+            }
+            if left.is_zero() {
+                // What was not used is not saved up.
+                return Some(if now - due < LOOK { due } else { now });
+            }
+            let woken = self.stopped.1.wait_timeout(guard, left.min(LOOK));
+            guard = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// The one who does it.
+struct Copier<'a> {
+    hydration: &'a Hydration,
+    queue: DiskQueue,
+    /// Where a chunk's plaintext is between the layers.
+    chunk: Scratch,
+    /// Bytes copied since then, which count for the rate.
+    copied: (Instant, u64),
+}
+
+impl<'a> Copier<'a> {
+    fn new(hydration: &'a Hydration) -> io::Result<Self> {
+        let queue = hydration.disk.open_free_queue(DEPTH)?;
+        let chunk = Scratch::new(CHUNK as usize)?;
+        Ok(Copier { hydration, queue, chunk, copied: (Instant::now(), 0) })
+    }
+
+    fn copy_all(&mut self) -> io::Result<End> {
+        let Hydration { disk, map, left, .. } = self.hydration;
+        let (size, stays) = (disk.geometry().sectors * SECTOR_SIZE, disk.leaving() + 1);
+        while !map.wait(LOOK) {
+            if self.hydration.is_stopped() {
+                return Ok(End::Stopped);
+            }
+        }
+        left.store(map.bytes_below(stays, 0..size), Ordering::Relaxed);
+        let mut at = 0;
+        while let Some(found) = map.next_below(stays, at).filter(|&found| found < size) {
+            let start = found - found % CHUNK;
+            at = start + CHUNK;
+            let bytes = start..size.min(at);
+            let below = map.bytes_below(stays, bytes.clone());
+            let (since, copied) = self.copied;
+            let Some(now) = self.hydration.wait(since, copied) else { return Ok(End::Stopped) };
+            self.copied = (now, bytes.end - bytes.start);
+            if !self.copy(bytes)? {
+                return Ok(End::Stopped);
+            }
+            let counted = |left: u64| Some(left.saturating_sub(below));
+            let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
+        }
+        self.queue.flush_and_wait()?;
+        left.store(0, Ordering::Relaxed);
+        Ok(End::Complete)
+    }
+
+    /// Brings a chunk up while nobody else is in it; answers whether it was not stopped before.
+    fn copy(&mut self, bytes: Range<u64>) -> io::Result<bool> {
+        let hydration = self.hydration;
+        let Some(fence) = hydration.disk.fence() else { return Ok(false) };
+        let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
+        let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
+        let copied = if alone { self.raise(sector, len as usize) } else { Ok(()) };
+        // After an error, other writes of the chunk may be in flight, which would land on what a guest writes there now: it
+        // is left when the queue is closed.
+        copied.map_err(|e| {
+            io::Error::new(e.kind(), format!("hydrating {len} bytes at {}: {e}", bytes.start))
+        })?;
+        fence.leave();
+        Ok(alone)
+    }
+
+    /// Reads a chunk and writes what came from the leaving layers.
+    fn raise(&mut self, sector: u64, len: usize) -> io::Result<()> {
+        let raised = self.read(sector, len)?;
+        let mut in_flight = 0;
+        for run in raised {
+            let len = ((run.end - run.start) * SECTOR_SIZE) as usize;
+            let buffer = loop {
+                match self.queue.alloc(run.start, len) {
+                    Some(buffer) => break buffer,
+                    None if in_flight == 0 => return Err(no_room()),
+                    None => {
+                        self.queue.finish_one()?;
+                        in_flight -= 1;
+                    }
+                }
+            };
+            in_flight += 1;
+            let segments = [segment((run.start - sector) * SECTOR_SIZE, len)];
+            let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
+            self.queue.write(0, run.start, buffer, false, guest)?;
+        }
+        while in_flight > 0 {
+            self.queue.finish_one()?;
+            in_flight -= 1;
+        }
+        Ok(())
+    }
+
+    /// Reads a chunk; answers which runs of its blocks have sectors that came from the leaving layers.
+    fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
+        let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
+        let place = buffer.place();
+        let segments = [segment(0, len)];
+        let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
+        self.queue.read_and_wait(sector, buffer, guest)?;
+        let block = self.hydration.disk.geometry().block_sectors();
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
+            if !(first..first + block).any(|i| self.queue.is_to_be_raised(place, i as usize)) {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(run) if run.end == sector + first => run.end += block,
+                _ => runs.push(sector + first..sector + first + block),
+            }
+        }
+        Ok(runs)
+    }
+}
+
+fn no_room() -> io::Error {
+    io::Error::other("a queue that nobody else uses has no room")
+}
+
+fn segment(start: u64, len: usize) -> Segment {
+    Segment { addr: GuestAddress(start), len: len as u32 }
+}

@@ -1,0 +1,287 @@
+//! A volume as a run of sectors: between guest memory and ciphertext.
+//!
+//! [`Disk`] is what all queues of an attached volume share; each queue's thread has a [`DiskQueue`]. A transfer
+//! goes through a buffer of the store's queue, so that the kernel never holds a guest pointer, a write reads
+//! guest memory exactly once, and the guest never sees ciphertext.
+//!
+//! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
+//! zeros; what several layers take is in [`layered`].
+
+mod blocking;
+mod fence;
+mod guest;
+pub mod hydrate;
+mod layered;
+pub mod map;
+mod queue;
+pub mod transfer;
+
+pub(crate) use blocking::Scratch;
+pub use guest::GuestData;
+pub(crate) use guest::is_zero;
+pub use queue::{DiskQueue, Zeroed, Zeroing};
+
+use crate::backing::Store;
+use crate::crypt::xts::SectorCipher;
+use crate::disk::map::{LayerMap, MAX_LAYERS};
+use crate::image::lock::ImageLock;
+use crate::virtio::request::ID_BYTES;
+use crate::virtio::{Geometry, SECTOR_SIZE};
+use fence::Fence;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+const SECTOR: usize = SECTOR_SIZE as usize;
+
+/// How a layer is encrypted; not at all without one. Layers under the same key share it.
+pub type Cipher = Option<Arc<dyn SectorCipher>>;
+
+/// An attached volume, as its queues see it.
+pub struct Disk {
+    geometry: Geometry,
+    serial: [u8; ID_BYTES],
+    store: Arc<dyn Store>,
+    /// The top layer's.
+    cipher: Cipher,
+    /// The layers below the top, from the one right below it.
+    below: Vec<Below>,
+    /// Which layers may have what, where there are several.
+    map: Option<Arc<LayerMap>>,
+    /// What keeps queues out of the way of a copy, where there may be one.
+    fence: Option<Arc<Fence>>,
+    /// The height of the uppermost of the layers that a copy brings up; 0: there is no copy.
+    leaving: u8,
+    /// Keep others off the layers for as long as they are served.
+    _image_locks: Vec<Arc<ImageLock>>,
+    /// A flush that failed once may have lost data for good: it is never reported as a success again.
+    flush_failed: Arc<AtomicBool>,
+}
+
+/// The layers of a volume as they were opened, and what goes with each, the top first.
+pub struct Layers {
+    /// Where they lie.
+    pub store: Arc<dyn Store>,
+    /// How they are encrypted.
+    pub ciphers: Vec<Cipher>,
+    /// What keeps others off them.
+    pub image_locks: Vec<Arc<ImageLock>>,
+}
+
+/// A frozen layer.
+struct Below {
+    cipher: Cipher,
+    /// How many sectors it has; it may be shorter than the volume.
+    sectors: u64,
+}
+
+impl Disk {
+    /// A disk of one layer in `store`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as
+    /// virtio has it.
+    pub fn new(
+        geometry: Geometry,
+        serial: &str,
+        store: Box<dyn Store>,
+        cipher: Option<Box<dyn SectorCipher>>,
+        image_lock: ImageLock,
+    ) -> Self {
+        Disk {
+            geometry,
+            serial: padded(serial),
+            store: store.into(),
+            cipher: cipher.map(Arc::from),
+            below: Vec::new(),
+            map: None,
+            fence: None,
+            leaving: 0,
+            _image_locks: vec![Arc::new(image_lock)],
+            flush_failed: Arc::default(),
+        }
+    }
+
+    /// A disk of several layers, or of one.
+    ///
+    /// # Errors
+    /// `InvalidInput` if such layers cannot be served: more than [`MAX_LAYERS`], one below the top that is not whole
+    /// blocks long, or one without a cipher above another, in which zeros could not be kept.
+    pub fn layered(geometry: Geometry, serial: &str, layers: Layers) -> io::Result<Self> {
+        Self::over(geometry, padded(serial), layers, None, Arc::default())
+    }
+
+    /// The same volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
+    /// unless that [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile, so that nothing is written through this disk any more.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`], and if a hydration is still running.
+    pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
+        assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
+        Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
+    }
+
+    /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
+    /// volume's queues must be held meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`], and if a hydration is still running.
+    pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
+        self.check_not_hydrated()?;
+        assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
+        let next =
+            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        Ok(next?.hydrating_lowest(leaving))
+    }
+
+    /// The same volume with other layers, or another size; nothing of it is hydrated any more unless that
+    /// [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Disk::layered`], and if a hydration is still running.
+    pub fn with_layers(&self, geometry: Geometry, layers: Layers) -> io::Result<Self> {
+        self.check_not_hydrated()?;
+        Self::over(geometry, self.serial, layers, None, self.flush_failed.clone())
+    }
+
+    fn over(
+        geometry: Geometry,
+        serial: [u8; ID_BYTES],
+        layers: Layers,
+        map: Option<Arc<LayerMap>>,
+        flush_failed: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        let Layers { store, mut ciphers, image_locks } = layers;
+        assert_eq!(ciphers.len(), store.below().len() + 1, "every layer has its cipher, or none");
+        check_layers(&geometry, &ciphers, store.below())?;
+        let below = store.below().iter().map(|len| len / SECTOR_SIZE).zip(ciphers.drain(1..));
+        let below: Vec<_> = below.map(|(sectors, cipher)| Below { cipher, sectors }).collect();
+        let map = match map {
+            None if !below.is_empty() => Some(Arc::new(LayerMap::build(store.clone())?)),
+            map => map,
+        };
+        let cipher = ciphers.remove(0);
+        Ok(Disk {
+            geometry,
+            serial,
+            store,
+            cipher,
+            below,
+            map,
+            fence: None,
+            leaving: 0,
+            _image_locks: image_locks,
+            flush_failed,
+        })
+    }
+
+    /// The same, made to be [hydrated](crate::disk::hydrate) from all layers below the top. To be said before any queue is
+    /// opened.
+    pub fn hydrating(self) -> Self {
+        let below = self.below.len();
+        self.hydrating_lowest(below)
+    }
+
+    /// The same from the lowest so many layers, which are below the top.
+    pub fn hydrating_lowest(mut self, layers: usize) -> Self {
+        assert!(layers <= self.below.len(), "the top stays");
+        self.leaving = layers as u8;
+        self.fence = (layers > 0).then(Arc::default);
+        self
+    }
+
+    /// The height of the uppermost of the layers that are brought up; 0: none.
+    pub(crate) fn leaving(&self) -> u8 {
+        self.leaving
+    }
+
+    /// What a copy keeps queues out of its way with.
+    pub(crate) fn fence(&self) -> Option<&Arc<Fence>> {
+        self.fence.as_ref()
+    }
+
+    /// Nothing may be written into a layer that is being frozen, nor read from one that is being dropped.
+    fn check_not_hydrated(&self) -> io::Result<()> {
+        match &self.fence {
+            Some(fence) if fence.is_taken() => Err(io::Error::other("its hydration was not stopped first")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Its shape.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The serial, padded with zero bytes.
+    pub fn serial(&self) -> &[u8; ID_BYTES] {
+        &self.serial
+    }
+
+    /// How it is reached and by which cipher engine, for the log.
+    pub fn describe(&self) -> String {
+        let engine =
+            self.cipher.as_ref().map_or("not encrypted".into(), |c| format!("XTS engine {}", c.engine()));
+        let layers = match self.below.len() {
+            0 => String::new(),
+            n => format!("; {} layers", n + 1),
+        };
+        format!("{}; {engine}{layers}", self.store.caps().access)
+    }
+
+    /// How many layers there are, which is the top's height: the lowest has 1.
+    pub(crate) fn height(&self) -> u8 {
+        // At most MAX_LAYERS.
+        (self.below.len() + 1) as u8
+    }
+
+    fn cipher_at(&self, height: u8) -> &Cipher {
+        match self.height() - height {
+            0 => &self.cipher,
+            n => &self.below[usize::from(n) - 1].cipher,
+        }
+    }
+
+    /// Which layers may have what; none for a disk of one layer.
+    pub fn map(&self) -> Option<&Arc<LayerMap>> {
+        self.map.as_ref()
+    }
+
+    /// This thread's way to the disk, for at most `depth` operations at a time.
+    pub fn open_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
+        DiskQueue::open(self, depth, self.fence.as_ref())
+    }
+
+    /// The same for whoever copies, and so must not wait for himself.
+    pub(crate) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
+        DiskQueue::open(self, depth, None)
+    }
+
+    /// Makes everything written durable, by the calling thread.
+    pub fn flush(self: &Arc<Self>) -> io::Result<()> {
+        self.open_free_queue(1)?.flush_and_wait()
+    }
+}
+
+fn padded(serial: &str) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    for (to, from) in id.iter_mut().zip(serial.bytes()) {
+        *to = from;
+    }
+    id
+}
+
+/// Whether such layers can be served.
+fn check_layers(geometry: &Geometry, ciphers: &[Cipher], below: &[u64]) -> io::Result<()> {
+    let refuse = |message: String| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    if ciphers.len() > MAX_LAYERS {
+        return refuse(format!("{} layers; at most {MAX_LAYERS} can be served: flatten it", ciphers.len()));
+    }
+    let block = u64::from(geometry.block_size);
+    if let Some(len) = below.iter().find(|&len| len % block != 0) {
+        return refuse(format!("a layer of {len} bytes, which are not whole blocks of {block} bytes"));
+    }
+    // Zeros mean "not in this layer": what is above another must have a way to write zeros that are none.
+    if ciphers[..ciphers.len() - 1].iter().any(Option::is_none) {
+        return refuse("a layer without a key lies above another; only the lowest can be without".into());
+    }
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! One thread's way to a disk: data between guest memory and the layers, zeros, flushes, and what wakes the thread.
+
+use crate::backing::{Buffer, Event, Op, Queue, Wait};
+use crate::disk::Disk;
+use crate::disk::fence::{Fence, OpenLane};
+use crate::disk::guest::{GuestData, may_have_holes};
+use crate::disk::layered::{Action, Layered, Part};
+use crate::virtio::SECTOR_SIZE;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vm_memory::bitmap::WithBitmapSlice;
+use vm_memory::{GuestMemory, Permissions};
+
+/// The token of the watch that wakes a queue when a copy has left what it was refused.
+const LANE: u32 = u32::MAX;
+
+/// One thread's way to the disk. Sectors and lengths were checked against the geometry by whoever calls.
+pub struct DiskQueue {
+    disk: Arc<Disk>,
+    queue: Box<dyn Queue>,
+    /// Where there are several layers.
+    layered: Option<Layered>,
+    /// Where somebody may copy what is below into the top. It goes after the queue.
+    lane: Option<OpenLane>,
+}
+
+impl DiskQueue {
+    /// A queue that keeps out of the way of whoever copies behind `fence`.
+    pub(super) fn open(disk: &Arc<Disk>, depth: u16, fence: Option<&Arc<Fence>>) -> io::Result<Self> {
+        let mut queue = disk.store.open_queue(depth)?;
+        let layered = disk.map.clone().map(|map| Layered::new(map, queue.places()));
+        let lane = fence.map(|fence| fence.open(queue.places())).transpose()?;
+        if let Some(lane) = &lane {
+            queue.watch(LANE, lane.wake_fd());
+        }
+        Ok(DiskQueue { disk: disk.clone(), queue, layered, lane })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The most bytes in one buffer; a multiple of the block size.
+    pub fn max_buffer(&self) -> usize {
+        self.queue.max_buffer()
+    }
+
+    /// A buffer of `len` bytes for what is at `sector`, if there is one and another operation may be submitted there.
+    /// Where there is none, there may be one after the next [`DiskQueue::wait`].
+    pub fn alloc(&mut self, sector: u64, len: usize) -> Option<Buffer> {
+        if !self.queue.has_room() {
+            return None;
+        }
+        let buffer = self.queue.alloc(len)?;
+        if let Some(lane) = &self.lane
+            && !lane.enter(buffer.place(), sector..sector + len as u64 / SECTOR_SIZE)
+        {
+            self.queue.free(buffer);
+            return None;
+        }
+        Some(buffer)
+    }
+
+    /// Gives a buffer back.
+    pub fn free(&mut self, buffer: Buffer) {
+        if let Some(lane) = &self.lane {
+            lane.leave(buffer.place());
+        }
+        self.queue.free(buffer);
+    }
+
+    /// Whether another operation may be submitted.
+    pub fn has_room(&self) -> bool {
+        self.queue.has_room()
+    }
+
+    /// Operations that were submitted and have caused no event yet.
+    pub fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    /// Reads ciphertext from `sector` into `buffer`; at its completion, [`DiskQueue::deliver`] it.
+    pub fn read(&mut self, tag: u64, sector: u64, buffer: Buffer) {
+        match &mut self.layered {
+            None => self.queue.submit(tag, Op::Read { offset: sector * SECTOR_SIZE, buffer }),
+            Some(layered) => layered.begin(&self.disk, &mut *self.queue, tag, sector, buffer),
+        }
+    }
+
+    /// A read of `len` bytes from `sector` will come soon: what it needs can be on its way meanwhile.
+    pub fn expect(&self, sector: u64, len: u64) {
+        if let Some(height) = self.only_height(sector, len) {
+            self.queue.expect(self.layer_at(height), sector * SECTOR_SIZE, len as usize);
+        }
+    }
+
+    /// The height of the one layer that has all of it, if that is known.
+    fn only_height(&self, sector: u64, len: u64) -> Option<u8> {
+        match &self.layered {
+            None => Some(self.disk.height()),
+            Some(layered) => Some(layered.topmost(&self.disk, sector, len)).filter(|&height| height > 0),
+        }
+    }
+
+    /// A layer as the store counts: 0 is the top.
+    fn layer_at(&self, height: u8) -> usize {
+        usize::from(self.disk.height() - height)
+    }
+
+    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let Some(lane) = &self.lane else { return self.read_from_memory(sector, len, guest) };
+        let no_buffer = usize::MAX;
+        if !lane.enter(no_buffer, sector..sector + len / SECTOR_SIZE) {
+            return Ok(false);
+        }
+        let done = self.read_from_memory(sector, len, guest);
+        lane.leave(no_buffer);
+        done
+    }
+
+    fn read_from_memory<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let Some(height) = self.only_height(sector, len) else { return Ok(false) };
+        let layer = self.layer_at(height);
+        let Some(bytes) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
+            return Ok(false);
+        };
+        match self.disk.cipher_at(height) {
+            // What looks like zeros may be in a layer below.
+            None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
+            Some(_) if may_have_holes(&bytes) => Ok(false),
+            Some(cipher) => {
+                guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size)
+            }
+            None => {
+                guest.each(bytes.len(), Permissions::Write, |slice, at| {
+                    if let Ok(from) = bytes.subslice(at, slice.len()) {
+                        from.copy_to_volatile_slice(slice);
+                    }
+                })?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Encrypts `buffer.len()` bytes of guest data, the first `skip` bytes of it left out, and writes them at
+    /// `sector`.
+    pub fn write<M>(
+        &mut self,
+        tag: u64,
+        sector: u64,
+        mut buffer: Buffer,
+        durable: bool,
+        guest: GuestData<'_, M>,
+    ) -> io::Result<()>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let bytes = self.queue.bytes(&mut buffer);
+        let taken = match &self.disk.cipher {
+            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
+            None => guest.copy_into(bytes),
+        };
+        if let Err(e) = taken {
+            self.free(buffer);
+            return Err(e);
+        }
+        self.submit_write(tag, sector, buffer, durable);
+        Ok(())
+    }
+
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is brought
+    /// up.
+    pub(crate) fn is_to_be_raised(&self, place: usize, i: usize) -> bool {
+        self.layered.as_ref().is_some_and(|layered| layered.is_to_be_raised(place, i))
+    }
+
+    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that
+    /// was all: if not, the buffer has gone on to another layer, and there will be another event with the same tag.
+    pub fn deliver<M>(
+        &mut self,
+        tag: u64,
+        sector: u64,
+        mut buffer: Buffer,
+        guest: GuestData<'_, M>,
+    ) -> io::Result<bool>
+    where
+        M: GuestMemory,
+        M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
+    {
+        let bytes = self.queue.bytes(&mut buffer);
+        let done = match (&mut self.layered, &self.disk.cipher) {
+            (Some(layered), _) => layered.deliver(&self.disk, bytes, buffer.place(), sector, guest),
+            (None, Some(cipher)) => {
+                let block = self.disk.geometry.block_size;
+                guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
+            }
+            (None, None) => guest.copy_from(bytes).map(|()| true),
+        };
+        match (done, &mut self.layered) {
+            (Ok(false), Some(layered)) => {
+                layered.go_on(&self.disk, &mut *self.queue, tag, sector, buffer);
+                Ok(false)
+            }
+            (done, _) => {
+                self.free(buffer);
+                done
+            }
+        }
+    }
+
+    /// Starts a flush; its result goes through [`DiskQueue::flushed`]. Refused at once after one has failed.
+    pub fn flush(&mut self, tag: u64) -> io::Result<()> {
+        if self.disk.flush_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier flush failed"));
+        }
+        self.queue.submit(tag, Op::Flush);
+        Ok(())
+    }
+
+    /// What a finished flush means: once failed, always failed.
+    pub fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        if let Err(e) = &result {
+            log::error!("flush failed: {e}; no later flush will be reported as a success");
+            self.disk.flush_failed.store(true, Ordering::Release);
+        }
+        if self.disk.flush_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("a flush failed"));
+        }
+        result
+    }
+
+    /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once only,
+    /// to whoever syncs next: the error may be that of writes which had completed before.
+    pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
+        use io::ErrorKind::{QuotaExceeded, StorageFull, UnexpectedEof};
+        match &result {
+            // For want of room nothing else is lost.
+            Err(e) if durable && !matches!(e.kind(), QuotaExceeded | StorageFull | UnexpectedEof) => {
+                self.flushed(result)
+            }
+            _ => result,
+        }
+    }
+
+    fn submit_write(&mut self, tag: u64, sector: u64, buffer: Buffer, durable: bool) {
+        let offset = sector * SECTOR_SIZE;
+        if let Some(layered) = &self.layered {
+            layered.map().mark(offset..offset + buffer.len() as u64, self.disk.height());
+        }
+        self.queue.submit(tag, Op::Write { offset, buffer, durable });
+    }
+
+    /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of them: the
+    /// answer says how many are seen to, and whether an operation was submitted for them. `None`: there is no room yet.
+    pub fn zero(&mut self, tag: u64, sector: u64, count: u64, how: Zeroing) -> Option<Zeroed> {
+        let most = self.max_buffer() as u64 / SECTOR_SIZE;
+        let part = match &self.layered {
+            None => Part { sectors: count, action: Action::Punch },
+            Some(layered) => layered.first_part(&self.disk, sector, count, most, how),
+        };
+        let (offset, len) = (sector * SECTOR_SIZE, part.sectors * SECTOR_SIZE);
+        match part.action {
+            Action::Nothing => return Some(Zeroed { sectors: part.sectors, submitted: false }),
+            Action::Punch if !self.queue.has_room() => return None,
+            Action::Punch => {
+                let keep_space = how == Zeroing::KeepSpace;
+                self.queue.submit(tag, Op::Zero { offset, len, keep_space });
+            }
+            Action::Write => {
+                let mut buffer = self.alloc(sector, len as usize)?;
+                let bytes = self.queue.bytes(&mut buffer);
+                bytes.fill(0);
+                if let Some(cipher) = &self.disk.cipher {
+                    cipher.encrypt_in_place(bytes, sector);
+                }
+                self.submit_write(tag, sector, buffer, false);
+            }
+        }
+        Some(Zeroed { sectors: part.sectors, submitted: true })
+    }
+
+    /// See [`Queue::watch`]. The token `u32::MAX` is taken.
+    pub fn watch(&mut self, token: u32, fd: RawFd) {
+        self.queue.watch(token, fd);
+    }
+
+    /// See [`Queue::unwatch`].
+    pub fn unwatch(&mut self, token: u32) {
+        self.queue.unwatch(token);
+    }
+
+    /// See [`Queue::wait`].
+    pub fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        let due = self.layered.as_ref().is_some_and(Layered::has_event);
+        self.queue.wait(if due { Wait::Poll } else { wait })
+    }
+
+    /// See [`Queue::is_ready`].
+    pub fn is_ready(&mut self) -> bool {
+        self.layered.as_ref().is_some_and(Layered::has_event) || self.queue.is_ready()
+    }
+
+    /// See [`Queue::next_event`].
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            let event = self.layered.as_mut().and_then(Layered::next_event);
+            match (event.or_else(|| self.queue.next_event())?, &self.lane) {
+                (Event::Ready { token: LANE }, Some(lane)) => lane.woken(),
+                (event, _) => return Some(event),
+            }
+        }
+    }
+}
+
+/// What the guest asks for when it names sectors and sends no data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// It has no use for them: they may read as anything that they held or as zeros.
+    Discard,
+    /// They shall read as zeros; their space may go.
+    Unmap,
+    /// They shall read as zeros; their space shall stay theirs, where the store can do that.
+    KeepSpace,
+}
+
+/// What one step of [`DiskQueue::zero`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zeroed {
+    /// Sectors that are seen to, from the first.
+    pub sectors: u64,
+    /// Whether there will be an event for them.
+    pub submitted: bool,
+}

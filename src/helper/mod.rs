@@ -1,0 +1,56 @@
+//! Helper processes: this program once more, with a socket as its standard input and a hidden command.
+//!
+//! What needs a network, credentials or the KMS's store happens in them, never in the host process.
+
+pub mod grants;
+pub mod rewrap;
+pub mod unwrap;
+
+use crate::base::root::Root;
+use crate::base::{Context, Error, Kind, Result};
+use crate::sandbox;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+
+/// Starts `sealblk COMMAND` for the store at `root`; answers our end of its socket.
+pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
+    let attempt = || format!("start the {command} helper");
+    let (ours, theirs) = UnixStream::pair().context(attempt)?;
+    let child = Command::new("/proc/self/exe")
+        .arg("--root")
+        .arg(root.path())
+        .arg(command)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()
+        .context(attempt)?;
+    Ok((ours, child))
+}
+
+/// The helper's side of the beginning: gives up what it does not need, and takes its socket. It dies with the process
+/// that started it, until [`outlive_parent`].
+///
+/// # Errors
+/// `Usage` where that process is gone already.
+pub fn begin() -> Result<UnixStream> {
+    sandbox::harden()?;
+    prctl::set_pdeathsig(Signal::SIGKILL).context(|| "tie this process to the one that started it")?;
+    // SAFETY: whoever started us made standard input for us, and nobody else in this process uses it.
+    let socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };
+    // It may have died before the line above that ties us to it; then its end of the socket is closed.
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).context(|| "look at the socket")?;
+    if fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)) {
+        return Err(Error::new(Kind::Usage, "whoever started this process is gone"));
+    }
+    Ok(socket)
+}
+
+/// Lets this process go on when the one that started it has ended.
+pub fn outlive_parent() -> Result<()> {
+    prctl::set_pdeathsig(None).context(|| "untie this process from the one that started it")
+}

@@ -1,0 +1,192 @@
+//! Wrapping the data keys of a volume anew: under another KMS key, or under the newest version of the same one.
+//!
+//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it: it must unwrap, and to the
+//! volume's data key. Only then is `volume.json` replaced, by whoever has the volume: this process if nobody has it
+//! attached, else its host process. Until that one replacement the old wrapped key is there, afterwards the new one.
+//!
+//! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
+
+use crate::base::root::Root;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::VolumeId;
+use crate::catalog::metadata::{KeyRecord, encryption_context};
+use crate::crypt::secret_mem::on_scrubbed_stack;
+use crate::crypt::{Dek, wiping_allocator};
+use crate::helper;
+use crate::helper::unwrap::Refusal;
+use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+/// The hidden subcommand of the helper.
+pub const COMMAND: &str = "rewrap-key";
+/// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
+const MAX_MESSAGE: u64 = 32 << 10;
+
+/// What the helper is asked. The context is not in it: it follows from the volume.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    volume: VolumeId,
+    provider: String,
+    key_id: String,
+    /// Hexadecimal.
+    blob: String,
+    /// The data key's check value, hexadecimal, if it is known.
+    check: Option<String>,
+    to_provider: String,
+    to_key: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+enum Answer {
+    /// Wrapped anew and proved; the blob is hexadecimal.
+    Rewrapped {
+        key_id: String,
+        blob: String,
+    },
+    Refused(Refusal),
+}
+
+/// Has a helper process wrap `old` anew, which has ended when this returns.
+pub fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) -> Result<WrappedKey> {
+    let request = Request {
+        volume,
+        provider: old.provider.clone(),
+        key_id: old.wrapped.key_id.clone(),
+        blob: hex::encode(&old.wrapped.blob),
+        check: old.check().map(hex::encode),
+        to_provider: to.provider.as_str().into(),
+        to_key: to.key.clone(),
+    };
+    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let said = ask(&socket, &request);
+    drop(socket);
+    let status = child.wait().context(|| "wait for the rewrap helper")?;
+    match said.context(|| format!("the rewrap helper ({status})"))? {
+        Answer::Rewrapped { key_id, blob } => {
+            let blob = hex::decode(&blob).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+            Ok(WrappedKey { key_id, blob })
+        }
+        Answer::Refused(refusal) => Err(refusal.error()),
+    }
+}
+
+fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
+    socket.write_all(&bytes(request)?)?;
+    socket.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    socket.take(MAX_MESSAGE).read_to_end(&mut answer)?;
+    serde_json::from_slice(&answer)
+        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+}
+
+/// The helper's side: the whole life of the process. What it frees is zeroed, by its allocator.
+///
+/// # Errors
+/// Only when the answer could not be given.
+pub fn help(root: &Root) -> Result<()> {
+    wiping_allocator::wipe_from_now_on();
+    let mut socket = helper::begin()?;
+    // The key passes the stack too, in other people's frames.
+    let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(root, &request)));
+    let answer = match new {
+        Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
+        Err(e) => Answer::Refused(e.into()),
+    };
+    socket.write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
+}
+
+fn receive(socket: &UnixStream) -> Result<Request> {
+    let mut text = Vec::new();
+    socket.take(MAX_MESSAGE).read_to_end(&mut text)?;
+    serde_json::from_slice(&text).map_err(|e| {
+        let attempt = "take a request: this command is started by \"sealblk volume rewrap\" alone";
+        Error::new(Kind::Usage, e.to_string()).context(attempt)
+    })
+}
+
+fn answer(root: &Root, request: &Request) -> Result<WrappedKey> {
+    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let old = WrappedKey { key_id: request.key_id.clone(), blob: unhex(&request.blob)? };
+    let check = request.check.as_ref().map(unhex).transpose()?;
+    let to = kms::open_provider(root, &request.to_provider)?;
+    let elsewhere = (request.provider != request.to_provider)
+        .then(|| kms::open_provider(root, &request.provider))
+        .transpose()?;
+    let job = Job {
+        from: elsewhere.as_deref(),
+        to: &*to,
+        old: &old,
+        key: &request.to_key,
+        context: &encryption_context(request.volume),
+    };
+    let new = job.wrap()?;
+    job.prove(&new, check.as_deref()).map(|()| new)
+}
+
+/// A data key, the KMS that wrapped it if that is another than the one that shall, and that one with its key.
+struct Job<'a> {
+    from: Option<&'a dyn KeyProvider>,
+    to: &'a dyn KeyProvider,
+    old: &'a WrappedKey,
+    key: &'a str,
+    context: &'a EncryptionContext,
+}
+
+impl Job<'_> {
+    fn wrap(&self) -> Result<WrappedKey> {
+        let Some(from) = self.from else {
+            let new = self.to.rewrap(self.old, self.context, self.key, self.context);
+            return new.map_err(|e| self.refused(e));
+        };
+        let data_key = from.decrypt(self.old, self.context).map_err(|e| self.refused_old(e))?;
+        self.to.wrap(self.key, &data_key, self.context).map_err(|e| e.with_advice(self.key))
+    }
+
+    /// That the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
+    /// one unwraps to.
+    fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
+        let attempt =
+            || format!("the new wrapped key, by {}, does not unwrap; the old one stays in place", new.key_id);
+        let found = self.to.decrypt(new, self.context).map_err(|e| e.with_advice(&new.key_id));
+        let found = check_value(&found.context(attempt)?).context(attempt)?;
+        let same = match check {
+            Some(check) => check == found,
+            None => {
+                let old = self.from.unwrap_or(self.to).decrypt(self.old, self.context);
+                check_value(&old.map_err(|e| self.refused_old(e))?)? == found
+            }
+        };
+        if same {
+            return Ok(());
+        }
+        let message = "the wrapped data key unwraps to another key than the one the volume was written with; it \
+                       belongs to another volume or was replaced; nothing was changed";
+        Err(Error::new(Kind::Corrupt, message))
+    }
+
+    /// Of two keys of one KMS: its message says which one it means.
+    fn refused(&self, e: KmsError) -> Error {
+        let old = &self.old.key_id;
+        if e.to_string().contains(old) { e.with_advice(old) } else { e.with_advice(self.key) }
+    }
+
+    fn refused_old(&self, e: KmsError) -> Error {
+        e.with_advice(&self.old.key_id)
+    }
+}
+
+fn check_value(data_key: &[u8]) -> Result<[u8; 16]> {
+    Ok(Dek::from_bytes(data_key)?.check_value())
+}
+
+fn bytes(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
+    serde_json::to_vec(message).map_err(std::io::Error::from)
+}
+
+#[cfg(test)]
+mod tests;

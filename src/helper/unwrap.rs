@@ -1,0 +1,239 @@
+//! The unwrap helper: a process of its own that talks to the KMS, hands the data key over and is gone.
+//!
+//! The two sides share a socket, the helper's standard input. The host process sends what is to be unwrapped and a
+//! descriptor of secret memory; the helper fills that and answers with a line of JSON. Network code and credentials
+//! are in the helper's memory only, and the host process has no part in what becomes of it. What the helper frees is
+//! zeroed, by its allocator.
+
+use crate::base::root::Root;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
+use crate::config::Settings;
+use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
+use crate::crypt::{Dek, wiping_allocator};
+use crate::helper;
+use crate::kms::patience::Patience;
+use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// The hidden subcommand.
+pub const COMMAND: &str = "unwrap";
+/// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
+const MAX_MESSAGE: usize = 32 << 10;
+/// How long the helper may take beside the KMS's time before it is given up.
+const MARGIN: Duration = Duration::from_secs(30);
+
+/// What is to be unwrapped. The context is not in it: it follows from whose key it is.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    owner: KeyOwner,
+    provider: String,
+    key_id: String,
+    /// Hexadecimal.
+    blob: String,
+    /// Of the grant to decrypt by.
+    grant_token: Option<String>,
+    /// For how long a KMS that cannot be reached is asked again; the settings' patience if nothing is said.
+    patience_ms: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+enum Answer {
+    /// The secret memory holds the key.
+    Unwrapped,
+    /// The KMS, or something on the way to it, refused.
+    Refused(Refusal),
+}
+
+/// Why there is no data key.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusal {
+    /// The KMS's own words: the cause of an event.
+    pub cause: String,
+    /// The same with what the reader can do.
+    pub message: String,
+    /// The ARN of the key that it is about, if it is about one.
+    pub key_id: Option<String>,
+    /// The name of the error's kind.
+    kind: String,
+}
+
+impl Refusal {
+    /// The error for whoever wanted the key.
+    pub fn error(&self) -> Error {
+        Error::new(Kind::from_name(&self.kind), self.message.clone())
+    }
+}
+
+impl Refusal {
+    /// What the KMS answered about a key, as `error` says it to the reader.
+    pub(crate) fn of_kms(cause: String, key_id: &str, error: Error) -> Self {
+        Refusal { cause, key_id: Some(key_id.to_owned()), ..error.into() }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(e: Error) -> Self {
+        let kind = e.kind().name().into();
+        Refusal { cause: e.to_string(), message: e.to_string(), key_id: None, kind }
+    }
+}
+
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
+/// with the settings' patience.
+///
+/// # Errors
+/// The KMS's refusal, or what went wrong on the way to it.
+pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Result<Dek, Refusal> {
+    let patience = Patience(Settings::load(root)?.kms_patience);
+    unwrap_granted(root, owner, key, None, patience)
+}
+
+/// The same by the grant whose token this is, if there is one.
+///
+/// # Errors
+/// As for [`unwrap`].
+pub fn unwrap_granted(
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    token: Option<&str>,
+    patience: Patience,
+) -> Result<Dek, Refusal> {
+    let secret = SecretFd::create(Dek::LEN)?;
+    unwrap_into(root, owner, key, token, patience, &secret)?;
+    Ok(Dek::from_secret(secret.map()?)?)
+}
+
+/// The same into secret memory that is there, of the length of a data key, and that this process need not look into.
+///
+/// # Errors
+/// As for [`unwrap`].
+pub fn unwrap_into(
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    token: Option<&str>,
+    patience: Patience,
+    secret: &SecretFd,
+) -> Result<(), Refusal> {
+    log::debug!("the data key comes by {:?}", secret.kind());
+    let request = Request {
+        owner: owner.into(),
+        provider: key.provider.clone(),
+        key_id: key.wrapped.key_id.clone(),
+        blob: hex::encode(&key.wrapped.blob),
+        grant_token: token.map(str::to_owned),
+        patience_ms: Some(patience.0.as_millis() as u64),
+    };
+    match run_helper(root, secret, &request, patience.longest_call() + MARGIN)? {
+        Answer::Unwrapped => Ok(()),
+        Answer::Refused(refusal) => Err(refusal),
+    }
+}
+
+fn run_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<Answer> {
+    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let answer = socket.set_read_timeout(Some(time)).map_err(Error::from);
+    let answer = answer.and_then(|()| ask(&socket, secret, request));
+    if answer.is_err() {
+        // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
+        let _ = child.kill();
+    }
+    let status = child.wait().context(|| "wait for the unwrap helper")?;
+    answer.map_err(|e| e.context(format!("the unwrap helper ({status})")))
+}
+
+fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answer> {
+    let bytes = serde_json::to_vec(request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    let fds = [secret.as_fd().as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    let sent =
+        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    (&mut &*socket).write_all(&bytes[sent..])?;
+    socket.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = Vec::new();
+    socket.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
+    serde_json::from_slice(&answer)
+        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+}
+
+/// The helper's side: the whole life of the process.
+///
+/// # Errors
+/// Only when the other side could not even be told.
+pub fn help(root: &Root) -> Result<()> {
+    wiping_allocator::wipe_from_now_on();
+    let mut socket = helper::begin()?;
+    let request = receive(&socket).map_err(Refusal::from);
+    // The key passes the stack too, in other people's frames.
+    let filled = on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(root, request, secret)));
+    let answer = match filled {
+        Ok(()) => Answer::Unwrapped,
+        Err(refusal) => Answer::Refused(refusal),
+    };
+    let bytes = serde_json::to_vec(&answer).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    socket.write_all(&bytes).context(|| "answer the host process")
+}
+
+fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
+    let attempt = || "take a request: this command is started by \"sealblk attach\" alone";
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = nix::cmsg_space!([RawFd; 1]);
+    let mut fds = Vec::new();
+    let first = {
+        let mut data = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message =
+            recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(new) = control {
+                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
+                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        message.bytes
+    };
+    bytes.truncate(first);
+    (&mut &*socket).take(MAX_MESSAGE as u64).read_to_end(&mut bytes).context(attempt)?;
+    let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let fd = fds.pop().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
+    Ok((
+        request.map_err(|e| e.context(attempt()))?,
+        SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?,
+    ))
+}
+
+fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
+    let context: EncryptionContext = encryption_context(request.owner);
+    let blob =
+        hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    let wrapped = WrappedKey { key_id: request.key_id.clone(), blob };
+    let refused = |e: KmsError| {
+        let cause = e.to_string();
+        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(&request.provider, &wrapped.key_id))
+    };
+    let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
+    let provider = kms::open_patient_provider(root, &request.provider, patience).map_err(refused)?;
+    let key = match &request.grant_token {
+        Some(token) => provider.decrypt_granted(&wrapped, &context, token),
+        None => provider.decrypt(&wrapped, &context),
+    };
+    let key = key.map_err(refused)?;
+    if key.len() != secret.len() {
+        let message = format!("the wrapped data key has {} bytes instead of {}", key.len(), secret.len());
+        return Err(Error::new(Kind::Corrupt, message).into());
+    }
+    let mut memory = secret.map()?;
+    memory.as_mut_slice().copy_from_slice(&key);
+    memory.hand_over();
+    Ok(())
+}

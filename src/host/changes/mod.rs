@@ -1,0 +1,6 @@
+//! What is changed of a volume while it is attached.
+
+pub mod hydrate;
+mod rekey;
+mod resize;
+mod snapshot;

@@ -1,0 +1,217 @@
+//! The control socket of an attached volume, in the volume's folder, which only its owner can enter.
+//!
+//! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when everything is
+//! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
+
+pub mod conversation;
+mod passing;
+mod server;
+
+pub use server::{Bound, Control, Name, Orders, Waiting};
+
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::lock::{Held, Purpose};
+use crate::catalog::rekey::WrittenNewKey;
+use crate::catalog::rewrap::Rewrapped;
+use crate::catalog::tags::Tags;
+use crate::catalog::{Catalog, LayerId, VolumeId};
+use crate::host::status::Status;
+use crate::vhost::gate::Told;
+use crate::vhost::queue::qos::Limits;
+use conversation::Frozen;
+use nix::sys::socket::{getsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// The socket's name in the volume's folder.
+const FILE: &str = "control.sock";
+/// Its name while another process has the volume, and this one waits for it.
+const INCOMING_FILE: &str = "incoming.sock";
+/// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and 50 tags in any script.
+const MAX_LINE: u64 = 1 << 20;
+/// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    // With braces: serde would take unknown fields otherwise.
+    Detach {},
+    Status {},
+    Throttle {
+        iops: u64,
+        throughput: u64,
+        burst_ms: u64,
+    },
+    HydrateRate {
+        rate: u64,
+    },
+    Rewrap(Box<Rewrapped>),
+    Resize {
+        size: u64,
+    },
+    /// The beginning of a [`conversation`].
+    Snapshot {
+        description: String,
+        tags: Box<Tags>,
+    },
+    /// The beginning of another one. The data key itself comes with it as a descriptor.
+    Rekey(Box<WrittenNewKey>),
+    Flatten {},
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    Detached,
+    Status(Status),
+    Throttled,
+    Rewrapped,
+    Resized(Told),
+    NewLayer {
+        id: LayerId,
+    },
+    Held,
+    Frozen(Frozen),
+    Rekeyed {
+        pause_us: u64,
+    },
+    /// Whether there is anything to be copied up.
+    Flattening {
+        is_any: bool,
+    },
+    Failed {
+        kind: String,
+        message: String,
+    },
+}
+
+impl Answer {
+    fn failed(e: &Error) -> Self {
+        Answer::Failed { kind: e.kind().name().into(), message: e.to_string() }
+    }
+}
+
+/// Asks the process that has `volume` attached to let it go, and waits until it has.
+pub fn detach(catalog: &Catalog, volume: VolumeId) -> Result<()> {
+    ask(catalog, volume, &Request::Detach {}, None).map(drop).context(|| format!("detach {volume}"))
+}
+
+/// Puts other limits on `volume` in force, which is attached.
+pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<()> {
+    let burst_ms = limits.burst.as_millis() as u64;
+    let request = Request::Throttle { iops: limits.iops, throughput: limits.throughput, burst_ms };
+    ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
+}
+
+/// Has what the process copies up that has `volume` attached limited to `rate` bytes a second; 0: not at all.
+pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<()> {
+    let request = Request::HydrateRate { rate };
+    ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
+}
+
+/// Has the process that has `volume` attached copy up everything below the top. Answers whether there is anything.
+pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
+    match ask(catalog, volume, &Request::Flatten {}, None)? {
+        Answer::Flattening { is_any } => Ok(is_any),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// Has the process that has `volume` attached note how a data key is wrapped now. When this returns, `volume.json`
+/// says so, durably.
+pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
+    ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
+}
+
+/// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
+/// When this returns, `volume.json` says so, durably.
+pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
+    match ask(catalog, volume, &Request::Resize { size }, None)? {
+        Answer::Resized(told) => Ok(told),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// What the process that has `volume` attached says of itself.
+///
+/// # Errors
+/// `NotFound` if it is not attached; if the process does not answer within a few seconds, that.
+pub fn status(catalog: &Catalog, volume: VolumeId) -> Result<Status> {
+    match ask(catalog, volume, &Request::Status {}, Some(PATIENCE))? {
+        Answer::Status(status) => Ok(status),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// Sends a request and waits for the answer, as long as `patience` says; without one, as long as it takes.
+fn ask(catalog: &Catalog, volume: VolumeId, request: &Request, patience: Option<Duration>) -> Result<Answer> {
+    let client = connect(catalog, volume)?;
+    client.set_read_timeout(patience)?;
+    exchange(&client, request)
+}
+
+/// # Errors
+/// `NotFound` if `volume` is not attached; if the process that has it does not listen, that.
+fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
+    let holder = match catalog.held(volume)? {
+        Held::By(holder) if holder.purpose == Purpose::Attach => holder,
+        Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
+        other => return Err(crate::catalog::lock::busy(volume, &other)),
+    };
+    let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
+    client.map_err(|e| not_reached(&holder.pid.to_string(), &e))
+}
+
+fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
+    say(client, what)?;
+    receive(client)
+}
+
+fn receive(client: &UnixStream) -> Result<Answer> {
+    // Who listens is not changed by anybody but the process that does.
+    let pid = getsockopt(client, sockopt::PeerCredentials).map_or("?".into(), |c| c.pid().to_string());
+    let mut line = String::new();
+    let heard = BufReader::new(client).take(MAX_LINE).read_line(&mut line);
+    heard.map_err(|e| not_reached(&pid, &e.into()))?;
+    match serde_json::from_str(&line) {
+        Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message)),
+        Ok(answer) => Ok(answer),
+        Err(_) if line.is_empty() => {
+            let message = format!("process {pid} ended without a word; look at its log");
+            Err(Error::new(Kind::Other, message))
+        }
+        Err(_) => {
+            let message = format!("the answer of process {pid} is of another version of sealblk");
+            Err(Error::new(Kind::Unsupported, message))
+        }
+    }
+}
+
+fn not_reached(pid: &str, e: &Error) -> Error {
+    let message =
+        format!("process {pid} has it, but its control socket does not answer ({e}); SIGTERM ends it too");
+    Error::new(Kind::Other, message)
+}
+
+fn say(mut client: &UnixStream, what: &impl Serialize) -> Result<()> {
+    Ok(client.write_all(&line(what)?)?)
+}
+
+fn line(what: &impl Serialize) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// Runs `f` with `folder` as the working folder. Only while the process has one thread.
+fn in_folder<T>(folder: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = std::env::current_dir().context(|| "find the working folder")?;
+    std::env::set_current_dir(folder).context(|| format!("enter {}", folder.display()))?;
+    let result = f();
+    std::env::set_current_dir(&before).context(|| format!("go back to {}", before.display()))?;
+    result
+}

@@ -1,0 +1,301 @@
+//! Which process of two has the volume, while a guest moves from one VMM to another (docs/migration.md).
+//!
+//! The volume's lock decides: who has it may read and write, nobody else. The source lets go of it whenever its VMM has
+//! stopped all rings and a destination waits for it, with everything drained and durable; the destination takes it
+//! when its VMM starts a ring. Should the source's VMM go on instead, the source takes it back in the same way.
+//!
+//! The queues' threads stay, with or without a disk: in a confined process their io_urings cannot be made again.
+
+use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::lock::{Announcements, Holder, LockFile, Turn, VolumeLock};
+use crate::disk::Disk;
+use crate::host::opener::Opener;
+use crate::host::state::{Record, State as Held};
+use crate::host::status::UsedKey;
+use crate::vhost::gate::Channel;
+use crate::vhost::listener::Stop;
+use crate::vhost::queue::{Tuning, Worker};
+use crate::vhost::tenure::{Serving, Tenure};
+use crate::volume::layers;
+use crate::volume::open::{Opened, shape};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// How long a ring that is to run waits for the process that has the volume. Its VMM has drained by then.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look whether it has let go: nothing tells, since it may be on another machine.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// This process's part in who has the volume.
+pub struct Handover {
+    parts: Parts,
+    workers: Arc<[Worker]>,
+    /// Why a queue's thread died, which ends the process.
+    failure: Arc<Mutex<Option<String>>>,
+    state: Mutex<State>,
+    /// What [`State::Has`] has, for whoever must not wait for the state.
+    serving: Mutex<Weak<Serving>>,
+    guest: Mutex<Guest>,
+}
+
+/// What a [`Handover`] is made of.
+pub struct Parts {
+    /// How the volume is opened.
+    pub opener: Opener,
+    /// Its lock.
+    pub lock_file: LockFile,
+    /// What the lock's file says of this process.
+    pub holder: Holder,
+    /// What this process knows of the volume, with the lock, while it has it.
+    pub record: Arc<Record>,
+    /// The VMM's own channel.
+    pub channel: Arc<Channel>,
+    /// Ends the process when a queue's thread dies; ends waiting for the volume.
+    pub stop: Arc<Stop>,
+    /// The `writeback` byte of the device.
+    pub writeback: Arc<AtomicBool>,
+    /// Called when this process has got the volume from another.
+    pub taken: Box<dyn Fn() + Send + Sync>,
+}
+
+/// What is known of the guest here.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// No VMM has started a ring yet; one that served it before may be about to.
+    Unknown,
+    /// Its VMM is connected.
+    Here,
+    /// It has left with its VMM.
+    Gone,
+}
+
+enum State {
+    /// Its VMM is to start, once the source's has stopped.
+    Waiting { _turn: Turn },
+    /// It has the volume; the lock is in the record. Whether rings run is `in_use`.
+    Has { serving: Arc<Serving>, in_use: bool },
+    /// It has let go of the volume, or not begun yet.
+    LetGo,
+}
+
+impl Handover {
+    /// Starts the queues' threads, which have no disk yet, bound to these CPUs, one after the other and from the
+    /// beginning again.
+    pub fn new(parts: Parts, queues: u16, cpus: &[usize], tuning: &Tuning) -> Result<Arc<Self>> {
+        let failure: Arc<Mutex<Option<String>>> = Arc::default();
+        let spawn = |index: usize| {
+            let (stop, failure) = (parts.stop.clone(), failure.clone());
+            let cpu = cpus.get(index % cpus.len().max(1)).copied();
+            Worker::spawn(index, None, Tuning { cpu, ..tuning.clone() }, move |reason| {
+                log::error!("{reason}");
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+                stop.stop();
+            })
+        };
+        let workers: Vec<Worker> = (0..queues.into()).map(spawn).collect::<io::Result<_>>()?;
+        let (state, guest) = (Mutex::new(State::LetGo), Mutex::new(Guest::Unknown));
+        let (workers, serving) = (workers.into(), Mutex::default());
+        Ok(Arc::new(Handover { parts, workers, failure, state, serving, guest }))
+    }
+
+    /// This process has the volume, opened so.
+    pub(super) fn begin(&self, opened: Opened, lock: VolumeLock) -> Result<()> {
+        *self.state() = State::Has { serving: self.serve(opened, lock)?, in_use: false };
+        Ok(())
+    }
+
+    /// This process is to have it next.
+    pub fn wait(&self, turn: Turn) -> Result<()> {
+        *self.state() = State::Waiting { _turn: turn };
+        Ok(())
+    }
+
+    /// How the volume is reached, and by which cipher engine, for people.
+    pub fn describe(&self) -> String {
+        self.serving().map_or_else(|| self.parts.opener.how.clone(), |serving| serving.disk().describe())
+    }
+
+    /// Lets go of the volume also if no ring ran any more when somebody came to wait for it: a guest that was paused
+    /// before can be moved, too. It ends with this process.
+    pub fn heed(self: &Arc<Self>, announcements: Announcements) -> Result<()> {
+        let handover = Arc::downgrade(self);
+        let heed = move || {
+            while let Ok(()) = announcements.wait().inspect_err(|e| log::error!("{e}")) {
+                // Not kept meanwhile: it has the data keys.
+                let Some(handover) = handover.upgrade() else { return };
+                handover.let_go_if_awaited();
+            }
+        };
+        std::thread::Builder::new().name("hand-over".into()).spawn(heed)?;
+        Ok(())
+    }
+
+    /// Ends serving: what was written is made durable. The lock stays in the record.
+    pub fn end(&self) -> Result<()> {
+        let volume = self.parts.opener.volume;
+        if *self.guest() == Guest::Gone {
+            self.parts.record.note_write_through(false);
+        }
+        let state = std::mem::replace(&mut *self.state(), State::LetGo);
+        let State::Has { serving, .. } = state else { return Ok(()) };
+        let flushed = serving.disk().flush().context(|| format!("flush {volume}"));
+        let dropped = self.give_up(serving);
+        match self.failure().take() {
+            Some(reason) => Err(Error::new(Kind::Other, format!("serve {volume}: {reason}"))),
+            None => flushed.and(dropped),
+        }
+    }
+
+    /// Takes the volume, waiting for who has it.
+    fn take(&self) -> Result<Arc<Serving>> {
+        let lock = self.wait_for_lock()?;
+        // Whoever had it may have changed all of it but what the data keys are: everything is read and proved anew.
+        let opened = self.parts.opener.open(&lock)?;
+        self.serve(opened, lock)
+    }
+
+    fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
+        let Parts { opener, record, channel, writeback, .. } = &self.parts;
+        let Opened { metadata, seal_key, layers } = opened;
+        let shape = shape(&metadata, opener.options.read_only);
+        let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
+        let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
+        let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));
+        for worker in &*self.workers {
+            worker.hold(Some(disk.clone()))?;
+        }
+        if opener.geometry.grow(shape.sectors) {
+            channel.announce_config_change();
+        }
+        // Its guest wants what it wanted of the process before.
+        writeback.store(!lock.write_through(), Ordering::Relaxed);
+        let serving = Serving::new(disk, self.workers.clone());
+        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&serving);
+        let read_only = shape.read_only;
+        *record.hydrator.unwrapped_by() = metadata.keys().iter().map(UsedKey::of).collect();
+        record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
+        record.begin_hydration();
+        Ok(serving)
+    }
+
+    fn wait_for_lock(&self) -> Result<VolumeLock> {
+        let Parts { lock_file, holder, stop, .. } = &self.parts;
+        let limit = Instant::now() + PATIENCE;
+        loop {
+            let holder = Holder { since: Timestamp::now(), ..holder.clone() };
+            match lock_file.acquire_awaited(&holder) {
+                Err(e) if e.kind() == Kind::Busy && Instant::now() < limit && !stop.is_stopped() => {
+                    std::thread::sleep(LOOK);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Lets go of the volume if somebody waits for it and no ring runs.
+    fn let_go_if_awaited(&self) {
+        let mut state = self.state();
+        let State::Has { serving, in_use: false } = &*state else { return };
+        let volume = self.parts.opener.volume;
+        match self.parts.lock_file.is_awaited() {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(e) => return log::error!("{e}; the volume stays here"),
+        }
+        // A change that is under way is waited for, and none begins.
+        let mut held = self.parts.record.state();
+        // A thread that died may have lost requests.
+        if self.failure().is_some() {
+            return log::error!("{volume} stays here: a queue's thread died");
+        }
+        self.parts.record.hydrator.stop();
+        if let Err(e) = serving.disk().flush() {
+            return log::error!("{volume}: {e}; it stays here, since data may be lost");
+        }
+        log::info!("no ring runs, and another process waits for {volume}: letting go of it");
+        let State::Has { serving, .. } = std::mem::replace(&mut *state, State::LetGo) else { return };
+        if let Some(held) = &mut *held {
+            held.layers.clear();
+        }
+        if let Err(e) = self.give_up(serving) {
+            // Somebody may have the layers open.
+            log::error!("{volume} stays here until this process ends: {e}");
+            return self.parts.stop.stop();
+        }
+        // The layers are closed; with this the lock goes, and another may have it. What was made in the volume's folder
+        // keeps its name there: the next may not reach the other.
+        drop(held.take());
+        drop(held);
+        if *self.guest() != Guest::Here {
+            // There is nobody who could want it back.
+            self.parts.stop.stop();
+        }
+    }
+
+    /// Takes the disk from the threads, and waits until nobody has it any more.
+    fn give_up(&self, serving: Arc<Serving>) -> Result<()> {
+        let (disk, limit) = (Arc::downgrade(&serving.disk()), Instant::now() + PATIENCE);
+        drop(serving);
+        self.workers.iter().try_for_each(|worker| worker.hold(None))?;
+        while disk.strong_count() > 0 {
+            if Instant::now() > limit {
+                return Err(Error::new(Kind::Busy, "it is in use"));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<String>> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guest(&self) -> MutexGuard<'_, Guest> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tenure for Handover {
+    fn claim(&self) -> io::Result<Arc<Serving>> {
+        *self.guest() = Guest::Here;
+        let mut state = self.state();
+        if let State::Has { serving, in_use } = &mut *state {
+            *in_use = true;
+            return Ok(serving.clone());
+        }
+        log::info!("a ring is to run: taking {}", self.parts.opener.volume);
+        let serving = self.take().map_err(io::Error::other)?;
+        log::info!("{} is attached: {}", self.parts.opener.volume, serving.disk().describe());
+        // With the state before goes the place of who is to have it next.
+        *state = State::Has { serving: serving.clone(), in_use: true };
+        (self.parts.taken)();
+        Ok(serving)
+    }
+
+    fn serving(&self) -> Option<Arc<Serving>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    fn rest(&self) {
+        if let State::Has { in_use, .. } = &mut *self.state() {
+            *in_use = false;
+        }
+        self.let_go_if_awaited();
+    }
+
+    fn guest_chose(&self, write_through: bool) {
+        self.parts.record.note_write_through(write_through);
+    }
+
+    fn vmm_left(&self) -> bool {
+        *self.guest() = Guest::Gone;
+        self.let_go_if_awaited();
+        !matches!(*self.state(), State::LetGo)
+    }
+}

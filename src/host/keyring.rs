@@ -1,0 +1,59 @@
+//! The data keys that a host process has, as long as it may have to open its volume again: when it takes the volume over
+//! from another process, or back. What the volume does not need any more is wiped.
+
+use crate::base::{Error, Kind, Result};
+use crate::catalog::Metadata;
+use crate::crypt::Dek;
+use crate::volume::open::Deks;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The data keys of one volume, in whatever order.
+pub(crate) struct Keyring(Mutex<Deks>);
+
+impl Keyring {
+    /// With these, which are in the order of the volume's keys.
+    pub(super) fn new(deks: Deks) -> Arc<Self> {
+        Arc::new(Keyring(Mutex::new(deks)))
+    }
+
+    /// Adds one that the volume gets.
+    pub(super) fn add(&self, dek: Arc<Dek>) {
+        self.lock().push(dek);
+    }
+
+    /// Wipes those that the volume has not, or not any more.
+    pub(super) fn keep(&self, volume: &Metadata) {
+        if let Some(needed) = self.find(volume) {
+            *self.lock() = needed;
+        }
+    }
+
+    /// Wipes all.
+    pub(super) fn wipe(&self) {
+        self.lock().clear();
+    }
+
+    /// Those of the volume.
+    ///
+    /// # Errors
+    /// `Busy` if it has others now.
+    pub(super) fn of(&self, volume: &Metadata) -> Result<Deks> {
+        let message = || format!("{} has got other data keys meanwhile; attach it anew", volume.id());
+        self.find(volume).ok_or_else(|| Error::new(Kind::Busy, message()))
+    }
+
+    fn find(&self, volume: &Metadata) -> Option<Deks> {
+        let mine = self.lock();
+        if !volume.is_sealed() {
+            // Nothing else tells them apart, and it can have got no other: that takes a seal.
+            return (mine.len() == volume.keys().len()).then(|| mine.clone());
+        }
+        let of = |check: Option<[u8; 16]>| mine.iter().find(|dek| Some(dek.check_value()) == check).cloned();
+        volume.keys().iter().map(|key| of(key.check())).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Deks> {
+        // It is a whole list even if somebody panicked while holding it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

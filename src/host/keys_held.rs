@@ -1,0 +1,81 @@
+//! The host process's records in the audit log: since when it has a volume's data keys, and until when.
+//!
+//! The log's files are opened with the first record, before the process is confined. It has no audit key: its records
+//! have no MAC, and are held by the chain and by the log's mark (docs/audit.md).
+
+use crate::audit::{AuditLog, Entry, Step};
+use crate::base::root::Root;
+use crate::base::{Error, Result};
+use crate::catalog::Metadata;
+use crate::catalog::metadata::KeyRecord;
+
+/// That this process has the data keys of a volume. Drop it when they are wiped: that is recorded then.
+pub struct KeysHeld {
+    log: AuditLog,
+    volume: Metadata,
+    failure: Option<(&'static str, String)>,
+}
+
+impl KeysHeld {
+    /// Records that this process has the data keys of `volume`; `None` if it has none.
+    pub fn begin(root: &Root, volume: &Metadata) -> Result<Option<Self>> {
+        if volume.keys().is_empty() {
+            return Ok(None);
+        }
+        let held = KeysHeld { log: AuditLog::new(root)?, volume: volume.clone(), failure: None };
+        for entry in held.entries(Step::Attach) {
+            held.log.append(&entry, None)?;
+        }
+        Ok(Some(held))
+    }
+
+    /// Records that the volume has other data keys now: that this process has those that are new, or, of those that are
+    /// gone, that it has wiped them.
+    ///
+    /// # Errors
+    /// Those of the log; none of the new ones may be used then.
+    pub fn follow(&mut self, volume: &Metadata) -> Result<()> {
+        let mine = |key: &KeyRecord, others: &Metadata| !others.keys().iter().any(|k| is_same(k, key));
+        let gone: Vec<Entry> = self.some_entries(Step::Detach, |key| mine(key, volume)).collect();
+        let before = std::mem::replace(&mut self.volume, volume.clone());
+        let new: Vec<Entry> = self.some_entries(Step::Attach, |key| mine(key, &before)).collect();
+        let noted = gone.iter().chain(&new).try_for_each(|entry| self.log.append(entry, None));
+        noted.inspect_err(|_| self.volume = before)
+    }
+
+    /// Says with what the attachment ended, if it did not end as it should.
+    pub fn ended(&mut self, result: &Result<()>) {
+        self.failure = result.as_ref().err().map(|e: &Error| (e.kind().name(), e.to_string()));
+    }
+
+    fn entries(&self, step: Step) -> impl Iterator<Item = Entry> {
+        self.some_entries(step, |_| true)
+    }
+
+    fn some_entries(&self, step: Step, which: impl Fn(&KeyRecord) -> bool) -> impl Iterator<Item = Entry> {
+        let context = self.volume.encryption_context();
+        let entry =
+            move |key: &KeyRecord| Entry::dek(step, context.pairs(), &key.provider, &key.wrapped.key_id);
+        self.volume.keys().iter().filter(move |key| which(key)).map(entry)
+    }
+}
+
+impl Drop for KeysHeld {
+    fn drop(&mut self) {
+        for entry in self.entries(Step::Detach) {
+            let entry = match &self.failure {
+                Some((code, message)) => entry.failed(code, message),
+                None => entry,
+            };
+            self.log.record(&entry);
+        }
+    }
+}
+
+/// Whether it is the same data key, however it is wrapped.
+fn is_same(a: &KeyRecord, b: &KeyRecord) -> bool {
+    match (a.check(), b.check()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a.wrapped == b.wrapped,
+    }
+}

@@ -1,0 +1,160 @@
+//! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
+//!
+//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the keeper
+//! ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads.
+//! Nothing listens before the helper is gone and the metadata has proved right; nothing that a VMM says is read before
+//! the process is confined. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the
+//! layers and what serves them come last: when another process has let go of the volume ([`handover`]).
+
+pub mod changes;
+pub mod control;
+mod files;
+pub mod handover;
+mod keyring;
+mod keys_held;
+pub(crate) mod notify;
+mod opener;
+mod service;
+pub mod socket;
+mod start;
+mod state;
+pub mod status;
+
+use crate::backing::file::ring;
+use crate::base::{Context, Result};
+use crate::catalog::{Catalog, VolumeId};
+use crate::config::Settings;
+use crate::crypt::xts::Engine;
+use crate::kms::embedded::root_key::passphrase;
+use crate::sandbox::{self, Identity, Mode};
+use crate::vhost::listener::{self, Stop};
+use crate::vhost::queue::qos::Limits;
+use crate::volume::open::cannot_serve;
+use notify::Notifier;
+use service::Service;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use start::{Sockets, Taken};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where VMMs connect.
+#[derive(Clone, Debug)]
+pub enum Endpoint {
+    /// A socket to be made at this path.
+    Path(PathBuf),
+    /// A listening or connected socket that this process was started with.
+    Fd(RawFd),
+}
+
+/// How a volume is attached.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where VMMs connect.
+    pub endpoint: Endpoint,
+    /// Queues that the guest may use, each with a thread, 1..=64.
+    pub queues: u16,
+    /// Most entries of a ring: a power of two, 4..=1024.
+    pub queue_size: u16,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What the guest sees as the disk's serial; by default EBS's way to write the volume's id.
+    pub serial: Option<String>,
+    /// The XTS engine.
+    pub engine: Engine,
+    /// How long a queue's thread may look for work before it sleeps; zero: not at all.
+    pub poll: Duration,
+    /// Answer requests in the order in which they were taken.
+    pub in_order: bool,
+    /// Limits on requests and bytes a second.
+    pub limits: Limits,
+    /// Bytes a second at which what lower layers hold is copied up where that is to be done; 0: no limit.
+    pub hydrate_rate: u64,
+    /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
+    pub cpus: Vec<usize>,
+    /// How strictly the process is confined once it is ready.
+    pub sandbox: Mode,
+    /// The user to become then; none: the one that it was started as.
+    pub user: Option<Identity>,
+    /// Take the volume over from the process that has it, when a VMM starts its rings here.
+    pub incoming: bool,
+}
+
+/// What whoever started the attach is told once VMMs can connect.
+pub struct Attached<'a> {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Whether it is encrypted, how, and how the layer is reached.
+    pub how: &'a str,
+}
+
+/// Attaches the volume `reference` and serves it until it is detached. `ready` is called when VMMs can connect.
+pub fn attach(
+    catalog: &Catalog,
+    settings: &Settings,
+    reference: &str,
+    options: &Options,
+    ready: impl FnOnce(&Attached<'_>) -> Result<()>,
+) -> Result<()> {
+    // Before anything opens a descriptor that could have the same number.
+    let inherited = match &options.endpoint {
+        Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
+        Endpoint::Path(_) => None,
+    };
+    // The helpers' affair, not this process's.
+    let passphrase = passphrase::inherited_descriptor()?;
+    sandbox::harden()?;
+    sandbox::report_lost_memory()?;
+    let volume = catalog.resolve(reference)?;
+    let attempt = || format!("attach {volume}");
+    let path = match &options.endpoint {
+        Endpoint::Path(path) => Some(std::path::absolute(path)?),
+        Endpoint::Fd(_) => None,
+    };
+    let mut taken = Taken::take(catalog, settings, volume, options, path.as_deref()).context(attempt)?;
+    drop(passphrase);
+    let Sockets { control, inlet, socket, name } =
+        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref()).context(attempt)?;
+    let announcements = taken.lock_file.announcements().context(attempt)?;
+    taken.events.keep_open().context(attempt)?;
+    let manager = Notifier::connect();
+    let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
+    // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
+    ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
+    let files = files::rules(catalog, volume, options, path.as_deref()).context(attempt)?;
+    let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
+    log::info!("the host process is confined: {confinement}");
+
+    let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
+    let control = control.serve(service.orders(options)).context(attempt)?;
+    let device = Arc::new(service.device(options, inlet));
+    stop_on_signals(signals, service.stop.clone()).context(attempt)?;
+    let how = service.describe();
+    log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
+    ready(&Attached { volume, how: &how })?;
+    manager.ready();
+
+    let served = listener::serve(&device, socket, &service.stop).context(|| format!("serve {volume}"));
+    manager.stopping();
+    drop(name);
+    let (result, given_up) = service.end(device, served);
+    // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
+    let waiting = control.close();
+    let had_it = given_up.release();
+    log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
+    waiting.tell(&result);
+    result
+}
+
+fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {
+    let wait = move || {
+        for signal in &mut signals {
+            log::info!("signal {signal}: detaching");
+            stop.stop();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait)?;
+    Ok(())
+}

@@ -1,0 +1,157 @@
+//! An attached volume while it is served: the threads, what they share, and what clients of the control socket can ask for.
+
+use crate::base::Result;
+use crate::catalog::Catalog;
+use crate::catalog::lock::Announcements;
+use crate::helper::grants::Keeper;
+use crate::host::Options;
+use crate::host::changes::hydrate::{self, Hydrator};
+use crate::host::control::{Name, Orders};
+use crate::host::handover::{Handover, Parts};
+use crate::host::keys_held::KeysHeld;
+use crate::host::start::{Place, Taken};
+use crate::host::state::Record;
+use crate::host::status::Status;
+use crate::vhost::device::Device;
+use crate::vhost::gate::Channel;
+use crate::vhost::listener::Stop;
+use crate::vhost::queue::Tuning;
+use crate::vhost::queue::qos::Qos;
+use crate::vhost::session::Inlet;
+use crate::virtio::{SECTOR_SIZE, SharedGeometry};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
+const SEG_MAX: u32 = 126;
+
+/// The volume, being served, or to be once another process has let go of it.
+pub(super) struct Service {
+    /// Ends it.
+    pub(super) stop: Arc<Stop>,
+    record: Arc<Record>,
+    handover: Arc<Handover>,
+    qos: Arc<Qos>,
+    geometry: Arc<SharedGeometry>,
+    channel: Arc<Channel>,
+    writeback: Arc<AtomicBool>,
+    keeper: Arc<Keeper>,
+    held: Arc<Mutex<Option<KeysHeld>>>,
+}
+
+impl Service {
+    /// Starts the queues' threads.
+    pub(super) fn start(
+        catalog: &Catalog,
+        options: &Options,
+        taken: Taken,
+        announcements: Announcements,
+        control: Arc<Name>,
+    ) -> Result<Self> {
+        let Taken { place, lock_file, holder, opened, opener, events, keeper, held } = taken;
+        let (stop, qos) = (Stop::new()?, Arc::new(Qos::new(options.limits)));
+        let (keeper, held) = (Arc::new(keeper), Arc::new(Mutex::new(held)));
+        let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
+        let record = Record::new(catalog.clone(), Hydrator::new(keys, events, options.hydrate_rate));
+        let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
+        let geometry = opener.geometry.clone();
+        let parts = Parts {
+            opener,
+            lock_file,
+            holder,
+            record: record.clone(),
+            channel: channel.clone(),
+            stop: stop.clone(),
+            writeback: writeback.clone(),
+            taken: Box::new(move || control.become_holders()),
+        };
+        let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos: qos.clone() };
+        let handover = Handover::new(parts, options.queues, &options.cpus, &tuning)?;
+        match (place, opened) {
+            (Place::Holder(lock), Some(opened)) => handover.begin(opened, lock),
+            (Place::Next(turn), _) => handover.wait(turn),
+            (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
+        }?;
+        handover.heed(announcements)?;
+        Ok(Service { stop, record, handover, qos, geometry, channel, writeback, keeper, held })
+    }
+
+    /// How the volume is reached, and by which cipher engine, for people.
+    pub(super) fn describe(&self) -> String {
+        self.handover.describe()
+    }
+
+    /// What clients can ask for.
+    pub(super) fn orders(&self, options: &Options) -> Orders {
+        let (access, read_only, engine) = (self.describe(), options.read_only, options.engine);
+        let record = || self.record.clone();
+        let (stop, qos, geometry, vmm) =
+            (self.stop.clone(), self.qos.clone(), self.geometry.clone(), self.channel.clone());
+        let (status, rate, rewrap, resize) = (record(), record(), record(), record());
+        let (snapshot, rekey, flatten) = (record(), record(), record());
+        Orders {
+            detach: Box::new(move || stop.stop()),
+            status: Box::new(move || Status {
+                access: access.clone(),
+                read_only,
+                unwrapped_by: status.hydrator.unwrapped_by().clone(),
+                hydration: status.hydration(),
+            }),
+            throttle: Box::new(move |limits| qos.set(limits)),
+            hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),
+            rewrap: Box::new(move |new| rewrap.rewrap(new)),
+            resize: Box::new(move |size| {
+                resize.resize(size)?;
+                geometry.grow(size / SECTOR_SIZE);
+                Ok(vmm.config_changed())
+            }),
+            snapshot: Box::new(move |label, client| snapshot.snapshot(engine, label, client)),
+            rekey: Box::new(move |key, dek, client| rekey.rekey(engine, key, dek, client)),
+            flatten: Box::new(move || flatten.flatten()),
+        }
+    }
+
+    /// The device that VMMs see, which reaches the crate by way of `inlet`.
+    pub(super) fn device(&self, options: &Options, inlet: Inlet) -> Device {
+        Device {
+            tenure: self.handover.clone(),
+            geometry: self.geometry.clone(),
+            inlet: inlet.seen_from_descriptors(),
+            channel: self.channel.clone(),
+            queues: options.queues,
+            seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
+            queue_size: options.queue_size,
+            writeback: self.writeback.clone(),
+        }
+    }
+
+    /// Threads end, rings are drained; then what they wrote is made durable, and with the rest go the keys. The volume is
+    /// still this process's.
+    pub(super) fn end(self, device: Arc<Device>, served: Result<()>) -> (Result<()>, GivenUp) {
+        let Service { record, handover, keeper, held, .. } = self;
+        record.stop_serving();
+        drop(device);
+        let result = handover.end().and(served);
+        drop(handover);
+        let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut held) = held {
+            held.ended(&result);
+        }
+        (result, GivenUp { record, keeper })
+    }
+}
+
+/// A volume that is not served any more.
+pub(super) struct GivenUp {
+    record: Arc<Record>,
+    keeper: Arc<Keeper>,
+}
+
+impl GivenUp {
+    /// Lets the next have the volume, and ends the grants. Answers whether this process had it.
+    pub(super) fn release(self) -> bool {
+        let had_it = self.record.release();
+        self.keeper.retire();
+        had_it
+    }
+}

@@ -1,0 +1,117 @@
+//! The vhost-user socket of an attached volume: made, taken over, or found already there.
+
+use crate::base::{Context, Error, Kind, Result};
+use crate::vhost::listener::Socket;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getpeername, getsockname, getsockopt,
+    sockopt,
+};
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// A socket's name in the file system, removed at drop if it is still ours.
+pub struct SocketName {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketName {
+    /// The same name, seen from elsewhere: it was made in `folder` as the working folder.
+    pub fn moved_to(mut self, folder: &Path) -> Self {
+        self.path = folder.join(&self.path);
+        self
+    }
+
+    /// Gives the socket another name in its folder, instead of whoever has that.
+    pub fn rename(&mut self, name: &str) -> std::io::Result<()> {
+        let path = self.path.with_file_name(name);
+        std::fs::rename(&self.path, &path)?;
+        self.path = path;
+        Ok(())
+    }
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode);
+        if ours && let Err(e) = std::fs::remove_file(&self.path) {
+            log::warn!("remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+/// Listens at `path`. A socket that a dead process left there is replaced; one that somebody listens on is not.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
+    let attempt = || format!("listen on {}", path.display());
+    if UnixAddr::new(path) == Err(Errno::ENAMETOOLONG) {
+        let message = "the path of a socket can have at most 107 bytes; give a shorter one, or one relative to \
+                       the working folder";
+        return Err(Error::new(Kind::Usage, message).context(attempt()));
+    }
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+            remove_stale(path).map_err(|e| e.context(attempt()))?;
+            UnixListener::bind(path).context(attempt)?
+        }
+        bound => bound.context(attempt)?,
+    };
+    let metadata = std::fs::symlink_metadata(path).context(attempt)?;
+    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) }))
+}
+
+fn remove_stale(path: &Path) -> Result<()> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(Error::new(Kind::Busy, "there is a file of that name, and it is not a socket"));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(std::fs::remove_file(path)?),
+        Err(e) if e.raw_os_error() == Some(libc::EPROTOTYPE) => {
+            Err(Error::new(Kind::Busy, "somebody has a socket of another type there"))
+        }
+        Err(e) => Err(e.into()),
+        Ok(_) => Err(Error::new(Kind::Busy, "somebody listens there already")),
+    }
+}
+
+/// The socket that was passed as descriptor `fd`: listening, or connected to a VMM.
+///
+/// # Errors
+/// `Usage` for anything else.
+pub fn inherited(fd: RawFd) -> Result<Socket> {
+    take(fd).map_err(|problem| {
+        let attempt = format!("use descriptor {fd} as the vhost-user socket");
+        Error::new(Kind::Usage, problem).context(attempt)
+    })
+}
+
+fn take(fd: RawFd) -> Result<Socket, String> {
+    if (0..=libc::STDERR_FILENO).contains(&fd) {
+        return Err("it is a standard stream".into());
+    }
+    // SAFETY: F_GETFD only asks whether the descriptor is open.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err("this process was not started with it".into());
+    }
+    // SAFETY: it is open, and whoever started us gave it to us by its number, for this use alone; this is called
+    // before any descriptor of our own could have that number (the caller sees to it).
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let failed = |e: Errno| e.desc().to_string();
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).map_err(failed)?;
+    let kind = getsockopt(&fd, sockopt::SockType).map_err(|_| "it is not a socket")?;
+    let address = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(failed)?;
+    if kind != SockType::Stream || address.family() != Some(AddressFamily::Unix) {
+        return Err("it is not a Unix stream socket".into());
+    }
+    if getsockopt(&fd, sockopt::AcceptConn).map_err(failed)? {
+        return Ok(Socket::Listening(UnixListener::from(fd)));
+    }
+    // A peer that has left again is found when it is served.
+    match getpeername::<UnixAddr>(fd.as_raw_fd()) {
+        Err(Errno::ENOTCONN) => Err("it neither listens nor is it connected".into()),
+        _ => Ok(Socket::Connected(UnixStream::from(fd))),
+    }
+}

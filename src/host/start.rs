@@ -1,0 +1,142 @@
+//! What an attach does before the process is confined: it takes and opens the volume, gets its data keys, and makes the
+//! sockets.
+
+use crate::base::{Context, Result};
+use crate::catalog::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
+use crate::catalog::metadata::Metadata;
+use crate::catalog::{Catalog, VolumeId};
+use crate::config::Settings;
+use crate::events::{Event, EventLog};
+use crate::helper::grants::Keeper;
+use crate::helper::unwrap::{self, Refusal};
+use crate::host::Options;
+use crate::host::control::{Bound, Control};
+use crate::host::keys_held::KeysHeld;
+use crate::host::opener::Opener;
+use crate::host::socket::{self, SocketName};
+use crate::kms::patience::Patience;
+use crate::vhost::listener::Socket;
+use crate::vhost::session::Inlet;
+use crate::volume::open::{Deks, Opened};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The volume, with its data keys.
+pub(super) struct Taken {
+    pub(super) place: Place,
+    pub(super) lock_file: LockFile,
+    pub(super) holder: Holder,
+    /// None while another process has it.
+    pub(super) opened: Option<Opened>,
+    pub(super) opener: Opener,
+    pub(super) events: EventLog,
+    pub(super) keeper: Keeper,
+    /// To be dropped after the data keys; none for an unencrypted volume.
+    pub(super) held: Option<KeysHeld>,
+}
+
+impl Taken {
+    /// Takes the volume, or the place of who is to have it next, and opens it. `path` is where VMMs will connect.
+    pub(super) fn take(
+        catalog: &Catalog,
+        settings: &Settings,
+        volume: VolumeId,
+        options: &Options,
+        path: Option<&Path>,
+    ) -> Result<Self> {
+        let holder = Holder::this_process(Purpose::Attach, path)?;
+        let lock_file = LockFile::open(&catalog.folder(volume), volume)?;
+        let place = Place::take(&lock_file, &holder, options.incoming)?;
+        let events = EventLog::new(catalog.root(), settings);
+        let mut granted = None;
+        let get_keys = |metadata: &Metadata| {
+            let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
+            granted = Some((metadata.clone(), keeper));
+            Ok(deks)
+        };
+        let (opener, opened) = match &place {
+            Place::Holder(lock) => Opener::with_layers(catalog, lock, options, get_keys),
+            Place::Next(_) => Opener::without(catalog, volume, options, get_keys),
+        }?;
+        let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
+        let held = KeysHeld::begin(catalog.root(), &metadata)?;
+        Ok(Taken { place, lock_file, holder, opened, opener, events, keeper, held })
+    }
+}
+
+/// What this process is to the volume: who has it, or who is to have it next.
+pub(super) enum Place {
+    Holder(VolumeLock),
+    Next(Turn),
+}
+
+impl Place {
+    fn take(lock_file: &LockFile, holder: &Holder, incoming: bool) -> Result<Self> {
+        match incoming {
+            true => lock_file.announce().map(Place::Next),
+            false => lock_file.acquire(holder).map(Place::Holder),
+        }
+    }
+}
+
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
+/// as its cause.
+fn unwrap_all(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    events: &EventLog,
+    settings: &Settings,
+    alone: bool,
+) -> Result<(Deks, Keeper)> {
+    let until = Instant::now() + settings.kms_patience;
+    let patience = || Patience(until.saturating_duration_since(Instant::now()));
+    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let refused = |refusal: Refusal| {
+        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+        events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
+        refusal.error()
+    };
+    let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
+    let mut deks = Deks::new();
+    for (n, key) in metadata.keys().iter().enumerate() {
+        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        deks.push(Arc::new(dek.map_err(refused)?));
+    }
+    Ok((deks, keeper))
+}
+
+/// What clients and VMMs connect to.
+pub(super) struct Sockets {
+    pub(super) control: Bound,
+    pub(super) inlet: Inlet,
+    pub(super) socket: Socket,
+    /// Of `socket`, where this process has made it.
+    pub(super) name: Option<SocketName>,
+}
+
+impl Sockets {
+    /// Makes them in the volume's `folder` and, unless one was `inherited`, at `path`.
+    pub(super) fn bind(
+        folder: &Path,
+        options: &Options,
+        inherited: Option<Socket>,
+        path: Option<&Path>,
+    ) -> Result<Self> {
+        let control = Control::bind(folder, options.incoming)?;
+        let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
+        let inlet = Inlet::new(folder, inlet).context(|| "make a socket in the volume's folder")?;
+        let (socket, name) = match (inherited, path) {
+            (Some(socket), _) => (socket, None),
+            (None, Some(path)) => {
+                let (listener, name) = socket::listen(path)?;
+                (Socket::Listening(listener), Some(name))
+            }
+            (None, None) => unreachable!("an endpoint is a path or a descriptor"),
+        };
+        if let (Some(user), Some(path)) = (&options.user, path) {
+            user.give_socket(path)?;
+        }
+        Ok(Sockets { control, inlet, socket, name })
+    }
+}

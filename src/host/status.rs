@@ -1,0 +1,46 @@
+//! What a host process says of itself and of its volume.
+
+use crate::catalog::metadata::KeyRecord;
+use serde::{Deserialize, Serialize};
+
+/// What a host process says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// How the layer is reached, and by which cipher engine.
+    pub access: String,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Which KMS keys its data keys were unwrapped by, in the order of the volume's keys.
+    pub unwrapped_by: Vec<UsedKey>,
+    /// How far it has come with copying up what lower layers hold, if it does.
+    #[serde(default)]
+    pub hydration: Option<Progress>,
+}
+
+/// A KMS key that unwrapped a data key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsedKey {
+    /// The provider's name.
+    pub provider: String,
+    /// The key's canonical id.
+    pub key_id: String,
+}
+
+impl UsedKey {
+    /// That which wraps a data key.
+    pub fn of(key: &KeyRecord) -> Self {
+        UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() }
+    }
+}
+
+/// How far a hydration has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// How many bytes of the volume may still be in leaving layers alone; `None` until that is known.
+    pub left: Option<u64>,
+    /// At most so many bytes a second are copied; 0: no limit.
+    pub rate: u64,
+    /// What went wrong last, if it did not go on since.
+    pub problem: Option<String>,
+}

@@ -1,0 +1,150 @@
+//! QEMU's image locks on a layer's file, so that QEMU's tools and machines keep off it, and so that we keep off
+//! a file which they have open.
+//!
+//! QEMU (docs/system/images "Image locking", block/file-posix.c) tells others about each of its permissions by
+//! shared OFD locks on single bytes: byte 100+n "I use permission n", byte 200+n "I do not share permission n".
+//! Whoever wants in takes its own locks first and then asks whether anybody's contradict: so of two that come
+//! at the same time at most both fail, and never both get in.
+
+use crate::base::locks::{self, Bytes};
+use crate::base::{Context, Error, Kind, Result};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+const USED: i64 = 100;
+const UNSHARED: i64 = 200;
+
+/// QEMU's permissions, by their bit's number.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const WRITE_UNCHANGED: i64 = 2;
+const RESIZE: i64 = 3;
+
+/// What is going to be done with the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading alone: others may read too.
+    Read,
+    /// Reading and writing: others may not even read, since what they see would fit together only by luck.
+    ReadWrite,
+}
+
+impl Access {
+    fn used(self) -> &'static [i64] {
+        match self {
+            Access::Read => &[CONSISTENT_READ],
+            Access::ReadWrite => &[CONSISTENT_READ, WRITE],
+        }
+    }
+
+    fn unshared(self) -> &'static [i64] {
+        match self {
+            Access::Read => &[WRITE, RESIZE],
+            Access::ReadWrite => &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE],
+        }
+    }
+}
+
+/// A file that QEMU sees as in use, for as long as this lives.
+#[derive(Debug)]
+pub struct ImageLock {
+    file: File,
+}
+
+impl ImageLock {
+    /// Locks the file at `path` for `access`.
+    ///
+    /// # Errors
+    /// `Busy` if QEMU, or another program that keeps its rules, has the file open in a way that does not go
+    /// together with `access`.
+    pub fn acquire(path: &Path, access: Access) -> Result<Self> {
+        let attempt = || format!("lock {}", path.display());
+        let lock = ImageLock { file: File::open(path).context(attempt)? };
+        let used = access.used().iter().map(|n| USED + n);
+        let unshared = access.unshared().iter().map(|n| UNSHARED + n);
+        for byte in used.chain(unshared) {
+            if !locks::try_lock(&lock.file, locks::Kind::Shared, Bytes::one(byte)).context(attempt)? {
+                return Err(in_use(path));
+            }
+        }
+        // Somebody must not use what we do not share, nor refuse to share what we use.
+        let contrary_use = access.unshared().iter().map(|n| USED + n);
+        let contrary_refusal = access.used().iter().map(|n| UNSHARED + n);
+        for byte in contrary_use.chain(contrary_refusal) {
+            let (kind, byte) = (locks::Kind::Exclusive, Bytes::one(byte));
+            if locks::is_locked_against(&lock.file, kind, byte).context(attempt)? {
+                return Err(in_use(path));
+            }
+        }
+        Ok(lock)
+    }
+
+    /// Whether what is locked is `file`, and not another that had its name for a moment.
+    pub fn is_on(&self, file: &File) -> std::io::Result<bool> {
+        let (ours, theirs) = (self.file.metadata()?, file.metadata()?);
+        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+    }
+
+    /// Lets others read too: from now on this is as if it had been acquired for [`Access::Read`].
+    pub fn stop_writing(&self) {
+        let gone = |of: fn(Access) -> &'static [i64], base| {
+            let kept = of(Access::Read);
+            of(Access::ReadWrite).iter().filter(move |n| !kept.contains(n)).map(move |n| base + n)
+        };
+        for byte in gone(Access::used, USED).chain(gone(Access::unshared, UNSHARED)) {
+            // Unlocking needs nothing that could be short; were it to fail, others would be kept off needlessly.
+            locks::unlock(&self.file, Bytes::one(byte));
+        }
+    }
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        locks::unlock(&self.file, Bytes::ALL);
+    }
+}
+
+fn in_use(path: &Path) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!(
+            "{} is open in QEMU, one of its tools, or another sealblk; end that first (\"lsof\" names it)",
+            path.display()
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_the_same_name_is_not_the_same_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        let first = File::create(&path).unwrap();
+        let lock = ImageLock::acquire(&path, Access::Read).unwrap();
+        std::fs::rename(&path, dir.path().join("moved")).unwrap();
+        let second = File::create(&path).unwrap();
+        assert!(lock.is_on(&first).unwrap() && !lock.is_on(&second).unwrap());
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let get = |access| ImageLock::acquire(file.path(), access);
+        let reader = get(Access::Read).unwrap();
+        let second = get(Access::Read).unwrap();
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        drop((reader, second));
+        let writer = get(Access::ReadWrite).unwrap();
+        assert_eq!(get(Access::Read).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        writer.stop_writing();
+        let reader = get(Access::Read).unwrap();
+        assert_eq!(get(Access::ReadWrite).unwrap_err().kind(), Kind::Busy);
+        drop((writer, reader));
+        assert!(get(Access::ReadWrite).is_ok());
+    }
+}

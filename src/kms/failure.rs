@@ -1,0 +1,33 @@
+//! Why something that needs a key was not done.
+
+use super::KmsError;
+use crate::base::Error;
+
+/// Why something was not made: what the event says and what the reader is told.
+#[derive(Debug)]
+pub struct Failure {
+    /// Of a KMS, its message, word for word.
+    pub cause: String,
+    /// The same with what was attempted and what can be done.
+    pub error: Error,
+}
+
+impl Failure {
+    /// The refusal of the provider of this name: its own words, and what can be done about `key`.
+    pub fn kms(e: KmsError, provider: &str, key: &str) -> Self {
+        Failure { cause: e.to_string(), error: e.with_advice_of(provider, key) }
+    }
+}
+
+impl Failure {
+    /// This failure with what was attempted put before the error's message; the cause stays as it is.
+    pub fn context(self, attempt: impl std::fmt::Display) -> Self {
+        Failure { cause: self.cause, error: self.error.context(attempt) }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure { cause: error.to_string(), error }
+    }
+}

@@ -1,0 +1,133 @@
+//! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become the volume's lower ones.
+//!
+//! Under the KMS key of the snapshot the volume has the same data key, which the KMS wraps anew for the volume
+//! (ReEncrypt), so that nobody sees it. Under another one, and where an unencrypted snapshot is to be encrypted, the new
+//! top layer has a data key of its own, and the layers below are marked to be copied up.
+
+use crate::base::{Error, Kind, Result};
+use crate::catalog::layout::{Layout, MAX_LAYERS};
+use crate::catalog::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata, Origin, encryption_context};
+use crate::catalog::snapshot::Snapshot;
+use crate::catalog::{Catalog, VolumeId};
+use crate::events::EventLog;
+use crate::kms::{EncryptionContext, Failure, KeyProvider, KmsError};
+use crate::ops::create::{self, Wanted};
+use crate::ops::keys::WrappingKey;
+use crate::volume::open::Unwrap;
+
+/// How a KMS is reached, by the name of its provider.
+pub type OpenProvider<'a> = &'a dyn Fn(&str) -> Result<Box<dyn KeyProvider>, KmsError>;
+
+/// The ways to the data keys that a clone or copy needs.
+#[derive(Clone, Copy)]
+pub struct Keys<'a> {
+    /// The KMSs.
+    pub open_provider: OpenProvider<'a>,
+    /// Unwraps a data key where that cannot be avoided.
+    pub unwrap: Unwrap<'a>,
+}
+
+/// Makes a volume from a snapshot, `wanted.geometry` large, and reports a `createVolume` event. With a `key` it is
+/// encrypted under that KMS key, without one as the snapshot is.
+///
+/// # Errors
+/// `Usage` for a size or sector size that the snapshot does not go with; otherwise as [`lifecycle::create`].
+pub fn create(
+    catalog: &Catalog,
+    events: &EventLog,
+    wanted: &Wanted,
+    snapshot: &Snapshot,
+    key: Option<WrappingKey<'_>>,
+    keys: Keys<'_>,
+) -> Result<Metadata> {
+    check(wanted, snapshot)?;
+    create::create_with(catalog, events, wanted, |id| {
+        let layout = layout(id, wanted, snapshot, key, keys)?;
+        let origin = Origin { snapshot: snapshot.id(), proof: snapshot.proof() };
+        let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
+        if metadata.is_encrypted() && !snapshot.is_encrypted() {
+            // Nothing else could prove layers that anyone can write: such a volume is never without a seal.
+            let owner = KeyOwner::Volume(id);
+            let deks = metadata.keys().iter().map(|key| (keys.unwrap)(owner, key));
+            let deks = deks.collect::<Result<Vec<_>, _>>()?;
+            metadata.seal(&deks);
+        }
+        Ok(metadata)
+    })
+}
+
+fn check(wanted: &Wanted, snapshot: &Snapshot) -> Result<()> {
+    let (new, old) = (wanted.geometry, snapshot.geometry());
+    let problem = if new.size() < old.size() {
+        format!("{} is of {} bytes; a volume made from it cannot be smaller", snapshot.id(), old.size())
+    } else if new.sector_size() != old.sector_size() {
+        let bytes = old.sector_size().bytes();
+        format!("{} has sectors of {bytes} bytes, and so has a volume made from it", snapshot.id())
+    } else if snapshot.layers().len() >= MAX_LAYERS {
+        format!(
+            "{} has {MAX_LAYERS} layers, the most that a volume can have; copy or flatten it first",
+            snapshot.id()
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(Kind::Usage, problem))
+}
+
+fn layout(
+    id: VolumeId,
+    wanted: &Wanted,
+    snapshot: &Snapshot,
+    key: Option<WrappingKey<'_>>,
+    ways: Keys<'_>,
+) -> Result<Layout, Failure> {
+    // First whether the key that was asked for can be had at all.
+    let fresh = match key {
+        Some(with) if !is_key_of(&with, snapshot)? => Some(with.generate(id)?),
+        _ => None,
+    };
+    let mut keys = rewrap_all(snapshot, &encryption_context(id), ways)?;
+    let (top_key, hydrate) = match fresh {
+        Some(fresh) => {
+            keys.push(fresh);
+            (Some(keys.len() - 1), Some(snapshot.layout().top().id))
+        }
+        None => (snapshot.layout().top().key, snapshot.layout().hydrate()),
+    };
+    let top = LayerRecord::new_top(top_key, wanted.geometry.size());
+    let layers = std::iter::once(top).chain(snapshot.layers().iter().copied()).collect();
+    Ok(Layout { geometry: wanted.geometry, keys, layers, hydrate })
+}
+
+/// Whether `with` is the KMS key that the snapshot's top layer is under.
+///
+/// # Errors
+/// The KMS's.
+pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
+    let Some(top) = snapshot.layout().top().key.map(|n| &snapshot.keys()[n]) else { return Ok(false) };
+    match with.provider.describe(with.key) {
+        Ok(key) => Ok(top.provider == with.provider.name() && top.wrapped.key_id == key.key_id),
+        // The default key is made at its first use.
+        Err(KmsError::NotFound(_)) => Ok(false),
+        Err(e) => Err(Failure::kms(e, with.provider.name(), with.key)),
+    }
+}
+
+/// The snapshot's data keys, each wrapped by the same KMS key as before, for another context.
+pub(crate) fn rewrap_all(
+    snapshot: &Snapshot,
+    to: &EncryptionContext,
+    ways: Keys<'_>,
+) -> Result<Vec<KeyRecord>, Failure> {
+    let from = snapshot.encryption_context();
+    let rewrap = |key: &KeyRecord| {
+        let kms_key = &key.wrapped.key_id;
+        let provider =
+            (ways.open_provider)(&key.provider).map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
+        let wrapped = provider
+            .rewrap(&key.wrapped, &from, kms_key, to)
+            .map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
+        Ok(KeyRecord { provider: key.provider.clone(), wrapped, check: None })
+    };
+    snapshot.keys().iter().map(rewrap).collect()
+}

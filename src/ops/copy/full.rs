@@ -1,0 +1,192 @@
+//! Copies of snapshots under another data key: one new layer with everything that the original's layers have.
+//!
+//! What will be the copy's record is called `snap-….copying` until the copy is whole; it names the new layer, so that nobody
+//! clears that away, and is locked (flock) by who is at it. The same copy asked for again goes on with what it finds. The
+//! rename to `.json` **is the moment**. `docs/format.md` argues the steps.
+
+use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::layer_file::make_layer;
+use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
+use crate::catalog::references::StoreLock;
+use crate::catalog::snapshot::{Label, Snapshot};
+use crate::catalog::{Catalog, SnapshotId};
+use crate::crypt::Dek;
+use crate::kms::Failure;
+use crate::ops::clone::{Keys, is_key_of};
+use crate::ops::keys::WrappingKey;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A copy in the making, and the data keys that it takes.
+pub struct Copying {
+    copy: Snapshot,
+    source_deks: Vec<Arc<Dek>>,
+    dek: Arc<Dek>,
+    _lock: Flock<File>,
+}
+
+impl Copying {
+    /// Begins a copy of `source` under a new data key that `key` wraps, or goes on with one that was begun so and
+    /// interrupted.
+    ///
+    /// # Errors
+    /// The KMS's; `Corrupt` if the source, or what was begun, is not what somebody who has its data keys made; those of the
+    /// file system.
+    pub fn begin(
+        catalog: &Catalog,
+        source: &Snapshot,
+        label: Label,
+        key: &WrappingKey<'_>,
+        keys: Keys<'_>,
+    ) -> Result<Self, Failure> {
+        catalog.check_snapshot(source)?;
+        let unwrap =
+            |of: &Snapshot, key: &KeyRecord| Ok::<_, Failure>(Arc::new((keys.unwrap)(of.key_owner(), key)?));
+        let source_deks =
+            source.keys().iter().map(|key| unwrap(source, key)).collect::<Result<Vec<_>, _>>()?;
+        source.verify(&source_deks)?;
+        if let Some((copy, lock)) = interrupted(catalog, source, &label, key)? {
+            let dek = unwrap(&copy, &copy.keys()[0])?;
+            copy.verify(std::slice::from_ref(&dek))?;
+            log::info!("going on with {}, which was interrupted", copy.id());
+            let copying = Copying { copy, source_deks, dek, _lock: lock };
+            copying.make_layer(catalog)?;
+            return Ok(copying);
+        }
+        let id = SnapshotId::random();
+        let record = key.generate(id)?;
+        let dek = Arc::new((keys.unwrap)(id.into(), &record)?);
+        let copy = Snapshot::under_another_key(source, id, label, record, &dek)?;
+        let lock = note(catalog, &copy)?;
+        let copying = Copying { copy, source_deks, dek, _lock: lock };
+        copying.make_layer(catalog)?;
+        Ok(copying)
+    }
+
+    /// What it will be.
+    pub fn copy(&self) -> &Snapshot {
+        &self.copy
+    }
+
+    /// The data keys: of its one layer, and of the source's keys in their order.
+    pub fn deks(&self) -> (&Arc<Dek>, &[Arc<Dek>]) {
+        (&self.dek, &self.source_deks)
+    }
+
+    /// The layer, empty; unless it is there already, and whole.
+    fn make_layer(&self, catalog: &Catalog) -> Result<()> {
+        let layer = self.copy.layout().top();
+        let path = catalog.layer_path(layer.id);
+        match std::fs::metadata(&path) {
+            // Whoever made it may have been cut off before its name was durable.
+            Ok(found) if found.len() == layer.size => return sync_dir(&catalog.root().layers()),
+            // Cut off in its making: nothing was written to it.
+            Ok(_) => std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?,
+            Err(_) => create_dir_durable(&catalog.root().layers())?,
+        }
+        make_layer(&path, layer.size, false)
+    }
+
+    /// With this the copy is there. **Its layer has everything, durably**, and nobody writes to it any more.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn commit(self, catalog: &Catalog) -> Result<Snapshot> {
+        let _store = StoreLock::acquire(catalog)?;
+        catalog.mark_frozen(self.copy.layers());
+        let (from, to) = (catalog.copying_path(self.copy.id()), catalog.snapshot_path(self.copy.id()));
+        std::fs::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+        sync_dir(&catalog.root().snapshots())?;
+        Ok(self.copy)
+    }
+}
+
+/// Writes down what is going to be made, and locks it.
+fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<File>> {
+    let _store = StoreLock::acquire(catalog)?;
+    create_dir_durable(&catalog.root().snapshots())?;
+    let path = catalog.copying_path(copy.id());
+    replace_file(&path, &copy.to_json())?;
+    lock(&path)?.ok_or_else(|| Error::new(Kind::Busy, format!("{} is in use", path.display())))
+}
+
+/// A copy that was begun in this way and that nobody is at.
+fn interrupted(
+    catalog: &Catalog,
+    source: &Snapshot,
+    label: &Label,
+    key: &WrappingKey<'_>,
+) -> Result<Option<(Snapshot, Flock<File>)>, Failure> {
+    let _store = StoreLock::acquire(catalog)?;
+    for (id, path) in catalog.copies_in_the_making()? {
+        let read = catalog.load_copying(id);
+        let Ok(copy) = read.inspect_err(|e| log::warn!("left as it is: {e}")) else { continue };
+        let same = copy.copy_of() == Some(source.id()) && copy.label() == label;
+        if same
+            && copy.geometry() == source.geometry()
+            && is_key_of(key, &copy)?
+            && let Some(lock) = lock(&path)?
+        {
+            return Ok(Some((copy, lock)));
+        }
+    }
+    Ok(None)
+}
+
+/// None if somebody else has it, or it is gone.
+fn lock(path: &PathBuf) -> Result<Option<Flock<File>>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::from(e).context(format!("open {}", path.display()))),
+    };
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, e)) => Err(Error::from(e).context(format!("lock {}", path.display()))),
+    }
+}
+
+impl Snapshot {
+    /// What a copy of `source` under the data key `dek`, which `key` wraps, will be: sealed, with one layer.
+    fn under_another_key(
+        source: &Snapshot,
+        id: SnapshotId,
+        label: Label,
+        key: KeyRecord,
+        dek: &Dek,
+    ) -> Result<Self> {
+        let geometry = source.geometry();
+        let key = KeyRecord { check: Some(dek.check_value()), ..key };
+        let layers = vec![LayerRecord::new_top(Some(0), geometry.size())];
+        let layout = Layout { geometry, keys: vec![key], layers, hydrate: None };
+        let mut copy = Snapshot {
+            id,
+            volume: source.volume,
+            copy_of: Some(source.id),
+            layout,
+            created: Timestamp::now(),
+            label,
+            sealed_as: id,
+            mac: None,
+        };
+        copy.mac =
+            Some(dek.seal_key(&copy.volume.to_string())?.mac(&copy.sealed_bytes(&copy.layout.checks())));
+        Ok(copy)
+    }
+}
+
+impl Catalog {
+    /// The records of copies that were begun and that nobody is at.
+    pub(crate) fn interrupted_copies(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for (_, path) in self.copies_in_the_making()? {
+            // Held by nobody, if it can be had.
+            found.extend(lock(&path)?.map(|_| path));
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,157 @@
+//! Deleting volumes, and clearing away what interrupted makings and deletions left.
+
+use crate::base::root::{replace_file, sync_dir};
+use crate::catalog::leaving;
+
+use crate::base::{Context, Kind, Result};
+use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
+use crate::catalog::references::{CREATING, DELETING, StoreLock, remove_unnamed};
+use crate::catalog::{self, Catalog, Metadata, VolumeId, pending, tags};
+use crate::events::{Event, EventLog};
+use crate::ops::shred::{self, Receipt};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+/// Deletes a volume that nobody has attached, with those of its layers that nothing else names, and reports a `deleteVolume` event.
+///
+/// # Errors
+/// `Busy`, naming the process that has it; `NotFound`; `Corrupt` if its metadata cannot be read, since then
+/// nobody knows its layers. An error after the volume is gone says so.
+pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
+    delete_by(catalog, events, id, |folder, _| rename_durably(folder, catalog::FILE, DELETING))
+}
+
+/// As [`delete`], and overwrites the wrapped copies of the volume's data keys first.
+///
+/// # Errors
+/// Those of [`delete`]. After an error that says that the volume is deleted, the next delete or create finishes it.
+pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Receipt> {
+    let mut receipt = delete_by(catalog, events, id, |folder, metadata| {
+        let mut receipt = Receipt::new(catalog, metadata)?;
+        replace_file(&folder.join(DELETING), &shred::without_wrapped_keys(metadata)?)?;
+        rename_durably(folder, catalog::FILE, shred::FILE)?;
+        receipt.destroyed = shred::destroy_all(folder).context(
+            || "it is deleted, but its wrapped keys are not all overwritten; the next delete tries again",
+        )?;
+        Ok(receipt)
+    })?;
+    receipt.layers.retain(|layer| !layer.exists());
+    Ok(receipt)
+}
+
+/// Deletes a volume; `let_go` renames its metadata, after which it is not there any more.
+fn delete_by<T>(
+    catalog: &Catalog,
+    events: &EventLog,
+    id: VolumeId,
+    let_go: impl FnOnce(&Path, &Metadata) -> Result<T>,
+) -> Result<T> {
+    let folder = catalog.folder(id);
+    let holder = Holder::this_process(Purpose::Delete, None)?;
+    let attempt = || format!("delete {id}");
+    let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
+    let metadata = catalog.load(id).context(attempt)?;
+    catalog.recover(&lock, &metadata).context(attempt)?;
+    let done = let_go(&folder, &metadata);
+    if done.is_ok() || !folder.join(catalog::FILE).exists() {
+        shred::record_destroyed(catalog, &metadata, &done);
+        events.record(&Event::delete_volume(id));
+    }
+    let done = done.context(attempt)?;
+    let store = StoreLock::acquire(catalog)?;
+    clear(catalog, &metadata, &store).context(|| {
+        format!(
+            "{id} is deleted, but not its layers; the next \"sealblk volume create\" or \"delete\" tries again"
+        )
+    })?;
+    clear_remains(catalog, &store);
+    Ok(done)
+}
+
+pub(super) fn rename_durably(folder: &Path, from: &str, to: &str) -> Result<()> {
+    let (from, to) = (folder.join(from), folder.join(to));
+    std::fs::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+    sync_dir(folder)
+}
+
+/// Removes a volume that is not there yet.
+pub(super) fn abandon(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()> {
+    // What is being made names its layers; what is being deleted does not any more.
+    rename_durably(&catalog.folder(metadata.id()), CREATING, DELETING)?;
+    clear(catalog, metadata, store)
+}
+
+/// Removes a volume that is not there any more: those of its layers that nothing else names, and last what names them.
+fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()> {
+    let left = catalog.left_layers(metadata.id())?;
+    remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id).chain(left), store)?;
+    remove_folder(catalog, metadata.id())
+}
+
+fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
+    let folder = catalog.folder(id);
+    shred::finish(&folder)?;
+    std::fs::remove_dir_all(&folder).context(|| format!("remove {}", folder.display()))?;
+    sync_dir(&catalog.root().volumes())
+}
+
+/// Clears away what interrupted creates and deletes left. What cannot be understood stays, with a warning.
+pub(crate) fn clear_remains(catalog: &Catalog, store: &StoreLock) {
+    if let Err(e) = catalog.clear_deleted_snapshots(store) {
+        log::warn!("{e}");
+    }
+    let folders = catalog.folders().unwrap_or_else(|e| {
+        log::warn!("{e}");
+        Vec::new()
+    });
+    for id in folders {
+        if let Err(e) = clear_remains_of(catalog, id, store) {
+            log::warn!("{}: left as it is: {e}", catalog.folder(id).display());
+        }
+    }
+}
+
+fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
+    let folder = catalog.folder(id);
+    if folder.join(catalog::FILE).exists() {
+        return Ok(());
+    }
+    let holder = Holder::this_process(Purpose::Delete, None)?;
+    let _lock = match VolumeLock::acquire(&folder, id, &holder) {
+        Ok(lock) => lock,
+        // It is just being made or deleted.
+        Err(e) if matches!(e.kind(), Kind::Busy | Kind::NotFound) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for name in [CREATING, DELETING] {
+        let record = folder.join(name);
+        if record.exists() {
+            log::info!("clearing away {id}, of which an interrupted command left a part");
+            let metadata = catalog.read_record(&record, id)?;
+            let clear = if name == CREATING { abandon } else { clear };
+            return clear(catalog, &metadata, store);
+        }
+    }
+    // Cut off before there was a record, or after it was removed: but a file of somebody else's stays.
+    if holds_nothing_of_value(&folder)? && !folder.join(catalog::FILE).exists() {
+        remove_folder(catalog, id)?;
+    }
+    Ok(())
+}
+
+fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        if entry.file_type()?.is_socket() {
+            // Of a host process that was killed.
+            continue;
+        }
+        let is_ours = [lock::FILE, tags::FILE, leaving::FILE].contains(&name) || pending::is_layer_name(name);
+        if !is_ours && !name.ends_with(".tmp") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

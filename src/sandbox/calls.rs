@@ -1,0 +1,223 @@
+//! The system calls of a confined process: an allow-list, by seccomp.
+//!
+//! The table says what each group is for. A call whose arguments matter has conditions in [`conditional`]. Paths lie in
+//! memory and cannot be judged here: they are the affair of [`crate::sandbox::files`].
+//!
+//! io_uring does what a ring is asked to do without asking this filter. So a confined process can make no ring: those
+//! that it has were made before, and each takes only the operations that serving a layer needs (`store::file::ring`).
+
+use crate::base::{Error, Kind, Result};
+use crate::sandbox::Mode;
+use libc::c_long;
+use seccompiler::SeccompCmpArgLen::{self, Dword, Qword};
+use seccompiler::SeccompCmpOp::{self, Eq, Le, MaskedEq};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule};
+use std::collections::BTreeMap;
+
+/// What a group of calls is for, and the calls.
+type Group = (&'static str, &'static [c_long]);
+
+macro_rules! calls {
+    ($($name:ident)*) => { &[$(libc::$name),*] };
+}
+
+/// Allowed whatever the arguments.
+const ALLOWED: &[Group] = &[
+    (
+        "the data path: rings that are there, layers on memory file systems, event descriptors",
+        calls! { SYS_io_uring_enter SYS_read SYS_write SYS_readv SYS_writev SYS_pread64 SYS_pwrite64 SYS_preadv
+        SYS_pwritev SYS_preadv2 SYS_pwritev2 SYS_lseek SYS_fsync SYS_fdatasync SYS_fallocate SYS_eventfd2 },
+    ),
+    (
+        "files that Landlock lets through, and descriptors",
+        calls! { SYS_close SYS_fstat SYS_newfstatat SYS_statx SYS_fstatfs SYS_statfs SYS_ftruncate SYS_flock
+        SYS_getdents64 SYS_unlinkat SYS_renameat SYS_renameat2 SYS_readlinkat SYS_faccessat SYS_faccessat2
+        SYS_getcwd SYS_dup SYS_dup3 SYS_memfd_create SYS_memfd_secret },
+    ),
+    (
+        "sockets that are there: VMMs, the control socket, the service manager",
+        calls! { SYS_accept4 SYS_recvfrom SYS_recvmsg SYS_sendmsg SYS_shutdown SYS_getsockname SYS_getpeername
+        SYS_getsockopt },
+    ),
+    ("waiting", calls! { SYS_futex SYS_ppoll SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait }),
+    (
+        "memory",
+        calls! { SYS_munmap SYS_mremap SYS_madvise SYS_brk SYS_mlock SYS_mlock2 SYS_munlock SYS_membarrier },
+    ),
+    (
+        "threads: their life, their CPUs, their signals",
+        calls! { SYS_exit SYS_exit_group SYS_gettid SYS_getpid SYS_set_robust_list SYS_rseq SYS_sigaltstack
+        SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_restart_syscall SYS_sched_yield
+        SYS_sched_getaffinity SYS_sched_setaffinity SYS_clone3 },
+    ),
+    (
+        "time, chance, and who one is",
+        calls! { SYS_clock_gettime SYS_clock_getres SYS_clock_nanosleep SYS_nanosleep SYS_gettimeofday SYS_getrandom
+        SYS_getuid SYS_geteuid SYS_getgid SYS_getegid SYS_getrusage SYS_uname },
+    ),
+];
+
+/// The same under their old names, which newer architectures do not have.
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_BY_OLD_NAMES: &[Group] = &[(
+    "the C library still uses them",
+    calls! { SYS_accept SYS_poll SYS_epoll_wait SYS_stat SYS_lstat SYS_access SYS_unlink SYS_rename SYS_readlink
+    SYS_time },
+)];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_BY_OLD_NAMES: &[Group] = &[];
+
+/// The longest name that `connect` takes: a family and up to three characters, which in [`crate::sandbox::WORKING_FOLDER`]
+/// can only name a descriptor.
+const ADDRESS_LEN_MAX: u64 = size_of::<libc::sa_family_t>() as u64 + 4;
+
+/// Conditions on one argument.
+struct Argument {
+    index: u8,
+    len: SeccompCmpArgLen,
+    op: SeccompCmpOp,
+    value: u64,
+}
+
+fn arg(index: u8, op: SeccompCmpOp, value: u64) -> Argument {
+    Argument { index, len: Dword, op, value }
+}
+
+/// No bit of `mask` is set.
+fn without(index: u8, mask: u64) -> Argument {
+    Argument { index, len: Qword, op: MaskedEq(mask), value: 0 }
+}
+
+fn null(index: u8) -> Argument {
+    Argument { index, len: Qword, op: Eq, value: 0 }
+}
+
+/// Allowed if one of the rules fits: each is a list of conditions that must all hold.
+fn conditional() -> Vec<(c_long, Vec<Vec<Argument>>)> {
+    let one_of =
+        |index: u8, values: &[u64]| values.iter().map(|&v| vec![arg(index, Eq, v)]).collect::<Vec<_>>();
+    let own_pid = u64::from(std::process::id());
+    let stream = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u64;
+    let executable = libc::PROT_EXEC as u64;
+    vec![
+        // Paths alone open nothing that could be connected to or entered.
+        (libc::SYS_openat, vec![vec![without(2, libc::O_PATH as u64)]]),
+        // The pair of sockets of each VMM's session (`vhost::session::Inlet`).
+        (libc::SYS_socket, vec![vec![arg(0, Eq, libc::AF_UNIX as u64), arg(1, Eq, stream)]]),
+        (libc::SYS_socketpair, vec![vec![arg(0, Eq, libc::AF_UNIX as u64)]]),
+        (libc::SYS_connect, vec![vec![arg(2, Le, ADDRESS_LEN_MAX)]]),
+        // To whom a socket is connected, and to nobody else.
+        (libc::SYS_sendto, vec![vec![null(4)]]),
+        (libc::SYS_setsockopt, vec![vec![arg(1, Eq, libc::SOL_SOCKET as u64)]]),
+        // No new code.
+        (libc::SYS_mmap, vec![vec![without(2, executable)]]),
+        (libc::SYS_mprotect, vec![vec![without(2, executable)]]),
+        // Threads, no processes. Its arguments lie in memory for clone3, which is said not to exist.
+        (libc::SYS_clone, vec![vec![thread_flag()]]),
+        (libc::SYS_tgkill, vec![vec![arg(0, Eq, own_pid)]]),
+        (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64])),
+        // To ask, not to set.
+        (libc::SYS_prlimit64, vec![vec![arg(0, Eq, 0), null(2)]]),
+        (libc::SYS_ioctl, one_of(1, &[libc::FIONBIO, libc::FIONREAD, libc::TCGETS])),
+        (
+            libc::SYS_fcntl,
+            one_of(
+                1,
+                &[
+                    libc::F_DUPFD_CLOEXEC,
+                    libc::F_GETFD,
+                    libc::F_SETFD,
+                    libc::F_GETFL,
+                    libc::F_SETFL,
+                    libc::F_OFD_SETLK,
+                    libc::F_OFD_SETLKW,
+                    libc::F_OFD_GETLK,
+                    libc::F_ADD_SEALS,
+                    libc::F_GET_SEALS,
+                ]
+                .map(|command| command as u64),
+            ),
+        ),
+        (libc::SYS_io_uring_register, one_of(1, &crate::backing::file::ring::REGISTRATIONS.map(u64::from))),
+    ]
+}
+
+fn thread_flag() -> Argument {
+    let thread = libc::CLONE_THREAD as u64;
+    Argument { index: 0, len: Qword, op: MaskedEq(thread), value: thread }
+}
+
+/// Puts the filter in force, for this thread and those that it starts.
+pub(super) fn filter(mode: Mode) -> Result<()> {
+    let forbidden = if mode == Mode::Log { SeccompAction::Log } else { SeccompAction::Trap };
+    for program in [no_clone3()?, allow_list(forbidden)?] {
+        seccompiler::apply_filter(&program).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// Whether the kernel, and whatever this runs in, takes filters that report the call.
+pub fn check_seccomp() -> Result<()> {
+    let action: u32 = libc::SECCOMP_RET_TRAP;
+    // SAFETY: the call reads the action, a number, and changes nothing.
+    let answer = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &action) };
+    if answer == 0 { Ok(()) } else { Err(refused(std::io::Error::last_os_error())) }
+}
+
+fn refused(e: impl std::fmt::Display) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!(
+            "the system call filter is refused ({e}): allow seccomp() in the container's own profile, or attach with \
+             --sandbox=off"
+        ),
+    )
+}
+
+/// The C library uses clone where there is no clone3.
+fn no_clone3() -> Result<BpfProgram> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
+}
+
+fn allow_list(forbidden: SeccompAction) -> Result<BpfProgram> {
+    let groups = ALLOWED.iter().chain(ALLOWED_BY_OLD_NAMES);
+    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
+        groups.flat_map(|(_, calls)| calls.iter()).map(|&call| (call, Vec::new())).collect();
+    for (call, alternatives) in conditional() {
+        let alternatives = alternatives.into_iter().map(|all| {
+            let all = all.into_iter().map(|a| SeccompCondition::new(a.index, a.len, a.op, a.value));
+            all.collect::<Result<Vec<_>, _>>().and_then(SeccompRule::new)
+        });
+        rules.insert(call, alternatives.collect::<Result<_, _>>().map_err(refused)?);
+    }
+    compile(rules, forbidden, SeccompAction::Allow)
+}
+
+fn compile(
+    rules: BTreeMap<c_long, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram> {
+    let arch = std::env::consts::ARCH.try_into().map_err(refused)?;
+    let filter =
+        SeccompFilter::new(rules.into_iter().collect(), otherwise, matched, arch).map_err(refused)?;
+    filter.try_into().map_err(refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_call_stands_in_the_table_twice() {
+        let groups = ALLOWED.iter().chain(ALLOWED_BY_OLD_NAMES);
+        let mut all: Vec<c_long> = groups.flat_map(|(_, calls)| calls.iter().copied()).collect();
+        // What is allowed with conditions must not be allowed without.
+        all.extend(conditional().into_iter().map(|(call, _)| call));
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+}

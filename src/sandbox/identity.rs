@@ -1,0 +1,169 @@
+//! Whose process it is: the user to drop to, and capabilities, of which none are left where the files allow it.
+
+use crate::base::{Context, Error, Kind, Result};
+use crate::sandbox::files::Rule;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{
+    Gid, Group, Uid, User, faccessat, fchownat, initgroups, setegid, seteuid, setresgid, setresuid,
+};
+use std::ffi::CString;
+use std::fmt;
+use std::path::Path;
+
+/// A user and a group to become.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    name: String,
+    uid: Uid,
+    gid: Gid,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.name, self.gid)
+    }
+}
+
+impl Identity {
+    /// The user and group that `text` names: `NAME` or `NAME:GROUP`.
+    ///
+    /// # Errors
+    /// `Usage` if there is no such user or group, or if this process may not become it.
+    pub fn parse(text: &str) -> Result<Self> {
+        let usage = |message: String| Error::new(Kind::Usage, message);
+        let (name, group) = match text.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (text, None),
+        };
+        let user = User::from_name(name).context(|| format!("look up the user {name}"))?;
+        let user = user.ok_or_else(|| usage(format!("there is no user {name}")))?;
+        let gid = match group {
+            None => user.gid,
+            Some(group) => {
+                let found = Group::from_name(group).context(|| format!("look up the group {group}"))?;
+                found.ok_or_else(|| usage(format!("there is no group {group}")))?.gid
+            }
+        };
+        if !nix::unistd::geteuid().is_root() {
+            return Err(usage(format!("only root can become {name}; start it as that user instead")));
+        }
+        Ok(Identity { name: name.to_owned(), uid: user.uid, gid })
+    }
+
+    /// Gives a socket that was just made at `path` to the user, so that the VMM's group can be let in by it.
+    pub fn give_socket(&self, path: &Path) -> Result<()> {
+        let attempt = || format!("give {} to {self}", path.display());
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = nix::fcntl::open(path, flags, Mode::empty()).context(attempt)?;
+        // Somebody else may have put something of his in its place.
+        let kind = SFlag::from_bits_truncate(fstat(&file).context(attempt)?.st_mode & SFlag::S_IFMT.bits());
+        if kind != SFlag::S_IFSOCK {
+            return Err(Error::new(Kind::Busy, "it is not a socket any more").context(attempt()));
+        }
+        fchownat(&file, c"", Some(self.uid), Some(self.gid), AtFlags::AT_EMPTY_PATH).context(attempt)
+    }
+
+    /// Becomes this user for good, unless he could not reach one of `files`: then this is still the one that it was,
+    /// and can clear away what it has made.
+    pub(super) fn become_it(&self, files: &[Rule]) -> Result<()> {
+        let attempt = || format!("become {self}");
+        let name = CString::new(self.name.as_str()).map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
+        initgroups(&name, self.gid).context(attempt)?;
+        let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+        setegid(self.gid).context(attempt)?;
+        seteuid(self.uid).context(attempt)?;
+        let problem = first_unreachable(files).map(|(rule, why)| unreachable_error(rule, why));
+        seteuid(uid).context(attempt)?;
+        setegid(gid).context(attempt)?;
+        if let Some(problem) = problem {
+            return Err(problem);
+        }
+        setresgid(self.gid, self.gid, self.gid).context(attempt)?;
+        setresuid(self.uid, self.uid, self.uid).context(attempt)?;
+        if !self.uid.is_root() && setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).is_ok() {
+            return Err(Error::new(Kind::Other, "it could be undone").context(attempt()));
+        }
+        Ok(())
+    }
+}
+
+/// Gives up all capabilities. Only root may keep one, the one to reach files of others, and only where a file of
+/// `rules` needs it.
+///
+/// # Errors
+/// `Usage`, naming the first file that the user of this process cannot reach.
+pub(super) fn drop_capabilities(rules: &[Rule]) -> Result<()> {
+    // Linux gives each thread two words of capabilities (capabilities(7), version 3 of the interface).
+    const REACH_ALL_FILES: u32 = 1 << 1;
+    let is_root = nix::unistd::geteuid().is_root();
+    let may_keep = if is_root { REACH_ALL_FILES & permitted()? } else { 0 };
+    set(0, may_keep)?;
+    match first_unreachable(rules) {
+        None => set(0, 0),
+        Some((rule, why)) if may_keep != 0 => {
+            log::info!(
+                "{}: {why} without the capability to reach others' files, which is kept",
+                rule.path.display()
+            );
+            set(may_keep, may_keep)
+        }
+        Some((rule, why)) => Err(unreachable_error(rule, why)),
+    }
+}
+
+/// The first file that the permissions keep from whoever this process is at the moment.
+fn first_unreachable(rules: &[Rule]) -> Option<(&Rule, Errno)> {
+    let mut needed = rules.iter().filter(|rule| !rule.access.permissions().is_empty());
+    needed.find_map(|rule| {
+        let access = faccessat(AT_FDCWD, &rule.path, rule.access.permissions(), AtFlags::AT_EACCESS);
+        access.err().map(|why| (rule, why))
+    })
+}
+
+fn unreachable_error(rule: &Rule, why: Errno) -> Error {
+    let user = nix::unistd::geteuid();
+    let name = User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
+    let message = format!(
+        "the user {name} cannot use {} ({}): give it to him (\"chown -R {name}\" the store's folder), with all folders \
+         above it to be entered",
+        rule.path.display(),
+        why.desc()
+    );
+    Error::new(Kind::Usage, message)
+}
+
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: libc::c_int,
+}
+
+/// Effective, permitted, inheritable.
+type Words = [u32; 3];
+
+const VERSION_3: u32 = 0x2008_0522;
+
+fn permitted() -> Result<u32> {
+    let header = Header { version: VERSION_3, pid: 0 };
+    let mut words: [Words; 2] = [[0; 3]; 2];
+    // SAFETY: version 3 of the call reads the header and fills two structures of three words, which are there.
+    let answer = unsafe { libc::syscall(libc::SYS_capget, &raw const header, words.as_mut_ptr()) };
+    if answer != 0 {
+        return Err(Errno::last()).context(|| "ask for the capabilities");
+    }
+    Ok(words[0][1])
+}
+
+/// Makes these the thread's capabilities; the higher ones go in any case.
+fn set(effective: u32, permitted: u32) -> Result<()> {
+    let header = Header { version: VERSION_3, pid: 0 };
+    let words: [Words; 2] = [[effective, permitted, 0], [0; 3]];
+    // SAFETY: version 3 of the call reads the header and two structures of three words, which are there.
+    let answer = unsafe { libc::syscall(libc::SYS_capset, &raw const header, words.as_ptr()) };
+    if answer != 0 {
+        return Err(Errno::last()).context(|| "give up capabilities");
+    }
+    Ok(())
+}

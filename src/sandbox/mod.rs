@@ -1,0 +1,128 @@
+//! What a process that sees a data key gives up: before it does ([`harden`]), and for good once everything that it
+//! needs is open ([`confine`]).
+//!
+//! A confined process does what serving a volume takes and nothing else. It makes the system calls of [`calls`], and
+//! ends at any other one, which it names ([`violation`]). It reaches the files of [`files`] and no other, by Landlock.
+//! It belongs to the user that the operator named, and has no capabilities ([`identity`]). None of this can be undone.
+//! docs/threat-model.md says what that is worth; here stands how it is done. Nothing here knows volumes or keys.
+//!
+//! Whoever needs more in the confined process: a system call is one word in `calls.rs`, a file or folder one rule in
+//! `host/files.rs`, an io_uring operation one line in `backing/file/ring.rs`.
+
+mod calls;
+mod files;
+mod identity;
+pub mod violation;
+
+pub use calls::check_seccomp;
+pub use files::{Access, Rule, landlock_version};
+pub use identity::Identity;
+
+use crate::base::{Context, Error, Kind, Result};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use std::fmt;
+use std::str::FromStr;
+
+/// The working folder of a confined process: relative to it, a socket that is held as a descriptor has a name so short
+/// that no other socket can have it. The filter lets `connect` have no longer one.
+pub const WORKING_FOLDER: &str = "/proc/self/fd";
+
+/// How strictly the host process is confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A forbidden system call ends it.
+    On,
+    /// A forbidden system call is reported by the kernel (audit, or its log) and done; every file can be reached.
+    Log,
+    /// Neither filter nor rules.
+    Off,
+}
+
+impl FromStr for Mode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "on" => Ok(Mode::On),
+            "log" => Ok(Mode::Log),
+            "off" => Ok(Mode::Off),
+            _ => Err(Error::new(Kind::Usage, format!("\"{text}\" is none of on, log, off"))),
+        }
+    }
+}
+
+/// What came of it, for the log.
+#[derive(Debug)]
+pub struct Confinement(Vec<String>);
+
+impl fmt::Display for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(", "))
+    }
+}
+
+/// Leaves no core file and lets nobody attach a debugger or read the memory (but root), and gains no privileges
+/// by what it executes. For the host process and the unwrap helper, before either has a key.
+pub fn harden() -> Result<()> {
+    prctl::set_dumpable(false).context(|| "switch core dumps off")?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).context(|| "limit core files to nothing")?;
+    prctl::set_no_new_privs().context(|| "give up new privileges")
+}
+
+/// Gives up what the process does not need any more. It must have one thread; those that it starts later are confined
+/// like it. Its working folder is [`WORKING_FOLDER`] afterwards.
+///
+/// # Errors
+/// `Unsupported` where the kernel, or the container that this runs in, refuses the filter; `Usage`, naming the file,
+/// if the user of `identity` could not reach one of `files`. A kernel without Landlock is no error, but logged.
+pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Result<Confinement> {
+    // Landlock's rules are for the thread that asks for them and its children.
+    if std::fs::read_dir("/proc/self/task").context(|| "count the threads")?.count() != 1 {
+        return Err(Error::new(
+            Kind::Other,
+            "the process has several threads already and cannot be confined",
+        ));
+    }
+    let mut done = Vec::new();
+    std::env::set_current_dir(WORKING_FOLDER).context(|| format!("enter {WORKING_FOLDER}"))?;
+    if let Some(identity) = identity {
+        identity.become_it(files)?;
+        done.push(format!("user {identity}"));
+    }
+    identity::drop_capabilities(files)?;
+    // A change of the user makes a process dumpable again, as far as the system's settings go.
+    harden()?;
+    match mode {
+        Mode::Off => done.push("no system call filter".into()),
+        Mode::Log => {
+            calls::filter(Mode::Log)?;
+            done.push("forbidden system calls are logged, not refused".into());
+        }
+        Mode::On => {
+            done.push(files::restrict(files)?);
+            violation::report()?;
+            calls::filter(Mode::On)?;
+            done.push("seccomp".into());
+        }
+    }
+    Ok(Confinement(done))
+}
+
+/// Ends the process with a word if memory that it shares is taken away (SIGBUS): the VMM has truncated a file that could
+/// not be sealed, or somebody has truncated a layer on a memory file system. Nothing can be saved then; the kernel clears secret memory as it frees it. The key is
+/// not wiped here: another thread would encrypt with what is left of it.
+pub fn report_lost_memory() -> Result<()> {
+    const MESSAGE: &[u8] =
+        b"sealblk: a file in shared memory was truncated, the VMM's or a layer on tmpfs (SIGBUS); the volume is detached\n";
+    let action = || {
+        // Standard error may be closed; the exit code says the same.
+        let _ = nix::unistd::write(std::io::stderr(), MESSAGE);
+        signal_hook::low_level::exit(Kind::Other.exit_code().into());
+    };
+    // SAFETY: the action calls write and _exit alone, which are async-signal-safe; it takes no lock and allocates
+    // nothing (`stderr()` is a handle without state, and its descriptor a constant).
+    unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, action) }
+        .context(|| "handle the loss of shared memory")?;
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! For tests: a store that does what it is told when it is told, and the driver of a ring.
+
+use crate::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use crate::disk::Disk;
+use crate::image::lock::{Access, ImageLock};
+use crate::vhost::dirty::{GuestMemory, RingLog};
+use crate::vhost::queue::Setup;
+use crate::vhost::queue::ring::{Position, Ring};
+use crate::virtio::Geometry;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// What a test sees of the store, and tells it. It knows flushes only.
+#[derive(Default)]
+pub struct Control {
+    /// Flushes that were begun.
+    pub begun: AtomicU32,
+    /// Flushes that have ended.
+    pub ended: AtomicU32,
+    /// How many of them may end.
+    pub may_end: AtomicU32,
+    /// Those that end now fail.
+    pub failing: AtomicBool,
+    /// Waiting for anything fails.
+    pub broken: AtomicBool,
+    /// What makes steps of different threads depend on each other, for the model: it tries such steps in both orders.
+    #[cfg(feature = "model")]
+    steps: loom::sync::atomic::AtomicUsize,
+}
+
+impl Control {
+    /// Before anything that another thread can see, or that another thread's doing can be seen in.
+    pub fn step(&self) {
+        #[cfg(feature = "model")]
+        self.steps.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Lets the others go on, for want of something to do.
+    pub fn give_way(&self) {
+        self.step();
+        #[cfg(feature = "model")]
+        loom::thread::yield_now();
+        #[cfg(not(feature = "model"))]
+        std::thread::yield_now();
+    }
+}
+
+struct FakeStore {
+    control: Arc<Control>,
+    caps: Caps,
+}
+
+struct FakeQueue {
+    control: Arc<Control>,
+    watches: Vec<(u32, RawFd)>,
+    flushes: VecDeque<u64>,
+    events: VecDeque<Event>,
+}
+
+/// A disk over such a store.
+pub fn disk(control: &Arc<Control>) -> Arc<Disk> {
+    let file = tempfile::NamedTempFile::new().expect("a file to lock");
+    let lock = ImageLock::acquire(file.path(), Access::ReadWrite).expect("nobody has it");
+    let geometry = Geometry { sectors: 2048, block_size: 512, read_only: false };
+    let store = FakeStore { control: control.clone(), caps: Caps { access: "fake".into(), size: 1 << 20 } };
+    Arc::new(Disk::new(geometry, "", Box::new(store), None, lock))
+}
+
+impl Store for FakeStore {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn open_queue(&self, _depth: u16) -> io::Result<Box<dyn Queue>> {
+        Ok(Box::new(FakeQueue {
+            control: self.control.clone(),
+            watches: Vec::new(),
+            flushes: VecDeque::new(),
+            events: VecDeque::new(),
+        }))
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+impl FakeQueue {
+    fn look(&mut self) {
+        self.control.step();
+        for &(token, fd) in &self.watches {
+            // SAFETY: whoever watches keeps it open until the next wait is over.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            // As io_uring's multishot poll: each signal is told once. An empty counter is an error.
+            if nix::unistd::read(fd, &mut [0; 8]).is_ok() {
+                self.events.push_back(Event::Ready { token });
+            }
+        }
+        if !self.events.is_empty() {
+            // A flush takes longer than anything else.
+            return;
+        }
+        while self.control.ended.load(Ordering::SeqCst) < self.control.may_end.load(Ordering::SeqCst)
+            && let Some(tag) = self.flushes.pop_front()
+        {
+            self.control.ended.fetch_add(1, Ordering::SeqCst);
+            let failing = self.control.failing.load(Ordering::SeqCst);
+            let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
+            self.events.push_back(Event::Done { tag, buffer: None, result });
+        }
+    }
+
+    /// Does not burn the CPU, where somebody else is to use it.
+    fn doze(&self) {
+        if cfg!(feature = "model") {
+            return;
+        }
+        // SAFETY: as in `look`.
+        let fd = |&(_, fd): &(u32, RawFd)| unsafe { BorrowedFd::borrow_raw(fd) };
+        let mut fds: Vec<_> =
+            self.watches.iter().map(fd).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let _ = poll(&mut fds, PollTimeout::from(1u8));
+    }
+}
+
+impl Queue for FakeQueue {
+    fn alloc(&mut self, _len: usize) -> Option<Buffer> {
+        None
+    }
+
+    fn free(&mut self, _buffer: Buffer) {}
+
+    fn max_buffer(&self) -> usize {
+        4096
+    }
+
+    fn bytes(&mut self, _buffer: &mut Buffer) -> &mut [u8] {
+        &mut []
+    }
+
+    fn places(&self) -> usize {
+        1
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flushes.len()
+    }
+
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+        None
+    }
+
+    fn has_room(&self) -> bool {
+        // Asked between the last look at the ring and sleep.
+        self.control.step();
+        true
+    }
+
+    fn submit(&mut self, tag: u64, op: Op) {
+        assert!(matches!(op, Op::Flush), "{op:?}");
+        self.flushes.push_back(tag);
+        self.control.begun.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn watch(&mut self, token: u32, fd: RawFd) {
+        self.watches.push((token, fd));
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        self.watches.retain(|&(t, _)| t != token);
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        loop {
+            if self.control.broken.load(Ordering::SeqCst) {
+                return Err(io::Error::other("a store that shall be broken"));
+            }
+            self.look();
+            if !self.events.is_empty() || wait != Wait::Event {
+                return Ok(());
+            }
+            self.control.give_way();
+            self.doze();
+        }
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.events.is_empty()
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+}
+
+const SIZE: u16 = 16;
+const DESC: u64 = 0;
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADER: u64 = 0x3000;
+const STATUS: u64 = 0x4000;
+/// Of a chain that is not answered yet.
+const UNANSWERED: u8 = 0xff;
+
+/// The driver of a ring with EVENT_IDX, whose only requests are flushes. Each uses entries of its own, so there are
+/// [`Driver::MOST`] in all.
+pub struct Driver {
+    mem: Arc<GuestMemory>,
+    kick: EventFd,
+    put: u16,
+    control: Arc<Control>,
+}
+
+impl Driver {
+    /// The most requests.
+    pub const MOST: u16 = SIZE / 2;
+
+    /// A driver with an empty ring in memory of its own.
+    pub fn new(control: &Arc<Control>) -> Self {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 0x5000)]).expect("some memory");
+        // VIRTIO_BLK_T_FLUSH, reserved, sector 0.
+        mem.write_obj(4u32, GuestAddress(HEADER)).expect("in memory");
+        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event descriptor");
+        Driver { mem: Arc::new(mem), kick, put: 0, control: control.clone() }
+    }
+
+    #[cfg(feature = "model")]
+    /// Another view of it, from another thread; only one of them may put requests.
+    pub fn view(&self) -> Self {
+        let kick = self.kick.try_clone().expect("dup");
+        Driver { mem: self.mem.clone(), kick, put: self.put, control: self.control.clone() }
+    }
+
+    /// What a worker needs to serve the ring from `position` on.
+    pub fn setup(&self, position: Position) -> Box<Setup> {
+        let mut queue = virtio_queue::Queue::new(SIZE).expect("a size");
+        let low = |address: u64| Some(address as u32);
+        queue.set_desc_table_address(low(DESC), Some(0));
+        queue.set_avail_ring_address(low(AVAIL), Some(0));
+        queue.set_used_ring_address(low(USED), Some(0));
+        queue.set_event_idx(true);
+        queue.set_next_avail(position.next_avail);
+        queue.set_next_used(position.next_used);
+        queue.set_ready(true);
+        let ring = Ring::new(self.mem.clone(), queue, RingLog::new(Arc::default())).expect("a valid ring");
+        let kick = self.kick.try_clone().expect("dup").into_raw_fd();
+        // SAFETY: the descriptor was just made and given up by its only owner.
+        let kick = unsafe { File::from_raw_fd(kick) };
+        let write_through = Arc::new(AtomicBool::new(false));
+        Box::new(Setup { ring, kick, call: None, err: None, write_through, inflight: None })
+    }
+
+    /// Puts `count` flushes on the ring, and kicks if the device wants it.
+    pub fn put(&mut self, count: u16) {
+        let before = self.put;
+        for _ in 0..count {
+            self.put_one();
+        }
+        self.control.step();
+        self.mem.store(self.put, GuestAddress(AVAIL + 2), Ordering::SeqCst).expect("in memory");
+        self.control.step();
+        // vring_need_event: virtio 1.3, 2.7.7.1.
+        let event = self.avail_event();
+        if self.put.wrapping_sub(event).wrapping_sub(1) < self.put.wrapping_sub(before) {
+            self.control.step();
+            self.kick.write(1).expect("an event counter has room");
+        }
+    }
+
+    fn put_one(&mut self) {
+        assert!(self.put < Self::MOST, "entries are used once");
+        let (n, head) = (u64::from(self.put), 2 * self.put);
+        let status = STATUS + n;
+        self.mem.write_obj(UNANSWERED, GuestAddress(status)).expect("in memory");
+        for (at, address, len, flags, next) in
+            [(head, HEADER, 16u32, 1u16, head + 1), (head + 1, status, 1, 2, 0)]
+        {
+            let place = DESC + 16 * u64::from(at);
+            self.mem.write_obj(address, GuestAddress(place)).expect("in memory");
+            self.mem.write_obj(len, GuestAddress(place + 8)).expect("in memory");
+            self.mem.write_obj(flags, GuestAddress(place + 12)).expect("in memory");
+            self.mem.write_obj(next, GuestAddress(place + 14)).expect("in memory");
+        }
+        let place = AVAIL + 4 + 2 * (n % u64::from(SIZE));
+        self.mem.write_obj(head, GuestAddress(place)).expect("in memory");
+        self.put += 1;
+    }
+
+    /// How many requests the device had taken when it last wanted to be told of more.
+    pub fn avail_event(&self) -> u16 {
+        let place = GuestAddress(USED + 4 + 8 * u64::from(SIZE));
+        self.mem.load(place, Ordering::SeqCst).expect("in memory")
+    }
+
+    /// How many requests are answered.
+    pub fn used(&self) -> u16 {
+        self.control.step();
+        self.mem.load(GuestAddress(USED + 2), Ordering::SeqCst).expect("in memory")
+    }
+
+    /// The status bytes of the first `count` requests; none for one that has none yet.
+    pub fn statuses(&self, count: u16) -> Vec<Option<u8>> {
+        let status = |n| self.mem.read_obj::<u8>(GuestAddress(STATUS + u64::from(n))).expect("in memory");
+        (0..count).map(status).map(|s| Some(s).filter(|&s| s != UNANSWERED)).collect()
+    }
+
+    #[cfg(feature = "model")]
+    /// How many others have the guest's memory.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.mem) - 1
+    }
+}

@@ -1,0 +1,328 @@
+//! Serving a ring: one turn of the loop takes what is available, hands it to the store, waits for the first thing to
+//! happen, finishes what is done, and publishes the used ring once.
+
+mod requests;
+
+use crate::backing::{Event, Wait};
+use crate::disk::{Disk, DiskQueue};
+use crate::vhost::queue::flushes::Flushes;
+use crate::vhost::queue::in_order::InOrder;
+use crate::vhost::queue::poll::BusyPoll;
+use crate::vhost::queue::qos::Qos;
+use crate::vhost::queue::request::Request;
+use crate::vhost::queue::{Command, Mailbox, Reply, Setup, Tuning, depth, not_paused};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What wakes the thread beside completions.
+const WAKE: u32 = 0;
+const KICK: u32 = 1;
+/// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
+/// stops.
+const BATCH: usize = 64;
+/// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
+const SHOW: u16 = 8;
+/// The tag of the store's flush, which is nobody's in particular. No slot has it: see [`requests::tag`].
+const FLUSH: u64 = u64::MAX;
+
+/// A ring being served, by the thread that owns everything here.
+pub(super) struct Server {
+    mailbox: Arc<Mailbox>,
+    io: DiskQueue,
+    setup: Setup,
+    requests: Vec<Request>,
+    free: Vec<u16>,
+    /// Requests that wait for buffers or for room in the store's queue, oldest first.
+    stalled: VecDeque<u16>,
+    /// Heads that an earlier back-end took and did not answer, oldest first.
+    resubmit: VecDeque<u16>,
+    /// Heads in flight, one bit each.
+    heads: Vec<u64>,
+    /// Where answers wait for older ones, if they shall go out in order.
+    in_order: Option<InOrder>,
+    flushes: Flushes,
+    /// Looking for work before sleeping: the second one where the driver was just answered, and may have more soon.
+    polls: [BusyPoll; 2],
+    /// Whether the driver was answered since there was nothing to do last.
+    answered: bool,
+    qos: Arc<Qos>,
+    /// The oldest stalled request may not begin before this time is over.
+    throttled: Option<Duration>,
+    /// The driver broke the rules: nothing more is taken until the ring is set up again.
+    broken: bool,
+    /// Who waits for nothing to be in flight.
+    pausing: Option<Reply>,
+    /// Who waits for the ring to be drained, and whether the thread ends then.
+    draining: Option<Reply>,
+    exit: bool,
+}
+
+impl Server {
+    pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
+        // An interrupt that died with an earlier back-end would never come again.
+        mailbox.signal(setup.call.as_ref());
+        let size = setup.ring.size();
+        let mut resubmit = Vec::new();
+        if let Some(inflight) = &mut setup.inflight {
+            resubmit = inflight.recover(setup.ring.position().next_used);
+            setup.ring.skip_in_flight(resubmit.len() as u16);
+            if !resubmit.is_empty() {
+                log::info!(
+                    "{} requests were in flight in an earlier back-end: serving them again",
+                    resubmit.len()
+                );
+            }
+        }
+        let mut server = Server {
+            mailbox,
+            io,
+            requests: (0..size).map(|_| Request::new()).collect(),
+            free: (0..size).rev().collect(),
+            stalled: VecDeque::new(),
+            resubmit: resubmit.into(),
+            heads: vec![0; usize::from(size).div_ceil(64)],
+            in_order: tuning.in_order.then(|| InOrder::new(size)),
+            flushes: Flushes::default(),
+            polls: std::array::from_fn(|_| BusyPoll::new(tuning.poll)),
+            answered: false,
+            qos: tuning.qos.clone(),
+            throttled: None,
+            broken: false,
+            setup,
+            pausing: None,
+            draining: None,
+            exit: false,
+        };
+        server.watch();
+        server
+    }
+
+    /// Serves until the ring is stopped; answers whether the thread shall end then. `disk` is the one that it serves,
+    /// and becomes another if a pause brings one.
+    pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
+        loop {
+            if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
+                self.pause(reply, disk);
+            }
+            if self.pausing.is_none() {
+                self.restart_stalled();
+            }
+            let more = self.take_available()?;
+            self.begin_flush();
+            self.publish();
+            let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            // First the pause, which somebody waits for as well.
+            let drained = drained && self.pausing.is_none();
+            let still = self.pausing.is_some() && self.io.in_flight() == 0;
+            if let Some(reply) = self.draining.take_if(|_| drained) {
+                let position = self.setup.ring.position();
+                let exit = self.exit;
+                // The guest's memory and the buffers go before anybody hears that they are free.
+                drop(self);
+                let _ = reply.send(Ok(Some(position)));
+                return Ok(exit);
+            }
+            if more || still {
+                self.io.wait(Wait::Poll)?;
+            } else {
+                self.sleep()?;
+            }
+            while let Some(event) = self.io.next_event() {
+                self.handle(event)?;
+                self.show();
+            }
+            self.publish();
+        }
+    }
+
+    /// Stands still. Nothing is in flight, and all events were taken; requests that are not finished go on later.
+    fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
+        let _ = reply.send(Ok(None));
+        let depth = depth(&self.setup.ring);
+        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue(depth)) {
+            self.io = io;
+            *disk = next;
+            self.watch();
+        }
+    }
+
+    /// Lets commands and kicks wake the thread.
+    fn watch(&mut self) {
+        self.io.watch(WAKE, self.mailbox.wake.as_raw_fd());
+        self.io.watch(KICK, self.setup.kick.as_raw_fd());
+    }
+
+    /// Submits what there is and waits for something to do, looking for it a while before sleeping.
+    fn sleep(&mut self) -> io::Result<()> {
+        if let Some(wait) = self.throttled.take() {
+            // Not for long: the limits may change meanwhile.
+            return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
+        }
+        let may_take = self.may_take();
+        let which = usize::from(std::mem::take(&mut self.answered));
+        let (poll, io, ring) = (&mut self.polls[which], &mut self.io, &self.setup.ring);
+        if poll.is_on() {
+            io.wait(Wait::Poll)?;
+            if poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+                return io.wait(Wait::Poll);
+            }
+        }
+        if self.kick_missed() {
+            return self.io.wait(Wait::Poll);
+        }
+        self.polls[which].sleep(|| self.io.wait(Wait::Event))
+    }
+
+    /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
+    fn may_take(&self) -> bool {
+        // What an earlier back-end took is in flight, also before it is begun again: a drain waits for it.
+        let wanted = self.draining.is_none() || !self.resubmit.is_empty();
+        !self.broken && wanted && self.pausing.is_none() && self.stalled.is_empty() && !self.free.is_empty()
+    }
+
+    /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
+    fn kick_missed(&mut self) -> bool {
+        self.may_take() && self.setup.ring.enable_kicks()
+    }
+
+    /// Takes a chain, if there is one that may be taken.
+    fn take_one(&mut self) -> Option<u16> {
+        if !self.may_take() {
+            return None;
+        }
+        let head = match self.resubmit.pop_front() {
+            Some(head) => head,
+            None => self.setup.ring.pop().unwrap_or_else(|e| {
+                self.break_ring(&e.to_string());
+                None
+            })?,
+        };
+        if !self.claim(head) {
+            self.break_ring(&format!("chain {head} is in flight already"));
+            return None;
+        }
+        if let Some(in_order) = &mut self.in_order {
+            in_order.taken(head);
+        }
+        Some(head)
+    }
+
+    /// Hands a request over that was begun.
+    fn serve(&mut self, slot: u16) -> io::Result<()> {
+        self.advance(slot);
+        // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+        while let Some(event) = self.io.next_event() {
+            self.handle(event)?;
+        }
+        self.show();
+        Ok(())
+    }
+
+    /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
+    /// back at once.
+    fn take_available(&mut self) -> io::Result<bool> {
+        if self.may_take() {
+            self.setup.ring.disable_kicks();
+        }
+        // One chain ahead of what is served: what its request needs is under way meanwhile.
+        let mut ahead = None;
+        let mut more = true;
+        for _ in 0..BATCH {
+            let Some(head) = self.take_one() else {
+                more = false;
+                break;
+            };
+            let begun = self.begin(head);
+            if let Some(slot) = std::mem::replace(&mut ahead, begun) {
+                self.serve(slot)?;
+            }
+        }
+        if let Some(slot) = ahead {
+            self.serve(slot)?;
+        }
+        Ok(more)
+    }
+
+    fn handle(&mut self, event: Event) -> io::Result<()> {
+        match event {
+            Event::Done { tag, buffer, result } => self.complete(tag, buffer, result),
+            Event::Ready { token: WAKE } => self.obey(),
+            // What a kick means is found in the ring.
+            Event::Ready { .. } => {}
+            Event::Unwatched { token: WAKE } => {
+                return Err(io::Error::other("no command can be heard any more"));
+            }
+            Event::Unwatched { .. } => self.break_ring("its kick descriptor cannot be waited for"),
+        }
+        Ok(())
+    }
+
+    /// Lets the driver see what was answered, if it is enough for it to go on with.
+    fn show(&mut self) {
+        if self.setup.ring.unpublished() >= SHOW {
+            self.publish();
+        }
+    }
+
+    /// Lets the driver see what was answered.
+    fn publish(&mut self) {
+        let Some(interrupt) = self.setup.ring.publish() else { return };
+        self.answered = true;
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.published(self.setup.ring.position().next_used);
+        }
+        if interrupt {
+            self.mailbox.signal(self.setup.call.as_ref());
+        }
+    }
+
+    /// Executes what is in the mailbox.
+    fn obey(&mut self) {
+        // The count does not matter, and an empty counter is no error.
+        let _ = self.mailbox.wake.read();
+        while let Some((command, reply)) = self.mailbox.take() {
+            match command {
+                Command::Start(_) | Command::Hold(_) => {
+                    drop(reply.send(Err(io::Error::other("a ring is running already"))))
+                }
+                Command::SetCall(call) => {
+                    self.setup.call = call;
+                    self.mailbox.signal(self.setup.call.as_ref());
+                    let _ = reply.send(Ok(None));
+                }
+                // What was written before is in guest memory: the answer goes by way of a lock.
+                Command::Sync => drop(reply.send(Ok(None))),
+                Command::Stop => self.draining = Some(reply),
+                Command::Pause => self.pausing = Some(reply),
+                Command::Exit => {
+                    self.exit = true;
+                    self.draining = Some(reply);
+                }
+                Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
+                // Whoever asked for a pause that was not answered yet does without it.
+                Command::Resume { .. } => {
+                    self.pausing = None;
+                    let _ = reply.send(Ok(None));
+                }
+            }
+        }
+    }
+
+    /// Marks `head` as in flight, unless it is.
+    fn claim(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        let free = self.heads[word] & bit == 0;
+        self.heads[word] |= bit;
+        free
+    }
+
+    /// The driver broke the rules: takes nothing more, and tells the front-end.
+    fn break_ring(&mut self, why: &str) {
+        log::error!("ring stopped until it is set up again: {why}");
+        self.broken = true;
+        self.mailbox.signal(self.setup.err.as_ref());
+    }
+}

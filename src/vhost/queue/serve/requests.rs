@@ -1,0 +1,280 @@
+//! One request after another: from a chain to the store, and from what the store has done to the answer in the ring.
+
+use crate::backing::Buffer;
+use crate::disk::{GuestData, Zeroing};
+use crate::vhost::queue::serve::{FLUSH, Server};
+use crate::virtio::{Op, Status, memory};
+use std::io;
+use std::sync::atomic::Ordering;
+use vm_memory::Bytes;
+
+impl Server {
+    /// Looks into a chain; there is a free slot. Answers the request that is to be handed over, if there is one.
+    pub(super) fn begin(&mut self, head: u16) -> Option<u16> {
+        let slot = self.free.pop()?;
+        // On record before anything has an effect.
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.take(head);
+        }
+        let request = &mut self.requests[usize::from(slot)];
+        let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().geometry(), &mut request.segments)
+        else {
+            self.free.push(slot);
+            self.answer(head, 0);
+            return None;
+        };
+        request.head = head;
+        request.status = parsed.status;
+        request.written = parsed.writable;
+        request.data_len = parsed.data_len;
+        request.started = 0;
+        request.pieces = 0;
+        request.admitted = false;
+        request.durable = self.setup.write_through.load(Ordering::Acquire);
+        request.flushing = false;
+        request.failed = false;
+        request.unsupported = false;
+        match parsed.op {
+            Ok(op) => {
+                request.op = op;
+                if let Op::Read { sector } = op {
+                    self.io.expect(sector, request.data_len);
+                }
+                Some(slot)
+            }
+            Err(status) => {
+                // Nothing was moved: no data to mark.
+                request.op = Op::Flush;
+                self.finish(slot, status);
+                None
+            }
+        }
+    }
+
+    /// Goes on with requests that lacked something, oldest first.
+    pub(super) fn restart_stalled(&mut self) {
+        // Who must still wait for the limits says so again.
+        self.throttled = None;
+        while let Some(slot) = self.stalled.pop_front() {
+            self.advance(slot);
+            // It may have stalled again: then it is the only one at the back that is oldest.
+            if self.stalled.back() == Some(&slot) {
+                self.stalled.rotate_right(1);
+                return;
+            }
+        }
+    }
+
+    /// Hands over as much of a request as there is room for.
+    pub(super) fn advance(&mut self, slot: u16) {
+        let request = &mut self.requests[usize::from(slot)];
+        // A drain does not wait for the limits.
+        if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
+            if let Err(wait) = self.qos.admit(request.data_len) {
+                self.throttled = Some(wait);
+                return self.stalled.push_back(slot);
+            }
+            request.admitted = true;
+        }
+        match self.requests[usize::from(slot)].op {
+            Op::Read { sector } => self.transfer(slot, sector, false),
+            Op::Write { sector } => self.transfer(slot, sector, true),
+            Op::GetId => self.get_id(slot),
+            Op::Flush => self.ask_flush(slot),
+            _ if !self.io.has_room() => self.stalled.push_back(slot),
+            Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
+            Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
+            Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
+        }
+    }
+
+    fn transfer(&mut self, slot: u16, sector: u64, write: bool) {
+        let request = &mut self.requests[usize::from(slot)];
+        if !write && request.started == 0 {
+            let guest = GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: 0 };
+            match self.io.read_now(sector, request.data_len, guest) {
+                Ok(true) => return self.finish(slot, Status::Ok),
+                Ok(false) => {}
+                Err(e) => request.fail(&e),
+            }
+        }
+        while request.started < request.data_len && !request.failed {
+            let left = request.data_len - request.started;
+            let len = left.min(self.io.max_buffer() as u64) as usize;
+            let at = request.started;
+            let Some(buffer) = self.io.alloc(sector + at / 512, len) else {
+                self.stalled.push_back(slot);
+                return;
+            };
+            let (tag, sector) = (tag(slot, at), sector + at / 512);
+            request.started += len as u64;
+            if write {
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                match self.io.write(tag, sector, buffer, request.durable, guest) {
+                    Ok(()) => request.pieces += 1,
+                    Err(e) => request.fail(&e),
+                }
+            } else {
+                self.io.read(tag, sector, buffer);
+                request.pieces += 1;
+            }
+        }
+        if request.pieces == 0 {
+            let status = request.outcome();
+            self.finish(slot, status);
+        }
+    }
+
+    fn zero(&mut self, slot: u16, sector: u64, how: Zeroing) {
+        let request = &mut self.requests[usize::from(slot)];
+        let total = request.total();
+        while request.started < total && !request.failed {
+            let at = request.started;
+            match self.io.zero(tag(slot, at), sector + at / 512, (total - at) / 512, how) {
+                Some(part) => {
+                    request.started += part.sectors * 512;
+                    request.pieces += u32::from(part.submitted);
+                }
+                None => return self.stalled.push_back(slot),
+            }
+        }
+        if request.pieces == 0 {
+            self.finish(slot, Status::Ok);
+        }
+    }
+
+    fn get_id(&mut self, slot: u16) {
+        let request = &self.requests[usize::from(slot)];
+        let mut id = &self.io.disk().serial()[..];
+        for segment in &request.segments {
+            let n = id.len().min(segment.len as usize);
+            // In guest memory, as `parse` checked.
+            if let Err(e) = self.setup.ring.mem().write_slice(&id[..n], segment.addr) {
+                log::warn!("GET_ID: {e}");
+            }
+            self.setup.ring.mark_dirty(segment.addr, n as u64);
+            id = &id[n..];
+        }
+        self.finish(slot, Status::Ok);
+    }
+
+    /// Has a request wait for the next flush, as one of its pieces.
+    fn ask_flush(&mut self, slot: u16) {
+        self.requests[usize::from(slot)].pieces += 1;
+        self.flushes.ask(slot);
+    }
+
+    /// Begins a flush if somebody waits for one and none runs.
+    pub(super) fn begin_flush(&mut self) {
+        if self.io.has_room()
+            && self.pausing.is_none()
+            && self.flushes.begin()
+            && let Err(e) = self.io.flush(FLUSH)
+        {
+            self.flushed(Err(e));
+        }
+    }
+
+    /// Tells everybody whose flush is over.
+    fn flushed(&mut self, result: io::Result<()>) {
+        let result = result.map_err(|e| e.to_string());
+        while let Some(slot) = self.flushes.take_done() {
+            self.settle(slot, result.clone().map_err(io::Error::other));
+        }
+    }
+
+    pub(super) fn complete(&mut self, tag: u64, buffer: Option<Buffer>, result: io::Result<()>) {
+        if tag == FLUSH {
+            let result = self.io.flushed(result);
+            return self.flushed(result);
+        }
+        let slot = tag as u16;
+        let at = (tag >> 16) * 512;
+        let request = &mut self.requests[usize::from(slot)];
+        let result = match (request.op, buffer) {
+            (Op::Read { sector }, Some(buffer)) => {
+                let guest =
+                    GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
+                match result {
+                    Ok(()) => match self.io.deliver(tag, sector + at / 512, buffer, guest) {
+                        Ok(false) => return,
+                        done => done.map(drop),
+                    },
+                    Err(e) => {
+                        self.io.free(buffer);
+                        Err(e)
+                    }
+                }
+            }
+            (op, Some(buffer)) => {
+                self.io.free(buffer);
+                self.io.written(request.durable && matches!(op, Op::Write { .. }), result)
+            }
+            (_, None) => result,
+        };
+        self.settle(slot, result);
+    }
+
+    /// A piece of a request is done; with the last one, the request is.
+    fn settle(&mut self, slot: u16, result: io::Result<()>) {
+        let request = &mut self.requests[usize::from(slot)];
+        if let Err(e) = result {
+            request.fail(&e);
+        }
+        request.pieces -= 1;
+        // What has more to hand over is in `stalled`, unless it failed there.
+        if request.pieces > 0 || !(request.failed || request.started == request.total()) {
+            return;
+        }
+        let zeroed = matches!(request.op, Op::WriteZeroes { .. }) && !request.failed;
+        if zeroed && request.durable && !std::mem::replace(&mut request.flushing, true) {
+            return self.ask_flush(slot);
+        }
+        let status = request.outcome();
+        self.stalled.retain(|&s| s != slot);
+        self.finish(slot, status);
+    }
+
+    /// Answers a request: data marked, status written, used entry added.
+    fn finish(&mut self, slot: u16, status: Status) {
+        let request = &self.requests[usize::from(slot)];
+        let mem = self.setup.ring.mem();
+        if matches!(request.op, Op::Read { .. }) {
+            for segment in &request.segments {
+                self.setup.ring.mark_dirty(segment.addr, u64::from(segment.len));
+            }
+        }
+        // In guest memory, as `parse` checked.
+        if let Err(e) = memory::write(&**mem, request.status, status as u8) {
+            log::warn!("status byte: {e}");
+        }
+        self.setup.ring.mark_dirty(request.status, 1);
+        let (head, written) = (request.head, request.written);
+        self.free.push(slot);
+        self.answer(head, written);
+    }
+
+    /// Answers a chain, `written` bytes of it being ours: at once, or when those before it are answered.
+    fn answer(&mut self, head: u16, written: u32) {
+        let Some(mut in_order) = self.in_order.take() else { return self.add_used(head, written) };
+        in_order.done(head, written);
+        while let Some((head, written)) = in_order.next() {
+            self.add_used(head, written);
+        }
+        self.in_order = Some(in_order);
+    }
+
+    fn add_used(&mut self, head: u16, written: u32) {
+        self.heads[usize::from(head / 64)] &= !(1u64 << (head % 64));
+        self.setup.ring.add_used(head, written);
+        if let Some(inflight) = &mut self.setup.inflight {
+            inflight.answer(head);
+        }
+    }
+}
+
+/// What the store gives back with a completion: the request's slot, and which part of its data it was.
+pub(super) fn tag(slot: u16, at: u64) -> u64 {
+    u64::from(slot) | (at / 512) << 16
+}

@@ -1,0 +1,165 @@
+//! Opening a volume that this process has: its record is loaded and recovered, its layers are looked at and opened, its
+//! data keys are got and prove the record right. Nothing else in the program opens a volume.
+
+use super::layers::{self, Layer};
+use crate::backing::Store;
+use crate::base::{Error, Kind, Result};
+use crate::catalog::lock::{Holder, Purpose, VolumeLock};
+use crate::catalog::metadata::{KeyOwner, KeyRecord, Metadata};
+use crate::catalog::{Catalog, VolumeId};
+use crate::crypt::xts::Engine;
+use crate::crypt::{Dek, SealKey};
+use crate::disk::Layers;
+use crate::image::lock::Access;
+use crate::kms::Failure;
+use crate::virtio::{Geometry, SECTOR_SIZE};
+use std::io;
+use std::sync::Arc;
+
+/// A volume's data keys, in the order of its keys.
+pub type Deks = Vec<Arc<Dek>>;
+
+/// How a data key is unwrapped for the moment; the error's cause is the KMS's own words.
+pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
+
+/// What a volume is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// It is being attached.
+    Attach,
+    /// It comes (back) to a process that is confined already.
+    Again,
+    /// A command changes something of it; nobody has it attached.
+    Change,
+    /// A command reads what it holds; nobody has it attached.
+    Read,
+}
+
+impl Opening {
+    /// Whether its queues will be served: what that takes is tried before a KMS is asked for a key.
+    fn serves(self) -> bool {
+        matches!(self, Opening::Attach | Opening::Again)
+    }
+}
+
+/// A volume whose record has proved right, with its layers. Nothing of it has a thread yet.
+pub struct Opened {
+    /// What is known of it.
+    pub metadata: Metadata,
+    /// What seals it; none for an unencrypted volume.
+    pub seal_key: Option<SealKey>,
+    /// Its layers with their ciphers, the top first. There is at least one.
+    pub layers: Vec<Layer>,
+}
+
+/// Opens the volume that `lock` is on; `top` is what is going to be done with its top layer, and those below it are
+/// only read. Its data keys come from `keys`.
+///
+/// # Errors
+/// `Corrupt` for a record or layers that are not what whoever has the data keys made of them; `Busy` if somebody else
+/// has a layer open; `Unsupported` where this machine cannot serve it; what `keys` says; those of the file system.
+pub fn open<E: From<Error>>(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    opening: Opening,
+    top: Access,
+    engine: Engine,
+    keys: impl FnOnce(&Metadata) -> Result<Deks, E>,
+) -> Result<(Opened, Deks), E> {
+    let mut metadata = catalog.load(lock.volume())?;
+    match opening {
+        Opening::Again => catalog.recover_confined(lock, &metadata)?,
+        _ => catalog.recover(lock, &metadata)?,
+    }
+    catalog.check_layers(&metadata)?;
+    let mut layers = layers::open_without_ciphers(catalog, metadata.id(), metadata.layout(), top)?;
+    if opening.serves() {
+        // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+        let Layers { store, .. } = layers::chain(&layers);
+        store.open_queue(1).map_err(cannot_serve)?;
+    }
+    let deks = keys(&metadata)?;
+    prove(catalog, lock, &mut metadata, &deks, &layers[0], opening)?;
+    for (layer, cipher) in layers.iter_mut().zip(layers::ciphers(&deks, metadata.layout(), engine)?) {
+        layer.cipher = cipher;
+    }
+    let seal_key = metadata.seal_key(&deks)?;
+    Ok((Opened { metadata, seal_key, layers }, deks))
+}
+
+/// Checks the record's seal, or sets it if nobody had the keys before, and notes the first attach.
+fn prove(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    metadata: &mut Metadata,
+    deks: &[Arc<Dek>],
+    top: &Layer,
+    opening: Opening,
+) -> Result<()> {
+    let was_sealed = metadata.is_sealed();
+    metadata.prove(deks, || top.store.has_data())?;
+    if opening == Opening::Read {
+        return Ok(());
+    }
+    let is_first = opening.serves() && metadata.mark_attached();
+    if is_first || metadata.is_sealed() != was_sealed {
+        catalog.store(lock, metadata)?;
+    }
+    Ok(())
+}
+
+/// A volume that a command has for a moment, and that nobody has attached.
+pub struct Taken {
+    /// The volume's lock.
+    pub lock: VolumeLock,
+    /// The volume.
+    pub opened: Opened,
+}
+
+impl Taken {
+    /// Takes a volume for `purpose`, opened as an attach would open it.
+    ///
+    /// # Errors
+    /// `Busy`, naming the process that has it; otherwise as [`open`].
+    pub fn take(
+        catalog: &Catalog,
+        id: VolumeId,
+        purpose: Purpose,
+        unwrap: Unwrap<'_>,
+    ) -> Result<Self, Failure> {
+        let holder = Holder::this_process(purpose, None)?;
+        let lock = VolumeLock::acquire(&catalog.folder(id), id, &holder)?;
+        Self::open(catalog, lock, Opening::Change, Access::ReadWrite, unwrap)
+    }
+
+    /// Opens a volume that was taken already.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(
+        catalog: &Catalog,
+        lock: VolumeLock,
+        opening: Opening,
+        top: Access,
+        unwrap: Unwrap<'_>,
+    ) -> Result<Self, Failure> {
+        let owner = KeyOwner::Volume(lock.volume());
+        let unwrap = |key: &KeyRecord| unwrap(owner, key).map(Arc::new);
+        let keys =
+            |metadata: &Metadata| metadata.keys().iter().map(unwrap).collect::<Result<Deks, Failure>>();
+        let (opened, _) = open(catalog, &lock, opening, top, Engine::Auto, keys)?;
+        Ok(Taken { lock, opened })
+    }
+}
+
+/// The shape of the guest's disk.
+pub fn shape(metadata: &Metadata, read_only: bool) -> Geometry {
+    let block_size = metadata.sector_size().bytes();
+    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only }
+}
+
+/// Says what may keep a process from having an io_uring.
+pub fn cannot_serve(e: io::Error) -> Error {
+    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
+    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
+}
