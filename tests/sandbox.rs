@@ -1,16 +1,13 @@
 //! The host process is confined: what its threads are, seen from outside; what becomes of a process that is confined
 //! in the same way and tries something else; and that all of it holds for an ordinary user, too.
+//!
+//! A program of its own: its tests fork, and a lock that another thread holds at that moment stays locked in the child. So
+//! no other tests run beside these.
 
-#[path = "common/attach.rs"]
-mod attach;
 mod common;
-#[path = "common/process.rs"]
-mod process;
-#[path = "common/store.rs"]
-mod store;
 
-use attach::{Host, Place, flush, open, read, write};
-use common::disk::pattern;
+use crate::common::attach::{Host, Place, flush, listens, open, read, write};
+use crate::common::disk::pattern;
 use nix::libc::ESRCH;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -406,7 +403,7 @@ fn an_ordinary_user_serves_what_root_has_opened() {
         assert_eq!(fs::metadata(&config).unwrap().uid(), 0);
         host.end();
         // It lies in root's folder, and a later attach replaces it.
-        assert!(place.socket().exists() && !attach::listens(&place.socket()));
+        assert!(place.socket().exists() && !listens(&place.socket()));
     }
 }
 

@@ -1,25 +1,18 @@
 //! The data key is nowhere but in the memory that is made for it: not in the host process's other memory, not in a
 //! core, not in what the helper leaves behind, not in any file, log, argument or environment.
+//!
+//! A program of its own: one test raises the limit on the size of cores, which holds for the whole process.
 
-#[path = "common/attach.rs"]
-mod attach;
 mod common;
-#[path = "common/kms_server.rs"]
-mod kms_server;
-#[path = "common/attach_memory.rs"]
-mod memory;
-#[path = "common/process.rs"]
-mod process;
-#[path = "common/store.rs"]
-mod store;
-#[path = "common/attach_trace.rs"]
-mod trace;
 
-use attach::{Host, Place, flush, open, read, write};
-use common::disk::pattern;
-use common::frontend::{Framing, Request, Segment, Session, block};
-use kms_server::KmsServer;
-use memory::{Needles, children, look_through};
+use crate::common::attach::{Host, LIMIT, Place, flush, open, read, write};
+use crate::common::disk::pattern;
+use crate::common::frontend::{Framing, Request, Segment, Session, block};
+use crate::common::kms_server::{KmsServer, set};
+use crate::common::leaks::{Needles, children, look_through};
+use crate::common::process::wait_within;
+use crate::common::store::{Store, said};
+use crate::common::trace::Traced;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -36,8 +29,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use store::Store;
-use trace::Traced;
 
 const SERIAL: &str = "needle-in-haystack-1";
 
@@ -185,7 +176,7 @@ fn after_the_detach_the_key_is_in_no_memory_at_all() {
     let traced = Traced::until_its_end(host.pid());
     let mut detach = place.store.command().args(["detach", "t"]).spawn().expect("start sealblk");
     traced.wait_for_its_end();
-    assert!(process::wait_within(&mut detach, attach::LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut detach, LIMIT).expect("it ends").success());
     let seen = look_through(host.pid(), &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     assert_eq!(seen.secret, 0, "the memory that was made for keys is still there");
@@ -323,7 +314,7 @@ fn the_helper_puts_the_key_into_no_file() {
     ours.shutdown(Shutdown::Write).unwrap();
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
-    process::wait_within(&mut helper, attach::LIMIT).expect("it ends");
+    wait_within(&mut helper, LIMIT).expect("it ends");
     assert!(answer.contains("is not a sealed memory file for a key"), "{answer}");
     assert_eq!(fs::read(&path).unwrap(), [0; 64]);
     assert_eq!(Needles::of_key(&place.dek()).find(answer.as_bytes()), []);
@@ -342,7 +333,7 @@ fn the_helper_that_asked_by_the_aws_sdk_has_nothing_of_the_key_at_its_end() {
 fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let store = Store::new();
     let mut environment = kms.principal("root").environment(&kms.url);
-    kms_server::set(&mut environment, "AWS_CA_BUNDLE", certificates);
+    set(&mut environment, "AWS_CA_BUNDLE", certificates);
     store.set_environment(environment);
     let key = kms.admin().create_key("", None).expect("make a key").arn;
     let place = Place::of(store, &["--key", &format!("aws:{key}")]);
@@ -377,7 +368,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
     assert_eq!(answer, "\"unwrapped\"");
-    assert!(process::wait_within(&mut helper, attach::LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut helper, LIMIT).expect("it ends").success());
     assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
 }
 
@@ -385,7 +376,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
 fn the_helper_is_of_no_use_by_hand() {
     let place = Place::new(&[]);
     let output = place.store.run(&["unwrap"]);
-    assert!(!output.status.success() && output.stdout.is_empty(), "{}", store::said(&output));
+    assert!(!output.status.success() && output.stdout.is_empty(), "{}", said(&output));
 }
 
 #[test]

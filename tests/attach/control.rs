@@ -1,6 +1,6 @@
 //! Clients of the control socket that are slow, silent, many, or late.
 
-use crate::attach::{LIMIT, Place};
+use crate::common::attach::{LIMIT, Place};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

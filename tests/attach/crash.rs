@@ -1,6 +1,6 @@
 //! A host process that is killed: what was flushed is there, and nothing that it left is in the way.
 
-use crate::attach::{Place, flush, listens, open, read, write};
+use crate::common::attach::{Place, flush, listens, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::Request;
 use serde_json::Value;

@@ -1,8 +1,8 @@
 //! Stores that are damaged or were tampered with: refused in plain words, and left exactly as they are.
 
-use crate::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
-use crate::tree::Tree;
+use crate::common::tree::Tree;
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::PermissionsExt;

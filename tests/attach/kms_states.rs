@@ -1,8 +1,8 @@
 //! The KMS key decides about the next attach, never about this one.
 
-use crate::attach::{Place, open, read, write};
+use crate::common::attach::{Place, open, read, write};
 use crate::common::disk::pattern;
-use crate::tree::Tree;
+use crate::common::tree::Tree;
 use serde_json::{Value, json};
 
 /// The last event, of which there must be one more than `before`: an attach that the KMS refused with `cause`.

@@ -1,9 +1,9 @@
 //! An attached volume is one process's alone.
 
-use crate::attach::{Place, listens, open, read, write};
+use crate::common::attach::{Place, listens, open, read, write};
 use crate::common::disk::pattern;
-use crate::process::tool;
-use crate::tree::Tree;
+use crate::common::process::tool;
+use crate::common::tree::Tree;
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
@@ -106,7 +106,7 @@ fn an_attached_volume_is_not_deleted() {
     let host = place.attach(&[]);
     let tree = Tree::of(&place);
     let output = place.store.run(&["volume", "delete", "t"]);
-    let said = crate::store::said(&output);
+    let said = crate::common::store::said(&output);
     assert_eq!(output.status.code(), Some(4), "{said}");
     assert!(said.contains(&format!("is attached by process {}", host.pid())), "{said}");
     tree.assert_unchanged(&place, "a refused delete", 0);

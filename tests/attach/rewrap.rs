@@ -1,8 +1,8 @@
 //! A volume's data key wrapped by another KMS key, attached and not.
 
-use crate::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
-use crate::store::said;
+use crate::common::store::said;
 use nix::sys::signal::Signal;
 use sealblk::kms::KeyProvider;
 use serde_json::{Value, json};

@@ -1,7 +1,7 @@
 //! What `volume show` says of an attachment and of the next one.
 
-use crate::attach::Place;
-use crate::store::said;
+use crate::common::attach::Place;
+use crate::common::store::said;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fs;

@@ -1,6 +1,6 @@
 //! Where VMMs connect: a path, or a socket that somebody else made.
 
-use crate::attach::{Place, listens, open, read, write};
+use crate::common::attach::{Place, listens, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::{Options, Session};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};

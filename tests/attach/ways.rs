@@ -1,10 +1,10 @@
 //! How an attach is asked for and how it ends.
 
-use crate::attach::{Host, LIMIT, Place, flush, listens, open, read, write};
+use crate::common::attach::{Host, LIMIT, Place, flush, listens, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::session::{F_DISCARD, F_RO, F_WRITE_ZEROES};
 use crate::common::frontend::{Options, Request, Segment, Session, block};
-use crate::store::{Store, said};
+use crate::common::store::{Store, said};
 use nix::sys::signal::Signal;
 use sealblk::catalog::lock::Held;
 use serde_json::{Value, json};

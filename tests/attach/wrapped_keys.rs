@@ -1,8 +1,8 @@
 //! A wrapped data key opens its own volume and no other, and only as long as its KMS key lives.
 
-use crate::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
-use crate::tree::Tree;
+use crate::common::tree::Tree;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use sealblk::base::root::Root;

@@ -1,13 +1,11 @@
 //! The audit log: every kind of tampering is found and named, crashes are told from it, writers do not mix, and nothing
 //! is answered that it does not know of.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod crashes;
-#[path = "../common/process.rs"]
-mod process;
 mod program;
 mod shred;
-#[path = "../common/store.rs"]
-mod store;
 mod tampering;
 mod writers;
 

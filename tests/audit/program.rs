@@ -1,7 +1,7 @@
 //! The log as an operator meets it: what a volume's life leaves in it, show, verify, and a disk that is full.
 
-use super::process::tie_to_test;
-use super::store::{Store, said};
+use crate::common::process::tie_to_test;
+use crate::common::store::{Store, said};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use serde_json::Value;

@@ -1,6 +1,6 @@
 //! `volume delete --shred`: no file of the store's keeps a wrapped copy, and the receipt says what was done.
 
-use super::store::{Store, said};
+use crate::common::store::{Store, said};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};

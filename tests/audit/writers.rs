@@ -1,7 +1,7 @@
 //! Several writers at once: threads, processes, and processes that are killed.
 
-use super::process::{tie_to_test, wait_within};
 use super::{Folders, attach, decrypt, key};
+use crate::common::process::{tie_to_test, wait_within};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};

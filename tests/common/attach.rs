@@ -1,8 +1,6 @@
 //! One volume and its host process: started in every way that there is, refused, ended, and seen from outside.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
-use super::common::frontend::{Options, Request, Session, SplitRing, block};
+use super::frontend::{Options, Request, Session, SplitRing, block};
 use super::process::{tie_to_test, wait_within};
 use super::store::Store;
 use nix::sys::signal::{Signal, kill};

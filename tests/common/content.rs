@@ -1,8 +1,6 @@
 //! What a volume or snapshot holds, worked out from the files as docs/format.md describes them: sector by sector, from
 //! the top layer down, with the data keys that the KMS gives out.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use hkdf::Hkdf;
 use sealblk::base::root::Root;
 use sealblk::catalog::layout::Layout;

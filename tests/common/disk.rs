@@ -1,8 +1,5 @@
 //! A volume made and attached with the real program, for tests that look at it through its socket.
 
-// Each test binary uses its own part of this.
-#![allow(dead_code)]
-
 use super::frontend::ring::readable;
 use super::frontend::server::Holdings;
 use super::frontend::{LIMIT, Options, RawSocket, Request, Server, Session, SplitRing, block};

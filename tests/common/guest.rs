@@ -5,8 +5,6 @@
 //! it is missing. Its `/init` (`ci/guest/init`) runs one shell script at a time for us. Disks appear as
 //! /dev/vda, /dev/vdb, … in the order in which they were given.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use super::qemu::{Qemu, Wire};
 use base64::Engine;
 use serde_json::{Value, json};

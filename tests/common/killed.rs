@@ -1,7 +1,5 @@
 //! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use nix::errno::Errno;
 use nix::libc::{self, c_long, c_void};
 use nix::sys::signal::Signal;

@@ -1,8 +1,6 @@
 //! An embedded KMS served as AWS KMS is, by a process of its own with a store of its own, and the environment that
 //! leads an AWS SDK to it. Nothing here leaves the machine.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use super::process::tie_to_test;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;

@@ -1,4 +1,19 @@
 //! What the tests share.
 
+// Each test binary uses its own part of this.
+#![allow(dead_code, unused_imports)]
+
+pub mod attach;
+pub mod content;
 pub mod disk;
 pub mod frontend;
+pub mod guest;
+pub mod killed;
+pub mod kms_server;
+pub mod leaks;
+pub mod process;
+pub mod qemu;
+pub mod rig;
+pub mod store;
+pub mod trace;
+pub mod tree;

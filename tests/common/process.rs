@@ -1,7 +1,5 @@
 //! Child processes that a test starts: none outlives it, none is waited for without end.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;

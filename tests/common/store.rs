@@ -1,7 +1,5 @@
 //! A sealblk store of the test's own, used through the real program as an operator would.
 
-#![allow(dead_code, reason = "each test program uses its own part of this")]
-
 use super::process::{tie_to_test, wait_within};
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;

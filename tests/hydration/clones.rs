@@ -1,7 +1,7 @@
 //! Clones under another KMS key, and encrypted clones of what was not: they are attached at once, and need nothing of where
 //! they come from once everything was copied.
 
-use crate::attach::flush;
+use crate::common::attach::flush;
 use crate::watch::{Guest, SLOW, attach, full, sees, wait_for_a_part, wait_until_done};
 
 #[test]
@@ -38,7 +38,7 @@ fn a_clone_under_another_key_is_attached_at_once_and_ends_on_its_own() {
             rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
         }
         let (host, socket) = rig.attach("c");
-        assert!(sees(&mut crate::attach::open(&socket), 8 << 20) == data);
+        assert!(sees(&mut crate::common::attach::open(&socket), 8 << 20) == data);
         host.end();
         rig.assert_layers_are_named();
     }

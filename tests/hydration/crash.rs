@@ -1,10 +1,10 @@
 //! Commands and host processes that are killed before each of the system calls by which they change a volume's layers: nothing
 //! that was flushed is lost, and the next one goes on.
 
-use crate::attach::{flush, open, write};
+use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::{End, Killed, Stepper, killed_before, thread, wait_for_thread};
-use crate::rig::Rig;
+use crate::common::killed::{End, Killed, Stepper, killed_before, thread, wait_for_thread};
+use crate::common::rig::Rig;
 use crate::watch::{deks, wait_until_done};
 use std::process::Stdio;
 

@@ -1,7 +1,7 @@
 //! Chains of layers made one.
 
-use crate::attach::{flush, open};
-use crate::rig::{Rig, files};
+use crate::common::attach::{flush, open};
+use crate::common::rig::{Rig, files};
 use crate::watch::{Guest, SLOW, attach, deks, full, sees, wait_for_a_part, wait_until_done};
 
 /// A volume with so many snapshots, and what each of them holds.

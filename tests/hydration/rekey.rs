@@ -1,7 +1,7 @@
 //! Another data key for a volume, attached or not.
 
-use crate::attach::{flush, open};
-use crate::rig::Rig;
+use crate::common::attach::{flush, open};
+use crate::common::rig::Rig;
 use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part, wait_until_done};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
@@ -215,7 +215,7 @@ fn what_stands_in_the_way_is_told_and_the_copy_goes_on_when_it_is_gone() {
     });
     assert!(shown["attachment"]["hydration"]["problem"].as_str().unwrap().contains("hydrating"), "{shown}");
     // The guest goes on with what is there.
-    assert!(crate::attach::read(&mut open(&socket).rings[0], 0, 1 << 20) == rig.data[..1 << 20]);
+    assert!(crate::common::attach::read(&mut open(&socket).rings[0], 0, 1 << 20) == rig.data[..1 << 20]);
     std::os::unix::fs::FileExt::write_all_at(&file, &rest, 2 << 20).unwrap();
     wait_until_done(&rig, "t");
     assert!(sees(&mut open(&socket), 8 << 20) == rig.data);

@@ -1,9 +1,9 @@
 //! What the tests here do again and again: a volume with a lot of data, a guest that works, and waiting.
 
-use crate::attach::{Host, flush, open, read, write};
+use crate::common::attach::{Host, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::Session;
-use crate::rig::Rig;
+use crate::common::rig::Rig;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -87,7 +87,7 @@ pub fn show(rig: &Rig, volume: &str) -> Value {
 /// Waits until `volume show` says something of which `is_so`.
 #[track_caller]
 pub fn wait_for(rig: &Rig, volume: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + crate::attach::LIMIT;
+    let deadline = Instant::now() + crate::common::attach::LIMIT;
     loop {
         let shown = show(rig, volume);
         if is_so(&shown) {

@@ -1,6 +1,6 @@
 //! Raw images, and what is the same for all.
 
-use crate::content::Reader;
+use crate::common::content::Reader;
 use crate::rig::{Rig, files, overwrite, qemu};
 use serde_json::json;
 use std::fs;

@@ -1,6 +1,6 @@
 //! Imports that are killed before each of the system calls by which they change files, and that are interrupted.
 
-use crate::killed::{End, interrupted_before, killed_before};
+use crate::common::killed::{End, interrupted_before, killed_before};
 use crate::rig::{Rig, files};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;

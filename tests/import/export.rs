@@ -1,8 +1,8 @@
 //! What a volume or snapshot holds, in the clear, outside of the store.
 
-use crate::attach::{flush, open, write};
+use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::{End, interrupted_before, killed_before};
+use crate::common::killed::{End, interrupted_before, killed_before};
 use crate::rig::{Rig, files};
 use serde_json::{Value, json};
 use std::fs;

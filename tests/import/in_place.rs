@@ -1,8 +1,8 @@
 //! Raw images that become volumes where they lie.
 
-use crate::attach::{flush, open, read, write};
+use crate::common::attach::{flush, open, read, write};
 use crate::common::disk::pattern;
-use crate::killed::{End, killed_before};
+use crate::common::killed::{End, killed_before};
 use crate::rig::{Rig, files, qemu};
 use serde_json::json;
 use std::fs;

@@ -1,9 +1,9 @@
 //! A store, and a folder of images beside it.
 
-use crate::attach::{open, read};
+use crate::common::attach::{open, read};
+use crate::common::content::Reader;
 use crate::common::disk::pattern;
-use crate::content::Reader;
-use crate::store::Store;
+use crate::common::store::Store;
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;

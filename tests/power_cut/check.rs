@@ -1,8 +1,8 @@
 //! Whether a store after a power cut is what it must be: the real program is asked, and its files are looked at.
 
-use super::common::frontend::{Request, block};
 use super::expect::{Content, Expect, Presence, SECTOR, Volume};
 use super::site::Site;
+use crate::common::frontend::{Request, block};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -24,8 +24,6 @@ mod image;
 mod kms;
 mod model;
 mod mutants;
-#[path = "../common/process.rs"]
-mod process;
 mod ptrace;
 mod random;
 mod recorder;

@@ -2,10 +2,10 @@
 //! stops at every system call that could change a file. One such call is made at a time, so that their order is known.
 
 use super::calls::{self, Plan};
-use super::process::tie_to_test;
 use super::ptrace::{self, Stop};
 use super::tape::{Running, Said, Tape};
 use super::trace::{Entry, Ino, Mark, Op, Trace};
+use crate::common::process::tie_to_test;
 use nix::unistd::Pid;
 use std::collections::HashSet;
 use std::io::Read;

@@ -1,11 +1,11 @@
 //! How a scenario is told: commands and guests, recorded, with what each promises.
 
-use super::common::frontend::{Request, Segment, Session, block};
 use super::expect::{Content, Expect, Presence, SECTOR, Volume, ZEROS, sector};
 use super::recorder::Recorder;
 use super::site::Site;
 use super::tape::{Running, Tape, mark};
 use super::trace::Trace;
+use crate::common::frontend::{Request, Segment, Session, block};
 use serde_json::Value;
 use std::fs::File;
 use std::ops::Range;

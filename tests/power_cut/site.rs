@@ -1,7 +1,7 @@
 //! A folder with a store in it, and the real program pointed at it.
 
-use super::common::frontend::{Options, Session};
-use super::process::{tie_to_test, wait_within};
+use crate::common::frontend::{Options, Session};
+use crate::common::process::{tie_to_test, wait_within};
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};

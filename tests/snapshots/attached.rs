@@ -1,9 +1,9 @@
 //! Snapshots of volumes that are attached, under load: what they hold, and that the guest notices nothing but a pause.
 
-use crate::attach::{flush, open, read, write};
+use crate::common::attach::{flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::{Request, Segment, Session, SplitRing, block};
-use crate::rig::Rig;
+use crate::common::rig::Rig;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -247,7 +247,7 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     host.end();
     rig.place.store.ok(&["gc"]);
     assert_eq!(rig.files("layers"), layers);
-    let folder = crate::rig::files(&rig.place.volume_folder());
+    let folder = crate::common::rig::files(&rig.place.volume_folder());
     assert!(folder.iter().all(|p| p.ends_with("lock") || p.ends_with("volume.json")), "{folder:?}");
     let (host, socket) = rig.attach("t");
     assert!(open(&socket).rings.len() == 1);

@@ -1,6 +1,6 @@
 //! Volumes made from snapshots.
 
-use crate::rig::Rig;
+use crate::common::rig::Rig;
 use sealblk::catalog::Seal;
 use serde_json::json;
 use std::fs;

@@ -1,7 +1,7 @@
 //! Copies of snapshots, and volumes that are made larger.
 
-use crate::killed::{End, killed_before};
-use crate::rig::Rig;
+use crate::common::killed::{End, killed_before};
+use crate::common::rig::Rig;
 use serde_json::json;
 use std::fs;
 use std::process::Stdio;
@@ -74,9 +74,9 @@ fn of_three_layers(rig: &mut Rig) -> String {
     rig.id(&["snapshot", "create", "t"]);
     for n in 0..2 {
         let (host, socket) = rig.attach("t");
-        let mut session = crate::attach::open(&socket);
+        let mut session = crate::common::attach::open(&socket);
         let (at, data) = ((2 + n) << 20, crate::common::disk::pattern(n, 1 << 20));
-        crate::attach::write(&mut session.rings[0], at / 512, &data);
+        crate::common::attach::write(&mut session.rings[0], at / 512, &data);
         rig.data[at as usize..][..1 << 20].copy_from_slice(&data);
         drop(session);
         host.end();
@@ -210,9 +210,9 @@ fn a_volume_is_made_larger_and_never_smaller() {
         let told: Vec<_> = rig.place.events().iter().map(|e| e["detail"]["result"].clone()).collect();
         assert_eq!(told[told.len() - 3..], ["modifying", "optimizing", "completed"]);
         let (host, socket) = rig.attach("t");
-        let mut session = crate::attach::open(&socket);
+        let mut session = crate::common::attach::open(&socket);
         let end = crate::common::disk::pattern(5, 4096);
-        crate::attach::write(&mut session.rings[0], (12 << 20) / 512 - 8, &end);
+        crate::common::attach::write(&mut session.rings[0], (12 << 20) / 512 - 8, &end);
         drop(session);
         host.end();
         for (size, words) in [("4MiB", "cannot be made smaller"), ("12582913", "not whole sectors")] {

@@ -1,9 +1,9 @@
 //! Commands that are killed before each of the system calls by which they change files: nothing is lost, nothing is
 //! half there, and nothing is left over that `gc` does not find.
 
-use crate::killed::{End, killed_before};
-use crate::rig::Rig;
-use crate::store::Store;
+use crate::common::killed::{End, killed_before};
+use crate::common::rig::Rig;
+use crate::common::store::Store;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -46,7 +46,7 @@ impl Trials {
         self.rig.assert_layers_are_named();
         for volume in self.rig.reader().catalog().ids().expect("list the volumes") {
             let folder = store.root().join("volumes").join(volume.to_string());
-            let files = crate::rig::files(&folder);
+            let files = crate::common::rig::files(&folder);
             let known = |p: &std::path::PathBuf| p.ends_with("lock") || p.ends_with("volume.json");
             assert!(files.iter().all(known), "step {step}: {files:?}");
         }

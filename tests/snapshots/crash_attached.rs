@@ -1,10 +1,10 @@
 //! A host process that is killed before each of the system calls by which it makes a snapshot: what was flushed is there,
 //! and the snapshot is whole or not there.
 
-use crate::attach::{flush, open, write};
+use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::killed::{Killed, Stepper, wait_for_thread};
-use crate::rig::Rig;
+use crate::common::killed::{Killed, Stepper, wait_for_thread};
+use crate::common::rig::Rig;
 use std::process::Stdio;
 
 #[test]
@@ -55,7 +55,7 @@ fn a_host_process_that_is_killed_while_it_freezes_loses_nothing() {
         let mut session = open(&socket);
         for (n, expected) in rig.data.chunks(1 << 20).enumerate() {
             let sector = (n << 20) as u64 / 512;
-            assert!(crate::attach::read(&mut session.rings[0], sector, 1 << 20) == expected);
+            assert!(crate::common::attach::read(&mut session.rings[0], sector, 1 << 20) == expected);
         }
         drop(session);
         host.end();

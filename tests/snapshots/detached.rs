@@ -1,7 +1,7 @@
 //! Snapshots of volumes that nobody has attached: what they hold, what they leave, and what is refused.
 
-use crate::attach::Place;
-use crate::rig::Rig;
+use crate::common::attach::Place;
+use crate::common::rig::Rig;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs;

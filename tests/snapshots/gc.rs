@@ -1,6 +1,6 @@
 //! What is left over is found, said, and removed; what is in use is not.
 
-use crate::rig::Rig;
+use crate::common::rig::Rig;
 use serde_json::{Value, json};
 use std::fs;
 
@@ -58,7 +58,7 @@ fn what_somebody_is_at_stays() {
 
 #[test]
 fn a_store_is_not_made_by_looking_for_left_overs() {
-    let store = crate::store::Store::new();
+    let store = crate::common::store::Store::new();
     assert_eq!(store.ok(&["gc"]), "WHAT  BYTES  PATH\n");
     assert!(!store.root().exists());
 }

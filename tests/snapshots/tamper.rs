@@ -2,7 +2,7 @@
 //!
 //! A snapshot of a clone proves the clone as its first attach would.
 
-use crate::rig::Rig;
+use crate::common::rig::Rig;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use sealblk::kms::KeyProvider;

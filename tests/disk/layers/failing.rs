@@ -1,0 +1,197 @@
+//! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
+
+use crate::layers::rig::{Keys, Places, read_whole};
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::disk::hydrate::Hydration;
+use sealblk::disk::{Disk, GuestData};
+use sealblk::image::lock::Access;
+use sealblk::virtio::{Geometry, Segment};
+use sealblk::volume::layers::chain;
+use std::fs::OpenOptions;
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
+
+/// A store whose first write fails, and whose second is under way until its queue is closed: no sooner than somebody says
+/// so, or half a second later.
+struct Faulty {
+    store: Arc<dyn Store>,
+    writes: Arc<AtomicUsize>,
+    go_on: Arc<Mutex<Receiver<()>>>,
+}
+
+struct FaultyQueue {
+    queue: Box<dyn Queue>,
+    writes: Arc<AtomicUsize>,
+    go_on: Arc<Mutex<Receiver<()>>>,
+    failed: Option<Event>,
+    held: Option<(u64, Op)>,
+}
+
+impl Store for Faulty {
+    fn caps(&self) -> &Caps {
+        self.store.caps()
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let (queue, writes, go_on) = (self.store.open_queue(depth)?, self.writes.clone(), self.go_on.clone());
+        Ok(Box::new(FaultyQueue { queue, writes, go_on, failed: None, held: None }))
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        self.store.has_data()
+    }
+
+    fn below(&self) -> &[u64] {
+        self.store.below()
+    }
+
+    fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.store.next_data(layer, from)
+    }
+}
+
+impl Queue for FaultyQueue {
+    fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        self.queue.alloc(len)
+    }
+
+    fn free(&mut self, buffer: Buffer) {
+        self.queue.free(buffer)
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
+    fn max_buffer(&self) -> usize {
+        self.queue.max_buffer()
+    }
+
+    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        self.queue.bytes(buffer)
+    }
+
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.queue.in_memory(layer, offset, len)
+    }
+
+    fn has_room(&self) -> bool {
+        self.queue.has_room()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight() + usize::from(self.failed.is_some()) + usize::from(self.held.is_some())
+    }
+
+    fn submit(&mut self, tag: u64, op: Op) {
+        if !matches!(op, Op::Write { .. }) {
+            return self.queue.submit(tag, op);
+        }
+        match (self.writes.fetch_add(1, Ordering::SeqCst), op) {
+            (0, Op::Write { buffer, .. }) => {
+                let result = Err(io::Error::from_raw_os_error(28));
+                self.failed = Some(Event::Done { tag, buffer: Some(buffer), result });
+            }
+            (1, op) => self.held = Some((tag, op)),
+            (_, op) => self.queue.submit(tag, op),
+        }
+    }
+
+    fn watch(&mut self, token: u32, fd: RawFd) {
+        self.queue.watch(token, fd)
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        self.queue.unwatch(token)
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        let wait = if self.failed.is_some() { Wait::Poll } else { wait };
+        self.queue.wait(wait)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.failed.is_some() || self.queue.is_ready()
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        self.failed.take().or_else(|| self.queue.next_event())
+    }
+}
+
+impl Drop for FaultyQueue {
+    fn drop(&mut self) {
+        let Some((tag, op)) = self.held.take() else { return };
+        let _ = self.go_on.lock().unwrap().recv_timeout(Duration::from_millis(500));
+        self.queue.submit(tag, op);
+        self.queue.wait(Wait::Event).unwrap();
+    }
+}
+
+/// A guest's write of a block at `sector`, as soon as it is let in.
+fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], written: &Sender<()>) {
+    let mut queue = disk.open_queue(4).unwrap();
+    let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+    mem.write_slice(bytes, GuestAddress(0)).unwrap();
+    let segments = [Segment { addr: GuestAddress(0), len: 4096 }];
+    let buffer = loop {
+        match queue.alloc(sector, 4096) {
+            Some(buffer) => break buffer,
+            None => queue.wait(Wait::Event).unwrap(),
+        }
+        while queue.next_event().is_some() {}
+    };
+    let guest = GuestData { mem: &mem, segments: &segments, skip: 0 };
+    queue.write(0, sector, buffer, false, guest).unwrap();
+    loop {
+        match queue.next_event() {
+            Some(Event::Done { buffer, result, .. }) => {
+                result.unwrap();
+                queue.free(buffer.unwrap());
+                return written.send(()).unwrap();
+            }
+            Some(_) => {}
+            None => queue.wait(Wait::Event).unwrap(),
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_writes_after_a_copy_that_failed_stays() {
+    const SECTORS: u64 = 64;
+    const SECOND: u64 = 16;
+    let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+    let (mut places, keys) = (Places::new(), Keys::new(512));
+    let files = [places.file(0, Some(0), SECTORS), places.file(0, None, SECTORS)];
+    // Two runs with a hole between, which are two writes of one chunk.
+    let image = OpenOptions::new().write(true).open(&files[1].path).unwrap();
+    image.write_all_at(&[1; 4096], 0).unwrap();
+    image.write_all_at(&[2; 4096], SECOND * 512).unwrap();
+    let layers = keys.open_all(&files, Access::ReadWrite, 512);
+    let (go, go_on) = channel();
+    let mut faulty = chain(&layers);
+    let writes = Arc::<AtomicUsize>::default();
+    faulty.store =
+        Arc::new(Faulty { store: faulty.store, writes: writes.clone(), go_on: Arc::new(Mutex::new(go_on)) });
+    let disk = Arc::new(Disk::layered(geometry, "rig", faulty).unwrap().hydrating());
+    let hydration = Hydration::new(disk.clone(), 0).unwrap();
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| hydration.run());
+        while writes.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        let (disk, go) = (&disk, &go);
+        scope.spawn(move || write(disk, SECOND, &[9; 4096], go));
+        let e = run.join().unwrap().unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::StorageFull, "{e}");
+    });
+    let expected = [vec![1; 4096], vec![0; 4096], vec![9; 4096]].concat();
+    assert!(read_whole(&disk, 4096)[..12288] == expected, "an older write has landed on the guest's");
+}

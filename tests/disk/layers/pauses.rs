@@ -1,0 +1,279 @@
+//! A pause is nothing but slowness, whatever the guest and its VMM do meanwhile, and however it ends.
+
+use crate::common::frontend::block::{OK, Pending};
+use crate::common::frontend::{LIMIT, Options, Request, Session, SplitRing};
+use crate::layers::rig::{Keys, PATIENCE, Places, QUEUES, Served};
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::disk::{Disk, Layers};
+use sealblk::image::lock::Access;
+use sealblk::vhost::queue::Tuning;
+use sealblk::vhost::queue::qos::{Limits, Qos};
+use sealblk::virtio::Geometry;
+use sealblk::volume::layers::chain;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use vm_memory::VolatileSlice;
+
+const SECTORS: u64 = 4096;
+const GEOMETRY: Geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+
+struct Rig {
+    served: Served,
+    places: Places,
+    keys: Keys,
+}
+
+impl Rig {
+    fn new(tuning: &Tuning) -> Self {
+        Self::over(tuning, |layers| layers)
+    }
+
+    /// A device of one layer, whose store `wrap` may wrap.
+    fn over(tuning: &Tuning, wrap: impl FnOnce(Layers) -> Layers) -> Self {
+        let (mut places, keys) = (Places::new(), Keys::new(512));
+        let file = places.file(0, Some(0), SECTORS);
+        let layers = keys.open_all(&[file], Access::ReadWrite, 512);
+        let disk = Disk::layered(GEOMETRY, "rig", wrap(chain(&layers))).unwrap();
+        let served = Served::new(places.folder(), Arc::new(disk), layers, tuning);
+        Rig { served, places, keys }
+    }
+
+    fn freeze(&mut self) {
+        let top = self.places.file(0, Some(1), SECTORS);
+        self.served.freeze(self.keys.open(&top, Access::ReadWrite, 512), 0);
+    }
+}
+
+fn submit(ring: &mut SplitRing, request: &Request) -> Pending {
+    let pending = request.submit(ring).unwrap();
+    ring.kick();
+    pending
+}
+
+fn finish(ring: &mut SplitRing, pending: Pending) -> u8 {
+    let used = ring.wait_used(LIMIT).unwrap();
+    pending.finish(ring, used).unwrap().status
+}
+
+fn run(session: &mut Session, ring: usize, request: &Request) -> u8 {
+    request.run(&mut session.rings[ring]).unwrap().status
+}
+
+fn read(session: &mut Session, ring: usize, sector: u64) -> Vec<u8> {
+    let outcome = Request::read(sector, 4096).run(&mut session.rings[ring]).unwrap();
+    assert_eq!(outcome.status, OK);
+    outcome.data
+}
+
+#[test]
+fn what_comes_during_a_pause_waits_for_its_end() {
+    let mut rig = Rig::new(&Tuning::default());
+    let (device, session) = (rig.served.device.clone(), &mut rig.served.session);
+    let paused = device.pause(PATIENCE).unwrap();
+    let pending = [0, 1].map(|n| submit(&mut session.rings[n], &Request::write(8 * n as u64, &[1; 4096])));
+    for ring in &session.rings {
+        assert_eq!(ring.used_idx(), ring.last_used(), "nothing is served in a pause");
+    }
+    paused.resume();
+    for (ring, pending) in session.rings.iter_mut().zip(pending) {
+        assert_eq!(finish(ring, pending), OK);
+    }
+}
+
+#[test]
+fn a_vmm_that_stops_its_rings_or_leaves_during_a_pause_is_served_after_it() {
+    let rig = Rig::new(&Tuning::default());
+    let (device, path) = (rig.served.device.clone(), rig.places.folder().join("s"));
+    let open = || Session::open(&path, &Options { queues: QUEUES, ..Options::default() }).unwrap();
+    let _server = rig.served.without_session();
+    std::thread::scope(|scope| {
+        let session = open();
+        let paused = device.pause(PATIENCE).unwrap();
+        let stops = scope.spawn(move || session.stop().unwrap());
+        paused.resume();
+        assert_eq!(stops.join().unwrap(), [0; QUEUES]);
+
+        let mut session = open();
+        let paused = device.pause(PATIENCE).unwrap();
+        let pending = submit(&mut session.rings[0], &Request::write(0, &[1; 4096]));
+        drop((session, pending));
+        paused.resume();
+
+        let paused = device.pause(PATIENCE).unwrap();
+        let starts = scope.spawn(open);
+        paused.resume();
+        let mut session = starts.join().unwrap();
+        assert_eq!(run(&mut session, 1, &Request::write(0, &[2; 4096])), OK);
+        assert_eq!(read(&mut session, 0, 0), [2; 4096]);
+    });
+}
+
+#[test]
+fn requests_that_the_limits_hold_back_neither_delay_a_pause_nor_are_lost() {
+    let limits = Limits { iops: 1, throughput: 0, burst: Duration::ZERO };
+    let qos = Arc::new(Qos::new(limits));
+    let mut rig = Rig::new(&Tuning { qos: qos.clone(), in_order: true, ..Tuning::default() });
+    let ring = &mut rig.served.session.rings[0];
+    let pending: Vec<_> =
+        (0..40u64).map(|n| submit(ring, &Request::write(8 * n, &[n as u8 + 1; 4096]))).collect();
+    // At one a second, those that are held back would take longer than this.
+    let begun = std::time::Instant::now();
+    rig.freeze();
+    let ring = &mut rig.served.session.rings[0];
+    assert!(ring.used_idx().wrapping_sub(ring.last_used()) < 40, "after {:?}", begun.elapsed());
+    qos.set(Limits::default());
+    for pending in pending {
+        assert_eq!(finish(ring, pending), OK);
+    }
+    for n in 0..40 {
+        assert_eq!(read(&mut rig.served.session, 1, 8 * n), [n as u8 + 1; 4096]);
+    }
+}
+
+#[test]
+fn a_pause_that_is_given_up_leaves_everything_as_it_was() {
+    let mut rig = Rig::new(&Tuning::default());
+    assert_eq!(run(&mut rig.served.session, 0, &Request::write(0, &[1; 4096])), OK);
+    let before = rig.served.device.disk();
+    drop(rig.served.device.pause(PATIENCE).unwrap());
+    // A queue that cannot open the other layers keeps all of them on these.
+    let mut paused = rig.served.device.pause(PATIENCE).unwrap();
+    let layers = chain(&rig.served.layers);
+    let broken = Gated { store: layers.store.clone(), hold: Arc::default(), broken: true };
+    let broken = Disk::layered(GEOMETRY, "rig", Layers { store: Arc::new(broken), ..layers }).unwrap();
+    let fine = Disk::layered(GEOMETRY, "rig", chain(&rig.served.layers)).unwrap();
+    paused.prepare(Arc::new(fine)).unwrap();
+    assert!(paused.prepare(Arc::new(broken)).is_err());
+    paused.resume();
+    assert!(Arc::ptr_eq(&before, &rig.served.device.disk()));
+    assert_eq!(read(&mut rig.served.session, 0, 0), [1; 4096]);
+    rig.freeze();
+    assert_eq!(read(&mut rig.served.session, 1, 0), [1; 4096]);
+}
+
+#[test]
+fn a_disk_that_does_not_answer_makes_a_pause_fail_and_nothing_else() {
+    let hold: Arc<AtomicBool> = Arc::default();
+    let mut rig = Rig::over(&Tuning::default(), |layers| {
+        let store = Gated { store: layers.store.clone(), hold: hold.clone(), broken: false };
+        Layers { store: Arc::new(store), ..layers }
+    });
+    hold.store(true, Ordering::SeqCst);
+    let pending = submit(&mut rig.served.session.rings[0], &Request::write(0, &[1; 4096]));
+    // Until the thread has taken it, a pause would find nothing to wait for.
+    let e = loop {
+        match rig.served.device.pause(Duration::from_millis(50)) {
+            Ok(paused) => drop(paused.resume()),
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(e.kind(), io::ErrorKind::TimedOut);
+    assert_eq!(run(&mut rig.served.session, 1, &Request::get_id(20)), OK, "the other queue goes on");
+    hold.store(false, Ordering::SeqCst);
+    assert_eq!(finish(&mut rig.served.session.rings[0], pending), OK);
+    rig.freeze();
+    assert_eq!(read(&mut rig.served.session, 0, 0), [1; 4096]);
+}
+
+/// A store whose operations do not end while they are held, or which cannot be opened.
+struct Gated {
+    store: Arc<dyn Store>,
+    hold: Arc<AtomicBool>,
+    broken: bool,
+}
+
+struct GatedQueue {
+    queue: Box<dyn Queue>,
+    hold: Arc<AtomicBool>,
+    held: Vec<Event>,
+}
+
+impl Store for Gated {
+    fn caps(&self) -> &Caps {
+        self.store.caps()
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        if self.broken {
+            return Err(io::Error::other("broken"));
+        }
+        let queue = self.store.open_queue(depth)?;
+        Ok(Box::new(GatedQueue { queue, hold: self.hold.clone(), held: Vec::new() }))
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        self.store.has_data()
+    }
+}
+
+impl Queue for GatedQueue {
+    fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        self.queue.alloc(len)
+    }
+
+    fn free(&mut self, buffer: Buffer) {
+        self.queue.free(buffer)
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
+    fn max_buffer(&self) -> usize {
+        self.queue.max_buffer()
+    }
+
+    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        self.queue.bytes(buffer)
+    }
+
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+        None
+    }
+
+    fn has_room(&self) -> bool {
+        self.queue.has_room()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight() + self.held.len()
+    }
+
+    fn submit(&mut self, tag: u64, op: Op) {
+        self.queue.submit(tag, op)
+    }
+
+    fn watch(&mut self, token: u32, fd: RawFd) {
+        self.queue.watch(token, fd)
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        self.queue.unwatch(token)
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        let wait = if wait == Wait::Event { Wait::Until(Duration::from_millis(1)) } else { wait };
+        self.queue.wait(wait)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.queue.is_ready()
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        if !self.hold.load(Ordering::SeqCst)
+            && let Some(event) = self.held.pop()
+        {
+            return Some(event);
+        }
+        loop {
+            match self.queue.next_event()? {
+                event @ Event::Done { .. } if self.hold.load(Ordering::SeqCst) => self.held.push(event),
+                event => return Some(event),
+            }
+        }
+    }
+}

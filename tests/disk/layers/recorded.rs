@@ -1,0 +1,261 @@
+//! A store that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
+//! at any place in it.
+
+use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex};
+use vm_memory::VolatileSlice;
+
+use crate::common::frontend::load::Random;
+use crate::layers::model::{Model, SECTOR, Step};
+
+/// What happened, in order.
+pub type Journal = Arc<Mutex<Vec<Entry>>>;
+
+/// One thing that happened. `id` tells the end of an operation to its beginning.
+#[derive(Clone)]
+pub enum Entry {
+    /// Bytes are on their way to a file; zeros also where a hole is made.
+    Write { id: u64, file: usize, offset: u64, bytes: Vec<u8> },
+    /// A file's writes that have ended are being made durable.
+    Flush { id: u64, file: usize },
+    /// An operation has ended.
+    Done { id: u64 },
+    /// `volume.json` was replaced, durably: these are the layers, the top first.
+    Record { files: Vec<usize> },
+    /// A snapshot was recorded, durably: these layers hold this from now on.
+    Snapshot { files: Vec<usize>, model: Model },
+    /// The guest has begun something; a FLUSH is a step as well.
+    Begun { step: Step },
+    /// The guest's last step has ended.
+    Acknowledged,
+}
+
+/// A store whose top is the file of that number.
+pub struct Recorded {
+    pub store: Arc<dyn Store>,
+    pub file: usize,
+    pub journal: Journal,
+}
+
+struct RecordedQueue {
+    queue: Box<dyn Queue>,
+    file: usize,
+    journal: Journal,
+    /// By tag: the operation that has it.
+    ids: HashMap<u64, u64>,
+}
+
+impl Store for Recorded {
+    fn caps(&self) -> &Caps {
+        self.store.caps()
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let (queue, journal) = (self.store.open_queue(depth)?, self.journal.clone());
+        Ok(Box::new(RecordedQueue { queue, file: self.file, journal, ids: HashMap::new() }))
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        self.store.has_data()
+    }
+
+    fn below(&self) -> &[u64] {
+        self.store.below()
+    }
+
+    fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.store.next_data(layer, from)
+    }
+}
+
+impl Queue for RecordedQueue {
+    fn alloc(&mut self, len: usize) -> Option<Buffer> {
+        self.queue.alloc(len)
+    }
+
+    fn free(&mut self, buffer: Buffer) {
+        self.queue.free(buffer)
+    }
+
+    fn places(&self) -> usize {
+        self.queue.places()
+    }
+
+    fn max_buffer(&self) -> usize {
+        self.queue.max_buffer()
+    }
+
+    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        self.queue.bytes(buffer)
+    }
+
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.queue.in_memory(layer, offset, len)
+    }
+
+    fn has_room(&self) -> bool {
+        // A tag stands for one operation: the copier gives all of its own the same.
+        self.ids.is_empty() && self.queue.has_room()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    fn submit(&mut self, tag: u64, mut op: Op) {
+        let mut journal = self.journal.lock().unwrap();
+        let (id, file) = (journal.len() as u64, self.file);
+        match &mut op {
+            Op::Write { offset, buffer, .. } => {
+                let bytes = self.queue.bytes(buffer).to_vec();
+                journal.push(Entry::Write { id, file, offset: *offset, bytes });
+            }
+            Op::Zero { offset, len, .. } => {
+                journal.push(Entry::Write { id, file, offset: *offset, bytes: vec![0; *len as usize] });
+            }
+            Op::Flush => journal.push(Entry::Flush { id, file }),
+            Op::Read { .. } | Op::ReadBelow { .. } => return self.queue.submit(tag, op),
+        }
+        assert!(self.ids.insert(tag, id).is_none(), "a tag is used twice at a time");
+        self.queue.submit(tag, op)
+    }
+
+    fn watch(&mut self, token: u32, fd: RawFd) {
+        self.queue.watch(token, fd)
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        self.queue.unwatch(token)
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        self.queue.wait(wait)
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.queue.is_ready()
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        let event = self.queue.next_event()?;
+        if let Event::Done { tag, .. } = &event
+            && let Some(id) = self.ids.remove(tag)
+        {
+            self.journal.lock().unwrap().push(Entry::Done { id });
+        }
+        Some(event)
+    }
+}
+
+/// What is known of the world at a place in the journal.
+#[derive(Clone)]
+pub struct World {
+    files: HashMap<usize, Disk>,
+    /// The layers of the volume.
+    pub volume: Vec<usize>,
+    pub snapshots: Vec<(Vec<usize>, Model)>,
+    /// What the guest may find.
+    pub guest: Model,
+    /// What it has done since it last flushed, and how much of that was acknowledged when it began to flush again.
+    since: Vec<Step>,
+    flushing: Option<usize>,
+    /// What it holds for sure.
+    solid: Model,
+}
+
+/// A file's bytes, and what may be lost of them.
+#[derive(Clone, Default)]
+struct Disk {
+    durable: Vec<u8>,
+    /// Writes that no flush has seen end, in order.
+    loose: Vec<Loose>,
+    flushing: Option<(u64, Vec<u64>)>,
+}
+
+#[derive(Clone)]
+struct Loose {
+    id: u64,
+    offset: usize,
+    bytes: Vec<u8>,
+    done: bool,
+}
+
+impl World {
+    /// Before the journal: a volume of one file of zeros.
+    pub fn new(sectors: u64) -> Self {
+        let zeros = Model::new(sectors);
+        World {
+            files: HashMap::new(),
+            volume: vec![0],
+            snapshots: Vec::new(),
+            guest: zeros.clone(),
+            since: Vec::new(),
+            flushing: None,
+            solid: zeros,
+        }
+    }
+
+    /// One thing more has happened.
+    pub fn take(&mut self, entry: &Entry) {
+        let len = self.guest.sectors() as usize * SECTOR;
+        match entry {
+            Entry::Write { id, file, offset, bytes } => {
+                let loose = Loose { id: *id, offset: *offset as usize, bytes: bytes.clone(), done: false };
+                self.files.entry(*file).or_default().loose.push(loose);
+            }
+            Entry::Flush { id, file } => {
+                let disk = self.files.entry(*file).or_default();
+                let seen = disk.loose.iter().filter(|l| l.done).map(|l| l.id).collect();
+                disk.flushing = Some((*id, seen));
+            }
+            Entry::Done { id } => self.files.values_mut().for_each(|disk| disk.done(*id, len)),
+            Entry::Record { files } => self.volume = files.clone(),
+            Entry::Snapshot { files, model } => self.snapshots.push((files.clone(), model.clone())),
+            Entry::Begun { step } if step.sectors == 0 => self.flushing = Some(self.since.len()),
+            Entry::Begun { step } => {
+                self.guest.apply_perhaps(step);
+                self.since.push(step.clone());
+            }
+            Entry::Acknowledged => {
+                if let Some(count) = self.flushing.take() {
+                    self.since.drain(..count).for_each(|step| self.solid.apply(&step));
+                    self.guest = self.solid.clone();
+                }
+            }
+        }
+    }
+
+    /// The files after a power cut now: of what was not flushed, some sectors, all or none are there.
+    pub fn cut(&self, file: usize, random: &mut Random) -> Vec<u8> {
+        let Some(disk) = self.files.get(&file) else {
+            return vec![0; self.guest.sectors() as usize * SECTOR];
+        };
+        let mut bytes = disk.durable.clone();
+        bytes.resize(self.guest.sectors() as usize * SECTOR, 0);
+        let kept = random.below(3);
+        for loose in &disk.loose {
+            for (i, sector) in loose.bytes.chunks(SECTOR).enumerate() {
+                if kept == 0 || kept == 1 && random.below(2) == 0 {
+                    bytes[loose.offset + i * SECTOR..][..SECTOR].copy_from_slice(sector);
+                }
+            }
+        }
+        bytes
+    }
+}
+
+impl Disk {
+    fn done(&mut self, id: u64, len: usize) {
+        if let Some((_, seen)) = self.flushing.take_if(|(flush, _)| *flush == id) {
+            self.durable.resize(len, 0);
+            for loose in self.loose.extract_if(.., |l| seen.contains(&l.id)) {
+                self.durable[loose.offset..][..loose.bytes.len()].copy_from_slice(&loose.bytes);
+            }
+        }
+        self.loose.iter_mut().filter(|l| l.id == id).for_each(|l| l.done = true);
+    }
+}

@@ -1,0 +1,7 @@
+//! The path of the data: the cipher, what lies on the disk, and volumes of several layers.
+
+mod ciphertext;
+#[path = "../common/mod.rs"]
+mod common;
+mod layers;
+mod xts_vectors;

@@ -1,0 +1,216 @@
+//! Credentials, regions and endpoints are found where users of AWS are used to put them.
+
+use crate::aws::faults::{Answer, Faults, exception};
+use crate::common::kms_server::{self, KmsServer, Variables, environment};
+use crate::common::store::{Store, said};
+use crate::suite::Admin;
+use std::fs;
+use std::process::Output;
+
+/// A KMS with a key, and a store of which nothing is known but where its configuration files lie.
+struct Case {
+    kms: KmsServer,
+    key: String,
+    store: Store,
+    variables: Variables,
+    keys: (String, String),
+}
+
+impl Case {
+    fn new() -> Self {
+        Self::with(KmsServer::start())
+    }
+
+    fn with(kms: KmsServer) -> Self {
+        let root = kms.principal("root");
+        let keys = (root.keys().0.to_owned(), root.keys().1.to_owned());
+        let (key, variables) = (Admin::create_key(&kms.admin()), environment(&kms.url));
+        let store = Store::new();
+        store.configure("kms-patience = 0");
+        Case { kms, key, store, variables, keys }
+    }
+
+    fn set(&mut self, name: &str, value: &str) {
+        kms_server::set(&mut self.variables, name, value);
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.store.root().join(name);
+        fs::write(&path, text).expect("write a file");
+        path.display().to_string()
+    }
+
+    fn create(&self, key: &str) -> Output {
+        self.store.set_environment(self.variables.clone());
+        self.store.run(&["volume", "create", "--size", "1MiB", "--key", &format!("aws:{key}")])
+    }
+
+    #[track_caller]
+    fn works(&self) {
+        let output = self.create(&self.key);
+        assert!(output.status.success(), "{}", said(&output));
+    }
+
+    /// A request reaches the KMS with the credentials of a role, which have a session token.
+    #[track_caller]
+    fn asks_as_role(&mut self) {
+        let kms = Faults::start([], exception(400, "AccessDeniedException", "No."));
+        self.set("AWS_ENDPOINT_URL_KMS", &kms.url);
+        let output = self.create(&self.key);
+        assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+        let head = kms.head().to_ascii_lowercase();
+        assert!(
+            head.contains("credential=asiarole/") && head.contains("x-amz-security-token: of-the-role"),
+            "{head}"
+        );
+    }
+}
+
+/// What a server of credentials answers.
+fn credentials(id: &str, secret: &str) -> String {
+    format!(
+        r#"{{"Code":"Success","Type":"AWS-HMAC","AccessKeyId":"{id}","SecretAccessKey":"{secret}","Token":"of-the-role",
+           "LastUpdated":"2020-01-01T00:00:00Z","Expiration":"2999-01-01T00:00:00Z"}}"#
+    )
+}
+
+#[test]
+fn a_profile_names_the_endpoint_the_region_and_the_keys() {
+    let mut case = Case::new();
+    let (id, secret) = &case.keys;
+    let config = case.file(
+        "config",
+        &format!(
+            "[profile host]\nregion = us-east-1\nservices = local\n[services local]\nkms =\n  endpoint_url = {}\n",
+            case.kms.url
+        ),
+    );
+    let credentials = case
+        .file("credentials", &format!("[host]\naws_access_key_id={id}\naws_secret_access_key={secret}\n"));
+    case.set("AWS_ENDPOINT_URL_KMS", "");
+    case.set("AWS_REGION", "");
+    case.set("AWS_CONFIG_FILE", &config);
+    case.set("AWS_SHARED_CREDENTIALS_FILE", &credentials);
+    case.set("AWS_PROFILE", "host");
+    case.works();
+}
+
+#[test]
+fn a_program_may_give_the_credentials() {
+    let mut case = Case::new();
+    let (id, secret) = &case.keys;
+    let answer = format!(r#"{{"Version":1,"AccessKeyId":"{id}","SecretAccessKey":"{secret}"}}"#);
+    let answer = case.file("answer", &answer);
+    let config = case.file("config", &format!("[default]\ncredential_process = /bin/cat {answer}\n"));
+    case.set("AWS_CONFIG_FILE", &config);
+    case.works();
+}
+
+#[test]
+fn a_container_s_credentials_are_asked_for() {
+    let mut case = Case::new();
+    let server = Faults::start([], Answer::Http(200, credentials("ASIAROLE", "secret")));
+    case.set("AWS_CONTAINER_CREDENTIALS_FULL_URI", &format!("{}/credentials", server.url));
+    case.asks_as_role();
+    assert!(server.head().starts_with("GET /credentials HTTP/1.1\r\n"));
+}
+
+#[test]
+fn an_instance_s_role_is_asked_for() {
+    let mut case = Case::new();
+    let answers = ["token".to_owned(), "role".to_owned(), credentials("ASIAROLE", "secret")];
+    let server = Faults::start(answers.map(|text| Answer::Http(200, text)), Answer::HangUp);
+    case.set("AWS_EC2_METADATA_DISABLED", "false");
+    case.set("AWS_EC2_METADATA_SERVICE_ENDPOINT", &server.url);
+    case.asks_as_role();
+    assert!(server.head().starts_with("PUT /latest/api/token HTTP/1.1\r\n"));
+}
+
+#[test]
+fn without_credentials_the_reader_is_told_what_to_do() {
+    let case = Case::new();
+    let output = case.create(&case.key);
+    assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+    assert!(said(&output).contains("there are no AWS credentials: set AWS_PROFILE"), "{}", said(&output));
+}
+
+#[test]
+fn without_a_region_an_alias_means_nothing() {
+    let mut case = Case::new();
+    case.set("AWS_REGION", "");
+    let output = case.create("alias/disks");
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("name the key by its ARN, or set AWS_REGION"), "{}", said(&output));
+}
+
+/// Nothing leaves the machine: the proxy is ours, and sees whom the SDK wants to speak to.
+#[test]
+fn the_arn_s_region_and_fips_decide_the_endpoint_and_the_proxy_is_used() {
+    let mut case = Case::new();
+    let (id, secret) = case.keys.clone();
+    for name in ["AWS_ENDPOINT_URL_KMS", "NO_PROXY", "no_proxy"] {
+        case.set(name, "");
+    }
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    case.set("AWS_USE_FIPS_ENDPOINT", "true");
+    let proxy = Faults::start([], Answer::Http(403, String::new()));
+    for name in ["HTTPS_PROXY", "https_proxy"] {
+        case.set(name, &proxy.url);
+    }
+    let output =
+        case.create("arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-44cd-92ef-1234567890ab");
+    let told = said(&output);
+    assert_eq!(output.status.code(), Some(6), "{told}");
+    assert!(told.contains("could not reach https://kms-fips.eu-central-1.amazonaws.com: "), "{told}");
+    let head = proxy.head();
+    assert!(head.starts_with("CONNECT kms-fips.eu-central-1.amazonaws.com:443 HTTP/1.1\r\n"), "{head}");
+}
+
+#[test]
+fn a_configuration_that_makes_no_sense_is_not_tried_again() {
+    let mut case = Case::new();
+    let (id, secret) = case.keys.clone();
+    case.store.configure("kms-patience = 600");
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    case.set("AWS_USE_FIPS_ENDPOINT", "true");
+    let output = case.create(&case.key);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("FIPS and custom endpoint are not supported"), "{}", said(&output));
+}
+
+#[test]
+fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names() {
+    let files = tempfile::tempdir().expect("make a temporary folder");
+    let file = |name: &str, text: &str| {
+        let path = files.path().join(name);
+        fs::write(&path, text).expect("write a file");
+        path.display().to_string()
+    };
+    let mut case = Case::with(KmsServer::start_tls(files.path()));
+    let certificate = files.path().join("kms.pem").display().to_string();
+    let (id, secret) = case.keys.clone();
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    let stranger = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+    let stranger = file("stranger.pem", &stranger.cert.pem());
+    for (name, trusted) in [("AWS_CA_BUNDLE", &certificate), ("SSL_CERT_FILE", &certificate)] {
+        case.set(name, &stranger);
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(6), "{}", said(&output));
+        assert!(said(&output).contains("invalid peer certificate"), "{}", said(&output));
+        case.set(name, trusted);
+        case.works();
+        case.set(name, "");
+    }
+    for (text, why) in [("", "there are no certificates in it"), (NO_CERTIFICATE, "AWS_CA_BUNDLE: ")] {
+        case.set("AWS_CA_BUNDLE", &file("bad.pem", text));
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+    }
+}
+
+/// PEM, but no certificate.
+const NO_CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";

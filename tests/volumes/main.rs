@@ -1,0 +1,10 @@
+//! Volumes as their operator has them: the commands, their records, settings, events and manifests.
+
+mod apply;
+mod commands;
+#[path = "../common/mod.rs"]
+mod common;
+mod event_sinks;
+mod image_lock;
+mod metadata;
+mod settings;
