@@ -5,11 +5,12 @@
 
 mod common;
 
-use crate::common::attach::{Host, LIMIT, Place, flush, open, read, write};
+use crate::common::attach::{Host, Place, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::{Framing, Request, Segment, Session, block};
 use crate::common::kms_server::{KmsServer, set};
 use crate::common::leaks::{Needles, children, look_through};
+use crate::common::patience::limit;
 use crate::common::process::wait_within;
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
@@ -176,7 +177,7 @@ fn after_the_detach_the_key_is_in_no_memory_at_all() {
     let traced = Traced::until_its_end(host.pid());
     let mut detach = place.store.command().args(["detach", "t"]).spawn().expect("start sealblk");
     traced.wait_for_its_end();
-    assert!(wait_within(&mut detach, LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut detach, limit()).expect("it ends").success());
     let seen = look_through(host.pid(), &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     assert_eq!(seen.secret, 0, "the memory that was made for keys is still there");
@@ -314,7 +315,7 @@ fn the_helper_puts_the_key_into_no_file() {
     ours.shutdown(Shutdown::Write).unwrap();
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
-    wait_within(&mut helper, LIMIT).expect("it ends");
+    wait_within(&mut helper, limit()).expect("it ends");
     assert!(answer.contains("is not a sealed memory file for a key"), "{answer}");
     assert_eq!(fs::read(&path).unwrap(), [0; 64]);
     assert_eq!(Needles::of_key(&place.dek()).find(answer.as_bytes()), []);
@@ -368,7 +369,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
     assert_eq!(answer, "\"unwrapped\"");
-    assert!(wait_within(&mut helper, LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut helper, limit()).expect("it ends").success());
     assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
 }
 

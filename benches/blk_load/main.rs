@@ -10,6 +10,9 @@ mod worker;
 
 #[path = "../../tests/common/frontend/mod.rs"]
 mod frontend;
+#[path = "../../tests/common/patience.rs"]
+#[allow(dead_code, reason = "what tests wait with, of which the load generator needs the limit alone")]
+mod patience;
 
 use clap::{Parser, ValueEnum};
 use frontend::session::{F_INDIRECT, F_LOG_ALL};

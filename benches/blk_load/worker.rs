@@ -4,10 +4,11 @@
 use super::Pattern;
 use super::frontend::block::{IN, OK, OUT, UNTOUCHED};
 use super::frontend::ring::linked;
-use super::frontend::{Desc, Fault, LIMIT, Result, SplitRing, Used};
+use super::frontend::{Desc, Fault, Result, SplitRing, Used};
 use super::histogram::Histogram;
+use super::patience::limit;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Phase: run, but do not count.
 pub const RAMP: u8 = 0;
@@ -99,8 +100,9 @@ struct Load<'a> {
     by_head: Vec<usize>,
     ready: Vec<usize>,
     places: Places,
-    /// When the device last completed something.
+    /// When the device last completed something, and how long it may take to complete more.
     heard: Instant,
+    limit: Duration,
 }
 
 impl<'a> Load<'a> {
@@ -111,7 +113,8 @@ impl<'a> Load<'a> {
             by_head[usize::from(slot.head)] = index;
         }
         let ready = (0..slots.len()).collect();
-        Ok(Load { ring, slots, by_head, ready, places: Places::new(work, queue), heard: Instant::now() })
+        let (places, heard, limit) = (Places::new(work, queue), Instant::now(), limit());
+        Ok(Load { ring, slots, by_head, ready, places, heard, limit })
     }
 
     /// Submits what is ready and takes what is done (waiting for an interrupt, if so wished). False when nothing
@@ -128,12 +131,12 @@ impl<'a> Load<'a> {
         if self.ring.avail_idx() == self.ring.last_used() {
             return Ok(false);
         }
-        let mut next = if interrupts { Some(self.ring.wait_used(LIMIT)?) } else { self.ring.pop_used() };
+        let mut next = if interrupts { Some(self.ring.wait_used()?) } else { self.ring.pop_used() };
         let seen = Instant::now();
         if next.is_some() {
             self.heard = seen;
-        } else if seen - self.heard >= LIMIT {
-            return Err(Fault::TimedOut("a polled request was not completed".into()));
+        } else if seen - self.heard >= self.limit {
+            return Err(Fault::TimedOut("the completion of a request that is polled for".into()));
         }
         while let Some(used) = next {
             self.complete(used, seen, counting, tally)?;

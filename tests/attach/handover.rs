@@ -219,7 +219,7 @@ fn a_destination_that_starts_while_the_source_writes_is_refused() {
     let refused = next.start().and_then(|()| next.sync());
     assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
     let expected = format!("is attached by process {}", source.pid());
-    assert!(destination.output().contains(&expected), "{}", destination.output());
+    destination.says(&expected);
     rig.go_on(&mut vmm);
     assert_eq!(rig.holder(), pid(&source));
     // It was no more than an attempt: the next finds the source stopped.
@@ -248,7 +248,7 @@ fn a_source_that_goes_on_after_the_destination_is_refused() {
     let refused = vmm.start().and_then(|()| vmm.sync());
     assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
     let expected = format!("is attached by process {}", destination.pid());
-    assert!(source.output().contains(&expected), "{}", source.output());
+    source.says(&expected);
     move_guest(&mut vmm, &mut next);
     start(&mut next);
     rig.finish(&mut next);
@@ -327,7 +327,7 @@ fn a_volume_that_was_changed_meanwhile_is_refused() {
     move_guest(&mut vmm, &mut next);
     let refused = next.start().and_then(|()| next.sync());
     assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
-    assert!(destination.output().contains("the MAC does not fit"), "{}", destination.output());
+    destination.says("the MAC does not fit");
     assert_eq!(rig.holder(), None);
     std::fs::write(rig.place.volume_json(), whole).unwrap();
     move_guest(&mut next, &mut vmm);

@@ -6,7 +6,8 @@ use crate::common::disk::assert_carries;
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::load::{Load, settle};
 use crate::common::frontend::ring::readable;
-use crate::common::frontend::{LIMIT, Options, Request, Session};
+use crate::common::frontend::{Options, Request, Session};
+use crate::common::patience::limit;
 use crate::common::store::{Store, said};
 use serde_json::Value;
 use std::io::{Read, Write};
@@ -57,7 +58,7 @@ fn the_vmm_is_told_and_the_new_sectors_are_there() {
         let said = std::thread::scope(|scope| {
             let growing = scope.spawn(|| grow(&place.store, LARGE));
             let mut channel = session.backend_channel().unwrap();
-            assert!(readable(channel, LIMIT).unwrap());
+            assert!(readable(channel, limit()).unwrap());
             let mut message = [0; 12];
             channel.read_exact(&mut message).unwrap();
             assert_eq!(message, *[2, if acks { 9 } else { 1 }, 0].map(u32::to_le_bytes).as_flattened());
@@ -109,7 +110,7 @@ fn a_vmm_that_never_answers_holds_up_neither_the_disk_nor_the_command() {
     let mut session = session(&place, Protocol::BACKEND_REQ, Protocol::empty());
     std::thread::scope(|scope| {
         let growing = scope.spawn(|| grow(&place.store, LARGE));
-        assert!(readable(session.backend_channel().unwrap(), LIMIT).unwrap());
+        assert!(readable(session.backend_channel().unwrap(), limit()).unwrap());
         assert_carries(&mut session.rings[0], SMALL / 512, 4096);
         assert_eq!(growing.join().unwrap()["vmm"], "sent");
     });

@@ -2,12 +2,12 @@
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
+use crate::common::killed::{End, killed_before};
 use crate::common::store::said;
-use nix::sys::signal::Signal;
 use sealblk::kms::KeyProvider;
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 
 /// The volume `t` with data, and KMS keys `alias/old`, which wraps its data key, and `alias/new`.
 struct Two {
@@ -221,19 +221,21 @@ fn a_fleet_moves_from_one_kms_key_to_another() {
 fn a_killed_rewrap_leaves_one_of_the_two() {
     let two = Two::new();
     two.fill();
-    let (mut killed, keys) = (0, [&two.old, &two.new]);
-    for round in 0..30u64 {
+    let keys = [&two.old, &two.new];
+    for step in 0.. {
+        assert!(step < 200, "it never ends");
         let mut command = two.place.store.command();
-        command.args(["volume", "rewrap", "t", "--key", ["alias/new", "alias/old"][round as usize % 2]]);
-        let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_micros(700 * round));
-        let _ = child.kill();
-        killed += u32::from(child.wait().unwrap().signal() == Some(Signal::SIGKILL as i32));
+        command.args(["volume", "rewrap", "t", "--key", "alias/new"]);
+        let end = killed_before(command.stdout(Stdio::null()).stderr(Stdio::null()), step);
         let key = two.place.key();
-        assert!(keys.contains(&&key), "{key}");
-        assert_eq!(two.place.dek().len(), 64);
+        assert!(keys.contains(&&key), "step {step}: {key}");
+        assert_eq!(two.place.dek().len(), 64, "step {step}");
+        if end == End::Exited(0) {
+            assert!(step > 3, "step {step}");
+            break;
+        }
+        assert_eq!(end, End::Killed, "step {step}");
+        two.place.store.ok(&["volume", "rewrap", "t", "--key", "alias/old"]);
     }
-    println!("{killed} of 30 were killed before they had ended");
-    two.place.store.ok(&["volume", "rewrap", "t", "--key", "alias/new"]);
     two.assert_free_of_the_old(true);
 }

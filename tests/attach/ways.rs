@@ -1,9 +1,10 @@
 //! How an attach is asked for and how it ends.
 
-use crate::common::attach::{Host, LIMIT, Place, flush, listens, open, read, write};
+use crate::common::attach::{Host, Place, flush, listens, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::session::{F_DISCARD, F_RO, F_WRITE_ZEROES};
 use crate::common::frontend::{Options, Request, Segment, Session, block};
+use crate::common::patience::limit;
 use crate::common::store::{Store, said};
 use nix::sys::signal::Signal;
 use sealblk::catalog::lock::Held;
@@ -118,7 +119,7 @@ fn a_detach_is_answered_when_nothing_is_left_of_it() {
     for _ in 0..20 {
         let host = place.attach(&[]);
         let mut client = UnixStream::connect(&control).unwrap();
-        client.set_read_timeout(Some(LIMIT)).unwrap();
+        client.set_read_timeout(Some(limit())).unwrap();
         client.write_all(b"{\"op\":\"detach\"}\n").unwrap();
         let mut answer = String::new();
         BufReader::new(client).read_line(&mut answer).unwrap();
@@ -138,7 +139,7 @@ fn a_control_client_that_talks_nonsense_is_told_so_and_changes_nothing() {
     for words in [&b"\n"[..], b"detach\n", b"{\"op\":\"explode\"}\n", b"{\"op\":\"detach\",\"x\":1}\n", &long]
     {
         let mut client = UnixStream::connect(&control).unwrap();
-        client.set_read_timeout(Some(LIMIT)).unwrap();
+        client.set_read_timeout(Some(limit())).unwrap();
         client.write_all(words).unwrap();
         client.shutdown(Shutdown::Write).unwrap();
         let mut answer = String::new();

@@ -1,11 +1,11 @@
 //! Several writers at once: threads, processes, and processes that are killed.
 
 use super::{Folders, attach, decrypt, key};
+use crate::common::patience::limit;
 use crate::common::process::{tie_to_test, wait_within};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 #[test]
 fn records_of_many_threads_are_one_chain() {
@@ -78,7 +78,7 @@ fn processes_that_are_killed_while_they_write_lose_nothing_that_was_answered() {
         }
         for child in &mut writers {
             child.kill().unwrap();
-            wait_within(child, Duration::from_secs(60)).unwrap();
+            wait_within(child, limit()).unwrap();
         }
         // What they had answered before they died, though nobody had read it yet.
         for reader in [0, 1] {

@@ -1,6 +1,7 @@
 //! One volume and its host process: started in every way that there is, refused, ended, and seen from outside.
 
 use super::frontend::{Options, Request, Session, SplitRing, block};
+use super::patience::{Deadline, limit, wait_for};
 use super::process::{tie_to_test, wait_within};
 use super::store::Store;
 use nix::sys::signal::{Signal, kill};
@@ -20,11 +21,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zeroize::Zeroizing;
-
-/// Far longer than anything here takes.
-pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// A store with a volume called `t`.
 pub struct Place {
@@ -173,7 +171,7 @@ impl Place {
         command.stderr(File::create(name("err")).expect("create a file"));
         tie_to_test(&mut command, keep);
         let mut child = command.spawn().expect("start sealblk");
-        let ended = wait_within(&mut child, LIMIT);
+        let ended = wait_within(&mut child, limit());
         let _ = child.kill();
         let text = |what| fs::read_to_string(name(what)).expect("output in UTF-8");
         let status = ended.unwrap_or_else(|e| panic!("{command:?}: {e}: {}{}", text("out"), text("err")));
@@ -229,11 +227,10 @@ impl Host {
     /// Waits until it has printed this.
     #[track_caller]
     pub fn says(&self, words: &str) {
-        let limit = Instant::now() + LIMIT;
-        while !self.output().contains(words) {
-            assert!(Instant::now() < limit, "it does not say \"{words}\": {}", self.output());
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_for(&format!("the host process says \"{words}\""), || match self.output() {
+            said if said.contains(words) => Ok(()),
+            said => Err(said),
+        });
     }
 
     /// A file of its folder in /proc.
@@ -260,7 +257,7 @@ impl Host {
     /// Waits until it has ended.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        let ended = wait_within(&mut self.child, LIMIT);
+        let ended = wait_within(&mut self.child, limit());
         ended.unwrap_or_else(|e| panic!("attach does not end: {e}; it said: {}", self.output()))
     }
 
@@ -294,7 +291,7 @@ impl Host {
 
     #[track_caller]
     fn wait_ready(&mut self) {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         // Short, since a process that dies sends nothing.
         self.manager.set_read_timeout(Some(Duration::from_millis(50))).expect("set a time limit");
         let mut message = [0; 4096];
@@ -306,9 +303,9 @@ impl Host {
             if let Some(status) = self.child.try_wait().expect("ask for the child") {
                 panic!("attach ended with {status}: {}", self.output());
             }
-            assert!(Instant::now() < deadline, "attach is not ready: {}", self.output());
+            deadline.check("attach is ready", || format!("a process that said: {}", self.output()));
         }
-        self.manager.set_read_timeout(Some(LIMIT)).expect("set a time limit");
+        self.manager.set_read_timeout(Some(limit())).expect("set a time limit");
     }
 }
 

@@ -5,16 +5,16 @@
 //! it is missing. Its `/init` (`ci/guest/init`) runs one shell script at a time for us. Disks appear as
 //! /dev/vda, /dev/vdb, … in the order in which they were given.
 
+use super::patience::{Deadline, guest_limit, wait_for_within};
 use super::qemu::{Qemu, Wire};
 use base64::Engine;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long a boot or a command may take unless told otherwise: far more than they need, since an emulated
-/// guest on a busy machine is slow.
-const LIMIT: Duration = Duration::from_secs(180);
+/// Bytes of one of fio's blocks, and how many of them a job writes before it verifies them.
+const BLOCK: u32 = 16 << 10;
+const BACKLOG: u32 = 128;
 
 enum Disk {
     VhostUser(PathBuf),
@@ -97,7 +97,7 @@ impl Builder {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("make a folder for the guest's logs");
         let (qemu, agent) = Qemu::start(&args, folder.path(), &self.environment);
-        Guest { qemu, agent, folder: Some(folder), requests: 0 }
+        Guest { qemu, agent, folder: Some(folder), requests: 0, script: String::new() }
     }
 
     fn disk_args(&self, n: usize, disk: &Disk) -> [String; 4] {
@@ -144,6 +144,8 @@ pub struct Guest {
     agent: Wire,
     folder: Option<TempDir>,
     requests: u64,
+    /// What it was told last.
+    script: String,
 }
 
 impl Guest {
@@ -154,13 +156,8 @@ impl Guest {
 
     /// Runs a shell script in the guest.
     pub fn run(&mut self, script: &str) -> Output {
-        self.run_within(script, LIMIT)
-    }
-
-    /// Runs a shell script in the guest; the test fails when it takes longer than `limit`.
-    pub fn run_within(&mut self, script: &str, limit: Duration) -> Output {
         self.start(script);
-        self.finish(limit)
+        self.finish()
     }
 
     /// Runs a shell script (ended by its first failing command) and answers what it wrote; the test fails
@@ -172,23 +169,64 @@ impl Guest {
         output.stdout
     }
 
-    /// Begins to write and read files in `folder`, by two jobs, every block verified, until [`Guest::stop_fio`].
+    /// Waits until a shell script succeeds in the guest; `what` is what that means.
+    #[track_caller]
+    pub fn wait_for(&mut self, what: &str, script: &str) {
+        wait_for_within(guest_limit(), what, || match self.run(script) {
+            Output { status: 0, .. } => Ok(()),
+            Output { status, stdout } => Err(format!("status {status} of: {script}\n{stdout}")),
+        });
+    }
+
+    /// Begins to write and read files in `folder`, which is on /dev/vda, by two jobs, every block verified, until
+    /// [`Guest::stop_fio`]. When this returns, the files are there and the load is under way.
     #[track_caller]
     pub fn start_fio(&mut self, folder: &str) {
+        self.start_fio_with(&format!(
+            "--directory={folder} --size=24M --iodepth=16 --verify_backlog={BACKLOG}"
+        ));
+    }
+
+    /// The same with these arguments of fio's, which say where.
+    #[track_caller]
+    pub fn start_fio_with(&mut self, arguments: &str) {
+        // First without any load: whoever is interrupted while he makes his files says nothing of what he did.
         self.ok(&format!(
-            "setsid fio --name=load --directory={folder} --size=24M --numjobs=2 --rw=randrw --bs=16k --direct=1 \
-                 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
-                 --time_based --runtime=3600 --group_reporting --output=/tmp/fio </dev/null >/tmp/fio.err 2>&1 &
+            "echo 'fio --name=load {arguments} --numjobs=2 --rw=randrw --bs={BLOCK} --direct=1 --ioengine=libaio \
+                 --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio' >/tmp/fio.sh
+             sh -c \"$(cat /tmp/fio.sh) --create_only=1\" >/tmp/fio.err 2>&1 || {{ cat /tmp/fio /tmp/fio.err; exit 1; }}
+             setsid sh -c \"exec $(cat /tmp/fio.sh) --time_based --runtime=1000000\" </dev/null >/tmp/fio.err 2>&1 &
              echo $! >/tmp/fio.pid"
         ));
+        self.more_load();
+    }
+
+    /// Waits until fio has written and verified more: at least one of its two jobs has written more than what it writes
+    /// before it verifies that.
+    #[track_caller]
+    pub fn more_load(&mut self) {
+        let enough = self.written() + 2 * 2 * u64::from(BACKLOG) * u64::from(BLOCK);
+        wait_for_within(guest_limit(), "fio has written and verified more", || match self.written() {
+            written if written >= enough => Ok(()),
+            written => Err(format!("{written} bytes written, of {enough}")),
+        });
+    }
+
+    /// How many bytes the guest has written to /dev/vda; fio must run.
+    #[track_caller]
+    fn written(&mut self) -> u64 {
+        let stat = self.ok("[ -e /proc/$(cat /tmp/fio.pid) ] || { cat /tmp/fio /tmp/fio.err; exit 1; }
+             cat /sys/block/vda/stat");
+        let sectors = stat.split_whitespace().nth(6).and_then(|sectors| sectors.parse::<u64>().ok());
+        512 * sectors.expect("the number of sectors written")
     }
 
     /// Ends that; nothing may have been wrong.
     #[track_caller]
     pub fn stop_fio(&mut self) {
-        self.ok("kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }
-             timeout 120 sh -c 'while [ -e /proc/$(cat /tmp/fio.pid) ]; do usleep 50000; done'
-             cat /tmp/fio /tmp/fio.err
+        self.ok("kill -INT $(cat /tmp/fio.pid) || { cat /tmp/fio /tmp/fio.err; exit 1; }");
+        self.wait_for("fio has ended", "! [ -e /proc/$(cat /tmp/fio.pid) ]");
+        self.ok("cat /tmp/fio /tmp/fio.err
              grep -q 'err= 0' /tmp/fio
              ! grep -q 'verify: bad' /tmp/fio /tmp/fio.err");
         assert!(!self.ok("dmesg").contains("I/O error"), "the guest saw an error");
@@ -205,21 +243,25 @@ impl Guest {
     /// Starts a shell script and does not wait: [`Guest::finish`] does.
     pub fn start(&mut self, script: &str) {
         self.requests += 1;
+        self.script = script.to_owned();
         let script = base64::engine::general_purpose::STANDARD.encode(script);
         self.agent.send(format!("{} {script}\n", self.requests).as_bytes());
     }
 
     /// Waits for the end of the script that was started.
-    pub fn finish(&mut self, limit: Duration) -> Output {
-        let deadline = Instant::now() + limit;
-        let answer = self.agent.line(deadline).unwrap_or_else(|e| panic!("the guest: {e}"));
+    #[track_caller]
+    pub fn finish(&mut self) -> Output {
+        let deadline = Deadline::after(guest_limit());
+        let script = &self.script;
+        let fails = |e| -> ! { panic!("the guest does not finish this: {script}: {e}") };
+        let answer = self.agent.line(deadline).unwrap_or_else(|e| fails(e));
         let words = answer.split(' ').collect::<Vec<_>>();
         let ["done", id, status, length] = words[..] else {
             panic!("the guest did not finish its work but said {answer:?} (\"ready\": it has rebooted)");
         };
         assert_eq!(id, self.requests.to_string(), "the guest answered another request: {answer:?}");
         let length = length.parse().expect("a length");
-        let stdout = self.agent.bytes(length, deadline).unwrap_or_else(|e| panic!("the guest: {e}"));
+        let stdout = self.agent.bytes(length, deadline).unwrap_or_else(|e| fails(e));
         let status = status.parse().expect("an exit status");
         Output { status, stdout: String::from_utf8_lossy(&stdout).into_owned() }
     }
@@ -233,7 +275,7 @@ impl Guest {
 
     /// Waits until a guest that was reset takes commands again.
     pub fn wait_ready(&mut self) {
-        let answer = self.agent.line(Instant::now() + LIMIT);
+        let answer = self.agent.line(Deadline::after(guest_limit()));
         let answer = answer.unwrap_or_else(|e| panic!("the guest did not boot: {e}"));
         assert_eq!(answer, "ready", "the guest did not boot");
     }
@@ -241,7 +283,7 @@ impl Guest {
     /// Switches the guest off and waits for QEMU's end. File systems must have been unmounted.
     pub fn shutdown(mut self) {
         self.start("poweroff -f");
-        let status = self.qemu.wait(LIMIT);
+        let status = self.qemu.wait();
         assert!(status.success(), "QEMU ended with {status}");
     }
 
@@ -258,7 +300,7 @@ impl Guest {
 
     /// Waits for an event of QEMU's monitor, such as `DEVICE_DELETED`.
     pub fn qmp_event(&mut self, name: &str) -> Value {
-        self.qemu.event(name, LIMIT)
+        self.qemu.event(name)
     }
 
     /// Moves the running guest to a QEMU that waits for one, and answers it there; then this QEMU ends.
@@ -272,7 +314,7 @@ impl Guest {
         destination.qmp_event("RESUME");
         destination.requests = self.requests;
         self.qmp("quit", json!({}));
-        let status = self.qemu.wait(LIMIT);
+        let status = self.qemu.wait();
         assert!(status.success(), "QEMU ended with {status}");
         destination
     }

@@ -1,5 +1,6 @@
 //! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
 
+use super::patience::wait_for;
 use nix::errno::Errno;
 use nix::libc::{self, c_long, c_void};
 use nix::sys::signal::Signal;
@@ -7,12 +8,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, Output};
-use std::time::{Duration, Instant};
-
-/// How long a thread may take to come to life.
-const LIMIT: Duration = Duration::from_secs(60);
+use std::time::Duration;
 
 /// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
 #[cfg(target_arch = "x86_64")]
@@ -122,25 +119,24 @@ pub enum Killed {
 /// The thread of `process` that is called so, which gives itself that name some time after it was made.
 #[track_caller]
 pub fn wait_for_thread(process: Pid, name: &str) -> Pid {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        if let Some(thread) = thread(process, name) {
-            return thread;
-        }
-        assert!(Instant::now() < deadline, "{process} has no thread \"{name}\"");
-        // Nothing tells of it.
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let found = || thread(process, name).ok_or_else(|| format!("the threads {:?}", threads(process)));
+    wait_for(&format!("process {process} has a thread \"{name}\""), found)
 }
 
 /// The thread of `process` that is called so, if there is one now.
 pub fn thread(process: Pid, name: &str) -> Option<Pid> {
-    // Others may be gone before they are asked.
-    let is_it =
-        |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|found| found.trim() == name);
-    let threads = fs::read_dir(format!("/proc/{process}/task")).ok()?;
-    let path = threads.filter_map(|thread| Some(thread.ok()?.path())).find(is_it)?;
-    Some(Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?))
+    threads(process).into_iter().find_map(|(thread, found)| (found == name).then_some(thread))
+}
+
+/// The threads of `process`, and what they are called; none if it is gone.
+fn threads(process: Pid) -> Vec<(Pid, String)> {
+    let named = |thread: std::io::Result<fs::DirEntry>| {
+        let path = thread.ok()?.path();
+        // It may be gone before it is asked.
+        let name = fs::read_to_string(path.join("comm")).ok()?.trim().to_owned();
+        Some((Pid::from_raw(path.file_name()?.to_str()?.parse().ok()?), name))
+    };
+    fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().filter_map(named).collect()
 }
 
 /// One thread of another process, held at each of its system calls.

@@ -1,5 +1,7 @@
 //! Child processes that a test starts: none outlives it, none is waited for without end.
 
+use super::patience::{Deadline, limit};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
@@ -58,10 +60,8 @@ pub fn ended(pid: nix::unistd::Pid) -> Other {
 impl Other {
     /// Waits until it has ended, however.
     #[track_caller]
-    pub fn wait(self, limit: Duration) {
-        let timeout = PollTimeout::try_from(limit).expect("a limit below a month");
-        let ended = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout);
-        assert_eq!(ended, Ok(1), "it still runs after {limit:?}");
+    pub fn wait(self) {
+        assert!(ends_within(&self.0, limit()).expect("poll"), "the process still runs after {:?}", limit());
     }
 }
 
@@ -78,10 +78,22 @@ fn pidfd(pid: i32) -> io::Result<OwnedFd> {
 /// Waits until a child has ended by itself; an error when it takes longer than `limit`.
 pub fn wait_within(child: &mut Child, limit: Duration) -> io::Result<ExitStatus> {
     // The id is that of a child which has not been waited for, so it cannot mean another process.
-    let ended = pidfd(child.id() as i32)?;
-    let timeout = PollTimeout::try_from(limit).expect("a limit below a month");
-    match poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], timeout)? {
-        0 => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it still runs after {limit:?}"))),
-        _ => child.wait(),
+    match ends_within(&pidfd(child.id() as i32)?, limit)? {
+        false => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it still runs after {limit:?}"))),
+        true => child.wait(),
+    }
+}
+
+fn ends_within(process: &OwnedFd, limit: Duration) -> io::Result<bool> {
+    let deadline = Deadline::after(limit);
+    loop {
+        // Rounded up, so that the last fraction of a millisecond does not spin.
+        let left = PollTimeout::try_from(deadline.left().as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], left) {
+            Ok(0) if deadline.left().is_zero() => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(e) => return Err(e.into()),
+        }
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Knows nothing of what runs in the guest. `ci/guest/qemu` decides which QEMU, processor and memory.
 
+use super::patience::{Deadline, guest_limit};
 use super::process::{repository, tie_to_test, wait_within};
 use serde_json::{Value, json};
 use std::io::{self, Read, Write};
@@ -10,7 +11,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 
 /// A running QEMU.
 pub struct Qemu {
@@ -48,7 +48,7 @@ impl Qemu {
 
     fn greet(&mut self) {
         // The first line is QEMU's greeting; without it QEMU has refused its arguments, or there is none.
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Deadline::after(guest_limit());
         if let Err(e) = self.monitor.line(deadline) {
             let words = std::fs::read_to_string(self.folder.join("qemu.err")).unwrap_or_default();
             panic!("QEMU did not start ({e}): {words}");
@@ -65,7 +65,7 @@ impl Qemu {
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.monitor.send(format!("{request}\n").as_bytes());
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Deadline::after(guest_limit());
         loop {
             let mut message = self.message(deadline).unwrap_or_else(|e| panic!("{command}: QEMU: {e}"));
             if message.get("event").is_some() {
@@ -79,20 +79,20 @@ impl Qemu {
     }
 
     /// Waits for the next event called `name` and answers it whole.
-    pub fn event(&mut self, name: &str, limit: Duration) -> Value {
-        let deadline = Instant::now() + limit;
+    pub fn event(&mut self, name: &str) -> Value {
+        let deadline = Deadline::after(guest_limit());
         loop {
             if let Some(at) = self.events.iter().position(|e| e["event"] == name) {
                 return self.events.remove(at);
             }
             match self.message(deadline) {
                 Ok(message) => self.events.push(message),
-                Err(e) => panic!("waiting for QEMU's event {name}: {e}"),
+                Err(e) => panic!("waiting for QEMU's event {name}: {e}; there were {:?}", self.events),
             }
         }
     }
 
-    fn message(&mut self, deadline: Instant) -> io::Result<Value> {
+    fn message(&mut self, deadline: Deadline) -> io::Result<Value> {
         let line = self.monitor.line(deadline)?;
         serde_json::from_str(&line).map_err(|e| io::Error::other(format!("{e} in {line}")))
     }
@@ -103,8 +103,8 @@ impl Qemu {
     }
 
     /// Waits until QEMU has ended by itself.
-    pub fn wait(&mut self, limit: Duration) -> ExitStatus {
-        wait_within(&mut self.child, limit).expect("QEMU ends")
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_within(&mut self.child, guest_limit()).expect("QEMU ends")
     }
 
     /// Ends QEMU at once, as a crash would.
@@ -145,7 +145,7 @@ impl Wire {
     }
 
     /// The next line, without its end.
-    pub fn line(&mut self, deadline: Instant) -> io::Result<String> {
+    pub fn line(&mut self, deadline: Deadline) -> io::Result<String> {
         loop {
             if let Some(end) = self.waiting.iter().position(|&b| b == b'\n') {
                 let line = self.waiting.drain(..=end).collect::<Vec<u8>>();
@@ -156,17 +156,19 @@ impl Wire {
     }
 
     /// The next `count` bytes.
-    pub fn bytes(&mut self, count: usize, deadline: Instant) -> io::Result<Vec<u8>> {
+    pub fn bytes(&mut self, count: usize, deadline: Deadline) -> io::Result<Vec<u8>> {
         while self.waiting.len() < count {
             self.receive(deadline)?;
         }
         Ok(self.waiting.drain(..count).collect())
     }
 
-    fn receive(&mut self, deadline: Instant) -> io::Result<()> {
-        let left = deadline.saturating_duration_since(Instant::now());
+    fn receive(&mut self, deadline: Deadline) -> io::Result<()> {
+        let left = deadline.left();
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer within the time limit"));
+            let found = String::from_utf8_lossy(&self.waiting);
+            let what = format!("nothing came within {:?} but {found:?}", guest_limit());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
         self.stream.set_read_timeout(Some(left))?;
         let mut chunk = [0; 65536];

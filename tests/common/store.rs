@@ -1,16 +1,14 @@
 //! A sealblk store of the test's own, used through the real program as an operator would.
 
+use super::patience::{Deadline, guest_limit, limit, wait_for_within};
 use super::process::{tie_to_test, wait_within};
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tempfile::TempDir;
-
-/// Far longer than anything here takes.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A root folder and a configuration folder, gone with the value.
 pub struct Store {
@@ -150,11 +148,11 @@ impl Attached<'_> {
     /// Waits until the guest's load has written so many bytes in all.
     #[track_caller]
     pub fn wait_for_load(&self, bytes: u64) {
-        let limit = Instant::now() + 2 * LIMIT;
-        while self.written() < bytes {
-            assert!(Instant::now() < limit, "the guest's load does not reach the disk: {}", self.output());
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let what = format!("the guest's load has written {bytes} bytes to the disk");
+        wait_for_within(guest_limit(), &what, || match self.written() {
+            enough if enough >= bytes => Ok(()),
+            so_far => Err(format!("{so_far} bytes; the host process said: {}", self.output())),
+        });
     }
 
     /// Waits until the guest's load has written four mebibytes more.
@@ -192,13 +190,13 @@ impl Attached<'_> {
 
     #[track_caller]
     fn wait(&mut self) -> ExitStatus {
-        let ended = wait_within(&mut self.child, LIMIT);
+        let ended = wait_within(&mut self.child, limit());
         ended.unwrap_or_else(|e| panic!("attach does not end: {e}; it said: {}", self.output()))
     }
 
     #[track_caller]
     fn wait_ready(&mut self, manager: &UnixDatagram) {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         // Short, since a process that dies sends nothing.
         manager.set_read_timeout(Some(Duration::from_millis(50))).expect("set a time limit");
         let mut message = [0; 4096];
@@ -210,7 +208,7 @@ impl Attached<'_> {
             } else if let Some(status) = self.child.try_wait().expect("ask for the child") {
                 panic!("attach ended with {status}: {}", self.output());
             }
-            assert!(Instant::now() < deadline, "attach is not ready: {}", self.output());
+            deadline.check("attach is ready", || format!("a process that said: {}", self.output()));
         }
     }
 }

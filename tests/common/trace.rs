@@ -1,14 +1,13 @@
 //! A process held still from outside, as a debugger of root's does it: with its registers, and at the moment of its
 //! end, when everything that it wipes has been wiped and its memory is still there.
 
+use super::patience::{Deadline, limit};
 use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Far longer than any stop takes.
-const LIMIT: Duration = Duration::from_secs(60);
 /// The extended state of an x86 CPU: all vector registers (elf.h).
 const NT_X86_XSTATE: usize = 0x202;
 
@@ -51,7 +50,7 @@ impl Traced {
     /// A thread is waited for by who traces it, and there is no descriptor to poll.
     fn wait_for(&self, event: c_int) {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         loop {
             match waitid(Id::Pid(self.0), flags).expect("it is traced") {
                 WaitStatus::PtraceEvent(_, _, found) if found == event => return,
@@ -62,7 +61,7 @@ impl Traced {
                 }
                 other => panic!("{} was to stop with event {event}: {other:?}", self.0),
             }
-            assert!(Instant::now() < deadline, "{} does not stop", self.0);
+            deadline.check(&format!("thread {} stops with event {event}", self.0), || "a thread that runs");
         }
     }
 }

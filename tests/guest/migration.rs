@@ -45,7 +45,7 @@ fn a_guest_under_load_moves_between_two_qemus() {
     let folder = tempfile::tempdir().expect("make a folder");
     let uri = format!("unix:{}", folder.path().join("migration").display());
     waiting.qmp("migrate-incoming", json!({ "uri": uri }));
-    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1 << 20 }));
+    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1 << 16 }));
     guest.begin_migration(&uri);
     source.more_load();
     guest.qmp("migrate_cancel", json!({}));

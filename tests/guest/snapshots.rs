@@ -64,7 +64,7 @@ fn snapshots_under_load_and_a_clone_beside_the_original() {
          mount /dev/vda /mnt && rm -r /mnt/load && head -c 20000000 /dev/zero >/mnt/of-the-clone && umount /mnt
          e2fsck -fn /dev/vda",
     );
-    attached.more_load();
+    guest.more_load();
     guest.stop_fio();
     guest.ok("! [ -e /mnt/of-the-clone ]; umount /mnt; e2fsck -fn /dev/vda");
     guest.shutdown();

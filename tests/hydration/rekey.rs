@@ -166,7 +166,7 @@ fn a_copy_goes_on_after_a_detach_and_after_a_crash() {
             host.end()
         }
         assert!(rig.reader().volume_content(&rig.reader().volume("t")) == rig.data, "round {round}");
-        let (next, socket) = attach(&rig, "t", &["--hydrate-rate", "1MiB"]);
+        let (next, socket) = attach(&rig, "t", SLOW);
         guest = Guest::on(&socket, 100 + round);
         host = next;
     }

@@ -3,10 +3,10 @@
 use crate::common::attach::{Host, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::Session;
+use crate::common::patience;
 use crate::common::rig::Rig;
 use serde_json::Value;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 /// So slow that a copy does not come to its end while a test looks on.
 pub const SLOW: &[&str] = &["--hydrate-rate", "1"];
@@ -87,19 +87,13 @@ pub fn show(rig: &Rig, volume: &str) -> Value {
 /// Waits until `volume show` says something of which `is_so`.
 #[track_caller]
 pub fn wait_for(rig: &Rig, volume: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + crate::common::attach::LIMIT;
-    loop {
-        let shown = show(rig, volume);
-        if is_so(&shown) {
-            return shown;
-        }
-        assert!(Instant::now() < deadline, "it never comes that {what}: {shown}");
-        // Nothing tells when it changes.
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    patience::wait_for(what, || match show(rig, volume) {
+        shown if is_so(&shown) => Ok(shown),
+        shown => Err(shown),
+    })
 }
 
-/// Waits until a copy has begun and done a part, but not all.
+/// Waits until a [`SLOW`] copy has begun; it does a part, and not all.
 #[track_caller]
 pub fn wait_for_a_part(rig: &Rig, volume: &str) {
     let begun = |shown: &Value| shown["attachment"]["hydration"]["left"].is_u64();

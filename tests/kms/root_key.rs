@@ -1,8 +1,9 @@
 //! The embedded KMS's root key under a passphrase or as a systemd credential, as operators and services have it: every
 //! way to give it, also to the helper of an attach, and what is said where it is missing or wrong.
 
-use crate::common::attach::{LIMIT, Place, flush, open, read, write};
+use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
+use crate::common::patience::limit;
 use crate::common::process::{tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use nix::pty::openpty;
@@ -265,7 +266,7 @@ fn at_terminal(mut command: Command, conversation: &[(&str, &str)]) -> (bool, St
     for (words, line) in conversation {
         terminal.answer(words, line);
     }
-    let status = wait_within(&mut child, LIMIT).expect("it ends");
+    let status = wait_within(&mut child, limit()).expect("it ends");
     (status.success(), terminal.shown)
 }
 

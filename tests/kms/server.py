@@ -19,6 +19,8 @@ import botocore.credentials
 from botocore.exceptions import ClientError
 
 URL = os.environ["KMS_URL"]
+# Seconds that nothing here takes, however slow the machine is.
+LIMIT = float(os.environ["SEALBLK_TEST_LIMIT"])
 ROOT = (os.environ["ROOT_KEY"], os.environ["ROOT_SECRET"])
 HOST = (os.environ["HOST_KEY"], os.environ["HOST_SECRET"])
 HOST_ARN = "arn:aws:iam::000000000000:user/host"
@@ -29,7 +31,8 @@ CONTEXT = {"aws:ebs:id": "vol-1"}
 
 def client(keys, region="us-east-1", token=None):
     # What is wrong on purpose must reach the server: neither parameter checks nor retries.
-    config = botocore.config.Config(parameter_validation=False, retries={"total_max_attempts": 1})
+    config = botocore.config.Config(parameter_validation=False, retries={"total_max_attempts": 1},
+                                    connect_timeout=LIMIT, read_timeout=LIMIT)
     return boto3.client("kms", endpoint_url=URL, region_name=region, config=config, aws_access_key_id=keys[0],
                         aws_secret_access_key=keys[1], aws_session_token=token)
 
@@ -55,7 +58,7 @@ def post(body=b"{}", target="TrentService.ListKeys", keys=ROOT, headers=(), at=N
     send = dict(request.headers.items())
     if change:
         body = change(send, body)
-    connection = http.client.HTTPConnection(urlsplit(URL).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(URL).netloc, timeout=LIMIT)
     try:
         connection.request(method, path, body=body, headers=send)
         answer = connection.getresponse()
@@ -502,7 +505,7 @@ class Wire(Case):
         where = (urlsplit(URL).hostname, urlsplit(URL).port)
 
         def raw(data):
-            with socket.create_connection(where, timeout=30) as connection:
+            with socket.create_connection(where, timeout=LIMIT) as connection:
                 try:
                     connection.sendall(data)
                     return connection.recv(100)

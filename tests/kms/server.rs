@@ -2,6 +2,7 @@
 //! killed, while keys are switched, and while its memory is looked through.
 
 use crate::common::leaks::{Needles, look_through};
+use crate::common::patience::limit;
 use base64::Engine;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -97,6 +98,7 @@ fn boto3_finds_every_operation_with_awss_answers() {
         .env("HOST_KEY", text(&host["AccessKeyId"]))
         .env("HOST_SECRET", text(&host["SecretAccessKey"]))
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("SEALBLK_TEST_LIMIT", limit().as_secs().to_string())
         .output()
         .expect("Python runs");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -131,6 +133,7 @@ fn client(server: &Server, root: &Value, what: &str) -> Command {
     let mut command = Command::new(python());
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kms/clients.py")).arg(what);
     command.env("KMS_URL", &server.url).env("PYTHONDONTWRITEBYTECODE", "1");
+    command.env("SEALBLK_TEST_LIMIT", limit().as_secs().to_string());
     command.env("ROOT_KEY", text(&root["AccessKeyId"])).env("ROOT_SECRET", text(&root["SecretAccessKey"]));
     command
 }

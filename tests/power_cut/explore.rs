@@ -57,15 +57,16 @@ struct Job {
     expect: Arc<Expect>,
 }
 
-/// Tries the cuts of the part of `trace` that is of interest, or only those at `from` and later.
-pub fn explore(trace: &Trace, from: usize) -> Result<Tried, Failure> {
+/// Tries the cuts of the part of `trace` that is of interest, or only those at `from` and later. States chosen by chance
+/// are tried for so long.
+pub fn explore(trace: &Trace, from: usize, time: Duration) -> Result<Tried, Failure> {
     let cuts = cuts(trace, from.max(trace.start));
     let mut plan = Plan { cuts: &cuts, seen: HashSet::new(), random: Random::new(seed()), next: 0 };
     let extremes = plan.extremes();
     let count = extremes.len();
     let jobs = Mutex::new(extremes.into_iter());
     run(trace, || lock(&jobs).next())?;
-    let end = Instant::now() + time_limit();
+    let end = Instant::now() + time;
     let chosen = Mutex::new(0);
     let plan = Mutex::new(plan);
     run(trace, || {
@@ -89,7 +90,8 @@ pub fn seed() -> u64 {
     number("POWER_CUT_SEED").unwrap_or(1)
 }
 
-fn time_limit() -> Duration {
+/// How long states chosen by chance are tried where nothing is expected to be wrong.
+pub fn time_by_chance() -> Duration {
     Duration::from_secs(number("POWER_CUT_SECONDS").unwrap_or(2))
 }
 

@@ -12,10 +12,11 @@ use super::explore::{number, seed};
 use super::image::Share;
 use super::random::Random;
 use super::script::Script;
-use super::site::{LIMIT, Site, folder};
+use super::site::{Site, folder};
 use super::tape::{Running, Said, Tape};
 use super::trace::Mark;
 use super::{hydration, kms, snapshots, volumes};
+use crate::common::patience::{Deadline, limit, wait_for};
 use crate::common::process::{tie_to_test, tool, wait_within};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -53,13 +54,14 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         // The kernel ends the requests of a killed process, and closes its files, only after the process itself.
         let is_unmounted = || {
             let status = Command::new("umount").arg(&self.0).stderr(Stdio::null()).status();
             status.is_ok_and(|s| s.success())
         };
-        while !is_unmounted() && Instant::now() < deadline {
+        // No panic while another is under way.
+        while !is_unmounted() && !deadline.left().is_zero() {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -71,7 +73,7 @@ struct Daemon(Child);
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.0.kill();
-        let _ = wait_within(&mut self.0, LIMIT);
+        let _ = wait_within(&mut self.0, limit());
     }
 }
 
@@ -102,15 +104,12 @@ impl Device {
         daemon.stdin(Stdio::null());
         tie_to_test(&mut daemon, vec![]);
         let mut daemon = Daemon(daemon.spawn().expect("start qemu-storage-daemon"));
-        let deadline = Instant::now() + LIMIT;
-        while std::fs::metadata(path("device")).map_or(0, |m| m.len()) == 0 {
+        wait_for("the storage daemon offers the device", || {
             let ended = daemon.0.try_wait().expect("ask for the daemon");
-            assert!(
-                ended.is_none() && Instant::now() < deadline,
-                "the storage daemon offers nothing: {ended:?}"
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
+            assert!(ended.is_none(), "the storage daemon has ended: {ended:?}");
+            let offered = std::fs::metadata(path("device")).is_ok_and(|m| m.len() > 0);
+            offered.then_some(()).ok_or("an empty file")
+        });
         let mounted = Mounted::new(&path("device"), &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
         Device { mounted, daemon, folder }
     }
@@ -167,7 +166,7 @@ impl Running for Host {
     }
 
     fn wait(mut self: Box<Self>) -> ExitStatus {
-        wait_within(&mut self.0, LIMIT).expect("it ends")
+        wait_within(&mut self.0, limit()).expect("it ends")
     }
 }
 
@@ -208,7 +207,7 @@ fn record(made: Made, scenario: &dyn Fn(&mut Script)) -> Recorded {
 fn end(mut daemon: Daemon) {
     let pid = nix::unistd::Pid::from_raw(daemon.0.id() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
-    assert!(wait_within(&mut daemon.0, LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut daemon.0, limit()).expect("it ends").success());
 }
 
 impl Recorded {

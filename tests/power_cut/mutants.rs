@@ -4,11 +4,13 @@ use super::explore::explore;
 use super::script::{Script, traced};
 use super::trace::Trace;
 use super::{hydration, kms, snapshots, volumes};
+use crate::common::patience::limit;
 
 /// Tries the trace, of which what comes before `from` is right; what is found wrong must be this.
 #[track_caller]
 fn is_found_out(trace: &Trace, from: usize, problem: &str) {
-    match explore(trace, from) {
+    // Ends with the first that is found.
+    match explore(trace, from, limit()) {
         Ok(tried) => panic!("nothing was found wrong: {tried}"),
         Err(failure) => {
             let failure = format!("{failure:?}");

@@ -1,16 +1,14 @@
 //! A folder with a store in it, and the real program pointed at it.
 
 use crate::common::frontend::{Options, Session};
+use crate::common::patience::{Deadline, limit};
 use crate::common::process::{tie_to_test, wait_within};
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tempfile::TempDir;
-
-/// Far longer than anything here takes.
-pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// A store, and a folder beside it, which goes with the value.
 pub struct Site {
@@ -121,7 +119,7 @@ struct Killed(Child);
 impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
-        let _ = wait_within(&mut self.0, LIMIT);
+        let _ = wait_within(&mut self.0, limit());
     }
 }
 
@@ -135,7 +133,7 @@ pub struct Ready {
 impl Ready {
     /// Waits for it; an error with what it said if it `has_ended`.
     pub fn wait(&self, mut has_ended: impl FnMut() -> bool) -> Result<(), String> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         // Short, since a process that dies sends nothing.
         self.manager.set_read_timeout(Some(Duration::from_millis(20))).expect("set a time limit");
         let mut message = [0; 4096];
@@ -148,8 +146,8 @@ impl Ready {
             if has_ended() {
                 return Err(format!("attach ended: {}", said(&self.log)));
             }
-            if Instant::now() > deadline {
-                return Err(format!("attach is not ready: {}", said(&self.log)));
+            if deadline.left().is_zero() {
+                return Err(format!("attach is not ready after {:?}: {}", limit(), said(&self.log)));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The life of a volume, cut everywhere.
 
 use super::expect::Content;
-use super::explore::explore;
+use super::explore::{explore, time_by_chance};
 use super::script::{Script, traced};
 use super::trace::Trace;
 
@@ -11,7 +11,7 @@ pub const SECTORS: usize = 256;
 /// Fails if any state is wrong.
 #[track_caller]
 pub fn survives(trace: &Trace) {
-    let tried = explore(trace, 0).unwrap_or_else(|failure| panic!("{failure:?}"));
+    let tried = explore(trace, 0, time_by_chance()).unwrap_or_else(|failure| panic!("{failure:?}"));
     println!("{tried}");
 }
 

@@ -3,7 +3,7 @@
 use crate::common::disk::{Disk, FREE, assert_carries, assert_kept};
 use crate::common::frontend::block::OK;
 use crate::common::frontend::hostile::{Answer, ask, memory_region, words};
-use crate::common::frontend::{LIMIT, Layout, Options, Request, Session};
+use crate::common::frontend::{Layout, Options, Request, Session};
 use std::os::fd::AsRawFd;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::FrontendReq as Req;
@@ -39,7 +39,7 @@ fn a_ring_goes_on_when_its_memory_comes_back() {
             let pending = Request::read(FREE.start, 4096).submit(&mut session.rings[0]).unwrap();
             session.rings[0].kick_if_wanted();
             give_back(&session, 0);
-            let used = session.rings[0].wait_used(LIMIT).unwrap();
+            let used = session.rings[0].wait_used().unwrap();
             assert_eq!(pending.finish(&mut session.rings[0], used).unwrap().status, OK);
         }
         let data = session.mem.data_region();

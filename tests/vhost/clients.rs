@@ -4,7 +4,8 @@ use crate::common::disk::{Aftermath, Disk, FREE, SIZE, assert_carries, reads_on}
 use crate::common::frontend::block::complete;
 use crate::common::frontend::hostile::agreed;
 use crate::common::frontend::raw::{VERSION, message};
-use crate::common::frontend::{LIMIT, Options, Order, RawSocket, Request, Session};
+use crate::common::frontend::{Options, Order, RawSocket, Request, Session};
+use crate::common::patience::limit;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost::VhostBackend;
@@ -93,7 +94,7 @@ fn a_guest_that_never_stops_kicking_does_not_starve_control_messages() {
                 let _ = first.send(());
             }
         });
-        started.recv_timeout(LIMIT).unwrap();
+        started.recv_timeout(limit()).unwrap();
         for _ in 0..200 {
             session.ask("GET_FEATURES", |f| f.get_features()).unwrap();
             assert_eq!(session.config().unwrap().capacity, SIZE / 512);

@@ -2,12 +2,13 @@
 //! connection may fail, the process lives, nothing of it stays behind, and the next front-end finds all data.
 
 use crate::common::disk::Disk;
+use crate::common::frontend::RawSocket;
 use crate::common::frontend::hostile::{
     Answer, agreed, ask, config, memory_region, memory_table, ring_addresses, state, words,
 };
 use crate::common::frontend::memory::{Seals, memfd};
 use crate::common::frontend::raw::{NEED_REPLY, REPLY, VERSION, message};
-use crate::common::frontend::{LIMIT, RawSocket};
+use crate::common::patience::limit;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use vhost::vhost_user::message::FrontendReq as Req;
@@ -48,7 +49,7 @@ fn messages_cut_off_at_every_byte() {
             let raw = RawSocket::connect(disk.socket()).unwrap();
             raw.send(&bytes[..len], fds).unwrap();
             raw.socket().unwrap().shutdown(Shutdown::Write).unwrap();
-            assert!(raw.closes(LIMIT).unwrap(), "{request:?} cut off after {len} bytes");
+            assert!(raw.closes(limit()).unwrap(), "{request:?} cut off after {len} bytes");
         }
     }
     disk.assert_nothing_stays(&before);
@@ -92,7 +93,7 @@ fn messages_with_an_impossible_header() {
         // More than any message has, for those that wait for a body. The back-end may be gone by now.
         let _ = raw.send(&[0; 8192], &[]);
         let _ = raw.socket().unwrap().shutdown(Shutdown::Write);
-        assert!(raw.closes(LIMIT).unwrap(), "{bytes:x?}");
+        assert!(raw.closes(limit()).unwrap(), "{bytes:x?}");
     }
     disk.assert_nothing_stays(&before);
 }
@@ -109,7 +110,7 @@ fn every_request_with_every_wrong_body() {
                     let raw = agreed(disk.socket()).unwrap();
                     let _ = raw.message(request, VERSION | NEED_REPLY, &vec![fill; len], fds);
                     let _ = raw.socket().unwrap().shutdown(Shutdown::Write);
-                    assert!(raw.closes(LIMIT).unwrap(), "request {request}, {len} bytes of {fill}");
+                    assert!(raw.closes(limit()).unwrap(), "request {request}, {len} bytes of {fill}");
                 }
             }
         }

@@ -5,7 +5,7 @@ use crate::common::disk::{Disk, FREE, SECTORS, SERIAL, assert_carries, assert_ke
 use crate::common::frontend::block::{BLANK, FLUSH, IOERR, OK, OUT, UNSUPP, complete};
 use crate::common::frontend::session::{F_DISCARD, F_EVENT_IDX, F_INDIRECT, F_LOG_ALL, F_RO, F_WRITE_ZEROES};
 use crate::common::frontend::{
-    BlkConfig, Framing, LIMIT, Layout, Options, Order, Place, Request, Segment, Session, SplitRing,
+    BlkConfig, Framing, Layout, Options, Order, Place, Request, Segment, Session, SplitRing,
 };
 
 const RAM: u64 = 16 << 20;
@@ -382,7 +382,7 @@ fn the_ring_indices_wrap_around() {
     for _ in 0..66_000 {
         let pending = Request::new(FLUSH + 1, 0, vec![], 0).submit(ring).unwrap();
         ring.kick_if_wanted();
-        let used = ring.poll_used(LIMIT).unwrap();
+        let used = ring.poll_used().unwrap();
         assert_eq!(pending.finish(ring, used).unwrap().status, UNSUPP);
     }
     assert!(ring.used_idx() < 1000, "the index has wrapped");

@@ -4,7 +4,8 @@ use crate::common::disk::{Disk, FREE, each, pattern};
 use crate::common::frontend::block::{IN, OK, OUT, Parts, parts};
 use crate::common::frontend::hostile::{Answer, OddFiles, agreed, ask, ring_addresses, state, words};
 use crate::common::frontend::raw::VERSION;
-use crate::common::frontend::{Desc, LIMIT, Layout, Options, Place, Request, SplitRing};
+use crate::common::frontend::{Desc, Layout, Options, Place, Request, SplitRing};
+use crate::common::patience::{limit, wait_for};
 use std::os::fd::AsRawFd;
 use vhost::vhost_user::message::FrontendReq as Req;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -104,7 +105,7 @@ fn ring_sizes_and_numbers_that_cannot_be() {
         // This one has no way to say no but to close the connection.
         let raw = agreed(disk.socket()).unwrap();
         raw.message(Req::GET_VRING_BASE as u32, VERSION, &state(queue, 0), &[]).unwrap();
-        assert!(raw.closes(LIMIT).unwrap(), "GET_VRING_BASE of queue {queue}");
+        assert!(raw.closes(limit()).unwrap(), "GET_VRING_BASE of queue {queue}");
         let raw = agreed(disk.socket()).unwrap();
         let addresses = ring_addresses(queue, 0, 0, 0);
         assert!(ask(&raw, Req::SET_VRING_ADDR, &addresses, &[]).is_refused(), "addresses of queue {queue}");
@@ -194,14 +195,9 @@ fn a_full_call_descriptor_does_not_stop_the_queue() {
             ring.kick();
             // Interrupts are wanted, so that the full descriptor is written; completions are looked for.
             ring.want_call(true);
-            let end = std::time::Instant::now() + LIMIT;
-            let used = loop {
-                if let Some(used) = ring.pop_used() {
-                    break used;
-                }
-                assert!(std::time::Instant::now() < end, "the queue stands still");
-                std::thread::yield_now();
-            };
+            let used = wait_for("a completion", || {
+                ring.pop_used().ok_or_else(|| format!("used index {}", ring.used_idx()))
+            });
             assert_eq!(pending.finish(ring, used).unwrap().status, OK);
         }
     }
@@ -241,7 +237,7 @@ fn one_event_for_everything_works() {
     for _ in 0..10 {
         let pending = Request::read(0, 4096).submit(ring).unwrap();
         ring.kick();
-        let used = ring.poll_used(LIMIT).unwrap();
+        let used = ring.poll_used().unwrap();
         assert_eq!(pending.finish(ring, used).unwrap().status, OK);
     }
     drop(session);

@@ -7,6 +7,7 @@
 //! SEALBLK_TEST_SEED repeats what was done, though not when.
 
 use crate::common::frontend::server::{Holdings, holdings};
+use crate::common::patience::wait_for;
 use crate::common::store::{Attached, Store};
 use crate::inflight::rig::{self, Rig, Shape, Way};
 use std::collections::BTreeMap;
@@ -27,8 +28,6 @@ const MOST_SNAPSHOTS: u64 = 24;
 const FDS_A_LAYER: usize = 2;
 /// Looks at a host process without a VMM before it counts as warm.
 const WARM: usize = 4;
-/// How long a host process may take to tidy up after a VMM.
-const TIDY: Duration = Duration::from_secs(20);
 
 /// What happens to a volume under load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,22 +82,19 @@ impl Life {
 
     /// Looks at it when it has tidied up after a VMM, which must leave nothing behind.
     fn look(&mut self, host: &Attached<'_>) {
-        let limit = Instant::now() + TIDY;
         let good = |now: &Holdings| {
             let memory = self.warm.is_none_or(|warm| {
                 now.maps <= warm.maps + MORE_MAPS && now.rss_kib <= warm.rss_kib + GROWTH_KIB
             });
             memory && now.fds <= self.bare.fds + FDS_A_LAYER * self.layers && now.threads <= self.bare.threads
         };
-        let now = loop {
+        let now = wait_for("the host process has tidied up after a VMM", || {
             let now = holdings(host.pid() as i32).expect("the host process runs");
-            if good(&now) {
-                break now;
-            }
             let (bare, warm) = (self.bare, self.warm);
-            assert!(Instant::now() < limit, "without a VMM {bare:?}, warm {warm:?}, now {now:?}");
-            std::thread::sleep(Duration::from_millis(2));
-        };
+            good(&now)
+                .then_some(now)
+                .ok_or_else(|| format!("without a VMM {bare:?}, warm {warm:?}, now {now:?}"))
+        });
         self.looks += 1;
         if self.looks == WARM {
             self.warm = Some(now);

@@ -3,7 +3,8 @@
 use crate::common::disk::{Disk, FREE, assert_carries, assert_kept, kept, pattern};
 use crate::common::frontend::block::{OK, complete};
 use crate::common::frontend::ring::readable;
-use crate::common::frontend::{LIMIT, Options, Order, Place, Request, Session};
+use crate::common::frontend::{Options, Order, Place, Request, Session};
+use crate::common::patience::limit;
 use vhost::VhostBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -19,7 +20,7 @@ fn a_kick_before_the_enable_is_not_lost() {
     let pending = Request::read(0, 65536).submit(&mut session.rings[0]).unwrap();
     session.rings[0].kick();
     session.enable(true).unwrap();
-    let used = session.rings[0].wait_used(LIMIT).unwrap();
+    let used = session.rings[0].wait_used().unwrap();
     let read = pending.finish(&mut session.rings[0], used).unwrap();
     assert!(read.data == kept(0));
 }
@@ -106,7 +107,7 @@ fn a_new_call_descriptor_is_signalled_once() {
     let mut session = disk.open();
     let fresh = EventFd::new(EFD_NONBLOCK).unwrap();
     session.ask("SET_VRING_CALL", |f| f.set_vring_call(0, &fresh)).unwrap();
-    assert!(readable(&fresh, LIMIT).unwrap());
+    assert!(readable(&fresh, limit()).unwrap());
     session.rings[0].call_fd = fresh;
     assert_kept(&mut session.rings[0]);
 }

@@ -1,5 +1,6 @@
 //! Delivery of events: at least once, in order, through failures, time-outs and kills, to commands and over HTTP.
 
+use crate::common::patience::{limit, wait_for};
 use crate::common::process::{tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use nix::sys::signal::{Signal, kill};
@@ -11,9 +12,6 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
-use std::time::Duration;
-
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// A store whose settings name these sinks.
 fn store_with(sinks: &str) -> Store {
@@ -111,15 +109,29 @@ fn who_is_killed_before_he_could_note_a_delivery_repeats_it() {
 #[test]
 fn a_command_that_takes_too_long_is_ended_with_all_it_has_started() {
     let folder = tempfile::tempdir().unwrap();
-    let script = "sleep 1000 & echo $! > $1/pid; wait";
-    let store = store_with(&(command_sink("slow", folder.path(), script) + "timeout = 1\n"));
+    let script = "sleep 1000 & echo $! > $1/new; mv $1/new $1/pid; wait";
+    let sink = command_sink("slow", folder.path(), script);
+    let store = store_with("");
     make_event(&store);
-    let output = store.run(&["events", "deliver"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(said(&output).contains("took longer than 1 s, and was killed"), "{}", said(&output));
-    let pid = fs::read_to_string(folder.path().join("pid")).unwrap();
-    let left = fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
-    assert!(!left.contains("1000"), "{left}");
+    // As long as it takes the script to start something.
+    let mut seconds = 1;
+    let pid = loop {
+        fs::write(store.root().join("sealblk.toml"), format!("{sink}timeout = {seconds}\n")).unwrap();
+        let output = store.run(&["events", "deliver"]);
+        assert_eq!(output.status.code(), Some(1));
+        let words = format!("took longer than {seconds} s, and was killed");
+        assert!(said(&output).contains(&words), "{}", said(&output));
+        match fs::read_to_string(folder.path().join("pid")) {
+            Ok(pid) => break pid,
+            Err(e) => assert!(seconds < 300, "within {seconds} s the script starts nothing: {e}"),
+        }
+        seconds *= 2;
+    };
+    let left = || fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+    wait_for("what the script has started ends", || match left() {
+        left if left.contains("1000") => Err(left),
+        _ => Ok(()),
+    });
 }
 
 #[test]
@@ -165,7 +177,7 @@ fn answer(listener: &TcpListener, status: &str) -> Asked {
 }
 
 fn read_request(stream: &TcpStream) -> Asked {
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(limit())).unwrap();
     let mut reader = BufReader::new(stream);
     let mut lines = Vec::new();
     loop {
@@ -232,7 +244,7 @@ impl Follower {
         let notify = store.root().with_file_name("follow.notify");
         let log = store.root().with_file_name("follow.log");
         let manager = UnixDatagram::bind(&notify).unwrap();
-        manager.set_read_timeout(Some(LIMIT)).unwrap();
+        manager.set_read_timeout(Some(limit())).unwrap();
         let mut command = store.command();
         command.args(["events", "deliver", "--follow"]).env("NOTIFY_SOCKET", &notify);
         command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
@@ -245,7 +257,7 @@ impl Follower {
 
     fn end(mut self) {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
-        let status = wait_within(&mut self.child, LIMIT).unwrap();
+        let status = wait_within(&mut self.child, limit()).unwrap();
         assert!(status.success(), "{status}: {}", fs::read_to_string(&self.log).unwrap());
     }
 }

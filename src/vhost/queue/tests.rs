@@ -53,7 +53,7 @@ impl Rig {
 }
 
 fn until(good: impl Fn() -> bool) {
-    let limit = Instant::now() + Duration::from_secs(60);
+    let limit = Instant::now() + Duration::from_secs(600);
     while !good() {
         assert!(Instant::now() < limit, "it does not come");
         std::thread::yield_now();

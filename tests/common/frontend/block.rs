@@ -1,8 +1,9 @@
 //! virtio-blk requests (virtio 1.3, section 5.2.6) of any shape: the bytes that the device reads (header and
 //! data) and those it writes (data and status) are two streams, cut into descriptors wherever one likes.
 
+use super::super::patience::limit;
 use super::ring::{WRITE, linked};
-use super::{Desc, Fault, GuestMem, LIMIT, Result, SplitRing, Used};
+use super::{Desc, Fault, GuestMem, Result, SplitRing, Used};
 
 /// Request types.
 pub const IN: u32 = 0;
@@ -172,7 +173,7 @@ impl Request {
     pub fn run(&self, ring: &mut SplitRing) -> Result<Outcome> {
         let pending = self.submit(ring)?;
         ring.kick_if_wanted();
-        let used = ring.wait_used(LIMIT)?;
+        let used = ring.wait_used()?;
         pending.finish(ring, used)
     }
 
@@ -318,7 +319,7 @@ pub fn complete(ring: &mut SplitRing, pending: Vec<Pending>) -> Result<Vec<Outco
     let mut pending: Vec<_> = pending.into_iter().map(Some).collect();
     let mut outcomes: Vec<_> = pending.iter().map(|_| None).collect();
     for _ in 0..pending.len() {
-        let used = ring.wait_used(LIMIT)?;
+        let used = ring.wait_used()?;
         let is_it = |p: &Option<Pending>| p.as_ref().is_some_and(|p| u32::from(p.head) == used.id);
         let index = pending.iter().position(is_it);
         let index =

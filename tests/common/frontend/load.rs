@@ -1,8 +1,9 @@
 //! Load on one ring whose every effect is known: each sector holds the number of the write that was acknowledged
 //! last, so that a request which was lost, done twice, or done after a later one shows in what is read.
 
+use super::super::patience::limit;
 use super::block::{OK, Pending};
-use super::{Fault, Framing, LIMIT, Place, Request, Result, Segment, SplitRing};
+use super::{Fault, Framing, Place, Request, Result, Segment, SplitRing};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -291,12 +292,9 @@ pub fn settle(loads: &mut [Load], rings: &mut [SplitRing]) -> Result<()> {
     for (load, ring) in loads.iter_mut().zip(rings) {
         while !load.doing.is_empty() {
             ring.want_call(true);
-            if !load.take(ring)? && !ring.wait_call(LIMIT)? {
-                let flying = load.doing.len();
-                return Err(Fault::TimedOut(format!(
-                    "{flying} requests of {} are not completed",
-                    load.submitted
-                )));
+            if !load.take(ring)? && !ring.wait_call(limit())? {
+                let (flying, all) = (load.doing.len(), load.submitted);
+                return Err(Fault::TimedOut(format!("the last {flying} of {all} requests")));
             }
         }
     }

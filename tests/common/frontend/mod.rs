@@ -34,16 +34,13 @@ pub use server::Server;
 pub use session::{Acks, Options, Order, Session};
 pub use vmm::Vmm;
 
+use super::patience::limit;
 use std::io;
-use std::time::Duration;
-
-/// How long any single answer may take before a test gives up. Generous: it is only met by a fault.
-pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// Why an exchange with the back-end did not work.
 #[derive(Debug)]
 pub enum Fault {
-    /// No answer within the limit: the back-end hangs.
+    /// What was waited for until the limit: the back-end hangs.
     TimedOut(String),
     /// The back-end closed the connection.
     Closed(String),
@@ -65,7 +62,7 @@ impl Fault {
 impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Fault::TimedOut(what) => write!(f, "{what}: no answer in time"),
+            Fault::TimedOut(what) => write!(f, "waited {:?} for this: {what}", limit()),
             Fault::Closed(what) => write!(f, "{what}: the back-end closed the connection"),
             Fault::Refused(what) => write!(f, "{what}: the back-end refused"),
             Fault::Protocol(what) => write!(f, "{what}"),

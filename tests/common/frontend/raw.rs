@@ -1,13 +1,14 @@
 //! vhost-user messages byte by byte, for what no sane front-end sends.
 
+use super::super::patience::{Deadline, limit};
 use super::ring::readable;
-use super::{Fault, LIMIT, Result};
+use super::{Fault, Result};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// The protocol's version, in the header's flags.
@@ -61,7 +62,7 @@ impl RawSocket {
 
     /// Sends bytes, the descriptors with the first of them.
     pub fn send(&self, bytes: &[u8], fds: &[RawFd]) -> Result<()> {
-        self.socket.set_write_timeout(Some(LIMIT))?;
+        self.socket.set_write_timeout(Some(limit()))?;
         let mut sent = 0;
         while sent < bytes.len() {
             let fds = if sent == 0 { fds } else { &[] };
@@ -82,7 +83,10 @@ impl RawSocket {
     /// Sends a message and waits for what comes back.
     pub fn ask(&self, request: u32, flags: u32, body: &[u8], fds: &[RawFd]) -> Result<Reply> {
         self.message(request, flags, body, fds)?;
-        self.reply()
+        self.reply().map_err(|fault| match fault {
+            Fault::TimedOut(what) => Fault::TimedOut(format!("{what}, in answer to request {request}")),
+            other => other,
+        })
     }
 
     /// Sends a message that wants an acknowledgement; its value (0 for success).
@@ -92,23 +96,23 @@ impl RawSocket {
 
     /// Waits for the next message.
     pub fn reply(&self) -> Result<Reply> {
-        let end = Instant::now() + LIMIT;
-        let (header, file) = self.receive(12, end)?;
+        let deadline = Deadline::after(limit());
+        let (header, file) = self.receive(12, deadline)?;
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
         let size = word(8) as usize;
         if size > 1 << 16 {
             return Err(Fault::Protocol(format!("the back-end announces a body of {size} bytes")));
         }
-        let (body, _) = self.receive(size, end)?;
+        let (body, _) = self.receive(size, deadline)?;
         Ok(Reply { request: word(0), flags: word(4), body, file })
     }
 
     /// Whether the back-end closes the connection within the limit. What it still sends is thrown away.
     pub fn closes(&self, limit: Duration) -> Result<bool> {
-        let end = Instant::now() + limit;
+        let deadline = Deadline::after(limit);
         let mut rest = [0; 4096];
         loop {
-            if !readable(&self.socket, end.saturating_duration_since(Instant::now()))? {
+            if !readable(&self.socket, deadline.left())? {
                 return Ok(false);
             }
             match self.socket.recv_with_fd(&mut rest) {
@@ -123,12 +127,13 @@ impl RawSocket {
         }
     }
 
-    fn receive(&self, len: usize, end: Instant) -> Result<(Vec<u8>, Option<File>)> {
+    fn receive(&self, len: usize, deadline: Deadline) -> Result<(Vec<u8>, Option<File>)> {
         let mut bytes = vec![0; len];
         let (mut got, mut file) = (0, None);
         while got < len {
-            if !readable(&self.socket, end.saturating_duration_since(Instant::now()))? {
-                return Err(Fault::TimedOut("a message from the back-end".into()));
+            if !readable(&self.socket, deadline.left())? {
+                let what = format!("a message from the back-end, of which {got} of {len} bytes have come");
+                return Err(Fault::TimedOut(what));
             }
             match self.socket.recv_with_fd(&mut bytes[got..]) {
                 Ok((0, _)) => return Err(Fault::Closed("waiting for a message".into())),
@@ -153,14 +158,17 @@ pub fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
 
 /// Connects to `path`, trying again within the limit while nobody listens there yet.
 pub fn connect(path: &Path) -> Result<UnixStream> {
-    let end = Instant::now() + LIMIT;
+    let deadline = Deadline::after(limit());
     loop {
         match UnixStream::connect(path) {
             Ok(socket) => return Ok(socket),
             Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 return Err(Fault::Io(e));
             }
-            Err(e) if Instant::now() >= end => return Err(Fault::Io(e)),
+            Err(e) if deadline.left().is_zero() => {
+                let what = format!("somebody who listens at {}: {e}", path.display());
+                return Err(Fault::TimedOut(what));
+            }
             // Nothing announces a listener to a stranger: look again.
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }

@@ -1,12 +1,13 @@
 //! The guest driver's side of a split virtqueue (virtio 1.3, section 2.7), in guest memory, with no
 //! protection at all: any descriptor, head or index can be written.
 
+use super::super::patience::{Deadline, limit};
 use super::{Fault, GuestMem};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The descriptor continues with `next`.
@@ -263,34 +264,40 @@ impl SplitRing {
     }
 
     /// Waits for the next completion by interrupt: a device that completes without calling is found out.
-    pub fn wait_used(&mut self, limit: Duration) -> Result<Used, Fault> {
-        let end = Instant::now() + limit;
+    pub fn wait_used(&mut self) -> Result<Used, Fault> {
+        let deadline = Deadline::after(limit());
         loop {
             self.want_call(true);
             if let Some(used) = self.pop_used() {
                 return Ok(used);
             }
-            if !self.wait_call(end.saturating_duration_since(Instant::now()))? {
+            if !self.wait_call(deadline.left())? {
                 let late = self.pop_used().is_some();
-                let how = if late { "was completed without an interrupt" } else { "was not completed" };
-                return Err(Fault::TimedOut(format!("a request {how}")));
+                let how = if late { "; one was completed without it" } else { "" };
+                return Err(Fault::TimedOut(format!("an interrupt for one of {}{how}", self.in_flight())));
             }
         }
     }
 
     /// Waits for the next completion by looking, with interrupts off.
-    pub fn poll_used(&mut self, limit: Duration) -> Result<Used, Fault> {
-        let end = Instant::now() + limit;
+    pub fn poll_used(&mut self) -> Result<Used, Fault> {
+        let deadline = Deadline::after(limit());
         self.want_call(false);
         loop {
             if let Some(used) = self.pop_used() {
                 return Ok(used);
             }
-            if Instant::now() >= end {
-                return Err(Fault::TimedOut("a polled request was not completed".into()));
+            if deadline.left().is_zero() {
+                return Err(Fault::TimedOut(format!("the completion of one of {}", self.in_flight())));
             }
             std::hint::spin_loop();
         }
+    }
+
+    /// How many requests are not answered, and where the indices stand, for the failure message.
+    fn in_flight(&self) -> String {
+        let (avail, used) = (self.next_avail, self.used_idx());
+        format!("{} requests (available index {avail}, used index {used})", avail.wrapping_sub(used))
     }
 
     /// Waits until the device calls and takes the signal; false when the time is over.
@@ -317,13 +324,13 @@ pub fn linked(chain: &[Desc], name: impl Fn(usize) -> u16) -> Vec<Desc> {
 pub fn readable(fd: &impl AsRawFd, limit: Duration) -> Result<bool, Fault> {
     // SAFETY: `fd` is borrowed for the whole call, so the descriptor stays open.
     let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-    let end = Instant::now() + limit;
+    let deadline = Deadline::after(limit);
     loop {
-        let left = end.saturating_duration_since(Instant::now());
+        let left = deadline.left();
         // Rounded up, so that the last fraction of a millisecond does not spin.
         let timeout = PollTimeout::try_from(left.as_millis() as i64 + 1).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
-            Ok(0) if Instant::now() < end => continue,
+            Ok(0) if !deadline.left().is_zero() => continue,
             Ok(n) => return Ok(n > 0),
             Err(nix::errno::Errno::EINTR) => continue,
             Err(e) => return Err(Fault::Io(e.into())),

@@ -1,7 +1,8 @@
 //! The back-end under test, as a process of its own: started, watched from outside through /proc, ended by
 //! its own process id.
 
-use super::{Fault, LIMIT, Result};
+use super::super::patience::{Deadline, limit};
+use super::{Fault, Result};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,7 +10,7 @@ use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A running back-end. Killed when dropped; it also dies with the thread that started it.
 pub struct Server {
@@ -72,16 +73,14 @@ impl Server {
 
     /// Waits until the process ends by itself.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        let end = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            if Instant::now() >= end {
-                return Err(Fault::TimedOut(format!(
-                    "the back-end does not end; it said:\n{}",
-                    self.output()
-                )));
+            if deadline.left().is_zero() {
+                let said = self.output();
+                return Err(Fault::TimedOut(format!("the end of the back-end, which said:\n{said}")));
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -95,10 +94,10 @@ impl Server {
     /// Looks at the holdings until `good` says yes or the limit is over; the last look. A back-end tidies up
     /// after a connection in its own time, and nothing tells a stranger when it is done.
     pub fn settle(&self, good: impl Fn(&Holdings) -> bool) -> Result<Holdings> {
-        let end = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         loop {
             let now = self.holdings()?;
-            if good(&now) || Instant::now() >= end {
+            if good(&now) || deadline.left().is_zero() {
                 return Ok(now);
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -106,13 +105,14 @@ impl Server {
     }
 
     fn wait_listening(&mut self) -> Result<()> {
-        let end = Instant::now() + LIMIT;
+        let deadline = Deadline::after(limit());
         while !listening(&self.socket)? {
             if !self.runs() {
                 return Err(Fault::Protocol(format!("the back-end ended at once:\n{}", self.output())));
             }
-            if Instant::now() >= end {
-                return Err(Fault::TimedOut(format!("the back-end does not listen:\n{}", self.output())));
+            if deadline.left().is_zero() {
+                let said = self.output();
+                return Err(Fault::TimedOut(format!("a back-end that listens; it said:\n{said}")));
             }
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -1,7 +1,7 @@
 //! A time limit for calls of the `vhost` crate, which know none: a thread that shuts the socket down when an
 //! answer is overdue, so that the call fails instead of waiting for ever.
 
-use super::LIMIT;
+use super::super::patience::limit;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -56,7 +56,7 @@ impl Drop for Watch {
 
 fn guard(steps: &Receiver<()>, socket: &UnixStream, fired: &AtomicBool) {
     while steps.recv().is_ok() {
-        match steps.recv_timeout(LIMIT) {
+        match steps.recv_timeout(limit()) {
             Ok(()) => {}
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {

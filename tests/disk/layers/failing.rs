@@ -1,5 +1,6 @@
 //! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
 
+use crate::common::patience::limit;
 use crate::layers::rig::{Keys, Places, read_whole};
 use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
 use sealblk::disk::hydrate::Hydration;
@@ -15,21 +16,29 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
 
-/// A store whose first write fails, and whose second is under way until its queue is closed: no sooner than somebody says
-/// so, or half a second later.
+/// What has become of the guest's write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    /// It was not let in.
+    Refused,
+    /// It is on the disk.
+    Written,
+}
+
+/// A store whose first write fails, and whose second is under way until its queue is closed, and until something was seen
+/// of the guest's.
 struct Faulty {
     store: Arc<dyn Store>,
     writes: Arc<AtomicUsize>,
-    go_on: Arc<Mutex<Receiver<()>>>,
+    go_on: Arc<Mutex<Receiver<Seen>>>,
 }
 
 struct FaultyQueue {
     queue: Box<dyn Queue>,
     writes: Arc<AtomicUsize>,
-    go_on: Arc<Mutex<Receiver<()>>>,
+    go_on: Arc<Mutex<Receiver<Seen>>>,
     failed: Option<Event>,
     held: Option<(u64, Op)>,
 }
@@ -129,14 +138,14 @@ impl Queue for FaultyQueue {
 impl Drop for FaultyQueue {
     fn drop(&mut self) {
         let Some((tag, op)) = self.held.take() else { return };
-        let _ = self.go_on.lock().unwrap().recv_timeout(Duration::from_millis(500));
+        self.go_on.lock().unwrap().recv_timeout(limit()).expect("something is seen of the guest's write");
         self.queue.submit(tag, op);
         self.queue.wait(Wait::Event).unwrap();
     }
 }
 
-/// A guest's write of a block at `sector`, as soon as it is let in.
-fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], written: &Sender<()>) {
+/// A guest's write of a block at `sector`, as soon as it is let in; `tell` is told of its fate.
+fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], tell: &Sender<Seen>) {
     let mut queue = disk.open_queue(4).unwrap();
     let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
     mem.write_slice(bytes, GuestAddress(0)).unwrap();
@@ -144,7 +153,10 @@ fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], written: &Sender<()>
     let buffer = loop {
         match queue.alloc(sector, 4096) {
             Some(buffer) => break buffer,
-            None => queue.wait(Wait::Event).unwrap(),
+            None => {
+                tell.send(Seen::Refused).unwrap();
+                queue.wait(Wait::Event).unwrap();
+            }
         }
         while queue.next_event().is_some() {}
     };
@@ -155,7 +167,7 @@ fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], written: &Sender<()>
             Some(Event::Done { buffer, result, .. }) => {
                 result.unwrap();
                 queue.free(buffer.unwrap());
-                return written.send(()).unwrap();
+                return tell.send(Seen::Written).unwrap();
             }
             Some(_) => {}
             None => queue.wait(Wait::Event).unwrap(),

@@ -75,8 +75,8 @@ fn a_stopped_hydration_goes_on_where_nothing_was_lost() {
     let disk = |layers: &[_]| Arc::new(Disk::layered(GEOMETRY, "rig", chain(layers)).unwrap().hydrating());
     let layers = open(&files);
     let first = disk(&layers);
-    // A chunk a second: it is stopped in the middle, and while it runs there is no other.
-    let slow = Hydration::new(first.clone(), 256 << 10).unwrap();
+    // After one chunk it waits for days: it is stopped in the middle, and while it runs there is no other.
+    let slow = Hydration::new(first.clone(), 1).unwrap();
     std::thread::scope(|scope| {
         let runs = scope.spawn(|| slow.run().unwrap());
         while slow.left().is_none_or(|left| left == SECTORS * 512 - (2 << 20)) {

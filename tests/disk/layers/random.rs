@@ -3,7 +3,8 @@
 
 use crate::common::frontend::block::{DISCARD, FLUSH, IN, OK, OUT, Pending, WRITE_ZEROES};
 use crate::common::frontend::load::Random;
-use crate::common::frontend::{Framing, LIMIT, Request, Segment};
+use crate::common::frontend::{Framing, Request, Segment};
+use crate::common::patience::limit;
 use crate::layers::model::{Model, SECTOR, Step};
 use crate::layers::rig::{Hydrating, Keys, LayerFile, Places, QUEUES, Served, read_whole};
 use sealblk::disk::Disk;
@@ -108,7 +109,7 @@ impl Life {
         let piece = self.random.pick(&[4096, 64 << 10, 256 << 10]);
         self.model.check(0, &read_whole(disk, piece), "the whole");
         if let Some(map) = disk.map() {
-            assert!(map.wait(LIMIT) && map.is_ready(), "the map was not made");
+            assert!(map.wait(limit()) && map.is_ready(), "the map was not made");
         }
         self.model.check(0, &read_whole(disk, piece), "the whole, by the map");
     }
@@ -193,7 +194,7 @@ impl Life {
     fn finish(&mut self, served: &mut Served, started: [Vec<(Step, Pending)>; QUEUES]) {
         for (ring, mut started) in served.session.rings.iter_mut().zip(started) {
             while !started.is_empty() {
-                let used = ring.wait_used(LIMIT).unwrap();
+                let used = ring.wait_used().unwrap();
                 let index = started.iter().position(|(_, p)| u32::from(p.head) == used.id).unwrap();
                 let (step, pending) = started.swap_remove(index);
                 let outcome = pending.finish(ring, used).unwrap();

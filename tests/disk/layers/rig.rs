@@ -1,6 +1,7 @@
 //! A volume of layer files, served to a front-end, and looked at as a whole.
 
 use crate::common::frontend::{Options, Session};
+use crate::common::patience::limit;
 use sealblk::backing::{Event, Wait};
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
@@ -142,7 +143,7 @@ impl Served {
 
     /// Takes those layers away, of which those above must hold everything; answers how many are left.
     pub fn drop_lower_layers(&mut self) -> usize {
-        let mut paused = self.device.pause(PATIENCE).unwrap();
+        let mut paused = self.device.pause(limit()).unwrap();
         self.layers.truncate(self.layers.len() - self.leaving);
         self.leaving = 0;
         let geometry = paused.disk().geometry();
@@ -160,7 +161,7 @@ impl Served {
     /// Freezes the top and puts `top` above it, while the guest may have requests in flight. The lowest so many layers can be
     /// hydrated from then.
     pub fn freeze(&mut self, top: Layer, leaving: usize) {
-        let mut paused = self.device.pause(PATIENCE).unwrap();
+        let mut paused = self.device.pause(limit()).unwrap();
         paused.disk().flush().unwrap();
         self.layers[0] = self.layers[0].frozen().unwrap();
         self.layers.insert(0, top);
@@ -199,9 +200,6 @@ impl Hydrating {
         self.thread.join().unwrap()
     }
 }
-
-/// How long a pause may take to come about: only a fault makes it fail.
-pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// All of a disk, read through a queue of its own, in pieces of `piece` bytes.
 pub fn read_whole(disk: &Arc<Disk>, piece: usize) -> Vec<u8> {

@@ -1,6 +1,7 @@
 //! A server that stands where the KMS is expected, and does what it is told: nothing, nonsense, errors, or what the KMS
 //! behind it answers.
 
+use crate::common::patience::limit;
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -69,7 +70,7 @@ impl Faults {
 
     /// The next thing that it has seen.
     pub fn next(&self) -> Seen {
-        self.seen.recv_timeout(crate::common::attach::LIMIT).expect("somebody asks")
+        self.seen.recv_timeout(limit()).expect("somebody asks")
     }
 
     /// The head of the next request.

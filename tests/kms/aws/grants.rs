@@ -2,9 +2,10 @@
 
 use crate::aws::faults::{Answer, Faults, nobody};
 use crate::aws::site::Site;
-use crate::common::attach::{Host, LIMIT, Place};
+use crate::common::attach::{Host, Place};
 use crate::common::kms_server::{KmsServer, Principal};
 use crate::common::leaks::children;
+use crate::common::patience::wait_for;
 use crate::common::process::ended;
 use crate::common::store::Store;
 use crate::suite::{Admin, SeenGrant};
@@ -15,7 +16,6 @@ use sealblk::kms::embedded::grant_records::GrantOperation;
 use sealblk::kms::embedded::grants::NewGrant;
 use serde_json::Value;
 use std::fs;
-use std::time::{Duration, Instant};
 
 const ROOT: &str = "grantee-principal = 'arn:aws:iam::000000000000:root'\nkms-patience = 1\n";
 
@@ -60,12 +60,10 @@ fn the_grant_on_a_key_that_a_volume_needs_no_more_is_retired_while_it_is_attache
     assert_eq!((Admin::grants(&place.kms(), &old).len(), notes(&place)), (1, 1));
     place.store.ok(&["volume", "rekey", "t", "--key", "alias/new", "--follow"]);
     assert_ne!(place.key(), old);
-    let deadline = Instant::now() + LIMIT;
-    while (Admin::grants(&place.kms(), &old).len(), notes(&place)) != (0, 0) {
-        assert!(Instant::now() < deadline, "the grant is not retired: {}", host.output());
-        // Nothing tells when it is.
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_for("the grant is retired", || match (Admin::grants(&place.kms(), &old).len(), notes(&place)) {
+        (0, 0) => Ok(()),
+        (grants, notes) => Err(format!("{grants} grants, {notes} notes; {}", host.output())),
+    });
     place.store.ok(&["detach", "t"]);
     host.ends_well();
 }
@@ -120,7 +118,7 @@ fn the_grant_of_a_killed_host_process_is_retired_at_once() {
     let host = site.place.attach(&[]);
     let keeper = ended(keeper(&host));
     host.crash();
-    keeper.wait(LIMIT);
+    keeper.wait();
     assert_eq!((grants(&site), notes(&site.place)), (vec![], 0));
 }
 
@@ -168,7 +166,7 @@ fn what_a_killed_keeper_leaves_is_retired_by_the_next_attach() {
     let host = site.place.attach(&[]);
     let swept = ended(keeper(&host));
     host.end();
-    swept.wait(LIMIT);
+    swept.wait();
     assert_eq!((grants(&site), notes(&site.place)), (vec![], 0));
 }
 

@@ -1,6 +1,7 @@
 //! The suite that every provider passes.
 
 use crate::common::kms_server::KmsServer;
+use crate::common::patience::limit;
 use crate::suite::{self, Subject};
 use sealblk::kms::KmsError;
 use sealblk::kms::aws::Aws;
@@ -8,7 +9,6 @@ use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use sealblk::kms::patience::Patience;
 use std::process::Command;
-use std::time::Duration;
 
 const STORE: &str = "SEALBLK_TEST_STORE";
 const CONFIG: &str = "SEALBLK_TEST_CONFIG";
@@ -40,7 +40,7 @@ fn in_its_environment() {
     let variable = |name| std::env::var_os(name).expect("started by another test").into();
     let admin = Embedded::at(variable(STORE), variable(CONFIG), Box::new(SystemClock));
     let grantee = admin.locality().root_arn();
-    let provider = Aws::open(Patience(Duration::from_secs(30)), Some(grantee.clone())).unwrap();
+    let provider = Aws::open(Patience(limit()), Some(grantee.clone())).unwrap();
     // The ARN's region is where the request goes; this KMS is not that region's.
     let message = "Credential should be scoped to a valid region, not 'mars-north-1'. ";
     let elsewhere = KmsError::AccessDenied(message.into());

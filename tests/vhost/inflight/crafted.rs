@@ -3,12 +3,12 @@
 use crate::common::disk::{FREE, pattern};
 use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::inflight::Region;
-use crate::common::frontend::{LIMIT, Place, Request, SplitRing};
+use crate::common::frontend::{Place, Request, SplitRing};
+use crate::common::patience::{Deadline, limit, wait_for};
 use crate::inflight::rig::{Rig, Shape, Way, seed, store};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 const PLAIN: Shape = Shape { queues: 1, event_idx: true, indirect: false };
 const LEN: usize = 4096;
@@ -40,11 +40,10 @@ fn change(ring: &SplitRing, pending: &Pending, n: usize) {
 
 /// Waits until the device has published that used index; takes nothing.
 fn wait_published(ring: &SplitRing, used: u16) {
-    let end = Instant::now() + LIMIT;
-    while ring.used_idx() != used {
-        assert!(Instant::now() < end, "used index {} instead of {used}", ring.used_idx());
-        std::thread::yield_now();
-    }
+    wait_for(&format!("the used index is {used}"), || match ring.used_idx() {
+        found if found == used => Ok(()),
+        other => Err(other),
+    });
 }
 
 /// The heads of the first `count` used entries.
@@ -77,9 +76,9 @@ fn the_region_tells_what_is_in_flight_at_any_moment() {
     let store = store();
     let mut rig = Rig::start(&store, Way::Qemu, Shape { queues: 2, indirect: true, ..PLAIN }, 0, seed());
     let host = Pid::from_raw(rig.host().pid() as i32);
-    let (mut seen, mut rounds) = (0, 0);
+    let (mut seen, mut rounds, deadline) = (0, 0, Deadline::after(limit()));
     while rounds < 40 || seen == 0 {
-        assert!(rounds < 2000, "nothing was ever seen in flight");
+        deadline.check("something is seen in flight", || format!("nothing in {rounds} rounds"));
         rounds += 1;
         rig.pump(100 * rounds, 100 * rounds);
         rig.submit(100 * rounds);
@@ -105,18 +104,15 @@ fn the_region_tells_what_is_in_flight_at_any_moment() {
 
 /// Waits until every thread of the process is stopped.
 fn wait_stopped(pid: Pid) {
-    let end = Instant::now() + LIMIT;
     let stopped = || {
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
-        tasks.map(|t| std::fs::read_to_string(t.expect("list").path().join("stat"))).all(|stat| {
+        let all = tasks.map(|t| std::fs::read_to_string(t.expect("list").path().join("stat"))).all(|stat| {
             // A kernel thread for io_uring may be gone by now.
             stat.map_or(true, |s| s.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')))
-        })
+        });
+        all.then_some(())
     };
-    while !stopped() {
-        assert!(Instant::now() < end, "it does not stop");
-        std::thread::yield_now();
-    }
+    wait_for(&format!("every thread of process {pid} is stopped"), || stopped().ok_or("one that runs"));
 }
 
 #[test]

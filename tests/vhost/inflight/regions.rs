@@ -6,7 +6,8 @@ use crate::common::frontend::hostile::{OddFiles, agreed, ask};
 use crate::common::frontend::inflight::{Info, Region};
 use crate::common::frontend::memory::{Seals, memfd};
 use crate::common::frontend::raw::VERSION;
-use crate::common::frontend::{LIMIT, Options, Order, RawSocket, Request, Session};
+use crate::common::frontend::{Options, Order, RawSocket, Request, Session};
+use crate::common::patience::limit;
 use std::os::fd::{AsRawFd, RawFd};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
@@ -67,7 +68,7 @@ fn regions_of_impossible_shapes_are_refused() {
     // Nobody has agreed on it.
     let raw = RawSocket::connect(disk.socket()).unwrap();
     raw.message(Req::GET_INFLIGHT_FD as u32, VERSION, &Info::wish(1, 128).body(24), &[]).unwrap();
-    assert!(raw.closes(LIMIT).unwrap());
+    assert!(raw.closes(limit()).unwrap());
     disk.assert_nothing_stays(&before);
 }
 

@@ -3,7 +3,8 @@
 use crate::common::disk::FREE;
 use crate::common::frontend::load::{Load, Random};
 use crate::common::frontend::session::{F_EVENT_IDX, F_LOG_ALL};
-use crate::common::frontend::{Fault, LIMIT, Layout, Options, Order, Session};
+use crate::common::frontend::{Fault, Layout, Options, Order, Session};
+use crate::common::patience::{Deadline, limit};
 use crate::common::store::{Attached, Store};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -126,11 +127,11 @@ impl<'a> Rig<'a> {
 
     /// Keeps the rings busy until so many requests are completed in all; no ring gets more than `target`.
     pub fn pump(&mut self, until: u64, target: u64) {
-        let mut end = Instant::now() + LIMIT;
+        let mut deadline = Deadline::after(limit());
         while self.completed() < until {
             self.submit(target);
             if self.take() {
-                end = Instant::now() + LIMIT;
+                deadline = Deadline::after(limit());
                 continue;
             }
             self.session.rings.iter().for_each(|r| r.want_call(true));
@@ -142,7 +143,7 @@ impl<'a> Rig<'a> {
                     self.session.rings.iter().map(|r| r.used_idx()).collect::<Vec<_>>(),
                 );
             }
-            assert!(Instant::now() < end, "interrupts without completions");
+            deadline.check("a completion", || "interrupts without any");
         }
     }
 
@@ -262,7 +263,7 @@ impl<'a> Rig<'a> {
         let fd =
             |r: &crate::common::frontend::SplitRing| unsafe { BorrowedFd::borrow_raw(r.call_fd.as_raw_fd()) };
         let mut fds: Vec<_> = rings.iter().map(|r| PollFd::new(fd(r), PollFlags::POLLIN)).collect();
-        let timeout = PollTimeout::try_from(LIMIT).expect("a limit below a month");
+        let timeout = PollTimeout::try_from(limit()).unwrap_or(PollTimeout::MAX);
         let called = poll(&mut fds, timeout).map_err(|e| Fault::Io(e.into())).expect("poll") > 0;
         rings.iter().for_each(|r| drop(r.call_fd.read()));
         called
