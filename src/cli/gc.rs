@@ -4,10 +4,10 @@
 //! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Result};
+use crate::base::{Context, Error, Result};
 use crate::cli::{Env, output, size};
-use crate::helper::grants::{self, Note};
-use crate::ops::gc::LeftOver;
+use crate::helper::grants::{self, Note, notes};
+use crate::ops::gc::{LeftOver, What};
 use serde_json::{Value, json};
 
 /// Arguments of `gc`.
@@ -73,11 +73,12 @@ impl Swept {
 pub fn run(env: &Env, args: &Args) -> Result<()> {
     let catalog = env.catalog();
     // A store that does not exist is not made by looking.
-    let found = match env.root.path().exists() {
+    let mut found = match env.root.path().exists() {
         true if args.dry_run => catalog.left_overs()?,
         true => catalog.collect()?,
         false => Vec::new(),
     };
+    found.extend(old_notes(env, args)?);
     let sweep = |note: Note| {
         let outcome = (!args.dry_run).then(|| grants::retire(&env.root, &note));
         Swept { note, outcome }
@@ -91,6 +92,20 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
             Err(Error::new(first.kind(), format!("{count} grants are not retired: {first}")))
         }
     }
+}
+
+/// Removes the notes of grants that earlier versions kept in the store, where whoever writes the ciphertext could have
+/// written them. Nothing is done at the KMS because of them.
+fn old_notes(env: &Env, args: &Args) -> Result<Vec<LeftOver>> {
+    notes::warn_of_old(&env.root);
+    let paths = notes::old(&env.root)?;
+    let found: Vec<LeftOver> = paths.into_iter().filter_map(|path| LeftOver::at(What::Note, path)).collect();
+    if !args.dry_run {
+        for left in &found {
+            std::fs::remove_file(&left.path).context(|| format!("remove {}", left.path.display()))?;
+        }
+    }
+    Ok(found)
 }
 
 fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result<()> {

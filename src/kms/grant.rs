@@ -27,3 +27,12 @@ pub struct Grant {
     /// Its token, known to who made it: good for a few minutes, until the whole KMS knows the grant.
     pub token: Option<String>,
 }
+
+/// A grant as the KMS lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedGrant {
+    /// The grant's id.
+    pub id: String,
+    /// The name that it was made under, if it was made under one.
+    pub name: Option<String>,
+}

@@ -17,7 +17,7 @@ pub mod server;
 pub use context::EncryptionContext;
 pub use errors::{Exception, KmsError};
 pub use failure::Failure;
-pub use grant::{Grant, GrantRequest};
+pub use grant::{Grant, GrantRequest, ListedGrant};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::audit::AuditKey;
@@ -153,6 +153,11 @@ pub trait KeyProvider: Send + Sync {
 
     /// RetireGrant. NotFound if there is no such grant (any more).
     fn retire_grant(&self, _grant: &Grant) -> Result<(), KmsError> {
+        Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
+    }
+
+    /// ListRetirableGrants: the grants on the key of this ARN that were made for `grantee`, and that it may retire.
+    fn grants_for(&self, _key: &str, _grantee: &str) -> Result<Vec<ListedGrant>, KmsError> {
         Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
     }
 

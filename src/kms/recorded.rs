@@ -6,7 +6,8 @@
 use crate::audit::{AuditKey, AuditLog, Entry, Step};
 use crate::base::root::Root;
 use crate::kms::{
-    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
+    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, ListedGrant,
+    WrappedKey,
 };
 use zeroize::Zeroizing;
 
@@ -119,6 +120,10 @@ impl KeyProvider for Recorded {
 
     fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError> {
         self.inner.retire_grant(grant)
+    }
+
+    fn grants_for(&self, key: &str, grantee: &str) -> Result<Vec<ListedGrant>, KmsError> {
+        self.inner.grants_for(key, grantee)
     }
 
     fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {

@@ -26,6 +26,8 @@ pub enum What {
     Snapshot,
     /// A change of a volume's layers that was interrupted.
     Change,
+    /// A note of a grant, as earlier versions kept them in the store. What it says is not looked at.
+    Note,
 }
 
 impl What {
@@ -37,6 +39,7 @@ impl What {
             What::Volume => "volume",
             What::Snapshot => "snapshot",
             What::Change => "change",
+            What::Note => "note",
         }
     }
 }
@@ -54,7 +57,7 @@ pub struct LeftOver {
 
 impl LeftOver {
     /// None if it has gone meanwhile.
-    fn at(what: What, path: PathBuf) -> Option<Self> {
+    pub(crate) fn at(what: What, path: PathBuf) -> Option<Self> {
         let bytes = std::fs::symlink_metadata(&path).ok()?.blocks() * 512;
         Some(LeftOver { what, path, bytes })
     }

@@ -4,7 +4,9 @@
 
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::page::Piece;
-use sealblk::kms::{EncryptionContext, Grant, GrantRequest, KeyProvider, KeyState, KmsError, WrappedKey};
+use sealblk::kms::{
+    EncryptionContext, Grant, GrantRequest, KeyProvider, KeyState, KmsError, ListedGrant, WrappedKey,
+};
 
 /// What an operator does at the provider, outside of `KeyProvider`. Keys are named by ARN.
 pub trait Admin {
@@ -326,6 +328,12 @@ impl Subject<'_> {
 
         let other = self.provider.create_grant(&GrantRequest { name: "two", ..request }).unwrap();
         assert_ne!(other.id, grant.id);
+        let mut listed = self.provider.grants_for(&key, grantee).unwrap();
+        listed.sort_by(|a, b| a.name.cmp(&b.name));
+        let listing = |id: &str, name: &str| ListedGrant { id: id.into(), name: Some(name.into()) };
+        assert_eq!(listed, [listing(&grant.id, "one"), listing(&other.id, "two")]);
+        let another = self.admin.create_key();
+        assert_eq!(self.provider.grants_for(&another, grantee).unwrap(), [], "of that key alone");
         self.provider.retire_grant(&grant).unwrap();
         // Who has lost the token names it by its id.
         self.provider.retire_grant(&Grant { token: None, ..other.clone() }).unwrap();

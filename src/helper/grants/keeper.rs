@@ -12,7 +12,7 @@ use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
 use crate::config::Settings;
 use crate::helper;
-use crate::helper::grants::notes::{self, Note};
+use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
 use crate::helper::unwrap::Refusal;
 use crate::kms::patience::Patience;
@@ -84,11 +84,14 @@ impl Keeper {
                 "no grant is made: attach-grants is off, or no grantee-principal is set in sealblk.toml"
             );
         }
+        if alone {
+            notes::warn_of_old(root);
+        }
         let keys: Vec<(String, String)> = match wanted {
             true => keys_of(metadata),
             false => Vec::new(),
         };
-        let left_behind = alone && !notes::of_volume(root, metadata.id())?.is_empty();
+        let left_behind = alone && !Notes::of(root)?.of_volume(metadata.id())?.is_empty();
         if keys.is_empty() && !left_behind {
             return Ok(Keeper::default());
         }
@@ -171,7 +174,7 @@ pub fn keep(root: &Root) -> Result<()> {
     let mut lines = BufReader::new(&socket);
     let order: Order = hear(&mut lines)?
         .ok_or_else(|| Error::new(Kind::Usage, "this command is started by \"sealblk attach\" alone"))?;
-    let old = if order.alone { notes::of_volume(root, order.volume)? } else { Vec::new() };
+    let old = if order.alone { Notes::of(root)?.of_volume(order.volume)? } else { Vec::new() };
     let mut made = Vec::new();
     let granted = grant_all(root, &order, &old, &mut made);
     // The terminal's and the service manager's signals are for the host process; its end is what ends this one.
@@ -265,7 +268,7 @@ fn grant_all(
             tokens.push(None);
             continue;
         };
-        let wanted = Note::new(order.volume, provider, key, &grantee);
+        let wanted = Note::new(root, order.volume, provider, key, &grantee);
         let note = old.iter().find(|old| old.could_be(&wanted)).cloned().unwrap_or(wanted);
         let grant = make(root, &*opened, note, made)?.map_err(refused)?;
         tokens.push(grant.token);
@@ -280,18 +283,19 @@ fn make(
     mut note: Note,
     made: &mut Vec<(Note, Grant)>,
 ) -> Result<Result<Grant, KmsError>, Error> {
-    notes::write(root, &note)?;
+    let notes = Notes::of(root)?;
+    notes.write(&note)?;
     match create(provider, &note) {
         Ok(grant) => {
             note.grant = Some(grant.id.clone());
             made.push((note.clone(), grant.clone()));
-            notes::write(root, &note)?;
+            notes.write(&note)?;
             Ok(Ok(grant))
         }
         // Whether it was made nobody knows; the note says that it may have been.
         Err(e @ (KmsError::Transport(_) | KmsError::Unavailable(_))) => Ok(Err(e)),
         Err(e) => {
-            notes::remove(root, &note)?;
+            notes.remove(&note)?;
             Ok(Err(e))
         }
     }

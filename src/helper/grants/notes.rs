@@ -1,6 +1,9 @@
-//! What is noted of grants, in `<root>/grants/`, a file each: written before the grant is made, removed once it is
-//! retired. Not in the volume's folder, which a deletion takes away with all that is in it.
+//! What is noted of grants, in `grants/` in the configuration folder, a file each: written before the grant is made,
+//! removed once it is retired. Not under the store's root: what lies there is whoever's who can write the ciphertext.
+//!
+//! Earlier versions kept their notes in `<root>/grants/`. Those are never read ([`warn_of_old`]).
 
+use crate::audit::mark::folder_hash;
 use crate::base::root::{Root, create_dir_durable, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
@@ -13,7 +16,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 /// The version of what is written.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest note in bytes.
 const MAX_LEN: u64 = 16 << 10;
 
@@ -24,6 +27,8 @@ pub struct Note {
     version: u32,
     /// Tells it from the volume's others.
     pub id: Uuid,
+    /// Stands for the root folder of the volume's store: several stores may have one configuration folder.
+    store: String,
     /// The volume whose context it is good for.
     pub volume: VolumeId,
     /// Whose key it is.
@@ -39,11 +44,12 @@ pub struct Note {
 }
 
 impl Note {
-    /// The note of a grant that is to be made.
-    pub fn new(volume: VolumeId, provider: &str, key_id: &str, grantee: &str) -> Self {
+    /// The note of a grant that is to be made for an attach of a volume of the store at `root`.
+    pub fn new(root: &Root, volume: VolumeId, provider: &str, key_id: &str, grantee: &str) -> Self {
         let (provider, key_id) = (provider.to_owned(), key_id.to_owned());
         let (id, since, grantee) = (Uuid::new_v4(), Timestamp::now(), grantee.to_owned());
-        Note { version: VERSION, id, volume, provider, key_id, grantee, since, grant: None }
+        let store = store_of(root);
+        Note { version: VERSION, id, store, volume, provider, key_id, grantee, since, grant: None }
     }
 
     /// The grant's name at the KMS: the same request by the same name is the same grant.
@@ -58,65 +64,120 @@ impl Note {
         same && self.grant.is_none()
     }
 
-    fn path(&self, root: &Root) -> PathBuf {
-        root.grants().join(format!("{}.{}.json", self.volume, self.id))
+    fn path(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}.{}.json", self.volume, self.id))
     }
 }
 
-/// Writes a note down, durably, in place of what it said before.
-pub fn write(root: &Root, note: &Note) -> Result<()> {
-    create_dir_durable(&root.grants())?;
-    let text = serde_json::to_vec_pretty(note).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    replace_file(&note.path(root), &text)
+/// The notes of one configuration folder.
+#[derive(Clone, Debug)]
+pub struct Notes {
+    folder: PathBuf,
+    /// Whose notes are meant.
+    store: String,
 }
 
-/// Removes a note; one that somebody else has removed is as good.
-pub fn remove(root: &Root, note: &Note) -> Result<()> {
-    let path = note.path(root);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => {
-            Err(Error::from(e).context(format!("remove {}", path.display())))
+impl Notes {
+    /// Those of the store at `root`, in [`Root::config_dir`].
+    pub fn of(root: &Root) -> Result<Self> {
+        Ok(Self::at(&Root::config_dir()?, root))
+    }
+
+    /// Those of the store at `root`, in `config`.
+    pub fn at(config: &Path, root: &Root) -> Self {
+        Notes { folder: config.join("grants"), store: store_of(root) }
+    }
+
+    /// Writes a note down, durably, in place of what it said before.
+    pub fn write(&self, note: &Note) -> Result<()> {
+        create_dir_durable(&self.folder)?;
+        let text = serde_json::to_vec_pretty(note).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+        replace_file(&note.path(&self.folder), &text)
+    }
+
+    /// Removes a note; one that somebody else has removed is as good.
+    pub fn remove(&self, note: &Note) -> Result<()> {
+        let path = note.path(&self.folder);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                Err(Error::from(e).context(format!("remove {}", path.display())))
+            }
+            _ => sync_dir(&self.folder),
         }
-        _ => sync_dir(&root.grants()),
+    }
+
+    /// All notes of the store, by volume. What cannot be read is logged and left.
+    pub fn list(&self) -> Result<Vec<Note>> {
+        let attempt = || format!("list {}", self.folder.display());
+        let entries = match std::fs::read_dir(&self.folder) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.context(attempt)?,
+        };
+        let mut notes = Vec::new();
+        for entry in entries {
+            let path = entry.context(attempt)?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match read(&path) {
+                Ok(note) => notes.push(note),
+                // Retired meanwhile.
+                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) => log::warn!("{}: {e}; it is left as it is", path.display()),
+            }
+        }
+        notes.retain(|note| note.store == self.store);
+        notes.sort_by_key(|note| (note.volume, note.id));
+        Ok(notes)
+    }
+
+    /// The notes of one volume.
+    pub fn of_volume(&self, volume: VolumeId) -> Result<Vec<Note>> {
+        let mut notes = self.list()?;
+        notes.retain(|note| note.volume == volume);
+        Ok(notes)
     }
 }
 
-/// All notes, by volume. What cannot be read is logged and left.
-pub fn list(root: &Root) -> Result<Vec<Note>> {
+/// The notes that earlier versions left in the store at `root`. Nothing that stands in them is looked at.
+///
+/// # Errors
+/// Those of the file system.
+pub fn old(root: &Root) -> Result<Vec<PathBuf>> {
     let folder = root.grants();
     let attempt = || format!("list {}", folder.display());
     let entries = match std::fs::read_dir(&folder) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.context(attempt)?,
     };
-    let mut notes = Vec::new();
-    for entry in entries {
-        let path = entry.context(attempt)?.path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
-        }
-        match read(&path) {
-            Ok(note) => notes.push(note),
-            // Retired meanwhile.
-            Err(e) if e.kind() == Kind::NotFound => {}
-            Err(e) => log::warn!("{}: {e}; it is left as it is", path.display()),
-        }
-    }
-    notes.sort_by_key(|note| (note.volume, note.id));
-    Ok(notes)
+    let mut found =
+        entries.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>().context(attempt)?;
+    found.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    found.sort_unstable();
+    Ok(found)
 }
 
-/// The notes of one volume.
-pub fn of_volume(root: &Root, volume: VolumeId) -> Result<Vec<Note>> {
-    let mut notes = list(root)?;
-    notes.retain(|note| note.volume == volume);
-    Ok(notes)
+/// Says so if there are any.
+pub fn warn_of_old(root: &Root) {
+    if old(root).is_ok_and(|found| !found.is_empty()) {
+        log::warn!(
+            "{}: notes of grants are not read there any more, since whoever can write the store could have written \
+             them; \"sealblk gc\" removes them. Grants that an earlier version left are called sealblk/vol-...: look for \
+             them at the KMS (\"aws kms list-retirable-grants\")",
+            root.grants().display()
+        );
+    }
 }
 
 /// The settings' patience, but no more than `most`.
 pub(super) fn patience(root: &Root, most: Patience) -> Patience {
     // Settings that cannot be read are reported by whoever needs them more.
     Settings::load(root).map_or(most, |settings| Patience(settings.kms_patience.min(most.0)))
+}
+
+/// What stands for the store at `root` in a note.
+fn store_of(root: &Root) -> String {
+    hex::encode(folder_hash(root.path()))
 }
 
 fn read(path: &Path) -> Result<Note> {
@@ -133,44 +194,61 @@ fn read(path: &Path) -> Result<Note> {
 mod tests {
     use super::*;
 
+    const KEY: &str = "arn:aws:kms:us-east-1:1:key/1";
+    const WHO: &str = "arn:aws:iam::1:root";
+
+    fn place() -> (tempfile::TempDir, Root, Notes) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path().join("root"));
+        let notes = Notes::at(&dir.path().join("config"), &root);
+        (dir, root, notes)
+    }
+
     #[test]
     fn notes_are_kept_changed_and_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path());
-        assert_eq!(list(&root).unwrap(), []);
-        let mut note =
-            Note::new(VolumeId::random(), "aws", "arn:aws:kms:us-east-1:1:key/1", "arn:aws:iam::1:root");
-        let other =
-            Note::new(VolumeId::random(), "aws", "arn:aws:kms:us-east-1:1:key/1", "arn:aws:iam::1:root");
-        write(&root, &note).unwrap();
-        write(&root, &other).unwrap();
+        let (_dir, root, notes) = place();
+        assert_eq!(notes.list().unwrap(), []);
+        let mut note = Note::new(&root, VolumeId::random(), "aws", KEY, WHO);
+        let other = Note::new(&root, VolumeId::random(), "aws", KEY, WHO);
+        notes.write(&note).unwrap();
+        notes.write(&other).unwrap();
         assert!(note.could_be(&Note { id: Uuid::new_v4(), ..note.clone() }) && !note.could_be(&other));
         note.grant = Some("1234".into());
-        write(&root, &note).unwrap();
+        notes.write(&note).unwrap();
         assert!(!note.could_be(&note));
-        assert_eq!(of_volume(&root, note.volume).unwrap(), std::slice::from_ref(&note));
-        assert_eq!(list(&root).unwrap().len(), 2);
-        remove(&root, &note).unwrap();
-        remove(&root, &note).unwrap();
-        assert_eq!(list(&root).unwrap(), [other]);
+        assert_eq!(notes.of_volume(note.volume).unwrap(), std::slice::from_ref(&note));
+        assert_eq!(notes.list().unwrap().len(), 2);
+        notes.remove(&note).unwrap();
+        notes.remove(&note).unwrap();
+        assert_eq!(notes.list().unwrap(), [other]);
     }
 
     #[test]
     fn what_is_not_a_note_stays_and_hides_no_other() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path());
-        let note = Note::new(VolumeId::random(), "aws", "key", "arn");
-        write(&root, &note).unwrap();
-        let newer = Note { version: 2, id: Uuid::new_v4(), ..note.clone() };
-        std::fs::write(newer.path(&root), serde_json::to_vec(&newer).unwrap()).unwrap();
-        std::fs::write(root.grants().join("torn.json"), "{").unwrap();
-        assert_eq!(list(&root).unwrap(), [note]);
-        assert_eq!(std::fs::read_dir(root.grants()).unwrap().count(), 3);
+        let (_dir, root, notes) = place();
+        let note = Note::new(&root, VolumeId::random(), "aws", KEY, WHO);
+        notes.write(&note).unwrap();
+        let newer = Note { version: 3, id: Uuid::new_v4(), ..note.clone() };
+        std::fs::write(newer.path(&notes.folder), serde_json::to_vec(&newer).unwrap()).unwrap();
+        std::fs::write(notes.folder.join("torn.json"), "{").unwrap();
+        assert_eq!(notes.list().unwrap(), [note]);
+        assert_eq!(std::fs::read_dir(&notes.folder).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn the_notes_of_another_store_in_the_same_folder_are_none_of_this_stores_affair() {
+        let (dir, root, notes) = place();
+        let elsewhere = Root::new(dir.path().join("elsewhere"));
+        notes.write(&Note::new(&elsewhere, VolumeId::random(), "aws", KEY, WHO)).unwrap();
+        let ours = Note::new(&root, VolumeId::random(), "aws", KEY, WHO);
+        notes.write(&ours).unwrap();
+        assert_eq!(notes.list().unwrap(), [ours]);
     }
 
     #[test]
     fn a_name_is_one_that_kms_takes() {
-        let name = Note::new(VolumeId::random(), "aws", "key", "arn").name();
+        let (_dir, root, _) = place();
+        let name = Note::new(&root, VolumeId::random(), "aws", "key", "arn").name();
         assert!(name.len() <= 256 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b":/_-".contains(&b)));
     }
 }

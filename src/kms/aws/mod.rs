@@ -10,7 +10,7 @@
 mod client;
 mod failure;
 
-use crate::kms::grant::{Grant, GrantRequest};
+use crate::kms::grant::{Grant, GrantRequest, ListedGrant};
 use crate::kms::key_ref::arn_region;
 use crate::kms::patience::Patience;
 use crate::kms::{
@@ -24,6 +24,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
+
+/// How many grants are asked for at a time.
+const GRANTS_PER_PAGE: i32 = 100;
+/// The most pages that are asked for: as many as the most grants that one key can have take.
+const GRANT_PAGES_MAX: usize = 50_000 / GRANTS_PER_PAGE as usize;
 
 /// AWS KMS in whichever regions its keys lie.
 pub struct Aws {
@@ -235,6 +240,31 @@ impl KeyProvider for Aws {
             None => kms.retire_grant().key_id(&grant.key_id).grant_id(&grant.id).send(),
         });
         done.map(drop)
+    }
+
+    /// Of all keys of the region, since this takes no right on the key; a page at a time.
+    fn grants_for(&self, key: &str, grantee: &str) -> Result<Vec<ListedGrant>, KmsError> {
+        let mut found = Vec::new();
+        let mut marker: Option<String> = None;
+        for _ in 0..GRANT_PAGES_MAX {
+            let page = self.call(key, |kms| {
+                kms.list_retirable_grants()
+                    .retiring_principal(grantee)
+                    .limit(GRANTS_PER_PAGE)
+                    .set_marker(marker.clone())
+                    .send()
+            })?;
+            let ours = page.grants.unwrap_or_default().into_iter().filter(|grant| {
+                grant.key_id.as_deref() == Some(key) && grant.grantee_principal.as_deref() == Some(grantee)
+            });
+            found
+                .extend(ours.filter_map(|grant| Some(ListedGrant { id: grant.grant_id?, name: grant.name })));
+            marker = page.next_marker;
+            if !page.truncated || marker.is_none() {
+                return Ok(found);
+            }
+        }
+        Err(KmsError::Internal(format!("the KMS's list of the grants of {grantee} has no end")))
     }
 }
 

@@ -7,11 +7,13 @@ use crate::kms::embedded::blob::{self, Blob, PLAINTEXT_MAX};
 use crate::kms::embedded::grant_records::{Constraint, GrantOperation};
 use crate::kms::embedded::grants::{GrantRef, NewGrant};
 use crate::kms::embedded::open_log::OpenLog;
+use crate::kms::embedded::page::{LIMIT, Piece};
 use crate::kms::embedded::records::KeyEntry;
 use crate::kms::embedded::{Embedded, due};
 use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
 use crate::kms::{
-    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, WrappedKey,
+    Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, ListedGrant,
+    WrappedKey,
 };
 use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
@@ -286,6 +288,19 @@ impl KeyProvider for Embedded {
     fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError> {
         let named = GrantRef::Id { key: &grant.key_id, grant: &grant.id };
         Embedded::retire_grant(self, &self.owner(), named, false)
+    }
+
+    fn grants_for(&self, key: &str, grantee: &str) -> Result<Vec<ListedGrant>, KmsError> {
+        let piece = Piece { limit: Some(*LIMIT.end()), marker: None };
+        let mut found = Vec::new();
+        let mut next = Some(piece);
+        while let Some(piece) = next {
+            let page = self.grants(key, None, Some(grantee), &piece)?;
+            let retirable = page.items.into_iter().filter(|grant| grant.retiring.as_deref() == Some(grantee));
+            found.extend(retirable.map(|grant| ListedGrant { id: grant.id, name: grant.name }));
+            next = page.next.map(|marker| Piece { marker: Some(marker), ..piece });
+        }
+        Ok(found)
     }
 }
 

@@ -25,7 +25,7 @@ fn grants(site: &Site) -> Vec<SeenGrant> {
 }
 
 fn notes(place: &Place) -> usize {
-    fs::read_dir(place.store.root().join("grants")).map_or(0, |folder| folder.count())
+    fs::read_dir(place.store.config().join("grants")).map_or(0, |folder| folder.count())
 }
 
 /// The keeper of a host process's grants.
@@ -217,7 +217,8 @@ fn a_grant_of_which_nobody_knows_whether_it_was_made_is_found_and_retired() {
         site.place.refuse(6, &[]);
         assert_eq!(notes(&site.place), 1, "one note, however often it is tried");
     }
-    let note = fs::read_dir(site.place.store.root().join("grants")).unwrap().next().unwrap().unwrap().path();
+    let note =
+        fs::read_dir(site.place.store.config().join("grants")).unwrap().next().unwrap().unwrap().path();
     let note: Value = serde_json::from_slice(&fs::read(note).unwrap()).unwrap();
     let text = |name: &str| note[name].as_str().expect("a text").to_owned();
     let new = NewGrant {
@@ -302,4 +303,110 @@ fn a_host_that_may_not_make_grants_is_told_which_setting_does_without() {
     assert_eq!(notes(&place), 0);
     place.store.configure("attach-grants = false");
     place.attach(&[]).end();
+}
+
+/// What whoever can write the store plants where earlier versions kept their notes, in their format and in this one's.
+fn plant(place: &Place, provider: &str, key: &str, grantee: &str, grant: Option<&str>) {
+    use sha2::Digest;
+    let folder = place.store.root().join("grants");
+    fs::create_dir_all(&folder).unwrap();
+    let store = fs::canonicalize(place.store.root()).unwrap();
+    let store = hex::encode(sha2::Sha256::digest(store.as_os_str().as_encoded_bytes()));
+    for version in [1, 2] {
+        let id = uuid::Uuid::new_v4();
+        let mut note = serde_json::json!({
+            "version": version, "id": id, "volume": place.id(), "provider": provider, "key_id": key,
+            "grantee": grantee, "since": "2026-01-31T23:59:59Z", "grant": grant,
+        });
+        if version == 2 {
+            note["store"] = store.clone().into();
+        }
+        let name = format!("{}.{id}.json", place.id());
+        fs::write(folder.join(name), serde_json::to_vec(&note).unwrap()).unwrap();
+    }
+}
+
+/// Everything that looks at notes of grants: the attach of the volume they are of, with and without grants, and gc.
+fn let_everything_look(place: &Place) {
+    let settings = fs::read_to_string(place.store.root().join("sealblk.toml")).unwrap();
+    place.store.configure(&format!("attach-grants = false\n{settings}"));
+    let host = place.attach(&[]);
+    assert!(host.output().contains("notes of grants are not read there any more"), "{}", host.output());
+    host.end();
+    place.store.configure(&settings);
+    place.attach(&[]).end();
+    assert_eq!(planted(place), 2, "an attach leaves them where they are");
+    let gc = |arguments: &[&str]| {
+        let text = place.store.ok(&[&["gc", "--json"], arguments].concat());
+        let said: Value = serde_json::from_str(&text).expect("JSON");
+        let what: Vec<Value> =
+            said["left_overs"].as_array().expect("a list").iter().map(|l| l["what"].clone()).collect();
+        (what, said["grants"].clone())
+    };
+    assert_eq!(gc(&["--dry-run"]), (vec!["note".into(), "note".into()], serde_json::json!([])));
+    assert_eq!(planted(place), 2, "a dry run removes nothing");
+    assert_eq!(gc(&[]).1, serde_json::json!([]));
+    assert_eq!(planted(place), 0);
+}
+
+fn planted(place: &Place) -> usize {
+    fs::read_dir(place.store.root().join("grants")).unwrap().count()
+}
+
+#[test]
+fn a_note_that_lies_in_the_store_makes_no_grant() {
+    let site = Site::new(ROOT);
+    let thief = site.kms.principal("thief");
+    plant(&site.place, "aws", &site.key, &thief.arn, None);
+    let_everything_look(&site.place);
+    assert_eq!(grants(&site), []);
+    // Nor at the KMS that lies in the store.
+    let place = Place::with_settings(ROOT, &[]);
+    place.kms().create_principal("thief", false).unwrap();
+    let key = place.key();
+    plant(&place, "embedded", &key, "arn:aws:iam::000000000000:user/thief", None);
+    let_everything_look(&place);
+    assert_eq!(Admin::grants(&place.kms(), &key), []);
+}
+
+#[test]
+fn a_note_that_lies_in_the_store_retires_no_grant() {
+    let site = Site::new(ROOT);
+    let (kms, other) = (site.kms.admin(), site.kms.principal("other"));
+    let new = NewGrant { grantee: &other.arn, operations: &[GrantOperation::Decrypt], ..NewGrant::default() };
+    let made = kms.create_grant(&kms.owner(), &site.key, &new, false).unwrap();
+    plant(&site.place, "aws", &site.key, &site.who.arn, Some(&made.id));
+    let_everything_look(&site.place);
+    assert_eq!(grants(&site).iter().map(|grant| &grant.id).collect::<Vec<_>>(), [&made.id]);
+}
+
+/// The notes that are acted on find a grant by its name, and by nothing that looks like it.
+#[test]
+fn a_grant_of_another_name_is_not_retired_in_place_of_one_that_was_not_made() {
+    let site = Site::new(ROOT);
+    let lost = Faults::start([], Answer::HangUp);
+    site.move_to(&lost.url);
+    site.place.refuse(6, &[]);
+    site.move_to(&site.kms.url);
+    let kms = site.kms.admin();
+    let new = NewGrant {
+        grantee: &site.who.arn,
+        retiring: Some(&site.who.arn),
+        operations: &[GrantOperation::Decrypt],
+        name: Some("the-operators-own"),
+        ..NewGrant::default()
+    };
+    kms.create_grant(&kms.owner(), &site.key, &new, false).unwrap();
+    let said = site.place.store.run(&["gc"]);
+    assert_eq!(said.status.code(), Some(4), "{}", crate::store::said(&said));
+    assert!(crate::store::said(&said).contains("may know it in a few minutes"));
+    assert_eq!((grants(&site).len(), notes(&site.place)), (1, 1), "neither made nor retired");
+    // Once the KMS would know it by now, there is none.
+    let path =
+        fs::read_dir(site.place.store.config().join("grants")).unwrap().next().unwrap().unwrap().path();
+    let mut note: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    note["since"] = "2026-01-31T23:59:59Z".into();
+    fs::write(&path, serde_json::to_vec(&note).unwrap()).unwrap();
+    site.place.store.ok(&["gc"]);
+    assert_eq!((grants(&site).len(), notes(&site.place)), (1, 0));
 }
