@@ -123,7 +123,7 @@ fn case(
         }
         file.sync_all()?;
         let access = if layer == 0 { Access::ReadWrite } else { Access::Read };
-        opened.push(Layer::open(&path, access, 512, cipher.clone())?);
+        opened.push(Layer::open(&path, access, 512, cipher.clone(), None)?);
     }
     let geometry = Geometry { sectors: options.size / 512, block_size: 512, read_only: false };
     let disk = Disk::layered(geometry, "bench", chain(&opened))?;

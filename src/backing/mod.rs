@@ -8,10 +8,10 @@
 pub mod chain;
 pub mod file;
 
-use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::Duration;
+use std::{fmt, io};
 use vm_memory::VolatileSlice;
 
 /// What a store can do and how it is reached; for the log and for the limits that follow from it.
@@ -21,6 +21,8 @@ pub struct Caps {
     pub access: String,
     /// Size in bytes: of the top layer.
     pub size: u64,
+    /// What the offsets and lengths of [`Op::Zero`] are multiples of, and what transfers are best made of: a power of two.
+    pub unit: u64,
 }
 
 /// A run of bytes, owned by whoever holds it. It cannot be copied, and only the queue that made it can look
@@ -33,6 +35,8 @@ pub struct Buffer {
     page: u32,
     /// Pages it occupies.
     pages: u32,
+    /// Where in the first page its bytes begin.
+    skip: u32,
     /// Bytes in use.
     len: u32,
 }
@@ -65,7 +69,7 @@ pub enum Op {
         /// What to fill.
         buffer: Buffer,
     },
-    /// Fill a part of the buffer from `offset` of a layer below the top.
+    /// Fill a part of the buffer from `offset` of a layer below the top. What is in other parts of it may be lost.
     ReadBelow {
         /// Which: 1 is the one right below the top.
         layer: usize,
@@ -87,7 +91,7 @@ pub enum Op {
     },
     /// Make every completed write durable.
     Flush,
-    /// The range shall read as zeros; its space is given back, or kept if `keep_space`.
+    /// The range, whole [units](Caps::unit), shall read as zeros; its space is given back, or kept if `keep_space`.
     Zero {
         /// Where from.
         offset: u64,
@@ -120,6 +124,22 @@ pub enum Event {
         /// The token it was watched with.
         token: u32,
     },
+}
+
+/// In an error of a write: what had to be read first could not be, and nothing was written.
+#[derive(Debug)]
+pub struct NotBegun(io::Error);
+
+impl fmt::Display for NotBegun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "reading the rest of a block that is written in part: {}", self.0)
+    }
+}
+
+impl std::error::Error for NotBegun {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
 }
 
 /// How long [`Queue::wait`] may wait.
@@ -159,8 +179,9 @@ pub trait Store: Send + Sync {
 
 /// One thread's way to a store. Dropping it waits for what is in flight.
 pub trait Queue {
-    /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]), or `None` until others have come back.
-    fn alloc(&mut self, len: usize) -> Option<Buffer>;
+    /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]) for what is at `offset`, whole sectors of 512 bytes; or `None`
+    /// until others have come back.
+    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer>;
 
     /// Gives a buffer back.
     fn free(&mut self, buffer: Buffer);
@@ -195,7 +216,7 @@ pub trait Queue {
     fn submit(&mut self, tag: u64, op: Op);
 
     /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay open
-    /// until the next [`Queue::wait`] has returned.
+    /// until the next [`Queue::wait`] has returned. The token `u32::MAX - 1` is taken.
     fn watch(&mut self, token: u32, fd: RawFd);
 
     /// Ends a watch; when it returns, the token will not be reported again.

@@ -163,7 +163,7 @@ fn data_folder(root: &Path) -> Finding {
 fn access_of(trial: &Path) -> Result<String> {
     let attempt = || -> Result<String> {
         std::fs::File::create_new(trial)?.set_len(1 << 16)?;
-        Ok(FileStore::open(trial, false, 512)?.caps().access.clone())
+        Ok(FileStore::open(trial, false, 512, None)?.caps().access.clone())
     };
     let access = attempt();
     let _ = std::fs::remove_file(trial);

@@ -58,6 +58,8 @@ pub(super) enum Action {
     Nothing,
     /// Make a hole in the top layer.
     Punch,
+    /// Write zeros that mean "not in the top layer".
+    Clear,
     /// Write zeros, encrypted.
     Write,
 }

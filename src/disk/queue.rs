@@ -1,6 +1,6 @@
 //! One thread's way to a disk: data between guest memory and the layers, zeros, flushes, and what wakes the thread.
 
-use crate::backing::{Buffer, Event, Op, Queue, Wait};
+use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
 use crate::disk::Disk;
 use crate::disk::fence::{Fence, OpenLane};
 use crate::disk::guest::{GuestData, may_have_holes};
@@ -20,6 +20,8 @@ const LANE: u32 = u32::MAX;
 pub struct DiskQueue {
     disk: Arc<Disk>,
     queue: Box<dyn Queue>,
+    /// The store's unit.
+    unit: u64,
     /// Where there are several layers.
     layered: Option<Layered>,
     /// Where somebody may copy what is below into the top. It goes after the queue.
@@ -35,7 +37,8 @@ impl DiskQueue {
         if let Some(lane) = &lane {
             queue.watch(LANE, lane.wake_fd());
         }
-        Ok(DiskQueue { disk: disk.clone(), queue, layered, lane })
+        let unit = disk.store.caps().unit;
+        Ok(DiskQueue { disk: disk.clone(), queue, unit, layered, lane })
     }
 
     /// The disk.
@@ -43,9 +46,15 @@ impl DiskQueue {
         &self.disk
     }
 
-    /// The most bytes in one buffer; a multiple of the block size.
-    pub fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
+    /// How many of `len` bytes at `sector` to transfer at a time: as many as a buffer can have, and where that is not all,
+    /// no part of one of the store's units, which would have to be brought together again.
+    pub fn piece(&self, sector: u64, len: u64) -> usize {
+        let most = self.queue.max_buffer() as u64;
+        if len <= most {
+            return len as usize;
+        }
+        let end = sector * SECTOR_SIZE + most;
+        (most - end % self.unit) as usize
     }
 
     /// A buffer of `len` bytes for what is at `sector`, if there is one and another operation may be submitted there.
@@ -54,7 +63,7 @@ impl DiskQueue {
         if !self.queue.has_room() {
             return None;
         }
-        let buffer = self.queue.alloc(len)?;
+        let buffer = self.queue.alloc(sector * SECTOR_SIZE, len)?;
         if let Some(lane) = &self.lane
             && !lane.enter(buffer.place(), sector..sector + len as u64 / SECTOR_SIZE)
         {
@@ -245,12 +254,12 @@ impl DiskQueue {
     /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once only,
     /// to whoever syncs next: the error may be that of writes which had completed before.
     pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
-        use io::ErrorKind::{QuotaExceeded, StorageFull, UnexpectedEof};
+        use io::ErrorKind::{QuotaExceeded, StorageFull, WriteZero};
         match &result {
             // For want of room nothing else is lost.
-            Err(e) if durable && !matches!(e.kind(), QuotaExceeded | StorageFull | UnexpectedEof) => {
-                self.flushed(result)
-            }
+            Err(e) if matches!(e.kind(), QuotaExceeded | StorageFull | WriteZero) => result,
+            Err(e) if e.get_ref().is_some_and(|e| e.is::<NotBegun>()) => result,
+            Err(_) if durable => self.flushed(result),
             _ => result,
         }
     }
@@ -266,11 +275,12 @@ impl DiskQueue {
     /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of them: the
     /// answer says how many are seen to, and whether an operation was submitted for them. `None`: there is no room yet.
     pub fn zero(&mut self, tag: u64, sector: u64, count: u64, how: Zeroing) -> Option<Zeroed> {
-        let most = self.max_buffer() as u64 / SECTOR_SIZE;
+        let most = self.queue.max_buffer() as u64 / SECTOR_SIZE;
         let part = match &self.layered {
             None => Part { sectors: count, action: Action::Punch },
             Some(layered) => layered.first_part(&self.disk, sector, count, most, how),
         };
+        let part = self.whole_units(sector, part, how);
         let (offset, len) = (sector * SECTOR_SIZE, part.sectors * SECTOR_SIZE);
         match part.action {
             Action::Nothing => return Some(Zeroed { sectors: part.sectors, submitted: false }),
@@ -278,6 +288,12 @@ impl DiskQueue {
             Action::Punch => {
                 let keep_space = how == Zeroing::KeepSpace;
                 self.queue.submit(tag, Op::Zero { offset, len, keep_space });
+            }
+            Action::Clear => {
+                let mut buffer = self.alloc(sector, len as usize)?;
+                self.queue.bytes(&mut buffer).fill(0);
+                // The layer gets nothing by it: there is nothing to mark.
+                self.queue.submit(tag, Op::Write { offset, buffer, durable: false });
             }
             Action::Write => {
                 let mut buffer = self.alloc(sector, len as usize)?;
@@ -292,7 +308,27 @@ impl DiskQueue {
         Some(Zeroed { sectors: part.sectors, submitted: true })
     }
 
-    /// See [`Queue::watch`]. The token `u32::MAX` is taken.
+    /// The store makes holes of whole units. Where `part` begins or ends within one, the first of it is cleared, or left as
+    /// it is if nothing is asked of it.
+    fn whole_units(&self, sector: u64, part: Part, how: Zeroing) -> Part {
+        let (unit, n) = (self.unit / SECTOR_SIZE, part.sectors);
+        if part.action != Action::Punch || (sector | n).is_multiple_of(unit) {
+            return part;
+        }
+        let (sectors, is_whole) = match sector % unit {
+            0 if n >= unit => (n - n % unit, true),
+            0 => (n, false),
+            into => (n.min(unit - into), false),
+        };
+        let action = match how {
+            _ if is_whole => Action::Punch,
+            Zeroing::Discard => Action::Nothing,
+            Zeroing::Unmap | Zeroing::KeepSpace => Action::Clear,
+        };
+        Part { sectors, action }
+    }
+
+    /// See [`Queue::watch`]. The tokens from `u32::MAX - 1` on are taken.
     pub fn watch(&mut self, token: u32, fd: RawFd) {
         self.queue.watch(token, fd);
     }

@@ -51,7 +51,7 @@ impl Opener {
         let metadata = catalog.load(volume)?;
         catalog.check_layers(&metadata)?;
         let path = catalog.layer_path(metadata.top().id);
-        let top = FileStore::open(&path, true, metadata.sector_size().bytes());
+        let top = FileStore::open(&path, true, metadata.sector_size().bytes(), None);
         let top = top.context(|| path.display().to_string())?;
         top.open_queue(1).map_err(cannot_serve)?;
         let deks = keys(&metadata)?;

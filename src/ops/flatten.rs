@@ -82,12 +82,12 @@ pub fn fill_copy(
     let top = layers::ciphers(std::slice::from_ref(dek), copying.copy().layout(), Engine::Auto)?;
     let below = layers::ciphers(source_deks, source.layout(), Engine::Auto)?;
     let block_size = source.geometry().sector_size().bytes();
-    let records = copying.copy().layers().iter().chain(source.layers());
-    let mut opened = Vec::new();
-    for (record, cipher) in records.zip(top.into_iter().chain(below)) {
-        let access = if opened.is_empty() { Access::ReadWrite } else { Access::Read };
-        opened.push(Layer::open(&catalog.layer_path(record.id), access, block_size, cipher)?);
-    }
+    let records: Vec<_> = copying.copy().layers().iter().chain(source.layers()).collect();
+    let ciphers: Vec<_> = top.into_iter().chain(below).collect();
+    let opened = layers::open_stack(records.len(), |n, near| {
+        let access = if n == 0 { Access::ReadWrite } else { Access::Read };
+        Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
+    })?;
     let sectors = source.geometry().size() / SECTOR_SIZE;
     let disk = Disk::layered(Geometry { sectors, block_size, read_only: false }, "", layers::chain(&opened));
     let disk = disk.context(|| "open the layers")?.hydrating();

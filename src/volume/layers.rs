@@ -11,6 +11,7 @@ use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
 use crate::disk::{Cipher, Layers};
 use crate::image::lock::{Access, ImageLock};
 use std::borrow::Borrow;
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,12 +28,20 @@ pub struct Layer {
 
 impl Layer {
     /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes QEMU's locks.
+    /// `near` is another layer of the volume, if one is open: see [`FileStore::open`].
     ///
     /// # Errors
     /// `Busy` if somebody has it open in a way that does not go together with `access`; as [`FileStore::open`].
-    pub fn open(path: &Path, access: Access, block_size: u32, cipher: Cipher) -> Result<Self> {
+    pub fn open(
+        path: &Path,
+        access: Access,
+        block_size: u32,
+        cipher: Cipher,
+        near: Option<&Layer>,
+    ) -> Result<Self> {
         let image_lock = Arc::new(ImageLock::acquire(path, access)?);
-        let store = FileStore::open(path, access == Access::Read, block_size);
+        let near = near.map(|near| &*near.store);
+        let store = FileStore::open(path, access == Access::Read, block_size, near);
         let store = store.context(|| path.display().to_string())?;
         if !image_lock.is_on(store.file())? {
             let message = format!("{} was replaced by another file just now", path.display());
@@ -50,8 +59,8 @@ impl Layer {
     }
 }
 
-/// Opens the layers of `layout`, the top first, as yet without their ciphers. `top` is what is going to be done with the top
-/// layer; those below it are read. `volume` is whose layers they are.
+/// Opens the layers of `layout`, as yet without their ciphers; the top is the first of what it returns. `top` is what is
+/// going to be done with the top layer; those below it are read. `volume` is whose layers they are.
 ///
 /// # Errors
 /// As [`Layer::open`].
@@ -62,14 +71,14 @@ pub(super) fn open_without_ciphers(
     top: Access,
 ) -> Result<Vec<Layer>> {
     let bytes = layout.geometry().sector_size().bytes();
-    let open = |(number, layer): (usize, &LayerRecord)| {
+    open_stack(layout.layers().len(), |number, near| {
+        let layer = &layout.layers()[number];
         let access = if number == 0 { top } else { Access::Read };
         // Made by a process that has not detached since: that name a confined process may open.
         let own = catalog.own_layer_path(volume, layer.id);
         let path = if own.exists() { own } else { catalog.layer_path(layer.id) };
-        Layer::open(&path, access, bytes, None)
-    };
-    layout.layers().iter().enumerate().map(open).collect()
+        Layer::open(&path, access, bytes, None, near)
+    })
 }
 
 /// Opens all layers of a volume that is being made, or of a snapshot, with their ciphers: `deks` has a data key for each of
@@ -84,12 +93,29 @@ pub fn open_all(
     top: Access,
 ) -> Result<Vec<Layer>> {
     let bytes = layout.geometry().sector_size().bytes();
-    let mut opened = Vec::new();
-    for (layer, cipher) in layout.layers().iter().zip(ciphers(deks, layout, Engine::Auto)?) {
-        let access = if opened.is_empty() { top } else { Access::Read };
-        opened.push(Layer::open(&catalog.layer_path(layer.id), access, bytes, cipher)?);
+    let ciphers = ciphers(deks, layout, Engine::Auto)?;
+    open_stack(layout.layers().len(), |number, near| {
+        let access = if number == 0 { top } else { Access::Read };
+        let path = catalog.layer_path(layout.layers()[number].id);
+        Layer::open(&path, access, bytes, ciphers[number].clone(), near)
+    })
+}
+
+/// Opens `count` layers with `open`, which is told the number of each (0: the top) and the one below it; the top is the first
+/// of what it returns. The lowest is opened first: it has data most likely, and with data it shows how the disk is reached.
+///
+/// # Errors
+/// As `open`.
+pub fn open_stack(
+    count: usize,
+    mut open: impl FnMut(usize, Option<&Layer>) -> Result<Layer>,
+) -> Result<Vec<Layer>> {
+    let mut opened: VecDeque<Layer> = VecDeque::with_capacity(count);
+    for n in (0..count).rev() {
+        let layer = open(n, opened.front())?;
+        opened.push_front(layer);
     }
-    Ok(opened)
+    Ok(opened.into())
 }
 
 /// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same key share its round

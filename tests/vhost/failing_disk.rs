@@ -70,8 +70,8 @@ impl Queue for ScriptedQueue {
         None
     }
 
-    fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        self.queue.alloc(len)
+    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
+        self.queue.alloc(offset, len)
     }
 
     fn free(&mut self, buffer: Buffer) {
@@ -155,7 +155,8 @@ impl Rig {
         std::fs::File::create(&image).unwrap().set_len(512 * SECTORS).unwrap();
         let lock = ImageLock::acquire(&image, Access::ReadWrite).unwrap();
         let script: Arc<Mutex<Script>> = Arc::default();
-        let store = Scripted { store: FileStore::open(&image, false, 512).unwrap(), script: script.clone() };
+        let store =
+            Scripted { store: FileStore::open(&image, false, 512, None).unwrap(), script: script.clone() };
         let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
         let disk = Arc::new(Disk::new(geometry, "rig", Box::new(store), None, lock));
         let workers = (0..2).map(|n| {

@@ -1,20 +1,27 @@
 //! A layer in a file: its bytes are the volume's ciphertext, offset for offset.
 //!
 //! How the file is best reached depends on where it lies. On a disk's file system and on block devices:
-//! io_uring with O_DIRECT, so that the page cache does not hold everything twice. Where O_DIRECT is refused, or
-//! wants larger blocks than the volume has: io_uring through the page cache. On tmpfs, where io_uring would
+//! io_uring with O_DIRECT, so that the page cache does not hold everything twice; where the disk's blocks are larger than
+//! the volume's sectors ([`direct`]), what is not whole blocks is read and written back ([`queue`]). Where O_DIRECT is
+//! refused, or the layer to be written does not end where a block does: io_uring through the page cache. On tmpfs, where io_uring would
 //! hand each request to a kernel thread only to copy memory: reads from the file's memory itself ([`memory`]), and
 //! `pread` and `pwrite` on the spot.
+//!
+//! A layer is reached in one way for as long as it is open, by all of its queues: never is the page cache mixed with what
+//! goes past it.
 
+mod direct;
 mod memory;
 mod pool;
 mod prefetch;
 mod queue;
 pub mod ring;
+mod turns;
 mod write_cache;
 
 use crate::backing::{Caps, Queue, Store};
 use crate::base::locks::{self, Bytes};
+use direct::{Found, SECTOR};
 use memory::FileMemory;
 use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -28,6 +35,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use turns::Turns;
 use write_cache::WriteCache;
 
 /// The byte, beyond any layer's end, whose lock says that a queue may have writes in flight.
@@ -47,14 +55,6 @@ pub enum Access {
 }
 
 impl Access {
-    fn words(self) -> &'static str {
-        match self {
-            Access::Direct => "io_uring, O_DIRECT",
-            Access::Buffered => "io_uring, buffered",
-            Access::Inline => "memory file system",
-        }
-    }
-
     fn memory_of(self, file: &File, size: u64) -> Option<Arc<FileMemory>> {
         match self {
             Access::Inline => FileMemory::map(file, size).map(Arc::new),
@@ -63,10 +63,55 @@ impl Access {
     }
 }
 
+/// How a layer is reached, as it was decided when it was opened.
+#[derive(Clone)]
+struct Way {
+    access: Access,
+    /// What offsets and lengths of transfers are multiples of.
+    unit: u64,
+    /// Where that is larger than the volume's sectors and the layer is written: who writes what when.
+    turns: Option<Arc<Turns>>,
+}
+
+impl Way {
+    /// The best one to a layer of `size` bytes.
+    fn to(found: Option<&Found>, size: u64, block_size: u32, read_only: bool) -> Self {
+        let plain = |access| Way { access, unit: SECTOR, turns: None };
+        let Some(found) = found else { return plain(Access::Inline) };
+        let Some(unit) = found.unit else { return plain(Access::Buffered) };
+        let has_parts = unit > u64::from(block_size);
+        // Its last block could not be written as a whole without making the file longer.
+        if has_parts && !read_only && !size.is_multiple_of(unit) {
+            return plain(Access::Buffered);
+        }
+        let turns = (has_parts && !read_only).then(|| Arc::new(Turns::new()));
+        Way { access: Access::Direct, unit, turns }
+    }
+
+    fn words(&self, found: Option<&Found>) -> String {
+        match (self.access, found.and_then(|found| found.unit)) {
+            (Access::Inline, _) => "memory file system".into(),
+            (Access::Direct, _) if self.turns.is_none() => "io_uring, O_DIRECT".into(),
+            (Access::Direct, _) => format!(
+                "io_uring, O_DIRECT in the disk's blocks of {} bytes: what is written of a block is written after the \
+                 rest was read",
+                self.unit
+            ),
+            (Access::Buffered, None) => "io_uring, buffered".into(),
+            (Access::Buffered, Some(unit)) => format!(
+                "io_uring, buffered: the volume does not end with one of the disk's blocks, of {unit} bytes"
+            ),
+        }
+    }
+}
+
 /// A file or block device that holds one layer.
 pub struct FileStore {
     file: Arc<File>,
-    access: Access,
+    /// What is known of O_DIRECT there; nothing of a file that is memory.
+    found: Option<Found>,
+    block_size: u32,
+    way: Way,
     read_only: bool,
     caps: Caps,
     /// Where the file is memory.
@@ -77,8 +122,9 @@ pub struct FileStore {
 
 impl FileStore {
     /// Opens the file at `path`, which must exist and be a regular file or a block device, for transfers in
-    /// multiples of `block_size` bytes (512 or 4096).
-    pub fn open(path: &Path, read_only: bool, block_size: u32) -> io::Result<Self> {
+    /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may know more
+    /// of the disk than can be found out of a file without data.
+    pub fn open(path: &Path, read_only: bool, block_size: u32, near: Option<&FileStore>) -> io::Result<Self> {
         let open = |flags| {
             OpenOptions::new().read(true).write(!read_only).custom_flags(flags | libc::O_NOFOLLOW).open(path)
         };
@@ -90,31 +136,49 @@ impl FileStore {
                 "neither a regular file nor a block device",
             ));
         }
-        let (file, access) = if fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
-            (plain, Access::Inline)
+        let size = lseek64(&plain, 0, Whence::SeekEnd)? as u64;
+        let (direct, found) = if fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
+            (None, None)
         } else {
-            match open(libc::O_DIRECT) {
-                Ok(direct) if takes_blocks_of(&direct, block_size) => (direct, Access::Direct),
-                _ => (plain, Access::Buffered),
-            }
+            let direct = open(libc::O_DIRECT).ok();
+            let data = next_data_of(&plain, 0)?;
+            let near = near.and_then(|near| near.found.as_ref());
+            let found = Found::of(direct.as_ref().unwrap_or(&plain), direct.is_some(), data, near)?;
+            (direct, Some(found))
         };
+        let way = Way::to(found.as_ref(), size, block_size, read_only);
+        let file = direct.filter(|_| way.access == Access::Direct).unwrap_or(plain);
         if !read_only {
             wait_for_earlier_writes(&file)?;
         }
-        let size = lseek64(&file, 0, Whence::SeekEnd)? as u64;
-        let caps = Caps { access: access.words().into(), size };
-        let memory = access.memory_of(&file, size);
-        let write_cache = match access {
+        let write_cache = match way.access {
             Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
             _ => None,
         };
-        Ok(FileStore { file: Arc::new(file), access, read_only, caps, memory, write_cache })
+        Ok(FileStore { write_cache, ..Self::of(Arc::new(file), found, block_size, way, read_only, size) })
+    }
+
+    fn of(
+        file: Arc<File>,
+        found: Option<Found>,
+        block_size: u32,
+        way: Way,
+        read_only: bool,
+        size: u64,
+    ) -> Self {
+        let caps = Caps { access: way.words(found.as_ref()), size, unit: way.unit };
+        let memory = way.access.memory_of(&file, size);
+        FileStore { file, found, block_size, way, read_only, caps, memory, write_cache: None }
     }
 
     /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
     /// that shared one could flush at the same time, and one of them be told that all is well.
     fn open_again(&self) -> io::Result<File> {
-        let flags = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        self.open_as(self.way.access)
+    }
+
+    fn open_as(&self, access: Access) -> io::Result<File> {
+        let flags = if access == Access::Direct { libc::O_DIRECT } else { 0 };
         let mut how = OpenOptions::new();
         let how = how.read(true).write(!self.read_only).custom_flags(flags);
         let file = how.open(self.by_descriptor())?;
@@ -126,52 +190,52 @@ impl FileStore {
 
     /// The same file for reading alone, once it is frozen.
     pub fn frozen(&self) -> io::Result<Self> {
-        let direct = if self.access == Access::Direct { libc::O_DIRECT } else { 0 };
+        let direct = if self.way.access == Access::Direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
         Ok(FileStore {
             file: Arc::new(file),
-            access: self.access,
+            way: Way { turns: None, ..self.way.clone() },
             read_only: true,
             caps: self.caps.clone(),
             memory: self.memory.clone(),
             write_cache: None,
+            ..*self
         })
     }
 
-    /// The same file, which was made longer.
+    /// The same file, which was made longer. Nothing may be in flight when it is used.
     pub fn lengthened(&self) -> io::Result<Self> {
         let size = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
-        Ok(FileStore {
-            file: self.file.clone(),
-            access: self.access,
-            read_only: self.read_only,
-            caps: Caps { size, ..self.caps.clone() },
-            memory: self.access.memory_of(&self.file, size),
-            write_cache: self.write_cache.clone(),
-        })
+        let mut way = Way::to(self.found.as_ref(), size, self.block_size, self.read_only);
+        let file = if way.access == self.way.access {
+            way = self.way.clone();
+            self.file.clone()
+        } else {
+            Arc::new(self.open_as(way.access)?)
+        };
+        let write_cache = self.write_cache.clone();
+        let same = Self::of(file, self.found, self.block_size, way, self.read_only, size);
+        Ok(FileStore { write_cache, ..same })
     }
 
     /// A queue over this layer as the top and `below`, which are frozen, from the one right below it.
     pub(super) fn open_queue_over(&self, below: &[Arc<FileStore>], depth: u16) -> io::Result<Box<dyn Queue>> {
         let reached = |layer: &FileStore, file| Reached {
             file,
-            inline: layer.access == Access::Inline,
+            inline: layer.way.access == Access::Inline,
             memory: layer.memory.clone(),
+            unit: layer.way.unit as u32,
         };
         let top = reached(self, Arc::new(self.open_again()?));
         let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
         let queue = FileQueue::new(top, below, depth)?;
-        Ok(Box::new(queue.with_write_cache(self.write_cache.clone())))
+        let queue = queue.with_write_cache(self.write_cache.clone());
+        Ok(Box::new(queue.with_turns(self.way.turns.clone())?))
     }
 
     /// See [`Store::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        let start = match lseek64(&*self.file, from as i64, Whence::SeekData) {
-            Ok(start) => start as u64,
-            Err(Errno::ENXIO) => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
-        Ok(Some(start..lseek64(&*self.file, start as i64, Whence::SeekHole)? as u64))
+        next_data_of(&self.file, from)
     }
 
     /// A path that means this file, whatever its name means by now.
@@ -199,14 +263,21 @@ impl Store for FileStore {
         let mut from = 0;
         while let Some(data) = self.next_data_from(from)? {
             // What is allocated may still be zeros: of a copy, say, that knew no holes.
-            let mut at = data.start;
+            let mut at = data.start - data.start % pool::PAGE as u64;
             while at < data.end {
-                let chunk = room.bytes((data.end - at).min(1 << 20) as usize);
-                self.file.read_exact_at(chunk, at)?;
-                if chunk.iter().any(|&byte| byte != 0) {
+                // Whole blocks; the file may end within one.
+                let len = (data.end - at).next_multiple_of(pool::PAGE as u64).min(1 << 20) as usize;
+                let n = match self.file.read_at(room.bytes(len), at) {
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    read => read?,
+                };
+                if room.bytes(n).iter().any(|&byte| byte != 0) {
                     return Ok(true);
                 }
-                at += chunk.len() as u64;
+                match n - n % pool::PAGE {
+                    0 => break,
+                    n => at += n as u64,
+                }
             }
             from = data.end;
         }
@@ -245,18 +316,14 @@ fn lock_in_flight(file: &File, kind: locks::Kind) -> io::Result<()> {
     }
 }
 
-/// Whether an O_DIRECT transfer of one block is accepted: a trial says it better than any table.
-fn takes_blocks_of(file: &File, block_size: u32) -> bool {
-    let len = block_size as usize;
-    let mut room = Aligned::new(2 * len);
-    // Not at a page's beginning: parts of buffers are read as well.
-    match file.read_at(&mut room.bytes(2 * len)[len..], u64::from(block_size)) {
-        Ok(_) => true,
-        Err(e) => {
-            log::debug!("O_DIRECT in blocks of {block_size} bytes on fd {}: {e}", file.as_raw_fd());
-            false
-        }
-    }
+/// The next run of bytes at or after `from` that the file may hold something in.
+fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
+    let start = match lseek64(file, from as i64, Whence::SeekData) {
+        Ok(start) => start as u64,
+        Err(Errno::ENXIO) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    Ok(Some(start..lseek64(file, start as i64, Whence::SeekHole)? as u64))
 }
 
 /// Page-aligned bytes, as O_DIRECT wants them.
@@ -297,14 +364,14 @@ mod tests {
         let path = dir.path().join("layer");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let store = FileStore::open(&path, false, 512).unwrap();
+        let store = FileStore::open(&path, false, 512, None).unwrap();
         let queue = store.open_queue(1).unwrap();
         drop(store);
         // The open file of a queue is what the kernel keeps while requests are in flight, whoever else is gone.
         let busy = lock_in_flight(&file(), locks::Kind::Exclusive).unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
         let waiting = std::thread::scope(|scope| {
-            let opens = scope.spawn(|| FileStore::open(&path, false, 512).map(drop));
+            let opens = scope.spawn(|| FileStore::open(&path, false, 512, None).map(drop));
             drop(queue);
             opens.join().unwrap()
         });
@@ -317,7 +384,7 @@ mod tests {
         let path = dir.path().join("layer");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         for read_only in [false, true] {
-            let store = FileStore::open(&path, read_only, 512).unwrap();
+            let store = FileStore::open(&path, read_only, 512, None).unwrap();
             std::fs::rename(&path, dir.path().join("moved")).unwrap();
             let queues = [store.open_queue(1).unwrap(), store.open_queue(1).unwrap()];
             let files = opened(store.file());

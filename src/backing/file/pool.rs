@@ -15,6 +15,20 @@ pub const PAGES: u32 = 1024;
 /// The most bytes in one buffer: larger transfers go in pieces.
 pub const MAX_BUFFER: usize = 256 * 1024;
 
+/// Bytes of a pool that the kernel is given: a part of a buffer.
+#[derive(Clone, Copy)]
+pub struct Span {
+    start: usize,
+    pub len: u32,
+}
+
+impl Span {
+    /// The same without its first `n` bytes.
+    pub fn from(self, n: u32) -> Self {
+        Span { start: self.start + n as usize, len: self.len - n }
+    }
+}
+
 /// Pages for transfers, not for keys: they hold ciphertext, and plaintext only while a request is served.
 pub struct Pool {
     id: u32,
@@ -53,14 +67,20 @@ impl Pool {
 
     /// A buffer of `len` bytes, 1..=[`MAX_BUFFER`], page-aligned.
     pub fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        debug_assert!((1..=MAX_BUFFER).contains(&len));
-        let pages = len.div_ceil(PAGE) as u32;
+        self.alloc_within(0, len, 0)
+    }
+
+    /// The same, its bytes beginning `skip` bytes into its first page, and with so many `spare` pages after those that
+    /// they lie in.
+    pub fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
+        debug_assert!((1..=MAX_BUFFER).contains(&len) && skip < PAGE);
+        let pages = ((skip + len).div_ceil(PAGE) + spare) as u32;
         if pages > self.free_pages {
             return None;
         }
         let page = if pages == 1 { self.find_page()? } else { self.find_run(pages)? };
         self.mark(page, pages, false);
-        Some(Buffer { pool: self.id, page, pages, len: len as u32 })
+        Some(Buffer { pool: self.id, page, pages, skip: skip as u32, len: len as u32 })
     }
 
     /// Takes a buffer back.
@@ -70,19 +90,34 @@ impl Pool {
         self.hint = buffer.page as usize / 64;
     }
 
-    /// Where the buffer's bytes are.
-    pub fn ptr(&self, buffer: &Buffer) -> *mut u8 {
+    /// Where `len` bytes of the buffer's pages lie in the pool, from the `start`-th on.
+    pub fn span(&self, buffer: &Buffer, start: usize, len: usize) -> Span {
         assert_eq!(buffer.pool, self.id, "a buffer is used with the pool that made it");
-        // SAFETY: the pages of this pool's buffers lie inside the mapping, since only `alloc` makes buffers.
-        unsafe { self.base.as_ptr().add(buffer.page as usize * PAGE) }
+        assert!(start + len <= buffer.pages as usize * PAGE, "what is used of a buffer lies in its pages");
+        Span { start: buffer.page as usize * PAGE + start, len: len as u32 }
+    }
+
+    /// Where the bytes of `span` are.
+    pub fn ptr(&self, span: Span) -> *mut u8 {
+        debug_assert!(span.start + span.len as usize <= PAGES as usize * PAGE);
+        // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do; `Pool::span` saw to that.
+        unsafe { self.base.as_ptr().add(span.start) }
     }
 
     /// The buffer's bytes.
     pub fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
-        // SAFETY: `alloc` gave these pages to this buffer alone, buffers cannot be copied, and both it and the
+        let span = self.span(buffer, buffer.skip as usize, buffer.len as usize);
+        // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and both it and the
         // pool are borrowed for as long as the slice lives. The kernel uses the pages only while the queue
-        // owns the buffer. `len` is at most the length of its pages.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr(buffer), buffer.len as usize) }
+        // owns the buffer. `span` lies in its pages.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
+    }
+
+    /// All bytes of the buffer's pages.
+    pub fn whole(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        let span = self.span(buffer, 0, buffer.pages as usize * PAGE);
+        // SAFETY: as for `bytes`.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
     }
 
     fn find_page(&mut self) -> Option<u32> {
@@ -142,10 +177,13 @@ mod tests {
             if roll.is_multiple_of(3) && !held.is_empty() {
                 let mut buffer = held.swap_remove(roll / 3 % held.len());
                 let tag = pool.bytes(&mut buffer)[0];
-                assert!(pool.bytes(&mut buffer).iter().all(|&b| b == tag), "somebody else wrote into it");
+                assert!(pool.whole(&mut buffer).iter().all(|&b| b == tag), "somebody else wrote into it");
                 pool.free(buffer);
-            } else if let Some(mut buffer) = pool.alloc(1 + roll % MAX_BUFFER) {
-                pool.bytes(&mut buffer).fill(roll as u8);
+            } else if let Some(mut buffer) =
+                pool.alloc_within(roll % 8 * 512, 1 + roll % MAX_BUFFER, roll % 3)
+            {
+                assert_eq!(pool.bytes(&mut buffer).len(), 1 + roll % MAX_BUFFER);
+                pool.whole(&mut buffer).fill(roll as u8);
                 held.push(buffer);
             }
         }

@@ -98,8 +98,8 @@ pub(crate) fn open_top(
     let block_size = state.metadata.sector_size().bytes();
     is_linked(&path, &catalog.layer_path(new_top.id))?;
     // By the name that it has there: the other one is not this process's to open.
-    let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher)?;
     let top = state.layers.first().ok_or_else(gone)?;
+    let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher, Some(top))?;
     top.store.file().sync_data().context(|| "sync the top layer")?;
     Ok((layer, hold))
 }

@@ -70,7 +70,10 @@ pub fn disk(control: &Arc<Control>) -> Arc<Disk> {
     let file = tempfile::NamedTempFile::new().expect("a file to lock");
     let lock = ImageLock::acquire(file.path(), Access::ReadWrite).expect("nobody has it");
     let geometry = Geometry { sectors: 2048, block_size: 512, read_only: false };
-    let store = FakeStore { control: control.clone(), caps: Caps { access: "fake".into(), size: 1 << 20 } };
+    let store = FakeStore {
+        control: control.clone(),
+        caps: Caps { access: "fake".into(), size: 1 << 20, unit: 512 },
+    };
     Arc::new(Disk::new(geometry, "", Box::new(store), None, lock))
 }
 
@@ -132,7 +135,7 @@ impl FakeQueue {
 }
 
 impl Queue for FakeQueue {
-    fn alloc(&mut self, _len: usize) -> Option<Buffer> {
+    fn alloc(&mut self, _offset: u64, _len: usize) -> Option<Buffer> {
         None
     }
 

@@ -67,8 +67,8 @@ impl Store for Faulty {
 }
 
 impl Queue for FaultyQueue {
-    fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        self.queue.alloc(len)
+    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
+        self.queue.alloc(offset, len)
     }
 
     fn free(&mut self, buffer: Buffer) {

@@ -216,8 +216,8 @@ impl Store for Gated {
 }
 
 impl Queue for GatedQueue {
-    fn alloc(&mut self, len: usize) -> Option<Buffer> {
-        self.queue.alloc(len)
+    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
+        self.queue.alloc(offset, len)
     }
 
     fn free(&mut self, buffer: Buffer) {

@@ -78,7 +78,7 @@ impl Keys {
 
     pub fn open(&self, file: &LayerFile, access: Access, block: u32) -> Layer {
         let cipher = file.key.and_then(|key| self.0[key].clone());
-        Layer::open(&file.path, access, block, cipher).unwrap()
+        Layer::open(&file.path, access, block, cipher, None).unwrap()
     }
 
     /// All layers, the top first.

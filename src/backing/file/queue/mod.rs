@@ -1,16 +1,21 @@
 //! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in one
 //! ring, with few system calls a batch.
 
+mod rewrite;
+
 use crate::backing::file::memory::FileMemory;
-use crate::backing::file::pool::{self, Pool};
+use crate::backing::file::pool::{self, PAGE, Pool, Span};
 use crate::backing::file::prefetch::prefetch;
 use crate::backing::file::ring::Ring;
+use crate::backing::file::turns::{Edges, Turns};
 use crate::backing::file::write_cache::WriteCache;
-use crate::backing::{Buffer, Event, Op, Queue, Wait};
+use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use rewrite::{Fill, Next, Rewriting};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -19,7 +24,12 @@ use vm_memory::VolatileSlice;
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
 const CANCEL: u64 = 1 << 33;
-const FILE: types::Fixed = types::Fixed(0);
+/// The top layer, among the registered files.
+const TOP: u32 = 0;
+/// The token of the watch that wakes a queue when its turn at a block may have come.
+const TURN: u32 = u32::MAX - 1;
+/// Pages of a buffer for what is read of blocks that are written in part: the first and the last.
+const SPARE: usize = 2;
 
 /// Hole punching keeps the file's size in both cases.
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -33,17 +43,83 @@ const EARLY_BYTES: usize = 128 << 10;
 /// How often an operation is submitted again that the kernel did not begin with.
 const MAX_TRIES: u8 = 100;
 
-/// An operation that the kernel has.
+/// An operation that the kernel has, or that waits for its turn.
 struct Pending {
     tag: u64,
     buffer: Option<Buffer>,
-    /// Bytes it must transfer.
-    expect: u32,
-    /// What to do instead if the file system cannot keep the space: offset and length to punch.
-    fallback: Option<(u64, u64)>,
-    /// What the kernel was given, for another try, and how many there were.
-    entry: squeue::Entry,
+    work: Work,
+    /// How often the kernel did nothing.
     tries: u8,
+}
+
+/// What the kernel is asked for.
+#[derive(Clone, Copy)]
+enum Work {
+    Move(Move),
+    Sync,
+    Zero { offset: u64, len: u64, mode: i32 },
+}
+
+/// Bytes to be moved between a file and the pool.
+#[derive(Clone, Copy)]
+struct Move {
+    /// Which way, and what else the kernel is to do.
+    way: Way,
+    /// Which layer: 0 is the top.
+    file: u32,
+    offset: u64,
+    span: Span,
+    /// How many of them must be moved: what lies behind the end of a file cannot be read.
+    need: u32,
+    /// What offsets and lengths are multiples of.
+    unit: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Way {
+    Read,
+    Write { flags: i32 },
+}
+
+/// What is left to do after the kernel has moved some bytes.
+enum Left {
+    Nothing,
+    Rest(Work),
+    /// Less than one unit was moved: nothing is gained.
+    All,
+}
+
+impl Work {
+    fn bytes(&self) -> u32 {
+        match self {
+            Work::Move(moving) => moving.span.len,
+            Work::Sync | Work::Zero { .. } => 0,
+        }
+    }
+
+    fn after(&self, moved: u32) -> Left {
+        let Work::Move(moving) = *self else { return Left::Nothing };
+        if moved >= moving.need {
+            return Left::Nothing;
+        }
+        match moved - moved % moving.unit {
+            0 => Left::All,
+            n => Left::Rest(Work::Move(Move {
+                offset: moving.offset + u64::from(n),
+                span: moving.span.from(n),
+                need: moving.need - n,
+                ..moving
+            })),
+        }
+    }
+
+    /// What it means that the kernel moves nothing at all.
+    fn stuck(&self) -> io::Error {
+        match self {
+            Work::Move(Move { way: Way::Read, .. }) => io::ErrorKind::UnexpectedEof.into(),
+            _ => io::ErrorKind::WriteZero.into(),
+        }
+    }
 }
 
 /// A descriptor that wakes the thread.
@@ -63,6 +139,8 @@ pub struct Reached {
     pub inline: bool,
     /// Where the file is memory.
     pub memory: Option<Arc<FileMemory>>,
+    /// What offsets and lengths of transfers are multiples of: a power of two from 512 to 4096.
+    pub unit: u32,
 }
 
 /// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
@@ -75,6 +153,11 @@ pub struct FileQueue {
     file: Arc<File>,
     inline: bool,
     memory: Option<Arc<FileMemory>>,
+    unit: u32,
+    /// The largest unit of all layers, less one.
+    unaligned: u64,
+    /// Where the top's unit is larger than the volume's sectors.
+    rewriting: Option<Rewriting>,
     /// The layers below, which are only read, from the one right below the top.
     below: Vec<Reached>,
     /// Of a block device that is written past the page cache: whether it has a cache of its own.
@@ -93,7 +176,8 @@ pub struct FileQueue {
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
     pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
-        let Reached { file, inline, memory } = top;
+        let Reached { file, inline, memory, unit } = top;
+        let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
         let pool = Pool::new()?;
         // Room for watches and their removal beside the data.
@@ -109,6 +193,9 @@ impl FileQueue {
             file,
             inline,
             memory,
+            unit,
+            unaligned,
+            rewriting: None,
             below,
             write_cache: None,
             depth,
@@ -125,6 +212,16 @@ impl FileQueue {
     pub fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
         self.write_cache = write_cache;
         self
+    }
+
+    /// The same, over a top layer of which blocks are written in part, in turn with the other queues.
+    pub fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
+        if let Some(turns) = turns {
+            let rewriting = Rewriting::new(turns, self.depth)?;
+            self.watch(TURN, rewriting.wake_fd());
+            self.rewriting = Some(rewriting);
+        }
+        Ok(self)
     }
 
     fn push(&mut self, entry: squeue::Entry) {
@@ -152,52 +249,143 @@ impl FileQueue {
         let Some(slot) = self.free_slots.pop() else {
             unreachable!("the caller keeps within the depth (see `has_room`)");
         };
-        let nothing = opcode::Nop::new().build();
-        let mut pending = Pending { tag, buffer: None, expect: 0, fallback: None, entry: nothing, tries: 0 };
-        let entry = match op {
+        let (work, buffer) = match op {
             Op::Read { offset, buffer } => {
-                let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
-                pending.expect = len;
-                pending.buffer = Some(buffer);
-                if self.registered {
-                    opcode::ReadFixed::new(FILE, ptr, len, 0).offset(offset).build()
-                } else {
-                    opcode::Read::new(FILE, ptr, len).offset(offset).build()
-                }
+                let part = 0..buffer.len();
+                (Work::Move(self.move_of(Way::Read, TOP, offset, &buffer, part)), Some(buffer))
             }
             Op::ReadBelow { layer, offset, part, buffer } => {
-                // The kernel gets its place: it must lie in the buffer.
-                assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is filled");
-                let (ptr, len) = (self.pool.ptr(&buffer).wrapping_add(part.start), part.len() as u32);
-                pending.expect = len;
-                pending.buffer = Some(buffer);
-                let file = types::Fixed(layer as u32);
-                if self.registered {
-                    opcode::ReadFixed::new(file, ptr, len, 0).offset(offset).build()
-                } else {
-                    opcode::Read::new(file, ptr, len).offset(offset).build()
-                }
+                (Work::Move(self.move_of(Way::Read, layer as u32, offset, &buffer, part)), Some(buffer))
             }
             Op::Write { offset, buffer, durable } => {
-                let (ptr, len) = (self.pool.ptr(&buffer), buffer.len);
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                pending.expect = len;
-                pending.buffer = Some(buffer);
-                if self.registered {
-                    opcode::WriteFixed::new(FILE, ptr, len, 0).offset(offset).rw_flags(flags).build()
-                } else {
-                    opcode::Write::new(FILE, ptr, len).offset(offset).rw_flags(flags).build()
-                }
+                let way = Way::Write { flags: if durable { libc::RWF_DSYNC } else { 0 } };
+                let part = 0..buffer.len();
+                (Work::Move(self.move_of(way, TOP, offset, &buffer, part)), Some(buffer))
             }
-            Op::Flush => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+            Op::Flush => (Work::Sync, None),
             Op::Zero { offset, len, keep_space } => {
-                pending.fallback = keep_space.then_some((offset, len));
-                fallocate(offset, len, if keep_space { ZERO } else { PUNCH })
+                (Work::Zero { offset, len, mode: if keep_space { ZERO } else { PUNCH } }, None)
             }
         };
-        pending.entry = entry.user_data(u64::from(slot));
-        self.waiting_bytes += pending.expect as usize;
+        let pending = Pending { tag, buffer, work, tries: 0 };
+        if self.rewriting.is_some() {
+            return self.start_in_turn(slot, pending);
+        }
+        self.waiting_bytes += work.bytes() as usize;
         self.submit_again(slot, pending);
+    }
+
+    /// What is to be moved for a part of a buffer: whole units of the layer.
+    fn move_of(&self, way: Way, file: u32, offset: u64, buffer: &Buffer, part: Range<usize>) -> Move {
+        // The kernel gets its place: it must lie in the buffer.
+        assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is moved");
+        let unit = if file == TOP { self.unit } else { self.below[file as usize - 1].unit };
+        let before = (offset % u64::from(unit)) as usize;
+        let start = (buffer.skip as usize + part.start).checked_sub(before);
+        let start = start.expect("the buffer was made for this offset");
+        let len = (before + part.len()).next_multiple_of(unit as usize);
+        let (offset, span) = (offset - before as u64, self.pool.span(buffer, start, len));
+        let need = match way {
+            Way::Read => before + part.len(),
+            Way::Write { .. } => len,
+        };
+        Move { way, file, offset, span, need: need as u32, unit }
+    }
+
+    /// Hands an operation over when those before it have left the blocks that it writes in part.
+    fn start_in_turn(&mut self, slot: u32, pending: Pending) {
+        let (bytes, edges, fill) = match (&pending.work, &pending.buffer) {
+            (Work::Move(moving @ Move { way: Way::Write { .. }, .. }), Some(buffer)) => {
+                let bytes = moving.offset..moving.offset + u64::from(moving.span.len);
+                let (edges, fill) = self.fill(moving, buffer);
+                (bytes, edges, fill)
+            }
+            (Work::Zero { offset, len, .. }, _) => {
+                assert!((offset | len) & (u64::from(self.unit) - 1) == 0, "whole units are made zeros");
+                (*offset..offset + len, [None, None], Fill::default())
+            }
+            _ => return self.submit_again(slot, pending),
+        };
+        let work = pending.work;
+        self.pending[slot as usize] = Some(pending);
+        let next = self.rewriting.as_mut().and_then(|r| r.begin(slot, bytes, edges, fill, work));
+        self.go_on(slot, next);
+    }
+
+    /// What must be read before a write of whole units that a buffer has a part of: none, or the first and the last.
+    fn fill(&self, write: &Move, buffer: &Buffer) -> (Edges, Fill) {
+        let (unit, len) = (self.unit as usize, write.span.len as usize);
+        let (start, end) = (buffer.skip as usize, buffer.skip as usize + buffer.len());
+        let before = start % unit;
+        let behind = len - before - buffer.len();
+        let (first, last) = (write.offset, write.offset + (len - unit) as u64);
+        let edges = [(before > 0).then_some(first), (behind > 0).then_some(last)];
+        let spare = end.next_multiple_of(PAGE);
+        let read = |offset: u64, at: usize, len: usize| {
+            let span = self.pool.span(buffer, at, len);
+            Some(Move { way: Way::Read, offset, span, need: span.len, ..*write })
+        };
+        // Where the pages' last unit is read to, behind the others.
+        let (reads, last_at) = match edges {
+            [None, None] => return (edges, Fill::default()),
+            _ if len <= SPARE * unit => ([read(first, spare, len), None], spare + len - unit),
+            [Some(_), Some(_)] => ([read(first, spare, unit), read(last, spare + PAGE, unit)], spare + PAGE),
+            [Some(_), None] => ([read(first, spare, unit), None], spare),
+            [None, Some(_)] => ([read(last, spare, unit), None], spare),
+        };
+        let copies = [
+            (before > 0).then_some((spare..spare + before, start - before)),
+            (behind > 0).then_some((last_at + unit - behind..last_at + unit, end)),
+        ];
+        (edges, Fill { reads, copies })
+    }
+
+    /// Does what comes next in a slot, if anything does now.
+    fn go_on(&mut self, slot: u32, next: Option<Next>) {
+        let Some(Next { work, copies }) = next else { return };
+        let Some(mut pending) = self.pending[slot as usize].take() else { return };
+        if let Some(buffer) = &mut pending.buffer {
+            let pages = self.pool.whole(buffer);
+            for (from, to) in copies.into_iter().flatten() {
+                pages.copy_within(from, to);
+            }
+        }
+        pending.work = work;
+        self.waiting_bytes += work.bytes() as usize;
+        self.submit_again(slot, pending);
+    }
+
+    /// Begins what waited for its turn, as far as that has come.
+    fn take_turns(&mut self) {
+        while let Some((slot, next)) = self.rewriting.as_mut().and_then(Rewriting::next_turn) {
+            self.go_on(slot, Some(next));
+        }
+    }
+
+    /// What the kernel is told.
+    fn entry(&self, work: &Work) -> squeue::Entry {
+        match *work {
+            Work::Sync => opcode::Fsync::new(types::Fixed(TOP)).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::Zero { offset, len, mode } => {
+                opcode::Fallocate::new(types::Fixed(TOP), len).offset(offset).mode(mode).build()
+            }
+            Work::Move(Move { way, file, offset, span, .. }) => {
+                let (file, ptr) = (types::Fixed(file), self.pool.ptr(span));
+                match (way, self.registered) {
+                    (Way::Read, true) => {
+                        opcode::ReadFixed::new(file, ptr, span.len, 0).offset(offset).build()
+                    }
+                    (Way::Read, false) => opcode::Read::new(file, ptr, span.len).offset(offset).build(),
+                    (Way::Write { flags }, true) => {
+                        let write = opcode::WriteFixed::new(file, ptr, span.len, 0);
+                        write.offset(offset).rw_flags(flags).build()
+                    }
+                    (Way::Write { flags }, false) => {
+                        opcode::Write::new(file, ptr, span.len).offset(offset).rw_flags(flags).build()
+                    }
+                }
+            }
+        }
     }
 
     /// Lets the kernel have what waits, if that is worth a call: the device is at work on it while more is prepared.
@@ -265,28 +453,56 @@ impl FileQueue {
             pending.tries += 1;
             return self.submit_again(slot, pending);
         }
-        if let (libc::EOPNOTSUPP, Some((offset, len))) = (-result, pending.fallback.take()) {
-            pending.entry = fallocate(offset, len, PUNCH).user_data(u64::from(slot));
+        if let (libc::EOPNOTSUPP, Work::Zero { mode: mode @ ZERO, .. }) = (-result, &mut pending.work) {
+            // The file system cannot keep the space.
+            *mode = PUNCH;
             return self.submit_again(slot, pending);
         }
-        self.free_slots.push(slot);
         let result = match u32::try_from(result) {
-            Ok(n) if n == pending.expect => Ok(()),
-            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
+            Ok(moved) => match pending.work.after(moved) {
+                Left::Nothing => Ok(()),
+                Left::Rest(work) => {
+                    (pending.work, pending.tries) = (work, 0);
+                    return self.submit_again(slot, pending);
+                }
+                Left::All if moved > 0 && pending.tries < MAX_TRIES => {
+                    pending.tries += 1;
+                    return self.submit_again(slot, pending);
+                }
+                Left::All => Err(pending.work.stuck()),
+            },
         };
+        let Some(rewriting) = &mut self.rewriting else { return self.done(slot, pending, result) };
+        let result = match rewriting.is_reading(slot) {
+            true => result.map_err(|e| io::Error::new(e.kind(), NotBegun(e))),
+            false => result,
+        };
+        if let Some(next) = rewriting.after(slot, result.is_ok()) {
+            pending.tries = 0;
+            self.pending[slot as usize] = Some(pending);
+            return self.go_on(slot, Some(next));
+        }
+        self.done(slot, pending, result);
+    }
+
+    fn done(&mut self, slot: u32, pending: Pending, result: io::Result<()>) {
+        self.free_slots.push(slot);
         self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
     }
 
     fn submit_again(&mut self, slot: u32, pending: Pending) {
-        self.push(pending.entry.clone());
+        self.push(self.entry(&pending.work).user_data(u64::from(slot)));
         self.pending[slot as usize] = Some(pending);
     }
 
     fn woken(&mut self, serial: u32, entry: &cqueue::Entry) {
         let Some(index) = self.watches.iter().position(|w| w.serial == serial) else { return };
         let Watch { token, fd, .. } = self.watches[index];
-        if entry.result() >= 0 {
+        if token == TURN {
+            self.rewriting.iter().for_each(Rewriting::woken);
+            self.take_turns();
+        } else if entry.result() >= 0 {
             self.events.push_back(Event::Ready { token });
         }
         if cqueue::more(entry.flags()) {
@@ -331,9 +547,14 @@ impl FileQueue {
 }
 
 impl Queue for FileQueue {
-    fn alloc(&mut self, len: usize) -> Option<Buffer> {
+    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
         self.begin_early();
-        self.pool.alloc(len)
+        if (offset | len as u64) & self.unaligned == 0 {
+            return self.pool.alloc(len);
+        }
+        // As far from a page's beginning as from a unit's, so that whole units are whole there, too.
+        let spare = if self.rewriting.is_some() { SPARE } else { 0 };
+        self.pool.alloc_within((offset & self.unaligned) as usize, len, spare)
     }
 
     fn free(&mut self, buffer: Buffer) {
@@ -429,6 +650,10 @@ impl Queue for FileQueue {
 
 impl Drop for FileQueue {
     fn drop(&mut self) {
+        for slot in self.rewriting.iter_mut().flat_map(Rewriting::close) {
+            self.pending[slot as usize] = None;
+            self.free_slots.push(slot);
+        }
         // The kernel may still write into the pool: nothing may be freed before it has let go of all of it.
         while self.in_flight() > 0 {
             if let Err(e) = self.enter(Wait::Event) {
@@ -464,10 +689,6 @@ fn register(ring: &IoUring, pool: &Pool) -> bool {
 fn poll(serial: u32, fd: RawFd) -> squeue::Entry {
     let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
     entry.user_data(WATCH | u64::from(serial))
-}
-
-fn fallocate(offset: u64, len: u64, mode: i32) -> squeue::Entry {
-    opcode::Fallocate::new(FILE, len).offset(offset).mode(mode).build()
 }
 
 #[cfg(test)]

@@ -100,8 +100,8 @@ impl Server {
         }
         while request.started < request.data_len && !request.failed {
             let left = request.data_len - request.started;
-            let len = left.min(self.io.max_buffer() as u64) as usize;
             let at = request.started;
+            let len = self.io.piece(sector + at / 512, left);
             let Some(buffer) = self.io.alloc(sector + at / 512, len) else {
                 self.stalled.push_back(slot);
                 return;
