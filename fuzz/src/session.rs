@@ -44,7 +44,7 @@ fn device() -> Device {
     std::fs::create_dir(&folder).expect("a folder");
     let name = folder.join("disk");
     File::create_new(&name).and_then(|file| file.set_len(512 * SECTORS)).expect("a disk");
-    let store = FileStore::open(&name, false, 512).expect("a store");
+    let store = FileStore::open(&name, false, 512, None).expect("a store");
     let lock = ImageLock::acquire(&name, Access::ReadWrite).expect("a lock");
     std::fs::remove_file(&name).expect("removed");
     let inlet = Inlet::new(&folder, "inner").expect("a socket");

@@ -83,7 +83,10 @@ impl Service {
 
     /// What clients can ask for.
     pub(super) fn orders(&self, options: &Options) -> Orders {
-        let (access, read_only, engine) = (self.describe(), options.read_only, options.engine);
+        let (read_only, engine) = (options.read_only, options.engine);
+        // Not kept: it has the data keys.
+        let handover = Arc::downgrade(&self.handover);
+        let access = move || handover.upgrade().map_or_else(String::new, |handover| handover.describe());
         let record = || self.record.clone();
         let (stop, qos, geometry, vmm) =
             (self.stop.clone(), self.qos.clone(), self.geometry.clone(), self.channel.clone());
@@ -92,7 +95,7 @@ impl Service {
         Orders {
             detach: Box::new(move || stop.stop()),
             status: Box::new(move || Status {
-                access: access.clone(),
+                access: access(),
                 read_only,
                 unwrapped_by: status.hydrator.unwrapped_by().clone(),
                 hydration: status.hydration(),

@@ -11,6 +11,7 @@ pub mod guest;
 pub mod killed;
 pub mod kms_server;
 pub mod leaks;
+pub mod loop_disk;
 pub mod patience;
 pub mod process;
 pub mod qemu;

@@ -3,5 +3,6 @@
 mod ciphertext;
 #[path = "../common/mod.rs"]
 mod common;
+mod host_disks;
 mod layers;
 mod xts_vectors;

@@ -4,6 +4,7 @@
 use crate::common::frontend::block::{DISCARD, FLUSH, IN, OK, OUT, Pending, WRITE_ZEROES};
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Framing, Request, Segment};
+use crate::common::loop_disk::Kind;
 use crate::common::patience::limit;
 use crate::layers::model::{Model, SECTOR, Step};
 use crate::layers::rig::{Hydrating, Keys, LayerFile, Places, QUEUES, Served, read_whole};
@@ -35,11 +36,12 @@ struct Life {
 }
 
 impl Life {
-    fn new(seed: u64) -> Self {
+    fn at(seed: u64, mut places: Places) -> Self {
         let mut random = Random::new(seed);
         let block = random.pick(&[512, 4096]);
-        let (mut places, keys) = (Places::new(), Keys::new(block));
-        let sectors = (1 + random.below(400)) * 8 + if block == 512 { random.below(8) } else { 0 };
+        let keys = Keys::new(block);
+        let odd = if block == 512 && random.below(2) == 0 { random.below(8) } else { 0 };
+        let sectors = (1 + random.below(400)) * 8 + odd;
         let key = random.pick(&[None, Some(0), Some(1)]);
         let file = places.file(random.below(2) as usize, key, sectors);
         let model = Model::new(sectors);
@@ -217,17 +219,31 @@ impl Life {
     }
 }
 
-#[test]
-fn volumes_of_many_layers_hold_what_was_written() {
+/// Lives, one after the other, in places of their own.
+fn live(seconds: u64, mut places: impl FnMut(u64) -> Option<Places>) {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
-    let seconds = number("SEALBLK_MODEL_SECONDS").unwrap_or(8);
+    let seconds = number("SEALBLK_MODEL_SECONDS").unwrap_or(seconds);
     let begun = Instant::now();
     let first = number("SEALBLK_MODEL_SEED");
     for seed in first.unwrap_or_else(|| u64::from(std::process::id())).. {
         println!("SEALBLK_MODEL_SEED={seed}");
-        Life::new(seed).live();
+        let Some(places) = places(seed) else { return };
+        Life::at(seed, places).live();
         if begun.elapsed() >= Duration::from_secs(seconds) || first.is_some() {
             return;
         }
+    }
+}
+
+#[test]
+fn volumes_of_many_layers_hold_what_was_written() {
+    live(8, |_| Some(Places::new()));
+}
+
+#[test]
+fn so_they_do_on_disks_with_larger_blocks_than_theirs() {
+    for kind in [(4096, "ext4"), (4096, "xfs"), (512, "btrfs"), (2048, "xfs")] {
+        let kind = Kind { block: kind.0, file_system: kind.1 };
+        live(4, |seed| Places::on(kind, seed % 2 == 0));
     }
 }

@@ -1,6 +1,7 @@
 //! A volume of layer files, served to a front-end, and looked at as a whole.
 
 use crate::common::frontend::{Options, Session};
+use crate::common::loop_disk::{Kind, LoopDisk};
 use crate::common::patience::limit;
 use sealblk::backing::{Event, Wait};
 use sealblk::crypt::Dek;
@@ -27,6 +28,8 @@ pub const QUEUES: usize = 2;
 
 /// Where layers lie: on the disk and, where there is one, on a memory file system.
 pub struct Places {
+    /// Where the second is on, unless it is the memory file system.
+    _disk: Option<LoopDisk>,
     dirs: Vec<TempDir>,
     made: usize,
 }
@@ -35,7 +38,18 @@ impl Places {
     pub fn new() -> Self {
         let memory = Path::new("/dev/shm");
         let memory = memory.is_dir().then(|| TempDir::new_in(memory).unwrap());
-        Places { dirs: [TempDir::new().unwrap()].into_iter().chain(memory).collect(), made: 0 }
+        Places { _disk: None, dirs: [TempDir::new().unwrap()].into_iter().chain(memory).collect(), made: 0 }
+    }
+
+    /// On such a disk, and in memory for the second of two places, if `and_memory`.
+    pub fn on(kind: Kind, and_memory: bool) -> Option<Self> {
+        let dir = TempDir::new().unwrap();
+        let disk = LoopDisk::mount(kind, dir.path())?;
+        let mut dirs = vec![dir];
+        if and_memory {
+            dirs.extend(Places::new().dirs.into_iter().skip(1));
+        }
+        Some(Places { _disk: Some(disk), dirs, made: 0 })
     }
 
     /// A new layer file of zeros in one of the places.

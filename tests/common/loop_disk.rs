@@ -1,0 +1,147 @@
+//! A disk of the test's own with a file system on it: a loop device with blocks of a size that the test chooses.
+//!
+//! Nothing of it can be left behind, whatever becomes of the test: the disk's bytes are a file without a name, the loop
+//! device ends with its last user, and it is mounted in a mount namespace that only the test's thread is in, and what
+//! that starts.
+
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+use std::ffi::CString;
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const GET_FREE: libc::c_ulong = 0x4c82;
+const CONFIGURE: libc::c_ulong = 0x4c0a;
+/// The device is let go when nobody has it open.
+const AUTOCLEAR: u32 = 4;
+
+/// A disk with a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Bytes in a block of the disk.
+    pub block: u32,
+    /// `ext4`, `xfs` or `btrfs`.
+    pub file_system: &'static str,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on a disk with blocks of {} bytes", self.file_system, self.block)
+    }
+}
+
+/// A disk that is mounted until this is dropped.
+pub struct LoopDisk {
+    mounted: PathBuf,
+    /// Its block device.
+    pub device: PathBuf,
+}
+
+/// `struct loop_config` of linux/loop.h, as far as it is used.
+#[repr(C)]
+struct Config {
+    fd: u32,
+    block_size: u32,
+    unused: [u64; 5],
+    more_unused: [u32; 3],
+    flags: u32,
+    rest: [u8; 64 + 64 + 32 + 16 + 64],
+}
+
+impl LoopDisk {
+    /// Makes such a disk of 320 MiB, empty, and mounts it on a folder, which is made. Where this machine or this user
+    /// cannot, that is said on standard error, also where the output of tests is not shown, and there is none.
+    pub fn mount(kind: Kind, folder: &Path) -> Option<Self> {
+        Self::attempt(kind, folder)
+            .inspect_err(|why| {
+                // Not by a macro, whose output is captured.
+                let _ = writeln!(io::stderr(), "NOT TESTED on {kind}, which cannot be had here: {why}");
+            })
+            .ok()
+    }
+
+    fn attempt(kind: Kind, folder: &Path) -> Result<Self, String> {
+        let said = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
+        unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("a mount namespace: {e}"))?;
+        mount("none", Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE)
+            .map_err(said("private mounts"))?;
+        let bytes = tempfile::tempfile().expect("a temporary file");
+        bytes.set_len(320 << 20).expect("make it longer");
+        let (_in_use, device) = attach(&bytes, kind.block).map_err(said("a loop device"))?;
+        let format = format!("mkfs.{}", kind.file_system);
+        let quiet: &[&str] = if kind.file_system == "ext4" { &["-q", "-F"] } else { &["-q", "-f"] };
+        let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("ci/tool");
+        let made = Command::new(tool).arg(&format).args(quiet).arg(&device).output().expect("start ci/tool");
+        let words = String::from_utf8_lossy(&made.stderr);
+        if !made.status.success() && words.contains("ci/setup") {
+            return Err(words.trim().into());
+        }
+        assert!(made.status.success(), "{format}: {words}");
+        std::fs::create_dir_all(folder).expect("make a folder");
+        let device_name = device.to_str().expect("UTF-8");
+        match mount(device_name, folder, Some(kind.file_system), 0) {
+            Ok(()) => Ok(LoopDisk { mounted: folder.to_owned(), device }),
+            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Err("the kernel does not know it".into()),
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => Err(format!("mount: {e}")),
+            // Of a kernel whose pages are smaller than the blocks, say.
+            Err(e) => panic!("mount {kind}: {e}"),
+        }
+    }
+
+    /// Where it is mounted.
+    pub fn folder(&self) -> &Path {
+        &self.mounted
+    }
+}
+
+impl Drop for LoopDisk {
+    fn drop(&mut self) {
+        let folder = CString::new(self.mounted.as_os_str().as_bytes()).expect("no zero byte");
+        // SAFETY: the path ends with a zero byte. What still uses the mount keeps it until it ends.
+        unsafe { libc::umount2(folder.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+/// Gives the bytes of a file to a free loop device, which has them as long as somebody has the device open.
+fn attach(bytes: &File, block: u32) -> io::Result<(File, PathBuf)> {
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
+    loop {
+        // SAFETY: this request has no argument.
+        let number = Errno::result(unsafe { libc::ioctl(control.as_raw_fd(), GET_FREE) })?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = OpenOptions::new().read(true).write(true).open(&path)?;
+        let config = Config {
+            fd: bytes.as_raw_fd() as u32,
+            block_size: block,
+            unused: [0; 5],
+            more_unused: [0; 3],
+            flags: AUTOCLEAR,
+            rest: [0; 240],
+        };
+        const { assert!(size_of::<Config>() == 304) };
+        // SAFETY: the request reads a `struct loop_config`, of the same size and layout.
+        match Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), CONFIGURE, &config) }) {
+            Ok(_) => return Ok((device, path)),
+            // Somebody else was faster.
+            Err(Errno::EBUSY) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn mount(what: &str, on: &Path, kind: Option<&str>, flags: libc::c_ulong) -> io::Result<()> {
+    let what = CString::new(what).expect("no zero byte");
+    let on = CString::new(on.as_os_str().as_bytes()).expect("no zero byte");
+    let kind = kind.map(|kind| CString::new(kind).expect("no zero byte"));
+    let kind = kind.as_ref().map_or(std::ptr::null(), |kind| kind.as_ptr());
+    // SAFETY: each text ends with a zero byte, or there is none; there are no options.
+    Errno::result(unsafe { libc::mount(what.as_ptr(), on.as_ptr(), kind, flags, std::ptr::null()) })?;
+    Ok(())
+}
