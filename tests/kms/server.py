@@ -402,6 +402,53 @@ def oaep_encrypt(modulus, exponent, message):
     return pow(int.from_bytes(encoded, "big"), exponent, modulus).to_bytes(size, "big")
 
 
+class Forms(Case):
+    def test_what_only_looks_after_keys_takes_no_alias(self):
+        arn = self.key()
+        name = "alias/forms"
+        kms.create_alias(AliasName=name, TargetKeyId=arn)
+        alias_arn = f"arn:aws:kms:us-east-1:000000000000:{name}"
+        refused = "Key Aliases are not supported for this operation."
+        grantee = {"GranteePrincipal": HOST_ARN, "Operations": ["Decrypt"]}
+        grant = {"GrantId": "a" * 64}
+        wrapping = {"WrappingAlgorithm": "RSAES_OAEP_SHA_256", "WrappingKeySpec": "RSA_2048"}
+        material = {"ImportToken": b"x", "EncryptedKeyMaterial": b"x", "ExpirationModel": "KEY_MATERIAL_DOES_NOT_EXPIRE"}
+        calls = [
+            (kms.enable_key, {}), (kms.disable_key, {}), (kms.schedule_key_deletion, {}),
+            (kms.cancel_key_deletion, {}), (kms.update_key_description, {"Description": "x"}),
+            (kms.list_aliases, {}), (kms.create_grant, grantee), (kms.list_grants, {}),
+            (kms.revoke_grant, grant), (kms.retire_grant, grant), (kms.enable_key_rotation, {}),
+            (kms.disable_key_rotation, {}), (kms.get_key_rotation_status, {}), (kms.rotate_key_on_demand, {}),
+            (kms.list_key_rotations, {}), (kms.get_key_policy, {}), (kms.put_key_policy, {"Policy": "{}"}),
+            (kms.list_key_policies, {}), (kms.tag_resource, {"Tags": []}), (kms.untag_resource, {"TagKeys": []}),
+            (kms.list_resource_tags, {}), (kms.get_parameters_for_import, wrapping),
+            (kms.import_key_material, material), (kms.delete_imported_key_material, {})]
+        for call, arguments in calls:
+            for named in [name, alias_arn]:
+                self.fails("InvalidArnException", refused, call, KeyId=named, **arguments)
+        self.assertEqual(kms.describe_key(KeyId=name)["KeyMetadata"]["KeyState"], "Enabled")
+        for named in [name, alias_arn]:
+            blob = kms.encrypt(KeyId=named, Plaintext=b"x")["CiphertextBlob"]
+            self.assertEqual(kms.decrypt(KeyId=named, CiphertextBlob=blob)["Plaintext"], b"x")
+            kms.generate_data_key(KeyId=named, NumberOfBytes=1)
+            kms.generate_data_key_without_plaintext(KeyId=named, NumberOfBytes=1)
+            kms.re_encrypt(CiphertextBlob=blob, SourceKeyId=named, DestinationKeyId=named)
+
+    def test_fields_are_as_long_as_awss(self):
+        arn = self.key()
+        long = lambda call, **arguments: self.fails("ValidationException", "have length", call, **arguments)
+        long(kms.describe_key, KeyId="x" * 2049)
+        long(kms.create_key, Description="x" * 8193)
+        long(kms.encrypt, KeyId=arn, Plaintext=b"x", EncryptionContext={"key": "x" * 8192})
+        long(kms.list_keys, Marker="x" * 1025)
+        grant = {"KeyId": arn, "GranteePrincipal": HOST_ARN, "Operations": ["Decrypt"]}
+        for kind in ["EncryptionContextEquals", "EncryptionContextSubset"]:
+            for pair in [{"k": "x" * 385}, {"x" * 385: "v"}]:
+                long(kms.create_grant, Constraints={kind: pair}, **grant)
+            kms.create_grant(Constraints={kind: {"x" * 384: "x" * 384}}, **grant)
+        long(kms.create_grant, **{**grant, "GranteePrincipal": "x" * 257})
+
+
 class Grants(Case):
     def test_a_principal_needs_a_grant(self):
         arn = self.key()

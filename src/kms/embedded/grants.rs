@@ -20,6 +20,8 @@ use serde_json::json;
 pub const GRANTS_MAX: usize = 50_000;
 /// Pairs in a constraint.
 pub const PAIRS_MAX: usize = 8;
+/// Characters of a key or a value in a constraint.
+pub const PAIR_TEXT_MAX: usize = 384;
 /// Grant tokens in one request.
 pub const TOKENS_MAX: usize = 10;
 /// Grants in a piece of a list, where no limit is asked for.
@@ -267,8 +269,13 @@ fn check_new(new: &NewGrant<'_>) -> Result<(), KmsError> {
         (&new.constraint.equals, "constraints.encryptionContextEquals"),
         (&new.constraint.subset, "constraints.encryptionContextSubset"),
     ] {
-        if pairs.as_ref().is_some_and(|pairs| pairs.len() > PAIRS_MAX) {
+        let Some(pairs) = pairs else { continue };
+        if pairs.len() > PAIRS_MAX {
             return invalid(field, &format!("have length less than or equal to {PAIRS_MAX}"));
+        }
+        let mut texts = pairs.iter().flat_map(|(key, value)| [key, value]);
+        if texts.any(|text| text.chars().count() > PAIR_TEXT_MAX) {
+            return invalid(field, &format!("have length less than or equal to {PAIR_TEXT_MAX}"));
         }
     }
     Ok(())

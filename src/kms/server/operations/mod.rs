@@ -4,6 +4,7 @@
 //! grants let them do.
 
 mod data;
+mod form;
 mod grants;
 mod import;
 mod keys;
@@ -46,6 +47,8 @@ pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
 }
 
 fn perform(request: &Request<'_>, operation: &str) -> Answer {
+    form::check_lengths(&request.fields)?;
+    form::check_no_alias(operation, &request.fields)?;
     match operation {
         "CreateKey" => keys::create(request),
         "DescribeKey" => keys::describe(request),
