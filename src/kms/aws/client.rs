@@ -1,6 +1,7 @@
 //! The SDK's client for one region: whom it asks, as whom, and over which connections.
 
 use crate::kms::KmsError;
+use crate::kms::aws::plain_http;
 use aws_config::{BehaviorVersion, Region};
 use aws_sdk_kms::config::interceptors::BeforeTransmitInterceptorContextRef;
 use aws_sdk_kms::config::retry::RetryConfig;
@@ -58,14 +59,15 @@ impl Regional {
     }
 }
 
-/// HTTPS by rustls, through the environment's proxy if there is one.
+/// HTTPS by rustls, through the environment's proxy if there is one; plain HTTP on this machine alone.
 fn http_client(trusted: TlsContext) -> SharedHttpClient {
-    Builder::new().build_with_connector_fn(move |settings, components| {
+    let client = Builder::new().build_with_connector_fn(move |settings, components| {
         let mut connector = Connector::builder().proxy_config(ProxyConfig::from_env());
         connector.set_connector_settings(settings.cloned());
         connector.set_sleep_impl(components.and_then(RuntimeComponents::sleep_impl));
         connector.tls_provider(tls::Provider::rustls(CryptoMode::Ring)).tls_context(trusted.clone()).build()
-    })
+    });
+    plain_http::refuse_elsewhere(client)
 }
 
 /// Whose certificates are believed: those of the file that `AWS_CA_BUNDLE` names, as AWS's other tools have it, else the

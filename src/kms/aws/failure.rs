@@ -1,6 +1,7 @@
 //! What the SDK reports, as a [`KmsError`]: the KMS's own words where it spoke, else why it was not reached.
 
 use crate::kms::KmsError;
+use crate::kms::aws::plain_http::InTheClear;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use std::error::Error;
@@ -13,6 +14,10 @@ pub fn of<E>(error: SdkError<E>, endpoint: &str) -> KmsError
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
+    // Also where it kept somebody from getting credentials.
+    if let Some(refused) = chain(&error).find_map(|e| e.downcast_ref::<InTheClear>()) {
+        return KmsError::Validation(refused.to_string());
+    }
     match &error {
         SdkError::ServiceError(service) => {
             let meta = service.err().meta();

@@ -9,6 +9,7 @@
 
 mod client;
 mod failure;
+mod plain_http;
 
 use crate::kms::grant::{Grant, GrantRequest, ListedGrant};
 use crate::kms::key_ref::arn_region;

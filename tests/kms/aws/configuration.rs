@@ -180,6 +180,42 @@ fn a_configuration_that_makes_no_sense_is_not_tried_again() {
     assert!(said(&output).contains("FIPS and custom endpoint are not supported"), "{}", said(&output));
 }
 
+/// The proxy is ours, and would see a request that was sent all the same.
+#[test]
+fn nothing_is_sent_to_another_machine_in_the_clear() {
+    let mut case = Case::new();
+    let (id, secret) = case.keys.clone();
+    let proxy = Faults::start([], Answer::HangUp);
+    for name in ["NO_PROXY", "no_proxy"] {
+        case.set(name, "");
+    }
+    for name in ["HTTP_PROXY", "http_proxy"] {
+        case.set(name, &proxy.url);
+    }
+    let refused = |case: &Case, what: &str| {
+        let output = case.create(&case.key);
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(&format!("{what} is another machine")), "{}", said(&output));
+        assert!(proxy.seen.try_recv().is_err(), "{what} was spoken to");
+    };
+    // Whoever is to give the credentials has the secret that they are got with.
+    let token = case.file("token", "a token of an identity provider");
+    case.set("AWS_WEB_IDENTITY_TOKEN_FILE", &token);
+    case.set("AWS_ROLE_ARN", "arn:aws:iam::000000000000:role/host");
+    case.set("AWS_ENDPOINT_URL_STS", "http://sts.example");
+    refused(&case, "http://sts.example");
+    case.set("AWS_ACCESS_KEY_ID", &id);
+    case.set("AWS_SECRET_ACCESS_KEY", &secret);
+    // 192.0.2.0/24 is for documentation.
+    for place in ["http://kms.example:8600", "http://192.0.2.1", "http://[2001:db8::1]:8600"] {
+        case.set("AWS_ENDPOINT_URL_KMS", place);
+        refused(&case, place);
+    }
+    case.set("AWS_ENDPOINT_URL_KMS", "");
+    case.set("AWS_ENDPOINT_URL", "http://aws.example");
+    refused(&case, "http://aws.example");
+}
+
 #[test]
 fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names() {
     let files = tempfile::tempdir().expect("make a temporary folder");
