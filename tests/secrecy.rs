@@ -15,14 +15,17 @@ use crate::common::process::wait_within;
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{self, Signal};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::Pid;
 use sealblk::crypt::SecretFd;
 use sealblk::crypt::xts::Engine;
 use sealblk::kms::KeyProvider;
+use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
+use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, next_record};
+use sealblk::kms::embedded::records::{Change, Transaction};
 use std::fs::{self, File};
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, chown};
@@ -380,25 +383,190 @@ fn the_helper_is_of_no_use_by_hand() {
     assert!(!output.status.success() && output.stdout.is_empty(), "{}", said(&output));
 }
 
+/// What the process starts with is as generous as can be; what it makes of that counts.
+fn let_it_dump(command: &mut Command) {
+    // SAFETY: between fork and exec the closure makes one system call without pointers to what could go away.
+    unsafe {
+        command.pre_exec(|| {
+            setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).map_err(std::io::Error::from)
+        });
+    }
+}
+
+/// The limits on core files of a process: the soft one and the hard one.
+fn core_limits(pid: Pid) -> Vec<String> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("read the limits");
+    let core = limits.lines().find(|l| l.starts_with("Max core file size"));
+    core.expect("there is such a limit").split_whitespace().skip(4).take(2).map(str::to_owned).collect()
+}
+
 #[test]
 fn a_crash_leaves_no_core() {
-    // What the process starts with is as generous as can be; what it makes of that counts.
-    setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).expect("root may raise the limit");
     for signal in [Signal::SIGQUIT, Signal::SIGABRT] {
         let place = Place::new(&[]);
         let needles = Needles::of_key(&place.dek());
         let mut command = place.attach_command(&[]);
         command.current_dir(place.folder());
+        let_it_dump(&mut command);
         let mut host = place.start(command, vec![]);
-        let limits = fs::read_to_string(host.proc("limits")).expect("read the limits");
-        let core =
-            limits.lines().find(|l| l.starts_with("Max core file size")).expect("there is such a limit");
-        assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+        assert_eq!(core_limits(host.pid()), ["0", "0"]);
         host.signal(signal);
         let status = host.wait();
         assert_eq!((status.signal(), status.core_dumped()), (Some(signal as i32), false));
         assert_eq!(needles.find_in_files(&place.folder()), [""; 0]);
     }
+}
+
+/// What a KMS's store is opened with and what it holds: its root key, what that derives, and the material of its keys.
+fn secrets_of(kms: &KmsServer) -> Vec<(String, [u8; 32])> {
+    let root_key = kms.root_key();
+    let log = fs::read(kms.folders().0.join("kms/log")).expect("read the store");
+    let header = Header::parse(&log).expect("a header");
+    let hkdf = hkdf::Hkdf::<sha2::Sha256>::new(Some(header.store.as_bytes()), &root_key);
+    let mut secrets = vec![("the root key".to_owned(), root_key)];
+    for name in ["store key", "log mac key", "audit key"] {
+        let mut key = [0; 32];
+        hkdf.expand(format!("sealblk kms {name}").as_bytes(), &mut key).expect("one block");
+        secrets.push((format!("the {name}"), key));
+    }
+    let root_key = RootKey::copy_of(&root_key);
+    let keys = StoreKeys::derive(&root_key.expect("memory"), header.store).expect("memory");
+    let (mut rest, mut place) = (&log[HEADER_LEN..], header.base);
+    while let Next::Record { body, after, len } =
+        next_record(&place, rest, (log.len() - rest.len()) as u64, &keys).expect("a good log")
+    {
+        let changes = Transaction::decode(after.seq, body).expect("a transaction").changes;
+        for change in changes {
+            let sealed: Vec<_> = match &change {
+                Change::Key(key) => key.versions.iter().map(|v| (key.id, v.id, v.sealed)).collect(),
+                Change::Principal(who) => vec![(who.id, who.id, who.sealed)],
+                _ => Vec::new(),
+            };
+            for (key, version, sealed) in sealed {
+                let material = keys.open(key, version, &sealed).expect("its material");
+                secrets.push((format!("material of {key}"), *material.bytes()));
+            }
+        }
+        (rest, place) = (&rest[len..], after);
+    }
+    assert!(secrets.len() > 5, "there are a key and a principal");
+    secrets
+}
+
+const PASSPHRASE: &str = "a needle that no haystack here has";
+
+/// Needles of all that, and of the passphrase that the root key may be under.
+fn kms_needles(kms: &KmsServer) -> Needles {
+    let secrets = secrets_of(kms);
+    let mut all: Vec<(&str, &[u8])> = secrets.iter().map(|(name, key)| (&**name, &key[..])).collect();
+    all.push(("the passphrase", &PASSPHRASE.as_bytes()[..32]));
+    Needles::of_secrets(&all)
+}
+
+/// The keys of a KMS that is served are nowhere but in the memory that is made for them, whatever it has been asked for.
+#[test]
+fn a_served_kms_has_its_keys_in_no_memory_but_theirs() {
+    for kms in [KmsServer::start(), KmsServer::start_under(PASSPHRASE)] {
+        let (store, who, key) = (Store::new(), kms.principal("root"), kms.create_key());
+        store.set_environment(who.environment(&kms.url));
+        let place = Place::of(store, &["--key", &format!("aws:{key}")]);
+        let host = place.attach(&[]);
+        place.store.ok(&["volume", "rewrap", "t"]);
+        host.end();
+        let needles = kms_needles(&kms);
+        signal::kill(kms.pid(), Signal::SIGSTOP).expect("it runs");
+        let seen = look_through(kms.pid(), &needles);
+        let control = look_through(kms.pid(), &Needles::words(who.keys().0));
+        signal::kill(kms.pid(), Signal::SIGCONT).expect("it runs");
+        assert!(seen.found.is_empty(), "{:#?}", seen.found);
+        assert!(seen.secret > 0 && seen.bytes > 1 << 20, "{} bytes", seen.bytes);
+        assert!(!control.found.is_empty(), "the search does not find the access key either");
+        assert_eq!(core_limits(kms.pid()), ["0", "0"]);
+    }
+}
+
+/// A pipe, and a command that finds its other end by this number.
+fn piped(command: &mut Command, number: i32) -> File {
+    let (reader, writer) = std::io::pipe().expect("make a pipe");
+    let reader = OwnedFd::from(reader);
+    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
+    unsafe {
+        command.pre_exec(move || match nix::libc::dup2(reader.as_raw_fd(), number) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    File::from(OwnedFd::from(writer))
+}
+
+/// Returns when everything that was written into a pipe has been read.
+fn until_read(pipe: &File) {
+    let limit = std::time::Instant::now() + attach::LIMIT;
+    loop {
+        let mut left: nix::libc::c_int = 0;
+        // SAFETY: the request writes one int, which is there.
+        let done = unsafe { nix::libc::ioctl(pipe.as_raw_fd(), nix::libc::FIONREAD, &mut left) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        if left == 0 {
+            return;
+        }
+        assert!(std::time::Instant::now() < limit, "nobody reads");
+        std::thread::yield_now();
+    }
+}
+
+/// `kms passphrase set` of a store that is under a passphrase: the command, and the pipe that it reads the new one from.
+fn passphrase_set(kms: &KmsServer) -> (Command, File) {
+    let mut command = kms.command();
+    command.args(["kms", "passphrase", "set", "--new-passphrase-fd", "51"]);
+    let new = piped(&mut command, 51);
+    command.current_dir(kms.folders().0).stdout(Stdio::null());
+    let_it_dump(&mut command);
+    (command, new)
+}
+
+#[test]
+fn whoever_sets_a_passphrase_leaves_no_core() {
+    for signal in [Signal::SIGQUIT, Signal::SIGABRT] {
+        let kms = KmsServer::start_under(PASSPHRASE);
+        let (mut command, mut new) = passphrase_set(&kms);
+        let mut child = command.spawn().expect("start sealblk");
+        drop(command);
+        // It has opened the store with the old one when it reads the new one.
+        new.write_all(b"the beginning of").expect("it fits into a pipe");
+        until_read(&new);
+        let pid = Pid::from_raw(child.id() as i32);
+        assert_eq!(core_limits(pid), ["0", "0"]);
+        signal::kill(pid, signal).expect("it runs");
+        let status = process::wait_within(&mut child, attach::LIMIT).expect("it ends");
+        assert_eq!((status.signal(), status.core_dumped()), (Some(signal as i32), false));
+    }
+}
+
+/// At its end the command is held, with all its memory still there.
+#[test]
+fn whoever_sets_a_passphrase_has_no_key_in_memory_but_its_own_and_none_at_its_end() {
+    let kms = KmsServer::start_under(PASSPHRASE);
+    let _ = (kms.principal("root"), kms.create_key());
+    let (mut command, mut new) = passphrase_set(&kms);
+    let mut child = command.spawn().expect("start sealblk");
+    drop(command);
+    new.write_all(b"another ").expect("it fits into a pipe");
+    until_read(&new);
+    let pid = Pid::from_raw(child.id() as i32);
+    let traced = Traced::until_its_end(pid);
+    traced.interrupt();
+    let needles = kms_needles(&kms);
+    let seen = look_through(pid, &needles);
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    assert!(seen.secret > 0, "where are the keys?");
+    traced.go_on();
+    new.write_all(b"passphrase\n").expect("it fits into a pipe");
+    traced.wait_for_its_end();
+    let seen = look_through(pid, &needles);
+    assert!(seen.found.is_empty(), "{:#?}", seen.found);
+    drop(traced);
+    assert!(process::wait_within(&mut child, attach::LIMIT).expect("it ends").success());
 }
 
 /// The kernel gives the files of a process that must not be dumped to root, whosever the process is; that is what
@@ -433,11 +601,10 @@ fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
     assert!(cat(&host.proc("status")).success(), "what is for everybody he may read");
 
     // The same look at a process of his that has nothing to hide.
-    let mut follower =
-        his(&program).args(["events", "--follow"]).stdout(Stdio::null()).spawn().expect("start it");
-    let open_book = Path::new("/proc").join(follower.id().to_string()).join("environ");
+    let mut sleeper = his(Path::new("sleep")).arg("600").stdout(Stdio::null()).spawn().expect("start it");
+    let open_book = Path::new("/proc").join(sleeper.id().to_string()).join("environ");
     let (owner, readable) = (fs::metadata(&open_book).map(|m| m.uid()), cat(&open_book).success());
-    follower.kill().and_then(|()| follower.wait()).expect("end it");
+    sleeper.kill().and_then(|()| sleeper.wait()).expect("end it");
     assert_eq!((owner.expect("it runs"), readable), (NOBODY, true));
     host.end();
 }

@@ -4,15 +4,17 @@ use super::input::Input;
 use sealblk::audit::line::{self, AuditKey, Position};
 use sealblk::audit::mark::Mark;
 use sealblk::audit::verify::{Checker, Report, each_line};
+use sealblk::crypt::secret_mem::SecretBytes;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 const LOG: Uuid = Uuid::from_u128(7);
 
-static KEY: LazyLock<AuditKey> = LazyLock::new(|| AuditKey::new(Uuid::from_u128(1), Zeroizing::new([1; 32])));
+static KEY: LazyLock<AuditKey> = LazyLock::new(|| {
+    AuditKey::new(Uuid::from_u128(1), SecretBytes::copy_of(&[1; 32]).expect("locked memory"))
+});
 
 /// Any bytes as a log or a mark, or a log that was written and damaged.
 pub fn run(data: &[u8]) {

@@ -6,12 +6,13 @@ use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, Position, encode_record, next_record};
 use std::sync::LazyLock;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 const START: Position = Position { seq: 0, chain: [0; 32] };
 
-static KEYS: LazyLock<StoreKeys> =
-    LazyLock::new(|| StoreKeys::derive(&RootKey(Zeroizing::new([1; 32])), Uuid::from_u128(1)));
+static KEYS: LazyLock<StoreKeys> = LazyLock::new(|| {
+    let root = RootKey::copy_of(&[1; 32]);
+    StoreKeys::derive(&root.expect("locked memory"), Uuid::from_u128(1)).expect("locked memory")
+});
 
 /// Any bytes as a header and as records, or a log that was written and damaged.
 pub fn run(data: &[u8]) {

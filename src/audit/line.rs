@@ -2,12 +2,13 @@
 //!
 //! Pure. Nothing is canonicalised: chain and MAC are over the bytes as they lie in the file (docs/audit.md).
 
+use crate::crypt::secret_mem::SecretBytes;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 /// The longest line in bytes, its end included; a longer one is no record.
 pub const LINE_MAX: usize = 64 << 10;
@@ -31,17 +32,17 @@ impl Position {
     pub const START: Position = Position { seq: 0, chain: [0; 32] };
 }
 
-/// What the MACs of a store's audit are made with. Whoever has it can read the KMS's root key.
+/// What the MACs of a store's audit are made with, in secret memory. Whoever has it can read the KMS's root key.
 #[derive(Clone)]
 pub struct AuditKey {
     store: Uuid,
-    key: Zeroizing<[u8; 32]>,
+    key: Arc<SecretBytes<32>>,
 }
 
 impl AuditKey {
     /// The audit key of the KMS store of this id, which derives it from its root key.
-    pub fn new(store: Uuid, key: Zeroizing<[u8; 32]>) -> Self {
-        AuditKey { store, key }
+    pub fn new(store: Uuid, key: SecretBytes<32>) -> Self {
+        AuditKey { store, key: Arc::new(key) }
     }
 
     /// The KMS store whose key it is.
@@ -51,7 +52,8 @@ impl AuditKey {
 
     /// HMAC-SHA-256 of `label`, a zero byte and `bytes`.
     pub(super) fn mac(&self, label: &str, bytes: &[u8]) -> [u8; 32] {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.key[..]).expect("HMAC takes a key of any length");
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(self.key.as_array()).expect("HMAC takes a key of any length");
         mac.update(label.as_bytes());
         mac.update(&[0]);
         mac.update(bytes);
@@ -176,7 +178,7 @@ mod tests {
     const LOG: Uuid = Uuid::from_u128(7);
 
     fn key(first: u8) -> AuditKey {
-        AuditKey::new(Uuid::from_u128(1), Zeroizing::new([first; 32]))
+        AuditKey::new(Uuid::from_u128(1), SecretBytes::copy_of(&[first; 32]).unwrap())
     }
 
     fn what() -> Value {

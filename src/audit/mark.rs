@@ -164,7 +164,7 @@ fn may_not_be_written(config: &Path, e: &std::io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zeroize::Zeroizing;
+    use crate::crypt::secret_mem::SecretBytes;
 
     fn mark() -> Mark {
         let position = Position { seq: u64::MAX, chain: [0xab; 32] };
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_mark_is_read_back_and_its_mac_is_its_own() {
-        let key = |n| AuditKey::new(Uuid::from_u128(1), Zeroizing::new([n; 32]));
+        let key = |n| AuditKey::new(Uuid::from_u128(1), SecretBytes::copy_of(&[n; 32]).unwrap());
         assert_eq!(Mark::parse(&mark().encode(None)), Some((mark(), None)));
         let bytes = mark().encode(Some(&key(1)));
         let (read, mac) = Mark::parse(&bytes).unwrap();

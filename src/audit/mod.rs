@@ -19,6 +19,7 @@ pub use line::{AuditKey, KMS_SOURCE, Position};
 
 use crate::base::root::{Root, create_dir_durable, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use mark::{Mark, Marks, folder_hash};
 use nix::fcntl::Flock;
 use serde::Serialize;
@@ -85,7 +86,7 @@ impl AuditLog {
     pub fn append(&self, entry: &Entry, key: Option<&AuditKey>) -> Result<()> {
         let attempt = || format!("write to the audit log {}", self.path().display());
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = self.append_to(&mut opened, entry, key).context(attempt);
+        let result = on_scrubbed_stack(|| self.append_to(&mut opened, entry, key)).context(attempt);
         if result.is_err() {
             *opened = None;
         }

@@ -3,6 +3,7 @@
 //! Knows nothing of what the other modules are about.
 
 pub mod error;
+pub mod hardened;
 mod locality;
 pub mod locks;
 pub mod root;

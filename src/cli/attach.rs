@@ -182,7 +182,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
-    crate::host::attach(&env.catalog(), &env.settings()?, volume, &options, |attached| {
+    crate::host::attach(&env.catalog(), &env.settings()?, volume, &options, env.hardened, |attached| {
         if env.json {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,
@@ -247,7 +247,7 @@ pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
 
 /// The unwrap helper's whole life.
 pub fn unwrap(env: &Env) -> Result<()> {
-    unwrap::help(&env.root)
+    unwrap::help(env.hardened, &env.root)
 }
 
 /// The whole life of an attach's grants' keeper.

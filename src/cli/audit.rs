@@ -77,7 +77,7 @@ struct Filter {
 impl Filter {
     fn new(env: &Env, args: ShowArgs) -> Result<Self> {
         let volume = args.volume.map(|volume| volume_id(env, &volume)).transpose()?;
-        let key = args.key.map(|key| key_name(&env.root, &key));
+        let key = args.key.map(|key| key_name(env, &key));
         Ok(Filter { since: args.since, volume, key })
     }
 
@@ -115,8 +115,8 @@ fn volume_id(env: &Env, volume: &str) -> Result<String> {
 }
 
 /// The ARN of the key that is meant, if the embedded KMS knows it; else what was given.
-fn key_name(root: &Root, key: &str) -> String {
-    let known = Embedded::open(root).and_then(|kms| kms.key(key));
+fn key_name(env: &Env, key: &str) -> String {
+    let known = Embedded::open(&env.root, env.hardened).and_then(|kms| kms.key(key));
     known.map_or_else(|_| key.strip_prefix("aws:").unwrap_or(key).to_owned(), |key| key.arn)
 }
 
@@ -178,7 +178,7 @@ fn line(record: &Value) -> String {
 }
 
 fn check(env: &Env) -> Result<()> {
-    let key = match Embedded::open(&env.root).and_then(|kms| kms.audit_key()) {
+    let key = match Embedded::open(&env.root, env.hardened).and_then(|kms| kms.audit_key()) {
         Ok(key) => key,
         Err(e) => {
             log::warn!("the records' MACs cannot be checked: {e}");

@@ -109,7 +109,7 @@ pub struct AliasTarget {
 
 /// Runs one `sealblk key` command.
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
-    let kms = Embedded::open(&env.root)?;
+    let kms = Embedded::open(&env.root, env.hardened)?;
     let (text, json) = answer(&kms, command)?;
     let text = if env.json { format!("{json:#}\n") } else { text };
     output::print(&text).map(drop)
@@ -283,6 +283,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::hardened::harden;
     use crate::kms::embedded::clock::SystemClock;
     use clap::Parser;
 
@@ -300,7 +301,12 @@ mod tests {
     impl Shell {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let kms = Embedded::at(dir.path().join("kms"), dir.path().join("config"), Box::new(SystemClock));
+            let kms = Embedded::at(
+                dir.path().join("kms"),
+                dir.path().join("config"),
+                Box::new(SystemClock),
+                harden().unwrap(),
+            );
             Shell { kms, _dir: dir }
         }
 

@@ -4,12 +4,13 @@ use crate::base::Result;
 use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
+use crate::crypt::wiping_allocator;
+use crate::base::hardened::Hardened;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
 use crate::kms::server::tls::Files;
 use crate::kms::server::{self, Address};
-use crate::sandbox;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -67,10 +68,11 @@ pub struct NewPassphraseArgs {
 }
 
 impl NewPassphraseArgs {
-    fn get(&self) -> Result<Passphrase> {
-        let new =
-            self.new_passphrase_fd.map_or_else(passphrase::new_at_terminal, Passphrase::from_descriptor);
-        Ok(new?)
+    fn get(&self, hardened: Hardened) -> Result<Passphrase> {
+        Ok(match self.new_passphrase_fd {
+            Some(number) => Passphrase::from_descriptor(number, hardened)?,
+            None => passphrase::new_at_terminal(hardened)?,
+        })
     }
 }
 
@@ -153,19 +155,21 @@ pub struct NameArg {
 
 /// Runs one `sealblk kms` command.
 pub fn run(env: &Env, command: Command) -> Result<()> {
-    let kms = Embedded::open(&env.root)?;
+    // Data keys, passphrases and the secrets of principals pass buffers of other people's code.
+    wiping_allocator::wipe_from_now_on();
+    let kms = Embedded::open(&env.root, env.hardened)?;
     match command {
         Command::Serve(args) => serve(env, kms, args),
         Command::Init(args) => {
             let wanted = args.passphrase || args.new.new_passphrase_fd.is_some();
-            let passphrase = if wanted { Some(args.new.get()?) } else { None };
+            let passphrase = if wanted { Some(args.new.get(env.hardened)?) } else { None };
             kms.init(passphrase.as_ref())?;
             root_key_is(env, wanted, "the KMS store is made")
         }
         Command::Passphrase(PassphraseCommand::Set(new)) => {
             // The old one first, as everywhere.
             kms.unlock()?;
-            kms.protect_root_key(Some(&new.get()?))?;
+            kms.protect_root_key(Some(&new.get(env.hardened)?))?;
             root_key_is(env, true, "the passphrase is set")
         }
         Command::Passphrase(PassphraseCommand::Remove) => {
@@ -211,8 +215,6 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
         (None, Some(path)) => Address::Unix(path),
         (None, None) => unreachable!("clap asks for one of them"),
     };
-    // It has the store's keys for as long as it runs.
-    sandbox::harden()?;
     kms.unlock()?;
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
     server::serve(kms, &address, tls, |url| match env.json {

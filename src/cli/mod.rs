@@ -30,6 +30,7 @@ use crate::base::{Context, Error, Result};
 use crate::catalog::Catalog;
 use crate::config::Settings;
 use crate::events::EventLog;
+use crate::base::hardened::{Hardened, harden, harden_children};
 use clap::{Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
@@ -42,6 +43,8 @@ pub struct Env {
     pub root: Root,
     /// `--json`: one JSON value on standard output instead of text.
     pub json: bool,
+    /// For what asks for the proof.
+    pub hardened: Hardened,
 }
 
 impl Env {
@@ -151,7 +154,7 @@ impl Command {
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),
-            Command::RewrapKey => crate::helper::rewrap::help(&env.root),
+            Command::RewrapKey => crate::helper::rewrap::help(env.hardened, &env.root),
             Command::KeepGrants => attach::keep_grants(env),
         }
     }
@@ -159,10 +162,18 @@ impl Command {
 
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
+    let hardened = harden();
     let cli = Cli::parse_from(arguments());
     start_log(cli.verbose);
     let json = cli.json;
-    match env(cli.root, json).and_then(|env| cli.command.run(&env)) {
+    let ran = hardened.and_then(|hardened| {
+        // An event sink is a program of the operator's, which may be one that gains privileges.
+        if !matches!(cli.command, Command::Events(_)) {
+            harden_children()?;
+        }
+        cli.command.run(&env(cli.root, json, hardened)?)
+    });
+    match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             report(&e, json);
@@ -182,11 +193,11 @@ fn arguments() -> Vec<OsString> {
     arguments
 }
 
-fn env(root: Option<PathBuf>, json: bool) -> Result<Env> {
+fn env(root: Option<PathBuf>, json: bool, hardened: Hardened) -> Result<Env> {
     let root = root.map_or_else(Root::default_path, Ok)?;
     // Sockets and messages name paths in it, which must mean the same elsewhere.
     let root = std::path::absolute(&root).context(|| root.display().to_string())?;
-    Ok(Env { root: Root::new(root), json })
+    Ok(Env { root: Root::new(root), json, hardened })
 }
 
 fn start_log(verbose: u8) {

@@ -26,7 +26,7 @@ impl NamedKey {
 
     /// This key.
     pub fn of(env: &Env, reference: KeyRef) -> Result<Self> {
-        let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
+        let provider = kms::open_provider(env.hardened, &env.root, reference.provider.as_str())?;
         Ok(NamedKey { provider, key: reference.key })
     }
 
@@ -48,13 +48,13 @@ impl NamedKey {
 
 /// The provider of this name.
 pub fn open(env: &Env) -> impl Fn(&str) -> Result<Box<dyn KeyProvider>, KmsError> {
-    |name| kms::open_provider(&env.root, name)
+    |name| kms::open_provider(env.hardened, &env.root, name)
 }
 
 /// Unwraps by the helper process, as an attach does.
 pub fn unwrap(env: &Env) -> impl Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure> {
     |owner, key| {
-        let unwrapped = unwrap::unwrap(&env.root, owner, key);
+        let unwrapped = unwrap::unwrap(env.hardened, &env.root, owner, key);
         unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })
     }
 }

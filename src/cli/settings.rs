@@ -74,7 +74,7 @@ fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
     let reference = KeyRef::parse(key, &env.settings()?.locality);
     let reference = reference.map_err(|e| unchanged(e.with_advice(key)))?;
-    let provider = kms::open_provider(&env.root, reference.provider.as_str())?;
+    let provider = kms::open_provider(env.hardened, &env.root, reference.provider.as_str())?;
     let described = match provider.describe(&reference.key) {
         Err(e) if reference.key == DEFAULT_KEY && Error::from(e.clone()).kind() == Kind::NotFound => {
             return Ok(());

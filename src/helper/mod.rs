@@ -8,7 +8,7 @@ pub mod unwrap;
 
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
-use crate::sandbox;
+use crate::base::hardened::harden_children;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -37,7 +37,7 @@ pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
 /// # Errors
 /// `Usage` where that process is gone already.
 pub fn begin() -> Result<UnixStream> {
-    sandbox::harden()?;
+    harden_children()?;
     prctl::set_pdeathsig(Signal::SIGKILL).context(|| "tie this process to the one that started it")?;
     // SAFETY: whoever started us made standard input for us, and nobody else in this process uses it.
     let socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };

@@ -11,6 +11,7 @@ use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
+use crate::base::hardened::Hardened;
 use crate::helper;
 use crate::kms::patience::Patience;
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
@@ -92,9 +93,14 @@ impl From<Error> for Refusal {
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it.
-pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Result<Dek, Refusal> {
+pub fn unwrap(
+    hardened: Hardened,
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+) -> Result<Dek, Refusal> {
     let patience = Patience(Settings::load(root)?.kms_patience);
-    unwrap_granted(root, owner, key, None, patience)
+    unwrap_granted(hardened, root, owner, key, None, patience)
 }
 
 /// The same by the grant whose token this is, if there is one.
@@ -102,6 +108,7 @@ pub fn unwrap(root: &Root, owner: impl Into<KeyOwner>, key: &KeyRecord) -> Resul
 /// # Errors
 /// As for [`unwrap`].
 pub fn unwrap_granted(
+    hardened: Hardened,
     root: &Root,
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
@@ -109,7 +116,7 @@ pub fn unwrap_granted(
     patience: Patience,
 ) -> Result<Dek, Refusal> {
     let secret = SecretFd::create(Dek::LEN)?;
-    unwrap_into(root, owner, key, token, patience, &secret)?;
+    unwrap_into(hardened, root, owner, key, token, patience, &secret)?;
     Ok(Dek::from_secret(secret.map()?)?)
 }
 
@@ -118,6 +125,7 @@ pub fn unwrap_granted(
 /// # Errors
 /// As for [`unwrap`].
 pub fn unwrap_into(
+    _: Hardened,
     root: &Root,
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
@@ -170,12 +178,13 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
 ///
 /// # Errors
 /// Only when the other side could not even be told.
-pub fn help(root: &Root) -> Result<()> {
+pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
     let mut socket = helper::begin()?;
     let request = receive(&socket).map_err(Refusal::from);
     // The key passes the stack too, in other people's frames.
-    let filled = on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(root, request, secret)));
+    let filled =
+        on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(hardened, root, request, secret)));
     let answer = match filled {
         Ok(()) => Answer::Unwrapped,
         Err(refusal) => Answer::Refused(refusal),
@@ -212,7 +221,7 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     ))
 }
 
-fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
+fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
     let context: EncryptionContext = encryption_context(request.owner);
     let blob =
         hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
@@ -222,7 +231,8 @@ fn fill(root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> 
         Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(&request.provider, &wrapped.key_id))
     };
     let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
-    let provider = kms::open_patient_provider(root, &request.provider, patience).map_err(refused)?;
+    let provider =
+        kms::open_patient_provider(hardened, root, &request.provider, patience).map_err(refused)?;
     let key = match &request.grant_token {
         Some(token) => provider.decrypt_granted(&wrapped, &context, token),
         None => provider.decrypt(&wrapped, &context),

@@ -25,6 +25,7 @@ use crate::base::{Context, Result};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
+use crate::base::hardened::Hardened;
 use crate::kms::embedded::root_key::passphrase;
 use crate::sandbox::{self, Identity, Mode};
 use crate::vhost::listener::{self, Stop};
@@ -96,6 +97,7 @@ pub fn attach(
     settings: &Settings,
     reference: &str,
     options: &Options,
+    hardened: Hardened,
     ready: impl FnOnce(&Attached<'_>) -> Result<()>,
 ) -> Result<()> {
     // Before anything opens a descriptor that could have the same number.
@@ -105,7 +107,6 @@ pub fn attach(
     };
     // The helpers' affair, not this process's.
     let passphrase = passphrase::inherited_descriptor()?;
-    sandbox::harden()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
@@ -113,7 +114,8 @@ pub fn attach(
         Endpoint::Path(path) => Some(std::path::absolute(path)?),
         Endpoint::Fd(_) => None,
     };
-    let mut taken = Taken::take(catalog, settings, volume, options, path.as_deref()).context(attempt)?;
+    let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
+    let mut taken = taken.context(attempt)?;
     drop(passphrase);
     let Sockets { control, inlet, socket, name } =
         Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref()).context(attempt)?;

@@ -7,6 +7,7 @@ use crate::catalog::metadata::Metadata;
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
+use crate::base::hardened::Hardened;
 use crate::helper::grants::Keeper;
 use crate::helper::unwrap::{self, Refusal};
 use crate::host::Options;
@@ -44,6 +45,7 @@ impl Taken {
         volume: VolumeId,
         options: &Options,
         path: Option<&Path>,
+        hardened: Hardened,
     ) -> Result<Self> {
         let holder = Holder::this_process(Purpose::Attach, path)?;
         let lock_file = LockFile::open(&catalog.folder(volume), volume)?;
@@ -51,7 +53,8 @@ impl Taken {
         let events = EventLog::new(catalog.root(), settings);
         let mut granted = None;
         let get_keys = |metadata: &Metadata| {
-            let (deks, keeper) = unwrap_all(catalog, metadata, &events, settings, !options.incoming)?;
+            let (deks, keeper) =
+                unwrap_all(catalog, metadata, &events, settings, !options.incoming, hardened)?;
             granted = Some((metadata.clone(), keeper));
             Ok(deks)
         };
@@ -88,6 +91,7 @@ fn unwrap_all(
     events: &EventLog,
     settings: &Settings,
     alone: bool,
+    hardened: Hardened,
 ) -> Result<(Deks, Keeper)> {
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
@@ -100,7 +104,8 @@ fn unwrap_all(
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
     let mut deks = Deks::new();
     for (n, key) in metadata.keys().iter().enumerate() {
-        let dek = unwrap::unwrap_granted(catalog.root(), metadata.id(), key, keeper.token(n), patience());
+        let (root, token) = (catalog.root(), keeper.token(n));
+        let dek = unwrap::unwrap_granted(hardened, root, metadata.id(), key, token, patience());
         deks.push(Arc::new(dek.map_err(refused)?));
     }
     Ok((deks, keeper))

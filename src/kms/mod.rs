@@ -23,6 +23,7 @@ pub use key_ref::{KeyRef, ProviderName};
 use crate::audit::AuditKey;
 use crate::base::root::Root;
 use crate::config::Settings;
+use crate::base::hardened::Hardened;
 use patience::Patience;
 use zeroize::Zeroizing;
 
@@ -179,22 +180,23 @@ pub struct Capabilities {
 /// What it is used for goes into the store's audit log.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
-pub fn open_provider(root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
-    open_patient_provider(root, name, None)
+pub fn open_provider(hardened: Hardened, root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+    open_patient_provider(hardened, root, name, None)
 }
 
 /// The same with another patience than that of the settings.
 pub fn open_patient_provider(
+    hardened: Hardened,
     root: &Root,
     name: &str,
     patience: Option<Patience>,
 ) -> Result<Box<dyn KeyProvider>, KmsError> {
     let provider: Box<dyn KeyProvider> = match name {
-        "embedded" => Box::new(embedded::Embedded::open(root)?),
+        "embedded" => Box::new(embedded::Embedded::open(root, hardened)?),
         "aws" => {
             let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
             let patience = patience.unwrap_or(Patience(settings.kms_patience));
-            Box::new(aws::Aws::open(patience, settings.grantee_principal)?)
+            Box::new(aws::Aws::open(patience, settings.grantee_principal, hardened)?)
         }
         name => return Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
     };

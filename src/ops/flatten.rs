@@ -6,6 +6,7 @@ use crate::catalog::{Catalog, Metadata, Snapshot, VolumeId, leaving};
 use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
+use crate::base::hardened::Hardened;
 use crate::helper::unwrap;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
@@ -42,11 +43,13 @@ pub fn complete(
     catalog: &Catalog,
     volume: VolumeId,
     rate: u64,
+    hardened: Hardened,
     tell: &mut dyn FnMut(&Progress),
 ) -> Result<Metadata> {
     let lock = take(catalog, volume)?;
     let keys = |metadata: &Metadata| {
-        let dek = |key| Ok(Arc::new(unwrap::unwrap(catalog.root(), volume, key).map_err(|r| r.error())?));
+        let unwrap = |key| unwrap::unwrap(hardened, catalog.root(), volume, key);
+        let dek = |key| Ok(Arc::new(unwrap(key).map_err(|r| r.error())?));
         metadata.keys().iter().map(dek).collect::<Result<Deks>>()
     };
     let (Opened { mut metadata, seal_key, layers }, deks) =

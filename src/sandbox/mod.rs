@@ -1,5 +1,5 @@
-//! What a process that sees a data key gives up: before it does ([`harden`]), and for good once everything that it
-//! needs is open ([`confine`]).
+//! What a process that sees a data key gives up for good once everything that it needs is open ([`confine`]). Before,
+//! it has hardened itself, as every command does ([`crate::base::hardened`]).
 //!
 //! A confined process does what serving a volume takes and nothing else. It makes the system calls of [`calls`], and
 //! ends at any other one, which it names ([`violation`]). It reaches the files of [`files`] and no other, by Landlock.
@@ -19,8 +19,7 @@ pub use files::{Access, Rule, landlock_version};
 pub use identity::Identity;
 
 use crate::base::{Context, Error, Kind, Result};
-use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use crate::base::hardened::{harden, harden_children};
 use std::fmt;
 use std::str::FromStr;
 
@@ -62,14 +61,6 @@ impl fmt::Display for Confinement {
     }
 }
 
-/// Leaves no core file and lets nobody attach a debugger or read the memory (but root), and gains no privileges
-/// by what it executes. For the host process and the unwrap helper, before either has a key.
-pub fn harden() -> Result<()> {
-    prctl::set_dumpable(false).context(|| "switch core dumps off")?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).context(|| "limit core files to nothing")?;
-    prctl::set_no_new_privs().context(|| "give up new privileges")
-}
-
 /// Gives up what the process does not need any more. It must have one thread; those that it starts later are confined
 /// like it. Its working folder is [`WORKING_FOLDER`] afterwards.
 ///
@@ -93,6 +84,7 @@ pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Resul
     identity::drop_capabilities(files)?;
     // A change of the user makes a process dumpable again, as far as the system's settings go.
     harden()?;
+    harden_children()?;
     match mode {
         Mode::Off => done.push("no system call filter".into()),
         Mode::Log => {

@@ -212,7 +212,12 @@ fn a_kms_key_that_was_deleted_takes_its_volumes_with_it() {
     let arn = two.place.key();
     two.place.store.ok(&["key", "schedule-deletion", &arn, "--days", "7"]);
     let clock = Box::new(Later { days: 8 });
-    let kms = Embedded::at(Root::new(two.place.store.root()).kms(), two.place.store.config(), clock);
+    let kms = Embedded::at(
+        Root::new(two.place.store.root()).kms(),
+        two.place.store.config(),
+        clock,
+        sealblk::base::hardened::harden().unwrap(),
+    );
     assert!(kms.describe(&arn).is_err(), "it is gone");
     two.refused("a deleted KMS key", 3, &format!("Key '{arn}' does not exist"), 1, |_| {});
 }

@@ -12,11 +12,11 @@ mod writers;
 use sealblk::audit::verify::{Report, verify};
 use sealblk::audit::{AuditKey, AuditLog, Entry, Step};
 use sealblk::base::Locality;
+use sealblk::crypt::secret_mem::SecretBytes;
 use sealblk::kms::EncryptionContext;
 use std::fs;
 use std::path::PathBuf;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 const ARN: &str = "arn:aws:kms:us-east-1:000000000000:key/6f91d0da-414a-4422-add9-6929355f8408";
 
@@ -68,7 +68,7 @@ impl Folders {
 }
 
 fn key(n: u8) -> AuditKey {
-    AuditKey::new(Uuid::from_u128(1), Zeroizing::new([n; 32]))
+    AuditKey::new(Uuid::from_u128(1), SecretBytes::copy_of(&[n; 32]).unwrap())
 }
 
 /// A record of the KMS's, which has a MAC.

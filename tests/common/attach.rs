@@ -117,7 +117,12 @@ impl Place {
 
     /// The store's KMS, from inside this process.
     pub fn kms(&self) -> Embedded {
-        Embedded::at(Root::new(self.store.root()).kms(), self.store.config(), Box::new(SystemClock))
+        Embedded::at(
+            Root::new(self.store.root()).kms(),
+            self.store.config(),
+            Box::new(SystemClock),
+            sealblk::base::hardened::harden().unwrap(),
+        )
     }
 
     /// The data key, as the KMS hands it out to who has the context and the root key.

@@ -26,7 +26,15 @@ impl Reader {
     /// Of the store at `root`, whose KMS has its root key in `config`.
     pub fn new(root: &Path, config: PathBuf) -> Self {
         let root = Root::new(root);
-        Reader { kms: Embedded::at(root.kms(), config, Box::new(SystemClock)), catalog: Catalog::new(&root) }
+        Reader {
+            kms: Embedded::at(
+                root.kms(),
+                config,
+                Box::new(SystemClock),
+                sealblk::base::hardened::harden().unwrap(),
+            ),
+            catalog: Catalog::new(&root),
+        }
     }
 
     /// The store's volumes and snapshots.

@@ -2,12 +2,15 @@
 //! leads an AWS SDK to it. Nothing here leaves the machine.
 
 use super::process::tie_to_test;
+use nix::unistd::Pid;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::Value;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -18,6 +21,7 @@ pub type Variables = Vec<(String, String)>;
 pub struct KmsServer {
     folder: tempfile::TempDir,
     child: Child,
+    passphrase: Option<String>,
     /// Where it listens: `http://127.0.0.1:PORT`.
     pub url: String,
 }
@@ -39,13 +43,33 @@ impl KmsServer {
     pub fn start_with(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut command = command(&folder);
-        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).args(arguments).stdout(Stdio::piped());
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]).args(arguments);
+        Self::spawn(folder, command)
+    }
+
+    fn spawn(folder: tempfile::TempDir, mut command: Command) -> Self {
+        command.stdout(Stdio::piped());
         tie_to_test(&mut command, vec![]);
         let mut child = command.spawn().expect("start sealblk");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read a line");
         let url = line.trim_end().strip_prefix("listening on ").expect("it says where").to_owned();
-        KmsServer { folder, child, url }
+        KmsServer { folder, child, url, passphrase: None }
+    }
+
+    /// The same, with its root key under a passphrase, which the server is given by a descriptor.
+    pub fn start_under(passphrase: &str) -> Self {
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        let mut init = command(&folder);
+        init.args(["kms", "init", "--new-passphrase-fd", &INHERITED.to_string()]).stdout(Stdio::null());
+        give_passphrase(&mut init, passphrase);
+        assert!(init.status().expect("start sealblk").success());
+        let mut serve = command(&folder);
+        serve.args(["kms", "serve", "--listen", "127.0.0.1:0"]);
+        give_passphrase(&mut serve, passphrase);
+        let mut kms = Self::spawn(folder, serve);
+        kms.passphrase = Some(passphrase.to_owned());
+        kms
     }
 
     /// The same by TLS; its certificate is beside the private key in `files`, as `kms.pem`.
@@ -62,10 +86,54 @@ impl KmsServer {
         Self::start_with(&["--tls-cert", &certificate, "--tls-key", &key])
     }
 
+    /// The program, pointed at the store of this KMS, with its passphrase if there is one.
+    pub fn command(&self) -> Command {
+        let mut command = command(&self.folder);
+        if let Some(passphrase) = &self.passphrase {
+            give_passphrase(&mut command, passphrase);
+        }
+        command
+    }
+
+    /// Makes a key by the command line; its ARN.
+    pub fn create_key(&self) -> String {
+        let made = self.command().args(["--json", "key", "create"]).output().expect("start sealblk").stdout;
+        let made: Value = serde_json::from_slice(&made).expect("JSON");
+        made["Arn"].as_str().expect("a text").to_owned()
+    }
+
+    /// The root key.
+    pub fn root_key(&self) -> [u8; 32] {
+        // Of a copy the passphrase can be taken away.
+        let copy = tempfile::tempdir().expect("make a temporary folder");
+        let is_key = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "key");
+        for entry in fs::read_dir(self.folders().1).expect("list a folder") {
+            let path = entry.expect("list a folder").path();
+            fs::copy(&path, copy.path().join(path.file_name().expect("a name"))).expect("copy a file");
+        }
+        if self.passphrase.is_some() {
+            let mut remove = self.command();
+            remove.args(["kms", "passphrase", "remove"]).env("SEALBLK_CONFIG_DIR", copy.path());
+            assert!(remove.stdout(Stdio::null()).status().expect("start sealblk").success());
+        }
+        let mut files = fs::read_dir(copy.path()).expect("list a folder").map(|e| e.expect("list").path());
+        let line = fs::read_to_string(files.find(is_key).expect("a root key")).expect("read a file");
+        let digits =
+            line.trim_end().strip_prefix("sealblk-kms-root-key-1:").expect("a root key in the clear");
+        let mut key = [0; 32];
+        hex::decode_to_slice(digits, &mut key).expect("digits");
+        key
+    }
+
     /// The KMS itself, as its operator has it.
     pub fn admin(&self) -> Embedded {
         let (root, config) = folders(&self.folder);
-        Embedded::at(root.join("kms"), config, Box::new(SystemClock))
+        Embedded::at(root.join("kms"), config, Box::new(SystemClock), sealblk::base::hardened::harden().unwrap())
+    }
+
+    /// The server's process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
     }
 
     /// Its root folder and its configuration folder.
@@ -75,7 +143,7 @@ impl KmsServer {
 
     /// Makes a principal; "root" may do everything.
     pub fn principal(&self, name: &str) -> Principal {
-        let made = command(&self.folder).args(["--json", "kms", "principal", "create", name]).output();
+        let made = self.command().args(["--json", "kms", "principal", "create", name]).output();
         let made: Value = serde_json::from_slice(&made.expect("start sealblk").stdout).expect("JSON");
         let text = |name: &str| made[name].as_str().expect("a text").to_owned();
         Principal { arn: text("Arn"), access_key: text("AccessKeyId"), secret: text("SecretAccessKey") }
@@ -137,6 +205,24 @@ pub fn environment(url: &str) -> Variables {
         ("no_proxy", "*"),
     ];
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+}
+
+/// The number by which a server finds what it inherits: far from those that it opens.
+const INHERITED: i32 = 50;
+
+/// Gives it by a descriptor, which a file is behind: whoever needs it reads it from its beginning.
+fn give_passphrase(command: &mut Command, passphrase: &str) {
+    let mut file = tempfile::tempfile().expect("make a file");
+    file.write_all(passphrase.as_bytes()).expect("write a file");
+    let descriptor = OwnedFd::from(file);
+    command.env("SEALBLK_PASSPHRASE_FD", INHERITED.to_string());
+    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
+    unsafe {
+        command.pre_exec(move || match nix::libc::dup2(descriptor.as_raw_fd(), INHERITED) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
 }
 
 fn folders(folder: &tempfile::TempDir) -> (PathBuf, PathBuf) {

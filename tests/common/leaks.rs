@@ -25,11 +25,23 @@ impl Needles {
     /// The data key in pieces: as it is, in hexadecimal, in base64 and in decimal numbers.
     pub fn of_key(key: &[u8]) -> Self {
         assert_eq!(key.len(), 64);
+        Self::of_secrets(&[("the data key", key)])
+    }
+
+    /// The same of any secrets, each of whole pieces and with a name.
+    pub fn of_secrets(secrets: &[(&str, &[u8])]) -> Self {
         let mut all = Vec::new();
-        for (n, piece) in key.chunks(PIECE).enumerate() {
+        let pieces = secrets.iter().flat_map(|(name, secret)| {
+            assert!(secret.len().is_multiple_of(PIECE) && !secret.is_empty(), "{name}");
+            secret.chunks(PIECE).enumerate().map(move |(n, piece)| (name, n, piece))
+        });
+        for (name, n, piece) in pieces {
             let mut add =
-                |how: &str, bytes: Vec<u8>| all.push((format!("piece {n} of the data key, {how}"), bytes));
+                |how: &str, bytes: Vec<u8>| all.push((format!("piece {n} of {name}, {how}"), bytes));
             add("as it is", piece.to_vec());
+            // What HMAC begins with.
+            add("as HMAC's inner key", piece.iter().map(|byte| byte ^ 0x36).collect());
+            add("as HMAC's outer key", piece.iter().map(|byte| byte ^ 0x5c).collect());
             add("backwards", piece.iter().rev().copied().collect());
             add("in hexadecimal", hex::encode(piece).into());
             add("in HEXADECIMAL", hex::encode_upper(piece).into());

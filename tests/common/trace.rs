@@ -32,6 +32,11 @@ impl Traced {
         self.wait_for(libc::PTRACE_EVENT_STOP);
     }
 
+    /// Lets it go on after [`Traced::interrupt`].
+    pub fn go_on(&self) {
+        request(libc::PTRACE_CONT, self.0, 0, 0).expect("it is stopped");
+    }
+
     /// Waits until it ends; it stands still there, until this is dropped.
     pub fn wait_for_its_end(&self) {
         self.wait_for(libc::PTRACE_EVENT_EXIT);

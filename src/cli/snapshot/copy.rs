@@ -15,7 +15,6 @@ use crate::kms::Failure;
 use crate::ops::clone::{Keys, is_key_of};
 use crate::ops::copy::full::Copying;
 use crate::ops::{copy, flatten};
-use crate::sandbox;
 
 /// What `snapshot copy` takes.
 #[derive(clap::Args)]
@@ -62,8 +61,6 @@ pub fn run(env: &Env, args: CopyArgs) -> Result<()> {
     let made = match other {
         None => copy::copy(&catalog, &env.events(&settings), &source, label, keys)?,
         Some(key) => {
-            // This process has the data keys while it copies.
-            sandbox::harden()?;
             if !source.is_encrypted() {
                 tell_that_unproved(&source);
             }

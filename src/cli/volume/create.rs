@@ -14,7 +14,6 @@ use crate::cli::{Env, size};
 use crate::config::Settings;
 use crate::ops::clone::Keys;
 use crate::ops::create::{self, Wanted};
-use crate::sandbox;
 
 /// What `volume create` takes.
 #[derive(clap::Args)]
@@ -129,8 +128,6 @@ fn from(
     let key = has_own_key.then(|| NamedKey::open(env, settings, args.key.as_deref())).transpose()?;
     if key.is_some() && !snapshot.is_encrypted() {
         tell_that_unproved(snapshot);
-        // Such a volume is sealed at once: this process sees its data key.
-        sandbox::harden()?;
     }
     let (open_provider, unwrap) = (provider::open(env), provider::unwrap(env));
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };

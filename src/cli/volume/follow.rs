@@ -4,6 +4,7 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose};
 use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::cli::meter::Meter;
+use crate::base::hardened::Hardened;
 use crate::host::control;
 use crate::ops::flatten;
 use std::time::Duration;
@@ -24,7 +25,7 @@ pub struct Followed {
 ///
 /// # Errors
 /// As for [`flatten::complete`].
-pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Followed> {
+pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64, hardened: Hardened) -> Result<Followed> {
     let mut meter = Meter::new();
     let is_attached =
         || Ok::<_, Error>(matches!(catalog.held(volume)?, Held::By(Holder { purpose: Purpose::Attach, .. })));
@@ -43,7 +44,7 @@ pub fn follow(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<Followed
             std::thread::sleep(ASK);
             continue;
         }
-        match flatten::complete(catalog, volume, rate, &mut |progress| meter.show(progress)) {
+        match flatten::complete(catalog, volume, rate, hardened, &mut |progress| meter.show(progress)) {
             Err(e) if e.kind() == Kind::Busy && is_attached()? => {}
             done => {
                 meter.clear();

@@ -17,7 +17,6 @@ use crate::image::{BackingFiles, Format, Image};
 use crate::ops::create::Wanted;
 use crate::ops::import::{self, Key};
 use crate::ops::import_in_place::Candidate;
-use crate::sandbox;
 use std::path::PathBuf;
 
 /// What `volume import` takes.
@@ -99,8 +98,6 @@ fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) 
         return import::import(catalog, &events, &wanted, &image, None, &mut watch);
     }
     let named = NamedKey::open(env, settings, args.key.as_deref())?;
-    // This process sees the data key.
-    sandbox::harden()?;
     let unwrap = provider::unwrap(env);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
     import::import(catalog, &events, &wanted, &image, Some(key), &mut watch)
@@ -116,8 +113,6 @@ fn in_place(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs
     drop(image);
     let candidate = Candidate::new(catalog, &args.file)?;
     let named = NamedKey::open(env, settings, args.key.as_deref())?;
-    // This process sees the data key, to seal the volume.
-    sandbox::harden()?;
     let unwrap = provider::unwrap(env);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
     crate::ops::import_in_place::import(catalog, &env.events(settings), &wanted, &candidate, key)

@@ -18,7 +18,6 @@ use crate::host::control::{self, conversation};
 use crate::kms::patience::Patience;
 use crate::kms::{Failure, KeyRef};
 use crate::ops::rekey;
-use crate::sandbox;
 use std::time::Duration;
 
 /// What `volume rekey` takes.
@@ -80,8 +79,6 @@ pub fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     let attempt = |e: Error| e.context(format!("re-key {id}"));
     check_encrypted(&metadata).map_err(attempt)?;
     let key = named_key(env, args, &metadata).map_err(attempt)?;
-    // This process, or its memory, has the new data key for a moment.
-    sandbox::harden()?;
     let events = env.events(&env.settings()?);
     let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
         let pause = give(env, &catalog, id, new.clone())?;
@@ -116,7 +113,7 @@ fn give(env: &Env, catalog: &Catalog, id: VolumeId, new: NewKey) -> Result<Optio
     // The helper fills this, and the host process takes it: nobody here looks into it.
     let secret = SecretFd::create(Dek::LEN)?;
     let patience = Patience(env.settings()?.kms_patience);
-    let unwrapped = unwrap::unwrap_into(&env.root, id, new.record(), None, patience, &secret);
+    let unwrapped = unwrap::unwrap_into(env.hardened, &env.root, id, new.record(), None, patience, &secret);
     unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })?;
     Ok(conversation::rekey(catalog, id, &new, secret).map(Some)?)
 }
@@ -140,9 +137,6 @@ pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
             &args.following,
             &format!("{id} has one layer: there is nothing to do"),
         );
-    }
-    if args.following.follow {
-        sandbox::harden()?;
     }
     let marked = catalog.load(id)?;
     if !is_attached && marked.layout().hydrate() != before.layout().hydrate() {
@@ -168,7 +162,7 @@ fn finish(env: &Env, catalog: &Catalog, id: VolumeId, following: &FollowArgs, sa
     }
     let mut now = catalog.load(id)?;
     if following.follow {
-        let followed = follow(catalog, id, following.rate)?;
+        let followed = follow(catalog, id, following.rate, env.hardened)?;
         now = followed.volume;
         if followed.done_here {
             let events = env.events(&env.settings()?);

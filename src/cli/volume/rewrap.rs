@@ -69,7 +69,7 @@ impl Wish {
 }
 
 fn canonical(env: &Env, key: &KeyRef) -> Result<(String, String)> {
-    let provider = kms::open_provider(&env.root, key.provider.as_str())?;
+    let provider = kms::open_provider(env.hardened, &env.root, key.provider.as_str())?;
     let described = provider.describe(&key.key).map_err(|e| e.with_advice(&key.key))?;
     Ok((key.provider.as_str().into(), described.key_id))
 }

@@ -1,6 +1,5 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
-use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
@@ -32,7 +31,7 @@ pub fn show(env: &Env, args: &ShowArgs) -> Result<()> {
     let metadata = catalog.load(catalog.resolve(&args.volume)?)?;
     let attached = Attached::look(&catalog, &metadata)?;
     let checks: Option<Vec<Check>> =
-        args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(&env.root, key)).collect());
+        args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(env, key)).collect());
     if env.json {
         let mut value = description(&catalog, &metadata)?;
         value["attachment"] = attached.json();
@@ -210,9 +209,10 @@ struct Check {
 }
 
 impl Check {
-    fn make(root: &Root, key: &KeyRecord) -> Self {
+    fn make(env: &Env, key: &KeyRecord) -> Self {
         let arn = &key.wrapped.key_id;
-        let described = kms::open_provider(root, &key.provider).and_then(|kms| kms.describe(arn));
+        let described =
+            kms::open_provider(env.hardened, &env.root, &key.provider).and_then(|kms| kms.describe(arn));
         let state = described.as_ref().map(|d| d.state).ok();
         let refusal = match (described, state) {
             (Err(e), _) => Some(e.with_advice(arn)),

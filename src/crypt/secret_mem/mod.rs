@@ -1,14 +1,15 @@
 //! Pages that hold keys: locked, out of core dumps, not shared with forked children, between guard pages, and
 //! wiped before they are given back.
 //!
-//! [`SecretMem`] is such memory as bytes, [`Secret`] a value inside it, [`SecretFd`] a way to hand it from
-//! one process to another. The kernel's own `memfd_secret` is used where it is switched on (it also takes the
+//! [`SecretMem`] is such memory as bytes, [`SecretBytes`] a key of a fixed length, [`Secret`] a value inside it,
+//! [`SecretFd`] a way to hand it from one process to another. The kernel's own `memfd_secret` is used where it is switched on (it also takes the
 //! pages out of the kernel's direct map, so that neither `/proc/PID/mem` nor a debugger reads them); elsewhere
 //! ordinary pages with `mlock`. It must not know what a key is for.
 //!
 //! Every owner costs at least one locked page, which counts against `RLIMIT_MEMLOCK` (8 MiB by default for
 //! those who are not root): put what belongs together into one [`Secret`].
 
+mod bytes;
 mod fd;
 mod pages;
 pub(super) mod registers;
@@ -16,6 +17,7 @@ mod stack;
 #[cfg(test)]
 mod tests;
 
+pub use bytes::SecretBytes;
 pub use fd::SecretFd;
 pub use stack::{on_scrubbed_stack, wipe_stack};
 

@@ -11,6 +11,7 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
 use crate::config::Settings;
+use crate::base::hardened::harden;
 use crate::helper;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
@@ -262,7 +263,8 @@ fn grant_all(
             continue;
         }
         let refused = |e: KmsError| refusal(root, provider, key, e);
-        let opened = kms::open_patient_provider(root, provider, Some(patience)).map_err(refused)?;
+        let opened =
+            kms::open_patient_provider(harden()?, root, provider, Some(patience)).map_err(refused)?;
         let Some(grantee) = opened.capabilities().grantee else {
             log::debug!("no grant is made for {key}: grantee-principal is nobody at the {provider} provider");
             tokens.push(None);
@@ -313,7 +315,7 @@ fn retire_made(root: &Root, made: &[(Note, Grant)]) -> Result<()> {
 /// By its token at first: soon after its making not all of the KMS knows the grant by its id.
 fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
     let patience = notes::patience(root, crate::helper::grants::RETIRING);
-    let provider = kms::open_patient_provider(root, &note.provider, Some(patience))?;
+    let provider = kms::open_patient_provider(harden()?, root, &note.provider, Some(patience))?;
     let retired = match provider.retire_grant(grant) {
         // Tokens age.
         Err(KmsError::Other(kms::Exception::InvalidGrantToken, _)) => {

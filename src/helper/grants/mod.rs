@@ -19,6 +19,7 @@ use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::Catalog;
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::metadata::encryption_context;
+use crate::base::hardened::harden;
 use crate::kms::patience::Patience;
 use crate::kms::{self, Grant, GrantRequest, KeyProvider, KmsError, ListedGrant};
 use std::time::Duration;
@@ -35,7 +36,7 @@ const SETTLING: Duration = Duration::from_secs(10 * 60);
 /// The KMS's; `Busy` for a grant that the KMS does not know and may know in a few minutes. The note stays then.
 pub fn retire(root: &Root, note: &Note) -> Result<()> {
     let patience = notes::patience(root, RETIRING);
-    let provider = kms::open_patient_provider(root, &note.provider, Some(patience))?;
+    let provider = kms::open_patient_provider(harden()?, root, &note.provider, Some(patience))?;
     let retired = match find(&*provider, note) {
         Ok(Some(grant)) => provider.retire_grant(&grant),
         Ok(None) if note.since > Timestamp::ago(SETTLING) => {

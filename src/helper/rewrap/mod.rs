@@ -12,6 +12,7 @@ use crate::catalog::VolumeId;
 use crate::catalog::metadata::{KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
+use crate::base::hardened::Hardened;
 use crate::helper;
 use crate::helper::unwrap::Refusal;
 use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
@@ -88,11 +89,11 @@ fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
 ///
 /// # Errors
 /// Only when the answer could not be given.
-pub fn help(root: &Root) -> Result<()> {
+pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
     let mut socket = helper::begin()?;
     // The key passes the stack too, in other people's frames.
-    let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(root, &request)));
+    let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(hardened, root, &request)));
     let answer = match new {
         Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
         Err(e) => Answer::Refused(e.into()),
@@ -109,13 +110,13 @@ fn receive(socket: &UnixStream) -> Result<Request> {
     })
 }
 
-fn answer(root: &Root, request: &Request) -> Result<WrappedKey> {
+fn answer(hardened: Hardened, root: &Root, request: &Request) -> Result<WrappedKey> {
     let unhex = |text: &String| hex::decode(text).map_err(|e| Error::new(Kind::Usage, e.to_string()));
     let old = WrappedKey { key_id: request.key_id.clone(), blob: unhex(&request.blob)? };
     let check = request.check.as_ref().map(unhex).transpose()?;
-    let to = kms::open_provider(root, &request.to_provider)?;
+    let to = kms::open_provider(hardened, root, &request.to_provider)?;
     let elsewhere = (request.provider != request.to_provider)
-        .then(|| kms::open_provider(root, &request.provider))
+        .then(|| kms::open_provider(hardened, root, &request.provider))
         .transpose()?;
     let job = Job {
         from: elsewhere.as_deref(),

@@ -17,7 +17,12 @@ impl Two {
         let folder = tempfile::tempdir().unwrap();
         let kms = |name: &str| {
             let path = folder.path().join(name);
-            let kms = Embedded::at(path.join("kms"), path.join("config"), Box::new(SystemClock));
+            let kms = Embedded::at(
+                path.join("kms"),
+                path.join("config"),
+                Box::new(SystemClock),
+                crate::base::hardened::harden().unwrap(),
+            );
             kms.create_key("", Some("alias/a")).unwrap();
             kms.create_key("", Some("alias/b")).unwrap();
             kms

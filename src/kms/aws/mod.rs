@@ -11,6 +11,7 @@ mod client;
 mod failure;
 mod plain_http;
 
+use crate::base::hardened::Hardened;
 use crate::kms::grant::{Grant, GrantRequest, ListedGrant};
 use crate::kms::key_ref::arn_region;
 use crate::kms::patience::Patience;
@@ -46,7 +47,7 @@ impl Aws {
     ///
     /// # Errors
     /// Internal, where the system gives no event queue.
-    pub fn open(patience: Patience, grantee: Option<String>) -> Result<Self, KmsError> {
+    pub fn open(patience: Patience, grantee: Option<String>, _: Hardened) -> Result<Self, KmsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|e| KmsError::Internal(format!("start the AWS SDK: {e}")))?;
         Ok(Aws { runtime: Some(runtime), patience, grantee, clients: Mutex::default() })

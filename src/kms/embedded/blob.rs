@@ -3,15 +3,42 @@
 //! Pure: bytes and key material in, bytes out. It does not know which keys exist or what state they are in.
 //! docs/kms-store.md describes the format byte by byte.
 
+use crate::crypt::secret_mem::SecretBytes;
 use crate::kms::embedded::kbkdf;
+use crate::kms::embedded::plain::secret;
 use crate::kms::{EncryptionContext, KmsError};
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-/// The 32 secret bytes of one version of a KMS key; wiped when dropped, and nothing can print them.
-pub struct Material(pub Zeroizing<[u8; 32]>);
+/// The 32 secret bytes of one version of a KMS key, in secret memory; nothing can print them.
+pub struct Material(SecretBytes<32>);
+
+impl Material {
+    /// Bytes that `fill` writes, where they are.
+    pub fn filled(fill: impl FnOnce(&mut [u8; 32]) -> Result<(), KmsError>) -> Result<Self, KmsError> {
+        secret(fill).map(Material)
+    }
+
+    /// A copy of bytes that stay their owner's to wipe.
+    pub fn copy_of(bytes: &[u8; 32]) -> Result<Self, KmsError> {
+        Self::filled(|copy| {
+            copy.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    /// New random bytes.
+    pub fn random() -> Result<Self, KmsError> {
+        Self::filled(|bytes| random(bytes))
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8; 32] {
+        self.0.as_array()
+    }
+}
 
 /// Bytes before the ciphertext: magic, algorithm, key id, version id, nonce.
 pub const HEADER_LEN: usize = 61;
@@ -111,7 +138,7 @@ fn blob_cipher(
     header: &[u8; HEADER_LEN],
 ) -> (Aes256Gcm, Nonce<aes_gcm::aead::consts::U12>) {
     let mut derived = Zeroizing::new([0; 44]);
-    kbkdf::derive(&material.0[..], LABEL, &header[37..], &mut derived[..]);
+    kbkdf::derive(material.bytes(), LABEL, &header[37..], &mut derived[..]);
     let (key, iv) = derived.split_at(32);
     let cipher = Aes256Gcm::new_from_slice(key).expect("the slice has 32 bytes");
     (cipher, Nonce::try_from(iv).expect("the slice has 12 bytes"))
@@ -134,7 +161,7 @@ mod tests {
     use super::*;
 
     fn sealed(plaintext: &[u8], context: &EncryptionContext) -> (Material, Vec<u8>) {
-        let material = Material(Zeroizing::new([7; 32]));
+        let material = Material::copy_of(&[7; 32]).unwrap();
         let blob = seal(&material, Uuid::from_u128(1), Uuid::from_u128(2), plaintext, context).unwrap();
         (material, blob)
     }

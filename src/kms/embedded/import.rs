@@ -189,7 +189,7 @@ fn with_material(
 ) -> Result<KeyEntry, KmsError> {
     let external =
         key.external.clone().ok_or_else(|| KmsError::Internal("a key of another origin".into()))?;
-    let check = hex::encode(keys.mac("imported material", &[key.id.as_bytes(), &material.0[..]]));
+    let check = hex::encode(keys.mac("imported material", &[key.id.as_bytes(), material.bytes()]));
     if external.check.as_ref().is_some_and(|known| !same(known.as_bytes(), check.as_bytes())) {
         return Err(KmsError::Other(
             Exception::IncorrectKeyMaterial,
@@ -233,11 +233,11 @@ fn unwrap(private: &[u8], wrapped: &[u8]) -> Result<Material, KmsError> {
     let private = RsaPrivateKey::from_pkcs8_der(private).map_err(rsa_failed)?;
     let opened = private.decrypt_blinded(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), wrapped);
     let opened = Zeroizing::new(opened.map_err(|_| KmsError::InvalidCiphertext)?);
-    let material = <[u8; 32]>::try_from(&opened[..]).map_err(|_| {
+    let opened: &[u8; 32] = opened[..].try_into().map_err(|_| {
         let message = "The key material of a symmetric key must have 32 bytes.";
         KmsError::Other(Exception::IncorrectKeyMaterial, message.into())
     })?;
-    Ok(Material(Zeroizing::new(material)))
+    Material::copy_of(opened)
 }
 
 fn rsa_failed(e: impl std::fmt::Display) -> KmsError {

@@ -3,46 +3,73 @@
 //! Pure. Where the root key comes from is `root_key`'s matter.
 
 use crate::audit::AuditKey;
+use crate::crypt::secret_mem::{SecretBytes, on_scrubbed_stack};
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::{Material, random};
+use crate::kms::embedded::plain::secret;
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use hkdf::Hkdf;
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
+use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-/// A store's root key.
-pub struct RootKey(pub Zeroizing<[u8; 32]>);
+/// A store's root key, in secret memory; copies of this are the same memory.
+#[derive(Clone)]
+pub struct RootKey(Arc<SecretBytes<32>>);
+
+impl RootKey {
+    /// Bytes that `fill` writes, where they are.
+    pub fn filled(fill: impl FnOnce(&mut [u8; 32]) -> Result<(), KmsError>) -> Result<Self, KmsError> {
+        Ok(RootKey(Arc::new(secret(fill)?)))
+    }
+
+    /// A copy of bytes that stay their owner's to wipe.
+    pub fn copy_of(bytes: &[u8; 32]) -> Result<Self, KmsError> {
+        Self::filled(|copy| {
+            copy.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8; 32] {
+        self.0.as_array()
+    }
+}
 
 /// Key material as it lies in the log: IV (12 bytes), ciphertext (32), tag (16).
 pub const SEALED_LEN: usize = 60;
 
-/// The keys of one store.
+/// The keys of one store, in secret memory.
 pub struct StoreKeys {
     store: Uuid,
-    sealing: Zeroizing<[u8; 32]>,
-    mac: Zeroizing<[u8; 32]>,
+    sealing: SecretBytes<32>,
+    mac: SecretBytes<32>,
     audit: AuditKey,
 }
 
 impl StoreKeys {
     /// HKDF-SHA-256 of the root key, with the store's id as salt.
-    pub fn derive(root: &RootKey, store: Uuid) -> Self {
-        let hkdf = Hkdf::<Sha256>::new(Some(store.as_bytes()), &root.0[..]);
-        let expand = |label: &[u8]| {
-            let mut key = Zeroizing::new([0; 32]);
-            hkdf.expand(label, &mut key[..]).expect("32 bytes are one block of HKDF");
-            key
-        };
-        StoreKeys {
-            store,
-            sealing: expand(b"sealblk kms store key"),
-            mac: expand(b"sealblk kms log mac key"),
-            audit: AuditKey::new(store, expand(b"sealblk kms audit key")),
-        }
+    pub fn derive(root: &RootKey, store: Uuid) -> Result<Self, KmsError> {
+        on_scrubbed_stack(|| {
+            let hkdf = Hkdf::<Sha256>::new(Some(store.as_bytes()), root.bytes());
+            let expand = |label: &[u8]| {
+                secret(|key| {
+                    hkdf.expand(label, key).expect("32 bytes are one block of HKDF");
+                    Ok(())
+                })
+            };
+            Ok(StoreKeys {
+                store,
+                sealing: expand(b"sealblk kms store key")?,
+                mac: expand(b"sealblk kms log mac key")?,
+                audit: AuditKey::new(store, expand(b"sealblk kms audit key")?),
+            })
+        })
     }
 
     /// What the audit log's MACs are made with.
@@ -52,8 +79,8 @@ impl StoreKeys {
 
     /// HMAC-SHA-256 of `label`, a zero byte and the parts. Only the last part may vary in length for one label.
     pub fn mac(&self, label: &str, parts: &[&[u8]]) -> [u8; 32] {
-        let mut mac =
-            <Hmac<Sha256> as KeyInit>::new_from_slice(&self.mac[..]).expect("HMAC takes a key of any length");
+        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(self.mac.as_array())
+            .expect("HMAC takes a key of any length");
         mac.update(label.as_bytes());
         mac.update(&[0]);
         for part in parts {
@@ -68,7 +95,7 @@ impl StoreKeys {
         let (iv, rest) = sealed.split_at_mut(12);
         let (text, tag) = rest.split_at_mut(32);
         random(iv)?;
-        text.copy_from_slice(&material.0[..]);
+        text.copy_from_slice(material.bytes());
         let made = self
             .cipher()
             .encrypt_inout_detached(&nonce(iv), &self.aad(key, version), text.into())
@@ -81,20 +108,16 @@ impl StoreKeys {
     pub fn open(&self, key: Uuid, version: Uuid, sealed: &[u8; SEALED_LEN]) -> Result<Material, KmsError> {
         let (iv, rest) = sealed.split_at(12);
         let (text, tag) = rest.split_at(32);
-        let mut material = Material(Zeroizing::new([0; 32]));
-        material.0.copy_from_slice(text);
         let tag = Tag::try_from(tag).expect("the slice has 16 bytes");
-        self.cipher()
-            .decrypt_inout_detached(
-                &nonce(iv),
-                &self.aad(key, version),
-                material.0.as_mut_slice().into(),
-                &tag,
-            )
-            .map_err(|_| {
+        Material::filled(|material| {
+            material.copy_from_slice(text);
+            let aad = self.aad(key, version);
+            let opened =
+                self.cipher().decrypt_inout_detached(&nonce(iv), &aad, material.as_mut_slice().into(), &tag);
+            opened.map_err(|_| {
                 KmsError::Corrupt(format!("the material of version {version} of KMS key {key} does not open"))
-            })?;
-        Ok(material)
+            })
+        })
     }
 
     /// Seals any bytes under the store key; only [`StoreKeys::open_token`] with the same label opens them.
@@ -126,7 +149,7 @@ impl StoreKeys {
     }
 
     fn cipher(&self) -> Aes256Gcm {
-        Aes256Gcm::new_from_slice(&self.sealing[..]).expect("the key has 32 bytes")
+        Aes256Gcm::new_from_slice(self.sealing.as_array()).expect("the key has 32 bytes")
     }
 
     /// Never as long as the additional data of key material.
@@ -161,14 +184,15 @@ mod tests {
     use super::*;
 
     fn keys(root: u8, store: u128) -> StoreKeys {
-        StoreKeys::derive(&RootKey(Zeroizing::new([root; 32])), Uuid::from_u128(store))
+        let root = RootKey::copy_of(&[root; 32]).unwrap();
+        StoreKeys::derive(&root, Uuid::from_u128(store)).unwrap()
     }
 
     #[test]
     fn material_opens_only_where_it_was_sealed() {
         let (key, version) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let sealed = keys(1, 1).seal(key, version, &Material(Zeroizing::new([5; 32]))).unwrap();
-        assert_eq!(*keys(1, 1).open(key, version, &sealed).unwrap().0, [5; 32]);
+        let sealed = keys(1, 1).seal(key, version, &Material::copy_of(&[5; 32]).unwrap()).unwrap();
+        assert_eq!(keys(1, 1).open(key, version, &sealed).unwrap().bytes(), &[5; 32]);
         let refused = |keys: StoreKeys, key, version, sealed: &[u8; SEALED_LEN]| {
             assert!(matches!(keys.open(key, version, sealed), Err(KmsError::Corrupt(_))));
         };

@@ -174,12 +174,12 @@ fn has_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
 mod tests {
     use super::*;
     use crate::kms::embedded::keys::RootKey;
-    use zeroize::Zeroizing;
 
     const START: Position = Position { seq: 0, chain: [0; 32] };
 
     fn keys() -> StoreKeys {
-        StoreKeys::derive(&RootKey(Zeroizing::new([1; 32])), Uuid::from_u128(1))
+        let root = RootKey::copy_of(&[1; 32]).unwrap();
+        StoreKeys::derive(&root, Uuid::from_u128(1)).unwrap()
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub mod tags;
 use crate::audit::AuditLog;
 use crate::base::root::Root;
 use crate::config::Settings;
+use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
 use clock::{Clock, SystemClock};
@@ -56,11 +57,11 @@ impl Embedded {
     /// The KMS of the store at `root`, in the region and account of its settings. The first key makes its folder, and its root key in [`Root::config_dir`].
     ///
     /// Keys whose waiting window is over are deleted now; if that cannot be done, it is logged and left to the next.
-    pub fn open(root: &Root) -> Result<Self, KmsError> {
+    pub fn open(root: &Root, hardened: Hardened) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
         let place = settings.locality;
-        let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place);
+        let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place, hardened);
         // Another account's is for keys of AWS KMS.
         kms.grantee =
             settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
@@ -69,13 +70,19 @@ impl Embedded {
 
     /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its audit log lies
     /// beside `dir`.
-    pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
-        Self::in_place(dir, config, clock, Locality::default())
+    pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
+        Self::in_place(dir, config, clock, Locality::default(), hardened)
     }
 
-    fn in_place(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, place: Locality) -> Self {
+    fn in_place(
+        dir: PathBuf,
+        config: PathBuf,
+        clock: Box<dyn Clock>,
+        place: Locality,
+        hardened: Hardened,
+    ) -> Self {
         let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
-        let store = Store::new(dir, config, clock);
+        let store = Store::new(dir, config, clock, hardened);
         let kms = Embedded { store, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
         if kms.store.asks_for_passphrase() {

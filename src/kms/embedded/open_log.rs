@@ -2,6 +2,7 @@
 //!
 //! Its caller holds the store's lock whenever it reads or writes the file.
 
+use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::embedded::keys::{RootKey, StoreKeys};
 use crate::kms::embedded::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
@@ -36,14 +37,14 @@ pub struct OpenLog {
 
 impl OpenLog {
     /// Opens the log at `path`, fetches its root key from `config` and reads it all; `None` if there is no log.
-    pub fn load(path: &Path, config: &Path) -> Result<Option<Self>, KmsError> {
+    pub fn load(path: &Path, config: &Path, hardened: Hardened) -> Result<Option<Self>, KmsError> {
         let file = match File::open(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|e| failed("read the KMS store", path, &e))?,
         };
         let start = first_bytes_of(&file).map_err(|e| failed("read", path, &e))?;
         let header = Header::parse(&start).map_err(|e| at(path, e))?;
-        let keys = StoreKeys::derive(&root_key::load(config, header.store)?, header.store);
+        let keys = StoreKeys::derive(&root_key::load(config, header.store, hardened)?, header.store)?;
         if !Header::is_authentic(&start, &keys) {
             return Err(KmsError::Corrupt(format!(
                 "{}: the root key {} is not the one this store was made with, or the store's header is damaged",
@@ -72,8 +73,8 @@ impl OpenLog {
     }
 
     /// A log without records, for the store that `root` was just made for.
-    pub fn first_bytes(header: &Header, root: &RootKey) -> Vec<u8> {
-        header.encode(&StoreKeys::derive(root, header.store))
+    pub fn first_bytes(header: &Header, root: &RootKey) -> Result<Vec<u8>, KmsError> {
+        Ok(header.encode(&StoreKeys::derive(root, header.store)?))
     }
 
     /// Whether the file at the log's path is still this one, and has not become shorter.

@@ -68,7 +68,7 @@ impl Embedded {
                 let message = format!("there is a principal {name}; delete it first to give it another key");
                 return Err(KmsError::AlreadyExists(message));
             }
-            let seed = new_seed()?;
+            let seed = Material::random()?;
             let id = Uuid::new_v4();
             let entry = PrincipalEntry {
                 name: name.to_owned(),
@@ -102,7 +102,7 @@ impl Embedded {
                 let message = format!("{name} has two access keys; delete one to make another");
                 return Err(KmsError::Other(Exception::LimitExceeded, message));
             }
-            let seed = new_seed()?;
+            let seed = Material::random()?;
             let access_key = new_access_key()?;
             let sealed = log.keys().seal(entry.id, entry.id, &seed)?;
             entry.second = Some(AccessKeyEntry { access_key: access_key.clone(), created: now.time, sealed });
@@ -227,12 +227,6 @@ fn existing<'a>(state: &'a State, name: &str) -> Result<&'a PrincipalEntry, KmsE
     state.principal(name).ok_or_else(|| KmsError::NotFound(format!("there is no principal {name}")))
 }
 
-fn new_seed() -> Result<Material, KmsError> {
-    let mut seed = Material(Zeroizing::new([0; 32]));
-    random(&mut seed.0[..])?;
-    Ok(seed)
-}
-
 /// AccessDeniedException for `action` on `resource`.
 pub(super) fn denied(caller: &Caller, action: &str, resource: &str) -> KmsError {
     KmsError::AccessDenied(format!(
@@ -273,6 +267,6 @@ fn new_access_key() -> Result<String, KmsError> {
 fn secret_of(seed: &Material) -> SecretKey {
     // The room is there from the start: growing would leave a copy behind.
     let mut secret = Zeroizing::new(String::with_capacity(40));
-    STANDARD.encode_string(&seed.0[..30], &mut secret);
+    STANDARD.encode_string(&seed.bytes()[..30], &mut secret);
     secret
 }

@@ -4,14 +4,13 @@
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::out_of_range;
 use crate::kms::embedded::audit::Call;
-use crate::kms::embedded::blob::{Material, random};
+use crate::kms::embedded::blob::Material;
 use crate::kms::embedded::data::material_id;
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry};
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
 /// How often a key may be rotated by itself, days.
 pub const PERIOD_DAYS: RangeInclusive<u32> = 90..=2560;
@@ -155,9 +154,7 @@ pub fn new_version(
 /// The first version of a key.
 pub fn first_version(log: &OpenLog, key: Uuid, time: i64) -> Result<VersionEntry, KmsError> {
     let id = Uuid::new_v4();
-    let mut material = Material(Zeroizing::new([0; 32]));
-    random(&mut material.0[..])?;
-    let sealed = log.keys().seal(key, id, &material)?;
+    let sealed = log.keys().seal(key, id, &Material::random()?)?;
     Ok(VersionEntry { id, created: time, rotation: None, sealed })
 }
 

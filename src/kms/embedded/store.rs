@@ -4,6 +4,8 @@
 //! crash point.
 
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::crypt::secret_mem::on_scrubbed_stack;
+use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::embedded::clock::{Clock, Moment};
 use crate::kms::embedded::lock::Lock;
@@ -22,6 +24,7 @@ pub struct Store {
     dir: PathBuf,
     config: PathBuf,
     clock: Box<dyn Clock>,
+    hardened: Hardened,
     /// The log as it was last read, so that only what was appended since must be read.
     cached: Mutex<Option<OpenLog>>,
 }
@@ -36,8 +39,8 @@ pub struct Now {
 
 impl Store {
     /// The store in the folder `dir`, with root key and anchor in `config`. Touches nothing yet.
-    pub fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>) -> Self {
-        Store { dir, config, clock, cached: Mutex::new(None) }
+    pub fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
+        Store { dir, config, clock, hardened, cached: Mutex::new(None) }
     }
 
     /// The folder.
@@ -64,14 +67,23 @@ impl Store {
 
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
     pub fn read<T>(&self, f: impl FnOnce(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
-        let mut cached = self.cached();
-        let _lock = Lock::shared(&self.lock_path())?.ok_or_else(|| self.absent())?;
-        f(self.refresh(&mut cached)?.0)
+        on_scrubbed_stack(|| {
+            let mut cached = self.cached();
+            let _lock = Lock::shared(&self.lock_path())?.ok_or_else(|| self.absent())?;
+            f(self.refresh(&mut cached)?.0)
+        })
     }
 
     /// Changes the store: `f` sees its state, while nobody else uses it, and answers what changes. Durable when this
     /// returns. After an error nothing has changed, or the change was made and could not be answered.
     pub fn write<T>(
+        &self,
+        f: impl FnOnce(&OpenLog, &Now) -> Result<(Vec<Change>, T), KmsError>,
+    ) -> Result<T, KmsError> {
+        on_scrubbed_stack(|| self.change(f))
+    }
+
+    fn change<T>(
         &self,
         f: impl FnOnce(&OpenLog, &Now) -> Result<(Vec<Change>, T), KmsError>,
     ) -> Result<T, KmsError> {
@@ -128,8 +140,8 @@ impl Store {
         }
         let header = Header { store: Uuid::new_v4(), base: Position { seq: 0, chain: [0; 32] } };
         // The root key first: a root key without a store is litter, a store without its root key is lost.
-        let root = root_key::create(&self.config, header.store, passphrase)?;
-        replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)).map_err(internal)?;
+        let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
+        replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)?).map_err(internal)?;
         log::info!(
             "made a KMS store in {}; back up its root key {}",
             self.dir.display(),
@@ -147,7 +159,7 @@ impl Store {
         let _lock = Lock::exclusive(&self.lock_path())?;
         // Opened with the root key that there is, which is therefore the right one.
         let store = self.refresh(&mut cached)?.0.store();
-        root_key::protect(&self.config, store, passphrase)?;
+        root_key::protect(&self.config, store, passphrase, self.hardened)?;
         Ok(root_key::path(&self.config, store))
     }
 
@@ -158,7 +170,9 @@ impl Store {
                 log.catch_up()?;
                 log
             }
-            _ => OpenLog::load(&self.log_path(), &self.config)?.ok_or_else(|| self.absent())?,
+            _ => {
+                OpenLog::load(&self.log_path(), &self.config, self.hardened)?.ok_or_else(|| self.absent())?
+            }
         };
         let ahead = log.is_ahead_of_anchor(&self.config)?;
         if ahead {

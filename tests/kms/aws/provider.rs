@@ -38,9 +38,14 @@ fn the_aws_provider_passes_the_provider_suite() {
 #[ignore = "it is started by the_aws_provider_passes_the_provider_suite, in an environment of its own"]
 fn in_its_environment() {
     let variable = |name| std::env::var_os(name).expect("started by another test").into();
-    let admin = Embedded::at(variable(STORE), variable(CONFIG), Box::new(SystemClock));
+    let admin = Embedded::at(
+        variable(STORE),
+        variable(CONFIG),
+        Box::new(SystemClock),
+        sealblk::base::hardened::harden().unwrap(),
+    );
     let grantee = admin.locality().root_arn();
-    let provider = Aws::open(Patience(limit()), Some(grantee.clone())).unwrap();
+    let provider = Aws::open(Patience(limit()), Some(grantee.clone()), sealblk::base::hardened::harden().unwrap()).unwrap();
     // The ARN's region is where the request goes; this KMS is not that region's.
     let message = "Credential should be scoped to a valid region, not 'mars-north-1'. ";
     let elsewhere = KmsError::AccessDenied(message.into());

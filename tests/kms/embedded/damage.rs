@@ -166,7 +166,11 @@ fn records_of_a_newer_version_are_refused_by_name() {
     Admin::create_key(&place.open());
     let mut log = fs::read(place.log()).unwrap();
     let header = Header::parse(&log).unwrap();
-    let keys = StoreKeys::derive(&root_key::load(&place.config(), header.store).unwrap(), header.store);
+    let keys = StoreKeys::derive(
+        &root_key::load(&place.config(), header.store, sealblk::base::hardened::harden().unwrap()).unwrap(),
+        header.store,
+    )
+    .unwrap();
     let last = anchor::parse(&fs::read(place.anchor()).unwrap(), &keys).unwrap();
     let body = br#"{"time":1,"changes":[{"type":"grant","id":"x"}]}"#;
     log.extend(encode_record(&last, body, &keys).0);

@@ -44,7 +44,7 @@ impl Place {
     }
 
     fn open_at(&self, clock: impl Clock + 'static) -> Embedded {
-        Embedded::at(self.data(), self.config(), Box::new(clock))
+        Embedded::at(self.data(), self.config(), Box::new(clock), sealblk::base::hardened::harden().unwrap())
     }
 
     fn config_file(&self, extension: &str) -> PathBuf {

@@ -144,7 +144,12 @@ impl Drop for Other {
 #[ignore = "run by other tests as another process"]
 fn other_process() {
     let place = PathBuf::from(std::env::var_os("SEALBLK_TEST_STORE").expect("run by another test"));
-    let kms = Embedded::at(place.join("kms"), place.join("config"), Box::new(SystemClock));
+    let kms = Embedded::at(
+        place.join("kms"),
+        place.join("config"),
+        Box::new(SystemClock),
+        sealblk::base::hardened::harden().unwrap(),
+    );
     let answer = |text: &str| {
         let mut out = std::io::stdout().lock();
         writeln!(out, "answer:{text}").and_then(|()| out.flush()).unwrap();

@@ -8,6 +8,7 @@ pub mod passphrase;
 pub mod wrapped;
 
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
 use crate::kms::embedded::keys::RootKey;
@@ -41,11 +42,14 @@ pub fn path(config: &Path, store: Uuid) -> PathBuf {
 
 /// Makes a new root key for `store`, in a file that did not exist, under a passphrase if there is one; durable when
 /// this returns.
-pub fn create(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> Result<RootKey, KmsError> {
+pub fn create(
+    config: &Path,
+    store: Uuid,
+    passphrase: Option<&Passphrase>,
+    _: Hardened,
+) -> Result<RootKey, KmsError> {
     create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
-    let mut bytes = Zeroizing::new([0; 32]);
-    random(&mut bytes[..])?;
-    let key = RootKey(bytes);
+    let key = RootKey::filled(|bytes| random(bytes))?;
     let path = path(config, store);
     write(&path, &line(&key, store, passphrase)?)
         .map_err(|e| failed("create the KMS root key", &path, &e))?;
@@ -55,7 +59,12 @@ pub fn create(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> Re
 
 /// Puts the root key of `store` under `passphrase`, or under none. The key stays the same, and with it everything that
 /// it opens. Durable when this returns.
-pub fn protect(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
+pub fn protect(
+    config: &Path,
+    store: Uuid,
+    passphrase: Option<&Passphrase>,
+    hardened: Hardened,
+) -> Result<(), KmsError> {
     let path = path(config, store);
     if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
         return Err(KmsError::Unsupported(format!(
@@ -63,16 +72,16 @@ pub fn protect(config: &Path, store: Uuid, passphrase: Option<&Passphrase>) -> R
             path.display()
         )));
     }
-    let key = from_file(&path, store)?;
+    let key = from_file(&path, store, hardened)?;
     replace_file(&path, &line(&key, store, passphrase)?).map_err(|e| KmsError::Internal(e.to_string()))
 }
 
 /// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than its owner
 /// may read or write.
-pub fn load(config: &Path, store: Uuid) -> Result<RootKey, KmsError> {
+pub fn load(config: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, KmsError> {
     match passphrase::credential(CREDENTIAL, FILE_MAX)? {
-        Some((path, text)) => parse(&text).ok_or_else(|| damaged(&path)),
-        None => from_file(&path(config, store), store),
+        Some((path, text)) => parse(&text)?.ok_or_else(|| damaged(&path)),
+        None => from_file(&path(config, store), store, hardened),
     }
 }
 
@@ -87,9 +96,9 @@ pub fn asks(config: &Path, store: Uuid) -> bool {
     !known && Wrapped::parse(&text).is_some()
 }
 
-fn from_file(path: &Path, store: Uuid) -> Result<RootKey, KmsError> {
+fn from_file(path: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, KmsError> {
     let text = read(path, store)?;
-    if let Some(key) = parse(&text) {
+    if let Some(key) = parse(&text)? {
         return Ok(key);
     }
     let wrapped = Wrapped::parse(&text).ok_or_else(|| damaged(path))?;
@@ -97,13 +106,11 @@ fn from_file(path: &Path, store: Uuid) -> Result<RootKey, KmsError> {
     if let Some((line, key)) = &*unwrapped
         && line[..] == text[..]
     {
-        return Ok(RootKey(key.0.clone()));
+        return Ok(key.clone());
     }
-    let key =
-        passphrase::ask_until(&format!("Passphrase of the KMS root key {}: ", path.display()), |given| {
-            wrapped.open(store, given)
-        })?;
-    *unwrapped = Some((text.to_vec(), RootKey(key.0.clone())));
+    let prompt = format!("Passphrase of the KMS root key {}: ", path.display());
+    let key = passphrase::ask_until(&prompt, hardened, |given| wrapped.open(store, given))?;
+    *unwrapped = Some((text.to_vec(), key.clone()));
     Ok(key)
 }
 
@@ -113,7 +120,7 @@ fn line(key: &RootKey, store: Uuid, passphrase: Option<&Passphrase>) -> Result<L
     }
     let mut line = Zeroizing::new(vec![b'\n'; PREFIX.len() + 65]);
     line[..PREFIX.len()].copy_from_slice(PREFIX.as_bytes());
-    hex::encode_to_slice(&key.0[..], &mut line[PREFIX.len()..PREFIX.len() + 64]).expect("two digits a byte");
+    hex::encode_to_slice(key.bytes(), &mut line[PREFIX.len()..PREFIX.len() + 64]).expect("two digits a byte");
     Ok(line)
 }
 
@@ -155,10 +162,13 @@ fn missing(path: &Path, store: Uuid) -> KmsError {
     ))
 }
 
-/// Parses a line that is the key itself.
-pub fn parse(text: &[u8]) -> Option<RootKey> {
-    let digits = text.trim_ascii_end().strip_prefix(PREFIX.as_bytes())?;
-    let mut key = Zeroizing::new([0; 32]);
-    hex::decode_to_slice(digits, &mut key[..]).ok()?;
-    Some(RootKey(key))
+/// Parses a line that is the key itself; `None` if it is another sort of line.
+pub fn parse(text: &[u8]) -> Result<Option<RootKey>, KmsError> {
+    let Some(digits) = text.trim_ascii_end().strip_prefix(PREFIX.as_bytes()) else { return Ok(None) };
+    let mut is_key = false;
+    let key = RootKey::filled(|key| {
+        is_key = hex::decode_to_slice(digits, key).is_ok();
+        Ok(())
+    })?;
+    Ok(is_key.then_some(key))
 }

@@ -4,6 +4,8 @@
 //! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of credentials
 //! and the terminal from the host process, which itself asks for nothing.
 
+use crate::crypt::SecretMem;
+use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
 use nix::errno::Errno;
@@ -30,8 +32,8 @@ const TRIES: u32 = 3;
 /// What a pipe has given: it gives it once.
 static GIVEN: Mutex<Option<Passphrase>> = Mutex::new(None);
 
-/// A passphrase. Has no Debug.
-pub struct Passphrase(Zeroizing<Vec<u8>>);
+/// A passphrase, in secret memory. Has no Debug.
+pub struct Passphrase(SecretMem);
 
 impl Passphrase {
     /// The bytes up to the first end of line.
@@ -43,11 +45,13 @@ impl Passphrase {
                 "a passphrase has 1 to {MAX} bytes, and ends with the line"
             )));
         }
-        Ok(Passphrase(Zeroizing::new(line.to_vec())))
+        let mut memory = SecretMem::new(line.len()).map_err(|e| KmsError::Internal(e.to_string()))?;
+        memory.as_mut_slice().copy_from_slice(line);
+        Ok(Passphrase(memory))
     }
 
     /// Reads one from an open descriptor.
-    pub fn from_descriptor(number: RawFd) -> Result<Self, KmsError> {
+    pub fn from_descriptor(number: RawFd, _: Hardened) -> Result<Self, KmsError> {
         let attempt = |e: &dyn std::fmt::Display| {
             KmsError::Validation(format!("read a passphrase from descriptor {number}: {e}"))
         };
@@ -70,11 +74,11 @@ impl Passphrase {
 
     /// The same bytes?
     pub fn is(&self, other: &Passphrase) -> bool {
-        crate::kms::embedded::keys::same(&self.0, &other.0)
+        crate::kms::embedded::keys::same(self.bytes(), other.bytes())
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.0
+        self.0.as_slice()
     }
 }
 
@@ -132,6 +136,7 @@ fn named_descriptor() -> Result<Option<RawFd>, KmsError> {
 /// `prompt`, may try again.
 pub(super) fn ask_until<T>(
     prompt: &str,
+    hardened: Hardened,
     open: impl Fn(&Passphrase) -> Result<Option<T>, KmsError>,
 ) -> Result<T, KmsError> {
     let wrong = |whence: &str| {
@@ -143,7 +148,7 @@ pub(super) fn ask_until<T>(
         let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
         let given = match &mut *given {
             Some(given) => given,
-            none => none.insert(Passphrase::from_descriptor(number)?),
+            none => none.insert(Passphrase::from_descriptor(number, hardened)?),
         };
         return open(given)?.ok_or_else(|| wrong(&format!("from descriptor {number}")));
     }
@@ -160,7 +165,7 @@ pub(super) fn ask_until<T>(
 }
 
 /// A new passphrase from whoever sits at the terminal, who has to say it twice.
-pub fn new_at_terminal() -> Result<Passphrase, KmsError> {
+pub fn new_at_terminal(_: Hardened) -> Result<Passphrase, KmsError> {
     let first = at_terminal("New passphrase of the KMS root key: ")?;
     if at_terminal("The same again: ")?.is(&first) {
         return Ok(first);

@@ -48,7 +48,7 @@ impl Wrapped {
         };
         random(&mut wrapped.salt)?;
         random(&mut wrapped.sealed[..12])?;
-        wrapped.sealed[12..44].copy_from_slice(&key.0[..]);
+        wrapped.sealed[12..44].copy_from_slice(key.bytes());
         let cipher = wrapped.cipher(passphrase)?;
         let aad = wrapped.additional_data(store);
         let (iv, rest) = wrapped.sealed.split_at_mut(12);
@@ -64,16 +64,15 @@ impl Wrapped {
     pub fn open(&self, store: Uuid, passphrase: &Passphrase) -> Result<Option<RootKey>, KmsError> {
         let (iv, rest) = self.sealed.split_at(12);
         let (text, tag) = rest.split_at(32);
-        let mut key = Zeroizing::new([0; 32]);
-        key.copy_from_slice(text);
         let tag = Tag::try_from(tag).expect("the slice has 16 bytes");
-        let opened = self.cipher(passphrase)?.decrypt_inout_detached(
-            &nonce(iv),
-            &self.additional_data(store),
-            key.as_mut_slice().into(),
-            &tag,
-        );
-        Ok(opened.is_ok().then_some(RootKey(key)))
+        let (cipher, aad) = (self.cipher(passphrase)?, self.additional_data(store));
+        let mut opened = false;
+        let key = RootKey::filled(|key| {
+            key.copy_from_slice(text);
+            opened = cipher.decrypt_inout_detached(&nonce(iv), &aad, key.as_mut_slice().into(), &tag).is_ok();
+            Ok(())
+        })?;
+        Ok(opened.then_some(key))
     }
 
     /// Its line.
@@ -144,7 +143,7 @@ mod tests {
     fn cheap(key: &RootKey, store: Uuid, given: &Passphrase) -> Wrapped {
         let line = Wrapped::seal(key, store, given).unwrap();
         let mut cheap = Wrapped { memory: 64, passes: 1, lanes: 1, ..line };
-        cheap.sealed[12..44].copy_from_slice(&key.0[..]);
+        cheap.sealed[12..44].copy_from_slice(key.bytes());
         let cipher = cheap.cipher(given).unwrap();
         let aad = cheap.additional_data(store);
         let (iv, rest) = cheap.sealed.split_at_mut(12);
@@ -155,11 +154,12 @@ mod tests {
 
     #[test]
     fn a_key_opens_with_its_passphrase_for_its_store_alone() {
-        let (key, store) = (RootKey(Zeroizing::new([7; 32])), Uuid::from_u128(1));
+        let (key, store) = (RootKey::copy_of(&[7; 32]).unwrap(), Uuid::from_u128(1));
         let wrapped = Wrapped::seal(&key, store, &passphrase("correct horse")).unwrap();
         let read = Wrapped::parse(wrapped.line().as_bytes()).unwrap();
         assert_eq!(read, wrapped);
-        let opens = |store, given: &str| read.open(store, &passphrase(given)).unwrap().map(|key| *key.0);
+        let opens =
+            |store, given: &str| read.open(store, &passphrase(given)).unwrap().map(|key| *key.bytes());
         assert_eq!(opens(store, "correct horse"), Some([7; 32]));
         assert_eq!(opens(store, "correct horses"), None);
         assert_eq!(opens(Uuid::from_u128(2), "correct horse"), None);
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn no_character_of_a_line_can_be_changed() {
-        let (key, store) = (RootKey(Zeroizing::new([7; 32])), Uuid::from_u128(1));
+        let (key, store) = (RootKey::copy_of(&[7; 32]).unwrap(), Uuid::from_u128(1));
         let given = passphrase("x");
         let line = cheap(&key, store, &given).line();
         for at in 0..line.len() - 1 {
