@@ -10,6 +10,7 @@ pub mod file;
 
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::sync::MutexGuard;
 use std::time::Duration;
 use std::{fmt, io};
 use vm_memory::VolatileSlice;
@@ -142,6 +143,14 @@ impl std::error::Error for NotBegun {
     }
 }
 
+/// Bytes of a layer where they lie.
+pub struct InMemory<'a> {
+    /// They may change while they are read.
+    pub bytes: VolatileSlice<'a>,
+    /// What keeps them there.
+    pub(crate) _there: Option<MutexGuard<'a, ()>>,
+}
+
 /// How long [`Queue::wait`] may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
@@ -197,7 +206,7 @@ pub trait Queue {
 
     /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation nor a copy is
     /// needed to read them. The top's may change while they are read. `None` where they are to be read by an operation.
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>>;
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>>;
 
     /// What is at `offset` of a layer will be asked for soon: a hint.
     fn expect(&self, layer: usize, offset: u64, len: usize) {

@@ -142,9 +142,10 @@ impl DiskQueue {
     {
         let Some(height) = self.only_height(sector, len) else { return Ok(false) };
         let layer = self.layer_at(height);
-        let Some(bytes) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
+        let Some(found) = self.queue.in_memory(layer, sector * SECTOR_SIZE, len as usize) else {
             return Ok(false);
         };
+        let bytes = found.bytes;
         match self.disk.cipher_at(height) {
             // What looks like zeros may be in a layer below.
             None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),

@@ -4,7 +4,7 @@
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Options, Request, Segment, Session};
 use sealblk::backing::file::FileStore;
-use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
 use sealblk::vhost::device::Device;
@@ -20,7 +20,6 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use vm_memory::VolatileSlice;
 
 const SECTORS: u64 = 16384;
 
@@ -66,7 +65,7 @@ impl Store for Scripted {
 }
 
 impl Queue for ScriptedQueue {
-    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
     }
 

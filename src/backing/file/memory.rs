@@ -1,9 +1,16 @@
 //! The memory of a file that is memory: on tmpfs, a layer can be read where it lies, without a system call and
 //! without a copy between.
 //!
-//! Looking at a page of a hole would make that page, and a volume is mostly holes. So a bitmap says which pages hold
-//! something. It is a hint: where it says no, the file is read instead, which is always right; where it says yes for a
-//! page that has gone meanwhile, a page of zeros is made, which means the same.
+//! Looking at a page of a hole would make that page, and a volume is mostly holes; where the file system is full, it would
+//! end the process (SIGBUS). So a bitmap says which pages are there, and nobody looks at another. Where it says no, the
+//! file is read instead, which is always right. Where it says yes, it must be so for as long as somebody looks: each
+//! queue is a [`User`] with a lock of its own, which it holds while it reads from the memory, and while it writes to the
+//! file and notes that in the bitmap. Who makes a hole holds the locks of all. So a read finds the bytes of before the
+//! hole or none, and no page of zeros that came between.
+//!
+//! To catch the signal and go on is no way out: the kernel would put the registers, with the keys that the cipher has in
+//! them, onto a stack in ordinary memory. What is left is somebody else who makes holes in an attached layer, or cuts it
+//! off: whoever may write the store. That ends the process, as docs/threat-model.md says.
 #![forbid(unsafe_code)]
 
 use crate::backing::file::pool::PAGE;
@@ -13,17 +20,91 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// The largest file that is mapped: its bitmap takes 8 MiB.
 const MAX_SIZE: u64 = 256 << 30;
+/// Bytes of a hole that are made at a time, while nobody reads.
+const HOLE: u64 = 8 << 20;
 
 /// A file's memory, mapped for reading.
 pub(super) struct FileMemory {
     region: MmapRegion,
     /// One bit a page: whether it may be looked at.
     there: Box<[AtomicU64]>,
+    /// The locks of all users.
+    users: Mutex<Vec<Arc<Mutex<()>>>>,
+}
+
+/// One queue's way to the memory of a layer.
+pub(super) struct User {
+    memory: Arc<FileMemory>,
+    busy: Arc<Mutex<()>>,
+}
+
+impl User {
+    pub(super) fn of(memory: Arc<FileMemory>) -> Self {
+        let busy = Arc::<Mutex<()>>::default();
+        lock(&memory.users).push(busy.clone());
+        User { memory, busy }
+    }
+
+    /// The bytes at `offset`, if all their pages are there, and what keeps them there. They may change while they are
+    /// read.
+    pub(super) fn bytes(&self, offset: u64, len: usize) -> Option<(VolatileSlice<'_>, MutexGuard<'_, ()>)> {
+        let busy = lock(&self.busy);
+        self.memory.bytes(offset, len).map(|bytes| (bytes, busy))
+    }
+
+    /// The bytes at `offset`, if their pages were there a moment ago: for a hint alone.
+    pub(super) fn glance(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.memory.bytes(offset, len)
+    }
+
+    /// Has `write` write to the range.
+    pub(super) fn write(
+        &self,
+        offset: u64,
+        len: u64,
+        write: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let _busy = lock(&self.busy);
+        write()?;
+        self.memory.written(offset, len);
+        Ok(())
+    }
+
+    /// Has `punch` make holes of the range, piece by piece.
+    pub(super) fn give_back(
+        &self,
+        offset: u64,
+        len: u64,
+        mut punch: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut at = offset;
+        while at < offset + len {
+            let end = (at - at % HOLE + HOLE).min(offset + len);
+            let users = lock(&self.memory.users);
+            let _all: Vec<_> = users.iter().map(|user| lock(user)).collect();
+            self.memory.given_back(at, end - at);
+            punch(at, end - at)?;
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        lock(&self.memory.users).retain(|user| !Arc::ptr_eq(user, &self.busy));
+    }
+}
+
+/// There is nothing in these locks that a panic could leave half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FileMemory {
@@ -41,7 +122,8 @@ impl FileMemory {
                 .build()
                 .map_err(io::Error::other)?;
             let words = size.div_ceil(64 * PAGE as u64);
-            let memory = FileMemory { region, there: (0..words).map(|_| AtomicU64::new(0)).collect() };
+            let there = (0..words).map(|_| AtomicU64::new(0)).collect();
+            let memory = FileMemory { region, there, users: Mutex::default() };
             memory.look_around(file, size)?;
             Ok(memory)
         };
@@ -63,7 +145,7 @@ impl FileMemory {
         Ok(())
     }
 
-    /// The bytes at `offset`, if all their pages are there. They may change while they are read.
+    /// The bytes at `offset`, if all their pages are there.
     pub(super) fn bytes(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
         let slice = self.region.get_slice(usize::try_from(offset).ok()?, len).ok()?;
         let there =
@@ -83,7 +165,7 @@ impl FileMemory {
         }
     }
 
-    /// Notes that the range was given back.
+    /// Notes that the range is given back.
     pub(super) fn given_back(&self, offset: u64, len: u64) {
         for page in offset.div_ceil(PAGE as u64)..(offset + len) / PAGE as u64 {
             let Some(word) = self.there.get(page as usize / 64) else { return };
@@ -100,6 +182,21 @@ fn pages_touched(offset: u64, len: u64) -> std::ops::Range<u64> {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_hole_is_made_in_pieces_of_which_each_lies_within_one_mapped_stretch() {
+        let file = tempfile::tempfile().unwrap();
+        let size = 3 * HOLE;
+        file.set_len(size).unwrap();
+        let user = User::of(Arc::new(FileMemory::map(&file, size).unwrap()));
+        let mut pieces = Vec::new();
+        let punch = |at, len| {
+            pieces.push((at, len));
+            Ok(())
+        };
+        user.give_back(HOLE - 4096, HOLE + 8192, punch).unwrap();
+        assert_eq!(pieces, [(HOLE - 4096, 4096), (HOLE, HOLE), (2 * HOLE, 4096)]);
+    }
 
     #[test]
     fn what_was_written_is_there_and_holes_are_not() {
@@ -122,6 +219,47 @@ mod tests {
         assert!(memory.bytes(65536, 4096).is_some(), "only a part of this page was given back");
         assert!(memory.bytes(65536 + 4096, 4096).is_none());
         assert!(memory.bytes((1 << 20) - 512, 1024).is_none(), "beyond the end");
+    }
+
+    #[test]
+    fn no_hole_is_made_under_who_reads_and_none_is_read() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let size = 4 * PAGE as u64;
+        file.set_len(size).unwrap();
+        let memory = Arc::new(FileMemory::map(&file, size).unwrap());
+        let write = |user: &User| {
+            user.write(0, size, || file.write_all_at(&[7; 4 * PAGE], 0)).unwrap();
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let user = User::of(memory.clone());
+                    let mut found = vec![0_u8; size as usize];
+                    let mut times = 0;
+                    while times < 300 {
+                        let Some((bytes, _there)) = user.bytes(0, size as usize) else {
+                            write(&user);
+                            continue;
+                        };
+                        bytes.copy_to(&mut found[..]);
+                        assert!(found.iter().all(|&byte| byte == 7), "a hole was made meanwhile");
+                        times += 1;
+                    }
+                });
+            }
+            scope.spawn(|| {
+                let user = User::of(memory.clone());
+                use nix::fcntl::{FallocateFlags as Flags, fallocate};
+                for _ in 0..300 {
+                    let punch = |at: u64, len: u64| {
+                        let mode = Flags::FALLOC_FL_PUNCH_HOLE | Flags::FALLOC_FL_KEEP_SIZE;
+                        Ok(fallocate(&file, mode, at as i64, len as i64)?)
+                    };
+                    user.give_back(0, size, punch).unwrap();
+                }
+            });
+        });
+        assert!(lock(&memory.users).is_empty());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! For tests: a store that does what it is told when it is told, and the driver of a ring.
 
-use crate::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use crate::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
 use crate::disk::Disk;
 use crate::image::lock::{Access, ImageLock};
 use crate::vhost::dirty::{GuestMemory, RingLog};
@@ -15,7 +15,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// What a test sees of the store, and tells it. It knows flushes only.
@@ -157,7 +157,7 @@ impl Queue for FakeQueue {
         self.flushes.len()
     }
 
-    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
     }
 

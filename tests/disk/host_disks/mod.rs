@@ -3,5 +3,6 @@
 
 mod images;
 mod linux;
+mod memory;
 mod rig;
 mod tops;

@@ -2,7 +2,7 @@
 
 use crate::common::patience::limit;
 use crate::layers::rig::{Keys, Places, read_whole};
-use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
 use sealblk::disk::hydrate::Hydration;
 use sealblk::disk::{Disk, GuestData};
 use sealblk::image::lock::Access;
@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// What has become of the guest's write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl Queue for FaultyQueue {
         self.queue.bytes(buffer)
     }
 
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>> {
         self.queue.in_memory(layer, offset, len)
     }
 

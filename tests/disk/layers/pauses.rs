@@ -4,7 +4,7 @@ use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::{Options, Request, Session, SplitRing};
 use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, QUEUES, Served};
-use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
 use sealblk::disk::{Disk, Layers};
 use sealblk::image::lock::Access;
 use sealblk::vhost::queue::Tuning;
@@ -16,7 +16,6 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
-use vm_memory::VolatileSlice;
 
 const SECTORS: u64 = 4096;
 const GEOMETRY: Geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
@@ -236,7 +235,7 @@ impl Queue for GatedQueue {
         self.queue.bytes(buffer)
     }
 
-    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
     }
 

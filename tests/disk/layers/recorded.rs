@@ -1,13 +1,12 @@
 //! A store that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
 //! at any place in it.
 
-use sealblk::backing::{Buffer, Caps, Event, Op, Queue, Store, Wait};
+use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
-use vm_memory::VolatileSlice;
 
 use crate::common::frontend::load::Random;
 use crate::layers::model::{Model, SECTOR, Step};
@@ -93,7 +92,7 @@ impl Queue for RecordedQueue {
         self.queue.bytes(buffer)
     }
 
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>> {
         self.queue.in_memory(layer, offset, len)
     }
 

@@ -3,13 +3,13 @@
 
 mod rewrite;
 
-use crate::backing::file::memory::FileMemory;
+use crate::backing::file::memory::{FileMemory, User};
 use crate::backing::file::pool::{self, PAGE, Pool, Span};
 use crate::backing::file::prefetch::prefetch;
 use crate::backing::file::ring::Ring;
 use crate::backing::file::turns::{Edges, Turns};
 use crate::backing::file::write_cache::WriteCache;
-use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
+use crate::backing::{Buffer, Event, InMemory, NotBegun, Op, Queue, Wait};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use rewrite::{Fill, Next, Rewriting};
 use std::collections::VecDeque;
@@ -19,7 +19,6 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use vm_memory::VolatileSlice;
 
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
@@ -152,7 +151,7 @@ pub struct FileQueue {
     registered: bool,
     file: Arc<File>,
     inline: bool,
-    memory: Option<Arc<FileMemory>>,
+    memory: Option<User>,
     unit: u32,
     /// The largest unit of all layers, less one.
     unaligned: u64,
@@ -192,7 +191,7 @@ impl FileQueue {
             registered,
             file,
             inline,
-            memory,
+            memory: memory.map(User::of),
             unit,
             unaligned,
             rewriting: None,
@@ -409,10 +408,14 @@ impl FileQueue {
                 (Some(buffer), result)
             }
             Op::Write { offset, mut buffer, durable } => {
-                let result = self.file.write_all_at(self.pool.bytes(&mut buffer), offset);
-                if let (Ok(()), Some(memory)) = (&result, &self.memory) {
-                    memory.written(offset, buffer.len.into());
-                }
+                let bytes = self.pool.bytes(&mut buffer);
+                let result = match &self.memory {
+                    Some(memory) => {
+                        let len = bytes.len() as u64;
+                        memory.write(offset, len, || self.file.write_all_at(bytes, offset))
+                    }
+                    None => self.file.write_all_at(bytes, offset),
+                };
                 let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
                 (Some(buffer), result.and_then(sync))
             }
@@ -420,11 +423,12 @@ impl FileQueue {
             Op::Zero { offset, len, .. } => {
                 use nix::fcntl::{FallocateFlags, fallocate};
                 let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                let result = fallocate(&*self.file, mode, offset as i64, len as i64);
-                if let Some(memory) = &self.memory {
-                    memory.given_back(offset, len);
-                }
-                (None, result.map_err(io::Error::from))
+                let punch = |at: u64, len: u64| Ok(fallocate(&*self.file, mode, at as i64, len as i64)?);
+                let result = match &self.memory {
+                    Some(memory) => memory.give_back(offset, len, punch),
+                    None => punch(offset, len),
+                };
+                (None, result)
             }
         };
         self.events.push_back(Event::Done { tag, buffer, result });
@@ -573,13 +577,23 @@ impl Queue for FileQueue {
         self.pool.bytes(buffer)
     }
 
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        let memory = if layer == 0 { &self.memory } else { &self.below[layer - 1].memory };
-        memory.as_ref()?.bytes(offset, len)
+    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>> {
+        if layer == 0 {
+            let (bytes, there) = self.memory.as_ref()?.bytes(offset, len)?;
+            return Some(InMemory { bytes, _there: Some(there) });
+        }
+        // Nobody makes holes in what is frozen.
+        let bytes = self.below[layer - 1].memory.as_ref()?.bytes(offset, len)?;
+        Some(InMemory { bytes, _there: None })
     }
 
     fn expect(&self, layer: usize, offset: u64, len: usize) {
-        if let Some(bytes) = self.in_memory(layer, offset, len) {
+        let bytes = match layer {
+            0 => self.memory.as_ref().and_then(|memory| memory.glance(offset, len)),
+            _ => self.below[layer - 1].memory.as_ref().and_then(|memory| memory.bytes(offset, len)),
+        };
+        // A prefetch does not fault.
+        if let Some(bytes) = bytes {
             prefetch(&bytes);
         }
     }
