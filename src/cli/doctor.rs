@@ -10,7 +10,7 @@ use crate::sandbox;
 use io_uring::IoUring;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
@@ -162,7 +162,10 @@ fn data_folder(root: &Path) -> Finding {
 /// How a layer there would be reached, by a trial.
 fn access_of(trial: &Path) -> Result<String> {
     let attempt = || -> Result<String> {
-        std::fs::File::create_new(trial)?.set_len(1 << 16)?;
+        // With data, which proves what is found; where there is room for it.
+        let file = std::fs::File::create_new(trial)?;
+        file.set_len(1 << 16)?;
+        let _ = file.write_all_at(&[1; 1 << 13], 0);
         Ok(FileStore::open(trial, false, 512, None)?.caps().access.clone())
     };
     let access = attempt();

@@ -39,7 +39,7 @@ impl fmt::Display for Kind {
 
 /// A disk that is mounted until this is dropped.
 pub struct LoopDisk {
-    mounted: PathBuf,
+    _mounted: Mounted,
     /// Its block device.
     pub device: PathBuf,
 }
@@ -69,9 +69,7 @@ impl LoopDisk {
 
     fn attempt(kind: Kind, folder: &Path) -> Result<Self, String> {
         let said = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
-        unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("a mount namespace: {e}"))?;
-        mount("none", Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE)
-            .map_err(said("private mounts"))?;
+        be_alone()?;
         let bytes = tempfile::tempfile().expect("a temporary file");
         bytes.set_len(320 << 20).expect("make it longer");
         let (_in_use, device) = attach(&bytes, kind.block).map_err(said("a loop device"))?;
@@ -86,24 +84,47 @@ impl LoopDisk {
         assert!(made.status.success(), "{format}: {words}");
         std::fs::create_dir_all(folder).expect("make a folder");
         let device_name = device.to_str().expect("UTF-8");
-        match mount(device_name, folder, Some(kind.file_system), 0) {
-            Ok(()) => Ok(LoopDisk { mounted: folder.to_owned(), device }),
+        match mount(device_name, folder, kind.file_system, None) {
+            Ok(()) => Ok(LoopDisk { _mounted: Mounted(folder.to_owned()), device }),
             Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Err("the kernel does not know it".into()),
             Err(e) if e.raw_os_error() == Some(libc::EPERM) => Err(format!("mount: {e}")),
             // Of a kernel whose pages are smaller than the blocks, say.
             Err(e) => panic!("mount {kind}: {e}"),
         }
     }
+}
+
+/// A memory file system that is mounted until this is dropped.
+pub struct MemoryDisk(Mounted);
+
+impl MemoryDisk {
+    /// Mounts one of so many bytes, as [`LoopDisk::mount`] does.
+    pub fn mount(size: u64, folder: &Path) -> Option<Self> {
+        let attempt = || {
+            be_alone()?;
+            let options = CString::new(format!("size={size}")).expect("no zero byte");
+            mount("tmpfs", folder, "tmpfs", Some(&options)).map_err(|e| format!("mount: {e}"))
+        };
+        match attempt() {
+            Ok(()) => Some(MemoryDisk(Mounted(folder.to_owned()))),
+            Err(why) => {
+                let _ = writeln!(io::stderr(), "NOT TESTED on a tmpfs, which cannot be had here: {why}");
+                None
+            }
+        }
+    }
 
     /// Where it is mounted.
     pub fn folder(&self) -> &Path {
-        &self.mounted
+        &self.0.0
     }
 }
 
-impl Drop for LoopDisk {
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
     fn drop(&mut self) {
-        let folder = CString::new(self.mounted.as_os_str().as_bytes()).expect("no zero byte");
+        let folder = CString::new(self.0.as_os_str().as_bytes()).expect("no zero byte");
         // SAFETY: the path ends with a zero byte. What still uses the mount keeps it until it ends.
         unsafe { libc::umount2(folder.as_ptr(), libc::MNT_DETACH) };
     }
@@ -136,12 +157,22 @@ fn attach(bytes: &File, block: u32) -> io::Result<(File, PathBuf)> {
     }
 }
 
-fn mount(what: &str, on: &Path, kind: Option<&str>, flags: libc::c_ulong) -> io::Result<()> {
-    let what = CString::new(what).expect("no zero byte");
+/// Puts this thread into a mount namespace of its own, of which others see nothing.
+fn be_alone() -> Result<(), String> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("a mount namespace: {e}"))?;
+    let (none, root, flags) = (c"none".as_ptr(), c"/".as_ptr(), libc::MS_REC | libc::MS_PRIVATE);
+    // SAFETY: the texts end with a zero byte, and there are neither a type nor options.
+    let done = unsafe { libc::mount(none, root, std::ptr::null(), flags, std::ptr::null()) };
+    Errno::result(done).map(drop).map_err(|e| format!("private mounts: {e}"))
+}
+
+fn mount(what: &str, on: &Path, kind: &str, options: Option<&CString>) -> io::Result<()> {
+    let text = |text: &str| CString::new(text).expect("no zero byte");
+    let (what, kind) = (text(what), text(kind));
     let on = CString::new(on.as_os_str().as_bytes()).expect("no zero byte");
-    let kind = kind.map(|kind| CString::new(kind).expect("no zero byte"));
-    let kind = kind.as_ref().map_or(std::ptr::null(), |kind| kind.as_ptr());
-    // SAFETY: each text ends with a zero byte, or there is none; there are no options.
-    Errno::result(unsafe { libc::mount(what.as_ptr(), on.as_ptr(), kind, flags, std::ptr::null()) })?;
+    let options = options.map_or(std::ptr::null(), |options| options.as_ptr().cast());
+    // SAFETY: each text ends with a zero byte; options may be missing.
+    let done = unsafe { libc::mount(what.as_ptr(), on.as_ptr(), kind.as_ptr(), 0, options) };
+    Errno::result(done)?;
     Ok(())
 }
