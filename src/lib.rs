@@ -9,11 +9,11 @@
 //! | `ops` | the use cases, one file a verb | `audit` `backing` `base` `catalog` `crypt` `disk` `events` `helper` `host` `image` `kms` `virtio` `volume` |
 //! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
-//! | `helper` | processes that talk to a KMS for another: unwrap, rewrap, the keeper of grants | `base` `catalog` `config` `crypt` `kms` `sandbox` |
+//! | `helper` | processes that talk to a KMS for another: unwrap, rewrap, the keeper of grants | `audit` `base` `catalog` `config` `crypt` `kms` |
 //! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
-//! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `kms` |
+//! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `image` `kms` |
 //! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` |
-//! | `audit` | the log of every use of a key | `base` |
+//! | `audit` | the log of every use of a key | `base` `crypt` |
 //! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `disk` `virtio` |
 //! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
 //! | `image` | disk images of others: raw, qcow2, QEMU's locks | `base` |

@@ -384,6 +384,7 @@ fn an_ordinary_user_serves_what_root_has_opened() {
     let place = Place::new(&[]);
     let config = place.store.config();
     // What holds the volume is his; the root key is not.
+    place.store.let_belong_to("nobody");
     give(&place.store.root(), NOBODY);
     fs::set_permissions(place.folder(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
     for _ in 0..2 {
@@ -413,6 +414,7 @@ fn a_user_who_cannot_reach_the_files_is_told_which() {
     let said = place.refuse(2, &["--user", "nobody"]);
     assert!(said.contains("the user nobody cannot use") && said.contains("volumes/vol-"), "{said}");
     fs::set_permissions(place.folder(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
+    place.store.let_belong_to("nobody");
     give(&place.store.root(), NOBODY);
     give(&place.layer(), 0);
     let said = place.refuse(2, &["--user", "nobody"]);
@@ -426,6 +428,7 @@ fn a_user_who_cannot_reach_the_files_is_told_which() {
 #[test]
 fn one_capability_is_kept_where_files_are_somebody_elses() {
     let place = Place::new(&[]);
+    place.store.let_belong_to("nobody");
     give(&place.store.root(), NOBODY);
     let host = place.attach(&[]);
     let mut session = open(&place.socket());

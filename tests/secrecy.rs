@@ -501,7 +501,7 @@ fn piped(command: &mut Command, number: i32) -> File {
 
 /// Returns when everything that was written into a pipe has been read.
 fn until_read(pipe: &File) {
-    let limit = std::time::Instant::now() + attach::LIMIT;
+    let limit = std::time::Instant::now() + limit();
     loop {
         let mut left: nix::libc::c_int = 0;
         // SAFETY: the request writes one int, which is there.
@@ -538,7 +538,7 @@ fn whoever_sets_a_passphrase_leaves_no_core() {
         let pid = Pid::from_raw(child.id() as i32);
         assert_eq!(core_limits(pid), ["0", "0"]);
         signal::kill(pid, signal).expect("it runs");
-        let status = process::wait_within(&mut child, attach::LIMIT).expect("it ends");
+        let status = wait_within(&mut child, limit()).expect("it ends");
         assert_eq!((status.signal(), status.core_dumped()), (Some(signal as i32), false));
     }
 }
@@ -566,7 +566,7 @@ fn whoever_sets_a_passphrase_has_no_key_in_memory_but_its_own_and_none_at_its_en
     let seen = look_through(pid, &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     drop(traced);
-    assert!(process::wait_within(&mut child, attach::LIMIT).expect("it ends").success());
+    assert!(wait_within(&mut child, limit()).expect("it ends").success());
 }
 
 /// The kernel gives the files of a process that must not be dumped to root, whosever the process is; that is what

@@ -1,11 +1,10 @@
 //! A qcow2 image, whoever made it.
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use sealblk::base::root::offered::Offered;
 use sealblk::image::{BackingFiles, Format, Image};
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsRawFd;
-use std::path::Path;
 
 /// Bytes of data after which an image is left: its tables can say that there is far more than that.
 const ENOUGH: u64 = 4 << 20;
@@ -14,9 +13,9 @@ const ENOUGH: u64 = 4 << 20;
 pub fn run(data: &[u8]) {
     let mut file = File::from(memfd_create(c"image", MFdFlags::empty()).expect("make a file"));
     file.write_all(data).expect("write into memory");
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     for format in [Some(Format::Qcow2), None] {
-        if let Ok(image) = Image::open(Path::new(&path), format, BackingFiles::Refuse) {
+        let offered = Offered { file: file.try_clone().expect("copy a descriptor"), path: "/fuzz".into() };
+        if let Ok(image) = Image::of(offered, format, BackingFiles::Refuse) {
             read(&image);
         }
     }

@@ -6,12 +6,13 @@
 //! after its start can keep it open.
 
 use crate::audit::line::{AuditKey, Position, digits};
-use crate::base::root::create_dir_durable;
+use crate::base::root::{create_dir_durable, files};
+use nix::fcntl::OFlag;
 use sha2::{Digest, Sha256};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
@@ -93,12 +94,13 @@ pub fn folder_hash(folder: &Path) -> [u8; 32] {
 /// The mark that reaches furthest of those that were made for a log in `folder`, whichever log it was.
 pub fn of_folder(config: &Path, folder: &Path) -> Option<Mark> {
     let hash = folder_hash(folder);
-    let names = std::fs::read_dir(config).ok()?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let names = files::names(config).ok()?.into_iter().map(|name| config.join(name));
     let is_mark = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("audit-") && (name.ends_with(".signed") || name.ends_with(".plain"))
     };
-    let marks = names.filter(is_mark).filter_map(|path| Mark::parse(&std::fs::read(path).ok()?));
+    let marks =
+        names.filter(is_mark).filter_map(|path| Mark::parse(&files::read(&path, MARK_LEN as u64).ok()?));
     marks.map(|(mark, _)| mark).filter(|mark| mark.folder == hash).max_by_key(|mark| mark.position.seq)
 }
 
@@ -113,13 +115,13 @@ impl Marks {
     /// Opens the marks of `log` for one who writes `kind`. Where the configuration folder may not be written, there is none
     /// to write, and a warning.
     pub fn open(config: &Path, log: Uuid, kind: Kind) -> std::io::Result<Self> {
-        let open_to_read = |kind| File::open(path(config, log, kind)).ok();
+        let open_to_read = |kind| files::open(&path(config, log, kind)).ok();
         let other = if kind == Kind::Signed { Kind::Plain } else { Kind::Signed };
         let others = open_to_read(other).into_iter();
         let own = path(config, log, kind);
         let open = || -> std::io::Result<File> {
             create_dir_durable(config).map_err(|e| std::io::Error::other(e.to_string()))?;
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&own)
+            files::open_with(&own, OFlag::O_RDWR | OFlag::O_CREAT)
         };
         match open() {
             Ok(file) => Ok(Marks { own: Some(file), others: others.collect() }),

@@ -17,15 +17,15 @@ pub mod verify;
 pub use entry::{Entry, Process, Step};
 pub use line::{AuditKey, KMS_SOURCE, Position};
 
-use crate::base::root::{Root, create_dir_durable, sync_dir};
+use crate::base::root::{Root, create_dir_durable, files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use mark::{Mark, Marks, folder_hash};
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, OFlag};
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use uuid::Uuid;
@@ -130,8 +130,8 @@ impl AuditLog {
         }
         create_dir_durable(&self.folder)?;
         let path = self.path();
-        let is_new = !path.exists();
-        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&path)?;
+        let is_new = !files::exists(&path);
+        let file = files::open_with(&path, OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT)?;
         let folder_hash = folder_hash(&self.folder);
         *opened = Some(Opened { file: file.try_clone()?, marks: None, folder_hash });
         Ok((file, is_new))
@@ -191,7 +191,7 @@ fn write(file: &mut Flock<File>, torn: bool, line: &[u8]) -> Result<()> {
 /// Whether `path` leads to this file, as far as a process may look that has given up its rights since it opened it.
 fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     let ours = file.metadata()?;
-    match std::fs::metadata(path) {
+    match path.symlink_metadata() {
         Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
         Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(true),

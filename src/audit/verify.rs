@@ -3,7 +3,8 @@
 //! [`Checker`] is pure: it takes lines and marks. What it can find and what it cannot, docs/audit.md argues.
 
 use crate::audit::line::{self, AuditKey, LINE_MAX, Line, Position};
-use crate::audit::mark::{self, Kind as MarkKind, Mark};
+use crate::audit::mark::{self, Kind as MarkKind, MARK_LEN, Mark};
+use crate::base::root::files;
 use crate::base::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
@@ -290,7 +291,7 @@ fn problem(damage: Damage, record: u64, line: Option<u64>, message: String) -> O
 pub fn verify(folder: &Path, config: &Path, key: Option<&AuditKey>) -> Result<Report> {
     let path = folder.join(crate::audit::FILE);
     let attempt = || format!("read the audit log {}", path.display());
-    let file = match File::open(&path) {
+    let file = match files::open(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
         opened => Some(opened.context(attempt)?),
     };
@@ -332,7 +333,7 @@ fn marks(
     let mut marks = Vec::new();
     for (log, kind) in logs.iter().flat_map(|&log| [(log, MarkKind::Signed), (log, MarkKind::Plain)]) {
         let path = mark::path(config, log, kind);
-        let Ok(bytes) = std::fs::read(&path) else { continue };
+        let Ok(bytes) = files::read(&path, MARK_LEN as u64) else { continue };
         // Made, and cut off by a power failure before it was first written: as good as one that is not there.
         if bytes.iter().all(|&byte| byte == 0) {
             continue;

@@ -110,6 +110,9 @@ impl From<std::io::Error> for Error {
         let kind = match e.kind() {
             std::io::ErrorKind::NotFound => Kind::NotFound,
             std::io::ErrorKind::Unsupported => Kind::Unsupported,
+            _ if e.get_ref().is_some_and(|inner| inner.is::<crate::base::root::files::Strange>()) => {
+                Kind::Corrupt
+            }
             _ => Kind::Other,
         };
         Error::new(kind, e.to_string())

@@ -4,6 +4,7 @@
 //! to it that nothing is being written and syncs the old top; `volume.json` is replaced, **which is the moment**; the
 //! snapshot's record is written. `docs/format.md` argues each step.
 
+use crate::base::root::files;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::VolumeLock;
@@ -12,7 +13,7 @@ use crate::catalog::pending::Pending;
 use crate::catalog::references::StoreLock;
 use crate::catalog::rekey::NewKey;
 use crate::catalog::snapshot::{Label, Snapshot};
-use crate::catalog::{Catalog, SnapshotId};
+use crate::catalog::{Catalog, LayerId, SnapshotId};
 use crate::crypt::SealKey;
 
 /// A freeze that has begun: what the new top layer will be is noted, and nothing uses it yet.
@@ -27,8 +28,9 @@ pub struct Freeze {
 pub enum Maker {
     /// A command, which reaches all of the store.
     Command,
-    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]).
-    Host,
+    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]), with the id that a
+    /// command has chosen.
+    Host(LayerId),
 }
 
 impl Freeze {
@@ -47,7 +49,13 @@ impl Freeze {
             );
             return Err(Error::new(Kind::Unsupported, message));
         }
-        let new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
+        let mut new_top = LayerRecord::new_top(metadata.top().key, metadata.size());
+        if let Maker::Host(chosen) = maker {
+            if metadata.layers().iter().any(|layer| layer.id == chosen) {
+                return Err(Error::new(Kind::Usage, format!("{chosen} is a layer of the volume already")));
+            }
+            new_top.id = chosen;
+        }
         Pending::NewTop(new_top.id).store(catalog, lock, metadata)?;
         Ok(Freeze { new_top, maker })
     }
@@ -70,10 +78,11 @@ impl Freeze {
         catalog: &Catalog,
         lock: &VolumeLock,
         metadata: &mut Metadata,
+        id: SnapshotId,
         label: Label,
         key: Option<&SealKey>,
     ) -> Result<Snapshot> {
-        let snapshot = Snapshot::of(metadata, SnapshotId::random(), label, key);
+        let snapshot = Snapshot::of(metadata, id, label, key);
         let mut next = metadata.clone();
         next.layout = metadata.layout().with_new_top(self.new_top);
         next.reseal(key);
@@ -126,7 +135,7 @@ impl Freeze {
             Maker::Command => {
                 catalog.load(lock.volume()).and_then(|metadata| catalog.recover(lock, &metadata))
             }
-            Maker::Host => self.forget_own(catalog, lock),
+            Maker::Host(_) => self.forget_own(catalog, lock),
         };
         if let Err(e) = undone {
             log::warn!("{e}; the next command that has {} tries again", lock.volume());
@@ -137,11 +146,11 @@ impl Freeze {
     /// that of whoever takes the volume next.
     fn forget_own(&self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
         let named = catalog.load(lock.volume())?.layers().iter().any(|l| l.id == self.new_top.id);
-        if named || catalog.layer_path(self.new_top.id).exists() {
+        if named || files::exists(&catalog.layer_path(self.new_top.id)) {
             return Ok(());
         }
         let path = catalog.own_layer_path(lock.volume(), self.new_top.id);
-        match std::fs::remove_file(&path) {
+        match files::remove(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::from(e).context(format!("remove {}", path.display())))
             }
@@ -168,7 +177,7 @@ pub fn note(catalog: &Catalog, snapshots: &[&Snapshot]) -> Result<()> {
     }
     for snapshot in snapshots {
         catalog.mark_frozen(snapshot.layers());
-        catalog.store_snapshot(snapshot)?;
+        catalog.store_new_snapshot(snapshot)?;
     }
     Ok(())
 }

@@ -1,11 +1,9 @@
 //! The files of layers: how one is made.
 
-use crate::base::root::sync_dir;
+use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use std::path::Path;
 
 /// Makes a layer's file at `path`, where there must be none, without data; it is durable then. Something names it
@@ -15,7 +13,8 @@ use std::path::Path;
 /// Those of the file system; `Unsupported` if it cannot set space aside.
 pub fn make_layer(path: &Path, size: u64, preallocate: bool) -> Result<()> {
     let attempt = || format!("make {} of {size} bytes", path.display());
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(attempt)?;
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+    let file = files::open_with(path, flags).context(attempt)?;
     if preallocate {
         let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {

@@ -5,7 +5,7 @@
 //! layers for those who clear up, and keeps none: a layer is removed when no record names it ([`crate::catalog::references`]).
 //! `docs/format.md` argues the steps.
 
-use crate::base::root::{replace_file, sync_dir};
+use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{Metadata, written};
@@ -79,7 +79,7 @@ impl Catalog {
 
     /// Whether some layers may have left its chain that were not cleared away.
     pub(crate) fn has_left_layers(&self, volume: VolumeId) -> bool {
-        self.leaving_path(volume).exists()
+        files::exists(&self.leaving_path(volume))
     }
 
     /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process may be at
@@ -110,7 +110,7 @@ impl Catalog {
     pub(crate) fn settle_left(&self, lock: &VolumeLock, store: &StoreLock) -> Result<()> {
         self.clear_left_under(lock.volume(), store)?;
         let path = self.leaving_path(lock.volume());
-        std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+        files::remove(&path).context(|| format!("remove {}", path.display()))?;
         sync_dir(&self.folder(lock.volume()))
     }
 }

@@ -7,13 +7,16 @@
 //! a lock on a file that a path no longer leads to would protect nothing.
 
 use crate::base::locks::{self, Bytes};
+use crate::base::root::files;
+use crate::base::root::owners::Owners;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde::{Deserialize, Serialize};
-use std::fs::{File, FileTimes, OpenOptions};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::fs::{File, FileTimes};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -134,11 +137,11 @@ pub struct LockFile {
 impl LockFile {
     /// Opens that of the volume whose folder is `folder`.
     pub fn open(folder: &Path, volume: VolumeId) -> Result<Self> {
+        Owners::configured()?.check_folder(folder)?;
         let path = folder.join(FILE);
         // Create: the folder of a volume that was copied by hand may lack the file.
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(&path).context(|| format!("lock {}", path.display()))?;
+        let file = files::open_with(&path, OFlag::O_RDWR | OFlag::O_CREAT);
+        let file = file.context(|| format!("lock {}", path.display()))?;
         Ok(LockFile { file: Arc::new(file), path, volume })
     }
 
@@ -171,7 +174,7 @@ impl LockFile {
         let before = read_holder(&self.file).context(attempt)?;
         let write_through = before.is_some_and(|holder| holder.write_through);
         let lock = VolumeLock { file: self.clone(), holder: Holder { write_through, ..holder.clone() } };
-        if !same_file(&self.file, &self.path).context(attempt)? {
+        if !files::is_at(&self.file, &self.path).context(attempt)? {
             return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
         }
         lock.write_holder();
@@ -294,7 +297,7 @@ impl Drop for Turn {
 pub fn query(folder: &Path) -> Result<Held> {
     let path = folder.join(FILE);
     let attempt = || format!("look at {}", path.display());
-    let file = match File::open(&path) {
+    let file = match files::open(&path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Held::Free),
         Err(e) => return Err(Error::from(e).context(attempt())),
@@ -332,15 +335,6 @@ pub fn busy(volume: VolumeId, held: &Held) -> Error {
         _ => "; try again".to_string(),
     };
     Error::new(Kind::Busy, message + &hint)
-}
-
-fn same_file(file: &File, path: &Path) -> std::io::Result<bool> {
-    let ours = file.metadata()?;
-    match std::fs::metadata(path) {
-        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e),
-    }
 }
 
 /// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)): when the process began.
@@ -476,10 +470,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         let file = File::create(&path).unwrap();
-        assert!(same_file(&file, &path).unwrap());
+        assert!(files::is_at(&file, &path).unwrap());
         std::fs::remove_file(&path).unwrap();
-        assert!(!same_file(&file, &path).unwrap());
+        assert!(!files::is_at(&file, &path).unwrap());
         let _other = File::create(&path).unwrap();
-        assert!(!same_file(&file, &path).unwrap());
+        assert!(!files::is_at(&file, &path).unwrap());
     }
 }

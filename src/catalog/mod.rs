@@ -21,20 +21,22 @@ pub mod tags;
 
 pub use id::{LayerId, SnapshotId, VolumeId};
 pub use metadata::Metadata;
+pub use pending::OwnLayer;
 pub use seal::Seal;
 pub use snapshot::Snapshot;
 
-use crate::base::root::{Root, replace_file};
+use crate::base::root::{Root, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use id::is_lower_hex;
 use lock::{Held, VolumeLock};
 use metadata::{LayerRecord, MAX_FILE_LEN};
 use pending::Pending;
 use std::fmt::Display;
-use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+
+/// Digits of an id that no name is like by chance.
+const DIGITS_BEYOND_CHANCE: usize = 6;
 
 /// The metadata's file name in a volume's folder.
 pub const FILE: &str = "volume.json";
@@ -78,7 +80,7 @@ impl Catalog {
     /// Every volume's id, sorted.
     pub fn ids(&self) -> Result<Vec<VolumeId>> {
         let mut ids = self.folders()?;
-        ids.retain(|&id| self.folder(id).join(FILE).exists());
+        ids.retain(|&id| files::exists(&self.folder(id).join(FILE)));
         Ok(ids)
     }
 
@@ -86,14 +88,13 @@ impl Catalog {
     pub(crate) fn folders(&self) -> Result<Vec<VolumeId>> {
         let volumes = self.root.volumes();
         let attempt = || format!("list {}", volumes.display());
-        let folder = match std::fs::read_dir(&volumes) {
-            Ok(folder) => folder,
+        let names = match files::names(&volumes) {
+            Ok(names) => names,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(Error::from(e).context(attempt())),
         };
         let mut ids = Vec::new();
-        for entry in folder {
-            let name = entry.context(attempt)?.file_name();
+        for name in names {
             ids.extend(name.to_str().and_then(|name| name.parse::<VolumeId>().ok()));
         }
         ids.sort_unstable();
@@ -110,21 +111,27 @@ impl Catalog {
     /// Which volume `reference` means: a whole id, a name, or an id's first digits, with `vol-` or without.
     ///
     /// # Errors
-    /// `NotFound`; `Usage` with the candidates if several ids begin so.
+    /// `NotFound`; `Usage` with the candidates if several ids begin so, or if several volumes have that name: a host process
+    /// writes its volume's name, and could have taken another volume's.
     pub fn resolve(&self, reference: &str) -> Result<VolumeId> {
         let whole = reference.parse::<VolumeId>().ok();
-        if let Some(id) = whole.filter(|&id| self.folder(id).join(FILE).exists()) {
+        if let Some(id) = whole.filter(|&id| files::exists(&self.folder(id).join(FILE))) {
             return Ok(id);
         }
         let entries = self.list()?;
-        // A name comes before a prefix: whether an id begins like it is chance.
-        if let Some(entry) = entries.iter().find(|e| e.name() == Some(reference)) {
-            return Ok(entry.id);
-        }
+        let named: Vec<&Entry> = entries.iter().filter(|e| e.name() == Some(reference)).collect();
         let digits = reference.strip_prefix(VolumeId::PREFIX).unwrap_or(reference);
         let is_prefix = !digits.is_empty() && is_lower_hex(digits);
         let begins = |e: &&Entry| is_prefix && e.id.to_string()[VolumeId::PREFIX.len()..].starts_with(digits);
-        let candidates: Vec<&Entry> = entries.iter().filter(begins).collect();
+        let beginning: Vec<&Entry> = entries.iter().filter(begins).collect();
+        // A name comes before a prefix: whether an id begins like it is chance. With so many digits it is none: a host process
+        // could have given its volume the name by which another one is meant.
+        let is_chance = digits.len() < DIGITS_BEYOND_CHANCE;
+        let candidates = match (named.is_empty(), is_chance) {
+            (true, _) => beginning,
+            (false, true) => named,
+            (false, false) => entries.iter().filter(|e| e.name() == Some(reference) || begins(e)).collect(),
+        };
         match candidates[..] {
             [] => Err(self.no_such(reference, &entries)),
             [entry] => Ok(entry.id),
@@ -207,7 +214,7 @@ impl Catalog {
     pub(crate) fn check_files(&self, whose: &dyn Display, layers: &[LayerRecord]) -> Result<()> {
         for layer in layers {
             let path = self.layer_path(layer.id);
-            let problem = match std::fs::metadata(&path) {
+            let problem = match path.symlink_metadata() {
                 Ok(m) if m.file_type().is_block_device() => continue,
                 Ok(m) if !m.is_file() => "is not a file".to_string(),
                 Ok(m) if m.len() != layer.size => {
@@ -239,26 +246,19 @@ fn ambiguous(reference: &str, candidates: &[&Entry]) -> Error {
             None => e.id.to_string(),
         })
         .collect();
-    Error::new(Kind::Usage, format!("{reference:?} can be any of {}; give more digits", list.join(", ")))
+    Error::new(Kind::Usage, format!("{reference:?} can be any of {}; give an id", list.join(", ")))
 }
 
 pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_FILE_LEN + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE_LEN {
-        return Err(Error::new(Kind::Corrupt, format!("it is longer than {MAX_FILE_LEN} bytes")));
-    }
-    Ok(bytes)
+    Ok(files::read(path, MAX_FILE_LEN)?)
 }
 
 /// Removes what a power cut left of a replacement that did not come to its rename.
 fn remove_temporary_files(folder: &Path) -> Result<()> {
     let attempt = || format!("clear up {}", folder.display());
-    for entry in std::fs::read_dir(folder).context(attempt)? {
-        let entry = entry.context(attempt)?;
-        let name = entry.file_name();
+    for name in files::names(folder).context(attempt)? {
         if name.to_str().is_some_and(|n| n.starts_with(FILE) && n.ends_with(".tmp")) {
-            std::fs::remove_file(entry.path()).context(attempt)?;
+            files::remove(&folder.join(name)).context(attempt)?;
         }
     }
     Ok(())

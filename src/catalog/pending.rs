@@ -4,15 +4,16 @@
 //! It is durable before the change begins and removed when `volume.json` tells of it. So whoever takes the volume finds
 //! either no such file, or one that says what may be left over.
 
-use crate::base::root::{replace_file, sync_dir};
+use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{LayerRecord, Metadata, written};
-use crate::catalog::references::StoreLock;
+use crate::catalog::references::{StoreLock, check_top_is_own, remove_pending};
 use crate::catalog::{Catalog, LayerId, VolumeId, read_bounded};
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
-use std::fs::{OpenOptions, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// The file's name in the volume's folder.
@@ -79,32 +80,47 @@ impl Pending {
         replace_file(&catalog.folder(lock.volume()).join(FILE), &written::to_json(&written))
     }
 
-    /// The second names were removed before.
-    fn undo(self, catalog: &Catalog, metadata: &Metadata) -> Result<()> {
+    /// The second names were removed before. Where the file of a new layer cannot be removed, or must not, it stays: that is
+    /// no reason to keep the volume from anybody, and "sealblk gc" looks at it again.
+    fn undo(self, catalog: &Catalog, metadata: &Metadata, store: Option<&StoreLock>) -> Result<()> {
         match self {
             Pending::NewTop(id) if metadata.layers().iter().any(|l| l.id == id) => Ok(()),
             Pending::NewTop(id) => {
-                let path = catalog.layer_path(id);
-                match std::fs::remove_file(&path) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                        Err(Error::from(e).context(format!("remove {}", path.display())))
-                    }
-                    _ => sync_dir(&catalog.root().layers()),
-                }
+                let removed = match store {
+                    Some(store) => remove_pending(catalog, metadata.id(), id, store),
+                    None => StoreLock::acquire(catalog)
+                        .and_then(|store| remove_pending(catalog, metadata.id(), id, &store)),
+                };
+                removed.unwrap_or_else(|e| log::warn!("{e}"));
+                Ok(())
             }
             Pending::Resize(_) => {
                 let (layer, own) =
                     (metadata.top().id, catalog.own_layer_path(metadata.id(), metadata.top().id));
                 // By the name that a confined process may open, where there is one.
-                let path = if own.exists() { own } else { catalog.layer_path(layer) };
+                let path = if files::exists(&own) { own } else { catalog.layer_path(layer) };
                 let shorten = || -> std::io::Result<()> {
-                    let file = OpenOptions::new().write(true).open(&path)?;
+                    let file = files::open_layer(&path, OFlag::O_WRONLY)?;
                     file.set_len(metadata.size())?;
                     file.sync_all()
                 };
                 shorten().context(|| format!("give {} its length back", path.display()))
             }
         }
+    }
+}
+
+/// A layer that a host process has made and this process has given its name.
+#[derive(Debug)]
+pub struct OwnLayer {
+    file: File,
+    path: PathBuf,
+}
+
+impl OwnLayer {
+    /// Takes the name away again. Where that fails, "sealblk gc" looks.
+    pub fn remove(&self) {
+        let _ = files::remove_name_of(&self.file, &self.path);
     }
 }
 
@@ -118,9 +134,11 @@ impl Catalog {
     /// whoever has the volume, before he looks at its layers.
     ///
     /// # Errors
-    /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours.
+    /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours, and for a volume whose top layer is
+    /// not its own.
     pub fn recover(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
-        self.undo_pending(lock, metadata)?;
+        self.check_top_is_own(metadata)?;
+        self.undo_pending(lock, metadata, None)?;
         if self.has_left_layers(lock.volume()) {
             // A confined process cannot, and a record that cannot be read is no reason to keep the volume from anybody.
             let settled = StoreLock::acquire(self).and_then(|store| self.settle_left(lock, &store));
@@ -134,6 +152,14 @@ impl Catalog {
         Ok(())
     }
 
+    /// Looks whether the volume may write to its top layer.
+    ///
+    /// # Errors
+    /// `Corrupt` if another record names that layer as well.
+    pub fn check_top_is_own(&self, metadata: &Metadata) -> Result<()> {
+        check_top_is_own(self, metadata)
+    }
+
     /// The same for a process that is confined, and reaches no layers but those that it knew before, and those in its
     /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
     /// file is left to "sealblk gc".
@@ -145,26 +171,31 @@ impl Catalog {
         for path in self.own_layers(lock.volume())? {
             let id = path.file_stem().and_then(|stem| stem.to_str()?.parse::<LayerId>().ok());
             if id.is_some_and(|id| !has(id)) {
-                std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+                files::remove(&path).context(|| format!("remove {}", path.display()))?;
             }
         }
         match Pending::load(self, metadata.id())? {
             None => Ok(()),
             Some(Pending::NewTop(id)) if !has(id) => Ok(()),
-            Some(pending) => pending.undo(self, metadata).and_then(|()| self.forget_pending(lock)),
+            Some(pending) => pending.undo(self, metadata, None).and_then(|()| self.forget_pending(lock)),
         }
     }
 
-    /// As [`Catalog::recover`], but for layers that have left the chain.
+    /// As [`Catalog::recover`], but for layers that have left the chain. Whoever has the `store` locked gives it along.
     ///
     /// # Errors
     /// As for that.
-    pub(crate) fn undo_pending(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+    pub(crate) fn undo_pending(
+        &self,
+        lock: &VolumeLock,
+        metadata: &Metadata,
+        store: Option<&StoreLock>,
+    ) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
         self.forget_own_layers(lock)?;
         if let Some(pending) = Pending::load(self, metadata.id())? {
             log::info!("{}: an interrupted command left {pending:?}", metadata.id());
-            pending.undo(self, metadata)?;
+            pending.undo(self, metadata, store)?;
             self.mark_frozen(&metadata.layers()[1..]);
             self.forget_pending(lock)?;
         }
@@ -177,28 +208,40 @@ impl Catalog {
         self.folder(volume).join(format!("{layer}.img"))
     }
 
-    /// Gives a layer that was made in a volume's folder the name by which it will be known, durably. Something names
-    /// it already.
-    pub fn link_own_layer(&self, volume: VolumeId, layer: LayerId) -> Result<()> {
+    /// Gives a layer of `size` bytes that was made in a volume's folder the name by which it will be known, durably.
+    /// Something names it already. Who made it is confined there, and may be anybody's by now: it must be a file of its
+    /// own, with no other name.
+    ///
+    /// # Errors
+    /// `Corrupt` for anything else; those of the file system. Nothing has the new name then that had not before.
+    pub fn link_own_layer(&self, volume: VolumeId, layer: LayerId, size: u64) -> Result<OwnLayer> {
         let (from, to) = (self.own_layer_path(volume, layer), self.layer_path(layer));
-        std::fs::hard_link(&from, &to).context(|| format!("link {} to {}", from.display(), to.display()))?;
-        sync_dir(&self.root().layers())
+        let attempt = || format!("link {} to {}", from.display(), to.display());
+        let file = files::open_with(&from, OFlag::O_RDONLY).context(attempt)?;
+        let found = file.metadata().context(attempt)?;
+        if found.nlink() != 1 || found.len() != size {
+            let message = "the host process has not made a layer of its own there, as long as the volume";
+            return Err(Error::new(Kind::Corrupt, message).context(attempt()));
+        }
+        files::link(&file, &from, &to).context(attempt)?;
+        let linked = OwnLayer { file, path: to };
+        sync_dir(&self.root().layers()).inspect_err(|_| linked.remove())?;
+        Ok(linked)
     }
 
     /// Removes the names that layers have in the folder of their volume. Whoever serves them has them open.
     pub fn forget_own_layers(&self, lock: &VolumeLock) -> Result<()> {
         self.own_layers(lock.volume())?
             .iter()
-            .try_for_each(|path| std::fs::remove_file(path).context(|| format!("remove {}", path.display())))
+            .try_for_each(|path| files::remove(path).context(|| format!("remove {}", path.display())))
     }
 
     pub(crate) fn own_layers(&self, volume: VolumeId) -> Result<Vec<PathBuf>> {
         let folder = self.folder(volume);
         let attempt = || format!("list {}", folder.display());
         let mut found = Vec::new();
-        for entry in std::fs::read_dir(&folder).context(attempt)? {
-            let entry = entry.context(attempt)?;
-            found.extend(entry.file_name().to_str().is_some_and(is_layer_name).then(|| entry.path()));
+        for name in files::names(&folder).context(attempt)? {
+            found.extend(name.to_str().is_some_and(is_layer_name).then(|| folder.join(&name)));
         }
         Ok(found)
     }
@@ -207,12 +250,8 @@ impl Catalog {
     pub fn forget_pending(&self, lock: &VolumeLock) -> Result<()> {
         let folder = self.folder(lock.volume());
         let path = folder.join(FILE);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::from(e).context(format!("remove {}", path.display())))
-            }
-            _ => sync_dir(&folder),
-        }
+        files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+        sync_dir(&folder)
     }
 
     /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any more. Nothing
@@ -220,7 +259,7 @@ impl Catalog {
     pub(crate) fn mark_frozen(&self, layers: &[LayerRecord]) {
         for layer in layers {
             let path = self.layer_path(layer.id);
-            if let Err(e) = std::fs::set_permissions(&path, Permissions::from_mode(0o444)) {
+            if let Err(e) = files::set_mode(&path, 0o444) {
                 log::warn!("chmod 0444 {}: {e}", path.display());
             }
         }

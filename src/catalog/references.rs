@@ -5,14 +5,18 @@
 //! volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock alone. The order in
 //! which the records are read makes up for it; see [`named_layers`].
 
-use crate::base::root::{create_dir_durable, sync_dir};
+use crate::base::root::{create_dir_durable, files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks};
 use crate::catalog::lock::Held;
+use crate::catalog::metadata::Metadata;
 use crate::catalog::pending::Pending;
-use crate::catalog::{self, Catalog, LayerId, VolumeId};
+use crate::catalog::{self, Catalog, LayerId, VolumeId, read_bounded};
+use crate::image::lock::{Access, ImageLock};
 use nix::fcntl::Flock;
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::fs::File;
+use std::path::Path;
 
 /// The metadata's name until a volume is there.
 pub(crate) const CREATING: &str = "creating.json";
@@ -30,7 +34,7 @@ impl StoreLock {
         let path = catalog.root().volumes();
         let attempt = || format!("lock {}", path.display());
         create_dir_durable(&path)?;
-        let folder = File::open(&path).context(attempt)?;
+        let folder = files::folder(&path).context(attempt)?;
         let folder = locks::lock_whole(folder).context(attempt)?;
         Ok(StoreLock { _folder: folder })
     }
@@ -45,10 +49,21 @@ impl StoreLock {
 ///
 /// # Errors
 /// `Corrupt`, naming the first record that cannot be read: then nobody knows what it names.
-pub(crate) fn named_layers(catalog: &Catalog, _store: &StoreLock) -> Result<HashSet<LayerId>> {
+pub(crate) fn named_layers(catalog: &Catalog, store: &StoreLock) -> Result<HashSet<LayerId>> {
+    named_beside_pending_of(catalog, None, store)
+}
+
+/// As [`named_layers`], but for what is pending of the volume `undone`: that is no reason to keep it.
+fn named_beside_pending_of(
+    catalog: &Catalog,
+    undone: Option<VolumeId>,
+    _store: &StoreLock,
+) -> Result<HashSet<LayerId>> {
     let mut named = HashSet::new();
     for id in catalog.folders()? {
-        named.extend(Pending::load(catalog, id)?.and_then(|pending| pending.new_layer()));
+        if undone != Some(id) {
+            named.extend(Pending::load(catalog, id)?.and_then(|pending| pending.new_layer()));
+        }
         named.extend(layers_of_volume(catalog, id)?);
     }
     named.extend(catalog.layers_of_copies()?.iter().map(|l| l.id));
@@ -59,6 +74,57 @@ pub(crate) fn named_layers(catalog: &Catalog, _store: &StoreLock) -> Result<Hash
         }
     }
     Ok(named)
+}
+
+/// Looks whether the volume may write to its top layer: no other record names that, and no layer of the volume's is
+/// another volume's top. The process that had the volume last writes `volume.json`, and could have put a golden snapshot's
+/// layer, or another tenant's, at its top: whatever is written there afterwards, all others would read.
+///
+/// Takes no lock: a record that is being made or removed meanwhile does not name the top of a volume that somebody has.
+///
+/// # Errors
+/// `Corrupt`, naming the layer and the other record.
+pub(crate) fn check_top_is_own(catalog: &Catalog, volume: &Metadata) -> Result<()> {
+    let top = volume.top().id;
+    let shared = |layer: LayerId, by: &dyn Display| {
+        let path = catalog.folder(volume.id()).join(catalog::FILE);
+        let message = format!(
+            "{}: layer {layer} is named by {by} as well, so that it is not this volume's alone to be written to; one of the \
+             two records was changed. Restore {} from a backup",
+            volume.id(),
+            path.display()
+        );
+        Err(Error::new(Kind::Corrupt, message))
+    };
+    let is_ours = |layer: LayerId| volume.layers().iter().any(|l| l.id == layer);
+    for id in catalog.folders()?.into_iter().filter(|id| *id != volume.id()) {
+        for path in [CREATING, catalog::FILE].map(|name| catalog.folder(id).join(name)) {
+            match catalog.read_record(&path, id) {
+                Ok(other) if other.layers().iter().any(|l| l.id == top) => return shared(top, &id),
+                Ok(other) if is_ours(other.top().id) => return shared(other.top().id, &id),
+                Err(_) if says(&path, top) => return shared(top, &path.display()),
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+    for id in catalog.snapshot_ids()? {
+        match catalog.load_snapshot(id) {
+            Ok(other) if other.layers().iter().any(|l| l.id == top) => return shared(top, &id),
+            Err(_) if says(&catalog.snapshot_path(id), top) => return shared(top, &id),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    match catalog.copies_in_the_making()?.into_iter().find(|(_, path)| says(path, top)) {
+        Some((id, _)) => shared(top, &id),
+        None => Ok(()),
+    }
+}
+
+/// Whether a record that may be damaged has the id of `layer` in it.
+fn says(path: &Path, layer: LayerId) -> bool {
+    let text = layer.to_string();
+    let has = |bytes: Vec<u8>| bytes.windows(text.len()).any(|part| part == text.as_bytes());
+    read_bounded(path).is_ok_and(has)
 }
 
 fn layers_of_volume(catalog: &Catalog, id: VolumeId) -> Result<Vec<LayerId>> {
@@ -72,6 +138,33 @@ fn layers_of_volume(catalog: &Catalog, id: VolumeId) -> Result<Vec<LayerId>> {
         }
     }
     Ok(Vec::new())
+}
+
+/// Removes the file of a layer that was pending of `volume`, and that no record names: what is pending is written by the
+/// process that had the volume, and could name any layer there is.
+///
+/// # Errors
+/// As [`named_layers`], and then nothing is removed; `Busy` if somebody has the file open; those of the file system.
+pub(crate) fn remove_pending(
+    catalog: &Catalog,
+    volume: VolumeId,
+    layer: LayerId,
+    store: &StoreLock,
+) -> Result<()> {
+    if named_beside_pending_of(catalog, Some(volume), store)?.contains(&layer) {
+        let message = format!(
+            "{volume}: layer {layer}, which was said to be in the making, is one that a record names: it stays"
+        );
+        return Err(Error::new(Kind::Corrupt, message));
+    }
+    let path = catalog.layer_path(layer);
+    let in_use = match ImageLock::acquire(&path, Access::ReadWrite) {
+        Err(e) if e.kind() == Kind::NotFound => return Ok(()),
+        lock => lock?,
+    };
+    files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+    drop(in_use);
+    sync_dir(&catalog.root().layers())
 }
 
 /// Removes the files of those of `layers` that nothing names. Answers how many that were.
@@ -88,7 +181,7 @@ pub(crate) fn remove_unnamed(
     let mut removed = 0;
     for layer in layers.into_iter().filter(|layer| !named.contains(layer)) {
         let path = catalog.layer_path(layer);
-        match std::fs::remove_file(&path) {
+        match files::remove(&path) {
             Ok(()) => removed += 1,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::from(e).context(format!("remove {}", path.display()))),

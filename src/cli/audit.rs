@@ -3,14 +3,13 @@
 
 use crate::audit;
 use crate::audit::verify::{Report, each_line, verify};
-use crate::base::root::Root;
+use crate::base::root::{Root, files};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
 use crate::cli::{Env, output};
 use crate::events::read::Want;
 use crate::kms::embedded::Embedded;
 use serde_json::Value;
-use std::fs::File;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -124,7 +123,7 @@ fn show(env: &Env, args: ShowArgs) -> Result<()> {
     let filter = Filter::new(env, args)?;
     let path = audit::path(&env.root);
     let attempt = || format!("read the audit log {}", path.display());
-    let file = match File::open(&path) {
+    let file = match files::open(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         opened => opened.context(attempt)?,
     };

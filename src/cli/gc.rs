@@ -4,6 +4,7 @@
 //! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
+use crate::base::root::files;
 use crate::base::{Context, Error, Result};
 use crate::cli::{Env, output, size};
 use crate::helper::grants::{self, Note, notes};
@@ -102,7 +103,7 @@ fn old_notes(env: &Env, args: &Args) -> Result<Vec<LeftOver>> {
     let found: Vec<LeftOver> = paths.into_iter().filter_map(|path| LeftOver::at(What::Note, path)).collect();
     if !args.dry_run {
         for left in &found {
-            std::fs::remove_file(&left.path).context(|| format!("remove {}", left.path.display()))?;
+            files::remove_if_there(&left.path).context(|| format!("remove {}", left.path.display()))?;
         }
     }
     Ok(found)

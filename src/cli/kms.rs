@@ -1,11 +1,11 @@
 //! `sealblk kms`: the embedded KMS as a server, and who may ask it.
 
 use crate::base::Result;
+use crate::base::hardened::Hardened;
 use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
 use crate::crypt::wiping_allocator;
-use crate::base::hardened::Hardened;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};

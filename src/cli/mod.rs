@@ -25,12 +25,13 @@ pub mod size;
 pub mod snapshot;
 pub mod volume;
 
+use crate::base::hardened::{Hardened, harden, harden_children};
 use crate::base::root::Root;
+use crate::base::root::owners::Owners;
 use crate::base::{Context, Error, Result};
 use crate::catalog::Catalog;
 use crate::config::Settings;
 use crate::events::EventLog;
-use crate::base::hardened::{Hardened, harden, harden_children};
 use clap::{Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
@@ -197,7 +198,9 @@ fn env(root: Option<PathBuf>, json: bool, hardened: Hardened) -> Result<Env> {
     let root = root.map_or_else(Root::default_path, Ok)?;
     // Sockets and messages name paths in it, which must mean the same elsewhere.
     let root = std::path::absolute(&root).context(|| root.display().to_string())?;
-    Ok(Env { root: Root::new(root), json, hardened })
+    let root = Root::new(root);
+    Owners::configured()?.check_root(&root)?;
+    Ok(Env { root, json, hardened })
 }
 
 fn start_log(verbose: u8) {

@@ -1,9 +1,9 @@
 //! Changing `sealblk.toml` by command: one setting at a time, the operator's comments, order and spacing kept.
 
-use crate::base::root::{Root, create_dir_durable, replace_file};
+use crate::base::root::{Root, create_dir_durable, files, replace_file};
 use crate::base::{Context, Error, Kind, Result, locks};
 use crate::config::Settings;
-use std::fs::{File, Permissions};
+use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use toml_edit::{DocumentMut, Item, Value};
@@ -18,7 +18,7 @@ pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
     let path = file(root)?;
     let attempt = || format!("change {key} in {}", path.display());
     // Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be locked.
-    let folder = File::open(root.path()).context(attempt)?;
+    let folder = files::folder(root.path()).context(attempt)?;
     let _folder = locks::lock_whole(folder).context(attempt)?;
     let text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),

@@ -16,13 +16,16 @@
 pub mod edit;
 pub mod sinks;
 
-use crate::base::root::Root;
+use crate::base::root::{Root, files};
 use crate::base::{Context, Error, Kind, Locality, Result};
 use serde::Deserialize;
 use std::time::Duration;
 
 /// The most that `kms-patience` may be, seconds.
 const PATIENCE_MAX: u64 = 3600;
+
+/// The longest settings in bytes.
+const MAX_LEN: u64 = 1 << 20;
 
 /// The alias of the key that is made at first use, when neither the command nor the settings name one.
 pub const DEFAULT_KEY: &str = "alias/aws/ebs";
@@ -68,8 +71,10 @@ impl Settings {
     pub fn load(root: &Root) -> Result<Self> {
         let path = root.settings();
         let attempt = || format!("read {}", path.display());
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text).context(attempt),
+        // The operator may have made it a symbolic link: whoever can make one there decides what it says in any case.
+        let text = path.canonicalize().and_then(|real| files::read(&real, MAX_LEN));
+        match text {
+            Ok(text) => Self::parse(&String::from_utf8_lossy(&text)).context(attempt),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(e) => Err(Error::from(e).context(attempt())),
         }

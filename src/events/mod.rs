@@ -6,14 +6,15 @@
 pub mod deliver;
 pub mod read;
 
-use crate::base::root::{Root, create_dir_durable, sync_dir};
+use crate::base::root::{Root, create_dir_durable, files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp, locks};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::config::Settings;
+use nix::fcntl::OFlag;
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -239,8 +240,8 @@ impl EventLog {
 
     fn open_file(&self) -> Result<File> {
         create_dir_durable(&self.root)?;
-        let is_new = !self.path.exists();
-        let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(&self.path)?;
+        let is_new = !files::exists(&self.path);
+        let file = files::open_with(&self.path, OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT)?;
         if is_new {
             sync_dir(&self.root)?;
         }

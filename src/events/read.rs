@@ -1,6 +1,6 @@
 //! Reading `events.jsonl`, and following it as it grows.
 
-use crate::base::root::{Root, create_dir_durable};
+use crate::base::root::{Root, create_dir_durable, files};
 use crate::base::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -117,7 +117,7 @@ impl EventReader {
     fn drop_if_replaced(&mut self) -> std::io::Result<bool> {
         let Some(file) = &mut self.file else { return Ok(false) };
         let ours = file.get_ref().metadata()?;
-        let same = match std::fs::metadata(&self.path) {
+        let same = match self.path.symlink_metadata() {
             Ok(there) => (there.dev(), there.ino()) == (ours.dev(), ours.ino()),
             // Moved away: what is still written to it is still ours.
             Err(_) => true,
@@ -144,7 +144,7 @@ fn recorded(line: Vec<u8>, start: u64) -> Option<Recorded> {
 }
 
 fn open(path: &Path, start: u64) -> std::io::Result<Option<BufReader<File>>> {
-    match File::open(path) {
+    match files::open(path) {
         Ok(mut file) => {
             file.seek(SeekFrom::Start(start))?;
             Ok(Some(BufReader::new(file)))

@@ -6,9 +6,9 @@ pub mod grants;
 pub mod rewrap;
 pub mod unwrap;
 
+use crate::base::hardened::harden_children;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
-use crate::base::hardened::harden_children;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;

@@ -5,13 +5,13 @@
 //! are in the helper's memory only, and the host process has no part in what becomes of it. What the helper frees is
 //! zeroed, by its allocator.
 
+use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
-use crate::base::hardened::Hardened;
 use crate::helper;
 use crate::kms::patience::Patience;
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};

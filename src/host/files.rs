@@ -14,26 +14,25 @@
 //! opening it before or from a control client: Landlock asks at opening. A rule for a whole shared folder, such as
 //! `layers/`, would let a taken-over process at every other volume's files; rather let a client pass what it has made.
 
-use crate::base::Result;
-use crate::catalog::{Catalog, VolumeId};
+use crate::catalog::{Catalog, Metadata};
 use crate::host::Options;
 use crate::sandbox::{Access, Rule};
 use std::path::Path;
 
-/// The rules for an attach of `volume` whose socket is at `socket`, if it has a name.
+/// The rules for an attach of the volume of which `metadata` was checked, and whose socket is at `socket`, if it has a name.
+/// The file is not read again: who has the volume until a hand-over could have changed it since.
 pub(super) fn rules(
     catalog: &Catalog,
-    volume: VolumeId,
+    metadata: &Metadata,
     options: &Options,
     socket: Option<&Path>,
-) -> Result<Vec<Rule>> {
-    let mut rules = vec![Rule::new(catalog.folder(volume), Access::Own)];
-    let metadata = catalog.load(volume)?;
+) -> Vec<Rule> {
+    let mut rules = vec![Rule::new(catalog.folder(metadata.id()), Access::Own)];
     rules.extend(metadata.layers().iter().enumerate().map(|(number, layer)| {
         let frozen = options.read_only || number > 0;
         Rule::new(catalog.layer_path(layer.id), if frozen { Access::Read } else { Access::Write })
     }));
     // Landlock knows no single names: a folder of its own for each socket is best.
     rules.extend(socket.and_then(Path::parent).map(|folder| Rule::new(folder, Access::Remove)));
-    Ok(rules)
+    rules
 }

@@ -21,11 +21,11 @@ mod state;
 pub mod status;
 
 use crate::backing::file::ring;
+use crate::base::hardened::Hardened;
 use crate::base::{Context, Result};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
-use crate::base::hardened::Hardened;
 use crate::kms::embedded::root_key::passphrase;
 use crate::sandbox::{self, Identity, Mode};
 use crate::vhost::listener::{self, Stop};
@@ -125,7 +125,7 @@ pub fn attach(
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
-    let files = files::rules(catalog, volume, options, path.as_deref()).context(attempt)?;
+    let files = files::rules(catalog, &taken.metadata, options, path.as_deref());
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
     log::info!("the host process is confined: {confinement}");
 

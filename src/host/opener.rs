@@ -49,6 +49,8 @@ impl Opener {
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, Option<Opened>)> {
         let metadata = catalog.load(volume)?;
+        catalog.check_top_is_own(&metadata)?;
+        catalog.check_top_is_own(&metadata)?;
         catalog.check_layers(&metadata)?;
         let path = catalog.layer_path(metadata.top().id);
         let top = FileStore::open(&path, true, metadata.sector_size().bytes(), None);

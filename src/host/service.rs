@@ -48,7 +48,7 @@ impl Service {
         announcements: Announcements,
         control: Arc<Name>,
     ) -> Result<Self> {
-        let Taken { place, lock_file, holder, opened, opener, events, keeper, held } = taken;
+        let Taken { place, lock_file, holder, opened, opener, metadata: _, events, keeper, held } = taken;
         let (stop, qos) = (Stop::new()?, Arc::new(Qos::new(options.limits)));
         let (keeper, held) = (Arc::new(keeper), Arc::new(Mutex::new(held)));
         let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
@@ -108,8 +108,8 @@ impl Service {
                 geometry.grow(size / SECTOR_SIZE);
                 Ok(vmm.config_changed())
             }),
-            snapshot: Box::new(move |label, client| snapshot.snapshot(engine, label, client)),
-            rekey: Box::new(move |key, dek, client| rekey.rekey(engine, key, dek, client)),
+            snapshot: Box::new(move |wanted, client| snapshot.snapshot(engine, wanted, client)),
+            rekey: Box::new(move |key, layer, dek, client| rekey.rekey(engine, (key, layer), dek, client)),
             flatten: Box::new(move || flatten.flatten()),
         }
     }

@@ -1,13 +1,13 @@
 //! What an attach does before the process is confined: it takes and opens the volume, gets its data keys, and makes the
 //! sockets.
 
+use crate::base::hardened::Hardened;
 use crate::base::{Context, Result};
 use crate::catalog::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
 use crate::catalog::metadata::Metadata;
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
-use crate::base::hardened::Hardened;
 use crate::helper::grants::Keeper;
 use crate::helper::unwrap::{self, Refusal};
 use crate::host::Options;
@@ -31,6 +31,8 @@ pub(super) struct Taken {
     /// None while another process has it.
     pub(super) opened: Option<Opened>,
     pub(super) opener: Opener,
+    /// The volume as it was when its keys were asked for.
+    pub(super) metadata: Metadata,
     pub(super) events: EventLog,
     pub(super) keeper: Keeper,
     /// To be dropped after the data keys; none for an unencrypted volume.
@@ -64,7 +66,7 @@ impl Taken {
         }?;
         let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
         let held = KeysHeld::begin(catalog.root(), &metadata)?;
-        Ok(Taken { place, lock_file, holder, opened, opener, events, keeper, held })
+        Ok(Taken { place, lock_file, holder, opened, opener, metadata, events, keeper, held })
     }
 }
 

@@ -7,8 +7,11 @@
 //! at the same time at most both fail, and never both get in.
 
 use crate::base::locks::{self, Bytes};
+use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
+use nix::fcntl::OFlag;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -60,7 +63,23 @@ impl ImageLock {
     /// together with `access`.
     pub fn acquire(path: &Path, access: Access) -> Result<Self> {
         let attempt = || format!("lock {}", path.display());
-        let lock = ImageLock { file: File::open(path).context(attempt)? };
+        Self::on(files::open_layer(path, OFlag::O_RDONLY).context(attempt)?, path, access)
+    }
+
+    /// Locks a file that is open, and that `path` meant, for messages.
+    ///
+    /// # Errors
+    /// As for [`ImageLock::acquire`].
+    pub fn of(file: &File, path: &Path, access: Access) -> Result<Self> {
+        // The locks are an open file's; a copy of the descriptor would share it.
+        let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        Self::on(again.context(|| format!("lock {}", path.display()))?, path, access)
+    }
+
+    /// The same with `file`, which was opened for this alone.
+    fn on(file: File, path: &Path, access: Access) -> Result<Self> {
+        let attempt = || format!("lock {}", path.display());
+        let lock = ImageLock { file };
         let used = access.used().iter().map(|n| USED + n);
         let unshared = access.unshared().iter().map(|n| UNSHARED + n);
         for byte in used.chain(unshared) {

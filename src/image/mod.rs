@@ -8,16 +8,17 @@ mod header;
 pub mod lock;
 mod qcow2;
 
+use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::lock::{Access, ImageLock};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use qcow2::Qcow2;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// How an image's bytes are to be understood.
@@ -69,6 +70,8 @@ pub enum BackingFiles {
 pub struct Image {
     source: Source,
     size: u64,
+    /// Without symbolic links.
+    path: PathBuf,
     _locks: Vec<ImageLock>,
 }
 
@@ -95,25 +98,48 @@ impl Image {
     /// others and `backing` refuses; `Unsupported` or `Corrupt` for a qcow2 image that cannot be read.
     pub fn open(path: &Path, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
         let attempt = || format!("open {}", path.display());
-        let (file, lock) = open(path).context(attempt)?;
+        let offered = Offered::open(path).context(attempt)?;
+        Self::of(offered, format, backing).context(attempt)
+    }
+
+    /// The image that was offered. Without a `format`, it is one of [`format_of`].
+    ///
+    /// # Errors
+    /// As for [`Image::open`].
+    pub fn of(image: Offered, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
+        let Offered { file, path } = image;
+        let lock = lock(&file, &path)?;
         let format = match format {
             Some(format) => format,
-            None => format_of(path, &file).context(attempt)?,
+            None => format_of(&path, &file)?,
         };
         let image = match format {
             Format::Raw => {
                 let size = length(&file)?;
-                Image { source: Source::Raw(file), size, _locks: vec![lock] }
+                Image { source: Source::Raw(file), size, path, _locks: vec![lock] }
             }
             Format::Qcow2 => {
-                let (qcow2, locks) = Qcow2::open(path, file, lock, backing).context(attempt)?;
-                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), _locks: locks }
+                let (qcow2, locks) = Qcow2::open(&path, file, lock, backing)?;
+                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), path, _locks: locks }
             }
         };
         if image.size == 0 {
-            return Err(Error::new(Kind::Usage, "it is empty").context(attempt()));
+            return Err(Error::new(Kind::Usage, "it is empty"));
         }
         Ok(image)
+    }
+
+    /// The file of a raw image, with its path, which is not locked any more.
+    ///
+    /// # Errors
+    /// `Usage` for any other image.
+    pub fn into_raw(self) -> Result<Offered> {
+        match self.source {
+            Source::Raw(file) => Ok(Offered { file, path: self.path }),
+            Source::Qcow2(_) => {
+                Err(Error::new(Kind::Usage, "only a raw image can be taken in place, and it is qcow2"))
+            }
+        }
     }
 
     /// The disk's size in bytes, never 0.
@@ -157,17 +183,14 @@ impl Image {
 
 /// Opens a file or block device for reading, and keeps QEMU from writing to it.
 fn open(path: &Path) -> Result<(File, ImageLock)> {
-    // A named pipe would wait for somebody to write to it.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    let kind = file.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(Error::new(Kind::Usage, "it is neither a file nor a block device"));
-    }
-    let lock = ImageLock::acquire(path, Access::Read)?;
-    if !lock.is_on(&file)? {
-        return Err(Error::new(Kind::Busy, "it was replaced by another file just now"));
-    }
+    let Offered { file, path } = Offered::open(path)?;
+    let lock = lock(&file, &path)?;
     Ok((file, lock))
+}
+
+/// Keeps QEMU from writing to a file that is open.
+fn lock(file: &File, path: &Path) -> Result<ImageLock> {
+    ImageLock::of(file, path, Access::Read)
 }
 
 fn length(file: &File) -> Result<u64> {

@@ -277,6 +277,20 @@ impl From<KmsError> for Error {
     }
 }
 
+/// ValidationException for a number outside its range.
+pub(in crate::kms) fn out_of_range<T: PartialOrd + std::fmt::Display>(
+    value: T,
+    field: &str,
+    range: &std::ops::RangeInclusive<T>,
+) -> KmsError {
+    let (relation, bound) =
+        if value < *range.start() { ("greater", range.start()) } else { ("less", range.end()) };
+    KmsError::Validation(format!(
+        "1 validation error detected: Value '{value}' at '{field}' failed to satisfy constraint: Member must have \
+         value {relation} than or equal to {bound}"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,9 +21,9 @@ pub use grant::{Grant, GrantRequest, ListedGrant};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::audit::AuditKey;
+use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::config::Settings;
-use crate::base::hardened::Hardened;
 use patience::Patience;
 use zeroize::Zeroizing;
 

@@ -5,7 +5,7 @@
 //! names its layers, so that the next create or delete can clear away what an interrupted one left; of them, a layer
 //! that something else names stays. `docs/format.md` argues it step by step.
 
-use crate::base::root::{create_dir_durable, replace_file};
+use crate::base::root::{create_dir_durable, files, replace_file};
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
@@ -115,7 +115,7 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     });
     if begun.is_err() {
         // Without a record it is harmless; the error that matters is the first one.
-        let _ = std::fs::remove_dir_all(&folder);
+        let _ = files::remove_folder(&folder);
     }
     begun
 }

@@ -1,6 +1,6 @@
 //! Deleting volumes, and clearing away what interrupted makings and deletions left.
 
-use crate::base::root::{replace_file, sync_dir};
+use crate::base::root::{files, replace_file, sync_dir};
 use crate::catalog::leaving;
 
 use crate::base::{Context, Kind, Result};
@@ -51,9 +51,13 @@ fn delete_by<T>(
     let attempt = || format!("delete {id}");
     let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
     let metadata = catalog.load(id).context(attempt)?;
-    catalog.recover(&lock, &metadata).context(attempt)?;
+    match catalog.check_top_is_own(&metadata) {
+        Ok(()) => catalog.recover(&lock, &metadata).context(attempt)?,
+        // What others name stays; nothing is undone in layers that may be theirs.
+        Err(e) => log::warn!("{e}"),
+    }
     let done = let_go(&folder, &metadata);
-    if done.is_ok() || !folder.join(catalog::FILE).exists() {
+    if done.is_ok() || !files::exists(&folder.join(catalog::FILE)) {
         shred::record_destroyed(catalog, &metadata, &done);
         events.record(&Event::delete_volume(id));
     }
@@ -70,7 +74,7 @@ fn delete_by<T>(
 
 pub(super) fn rename_durably(folder: &Path, from: &str, to: &str) -> Result<()> {
     let (from, to) = (folder.join(from), folder.join(to));
-    std::fs::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+    files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
     sync_dir(folder)
 }
 
@@ -91,7 +95,7 @@ fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()
 fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
     let folder = catalog.folder(id);
     shred::finish(&folder)?;
-    std::fs::remove_dir_all(&folder).context(|| format!("remove {}", folder.display()))?;
+    files::remove_folder(&folder).context(|| format!("remove {}", folder.display()))?;
     sync_dir(&catalog.root().volumes())
 }
 
@@ -113,7 +117,7 @@ pub(crate) fn clear_remains(catalog: &Catalog, store: &StoreLock) {
 
 fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
     let folder = catalog.folder(id);
-    if folder.join(catalog::FILE).exists() {
+    if files::exists(&folder.join(catalog::FILE)) {
         return Ok(());
     }
     let holder = Holder::this_process(Purpose::Delete, None)?;
@@ -125,7 +129,7 @@ fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Resul
     };
     for name in [CREATING, DELETING] {
         let record = folder.join(name);
-        if record.exists() {
+        if files::exists(&record) {
             log::info!("clearing away {id}, of which an interrupted command left a part");
             let metadata = catalog.read_record(&record, id)?;
             let clear = if name == CREATING { abandon } else { clear };
@@ -133,18 +137,17 @@ fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Resul
         }
     }
     // Cut off before there was a record, or after it was removed: but a file of somebody else's stays.
-    if holds_nothing_of_value(&folder)? && !folder.join(catalog::FILE).exists() {
+    if holds_nothing_of_value(&folder)? && !files::exists(&folder.join(catalog::FILE)) {
         remove_folder(catalog, id)?;
     }
     Ok(())
 }
 
 fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name();
+    for name in files::names(folder)? {
+        let kind = folder.join(&name).symlink_metadata()?.file_type();
         let name = name.to_str().unwrap_or_default();
-        if entry.file_type()?.is_socket() {
+        if kind.is_socket() {
             // Of a host process that was killed.
             continue;
         }

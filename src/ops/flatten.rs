@@ -1,12 +1,12 @@
 //! Hydration by a command: of a volume that nobody has attached, and of a copy of a snapshot.
 
+use crate::base::hardened::Hardened;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::{Catalog, Metadata, Snapshot, VolumeId, leaving};
 use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
-use crate::base::hardened::Hardened;
 use crate::helper::unwrap;
 use crate::host::status::Progress;
 use crate::image::lock::Access;

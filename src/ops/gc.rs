@@ -3,7 +3,7 @@
 //! Commands clear up after interrupted ones of their own accord, by the records that those left. This finds what no
 //! record leads to as well, such as a layer whose volume's folder was removed by hand.
 
-use crate::base::root::sync_dir;
+use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{StoreLock, named_layers};
@@ -97,11 +97,11 @@ impl Catalog {
                 remove(&left.path)?;
             }
         }
-        for folder in [self.root().layers(), self.root().snapshots()].iter().filter(|f| f.exists()) {
+        for folder in [self.root().layers(), self.root().snapshots()].iter().filter(|f| files::exists(f)) {
             sync_dir(folder)?;
         }
         // What could not be removed was warned of, and is not said to be gone.
-        found.retain(|left| !left.path.exists());
+        found.retain(|left| !files::exists(&left.path));
         Ok(found)
     }
 
@@ -112,7 +112,7 @@ impl Catalog {
                 continue;
             }
             let folder = self.folder(id);
-            if !folder.join(catalog::FILE).exists() {
+            if !files::exists(&folder.join(catalog::FILE)) {
                 found.extend(LeftOver::at(What::Volume, folder));
                 continue;
             }
@@ -123,7 +123,7 @@ impl Catalog {
             }
         }
         let snapshots = self.root().snapshots();
-        if snapshots.exists() {
+        if files::exists(&snapshots) {
             let temporary = temporary_files(&snapshots)?.into_iter();
             found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
         }
@@ -140,10 +140,9 @@ impl Catalog {
         let folder = self.root().layers();
         let attempt = || format!("list {}", folder.display());
         let mut layers = Vec::new();
-        match std::fs::read_dir(&folder) {
-            Ok(entries) => {
-                for entry in entries {
-                    let name = entry.context(attempt)?.file_name();
+        match files::names(&folder) {
+            Ok(names) => {
+                for name in names {
                     let id =
                         name.to_str().and_then(|name| name.strip_suffix(".img")?.parse::<LayerId>().ok());
                     layers.extend(id);
@@ -164,7 +163,7 @@ impl Catalog {
     fn tidy(&self, id: VolumeId, store: &StoreLock) -> Result<()> {
         let folder = self.folder(id);
         let is_tidy = temporary_files(&folder)?.is_empty() && self.own_layers(id)?.is_empty();
-        if is_tidy && ![pending::FILE, leaving::FILE].iter().any(|name| folder.join(name).exists()) {
+        if is_tidy && ![pending::FILE, leaving::FILE].iter().any(|name| files::exists(&folder.join(name))) {
             return Ok(());
         }
         let holder = Holder::this_process(Purpose::Recover, None)?;
@@ -174,7 +173,12 @@ impl Catalog {
             Err(e) => return Err(e),
         };
         temporary_files(&folder)?.iter().try_for_each(|path| remove(path))?;
-        self.undo_pending(&lock, &self.load(id)?)?;
+        let metadata = self.load(id)?;
+        if let Err(e) = self.check_top_is_own(&metadata) {
+            log::warn!("{e}; what an interrupted command left there stays");
+            return Ok(());
+        }
+        self.undo_pending(&lock, &metadata, Some(store))?;
         match self.has_left_layers(id) {
             true => self.settle_left(&lock, store),
             false => Ok(()),
@@ -185,8 +189,8 @@ impl Catalog {
 fn temporary_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let attempt = || format!("list {}", folder.display());
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).context(attempt)? {
-        let path = entry.context(attempt)?.path();
+    for name in files::names(folder).context(attempt)? {
+        let path = folder.join(name);
         // As replace_file names them: <name>.json.<32 hexadecimal digits>.tmp.
         if path.extension().is_some_and(|e| e == "tmp") {
             found.push(path);
@@ -196,10 +200,5 @@ fn temporary_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::from(e).context(format!("remove {}", path.display())))
-        }
-        _ => Ok(()),
-    }
+    files::remove_if_there(path).context(|| format!("remove {}", path.display()))
 }

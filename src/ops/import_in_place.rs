@@ -7,7 +7,8 @@
 //!
 //! Nothing could prove a layer in the clear, so the volume is sealed as it is made.
 
-use crate::base::root::{create_dir_durable, sync_dir};
+use crate::base::root::offered::Offered;
+use crate::base::root::{create_dir_durable, files, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
 use crate::catalog::metadata::{LayerRecord, Metadata};
@@ -17,7 +18,7 @@ use crate::image::lock::{Access, ImageLock};
 use crate::ops::create::{self, Wanted};
 use crate::ops::import::{Key, unwrap_all};
 use std::fs::File;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
 /// The file of an image that is to become a layer: nobody writes to it as far as one can tell, and it can have a
@@ -30,18 +31,14 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Looks at the file at `path`.
+    /// Looks at the file of an image.
     ///
     /// # Errors
     /// `Usage` for what is no file, is the store's, is on another file system, or has several names already; `Busy` if QEMU has it
     /// open, or a loop device.
-    pub fn new(catalog: &Catalog, path: &Path) -> Result<Self> {
-        let path = path.canonicalize()?;
-        let file = File::open(&path)?;
-        let lock = ImageLock::acquire(&path, Access::ReadWrite)?;
-        if !lock.is_on(&file)? {
-            return Err(Error::new(Kind::Busy, "it was replaced by another file just now"));
-        }
+    pub fn new(catalog: &Catalog, image: Offered) -> Result<Self> {
+        let Offered { file, path } = image;
+        let lock = ImageLock::of(&file, &path, Access::ReadWrite)?;
         let found = file.metadata()?;
         let layers = catalog.root().layers();
         create_dir_durable(&layers)?;
@@ -51,10 +48,10 @@ impl Candidate {
                 "only a file can become a layer where it lies; leave out --in-place to copy it".into(),
             );
         }
-        if path.starts_with(catalog.root().path().canonicalize()?) {
+        if path.starts_with(catalog.root().path()) {
             return usage("it lies in the store itself".into());
         }
-        if found.dev() != std::fs::metadata(&layers)?.dev() {
+        if found.dev() != files::folder(&layers)?.metadata()?.dev() {
             return usage(format!(
                 "it is on another file system than {}; leave out --in-place to copy it, or move it there first",
                 layers.display()
@@ -75,18 +72,13 @@ impl Candidate {
         Ok(Candidate { path, file, len: found.len(), _lock: lock })
     }
 
-    fn is_at(&self, path: &Path) -> Result<bool> {
-        let (ours, there) = (self.file.metadata()?, std::fs::symlink_metadata(path)?);
-        Ok((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
-    }
-
     /// Gives the file its second name, durably, with all that was ever written to it.
     fn link(&self, catalog: &Catalog, layer: LayerId) -> Result<()> {
         let to = catalog.layer_path(layer);
         self.file.sync_all().context(|| format!("sync {}", self.path.display()))?;
-        std::fs::hard_link(&self.path, &to)
+        files::link(&self.file, &self.path, &to)
             .context(|| format!("link {} to {}", self.path.display(), to.display()))?;
-        if !self.is_at(&to)? || self.file.metadata()?.len() != self.len {
+        if self.file.metadata()?.len() != self.len {
             return Err(Error::new(Kind::Busy, format!("{} is being changed", self.path.display())));
         }
         sync_dir(&catalog.root().layers())
@@ -94,16 +86,12 @@ impl Candidate {
 
     /// Takes the file's first name away: it is the store's from now on.
     fn hand_over(&self, catalog: &Catalog, metadata: &Metadata) -> Result<()> {
-        let owner = std::fs::metadata(catalog.root().layers())?;
-        let lowest = metadata.layers().last().expect("a volume has a layer");
+        let owner = files::folder(&catalog.root().layers())?.metadata()?;
         if self.file.metadata()?.uid() != owner.uid() {
-            chown(catalog.layer_path(lowest.id), Some(owner.uid()), Some(owner.gid()))?;
+            fchown(&self.file, Some(owner.uid()), Some(owner.gid()))?;
         }
         catalog.mark_frozen(&metadata.layers()[1..]);
-        if !self.is_at(&self.path)? {
-            return Err(Error::new(Kind::Busy, "it was replaced by another file just now"));
-        }
-        std::fs::remove_file(&self.path)?;
+        files::remove_name_of(&self.file, &self.path)?;
         sync_dir(self.path.parent().unwrap_or(Path::new("/")))
     }
 }

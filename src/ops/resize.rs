@@ -6,8 +6,7 @@
 use crate::base::{Context, Result};
 use crate::catalog::grow::{Growth, check};
 use crate::catalog::lock::Purpose;
-use crate::catalog::metadata::Metadata;
-use crate::catalog::{Catalog, VolumeId};
+use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::events::{Event, EventLog};
 use crate::kms::Failure;
 use crate::volume::open::{Opened, Taken, Unwrap};

@@ -4,15 +4,15 @@
 //! as that writes in place; what else there may be of it, the receipt says.
 
 use crate::audit::{AuditLog, Entry, Step};
-use crate::base::root::sync_dir;
+use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::metadata::{KeyRecord, Metadata};
 use crate::catalog::references::DELETING;
 use crate::catalog::{Catalog, VolumeId, leaving, lock};
+use nix::fcntl::OFlag;
 use nix::sys::statfs;
 use serde::Serialize;
 use serde_json::Value;
-use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -207,11 +207,11 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
 pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
     let attempt = || format!("list {}", folder.display());
     let mut destroyed = Vec::new();
-    for entry in std::fs::read_dir(folder).context(attempt)? {
-        let entry = entry.context(attempt)?;
-        let is_spared = [lock::FILE, DELETING, leaving::FILE].iter().any(|name| entry.file_name() == *name);
-        if !is_spared && entry.file_type().context(attempt)?.is_file() {
-            destroyed.push(destroy(&entry.path())?);
+    for name in files::names(folder).context(attempt)? {
+        let is_spared = [lock::FILE, DELETING, leaving::FILE].iter().any(|spared| name == *spared);
+        let path = folder.join(name);
+        if !is_spared && path.symlink_metadata().context(attempt)?.is_file() {
+            destroyed.push(destroy(&path)?);
         }
     }
     sync_dir(folder)?;
@@ -221,7 +221,7 @@ pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
 
 /// Does what an interrupted shredding has left undone.
 pub fn finish(folder: &Path) -> Result<()> {
-    if !folder.join(FILE).exists() {
+    if !files::exists(&folder.join(FILE)) {
         return Ok(());
     }
     destroy_all(folder).map(drop)
@@ -230,7 +230,7 @@ pub fn finish(folder: &Path) -> Result<()> {
 /// Overwrites a file with zeros, syncs it, and removes it.
 fn destroy(path: &Path) -> Result<Destroyed> {
     let overwrite = || -> std::io::Result<u64> {
-        let mut file: File = OpenOptions::new().write(true).open(path)?;
+        let mut file = files::open_with(path, OFlag::O_WRONLY)?;
         let bytes = file.metadata()?.len();
         let zeros = vec![0; 64 << 10];
         let mut left = bytes;
@@ -240,7 +240,7 @@ fn destroy(path: &Path) -> Result<Destroyed> {
             left -= part;
         }
         file.sync_all()?;
-        std::fs::remove_file(path)?;
+        files::remove(path)?;
         Ok(bytes)
     };
     let bytes = overwrite().context(|| format!("overwrite {}", path.display()))?;

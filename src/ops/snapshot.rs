@@ -5,7 +5,7 @@ use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::Purpose;
 use crate::catalog::snapshot::Label;
-use crate::catalog::{Catalog, Snapshot, VolumeId};
+use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
 use crate::kms::Failure;
 use crate::volume::open::{Taken, Unwrap};
 
@@ -37,7 +37,8 @@ impl<'a> Detached<'a> {
     pub fn commit(mut self, label: Label) -> Result<Snapshot> {
         let freeze = self.freeze.take().expect("it is taken here alone, and by drop");
         let Taken { lock, opened } = &mut self.taken;
-        freeze.commit(self.catalog, lock, &mut opened.metadata, label, opened.seal_key.as_ref())
+        let key = opened.seal_key.as_ref();
+        freeze.commit(self.catalog, lock, &mut opened.metadata, SnapshotId::random(), label, key)
     }
 }
 

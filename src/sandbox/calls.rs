@@ -30,7 +30,7 @@ const ALLOWED: &[Group] = &[
     ),
     (
         "files that Landlock lets through, and descriptors",
-        calls! { SYS_close SYS_fstat SYS_newfstatat SYS_statx SYS_fstatfs SYS_statfs SYS_ftruncate SYS_flock
+        calls! { SYS_openat2 SYS_close SYS_fstat SYS_newfstatat SYS_statx SYS_fstatfs SYS_statfs SYS_ftruncate SYS_flock
         SYS_getdents64 SYS_unlinkat SYS_renameat SYS_renameat2 SYS_readlinkat SYS_faccessat SYS_faccessat2
         SYS_getcwd SYS_dup SYS_dup3 SYS_memfd_create SYS_memfd_secret },
     ),
@@ -150,7 +150,7 @@ fn thread_flag() -> Argument {
 /// Puts the filter in force, for this thread and those that it starts.
 pub(super) fn filter(mode: Mode) -> Result<()> {
     let forbidden = if mode == Mode::Log { SeccompAction::Log } else { SeccompAction::Trap };
-    for program in [no_clone3()?, allow_list(forbidden)?] {
+    for program in [said_not_to_exist()?, allow_list(forbidden)?] {
         seccompiler::apply_filter(&program).map_err(refused)?;
     }
     Ok(())
@@ -174,9 +174,10 @@ fn refused(e: impl std::fmt::Display) -> Error {
     )
 }
 
-/// The C library uses clone where there is no clone3.
-fn no_clone3() -> Result<BpfProgram> {
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+/// Calls whose flags lie in memory, where no filter can judge them, and which are done without: the C library uses clone
+/// where there is no clone3, and [`crate::base::root::files`] uses openat where there is no openat2.
+fn said_not_to_exist() -> Result<BpfProgram> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new()), (libc::SYS_openat2, Vec::new())]);
     compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
 }
 

@@ -18,8 +18,8 @@ pub use calls::check_seccomp;
 pub use files::{Access, Rule, landlock_version};
 pub use identity::Identity;
 
-use crate::base::{Context, Error, Kind, Result};
 use crate::base::hardened::{harden, harden_children};
+use crate::base::{Context, Error, Kind, Result};
 use std::fmt;
 use std::str::FromStr;
 

@@ -2,6 +2,7 @@
 
 use crate::backing::chain::Chain;
 use crate::backing::file::FileStore;
+use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
 use crate::catalog::metadata::{LayerRecord, SectorSize};
@@ -76,7 +77,7 @@ pub(super) fn open_without_ciphers(
         let access = if number == 0 { top } else { Access::Read };
         // Made by a process that has not detached since: that name a confined process may open.
         let own = catalog.own_layer_path(volume, layer.id);
-        let path = if own.exists() { own } else { catalog.layer_path(layer.id) };
+        let path = if files::exists(&own) { own } else { catalog.layer_path(layer.id) };
         Layer::open(&path, access, bytes, None, near)
     })
 }

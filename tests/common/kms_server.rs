@@ -128,7 +128,12 @@ impl KmsServer {
     /// The KMS itself, as its operator has it.
     pub fn admin(&self) -> Embedded {
         let (root, config) = folders(&self.folder);
-        Embedded::at(root.join("kms"), config, Box::new(SystemClock), sealblk::base::hardened::harden().unwrap())
+        Embedded::at(
+            root.join("kms"),
+            config,
+            Box::new(SystemClock),
+            sealblk::base::hardened::harden().unwrap(),
+        )
     }
 
     /// The server's process.

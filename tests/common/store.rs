@@ -57,6 +57,13 @@ impl Store {
         *self.variables() = variables;
     }
 
+    /// Lets the store's files be this user's.
+    pub fn let_belong_to(&self, user: &str) {
+        std::fs::create_dir_all(self.config()).expect("make the configuration folder");
+        std::fs::write(self.config().join("store-users"), format!("# of attach --user\n{user}\n"))
+            .expect("write a name");
+    }
+
     /// Writes `sealblk.toml`.
     pub fn configure(&self, settings: &str) {
         std::fs::create_dir_all(self.root()).expect("make the root folder");

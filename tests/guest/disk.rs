@@ -265,8 +265,12 @@ fn data_key(store: &Store) -> String {
     let root = Root::new(store.root());
     let catalog = Catalog::new(&root);
     let volume = catalog.load(catalog.resolve("t").expect("find the volume")).expect("read its metadata");
-    let kms =
-        Embedded::at(root.kms(), store.config(), Box::new(SystemClock), sealblk::base::hardened::harden().unwrap());
+    let kms = Embedded::at(
+        root.kms(),
+        store.config(),
+        Box::new(SystemClock),
+        sealblk::base::hardened::harden().unwrap(),
+    );
     let dek = kms.decrypt(&volume.keys()[0].wrapped, &volume.encryption_context()).expect("unwrap the key");
     assert_eq!(dek.len(), 64);
     base64::engine::general_purpose::STANDARD.encode(&*dek)

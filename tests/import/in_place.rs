@@ -103,9 +103,11 @@ fn what_cannot_be_taken_in_place_is_refused_and_stays_as_it_was() {
     let said = rig.refuse(2, &layer);
     assert!(said.contains("lies in the store itself"), "{said}");
     rig.assert_holds("other", &data);
-    // By a symbolic link it is the file that is meant.
+    // A symbolic link would be left behind, and lead nowhere.
     std::os::unix::fs::symlink(rig.path("disk.img"), rig.path("link.img")).unwrap();
-    rig.import(&[&rig.path("link.img"), "--in-place", "--name", "v"]);
+    let said = rig.refuse(2, &["volume", "import", &rig.path("link.img"), "--in-place"]);
+    assert!(said.contains("name the file itself"), "{said}");
+    rig.import(&[&rig.path("disk.img"), "--in-place", "--name", "v"]);
     rig.assert_holds("v", &data);
     assert!(!fs::exists(rig.path("disk.img")).unwrap());
 }

@@ -21,9 +21,11 @@ mod write_cache;
 
 use crate::backing::{Caps, Queue, Store};
 use crate::base::locks::{self, Bytes};
+use crate::base::root::files;
 use direct::{Found, SECTOR};
 use memory::FileMemory;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use queue::{FileQueue, Reached};
@@ -125,22 +127,19 @@ impl FileStore {
     /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may know more
     /// of the disk than can be found out of a file without data.
     pub fn open(path: &Path, read_only: bool, block_size: u32, near: Option<&FileStore>) -> io::Result<Self> {
-        let open = |flags| {
-            OpenOptions::new().read(true).write(!read_only).custom_flags(flags | libc::O_NOFOLLOW).open(path)
-        };
-        let plain = open(0)?;
+        let plain = files::open_layer(path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
         let kind = plain.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "neither a regular file nor a block device",
-            ));
-        }
+        let direct = || {
+            let mut how = OpenOptions::new();
+            let how = how.read(true).write(!read_only).custom_flags(libc::O_DIRECT);
+            // The file that was looked at, whatever its name means by now.
+            how.open(format!("/proc/self/fd/{}", plain.as_raw_fd()))
+        };
         let size = lseek64(&plain, 0, Whence::SeekEnd)? as u64;
         let (direct, found) = if fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
             (None, None)
         } else {
-            let direct = open(libc::O_DIRECT).ok();
+            let direct = direct().ok();
             let data = next_data_of(&plain, 0)?;
             let near = near.and_then(|near| near.found.as_ref());
             let found = Found::of(direct.as_ref().unwrap_or(&plain), direct.is_some(), data, near)?;

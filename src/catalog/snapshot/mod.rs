@@ -11,7 +11,7 @@ use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::layout::{Layout, SealVersion, sealed_bytes};
 use crate::catalog::metadata::{Geometry, KeyOwner, KeyRecord, LayerRecord, Metadata, Proof};
 use crate::catalog::tags::Tags;
-use crate::catalog::{SnapshotId, VolumeId};
+use crate::catalog::{LayerId, SnapshotId, VolumeId};
 use crate::crypt::SealKey;
 use crate::kms::EncryptionContext;
 
@@ -51,7 +51,56 @@ pub struct Snapshot {
     pub(crate) mac: Option<[u8; 32]>,
 }
 
+/// A snapshot that is to be made of an attached volume, as the command that asks for it has chosen it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The snapshot's id.
+    pub id: SnapshotId,
+    /// The id of the layer that takes the volume's writes from then on.
+    pub layer: LayerId,
+    /// What the operator says of it.
+    pub label: Label,
+}
+
 impl Snapshot {
+    /// This, if it is the snapshot that was `wanted` of the volume `before`. A host process that is not what it was
+    /// proposes the record, and could name another snapshot's id, another volume, or layers that are not the volume's.
+    ///
+    /// The layers may be fewer than they were: those that were being copied up may have left the chain meanwhile.
+    ///
+    /// # Errors
+    /// `Corrupt`, naming the first thing that is another one.
+    pub fn accept(self, before: &Metadata, wanted: &Wanted) -> Result<Self> {
+        let layout = before.layout();
+        let Layout { geometry, keys, layers, hydrate } = &self.layout;
+        let all = (layout.keys(), layout.layers(), layout.hydrate());
+        let hydrated = layout.hydrated();
+        let fewer = (hydrated.keys(), hydrated.layers(), hydrated.hydrate());
+        let proposed = (&keys[..], &layers[..], *hydrate);
+        let differs = [
+            ("id", self.id != wanted.id || self.sealed_as != wanted.id),
+            ("volume", self.volume != before.id()),
+            ("origin", self.copy_of.is_some()),
+            ("label", self.label != wanted.label),
+            ("size", *geometry != layout.geometry()),
+            ("keys or layers", proposed != all && proposed != fewer),
+            ("seal", self.mac.is_some() != before.is_encrypted()),
+        ];
+        match differs.iter().find(|(_, differs)| *differs) {
+            // Its time is this process's, and no part of what is sealed.
+            None => Ok(Snapshot { created: Timestamp::now(), ..self }),
+            Some((what, _)) => Err(Error::new(
+                Kind::Corrupt,
+                format!(
+                    "the process that has {} attached proposes a snapshot of which the {what} is not what was asked for; \
+                     nothing is recorded. If no other command has changed the volume just now, detach it and look at \
+                     that process's log",
+                    before.id()
+                ),
+            )),
+        }
+    }
+
     /// The volume as it is now, sealed with the `key` of the volume's seal; none for an unencrypted volume.
     pub(crate) fn of(volume: &Metadata, id: SnapshotId, label: Label, key: Option<&SealKey>) -> Self {
         assert_eq!(key.is_some(), volume.is_encrypted(), "an encrypted volume has a seal, and no other");

@@ -1,5 +1,6 @@
 //! The snapshots of a store on disk: which there are, which one a user means, how one is noted and taken away.
 
+use crate::base::root::files::{self, create_file};
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::id::is_lower_hex;
@@ -74,14 +75,13 @@ impl Catalog {
     fn snapshot_files(&self, ending: &str) -> Result<Vec<SnapshotId>> {
         let folder = self.root().snapshots();
         let attempt = || format!("list {}", folder.display());
-        let entries = match std::fs::read_dir(&folder) {
-            Ok(entries) => entries,
+        let names = match files::names(&folder) {
+            Ok(names) => names,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(Error::from(e).context(attempt())),
         };
         let mut ids = Vec::new();
-        for entry in entries {
-            let name = entry.context(attempt)?.file_name();
+        for name in names {
             let stem = name.to_str().and_then(|name| name.strip_suffix(ending)?.strip_suffix('.'));
             ids.extend(stem.and_then(|stem| stem.parse::<SnapshotId>().ok()));
         }
@@ -117,7 +117,7 @@ impl Catalog {
     /// `NotFound`; `Usage` with the candidates if it can be several.
     pub fn resolve_snapshot(&self, reference: &str) -> Result<SnapshotId> {
         let whole = reference.parse::<SnapshotId>().ok();
-        if let Some(id) = whole.filter(|&id| self.snapshot_path(id).exists()) {
+        if let Some(id) = whole.filter(|&id| files::exists(&self.snapshot_path(id))) {
             return Ok(id);
         }
         let entries = self.snapshots()?;
@@ -163,6 +163,13 @@ impl Catalog {
         replace_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())
     }
 
+    /// As [`Catalog::store_snapshot`], for a snapshot that is new. A record that is there already is another one's, whoever
+    /// has chosen the id, and stays.
+    pub(crate) fn store_new_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        create_dir_durable(&self.root().snapshots())?;
+        create_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())
+    }
+
     /// Changes a snapshot's tags.
     ///
     /// # Errors
@@ -189,7 +196,7 @@ impl Catalog {
         let store = StoreLock::acquire(self).context(attempt)?;
         let snapshot = self.load_snapshot(id).context(attempt)?;
         let (from, to) = (self.snapshot_path(id), self.snapshot_file(id, DELETING));
-        std::fs::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+        files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
         sync_dir(&self.root().snapshots())?;
         self.clear_snapshot(&snapshot, &store).context(|| {
             format!("{id} is deleted, but not its layers; \"sealblk gc\" and the next deletion try again")
@@ -199,7 +206,7 @@ impl Catalog {
     fn clear_snapshot(&self, snapshot: &Snapshot, store: &StoreLock) -> Result<()> {
         remove_unnamed(self, snapshot.layers().iter().map(|l| l.id), store)?;
         let path = self.snapshot_file(snapshot.id, DELETING);
-        std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+        files::remove(&path).context(|| format!("remove {}", path.display()))?;
         sync_dir(&self.root().snapshots())
     }
 

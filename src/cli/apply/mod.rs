@@ -4,7 +4,7 @@
 mod file;
 mod plan;
 
-use crate::base::root::create_dir_durable;
+use crate::base::root::{create_dir_durable, files};
 use crate::base::{Context, Error, Kind, Result, locks};
 use crate::catalog::VolumeId;
 use crate::cli::filter::Tag;
@@ -12,12 +12,11 @@ use crate::cli::volume::create::{self, CreateArgs};
 use crate::cli::volume::resize;
 use crate::cli::{Env, output, size};
 use crate::config::Settings;
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, OFlag};
 use plan::{Change, Plan, Planned};
 use serde_json::{Value, json};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// The longest file in bytes.
@@ -84,7 +83,7 @@ fn lock(env: &Env) -> Result<Flock<File>> {
     create_dir_durable(env.root.path())?;
     let path = env.root.path().join("apply.lock");
     let attempt = || format!("lock {}", path.display());
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
     locks::lock_whole(file.context(attempt)?).context(attempt)
 }
 

@@ -1,10 +1,10 @@
 //! Waiting until a volume's lower layers have left its chain: watching its host process do it, or doing it.
 
+use crate::base::hardened::Hardened;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose};
 use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::cli::meter::Meter;
-use crate::base::hardened::Hardened;
 use crate::host::control;
 use crate::ops::flatten;
 use std::time::Duration;

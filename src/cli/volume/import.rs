@@ -38,7 +38,7 @@ volume's lowest layer, and its own name goes. What the guest writes is encrypted
 in the background while the volume is attached. The image's old blocks are not overwritten on the medium: who must not
 leave plaintext there needs another medium, or one that was encrypted before.")]
 pub struct ImportArgs {
-    /// The image: a file or block device. It is only read, but for --in-place.
+    /// The image: a file or block device, yours or root's. It is only read, but for --in-place.
     file: PathBuf,
     /// What it is: raw or qcow2.
     #[arg(long)]
@@ -105,13 +105,10 @@ fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) 
 
 fn in_place(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) -> Result<Metadata> {
     let image = Image::open(&args.file, args.format, BackingFiles::Refuse)?;
-    if image.format() != Format::Raw {
-        let message = format!("only a raw image can be taken in place, and it is {}", image.format());
-        return Err(Error::new(Kind::Usage, message));
-    }
-    let wanted = wanted(args, image.size())?;
-    drop(image);
-    let candidate = Candidate::new(catalog, &args.file)?;
+    let size = image.size();
+    let offered = image.into_raw()?;
+    let wanted = wanted(args, size)?;
+    let candidate = Candidate::new(catalog, offered)?;
     let named = NamedKey::open(env, settings, args.key.as_deref())?;
     let unwrap = provider::unwrap(env);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };

@@ -3,14 +3,16 @@
 //! It says where in `events.jsonl` the last delivered event begins, and that event's id, so that a log that was replaced
 //! meanwhile is not read from the middle.
 
-use crate::base::root::{Root, create_dir_durable, replace_file};
+use crate::base::root::{Root, create_dir_durable, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::events::read::{EventReader, Recorded, Want};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
 use std::path::PathBuf;
+
+/// The longest position in bytes.
+const MAX_LEN: u64 = 4096;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,11 +36,11 @@ impl Position {
     /// # Errors
     /// `Busy` if another process serves the sink.
     pub fn acquire(root: &Root, name: &str) -> Result<Self> {
-        let folder = root.path().join("event-sinks");
+        let folder = root.event_sinks();
         create_dir_durable(&folder)?;
         let path = folder.join(format!("{name}.lock"));
         let attempt = || format!("lock {}", path.display());
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
         let lock = Flock::lock(file.context(attempt)?, FlockArg::LockExclusiveNonblock).map_err(
             |(_, e)| match e {
                 nix::errno::Errno::EWOULDBLOCK => {
@@ -102,7 +104,7 @@ impl Position {
 
     fn read(&self) -> Result<Option<Written>> {
         let attempt = || format!("read {}", self.path.display());
-        match std::fs::read(&self.path) {
+        match files::read(&self.path, MAX_LEN) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             read => match serde_json::from_slice(&read.context(attempt)?) {
                 Ok(written) => Ok(Some(written)),

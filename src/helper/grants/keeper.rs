@@ -6,12 +6,12 @@
 //! same where nobody is left to answer. So it needs nothing of the host process, which is confined by then, and may be
 //! killed.
 
+use crate::base::hardened::harden;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
 use crate::config::Settings;
-use crate::base::hardened::harden;
 use crate::helper;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};

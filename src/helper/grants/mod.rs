@@ -14,12 +14,12 @@ pub mod notes;
 pub use keeper::Keeper;
 pub use notes::{Note, Notes};
 
+use crate::base::hardened::harden;
 use crate::base::root::Root;
 use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::Catalog;
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::metadata::encryption_context;
-use crate::base::hardened::harden;
 use crate::kms::patience::Patience;
 use crate::kms::{self, Grant, GrantRequest, KeyProvider, KmsError, ListedGrant};
 use std::time::Duration;

@@ -4,14 +4,13 @@
 //! Earlier versions kept their notes in `<root>/grants/`. Those are never read ([`warn_of_old`]).
 
 use crate::audit::mark::folder_hash;
-use crate::base::root::{Root, create_dir_durable, replace_file, sync_dir};
+use crate::base::root::{Root, create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
 use crate::config::Settings;
 use crate::kms::patience::Patience;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -98,24 +97,20 @@ impl Notes {
     /// Removes a note; one that somebody else has removed is as good.
     pub fn remove(&self, note: &Note) -> Result<()> {
         let path = note.path(&self.folder);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                Err(Error::from(e).context(format!("remove {}", path.display())))
-            }
-            _ => sync_dir(&self.folder),
-        }
+        files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+        sync_dir(&self.folder)
     }
 
     /// All notes of the store, by volume. What cannot be read is logged and left.
     pub fn list(&self) -> Result<Vec<Note>> {
         let attempt = || format!("list {}", self.folder.display());
-        let entries = match std::fs::read_dir(&self.folder) {
+        let names = match files::names(&self.folder) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.context(attempt)?,
+            names => names.context(attempt)?,
         };
         let mut notes = Vec::new();
-        for entry in entries {
-            let path = entry.context(attempt)?.path();
+        for name in names {
+            let path = self.folder.join(name);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
@@ -146,12 +141,11 @@ impl Notes {
 pub fn old(root: &Root) -> Result<Vec<PathBuf>> {
     let folder = root.grants();
     let attempt = || format!("list {}", folder.display());
-    let entries = match std::fs::read_dir(&folder) {
+    let names = match files::names(&folder) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.context(attempt)?,
+        names => names.context(attempt)?,
     };
-    let mut found =
-        entries.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>().context(attempt)?;
+    let mut found: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
     found.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
     found.sort_unstable();
     Ok(found)
@@ -181,8 +175,7 @@ fn store_of(root: &Root) -> String {
 }
 
 fn read(path: &Path) -> Result<Note> {
-    let mut text = Vec::new();
-    File::open(path)?.take(MAX_LEN).read_to_end(&mut text)?;
+    let text = files::read(path, MAX_LEN)?;
     let note: Note = serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Corrupt, e.to_string()))?;
     if note.version != VERSION {
         return Err(Error::new(Kind::Corrupt, format!("version {} is not known here", note.version)));

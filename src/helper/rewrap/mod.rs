@@ -6,13 +6,13 @@
 //!
 //! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
 
+use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::{KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
-use crate::base::hardened::Hardened;
 use crate::helper;
 use crate::helper::unwrap::Refusal;
 use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};

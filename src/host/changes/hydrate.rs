@@ -8,6 +8,7 @@
 //! What is left when the layers have left the chain is their files: this process, which is confined, reaches none but those
 //! in its volume's folder. They are removed by who comes next ([`crate::catalog::leaving`]).
 
+use crate::base::root::files;
 use crate::base::{Context, Result};
 use crate::catalog::{Metadata, leaving};
 use crate::disk::hydrate::{End, Hydration};
@@ -245,7 +246,7 @@ impl Record {
         log::info!("{id}: {} layers have left its chain; the queues stood still for {pause:?}", left.len());
         for layer in left {
             // Those that this process has made have a second name, in its own folder.
-            let _ = std::fs::remove_file(self.catalog.own_layer_path(id, layer));
+            let _ = files::remove(&self.catalog.own_layer_path(id, layer));
         }
         let mut keys = keys.into_iter();
         self.hydrator.unwrapped_by().retain(|_| keys.next().unwrap_or(true));

@@ -5,6 +5,7 @@
 //! descriptor, and is copied into memory that is this process's alone.
 
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::LayerId;
 use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::metadata::Metadata;
 use crate::catalog::rekey::{NewKey, WrittenNewKey, check_encrypted, mark_to_flatten};
@@ -26,7 +27,7 @@ impl Record {
     pub fn rekey(
         &self,
         engine: Engine,
-        key: WrittenNewKey,
+        (key, layer): (WrittenNewKey, LayerId),
         secret: SecretFd,
         client: &mut Conversation<'_>,
     ) -> Result<Duration> {
@@ -37,7 +38,7 @@ impl Record {
         let dek = take(secret)?;
         let key = key.parse(&state.metadata)?.checked(&dek);
         self.hydrator.stop();
-        let done = self.change_key(engine, key, dek, state, client);
+        let done = self.change_key(engine, (key, layer), dek, state, client);
         if done.is_err() {
             self.hydrator.forget_old_keys(&state.metadata);
         }
@@ -48,7 +49,7 @@ impl Record {
     fn change_key(
         &self,
         engine: Engine,
-        key: NewKey,
+        (key, layer): (NewKey, LayerId),
         dek: Arc<Dek>,
         state: &mut State,
         client: &mut Conversation<'_>,
@@ -57,7 +58,7 @@ impl Record {
         self.hydrator.keyring().add(dek.clone());
         let (seal_key, used) = (dek.seal_key(&state.metadata.id().to_string())?, UsedKey::of(key.record()));
         let cipher = cipher(engine, &dek, &state.metadata)?;
-        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host)?;
+        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host(layer))?;
         let new_top = *freeze.new_top();
         let serving = state.serving()?;
         let ready = open_top(&self.catalog, state, cipher, &new_top, client).and_then(|(layer, _)| {

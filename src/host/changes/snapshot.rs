@@ -8,7 +8,7 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::metadata::LayerRecord;
-use crate::catalog::snapshot::Label;
+use crate::catalog::snapshot::Wanted;
 use crate::catalog::{Catalog, Snapshot};
 use crate::crypt::Dek;
 use crate::crypt::xts::{DataUnit, Engine, new_cipher};
@@ -31,7 +31,7 @@ const HOLD: Duration = Duration::from_secs(5);
 impl Record {
     /// Makes a snapshot, step by step as the client says. Whatever fails before the commit, the volume goes on as if
     /// nothing had been.
-    pub fn snapshot(&self, engine: Engine, label: Label, client: &mut Conversation<'_>) -> Result<Frozen> {
+    pub fn snapshot(&self, engine: Engine, wanted: Wanted, client: &mut Conversation<'_>) -> Result<Frozen> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         let _is_served = state.serving()?;
@@ -40,7 +40,7 @@ impl Record {
         }
         // What is being copied goes into the layer that takes the writes, whichever that is.
         self.hydrator.stop();
-        let frozen = self.freeze(engine, label, client, state);
+        let frozen = self.freeze(engine, wanted, client, state);
         self.hydrator.begin(state, frozen.is_ok());
         frozen
     }
@@ -48,11 +48,12 @@ impl Record {
     fn freeze(
         &self,
         engine: Engine,
-        label: Label,
+        wanted: Wanted,
         client: &mut Conversation<'_>,
         state: &mut State,
     ) -> Result<Frozen> {
-        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host)?;
+        let maker = Maker::Host(wanted.layer);
+        let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, maker)?;
         let new_top = *freeze.new_top();
         let ready = cipher(state, engine, &new_top)
             .and_then(|cipher| open_top(&self.catalog, state, cipher, &new_top, client));
@@ -77,7 +78,7 @@ impl Record {
                 return Err(e);
             }
         };
-        let (snapshot, pause) = commit(&self.catalog, freeze, paused, state, next, label)?;
+        let (snapshot, pause) = commit(&self.catalog, freeze, paused, state, next, wanted)?;
         log::info!("{} is frozen; the queues stood still for {pause:?}", snapshot.id());
         Ok(Frozen::new(&snapshot, pause))
     }
@@ -94,7 +95,7 @@ pub(crate) fn open_top(
 ) -> Result<(Layer, bool)> {
     let path = catalog.own_layer_path(state.metadata.id(), new_top.id);
     make_layer(&path, new_top.size, false)?;
-    let hold = client.have_layer_linked(new_top.id, PATIENCE)?;
+    let hold = client.have_layer_linked(PATIENCE)?;
     let block_size = state.metadata.sector_size().bytes();
     is_linked(&path, &catalog.layer_path(new_top.id))?;
     // By the name that it has there: the other one is not this process's to open.
@@ -106,7 +107,7 @@ pub(crate) fn open_top(
 
 /// Looks whether the client has done its part.
 fn is_linked(own: &Path, layer: &Path) -> Result<()> {
-    let id = |path| std::fs::metadata(path).map(|m: std::fs::Metadata| (m.dev(), m.ino()));
+    let id = |path| std::fs::symlink_metadata(path).map(|m: std::fs::Metadata| (m.dev(), m.ino()));
     match id(layer) {
         Ok(there) if there == id(own)? => Ok(()),
         // The process may run as a user who sees nothing but his own volume's folder.
@@ -154,10 +155,10 @@ fn commit(
     paused: Paused<'_>,
     state: &mut State,
     next: Vec<Layer>,
-    label: Label,
+    wanted: Wanted,
 ) -> Result<(Snapshot, Duration)> {
     let key = state.seal_key.as_ref();
-    let snapshot = freeze.commit(catalog, &state.lock, &mut state.metadata, label, key)?;
+    let snapshot = freeze.commit(catalog, &state.lock, &mut state.metadata, wanted.id, wanted.label, key)?;
     let pause = paused.resume();
     // Nobody writes the old top any more: others may read it.
     next[1].image_lock.stop_writing();

@@ -2,10 +2,14 @@
 //!
 //! | client | host process |
 //! |---|---|
-//! | `snapshot`, with description and tags | makes a layer in its volume's folder, and answers `new-layer` |
+//! | `snapshot`, with description, tags, the snapshot's id and the new layer's | makes that layer in its volume's folder, and answers `layer-made` |
 //! | links it to where layers lie; `pause` | pauses the queues; if it was told to hold them, answers `held` |
 //! | `commit`, if it held them | freezes the old top, lets the queues go on with the new one, answers `frozen` |
-//! | writes the snapshot's record | |
+//! | compares the snapshot's record with what it knew before, and writes it | |
+//!
+//! The client chooses every name: the host process reads what its guest and its VMM say, and may be anybody's by now. What
+//! it says afterwards is a proposal that is compared with what was asked for, and what the client clears away is what the
+//! client has made.
 //!
 //! Until the freeze, whatever fails on either side, or is not said in time, undoes everything.
 //!
@@ -15,15 +19,14 @@
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::rekey::NewKey;
-use crate::catalog::snapshot::Label;
-use crate::catalog::{Catalog, LayerId, Snapshot, VolumeId};
+use crate::catalog::snapshot::{Label, Wanted};
+use crate::catalog::{Catalog, LayerId, Metadata, OwnLayer, Snapshot, SnapshotId, VolumeId};
 use crate::crypt::secret_mem::SecretFd;
 use crate::host::control::{Answer, MAX_LINE, Request, connect, exchange, line, passing, receive, say};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the host process may take for a step: longer than it waits itself.
@@ -72,12 +75,12 @@ impl<'a> Conversation<'a> {
         Ok(Conversation { client })
     }
 
-    /// Has the client bring a new layer to where it belongs, and answers whether it wants the queues held.
+    /// Has the client bring the new layer, which is made, to where it belongs, and answers whether it wants the queues held.
     ///
     /// # Errors
     /// If it says anything else, or nothing in time.
-    pub fn have_layer_linked(&mut self, id: LayerId, patience: Duration) -> Result<bool> {
-        match self.ask(&Answer::NewLayer { id }, patience)? {
+    pub fn have_layer_linked(&mut self, patience: Duration) -> Result<bool> {
+        match self.ask(&Answer::LayerMade, patience)? {
             Step::Pause { hold } => Ok(hold),
             Step::Commit {} => Err(Error::new(Kind::Usage, "nothing is paused yet")),
         }
@@ -110,10 +113,12 @@ impl<'a> Conversation<'a> {
 /// The client's side: a snapshot that is being made of an attached volume. Dropped before the commit, it is none.
 pub struct Freezing {
     client: UnixStream,
-    volume: VolumeId,
+    /// The volume as it was known before its host process was asked for anything.
+    before: Metadata,
+    wanted: Wanted,
     held: bool,
-    /// The new layer, until the host process may have given it to the volume.
-    made: Option<PathBuf>,
+    /// The new layer as this process has linked it, until the host process may have given it to the volume.
+    made: Option<OwnLayer>,
 }
 
 impl Freezing {
@@ -122,20 +127,24 @@ impl Freezing {
     /// # Errors
     /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
     pub fn begin(catalog: &Catalog, volume: VolumeId, label: &Label) -> Result<Self> {
+        let before = catalog.load(volume)?;
         let client = connect(catalog, volume)?;
         client.set_read_timeout(Some(PATIENCE))?;
-        let request =
-            Request::Snapshot { description: label.description.clone(), tags: Box::new(label.tags.clone()) };
-        let Answer::NewLayer { id } = exchange(&client, &request)? else { return Err(strange()) };
-        let made = Some(catalog.layer_path(id));
-        let freezing = Freezing { client, volume, held: false, made };
-        catalog.link_own_layer(volume, id)?;
-        Ok(freezing)
+        let wanted = Wanted { id: SnapshotId::random(), layer: LayerId::random(), label: label.clone() };
+        let request = Request::Snapshot {
+            id: wanted.id,
+            layer: wanted.layer,
+            description: label.description.clone(),
+            tags: Box::new(label.tags.clone()),
+        };
+        let Answer::LayerMade = exchange(&client, &request)? else { return Err(strange()) };
+        let made = Some(catalog.link_own_layer(volume, wanted.layer, before.size())?);
+        Ok(Freezing { client, before, wanted, held: false, made })
     }
 
     /// The volume.
     pub fn volume(&self) -> VolumeId {
-        self.volume
+        self.before.id()
     }
 
     /// Pauses the volume, for as long as the host process allows: a few seconds.
@@ -158,10 +167,15 @@ impl Freezing {
 
     /// The snapshot, whose record is still to be [written](crate::catalog::freeze::note), and how long the volume's queues
     /// stood still.
+    ///
+    /// # Errors
+    /// `Corrupt` for a record that is not the one that was asked for, naming what differs.
     pub fn frozen(&mut self) -> Result<(Snapshot, Duration)> {
         match receive(&self.client)? {
             Answer::Frozen(Frozen { record, pause_us }) => {
-                Ok((Snapshot::from_json(record.as_bytes())?, Duration::from_micros(pause_us)))
+                let proposed = Snapshot::from_json(record.as_bytes())?;
+                let snapshot = proposed.accept(&self.before, &self.wanted)?;
+                Ok((snapshot, Duration::from_micros(pause_us)))
             }
             _ => Err(strange()),
         }
@@ -174,17 +188,18 @@ impl Freezing {
 /// # Errors
 /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
 pub fn rekey(catalog: &Catalog, volume: VolumeId, key: &NewKey, dek: SecretFd) -> Result<Duration> {
+    let before = catalog.load(volume)?;
     let client = connect(catalog, volume)?;
     client.set_read_timeout(Some(PATIENCE))?;
-    let line = line(&Request::Rekey(Box::new(key.into())))?;
+    let layer = LayerId::random();
+    let line = line(&Request::Rekey { layer, key: Box::new(key.into()) })?;
     passing::send(&client, &line, dek.as_fd()).context(|| "hand the new data key over")?;
-    let Answer::NewLayer { id } = receive(&client)? else { return Err(strange()) };
+    let Answer::LayerMade = receive(&client)? else { return Err(strange()) };
     // It has taken it.
     dek.give_away();
-    let mut freezing = Freezing { client, volume, held: false, made: Some(catalog.layer_path(id)) };
-    catalog.link_own_layer(volume, id)?;
-    freezing.commit()?;
-    match receive(&freezing.client)? {
+    let made = catalog.link_own_layer(volume, layer, before.size())?;
+    say(&client, &Step::Pause { hold: false }).inspect_err(|_| made.remove())?;
+    match receive(&client)? {
         Answer::Rekeyed { pause_us } => Ok(Duration::from_micros(pause_us)),
         _ => Err(strange()),
     }
@@ -192,9 +207,8 @@ pub fn rekey(catalog: &Catalog, volume: VolumeId, key: &NewKey, dek: SecretFd) -
 
 impl Drop for Freezing {
     fn drop(&mut self) {
-        if let Some(path) = &self.made {
-            // Where it cannot be removed, or was not made: "sealblk gc" looks.
-            let _ = std::fs::remove_file(path);
+        if let Some(made) = &self.made {
+            made.remove();
         }
     }
 }

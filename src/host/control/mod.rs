@@ -9,12 +9,13 @@ mod server;
 
 pub use server::{Bound, Control, Name, Orders, Waiting};
 
+use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::tags::Tags;
-use crate::catalog::{Catalog, LayerId, VolumeId};
+use crate::catalog::{Catalog, LayerId, SnapshotId, VolumeId};
 use crate::host::status::Status;
 use crate::vhost::gate::Told;
 use crate::vhost::queue::qos::Limits;
@@ -23,7 +24,6 @@ use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 /// The socket's name in the volume's folder.
@@ -55,11 +55,16 @@ enum Request {
     },
     /// The beginning of a [`conversation`].
     Snapshot {
+        id: SnapshotId,
+        layer: LayerId,
         description: String,
         tags: Box<Tags>,
     },
     /// The beginning of another one. The data key itself comes with it as a descriptor.
-    Rekey(Box<WrittenNewKey>),
+    Rekey {
+        layer: LayerId,
+        key: Box<WrittenNewKey>,
+    },
     Flatten {},
 }
 
@@ -71,9 +76,7 @@ enum Answer {
     Throttled,
     Rewrapped,
     Resized(Told),
-    NewLayer {
-        id: LayerId,
-    },
+    LayerMade,
     Held,
     Frozen(Frozen),
     Rekeyed {
@@ -162,8 +165,8 @@ fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
         other => return Err(crate::catalog::lock::busy(volume, &other)),
     };
-    let client = in_folder(&catalog.folder(volume), || Ok(UnixStream::connect(FILE)?));
-    client.map_err(|e| not_reached(&holder.pid.to_string(), &e))
+    let client = files::connect(&catalog.folder(volume).join(FILE));
+    client.map_err(|e| not_reached(&holder.pid.to_string(), &e.into()))
 }
 
 fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
@@ -205,13 +208,4 @@ fn line(what: &impl Serialize) -> Result<Vec<u8>> {
     let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
     line.push(b'\n');
     Ok(line)
-}
-
-/// Runs `f` with `folder` as the working folder. Only while the process has one thread.
-fn in_folder<T>(folder: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let before = std::env::current_dir().context(|| "find the working folder")?;
-    std::env::set_current_dir(folder).context(|| format!("enter {}", folder.display()))?;
-    let result = f();
-    std::env::set_current_dir(&before).context(|| format!("go back to {}", before.display()))?;
-    result
 }

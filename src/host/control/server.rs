@@ -1,15 +1,15 @@
 //! The host process's end of the control socket: one thread that waits for all clients at once, so that none that
 //! is slow, silent or stuck keeps another waiting.
 
+use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::LayerId;
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
-use crate::catalog::snapshot::Label;
+use crate::catalog::snapshot::{Label, Wanted};
 use crate::crypt::secret_mem::SecretFd;
 use crate::host::control::conversation::{Conversation, Frozen};
-use crate::host::control::{
-    Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, in_folder, passing, say,
-};
+use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, passing, say};
 use crate::host::socket::{self, SocketName};
 use crate::vhost::gate::Told;
 use crate::vhost::queue::qos::Limits;
@@ -32,11 +32,12 @@ const LAST_PATIENCE: Duration = Duration::from_millis(500);
 pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 
 /// Makes a snapshot, in turns with the client.
-pub type SnapshotOrder = Box<dyn Fn(Label, &mut Conversation<'_>) -> Result<Frozen> + Send>;
+pub type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
-/// Gives the volume another data key, which came in secret memory, in turns with the client; answers how long the queues
-/// stood still.
-pub type RekeyOrder = Box<dyn Fn(WrittenNewKey, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
+/// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns with the
+/// client; answers how long the queues stood still.
+pub type RekeyOrder =
+    Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
 /// Makes the volume so many bytes large, and tells the VMM.
 pub type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
@@ -136,7 +137,7 @@ impl Control {
         let file = if incoming { INCOMING_FILE } else { FILE };
         // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
         // short.
-        let (listener, name) = in_folder(folder, || socket::listen(Path::new(file)))?;
+        let (listener, name) = files::inside(folder, || socket::listen(Path::new(file)))?;
         listener.set_nonblocking(true)?;
         let name = Arc::new(Name(Mutex::new(Some(name.moved_to(folder)))));
         Ok(Bound { listener, name })
@@ -290,20 +291,21 @@ impl Server {
                 log::info!("a client makes the volume {size} bytes large");
                 (self.orders.resize)(size).map(Answer::Resized)
             }
-            Ok(Request::Snapshot { description, tags }) => {
+            Ok(Request::Snapshot { id, layer, description, tags }) => {
                 log::info!("a client makes a snapshot");
                 let label = Label::new(description, *tags);
                 let conversation = Conversation::with(&caller.stream);
-                let made = label.and_then(|label| (self.orders.snapshot)(label, &mut conversation?));
+                let wanted = label.map(|label| Wanted { id, layer, label });
+                let made = wanted.and_then(|wanted| (self.orders.snapshot)(wanted, &mut conversation?));
                 made.map(Answer::Frozen)
             }
-            Ok(Request::Rekey(key)) => {
+            Ok(Request::Rekey { layer, key }) => {
                 log::info!("a client gives the volume another data key");
                 let dek =
                     caller.descriptor.ok_or_else(|| Error::new(Kind::Usage, "no data key came with it"));
                 let conversation = Conversation::with(&caller.stream);
                 let done = dek.and_then(SecretFd::from_fd);
-                let done = done.and_then(|dek| (self.orders.rekey)(*key, dek, &mut conversation?));
+                let done = done.and_then(|dek| (self.orders.rekey)(*key, layer, dek, &mut conversation?));
                 done.map(|pause| Answer::Rekeyed { pause_us: pause.as_micros() as u64 })
             }
             Ok(Request::Flatten {}) => {

@@ -1,12 +1,14 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use crate::kms::embedded::audit::{Call, Due};
-use crate::kms::embedded::data::material_id;
 use crate::kms::embedded::open_log::OpenLog;
-use crate::kms::embedded::records::{AliasEntry, AliasName, Change, Deletion, External, KeyEntry};
+use crate::kms::embedded::records::{
+    AliasEntry, AliasName, Change, Deletion, External, KeyEntry, material_id,
+};
 use crate::kms::embedded::rotation::first_version;
 use crate::kms::embedded::store::Now;
 use crate::kms::embedded::{Embedded, due, tags};
+use crate::kms::errors::out_of_range;
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
@@ -374,18 +376,4 @@ fn check_alias(name: &str) -> Result<(), KmsError> {
         ));
     }
     Ok(())
-}
-
-/// ValidationException for a number outside its range.
-pub(in crate::kms) fn out_of_range<T: PartialOrd + std::fmt::Display>(
-    value: T,
-    field: &str,
-    range: &RangeInclusive<T>,
-) -> KmsError {
-    let (relation, bound) =
-        if value < *range.start() { ("greater", range.start()) } else { ("less", range.end()) };
-    KmsError::Validation(format!(
-        "1 validation error detected: Value '{value}' at '{field}' failed to satisfy constraint: Member must have \
-         value {relation} than or equal to {bound}"
-    ))
 }

@@ -4,7 +4,7 @@
 //! record may be the one that disabled a key. The anchor lies beside the root key, out of reach of whoever can
 //! write the store's folder only.
 
-use crate::base::root::replace_file;
+use crate::base::root::{files, replace_file};
 use crate::kms::KmsError;
 use crate::kms::embedded::keys::{StoreKeys, same};
 use crate::kms::embedded::log::Position;
@@ -17,6 +17,9 @@ const MAGIC: &[u8; 8] = b"SBLKHEAD";
 
 /// Bytes of an anchor: magic, sequence number, chain value, MAC.
 pub const ANCHOR_LEN: usize = 80;
+
+/// More than any anchor has: what is longer is none.
+const MAX_LEN: u64 = 4096;
 
 /// Where the anchor of `store` lies.
 pub fn path(config: &Path, store: Uuid) -> PathBuf {
@@ -35,7 +38,7 @@ pub fn write(config: &Path, store: Uuid, position: &Position, keys: &StoreKeys) 
 /// Reads the anchor; `None` if there is none.
 pub fn read(config: &Path, store: Uuid, keys: &StoreKeys) -> Result<Option<Position>, KmsError> {
     let path = path(config, store);
-    let bytes = match std::fs::read(&path) {
+    let bytes = match files::read(&path, MAX_LEN) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         read => read.map_err(|e| failed("read the KMS store's anchor", &path, &e))?,
     };

@@ -1,23 +1,21 @@
 //! Encrypting and decrypting under the embedded KMS's keys, and the [`KeyProvider`] made of it.
 
 use crate::audit::AuditKey;
-use crate::kms::embedded::admin::out_of_range;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::{self, Blob, PLAINTEXT_MAX};
 use crate::kms::embedded::grant_records::{Constraint, GrantOperation};
 use crate::kms::embedded::grants::{GrantRef, NewGrant};
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::page::{LIMIT, Piece};
-use crate::kms::embedded::records::KeyEntry;
+use crate::kms::embedded::records::{KeyEntry, material_id};
 use crate::kms::embedded::{Embedded, due};
+use crate::kms::errors::out_of_range;
 use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
 use crate::kms::{
     Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, ListedGrant,
     WrappedKey,
 };
-use sha2::{Digest, Sha256};
 use std::ops::RangeInclusive;
-use uuid::Uuid;
 use zeroize::Zeroizing;
 
 /// Bytes that GenerateDataKey and GenerateRandom may be asked for.
@@ -56,15 +54,6 @@ pub struct ReEncrypted {
     pub source_material: String,
     /// What it is now.
     pub sealed: Sealed,
-}
-
-/// KeyMaterialId: names one version of one key on the wire, and says nothing of its secret.
-pub fn material_id(key: Uuid, version: Uuid) -> String {
-    let mut hash = Sha256::new();
-    hash.update(b"sealblk kms key material id\0");
-    hash.update(key.as_bytes());
-    hash.update(version.as_bytes());
-    hex::encode(hash.finalize())
 }
 
 impl Embedded {

@@ -9,9 +9,8 @@
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::Material;
-use crate::kms::embedded::data::material_id;
 use crate::kms::embedded::keys::{StoreKeys, same};
-use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry};
+use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry, material_id};
 use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
 use rsa::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};

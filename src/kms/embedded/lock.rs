@@ -4,11 +4,12 @@
 //! and where a writer stays: without it readers that overlap could keep a writer out for ever.
 
 use crate::base::locks::{self, Bytes};
+use crate::base::root::files;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
-use std::fs::{File, OpenOptions};
+use nix::fcntl::OFlag;
+use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 const TURNSTILE: Bytes = Bytes::one(0);
@@ -25,7 +26,7 @@ pub struct Lock {
 impl Lock {
     /// Waits until nobody changes the store; needs no write permission. `None` if there is no store's folder.
     pub fn shared(path: &Path) -> Result<Option<Self>, KmsError> {
-        let opened = match File::open(path) {
+        let opened = match files::open(path) {
             Err(e) if e.kind() == ErrorKind::NotFound => open_or_create(path),
             opened => opened,
         };
@@ -50,7 +51,7 @@ impl Lock {
 }
 
 fn open_or_create(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    files::open_with(path, OFlag::O_RDWR | OFlag::O_CREAT)
 }
 
 fn lock(file: &File, kind: locks::Kind, byte: Bytes, path: &Path) -> Result<(), KmsError> {

@@ -31,9 +31,9 @@ mod store;
 pub mod tags;
 
 use crate::audit::AuditLog;
+use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::config::Settings;
-use crate::base::hardened::Hardened;
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
 use clock::{Clock, SystemClock};

@@ -3,6 +3,7 @@
 //! Its caller holds the store's lock whenever it reads or writes the file.
 
 use crate::base::hardened::Hardened;
+use crate::base::root::files;
 use crate::kms::KmsError;
 use crate::kms::embedded::keys::{RootKey, StoreKeys};
 use crate::kms::embedded::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
@@ -10,7 +11,8 @@ use crate::kms::embedded::plain::failed;
 use crate::kms::embedded::records::{Change, Transaction};
 use crate::kms::embedded::state::State;
 use crate::kms::embedded::{anchor, root_key};
-use std::fs::{File, OpenOptions};
+use nix::fcntl::OFlag;
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -38,7 +40,7 @@ pub struct OpenLog {
 impl OpenLog {
     /// Opens the log at `path`, fetches its root key from `config` and reads it all; `None` if there is no log.
     pub fn load(path: &Path, config: &Path, hardened: Hardened) -> Result<Option<Self>, KmsError> {
-        let file = match File::open(path) {
+        let file = match files::open(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|e| failed("read the KMS store", path, &e))?,
         };
@@ -68,7 +70,7 @@ impl OpenLog {
 
     /// The id of the store whose log is at `path`, if its header says one; nothing vouches for it.
     pub fn store_at(path: &Path) -> Option<Uuid> {
-        let start = File::open(path).and_then(|file| first_bytes_of(&file)).ok()?;
+        let start = files::open(path).and_then(|file| first_bytes_of(&file)).ok()?;
         Header::parse(&start).ok().map(|header| header.store)
     }
 
@@ -82,7 +84,7 @@ impl OpenLog {
         let same = |a: std::fs::Metadata, b: std::fs::Metadata| {
             (a.dev(), a.ino()) == (b.dev(), b.ino()) && b.len() >= self.end
         };
-        match (self.file.metadata(), std::fs::metadata(&self.path)) {
+        match (self.file.metadata(), self.path.symlink_metadata()) {
             (Ok(mine), Ok(theirs)) => same(mine, theirs),
             _ => false,
         }
@@ -256,7 +258,7 @@ impl OpenLog {
     }
 
     fn writable(&self) -> std::io::Result<File> {
-        OpenOptions::new().write(true).open(&self.path)
+        files::open_with(&self.path, OFlag::O_WRONLY)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Pure. A marker names the last item that was shown, so that what is made or removed meanwhile neither repeats nor
 //! hides an item that was there all the time.
 
-use crate::kms::embedded::admin::out_of_range;
+use crate::kms::errors::out_of_range;
 use crate::kms::{Exception, KmsError};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -9,6 +9,7 @@ use crate::kms::embedded::clock::Moment;
 use crate::kms::embedded::grant_records::{GrantEntry, GrantName};
 use crate::kms::embedded::keys::SEALED_LEN;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
@@ -253,6 +254,15 @@ mod sealed {
         let bytes = STANDARD.decode(text).map_err(D::Error::custom)?;
         bytes.try_into().map_err(|_| D::Error::custom("sealed material has another length"))
     }
+}
+
+/// KeyMaterialId: names one version of one key on the wire, and says nothing of its secret.
+pub fn material_id(key: Uuid, version: Uuid) -> String {
+    let mut hash = Sha256::new();
+    hash.update(b"sealblk kms key material id\0");
+    hash.update(key.as_bytes());
+    hash.update(version.as_bytes());
+    hex::encode(hash.finalize())
 }
 
 #[cfg(test)]

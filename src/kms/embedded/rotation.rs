@@ -2,12 +2,11 @@
 //! can be read.
 
 use crate::kms::embedded::Embedded;
-use crate::kms::embedded::admin::out_of_range;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::Material;
-use crate::kms::embedded::data::material_id;
 use crate::kms::embedded::open_log::OpenLog;
-use crate::kms::embedded::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry};
+use crate::kms::embedded::records::{Change, KeyEntry, Rotation, RotationType, VersionEntry, material_id};
+use crate::kms::errors::out_of_range;
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;

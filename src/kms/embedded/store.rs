@@ -3,9 +3,9 @@
 //! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md argues each
 //! crash point.
 
-use crate::base::root::{create_dir_durable, replace_file, sync_dir};
-use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::base::hardened::Hardened;
+use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::kms::KmsError;
 use crate::kms::embedded::clock::{Clock, Moment};
 use crate::kms::embedded::lock::Lock;
@@ -195,10 +195,10 @@ impl Store {
     /// Removes what a rewriting that was killed has left, since it may hold material that is to be deleted.
     fn remove_leftovers(&self) -> Result<(), KmsError> {
         let fail = |e: std::io::Error| failed("tidy", &self.dir, &e);
-        for entry in std::fs::read_dir(&self.dir).map_err(fail)? {
-            let path = entry.map_err(fail)?.path();
+        for entry in files::names(&self.dir).map_err(fail)? {
+            let path = self.dir.join(entry);
             if path.extension().is_some_and(|e| e == "tmp") {
-                std::fs::remove_file(&path).map_err(|e| failed("remove", &path, &e))?;
+                files::remove(&path).map_err(|e| failed("remove", &path, &e))?;
             }
         }
         Ok(())

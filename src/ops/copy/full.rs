@@ -4,7 +4,7 @@
 //! clears that away, and is locked (flock) by who is at it. The same copy asked for again goes on with what it finds. The
 //! rename to `.json` **is the moment**. `docs/format.md` argues the steps.
 
-use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
@@ -80,11 +80,11 @@ impl Copying {
     fn make_layer(&self, catalog: &Catalog) -> Result<()> {
         let layer = self.copy.layout().top();
         let path = catalog.layer_path(layer.id);
-        match std::fs::metadata(&path) {
+        match path.symlink_metadata() {
             // Whoever made it may have been cut off before its name was durable.
             Ok(found) if found.len() == layer.size => return sync_dir(&catalog.root().layers()),
             // Cut off in its making: nothing was written to it.
-            Ok(_) => std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?,
+            Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
             Err(_) => create_dir_durable(&catalog.root().layers())?,
         }
         make_layer(&path, layer.size, false)
@@ -98,7 +98,7 @@ impl Copying {
         let _store = StoreLock::acquire(catalog)?;
         catalog.mark_frozen(self.copy.layers());
         let (from, to) = (catalog.copying_path(self.copy.id()), catalog.snapshot_path(self.copy.id()));
-        std::fs::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+        files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
         sync_dir(&catalog.root().snapshots())?;
         Ok(self.copy)
     }
@@ -138,7 +138,7 @@ fn interrupted(
 
 /// None if somebody else has it, or it is gone.
 fn lock(path: &PathBuf) -> Result<Option<Flock<File>>> {
-    let file = match File::open(path) {
+    let file = match files::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::from(e).context(format!("open {}", path.display()))),

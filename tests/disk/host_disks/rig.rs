@@ -1,11 +1,11 @@
 //! A store on a disk, and a guest that writes where blocks are shared.
 
 use crate::common::attach::{Host, Place, flush, read};
+use crate::common::content::Reader;
 use crate::common::disk::pattern;
 use crate::common::frontend::block::{OK, Pending, complete};
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Options, Request, Segment, Session};
-use crate::common::content::Reader;
 use crate::common::loop_disk::{Kind, LoopDisk};
 use crate::common::store::Store;
 use serde_json::Value;

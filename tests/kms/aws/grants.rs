@@ -398,8 +398,8 @@ fn a_grant_of_another_name_is_not_retired_in_place_of_one_that_was_not_made() {
     };
     kms.create_grant(&kms.owner(), &site.key, &new, false).unwrap();
     let said = site.place.store.run(&["gc"]);
-    assert_eq!(said.status.code(), Some(4), "{}", crate::store::said(&said));
-    assert!(crate::store::said(&said).contains("may know it in a few minutes"));
+    assert_eq!(said.status.code(), Some(4), "{}", crate::common::store::said(&said));
+    assert!(crate::common::store::said(&said).contains("may know it in a few minutes"));
     assert_eq!((grants(&site).len(), notes(&site.place)), (1, 1), "neither made nor retired");
     // Once the KMS would know it by now, there is none.
     let path =

@@ -45,7 +45,9 @@ fn in_its_environment() {
         sealblk::base::hardened::harden().unwrap(),
     );
     let grantee = admin.locality().root_arn();
-    let provider = Aws::open(Patience(limit()), Some(grantee.clone()), sealblk::base::hardened::harden().unwrap()).unwrap();
+    let provider =
+        Aws::open(Patience(limit()), Some(grantee.clone()), sealblk::base::hardened::harden().unwrap())
+            .unwrap();
     // The ARN's region is where the request goes; this KMS is not that region's.
     let message = "Credential should be scoped to a valid region, not 'mars-north-1'. ";
     let elsewhere = KmsError::AccessDenied(message.into());

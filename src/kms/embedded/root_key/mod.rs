@@ -7,8 +7,8 @@
 pub mod passphrase;
 pub mod wrapped;
 
-use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::base::hardened::Hardened;
+use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
 use crate::kms::embedded::keys::RootKey;

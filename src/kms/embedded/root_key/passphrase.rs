@@ -4,8 +4,8 @@
 //! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of credentials
 //! and the terminal from the host process, which itself asks for nothing.
 
-use crate::crypt::SecretMem;
 use crate::base::hardened::Hardened;
+use crate::crypt::SecretMem;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
 use nix::errno::Errno;

@@ -1,10 +1,10 @@
 //! Encrypt, Decrypt, ReEncrypt, GenerateDataKey*, GenerateRandom.
 
 use crate::kms::KmsError;
-use crate::kms::embedded::admin::out_of_range;
 use crate::kms::embedded::blob::{Blob, HEADER_LEN, PLAINTEXT_MAX, TAG_LEN};
 use crate::kms::embedded::data::{RANDOM_LEN, Sealed, unknown_key};
 use crate::kms::embedded::grant_records::GrantOperation;
+use crate::kms::errors::out_of_range;
 use crate::kms::server::operations::{Answer, Request};
 use crate::kms::server::wire::{Fields, WireError, constraint, missing};
 use base64::Engine;

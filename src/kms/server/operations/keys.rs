@@ -1,7 +1,8 @@
 //! Keys and aliases.
 
-use crate::kms::embedded::admin::{AliasMetadata, DELETION_DAYS, KeyMetadata, NewKey, out_of_range};
+use crate::kms::embedded::admin::{AliasMetadata, DELETION_DAYS, KeyMetadata, NewKey};
 use crate::kms::embedded::grant_records::GrantOperation;
+use crate::kms::errors::out_of_range;
 use crate::kms::server::operations::{Answer, Request, paged, seconds};
 use crate::kms::server::wire::{Fields, WireError, missing};
 use crate::kms::{EncryptionContext, KeyState};

@@ -1,10 +1,10 @@
 //! Rotation, tags and policies.
 
-use crate::kms::embedded::admin::out_of_range;
 use crate::kms::embedded::page::Page;
 use crate::kms::embedded::records::RotationType;
 use crate::kms::embedded::rotation::{DEFAULT_PERIOD, KeyVersion, PERIOD_DAYS};
 use crate::kms::embedded::tags::POLICY_NAME;
+use crate::kms::errors::out_of_range;
 use crate::kms::server::operations::{Answer, Request, keys, paged, seconds};
 use crate::kms::server::wire::WireError;
 use serde_json::{Value, json};

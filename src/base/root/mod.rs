@@ -1,9 +1,12 @@
 //! Where a store lies on disk: the root folder and the names inside it.
 
-use crate::base::{Context, Error, Kind, Result};
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+pub mod files;
+pub mod offered;
+pub mod owners;
+
+pub use files::{create_dir_durable, replace_file, sync_dir};
+
+use crate::base::{Error, Kind, Result};
 use std::path::{Path, PathBuf};
 
 /// The root folder of a sealblk store.
@@ -11,9 +14,9 @@ use std::path::{Path, PathBuf};
 pub struct Root(PathBuf);
 
 impl Root {
-    /// The root at `path`; nothing is created yet.
+    /// The root at `path`; nothing is created yet. Symbolic links in the path are resolved now: below, none is followed.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Root(path.into())
+        Root(resolved(&path.into()))
     }
 
     /// The default: `/var/lib/sealblk` for root, else `$XDG_DATA_HOME/sealblk` or
@@ -29,6 +32,7 @@ impl Root {
             Some(dir) if !dir.is_empty() => Ok(dir.into()),
             _ => xdg("/etc", "XDG_CONFIG_HOME", ".config"),
         }
+        .map(|dir: PathBuf| resolved(&dir))
     }
 
     /// The root folder itself.
@@ -56,9 +60,14 @@ impl Root {
         self.0.join("kms")
     }
 
-    /// `grants/`, a note for each grant of an attach.
+    /// `grants/`, where earlier versions noted the grants of attaches. Nothing there is read.
     pub fn grants(&self) -> PathBuf {
         self.0.join("grants")
+    }
+
+    /// `event-sinks/`, how far each sink was served.
+    pub fn event_sinks(&self) -> PathBuf {
+        self.0.join("event-sinks")
     }
 
     /// `events.jsonl`.
@@ -85,47 +94,17 @@ fn xdg(system: &str, variable: &str, below_home: &str) -> Result<PathBuf> {
     Ok(Path::new(&home).join(below_home).join("sealblk"))
 }
 
-/// Makes `dir` and its parents, mode 0700, and makes the new entries durable.
-pub fn create_dir_durable(dir: &Path) -> Result<()> {
-    if dir.is_dir() {
-        return Ok(());
+/// The path without symbolic links, as far as it leads to something; the rest is as it was.
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for above in path.ancestors() {
+        if let Ok(real) = above.canonicalize() {
+            let below = path.strip_prefix(above).unwrap_or(Path::new(""));
+            // An empty name would leave a slash at the end.
+            return if below.as_os_str().is_empty() { real } else { real.join(below) };
+        }
     }
-    let parent = parent_of(dir);
-    if !parent.is_dir() {
-        create_dir_durable(parent)?;
-    }
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => sync_dir(parent),
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-        Err(e) => Err(Error::from(e).context(format!("create folder {}", dir.display()))),
-    }
-}
-
-/// fsyncs a folder, so that names made, renamed or removed in it survive a power cut.
-pub fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).context(|| format!("sync folder {}", dir.display()))
-}
-
-/// Replaces `path` with `bytes`, mode 0600, atomically and durably: temporary file, fsync, rename,
-/// fsync of the folder. After a power cut the file holds the old bytes or the new, never a mixture.
-pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let tmp = {
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.tmp", uuid::Uuid::new_v4().simple()));
-        path.with_file_name(name)
-    };
-    let write = || -> std::io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&tmp, path)
-    };
-    if let Err(e) = write() {
-        // Best effort: the error that matters is the first one.
-        let _ = std::fs::remove_file(&tmp);
-        return Err(Error::from(e).context(format!("write {}", path.display())));
-    }
-    sync_dir(parent_of(path))
+    path
 }
 
 fn parent_of(path: &Path) -> &Path {

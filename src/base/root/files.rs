@@ -1,0 +1,429 @@
+//! How files below a store's root, and beside the root key, are opened, made, replaced and removed: the one way to do it.
+//!
+//! Others may have left things there: a symbolic link where a record is looked for, a named pipe that never ends, a folder
+//! that is a link to another one. So nothing here follows a symbolic link, in no part of a path: the root's own path was
+//! resolved once, when the command began ([`crate::base::root::Root::new`]). Nothing waits for a peer, and what is opened is what was
+//! asked for: a regular file, a folder, or, for a layer, a block device. Names are looked up relative to the descriptor of
+//! the folder that they lie in.
+//!
+//! The kernel sees to the links (`openat2` with `RESOLVE_NO_SYMLINKS`). A process that is confined may not make that call,
+//! whose flags lie in memory where its filter cannot judge them; there, and on a kernel that does not have it, the last part
+//! of a path is guarded (`O_NOFOLLOW`), and the others by Landlock.
+
+use crate::base::root::parent_of;
+use crate::base::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::unistd::{LinkatFlags, UnlinkatFlags};
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// What lies there is not what a store has there: a link, a pipe, a folder in place of a file. An [`io::Error`] can carry it;
+/// as an [`crate::base::Error`] it is of the kind `Corrupt`.
+#[derive(Debug)]
+pub struct Strange(String);
+
+impl fmt::Display for Strange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Strange {}
+
+fn strange(what: impl Into<String>) -> io::Error {
+    io::Error::new(ErrorKind::InvalidInput, Strange(what.into()))
+}
+
+/// Opens a regular file for reading.
+pub fn open(path: &Path) -> io::Result<File> {
+    open_with(path, OFlag::O_RDONLY)
+}
+
+/// Opens a regular file; one that is made has mode 0600.
+pub fn open_with(path: &Path, flags: OFlag) -> io::Result<File> {
+    open_if(path, flags, |kind| kind == SFlag::S_IFREG, "a regular file")
+}
+
+/// Opens what can hold a layer's bytes: a regular file, or a block device.
+pub fn open_layer(path: &Path, flags: OFlag) -> io::Result<File> {
+    let holds = |kind| kind == SFlag::S_IFREG || kind == SFlag::S_IFBLK;
+    open_if(path, flags, holds, "a regular file or a block device")
+}
+
+/// Opens what can be looked at: the caller sees what it is. A named pipe does not wait for its other end.
+pub(super) fn open_image(path: &Path) -> io::Result<File> {
+    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?.into())
+}
+
+/// Opens a folder, to look names up in it, to list it, or to lock it.
+pub fn folder(path: &Path) -> io::Result<File> {
+    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?.into())
+}
+
+fn open_if(path: &Path, flags: OFlag, is_wanted: fn(SFlag) -> bool, wanted: &str) -> io::Result<File> {
+    // A named pipe would wait for its other end.
+    let file = open_guarded(path, flags | OFlag::O_NONBLOCK)?;
+    let kind = kind_of(&fstat(&file)?);
+    if !is_wanted(kind) {
+        return Err(strange(format!("it is {}, not {wanted}", words(kind))));
+    }
+    // io_uring gives up at once what would have to wait, where this is set.
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
+    Ok(file.into())
+}
+
+fn open_guarded(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    // The kernel takes no other flag with O_PATH, which opens no terminal in any case.
+    let flags = if flags.contains(OFlag::O_PATH) { flags } else { flags | OFlag::O_NOCTTY };
+    let mode = if flags.contains(OFlag::O_CREAT) { Mode::from_bits_truncate(0o600) } else { Mode::empty() };
+    let resolve = ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let how = OpenHow::new().flags(flags).mode(mode).resolve(resolve);
+    let opened = match nix::fcntl::openat2(AT_FDCWD, path, how) {
+        // No such call here: of an old kernel, or of whatever keeps this process from it.
+        Err(Errno::ENOSYS | Errno::EPERM) => nix::fcntl::open(path, flags, mode),
+        opened => opened,
+    };
+    opened.map_err(|e| match e {
+        Errno::ELOOP => strange("it is a symbolic link, or lies below one, and none is followed here"),
+        Errno::ENOTDIR => match nix::sys::stat::lstat(path) {
+            // What O_NOFOLLOW with O_DIRECTORY says of a link.
+            Ok(found) if kind_of(&found) == SFlag::S_IFLNK => {
+                strange("it is a symbolic link, and none is followed here")
+            }
+            _ => e.into(),
+        },
+        // A named pipe that nobody reads, or a socket.
+        Errno::ENXIO => strange("it is no file"),
+        e => e.into(),
+    })
+}
+
+fn kind_of(found: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(found.st_mode & SFlag::S_IFMT.bits())
+}
+
+fn words(kind: SFlag) -> &'static str {
+    match kind {
+        SFlag::S_IFDIR => "a folder",
+        SFlag::S_IFIFO => "a named pipe",
+        SFlag::S_IFSOCK => "a socket",
+        SFlag::S_IFCHR => "a character device",
+        SFlag::S_IFBLK => "a block device",
+        SFlag::S_IFLNK => "a symbolic link",
+        _ => "a file",
+    }
+}
+
+/// Reads a regular file whole, up to `max` bytes; a longer one is refused.
+pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path)?.take(max + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 <= max {
+        true => Ok(bytes),
+        false => Err(strange(format!("it is longer than {max} bytes"))),
+    }
+}
+
+/// The names in a folder, in no order.
+pub fn names(path: &Path) -> io::Result<Vec<OsString>> {
+    let mut folder = nix::dir::Dir::from_fd(folder(path)?.into())?;
+    let mut names = Vec::new();
+    for entry in folder.iter() {
+        let name = entry?.file_name().to_bytes().to_owned();
+        if name != b"." && name != b".." {
+            names.push(std::os::unix::ffi::OsStringExt::from_vec(name));
+        }
+    }
+    Ok(names)
+}
+
+/// Whether there is anything of that name; where that cannot be told, there is not.
+pub fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Whether `path` means the file that is open.
+pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match path.symlink_metadata() {
+        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// A name in a folder that is open.
+struct Place<'a> {
+    folder: File,
+    name: &'a OsStr,
+}
+
+impl<'a> Place<'a> {
+    fn of(path: &'a Path) -> io::Result<Self> {
+        let name = path.file_name().ok_or_else(|| strange("it is no file's name"))?;
+        Ok(Place { folder: folder(parent_of(path))?, name })
+    }
+}
+
+/// Removes a name that is no folder's: what a symbolic link leads to stays.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let Place { folder, name } = Place::of(path)?;
+    Ok(nix::unistd::unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
+}
+
+/// As [`remove`]; a name that is not there is as good.
+pub fn remove_if_there(path: &Path) -> io::Result<()> {
+    match remove(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the name of a file that is open, unless another file has the name by now.
+pub fn remove_name_of(file: &File, path: &Path) -> io::Result<()> {
+    let Place { folder, name } = Place::of(path)?;
+    let (ours, there) = (fstat(file)?, fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
+    if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino) {
+        return Err(io::Error::new(ErrorKind::ResourceBusy, "it was replaced by another file just now"));
+    }
+    Ok(nix::unistd::unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
+}
+
+/// Removes a folder and the files in it; one with a folder in it stays.
+pub fn remove_folder(path: &Path) -> io::Result<()> {
+    let inner = folder(path)?;
+    for name in names(path)? {
+        nix::unistd::unlinkat(&inner, &*name, UnlinkatFlags::NoRemoveDir)?;
+    }
+    let Place { folder, name } = Place::of(path)?;
+    Ok(nix::unistd::unlinkat(&folder, name, UnlinkatFlags::RemoveDir)?)
+}
+
+/// Gives a file another name; one that has it loses it.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (Place::of(from)?, Place::of(to)?);
+    Ok(nix::fcntl::renameat(&from.folder, from.name, &to.folder, to.name)?)
+}
+
+/// Gives the file that is open as `file`, and has the name `from`, the name `to` as well, which nothing has yet.
+///
+/// # Errors
+/// `ResourceBusy` if `from` means another file by now: nothing has the name `to` then.
+pub fn link(file: &File, from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (Place::of(from)?, Place::of(to)?);
+    nix::unistd::linkat(&from.folder, from.name, &to.folder, to.name, LinkatFlags::empty())?;
+    let (ours, there) = (fstat(file)?, fstatat(&to.folder, to.name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
+    if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino) {
+        return Ok(());
+    }
+    // This process has made that name just now, whatever it means.
+    nix::unistd::unlinkat(&to.folder, to.name, UnlinkatFlags::NoRemoveDir)?;
+    Err(io::Error::new(ErrorKind::ResourceBusy, "it was replaced by another file just now"))
+}
+
+/// Makes a regular file or block device have these permissions.
+pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    let file = open_layer(path, OFlag::O_RDONLY)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
+}
+
+/// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process talked to in
+/// place of another.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    let socket = open_guarded(path, OFlag::O_PATH)?;
+    // The path of a socket is at most 107 bytes long, and the store's may be longer.
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+}
+
+/// Makes `dir` and its parents, mode 0700, and makes the new entries durable.
+pub fn create_dir_durable(dir: &Path) -> Result<()> {
+    let attempt = || format!("create folder {}", dir.display());
+    match folder(dir) {
+        Ok(_) => return Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e).context(attempt),
+    }
+    let parent = parent_of(dir);
+    if parent != dir {
+        create_dir_durable(parent)?;
+    }
+    let Place { folder: inside, name } = Place::of(dir).context(attempt)?;
+    match nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU) {
+        Ok(()) => inside.sync_all().context(|| format!("sync folder {}", parent.display())),
+        Err(Errno::EEXIST) => folder(dir).map(drop).context(attempt),
+        Err(e) => Err(e).context(attempt),
+    }
+}
+
+/// fsyncs a folder, so that names made, renamed or removed in it survive a power cut.
+pub fn sync_dir(dir: &Path) -> Result<()> {
+    folder(dir).and_then(|d| d.sync_all()).context(|| format!("sync folder {}", dir.display()))
+}
+
+/// Replaces `path` with `bytes`, mode 0600, atomically and durably: temporary file, fsync, rename,
+/// fsync of the folder. After a power cut the file holds the old bytes or the new, never a mixture.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_and(path, bytes, rename)
+}
+
+/// As [`replace_file`], where there is no such file yet.
+///
+/// # Errors
+/// `Other`, if there is one: it stays as it is.
+pub fn create_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_and(path, bytes, |tmp, path| {
+        link(&open(tmp)?, tmp, path)?;
+        remove(tmp)
+    })
+}
+
+fn write_and(path: &Path, bytes: &[u8], name: impl FnOnce(&Path, &Path) -> io::Result<()>) -> Result<()> {
+    let tmp = {
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.tmp", uuid::Uuid::new_v4().simple()));
+        path.with_file_name(name)
+    };
+    let write = || -> io::Result<()> {
+        let mut file = open_with(&tmp, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        name(&tmp, path)
+    };
+    if let Err(e) = write() {
+        // Best effort: the error that matters is the first one.
+        let _ = remove(&tmp);
+        return Err(e).context(|| format!("write {}", path.display()));
+    }
+    sync_dir(parent_of(path))
+}
+
+/// Runs `f` with `path` as the working folder. Only while the process has one thread.
+pub fn inside<T>(path: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = File::open(".").context(|| "find the working folder")?;
+    let folder = folder(path).context(|| format!("enter {}", path.display()))?;
+    nix::unistd::fchdir(folder.as_fd()).context(|| format!("enter {}", path.display()))?;
+    let result = f();
+    nix::unistd::fchdir(before.as_fd()).context(|| "go back to the working folder")?;
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn place() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        (dir, top)
+    }
+
+    #[test]
+    fn no_part_of_a_path_is_a_link() {
+        let (_dir, top) = place();
+        std::fs::create_dir(top.join("real")).unwrap();
+        std::fs::write(top.join("real/file"), "x").unwrap();
+        symlink("real", top.join("link")).unwrap();
+        symlink("real/file", top.join("name")).unwrap();
+        assert_eq!(read(&top.join("real/file"), 1).unwrap(), b"x");
+        for path in ["link/file", "name"].map(|path| top.join(path)) {
+            let e = open(&path).unwrap_err();
+            assert_eq!(crate::base::Error::from(e).kind(), crate::base::Kind::Corrupt, "{}", path.display());
+        }
+        assert!(folder(&top.join("link")).is_err() && names(&top.join("link")).is_err());
+        assert!(
+            remove(&top.join("link/file")).is_err()
+                && rename(&top.join("link/file"), &top.join("x")).is_err()
+        );
+        assert!(
+            set_mode(&top.join("name"), 0o777).is_err() && create_dir_durable(&top.join("link/new")).is_err()
+        );
+        assert!(remove_folder(&top.join("link")).is_err() && top.join("real/file").exists());
+        assert!(replace_file(&top.join("link/file"), b"y").is_err());
+        // A link that has the name is what is replaced or removed, and not what it leads to.
+        replace_file(&top.join("name"), b"z").unwrap();
+        assert_eq!(
+            (read(&top.join("name"), 1).unwrap(), read(&top.join("real/file"), 1).unwrap()),
+            (b"z".into(), b"x".into())
+        );
+        symlink("real/file", top.join("again")).unwrap();
+        remove(&top.join("again")).unwrap();
+        assert!(top.join("real/file").exists());
+    }
+
+    #[test]
+    fn the_last_part_is_guarded_where_the_kernel_lacks_the_call() {
+        let (_dir, top) = place();
+        std::fs::write(top.join("file"), "x").unwrap();
+        symlink("file", top.join("link")).unwrap();
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        assert_eq!(nix::fcntl::open(&top.join("link"), flags, Mode::empty()).unwrap_err(), Errno::ELOOP);
+    }
+
+    #[test]
+    fn what_is_opened_is_what_was_asked_for() {
+        let (_dir, top) = place();
+        nix::unistd::mkfifo(&top.join("pipe"), Mode::S_IRWXU).unwrap();
+        std::os::unix::net::UnixListener::bind(top.join("socket")).unwrap();
+        std::fs::create_dir(top.join("folder")).unwrap();
+        for name in ["pipe", "socket", "folder"] {
+            for flags in [OFlag::O_RDONLY, OFlag::O_WRONLY, OFlag::O_RDWR] {
+                assert!(open_with(&top.join(name), flags).is_err(), "{name}");
+                assert!(open_layer(&top.join(name), flags).is_err(), "{name}");
+            }
+        }
+        std::fs::write(top.join("file"), "four").unwrap();
+        let file = open_with(&top.join("file"), OFlag::O_RDWR | OFlag::O_APPEND).unwrap();
+        let flags = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        let flags = OFlag::from_bits_retain(flags);
+        assert!(flags.contains(OFlag::O_APPEND) && !flags.contains(OFlag::O_NONBLOCK));
+        assert!(read(&top.join("file"), 3).is_err() && read(&top.join("file"), 4).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_not_created_again() {
+        let (_dir, top) = place();
+        let path = top.join("record");
+        create_file(&path, b"first").unwrap();
+        let e = create_file(&path, b"second").unwrap_err();
+        assert!(e.to_string().contains("exists"), "{e}");
+        assert_eq!(read(&path, 100).unwrap(), b"first");
+        assert_eq!(names(&top).unwrap(), ["record"], "no temporary file is left");
+    }
+
+    #[test]
+    fn a_name_is_given_and_taken_for_the_file_that_is_open_alone() {
+        let (_dir, top) = place();
+        let (a, b, c) = (top.join("a"), top.join("b"), top.join("c"));
+        std::fs::write(&a, "a").unwrap();
+        std::fs::write(&b, "b").unwrap();
+        let file = open(&a).unwrap();
+        assert!(link(&file, &b, &c).is_err() && !c.exists(), "it is another file's name");
+        link(&file, &a, &c).unwrap();
+        assert!(is_at(&file, &c).unwrap());
+        assert!(link(&file, &a, &b).is_err(), "the name is in use");
+        assert!(remove_name_of(&file, &b).is_err() && b.exists());
+        remove_name_of(&file, &c).unwrap();
+        assert!(a.exists() && !c.exists());
+    }
+
+    #[test]
+    fn a_socket_is_connected_to_by_its_own_name() {
+        let (_dir, top) = place();
+        let long = top.join("long".repeat(30));
+        create_dir_durable(&long).unwrap();
+        let _listener = inside(&long, || Ok(std::os::unix::net::UnixListener::bind("s")?)).unwrap();
+        connect(&long.join("s")).unwrap();
+        symlink(long.join("s"), top.join("link")).unwrap();
+        assert!(connect(&top.join("link")).is_err());
+    }
+}
