@@ -6,6 +6,7 @@ use crate::base::{Locality, Timestamp};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use uuid::Uuid;
 
 /// Bytes of JSON that one parameter may have; of a longer one only the length is recorded.
@@ -192,12 +193,22 @@ impl Process {
     }
 }
 
+/// The command that this process carries out, for its records: `volume create`.
+static COMMAND: OnceLock<String> = OnceLock::new();
+
+/// Says which command this process carries out. Said once, before anything is recorded; of a process that says nothing, the
+/// records name the program alone.
+pub fn name_command(words: &str) {
+    let _ = COMMAND.set(words.to_owned());
+}
+
 /// The program's path and its command.
 fn program() -> String {
     let path = std::env::current_exe().map_or_else(|_| "sealblk".into(), |path| path.display().to_string());
-    let known = ["attach", "unwrap", "volume", "key", "kms", "snapshot", "gc", "apply"];
-    let command = std::env::args().skip(1).find(|argument| known.contains(&argument.as_str()));
-    command.map_or(path.clone(), |command| format!("{path} {command}"))
+    match COMMAND.get() {
+        Some(command) => format!("{path} {command}"),
+        None => path,
+    }
 }
 
 #[cfg(test)]

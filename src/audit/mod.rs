@@ -14,7 +14,7 @@ pub mod mark;
 mod tail;
 pub mod verify;
 
-pub use entry::{Entry, Process, Step};
+pub use entry::{Entry, Process, Step, name_command};
 pub use line::{AuditKey, KMS_SOURCE, Position};
 
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};

@@ -7,6 +7,7 @@ pub mod hardened;
 mod locality;
 pub mod locks;
 pub mod root;
+pub mod size;
 mod timestamp;
 
 pub use error::{Context, Error, Kind, Result};

@@ -73,7 +73,7 @@ pub struct AttachArgs {
 
     /// Bytes a second, like 100MiB, at which a volume that is being re-keyed, flattened or encrypted has what its lower
     /// layers hold copied up; 0: no limit.
-    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::cli::size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::base::size::parse)]
     hydrate_rate: u64,
 
     /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does without
@@ -104,7 +104,7 @@ struct LimitArgs {
     iops: Option<u64>,
 
     /// Bytes a second, like 100MiB; 0: no limit [default: 0].
-    #[arg(long, value_name = "SIZE", value_parser = crate::cli::size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
     throughput: Option<u64>,
 
     /// How many seconds' worth of the limits a volume saves up while it is idle [default: 1].
@@ -141,7 +141,7 @@ pub struct ThrottleArgs {
     limits: LimitArgs,
 
     /// Bytes a second at which what lower layers hold is copied up; 0: no limit [default: as it is].
-    #[arg(long, value_name = "SIZE", value_parser = crate::cli::size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
     hydrate_rate: Option<u64>,
 }
 

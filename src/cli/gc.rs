@@ -4,11 +4,10 @@
 //! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
-use crate::base::root::files;
-use crate::base::{Context, Error, Result};
-use crate::cli::{Env, output, size};
-use crate::helper::grants::{self, Note, notes};
-use crate::ops::gc::{LeftOver, What};
+use crate::base::{Error, Result, size};
+use crate::cli::{Env, output};
+use crate::helper::grants::Note;
+use crate::ops::gc::{self, Collected, LeftOver};
 use serde_json::{Value, json};
 
 /// Arguments of `gc`.
@@ -72,20 +71,10 @@ impl Swept {
 /// # Errors
 /// What stands in the way of finding what is left over; the kind of the first grant that could not be retired.
 pub fn run(env: &Env, args: &Args) -> Result<()> {
-    let catalog = env.catalog();
-    // A store that does not exist is not made by looking.
-    let mut found = match env.root.path().exists() {
-        true if args.dry_run => catalog.left_overs()?,
-        true => catalog.collect()?,
-        false => Vec::new(),
-    };
-    found.extend(old_notes(env, args)?);
-    let sweep = |note: Note| {
-        let outcome = (!args.dry_run).then(|| grants::retire(&env.root, &note));
-        Swept { note, outcome }
-    };
-    let swept: Vec<Swept> = grants::stale(&catalog)?.into_iter().map(sweep).collect();
-    report(env, args, &found, &swept)?;
+    let store = env.store()?;
+    let Collected { left_overs, grants } = if args.dry_run { gc::look(&store) } else { gc::clear(&store) }?;
+    let swept: Vec<Swept> = grants.into_iter().map(|(note, outcome)| Swept { note, outcome }).collect();
+    report(env, args, &left_overs, &swept)?;
     let left = swept.iter().filter_map(|one| one.outcome.as_ref()?.as_ref().err());
     match (left.clone().next(), left.count()) {
         (None, _) => Ok(()),
@@ -93,20 +82,6 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
             Err(Error::new(first.kind(), format!("{count} grants are not retired: {first}")))
         }
     }
-}
-
-/// Removes the notes of grants that earlier versions kept in the store, where whoever writes the ciphertext could have
-/// written them. Nothing is done at the KMS because of them.
-fn old_notes(env: &Env, args: &Args) -> Result<Vec<LeftOver>> {
-    notes::warn_of_old(&env.root);
-    let paths = notes::old(&env.root)?;
-    let found: Vec<LeftOver> = paths.into_iter().filter_map(|path| LeftOver::at(What::Note, path)).collect();
-    if !args.dry_run {
-        for left in &found {
-            files::remove_if_there(&left.path).context(|| format!("remove {}", left.path.display()))?;
-        }
-    }
-    Ok(found)
 }
 
 fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result<()> {

@@ -1,7 +1,7 @@
 //! How far a copy has come, on a terminal.
 #![forbid(unsafe_code)]
 
-use crate::cli::size;
+use crate::base::size;
 use crate::host::status::Progress;
 use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};

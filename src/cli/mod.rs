@@ -18,21 +18,20 @@ pub mod kms;
 mod meter;
 pub mod output;
 pub mod progress;
-mod provider;
 mod receipt;
 pub mod settings;
-pub mod size;
 pub mod snapshot;
 pub mod volume;
 
+use crate::audit as audit_log;
 use crate::base::hardened::{Hardened, harden, harden_children};
 use crate::base::root::Root;
 use crate::base::root::owners::Owners;
 use crate::base::{Context, Error, Result};
 use crate::catalog::Catalog;
 use crate::config::Settings;
-use crate::events::EventLog;
-use clap::{Parser, Subcommand};
+use crate::ops::Store;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -49,6 +48,14 @@ pub struct Env {
 }
 
 impl Env {
+    /// The store, for the use cases.
+    ///
+    /// # Errors
+    /// `Usage` for settings that cannot be understood.
+    pub fn store(&self) -> Result<Store> {
+        Store::open(&self.root, self.hardened)
+    }
+
     /// The store's settings.
     pub fn settings(&self) -> Result<Settings> {
         Settings::load(&self.root)
@@ -57,11 +64,6 @@ impl Env {
     /// The store's volumes.
     pub fn catalog(&self) -> Catalog {
         Catalog::new(&self.root)
-    }
-
-    /// Where events are reported.
-    pub fn events(&self, settings: &Settings) -> EventLog {
-        EventLog::new(&self.root, settings)
     }
 }
 
@@ -164,7 +166,9 @@ impl Command {
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
     let hardened = harden();
-    let cli = Cli::parse_from(arguments());
+    let matches = Cli::command().get_matches_from(arguments());
+    audit_log::name_command(&command_words(&matches));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     start_log(cli.verbose);
     let json = cli.json;
     let ran = hardened.and_then(|hardened| {
@@ -181,6 +185,17 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+/// The words of the command that was given, without options and values: `volume create`.
+fn command_words(matches: &ArgMatches) -> String {
+    let mut words = Vec::new();
+    let mut next = matches.subcommand();
+    while let Some((word, below)) = next {
+        words.push(word);
+        next = below.subcommand();
+    }
+    words.join(" ")
 }
 
 /// The arguments. Called as `vhost-user-sealblk`, by management software that knows back-ends by their own binary
@@ -225,7 +240,6 @@ fn report(e: &Error, json: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn every_command_has_an_example() {

@@ -1,8 +1,7 @@
 //! How far a long command has come, on a terminal, and that it ends when it is interrupted.
 #![forbid(unsafe_code)]
 
-use crate::base::{Context, Result};
-use crate::cli::size;
+use crate::base::{Context, Result, size};
 use crate::ops::import;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::io::{IsTerminal, Write};

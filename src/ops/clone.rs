@@ -4,15 +4,15 @@
 //! (ReEncrypt), so that nobody sees it. Under another one, and where an unencrypted snapshot is to be encrypted, the new
 //! top layer has a data key of its own, and the layers below are marked to be copied up.
 
-use crate::base::{Error, Kind, Result};
-use crate::catalog::layout::{Layout, MAX_LAYERS};
+use crate::base::Result;
+use crate::catalog::layout::Layout;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata, Origin, encryption_context};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Catalog, VolumeId};
 use crate::events::EventLog;
 use crate::kms::{EncryptionContext, Failure, KeyProvider, KmsError};
-use crate::ops::create::{self, Wanted};
 use crate::ops::keys::WrappingKey;
+use crate::ops::make::{self, Wanted};
 use crate::volume::open::Unwrap;
 
 /// How a KMS is reached, by the name of its provider.
@@ -28,11 +28,12 @@ pub struct Keys<'a> {
 }
 
 /// Makes a volume from a snapshot, `wanted.geometry` large, and reports a `createVolume` event. With a `key` it is
-/// encrypted under that KMS key, without one as the snapshot is.
+/// encrypted under that KMS key, without one as the snapshot is. The caller has [checked](super::create::check) that size and
+/// sector size go with the snapshot.
 ///
 /// # Errors
-/// `Usage` for a size or sector size that the snapshot does not go with; otherwise as [`lifecycle::create`].
-pub fn create(
+/// As [`make::create`].
+pub(super) fn create(
     catalog: &Catalog,
     events: &EventLog,
     wanted: &Wanted,
@@ -40,8 +41,7 @@ pub fn create(
     key: Option<WrappingKey<'_>>,
     keys: Keys<'_>,
 ) -> Result<Metadata> {
-    check(wanted, snapshot)?;
-    create::create_with(catalog, events, wanted, |id| {
+    make::create_with(catalog, events, wanted, |id| {
         let layout = layout(id, wanted, snapshot, key, keys)?;
         let origin = Origin { snapshot: snapshot.id(), proof: snapshot.proof() };
         let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
@@ -54,24 +54,6 @@ pub fn create(
         }
         Ok(metadata)
     })
-}
-
-fn check(wanted: &Wanted, snapshot: &Snapshot) -> Result<()> {
-    let (new, old) = (wanted.geometry, snapshot.geometry());
-    let problem = if new.size() < old.size() {
-        format!("{} is of {} bytes; a volume made from it cannot be smaller", snapshot.id(), old.size())
-    } else if new.sector_size() != old.sector_size() {
-        let bytes = old.sector_size().bytes();
-        format!("{} has sectors of {bytes} bytes, and so has a volume made from it", snapshot.id())
-    } else if snapshot.layers().len() >= MAX_LAYERS {
-        format!(
-            "{} has {MAX_LAYERS} layers, the most that a volume can have; copy or flatten it first",
-            snapshot.id()
-        )
-    } else {
-        return Ok(());
-    };
-    Err(Error::new(Kind::Usage, problem))
 }
 
 fn layout(

@@ -1,29 +1,27 @@
-//! Making and deleting volumes, in steps that a power cut may separate.
-//!
-//! While a volume is being made, what will be its `volume.json` is called `creating.json`; while one is being
-//! deleted, it is called `deleting.json`. Both renames are the moment that decides. A folder with one of these
-//! names its layers, so that the next create or delete can clear away what an interrupted one left; of them, a layer
-//! that something else names stays. `docs/format.md` argues it step by step.
+//! Making a volume, empty or from a snapshot; and the rules of that, which other verbs ask about beforehand.
 
-use crate::base::root::{create_dir_durable, files, replace_file};
+use super::Store;
+use super::clone::{self, Keys};
+use super::keys::NamedKey;
+use super::make::{self, Wanted};
 use crate::base::{Error, Kind, Result};
-use crate::catalog::layer_file::make_layer;
-use crate::catalog::lock::{Holder, Purpose, VolumeLock};
-use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
-use crate::catalog::references::{CREATING, StoreLock};
-use crate::catalog::tags::{self, Tags};
-use crate::catalog::{self, Catalog, VolumeId};
-use crate::events::{Event, EventLog};
-use crate::kms::Failure;
-use crate::ops::delete::{abandon, clear_remains, rename_durably};
-use crate::ops::keys::WrappingKey;
+use crate::catalog::layout::MAX_LAYERS;
+use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::tags::Tags;
+use crate::catalog::{Metadata, Snapshot};
 
-/// A volume to be made.
-#[derive(Clone, Debug)]
-pub struct Wanted {
-    /// Its size and sector size.
-    pub geometry: Geometry,
-    /// Its name, if it shall have one; no other volume may have it.
+/// A volume that somebody wants made.
+#[derive(Clone, Debug, Default)]
+pub struct NewVolume {
+    /// Its size in bytes; without one, the snapshot's.
+    pub size: Option<u64>,
+    /// Its sector size; without one, the snapshot's, or 512 bytes.
+    pub sector_size: Option<SectorSize>,
+    /// The KMS key, by id, ARN or alias; without one, the snapshot's, or the default key of the settings.
+    pub key: Option<String>,
+    /// Whether it is not encrypted.
+    pub unencrypted: bool,
+    /// Its name; no other volume may have it.
     pub name: Option<VolumeName>,
     /// Its tags.
     pub tags: Tags,
@@ -31,120 +29,85 @@ pub struct Wanted {
     pub preallocate: bool,
 }
 
-/// Makes a volume, encrypted under a data key that the KMS makes and nobody sees; without a `key`, unencrypted.
-/// Reports how it went as a `createVolume` event.
+/// Makes a volume, from `snapshot` if there is one, and reports a `createVolume` event.
 ///
 /// # Errors
-/// The KMS's; `Busy` if the name is taken; those of the file system. Nothing of the volume is left then.
-pub fn create(
-    catalog: &Catalog,
-    events: &EventLog,
-    wanted: &Wanted,
-    key: Option<WrappingKey<'_>>,
-) -> Result<Metadata> {
-    create_with(catalog, events, wanted, |id| {
-        let key = key.map(|with| with.generate(id)).transpose()?;
-        Ok(Metadata::new(id, wanted.name.clone(), wanted.geometry, key))
-    })
+/// `Usage` for what breaks a rule ([`check`]); `Busy` if the name is taken; those of the KMS and of the file system. Nothing
+/// of the volume is left then.
+pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Metadata> {
+    let geometry = check(store, new, snapshot)?;
+    let wanted =
+        Wanted { geometry, name: new.name.clone(), tags: new.tags.clone(), preallocate: new.preallocate };
+    let key = key(store, new, snapshot)?;
+    let key = key.as_ref().map(NamedKey::wrapping);
+    let (catalog, events) = (store.catalog(), store.events());
+    let Some(snapshot) = snapshot else { return make::create(&catalog, &events, &wanted, key) };
+    let open_provider = |name: &str| store.provider(name);
+    let unwrap = |owner, key: &_| store.unwrap(owner, key);
+    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
+    clone::create(&catalog, &events, &wanted, snapshot, key, keys)
 }
 
-/// Makes a volume of what `prepare` answers, given its id.
-pub(crate) fn create_with(
-    catalog: &Catalog,
-    events: &EventLog,
-    wanted: &Wanted,
-    prepare: impl FnOnce(VolumeId) -> Result<Metadata, Failure>,
-) -> Result<Metadata> {
-    create_filled(catalog, events, wanted, prepare, |_| Ok(()))
-}
-
-/// The same, and `fill` gives it its data before it is there. What `fill` has written is durable when it returns; it
-/// makes no other layers than the metadata names.
-pub(crate) fn create_filled(
-    catalog: &Catalog,
-    events: &EventLog,
-    wanted: &Wanted,
-    prepare: impl FnOnce(VolumeId) -> Result<Metadata, Failure>,
-    fill: impl FnOnce(&Metadata) -> Result<()>,
-) -> Result<Metadata> {
-    check_name_is_free(catalog, wanted.name.as_ref())?;
-    let id = VolumeId::random();
-    // First what can fail for reasons of others, while there is nothing to clear away.
-    let made = prepare(id).and_then(|metadata| Ok(make(catalog, metadata, wanted, fill)?));
-    let result = made.as_ref().map(drop).map_err(|failure| failure.cause.clone());
-    events.record(&Event::create_volume(id, result));
-    made.map_err(|failure| failure.error.context("create a volume"))
-}
-
-fn make(
-    catalog: &Catalog,
-    metadata: Metadata,
-    wanted: &Wanted,
-    fill: impl FnOnce(&Metadata) -> Result<()>,
-) -> Result<Metadata> {
-    create_dir_durable(&catalog.root().layers())?;
-    let metadata = metadata.next_generation()?;
-    let _lock = begin(catalog, &metadata)?;
-    let made = furnish(catalog, &metadata, wanted)
-        .and_then(|()| fill(&metadata))
-        .and_then(|()| commit(catalog, &metadata));
-    if let Err(e) = made {
-        let cleared = StoreLock::acquire(catalog).and_then(|store| abandon(catalog, &metadata, &store));
-        if let Err(left) = cleared {
-            log::warn!("{left}; the next \"sealblk volume create\" or \"delete\" tries again");
-        }
-        return Err(e);
+/// Whether such a volume can be made, as far as that can be known before; its size and sector size.
+///
+/// # Errors
+/// `Usage`, naming the rule that it breaks.
+pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Geometry> {
+    if new.unencrypted {
+        check_may_be_unencrypted(store)?;
     }
-    Ok(metadata)
-}
-
-/// Makes the volume's folder, takes the volume, and writes down what is going to be made.
-fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
-    let store = StoreLock::acquire(catalog)?;
-    clear_remains(catalog, &store);
-    if let Some(origin) = metadata.origin() {
-        // From here on the new volume names its layers, and before, the snapshot did.
-        catalog.load_snapshot(origin.snapshot)?;
+    let Some(snapshot) = snapshot else {
+        return Geometry::new(new.size.unwrap_or(0), new.sector_size.unwrap_or_default());
+    };
+    let (id, of) = (snapshot.id(), snapshot.geometry());
+    if new.unencrypted && snapshot.is_encrypted() {
+        return refuse(format!(
+            "{id} is encrypted, and so is every volume that is made from it; leave out --unencrypted"
+        ));
     }
-    let folder = catalog.folder(metadata.id());
-    create_dir_durable(&folder)?;
-    let holder = Holder::this_process(Purpose::Create, None)?;
-    let begun = VolumeLock::acquire(&folder, metadata.id(), &holder).and_then(|lock| {
-        replace_file(&folder.join(CREATING), &metadata.to_json())?;
-        Ok(lock)
-    });
-    if begun.is_err() {
-        // Without a record it is harmless; the error that matters is the first one.
-        let _ = files::remove_folder(&folder);
+    if new.size.is_some_and(|size| size < of.size()) {
+        return refuse(format!("{id} is of {} bytes; a volume made from it cannot be smaller", of.size()));
     }
-    begun
-}
-
-/// Makes everything that the volume needs before it is there, but for its data.
-fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
-    if !wanted.tags.is_empty() {
-        tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
+    if new.sector_size.is_some_and(|it| it != of.sector_size()) {
+        let bytes = of.sector_size().bytes();
+        return refuse(format!("{id} has sectors of {bytes} bytes, and so has a volume made from it"));
     }
-    make_layer(&catalog.layer_path(metadata.top().id), metadata.size(), wanted.preallocate)
-}
-
-/// The rename after which the volume is there.
-fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
-    // Held over the look at the names and the rename: of two volumes of one name, one comes second.
-    let _store = StoreLock::acquire(catalog)?;
-    check_name_is_free(catalog, metadata.name())?;
-    rename_durably(&catalog.folder(metadata.id()), CREATING, catalog::FILE)
+    if snapshot.layers().len() >= MAX_LAYERS {
+        return refuse(format!(
+            "{id} has {MAX_LAYERS} layers, the most that a volume can have; copy or flatten it first"
+        ));
+    }
+    Geometry::new(new.size.unwrap_or(of.size()), of.sector_size())
 }
 
 /// # Errors
-/// `Busy` if a volume has that name.
-fn check_name_is_free(catalog: &Catalog, name: Option<&VolumeName>) -> Result<()> {
-    let Some(name) = name else { return Ok(()) };
-    match catalog.list()?.iter().find(|e| e.name() == Some(name.as_str())) {
-        None => Ok(()),
-        Some(e) => {
-            let message = format!("{} has the name \"{name}\" already; choose another", e.id);
-            Err(Error::new(Kind::Busy, message))
+/// `Usage` if the settings say that every new volume is encrypted.
+pub fn check_may_be_unencrypted(store: &Store) -> Result<()> {
+    if !store.settings().encrypt_by_default {
+        return Ok(());
+    }
+    refuse(format!(
+        "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
+        store.root().settings().display()
+    ))
+}
+
+/// Whether a volume that is made so is encrypted under a KMS key of its own, and not as its snapshot is.
+pub fn has_own_key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> bool {
+    match snapshot {
+        _ if new.unencrypted => false,
+        None => true,
+        // Without a wish, an encrypted snapshot's key; an unencrypted one's only where the settings let that be.
+        Some(snapshot) => {
+            new.key.is_some() || (store.settings().encrypt_by_default && !snapshot.is_encrypted())
         }
     }
+}
+
+fn key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Option<NamedKey>> {
+    has_own_key(store, new, snapshot).then(|| store.key(new.key.as_deref())).transpose()
+}
+
+fn refuse<T>(message: String) -> Result<T> {
+    Err(Error::new(Kind::Usage, message))
 }

@@ -4,23 +4,25 @@
 //! anything is written. The file gets its name when all of it is there; until then it has another, by which it is
 //! removed if the export ends early.
 
+use super::Store;
+use super::reach::Reach;
 use crate::audit::{AuditLog, Entry, Step};
-use crate::backing::Store;
+use crate::backing;
 use crate::base::root::sync_dir;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layout::Layout;
-use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
+use crate::catalog::lock::{self, Purpose, VolumeLock};
 use crate::catalog::metadata::{KeyOwner, encryption_context};
 use crate::catalog::{Catalog, SnapshotId, VolumeId};
 use crate::crypt::Dek;
 use crate::disk::Disk;
 use crate::disk::transfer::{self, Transfer};
-use crate::events::{Event, EventLog};
+use crate::events::Event;
 use crate::image::lock::Access;
 use crate::kms::Failure;
 use crate::virtio::{self, SECTOR_SIZE};
 use crate::volume::layers;
-use crate::volume::open::Unwrap;
+use crate::volume::open::{Opening, Taken, Unwrap};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use std::fs::{File, OpenOptions};
@@ -55,14 +57,8 @@ pub struct Target<'a> {
 /// # Errors
 /// `Busy` if there is such a file, or the volume is attached; `NotFound`; `Corrupt` for what an attach would refuse; the
 /// KMS's; those of the file system; what `watch` answers. There is no new file then.
-pub fn export(
-    catalog: &Catalog,
-    events: &EventLog,
-    what: What,
-    target: Target<'_>,
-    unwrap: Unwrap<'_>,
-    watch: Watch<'_>,
-) -> Result<u64> {
+pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -> Result<u64> {
+    let (catalog, unwrap) = (&store.catalog(), |owner, key: &_| store.unwrap(owner, key));
     let started = Timestamp::now();
     let attempt = || match what {
         What::Volume(id) => format!("export {id}"),
@@ -73,14 +69,14 @@ pub fn export(
         What::Volume(id) => (id, None),
         What::Snapshot(id) => (catalog.load_snapshot(id).context(attempt)?.volume(), Some(id)),
     };
-    let done = Source::open(catalog, what, unwrap).and_then(|source| {
+    let done = Source::open(catalog, what, &unwrap).and_then(|source| {
         let size = source.layout.geometry().size();
         source.record(catalog, snapshot, target.path)?;
         source.copy(target, watch)?;
         Ok(size)
     });
     let result = done.as_ref().map(drop).map_err(|failure| failure.cause.clone());
-    events.record(&Event::export(volume, snapshot, result, started));
+    store.events().record(&Event::export(volume, snapshot, result, started));
     done.map_err(|failure| failure.error.context(attempt()))
 }
 
@@ -88,7 +84,7 @@ pub fn export(
 struct Source {
     layout: Layout,
     owner: KeyOwner,
-    store: Arc<dyn Store>,
+    store: Arc<dyn backing::Store>,
     disk: Arc<Disk>,
     /// The volume's; a snapshot's layers do not change.
     _lock: Option<VolumeLock>,
@@ -103,17 +99,12 @@ impl Source {
     }
 
     fn volume(catalog: &Catalog, id: VolumeId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
-        let holder = Holder::this_process(Purpose::Export, None)?;
-        let lock =
-            VolumeLock::acquire(&catalog.folder(id), id, &holder).map_err(|e| advise(catalog, id, e))?;
-        let mut metadata = catalog.load(id)?;
-        catalog.recover(&lock, &metadata)?;
-        catalog.check_layers(&metadata)?;
-        let deks = unwrap_all(metadata.layout(), KeyOwner::Volume(id), unwrap)?;
-        let (layout, owner) = (metadata.layout().clone(), KeyOwner::Volume(id));
-        let layers = layers::open_all(catalog, &layout, &deks, Access::Read)?;
-        metadata.prove(&deks, || layers[0].store.has_data())?;
-        Ok(Self::over(layout, owner, &layers, Some(lock))?)
+        let Reach::Mine(lock) = Reach::of(catalog, id, Purpose::Export)? else {
+            return Err(attached(catalog, id)?.into());
+        };
+        let Taken { lock, opened } = Taken::open(catalog, lock, Opening::Read, Access::Read, unwrap)?;
+        let layout = opened.metadata.layout().clone();
+        Ok(Self::over(layout, KeyOwner::Volume(id), &opened.layers, Some(lock))?)
     }
 
     fn snapshot(catalog: &Catalog, id: SnapshotId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
@@ -191,15 +182,11 @@ fn unwrap_all(layout: &Layout, owner: KeyOwner, unwrap: Unwrap<'_>) -> Result<Ve
     layout.keys().iter().map(|key| unwrap(owner, key)).collect()
 }
 
-/// What to do about a volume that somebody has.
-fn advise(catalog: &Catalog, id: VolumeId, e: Error) -> Error {
-    match catalog.held(id) {
-        Ok(Held::By(Holder { purpose: Purpose::Attach, .. })) if e.kind() == Kind::Busy => Error::new(
-            Kind::Busy,
-            format!("{e}; make a snapshot (\"sealblk snapshot create {id}\") and export that, or detach it"),
-        ),
-        _ => e,
-    }
+/// What to do about a volume that is attached.
+fn attached(catalog: &Catalog, id: VolumeId) -> Result<Error> {
+    let e = lock::busy(id, &catalog.held(id)?);
+    let hint = format!("make a snapshot (\"sealblk snapshot create {id}\") and export that, or detach it");
+    Ok(Error::new(Kind::Busy, format!("{e}; {hint}")))
 }
 
 /// # Errors

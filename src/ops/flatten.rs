@@ -1,59 +1,103 @@
-//! Hydration by a command: of a volume that nobody has attached, and of a copy of a snapshot.
+//! Making a volume's layers one: hydrating it from everything below its top, attached or not.
+//!
+//! What is to be hydrated is noted in `volume.json` first. While the volume is attached, its host process does it in the
+//! background; of a volume that nobody has attached, [`follow`] does it. However it is interrupted, the next attach, or the
+//! next [`follow`], goes on with it.
 
-use crate::base::hardened::Hardened;
+use super::Store;
+use super::reach::{Reach, is_attached};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
-use crate::catalog::{Catalog, Metadata, Snapshot, VolumeId, leaving};
+use crate::catalog::metadata::KeyOwner;
+use crate::catalog::{Metadata, VolumeId, leaving, rekey};
 use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
-use crate::helper::unwrap;
+use crate::events::{Event, EventLog};
+use crate::host::changes::hydrate::kms_key;
+use crate::host::control;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
-use crate::ops::copy::full::Copying;
-use crate::virtio::{Geometry, SECTOR_SIZE};
-use crate::volume::layers::{self, Layer};
+use crate::volume::layers;
 use crate::volume::open::{Deks, Opened, Opening, open, shape};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-/// How often it is told how far it has come.
+/// How often a caller is told how far this process has come.
 const TELL: Duration = Duration::from_millis(250);
+/// How often a host process is asked how far it has come.
+const ASK: Duration = Duration::from_millis(500);
 
-/// Marks everything below the top of a volume to be copied up. Answers whether there is anything.
+/// Marks everything below the top of a volume to be hydrated, and reports a `hydrateVolume` event. Returns whether there is
+/// anything to do.
 ///
 /// # Errors
-/// `Busy`, naming the process that has it; those of the file system.
-pub fn mark(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
-    let lock = take(catalog, volume)?;
-    let mut metadata = catalog.load(volume)?;
-    catalog.recover(&lock, &metadata)?;
-    crate::catalog::rekey::mark_to_flatten(catalog, &lock, &mut metadata)
+/// `Busy`, naming the command that has the volume; those of its host process and of the file system.
+pub fn flatten(store: &Store, id: VolumeId) -> Result<bool> {
+    let catalog = store.catalog();
+    let mark = || match Reach::of(&catalog, id, Purpose::Hydrate)? {
+        // The host process reports the event.
+        Reach::Host => control::flatten(&catalog, id),
+        Reach::Mine(lock) => {
+            let mut metadata = catalog.load(id)?;
+            catalog.recover(&lock, &metadata)?;
+            let before = metadata.layout().hydrate();
+            let is_any = rekey::mark_to_flatten(&catalog, &lock, &mut metadata)?;
+            if is_any && metadata.layout().hydrate() != before {
+                report(&store.events(), &metadata, "hydrating");
+            }
+            Ok(is_any)
+        }
+    };
+    mark().context(|| format!("flatten {id}"))
 }
 
-/// Copies up what is marked of a volume, at most `rate` bytes a second (0: no limit), and takes the layers out of its
-/// chain. `tell` is told now and then how far it has come. If it is interrupted, it can be begun again, here or by an
-/// attach.
+/// Returns when nothing of the volume is to be hydrated any more, with what is known of it then. Of a volume that nobody has
+/// attached this process does it, at `rate` bytes a second (0: no limit), and reports a `hydrateVolume` event. `tell` is told
+/// now and then how far it has come.
 ///
 /// # Errors
-/// `Busy`, naming the process that has it; `Corrupt` for a volume that an attach would refuse; the KMS's; those of the file
-/// system.
-pub fn complete(
-    catalog: &Catalog,
-    volume: VolumeId,
-    rate: u64,
-    hardened: Hardened,
-    tell: &mut dyn FnMut(&Progress),
-) -> Result<Metadata> {
-    let lock = take(catalog, volume)?;
+/// `Busy`, naming the command that has the volume; `Corrupt` for a volume that an attach would refuse; those of the KMS and
+/// of the file system.
+pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
+    let catalog = store.catalog();
+    loop {
+        let metadata = catalog.load(id)?;
+        if metadata.layout().leaving() == 0 {
+            catalog.clear_left(id)?;
+            return Ok(metadata);
+        }
+        if is_attached(&catalog, id)? {
+            // It may be let go of at any moment.
+            if let Ok(status) = control::status(&catalog, id) {
+                status.hydration.iter().for_each(&mut *tell);
+            }
+            std::thread::sleep(ASK);
+            continue;
+        }
+        match complete(store, id, rate, tell) {
+            Err(e) if e.kind() == Kind::Busy && is_attached(&catalog, id)? => {}
+            done => {
+                let volume = done.context(|| format!("copy up the lower layers of {id}"))?;
+                report(&store.events(), &volume, "completed");
+                return Ok(volume);
+            }
+        }
+    }
+}
+
+/// Hydrates a volume that nobody has attached, and takes the layers out of its chain.
+fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
+    let catalog = store.catalog();
+    let holder = Holder::this_process(Purpose::Hydrate, None)?;
+    let lock = VolumeLock::acquire(&catalog.folder(id), id, &holder)?;
     let keys = |metadata: &Metadata| {
-        let unwrap = |key| unwrap::unwrap(hardened, catalog.root(), volume, key);
-        let dek = |key| Ok(Arc::new(unwrap(key).map_err(|r| r.error())?));
-        metadata.keys().iter().map(dek).collect::<Result<Deks>>()
+        let unwrap = |key| store.unwrap(KeyOwner::Volume(id), key).map_err(|failure| failure.error);
+        metadata.keys().iter().map(|key| unwrap(key).map(Arc::new)).collect::<Result<Deks>>()
     };
     let (Opened { mut metadata, seal_key, layers }, deks) =
-        open(catalog, &lock, Opening::Change, Access::ReadWrite, Engine::Auto, keys)?;
+        open(&catalog, &lock, Opening::Change, Access::ReadWrite, Engine::Auto, keys)?;
     drop(deks);
     let leaving = metadata.layout().leaving();
     if leaving == 0 {
@@ -62,49 +106,20 @@ pub fn complete(
     let disk = Disk::layered(shape(&metadata, false), "", layers::chain(&layers));
     let disk = disk.context(|| "open its layers")?.hydrating_lowest(leaving);
     drop(layers);
-    copy(&*Hydration::new(Arc::new(disk), rate)?, rate, tell)?;
-    leaving::commit(catalog, &lock, &mut metadata, seal_key.as_ref())?;
+    hydrate(disk, rate, tell)?;
+    leaving::commit(&catalog, &lock, &mut metadata, seal_key.as_ref())?;
     // With this their files go.
     catalog.recover(&lock, &metadata)?;
     Ok(metadata)
 }
 
-/// Brings everything that the layers of `source` have into the one layer of its copy, at most `rate` bytes a second (0: no
-/// limit), durably. `tell` is told now and then how far that has come.
+/// Hydrates a disk by a thread of its own, at `rate` bytes a second (0: no limit), until nothing is left. `tell` is told now
+/// and then how far it has come.
 ///
 /// # Errors
-/// `Busy` if somebody uses a layer in a way that does not go together with this; those of the file system.
-pub fn fill_copy(
-    catalog: &Catalog,
-    source: &Snapshot,
-    copying: &Copying,
-    rate: u64,
-    tell: &mut dyn FnMut(&Progress),
-) -> Result<()> {
-    let (dek, source_deks) = copying.deks();
-    let top = layers::ciphers(std::slice::from_ref(dek), copying.copy().layout(), Engine::Auto)?;
-    let below = layers::ciphers(source_deks, source.layout(), Engine::Auto)?;
-    let block_size = source.geometry().sector_size().bytes();
-    let records: Vec<_> = copying.copy().layers().iter().chain(source.layers()).collect();
-    let ciphers: Vec<_> = top.into_iter().chain(below).collect();
-    let opened = layers::open_stack(records.len(), |n, near| {
-        let access = if n == 0 { Access::ReadWrite } else { Access::Read };
-        Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
-    })?;
-    let sectors = source.geometry().size() / SECTOR_SIZE;
-    let disk = Disk::layered(Geometry { sectors, block_size, read_only: false }, "", layers::chain(&opened));
-    let disk = disk.context(|| "open the layers")?.hydrating();
-    drop(opened);
-    copy(&*Hydration::new(Arc::new(disk), rate)?, rate, tell)
-}
-
-fn take(catalog: &Catalog, volume: VolumeId) -> Result<VolumeLock> {
-    let holder = Holder::this_process(Purpose::Hydrate, None)?;
-    VolumeLock::acquire(&catalog.folder(volume), volume, &holder)
-}
-
-/// Runs it to its end.
-fn copy(hydration: &Hydration, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<()> {
+/// What the store says, with the place.
+pub(super) fn hydrate(disk: Disk, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<()> {
+    let hydration = &*Hydration::new(Arc::new(disk), rate)?;
     let end = std::thread::scope(|threads| {
         let (over, wait) = sync_channel(1);
         threads.spawn(move || over.send(hydration.run()));
@@ -122,4 +137,9 @@ fn copy(hydration: &Hydration, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Re
         End::Complete => Ok(()),
         End::Stopped => Err(Error::new(Kind::Other, "it was stopped")),
     }
+}
+
+/// Reports how far a volume has come with being hydrated.
+pub(super) fn report(events: &EventLog, volume: &Metadata, step: &'static str) {
+    events.record(&Event::hydrate_volume(volume.id(), kms_key(volume), step));
 }

@@ -1,4 +1,5 @@
-//! What is left over in a store: layers that nothing names, temporary files, remains of interrupted commands.
+//! What is left over in a store: layers that nothing names, temporary files, remains of interrupted commands, grants of
+//! attaches that are over.
 //!
 //! Commands clear up after interrupted ones of their own accord, by the records that those left. This finds what no
 //! record leads to as well, such as a layer whose volume's folder was removed by hand.
@@ -8,10 +9,61 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{StoreLock, named_layers};
 use crate::catalog::{self, Catalog, LayerId, VolumeId, leaving, pending};
+use crate::helper::grants::{self, Note, notes};
 use crate::image::lock::{Access, ImageLock};
+use crate::ops::Store;
 use crate::ops::delete::clear_remains;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+/// What was found in a store that nobody needs any more, and what became of it.
+pub struct Collected {
+    /// Files.
+    pub left_overs: Vec<LeftOver>,
+    /// Grants of attaches that are over; each with what came of retiring it, if that was tried.
+    pub grants: Vec<(Note, Option<Result<()>>)>,
+}
+
+/// Finds what nobody needs any more, and touches nothing.
+///
+/// # Errors
+/// `Corrupt`, naming the first record that cannot be read: then it is not known which layers are in use.
+pub fn look(store: &Store) -> Result<Collected> {
+    // A store that does not exist is not made by looking.
+    let catalog = store.catalog();
+    let mut found = if store.root().path().exists() { left_overs(&catalog)? } else { Vec::new() };
+    found.extend(old_notes(store)?);
+    let grants = grants::stale(&catalog)?.into_iter().map(|note| (note, None)).collect();
+    Ok(Collected { left_overs: found, grants })
+}
+
+/// Removes what nobody needs any more, and retires grants of attaches that are over.
+///
+/// # Errors
+/// As [`look`]; those of the file system. What had been removed until then is gone.
+pub fn clear(store: &Store) -> Result<Collected> {
+    let catalog = store.catalog();
+    let mut found = if store.root().path().exists() { collect(&catalog)? } else { Vec::new() };
+    let old = old_notes(store)?;
+    for left in &old {
+        files::remove_if_there(&left.path).context(|| format!("remove {}", left.path.display()))?;
+    }
+    found.extend(old);
+    let retire = |note: Note| {
+        let outcome = grants::retire(store.root(), &note);
+        (note, Some(outcome))
+    };
+    let grants = grants::stale(&catalog)?.into_iter().map(retire).collect();
+    Ok(Collected { left_overs: found, grants })
+}
+
+/// The notes of grants that earlier versions kept in the store, where whoever writes the ciphertext could have written them.
+/// Nothing is done at the KMS because of them.
+fn old_notes(store: &Store) -> Result<Vec<LeftOver>> {
+    notes::warn_of_old(store.root());
+    let paths = notes::old(store.root())?;
+    Ok(paths.into_iter().filter_map(|path| LeftOver::at(What::Note, path)).collect())
+}
 
 /// What a left-over is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,126 +115,123 @@ impl LeftOver {
     }
 }
 
-impl Catalog {
-    /// What is left over and belongs to nobody who is at work.
-    ///
-    /// # Errors
-    /// `Corrupt`, naming the first record that cannot be read: then it is not known which layers are in use.
-    pub fn left_overs(&self) -> Result<Vec<LeftOver>> {
-        let store = StoreLock::acquire(self)?;
-        self.find(&store)
-    }
+/// What is left over and belongs to nobody who is at work.
+///
+/// # Errors
+/// `Corrupt`, naming the first record that cannot be read: then it is not known which layers are in use.
+fn left_overs(catalog: &Catalog) -> Result<Vec<LeftOver>> {
+    let store = StoreLock::acquire(catalog)?;
+    find(catalog, &store)
+}
 
-    /// Removes what is left over, and answers what that was.
-    ///
-    /// # Errors
-    /// As [`Catalog::left_overs`]; those of the file system. What had been removed until then is gone.
-    pub fn collect(&self) -> Result<Vec<LeftOver>> {
-        let store = StoreLock::acquire(self)?;
-        let mut found = self.find(&store)?;
-        clear_remains(self, &store);
-        self.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
-        for id in self.ids()? {
-            self.tidy(id, &store)?;
-        }
-        // What the remains named is named no more.
-        found.extend(self.unnamed_layers(&store)?);
-        found.sort_by(|a, b| a.path.cmp(&b.path));
-        found.dedup_by(|a, b| a.path == b.path);
-        let snapshots = self.root().snapshots();
-        for left in &found {
-            // What lies in a volume's folder is its next holder's, who may already be waiting for it.
-            let is_temporary = left.what == What::Temporary && left.path.parent() == Some(&*snapshots);
-            if left.what == What::Layer || is_temporary {
-                remove(&left.path)?;
-            }
-        }
-        for folder in [self.root().layers(), self.root().snapshots()].iter().filter(|f| files::exists(f)) {
-            sync_dir(folder)?;
-        }
-        // What could not be removed was warned of, and is not said to be gone.
-        found.retain(|left| !files::exists(&left.path));
-        Ok(found)
+/// Removes what is left over, and answers what that was.
+///
+/// # Errors
+/// As [`left_overs`]; those of the file system. What had been removed until then is gone.
+fn collect(catalog: &Catalog) -> Result<Vec<LeftOver>> {
+    let store = StoreLock::acquire(catalog)?;
+    let mut found = find(catalog, &store)?;
+    clear_remains(catalog, &store);
+    catalog.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
+    for id in catalog.ids()? {
+        tidy(catalog, id, &store)?;
     }
-
-    fn find(&self, store: &StoreLock) -> Result<Vec<LeftOver>> {
-        let mut found = self.unnamed_layers(store)?;
-        for id in self.folders()? {
-            if self.held(id)? != Held::Free {
-                continue;
-            }
-            let folder = self.folder(id);
-            if !files::exists(&folder.join(catalog::FILE)) {
-                found.extend(LeftOver::at(What::Volume, folder));
-                continue;
-            }
-            let temporary = temporary_files(&folder)?.into_iter().chain(self.own_layers(id)?);
-            found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
-            for name in [pending::FILE, leaving::FILE] {
-                found.extend(LeftOver::at(What::Change, folder.join(name)));
-            }
+    // What the remains named is named no more.
+    found.extend(unnamed_layers(catalog, &store)?);
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found.dedup_by(|a, b| a.path == b.path);
+    let snapshots = catalog.root().snapshots();
+    for left in &found {
+        // What lies in a volume's folder is its next holder's, who may already be waiting for it.
+        let is_temporary = left.what == What::Temporary && left.path.parent() == Some(&*snapshots);
+        if left.what == What::Layer || is_temporary {
+            remove(&left.path)?;
         }
-        let snapshots = self.root().snapshots();
-        if files::exists(&snapshots) {
-            let temporary = temporary_files(&snapshots)?.into_iter();
-            found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
-        }
-        let copies = self.interrupted_copies()?.into_iter();
-        found.extend(copies.filter_map(|path| LeftOver::at(What::Snapshot, path)));
-        let deleted = self.deleted_snapshots()?.into_iter();
-        found.extend(deleted.filter_map(|path| LeftOver::at(What::Snapshot, path)));
-        Ok(found)
     }
-
-    /// The files of layers that nothing names. They are listed before the records are read: a layer that is made
-    /// meanwhile is not among them, and one that was made before was named before.
-    fn unnamed_layers(&self, store: &StoreLock) -> Result<Vec<LeftOver>> {
-        let folder = self.root().layers();
-        let attempt = || format!("list {}", folder.display());
-        let mut layers = Vec::new();
-        match files::names(&folder) {
-            Ok(names) => {
-                for name in names {
-                    let id =
-                        name.to_str().and_then(|name| name.strip_suffix(".img")?.parse::<LayerId>().ok());
-                    layers.extend(id);
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::from(e).context(attempt())),
-        }
-        layers.sort_unstable();
-        let named = named_layers(self, store)?;
-        let unnamed = layers.into_iter().filter(|layer| !named.contains(layer)).map(|l| self.layer_path(l));
-        // A file that somebody serves is in use, whatever the records say.
-        let unused = unnamed.filter(|path| ImageLock::acquire(path, Access::ReadWrite).is_ok());
-        Ok(unused.filter_map(|path| LeftOver::at(What::Layer, path)).collect())
+    for folder in [catalog.root().layers(), catalog.root().snapshots()].iter().filter(|f| files::exists(f)) {
+        sync_dir(folder)?;
     }
+    // What could not be removed was warned of, and is not said to be gone.
+    found.retain(|left| !files::exists(&left.path));
+    Ok(found)
+}
 
-    /// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.
-    fn tidy(&self, id: VolumeId, store: &StoreLock) -> Result<()> {
-        let folder = self.folder(id);
-        let is_tidy = temporary_files(&folder)?.is_empty() && self.own_layers(id)?.is_empty();
-        if is_tidy && ![pending::FILE, leaving::FILE].iter().any(|name| files::exists(&folder.join(name))) {
-            return Ok(());
+fn find(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
+    let mut found = unnamed_layers(catalog, store)?;
+    for id in catalog.folders()? {
+        if catalog.held(id)? != Held::Free {
+            continue;
         }
-        let holder = Holder::this_process(Purpose::Recover, None)?;
-        let lock = match VolumeLock::acquire(&folder, id, &holder) {
-            Ok(lock) => lock,
-            Err(e) if matches!(e.kind(), Kind::Busy | Kind::NotFound) => return Ok(()),
-            Err(e) => return Err(e),
-        };
-        temporary_files(&folder)?.iter().try_for_each(|path| remove(path))?;
-        let metadata = self.load(id)?;
-        if let Err(e) = self.check_top_is_own(&metadata) {
-            log::warn!("{e}; what an interrupted command left there stays");
-            return Ok(());
+        let folder = catalog.folder(id);
+        if !files::exists(&folder.join(catalog::FILE)) {
+            found.extend(LeftOver::at(What::Volume, folder));
+            continue;
         }
-        self.undo_pending(&lock, &metadata, Some(store))?;
-        match self.has_left_layers(id) {
-            true => self.settle_left(&lock, store),
-            false => Ok(()),
+        let temporary = temporary_files(&folder)?.into_iter().chain(catalog.own_layers(id)?);
+        found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
+        for name in [pending::FILE, leaving::FILE] {
+            found.extend(LeftOver::at(What::Change, folder.join(name)));
         }
+    }
+    let snapshots = catalog.root().snapshots();
+    if files::exists(&snapshots) {
+        let temporary = temporary_files(&snapshots)?.into_iter();
+        found.extend(temporary.filter_map(|path| LeftOver::at(What::Temporary, path)));
+    }
+    let copies = catalog.interrupted_copies()?.into_iter();
+    found.extend(copies.filter_map(|path| LeftOver::at(What::Snapshot, path)));
+    let deleted = catalog.deleted_snapshots()?.into_iter();
+    found.extend(deleted.filter_map(|path| LeftOver::at(What::Snapshot, path)));
+    Ok(found)
+}
+
+/// The files of layers that nothing names. They are listed before the records are read: a layer that is made
+/// meanwhile is not among them, and one that was made before was named before.
+fn unnamed_layers(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
+    let folder = catalog.root().layers();
+    let attempt = || format!("list {}", folder.display());
+    let mut layers = Vec::new();
+    match files::names(&folder) {
+        Ok(names) => {
+            for name in names {
+                let id = name.to_str().and_then(|name| name.strip_suffix(".img")?.parse::<LayerId>().ok());
+                layers.extend(id);
+            }
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::from(e).context(attempt())),
+    }
+    layers.sort_unstable();
+    let named = named_layers(catalog, store)?;
+    let unnamed = layers.into_iter().filter(|layer| !named.contains(layer)).map(|l| catalog.layer_path(l));
+    // A file that somebody serves is in use, whatever the records say.
+    let unused = unnamed.filter(|path| ImageLock::acquire(path, Access::ReadWrite).is_ok());
+    Ok(unused.filter_map(|path| LeftOver::at(What::Layer, path)).collect())
+}
+
+/// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.
+fn tidy(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
+    let folder = catalog.folder(id);
+    let is_tidy = temporary_files(&folder)?.is_empty() && catalog.own_layers(id)?.is_empty();
+    if is_tidy && ![pending::FILE, leaving::FILE].iter().any(|name| files::exists(&folder.join(name))) {
+        return Ok(());
+    }
+    let holder = Holder::this_process(Purpose::Recover, None)?;
+    let lock = match VolumeLock::acquire(&folder, id, &holder) {
+        Ok(lock) => lock,
+        Err(e) if matches!(e.kind(), Kind::Busy | Kind::NotFound) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    temporary_files(&folder)?.iter().try_for_each(|path| remove(path))?;
+    let metadata = catalog.load(id)?;
+    if let Err(e) = catalog.check_top_is_own(&metadata) {
+        log::warn!("{e}; what an interrupted command left there stays");
+        return Ok(());
+    }
+    catalog.undo_pending(&lock, &metadata, Some(store))?;
+    match catalog.has_left_layers(id) {
+        true => catalog.settle_left(&lock, store),
+        false => Ok(()),
     }
 }
 

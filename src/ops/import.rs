@@ -1,92 +1,105 @@
-//! Volumes made from disk images: encrypted on the way in, and there only when all of it is.
-//!
-//! It is making a volume ([`crate::ops::create`]) with one step more: the data, through the disk's own write path, durable
-//! before `volume.json` gets its name. Until then there is no volume, and what was written is cleared up like what any
-//! interrupted command leaves. Such a volume has data from its beginning, so it has a seal from its beginning.
+//! Making a volume from a disk image: its data copied in, or the file itself taken where it lies.
 
-use crate::base::{Context, Result};
-use crate::catalog::Catalog;
-use crate::catalog::metadata::{KeyOwner, Metadata, SectorSize};
-use crate::crypt::Dek;
-use crate::disk::Disk;
-use crate::disk::transfer::{self, Transfer};
-use crate::events::EventLog;
-use crate::image::Image;
-use crate::image::lock::Access;
-use crate::kms::Failure;
-use crate::ops::create::{self, Wanted};
-use crate::ops::keys::WrappingKey;
-use crate::virtio::{self, SECTOR_SIZE};
-use crate::volume::layers;
-use crate::volume::open::Unwrap;
-use std::cell::OnceCell;
-use std::sync::Arc;
+use super::Store;
+use super::create::check_may_be_unencrypted;
+use super::import_copy::{self, Key, size_of};
+use super::import_in_place::{self, Candidate};
+use super::make::Wanted;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::Metadata;
+use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::tags::Tags;
+use crate::image::{BackingFiles, Format, Image};
+use std::path::{Path, PathBuf};
 
 pub use crate::disk::transfer::{Watch, interrupted};
 
-/// Under which KMS key an imported volume is, and how its data key is unwrapped for the time that it takes.
-#[derive(Clone, Copy)]
-pub struct Key<'a> {
-    /// Makes and wraps the data key.
-    pub wrapping: WrappingKey<'a>,
-    /// Unwraps it.
-    pub unwrap: Unwrap<'a>,
+/// An image that is to become a volume.
+#[derive(Clone, Debug)]
+pub struct Import {
+    /// The image: a file or a block device.
+    pub file: PathBuf,
+    /// How its bytes are to be understood; without one, it is looked at.
+    pub format: Option<Format>,
+    /// Whether the files are read that a qcow2 image says it is based on.
+    pub backing: BackingFiles,
+    /// The volume's size in bytes; without one, the image's in whole sectors.
+    pub size: Option<u64>,
+    /// The volume's sector size; without one, 512 bytes.
+    pub sector_size: Option<SectorSize>,
+    /// The KMS key, by id, ARN or alias; without one, the default key of the settings.
+    pub key: Option<String>,
+    /// Whether the volume is not encrypted.
+    pub unencrypted: bool,
+    /// Its name; no other volume may have it.
+    pub name: Option<VolumeName>,
+    /// Its tags.
+    pub tags: Tags,
+    /// Whether the file system sets the whole size aside now.
+    pub preallocate: bool,
 }
 
-/// The least size in bytes of a volume that an image of `len` bytes fits into: whole sectors.
-pub fn size_of(len: u64, sector_size: SectorSize) -> u64 {
-    let unit = u64::from(sector_size.bytes());
-    len.checked_next_multiple_of(unit).unwrap_or(u64::MAX)
-}
-
-/// Makes a volume that holds what `image` holds, with zeros to the end of `wanted.geometry`, which is no smaller.
-/// Without a `key` it is not encrypted. Reports a `createVolume` event.
+/// Makes a volume with what the image holds. `watch` is told how far it has come. Reports a `createVolume` event.
 ///
 /// # Errors
-/// As [`lifecycle::create`]; those of reading the image; what `watch` answers. Nothing of the volume is left then.
-pub fn import(
-    catalog: &Catalog,
-    events: &EventLog,
-    wanted: &Wanted,
-    image: &Image,
-    key: Option<Key<'_>>,
-    watch: Watch<'_>,
-) -> Result<Metadata> {
-    assert!(wanted.geometry.size() >= image.size(), "the volume is no smaller than the image");
-    let deks = OnceCell::new();
-    let prepare = |id| {
-        let fresh = key.map(|key| key.wrapping.generate(id)).transpose()?;
-        let mut metadata = Metadata::new(id, wanted.name.clone(), wanted.geometry, fresh);
-        let found = unwrap_all(&metadata, key)?;
-        metadata.seal(&found);
-        Ok(deks.get_or_init(|| found)).map(|_| metadata)
+/// `Usage` for an image that cannot be read, or a size that is too small for it; as [`super::create::create`]; what `watch`
+/// says. Nothing of the volume is left then.
+pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metadata> {
+    let mut copy = || {
+        if import.unencrypted {
+            check_may_be_unencrypted(store)?;
+        }
+        let image = Image::open(&import.file, import.format, import.backing)?;
+        let wanted = wanted(import, image.size())?;
+        let (catalog, events) = (store.catalog(), store.events());
+        if import.unencrypted {
+            return import_copy::import(&catalog, &events, &wanted, &image, None, watch);
+        }
+        let named = store.key(import.key.as_deref())?;
+        let unwrap = |owner, key: &_| store.unwrap(owner, key);
+        let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
+        import_copy::import(&catalog, &events, &wanted, &image, Some(key), watch)
     };
-    create::create_filled(catalog, events, wanted, prepare, |metadata| {
-        let deks = deks.get().expect("what is filled was prepared");
-        fill(catalog, metadata, deks, image, watch).context(|| "copy the image")
-    })
+    copy().context(|| attempt(&import.file))
 }
 
-/// The data keys of a new volume.
-pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Vec<Dek>, Failure> {
-    let Some(Key { unwrap, .. }) = key else { return Ok(Vec::new()) };
-    metadata.keys().iter().map(|record| unwrap(KeyOwner::Volume(metadata.id()), record)).collect()
+/// Makes a volume whose lowest layer is the image's own file, which is the store's afterwards. Reports a `createVolume`
+/// event.
+///
+/// # Errors
+/// `Usage` for what is no raw image in a file of its own on the store's file system; `Busy` if somebody has it open; as
+/// [`super::create::create`]. The file is as it was then.
+pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
+    let take = || {
+        let image = Image::open(&import.file, import.format, BackingFiles::Refuse)?;
+        let size = image.size();
+        let offered = image.into_raw()?;
+        let wanted = wanted(import, size)?;
+        let candidate = Candidate::new(&store.catalog(), offered)?;
+        let named = store.key(import.key.as_deref())?;
+        let unwrap = |owner, key: &_| store.unwrap(owner, key);
+        let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
+        import_in_place::import(&store.catalog(), &store.events(), &wanted, &candidate, key)
+    };
+    take().context(|| attempt(&import.file))
 }
 
-/// Copies what the image holds into the volume's only layer, durably.
-fn fill(catalog: &Catalog, metadata: &Metadata, deks: &[Dek], image: &Image, watch: Watch<'_>) -> Result<()> {
-    let layers = layers::open_all(catalog, metadata.layout(), deks, Access::ReadWrite)?;
-    let geometry = virtio::Geometry {
-        sectors: metadata.size() / SECTOR_SIZE,
-        block_size: metadata.sector_size().bytes(),
-        read_only: false,
-    };
-    let disk = Disk::layered(geometry, "", layers::chain(&layers)).context(|| "open the new layer")?;
-    let mut transfer = Transfer::new(&Arc::new(disk))?;
-    let next_data = |from| image.next_data(from);
-    transfer::each_chunk(metadata.size(), &next_data, watch, &mut |at, chunk| {
-        image.read(at, chunk)?;
-        transfer.write(at, chunk)
-    })?;
-    transfer.flush()
+fn attempt(file: &Path) -> String {
+    format!("import {}", file.display())
+}
+
+fn wanted(import: &Import, len: u64) -> Result<Wanted> {
+    let sector_size = import.sector_size.unwrap_or_default();
+    let least = size_of(len, sector_size);
+    let size = import.size.unwrap_or(least);
+    if size < least {
+        let message = format!("the image is a disk of {len} bytes; the volume has to have {least} at least");
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let geometry = Geometry::new(size, sector_size)?;
+    if import.size.is_none() && size != len {
+        log::warn!("the image has {len} bytes; the volume has {size}, whole sectors, with zeros at its end");
+    }
+    let (name, tags) = (import.name.clone(), import.tags.clone());
+    Ok(Wanted { geometry, name, tags, preallocate: import.preallocate })
 }

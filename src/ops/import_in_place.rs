@@ -15,8 +15,8 @@ use crate::catalog::metadata::{LayerRecord, Metadata};
 use crate::catalog::{Catalog, LayerId};
 use crate::events::EventLog;
 use crate::image::lock::{Access, ImageLock};
-use crate::ops::create::{self, Wanted};
-use crate::ops::import::{Key, unwrap_all};
+use crate::ops::import_copy::{Key, unwrap_all};
+use crate::ops::make::{self, Wanted};
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
@@ -100,7 +100,7 @@ impl Candidate {
 /// event.
 ///
 /// # Errors
-/// As [`lifecycle::create`], `Usage` for a file that is not whole sectors. The file is as it was then.
+/// As [`make::create`], `Usage` for a file that is not whole sectors. The file is as it was then.
 pub fn import(
     catalog: &Catalog,
     events: &EventLog,
@@ -121,7 +121,7 @@ pub fn import(
         metadata.seal(&unwrap_all(&metadata, Some(key))?);
         Ok(metadata)
     };
-    let made = create::create_filled(catalog, events, wanted, prepare, |_| image.link(catalog, lowest.id))?;
+    let made = make::create_filled(catalog, events, wanted, prepare, |_| image.link(catalog, lowest.id))?;
     if let Err(e) = image.hand_over(catalog, &made) {
         log::error!(
             "{} is there, but {} is still a second name of its layer: {e}; remove that name, and do not write by it",

@@ -1,8 +1,39 @@
-//! The ways to KMS keys and to data keys that operations need.
+//! The KMS key that an operator names, and the ways to data keys that the use cases need.
 
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::crypt::Dek;
-use crate::kms::{Failure, KeyProvider};
+use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError};
+
+/// A KMS key and the KMS that has it.
+pub struct NamedKey {
+    provider: Box<dyn KeyProvider>,
+    key: String,
+}
+
+impl NamedKey {
+    /// The key that `provider` knows as `key`: by its id, its ARN or an alias.
+    pub fn new(provider: Box<dyn KeyProvider>, key: String) -> Self {
+        NamedKey { provider, key }
+    }
+
+    /// What its KMS says of it.
+    ///
+    /// # Errors
+    /// Those of the KMS.
+    pub fn describe(&self) -> Result<KeyDescription, KmsError> {
+        self.provider.describe(&self.key)
+    }
+
+    /// The name of its KMS, as records keep it.
+    pub fn provider_name(&self) -> &str {
+        self.provider.name()
+    }
+
+    /// For those who make data keys.
+    pub fn wrapping(&self) -> WrappingKey<'_> {
+        WrappingKey { provider: &*self.provider, key: &self.key }
+    }
+}
 
 /// Which KMS key wraps a new data key.
 #[derive(Clone, Copy)]
@@ -15,7 +46,10 @@ pub struct WrappingKey<'a> {
 
 impl WrappingKey<'_> {
     /// A new data key for `owner`, which the KMS makes and nobody sees.
-    pub(crate) fn generate(&self, owner: impl Into<KeyOwner>) -> Result<KeyRecord, Failure> {
+    ///
+    /// # Errors
+    /// Those of the KMS.
+    pub fn generate(&self, owner: impl Into<KeyOwner>) -> Result<KeyRecord, Failure> {
         let wrapped = self.provider.generate_wrapped(self.key, Dek::LEN, &encryption_context(owner));
         let wrapped = wrapped.map_err(|e| Failure::kms(e, self.provider.name(), self.key))?;
         Ok(KeyRecord { provider: self.provider.name().to_string(), wrapped, check: None })

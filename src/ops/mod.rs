@@ -1,6 +1,20 @@
-//! The use cases.
+//! The use cases: what can be done with a store, its volumes and its snapshots, one file a verb.
+//!
+//! A verb is a function of a [`Store`] and of what the caller wants. It does the whole: it looks who has the volume at this
+//! moment ([`reach`]), does the work itself or has the volume's host process do it, reports events, and writes the audit
+//! log where keys are used. The command line, a test and whatever else asks for it call the same function; whoever calls
+//! one prints the result.
+//!
+//! | verbs | files |
+//! |---|---|
+//! | volumes: make, delete | [`create`], [`import`], [`delete`] |
+//! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
+//! | snapshots | [`snapshot`], [`copy`] |
+//! | data, in the clear | [`export`] |
+//! | the store as a whole | [`apply`], [`gc`] |
 #![forbid(unsafe_code)]
 
+pub mod apply;
 pub mod clone;
 pub mod copy;
 pub mod create;
@@ -9,10 +23,100 @@ pub mod export;
 pub mod flatten;
 pub mod gc;
 pub mod import;
-pub mod import_in_place;
+mod import_copy;
+mod import_in_place;
 pub mod keys;
+pub mod make;
+pub mod reach;
 pub mod rekey;
 pub mod resize;
 pub mod rewrap;
 pub mod shred;
 pub mod snapshot;
+
+use crate::base::Result;
+use crate::base::hardened::Hardened;
+use crate::base::root::Root;
+use crate::catalog::Catalog;
+use crate::catalog::metadata::{KeyOwner, KeyRecord};
+use crate::config::Settings;
+use crate::crypt::Dek;
+use crate::events::EventLog;
+use crate::helper::unwrap;
+use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
+use keys::NamedKey;
+
+/// A store, as the use cases see it: where it lies, its settings, and the proof that this process may see keys.
+pub struct Store {
+    root: Root,
+    settings: Settings,
+    hardened: Hardened,
+}
+
+impl Store {
+    /// The store at `root`, which need not exist yet.
+    ///
+    /// # Errors
+    /// `Usage` for settings that cannot be understood.
+    pub fn open(root: &Root, hardened: Hardened) -> Result<Self> {
+        Ok(Store { root: root.clone(), settings: Settings::load(root)?, hardened })
+    }
+
+    /// The folder in which the store lies.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// The settings, as they were when the store was opened.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The proof that this process has hardened itself.
+    pub fn hardened(&self) -> Hardened {
+        self.hardened
+    }
+
+    /// The records of volumes and snapshots.
+    pub fn catalog(&self) -> Catalog {
+        Catalog::new(&self.root)
+    }
+
+    /// Where events are reported.
+    pub fn events(&self) -> EventLog {
+        EventLog::new(&self.root, &self.settings)
+    }
+
+    /// The KMS key that `reference` names; without one, the default key of the settings.
+    ///
+    /// # Errors
+    /// `Usage` for what names no key; those of its KMS.
+    pub fn key(&self, reference: Option<&str>) -> Result<NamedKey> {
+        let text = reference.unwrap_or(&self.settings.default_key);
+        let reference = KeyRef::parse(text, &self.settings.locality).map_err(|e| e.with_advice(text))?;
+        self.key_of(reference)
+    }
+
+    /// This KMS key.
+    ///
+    /// # Errors
+    /// Those of its KMS.
+    pub fn key_of(&self, reference: KeyRef) -> Result<NamedKey> {
+        let provider = self.provider(reference.provider.as_str())?;
+        Ok(NamedKey::new(provider, reference.key))
+    }
+
+    /// The KMS of this name, as records keep it.
+    ///
+    /// # Errors
+    /// `Unsupported` for a KMS that this version does not know; those of the KMS.
+    pub fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+        kms::open_provider(self.hardened, &self.root, name)
+    }
+
+    /// Unwraps a data key by a helper process, as an attach does.
+    fn unwrap(&self, owner: KeyOwner, key: &KeyRecord) -> Result<Dek, Failure> {
+        let unwrapped = unwrap::unwrap(self.hardened, &self.root, owner, key);
+        unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })
+    }
+}

@@ -1,36 +1,107 @@
-//! Re-keying a volume.
+//! Giving a volume another data key, attached or not. What the old key encrypted is copied up afterwards: by the host
+//! process while the volume is attached, or by [`super::flatten::follow`].
 
-use crate::base::{Context, Result};
+use super::keys::NamedKey;
+use super::reach::Reach;
+use super::{Store, flatten};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
-use crate::catalog::lock::Purpose;
+use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::KeyOwner;
 use crate::catalog::rekey::{NewKey, check_encrypted};
-use crate::catalog::{Catalog, Metadata, VolumeId};
-use crate::kms::Failure;
-use crate::volume::open::{Taken, Unwrap};
+use crate::catalog::{Metadata, VolumeId};
+use crate::crypt::Dek;
+use crate::crypt::secret_mem::SecretFd;
+use crate::events::Event;
+use crate::helper::unwrap;
+use crate::host::control::conversation;
+use crate::image::lock::Access;
+use crate::kms::patience::Patience;
+use crate::kms::{Failure, KeyRef};
+use crate::volume::open::{Opening, Taken};
+use std::time::Duration;
 
-/// Gives a volume that nobody has attached another data key: a new top layer under it, and all below marked to be copied
-/// up. Answers what is known of the volume then.
+/// What came of giving a volume another data key.
+pub struct Rekeyed {
+    /// The new data key, as it is wrapped.
+    pub new: NewKey,
+    /// Of an attached volume: how long its queues stood still.
+    pub pause: Option<Duration>,
+}
+
+/// Gives a volume a new data key, wrapped by the KMS key that `key` names, or by the one that wraps the old one. Reports
+/// `hydrateVolume` events. What was written before is still under the old data key: it is marked to be copied up.
 ///
 /// # Errors
-/// `Busy`, naming the process that has it; `Usage` for a volume without encryption; `Corrupt` for one that an attach would
-/// refuse; the KMS's; those of the file system.
-pub fn rekey(catalog: &Catalog, id: VolumeId, key: NewKey, unwrap: Unwrap<'_>) -> Result<Metadata, Failure> {
-    let Taken { lock, opened } = &mut Taken::take(catalog, id, Purpose::Hydrate, unwrap)?;
-    let (metadata, top) = (&mut opened.metadata, opened.layers[0].store.file());
+/// `Usage` for a volume without encryption; `Busy`, naming the command that has it; `Corrupt` for one that an attach would
+/// refuse; those of the KMS and of the file system. The volume has the data key that it had then.
+pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>) -> Result<Rekeyed> {
+    let (catalog, events) = (store.catalog(), store.events());
+    let attempt = || format!("re-key {id}");
+    let metadata = catalog.load(id)?;
+    check_encrypted(&metadata).context(attempt)?;
+    let key = named_key(store, key, &metadata).context(attempt)?;
+    let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
+        let pause = give(store, id, new.clone())?;
+        Ok(Rekeyed { new, pause })
+    });
+    let done = done.map_err(|Failure { cause, error }| {
+        events.record(&Event::hydrate_failed(id, None, cause));
+        error.context(attempt())
+    })?;
+    if done.pause.is_none() {
+        // Of an attached volume, its host process reports this.
+        flatten::report(&events, &catalog.load(id)?, "hydrating");
+    }
+    Ok(done)
+}
+
+fn named_key(store: &Store, key: Option<&str>, metadata: &Metadata) -> Result<NamedKey> {
+    if key.is_some() {
+        return store.key(key);
+    }
+    let top = metadata.top().key.map(|n| &metadata.keys()[n]);
+    let same = top.and_then(|key| KeyRef::of_provider(&key.provider, &key.wrapped.key_id));
+    store.key_of(same.ok_or_else(|| Error::new(Kind::Usage, "name a KMS key with --key"))?)
+}
+
+/// Gives the volume a data key that the KMS has made. Returns how long its queues stood still, if it is attached.
+fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Failure> {
+    let catalog = store.catalog();
+    match Reach::of(&catalog, id, Purpose::Hydrate)? {
+        Reach::Mine(lock) => detached(store, lock, new).map(|()| None),
+        Reach::Host => {
+            // The helper fills this, and the host process takes it: nobody here looks into it.
+            let secret = SecretFd::create(Dek::LEN)?;
+            let (hardened, patience) = (store.hardened(), Patience(store.settings().kms_patience));
+            let unwrapped =
+                unwrap::unwrap_into(hardened, store.root(), id, new.record(), None, patience, &secret);
+            unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })?;
+            Ok(Some(conversation::rekey(&catalog, id, &new, secret)?))
+        }
+    }
+}
+
+/// Gives a volume that nobody has attached a new top layer under the new data key, and marks all below to be copied up.
+fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure> {
+    let catalog = store.catalog();
+    let unwrap = |owner, key: &_| store.unwrap(owner, key);
+    let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
+    let lock = &taken.lock;
+    let (metadata, top) = (&mut taken.opened.metadata, taken.opened.layers[0].store.file());
     check_encrypted(metadata)?;
-    let dek = unwrap(KeyOwner::Volume(id), &key.0)?;
-    let seal_key = dek.seal_key(&id.to_string())?;
-    let freeze = Freeze::begin(catalog, lock, metadata, Maker::Command)?;
+    let dek = store.unwrap(KeyOwner::Volume(lock.volume()), key.record())?;
+    let seal_key = dek.seal_key(&lock.volume().to_string())?;
+    let freeze = Freeze::begin(&catalog, lock, metadata, Maker::Command)?;
     let path = catalog.layer_path(freeze.new_top().id);
     let ready = make_layer(&path, freeze.new_top().size, false)
         .and_then(|()| top.sync_data().context(|| "sync the top layer"));
     if let Err(e) = ready {
-        freeze.cancel(catalog, lock);
+        freeze.cancel(&catalog, lock);
         return Err(e.into());
     }
-    freeze.commit_rekeyed(catalog, lock, metadata, key.checked(&dek), &seal_key)?;
+    freeze.commit_rekeyed(&catalog, lock, metadata, key.checked(&dek), &seal_key)?;
     catalog.mark_frozen(&metadata.layers()[1..]);
-    Ok(metadata.clone())
+    Ok(())
 }

@@ -3,54 +3,67 @@
 //! The top layer's file is made longer; lower layers stay as they are. `pending.json` says so first, so that a file that is
 //! longer than `volume.json` says is given its length back by whoever takes the volume next.
 
+use super::Store;
+use super::reach::Reach;
 use crate::base::{Context, Result};
 use crate::catalog::grow::{Growth, check};
-use crate::catalog::lock::Purpose;
-use crate::catalog::{Catalog, Metadata, VolumeId};
-use crate::events::{Event, EventLog};
+use crate::catalog::lock::{Purpose, VolumeLock};
+use crate::catalog::{Metadata, VolumeId};
+use crate::events::Event;
+use crate::host::control;
+use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::volume::open::{Opened, Taken, Unwrap};
+use crate::vhost::gate::Told;
+use crate::volume::open::{Opened, Opening, Taken};
 
-/// Makes a volume `size` bytes large by `change`, and reports `modifyVolume` events. Answers what is known of it then.
-/// `change` is [`detached`], or what has the process do it that has the volume attached ([`Growth`]).
+/// A volume that was made larger, or has that size already.
+pub struct Resized {
+    /// What is known of it now.
+    pub volume: Metadata,
+    /// Of a volume that is attached and was smaller: whether the guest's VMM knows.
+    pub told: Option<Told>,
+}
+
+/// Makes a volume `size` bytes large, and reports `modifyVolume` events.
 ///
 /// # Errors
-/// `Usage` for a size that is smaller, or not whole sectors; what `change` says.
-pub fn grow(
-    catalog: &Catalog,
-    events: &EventLog,
-    id: VolumeId,
-    size: u64,
-    change: impl FnOnce() -> Result<(), Failure>,
-) -> Result<Metadata> {
+/// `Usage` for a size that is smaller, or not whole sectors; `Busy`, naming the command that has the volume; `Corrupt` for
+/// a volume that an attach would refuse; those of the KMS and of the file system. The volume has the size that it had then.
+pub fn resize(store: &Store, id: VolumeId, size: u64) -> Result<Resized> {
+    let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("resize {id}");
     let before = catalog.load(id).context(attempt)?;
     check(&before, size).context(attempt)?;
     if before.size() == size {
-        return Ok(before);
+        return Ok(Resized { volume: before, told: None });
     }
-    let grown = change();
-    let result = grown.as_ref().map(drop).map_err(|failure| failure.cause.clone());
-    if result.is_ok() {
-        events.record(&Event::modify_volume(id, "modifying"));
-        events.record(&Event::modify_volume(id, "optimizing"));
+    let grown = grow(store, id, size);
+    match &grown {
+        Ok(_) => {
+            for step in ["modifying", "optimizing", "completed"] {
+                events.record(&Event::modify_volume(id, step));
+            }
+        }
+        Err(failure) => events.record(&Event::modify_failed(id, failure.cause.as_str())),
     }
-    match &result {
-        Ok(()) => events.record(&Event::modify_volume(id, "completed")),
-        Err(cause) => events.record(&Event::modify_failed(id, cause.as_str())),
+    let told = grown.map_err(|failure| failure.error.context(attempt()))?;
+    Ok(Resized { volume: catalog.load(id)?, told })
+}
+
+fn grow(store: &Store, id: VolumeId, size: u64) -> Result<Option<Told>, Failure> {
+    let catalog = store.catalog();
+    match Reach::of(&catalog, id, Purpose::Resize)? {
+        Reach::Host => Ok(Some(control::resize(&catalog, id, size)?)),
+        Reach::Mine(lock) => detached(store, lock, size).map(|()| None),
     }
-    grown.map_err(|failure| failure.error.context(attempt()))?;
-    catalog.load(id)
 }
 
 /// Makes a volume larger that nobody has attached.
-///
-/// # Errors
-/// `Busy`, naming the process that has it; `Corrupt` for a volume that an attach would refuse; the KMS's; those of the
-/// file system.
-pub fn detached(catalog: &Catalog, id: VolumeId, size: u64, unwrap: Unwrap<'_>) -> Result<(), Failure> {
-    let Taken { lock, opened } = &mut Taken::take(catalog, id, Purpose::Resize, unwrap)?;
-    let Opened { metadata, seal_key, layers } = opened;
-    let growth = Growth::begin(catalog, lock, metadata, size, layers[0].store.file())?;
-    Ok(growth.commit(catalog, lock, metadata, seal_key.as_ref())?)
+fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
+    let catalog = store.catalog();
+    let unwrap = |owner, key: &_| store.unwrap(owner, key);
+    let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
+    let Opened { metadata, seal_key, layers } = &mut taken.opened;
+    let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].store.file())?;
+    Ok(growth.commit(&catalog, &taken.lock, metadata, seal_key.as_ref())?)
 }

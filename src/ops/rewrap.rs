@@ -1,7 +1,13 @@
-//! Wrapping the data keys of a volume anew.
+//! Wrapping the data keys of a volume anew: by another KMS key, or by the newest version of the same one.
+//!
+//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it ([`crate::helper::rewrap`]). Only
+//! then is `volume.json` replaced, by whoever has the volume. Until that one replacement the old wrapped key is there,
+//! afterwards the new one.
 
-use crate::base::{Kind, Result};
-use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
+use super::Store;
+use super::reach::Reach;
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::KeyRecord;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::{Catalog, Metadata, VolumeId};
@@ -22,25 +28,84 @@ pub struct Change {
     pub to: String,
 }
 
-/// Wraps those data keys of `volume` anew for which `target` names a KMS key, and answers what was done.
+/// Which data keys are wrapped anew, and by what.
+pub struct Wish {
+    /// The KMS key that shall wrap them; without one, the one that wraps each now.
+    to: Option<KeyRef>,
+    /// Only those that this KMS key wraps: provider and canonical id.
+    from: Option<(String, String)>,
+}
+
+impl Wish {
+    /// All data keys, or only those that the KMS key wraps which `from` names, are wrapped by the KMS key which `to` names.
+    ///
+    /// # Errors
+    /// `Usage` for what names no key; those of the KMS.
+    pub fn new(store: &Store, to: Option<&str>, from: Option<&str>) -> Result<Self> {
+        let locality = &store.settings().locality;
+        let parse = |text: &str| KeyRef::parse(text, locality).map_err(|e| e.with_advice(text));
+        let canonical = |key: KeyRef| {
+            let provider = store.provider(key.provider.as_str())?;
+            let described = provider.describe(&key.key).map_err(|e| e.with_advice(&key.key))?;
+            Ok::<_, Error>((key.provider.as_str().into(), described.key_id))
+        };
+        let to = to.map(parse).transpose()?;
+        let from = from.map(|text| canonical(parse(text)?)).transpose()?;
+        Ok(Wish { to, from })
+    }
+
+    /// The KMS key that shall wrap the data key of this record; none if it stays as it is.
+    fn target(&self, key: &KeyRecord) -> Option<KeyRef> {
+        let from = self.from.as_ref();
+        if from.is_some_and(|(provider, arn)| (provider, arn) != (&key.provider, &key.wrapped.key_id)) {
+            return None;
+        }
+        // A provider of another version has no name here; its key is left to that version.
+        self.to.clone().or_else(|| KeyRef::of_provider(&key.provider, &key.wrapped.key_id))
+    }
+
+    /// Whether there is anything to do for this volume.
+    pub fn concerns(&self, metadata: &Metadata) -> bool {
+        metadata.keys().iter().any(|key| self.target(key).is_some())
+    }
+}
+
+/// Wraps the data keys of a volume anew that the wish means, and returns what was done.
 ///
 /// # Errors
-/// What the KMS says; `Busy` if the volume is held for something else. Keys before the one that failed are done.
-pub fn rewrap(
-    catalog: &Catalog,
-    volume: VolumeId,
-    target: impl Fn(&KeyRecord) -> Option<KeyRef>,
-) -> Result<Vec<Change>> {
-    let lock = take(catalog, volume)?;
-    let metadata = catalog.load(volume)?;
+/// `Usage` if there is nothing to do; `Busy`, naming the command that has the volume; those of the KMS. Keys before the one
+/// that failed are done.
+pub fn rewrap(store: &Store, id: VolumeId, wish: &Wish) -> Result<Vec<Change>> {
+    let attempt = || format!("rewrap {id}");
+    check(&store.catalog().load(id)?, wish).context(attempt)?;
+    change(store, id, wish).context(attempt)
+}
+
+fn check(metadata: &Metadata, wish: &Wish) -> Result<()> {
+    let message = if metadata.keys().is_empty() {
+        "it is not encrypted, so there is no key to wrap".to_string()
+    } else if !wish.concerns(metadata) {
+        let name = |k: &KeyRecord| format!("{}:{}", k.provider, k.wrapped.key_id);
+        let by: Vec<_> = metadata.keys().iter().map(name).collect();
+        format!("its data keys are wrapped by {}, which is not asked for", by.join(", "))
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(Kind::Usage, message))
+}
+
+fn change(store: &Store, id: VolumeId, wish: &Wish) -> Result<Vec<Change>> {
+    let catalog = store.catalog();
+    let reach = Reach::of(&catalog, id, Purpose::Rewrap)?;
+    let metadata = catalog.load(id)?;
     let mut changes = Vec::new();
     for (slot, old) in metadata.keys().iter().enumerate() {
-        let Some(to) = target(old) else { continue };
-        let new = by_helper(catalog.root(), volume, old, &to)?;
+        let Some(to) = wish.target(old) else { continue };
+        let new = by_helper(catalog.root(), id, old, &to)?;
         let note = Rewrapped::new(slot, old, to.provider.as_str(), &new);
-        match &lock {
-            Some(lock) => store(catalog, lock, &note)?,
-            None => control::rewrap(catalog, volume, note)?,
+        match &reach {
+            Reach::Mine(lock) => replace(&catalog, lock, &note)?,
+            Reach::Host => control::rewrap(&catalog, id, note)?,
         }
         let name = |provider: &str, key: &str| format!("{provider}:{key}");
         changes.push(Change {
@@ -52,19 +117,8 @@ pub fn rewrap(
     Ok(changes)
 }
 
-/// Takes the volume; `None` if it is attached, so that its host process has it.
-fn take(catalog: &Catalog, volume: VolumeId) -> Result<Option<VolumeLock>> {
-    let holder = Holder::this_process(Purpose::Rewrap, None)?;
-    let taken = VolumeLock::acquire(&catalog.folder(volume), volume, &holder);
-    let Err(e) = taken else { return taken.map(Some) };
-    match catalog.held(volume)? {
-        Held::By(Holder { purpose: Purpose::Attach, .. }) if e.kind() == Kind::Busy => Ok(None),
-        _ => Err(e),
-    }
-}
-
-fn store(catalog: &Catalog, lock: &VolumeLock, note: &Rewrapped) -> Result<()> {
-    // As it is on disk now: an earlier key of this volume has been replaced there.
+fn replace(catalog: &Catalog, lock: &VolumeLock, note: &Rewrapped) -> Result<()> {
+    // As the record is on disk now: an earlier key of this volume has been replaced there.
     let mut metadata: Metadata = catalog.load(lock.volume())?;
     metadata.rewrap(note)?;
     catalog.store(lock, &mut metadata)

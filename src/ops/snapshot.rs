@@ -1,29 +1,132 @@
-//! Making snapshots.
+//! Making snapshots: of one volume or of several at one point in time, each attached or not.
+//!
+//! A snapshot is made in two phases. First everything is prepared that can fail: each volume gets its new layer, and the
+//! queues of those that are attached are held. Then each top layer is frozen, **which is its moment**; and when all are
+//! frozen, the records are written, all or, by what can be known before, none. Until the first freeze, whatever fails undoes
+//! everything.
 
-use crate::base::{Context, Result};
-use crate::catalog::freeze::{Freeze, Maker};
+use super::Store;
+use super::reach::Reach;
+use crate::base::root::create_dir_durable;
+use crate::base::{Context, Error, Result, Timestamp};
+use crate::catalog::freeze::{self, Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
-use crate::catalog::lock::Purpose;
+use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::snapshot::Label;
 use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
+use crate::events::Event;
+use crate::host::control::conversation::Freezing;
+use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::volume::open::{Taken, Unwrap};
+use crate::volume::open::{Opening, Taken, Unwrap};
+use std::time::Duration;
+
+/// A snapshot that was made.
+pub struct Made {
+    /// The snapshot.
+    pub snapshot: Snapshot,
+    /// Of an attached volume: how long its queues stood still.
+    pub pause: Option<Duration>,
+}
+
+/// Makes a snapshot of each of `volumes`, all of one moment, and reports a `createSnapshot` event for each.
+///
+/// # Errors
+/// `Busy`, naming the command that has a volume; `Corrupt` for a volume that an attach would refuse; those of the KMS, of
+/// host processes and of the file system. There is none of the snapshots then, unless the records could not be written.
+pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>> {
+    let (events, started) = (store.events(), Timestamp::now());
+    let made = make(store, volumes, label);
+    match &made {
+        Ok(made) => made.iter().for_each(|m| {
+            events.record(&Event::create_snapshot(m.snapshot.volume(), Ok(m.snapshot.id()), started))
+        }),
+        Err(failed) => volumes
+            .iter()
+            .for_each(|id| events.record(&Event::create_snapshot(*id, Err(failed.cause.clone()), started))),
+    }
+    made.map_err(|failed| failed.error)
+}
+
+/// One that is being made.
+enum Making<'a> {
+    Attached(Freezing),
+    Detached(VolumeId, Box<Detached<'a>>),
+}
+
+fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>, Failure> {
+    let catalog = store.catalog();
+    create_dir_durable(&catalog.root().snapshots())?;
+    let mut making = Vec::new();
+    for &id in volumes {
+        let begun = begin(store, &catalog, id, label);
+        making.push(begun.map_err(|failure| failure.context(format!("make a snapshot of {id}")))?);
+    }
+    // All stand still before any is frozen.
+    if making.len() > 1 {
+        each_attached(&mut making, Freezing::hold)?;
+    }
+    each_attached(&mut making, Freezing::commit)?;
+    let made = making.into_iter().map(|one| end(one, label)).collect::<Result<Vec<_>, _>>()?;
+    freeze::note(&catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
+    Ok(made)
+}
+
+fn begin<'a>(
+    store: &Store,
+    catalog: &'a Catalog,
+    id: VolumeId,
+    label: &Label,
+) -> Result<Making<'a>, Failure> {
+    match Reach::of(catalog, id, Purpose::Snapshot)? {
+        Reach::Host => Ok(Making::Attached(Freezing::begin(catalog, id, label)?)),
+        Reach::Mine(lock) => {
+            let unwrap = |owner, key: &_| store.unwrap(owner, key);
+            Ok(Making::Detached(id, Box::new(Detached::begin(catalog, lock, &unwrap)?)))
+        }
+    }
+}
+
+fn each_attached(
+    making: &mut [Making<'_>],
+    mut step: impl FnMut(&mut Freezing) -> Result<()>,
+) -> Result<(), Failure> {
+    for one in making {
+        if let Making::Attached(freezing) = one {
+            step(freezing).map_err(|e| of(freezing.volume(), e))?;
+        }
+    }
+    Ok(())
+}
+
+fn end(one: Making<'_>, label: &Label) -> Result<Made, Failure> {
+    match one {
+        Making::Attached(mut freezing) => {
+            let (snapshot, pause) = freezing.frozen().map_err(|e| of(freezing.volume(), e))?;
+            Ok(Made { snapshot, pause: Some(pause) })
+        }
+        Making::Detached(id, detached) => {
+            let snapshot = detached.commit(label.clone()).map_err(|e| of(id, e))?;
+            Ok(Made { snapshot, pause: None })
+        }
+    }
+}
+
+fn of(volume: VolumeId, e: Error) -> Failure {
+    Failure::from(e).context(format!("make a snapshot of {volume}"))
+}
 
 /// A snapshot that is being made of a volume that nobody has attached. Dropped before the commit, it is none.
-pub struct Detached<'a> {
+struct Detached<'a> {
     catalog: &'a Catalog,
     taken: Taken,
     freeze: Option<Freeze>,
 }
 
 impl<'a> Detached<'a> {
-    /// Takes the volume, makes the new layer and syncs the old one.
-    ///
-    /// # Errors
-    /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` for a volume that an attach would refuse; the
-    /// KMS's; those of the file system.
-    pub fn begin(catalog: &'a Catalog, id: VolumeId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
-        let taken = Taken::take(catalog, id, Purpose::Snapshot, unwrap)?;
+    /// Opens the volume, makes the new layer and syncs the old one.
+    fn begin(catalog: &'a Catalog, lock: VolumeLock, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
+        let taken = Taken::open(catalog, lock, Opening::Change, Access::ReadWrite, unwrap)?;
         let freeze = Freeze::begin(catalog, &taken.lock, &taken.opened.metadata, Maker::Command)?;
         let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
         let begun = Detached { catalog, taken, freeze: Some(freeze) };
@@ -33,8 +136,8 @@ impl<'a> Detached<'a> {
         Ok(begun)
     }
 
-    /// Freezes the old layer. The snapshot is there once it is [noted](note).
-    pub fn commit(mut self, label: Label) -> Result<Snapshot> {
+    /// Freezes the old layer. The snapshot is there once it is [noted](freeze::note).
+    fn commit(mut self, label: Label) -> Result<Snapshot> {
         let freeze = self.freeze.take().expect("it is taken here alone, and by drop");
         let Taken { lock, opened } = &mut self.taken;
         let key = opened.seal_key.as_ref();

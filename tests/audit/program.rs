@@ -7,6 +7,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use serde_json::Value;
 use std::fs;
 use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 fn records(store: &Store, arguments: &[&str]) -> Vec<Value> {
     let shown = store.ok(&[&["audit", "show", "--json"], arguments].concat());
@@ -133,4 +134,34 @@ fn a_change_that_cannot_be_recorded_is_said_to_be_so() {
     let words = said(&output);
     assert!(words.contains("DisableKey is not answered") && words.contains("may have been made"), "{words}");
     assert!(store.ok(&["key", "show", "alias/a"]).contains("Disabled"));
+}
+
+#[test]
+fn records_name_the_command_whatever_its_options_are_called() {
+    let store = Store::new();
+    // A folder, a name and an alias that are commands' names, too.
+    let root = store.root().parent().unwrap().join("kms");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
+        command.env("SEALBLK_CONFIG_DIR", store.config()).arg("--root").arg(&root).args(arguments);
+        let ran = command.output().unwrap();
+        assert!(ran.status.success(), "{arguments:?}: {}", said(&ran));
+    };
+    run(&["volume", "create", "--size", "1MiB", "--name", "attach"]);
+    run(&["key", "create", "--alias", "alias/gc"]);
+    run(&["volume", "rewrap", "attach", "--key", "alias/gc"]);
+    let log = fs::read_to_string(root.join("audit.jsonl")).unwrap();
+    let programs: Vec<String> = log
+        .lines()
+        .map(|line| {
+            let record: Value = serde_json::from_str(line).unwrap();
+            let (program, name) = (&record["process"]["program"], &record["eventName"]);
+            let (program, name) = (program.as_str().unwrap(), name.as_str().unwrap());
+            let (_, command) = program.split_once("sealblk ").unwrap_or_else(|| panic!("{program}"));
+            format!("{name}: {command}")
+        })
+        .collect();
+    for expected in ["GenerateDek: volume create", "CreateKey: key create", "RewrapDek: rewrap-key"] {
+        assert!(programs.iter().any(|found| found == expected), "{expected}: {programs:?}");
+    }
 }

@@ -10,9 +10,9 @@ use sealblk::catalog::{Catalog, Metadata, VolumeId};
 use sealblk::config::Settings;
 use sealblk::events::EventLog;
 use sealblk::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
-use sealblk::ops::create::{self, Wanted};
 use sealblk::ops::delete;
 use sealblk::ops::keys::WrappingKey;
+use sealblk::ops::make::{self, Wanted};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -81,7 +81,7 @@ impl Store {
     fn create(&self, name: Option<&str>) -> Result<Metadata, Error> {
         let kms = OneKey { enabled: true };
         let key = WrappingKey { provider: &kms, key: "alias/one" };
-        create::create(&self.catalog, &self.events, &wanted(name), Some(key))
+        make::create(&self.catalog, &self.events, &wanted(name), Some(key))
     }
 
     fn delete(&self, id: VolumeId) -> Result<(), Error> {
@@ -161,7 +161,7 @@ fn a_new_volume_is_private_sparse_and_unsealed() {
 fn preallocation_sets_the_space_aside() {
     let store = Store::new();
     let wanted = Wanted { preallocate: true, ..wanted(None) };
-    let made = create::create(&store.catalog, &store.events, &wanted, None).unwrap();
+    let made = make::create(&store.catalog, &store.events, &wanted, None).unwrap();
     let layer = fs::metadata(store.layer(&made)).unwrap();
     assert_eq!(layer.len(), 1 << 20);
     assert!(layer.blocks() * 512 >= 1 << 20);
@@ -173,7 +173,7 @@ fn a_kms_that_refuses_leaves_nothing_but_the_event() {
     let store = Store::new();
     let kms = OneKey { enabled: false };
     let key = WrappingKey { provider: &kms, key: "alias/one" };
-    let e = create::create(&store.catalog, &store.events, &wanted(None), Some(key)).unwrap_err();
+    let e = make::create(&store.catalog, &store.events, &wanted(None), Some(key)).unwrap_err();
     assert_eq!(e.kind(), Kind::KmsRefused);
     assert!(e.to_string().contains("sealblk key enable alias/one"), "{e}");
     assert!(!store.root.volumes().exists() && !store.root.layers().exists());
@@ -188,7 +188,7 @@ fn a_volume_that_does_not_fit_leaves_nothing_but_the_event() {
     let store = Store::new();
     let geometry = Geometry::new(1 << 62, SectorSize::B512).unwrap();
     let wanted = Wanted { geometry, preallocate: true, ..wanted(None) };
-    create::create(&store.catalog, &store.events, &wanted, None).unwrap_err();
+    make::create(&store.catalog, &store.events, &wanted, None).unwrap_err();
     assert!(store.files().is_empty());
     assert_eq!(store.folders(), 0);
     assert_eq!(store.last_event()["detail"]["result"], "failed");

@@ -1,22 +1,15 @@
 //! `sealblk snapshot create`, of one volume or of several at one point in time, attached or not.
 #![forbid(unsafe_code)]
 
-use crate::base::root::create_dir_durable;
-use crate::base::{Error, Kind, Result, Timestamp};
-use crate::catalog::lock::{Held, Holder, Purpose};
+use super::description;
+use crate::base::{Error, Kind, Result};
 use crate::catalog::snapshot::Label;
 use crate::catalog::tags::Tags;
-use crate::catalog::{Catalog, Snapshot, VolumeId, freeze};
+use crate::catalog::{Catalog, VolumeId};
 use crate::cli::filter::{self, Filter, Tag};
-use crate::cli::snapshot::description;
-use crate::cli::{Env, output, provider, volume};
-use crate::events::Event;
-use crate::host::control::conversation::Freezing;
-use crate::kms::Failure;
-use crate::ops::snapshot::Detached;
-use crate::volume::open::Unwrap;
+use crate::cli::{Env, output, volume};
+use crate::ops::snapshot::{self, Made};
 use serde_json::{Value, json};
-use std::time::Duration;
 
 /// What `snapshot create` takes.
 #[derive(clap::Args)]
@@ -47,37 +40,15 @@ pub struct CreateArgs {
     tag: Vec<Tag>,
 }
 
-/// A snapshot that was made, and how long the volume stood still, if it was attached.
-struct Made {
-    snapshot: Snapshot,
-    pause: Option<Duration>,
-}
-
-/// One that is being made.
-enum Making<'a> {
-    Attached(Freezing),
-    Detached(VolumeId, Box<Detached<'a>>),
-}
-
 /// Makes the snapshots.
 pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
-    let (catalog, settings) = (env.catalog(), env.settings()?);
+    let (store, catalog) = (env.store()?, env.catalog());
     let label = label(&args)?;
     let volumes = match &args.volume {
         Some(reference) => vec![catalog.resolve(reference)?],
         None => all_of(&catalog, &args.all_of)?,
     };
-    let (events, started) = (env.events(&settings), Timestamp::now());
-    let made = make(&catalog, &volumes, &label, &provider::unwrap(env));
-    match &made {
-        Ok(made) => made.iter().for_each(|m| {
-            events.record(&Event::create_snapshot(m.snapshot.volume(), Ok(m.snapshot.id()), started))
-        }),
-        Err(failed) => volumes
-            .iter()
-            .for_each(|id| events.record(&Event::create_snapshot(*id, Err(failed.cause.clone()), started))),
-    }
-    let made = made.map_err(|failed| failed.error)?;
+    let made = snapshot::create(&store, &volumes, &label)?;
     print(env, &catalog, &made, args.volume.is_some())
 }
 
@@ -105,59 +76,6 @@ fn all_of(catalog: &Catalog, filters: &[Filter]) -> Result<Vec<VolumeId>> {
             "there is no such volume; \"sealblk volume list\" shows which there are",
         )),
     }
-}
-
-fn make(
-    catalog: &Catalog,
-    volumes: &[VolumeId],
-    label: &Label,
-    unwrap: Unwrap<'_>,
-) -> Result<Vec<Made>, Failure> {
-    let of = |id: VolumeId| move |e: Error| Failure::from(e).context(format!("make a snapshot of {id}"));
-    create_dir_durable(&catalog.root().snapshots())?;
-    let mut making = Vec::new();
-    for &id in volumes {
-        making.push(match catalog.held(id)? {
-            Held::By(Holder { purpose: Purpose::Attach, .. }) => {
-                Making::Attached(Freezing::begin(catalog, id, label).map_err(of(id))?)
-            }
-            _ => {
-                let begun = Detached::begin(catalog, id, unwrap)
-                    .map_err(|failure| failure.context(format!("make a snapshot of {id}")))?;
-                Making::Detached(id, Box::new(begun))
-            }
-        });
-    }
-    // All stand still before any is frozen.
-    if making.len() > 1 {
-        for one in &mut making {
-            if let Making::Attached(freezing) = one {
-                let id = freezing.volume();
-                freezing.hold().map_err(of(id))?;
-            }
-        }
-    }
-    for one in &mut making {
-        if let Making::Attached(freezing) = one {
-            let id = freezing.volume();
-            freezing.commit().map_err(of(id))?;
-        }
-    }
-    let mut made = Vec::new();
-    for one in making {
-        made.push(match one {
-            Making::Attached(mut freezing) => {
-                let id = freezing.volume();
-                let (snapshot, pause) = freezing.frozen().map_err(of(id))?;
-                Made { snapshot, pause: Some(pause) }
-            }
-            Making::Detached(id, detached) => {
-                Made { snapshot: detached.commit(label.clone()).map_err(of(id))?, pause: None }
-            }
-        });
-    }
-    freeze::note(catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
-    Ok(made)
 }
 
 fn print(env: &Env, catalog: &Catalog, made: &[Made], one: bool) -> Result<()> {

@@ -4,13 +4,13 @@
 mod copy;
 mod create;
 
-use crate::base::{Context, Result};
+use crate::base::{Context, Result, size};
 use crate::catalog::Catalog;
 use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
 use crate::cli::volume::export;
-use crate::cli::{Env, output, size};
+use crate::cli::{Env, output};
 use crate::ops::export::What;
 use serde_json::{Value, json};
 

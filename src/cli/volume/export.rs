@@ -1,10 +1,10 @@
 //! `sealblk volume export` and `sealblk snapshot export`.
 #![forbid(unsafe_code)]
 
-use crate::base::Result;
+use crate::base::{Result, size};
+use crate::cli::Env;
 use crate::cli::progress::Progress;
 use crate::cli::volume::output;
-use crate::cli::{Env, provider, size};
 use crate::image::Format;
 use crate::ops::export::{self, Target, What};
 use serde_json::json;
@@ -45,12 +45,9 @@ pub fn run(env: &Env, args: &ExportArgs) -> Result<()> {
 
 /// Exports a volume or a snapshot.
 pub fn export(env: &Env, what: What, to: &To) -> Result<()> {
-    let (catalog, settings) = (env.catalog(), env.settings()?);
     let mut progress = Progress::new()?;
     let target = Target { path: &to.file, replace: to.force };
-    let unwrap = provider::unwrap(env);
-    let mut watch = |done, total| progress.at(done, total);
-    let bytes = export::export(&catalog, &env.events(&settings), what, target, &unwrap, &mut watch)?;
+    let bytes = export::export(&env.store()?, what, target, &mut |done, total| progress.at(done, total))?;
     drop(progress);
     let (file, format) = (to.file.display(), to.format);
     match env.json {

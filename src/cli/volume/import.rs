@@ -1,22 +1,16 @@
 //! `sealblk volume import`.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Kind, Result};
-use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use super::create::parse_sector_size;
+use super::show::description;
+use crate::base::{Result, size};
+use crate::catalog::metadata::{SectorSize, VolumeName};
 use crate::catalog::tags::Tags;
-use crate::catalog::{Catalog, Metadata};
 use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
-use crate::cli::provider::{self, NamedKey};
-use crate::cli::volume::create::{check_may_be_unencrypted, parse_sector_size};
-use crate::cli::volume::output;
-use crate::cli::volume::show::description;
-use crate::cli::{Env, size};
-use crate::config::Settings;
-use crate::image::{BackingFiles, Format, Image};
-use crate::ops::create::Wanted;
-use crate::ops::import::{self, Key};
-use crate::ops::import_in_place::Candidate;
+use crate::cli::{Env, output};
+use crate::image::{BackingFiles, Format};
+use crate::ops::import::{self, Import};
 use std::path::PathBuf;
 
 /// What `volume import` takes.
@@ -74,60 +68,29 @@ pub struct ImportArgs {
 
 /// Makes a volume from an image.
 pub fn run(env: &Env, args: &ImportArgs) -> Result<()> {
-    let (settings, catalog) = (env.settings()?, env.catalog());
-    if args.unencrypted {
-        check_may_be_unencrypted(env, &settings)?;
-    }
-    let import = if args.in_place { in_place } else { copied };
-    let made = import(env, &settings, &catalog, args)
-        .map_err(|e| e.context(format!("import {}", args.file.display())))?;
-    match env.json {
-        true => output::print_json(&description(&catalog, &made)?),
-        false => output::print(&format!("{}\n", made.id())).map(drop),
-    }
-}
-
-fn copied(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) -> Result<Metadata> {
-    let backing = if args.backing_files { BackingFiles::Read } else { BackingFiles::Refuse };
-    let image = Image::open(&args.file, args.format, backing)?;
-    let wanted = wanted(args, image.size())?;
-    let events = env.events(settings);
-    let mut progress = Progress::new()?;
-    let mut watch = |done, total| progress.at(done, total);
-    if args.unencrypted {
-        return import::import(catalog, &events, &wanted, &image, None, &mut watch);
-    }
-    let named = NamedKey::open(env, settings, args.key.as_deref())?;
-    let unwrap = provider::unwrap(env);
-    let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
-    import::import(catalog, &events, &wanted, &image, Some(key), &mut watch)
-}
-
-fn in_place(env: &Env, settings: &Settings, catalog: &Catalog, args: &ImportArgs) -> Result<Metadata> {
-    let image = Image::open(&args.file, args.format, BackingFiles::Refuse)?;
-    let size = image.size();
-    let offered = image.into_raw()?;
-    let wanted = wanted(args, size)?;
-    let candidate = Candidate::new(catalog, offered)?;
-    let named = NamedKey::open(env, settings, args.key.as_deref())?;
-    let unwrap = provider::unwrap(env);
-    let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
-    crate::ops::import_in_place::import(catalog, &env.events(settings), &wanted, &candidate, key)
-}
-
-fn wanted(args: &ImportArgs, len: u64) -> Result<Wanted> {
-    let sector_size = args.sector_size.unwrap_or_default();
-    let least = import::size_of(len, sector_size);
-    let size = args.size.unwrap_or(least);
-    if size < least {
-        let message = format!("the image is a disk of {len} bytes; the volume has to have {least} at least");
-        return Err(Error::new(Kind::Usage, message));
-    }
-    let geometry = Geometry::new(size, sector_size)?;
-    if args.size.is_none() && size != len {
-        log::warn!("the image has {len} bytes; the volume has {size}, whole sectors, with zeros at its end");
-    }
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
-    Ok(Wanted { geometry, name: args.name.clone(), tags, preallocate: args.preallocate })
+    let import = Import {
+        file: args.file.clone(),
+        format: args.format,
+        backing: if args.backing_files { BackingFiles::Read } else { BackingFiles::Refuse },
+        size: args.size,
+        sector_size: args.sector_size,
+        key: args.key.clone(),
+        unencrypted: args.unencrypted,
+        name: args.name.clone(),
+        tags,
+        preallocate: args.preallocate,
+    };
+    let store = env.store()?;
+    let made = if args.in_place {
+        import::in_place(&store, &import)?
+    } else {
+        let mut progress = Progress::new()?;
+        import::copied(&store, &import, &mut |done, total| progress.at(done, total))?
+    };
+    match env.json {
+        true => output::print_json(&description(&env.catalog(), &made)?),
+        false => output::print(&format!("{}\n", made.id())).map(drop),
+    }
 }

@@ -3,7 +3,6 @@
 
 pub(super) mod create;
 pub(super) mod export;
-mod follow;
 mod import;
 mod rekey;
 pub(super) mod resize;
@@ -11,10 +10,10 @@ mod rewrap;
 mod show;
 mod tag;
 
-use crate::base::Result;
-use crate::catalog::{Catalog, Entry, VolumeId};
+use crate::base::{Result, size};
+use crate::catalog::{Catalog, Entry};
 use crate::cli::filter::{self, Filter};
-use crate::cli::{Env, output, size};
+use crate::cli::{Env, output};
 use crate::ops::delete;
 use serde_json::{Value, json};
 
@@ -185,13 +184,12 @@ fn yes_or_no(it: bool) -> &'static str {
 }
 
 fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
-    let (catalog, events) = (env.catalog(), env.events(&env.settings()?));
-    let id: VolumeId = catalog.resolve(&args.volume.volume)?;
+    let (store, id) = (env.store()?, env.catalog().resolve(&args.volume.volume)?);
     if args.shred {
-        let receipt = delete::shred(&catalog, &events, id)?;
+        let receipt = delete::shred(&store.catalog(), &store.events(), id)?;
         return crate::cli::receipt::print(env, &receipt);
     }
-    delete::delete(&catalog, &events, id)?;
+    delete::delete(&store.catalog(), &store.events(), id)?;
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),

@@ -1,23 +1,13 @@
 //! `sealblk volume rekey` and `sealblk volume flatten`.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Kind, Result};
-use crate::catalog::lock::{Held, Holder, Purpose};
-use crate::catalog::rekey::{NewKey, check_encrypted};
-use crate::catalog::{Catalog, Metadata, VolumeId};
-use crate::cli::provider::{self, NamedKey};
-use crate::cli::volume::follow::follow;
-use crate::cli::volume::show;
-use crate::cli::{Env, output, size};
-use crate::crypt::Dek;
-use crate::crypt::secret_mem::SecretFd;
-use crate::events::Event;
-use crate::helper::unwrap;
-use crate::host::changes::hydrate::kms_key;
-use crate::host::control::{self, conversation};
-use crate::kms::patience::Patience;
-use crate::kms::{Failure, KeyRef};
-use crate::ops::rekey;
+use super::show;
+use crate::base::{Result, size};
+use crate::catalog::VolumeId;
+use crate::cli::meter::Meter;
+use crate::cli::{Env, output};
+use crate::ops::rekey::{self, Rekeyed};
+use crate::ops::{Store, flatten};
 use std::time::Duration;
 
 /// What `volume rekey` takes.
@@ -73,80 +63,20 @@ struct FollowArgs {
 
 /// Gives a volume a new data key.
 pub fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
-    let catalog = env.catalog();
-    let metadata = catalog.load(catalog.resolve(&args.volume)?)?;
-    let id = metadata.id();
-    let attempt = |e: Error| e.context(format!("re-key {id}"));
-    check_encrypted(&metadata).map_err(attempt)?;
-    let key = named_key(env, args, &metadata).map_err(attempt)?;
-    let events = env.events(&env.settings()?);
-    let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
-        let pause = give(env, &catalog, id, new.clone())?;
-        Ok((new, pause))
-    });
-    let (new, pause) = done.map_err(|Failure { cause, error }| {
-        events.record(&Event::hydrate_failed(id, None, cause));
-        attempt(error)
-    })?;
-    if pause.is_none() {
-        // Otherwise its host process has said so.
-        events.record(&Event::hydrate_volume(id, Some(&new.record().wrapped.key_id), "hydrating"));
-    }
+    let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
+    let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref())?;
     say_pause(env, id, pause);
-    finish(env, &catalog, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
-}
-
-fn named_key(env: &Env, args: &RekeyArgs, metadata: &Metadata) -> Result<NamedKey> {
-    if args.key.is_some() {
-        return NamedKey::open(env, &env.settings()?, args.key.as_deref());
-    }
-    let top = metadata.top().key.map(|n| &metadata.keys()[n]);
-    let same = top.and_then(|key| KeyRef::of_provider(&key.provider, &key.wrapped.key_id));
-    NamedKey::of(env, same.ok_or_else(|| Error::new(Kind::Usage, "name a KMS key with --key"))?)
-}
-
-/// Gives the volume a key that the KMS has made; answers how long its queues stood still if it is attached.
-fn give(env: &Env, catalog: &Catalog, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Failure> {
-    if !is_attached(catalog, id)? {
-        return rekey::rekey(catalog, id, new, &provider::unwrap(env)).map(|_| None);
-    }
-    // The helper fills this, and the host process takes it: nobody here looks into it.
-    let secret = SecretFd::create(Dek::LEN)?;
-    let patience = Patience(env.settings()?.kms_patience);
-    let unwrapped = unwrap::unwrap_into(env.hardened, &env.root, id, new.record(), None, patience, &secret);
-    unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })?;
-    Ok(conversation::rekey(catalog, id, &new, secret).map(Some)?)
+    finish(env, &store, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
 }
 
 /// Makes a volume's layers one.
 pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
-    let catalog = env.catalog();
-    let id = catalog.resolve(&args.volume)?;
-    let attempt = |e: Error| e.context(format!("flatten {id}"));
-    let before = catalog.load(id)?;
-    let is_attached = is_attached(&catalog, id)?;
-    let marked = match is_attached {
-        true => control::flatten(&catalog, id),
-        false => crate::ops::flatten::mark(&catalog, id),
+    let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
+    let said = match flatten::flatten(&store, id)? {
+        true => format!("{id} is being flattened"),
+        false => format!("{id} has one layer: there is nothing to do"),
     };
-    if !marked.map_err(attempt)? {
-        return finish(
-            env,
-            &catalog,
-            id,
-            &args.following,
-            &format!("{id} has one layer: there is nothing to do"),
-        );
-    }
-    let marked = catalog.load(id)?;
-    if !is_attached && marked.layout().hydrate() != before.layout().hydrate() {
-        env.events(&env.settings()?).record(&Event::hydrate_volume(id, kms_key(&marked), "hydrating"));
-    }
-    finish(env, &catalog, id, &args.following, &format!("{id} is being flattened"))
-}
-
-fn is_attached(catalog: &Catalog, id: VolumeId) -> Result<bool> {
-    Ok(matches!(catalog.held(id)?, Held::By(Holder { purpose: Purpose::Attach, .. })))
+    finish(env, &store, id, &args.following, &said)
 }
 
 fn say_pause(env: &Env, id: VolumeId, pause: Option<Duration>) {
@@ -156,18 +86,17 @@ fn say_pause(env: &Env, id: VolumeId, pause: Option<Duration>) {
 }
 
 /// Follows if that is wanted, and says what there is now.
-fn finish(env: &Env, catalog: &Catalog, id: VolumeId, following: &FollowArgs, said: &str) -> Result<()> {
+fn finish(env: &Env, store: &Store, id: VolumeId, following: &FollowArgs, said: &str) -> Result<()> {
+    let catalog = &store.catalog();
     if !env.json {
         output::print(&format!("{said}\n"))?;
     }
     let mut now = catalog.load(id)?;
     if following.follow {
-        let followed = follow(catalog, id, following.rate, env.hardened)?;
-        now = followed.volume;
-        if followed.done_here {
-            let events = env.events(&env.settings()?);
-            events.record(&Event::hydrate_volume(id, kms_key(&now), "completed"));
-        }
+        let mut meter = Meter::new();
+        let followed = flatten::follow(store, id, following.rate, &mut |progress| meter.show(progress));
+        meter.clear();
+        now = followed?;
     }
     if env.json {
         return output::print_json(&show::description(catalog, &now)?);

@@ -1,15 +1,10 @@
 //! `sealblk volume resize`.
 #![forbid(unsafe_code)]
 
-use crate::base::Result;
-use crate::catalog::lock::{Held, Holder, Purpose};
-use crate::catalog::{Metadata, VolumeId};
-use crate::cli::volume::output;
-use crate::cli::volume::show::description;
-use crate::cli::{Env, provider, size};
-use crate::host::control;
-use crate::kms::Failure;
-use crate::ops::resize;
+use super::show::description;
+use crate::base::{Result, size};
+use crate::cli::{Env, output};
+use crate::ops::resize::{self, Resized};
 use crate::vhost::gate::Told;
 use serde_json::json;
 
@@ -34,13 +29,13 @@ pub struct ResizeArgs {
 pub fn run(env: &Env, args: &ResizeArgs) -> Result<()> {
     let catalog = env.catalog();
     let id = catalog.resolve(&args.volume)?;
-    let (resized, told) = resize(env, id, args.size)?;
+    let Resized { volume, told } = resize::resize(&env.store()?, id, args.size)?;
     if env.json {
-        let mut value = description(&catalog, &resized)?;
+        let mut value = description(&catalog, &volume)?;
         value["vmm"] = json!(told);
         return output::print_json(&value);
     }
-    output::print(&format!("{id} has {}\n", size::human(resized.size())))?;
+    output::print(&format!("{id} has {}\n", size::human(volume.size())))?;
     if let Some(told) = told {
         output::tell(match told {
             Told::Confirmed => "the VMM was told, and has taken note",
@@ -52,19 +47,4 @@ pub fn run(env: &Env, args: &ResizeArgs) -> Result<()> {
         });
     }
     Ok(())
-}
-
-/// Makes a volume larger. Answers what is known of it then and, of an attached one that was smaller, who was told.
-pub fn resize(env: &Env, id: VolumeId, size: u64) -> Result<(Metadata, Option<Told>)> {
-    let (catalog, settings) = (env.catalog(), env.settings()?);
-    let unwrap = provider::unwrap(env);
-    let mut told = None;
-    let resized = resize::grow(&catalog, &env.events(&settings), id, size, || match catalog.held(id)? {
-        Held::By(Holder { purpose: Purpose::Attach, .. }) => {
-            told = Some(control::resize(&catalog, id, size)?);
-            Ok::<_, Failure>(())
-        }
-        _ => resize::detached(&catalog, id, size, &unwrap),
-    })?;
-    Ok((resized, told))
 }

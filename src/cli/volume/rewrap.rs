@@ -1,11 +1,10 @@
 //! `sealblk volume rewrap`: the same data key, wrapped by another KMS key.
 
-use crate::base::{Error, Kind, Result};
-use crate::catalog::metadata::KeyRecord;
-use crate::catalog::{Catalog, Entry, Metadata, VolumeId};
+use crate::base::{Error, Result};
+use crate::catalog::{Entry, VolumeId};
 use crate::cli::{Env, output};
-use crate::kms::{self, KeyRef};
-use crate::ops::rewrap::{self, Change};
+use crate::ops::Store;
+use crate::ops::rewrap::{self, Change, Wish};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -34,89 +33,34 @@ pub struct RewrapArgs {
     from: Option<String>,
 }
 
-/// Which data keys are wrapped anew, and by what.
-struct Wish {
-    to: Option<KeyRef>,
-    /// Provider and canonical id.
-    from: Option<(String, String)>,
-}
-
-impl Wish {
-    fn new(env: &Env, args: &RewrapArgs) -> Result<Self> {
-        let locality = env.settings()?.locality;
-        let parse = |text: &String| KeyRef::parse(text, &locality).map_err(|e| e.with_advice(text));
-        let to = args.key.as_ref().map(parse).transpose()?;
-        let from = args.from.as_ref().map(|text| canonical(env, &parse(text)?)).transpose()?;
-        Ok(Wish { to, from })
-    }
-
-    /// The KMS key that shall wrap it; none if it stays as it is.
-    fn target(&self, key: &KeyRecord) -> Option<KeyRef> {
-        let wanted = self
-            .from
-            .as_ref()
-            .is_none_or(|(provider, arn)| (provider, arn) == (&key.provider, &key.wrapped.key_id));
-        if !wanted {
-            return None;
-        }
-        // A provider of another version has no name here; its key is left to that version.
-        self.to.clone().or_else(|| KeyRef::of_provider(&key.provider, &key.wrapped.key_id))
-    }
-
-    fn concerns(&self, metadata: &Metadata) -> bool {
-        metadata.keys().iter().any(|key| self.target(key).is_some())
-    }
-}
-
-fn canonical(env: &Env, key: &KeyRef) -> Result<(String, String)> {
-    let provider = kms::open_provider(env.hardened, &env.root, key.provider.as_str())?;
-    let described = provider.describe(&key.key).map_err(|e| e.with_advice(&key.key))?;
-    Ok((key.provider.as_str().into(), described.key_id))
-}
-
 /// Wraps the data keys of one volume, or of all.
 pub fn run(env: &Env, args: &RewrapArgs) -> Result<()> {
-    let (catalog, wish) = (env.catalog(), Wish::new(env, args)?);
+    let store = env.store()?;
+    let wish = Wish::new(&store, args.key.as_deref(), args.from.as_deref())?;
     match &args.volume {
-        Some(reference) => one(env, &catalog, &wish, reference),
-        None => all(env, &catalog, &wish),
+        Some(reference) => one(env, &store, &wish, reference),
+        None => all(env, &store, &wish),
     }
 }
 
-fn one(env: &Env, catalog: &Catalog, wish: &Wish, reference: &str) -> Result<()> {
-    let metadata = catalog.load(catalog.resolve(reference)?)?;
-    let id = metadata.id();
-    if metadata.keys().is_empty() {
-        let message = format!("rewrap {id}: it is not encrypted, so there is no key to wrap");
-        return Err(Error::new(Kind::Usage, message));
-    }
-    if !wish.concerns(&metadata) {
-        let by: Vec<_> =
-            metadata.keys().iter().map(|k| format!("{}:{}", k.provider, k.wrapped.key_id)).collect();
-        let message =
-            format!("rewrap {id}: its data keys are wrapped by {}, which is not asked for", by.join(", "));
-        return Err(Error::new(Kind::Usage, message));
-    }
-    let changes = rewrapped(catalog, wish, id)?;
+fn one(env: &Env, store: &Store, wish: &Wish, reference: &str) -> Result<()> {
+    let id = store.catalog().resolve(reference)?;
+    let changes = rewrap::rewrap(store, id, wish)?;
     match env.json {
         true => output::print_json(&json!({"id": id, "rewrapped": changes})),
         false => output::print(&text(id, &changes)).map(drop),
     }
 }
 
-fn rewrapped(catalog: &Catalog, wish: &Wish, id: VolumeId) -> Result<Vec<Change>> {
-    rewrap::rewrap(catalog, id, |key| wish.target(key)).map_err(|e| e.context(format!("rewrap {id}")))
-}
-
 /// One volume that fails does not keep the others from theirs.
-fn all(env: &Env, catalog: &Catalog, wish: &Wish) -> Result<()> {
+fn all(env: &Env, store: &Store, wish: &Wish) -> Result<()> {
     let (mut values, mut failed): (Vec<Value>, Vec<Error>) = Default::default();
-    let entries = catalog.list()?;
+    let entries = store.catalog().list()?;
     let mut done = 0;
     for Entry { id, metadata } in entries {
         let result = match metadata {
             Ok(metadata) if !wish.concerns(&metadata) => continue,
-            Ok(_) => rewrapped(catalog, wish, id),
+            Ok(_) => rewrap::rewrap(store, id, wish),
             Err(e) => Err(e),
         };
         match result {

@@ -1,10 +1,10 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Kind, Result, size};
 use crate::catalog::lock::{Held, Holder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata};
-use crate::cli::{Env, output, size};
+use crate::cli::{Env, output};
 use crate::host::control;
 use crate::host::status::{Progress, Status, UsedKey};
 use crate::kms::{self, KeyState};

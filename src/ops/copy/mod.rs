@@ -1,35 +1,116 @@
-//! Copies of snapshots: under the same data keys, wrapped anew by the KMS for the copy's id, so that nobody sees them.
+//! Copies of snapshots.
 //!
-//! The copy names the same layers. What proves them is still the original's MAC (docs/format.md). Copies under other data
-//! keys are in [`full`].
+//! Under the KMS keys that a snapshot has, its copy has the same data keys, wrapped anew by the KMS for the copy's id, so that
+//! nobody sees them: it names the same layers, and what proves them is still the original's MAC (docs/format.md). Under
+//! another KMS key, and of a snapshot that is not encrypted, everything is copied under a data key of its own ([`full`]).
 
 pub mod full;
 
-use crate::base::{Result, Timestamp};
+use super::Store;
+use super::clone::{Keys, is_key_of, rewrap_all};
+use super::flatten::hydrate;
+use super::keys::NamedKey;
+use crate::base::{Context, Result, Timestamp};
 use crate::catalog::metadata::encryption_context;
 use crate::catalog::references::StoreLock;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::{Catalog, SnapshotId};
-use crate::events::{Event, EventLog};
+use crate::crypt::xts::Engine;
+use crate::disk::Disk;
+use crate::events::Event;
+use crate::host::status::Progress;
+use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::ops::clone::{Keys, rewrap_all};
+use crate::virtio::{Geometry, SECTOR_SIZE};
+use crate::volume::layers::{self, Layer};
+use full::Copying;
 
-/// Copies a snapshot under the KMS keys that it has, and reports a `copySnapshot` event.
+/// How a copy is made.
+pub enum Way {
+    /// It has the data keys of the original, and its layers.
+    Shared,
+    /// Everything is copied under a data key that this KMS key wraps.
+    Full(NamedKey),
+}
+
+/// How a copy of `source` is made under the KMS key that `key` names; without one, under those of the source.
 ///
 /// # Errors
-/// The KMS's; `NotFound` if the snapshot was deleted meanwhile; those of the file system.
+/// `Usage` for what names no key; those of the KMS.
+pub fn way(store: &Store, source: &Snapshot, key: Option<&str>) -> Result<Way> {
+    let Some(key) = key else { return Ok(Way::Shared) };
+    let key = store.key(Some(key))?;
+    match is_key_of(&key.wrapping(), source).map_err(|failure| failure.error)? {
+        true => Ok(Way::Shared),
+        false => Ok(Way::Full(key)),
+    }
+}
+
+/// Copies a snapshot, and reports a `copySnapshot` event. Where everything is copied, that is at most `rate` bytes a second
+/// (0: no limit), and `tell` is told now and then how far it has come; an interrupted copy is gone on with.
+///
+/// # Errors
+/// `NotFound` if the snapshot was deleted meanwhile; `Corrupt` if it is not what whoever has its data keys made; those of the
+/// KMS and of the file system.
 pub fn copy(
-    catalog: &Catalog,
-    events: &EventLog,
+    store: &Store,
     source: &Snapshot,
     label: Label,
-    keys: Keys<'_>,
+    way: &Way,
+    rate: u64,
+    tell: &mut dyn FnMut(&Progress),
 ) -> Result<Snapshot> {
-    let started = Timestamp::now();
-    let made = make(catalog, source, label, keys);
+    let (catalog, started) = (store.catalog(), Timestamp::now());
+    let open_provider = |name: &str| store.provider(name);
+    let unwrap = |owner, key: &_| store.unwrap(owner, key);
+    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
+    let (made, is_incremental) = match way {
+        Way::Shared => (make(&catalog, source, label, keys), true),
+        Way::Full(key) => (make_full(&catalog, source, label, key, keys, rate, tell), false),
+    };
     let result = made.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
-    events.record(&Event::copy_snapshot(source.id(), source.volume(), result, started, true));
+    let event = Event::copy_snapshot(source.id(), source.volume(), result, started, is_incremental);
+    store.events().record(&event);
     made.map_err(|failure| failure.error.context(format!("copy {}", source.id())))
+}
+
+fn make_full(
+    catalog: &Catalog,
+    source: &Snapshot,
+    label: Label,
+    key: &NamedKey,
+    keys: Keys<'_>,
+    rate: u64,
+    tell: &mut dyn FnMut(&Progress),
+) -> Result<Snapshot, Failure> {
+    let copying = Copying::begin(catalog, source, label, &key.wrapping(), keys)?;
+    fill(catalog, source, &copying, rate, tell)?;
+    Ok(copying.commit(catalog)?)
+}
+
+/// Brings everything that the layers of `source` have into the one layer of its copy, durably.
+fn fill(
+    catalog: &Catalog,
+    source: &Snapshot,
+    copying: &Copying,
+    rate: u64,
+    tell: &mut dyn FnMut(&Progress),
+) -> Result<()> {
+    let (dek, source_deks) = copying.deks();
+    let top = layers::ciphers(std::slice::from_ref(dek), copying.copy().layout(), Engine::Auto)?;
+    let below = layers::ciphers(source_deks, source.layout(), Engine::Auto)?;
+    let block_size = source.geometry().sector_size().bytes();
+    let records: Vec<_> = copying.copy().layers().iter().chain(source.layers()).collect();
+    let ciphers: Vec<_> = top.into_iter().chain(below).collect();
+    let opened = layers::open_stack(records.len(), |n, near| {
+        let access = if n == 0 { Access::ReadWrite } else { Access::Read };
+        Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
+    })?;
+    let sectors = source.geometry().size() / SECTOR_SIZE;
+    let disk = Disk::layered(Geometry { sectors, block_size, read_only: false }, "", layers::chain(&opened));
+    let disk = disk.context(|| "open the layers")?.hydrating();
+    drop(opened);
+    hydrate(disk, rate, tell)
 }
 
 fn make(catalog: &Catalog, source: &Snapshot, label: Label, keys: Keys<'_>) -> Result<Snapshot, Failure> {

@@ -1,19 +1,10 @@
 //! `sealblk apply`: makes the store's volumes what a file says they are.
 #![forbid(unsafe_code)]
 
-mod file;
-mod plan;
-
-use crate::base::root::{create_dir_durable, files};
-use crate::base::{Context, Error, Kind, Result, locks};
+use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::VolumeId;
-use crate::cli::filter::Tag;
-use crate::cli::volume::create::{self, CreateArgs};
-use crate::cli::volume::resize;
-use crate::cli::{Env, output, size};
-use crate::config::Settings;
-use nix::fcntl::{Flock, OFlag};
-use plan::{Change, Plan, Planned};
+use crate::cli::{Env, output};
+use crate::ops::apply::{self, Change, Plan, Planned, Wanted};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Read;
@@ -53,16 +44,13 @@ pub struct ApplyArgs {
 /// Applies a file, or prints what that would do.
 pub fn run(env: &Env, args: &ApplyArgs) -> Result<()> {
     let attempt = || format!("apply {}", args.file.display());
-    let wanted = file::parse(&read(&args.file).context(attempt)?).context(attempt)?;
-    let settings = env.settings()?;
+    let wanted = apply::parse(&read(&args.file).context(attempt)?).context(attempt)?;
+    let store = env.store()?;
     if args.dry_run {
-        let plan = Plan::make(env, &settings, &wanted).context(attempt)?;
+        let plan = Plan::make(&store, &wanted).context(attempt)?;
         return print(env, &plan, &[], true);
     }
-    // Of two at once, the second finds what the first has done.
-    let _lock = lock(env)?;
-    let plan = Plan::make(env, &settings, &wanted).context(attempt)?;
-    let ids = carry_out(env, &settings, &plan).context(attempt)?;
+    let (plan, ids) = apply::apply(&store, &wanted).context(attempt)?;
     print(env, &plan, &ids, false)
 }
 
@@ -79,58 +67,10 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-fn lock(env: &Env) -> Result<Flock<File>> {
-    create_dir_durable(env.root.path())?;
-    let path = env.root.path().join("apply.lock");
-    let attempt = || format!("lock {}", path.display());
-    let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
-    locks::lock_whole(file.context(attempt)?).context(attempt)
-}
-
-/// Does what is planned, in the file's order; answers the id of each change's volume.
-fn carry_out(env: &Env, settings: &Settings, plan: &Plan) -> Result<Vec<VolumeId>> {
-    let mut ids = Vec::new();
-    let changes = plan.changes();
-    for (done, planned) in changes.iter().enumerate() {
-        let result = change(env, settings, planned);
-        ids.push(result.map_err(|e| match done {
-            0 => e.context(&planned.name),
-            n => e.context(format!("{n} of {} changes are done, then {}", changes.len(), planned.name)),
-        })?);
-    }
-    Ok(ids)
-}
-
-fn change(env: &Env, settings: &Settings, planned: &Planned) -> Result<VolumeId> {
-    match &planned.change {
-        Change::Create(volume) => {
-            let args = CreateArgs {
-                size: volume.size,
-                snapshot: volume.snapshot.clone(),
-                sector_size: volume.sector_size,
-                key: volume.key.clone(),
-                unencrypted: volume.unencrypted,
-                name: Some(volume.name.clone()),
-                tag: volume.tags.iter().flat_map(|tags| tags.iter()).map(Tag::of).collect(),
-                preallocate: false,
-            };
-            create::create(env, settings, &args).map(|made| made.id())
-        }
-        Change::Grow { id, to, .. } => resize::resize(env, *id, *to).map(|_| *id),
-        Change::Tag { id, tags } => {
-            env.catalog().change_tags(*id, |now| {
-                *now = tags.clone();
-                Ok(())
-            })?;
-            Ok(*id)
-        }
-    }
-}
-
 fn print(env: &Env, plan: &Plan, ids: &[VolumeId], dry_run: bool) -> Result<()> {
     if env.json {
         let changes = plan.changes().iter().enumerate().map(|(n, planned)| {
-            let mut value = planned.json();
+            let mut value = json_of(planned);
             if let Some(id) = ids.get(n) {
                 value["id"] = json!(id);
             }
@@ -142,7 +82,7 @@ fn print(env: &Env, plan: &Plan, ids: &[VolumeId], dry_run: bool) -> Result<()> 
             "unchanged": plan.unchanged(),
         }));
     }
-    let mut rows: Vec<Vec<String>> = plan.changes().iter().map(Planned::row).collect();
+    let mut rows: Vec<Vec<String>> = plan.changes().iter().map(row).collect();
     rows.extend(
         plan.unchanged().iter().map(|name| vec!["=".into(), name.clone(), "is as it shall be".into()]),
     );
@@ -157,4 +97,51 @@ fn print(env: &Env, plan: &Plan, ids: &[VolumeId], dry_run: bool) -> Result<()> 
 /// A size, as a plan shows it.
 fn shown(bytes: u64) -> String {
     size::human(bytes)
+}
+
+/// The change as a row of a table.
+fn row(planned: &Planned) -> Vec<String> {
+    let (sign, what) = match &planned.change {
+        Change::Create(volume) => ("+", describe(volume)),
+        Change::Grow { from, to, .. } => ("~", format!("grow from {} to {}", shown(*from), shown(*to))),
+        Change::Tag { tags, .. } if tags.is_empty() => ("~", "take all tags away".into()),
+        Change::Tag { tags, .. } => {
+            let tags: Vec<String> = tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
+            ("~", format!("tag {}", tags.join(" ")))
+        }
+    };
+    vec![sign.into(), planned.name.clone(), what]
+}
+
+/// The change in JSON.
+fn json_of(planned: &Planned) -> Value {
+    match &planned.change {
+        Change::Create(volume) => json!({
+            "name": planned.name, "action": "create", "size": volume.size, "key": volume.key,
+            "sector_size": volume.sector_size, "snapshot": volume.snapshot,
+            "encrypted": !volume.unencrypted, "tags": volume.tags,
+        }),
+        Change::Grow { id, from, to } => {
+            json!({"name": planned.name, "action": "grow", "id": id, "from": from, "to": to})
+        }
+        Change::Tag { id, tags } => {
+            json!({"name": planned.name, "action": "tag", "id": id, "tags": tags})
+        }
+    }
+}
+
+fn describe(volume: &Wanted) -> String {
+    let mut text = "create".to_string();
+    if let Some(size) = volume.size {
+        text += &format!(", {}", shown(size));
+    }
+    if let Some(snapshot) = &volume.snapshot {
+        text += &format!(", from {snapshot}");
+    }
+    match (&volume.key, volume.unencrypted) {
+        (Some(key), _) => text += &format!(", under {key}"),
+        (None, true) => text += ", not encrypted",
+        (None, false) => {}
+    }
+    text
 }

@@ -1,18 +1,13 @@
 //! What has to be done so that the volumes are what a file says; or why it cannot be.
-#![forbid(unsafe_code)]
 
+use super::file::Wanted;
 use crate::base::{Context, Error, Kind, Result};
-use crate::catalog::metadata::Geometry;
 use crate::catalog::tags::Tags;
-use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId};
-use crate::cli::Env;
-use crate::cli::apply::file::Wanted;
-use crate::cli::apply::shown;
-use crate::cli::provider::NamedKey;
-use crate::cli::volume::create::check_may_be_unencrypted;
-use crate::config::{DEFAULT_KEY, Settings};
+use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
+use crate::config::DEFAULT_KEY;
 use crate::kms::KmsError;
-use serde_json::{Value, json};
+use crate::ops::create::{self, NewVolume};
+use crate::ops::{Store, resize};
 
 /// What will be done, in order.
 pub struct Plan {
@@ -24,14 +19,30 @@ pub struct Plan {
 pub struct Planned {
     /// The volume's name.
     pub name: String,
+    /// What is done to it.
     pub change: Change,
 }
 
 /// What is done to a volume.
 pub enum Change {
+    /// It is made.
     Create(Wanted),
-    Grow { id: VolumeId, from: u64, to: u64 },
-    Tag { id: VolumeId, tags: Tags },
+    /// It is made larger.
+    Grow {
+        /// The volume.
+        id: VolumeId,
+        /// Its size in bytes.
+        from: u64,
+        /// Its size in bytes when that is done.
+        to: u64,
+    },
+    /// It gets these tags, and no others.
+    Tag {
+        /// The volume.
+        id: VolumeId,
+        /// The tags.
+        tags: Tags,
+    },
 }
 
 impl Plan {
@@ -40,14 +51,14 @@ impl Plan {
     /// # Errors
     /// `Usage` for what cannot be changed, and whatever would keep a volume from being made, as far as that can be known
     /// before; nothing has been done then.
-    pub fn make(env: &Env, settings: &Settings, wanted: &[Wanted]) -> Result<Self> {
-        let catalog = env.catalog();
+    pub fn make(store: &Store, wanted: &[Wanted]) -> Result<Self> {
+        let catalog = store.catalog();
         let there = catalog.list()?;
         let mut plan = Plan { changes: Vec::new(), unchanged: Vec::new() };
         for volume in wanted {
             let name = volume.name.as_str();
             let found = there.iter().find(|entry| entry.name() == Some(name)).map(|entry| &entry.metadata);
-            let look = Look { env, settings, catalog: &catalog, wanted: volume };
+            let look = Look { store, catalog: &catalog, wanted: volume };
             let changes = match found {
                 Some(Ok(metadata)) => look.at_existing(metadata),
                 // One that cannot be read has no name.
@@ -62,6 +73,7 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The changes, in the order in which they are made.
     pub fn changes(&self) -> &[Planned] {
         &self.changes
     }
@@ -74,31 +86,24 @@ impl Plan {
 
 /// One volume of the file, and what it is compared with.
 struct Look<'a> {
-    env: &'a Env,
-    settings: &'a Settings,
+    store: &'a Store,
     catalog: &'a Catalog,
     wanted: &'a Wanted,
 }
 
 impl Look<'_> {
     fn at_missing(&self) -> Result<()> {
-        let wanted = self.wanted;
-        if wanted.unencrypted {
-            check_may_be_unencrypted(self.env, self.settings)?;
-        }
-        let snapshot = wanted.snapshot.as_deref().map(|reference| self.snapshot(reference)).transpose()?;
-        let sector_size = wanted.sector_size.or(snapshot.as_ref().map(|s| s.geometry().sector_size()));
-        if let Some(size) = wanted.size {
-            Geometry::new(size, sector_size.unwrap_or_default())?;
-        }
-        if let Some(snapshot) = &snapshot {
-            check_goes_with(wanted, snapshot)?;
-        }
+        let (new, snapshot) = (new_volume(self.wanted), self.made_from()?);
+        create::check(self.store, &new, snapshot.as_ref())?;
         // A volume from a snapshot has the snapshot's key unless another is named.
-        if !wanted.unencrypted && (wanted.key.is_some() || snapshot.is_none()) {
+        if !new.unencrypted && (new.key.is_some() || snapshot.is_none()) {
             self.check_key_is_usable()?;
         }
         Ok(())
+    }
+
+    fn made_from(&self) -> Result<Option<Snapshot>> {
+        self.wanted.snapshot.as_deref().map(|reference| self.snapshot(reference)).transpose()
     }
 
     fn snapshot(&self, reference: &str) -> Result<Snapshot> {
@@ -107,8 +112,8 @@ impl Look<'_> {
 
     fn check_key_is_usable(&self) -> Result<()> {
         let key = self.wanted.key.as_deref();
-        let name = key.unwrap_or(&self.settings.default_key);
-        let named = NamedKey::open(self.env, self.settings, key)?;
+        let name = key.unwrap_or(&self.store.settings().default_key);
+        let named = self.store.key(key)?;
         match named.describe() {
             Ok(key) => match key.state.refusal(&key.key_id) {
                 Some(refusal) => Err(refusal.with_advice(name)),
@@ -125,11 +130,8 @@ impl Look<'_> {
         let (wanted, id) = (self.wanted, there.id());
         let mut changes = Vec::new();
         match wanted.size {
-            Some(size) if size < there.size() => {
-                return refuse(format!("{id} has {} and cannot be made smaller", shown(there.size())));
-            }
-            Some(to) if to > there.size() => {
-                Geometry::new(to, there.sector_size())?;
+            Some(to) if to != there.size() => {
+                grow::check(there, to).context(|| id.to_string())?;
                 changes.push(Change::Grow { id, from: there.size(), to });
             }
             _ => {}
@@ -180,7 +182,7 @@ impl Look<'_> {
     }
 
     fn check_key(&self, there: &Metadata, name: &str) -> Result<()> {
-        let named = NamedKey::open(self.env, self.settings, Some(name))?;
+        let named = self.store.key(Some(name))?;
         let key_id = named.describe().map_err(|e| e.with_advice(name))?.key_id;
         let top = there.top().key.map(|n| &there.keys()[n]);
         match top.map(|key| (key.provider.as_str(), &key.wrapped.key_id)) {
@@ -194,72 +196,41 @@ impl Look<'_> {
     }
 }
 
-fn check_goes_with(wanted: &Wanted, snapshot: &Snapshot) -> Result<()> {
-    let (id, geometry) = (snapshot.id(), snapshot.geometry());
-    if wanted.unencrypted && snapshot.is_encrypted() {
-        return refuse(format!("{id} is encrypted, and so is every volume that is made from it"));
-    }
-    if wanted.size.is_some_and(|size| size < geometry.size()) {
-        return refuse(format!(
-            "{id} has {}; a volume made from it cannot be smaller",
-            shown(geometry.size())
-        ));
-    }
-    match wanted.sector_size.is_some_and(|it| it != geometry.sector_size()) {
-        true => refuse(format!("{id} has sectors of {} bytes", geometry.sector_size().bytes())),
-        false => Ok(()),
-    }
-}
-
 fn refuse<T>(message: String) -> Result<T> {
     Err(Error::new(Kind::Usage, message))
 }
 
 impl Planned {
-    /// The change as a row of a table.
-    pub fn row(&self) -> Vec<String> {
-        let (sign, what) = match &self.change {
-            Change::Create(volume) => ("+", describe(volume)),
-            Change::Grow { from, to, .. } => ("~", format!("grow from {} to {}", shown(*from), shown(*to))),
-            Change::Tag { tags, .. } if tags.is_empty() => ("~", "take all tags away".into()),
-            Change::Tag { tags, .. } => {
-                let tags: Vec<String> = tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
-                ("~", format!("tag {}", tags.join(" ")))
-            }
-        };
-        vec![sign.into(), self.name.clone(), what]
-    }
-
-    /// The change in JSON.
-    pub fn json(&self) -> Value {
+    /// Makes the change, and returns its volume.
+    pub(super) fn carry_out(&self, store: &Store) -> Result<VolumeId> {
         match &self.change {
-            Change::Create(volume) => json!({
-                "name": self.name, "action": "create", "size": volume.size, "key": volume.key,
-                "sector_size": volume.sector_size, "snapshot": volume.snapshot,
-                "encrypted": !volume.unencrypted, "tags": volume.tags,
-            }),
-            Change::Grow { id, from, to } => {
-                json!({"name": self.name, "action": "grow", "id": id, "from": from, "to": to})
+            Change::Create(wanted) => {
+                let catalog = store.catalog();
+                let snapshot = wanted.snapshot.as_deref();
+                let snapshot = snapshot.map(|name| catalog.load_snapshot(catalog.resolve_snapshot(name)?));
+                let made = create::create(store, &new_volume(wanted), snapshot.transpose()?.as_ref())?;
+                Ok(made.id())
             }
+            Change::Grow { id, to, .. } => resize::resize(store, *id, *to).map(|_| *id),
             Change::Tag { id, tags } => {
-                json!({"name": self.name, "action": "tag", "id": id, "tags": tags})
+                store.catalog().change_tags(*id, |now| {
+                    *now = tags.clone();
+                    Ok(())
+                })?;
+                Ok(*id)
             }
         }
     }
 }
 
-fn describe(volume: &Wanted) -> String {
-    let mut text = "create".to_string();
-    if let Some(size) = volume.size {
-        text += &format!(", {}", shown(size));
+fn new_volume(wanted: &Wanted) -> NewVolume {
+    NewVolume {
+        size: wanted.size,
+        sector_size: wanted.sector_size,
+        key: wanted.key.clone(),
+        unencrypted: wanted.unencrypted,
+        name: Some(wanted.name.clone()),
+        tags: wanted.tags.clone().unwrap_or_default(),
+        preallocate: false,
     }
-    if let Some(snapshot) = &volume.snapshot {
-        text += &format!(", from {snapshot}");
-    }
-    match (&volume.key, volume.unencrypted) {
-        (Some(key), _) => text += &format!(", under {key}"),
-        (None, true) => text += ", not encrypted",
-        (None, false) => {}
-    }
-    text
 }

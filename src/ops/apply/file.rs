@@ -1,10 +1,9 @@
 //! What is written in the file that is applied, into what is meant.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Kind, Result, size};
 use crate::catalog::metadata::{SectorSize, VolumeName};
 use crate::catalog::tags::Tags;
-use crate::cli::size;
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::HashSet;
@@ -19,11 +18,16 @@ pub struct Wanted {
     /// In bytes.
     #[serde(default, deserialize_with = "bytes")]
     pub size: Option<u64>,
+    /// The KMS key, by id, ARN or alias.
     pub key: Option<String>,
+    /// Its sector size.
     pub sector_size: Option<SectorSize>,
+    /// The snapshot that it is made from: its id or its tag Name.
     pub snapshot: Option<String>,
+    /// Whether it is not encrypted.
     #[serde(default)]
     pub unencrypted: bool,
+    /// Exactly its tags; without, whatever there are.
     pub tags: Option<Tags>,
 }
 

@@ -1,0 +1,92 @@
+//! Volumes made from disk images: encrypted on the way in, and there only when all of it is.
+//!
+//! It is making a volume ([`make`]) with one step more: the data, through the disk's own write path, durable
+//! before `volume.json` gets its name. Until then there is no volume, and what was written is cleared up like what any
+//! interrupted command leaves. Such a volume has data from its beginning, so it has a seal from its beginning.
+
+use crate::base::{Context, Result};
+use crate::catalog::Catalog;
+use crate::catalog::metadata::{KeyOwner, Metadata, SectorSize};
+use crate::crypt::Dek;
+use crate::disk::Disk;
+use crate::disk::transfer::{self, Transfer};
+use crate::events::EventLog;
+use crate::image::Image;
+use crate::image::lock::Access;
+use crate::kms::Failure;
+use crate::ops::keys::WrappingKey;
+use crate::ops::make::{self, Wanted};
+use crate::virtio::{self, SECTOR_SIZE};
+use crate::volume::layers;
+use crate::volume::open::Unwrap;
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use crate::disk::transfer::Watch;
+
+/// Under which KMS key an imported volume is, and how its data key is unwrapped for the time that it takes.
+#[derive(Clone, Copy)]
+pub struct Key<'a> {
+    /// Makes and wraps the data key.
+    pub wrapping: WrappingKey<'a>,
+    /// Unwraps it.
+    pub unwrap: Unwrap<'a>,
+}
+
+/// The least size in bytes of a volume that an image of `len` bytes fits into: whole sectors.
+pub fn size_of(len: u64, sector_size: SectorSize) -> u64 {
+    let unit = u64::from(sector_size.bytes());
+    len.checked_next_multiple_of(unit).unwrap_or(u64::MAX)
+}
+
+/// Makes a volume that holds what `image` holds, with zeros to the end of `wanted.geometry`, which is no smaller.
+/// Without a `key` it is not encrypted. Reports a `createVolume` event.
+///
+/// # Errors
+/// As [`make::create`]; those of reading the image; what `watch` answers. Nothing of the volume is left then.
+pub fn import(
+    catalog: &Catalog,
+    events: &EventLog,
+    wanted: &Wanted,
+    image: &Image,
+    key: Option<Key<'_>>,
+    watch: Watch<'_>,
+) -> Result<Metadata> {
+    assert!(wanted.geometry.size() >= image.size(), "the volume is no smaller than the image");
+    let deks = OnceCell::new();
+    let prepare = |id| {
+        let fresh = key.map(|key| key.wrapping.generate(id)).transpose()?;
+        let mut metadata = Metadata::new(id, wanted.name.clone(), wanted.geometry, fresh);
+        let found = unwrap_all(&metadata, key)?;
+        metadata.seal(&found);
+        Ok(deks.get_or_init(|| found)).map(|_| metadata)
+    };
+    make::create_filled(catalog, events, wanted, prepare, |metadata| {
+        let deks = deks.get().expect("what is filled was prepared");
+        fill(catalog, metadata, deks, image, watch).context(|| "copy the image")
+    })
+}
+
+/// The data keys of a new volume.
+pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Vec<Dek>, Failure> {
+    let Some(Key { unwrap, .. }) = key else { return Ok(Vec::new()) };
+    metadata.keys().iter().map(|record| unwrap(KeyOwner::Volume(metadata.id()), record)).collect()
+}
+
+/// Copies what the image holds into the volume's only layer, durably.
+fn fill(catalog: &Catalog, metadata: &Metadata, deks: &[Dek], image: &Image, watch: Watch<'_>) -> Result<()> {
+    let layers = layers::open_all(catalog, metadata.layout(), deks, Access::ReadWrite)?;
+    let geometry = virtio::Geometry {
+        sectors: metadata.size() / SECTOR_SIZE,
+        block_size: metadata.sector_size().bytes(),
+        read_only: false,
+    };
+    let disk = Disk::layered(geometry, "", layers::chain(&layers)).context(|| "open the new layer")?;
+    let mut transfer = Transfer::new(&Arc::new(disk))?;
+    let next_data = |from| image.next_data(from);
+    transfer::each_chunk(metadata.size(), &next_data, watch, &mut |at, chunk| {
+        image.read(at, chunk)?;
+        transfer.write(at, chunk)
+    })?;
+    transfer.flush()
+}
