@@ -24,6 +24,7 @@ use sealblk::kms::KeyProvider;
 use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, next_record};
 use sealblk::kms::embedded::records::{Change, Transaction};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use std::fs::{self, File};
 use std::io::{IoSlice, Read, Write};
 use std::net::Shutdown;
@@ -165,6 +166,59 @@ fn of_a_volume_that_is_rekeyed_neither_key_is_in_memory_and_the_old_one_goes() {
     drop(session);
     host.end();
     assert!(new.find_in_files(&place.store.root()).is_empty());
+}
+
+/// The kernel has no `memfd_secret` for this command and what it starts.
+fn without_memfd_secret(command: &mut Command) {
+    let forbidden = [(nix::libc::SYS_memfd_secret, Vec::new())].into_iter().collect();
+    let refuse = SeccompAction::Errno(nix::libc::ENOSYS as u32);
+    let arch = std::env::consts::ARCH.try_into().expect("an architecture with a filter");
+    let filter = SeccompFilter::new(forbidden, SeccompAction::Allow, refuse, arch).expect("a filter");
+    let program: BpfProgram = filter.try_into().expect("a filter");
+    // SAFETY: between fork and exec the closure makes two system calls, with memory that it owns.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&program).map_err(std::io::Error::other));
+    }
+}
+
+/// Its schedules hold a data key's pieces, but from the moment that they are made nothing has it in one piece. Where
+/// memory for keys is what root can read, that can be seen; the rest is the same.
+#[test]
+fn the_data_key_goes_as_soon_as_its_schedules_are_made() {
+    let mut secret = Vec::new();
+    for there_is_memfd_secret in [true, false] {
+        let place = Place::new(&[]);
+        let run = |mut command: Command| {
+            if !there_is_memfd_secret {
+                without_memfd_secret(&mut command);
+            }
+            command
+        };
+        let old = place.dek();
+        let host = place.start(run(place.attach_command(&["--hydrate-rate", "1"])), vec![]);
+        let look = |dek: &[u8], when: &str| {
+            use_disk(&mut open(&place.socket()));
+            let seen = host.frozen(|| look_through(host.pid(), &Needles::of_raw_key(dek)));
+            assert!(seen.found.is_empty() && seen.in_secret.is_empty(), "{when}: {:?}", seen.in_secret);
+            assert_eq!(seen.unreadable, if there_is_memfd_secret { seen.secret } else { 0 }, "{when}");
+            let control = host.frozen(|| look_through(host.pid(), &Needles::of_key(dek))).in_secret;
+            assert_eq!(control.is_empty(), there_is_memfd_secret, "{when}: the schedules are there");
+            let maps = fs::read_to_string(host.proc("maps")).expect("read the mappings");
+            assert!(!maps.contains("memfd:sealblk-key"), "{when}: {maps}");
+            seen.secret
+        };
+        secret.push(look(&old, "attached"));
+        let mut rekey = place.store.command();
+        rekey.args(["volume", "rekey", "t"]);
+        assert!(run(rekey).status().expect("start sealblk").success());
+        let metadata = place.metadata();
+        let top = &metadata.keys()[metadata.top().key.expect("it is encrypted")].wrapped;
+        let new = place.kms().decrypt(top, &metadata.encryption_context()).expect("unwrap the data key");
+        assert!(old != new, "it has another data key");
+        secret.extend([look(&old, "the old key"), look(&new, "the new key")]);
+        host.end();
+    }
+    assert_eq!(secret[..3], secret[3..], "as much memory for keys, whichever it is");
 }
 
 /// At its end the process is held, with all its memory still there: the key has been wiped by then, and the memory

@@ -93,19 +93,58 @@ impl Metadata {
         deks: &[impl Borrow<Dek>],
         has_data: impl FnOnce() -> io::Result<bool>,
     ) -> Result<()> {
-        match self.verify(deks)? {
-            Seal::Sealed | Seal::NotEncrypted => {}
-            Seal::Unsealed if has_data()? => {
-                let message = format!(
-                    "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore \
-                     it from a backup",
-                    self.id
-                );
-                return Err(Error::new(Kind::Corrupt, message));
-            }
-            Seal::Unsealed => self.seal(deks),
+        if self.verify(deks)? == Seal::Unsealed {
+            self.check_no_data(has_data)?;
+            self.seal(deks);
         }
         Ok(())
+    }
+
+    /// Compares the record of a volume that was proved before with its seal; `key` is that of the top layer's data key, and
+    /// none for an unencrypted volume.
+    ///
+    /// # Errors
+    /// `Corrupt` for a record that was edited, and for an encrypted volume without a seal.
+    pub fn verify_again(&self, key: Option<&SealKey>) -> Result<()> {
+        assert_eq!(key.is_some(), self.is_encrypted(), "an encrypted volume has a seal, and no other");
+        let Some(key) = key else { return Ok(()) };
+        let expected = key.mac(&self.sealed_bytes());
+        match self.mac.as_ref().is_some_and(|mac| mac.ct_eq(&expected).into()) {
+            true => Ok(()),
+            false => Err(self.refusal("the MAC does not fit the rest; volume.json was edited".into())),
+        }
+    }
+
+    /// Seals a volume that had no seal when [`Metadata::verify`] looked at it, and has not changed since: `checks` are the
+    /// check values of its data keys, in their order, and `key` is what the top layer's data key seals with. `has_data` is
+    /// as for [`Metadata::prove`].
+    ///
+    /// # Errors
+    /// `Corrupt` for a volume with data; what `has_data` says.
+    pub fn seal_later(
+        &mut self,
+        checks: &[[u8; 16]],
+        key: &SealKey,
+        has_data: impl FnOnce() -> io::Result<bool>,
+    ) -> Result<()> {
+        assert_eq!(checks.len(), self.keys().len(), "one check value for each of the volume's keys");
+        self.check_no_data(has_data)?;
+        self.layout.keys.iter_mut().zip(checks).for_each(|(key, check)| key.check = Some(*check));
+        self.reseal(Some(key));
+        Ok(())
+    }
+
+    /// A volume without a seal must not have data in its top layer.
+    fn check_no_data(&self, has_data: impl FnOnce() -> io::Result<bool>) -> Result<()> {
+        if !has_data()? {
+            return Ok(());
+        }
+        let message = format!(
+            "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore it from a \
+             backup",
+            self.id
+        );
+        Err(Error::new(Kind::Corrupt, message))
     }
 
     /// Notes the data keys' check values and the MAC; `deks` as for [`Metadata::verify`]. For an unencrypted

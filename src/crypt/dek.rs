@@ -9,6 +9,7 @@ use crate::crypt::secret_mem::{SecretMem, on_scrubbed_stack};
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
+use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
@@ -89,7 +90,7 @@ impl Dek {
         on_scrubbed_stack(|| {
             expand(self.bytes(), Some(volume_id.as_bytes()), SealKey::INFO, key.as_mut_slice());
         });
-        Ok(SealKey(key))
+        Ok(SealKey(Arc::new(key)))
     }
 
     /// The key itself, data key ‖ tweak key. For tests that decrypt a layer with other software, and for a
@@ -109,8 +110,9 @@ impl Dek {
     }
 }
 
-/// The key of the MAC over a volume's metadata. It opens no data.
-pub struct SealKey(SecretMem);
+/// The key of the MAC over a volume's metadata. It opens no data. Copies of this are the same memory.
+#[derive(Clone)]
+pub struct SealKey(Arc<SecretMem>);
 
 impl SealKey {
     const LEN: usize = 32;

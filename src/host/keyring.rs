@@ -1,24 +1,23 @@
-//! The data keys that a host process has, as long as it may have to open its volume again: when it takes the volume over
-//! from another process, or back. What the volume does not need any more is wiped.
+//! What a host process keeps of its volume's data keys, as long as it may have to open the volume again: when it takes the
+//! volume over from another process, or back. What the volume does not need any more is wiped.
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::Metadata;
-use crate::crypt::Dek;
-use crate::volume::open::Deks;
+use crate::volume::kept::Kept;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The data keys of one volume, in whatever order.
-pub(crate) struct Keyring(Mutex<Deks>);
+/// What is kept of the data keys of one volume, in whatever order once it is sealed.
+pub(crate) struct Keyring(Mutex<Vec<Kept>>);
 
 impl Keyring {
     /// With these, which are in the order of the volume's keys.
-    pub(super) fn new(deks: Deks) -> Arc<Self> {
-        Arc::new(Keyring(Mutex::new(deks)))
+    pub(super) fn new(kept: Vec<Kept>) -> Arc<Self> {
+        Arc::new(Keyring(Mutex::new(kept)))
     }
 
     /// Adds one that the volume gets.
-    pub(super) fn add(&self, dek: Arc<Dek>) {
-        self.lock().push(dek);
+    pub(super) fn add(&self, kept: Kept) {
+        self.lock().push(kept);
     }
 
     /// Wipes those that the volume has not, or not any more.
@@ -33,26 +32,26 @@ impl Keyring {
         self.lock().clear();
     }
 
-    /// Those of the volume.
+    /// Those of the volume, in the order of its keys.
     ///
     /// # Errors
     /// `Busy` if it has others now.
-    pub(super) fn of(&self, volume: &Metadata) -> Result<Deks> {
+    pub(super) fn of(&self, volume: &Metadata) -> Result<Vec<Kept>> {
         let message = || format!("{} has got other data keys meanwhile; attach it anew", volume.id());
         self.find(volume).ok_or_else(|| Error::new(Kind::Busy, message()))
     }
 
-    fn find(&self, volume: &Metadata) -> Option<Deks> {
+    fn find(&self, volume: &Metadata) -> Option<Vec<Kept>> {
         let mine = self.lock();
         if !volume.is_sealed() {
             // Nothing else tells them apart, and it can have got no other: that takes a seal.
             return (mine.len() == volume.keys().len()).then(|| mine.clone());
         }
-        let of = |check: Option<[u8; 16]>| mine.iter().find(|dek| Some(dek.check_value()) == check).cloned();
+        let of = |check: Option<[u8; 16]>| mine.iter().find(|kept| Some(kept.check()) == check).cloned();
         volume.keys().iter().map(|key| of(key.check())).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Deks> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Kept>> {
         // It is a whole list even if somebody panicked while holding it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -11,18 +11,21 @@ use crate::catalog::metadata::Metadata;
 use crate::catalog::{Catalog, VolumeId};
 use crate::image::lock::Access;
 use crate::virtio::SharedGeometry;
-use crate::volume::layers;
-use crate::volume::open::{Deks, Opened, Opening, cannot_serve, open, shape};
+use crate::volume::kept::Kept;
+use crate::volume::layers::Layer;
+use crate::volume::open::{Deks, Opened, Opening, cannot_serve, open, open_again, shape};
 use std::sync::Arc;
 
-/// How the volume is opened, each time that this process gets it: once, unless it is handed over. It keeps the data
-/// keys.
+/// How the volume is opened, each time that this process gets it: once, unless it is handed over. For that it keeps what
+/// is made of the data keys.
 pub struct Opener {
     pub(super) catalog: Catalog,
     pub(super) volume: VolumeId,
     pub(super) options: Options,
     pub(super) keys: Arc<Keyring>,
     pub(super) geometry: Arc<SharedGeometry>,
+    /// The volume as it was proved, if nobody had sealed it then.
+    unsealed: Option<Metadata>,
     /// How the volume is reached, as far as that was found out without having it.
     pub(super) how: String,
 }
@@ -35,9 +38,9 @@ impl Opener {
         options: &Options,
         keys: impl FnOnce(&Metadata) -> Result<Deks>,
     ) -> Result<(Self, Option<Opened>)> {
-        let (opened, deks) =
+        let (opened, kept) =
             open(catalog, lock, Opening::Attach, access(options.read_only), options.engine, keys)?;
-        let opener = Opener::new(catalog, &opened.metadata, options, deks, String::new());
+        let opener = Opener::new(catalog, &opened.metadata, options, kept, String::new());
         Ok((opener, Some(opened)))
     }
 
@@ -59,18 +62,21 @@ impl Opener {
         let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.
         let _ = metadata.verify(&deks)?;
-        let engine = match &layers::ciphers(&deks, metadata.layout(), options.engine)?[0] {
-            Some(cipher) => format!("XTS engine {}", cipher.engine()),
+        let kept = Kept::of_all(&deks, &metadata, options.engine)?;
+        drop(deks);
+        let engine = match kept.first() {
+            Some(key) => format!("XTS engine {}", key.cipher().engine()),
             None => "not encrypted".into(),
         };
         let how = format!("{}; {engine}", top.caps().access);
-        Ok((Opener::new(catalog, &metadata, options, deks, how), None))
+        Ok((Opener::new(catalog, &metadata, options, kept, how), None))
     }
 
-    fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, deks: Deks, how: String) -> Self {
+    fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, kept: Vec<Kept>, how: String) -> Self {
         let geometry = Arc::new(SharedGeometry::new(shape(metadata, options.read_only)));
         let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
-        Opener { catalog, volume, options, keys: Keyring::new(deks), geometry, how }
+        let unsealed = (metadata.is_encrypted() && !metadata.is_sealed()).then(|| metadata.clone());
+        Opener { catalog, volume, options, keys: Keyring::new(kept), geometry, unsealed, how }
     }
 
     /// Opens the volume anew, as it is now.
@@ -79,18 +85,43 @@ impl Opener {
     /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
     pub(super) fn open(&self, lock: &VolumeLock) -> Result<Opened> {
         let now = self.geometry.now();
-        let keys = |metadata: &Metadata| {
-            let shape = shape(metadata, self.options.read_only);
-            if shape.block_size == now.block_size && shape.sectors >= now.sectors {
-                return self.keys.of(metadata);
-            }
-            let message = "it has got a smaller size meanwhile; attach it anew";
-            Err(Error::new(Kind::Busy, format!("{}: {message}", self.volume)))
-        };
         let Options { read_only, engine, .. } = self.options;
-        let (opened, _) = open(&self.catalog, lock, Opening::Again, access(read_only), engine, keys)?;
+        let opened = open_again(&self.catalog, lock, access(read_only), engine, |metadata, top| {
+            let shape = shape(metadata, read_only);
+            if shape.block_size != now.block_size || shape.sectors < now.sectors {
+                return Err(self.changed("it has got a smaller size meanwhile"));
+            }
+            let kept = self.keys.of(metadata)?;
+            let is_sealed_now = self.prove(metadata, &kept, top)?;
+            let is_first = metadata.mark_attached();
+            if is_sealed_now || is_first {
+                self.catalog.store(lock, metadata)?;
+            }
+            Ok(kept)
+        })?;
         self.keys.keep(&opened.metadata);
         Ok(opened)
+    }
+
+    /// Proves the volume's record by what was kept of its data keys. Returns whether it was sealed by this, for the first
+    /// time.
+    fn prove(&self, metadata: &mut Metadata, kept: &[Kept], top: &Layer) -> Result<bool> {
+        let seal_key = metadata.top().key.map(|top| kept[top].seal_key());
+        let Some(seal_key) = seal_key.filter(|_| !metadata.is_sealed()) else {
+            metadata.verify_again(seal_key)?;
+            return Ok(false);
+        };
+        // What its layers are was proved by data keys that are not there any more.
+        if self.unsealed.as_ref() != Some(&*metadata) {
+            return Err(self.changed("it has no seal, and has changed meanwhile"));
+        }
+        let checks: Vec<_> = kept.iter().map(Kept::check).collect();
+        metadata.seal_later(&checks, seal_key, || top.store.has_data())?;
+        Ok(true)
+    }
+
+    fn changed(&self, how: &str) -> Error {
+        Error::new(Kind::Busy, format!("{}: {how}; attach it anew", self.volume))
     }
 
     pub(super) fn serial(&self) -> String {

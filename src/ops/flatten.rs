@@ -96,9 +96,8 @@ fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progre
         let unwrap = |key| store.unwrap(KeyOwner::Volume(id), key).map_err(|failure| failure.error);
         metadata.keys().iter().map(|key| unwrap(key).map(Arc::new)).collect::<Result<Deks>>()
     };
-    let (Opened { mut metadata, seal_key, layers }, deks) =
+    let (Opened { mut metadata, seal_key, layers }, _) =
         open(&catalog, &lock, Opening::Change, Access::ReadWrite, Engine::Auto, keys)?;
-    drop(deks);
     let leaving = metadata.layout().leaving();
     if leaving == 0 {
         return Ok(metadata);

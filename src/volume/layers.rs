@@ -123,13 +123,27 @@ pub fn open_stack(
 /// keys.
 pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
     let unit = data_unit(layout.geometry().sector_size());
-    let of_key = |dek: &Dek| new_cipher(engine, dek, unit).map(Arc::<dyn SectorCipher>::from);
-    let of_keys = deks.iter().map(|dek| of_key(dek.borrow())).collect::<Result<Vec<_>>>()?;
+    let of_keys = deks.iter().map(|dek| cipher(dek.borrow(), unit, engine)).collect::<Result<Vec<_>>>()?;
+    ciphers_of_layers(&of_keys, layout, engine)
+}
+
+/// The same, with a cipher for each of the layout's keys, in that order.
+pub(super) fn ciphers_of_layers(
+    of_keys: &[Arc<dyn SectorCipher>],
+    layout: &Layout,
+    engine: Engine,
+) -> Result<Vec<Cipher>> {
+    let unit = data_unit(layout.geometry().sector_size());
     let of_layer = |layer: &LayerRecord| match layer.key {
         Some(key) => Ok(Some(of_keys[key].clone())),
         None => mask(layer, engine, unit),
     };
     layout.layers().iter().map(of_layer).collect()
+}
+
+/// The cipher of layers under this data key.
+pub(super) fn cipher(dek: &Dek, unit: DataUnit, engine: Engine) -> Result<Arc<dyn SectorCipher>> {
+    new_cipher(engine, dek, unit).map(Arc::from)
 }
 
 /// The cipher of a layer that has no key: its mask, which is no secret, or none.

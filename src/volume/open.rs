@@ -1,6 +1,7 @@
 //! Opening a volume that this process has: its record is loaded and recovered, its layers are looked at and opened, its
 //! data keys are got and prove the record right. Nothing else in the program opens a volume.
 
+use super::kept::Kept;
 use super::layers::{self, Layer};
 use crate::backing::Store;
 use crate::base::{Error, Kind, Result};
@@ -53,7 +54,7 @@ pub struct Opened {
 }
 
 /// Opens the volume that `lock` is on; `top` is what is going to be done with its top layer, and those below it are
-/// only read. Its data keys come from `keys`.
+/// only read. Its data keys come from `keys`; what is kept of them is returned, in their order, and they are wiped.
 ///
 /// # Errors
 /// `Corrupt` for a record or layers that are not what whoever has the data keys made of them; `Busy` if somebody else
@@ -65,7 +66,37 @@ pub fn open<E: From<Error>>(
     top: Access,
     engine: Engine,
     keys: impl FnOnce(&Metadata) -> Result<Deks, E>,
-) -> Result<(Opened, Deks), E> {
+) -> Result<(Opened, Vec<Kept>), E> {
+    open_proved(catalog, lock, opening, top, engine, |metadata, top| {
+        let deks = keys(metadata)?;
+        prove(catalog, lock, metadata, &deks, top, opening)?;
+        Ok(Kept::of_all(&deks, metadata, engine)?)
+    })
+}
+
+/// Opens a volume that comes (back) to a process which has proved it before and is confined already. `prove` gets its
+/// record and top layer, and returns what was kept of its data keys, in their order.
+///
+/// # Errors
+/// As [`open`]; what `prove` says.
+pub fn open_again(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    top: Access,
+    engine: Engine,
+    prove: impl FnOnce(&mut Metadata, &Layer) -> Result<Vec<Kept>>,
+) -> Result<Opened> {
+    open_proved(catalog, lock, Opening::Again, top, engine, prove).map(|(opened, _)| opened)
+}
+
+fn open_proved<E: From<Error>>(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    opening: Opening,
+    top: Access,
+    engine: Engine,
+    prove: impl FnOnce(&mut Metadata, &Layer) -> Result<Vec<Kept>, E>,
+) -> Result<(Opened, Vec<Kept>), E> {
     let mut metadata = catalog.load(lock.volume())?;
     match opening {
         Opening::Again => catalog.recover_confined(lock, &metadata)?,
@@ -78,13 +109,14 @@ pub fn open<E: From<Error>>(
         let Layers { store, .. } = layers::chain(&layers);
         store.open_queue(1).map_err(cannot_serve)?;
     }
-    let deks = keys(&metadata)?;
-    prove(catalog, lock, &mut metadata, &deks, &layers[0], opening)?;
-    for (layer, cipher) in layers.iter_mut().zip(layers::ciphers(&deks, metadata.layout(), engine)?) {
+    let kept = prove(&mut metadata, &layers[0])?;
+    let of_keys: Vec<_> = kept.iter().map(|key| key.cipher().clone()).collect();
+    let ciphers = layers::ciphers_of_layers(&of_keys, metadata.layout(), engine)?;
+    for (layer, cipher) in layers.iter_mut().zip(ciphers) {
         layer.cipher = cipher;
     }
-    let seal_key = metadata.seal_key(&deks)?;
-    Ok((Opened { metadata, seal_key, layers }, deks))
+    let seal_key = metadata.top().key.map(|top| kept[top].seal_key().clone());
+    Ok((Opened { metadata, seal_key, layers }, kept))
 }
 
 /// Checks the record's seal, or sets it if nobody had the keys before, and notes the first attach.

@@ -58,6 +58,12 @@ impl Needles {
         Self::new(all)
     }
 
+    /// The key in one piece, as a KMS unwraps it. No key schedule has that.
+    pub fn of_raw_key(key: &[u8]) -> Self {
+        assert_eq!(key.len(), 64);
+        Self::new(vec![("the data key in one piece".to_owned(), key.to_vec())])
+    }
+
     /// Words that are there: whoever does not find them is not looking.
     pub fn words(words: &str) -> Self {
         Self::new(vec![(words.to_owned(), words.into())])
@@ -149,16 +155,29 @@ pub struct Seen {
     pub bytes: u64,
     /// How many mappings may hold keys.
     pub secret: usize,
+    /// Needles in those mappings, as far as root can read them.
+    pub in_secret: Vec<String>,
+    /// How many of those mappings not even root can read.
+    pub unreadable: usize,
 }
 
-/// Looks through all memory of a process that root can read, but for the mappings that are made for keys. The process
-/// must stand still.
+/// Looks through all memory of a process that root can read; what it finds in the mappings that are made for keys stands
+/// by itself. The process must stand still.
 pub fn look_through(pid: Pid, needles: &Needles) -> Seen {
     let memory = File::open(format!("/proc/{pid}/mem")).expect("root may read memory");
-    let mut seen = Seen { found: Vec::new(), bytes: 0, secret: 0 };
+    let (found, in_secret) = (Vec::new(), Vec::new());
+    let mut seen = Seen { found, bytes: 0, secret: 0, in_secret, unreadable: 0 };
     for mapping in mappings(pid) {
         if mapping.secret {
             seen.secret += 1;
+            let mut bytes = vec![0; (mapping.range.end - mapping.range.start) as usize];
+            match memory.read_exact_at(&mut bytes, mapping.range.start) {
+                Ok(()) => {
+                    let here = needles.find(&bytes);
+                    seen.in_secret.extend(here.iter().map(|(what, _)| format!("{what}: {}", mapping.name)));
+                }
+                Err(_) => seen.unreadable += 1,
+            }
             continue;
         }
         // The kernel's own pages cannot be read this way, nor what the process itself cannot read.

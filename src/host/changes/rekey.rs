@@ -7,16 +7,15 @@
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::freeze::{Freeze, Maker};
-use crate::catalog::metadata::Metadata;
 use crate::catalog::rekey::{NewKey, WrittenNewKey, check_encrypted, mark_to_flatten};
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
-use crate::crypt::xts::{DataUnit, Engine, new_cipher};
-use crate::disk::Cipher;
+use crate::crypt::xts::Engine;
 use crate::host::changes::snapshot::{PATIENCE, get_ready, open_top};
 use crate::host::control::conversation::Conversation;
 use crate::host::state::{Record, State, gone};
 use crate::host::status::UsedKey;
+use crate::volume::kept::Kept;
 use crate::volume::layers;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,14 +49,16 @@ impl Record {
         &self,
         engine: Engine,
         (key, layer): (NewKey, LayerId),
-        dek: Arc<Dek>,
+        dek: Dek,
         state: &mut State,
         client: &mut Conversation<'_>,
     ) -> Result<Duration> {
         self.hydrator.note_new_key(&key.also_of(&state.metadata))?;
-        self.hydrator.keyring().add(dek.clone());
-        let (seal_key, used) = (dek.seal_key(&state.metadata.id().to_string())?, UsedKey::of(key.record()));
-        let cipher = cipher(engine, &dek, &state.metadata)?;
+        let kept = Kept::of(&dek, state.metadata.id(), state.metadata.sector_size(), engine)?;
+        drop(dek);
+        let (seal_key, used) = (kept.seal_key().clone(), UsedKey::of(key.record()));
+        let cipher = Some(kept.cipher().clone());
+        self.hydrator.keyring().add(kept);
         let freeze = Freeze::begin(&self.catalog, &state.lock, &state.metadata, Maker::Host(layer))?;
         let new_top = *freeze.new_top();
         let serving = state.serving()?;
@@ -124,13 +125,7 @@ fn check_writable(state: &State) -> Result<()> {
 }
 
 /// The data key, in memory of this process's own. What it came in is wiped.
-fn take(secret: SecretFd) -> Result<Arc<Dek>> {
+fn take(secret: SecretFd) -> Result<Dek> {
     let shared = secret.map()?;
-    on_scrubbed_stack(|| Dek::from_bytes(shared.as_slice())).map(Arc::new)
-}
-
-fn cipher(engine: Engine, dek: &Dek, volume: &Metadata) -> Result<Cipher> {
-    let unit = DataUnit::from_bytes(volume.sector_size().bytes() as usize);
-    let unit = unit.expect("sector sizes are data units");
-    Ok(Some(Arc::from(new_cipher(engine, dek, unit)?)))
+    on_scrubbed_stack(|| Dek::from_bytes(shared.as_slice()))
 }

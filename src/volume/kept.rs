@@ -1,0 +1,55 @@
+//! What is kept of a volume's data keys, once they have proved its record right and their round keys are made. The data keys
+//! themselves are wiped then.
+
+use super::layers::{self, data_unit};
+use crate::base::Result;
+use crate::catalog::VolumeId;
+use crate::catalog::metadata::{Metadata, SectorSize};
+use crate::crypt::xts::{Engine, SectorCipher};
+use crate::crypt::{Dek, SealKey};
+use std::borrow::Borrow;
+use std::sync::Arc;
+
+/// What is kept of one data key: by what it is known, what it seals records with, and its round keys. Copies of this are
+/// the same memory.
+#[derive(Clone)]
+pub struct Kept {
+    check: [u8; 16],
+    seal_key: SealKey,
+    cipher: Arc<dyn SectorCipher>,
+}
+
+impl Kept {
+    /// What is kept of `dek`, a key of `volume`'s, whose sectors are so large.
+    ///
+    /// # Errors
+    /// `Unsupported` when this CPU cannot run `engine`, or when the memory cannot be locked.
+    pub fn of(dek: &Dek, volume: VolumeId, sector_size: SectorSize, engine: Engine) -> Result<Self> {
+        let cipher = layers::cipher(dek, data_unit(sector_size), engine)?;
+        Ok(Kept { check: dek.check_value(), seal_key: dek.seal_key(&volume.to_string())?, cipher })
+    }
+
+    /// What is kept of all data keys of `volume`, in the order of its keys.
+    ///
+    /// # Errors
+    /// As for [`Kept::of`].
+    pub fn of_all(deks: &[impl Borrow<Dek>], volume: &Metadata, engine: Engine) -> Result<Vec<Self>> {
+        let of = |dek: &Dek| Kept::of(dek, volume.id(), volume.sector_size(), engine);
+        deks.iter().map(|dek| of(dek.borrow())).collect()
+    }
+
+    /// The check value of the data key.
+    pub fn check(&self) -> [u8; 16] {
+        self.check
+    }
+
+    /// What seals the volume's record, where this is the key of its top layer.
+    pub fn seal_key(&self) -> &SealKey {
+        &self.seal_key
+    }
+
+    /// The cipher.
+    pub fn cipher(&self) -> &Arc<dyn SectorCipher> {
+        &self.cipher
+    }
+}
