@@ -74,16 +74,20 @@ impl KmsServer {
 
     /// The same by TLS; its certificate is beside the private key in `files`, as `kms.pem`.
     pub fn start_tls(files: &Path) -> Self {
-        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
-        let file = |name: &str, text: &str| {
-            let path = files.join(name);
-            fs::write(&path, text).expect("write a file");
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("make it private");
-            path.display().to_string()
-        };
-        let (certificate, key) =
-            (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()));
+        let (certificate, key) = certify(files);
         Self::start_with(&["--tls-cert", &certificate, "--tls-key", &key])
+    }
+
+    /// The same, and the file that it writes its log to, which tells who makes way for whom.
+    pub fn start_tls_with_log(files: &Path) -> (Self, PathBuf) {
+        let (certificate, key) = certify(files);
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        let path = files.join("log");
+        let mut command = command(&folder);
+        command.args(["-v", "kms", "serve", "--listen", "127.0.0.1:0"]);
+        command.args(["--tls-cert", &certificate, "--tls-key", &key]).env_remove("RUST_LOG");
+        command.stderr(fs::File::create(&path).expect("make a file"));
+        (Self::spawn(folder, command), path)
     }
 
     /// The program, pointed at the store of this KMS, with its passphrase if there is one.
@@ -210,6 +214,18 @@ pub fn environment(url: &str) -> Variables {
         ("no_proxy", "*"),
     ];
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+}
+
+/// Makes a certificate for this machine, `kms.pem` in `files`, and its private key; where both are.
+fn certify(files: &Path) -> (String, String) {
+    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".into()]).expect("make a certificate");
+    let file = |name: &str, text: &str| {
+        let path = files.join(name);
+        fs::write(&path, text).expect("write a file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("make it private");
+        path.display().to_string()
+    };
+    (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()))
 }
 
 /// The number by which a server finds what it inherits: far from those that it opens.

@@ -108,4 +108,21 @@ def race():
     say("tried", sum(t[2] for t in times), sum(not t[2] for t in times))
 
 
-{"once": once, "hold": hold, "mutate": mutate, "race": race}[sys.argv[1]]()
+def denied():
+    """Requests that are refused, with as many words of the sender's as fit into them."""
+    kms, code = client(), None
+    for n in range(300):
+        try:
+            words = {f"needle-{m}": "needle" * 60 for m in range(8)}
+            kms.create_grant(KeyId=os.environ["KEY"], GranteePrincipal="arn:aws:iam::000000000000:root",
+                             Operations=["Decrypt"], Constraints={"EncryptionContextSubset": words})
+        except ClientError as e:
+            assert e.response["Error"]["Code"] == "AccessDeniedException", e
+    try:
+        kms.describe_key(KeyId="needle" * 300)
+    except ClientError as e:
+        code = e.response["Error"]["Code"]
+    say("denied", code)
+
+
+{"once": once, "denied": denied, "hold": hold, "mutate": mutate, "race": race}[sys.argv[1]]()

@@ -324,6 +324,44 @@ fn either_of_two_access_keys_signs_until_it_is_deleted() {
     assert_eq!(listed["Principals"][0]["AccessKeyIds"], serde_json::json!([second["AccessKeyId"]]));
 }
 
+/// What is in the audit log of a store.
+fn audit_records(store: &Store) -> Vec<Value> {
+    let log = std::fs::read_to_string(store.dir.path().join("root/audit.jsonl")).expect("read the log");
+    log.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+#[test]
+fn whoever_is_refused_fills_the_audit_log_neither_with_words_nor_with_trying() {
+    let store = Store::new();
+    let host = store.json(&["kms", "principal", "create", "host"]);
+    let key = store.json(&["key", "create"]);
+    let mut server = store.serve(&["--listen", "127.0.0.1:0"]);
+    let before = audit_records(&store).len();
+    let mut denied = client(&server, &host, "denied");
+    let said = words(denied.env("KEY", text(&key["Arn"])).output().expect("Python runs"));
+    assert_eq!(said, "denied NotFoundException");
+    // What is not yet told is told at the end.
+    kill(Pid::from_raw(server.child.id() as i32), Signal::SIGTERM).expect("it runs");
+    server.child.wait().expect("it ends");
+    let records = audit_records(&store);
+    let of_host: Vec<&Value> = records[before..]
+        .iter()
+        .filter(|r| r["userIdentity"]["userName"] == "host" || r["eventName"] == "RefusedCalls")
+        .collect();
+    let bytes: usize = of_host.iter().map(|record| record.to_string().len()).sum();
+    assert!(bytes < 32 << 10, "{bytes} bytes of 301 refusals");
+    assert!(!of_host.iter().any(|record| record.to_string().contains("needle")), "{of_host:#?}");
+    let one_by_one = of_host.iter().filter(|record| record["errorCode"].is_string()).count() as u64;
+    let counted = of_host.iter().filter(|record| record["eventName"] == "RefusedCalls");
+    let counted: u64 = counted
+        .flat_map(|record| record["requestParameters"]["refused"].as_array().expect("a list"))
+        .map(|refused| refused["times"].as_u64().expect("a number"))
+        .sum();
+    assert!((1..=20).contains(&one_by_one) && one_by_one + counted == 301, "{one_by_one} and {counted}");
+    assert!(of_host.iter().all(|record| record["mac"].is_string()));
+    assert!(store.run(&["audit", "verify"]).status.success());
+}
+
 #[test]
 fn a_unix_socket_is_private_and_a_dead_servers_socket_is_replaced() {
     let store = Store::new();

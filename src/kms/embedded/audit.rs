@@ -11,6 +11,7 @@ use crate::kms::embedded::state::State;
 use crate::kms::{EncryptionContext, KmsError};
 use serde_json::{Value, json};
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// A call, as it is recorded.
@@ -117,6 +118,25 @@ impl Embedded {
         }
     }
 
+    /// Records how often somebody was refused something, where each time has no record of its own.
+    ///
+    /// # Errors
+    /// Internal if it could not be recorded.
+    pub fn record_refusals(&self, refused: &Refused<'_>) -> Result<(), KmsError> {
+        let times = refused.counted.iter();
+        let times: Vec<Value> = times
+            .map(|((operation, code), times)| {
+                json!({ "eventName": operation, "errorCode": code, "times": times })
+            })
+            .collect();
+        let entry = Entry::kms_service("RefusedCalls", &self.place)
+            .with("principal", refused.principal)
+            .with("withinSeconds", refused.seconds)
+            .with("refused", times);
+        let key = self.audit_key()?;
+        self.audit.append(&entry, key.as_ref()).map_err(|e| KmsError::Internal(e.to_string()))
+    }
+
     fn entry(&self, call: &Call<'_>, arns: &[String], failure: Option<(&str, &str)>) -> Entry {
         let mut entry = Entry::kms_call(call.name, &self.place);
         for arn in arns {
@@ -149,6 +169,16 @@ impl Embedded {
             Ok(Some((log.keys().audit().clone(), arns)))
         })
     }
+}
+
+/// What somebody was refused.
+pub struct Refused<'a> {
+    /// His ARN.
+    pub principal: &'a str,
+    /// In how many seconds, the last of them now.
+    pub seconds: u64,
+    /// How often, by operation and code.
+    pub counted: &'a BTreeMap<(String, &'static str), u64>,
 }
 
 /// Something that the KMS did by itself, as AWS names it, and to which key.

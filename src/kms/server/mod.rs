@@ -5,12 +5,17 @@
 
 mod http;
 mod operations;
+mod places;
+mod refusals;
 pub mod sigv4;
 pub mod tls;
 pub mod wire;
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::kms::embedded::Embedded;
+use http::Server;
+use places::Peer;
+use refusals::Refusals;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -62,11 +67,13 @@ pub fn serve(
         .context(|| "start the KMS server")?;
     // A request's record names who has signed it, which only the server knows.
     let kms = Arc::new(kms.recorded_by_caller());
-    runtime.block_on(listen(kms, address, tls, ready))
+    let refusals = Arc::<Refusals>::default();
+    refusals::tell_in_time(&kms, &refusals)?;
+    runtime.block_on(listen(Server::new(kms, refusals), address, tls, ready))
 }
 
 async fn listen(
-    kms: Arc<Embedded>,
+    server: Arc<Server>,
     address: &Address,
     tls: Option<Arc<Tls>>,
     ready: impl FnOnce(&str) -> Result<()>,
@@ -77,12 +84,21 @@ async fn listen(
             let listener = TcpListener::bind(address).await.context(attempt)?;
             let scheme = if tls.is_some() { "https" } else { "http" };
             ready(&format!("{scheme}://{}", listener.local_addr().context(attempt)?))?;
-            http::accept(kms, tls, async || Ok(listener.accept().await?.0)).await
+            let next = async || {
+                let (stream, address) = listener.accept().await?;
+                Ok((stream, Peer::at(address.ip())))
+            };
+            http::accept(server, tls, next).await
         }
         Address::Unix(path) => {
             let listener = bind(path).await?;
             ready(&format!("http+unix://{}", path.display()))?;
-            http::accept(kms, None, async || Ok(listener.accept().await?.0)).await
+            let next = async || {
+                let (stream, _) = listener.accept().await?;
+                let user = stream.peer_cred()?.uid();
+                Ok((stream, Peer::User(user)))
+            };
+            http::accept(server, None, next).await
         }
     }
 }

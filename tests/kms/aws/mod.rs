@@ -3,6 +3,7 @@
 
 mod configuration;
 mod faults;
+mod flood;
 mod grants;
 mod provider;
 mod refusals;

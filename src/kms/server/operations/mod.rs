@@ -16,9 +16,11 @@ use crate::kms::embedded::Embedded;
 use crate::kms::embedded::grant_records::GrantOperation;
 use crate::kms::embedded::page::{Page, Piece};
 use crate::kms::embedded::principals::Caller;
+use crate::kms::server::refusals::Refusals;
 use crate::kms::server::wire::{Fields, WireError};
 use crate::kms::{EncryptionContext, KmsError};
 use serde_json::{Value, json};
+use std::cell::Cell;
 
 /// A request whose sender is known.
 pub struct Request<'a> {
@@ -30,6 +32,25 @@ pub struct Request<'a> {
     pub access_key: &'a str,
     /// What is asked.
     pub fields: Fields,
+    refusals: &'a Refusals,
+    /// Bytes of its body.
+    bytes: usize,
+    /// Whether the caller was found to have a right to what he asks for.
+    has_right: Cell<bool>,
+}
+
+impl<'a> Request<'a> {
+    /// A request of `caller`, signed by this access key, whose body of so many bytes has these fields.
+    pub fn new(
+        kms: &'a Embedded,
+        refusals: &'a Refusals,
+        caller: &'a Caller,
+        access_key: &'a str,
+        fields: Fields,
+        bytes: usize,
+    ) -> Self {
+        Request { kms, caller, access_key, fields, refusals, bytes, has_right: Cell::new(caller.admin) }
+    }
 }
 
 /// What is answered; null is an empty body.
@@ -111,7 +132,9 @@ impl Request<'_> {
         key: &str,
         context: &EncryptionContext,
     ) -> Result<String, WireError> {
-        Ok(self.kms.check_allowed(self.caller, operation, key, context)?)
+        let allowed = self.kms.check_allowed(self.caller, operation, key, context)?;
+        self.has_right.set(true);
+        Ok(allowed)
     }
 
     fn check_tokens(&self) -> Result<(), WireError> {

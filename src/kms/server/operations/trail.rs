@@ -1,6 +1,8 @@
 //! What the audit log keeps of a request: who asked for what, about which keys, and how it was answered.
 //!
-//! Fields are kept by name, so that no plaintext, ciphertext or token gets there.
+//! Fields are kept by name, so that no plaintext, ciphertext or token gets there. Of somebody who has no right to what he
+//! asks for none is kept, nor the message that he got, which can repeat one; and of many such requests there are a few
+//! records and then a count ([`super::super::refusals`]). Nobody fills the log with his words, or with his trying.
 
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::data::key_in;
@@ -46,12 +48,23 @@ const KEPT: &[(&str, &str)] = &[
     ("Limit", "limit"),
 ];
 
+/// What is answered to whoever has no right.
+const DENIED: &str = "AccessDeniedException";
+
 /// Records a request; what it is answered then.
 pub fn record(request: &Request<'_>, operation: &str, answer: Answer) -> Answer {
+    let refused = answer.as_ref().err().filter(|e| e.kind == DENIED || !request.has_right.get());
+    if let Some(e) = refused
+        && !request.refusals.is_worth_a_record(request.kms, &request.caller.arn, operation, e.kind)
+    {
+        return answer;
+    }
     let mut call = Call::new(operation).by(identity(request));
-    for (wire, log) in KEPT {
-        if let Some(value) = request.fields.value(wire) {
-            call = call.with(log, value.clone());
+    match refused {
+        Some(_) => call = call.with("requestBytes", request.bytes),
+        None => {
+            let kept = KEPT.iter().filter_map(|(wire, log)| Some((log, request.fields.value(wire)?)));
+            call = kept.fold(call, |call, (log, value)| call.with(log, value.clone()));
         }
     }
     for key in keys(request, answer.as_ref().unwrap_or(&Value::Null)) {
@@ -61,7 +74,10 @@ pub fn record(request: &Request<'_>, operation: &str, answer: Answer) -> Answer 
     if let Some(id) = granted {
         call = call.answering("grantId", id.clone());
     }
-    let failure = answer.as_ref().err().map(|e| (e.kind, e.message.as_deref().unwrap_or_default()));
+    let failure = answer.as_ref().err().map(|e| match refused {
+        Some(_) => (e.kind, "refused; nothing of the request is kept"),
+        None => (e.kind, e.message.as_deref().unwrap_or_default()),
+    });
     request.kms.record_call(&call, failure).map_err(|e| {
         log::error!("{e}");
         let message =
