@@ -15,7 +15,7 @@ use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
 use rsa::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};
 use rsa::rand_core::UnwrapErr;
-use rsa::{Oaep, RsaPrivateKey};
+use rsa::{Oaep, PrivateKey};
 use sha2::Sha256;
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -83,7 +83,7 @@ impl Embedded {
     pub fn import_parameters(&self, key: &str, spec: WrappingKeySpec) -> Result<ImportParameters, KmsError> {
         self.importable(key)?;
         // Before the store is locked: this can take seconds.
-        let private = RsaPrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
+        let private = PrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
         let public_key = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
         let secret = private.to_pkcs8_der().map_err(rsa_failed)?;
         let valid_to = self.store.now().wall + DAY;
@@ -229,7 +229,7 @@ fn open_token(keys: &StoreKeys, token: &[u8], key: Uuid, now: i64) -> Result<Zer
 }
 
 fn unwrap(private: &[u8], wrapped: &[u8]) -> Result<Material, KmsError> {
-    let private = RsaPrivateKey::from_pkcs8_der(private).map_err(rsa_failed)?;
+    let private = PrivateKey::from_pkcs8_der(private).map_err(rsa_failed)?;
     let opened = private.decrypt_blinded(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), wrapped);
     let opened = Zeroizing::new(opened.map_err(|_| KmsError::InvalidCiphertext)?);
     let opened: &[u8; 32] = opened[..].try_into().map_err(|_| {

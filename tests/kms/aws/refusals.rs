@@ -7,7 +7,7 @@ use crate::suite::Admin;
 use getrandom::SysRng;
 use rsa::pkcs8::DecodePublicKey;
 use rsa::rand_core::UnwrapErr;
-use rsa::{Oaep, RsaPublicKey};
+use rsa::{Oaep, PublicKey};
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::admin::NewKey;
 use sealblk::kms::embedded::import::WrappingKeySpec;
@@ -68,7 +68,7 @@ fn each_state_of_the_key_is_told_in_the_kmss_words_with_aws_s_commands() {
 fn external(kms: &Embedded) -> String {
     let key = kms.create(&NewKey { external: true, ..NewKey::default() }).unwrap().arn;
     let given = kms.import_parameters(&key, WrappingKeySpec::Rsa2048).unwrap();
-    let public = RsaPublicKey::from_public_key_der(&given.public_key).unwrap();
+    let public = PublicKey::from_public_key_der(&given.public_key).unwrap();
     let wrapped = public.encrypt(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), &[7; 32]).unwrap();
     kms.import(&key, &given.token, &wrapped, None).unwrap();
     key

@@ -5,7 +5,7 @@ use crate::embedded::{Place, volume};
 use getrandom::SysRng;
 use rsa::pkcs8::DecodePublicKey;
 use rsa::rand_core::UnwrapErr;
-use rsa::{Oaep, RsaPublicKey};
+use rsa::{Oaep, PublicKey};
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::admin::NewKey;
 use sealblk::kms::embedded::import::{ImportParameters, WrappingKeySpec};
@@ -22,7 +22,7 @@ fn parameters(kms: &Embedded, key: &str) -> ImportParameters {
 }
 
 fn wrap(parameters: &ImportParameters, material: &[u8]) -> Vec<u8> {
-    let public = RsaPublicKey::from_public_key_der(&parameters.public_key).unwrap();
+    let public = PublicKey::from_public_key_der(&parameters.public_key).unwrap();
     public.encrypt(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), material).unwrap()
 }
 
