@@ -29,6 +29,15 @@ run() {
     "$@"
 }
 
+# step TITLE COMMAND…: runs a command under a title and says how long it took; ends everything when it fails.
+step() {
+    local before=$SECONDS
+    section "$1"
+    shift
+    run "$@" || die "failed after $((SECONDS - before)) s: $(words "$@")"
+    say "($((SECONDS - before)) s)"
+}
+
 # The words of a command, quoted only where a shell needs it.
 words() {
     local word line=''

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod control;
+mod cpus;
 mod crash;
 mod damage;
 mod handover;

@@ -49,6 +49,26 @@ pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
     }
 }
 
+/// Has `command` find no io_uring, as in most containers.
+pub fn forbid_io_uring(command: &mut Command) {
+    // SAFETY: between fork and exec only prctl is called, on values of the child's own stack.
+    unsafe { command.pre_exec(without_io_uring) };
+}
+
+/// Makes `io_uring_setup` fail with EPERM in this process and its children.
+fn without_io_uring() -> std::io::Result<()> {
+    let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+    let is_setup = libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
+    let answer = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+    let refuse = answer(libc::SECCOMP_RET_ERRNO | libc::EPERM as u32);
+    let mut program = [load_number, is_setup, refuse, answer(libc::SECCOMP_RET_ALLOW)];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    nix::sys::prctl::set_no_new_privs()?;
+    // SAFETY: the filter and the program that it points to live through the call, which copies them.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    if set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// A process that is not a child of ours, whose end can be waited for.
 pub struct Other(OwnedFd);
 

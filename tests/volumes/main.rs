@@ -4,6 +4,7 @@ mod apply;
 mod commands;
 #[path = "../common/mod.rs"]
 mod common;
+mod doctor;
 mod event_sinks;
 mod image_lock;
 mod metadata;
