@@ -203,10 +203,15 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     let (host, socket) = rig.attach("t");
     let mut session = open(&socket);
     let (layers, id) = (rig.files("layers"), rig.reader().volume("t"));
-    let begin = json!({"op": "snapshot", "description": "", "tags": {}});
+    // Each client chooses its layer's name.
+    let begin = |client: &mut Client| {
+        let (id, layer) = (sealblk::volume::SnapshotId::random(), sealblk::volume::LayerId::random());
+        client.say(&json!({"op": "snapshot", "id": id, "layer": layer, "description": "", "tags": {}}));
+        layer
+    };
     let made = |client: &mut Client| {
-        client.say(&begin);
-        let layer = client.hear()["new-layer"]["id"].as_str().unwrap().to_owned();
+        let layer = begin(client);
+        assert_eq!(client.hear(), "layer-made");
         let made = rig.place.volume_folder().join(format!("{layer}.img"));
         std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
     };
@@ -214,10 +219,10 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     type Script<'a> = (&'a str, &'a dyn Fn(&mut Client));
     let scripts: [Script<'_>; 6] = [
         ("says nothing", &|_| ()),
-        ("begins", &|c| c.say(&begin)),
+        ("begins", &|c| drop(begin(c).to_string())),
         ("links the layer", &|c| made(c)),
         ("does not link it, and pauses", &|c| {
-            c.say(&begin);
+            begin(c);
             c.hear();
             c.say(&pause);
             assert_eq!(c.hear()["failed"]["kind"], "not-found");

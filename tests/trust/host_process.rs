@@ -112,6 +112,14 @@ fn a_record_is_written_only_if_it_is_the_one_that_was_asked_for() {
         ("id", take(&["id", "sealed_as"])),
         ("", take(&["id"])),
         ("", take(&["sealed_as", "mac"])),
+        ("volume", take(&["volume", "keys", "layers"])),
+        (
+            "origin",
+            Box::new(|record| {
+                record["copy_of"] = json!("snap-0123456789abcdef0");
+                record["keys"][0]["context"] = json!({"aws:ebs:id": record["id"]});
+            }),
+        ),
         ("id", take(&["id", "volume", "keys", "layers", "mac", "sealed_as", "tags", "description"])),
         ("keys or layers", take(&["layers"])),
         ("keys or layers", Box::new(|record| record["keys"][0]["check"] = json!("00".repeat(16)))),
@@ -176,4 +184,13 @@ fn a_copy_of_another_volumes_identity_is_refused() {
         7,
         "which is not that of",
     );
+}
+
+/// Of a volume that nobody has sealed yet, nothing could prove a clone.
+#[test]
+fn a_snapshot_without_a_seal_is_none_of_an_encrypted_volume() {
+    let place = Place::new(&[]);
+    let (code, said) = Impostor::new(&place)
+        .answers(|talk| talk.propose(|_| ()), || run(&place, &["snapshot", "create", "t"]));
+    assert!(code == 7 && said.contains("has no MAC"), "{code}: {said}");
 }

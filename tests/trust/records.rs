@@ -33,7 +33,8 @@ fn all_refuse(place: &Place, words: &str) {
 fn a_top_that_others_share_is_opened_by_nobody() {
     let place = Place::new(&[]);
     let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
-    place.store.ok(&["volume", "create", "--snapshot", &snapshot, "--name", "sibling"]);
+    let sibling = ["volume", "create", "--snapshot", &snapshot, "--name", "sibling"];
+    let sibling = place.store.ok(&sibling).trim().to_owned();
     let deks = [Dek::from_bytes(&place.dek()).unwrap()];
     // Resealed, as only a process that had the data key could: what is frozen becomes the top.
     let path = place.volume_json();
@@ -44,6 +45,29 @@ fn a_top_that_others_share_is_opened_by_nobody() {
     assert!(metadata.is_sealed());
     fs::write(&path, metadata.to_json()).unwrap();
     all_refuse(&place, "is named by");
+    // Each of the records that name it is enough: a snapshot's, of whatever state, a volume's, and one that is damaged.
+    let root = place.store.root();
+    let of_snapshot = root.join(format!("snapshots/{snapshot}.json"));
+    let aside = place.folder().join("aside");
+    let id = place.volume_folder().file_name().unwrap().to_str().unwrap().to_owned();
+    let attach = ["attach", &id, "--socket-path", "/nonexistent/t.sock"];
+    fs::rename(&of_snapshot, &aside).unwrap();
+    refused(&place, &attach, 7, &format!("is named by {sibling}"));
+    let of_sibling = root.join(format!("volumes/{sibling}/volume.json"));
+    let record = fs::read(&of_sibling).unwrap();
+    fs::write(&of_sibling, &record[..record.len() - 10]).unwrap();
+    refused(&place, &attach, 7, &format!("{sibling}/volume.json as well"));
+    fs::remove_file(&of_sibling).unwrap();
+    fs::copy(&aside, &of_snapshot).unwrap();
+    refused(&place, &attach, 7, &format!("is named by {snapshot}"));
+    let whole_snapshot = fs::read(&of_snapshot).unwrap();
+    fs::write(&of_snapshot, &whole_snapshot[..whole_snapshot.len() - 10]).unwrap();
+    refused(&place, &attach, 7, &format!("is named by {snapshot}"));
+    fs::rename(&of_snapshot, of_snapshot.with_extension("copying")).unwrap();
+    refused(&place, &attach, 7, &format!("is named by {snapshot}"));
+    fs::remove_file(of_snapshot.with_extension("copying")).unwrap();
+    fs::rename(&aside, &of_snapshot).unwrap();
+    fs::write(&of_sibling, record).unwrap();
     // Also where it is another volume's alone, and not frozen.
     fs::write(&path, &whole).unwrap();
     place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "other"]);

@@ -84,7 +84,6 @@ impl Snapshot {
             ("label", self.label != wanted.label),
             ("size", *geometry != layout.geometry()),
             ("keys or layers", proposed != all && proposed != fewer),
-            ("seal", self.mac.is_some() != before.is_encrypted()),
         ];
         match differs.iter().find(|(_, differs)| *differs) {
             // Its time is this process's, and no part of what is sealed.
