@@ -50,7 +50,7 @@ pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<
 
 /// One that is being made.
 enum Making<'a> {
-    Attached(Freezing),
+    Attached(Box<Freezing>),
     Detached(VolumeId, Box<Detached<'a>>),
 }
 
@@ -79,7 +79,7 @@ fn begin<'a>(
     label: &Label,
 ) -> Result<Making<'a>, Failure> {
     match Reach::of(catalog, id, Purpose::Snapshot)? {
-        Reach::Host => Ok(Making::Attached(Freezing::begin(catalog, id, label)?)),
+        Reach::Host => Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?))),
         Reach::Mine(lock) => {
             let unwrap = |owner, key: &_| store.unwrap(owner, key);
             Ok(Making::Detached(id, Box::new(Detached::begin(catalog, lock, &unwrap)?)))

@@ -17,7 +17,7 @@ use crate::ops::clone::{Keys, is_key_of};
 use crate::ops::keys::WrappingKey;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A copy in the making, and the data keys that it takes.
@@ -137,7 +137,7 @@ fn interrupted(
 }
 
 /// None if somebody else has it, or it is gone.
-fn lock(path: &PathBuf) -> Result<Option<Flock<File>>> {
+fn lock(path: &Path) -> Result<Option<Flock<File>>> {
     let file = match files::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
