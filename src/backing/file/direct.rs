@@ -46,7 +46,7 @@ impl Found {
         let is_device = metadata.file_type().is_block_device();
         let device = if is_device { metadata.rdev() } else { metadata.dev() };
         let near = near.filter(|near| near.device == device);
-        let unit = match (said_of(file)?, near) {
+        let unit = match (said_of(file), near) {
             _ if !is_direct => None,
             (Said::No, _) => None,
             (Said::Unit(said), Some(near)) if data.is_none() => near.unit.map(|near| near.max(said)),
@@ -67,25 +67,26 @@ enum Said {
     Nothing,
 }
 
-fn said_of(file: &File) -> io::Result<Said> {
+fn said_of(file: &File) -> Said {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is an empty string that ends with a zero byte, so that the call is about the open descriptor; the
     // kernel writes a `struct statx`, for which there is room.
     let answer = unsafe {
         let (path, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
         if libc::statx(file.as_raw_fd(), path, flags, libc::STATX_DIOALIGN, answer.as_mut_ptr()) != 0 {
-            return Err(io::Error::last_os_error());
+            // Refused by a container's filter, say.
+            return Said::Nothing;
         }
         // All of its fields are integers: zeros are a value of each.
         answer.assume_init()
     };
     if answer.stx_mask & libc::STATX_DIOALIGN == 0 {
-        return Ok(Said::Nothing);
+        return Said::Nothing;
     }
-    Ok(match answer.stx_dio_mem_align.max(answer.stx_dio_offset_align) {
+    match answer.stx_dio_mem_align.max(answer.stx_dio_offset_align) {
         _ if answer.stx_dio_offset_align == 0 => Said::No,
         unit => Said::Unit(u64::from(unit).next_power_of_two()),
-    })
+    }
 }
 
 /// The logical block size of a block device, which for a partition is its disk's.
@@ -128,6 +129,20 @@ fn is_taken(file: &File, unit: u64, data: &Range<u64>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_logical_block_size_is_that_of_the_device() {
+        for device in std::fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+            let said = |name| std::fs::read_to_string(device.path().join(name)).unwrap();
+            let number = said("dev");
+            let (major, minor) = number.trim().split_once(':').unwrap();
+            let number = nix::sys::stat::makedev(major.parse().unwrap(), minor.parse().unwrap());
+            let expected = said("queue/logical_block_size").trim().parse().unwrap();
+            assert_eq!(logical_block(number), Some(expected), "{device:?}");
+        }
+        // No device of that number has blocks.
+        assert_eq!(logical_block(nix::sys::stat::makedev(0, 1)), None);
+    }
 
     #[test]
     fn what_is_known_of_a_layer_beside_it_holds_for_a_file_without_data() {

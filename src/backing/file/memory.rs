@@ -181,7 +181,9 @@ fn pages_touched(offset: u64, len: u64) -> std::ops::Range<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::AtomicBool;
 
     #[test]
     fn a_hole_is_made_in_pieces_of_which_each_lies_within_one_mapped_stretch() {
@@ -222,43 +224,62 @@ mod tests {
     }
 
     #[test]
-    fn no_hole_is_made_under_who_reads_and_none_is_read() {
-        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    fn no_hole_is_made_under_who_reads_or_writes() {
+        let file = tempfile::tempfile().unwrap();
         let size = 4 * PAGE as u64;
         file.set_len(size).unwrap();
+        file.write_all_at(&[7; 4 * PAGE], 0).unwrap();
         let memory = Arc::new(FileMemory::map(&file, size).unwrap());
-        let write = |user: &User| {
-            user.write(0, size, || file.write_all_at(&[7; 4 * PAGE], 0)).unwrap();
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    let user = User::of(memory.clone());
-                    let mut found = vec![0_u8; size as usize];
-                    let mut times = 0;
-                    while times < 300 {
-                        let Some((bytes, _there)) = user.bytes(0, size as usize) else {
-                            write(&user);
-                            continue;
-                        };
-                        bytes.copy_to(&mut found[..]);
-                        assert!(found.iter().all(|&byte| byte == 7), "a hole was made meanwhile");
-                        times += 1;
-                    }
-                });
-            }
-            scope.spawn(|| {
-                let user = User::of(memory.clone());
-                use nix::fcntl::{FallocateFlags as Flags, fallocate};
-                for _ in 0..300 {
-                    let punch = |at: u64, len: u64| {
-                        let mode = Flags::FALLOC_FL_PUNCH_HOLE | Flags::FALLOC_FL_KEEP_SIZE;
-                        Ok(fallocate(&file, mode, at as i64, len as i64)?)
+        let (reader, writer, puncher) =
+            (User::of(memory.clone()), User::of(memory.clone()), User::of(memory.clone()));
+        let busy = AtomicBool::new(true);
+        // Another makes a hole, or waits for all to leave.
+        let punched = |leave: &dyn Fn()| {
+            std::thread::scope(|scope| {
+                let punches = scope.spawn(|| {
+                    let punch = |_, _| {
+                        assert!(!busy.load(Ordering::SeqCst), "somebody is there");
+                        Ok(())
                     };
-                    user.give_back(0, size, punch).unwrap();
+                    puncher.give_back(0, size, punch).unwrap();
+                });
+                while memory.users.try_lock().is_ok() && !punches.is_finished() {
+                    std::thread::yield_now();
                 }
+                leave();
+            });
+        };
+        let read = Cell::new(Some(reader.bytes(0, 4 * PAGE).expect("it is there")));
+        punched(&|| {
+            let (bytes, there) = read.take().unwrap();
+            let mut found = [0_u8; 4 * PAGE];
+            bytes.copy_to(&mut found[..]);
+            assert_eq!(found, [7; 4 * PAGE]);
+            busy.store(false, Ordering::SeqCst);
+            drop(there);
+        });
+        drop(read);
+        assert!(reader.bytes(0, PAGE).is_none(), "nobody looks at it any more");
+        busy.store(true, Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            let (begun, begins) = std::sync::mpsc::channel();
+            let (go_on, goes_on) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                let write = || {
+                    begun.send(()).unwrap();
+                    goes_on.recv().unwrap();
+                    Ok(())
+                };
+                writer.write(0, size, write).unwrap();
+            });
+            begins.recv().unwrap();
+            punched(&|| {
+                busy.store(false, Ordering::SeqCst);
+                go_on.send(()).unwrap();
             });
         });
+        assert!(reader.bytes(0, PAGE).is_none(), "what was written before is noted before, and given back");
+        drop((reader, puncher));
         assert!(lock(&memory.users).is_empty());
     }
 

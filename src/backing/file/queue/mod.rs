@@ -650,6 +650,10 @@ impl Queue for FileQueue {
             self.enter(Wait::Poll)?;
             self.reap();
         }
+        // What has been read is to be written back, before anybody looks for other work.
+        if self.rewriting.is_some() && !self.ring.submission().is_empty() {
+            self.enter(Wait::Poll)?;
+        }
         Ok(())
     }
 
