@@ -205,7 +205,7 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     let (layers, id) = (rig.files("layers"), rig.reader().volume("t"));
     // Each client chooses its layer's name.
     let begin = |client: &mut Client| {
-        let (id, layer) = (sealblk::volume::SnapshotId::random(), sealblk::volume::LayerId::random());
+        let (id, layer) = (sealblk::catalog::SnapshotId::random(), sealblk::catalog::LayerId::random());
         client.say(&json!({"op": "snapshot", "id": id, "layer": layer, "description": "", "tags": {}}));
         layer
     };
