@@ -8,9 +8,11 @@
 //! What is left when the layers have left the chain is their files: this process, which is confined, reaches none but those
 //! in its volume's folder. They are removed by who comes next ([`crate::catalog::leaving`]).
 
+use super::switch;
 use crate::base::root::files;
 use crate::base::{Context, Result};
 use crate::catalog::{Metadata, leaving};
+use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
 use crate::events::{Event, EventLog};
 use crate::helper::grants::Keeper;
@@ -25,8 +27,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long what is in flight may take to end, when the layers leave.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How long after a freeze layers stay in the chain: whoever makes the snapshot notes it by then, which takes that its
 /// volume still names them.
 const GRACE: Duration = Duration::from_secs(5);
@@ -229,19 +229,18 @@ impl Record {
     }
 
     fn let_layers_leave(&self, state: &mut State) -> Result<()> {
-        let serving = state.serving()?;
         let stay = state.layers.len() - state.metadata.layout().leaving();
-        let mut paused = serving.pause(PATIENCE).context(|| "wait for what is in flight")?;
-        let geometry = paused.disk().geometry();
-        let disk = paused.disk().with_layers(geometry, layers::chain(&state.layers[..stay]));
-        let disk = disk.context(|| "open its layers")?;
-        paused.prepare(Arc::new(disk)).context(|| "let the queues open its layers")?;
         let stays = |n| state.metadata.layers()[..stay].iter().any(|l| l.key == Some(n));
         let keys: Vec<bool> = (0..state.metadata.keys().len()).map(stays).collect();
         let left: Vec<_> = state.metadata.layers()[stay..].iter().map(|l| l.id).collect();
-        leaving::commit(&self.catalog, &state.lock, &mut state.metadata, state.seal_key.as_ref())?;
-        let pause = paused.resume();
-        state.layers.truncate(stay);
+        let next = |disk: &Arc<Disk>, state: &State| {
+            let next = state.layers[..stay].to_vec();
+            let disk = disk.with_layers(disk.geometry(), layers::chain(&next));
+            Ok((disk.context(|| "open its layers")?, next))
+        };
+        let ((), pause) = switch(state, next, |state| {
+            leaving::commit(&self.catalog, &state.lock, &mut state.metadata, state.seal_key.as_ref())
+        })?;
         let id = state.metadata.id();
         log::info!("{id}: {} layers have left its chain; the queues stood still for {pause:?}", left.len());
         for layer in left {
