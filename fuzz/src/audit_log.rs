@@ -58,7 +58,7 @@ fn damaged(input: &mut Input) {
         let source = if by_kms { line::KMS_SOURCE } else { "sealblk" };
         let note = "x".repeat(usize::from(input.u8()));
         let what = serde_json::json!({ "eventSource": source, "note": note });
-        let (line, after) = line::encode(LOG, &place, &what, by_kms.then_some(&*KEY));
+        let (line, after) = line::encode(LOG, &place, &what, by_kms.then_some(&*KEY)).expect("few records");
         lines.push(line);
         place = after;
     }

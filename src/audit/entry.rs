@@ -224,7 +224,8 @@ mod tests {
             entry = entry.with(&format!("p{n}"), "\u{1}".repeat(1000));
         }
         let entry = entry.failed("ValidationException", &"\u{1}".repeat(100_000));
-        let (line, _) = crate::audit::line::encode(Uuid::nil(), &crate::audit::Position::START, &entry, None);
+        let (line, _) =
+            crate::audit::line::encode(Uuid::nil(), &crate::audit::Position::START, &entry, None).unwrap();
         assert!(line.len() < crate::audit::line::LINE_MAX, "{}", line.len());
     }
 }

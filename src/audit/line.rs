@@ -118,14 +118,15 @@ struct Place {
 /// What a KMS's records say they come from.
 pub const KMS_SOURCE: &str = "kms.amazonaws.com";
 
-/// The line, with its end, of the record after `before` that says `what`, a JSON object; and its place.
+/// The line, with its end, of the record after `before` that says `what`, a JSON object; and its place. `None` if there is no
+/// next number.
 pub fn encode(
     log: Uuid,
     before: &Position,
     what: &impl Serialize,
     key: Option<&AuditKey>,
-) -> (Vec<u8>, Position) {
-    let seq = before.seq + 1;
+) -> Option<(Vec<u8>, Position)> {
+    let seq = before.seq.checked_add(1)?;
     let written =
         Written { log, seq, prev: hex::encode(before.chain), what, mac_key: key.map(AuditKey::store) };
     let mut line = serde_json::to_vec(&written).expect("objects of strings and numbers");
@@ -138,7 +139,7 @@ pub fn encode(
     }
     let chain = Sha256::digest(&line).into();
     line.push(b'\n');
-    (line, Position { seq, chain })
+    Some((line, Position { seq, chain }))
 }
 
 /// Reads a line, without its end; `None` if it is no record.
@@ -189,7 +190,7 @@ mod tests {
     fn a_line_is_read_back_with_and_without_a_mac() {
         for key in [None, Some(key(1))] {
             let before = Position { seq: 4, chain: [9; 32] };
-            let (line, after) = encode(LOG, &before, &what(), key.as_ref());
+            let (line, after) = encode(LOG, &before, &what(), key.as_ref()).unwrap();
             let line = line.strip_suffix(b"\n").unwrap();
             let read = parse(line).unwrap();
             assert_eq!((read.log, read.position, read.prev, read.of_kms), (LOG, after, [9; 32], true));
@@ -203,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_changed_byte_is_no_record_or_has_a_wrong_mac_and_another_place() {
-        let (line, after) = encode(LOG, &Position::START, &what(), Some(&key(1)));
+        let (line, after) = encode(LOG, &Position::START, &what(), Some(&key(1))).unwrap();
         let line = line.strip_suffix(b"\n").unwrap();
         for at in 0..line.len() {
             let mut changed = line.to_vec();
@@ -217,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_mac_stands_at_the_end_or_nowhere() {
-        let (line, _) = encode(LOG, &Position::START, &what(), Some(&key(1)));
+        let (line, _) = encode(LOG, &Position::START, &what(), Some(&key(1))).unwrap();
         let mut value: Value = serde_json::from_slice(&line).unwrap();
         // serde_json sorts the fields, so that the MAC is somewhere in the middle.
         assert_eq!(parse(value.to_string().as_bytes()), None);

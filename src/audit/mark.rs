@@ -19,8 +19,19 @@ use uuid::Uuid;
 
 /// Bytes of a mark: one sector, which a disk writes whole or not at all.
 pub const MARK_LEN: usize = 512;
+/// More than a mark has: what is longer is none.
+pub(super) const READ_MAX: u64 = 4096;
 const MAGIC: &str = "sealblk-audit-mark-1";
 const NO_MAC: &str = "-";
+
+/// How many records a mark without a MAC may be ahead of everything else that tells how far the log reached: more than are
+/// ever lost with the end of a log.
+pub const STEP: u64 = 1 << 20;
+
+/// Whether record `seq` can be one of the next after `known`.
+pub fn is_near(seq: u64, known: u64) -> bool {
+    seq <= known.saturating_add(STEP)
+}
 
 /// Who writes a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +96,11 @@ pub fn path(config: &Path, log: Uuid, kind: Kind) -> PathBuf {
     config.join(format!("audit-{log}.{extension}"))
 }
 
+/// Whether this is where a mark without a MAC lies.
+pub fn is_plain(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "plain")
+}
+
 /// What stands for a folder in a mark.
 pub fn folder_hash(folder: &Path) -> [u8; 32] {
     let whole = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
@@ -99,23 +115,31 @@ pub fn of_folder(config: &Path, folder: &Path) -> Option<Mark> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("audit-") && (name.ends_with(".signed") || name.ends_with(".plain"))
     };
-    let marks =
-        names.filter(is_mark).filter_map(|path| Mark::parse(&files::read(&path, MARK_LEN as u64).ok()?));
-    marks.map(|(mark, _)| mark).filter(|mark| mark.folder == hash).max_by_key(|mark| mark.position.seq)
+    // Whoever can write a mark cannot choose its file's name.
+    let is_own = |path: &Path, mark: &Mark| {
+        [Kind::Signed, Kind::Plain].iter().any(|&kind| self::path(config, mark.log, kind) == path)
+    };
+    let marks = names.filter(is_mark).filter_map(|path| {
+        let (mark, _) = Mark::parse(&files::read(&path, READ_MAX).ok()?)?;
+        is_own(&path, &mark).then_some(mark)
+    });
+    marks.filter(|mark| mark.folder == hash).max_by_key(|mark| mark.position.seq)
 }
 
 /// Both marks of a log, kept open.
 #[derive(Debug)]
 pub struct Marks {
+    /// Of which kind the own one is.
+    kind: Kind,
     own: Option<File>,
-    others: Vec<File>,
+    others: Vec<(Kind, File)>,
 }
 
 impl Marks {
     /// Opens the marks of `log` for one who writes `kind`. Where the configuration folder may not be written, there is none
     /// to write, and a warning.
     pub fn open(config: &Path, log: Uuid, kind: Kind) -> std::io::Result<Self> {
-        let open_to_read = |kind| files::open(&path(config, log, kind)).ok();
+        let open_to_read = |kind| Some((kind, files::open(&path(config, log, kind)).ok()?));
         let other = if kind == Kind::Signed { Kind::Plain } else { Kind::Signed };
         let others = open_to_read(other).into_iter();
         let own = path(config, log, kind);
@@ -124,22 +148,41 @@ impl Marks {
             files::open_with(&own, OFlag::O_RDWR | OFlag::O_CREAT)
         };
         match open() {
-            Ok(file) => Ok(Marks { own: Some(file), others: others.collect() }),
+            Ok(file) => Ok(Marks { kind, own: Some(file), others: others.collect() }),
             Err(e) if may_not_be_written(config, &e) => {
                 log::warn!(
                     "{}: {e}; if the end of the audit log is cut off, nothing there will show it",
                     own.display()
                 );
-                Ok(Marks { own: None, others: others.chain(open_to_read(kind)).collect() })
+                Ok(Marks { kind, own: None, others: others.chain(open_to_read(kind)).collect() })
             }
             Err(e) => Err(e),
         }
     }
 
-    /// The one that reaches furthest.
-    pub fn furthest(&self) -> Option<Position> {
-        let marks = self.own.iter().chain(&self.others).filter_map(read);
-        marks.map(|mark| mark.position).max_by_key(|position| position.seq)
+    /// The one that reaches furthest, of a log whose last record is number `last`. A mark without a MAC is written by
+    /// processes that a guest may have broken into: one that names a record much further on than anything else tells of was
+    /// not written by us, and counts for nothing.
+    pub fn furthest(&self, last: u64) -> Option<Position> {
+        let known = last.max(self.signed());
+        let marks = self.all().filter_map(|(kind, file)| Some((kind, read(file)?.position)));
+        let counts =
+            |(kind, position): &(Kind, Position)| *kind == Kind::Signed || is_near(position.seq, known);
+        marks.filter(counts).map(|(_, position)| position).max_by_key(|position| position.seq)
+    }
+
+    /// The number of the last record that the mark with a MAC names; 0 without one. Only processes that are not confined
+    /// write that.
+    pub fn signed(&self) -> u64 {
+        let signed = self.all().filter(|(kind, _)| *kind == Kind::Signed);
+        signed.filter_map(|(_, file)| read(file)).map(|mark| mark.position.seq).max().unwrap_or(0)
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Kind, &File)> {
+        self.own
+            .iter()
+            .map(|file| (self.kind, file))
+            .chain(self.others.iter().map(|(kind, file)| (*kind, file)))
     }
 
     /// Notes how far the log reaches now, durably.

@@ -28,6 +28,7 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use tail::Tail;
 use uuid::Uuid;
 
 /// The log's name in the store's folder.
@@ -107,8 +108,11 @@ impl AuditLog {
         let opened = opened.as_mut().expect("current() has opened it");
         let found = tail::read(&file)?;
         let kind = if key.is_some() { mark::Kind::Signed } else { mark::Kind::Plain };
-        let (log, before) = self.place(opened, kind, found.last)?;
-        let (line, after) = line::encode(log, &before, &Recorded { entry, process: &self.process }, key);
+        let (log, before) = self.place(opened, kind, &found)?;
+        let (line, after) = line::encode(log, &before, &Recorded { entry, process: &self.process }, key)
+            .ok_or_else(|| {
+                Error::new(Kind::Corrupt, "its records have no next number; look at the log's end")
+            })?;
         if line.len() > line::LINE_MAX {
             return Err(Error::new(Kind::Other, "the record is too long"));
         }
@@ -137,24 +141,26 @@ impl AuditLog {
         Ok((file, is_new))
     }
 
-    /// The log's id and the record that the next one follows, `last` being the last one in the file.
-    fn place(
-        &self,
-        opened: &mut Opened,
-        kind: mark::Kind,
-        last: Option<(Uuid, Position)>,
-    ) -> Result<(Uuid, Position)> {
+    /// The log's id and the record that the next one follows: the last one that was `found` in the file, or that a mark names.
+    fn place(&self, opened: &mut Opened, kind: mark::Kind, found: &Tail) -> Result<(Uuid, Position)> {
         let of_folder = || mark::of_folder(&self.config, &self.folder);
         // Without a record in the file, there may have been one.
-        let log = last.map(|(log, _)| log).or_else(|| of_folder().map(|mark| mark.log));
+        let log = found.steady.map(|(log, _)| log).or_else(|| of_folder().map(|mark| mark.log));
         let log = log.unwrap_or_else(Uuid::new_v4);
         let are_open = opened.marks.as_ref().is_some_and(|(of, as_kind, _)| (*of, *as_kind) == (log, kind));
         if !are_open {
             opened.marks = Some((log, kind, Marks::open(&self.config, log, kind)?));
         }
         let (.., marks) = opened.marks.as_ref().expect("just opened");
-        let here = last.map_or(Position::START, |(_, position)| position);
-        let Some(noted) = marks.furthest().filter(|noted| noted.seq >= here.seq) else {
+        let place =
+            |record: Option<(Uuid, Position)>| record.map_or(Position::START, |(_, position)| position);
+        let (last, steady) = (place(found.last), place(found.steady));
+        // A number that leaps is one that a mark with a MAC knows of, or nobody's that counts.
+        let here = match mark::is_near(last.seq, marks.signed().max(steady.seq)) {
+            true => last,
+            false => steady,
+        };
+        let Some(noted) = marks.furthest(here.seq).filter(|noted| noted.seq >= here.seq) else {
             return Ok((log, here));
         };
         if noted != here {

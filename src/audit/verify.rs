@@ -3,7 +3,7 @@
 //! [`Checker`] is pure: it takes lines and marks. What it can find and what it cannot, docs/audit.md argues.
 
 use crate::audit::line::{self, AuditKey, LINE_MAX, Line, Position};
-use crate::audit::mark::{self, Kind as MarkKind, MARK_LEN, Mark};
+use crate::audit::mark::{self, Kind as MarkKind, Mark, is_near};
 use crate::base::root::files;
 use crate::base::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
@@ -267,6 +267,17 @@ impl<'a> Checker<'a> {
         if mark.position.seq <= last {
             return None;
         }
+        let signed =
+            self.marks.iter().filter(|(_, path)| !mark::is_plain(path)).map(|(mark, _)| mark.position.seq);
+        if mark::is_plain(path) && !is_near(mark.position.seq, signed.chain([last]).max().unwrap_or(last)) {
+            let message = format!(
+                "{} names record {}, which is far beyond everything else that tells how far the log reached: a host \
+                 process has written that which is none of ours. The next record without a MAC puts the file right",
+                path.display(),
+                mark.position.seq
+            );
+            return Some(Problem { damage: Damage::Mark, record: None, line: None, message });
+        }
         if let Some(odd) = self.odd {
             let message = format!("record {} was changed: line {odd} is no record any more", last + 1);
             return problem(Damage::Changed, last + 1, Some(odd), message);
@@ -333,7 +344,11 @@ fn marks(
     let mut marks = Vec::new();
     for (log, kind) in logs.iter().flat_map(|&log| [(log, MarkKind::Signed), (log, MarkKind::Plain)]) {
         let path = mark::path(config, log, kind);
-        let Ok(bytes) = files::read(&path, MARK_LEN as u64) else { continue };
+        let bytes = match files::read(&path, mark::READ_MAX) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            // As one that is damaged.
+            read => read.unwrap_or_else(|_| vec![b'?']),
+        };
         // Made, and cut off by a power failure before it was first written: as good as one that is not there.
         if bytes.iter().all(|&byte| byte == 0) {
             continue;

@@ -162,7 +162,7 @@ fn the_last_record_is_held_by_a_mark_also_without_a_mac() {
 fn a_record_in_the_kms_s_name_needs_a_mac() {
     let (folders, mut lines) = written();
     let last = line::parse(lines[4].strip_suffix(b"\n").unwrap()).unwrap();
-    let forged = |key| line::encode(last.log, &last.position, &decrypt(), key).0;
+    let forged = |key| line::encode(last.log, &last.position, &decrypt(), key).expect("a next number").0;
     let (without_mac, with_another) = (forged(None), forged(Some(&key(2))));
     lines.push(without_mac);
     found(&folders, &lines, Damage::Changed, 6);
