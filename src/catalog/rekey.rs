@@ -5,15 +5,24 @@
 //! new layer: what is below its top is marked to be copied up.
 
 use crate::base::{Error, Kind, Result};
-use crate::catalog::Catalog;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyRecord, Metadata};
+use crate::catalog::{Catalog, LayerId, VolumeId};
 use crate::crypt::Dek;
 use crate::kms::WrappedKey;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+
+/// What a new data key is for, that is [passed](crate::crypt::PassKey::pass) to the process that has `volume`: this volume,
+/// the layer that it makes for it, and the wrapped key that is going to be noted. Each part has its length before it.
+pub fn passed_for(volume: VolumeId, layer: LayerId, provider: &str, wrapped: &WrappedKey) -> Vec<u8> {
+    let (volume, layer) = (volume.to_string(), layer.to_string());
+    let parts =
+        [volume.as_bytes(), layer.as_bytes(), provider.as_bytes(), wrapped.key_id.as_bytes(), &wrapped.blob];
+    parts.iter().flat_map(|part| [&(part.len() as u64).to_le_bytes()[..], part].concat()).collect()
+}
 
 /// A data key that a volume is going to have, wrapped for it by a KMS. Nobody may have seen it yet.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -27,13 +27,14 @@ use crate::audit as audit_log;
 use crate::base::hardened::{Hardened, harden, harden_children};
 use crate::base::root::Root;
 use crate::base::root::owners::Owners;
-use crate::base::{Context, Error, Result};
+use crate::base::{Context, Error, Result, printable};
 use crate::catalog::Catalog;
 use crate::config::Settings;
 use crate::ops::Store;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -225,7 +226,15 @@ fn start_log(verbose: u8) {
         2 => "debug",
         _ => "trace",
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
+    let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level));
+    // As it would be by itself, but for what would move a terminal's cursor.
+    builder.format(|out, record| {
+        let (level, text) = (record.level(), record.args().to_string());
+        let time = out.timestamp();
+        let text = printable::lines(&text);
+        writeln!(out, "[{time} {level:<5} {}] {text}", record.target())
+    });
+    builder.init();
 }
 
 fn report(e: &Error, json: bool) {
@@ -234,7 +243,8 @@ fn report(e: &Error, json: bool) {
         false => format!("sealblk: {e}"),
     };
     // Not eprintln!: it panics where standard error is closed.
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{text}\n").as_bytes());
+    let text = format!("{}\n", printable::lines(&text));
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
 }
 
 #[cfg(test)]

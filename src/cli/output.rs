@@ -1,17 +1,17 @@
 //! What commands print: JSON values and aligned tables, to a standard output that may go away.
 #![forbid(unsafe_code)]
 
-use crate::base::{Context, Error, Result};
+use crate::base::{Context, Error, Result, printable};
 use crate::events::read::Want;
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
 
-/// Prints text to standard output as it is.
+/// Prints text to standard output; what would move a terminal's cursor is shown as what it is ([`printable`]).
 ///
 /// A reader that has gone away, as `head` does, is no error: the answer says that it wants no more.
 pub fn print(text: &str) -> Result<Want> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(printable::lines(text).as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(Want::More),
         Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(Want::Enough),
         Err(e) => Err(Error::from(e).context("write to standard output")),
@@ -20,7 +20,7 @@ pub fn print(text: &str) -> Result<Want> {
 
 /// Says something on standard error, beside the results. Who has closed that does not want to know.
 pub fn tell(text: &str) {
-    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+    let _ = std::io::stderr().write_all(format!("{}\n", printable::lines(text)).as_bytes());
 }
 
 /// Prints a JSON value and a newline.

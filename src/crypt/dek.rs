@@ -20,6 +20,9 @@ impl Dek {
     /// Length in bytes.
     pub const LEN: usize = 64;
 
+    /// Length in bytes of a data key that is [passed](PassKey::pass).
+    pub const PASSED_LEN: usize = Self::LEN + 32;
+
     /// Takes the key that `mem` holds.
     ///
     /// # Errors
@@ -93,6 +96,16 @@ impl Dek {
         Ok(SealKey(Arc::new(key)))
     }
 
+    /// The key under which other data keys are passed to whoever has this one.
+    ///
+    /// # Errors
+    /// If no memory can be locked.
+    pub fn pass_key(&self) -> Result<PassKey> {
+        let mut key = SecretMem::new(PassKey::LEN)?;
+        on_scrubbed_stack(|| expand(self.bytes(), None, PassKey::INFO, key.as_mut_slice()));
+        Ok(PassKey(Arc::new(key)))
+    }
+
     /// The key itself, data key ‖ tweak key. For tests that decrypt a layer with other software, and for a
     /// user who takes his data elsewhere; the program itself has no use for it.
     pub fn expose(&self) -> &[u8; Self::LEN] {
@@ -123,6 +136,71 @@ impl SealKey {
         let mut tag = [0; 32];
         on_scrubbed_stack(|| tag = hmac(self.0.as_slice(), message));
         tag
+    }
+}
+
+/// The key that passes data keys to whoever has the data key that it is from. It opens no data. Copies of this are the same
+/// memory.
+#[derive(Clone)]
+pub struct PassKey(Arc<SecretMem>);
+
+impl PassKey {
+    const LEN: usize = 32;
+    const INFO: &[u8] = b"sealblk passed key v1";
+
+    /// Writes the data key `other` into `out` so that only whoever has this key reads it: masked, and with a MAC. `context`,
+    /// which must be another one each time, is what the data key is for: without it, or with another one, nobody reads it.
+    ///
+    /// HKDF-SHA256 of this key, salt `context`, info `sealblk passed key v1`, 96 bytes: 64 to mask the other one, by XOR,
+    /// and 32 for an HMAC-SHA256 over what comes of that.
+    ///
+    /// # Panics
+    /// Unless `other` has [`Dek::LEN`] bytes and `out` [`Dek::PASSED_LEN`].
+    pub fn pass(&self, other: &[u8], context: &[u8], out: &mut [u8]) {
+        assert_eq!(
+            (other.len(), out.len()),
+            (Dek::LEN, Dek::PASSED_LEN),
+            "a data key, and room for one that is passed"
+        );
+        on_scrubbed_stack(|| {
+            let keys = self.keys(context);
+            let (mask, mac) = keys.split_at(Dek::LEN);
+            let (masked, tag) = out.split_at_mut(Dek::LEN);
+            masked.iter_mut().zip(other).zip(mask).for_each(|((to, from), mask)| *to = from ^ mask);
+            tag.copy_from_slice(&hmac(mac, masked));
+        });
+    }
+
+    /// Reads what [`PassKey::pass`] wrote under this key.
+    ///
+    /// # Errors
+    /// `Corrupt` for what was written under another key, or for another `context`; as [`Dek::from_secret`].
+    pub fn take(&self, passed: &[u8], context: &[u8]) -> Result<Dek> {
+        if passed.len() != Dek::PASSED_LEN {
+            return Err(Error::new(Kind::Corrupt, "the new data key did not come as it should"));
+        }
+        let mut mem = SecretMem::new(Dek::LEN)?;
+        let is_it = on_scrubbed_stack(|| {
+            let keys = self.keys(context);
+            let (mask, mac) = keys.split_at(Dek::LEN);
+            let (masked, tag) = passed.split_at(Dek::LEN);
+            let to = mem.as_mut_slice().iter_mut();
+            to.zip(masked).zip(mask).for_each(|((to, from), mask)| *to = from ^ mask);
+            bool::from(hmac(mac, masked)[..].ct_eq(tag))
+        });
+        match is_it {
+            true => Dek::from_secret(mem),
+            false => Err(Error::new(
+                Kind::Corrupt,
+                "the new data key was not passed under the data key that the volume has",
+            )),
+        }
+    }
+
+    fn keys(&self, context: &[u8]) -> Zeroizing<[u8; Dek::PASSED_LEN]> {
+        let mut keys = Zeroizing::new([0; Dek::PASSED_LEN]);
+        expand(self.0.as_slice(), Some(context), Self::INFO, &mut *keys);
+        keys
     }
 }
 
@@ -180,6 +258,26 @@ mod tests {
         let (data, tweak) = dek.halves();
         assert_eq!((data[0], data[31], tweak[0], tweak[31]), (0, 31, 32, 63));
         assert_eq!(&dek.expose()[..], &key()[..]);
+    }
+
+    #[test]
+    fn a_passed_key_is_read_by_who_has_the_other_one_and_knows_what_it_is_for() {
+        let pass_key = |bytes: &[u8]| Dek::from_bytes(bytes).unwrap().pass_key().unwrap();
+        let (dek, new): (_, Vec<u8>) = (pass_key(&key()), (100..164).collect());
+        let mut passed = [0; Dek::PASSED_LEN];
+        dek.pass(&new, b"context", &mut passed);
+        assert_eq!(&dek.take(&passed, b"context").unwrap().expose()[..], &new[..]);
+        let other = pass_key(&new);
+        assert!(other.take(&passed, b"context").is_err() && dek.take(&passed, b"contexu").is_err());
+        assert!(dek.take(&passed[..95], b"context").is_err());
+        for at in 0..passed.len() {
+            let mut changed = passed;
+            changed[at] ^= 1;
+            assert!(dek.take(&changed, b"context").is_err(), "byte {at}");
+        }
+        let mut again = [0; Dek::PASSED_LEN];
+        dek.pass(&new, b"another", &mut again);
+        assert_ne!(passed[..64], again[..64], "each context has a mask of its own");
     }
 
     // Expected values computed with Python's hmac and hashlib by the formulas of RFC 5869 and RFC 2104.

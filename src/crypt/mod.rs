@@ -9,5 +9,5 @@ pub mod secret_mem;
 pub mod wiping_allocator;
 pub mod xts;
 
-pub use dek::{Dek, SealKey};
+pub use dek::{Dek, PassKey, SealKey};
 pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};

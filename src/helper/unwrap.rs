@@ -9,6 +9,8 @@ use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
+use crate::catalog::rekey::passed_for;
+use crate::catalog::{LayerId, VolumeId};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
@@ -21,6 +23,7 @@ use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
@@ -42,6 +45,22 @@ struct Request {
     grant_token: Option<String>,
     /// For how long a KMS that cannot be reached is asked again; the settings' patience if nothing is said.
     patience_ms: Option<u64>,
+    /// Whom it is passed on to; without it, the memory is to hold the key as it is.
+    under: Option<Under>,
+}
+
+/// Who may read a data key that is passed on: who has another data key of the volume.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Under {
+    provider: String,
+    key_id: String,
+    /// Hexadecimal.
+    blob: String,
+    /// That data key's check value, hexadecimal, if it is known.
+    check: Option<String>,
+    /// The layer that is made for the new key.
+    layer: LayerId,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -133,16 +152,53 @@ pub fn unwrap_into(
     patience: Patience,
     secret: &SecretFd,
 ) -> Result<(), Refusal> {
-    log::debug!("the data key comes by {:?}", secret.kind());
-    let request = Request {
-        owner: owner.into(),
-        provider: key.provider.clone(),
-        key_id: key.wrapped.key_id.clone(),
-        blob: hex::encode(&key.wrapped.blob),
-        grant_token: token.map(str::to_owned),
-        patience_ms: Some(patience.0.as_millis() as u64),
+    let request = Request::new(owner.into(), key, token, patience);
+    fill_by_helper(root, secret, &request, patience.longest_call())
+}
+
+/// Unwraps the `new` data key of a volume into `secret`, [`Dek::PASSED_LEN`] bytes, so that only a process can read it there
+/// that has the data key which `present` wraps. Neither is ever in this process.
+///
+/// # Errors
+/// As for [`unwrap`].
+pub fn unwrap_for_holder(
+    _: Hardened,
+    root: &Root,
+    volume: VolumeId,
+    new: (&KeyRecord, LayerId),
+    present: &KeyRecord,
+    patience: Patience,
+    secret: &SecretFd,
+) -> Result<(), Refusal> {
+    let (new, layer) = new;
+    let under = Under {
+        provider: present.provider.clone(),
+        key_id: present.wrapped.key_id.clone(),
+        blob: hex::encode(&present.wrapped.blob),
+        check: present.check().map(hex::encode),
+        layer,
     };
-    match run_helper(root, secret, &request, patience.longest_call() + MARGIN)? {
+    let request = Request { under: Some(under), ..Request::new(volume.into(), new, None, patience) };
+    fill_by_helper(root, secret, &request, 2 * patience.longest_call())
+}
+
+impl Request {
+    fn new(owner: KeyOwner, key: &KeyRecord, token: Option<&str>, patience: Patience) -> Self {
+        Request {
+            owner,
+            provider: key.provider.clone(),
+            key_id: key.wrapped.key_id.clone(),
+            blob: hex::encode(&key.wrapped.blob),
+            grant_token: token.map(str::to_owned),
+            patience_ms: Some(patience.0.as_millis() as u64),
+            under: None,
+        }
+    }
+}
+
+fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<(), Refusal> {
+    log::debug!("the data key comes by {:?}", secret.kind());
+    match run_helper(root, secret, request, time + MARGIN)? {
         Answer::Unwrapped => Ok(()),
         Answer::Refused(refusal) => Err(refusal),
     }
@@ -222,28 +278,70 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
 }
 
 fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
-    let context: EncryptionContext = encryption_context(request.owner);
-    let blob =
-        hex::decode(&request.blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
-    let wrapped = WrappedKey { key_id: request.key_id.clone(), blob };
-    let refused = |e: KmsError| {
-        let cause = e.to_string();
-        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(&request.provider, &wrapped.key_id))
-    };
+    let wrapped = wrapped(&request.key_id, &request.blob)?;
     let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
-    let provider =
-        kms::open_patient_provider(hardened, root, &request.provider, patience).map_err(refused)?;
-    let key = match &request.grant_token {
-        Some(token) => provider.decrypt_granted(&wrapped, &context, token),
-        None => provider.decrypt(&wrapped, &context),
+    let decrypt = |provider: &str, wrapped: &WrappedKey, token: Option<&str>| {
+        decrypt(hardened, root, request.owner, (provider, wrapped), token, patience)
     };
-    let key = key.map_err(refused)?;
-    if key.len() != secret.len() {
-        let message = format!("the wrapped data key has {} bytes instead of {}", key.len(), secret.len());
+    let key = decrypt(&request.provider, &wrapped, request.grant_token.as_deref())?;
+    let (expected, room) = match &request.under {
+        None => (secret.len(), secret.len()),
+        Some(_) => (Dek::LEN, Dek::PASSED_LEN),
+    };
+    if (key.len(), secret.len()) != (expected, room) {
+        let message = format!("the wrapped data key has {} bytes instead of {expected}", key.len());
         return Err(Error::new(Kind::Corrupt, message).into());
     }
+    let present = match &request.under {
+        None => None,
+        Some(under) => {
+            let wrapped = self::wrapped(&under.key_id, &under.blob)?;
+            let present = Dek::from_bytes(&decrypt(&under.provider, &wrapped, None)?)?;
+            if under.check.as_ref().is_some_and(|check| *check != hex::encode(present.check_value())) {
+                let message = "the wrapped data key of the volume unwraps to another key than the one that it was \
+                               written with; it was replaced";
+                return Err(Error::new(Kind::Corrupt, message).into());
+            }
+            Some((present, under.layer))
+        }
+    };
     let mut memory = secret.map()?;
-    memory.as_mut_slice().copy_from_slice(&key);
+    match (present, request.owner) {
+        (None, _) => memory.as_mut_slice().copy_from_slice(&key),
+        (Some((present, layer)), KeyOwner::Volume(volume)) => {
+            let context = passed_for(volume, layer, &request.provider, &wrapped);
+            present.pass_key()?.pass(&key, &context, memory.as_mut_slice());
+        }
+        (Some(_), KeyOwner::Snapshot(_)) => {
+            return Err(Error::new(Kind::Usage, "nobody has a snapshot attached").into());
+        }
+    }
     memory.hand_over();
     Ok(())
+}
+
+fn wrapped(key_id: &str, blob: &str) -> Result<WrappedKey> {
+    let blob = hex::decode(blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    Ok(WrappedKey { key_id: key_id.to_owned(), blob })
+}
+
+fn decrypt(
+    hardened: Hardened,
+    root: &Root,
+    owner: KeyOwner,
+    (provider, wrapped): (&str, &WrappedKey),
+    token: Option<&str>,
+    patience: Option<Patience>,
+) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+    let context: EncryptionContext = encryption_context(owner);
+    let refused = |e: KmsError| {
+        let cause = e.to_string();
+        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(provider, &wrapped.key_id))
+    };
+    let opened = kms::open_patient_provider(hardened, root, provider, patience).map_err(refused)?;
+    let key = match token {
+        Some(token) => opened.decrypt_granted(wrapped, &context, token),
+        None => opened.decrypt(wrapped, &context),
+    };
+    key.map_err(refused)
 }

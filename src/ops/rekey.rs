@@ -10,7 +10,7 @@ use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::KeyOwner;
 use crate::catalog::rekey::{NewKey, check_encrypted};
-use crate::catalog::{Metadata, VolumeId};
+use crate::catalog::{LayerId, Metadata, VolumeId};
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
 use crate::events::Event;
@@ -72,13 +72,24 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
     match Reach::of(&catalog, id, Purpose::Hydrate)? {
         Reach::Mine(lock) => detached(store, lock, new).map(|()| None),
         Reach::Host => {
-            // The helper fills this, and the host process takes it: nobody here looks into it.
-            let secret = SecretFd::create(Dek::LEN)?;
-            let (hardened, patience) = (store.hardened(), Patience(store.settings().kms_patience));
-            let unwrapped =
-                unwrap::unwrap_into(hardened, store.root(), id, new.record(), None, patience, &secret);
+            let volume = catalog.load(id)?;
+            let present = volume.top().key.map(|n| &volume.keys()[n]);
+            let present = present.ok_or_else(|| Error::new(Kind::Usage, "it is not encrypted"))?;
+            // The helper fills this, for nobody but who has the present data key: nobody here can read it.
+            let secret = SecretFd::create(Dek::PASSED_LEN)?;
+            let (patience, layer) = (Patience(store.settings().kms_patience), LayerId::random());
+            let new_top = (new.record(), layer);
+            let unwrapped = unwrap::unwrap_for_holder(
+                store.hardened(),
+                store.root(),
+                id,
+                new_top,
+                present,
+                patience,
+                &secret,
+            );
             unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })?;
-            Ok(Some(conversation::rekey(&catalog, id, &new, secret)?))
+            Ok(Some(conversation::rekey(&catalog, id, (&new, layer), secret)?))
         }
     }
 }

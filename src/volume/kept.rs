@@ -6,16 +6,17 @@ use crate::base::Result;
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::{Metadata, SectorSize};
 use crate::crypt::xts::{Engine, SectorCipher};
-use crate::crypt::{Dek, SealKey};
+use crate::crypt::{Dek, PassKey, SealKey};
 use std::borrow::Borrow;
 use std::sync::Arc;
 
-/// What is kept of one data key: by what it is known, what it seals records with, and its round keys. Copies of this are
+/// What is kept of one data key: by what it is known, what it seals records with, what it passes another data key under, and its round keys. Copies of this are
 /// the same memory.
 #[derive(Clone)]
 pub struct Kept {
     check: [u8; 16],
     seal_key: SealKey,
+    pass_key: PassKey,
     cipher: Arc<dyn SectorCipher>,
 }
 
@@ -26,7 +27,8 @@ impl Kept {
     /// `Unsupported` when this CPU cannot run `engine`, or when the memory cannot be locked.
     pub fn of(dek: &Dek, volume: VolumeId, sector_size: SectorSize, engine: Engine) -> Result<Self> {
         let cipher = layers::cipher(dek, data_unit(sector_size), engine)?;
-        Ok(Kept { check: dek.check_value(), seal_key: dek.seal_key(&volume.to_string())?, cipher })
+        let (seal_key, pass_key) = (dek.seal_key(&volume.to_string())?, dek.pass_key()?);
+        Ok(Kept { check: dek.check_value(), seal_key, pass_key, cipher })
     }
 
     /// What is kept of all data keys of `volume`, in the order of its keys.
@@ -46,6 +48,11 @@ impl Kept {
     /// What seals the volume's record, where this is the key of its top layer.
     pub fn seal_key(&self) -> &SealKey {
         &self.seal_key
+    }
+
+    /// What another data key of the volume is passed under, where this is the key of its top layer.
+    pub fn pass_key(&self) -> &PassKey {
+        &self.pass_key
     }
 
     /// The cipher.

@@ -1,6 +1,6 @@
 //! The audit log's mark without a MAC, and the log's end: any host process can write there.
 
-use crate::attach::Place;
+use crate::common::attach::Place;
 use crate::run;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

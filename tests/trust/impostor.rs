@@ -2,11 +2,13 @@
 //! guest that has broken into its host process can do that much.
 
 use crate::common::attach::Place;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use sealblk::catalog::VolumeId;
 use sealblk::catalog::lock::{Holder, Purpose, VolumeLock};
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -111,4 +113,37 @@ fn truthful(folder: &Path, request: &Value) -> Value {
         record[field] = volume[field].clone();
     }
     record
+}
+
+impl Impostor {
+    /// What the client that `act` sends says first, with the descriptor that comes with it. It gets no answer.
+    pub fn overhears<T>(self, act: impl FnOnce() -> T) -> (Value, OwnedFd) {
+        std::thread::scope(|threads| {
+            let listener = self.listener.try_clone().unwrap();
+            let server = threads.spawn(move || {
+                let (client, _) = listener.accept().unwrap();
+                let (mut line, mut fd) = (Vec::new(), None);
+                while !line.ends_with(b"\n") {
+                    let mut part = [0; 4096];
+                    let mut space = nix::cmsg_space!([RawFd; 1]);
+                    let mut data = [IoSliceMut::new(&mut part)];
+                    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+                    let message =
+                        recvmsg::<()>(client.as_raw_fd(), &mut data, Some(&mut space), flags).unwrap();
+                    for control in message.cmsgs().unwrap() {
+                        if let ControlMessageOwned::ScmRights(fds) = control {
+                            // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+                            fd = fds.first().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) });
+                        }
+                    }
+                    let bytes = message.bytes;
+                    assert!(bytes > 0, "the client has gone");
+                    line.extend_from_slice(&part[..bytes]);
+                }
+                (serde_json::from_slice(&line).unwrap(), fd.expect("a descriptor came with it"))
+            });
+            act();
+            server.join().unwrap()
+        })
+    }
 }

@@ -1,14 +1,17 @@
 //! Played from outside against the real program: whoever can write the store, and a host process that is somebody else's
 //! by now. Neither has anything done for it that is not its own.
 
+mod audit;
 #[path = "../common/mod.rs"]
 mod common;
 mod files;
 mod host_process;
 mod import;
 mod impostor;
+mod keys;
 mod owners;
 mod pending;
+mod printed;
 mod records;
 
 use common::attach;

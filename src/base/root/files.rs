@@ -240,6 +240,11 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// place of another.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = open_guarded(path, OFlag::O_PATH)?;
+    // With these flags a symbolic link is opened itself.
+    let kind = kind_of(&fstat(&socket)?);
+    if kind != SFlag::S_IFSOCK {
+        return Err(strange(format!("it is {}, not a socket", words(kind))));
+    }
     // The path of a socket is at most 107 bytes long, and the store's may be longer.
     UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }

@@ -45,6 +45,11 @@ impl Owners {
         Ok(Owners(owners))
     }
 
+    /// Whether this is one of them.
+    pub fn contain(&self, user: u32) -> bool {
+        self.0.contains(&user)
+    }
+
     /// Looks at the root and at what lies right in it, and at the folders that the root lies in.
     ///
     /// # Errors

@@ -1,17 +1,18 @@
 //! Another data key for an attached volume, and its chain of layers made one: what changes at once. The copying that follows
 //! is [`super::hydrate`]'s.
 //!
-//! The command that asks has had the KMS make the new data key and a helper unwrap it; here it arrives in secret memory, by a
-//! descriptor, and is copied into memory that is this process's alone.
+//! The command that asks has had the KMS make the new data key, and a helper unwrap it and mask it under the data key that
+//! the volume has, which whoever else listens on the control socket does not have; here it arrives in secret memory, by a
+//! descriptor, and goes into memory that is this process's alone.
 
 use super::top::NewTop;
 use super::{Leaving, check_writable, switch};
-use crate::base::{Context, Result};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::metadata::LayerRecord;
-use crate::catalog::rekey::{NewKey, WrittenNewKey, check_encrypted, mark_to_flatten};
+use crate::catalog::rekey::{NewKey, WrittenNewKey, check_encrypted, mark_to_flatten, passed_for};
 use crate::crypt::Dek;
-use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
+use crate::crypt::secret_mem::SecretFd;
 use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::host::control::conversation::Conversation;
@@ -37,14 +38,25 @@ impl Record {
     ) -> Result<Duration> {
         self.change(Leaving::AtOnce, |state| {
             check_encrypted(&state.metadata)?;
-            let dek = take(secret)?;
-            let key = key.parse(&state.metadata)?.checked(&dek);
+            let key = key.parse(&state.metadata)?;
+            let dek = self.take_new_key(secret, &key, layer, state)?;
+            let key = key.checked(&dek);
             let done = self.change_key(engine, (key, layer), dek, state, client);
             if done.is_err() {
                 self.hydrator.forget_old_keys(&state.metadata);
             }
             done
         })
+    }
+
+    /// The new data key, which only a process can read that has the volume's present one. What it came in is wiped.
+    fn take_new_key(&self, secret: SecretFd, new: &NewKey, layer: LayerId, state: &State) -> Result<Dek> {
+        let kept = self.hydrator.keyring().of(&state.metadata)?;
+        let present = state.metadata.top().key.and_then(|n| kept.get(n));
+        let present = present.ok_or_else(|| Error::new(Kind::Usage, "the volume is not encrypted"))?;
+        let (shared, record) = (secret.map()?, new.record());
+        let context = passed_for(state.metadata.id(), layer, &record.provider, &record.wrapped);
+        present.pass_key().take(shared.as_slice(), &context)
     }
 
     fn change_key(
@@ -107,10 +119,4 @@ impl Record {
         let all = state.layers.len().checked_sub(1).ok_or_else(gone)?;
         Ok((all == 0 || state.metadata.layout().leaving() == all).then_some(all > 0))
     }
-}
-
-/// The data key, in memory of this process's own. What it came in is wiped.
-fn take(secret: SecretFd) -> Result<Dek> {
-    let shared = secret.map()?;
-    on_scrubbed_stack(|| Dek::from_bytes(shared.as_slice()))
 }

@@ -182,16 +182,21 @@ impl Freezing {
     }
 }
 
-/// The client's side of giving an attached volume another data key, which lies in `dek`: gone from there afterwards, whoever
-/// has it. Answers how long its queues stood still.
+/// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::Dek::pass)
+/// to who has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Answers
+/// how long its queues stood still.
 ///
 /// # Errors
 /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
-pub fn rekey(catalog: &Catalog, volume: VolumeId, key: &NewKey, dek: SecretFd) -> Result<Duration> {
+pub fn rekey(
+    catalog: &Catalog,
+    volume: VolumeId,
+    (key, layer): (&NewKey, LayerId),
+    dek: SecretFd,
+) -> Result<Duration> {
     let before = catalog.load(volume)?;
     let client = connect(catalog, volume)?;
     client.set_read_timeout(Some(PATIENCE))?;
-    let layer = LayerId::random();
     let line = line(&Request::Rekey { layer, key: Box::new(key.into()) })?;
     passing::send(&client, &line, dek.as_fd()).context(|| "hand the new data key over")?;
     let Answer::LayerMade = receive(&client)? else { return Err(strange()) };

@@ -5,12 +5,13 @@
 
 pub mod conversation;
 mod passing;
+mod peer;
 mod server;
 
 pub use server::{Bound, Control, Name, Orders, Waiting};
 
 use crate::base::root::files;
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, printable};
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
@@ -166,7 +167,9 @@ fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
         other => return Err(crate::catalog::lock::busy(volume, &other)),
     };
     let client = files::connect(&catalog.folder(volume).join(FILE));
-    client.map_err(|e| not_reached(&holder.pid.to_string(), &e.into()))
+    let client = client.map_err(|e| not_reached(&holder.pid.to_string(), &e.into()))?;
+    peer::check(&client, catalog, volume)?;
+    Ok(client)
 }
 
 fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
@@ -181,7 +184,9 @@ fn receive(client: &UnixStream) -> Result<Answer> {
     let heard = BufReader::new(client).take(MAX_LINE).read_line(&mut line);
     heard.map_err(|e| not_reached(&pid, &e.into()))?;
     match serde_json::from_str(&line) {
-        Ok(Answer::Failed { kind, message }) => Err(Error::new(Kind::from_name(&kind), message)),
+        Ok(Answer::Failed { kind, message }) => {
+            Err(Error::new(Kind::from_name(&kind), printable::line(&message)))
+        }
         Ok(answer) => Ok(answer),
         Err(_) if line.is_empty() => {
             let message = format!("process {pid} ended without a word; look at its log");
