@@ -144,6 +144,7 @@ fn a_folder_that_is_a_link_is_not_entered() {
         ] {
             let (code, said) = run(&place, command);
             if inside != folder || command[0] == "attach" {
+                assert!(said.contains("symbolic link"), "{} {command:?}: {said}", inside.display());
                 assert!(code != 0 || command == ["gc"], "{} {command:?}: {said}", inside.display());
             }
         }

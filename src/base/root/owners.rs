@@ -28,7 +28,9 @@ impl Owners {
     /// `Usage` for a user that there is not, or a file that somebody else can write.
     pub fn configured() -> Result<Self> {
         let mut owners = vec![0, geteuid().as_raw()];
-        let path = Root::config_dir()?.join(STORE_USERS);
+        // Who has no configuration folder names nobody in it.
+        let Ok(config) = Root::config_dir() else { return Ok(Owners(owners)) };
+        let path = config.join(STORE_USERS);
         let attempt = || format!("read {}", path.display());
         let text = match files::read(&path, MAX_LEN) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Owners(owners)),
@@ -71,6 +73,13 @@ impl Owners {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
             found => found.context(|| format!("look at {}", path.display()))?,
         };
+        if found.is_symlink() {
+            let message = format!(
+                "{} is a symbolic link, and none is followed in a store; to have it elsewhere, mount that there (\"mount --bind\")",
+                path.display()
+            );
+            return Err(Error::new(Kind::Corrupt, message));
+        }
         if !self.0.contains(&found.uid()) {
             return Err(refused(path, &format!("belongs to {}", name_of(found.uid())), || {
                 format!(

@@ -182,7 +182,7 @@ impl Freezing {
     }
 }
 
-/// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::Dek::pass)
+/// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::PassKey::pass)
 /// to who has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Answers
 /// how long its queues stood still.
 ///
