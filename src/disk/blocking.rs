@@ -1,8 +1,9 @@
-//! A queue for one who has nothing to do but wait for it: copies, transfers, the flush at the end.
+//! Queues for whoever has nothing to do but wait for them: copies, transfers, the flush at the end.
 
 use crate::backing::{Buffer, Event, Wait};
 use crate::disk::guest::GuestData;
 use crate::disk::queue::DiskQueue;
+use crate::virtio::Segment;
 use std::io;
 use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
@@ -27,21 +28,8 @@ impl DiskQueue {
         }
     }
 
-    /// Waits for the next write to end.
-    pub(crate) fn finish_one(&mut self) -> io::Result<()> {
-        if let Some(buffer) = self.next_done()? {
-            self.free(buffer);
-        }
-        Ok(())
-    }
-
     /// Reads from `sector` by way of `buffer` into `guest`, and waits for it. Nothing else is in flight.
-    pub(crate) fn read_and_wait<M>(
-        &mut self,
-        sector: u64,
-        buffer: Buffer,
-        guest: GuestData<'_, M>,
-    ) -> io::Result<()>
+    fn read_and_wait<M>(&mut self, sector: u64, buffer: Buffer, guest: GuestData<'_, M>) -> io::Result<()>
     where
         M: GuestMemory,
         M::Bitmap: for<'b> WithBitmapSlice<'b, S = ()>,
@@ -63,22 +51,98 @@ impl DiskQueue {
     }
 }
 
-/// Where plaintext is that goes through a queue without a guest, to which it is a guest's memory. Wiped at the end.
-pub(crate) struct Scratch {
+/// A queue, and the memory in which plaintext lies on its way to the disk or from it.
+pub(crate) struct WaitingQueue {
+    queue: DiskQueue,
+    memory: Scratch,
+    /// Writes that have begun and whose end nobody has waited for.
+    in_flight: usize,
+}
+
+impl WaitingQueue {
+    /// One whose memory has room for `len` bytes: no more than one buffer of the queue.
+    pub(crate) fn new(queue: DiskQueue, len: usize) -> io::Result<Self> {
+        Ok(WaitingQueue { queue, memory: Scratch::new(len)?, in_flight: 0 })
+    }
+
+    /// The memory, from address 0 on.
+    pub(crate) fn memory(&self) -> &GuestMemoryMmap<()> {
+        &self.memory.memory
+    }
+
+    /// Reads `len` bytes from `sector` into the beginning of the memory. Returns the [place](Buffer::place) of the buffer
+    /// that they came by. No write is in flight.
+    pub(crate) fn read(&mut self, sector: u64, len: usize) -> io::Result<usize> {
+        let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
+        let place = buffer.place();
+        let segments = [segment(0, len)];
+        let guest = GuestData { mem: &self.memory.memory, segments: &segments, skip: 0 };
+        self.queue.read_and_wait(sector, buffer, guest)?;
+        Ok(place)
+    }
+
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is leaving.
+    pub(crate) fn came_from_leaving(&self, place: usize, i: usize) -> bool {
+        self.queue.came_from_leaving(place, i)
+    }
+
+    /// Begins to write `len` bytes of the memory, from its byte `start` on, at `sector`. Waits for room, and not for the end.
+    pub(crate) fn write(&mut self, sector: u64, start: usize, len: usize) -> io::Result<()> {
+        let buffer = loop {
+            match self.queue.alloc(sector, len) {
+                Some(buffer) => break buffer,
+                None if self.in_flight == 0 => return Err(no_room()),
+                None => self.finish_one()?,
+            }
+        };
+        let segments = [segment(start, len)];
+        let guest = GuestData { mem: &self.memory.memory, segments: &segments, skip: 0 };
+        self.queue.write(0, sector, buffer, false, guest)?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Waits until all writes have ended.
+    pub(crate) fn finish(&mut self) -> io::Result<()> {
+        while self.in_flight > 0 {
+            self.finish_one()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all writes have ended, and makes them durable.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.finish()?;
+        self.queue.flush_and_wait()
+    }
+
+    fn finish_one(&mut self) -> io::Result<()> {
+        self.in_flight -= 1;
+        if let Some(buffer) = self.queue.next_done()? {
+            self.queue.free(buffer);
+        }
+        Ok(())
+    }
+}
+
+fn segment(start: usize, len: usize) -> Segment {
+    Segment { addr: GuestAddress(start as u64), len: len as u32 }
+}
+
+fn no_room() -> io::Error {
+    io::Error::other("a queue that nobody else uses has no room")
+}
+
+/// Memory for plaintext, to a [`DiskQueue`] a guest's. Wiped at the end.
+struct Scratch {
     memory: GuestMemoryMmap<()>,
     len: usize,
 }
 
 impl Scratch {
-    /// With room for `len` bytes, from address 0 on.
-    pub(crate) fn new(len: usize) -> io::Result<Self> {
+    fn new(len: usize) -> io::Result<Self> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)]);
         Ok(Scratch { memory: memory.map_err(io::Error::other)?, len })
-    }
-
-    /// The memory.
-    pub(crate) fn memory(&self) -> &GuestMemoryMmap<()> {
-        &self.memory
     }
 }
 

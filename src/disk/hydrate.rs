@@ -17,14 +17,13 @@
 //! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
 
 use crate::disk::map::LayerMap;
-use crate::disk::{Disk, DiskQueue, GuestData, Scratch};
-use crate::virtio::{SECTOR_SIZE, Segment};
+use crate::disk::{Disk, WaitingQueue};
+use crate::virtio::SECTOR_SIZE;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use vm_memory::GuestAddress;
 
 /// Bytes copied at a time, for which a guest may have to wait; a buffer's length.
 const CHUNK: u64 = 256 << 10;
@@ -137,12 +136,11 @@ impl Hydration {
     }
 }
 
-/// The one who does it.
+/// What copies.
 struct Copier<'a> {
     hydration: &'a Hydration,
-    queue: DiskQueue,
-    /// Where a chunk's plaintext is between the layers.
-    chunk: Scratch,
+    /// A chunk's plaintext is in its memory between the layers.
+    queue: WaitingQueue,
     /// Bytes copied since then, which count for the rate.
     copied: (Instant, u64),
 }
@@ -150,8 +148,8 @@ struct Copier<'a> {
 impl<'a> Copier<'a> {
     fn new(hydration: &'a Hydration) -> io::Result<Self> {
         let queue = hydration.disk.open_free_queue(DEPTH)?;
-        let chunk = Scratch::new(CHUNK as usize)?;
-        Ok(Copier { hydration, queue, chunk, copied: (Instant::now(), 0) })
+        let queue = WaitingQueue::new(queue, CHUNK as usize)?;
+        Ok(Copier { hydration, queue, copied: (Instant::now(), 0) })
     }
 
     fn copy_all(&mut self) -> io::Result<End> {
@@ -178,18 +176,18 @@ impl<'a> Copier<'a> {
             let counted = |left: u64| Some(left.saturating_sub(below));
             let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
         }
-        self.queue.flush_and_wait()?;
+        self.queue.flush()?;
         left.store(0, Ordering::Relaxed);
         Ok(End::Complete)
     }
 
-    /// Brings a chunk up while nobody else is in it; answers whether it was not stopped before.
+    /// Hydrates a chunk while nobody else is in it. Returns whether that was done: not if it was stopped before.
     fn copy(&mut self, bytes: Range<u64>) -> io::Result<bool> {
         let hydration = self.hydration;
         let Some(fence) = hydration.disk.fence() else { return Ok(false) };
         let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
         let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
-        let copied = if alone { self.raise(sector, len as usize) } else { Ok(()) };
+        let copied = if alone { self.hydrate(sector, len as usize) } else { Ok(()) };
         // After an error, other writes of the chunk may be in flight, which would land on what a guest writes there now: it
         // is left when the queue is closed.
         copied.map_err(|e| {
@@ -199,45 +197,22 @@ impl<'a> Copier<'a> {
         Ok(alone)
     }
 
-    /// Reads a chunk and writes what came from the leaving layers.
-    fn raise(&mut self, sector: u64, len: usize) -> io::Result<()> {
-        let raised = self.read(sector, len)?;
-        let mut in_flight = 0;
-        for run in raised {
-            let len = ((run.end - run.start) * SECTOR_SIZE) as usize;
-            let buffer = loop {
-                match self.queue.alloc(run.start, len) {
-                    Some(buffer) => break buffer,
-                    None if in_flight == 0 => return Err(no_room()),
-                    None => {
-                        self.queue.finish_one()?;
-                        in_flight -= 1;
-                    }
-                }
-            };
-            in_flight += 1;
-            let segments = [segment((run.start - sector) * SECTOR_SIZE, len)];
-            let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
-            self.queue.write(0, run.start, buffer, false, guest)?;
+    /// Reads a chunk, and writes what came from the leaving layers into the top.
+    fn hydrate(&mut self, sector: u64, len: usize) -> io::Result<()> {
+        for run in self.read(sector, len)? {
+            let start = ((run.start - sector) * SECTOR_SIZE) as usize;
+            self.queue.write(run.start, start, ((run.end - run.start) * SECTOR_SIZE) as usize)?;
         }
-        while in_flight > 0 {
-            self.queue.finish_one()?;
-            in_flight -= 1;
-        }
-        Ok(())
+        self.queue.finish()
     }
 
-    /// Reads a chunk; answers which runs of its blocks have sectors that came from the leaving layers.
+    /// Reads a chunk. Returns which runs of its blocks have sectors that came from the leaving layers.
     fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
-        let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
-        let place = buffer.place();
-        let segments = [segment(0, len)];
-        let guest = GuestData { mem: self.chunk.memory(), segments: &segments, skip: 0 };
-        self.queue.read_and_wait(sector, buffer, guest)?;
+        let place = self.queue.read(sector, len)?;
         let block = self.hydration.disk.geometry().block_sectors();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
-            if !(first..first + block).any(|i| self.queue.is_to_be_raised(place, i as usize)) {
+            if !(first..first + block).any(|i| self.queue.came_from_leaving(place, i as usize)) {
                 continue;
             }
             match runs.last_mut() {
@@ -247,12 +222,4 @@ impl<'a> Copier<'a> {
         }
         Ok(runs)
     }
-}
-
-fn no_room() -> io::Error {
-    io::Error::other("a queue that nobody else uses has no room")
-}
-
-fn segment(start: u64, len: usize) -> Segment {
-    Segment { addr: GuestAddress(start), len: len as u32 }
 }

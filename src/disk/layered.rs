@@ -34,8 +34,8 @@ pub(super) struct Layered {
     missing: Box<[u8]>,
     /// By place: one bit for each sector that the layer has which was read last.
     found: Box<[u8]>,
-    /// By place: one bit for each sector that came from one of the layers that a copy brings up.
-    raised: Box<[u8]>,
+    /// By place: one bit for each sector that came from one of the leaving layers.
+    from_leaving: Box<[u8]>,
     /// Reads for which there is nothing in any layer.
     done: VecDeque<(u64, Buffer)>,
 }
@@ -77,7 +77,7 @@ impl Layered {
             reads: vec![Read::default(); places].into(),
             missing: vec![0; places].into(),
             found: vec![0; places].into(),
-            raised: vec![0; places].into(),
+            from_leaving: vec![0; places].into(),
             done: VecDeque::with_capacity(places),
         }
     }
@@ -114,7 +114,7 @@ impl Layered {
         let place = buffer.place();
         for (i, bits) in self.missing[place..].iter_mut().take(sectors.div_ceil(PLACE_SECTORS)).enumerate() {
             *bits = bits_below(sectors - i * PLACE_SECTORS);
-            self.raised[place + i] = 0;
+            self.from_leaving[place + i] = 0;
         }
         self.reads[place] = Read { height: disk.height() + 1, part: 0..0, fresh: true };
         self.go_on(disk, queue, tag, sector, buffer);
@@ -215,7 +215,7 @@ impl Layered {
         let is_whole = part == (0..sectors) && fresh;
         if is_whole && all_there(bytes) {
             if height <= disk.leaving() {
-                self.raised[places].fill(u8::MAX);
+                self.from_leaving[places].fill(u8::MAX);
             }
             return match cipher {
                 Some(cipher) => guest.decrypt_all_from(cipher.as_ref(), bytes, sector, block),
@@ -227,8 +227,8 @@ impl Layered {
             *found = missing & there(bytes, i, &part);
         }
         if height <= disk.leaving() {
-            for (raised, found) in self.raised[places].iter_mut().zip(&*found) {
-                *raised |= found;
+            for (from_leaving, found) in self.from_leaving[places].iter_mut().zip(&*found) {
+                *from_leaving |= found;
             }
         }
         if let Some(cipher) = cipher {
@@ -249,9 +249,9 @@ impl Layered {
         Ok(all)
     }
 
-    /// Whether the `i`-th sector of the read whose buffer was at `place` came from a layer that is brought up.
-    pub(super) fn is_to_be_raised(&self, place: usize, i: usize) -> bool {
-        is_set(&self.raised[place..], i)
+    /// Whether the `i`-th sector of the read whose buffer was at `place` came from a layer that is leaving.
+    pub(super) fn came_from_leaving(&self, place: usize, i: usize) -> bool {
+        is_set(&self.from_leaving[place..], i)
     }
 
     /// Tells the map where a frozen layer that was read has nothing.

@@ -16,7 +16,7 @@ pub mod map;
 mod queue;
 pub mod transfer;
 
-pub(crate) use blocking::Scratch;
+pub(crate) use blocking::WaitingQueue;
 pub use guest::GuestData;
 pub(crate) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
@@ -50,7 +50,7 @@ pub struct Disk {
     map: Option<Arc<LayerMap>>,
     /// What keeps queues out of the way of a copy, where there may be one.
     fence: Option<Arc<Fence>>,
-    /// The height of the uppermost of the layers that a copy brings up; 0: there is no copy.
+    /// The height of the uppermost of the leaving layers, from which the disk is hydrated; 0: there is none.
     leaving: u8,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
@@ -188,7 +188,7 @@ impl Disk {
         self
     }
 
-    /// The height of the uppermost of the layers that are brought up; 0: none.
+    /// The height of the uppermost of the leaving layers; 0: there is none.
     pub(crate) fn leaving(&self) -> u8 {
         self.leaving
     }

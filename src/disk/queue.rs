@@ -191,10 +191,10 @@ impl DiskQueue {
         Ok(())
     }
 
-    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is brought
-    /// up.
-    pub(crate) fn is_to_be_raised(&self, place: usize, i: usize) -> bool {
-        self.layered.as_ref().is_some_and(|layered| layered.is_to_be_raised(place, i))
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is
+    /// leaving.
+    pub(crate) fn came_from_leaving(&self, place: usize, i: usize) -> bool {
+        self.layered.as_ref().is_some_and(|layered| layered.came_from_leaving(place, i))
     }
 
     /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that

@@ -6,8 +6,8 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Context, Error, Kind, Result};
-use crate::disk::{Disk, DiskQueue, GuestData, Scratch, is_zero};
-use crate::virtio::{SECTOR_SIZE, Segment};
+use crate::disk::{Disk, WaitingQueue, is_zero};
+use crate::virtio::SECTOR_SIZE;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,77 +69,37 @@ fn each_run(size: u64, next_data: NextData<'_>, f: &mut dyn FnMut(Range<u64>) ->
     Ok(())
 }
 
-/// The way to a disk for one who has no guest.
-pub(crate) struct Transfer {
-    queue: DiskQueue,
-    /// Where plaintext is for the disk, to which it is a guest's memory.
-    memory: Scratch,
-    in_flight: usize,
-}
+/// The way to a disk for whoever has no guest.
+pub(crate) struct Transfer(WaitingQueue);
 
 impl Transfer {
     pub(crate) fn new(disk: &Arc<Disk>) -> Result<Self> {
         let queue = disk.open_queue(DEPTH).context(|| "open a queue")?;
-        Ok(Transfer { queue, memory: Scratch::new(CHUNK)?, in_flight: 0 })
+        Ok(Transfer(WaitingQueue::new(queue, CHUNK)?))
     }
 
-    /// Writes so many bytes, at most [`CHUNK`] and whole sectors, at byte `at`, but for blocks that are zeros: nothing
-    /// is in the layer where they would be. They are durable after [`Transfer::flush`].
+    /// Writes `bytes`, at most [`CHUNK`] and whole sectors, at byte `at`. Blocks that are zeros are left out: the layer then has
+    /// holes in their place. What is written is durable after [`Transfer::flush`].
     pub(crate) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.memory.memory().write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
+        self.0.memory().write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
         for (start, len) in runs(bytes) {
-            self.write_run(at, start, len)
-                .context(|| format!("write {len} bytes at {}", at + start as u64))?;
+            let at = at + start as u64;
+            let written = self.0.write(at / SECTOR_SIZE, start, len);
+            written.context(|| format!("write {len} bytes at {at}"))?;
         }
         Ok(())
     }
 
-    fn write_run(&mut self, at: u64, start: usize, len: usize) -> io::Result<()> {
-        let sector = (at + start as u64) / SECTOR_SIZE;
-        let buffer = loop {
-            match self.queue.alloc(sector, len) {
-                Some(buffer) => break buffer,
-                None => self.finish_one()?,
-            }
-        };
-        let segments = [Segment { addr: GuestAddress(start as u64), len: len as u32 }];
-        let guest = GuestData { mem: self.memory.memory(), segments: &segments, skip: 0 };
-        self.queue.write(0, sector, buffer, false, guest)?;
-        self.in_flight += 1;
-        Ok(())
-    }
-
-    /// Reads so many bytes, at most [`CHUNK`] and whole sectors, from byte `at`.
+    /// Reads bytes, at most [`CHUNK`] and whole sectors, from byte `at`.
     pub(crate) fn read(&mut self, at: u64, into: &mut [u8]) -> Result<()> {
-        self.read_plain(at, into.len()).context(|| format!("read {} bytes at {at}", into.len()))?;
-        Ok(self.memory.memory().read_slice(into, GuestAddress(0)).map_err(io::Error::other)?)
-    }
-
-    fn read_plain(&mut self, at: u64, len: usize) -> io::Result<()> {
-        let sector = at / SECTOR_SIZE;
-        let buffer = self.queue.alloc(sector, len).ok_or_else(|| io::Error::other("there is no room"))?;
-        let segments = [Segment { addr: GuestAddress(0), len: len as u32 }];
-        let guest = GuestData { mem: self.memory.memory(), segments: &segments, skip: 0 };
-        self.queue.read_and_wait(sector, buffer, guest)
+        let read = self.0.read(at / SECTOR_SIZE, into.len());
+        read.context(|| format!("read {} bytes at {at}", into.len()))?;
+        Ok(self.0.memory().read_slice(into, GuestAddress(0)).map_err(io::Error::other)?)
     }
 
     /// Waits for what is written and makes it durable.
     pub(crate) fn flush(&mut self) -> Result<()> {
-        let mut flush = || {
-            while self.in_flight > 0 {
-                self.finish_one()?;
-            }
-            self.queue.flush_and_wait()
-        };
-        flush().context(|| "make the data durable")
-    }
-
-    fn finish_one(&mut self) -> io::Result<()> {
-        if self.in_flight == 0 {
-            return Err(io::Error::other("a queue that nobody else uses has no room"));
-        }
-        self.in_flight -= 1;
-        self.queue.finish_one()
+        self.0.flush().context(|| "make the data durable")
     }
 }
 

@@ -93,7 +93,7 @@ impl Event {
         Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
     }
 
-    /// `hydrateVolume`, which EBS does not have: what lower layers hold is brought up into the top one, under the data key
+    /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under the data key
     /// that the KMS key `kms_key` wraps. How far it has come: `hydrating` or `completed`.
     pub fn hydrate_volume(volume: VolumeId, kms_key: Option<&str>, result: &'static str) -> Self {
         let kms_key = kms_key.map(Into::into);

@@ -16,7 +16,7 @@ pub struct Record {
     pub(super) catalog: Catalog,
     /// None while another process has the volume.
     state: Mutex<Option<State>>,
-    /// What brings up what lower layers hold.
+    /// What hydrates the volume from its leaving layers.
     pub(super) hydrator: Hydrator,
 }
 

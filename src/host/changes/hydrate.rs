@@ -103,7 +103,7 @@ impl Hydrator {
             run.work(until, finish, failed);
         };
         let thread = std::thread::Builder::new().name("hydration".into()).spawn(work)?;
-        log::info!("{}: bringing up what lower layers hold", state.metadata.id());
+        log::info!("{}: hydrating it from its lower layers", state.metadata.id());
         *self.current() = Some(Current { job, thread });
         Ok(())
     }
