@@ -3,10 +3,18 @@
 
 #[path = "../../src/crypt/mod.rs"]
 mod crypt;
+#[path = "../../src/base/error.rs"]
+mod error;
 mod base {
-    #[path = "../../../src/base/error.rs"]
-    pub mod error;
-    pub use error::{Error, Kind, Result};
+    pub use crate::error::{Context, Error, Kind, Result};
+    /// What an error may be made of.
+    pub mod root {
+        pub mod files {
+            #[derive(Debug, thiserror::Error)]
+            #[error("here is no file")]
+            pub struct Strange;
+        }
+    }
 }
 
 use crypt::Dek;

@@ -184,7 +184,7 @@ fn lay_out_tweaks(starts: &[u128], tweaks: &mut [u128]) {
 /// Multiplies by α in GF(2¹²⁸) modulo x¹²⁸ + x⁷ + x² + x + 1 (IEEE 1619 section 5.2).
 fn times_alpha(tweak: u128) -> u128 {
     let carry = tweak >> 127;
-    (tweak << 1) ^ (carry * 0x87)
+    (tweak << 1) ^ carry.wrapping_mul(0x87)
 }
 
 /// Multiplies by α³²: the 32 bits that are shifted out, times x⁷ + x² + x + 1, come back in below.

@@ -18,6 +18,17 @@ const WIDTH: usize = 4;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 32;
 const GROUP: usize = WIDTH * REGISTER;
+/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check in a kernel's
+/// loop keeps it from being unrolled.
+const PLACES: [usize; WIDTH] = {
+    let mut places = [0; WIDTH];
+    let mut i = 0;
+    while i < WIDTH {
+        places[i] = i * REGISTER;
+        i += 1;
+    }
+    places
+};
 
 /// Four registers: eight blocks, or their tweaks.
 type Group = [__m256i; WIDTH];
@@ -78,12 +89,12 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
 unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut u8, tweaks: &Group) {
     let mut blocks = *tweaks;
     let key = keys.round_key_256(0);
-    for (i, block) in blocks.iter_mut().enumerate() {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is register i. The other is a hint,
+    for (block, at) in blocks.iter_mut().zip(&PLACES) {
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The other is a hint,
         // which never faults, also behind their end.
         let data = unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(i * REGISTER + AHEAD).cast());
-            read(src.add(i * REGISTER))
+            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
+            read(src.add(*at))
         };
         *block = _mm256_xor_si256(_mm256_xor_si256(*block, key), data);
     }
@@ -95,7 +106,7 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
         }
     }
     let key = keys.round_key_256(LAST_ROUND);
-    for (i, (block, tweak)) in blocks.iter().zip(tweaks).enumerate() {
+    for ((block, tweak), at) in blocks.iter().zip(tweaks).zip(&PLACES) {
         // The last round ends in an xor with its key, so the tweak goes in with it.
         let key = _mm256_xor_si256(key, *tweak);
         let done = if DECRYPT {
@@ -103,8 +114,8 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
         } else {
             _mm256_aesenclast_epi128(*block, key)
         };
-        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is register i.
-        unsafe { _mm256_storeu_si256(dst.add(i * REGISTER).cast(), done) };
+        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is one register.
+        unsafe { _mm256_storeu_si256(dst.add(*at).cast(), done) };
     }
 }
 

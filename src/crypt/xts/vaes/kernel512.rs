@@ -22,6 +22,17 @@ const WIDTH: usize = 8;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 64;
 const GROUP: usize = WIDTH * REGISTER;
+/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check in a kernel's
+/// loop keeps it from being unrolled.
+const PLACES: [usize; WIDTH] = {
+    let mut places = [0; WIDTH];
+    let mut i = 0;
+    while i < WIDTH {
+        places[i] = i * REGISTER;
+        i += 1;
+    }
+    places
+};
 /// The truth table of a xor b xor c.
 const XOR3: i32 = 0x96;
 
@@ -154,12 +165,12 @@ fn first_tweaks(initial: __m512i) -> Group {
 unsafe fn start(keys: &Schedule, src: *const u8, tweaks: &Group) -> Group {
     let mut blocks = *tweaks;
     let key = keys.round_key(0);
-    for (i, block) in blocks.iter_mut().enumerate() {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is register i. The other is a hint,
+    for (block, at) in blocks.iter_mut().zip(&PLACES) {
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The other is a hint,
         // which never faults, also behind their end.
         let data = unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(i * REGISTER + AHEAD).cast());
-            read(src.add(i * REGISTER))
+            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
+            read(src.add(*at))
         };
         *block = _mm512_ternarylogic_epi64::<XOR3>(data, *block, key);
     }
@@ -184,7 +195,7 @@ fn rounds<const DECRYPT: bool, const FROM: usize, const TO: usize>(keys: &Schedu
 #[target_feature(enable = "avx512f,vaes")]
 unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut u8, tweaks: &Group) {
     let key = keys.round_key(LAST_ROUND);
-    for (i, (block, tweak)) in blocks.iter().zip(tweaks).enumerate() {
+    for ((block, tweak), at) in blocks.iter().zip(tweaks).zip(&PLACES) {
         // The last round ends in an xor with its key, so the tweak goes in with it.
         let key = _mm512_xor_si512(key, *tweak);
         let done = if DECRYPT {
@@ -192,8 +203,8 @@ unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut
         } else {
             _mm512_aesenclast_epi128(*block, key)
         };
-        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is register i.
-        unsafe { _mm512_storeu_si512(dst.add(i * REGISTER).cast(), done) };
+        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is one register.
+        unsafe { _mm512_storeu_si512(dst.add(*at).cast(), done) };
     }
 }
 
