@@ -381,6 +381,10 @@ fn the_helper_puts_the_key_into_no_file() {
 /// The AWS SDK has had the key in buffers that are not ours. At its end the helper is held, with all its memory still
 /// there.
 #[test]
+#[cfg_attr(
+    not(all(feature = "aws", feature = "kms-server")),
+    ignore = "it needs the features aws and kms-server"
+)]
 fn the_helper_that_asked_by_the_aws_sdk_has_nothing_of_the_key_at_its_end() {
     helper_keeps_nothing(&KmsServer::start(), "");
     let files = tempfile::tempdir().expect("make a temporary folder");
@@ -519,6 +523,10 @@ fn kms_needles(kms: &KmsServer) -> Needles {
 
 /// The keys of a KMS that is served are nowhere but in the memory that is made for them, whatever it has been asked for.
 #[test]
+#[cfg_attr(
+    not(all(feature = "aws", feature = "kms-server")),
+    ignore = "it needs the features aws and kms-server"
+)]
 fn a_served_kms_has_its_keys_in_no_memory_but_theirs() {
     for kms in [KmsServer::start(), KmsServer::start_under(PASSPHRASE)] {
         let (store, who, key) = (Store::new(), kms.principal("root"), kms.create_key());
@@ -580,6 +588,7 @@ fn passphrase_set(kms: &KmsServer) -> (Command, File) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "kms-server"), ignore = "it needs the feature kms-server")]
 fn whoever_sets_a_passphrase_leaves_no_core() {
     for signal in [Signal::SIGQUIT, Signal::SIGABRT] {
         let kms = KmsServer::start_under(PASSPHRASE);
@@ -599,6 +608,7 @@ fn whoever_sets_a_passphrase_leaves_no_core() {
 
 /// At its end the command is held, with all its memory still there.
 #[test]
+#[cfg_attr(not(feature = "kms-server"), ignore = "it needs the feature kms-server")]
 fn whoever_sets_a_passphrase_has_no_key_in_memory_but_its_own_and_none_at_its_end() {
     let kms = KmsServer::start_under(PASSPHRASE);
     let _ = (kms.principal("root"), kms.create_key());

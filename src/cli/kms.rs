@@ -2,6 +2,8 @@
 
 use crate::base::Result;
 use crate::base::hardened::Hardened;
+#[cfg(not(feature = "kms-server"))]
+use crate::base::{Error, Kind};
 use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
@@ -9,8 +11,8 @@ use crate::crypt::wiping_allocator;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
-use crate::kms::server::tls::Files;
-use crate::kms::server::{self, Address};
+#[cfg(feature = "kms-server")]
+use crate::kms::server::{self, Address, tls::Files};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -209,6 +211,13 @@ fn root_key_is(env: &Env, under_passphrase: bool, done: &str) -> Result<()> {
     }
 }
 
+#[cfg(not(feature = "kms-server"))]
+fn serve(_: &Env, _: Embedded, _: ServeArgs) -> Result<()> {
+    let message = "a KMS is served by the feature kms-server, without which this sealblk was built";
+    Err(Error::new(Kind::Unsupported, message))
+}
+
+#[cfg(feature = "kms-server")]
 fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
     let address = match (args.place.listen, args.place.socket_path) {
         (Some(address), _) => Address::Tcp(address),

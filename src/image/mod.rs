@@ -4,8 +4,10 @@
 //! it names is opened unless that was asked for, and what it says is nowhere trusted with memory or time beyond the
 //! image's own size. Knows no volume and no key.
 
+#[cfg_attr(not(feature = "qcow2"), allow(dead_code, reason = "only the beginning of an image is looked at"))]
 mod header;
 pub mod lock;
+#[cfg_attr(not(feature = "qcow2"), path = "no_qcow2.rs")]
 mod qcow2;
 
 use crate::base::root::offered::Offered;
@@ -182,6 +184,7 @@ impl Image {
 }
 
 /// Opens a file or block device for reading, and keeps QEMU from writing to it.
+#[cfg(feature = "qcow2")]
 fn open(path: &Path) -> Result<(File, ImageLock)> {
     let Offered { file, path } = Offered::open(path)?;
     let lock = lock(&file, &path)?;

@@ -3,6 +3,7 @@
 //! [`KeyProvider`] has one implementation a provider. A provider knows nothing of volumes but the
 //! encryption context that binds a wrapped key to one of them.
 
+#[cfg(feature = "aws")]
 pub mod aws;
 pub mod context;
 pub mod embedded;
@@ -12,6 +13,7 @@ pub mod grant;
 pub mod key_ref;
 pub mod patience;
 mod recorded;
+#[cfg(feature = "kms-server")]
 pub mod server;
 
 pub use context::EncryptionContext;
@@ -23,6 +25,7 @@ pub use key_ref::{KeyRef, ProviderName};
 use crate::audit::AuditKey;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
+#[cfg(feature = "aws")]
 use crate::config::Settings;
 use patience::Patience;
 use zeroize::Zeroizing;
@@ -193,10 +196,18 @@ pub fn open_patient_provider(
 ) -> Result<Box<dyn KeyProvider>, KmsError> {
     let provider: Box<dyn KeyProvider> = match name {
         "embedded" => Box::new(embedded::Embedded::open(root, hardened)?),
+        #[cfg(feature = "aws")]
         "aws" => {
             let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
             let patience = patience.unwrap_or(Patience(settings.kms_patience));
             Box::new(aws::Aws::open(patience, settings.grantee_principal, hardened)?)
+        }
+        #[cfg(not(feature = "aws"))]
+        "aws" => {
+            let _ = patience;
+            return Err(KmsError::Unsupported(
+                "keys of AWS KMS are used by the feature aws, without which this sealblk was built".into(),
+            ));
         }
         name => return Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
     };

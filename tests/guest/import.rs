@@ -20,6 +20,7 @@ const MAKE_FILES: &str = "
 ";
 
 #[test]
+#[cfg_attr(not(feature = "qcow2"), ignore = "it needs the feature qcow2")]
 fn a_guest_finds_its_files_on_the_encrypted_volume_that_its_disk_became() {
     let store = Store::new();
     let folder = store.root().parent().expect("it lies in a folder").to_owned();

@@ -140,6 +140,7 @@ fn what_is_no_image_is_refused_and_nothing_is_made() {
         (2, &["empty.img"], "it is empty"),
         (2, &["pipe"], "neither a file nor a block device"),
         (2, &["root"], "neither a file nor a block device"),
+        #[cfg(feature = "qcow2")]
         (2, &["disk.img", "--format", "qcow2"], "no qcow2 image"),
         (2, &["disk.img", "--format", "vmdk"], "none of raw, qcow2"),
         (3, &["disk.img", "--key", "alias/other"], "no KMS store"),

@@ -5,7 +5,9 @@ mod common;
 mod copied;
 mod crash;
 mod export;
+#[cfg(feature = "qcow2")]
 mod hostile;
 mod in_place;
+#[cfg(feature = "qcow2")]
 mod qcow2;
 mod rig;

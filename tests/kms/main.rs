@@ -1,9 +1,12 @@
 //! Key management: the embedded KMS, the same served as AWS KMS is, the AWS provider against that server, and the root key.
 
+#[cfg(all(feature = "aws", feature = "kms-server"))]
 mod aws;
 #[path = "../common/mod.rs"]
 mod common;
 mod embedded;
+mod features;
 mod root_key;
+#[cfg(feature = "kms-server")]
 mod server;
 mod suite;

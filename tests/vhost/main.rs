@@ -7,6 +7,7 @@ mod clients;
 mod coming_back;
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(feature = "kms-server")]
 mod corpus;
 mod dirty_log;
 mod failing_disk;
