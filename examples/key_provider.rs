@@ -208,7 +208,7 @@ impl KeyProvider for KeyFiles {
         key: &str,
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError> {
-        self.seal(key, &*self.open(wrapped, from)?, to)
+        self.seal(key, &self.open(wrapped, from)?, to)
     }
 
     /// Lets volumes come here from another KMS (`volume rewrap`). Without this they cannot.
