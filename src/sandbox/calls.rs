@@ -4,7 +4,7 @@
 //! memory and cannot be judged here: they are the affair of [`crate::sandbox::files`].
 //!
 //! io_uring does what a ring is asked to do without asking this filter. So a confined process can make no ring: those
-//! that it has were made before, and each takes only the operations that serving a layer needs (`store::file::ring`).
+//! that it has were made before, and each takes only the operations that serving a layer needs (`backing::file::ring`).
 
 use crate::base::{Error, Kind, Result};
 use crate::sandbox::Mode;
