@@ -10,7 +10,7 @@ use crate::common::disk::pattern;
 use crate::common::frontend::{Framing, Request, Segment, Session, block};
 use crate::common::kms_server::{KmsServer, set};
 use crate::common::leaks::{Needles, children, look_through};
-use crate::common::patience::limit;
+use crate::common::patience::{limit, wait_for};
 use crate::common::process::wait_within;
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
@@ -563,18 +563,13 @@ fn piped(command: &mut Command, number: i32) -> File {
 
 /// Returns when everything that was written into a pipe has been read.
 fn until_read(pipe: &File) {
-    let limit = std::time::Instant::now() + limit();
-    loop {
+    wait_for("what was written into the pipe is read", || {
         let mut left: nix::libc::c_int = 0;
         // SAFETY: the request writes one int, which is there.
         let done = unsafe { nix::libc::ioctl(pipe.as_raw_fd(), nix::libc::FIONREAD, &mut left) };
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-        if left == 0 {
-            return;
-        }
-        assert!(std::time::Instant::now() < limit, "nobody reads");
-        std::thread::yield_now();
-    }
+        if left == 0 { Ok(()) } else { Err(format!("{left} bytes in it")) }
+    });
 }
 
 /// `kms passphrase set` of a store that is under a passphrase: the command, and the pipe that it reads the new one from.

@@ -1,7 +1,7 @@
 //! Clients of the control socket that are slow, silent, many, or late.
 
 use crate::common::attach::Place;
-use crate::common::patience::limit;
+use crate::common::patience::{AtEnd, limit};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -29,6 +29,7 @@ fn clients_that_dribble_or_say_nothing_hold_up_nobody() {
     let silent: Vec<_> = (0..8).map(|_| connect(&place)).collect();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _end = AtEnd(&over);
         let over = &over;
         let dribble = move |mut client: UnixStream| {
             // Every byte is something new, so that a limit on silence would never be reached.

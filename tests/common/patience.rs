@@ -8,6 +8,7 @@
 use std::fmt::Display;
 use std::hint::black_box;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// For a process, a request, an answer, all of which take milliseconds.
@@ -15,7 +16,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// For a command in an emulated guest, which takes seconds.
 const GUEST_LIMIT: Duration = Duration::from_secs(1200);
 /// What a slow machine gets more, at most: what is measured may be a moment's hiccup.
-const SLOWEST: f64 = 20.0;
+const SLOWEST: f64 = 5.0;
 
 /// What every limit is multiplied by.
 static FACTOR: LazyLock<f64> = LazyLock::new(|| given() * slowness());
@@ -72,6 +73,15 @@ impl Deadline {
         if self.left().is_zero() {
             panic!("waited {:?} for this: {what}; there was: {}", self.limit, found());
         }
+    }
+}
+
+/// Sets what other threads of a test go on until, at the latest when the test fails: it waits for their end.
+pub struct AtEnd<'a>(pub &'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

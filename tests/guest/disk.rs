@@ -1,6 +1,7 @@
 //! Encrypted volumes under a real Linux guest, which must take them for ordinary disks.
 
 use crate::common::guest::Guest;
+use crate::common::patience::AtEnd;
 use crate::common::store::Store;
 use base64::Engine;
 use sealblk::base::root::Root;
@@ -97,6 +98,7 @@ fn a_guest_goes_on_while_its_volume_is_rekeyed_again_and_again() {
     let is_over = AtomicBool::new(false);
     let times = AtomicU32::new(0);
     std::thread::scope(|scope| {
+        let _end = AtEnd(&is_over);
         let rekeying = scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 store.ok(&["volume", "rekey", "t", "--follow"]);

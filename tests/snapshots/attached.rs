@@ -3,6 +3,7 @@
 use crate::common::attach::{flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::{Request, Segment, Session, SplitRing, block};
+use crate::common::patience::AtEnd;
 use crate::common::rig::Rig;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -60,6 +61,7 @@ fn snapshot_after_snapshot_while_a_guest_writes() {
     let (done, acknowledged) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut taken = Vec::new();
     std::thread::scope(|scope| {
+        let _end = AtEnd(&done);
         let ring = &mut session.rings[0];
         scope.spawn(|| {
             // Each block says which write it was.
@@ -115,6 +117,7 @@ fn snapshots_of_several_volumes_are_of_one_moment() {
     let done = AtomicBool::new(false);
     let mut made = Vec::new();
     std::thread::scope(|scope| {
+        let _end = AtEnd(&done);
         let (one, two) = (&mut one.rings[0], &mut two.rings[0]);
         scope.spawn(|| {
             // The second is never ahead of the first.

@@ -6,7 +6,7 @@ use crate::common::frontend::block::{IN, OK, OUT, Parts, parts};
 use crate::common::frontend::ring::{INDIRECT, NEXT, WRITE, readable};
 use crate::common::frontend::session::{F_INDIRECT, F_LOG_ALL};
 use crate::common::frontend::{Desc, Layout, Options, RawSocket, SplitRing};
-use crate::common::patience::{Deadline, limit, wait_for};
+use crate::common::patience::{AtEnd, Deadline, limit};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -290,6 +290,7 @@ fn a_request_that_changes_while_it_is_read_stays_within_bounds() {
     ring.write_desc(own[2], p.status);
     let mem = ring.mem.clone();
     std::thread::scope(|scope| {
+        let _end = AtEnd(&over);
         scope.spawn(|| {
             let mut turn = 0u64;
             while !over.load(Ordering::Relaxed) {
@@ -320,21 +321,25 @@ fn a_request_that_changes_while_it_is_read_stays_within_bounds() {
             ring.kick_if_wanted();
             // A ring that the device gave up is as good as a served one; assert_survives tells them apart.
             ring.want_call(false);
-            let given_up = wait_for("a completion, or a ring that is broken", || {
+            let deadline = Deadline::after(limit());
+            let given_up = loop {
                 let broken =
-                    raw.closes(Duration::ZERO).unwrap() || readable(&ring.err_fd, Duration::ZERO).unwrap();
-                match (ring.pop_used(), broken) {
-                    (Some(_), _) => Ok(false),
-                    (None, true) => Ok(true),
-                    (None, false) => Err(format!("used index {}", ring.used_idx())),
+                    readable(&ring.err_fd, Duration::ZERO).unwrap() || raw.closes(Duration::ZERO).unwrap();
+                match ring.pop_used() {
+                    Some(_) => break false,
+                    None if broken => break true,
+                    None => deadline.check("a completion, or a ring that is broken", || ring.used_idx()),
                 }
-            });
+                std::thread::yield_now();
+            };
             if given_up {
                 break;
             }
         }
         over.store(true, Ordering::Relaxed);
     });
+    // The connection ends with the last of its descriptors.
+    drop(raw);
     disk.assert_survives(session);
 }
 

@@ -5,7 +5,7 @@ use crate::common::frontend::block::complete;
 use crate::common::frontend::hostile::agreed;
 use crate::common::frontend::raw::{VERSION, message};
 use crate::common::frontend::{Options, Order, RawSocket, Request, Session};
-use crate::common::patience::limit;
+use crate::common::patience::{AtEnd, limit};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost::VhostBackend;
@@ -84,6 +84,7 @@ fn a_guest_that_never_stops_kicking_does_not_starve_control_messages() {
     let mut rings = std::mem::take(&mut session.rings);
     let (first, started) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
+        let _end = AtEnd(&over);
         let busy = scope.spawn(|| {
             let ring = &mut rings[0];
             while !over.load(Ordering::Relaxed) {

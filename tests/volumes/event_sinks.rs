@@ -1,5 +1,6 @@
 //! Delivery of events: at least once, in order, through failures, time-outs and kills, to commands and over HTTP.
 
+use crate::common::frontend::ring::readable;
 use crate::common::patience::{limit, wait_for};
 use crate::common::process::{tie_to_test, wait_within};
 use crate::common::store::{Store, said};
@@ -170,6 +171,7 @@ struct Asked {
 
 /// Takes one request and answers it with this status.
 fn answer(listener: &TcpListener, status: &str) -> Asked {
+    assert!(readable(listener, limit()).unwrap(), "nobody has asked within {:?}", limit());
     let (stream, _) = listener.accept().unwrap();
     let asked = read_request(&stream);
     write!(&stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").unwrap();

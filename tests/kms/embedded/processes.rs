@@ -1,5 +1,6 @@
 //! Several users of one store at once: threads, processes, and processes that are killed.
 
+use crate::common::patience::AtEnd;
 use crate::embedded::{Place, corrupt, volume};
 use crate::suite::Admin;
 use sealblk::kms::embedded::Embedded;
@@ -55,6 +56,7 @@ fn no_decrypt_that_begins_after_disable_has_answered_succeeds() {
     let attempts: Vec<AtomicU64> = (0..3).map(|_| AtomicU64::new(0)).collect();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _end = AtEnd(&stop);
         let decrypting: Vec<_> = attempts
             .iter()
             .map(|attempts| {
