@@ -18,6 +18,7 @@ pub use entry::{Entry, Process, Step, name_command};
 pub use line::{AuditKey, KMS_SOURCE, Position};
 
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, locks};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use mark::{Mark, Marks, folder_hash};
@@ -27,7 +28,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use tail::Tail;
 use uuid::Uuid;
 
@@ -86,7 +87,7 @@ impl AuditLog {
     /// found out.
     pub fn append(&self, entry: &Entry, key: Option<&AuditKey>) -> Result<()> {
         let attempt = || format!("write to the audit log {}", self.path().display());
-        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = self.opened.locked();
         let result = on_scrubbed_stack(|| self.append_to(&mut opened, entry, key)).context(attempt);
         if result.is_err() {
             *opened = None;

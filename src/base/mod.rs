@@ -9,6 +9,7 @@ pub mod locks;
 pub mod printable;
 pub mod root;
 pub mod size;
+pub(crate) mod sync;
 mod timestamp;
 
 pub use error::{Context, Error, Kind, Result};

@@ -13,6 +13,7 @@
 //! There is a fence only in a disk that is [made to be hydrated](crate::disk::Disk::hydrating), so that it costs nothing
 //! elsewhere and has seen every operation from the beginning.
 
+use crate::base::sync::Locked;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::ops::Range;
@@ -57,7 +58,7 @@ impl Fence {
     /// A lane for a queue of at most `most` buffers.
     pub(super) fn open(self: &Arc<Self>, most: usize) -> io::Result<OpenLane> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let mut lanes = lock(&self.lanes);
+        let mut lanes = self.lanes.locked();
         let state = State { busy: Vec::with_capacity(most), copying: lanes.copying.clone(), refused: false };
         let lane = Arc::new(Lane { state: Mutex::new(state), left: Condvar::new(), wake });
         lanes.open.push(lane.clone());
@@ -83,10 +84,10 @@ impl Fence {
     /// whether it has not. Either way [`Fence::leave`] follows.
     pub(crate) fn enter(&self, sectors: &Range<u64>, stop: &AtomicBool) -> bool {
         let open = {
-            let mut lanes = lock(&self.lanes);
+            let mut lanes = self.lanes.locked();
             lanes.copying = sectors.clone();
             for lane in &lanes.open {
-                lock(&lane.state).copying = sectors.clone();
+                lane.state.locked().copying = sectors.clone();
             }
             lanes.open.clone()
         };
@@ -96,10 +97,10 @@ impl Fence {
 
     /// Lets everybody in again.
     pub(crate) fn leave(&self) {
-        let mut lanes = lock(&self.lanes);
+        let mut lanes = self.lanes.locked();
         lanes.copying = 0..0;
         for lane in &lanes.open {
-            let mut state = lock(&lane.state);
+            let mut state = lane.state.locked();
             state.copying = 0..0;
             if std::mem::take(&mut state.refused)
                 && let Err(e) = lane.wake.write(1)
@@ -112,7 +113,7 @@ impl Fence {
 
 impl Lane {
     fn wait_for_nobody_in(&self, sectors: &Range<u64>, stop: &AtomicBool) -> bool {
-        let mut state = lock(&self.state);
+        let mut state = self.state.locked();
         while state.busy.iter().any(|(_, busy)| meet(busy, sectors)) {
             if stop.load(Ordering::Relaxed) {
                 return false;
@@ -143,7 +144,7 @@ impl OpenLane {
 
     /// Notes that the buffer at `place` is going to be used for `sectors`; refused while they are being copied.
     pub(super) fn enter(&self, place: usize, sectors: Range<u64>) -> bool {
-        let mut state = lock(&self.lane.state);
+        let mut state = self.lane.state.locked();
         if meet(&sectors, &state.copying) {
             state.refused = true;
             return false;
@@ -154,7 +155,7 @@ impl OpenLane {
 
     /// Notes that the buffer at `place` is not used any more.
     pub(super) fn leave(&self, place: usize) {
-        let mut state = lock(&self.lane.state);
+        let mut state = self.lane.state.locked();
         if let Some(index) = state.busy.iter().position(|(busy, _)| *busy == place) {
             let (_, sectors) = state.busy.swap_remove(index);
             if meet(&sectors, &state.copying) {
@@ -166,17 +167,12 @@ impl OpenLane {
 
 impl Drop for OpenLane {
     fn drop(&mut self) {
-        lock(&self.fence.lanes).open.retain(|lane| !Arc::ptr_eq(lane, &self.lane));
-        lock(&self.lane.state).busy.clear();
+        self.fence.lanes.locked().open.retain(|lane| !Arc::ptr_eq(lane, &self.lane));
+        self.lane.state.locked().busy.clear();
         self.lane.left.notify_all();
     }
 }
 
 fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
-}
-
-/// Nobody panics while holding these locks; if somebody did, the lists are still lists.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -16,6 +16,7 @@
 //! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
 //! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
 
+use crate::base::sync::Locked;
 use crate::disk::map::LayerMap;
 use crate::disk::{Disk, WaitingQueue};
 use crate::virtio::SECTOR_SIZE;
@@ -117,7 +118,7 @@ impl Hydration {
     /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Answers when that was; not if it
     /// was stopped.
     fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
-        let mut guard = self.stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.stopped.0.locked();
         loop {
             let (now, rate) = (Instant::now(), self.rate());
             let nanos = (bytes * 1_000_000_000).checked_div(rate).unwrap_or(0);

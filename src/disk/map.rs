@@ -27,6 +27,7 @@
 //! as the volume is beyond that, so that a map never has more than 256 MiB (and 1 MiB for its table).
 
 use crate::backing::Store;
+use crate::base::sync::Locked;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -157,7 +158,7 @@ impl LayerMap {
                 Err(e) => log::warn!("no layer map, reads try each layer: {e}"),
             }
             drop(store);
-            *shared.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            *shared.over.locked() = true;
             shared.changed.notify_all();
         };
         let thread = std::thread::Builder::new().name("layer-map".into()).spawn(run)?;
@@ -171,7 +172,7 @@ impl LayerMap {
 
     /// Waits until the search is over, no longer than `limit`; answers whether it is. It may have failed.
     pub fn wait(&self, limit: Duration) -> bool {
-        let over = self.search.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = self.search.over.locked();
         let waited = self.search.changed.wait_timeout_while(over, limit, |over| !*over);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }

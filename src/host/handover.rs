@@ -6,6 +6,7 @@
 //!
 //! The queues' threads stay, with or without a disk: in a confined process their io_urings cannot be made again.
 
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::lock::{Announcements, Holder, LockFile, Turn, VolumeLock};
 use crate::disk::Disk;
@@ -20,7 +21,7 @@ use crate::volume::layers;
 use crate::volume::open::{Opened, shape};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 /// How long a ring that is to run waits for the process that has the volume. Its VMM has drained by then.
@@ -90,7 +91,7 @@ impl Handover {
             let cpu = cpus.get(index % cpus.len().max(1)).copied();
             Worker::spawn(index, None, Tuning { cpu, ..tuning.clone() }, move |reason| {
                 log::error!("{reason}");
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+                *failure.locked() = Some(reason);
                 stop.stop();
             })
         };
@@ -172,7 +173,7 @@ impl Handover {
         // Its guest wants what it wanted of the process before.
         writeback.store(!lock.write_through(), Ordering::Relaxed);
         let serving = Serving::new(disk, self.workers.clone());
-        *self.serving.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&serving);
+        *self.serving.locked() = Arc::downgrade(&serving);
         let read_only = shape.read_only;
         *record.hydrator.unwrapped_by() = metadata.keys().iter().map(UsedKey::of).collect();
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
@@ -249,15 +250,15 @@ impl Handover {
     }
 
     fn failure(&self) -> MutexGuard<'_, Option<String>> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
+        self.failure.locked()
     }
 
     fn guest(&self) -> MutexGuard<'_, Guest> {
-        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+        self.guest.locked()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.locked()
     }
 }
 
@@ -279,7 +280,7 @@ impl Tenure for Handover {
     }
 
     fn serving(&self) -> Option<Arc<Serving>> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+        self.serving.locked().upgrade()
     }
 
     fn rest(&self) {

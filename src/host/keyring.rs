@@ -1,10 +1,11 @@
 //! What a host process keeps of its volume's data keys, as long as it may have to open the volume again: when it takes the
 //! volume over from another process, or back. What the volume does not need any more is wiped.
 
+use crate::base::sync::Locked;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::Metadata;
 use crate::volume::kept::Kept;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What is kept of the data keys of one volume, in whatever order once it is sealed.
 pub(crate) struct Keyring(Mutex<Vec<Kept>>);
@@ -53,6 +54,6 @@ impl Keyring {
 
     fn lock(&self) -> MutexGuard<'_, Vec<Kept>> {
         // It is a whole list even if somebody panicked while holding it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 }

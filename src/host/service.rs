@@ -1,6 +1,7 @@
 //! An attached volume while it is served: the threads, what they share, and what clients of the control socket can ask for.
 
 use crate::base::Result;
+use crate::base::sync::Locked;
 use crate::catalog::Catalog;
 use crate::catalog::lock::Announcements;
 use crate::helper::grants::Keeper;
@@ -20,7 +21,7 @@ use crate::vhost::queue::qos::Qos;
 use crate::vhost::session::Inlet;
 use crate::virtio::{SECTOR_SIZE, SharedGeometry};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -136,7 +137,7 @@ impl Service {
         drop(device);
         let result = handover.end().and(served);
         drop(handover);
-        let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let held = held.locked().take();
         if let Some(mut held) = held {
             held.ended(&result);
         }

@@ -1,6 +1,7 @@
 //! An attached volume's place in the store, and what it takes to change it. While it is attached, its host process alone
 //! may replace `volume.json`, and does it here.
 
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::rewrap::Rewrapped;
@@ -9,7 +10,7 @@ use crate::crypt::SealKey;
 use crate::host::changes::hydrate::Hydrator;
 use crate::vhost::tenure::Serving;
 use crate::volume::layers::Layer;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// What the host process knows of its volume.
 pub struct Record {
@@ -93,7 +94,7 @@ impl Record {
 
     pub(super) fn state(&self) -> MutexGuard<'_, Option<State>> {
         // It is whole even if somebody panicked while holding it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.locked()
     }
 }
 

@@ -5,12 +5,13 @@
 //! addresses, from 0 on. Whoever writes guest memory marks it, afterwards: a page that the VMM copies between the two
 //! has the new bytes already. vm-memory's own tracking is not used: it would ask at every access.
 
+use crate::base::sync::ReadWriteLocked;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
 use vm_memory::{FileOffset, GuestMemoryMmap, MmapRegion, VolatileMemory};
 
 /// Guest memory as the data path uses it.
@@ -114,13 +115,13 @@ impl DirtyLog {
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.write_locked();
         change(&mut state);
         self.active.store(state.wanted && state.bitmap.is_some(), Ordering::Release);
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+        self.state.read_locked()
     }
 }
 

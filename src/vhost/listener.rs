@@ -1,5 +1,6 @@
 //! The listening socket of an attached volume: one VMM at a time, as often as they like.
 
+use crate::base::sync::Locked;
 use crate::vhost::device::Device;
 use crate::vhost::session;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -8,7 +9,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Where VMMs come from.
 pub enum Socket {
@@ -39,7 +40,7 @@ impl Stop {
         if let Err(e) = self.event.write(1) {
             log::error!("stopping the listener: {e}");
         }
-        if let Some(vmm) = &*self.current.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(vmm) = &*self.current.locked() {
             let _ = vmm.shutdown(Shutdown::Both);
         }
     }
@@ -51,7 +52,7 @@ impl Stop {
 
     /// Makes `vmm` the connection that [`Stop::stop`] ends.
     fn serving(&self, vmm: Option<UnixStream>) {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.locked();
         *current = vmm;
         if self.is_stopped()
             && let Some(vmm) = &*current

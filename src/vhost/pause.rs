@@ -5,11 +5,12 @@
 //! the guest and its VMM a pause is nothing but slowness. It is therefore to be short, and whoever pauses must not
 //! wait for a VMM or a session meanwhile. A pause ends however its holder ends: by default as if it had not been.
 
+use crate::base::sync::Locked;
 use crate::disk::Disk;
 use crate::vhost::queue::Awaited;
 use crate::vhost::tenure::Serving;
 use std::io;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 impl Serving {
@@ -20,7 +21,7 @@ impl Serving {
 
     fn lock(&self) -> MutexGuard<'_, Arc<Disk>> {
         // It is always a whole disk.
-        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+        self.disk.locked()
     }
 
     /// Pauses all queues, waiting for what they have in flight, together no longer than `patience`. Another pause is

@@ -4,6 +4,7 @@
 //! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
 //! crate's own event loop has no part in this: it runs without threads.
 
+use crate::base::sync::Locked;
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
 use crate::vhost::queue::inflight::Inflight;
@@ -13,7 +14,7 @@ use crate::vhost::tenure::{Serving, Tenure};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
@@ -67,7 +68,7 @@ impl Rings {
 
     /// Takes the memory in which rings that start from now on note their chains in flight.
     pub fn set_inflight(&self, inflight: Arc<Inflight>) {
-        *lock(&self.inflight) = Some(inflight);
+        *self.inflight.locked() = Some(inflight);
     }
 
     /// Where the guest's memory that we write is logged.
@@ -77,7 +78,7 @@ impl Rings {
 
     /// Logs what ring `index` writes into its used ring at guest address `at`, or not at all.
     pub fn log_used(&self, index: usize, at: Option<u64>) {
-        if let Some(vring) = lock(&self.made).get(index) {
+        if let Some(vring) = self.made.locked().get(index) {
             vring.log.set_used(at);
         }
     }
@@ -88,13 +89,13 @@ impl Rings {
         if !self.log.is_active() {
             return Ok(());
         }
-        let Some(serving) = lock(&self.serving).clone() else { return Ok(()) };
+        let Some(serving) = self.serving.locked().clone() else { return Ok(()) };
         serving.workers.iter().try_for_each(Worker::sync)
     }
 
     /// Whether a ring runs.
     pub fn any_runs(&self) -> bool {
-        lock(&self.made).iter().any(Vring::is_running)
+        self.made.locked().iter().any(Vring::is_running)
     }
 
     /// Whether every ring that was to run does.
@@ -102,26 +103,26 @@ impl Rings {
     /// # Errors
     /// Why one does not. It is told once.
     pub fn check(&self) -> io::Result<()> {
-        lock(&self.failure).take().map_or(Ok(()), Err)
+        self.failure.locked().take().map_or(Ok(()), Err)
     }
 
     /// Drains every running ring and starts every ring that can run now, for new memory.
     pub fn restart(&self) {
-        for vring in &*lock(&self.made) {
+        for vring in &*self.made.locked() {
             vring.restart();
         }
     }
 
     /// Drains, stops and forgets every ring: the session is over.
     pub fn end(&self) {
-        for vring in std::mem::take(&mut *lock(&self.made)) {
+        for vring in std::mem::take(&mut *self.made.locked()) {
             vring.stop();
         }
         self.rest_if_idle();
     }
 
     fn claim(&self) -> io::Result<Arc<Serving>> {
-        let mut serving = lock(&self.serving);
+        let mut serving = self.serving.locked();
         if let Some(serving) = &*serving {
             return Ok(serving.clone());
         }
@@ -133,7 +134,7 @@ impl Rings {
 
     /// Lets another process have the volume if no ring runs.
     fn rest_if_idle(&self) {
-        if !self.any_runs() && lock(&self.serving).take().is_some() {
+        if !self.any_runs() && self.serving.locked().take().is_some() {
             self.tenure.rest();
         }
     }
@@ -170,12 +171,12 @@ impl Vring {
             log::error!("ring {} does not run: {e}", self.index);
             // The crate has no place for an answer: the gate asks for it.
             let e = io::Error::new(e.kind(), format!("ring {}: {e}", self.index));
-            lock(&self.rings.failure).get_or_insert(e);
+            self.rings.failure.locked().get_or_insert(e);
         }
     }
 
     fn try_start(&self) -> io::Result<()> {
-        let mut seat = lock(&self.seat);
+        let mut seat = self.seat.locked();
         let state = self.state.get_ref();
         if seat.running.is_some() || !state.is_enabled() || !state.get_queue().ready() {
             return Ok(());
@@ -191,7 +192,7 @@ impl Vring {
         let serving = self.rings.claim()?;
         let ring = Ring::new(self.mem.memory().into_inner(), queue, self.log.clone());
         let ring = ring.ok_or_else(|| invalid("its addresses are not in guest memory"))?;
-        let inflight = lock(&self.rings.inflight).clone();
+        let inflight = self.rings.inflight.locked().clone();
         let inflight = match inflight.map(|region| region.queue(self.index, ring.size())) {
             Some(None) => return Err(invalid("it does not fit the in-flight region")),
             part => part.flatten().map(|part| part.for_unanswered(ring.unanswered())),
@@ -213,7 +214,7 @@ impl Vring {
 
     /// Drains and stops; the positions go back into the crate's state. Answers whether it was running.
     fn stop(&self) -> bool {
-        let mut seat = lock(&self.seat);
+        let mut seat = self.seat.locked();
         let Some(serving) = seat.running.take() else { return false };
         match serving.workers[self.index].stop() {
             Ok(Some(position)) => {
@@ -243,7 +244,7 @@ impl Vring {
     }
 
     fn is_running(&self) -> bool {
-        lock(&self.seat).running.is_some()
+        self.seat.locked().running.is_some()
     }
 }
 
@@ -259,7 +260,7 @@ impl VringT<Memory> for Vring {
     fn new(mem: Memory, max_queue_size: u16) -> Result<Self, Error> {
         let rings = CURRENT.with_borrow(Clone::clone).ok_or(Error::QueueNotReady)?;
         let state = VringMutex::new(mem.clone(), max_queue_size)?;
-        let mut made = lock(&rings.made);
+        let mut made = rings.made.locked();
         let index = made.len();
         if index >= rings.queues {
             return Err(Error::QueueNotReady);
@@ -322,7 +323,7 @@ impl VringT<Memory> for Vring {
             }
         }
         let moving = self.stop();
-        lock(&self.seat).moving = moving;
+        self.seat.locked().moving = moving;
         self.state.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
@@ -340,7 +341,7 @@ impl VringT<Memory> for Vring {
 
     /// `idx` is what the crate found in guest memory. A ring that runs, or was running, knows better.
     fn set_queue_next_used(&self, idx: u16) {
-        let live = std::mem::take(&mut lock(&self.seat).moving) || self.is_running();
+        let live = std::mem::take(&mut self.seat.locked().moving) || self.is_running();
         if !live {
             self.state.set_queue_next_used(idx);
         }
@@ -382,7 +383,7 @@ impl VringT<Memory> for Vring {
     fn set_kick(&self, file: Option<File>) {
         self.stop();
         let stand_in = file.as_ref().and_then(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok());
-        lock(&self.seat).kick = file;
+        self.seat.locked().kick = file;
         self.state.set_kick(stand_in.map(into_file));
         // Also a ring that did not run: its last kick may have been taken away, and the crate starts it only once.
         self.start_if_due();
@@ -393,7 +394,7 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        let mut seat = lock(&self.seat);
+        let mut seat = self.seat.locked();
         seat.call = file;
         let Some(serving) = &seat.running else { return crate::vhost::queue::signal(seat.call.as_ref()) };
         let copy = seat.call.as_ref().map(File::try_clone).transpose();
@@ -403,7 +404,7 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_err(&self, file: Option<File>) {
-        lock(&self.seat).err = file;
+        self.seat.locked().err = file;
     }
 }
 
@@ -411,9 +412,4 @@ fn into_file(fd: EventFd) -> File {
     use std::os::fd::{FromRawFd, IntoRawFd};
     // SAFETY: `into_raw_fd` gives up the only owner of the descriptor; the File is the next one.
     unsafe { File::from_raw_fd(fd.into_raw_fd()) }
-}
-
-/// Nobody panics while holding these locks; if somebody did, the state is still a state.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -14,13 +14,14 @@
 #![forbid(unsafe_code)]
 
 use crate::backing::file::pool::PAGE;
+use crate::base::sync::Locked;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -47,14 +48,14 @@ pub(super) struct User {
 impl User {
     pub(super) fn of(memory: Arc<FileMemory>) -> Self {
         let busy = Arc::<Mutex<()>>::default();
-        lock(&memory.users).push(busy.clone());
+        memory.users.locked().push(busy.clone());
         User { memory, busy }
     }
 
     /// The bytes at `offset`, if all their pages are there, and what keeps them there. They may change while they are
     /// read.
     pub(super) fn bytes(&self, offset: u64, len: usize) -> Option<(VolatileSlice<'_>, MutexGuard<'_, ()>)> {
-        let busy = lock(&self.busy);
+        let busy = self.busy.locked();
         self.memory.bytes(offset, len).map(|bytes| (bytes, busy))
     }
 
@@ -70,7 +71,7 @@ impl User {
         len: u64,
         write: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let _busy = lock(&self.busy);
+        let _busy = self.busy.locked();
         write()?;
         self.memory.written(offset, len);
         Ok(())
@@ -86,7 +87,7 @@ impl User {
         let mut at = offset;
         while at < offset + len {
             let end = (at - at % HOLE + HOLE).min(offset + len);
-            let users = lock(&self.memory.users);
+            let users = self.memory.users.locked();
             let _all: Vec<_> = users.iter().map(|user| lock(user)).collect();
             self.memory.given_back(at, end - at);
             punch(at, end - at)?;
@@ -98,13 +99,8 @@ impl User {
 
 impl Drop for User {
     fn drop(&mut self) {
-        lock(&self.memory.users).retain(|user| !Arc::ptr_eq(user, &self.busy));
+        self.memory.users.locked().retain(|user| !Arc::ptr_eq(user, &self.busy));
     }
-}
-
-/// There is nothing in these locks that a panic could leave half done.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FileMemory {
@@ -280,7 +276,7 @@ mod tests {
         });
         assert!(reader.bytes(0, PAGE).is_none(), "what was written before is noted before, and given back");
         drop((reader, puncher));
-        assert!(lock(&memory.users).is_empty());
+        assert!(memory.users.locked().is_empty());
     }
 
     #[test]

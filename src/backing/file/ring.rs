@@ -5,12 +5,13 @@
 //! as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`]) and gets the same ones again
 //! and again; others share a few.
 
+use crate::base::sync::Locked;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
 use std::cell::RefCell;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// What may be asked of a ring.
 const OPERATIONS: [u8; 8] = [
@@ -60,13 +61,13 @@ pub fn prepare(claims: usize, others: usize) -> io::Result<()> {
     let make = |shared| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), shared);
     let rings = |count, shared| (0..count).map(|_| make(shared)).collect::<io::Result<Vec<_>>>();
     let prepared = Prepared { own: rings(claims * CLAIM, false)?, shared: rings(others, true)? };
-    *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
+    *PREPARED.locked() = Some(prepared);
     Ok(())
 }
 
 /// Gives this thread rings of its own, until it ends, if there are some.
 pub fn claim() {
-    if let Some(prepared) = &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
+    if let Some(prepared) = &mut *PREPARED.locked() {
         let rest = prepared.own.len().saturating_sub(CLAIM);
         KEPT.with_borrow_mut(|kept| kept.extend(prepared.own.drain(rest..)));
     }
@@ -123,7 +124,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let Some(made) = self.made.take().filter(|_| self.clean) else { return };
         // Where more can be made, this one goes.
-        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prepared = PREPARED.locked();
         let Some(prepared) = &mut *prepared else { return };
         if made.shared {
             prepared.shared.push(made);
@@ -149,7 +150,7 @@ impl DerefMut for Ring {
 }
 
 fn new_or_prepared(entries: u32) -> io::Result<Made> {
-    match &mut *PREPARED.lock().unwrap_or_else(PoisonError::into_inner) {
+    match &mut *PREPARED.locked() {
         None => build(entries, None, false),
         Some(prepared) => {
             let none = || io::Error::other("every io_uring of this process is in use");

@@ -13,10 +13,11 @@
 //! about.
 #![forbid(unsafe_code)]
 
+use crate::base::sync::Locked;
 use nix::sys::eventfd::EventFd;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 const LISTS: u64 = 64;
 /// Bytes that have a list in common: more than one transfer has, so that most are in one.
@@ -61,7 +62,7 @@ impl Turns {
     pub(super) fn take(&self, bytes: Range<u64>, edges: Edges, wake: &Arc<EventFd>) -> (Ticket, bool) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let lists = lists_of(&bytes);
-        let _alone = (lists.end - lists.start > 1).then(|| lock(&self.several));
+        let _alone = (lists.end - lists.start > 1).then(|| self.several.locked());
         let mut has_come = true;
         for list in lists {
             let mut list = self.list(list);
@@ -107,7 +108,7 @@ impl Turns {
     }
 
     fn list(&self, number: u64) -> MutexGuard<'_, Vec<Listed>> {
-        lock(&self.lists[(number % LISTS) as usize])
+        self.lists[(number % LISTS) as usize].locked()
     }
 }
 
@@ -126,11 +127,6 @@ impl Listed {
 fn lists_of(bytes: &Range<u64>) -> Range<u64> {
     let first = bytes.start / REGION;
     first..bytes.end.div_ceil(REGION).min(first + LISTS)
-}
-
-/// Nobody panics while holding these locks; if somebody did, the lists are still lists.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 use crate::base::hardened::harden;
 use crate::base::root::Root;
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
@@ -22,7 +23,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// The hidden subcommand.
@@ -153,7 +154,7 @@ impl Keeper {
             return;
         };
         // One question at a time: the answers do not say which they are to.
-        let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.asking.locked();
         let why = match order(socket).and_then(|()| hear(&mut BufReader::new(socket))) {
             Ok(Some(Answer::Retired)) => return,
             Ok(Some(Answer::Left(why))) => why,

@@ -10,6 +10,7 @@
 
 use super::switch;
 use crate::base::root::files;
+use crate::base::sync::Locked;
 use crate::base::{Context, Result};
 use crate::catalog::{Metadata, leaving};
 use crate::disk::Disk;
@@ -134,16 +135,16 @@ impl Hydrator {
     }
 
     fn stay_until(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.stay_until.lock().unwrap_or_else(PoisonError::into_inner)
+        self.stay_until.locked()
     }
 
     fn current(&self) -> MutexGuard<'_, Option<Current>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+        self.current.locked()
     }
 
     /// The volume has got a data key: nothing is done with it before that is on record.
     pub(crate) fn note_new_key(&self, volume: &Metadata) -> Result<()> {
-        match &mut *self.keys.held.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &mut *self.keys.held.locked() {
             Some(held) => held.follow(volume),
             None => Ok(()),
         }
@@ -164,7 +165,7 @@ impl Hydrator {
 
     /// By which KMS keys the volume's data keys were unwrapped, in its order.
     pub(crate) fn unwrapped_by(&self) -> MutexGuard<'_, Vec<UsedKey>> {
-        self.unwrapped_by.lock().unwrap_or_else(PoisonError::into_inner)
+        self.unwrapped_by.locked()
     }
 
     /// Reports how far it has come.
@@ -283,7 +284,7 @@ impl Job {
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slot.locked()
     }
 
     fn note(&self, problem: Option<String>) {

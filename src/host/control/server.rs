@@ -2,6 +2,7 @@
 //! is slow, silent or stuck keeps another waiting.
 
 use crate::base::root::files;
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::rekey::WrittenNewKey;
@@ -19,7 +20,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -85,7 +86,7 @@ impl Name {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<SocketName>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 }
 

@@ -1,5 +1,6 @@
 //! The SDK's client for one region: whom it asks, as whom, and over which connections.
 
+use crate::base::sync::Locked;
 use crate::kms::KmsError;
 use crate::kms::aws::plain_http;
 use aws_config::{BehaviorVersion, Region};
@@ -12,7 +13,7 @@ use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{self, TlsContext, TrustStore};
 use aws_smithy_http_client::{Builder, Connector};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use tokio_rustls::rustls::RootCertStore;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
@@ -54,7 +55,7 @@ impl Regional {
 
     /// Where requests go, as a URL once one has been made.
     pub fn endpoint(&self) -> String {
-        let seen = self.seen.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = self.seen.0.locked();
         seen.clone().unwrap_or_else(|| format!("AWS KMS in {}", self.region))
     }
 }
@@ -114,7 +115,7 @@ impl Intercept for Seen {
         let uri = context.request().uri();
         let end = uri.find("://").and_then(|scheme| Some(scheme + 3 + uri[scheme + 3..].find('/')?));
         let endpoint = uri[..end.unwrap_or(uri.len())].to_owned();
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(endpoint);
+        *self.0.locked() = Some(endpoint);
         Ok(())
     }
 }

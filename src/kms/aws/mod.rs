@@ -12,6 +12,7 @@ mod failure;
 mod plain_http;
 
 use crate::base::hardened::Hardened;
+use crate::base::sync::Locked;
 use crate::kms::grant::{Grant, GrantRequest, ListedGrant};
 use crate::kms::key_ref::arn_region;
 use crate::kms::patience::Patience;
@@ -22,7 +23,7 @@ use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::{self, GrantConstraints, GrantOperation};
 use client::Regional;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::runtime::Runtime;
 use zeroize::Zeroizing;
@@ -80,12 +81,12 @@ impl Aws {
             return Ok(known);
         }
         let made = Arc::new(Regional::new(region).await?);
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.clients.locked();
         Ok(clients.entry(region.map(str::to_owned)).or_insert(made).clone())
     }
 
     fn known(&self, region: Option<&str>) -> Option<Arc<Regional>> {
-        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let clients = self.clients.locked();
         clients.get(&region.map(str::to_owned)).cloned()
     }
 

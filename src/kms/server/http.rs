@@ -3,6 +3,7 @@
 //! hyper reads and writes HTTP/1; this bounds it. An answer of AWS's form goes to everything that is HTTP at all.
 
 use crate::base::Result;
+use crate::base::sync::Locked;
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::Caller;
@@ -22,7 +23,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::ErrorKind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -74,7 +75,7 @@ impl Server {
     }
 
     fn turns_of(&self, principal: &str) -> Arc<Semaphore> {
-        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turns = self.turns.locked();
         turns.entry(principal.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(AT_A_TIME))).clone()
     }
 }

@@ -5,11 +5,12 @@
 //! most, else the connection of a principal that has been idle for longest. So silence, however many keep it, costs the
 //! others nothing.
 
+use crate::base::sync::Locked;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 /// Connections at a time.
@@ -109,7 +110,7 @@ impl Places {
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
         // Each change is one assignment or one insertion: nothing is half done if somebody panicked.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 }
 

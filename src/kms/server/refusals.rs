@@ -5,13 +5,14 @@
 //! that is killed loses at most what came since; that so much was refused has been said before. Like every record of the
 //! KMS's it is chained and has a MAC.
 
+use crate::base::sync::Locked;
 use crate::base::{Context, Result};
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Refused;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// For so long what one principal is refused is counted together.
@@ -69,7 +70,7 @@ impl Refusals {
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Period>> {
         // Counts are whole whenever the lock is let go of.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 }
 

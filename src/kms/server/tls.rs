@@ -1,11 +1,12 @@
 //! TLS for the server: its certificate and key, and how they are replaced while it runs.
 
+use crate::base::sync::ReadWriteLocked;
 use crate::base::{Context, Error, Kind, Result};
 use signal_hook::consts::SIGHUP;
 use signal_hook::iterator::Signals;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
@@ -39,7 +40,7 @@ impl Tls {
 
     /// What the next connection is accepted with.
     pub fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(self.config.read().unwrap_or_else(PoisonError::into_inner).clone())
+        TlsAcceptor::from(self.config.read_locked().clone())
     }
 
     /// Reads the files again at each SIGHUP. If they are no good, those that were good stay in use.
@@ -50,7 +51,7 @@ impl Tls {
             for _ in &mut signals {
                 match read(&self.files) {
                     Ok(config) => {
-                        *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+                        *self.config.write_locked() = config;
                         log::info!("the certificate in {} is in use", self.files.certificate.display());
                     }
                     Err(e) => log::error!("{e}; the earlier certificate stays in use"),

@@ -4,6 +4,7 @@
 //! configuration changed; a VMM then reads it again. The VMM has the other end and may do with it what it likes:
 //! nothing here waits for it without a limit.
 
+use crate::base::sync::Locked;
 use crate::vhost::gate::Result;
 use crate::vhost::gate::message::{HEADER, NEED_REPLY, REPLY, VERSION, invalid, word_at};
 use nix::errno::Errno;
@@ -15,7 +16,7 @@ use nix::sys::socket::{
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::BackendReq;
 
@@ -71,7 +72,7 @@ impl Channel {
     pub fn config_changed(&self) -> Told {
         // The session that ends meanwhile must not wait for this.
         let Some(line) = self.lock().clone() else { return Told::Nobody };
-        let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut line = line.locked();
         line.tell(BackendReq::CONFIG_CHANGE_MSG as u32).unwrap_or_else(|e| {
             log::warn!("telling the VMM that the configuration changed: {e}");
             Told::Nobody
@@ -81,7 +82,7 @@ impl Channel {
     /// The same without waiting for an answer.
     pub fn announce_config_change(&self) {
         let Some(line) = self.lock().clone() else { return };
-        let line = line.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = line.locked();
         if let Err(e) = line.send(BackendReq::CONFIG_CHANGE_MSG as u32, VERSION, Instant::now()) {
             log::warn!("telling the VMM that the configuration changed: {e}");
         }
@@ -92,7 +93,7 @@ impl Channel {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<Mutex<Line>>>> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+        self.line.locked()
     }
 }
 

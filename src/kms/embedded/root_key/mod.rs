@@ -9,6 +9,7 @@ pub mod wrapped;
 
 use crate::base::hardened::Hardened;
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::base::sync::Locked;
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
 use crate::kms::embedded::keys::RootKey;
@@ -18,7 +19,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use uuid::Uuid;
 use wrapped::Wrapped;
 use zeroize::Zeroizing;
@@ -91,7 +92,7 @@ pub fn asks(config: &Path, store: Uuid) -> bool {
         return false;
     }
     let Ok(text) = read(&path(config, store), store) else { return false };
-    let unwrapped = UNWRAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    let unwrapped = UNWRAPPED.locked();
     let known = unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
     !known && Wrapped::parse(&text).is_some()
 }
@@ -102,7 +103,7 @@ fn from_file(path: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, Km
         return Ok(key);
     }
     let wrapped = Wrapped::parse(&text).ok_or_else(|| damaged(path))?;
-    let mut unwrapped = UNWRAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut unwrapped = UNWRAPPED.locked();
     if let Some((line, key)) = &*unwrapped
         && line[..] == text[..]
     {

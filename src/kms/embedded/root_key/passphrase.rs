@@ -5,6 +5,7 @@
 //! and the terminal from the host process, which itself asks for nothing.
 
 use crate::base::hardened::Hardened;
+use crate::base::sync::Locked;
 use crate::crypt::SecretMem;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
@@ -17,7 +18,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use zeroize::Zeroizing;
 
 /// Names the number of a descriptor that a passphrase can be read from.
@@ -145,7 +146,7 @@ pub(super) fn ask_until<T>(
         ))
     };
     if let Some(number) = named_descriptor()? {
-        let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given = GIVEN.locked();
         let given = match &mut *given {
             Some(given) => given,
             none => none.insert(Passphrase::from_descriptor(number, hardened)?),
