@@ -14,7 +14,7 @@
 //! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `image` `kms` |
 //! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` |
 //! | `audit` | the log of every use of a key | `base` `crypt` |
-//! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `disk` `virtio` |
+//! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `base` `disk` `virtio` |
 //! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
 //! | `image` | disk images of others: raw, qcow2, QEMU's locks | `base` |
 //! | `sandbox` | what a process gives up: system calls, files, its user | `backing` `base` |

@@ -25,10 +25,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// A file system as it is made: its name, the device's MiB, and what mkfs takes besides.
-type Made = (&'static str, u64, &'static [&'static str]);
-const EXT4: Made = ("ext4", 48, &["-F", "-q", "-b", "4096"]);
-const XFS: Made = ("xfs", 320, &["-q"]);
+/// A file system as it is made: its name, the device's MiB and the bytes in its blocks, and what mkfs takes besides.
+type Made = (&'static str, u64, u32, &'static [&'static str]);
+const EXT4: Made = ("ext4", 48, 512, &["-F", "-q", "-b", "4096"]);
+/// Where the guests' sectors share blocks, which are read and written back.
+const LARGE: Made = ("ext4", 48, 4096, &["-F", "-q", "-b", "4096"]);
+const XFS: Made = ("xfs", 320, 512, &["-q"]);
 
 /// Runs a command that must succeed.
 #[track_caller]
@@ -41,9 +43,16 @@ fn run(command: &mut Command) {
 struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(device: &Path, at: &Path) -> Result<Self, String> {
+    /// What is in the file `disk`, as a device with blocks of so many bytes.
+    fn new(disk: &Path, block: u32, at: &Path) -> Result<Self, String> {
         std::fs::create_dir_all(at).map_err(|e| e.to_string())?;
-        let output = Command::new("mount").args(["-o", "loop,nodiscard"]).args([device, at]).output();
+        let attach = ["--find", "--show", "--sector-size", &block.to_string()];
+        let attached = Command::new("losetup").args(attach).arg(disk).output().expect("start losetup");
+        let device = String::from_utf8(attached.stdout).expect("a path");
+        assert!(attached.status.success(), "losetup: {}", String::from_utf8_lossy(&attached.stderr));
+        let output = Command::new("mount").args(["-o", "nodiscard", device.trim()]).arg(at).output();
+        // It is let go with its last user.
+        run(Command::new("losetup").args(["--detach", device.trim()]));
         let output = output.expect("start mount");
         match output.status.success() {
             true => Ok(Mounted(at.into())),
@@ -86,7 +95,7 @@ struct Device {
 }
 
 impl Device {
-    fn new((name, mib, arguments): Made) -> Self {
+    fn new((name, mib, block, arguments): Made) -> Self {
         let folder = folder();
         let path = |name: &str| folder.path().join(name);
         File::create(path("disk")).and_then(|f| f.set_len(mib << 20)).expect("make a disk");
@@ -110,7 +119,8 @@ impl Device {
             let offered = std::fs::metadata(path("device")).is_ok_and(|m| m.len() > 0);
             offered.then_some(()).ok_or("an empty file")
         });
-        let mounted = Mounted::new(&path("device"), &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
+        let mounted =
+            Mounted::new(&path("device"), block, &path("mounted")).unwrap_or_else(|e| panic!("{e}"));
         Device { mounted, daemon, folder }
     }
 
@@ -183,6 +193,7 @@ struct Recorded {
     marks: Vec<(usize, Mark)>,
     start: usize,
     folder: TempDir,
+    block: u32,
 }
 
 fn record(made: Made, scenario: &dyn Fn(&mut Script)) -> Recorded {
@@ -200,7 +211,7 @@ fn record(made: Made, scenario: &dyn Fn(&mut Script)) -> Recorded {
     let marks = tape.marks.into_inner().expect("nobody panicked");
     let start = log.entries_in(marks.start);
     let marks = marks.marks.into_iter().map(|(len, mark)| (log.entries_in(len), mark)).collect();
-    Recorded { log, marks, start, folder }
+    Recorded { log, marks, start, folder, block: made.2 }
 }
 
 /// Ends the daemon so that it finishes its log.
@@ -219,7 +230,7 @@ impl Recorded {
         let file = File::options().write(true).open(&image).expect("open the copy");
         self.log.replay(done, share, &mut Random::new(seed), &file).expect("put the state into the copy");
         drop(file);
-        let mounted = Mounted::new(&image, &state.path().join("mounted"))?;
+        let mounted = Mounted::new(&image, self.block, &state.path().join("mounted"))?;
         let mut expect = Expect::default();
         self.marks.iter().filter(|(at, _)| *at <= done).for_each(|(_, mark)| (mark.apply)(&mut expect));
         check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
@@ -284,6 +295,12 @@ fn all(made: Made) {
 #[ignore = "takes root, FUSE and loop devices; run by ci/power-cut"]
 fn every_scenario_survives_on_ext4() {
     all(EXT4);
+}
+
+#[test]
+#[ignore = "takes root, FUSE and loop devices; run by ci/power-cut"]
+fn every_scenario_survives_on_a_disk_with_large_blocks() {
+    all(LARGE);
 }
 
 #[test]

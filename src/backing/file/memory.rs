@@ -88,7 +88,7 @@ impl User {
         while at < offset + len {
             let end = (at - at % HOLE + HOLE).min(offset + len);
             let users = self.memory.users.locked();
-            let _all: Vec<_> = users.iter().map(|user| lock(user)).collect();
+            let _all: Vec<_> = users.iter().map(|user| user.locked()).collect();
             self.memory.given_back(at, end - at);
             punch(at, end - at)?;
             at = end;

@@ -190,7 +190,7 @@ mod tests {
             turns.give_back(edge);
         }
         turns.give_back(all);
-        assert!(turns.lists.iter().all(|list| lock(list).is_empty()));
+        assert!(turns.lists.iter().all(|list| list.locked().is_empty()));
     }
 
     #[test]
@@ -224,6 +224,6 @@ mod tests {
                 });
             }
         });
-        assert!(turns.lists.iter().all(|list| lock(list).is_empty()));
+        assert!(turns.lists.iter().all(|list| list.locked().is_empty()));
     }
 }
