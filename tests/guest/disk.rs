@@ -146,7 +146,7 @@ const SECOND_MIB_IS_ZERO: &str = "
 #[test]
 fn discarded_and_zeroed_ranges_read_as_zeros_and_leave_their_neighbours_alone() {
     let store = store_with_volume(512);
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     for command in ["blkdiscard", "blkdiscard --zeroout"] {
         guest.ok(FILL);
@@ -164,7 +164,7 @@ fn discarded_and_zeroed_ranges_read_as_zeros_and_leave_their_neighbours_alone() 
 #[test]
 fn a_read_only_disk_is_readable_and_refuses_writes() {
     let store = store_with_volume(512);
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     let files = guest.ok(MAKE_FILES);
     guest.ok("cd /; umount /mnt");
@@ -172,7 +172,7 @@ fn a_read_only_disk_is_readable_and_refuses_writes() {
     attached.detach();
     let layer = std::fs::read(store.only_layer()).expect("read the layer file");
 
-    let attached = store.attach("t", &["--read-only"]);
+    let attached = store.attach("t", &["--read-only", "--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     assert_eq!(guest.ok("cat /sys/block/vda/ro").trim(), "1");
     guest.refused("dd if=/dev/zero of=/dev/vda bs=4096 count=1 oflag=direct");
@@ -189,7 +189,7 @@ fn a_read_only_disk_is_readable_and_refuses_writes() {
 #[test]
 fn what_was_flushed_survives_a_crash_of_the_vmm_and_then_of_the_host_process() {
     let store = store_with_volume(512);
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     let files = guest.ok(&format!("{MAKE_FILES}\nsync"));
     guest.start(BUSY);
@@ -206,7 +206,7 @@ fn what_was_flushed_survives_a_crash_of_the_vmm_and_then_of_the_host_process() {
     attached.kill();
     guest.kill();
 
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     guest.ok("mount /dev/vda /mnt");
     assert_eq!(guest.ok(CHECK_FILES), files, "after a crash of the host process");
@@ -243,7 +243,7 @@ fn a_guest_under_load_can_be_paused_and_reset() {
 #[test]
 fn a_disk_can_be_unplugged_and_plugged_in_again() {
     let store = store_with_volume(512);
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     let files = guest.ok(MAKE_FILES);
     guest.ok("cd /; umount /mnt");
@@ -281,7 +281,7 @@ fn data_key(store: &Store) -> String {
 /// Whoever has the data key needs no sealblk: the layer is what dm-crypt itself would have written.
 fn cryptsetup_reads_the_layer(sector_size: u32) {
     let store = store_with_volume(sector_size);
-    let attached = store.attach("t", &[]);
+    let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     let files = guest.ok(MAKE_FILES);
     guest.ok("cd /; umount /mnt");

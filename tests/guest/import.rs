@@ -36,7 +36,8 @@ fn a_guest_finds_its_files_on_the_encrypted_volume_that_its_disk_became() {
     store.ok(&["volume", "import", &qcow2, "--name", "copied", "--size", "160MiB"]);
     store.ok(&["volume", "import", &raw, "--in-place", "--name", "taken"]);
 
-    let (copied, taken) = (store.attach("copied", &[]), store.attach("taken", &[]));
+    let (copied, taken) =
+        (store.attach("copied", &["--queues", "2"]), store.attach("taken", &["--queues", "2"]));
     let mut guest = Guest::builder().disk(copied.socket()).disk(taken.socket()).boot();
     assert_eq!(guest.ok("blockdev --getsize64 /dev/vda").trim(), (160 << 20).to_string());
     for disk in ["/dev/vda", "/dev/vdb"] {
@@ -50,7 +51,8 @@ fn a_guest_finds_its_files_on_the_encrypted_volume_that_its_disk_became() {
     copied.detach();
     taken.detach();
 
-    let (copied, taken) = (store.attach("copied", &[]), store.attach("taken", &[]));
+    let (copied, taken) =
+        (store.attach("copied", &["--queues", "2"]), store.attach("taken", &["--queues", "2"]));
     let mut guest = Guest::builder().disk(copied.socket()).disk(taken.socket()).boot();
     for disk in ["/dev/vda", "/dev/vdb"] {
         guest.ok(&format!("e2fsck -fn {disk}; mount {disk} /mnt; seq 1 400000 | cmp - /mnt/numbers"));
