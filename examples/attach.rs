@@ -86,9 +86,10 @@ fn store(folder: &str, hardened: Hardened) -> Result<Store> {
 
 /// Makes the volume. The KMS's store and its default key are made by this, too, where there are none yet.
 fn make(folder: &str) -> Result<()> {
+    let hardened = hardened()?;
     // What the audit log calls this process.
     sealblk::audit::name_command("make");
-    let store = store(folder, hardened()?)?;
+    let store = store(folder, hardened)?;
     let name = NAME.parse().map_err(|e: String| Error::new(Kind::Usage, e))?;
     let new = NewVolume { size: Some(SIZE), name: Some(name), ..NewVolume::default() };
     let made = create::create(&store, &new, None)?;
@@ -97,8 +98,11 @@ fn make(folder: &str) -> Result<()> {
 }
 
 fn attach(folder: &str, socket: &str) -> Result<()> {
+    let hardened = hardened()?;
     sealblk::audit::name_command("attach");
-    let store = store(folder, hardened()?)?;
+    // The library says what it does by the `log` crate; RUST_LOG=info shows it on standard error.
+    env_logger::init();
+    let store = store(folder, hardened)?;
     let volume = volume(&store, folder)?;
     let options = Options {
         endpoint: Endpoint::Path(socket.into()),
