@@ -4,7 +4,7 @@
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::config::{DEFAULT_KEY, Settings, edit};
-use crate::kms::{self, KeyRef};
+use crate::kms::{self, KeyRef, KmsError};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
@@ -72,17 +72,17 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
 /// That volumes can be made with it now. The alias of the key that is made at first use may mean none yet.
 fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
-    let reference = KeyRef::parse(key, &env.settings()?.locality);
-    let reference = reference.map_err(|e| unchanged(e.with_advice(key)))?;
+    let reference = KeyRef::of_operator(key, &env.settings()?.locality).map_err(unchanged)?;
+    let advised = |e: KmsError| unchanged(e.with_advice_of(reference.provider.as_str(), &reference.key));
     let provider = kms::open_provider(env.hardened, &env.root, reference.provider.as_str())?;
     let described = match provider.describe(&reference.key) {
         Err(e) if reference.key == DEFAULT_KEY && Error::from(e.clone()).kind() == Kind::NotFound => {
             return Ok(());
         }
-        described => described.map_err(|e| unchanged(e.with_advice(key)))?,
+        described => described.map_err(advised)?,
     };
     match described.state.refusal(&described.key_id) {
-        Some(e) => Err(unchanged(e.with_advice(key))),
+        Some(e) => Err(advised(e)),
         None => Ok(()),
     }
 }

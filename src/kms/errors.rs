@@ -198,13 +198,31 @@ impl KmsError {
         }
     }
 
-    /// The error for the reader of a command about a key of the provider of this name: as
-    /// [`KmsError::with_advice`], with that provider's own commands.
+    /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that, in the
+    /// commands of the provider of this name. `key` is the key as those commands take it.
     pub fn with_advice_of(self, provider: &str, key: &str) -> Error {
-        if provider != "aws" {
-            return self.with_advice(key);
+        let advice = match provider {
+            "embedded" => self.advice_of_embedded(key),
+            "aws" => self.advice_of_aws(key),
+            _ => None,
+        };
+        match advice.or_else(|| self.advice_of_any()) {
+            Some(advice) => self.advised(&advice),
+            None => self.into(),
         }
-        let advice = match &self {
+    }
+
+    fn advice_of_any(&self) -> Option<String> {
+        match self {
+            KmsError::InvalidCiphertext => {
+                Some("the wrapped data key is damaged, or was made for another volume".into())
+            }
+            _ => None,
+        }
+    }
+
+    fn advice_of_aws(&self, key: &str) -> Option<String> {
+        Some(match self {
             KmsError::Disabled(_) => {
                 format!("enable it with \"aws kms enable-key --key-id {key}\" and try again")
             }
@@ -218,9 +236,8 @@ impl KmsError {
             KmsError::AccessDenied(_) => {
                 "look at the key's policy and at this host's credentials (docs/kms.md)".to_string()
             }
-            _ => return self.with_advice(key),
-        };
-        self.advised(&advice)
+            _ => return None,
+        })
     }
 
     fn advised(self, advice: &str) -> Error {
@@ -228,21 +245,15 @@ impl KmsError {
         Error::new(e.kind(), format!("{}; {advice}", e.to_string().trim_end_matches('.')))
     }
 
-    /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that. `key`
-    /// is the key as `sealblk key` takes it.
-    pub fn with_advice(self, key: &str) -> Error {
-        let advice = match &self {
+    fn advice_of_embedded(&self, key: &str) -> Option<String> {
+        Some(match self {
             KmsError::Disabled(_) => format!("enable it with \"sealblk key enable {key}\" and try again"),
             KmsError::PendingDeletion(_) => format!(
                 "\"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" make it usable again"
             ),
             KmsError::NotFound(_) => "\"sealblk key list\" shows which keys there are".to_string(),
-            KmsError::InvalidCiphertext => {
-                "the wrapped data key is damaged, or was made for another volume".to_string()
-            }
-            _ => return self.into(),
-        };
-        self.advised(&advice)
+            _ => return None,
+        })
     }
 }
 
@@ -347,5 +358,6 @@ mod tests {
                 && words("aws").contains("aws kms enable-key --key-id arn:x")
         );
         assert!(words("embedded").contains("sealblk key enable arn:x"));
+        assert_eq!(words("another"), "it is disabled.");
     }
 }

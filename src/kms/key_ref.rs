@@ -2,6 +2,7 @@
 //!
 //! Pure: it parses names and makes names, it does not know which keys exist.
 
+use crate::base::Error;
 pub use crate::base::Locality;
 use crate::kms::KmsError;
 use std::fmt;
@@ -173,6 +174,14 @@ impl KeyRef {
                 Ok(KeyRef { provider: ProviderName::Embedded, key: key.to_owned() })
             }
         }
+    }
+
+    /// The same, with what to do for the operator who wrote it: only names in the embedded KMS can be unknown so soon.
+    ///
+    /// # Errors
+    /// NotFound or Usage.
+    pub fn of_operator(text: &str, here: &Locality) -> Result<Self, Error> {
+        Self::parse(text, here).map_err(|e| e.with_advice_of(ProviderName::Embedded.as_str(), text))
     }
 
     /// The key `key` of the provider of that name; `None` if this version has no such provider.

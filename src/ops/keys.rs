@@ -1,5 +1,6 @@
 //! The KMS key that an operator names, and the ways to data keys that the use cases need.
 
+use crate::base::Error;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::crypt::Dek;
 use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError};
@@ -27,6 +28,11 @@ impl NamedKey {
     /// The name of its KMS, as records keep it.
     pub fn provider_name(&self) -> &str {
         self.provider.name()
+    }
+
+    /// The error for the reader, with what to do about this key in its KMS's own commands.
+    pub fn advise(&self, e: KmsError) -> Error {
+        e.with_advice_of(self.provider.name(), &self.key)
     }
 
     /// For those who make data keys.

@@ -93,7 +93,7 @@ impl Store {
     /// `Usage` for what names no key; those of its KMS.
     pub fn key(&self, reference: Option<&str>) -> Result<NamedKey> {
         let text = reference.unwrap_or(&self.settings.default_key);
-        let reference = KeyRef::parse(text, &self.settings.locality).map_err(|e| e.with_advice(text))?;
+        let reference = KeyRef::of_operator(text, &self.settings.locality)?;
         self.key_of(reference)
     }
 

@@ -43,10 +43,11 @@ impl Wish {
     /// `Usage` for what names no key; those of the KMS.
     pub fn new(store: &Store, to: Option<&str>, from: Option<&str>) -> Result<Self> {
         let locality = &store.settings().locality;
-        let parse = |text: &str| KeyRef::parse(text, locality).map_err(|e| e.with_advice(text));
+        let parse = |text: &str| KeyRef::of_operator(text, locality);
         let canonical = |key: KeyRef| {
             let provider = store.provider(key.provider.as_str())?;
-            let described = provider.describe(&key.key).map_err(|e| e.with_advice(&key.key))?;
+            let described =
+                provider.describe(&key.key).map_err(|e| e.with_advice_of(key.provider.as_str(), &key.key))?;
             Ok::<_, Error>((key.provider.as_str().into(), described.key_id))
         };
         let to = to.map(parse).transpose()?;

@@ -215,8 +215,8 @@ impl Check {
             kms::open_provider(env.hardened, &env.root, &key.provider).and_then(|kms| kms.describe(arn));
         let state = described.as_ref().map(|d| d.state).ok();
         let refusal = match (described, state) {
-            (Err(e), _) => Some(e.with_advice(arn)),
-            (_, Some(state)) => state.refusal(arn).map(|e| e.with_advice(arn)),
+            (Err(e), _) => Some(e.with_advice_of(&key.provider, arn)),
+            (_, Some(state)) => state.refusal(arn).map(|e| e.with_advice_of(&key.provider, arn)),
             (Ok(_), None) => None,
         };
         let reachable = refusal.as_ref().is_none_or(|e| e.kind() != Kind::KmsUnavailable);

@@ -145,7 +145,9 @@ impl Job<'_> {
             return new.map_err(|e| self.refused(e));
         };
         let data_key = from.decrypt(self.old, self.context).map_err(|e| self.refused_old(e))?;
-        self.to.wrap(self.key, &data_key, self.context).map_err(|e| e.with_advice(self.key))
+        self.to
+            .wrap(self.key, &data_key, self.context)
+            .map_err(|e| e.with_advice_of(self.to.name(), self.key))
     }
 
     /// That the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
@@ -153,7 +155,8 @@ impl Job<'_> {
     fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
         let attempt =
             || format!("the new wrapped key, by {}, does not unwrap; the old one stays in place", new.key_id);
-        let found = self.to.decrypt(new, self.context).map_err(|e| e.with_advice(&new.key_id));
+        let found =
+            self.to.decrypt(new, self.context).map_err(|e| e.with_advice_of(self.to.name(), &new.key_id));
         let found = check_value(&found.context(attempt)?).context(attempt)?;
         let same = match check {
             Some(check) => check == found,
@@ -173,11 +176,12 @@ impl Job<'_> {
     /// Of two keys of one KMS: its message says which one it means.
     fn refused(&self, e: KmsError) -> Error {
         let old = &self.old.key_id;
-        if e.to_string().contains(old) { e.with_advice(old) } else { e.with_advice(self.key) }
+        let meant = if e.to_string().contains(old) { old } else { self.key };
+        e.with_advice_of(self.to.name(), meant)
     }
 
     fn refused_old(&self, e: KmsError) -> Error {
-        e.with_advice(&self.old.key_id)
+        e.with_advice_of(self.from.unwrap_or(self.to).name(), &self.old.key_id)
     }
 }
 

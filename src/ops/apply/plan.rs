@@ -116,12 +116,12 @@ impl Look<'_> {
         let named = self.store.key(key)?;
         match named.describe() {
             Ok(key) => match key.state.refusal(&key.key_id) {
-                Some(refusal) => Err(refusal.with_advice(name)),
+                Some(refusal) => Err(named.advise(refusal)),
                 None => Ok(()),
             },
             // It is made at its first use.
             Err(KmsError::NotFound(_)) if name == DEFAULT_KEY => Ok(()),
-            Err(e) => Err(e.with_advice(name)),
+            Err(e) => Err(named.advise(e)),
         }
     }
 
@@ -183,7 +183,7 @@ impl Look<'_> {
 
     fn check_key(&self, there: &Metadata, name: &str) -> Result<()> {
         let named = self.store.key(Some(name))?;
-        let key_id = named.describe().map_err(|e| e.with_advice(name))?.key_id;
+        let key_id = named.describe().map_err(|e| named.advise(e))?.key_id;
         let top = there.top().key.map(|n| &there.keys()[n]);
         match top.map(|key| (key.provider.as_str(), &key.wrapped.key_id)) {
             Some(now) if now == (named.provider_name(), &key_id) => Ok(()),
