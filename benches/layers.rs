@@ -12,7 +12,7 @@ use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use sealblk::disk::{Cipher, Disk, DiskQueue, GuestData};
 use sealblk::image::lock::Access;
-use sealblk::virtio::{Geometry, Segment};
+use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::{Layer, chain};
 use std::fs::File;
 use std::io;
@@ -125,8 +125,8 @@ fn case(
         let access = if layer == 0 { Access::ReadWrite } else { Access::Read };
         opened.push(Layer::open(&path, access, 512, cipher.clone(), None)?);
     }
-    let geometry = Geometry { sectors: options.size / 512, block_size: 512, read_only: false };
-    let disk = Disk::layered(geometry, "bench", chain(&opened))?;
+    let shape = Shape { sectors: options.size / 512, block_size: 512, read_only: false };
+    let disk = Disk::layered(shape, "bench", chain(&opened))?;
     if let Some(map) = disk.map() {
         map.wait(Duration::MAX);
     }

@@ -1,18 +1,18 @@
 //! The configuration space, read and written at any place.
 
 use super::input::Input;
-use sealblk::virtio::Geometry;
+use sealblk::virtio::Shape;
 use sealblk::virtio::config_space::{ConfigSpace, SIZE, WRITEBACK_OFFSET, writeback_written};
 
 /// A disk of any size, one read and one write.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let block_size = if input.coin() { 4096 } else { 512 };
-    let geometry = Geometry { sectors: input.u64(), block_size, read_only: input.coin() };
-    let space = ConfigSpace { geometry, queues: input.u16(), seg_max: input.u32() };
+    let shape = Shape { sectors: input.u64(), block_size, read_only: input.coin() };
+    let space = ConfigSpace { shape, queues: input.u16(), seg_max: input.u32() };
     let writeback = input.coin();
     let whole = space.bytes(writeback);
-    assert_eq!(whole[..8], geometry.sectors.to_le_bytes());
+    assert_eq!(whole[..8], shape.sectors.to_le_bytes());
     assert_eq!(whole[20..24], block_size.to_le_bytes());
     assert_eq!(whole[WRITEBACK_OFFSET], u8::from(writeback));
 

@@ -2,7 +2,7 @@
 
 use super::input::Input;
 use sealblk::virtio::chain::Chain;
-use sealblk::virtio::{Geometry, MAX_DISCARD_SECTORS, Op, Parsed, Segment, Status, parse};
+use sealblk::virtio::{MAX_DISCARD_SECTORS, Op, Parsed, Segment, Shape, Status, parse};
 use std::sync::LazyLock;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -28,7 +28,7 @@ pub fn run(data: &[u8]) {
     let block_size = if input.coin() { 4096 } else { 512 };
     let block_sectors = u64::from(block_size) / 512;
     let sectors = input.u64() >> (input.u8() % 64) & !(block_sectors - 1);
-    let geometry = Geometry { sectors, block_size, read_only: input.coin() };
+    let shape = Shape { sectors, block_size, read_only: input.coin() };
     let size = 2u16 << (input.u8() % 6);
     let head = u16::from(input.u8()) % size;
 
@@ -39,20 +39,20 @@ pub fn run(data: &[u8]) {
     fill(mem, input.bytes(0x8000));
     let descriptors = walk(mem, size, head);
     let mut segments = vec![Segment { addr: GuestAddress(1), len: 1 }];
-    let parsed = parse(mem, Chain::new(mem, GuestAddress(0), size, head), &geometry, &mut segments);
+    let parsed = parse(mem, Chain::new(mem, GuestAddress(0), size, head), &shape, &mut segments);
 
-    let Some(parsed) = parsed else { return assert_eq!(model(mem, &descriptors, &geometry), None) };
-    let expected = model(mem, &descriptors, &geometry).expect("a chain that cannot be answered");
+    let Some(parsed) = parsed else { return assert_eq!(model(mem, &descriptors, &shape), None) };
+    let expected = model(mem, &descriptors, &shape).expect("a chain that cannot be answered");
     assert_eq!(parsed, expected.0);
     if parsed.op.is_ok() {
         let runs: Vec<Run> = segments.iter().map(|s| (s.addr.0, s.len)).collect();
         assert_eq!(runs, expected.1);
-        check(&parsed, &runs, &geometry);
+        check(&parsed, &runs, &shape);
     }
 }
 
 /// What must hold for whoever executes the request, whatever the model says.
-fn check(parsed: &Parsed, runs: &[Run], geometry: &Geometry) {
+fn check(parsed: &Parsed, runs: &[Run], shape: &Shape) {
     assert!(inside(parsed.status.0, 1));
     assert!(runs.iter().all(|&(addr, len)| len > 0 && inside(addr, len)));
     assert_eq!(parsed.data_len, runs.iter().map(|&(_, len)| u64::from(len)).sum::<u64>());
@@ -64,11 +64,11 @@ fn check(parsed: &Parsed, runs: &[Run], geometry: &Geometry) {
         }
         _ => (0, 0),
     };
-    assert!(u128::from(sector) + u128::from(count) <= u128::from(geometry.sectors));
-    let block = u64::from(geometry.block_size) / 512;
+    assert!(u128::from(sector) + u128::from(count) <= u128::from(shape.sectors));
+    let block = u64::from(shape.block_size) / 512;
     assert!(sector.is_multiple_of(block) && count.is_multiple_of(block));
     if matches!(parsed.op, Ok(Op::Write { .. } | Op::Discard { .. } | Op::WriteZeroes { .. })) {
-        assert!(!geometry.read_only);
+        assert!(!shape.read_only);
     }
 }
 
@@ -106,7 +106,7 @@ fn walk(mem: &Memory, size: u16, head: u16) -> Vec<Descriptor> {
 }
 
 /// What `parse` should answer, and which runs it should leave.
-fn model(mem: &Memory, chain: &[Descriptor], geometry: &Geometry) -> Option<(Parsed, Vec<Run>)> {
+fn model(mem: &Memory, chain: &[Descriptor], shape: &Shape) -> Option<(Parsed, Vec<Run>)> {
     if chain.len() > MOST || chain.last()?.has_next() {
         return None;
     }
@@ -133,7 +133,7 @@ fn model(mem: &Memory, chain: &[Descriptor], geometry: &Geometry) -> Option<(Par
     wanted.retain(|run| run.1 > 0);
     let (mut parsed, _) = failed(writable);
     let Some((header, given)) = take_16(mem, runs(false).collect()) else { return Some(failed(writable)) };
-    let (op, data) = operation(mem, &header, given, wanted, geometry);
+    let (op, data) = operation(mem, &header, given, wanted, shape);
     parsed.op = op;
     if op.is_ok() {
         parsed.data_len = data.iter().map(|&(_, len)| u64::from(len)).sum();
@@ -146,7 +146,7 @@ fn operation(
     header: &[u8; 16],
     given: Vec<Run>,
     wanted: Vec<Run>,
-    geometry: &Geometry,
+    shape: &Shape,
 ) -> (Result<Op, Status>, Vec<Run>) {
     let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
     let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
@@ -155,25 +155,25 @@ fn operation(
     let bytes = |runs: &[Run]| runs.iter().map(|&(_, len)| u128::from(len)).sum::<u128>();
     match kind {
         0 => {
-            let fine = fits(sector, bytes(&wanted), geometry) && in_memory(&wanted);
+            let fine = fits(sector, bytes(&wanted), shape) && in_memory(&wanted);
             (ok_if(fine, Op::Read { sector }), wanted)
         }
         1 => {
-            let fine = !geometry.read_only && fits(sector, bytes(&given), geometry) && in_memory(&given);
+            let fine = !shape.read_only && fits(sector, bytes(&given), shape) && in_memory(&given);
             (ok_if(fine, Op::Write { sector }), given)
         }
         4 => (Ok(Op::Flush), Vec::new()),
         8 => (ok_if(in_memory(&wanted), Op::GetId), wanted),
-        11 | 13 => (range(mem, kind == 11, given, geometry), Vec::new()),
+        11 | 13 => (range(mem, kind == 11, given, shape), Vec::new()),
         _ => (Err(Status::Unsupported), Vec::new()),
     }
 }
 
 /// DISCARD and WRITE_ZEROES.
-fn range(mem: &Memory, discard: bool, given: Vec<Run>, geometry: &Geometry) -> Result<Op, Status> {
+fn range(mem: &Memory, discard: bool, given: Vec<Run>, shape: &Shape) -> Result<Op, Status> {
     let len: u64 = given.iter().map(|&(_, len)| u64::from(len)).sum();
     match len {
-        _ if geometry.read_only => return Err(Status::Unsupported),
+        _ if shape.read_only => return Err(Status::Unsupported),
         16 => {}
         n if n > 0 && n.is_multiple_of(16) => return Err(Status::Unsupported),
         _ => return Err(Status::IoErr),
@@ -186,7 +186,7 @@ fn range(mem: &Memory, discard: bool, given: Vec<Run>, geometry: &Geometry) -> R
     if flags > 1 || discard && flags == 1 {
         return Err(Status::Unsupported);
     }
-    if count > MAX_DISCARD_SECTORS || !fits(sector, u128::from(count) * 512, geometry) {
+    if count > MAX_DISCARD_SECTORS || !fits(sector, u128::from(count) * 512, shape) {
         return Err(Status::IoErr);
     }
     Ok(if discard {
@@ -197,11 +197,11 @@ fn range(mem: &Memory, discard: bool, given: Vec<Run>, geometry: &Geometry) -> R
 }
 
 /// Whether so many bytes from `sector` are whole blocks of the disk.
-fn fits(sector: u64, bytes: u128, geometry: &Geometry) -> bool {
-    let (start, block) = (u128::from(sector) * 512, u128::from(geometry.block_size));
+fn fits(sector: u64, bytes: u128, shape: &Shape) -> bool {
+    let (start, block) = (u128::from(sector) * 512, u128::from(shape.block_size));
     start.is_multiple_of(block)
         && bytes.is_multiple_of(block)
-        && start + bytes <= u128::from(geometry.sectors) * 512
+        && start + bytes <= u128::from(shape.sectors) * 512
 }
 
 /// The first 16 bytes, one by one, and what is left of the runs.

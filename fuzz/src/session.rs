@@ -3,7 +3,7 @@
 
 use super::input::Input;
 use super::script::{Files, answers, send_all};
-use sealblk::backing::file::FileStore;
+use sealblk::backing::file::FileBacking;
 use sealblk::crypt::Dek;
 use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
 use sealblk::disk::Disk;
@@ -12,7 +12,7 @@ use sealblk::vhost::device::Device;
 use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::{Inlet, serve};
 use sealblk::vhost::tenure::{Serving, Sole};
-use sealblk::virtio::{Geometry, SharedGeometry};
+use sealblk::virtio::{Shape, SharedShape};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -44,7 +44,7 @@ fn device() -> Device {
     std::fs::create_dir(&folder).expect("a folder");
     let name = folder.join("disk");
     File::create_new(&name).and_then(|file| file.set_len(512 * SECTORS)).expect("a disk");
-    let store = FileStore::open(&name, false, 512, None).expect("a store");
+    let backing = FileBacking::open(&name, false, 512, None).expect("a backing");
     let lock = ImageLock::acquire(&name, Access::ReadWrite).expect("a lock");
     std::fs::remove_file(&name).expect("removed");
     let inlet = Inlet::new(&folder, "inner").expect("a socket");
@@ -53,8 +53,8 @@ fn device() -> Device {
     let key: Vec<u8> = (0..64).collect();
     let dek = Dek::from_bytes(&key).expect("a key");
     let cipher = new_cipher(Engine::Auto, &dek, DataUnit::B512).expect("a cipher");
-    let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
-    let disk = Arc::new(Disk::new(geometry, "fuzz", Box::new(store), Some(cipher), lock));
+    let shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
+    let disk = Arc::new(Disk::new(shape, "fuzz", Box::new(backing), Some(cipher), lock));
     let worker = |index| {
         let died = |why: String| {
             // Nobody joins this thread before the end: nothing else would tell of it.
@@ -67,7 +67,7 @@ fn device() -> Device {
     };
     let workers = (0..QUEUES).map(worker).collect::<Vec<_>>();
     let tenure = Arc::new(Sole(Serving::new(disk, workers)));
-    let geometry = Arc::new(SharedGeometry::new(geometry));
+    let shape = Arc::new(SharedShape::new(shape));
     let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, Arc::new(true.into()));
-    Device { tenure, geometry, inlet, channel, queues, seg_max, queue_size: 256, writeback }
+    Device { tenure, shape, inlet, channel, queues, seg_max, queue_size: 256, writeback }
 }

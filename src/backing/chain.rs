@@ -1,34 +1,34 @@
-//! Several files as one store: a top layer over frozen ones, reached by one queue a thread.
+//! Several files as one backing: a top layer over frozen ones, reached by one queue a thread.
 //!
 //! Each file is reached in its own way, and all through the same ring and pool of buffers. Only the top is ever
 //! written. It knows nothing of what the layers mean to one another.
 
-use crate::backing::file::FileStore;
-use crate::backing::{Caps, Queue, Store};
+use crate::backing::file::FileBacking;
+use crate::backing::{Backing, Caps, Queue};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// A chain of layers in files.
 pub struct Chain {
-    top: Arc<FileStore>,
-    below: Vec<Arc<FileStore>>,
+    top: Arc<FileBacking>,
+    below: Vec<Arc<FileBacking>>,
     lengths: Vec<u64>,
 }
 
 impl Chain {
     /// `below` from the layer right below the top; none of them may change any more.
-    pub fn new(top: Arc<FileStore>, below: Vec<Arc<FileStore>>) -> Self {
+    pub fn new(top: Arc<FileBacking>, below: Vec<Arc<FileBacking>>) -> Self {
         let lengths = below.iter().map(|layer| layer.caps().size).collect();
         Chain { top, below, lengths }
     }
 
-    fn layer(&self, layer: usize) -> &FileStore {
+    fn layer(&self, layer: usize) -> &FileBacking {
         if layer == 0 { &self.top } else { &self.below[layer - 1] }
     }
 }
 
-impl Store for Chain {
+impl Backing for Chain {
     fn caps(&self) -> &Caps {
         self.top.caps()
     }

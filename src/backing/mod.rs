@@ -1,6 +1,6 @@
-//! Where ciphertext lies. A store moves bytes; it never sees a key and does not know what they mean.
+//! Where ciphertext lies. A backing moves bytes; it never sees a key and does not know what they mean.
 //!
-//! A [`Store`] is a chain of layers, most often of one: the top layer takes the writes, those below are frozen and
+//! A [`Backing`] is a chain of layers, most often of one: the top layer takes the writes, those below are frozen and
 //! only read. Which of them has what it does not know. It is shared by all queues of a volume; each queue's thread
 //! opens a [`Queue`] of its own, which reaches all layers, and drives it alone. Buffers belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes
 //! back with the completion, so that nothing can touch it while the kernel does.
@@ -15,7 +15,7 @@ use std::time::Duration;
 use std::{fmt, io};
 use vm_memory::VolatileSlice;
 
-/// What a store can do and how it is reached; for the log and for the limits that follow from it.
+/// What a backing can do and how it is reached; for the log and for the limits that follow from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caps {
     /// How the bytes travel, in words for the operator: `io_uring, O_DIRECT`.
@@ -60,7 +60,7 @@ impl Buffer {
     }
 }
 
-/// One operation on a store. Offsets and lengths count bytes.
+/// One operation on a backing. Offsets and lengths count bytes.
 #[derive(Debug)]
 pub enum Op {
     /// Fill the buffer from `offset`.
@@ -98,7 +98,7 @@ pub enum Op {
         offset: u64,
         /// How much.
         len: u64,
-        /// Keep the space allocated, where the store can.
+        /// Keep the space allocated, where the backing can.
         keep_space: bool,
     },
 }
@@ -163,7 +163,7 @@ pub enum Wait {
 }
 
 /// A place for ciphertext.
-pub trait Store: Send + Sync {
+pub trait Backing: Send + Sync {
     /// What it is and can do.
     fn caps(&self) -> &Caps;
 
@@ -186,7 +186,7 @@ pub trait Store: Send + Sync {
     }
 }
 
-/// One thread's way to a store. Dropping it waits for what is in flight.
+/// One thread's way to a backing. Dropping it waits for what is in flight.
 pub trait Queue {
     /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]) for what is at `offset`, whole sectors of 512 bytes; or `None`
     /// until others have come back.

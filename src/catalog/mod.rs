@@ -1,7 +1,7 @@
 //! The volumes of a store: which there are, which one a user means, and their metadata on disk.
 //!
 //! A volume is a folder `volumes/<id>/` that holds a `volume.json`. A folder without one is a volume that is
-//! being made or deleted, or whose making or deleting was cut off ([`crate::ops::create`] clears those away).
+//! being made or deleted, or whose making or deleting was cut off (`ops::delete` clears those away).
 
 pub mod freeze;
 pub mod grow;

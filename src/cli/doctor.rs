@@ -1,7 +1,7 @@
 //! `sealblk doctor`: what this machine has of what a volume's host process wants.
 
-use crate::backing::Store;
-use crate::backing::file::FileStore;
+use crate::backing::Backing;
+use crate::backing::file::FileBacking;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::crypt::secret_mem::{SecretFd, SecretKind};
@@ -166,7 +166,7 @@ fn access_of(trial: &Path) -> Result<String> {
         let file = std::fs::File::create_new(trial)?;
         file.set_len(1 << 16)?;
         let _ = file.write_all_at(&[1; 1 << 13], 0);
-        Ok(FileStore::open(trial, false, 512, None)?.caps().access.clone())
+        Ok(FileBacking::open(trial, false, 512, None)?.caps().access.clone())
     };
     let access = attempt();
     let _ = std::fs::remove_file(trial);

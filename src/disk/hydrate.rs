@@ -99,7 +99,7 @@ impl Hydration {
     /// Does it, in the calling thread.
     ///
     /// # Errors
-    /// `ResourceBusy` if another is at it; what the store says, with the place. It can be run again then.
+    /// `ResourceBusy` if another is at it; what the backing says, with the place. It can be run again then.
     pub fn run(&self) -> io::Result<End> {
         let Some(fence) = self.disk.fence().filter(|fence| fence.take()) else {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being hydrated already"));
@@ -155,7 +155,7 @@ impl<'a> Copier<'a> {
 
     fn copy_all(&mut self) -> io::Result<End> {
         let Hydration { disk, map, left, .. } = self.hydration;
-        let (size, stays) = (disk.geometry().sectors * SECTOR_SIZE, disk.leaving() + 1);
+        let (size, stays) = (disk.shape().sectors * SECTOR_SIZE, disk.leaving() + 1);
         while !map.wait(LOOK) {
             if self.hydration.is_stopped() {
                 return Ok(End::Stopped);
@@ -210,7 +210,7 @@ impl<'a> Copier<'a> {
     /// Reads a chunk. Returns which runs of its blocks have sectors that came from the leaving layers.
     fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
         let place = self.queue.read(sector, len)?;
-        let block = self.hydration.disk.geometry().block_sectors();
+        let block = self.hydration.disk.shape().block_sectors();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
             if !(first..first + block).any(|i| self.queue.came_from_leaving(place, i as usize)) {

@@ -7,7 +7,7 @@
 //! after: what it found missing in the top was so when it looked.
 //!
 //! All that this needs is a slab made with the queue: for each buffer where its read stands, and one bit for each of
-//! its sectors. A buffer that needs no layer at all comes back as an event without having been to the store.
+//! its sectors. A buffer that needs no layer at all comes back as an event without having been to the backing.
 
 use crate::backing::{Buffer, Event, Op, Queue};
 use crate::crypt::xts::SectorCipher;
@@ -25,7 +25,7 @@ use vm_memory::bitmap::WithBitmapSlice;
 /// Sectors for each of a buffer's places.
 const PLACE_SECTORS: usize = 8;
 
-/// What a queue of a disk with several layers keeps beside the store's queue.
+/// What a queue of a disk with several layers keeps beside the backing's queue.
 pub(super) struct Layered {
     map: Arc<LayerMap>,
     /// By place: the read whose buffer begins there.
@@ -156,7 +156,7 @@ impl Layered {
             }
             let layer = disk.height() - height;
             let there = disk.below[usize::from(layer) - 1].sectors.saturating_sub(sector);
-            let part = self.hull(place, sectors, disk.geometry.block_sectors() as usize);
+            let part = self.hull(place, sectors, disk.shape.block_sectors() as usize);
             let part = part.start..part.end.min(there.min(sectors as u64) as usize);
             if !part.is_empty() {
                 return (height, part);
@@ -211,7 +211,7 @@ impl Layered {
             return each_run(0..sectors, |i| is_set(missing, i), zeros).map(|()| true);
         }
         let part = usize::from(part.start)..usize::from(part.end);
-        let (cipher, block) = (disk.cipher_at(height), disk.geometry.block_size);
+        let (cipher, block) = (disk.cipher_at(height), disk.shape.block_size);
         let is_whole = part == (0..sectors) && fresh;
         if is_whole && all_there(bytes) {
             if height <= disk.leaving() {

@@ -4,7 +4,7 @@
 //! truth of what is in a layer: that is the layers' bytes alone. It only has to be an **upper bound**, always:
 //!
 //! 1. The frozen layers, and the top as it was when the map was made, are looked through once in the background
-//!    ([`Store::next_data`]). Until that is over the map [is not ready](LayerMap::is_ready) and answers nothing.
+//!    ([`Backing::next_data`]). Until that is over the map [is not ready](LayerMap::is_ready) and answers nothing.
 //! 2. A write marks its blocks *before* it is submitted ([`LayerMap::mark`]). The map is there before the first queue
 //!    is opened, and writes of earlier processes have ended before that, so everything that can be in the top was
 //!    either there for the search to find or has been marked.
@@ -26,7 +26,7 @@
 //! pieces of the volume in which there is anything. A block is 4 KiB up to a volume of 1 TiB, and as many times larger
 //! as the volume is beyond that, so that a map never has more than 256 MiB (and 1 MiB for its table).
 
-use crate::backing::Store;
+use crate::backing::Backing;
 use crate::base::sync::Locked;
 use std::io;
 use std::ops::Range;
@@ -36,7 +36,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// The most layers that heights can tell apart.
-pub const MAX_LAYERS: usize = 127;
+pub const MAX_HEIGHT: usize = 127;
 
 /// The smallest block: log₂ of its bytes.
 const MIN_SHIFT: u32 = 12;
@@ -146,18 +146,18 @@ struct Search {
 }
 
 impl LayerMap {
-    /// A map for the layers of `store`, which it looks through in the background. Made before any queue is opened.
-    pub fn build(store: Arc<dyn Store>) -> io::Result<Self> {
-        let cells = Arc::new(Cells::new(store.caps().size));
+    /// A map for the layers of `backing`, which it looks through in the background. Made before any queue is opened.
+    pub fn build(backing: Arc<dyn Backing>) -> io::Result<Self> {
+        let cells = Arc::new(Cells::new(backing.caps().size));
         let search = Arc::new(Search::default());
         let (into, shared) = (cells.clone(), search.clone());
         let run = move || {
-            match look_through(&*store, &into, &shared.stop) {
+            match look_through(&*backing, &into, &shared.stop) {
                 Ok(true) => into.ready.store(true, Ordering::Release),
                 Ok(false) => {}
                 Err(e) => log::warn!("no layer map, reads try each layer: {e}"),
             }
-            drop(store);
+            drop(backing);
             *shared.over.locked() = true;
             shared.changed.notify_all();
         };
@@ -260,12 +260,12 @@ impl Drop for LayerMap {
     }
 }
 
-/// Marks what the store says may be data; answers whether it came to the end.
-fn look_through(store: &dyn Store, into: &Cells, stop: &AtomicBool) -> io::Result<bool> {
-    let layers = store.below().len() + 1;
+/// Marks what the backing says may be data; answers whether it came to the end.
+fn look_through(backing: &dyn Backing, into: &Cells, stop: &AtomicBool) -> io::Result<bool> {
+    let layers = backing.below().len() + 1;
     for layer in 0..layers {
         let mut from = 0;
-        while let Some(data) = store.next_data(layer, from)? {
+        while let Some(data) = backing.next_data(layer, from)? {
             if stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }

@@ -1,7 +1,7 @@
 //! A volume as a run of sectors: between guest memory and ciphertext.
 //!
 //! [`Disk`] is what all queues of an attached volume share; each queue's thread has a [`DiskQueue`]. A transfer
-//! goes through a buffer of the store's queue, so that the kernel never holds a guest pointer, a write reads
+//! goes through a buffer of the backing's queue, so that the kernel never holds a guest pointer, a write reads
 //! guest memory exactly once, and the guest never sees ciphertext.
 //!
 //! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
@@ -21,12 +21,12 @@ pub use guest::GuestData;
 pub(crate) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
 
-use crate::backing::Store;
+use crate::backing::Backing;
 use crate::crypt::xts::SectorCipher;
-use crate::disk::map::{LayerMap, MAX_LAYERS};
+use crate::disk::map::{LayerMap, MAX_HEIGHT};
 use crate::image::lock::ImageLock;
 use crate::virtio::request::ID_BYTES;
-use crate::virtio::{Geometry, SECTOR_SIZE};
+use crate::virtio::{SECTOR_SIZE, Shape};
 use fence::Fence;
 use std::io;
 use std::sync::Arc;
@@ -39,9 +39,9 @@ pub type Cipher = Option<Arc<dyn SectorCipher>>;
 
 /// An attached volume, as its queues see it.
 pub struct Disk {
-    geometry: Geometry,
+    shape: Shape,
     serial: [u8; ID_BYTES],
-    store: Arc<dyn Store>,
+    backing: Arc<dyn Backing>,
     /// The top layer's.
     cipher: Cipher,
     /// The layers below the top, from the one right below it.
@@ -61,7 +61,7 @@ pub struct Disk {
 /// The layers of a volume as they were opened, and what goes with each, the top first.
 pub struct Layers {
     /// Where they lie.
-    pub store: Arc<dyn Store>,
+    pub backing: Arc<dyn Backing>,
     /// How they are encrypted.
     pub ciphers: Vec<Cipher>,
     /// What keeps others off them.
@@ -76,19 +76,19 @@ struct Below {
 }
 
 impl Disk {
-    /// A disk of one layer in `store`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as
+    /// A disk of one layer in `backing`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as
     /// virtio has it.
     pub fn new(
-        geometry: Geometry,
+        shape: Shape,
         serial: &str,
-        store: Box<dyn Store>,
+        backing: Box<dyn Backing>,
         cipher: Option<Box<dyn SectorCipher>>,
         image_lock: ImageLock,
     ) -> Self {
         Disk {
-            geometry,
+            shape,
             serial: padded(serial),
-            store: store.into(),
+            backing: backing.into(),
             cipher: cipher.map(Arc::from),
             below: Vec::new(),
             map: None,
@@ -102,10 +102,10 @@ impl Disk {
     /// A disk of several layers, or of one.
     ///
     /// # Errors
-    /// `InvalidInput` if such layers cannot be served: more than [`MAX_LAYERS`], one below the top that is not whole
+    /// `InvalidInput` if such layers cannot be served: more than [`MAX_HEIGHT`], one below the top that is not whole
     /// blocks long, or one without a cipher above another, in which zeros could not be kept.
-    pub fn layered(geometry: Geometry, serial: &str, layers: Layers) -> io::Result<Self> {
-        Self::over(geometry, padded(serial), layers, None, Arc::default())
+    pub fn layered(shape: Shape, serial: &str, layers: Layers) -> io::Result<Self> {
+        Self::over(shape, padded(serial), layers, None, Arc::default())
     }
 
     /// The same volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
@@ -116,7 +116,7 @@ impl Disk {
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
+        Self::over(self.shape(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
     }
 
     /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
@@ -127,8 +127,7 @@ impl Disk {
     pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
-        let next =
-            Self::over(self.geometry(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        let next = Self::over(self.shape(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
         Ok(next?.hydrating_lowest(leaving))
     }
 
@@ -137,32 +136,32 @@ impl Disk {
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
-    pub fn with_layers(&self, geometry: Geometry, layers: Layers) -> io::Result<Self> {
+    pub fn with_layers(&self, shape: Shape, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
-        Self::over(geometry, self.serial, layers, None, self.flush_failed.clone())
+        Self::over(shape, self.serial, layers, None, self.flush_failed.clone())
     }
 
     fn over(
-        geometry: Geometry,
+        shape: Shape,
         serial: [u8; ID_BYTES],
         layers: Layers,
         map: Option<Arc<LayerMap>>,
         flush_failed: Arc<AtomicBool>,
     ) -> io::Result<Self> {
-        let Layers { store, mut ciphers, image_locks } = layers;
-        assert_eq!(ciphers.len(), store.below().len() + 1, "every layer has its cipher, or none");
-        check_layers(&geometry, &ciphers, store.below())?;
-        let below = store.below().iter().map(|len| len / SECTOR_SIZE).zip(ciphers.drain(1..));
+        let Layers { backing, mut ciphers, image_locks } = layers;
+        assert_eq!(ciphers.len(), backing.below().len() + 1, "every layer has its cipher, or none");
+        check_layers(&shape, &ciphers, backing.below())?;
+        let below = backing.below().iter().map(|len| len / SECTOR_SIZE).zip(ciphers.drain(1..));
         let below: Vec<_> = below.map(|(sectors, cipher)| Below { cipher, sectors }).collect();
         let map = match map {
-            None if !below.is_empty() => Some(Arc::new(LayerMap::build(store.clone())?)),
+            None if !below.is_empty() => Some(Arc::new(LayerMap::build(backing.clone())?)),
             map => map,
         };
         let cipher = ciphers.remove(0);
         Ok(Disk {
-            geometry,
+            shape,
             serial,
-            store,
+            backing,
             cipher,
             below,
             map,
@@ -207,8 +206,8 @@ impl Disk {
     }
 
     /// Its shape.
-    pub fn geometry(&self) -> Geometry {
-        self.geometry
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// The serial, padded with zero bytes.
@@ -224,12 +223,12 @@ impl Disk {
             0 => String::new(),
             n => format!("; {} layers", n + 1),
         };
-        format!("{}; {engine}{layers}", self.store.caps().access)
+        format!("{}; {engine}{layers}", self.backing.caps().access)
     }
 
     /// How many layers there are, which is the top's height: the lowest has 1.
     pub(crate) fn height(&self) -> u8 {
-        // At most MAX_LAYERS.
+        // At most MAX_HEIGHT.
         (self.below.len() + 1) as u8
     }
 
@@ -270,12 +269,12 @@ fn padded(serial: &str) -> [u8; ID_BYTES] {
 }
 
 /// Whether such layers can be served.
-fn check_layers(geometry: &Geometry, ciphers: &[Cipher], below: &[u64]) -> io::Result<()> {
+fn check_layers(shape: &Shape, ciphers: &[Cipher], below: &[u64]) -> io::Result<()> {
     let refuse = |message: String| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-    if ciphers.len() > MAX_LAYERS {
-        return refuse(format!("{} layers; at most {MAX_LAYERS} can be served: flatten it", ciphers.len()));
+    if ciphers.len() > MAX_HEIGHT {
+        return refuse(format!("{} layers; at most {MAX_HEIGHT} can be served: flatten it", ciphers.len()));
     }
-    let block = u64::from(geometry.block_size);
+    let block = u64::from(shape.block_size);
     if let Some(len) = below.iter().find(|&len| len % block != 0) {
         return refuse(format!("a layer of {len} bytes, which are not whole blocks of {block} bytes"));
     }

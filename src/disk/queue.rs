@@ -16,11 +16,11 @@ use vm_memory::{GuestMemory, Permissions};
 /// The token of the watch that wakes a queue when a copy has left what it was refused.
 const LANE: u32 = u32::MAX;
 
-/// One thread's way to the disk. Sectors and lengths were checked against the geometry by whoever calls.
+/// One thread's way to the disk. Sectors and lengths were checked against the shape by whoever calls.
 pub struct DiskQueue {
     disk: Arc<Disk>,
     queue: Box<dyn Queue>,
-    /// The store's unit.
+    /// The backing's unit.
     unit: u64,
     /// Where there are several layers.
     layered: Option<Layered>,
@@ -31,13 +31,13 @@ pub struct DiskQueue {
 impl DiskQueue {
     /// A queue that keeps out of the way of whoever copies behind `fence`.
     pub(super) fn open(disk: &Arc<Disk>, depth: u16, fence: Option<&Arc<Fence>>) -> io::Result<Self> {
-        let mut queue = disk.store.open_queue(depth)?;
+        let mut queue = disk.backing.open_queue(depth)?;
         let layered = disk.map.clone().map(|map| Layered::new(map, queue.places()));
         let lane = fence.map(|fence| fence.open(queue.places())).transpose()?;
         if let Some(lane) = &lane {
             queue.watch(LANE, lane.wake_fd());
         }
-        let unit = disk.store.caps().unit;
+        let unit = disk.backing.caps().unit;
         Ok(DiskQueue { disk: disk.clone(), queue, unit, layered, lane })
     }
 
@@ -47,7 +47,7 @@ impl DiskQueue {
     }
 
     /// How many of `len` bytes at `sector` to transfer at a time: as many as a buffer can have, and where that is not all,
-    /// no part of one of the store's units, which would have to be brought together again.
+    /// no part of one of the backing's units, which would have to be brought together again.
     pub fn piece(&self, sector: u64, len: u64) -> usize {
         let most = self.queue.max_buffer() as u64;
         if len <= most {
@@ -114,7 +114,7 @@ impl DiskQueue {
         }
     }
 
-    /// A layer as the store counts: 0 is the top.
+    /// A layer as the backing counts: 0 is the top.
     fn layer_at(&self, height: u8) -> usize {
         usize::from(self.disk.height() - height)
     }
@@ -151,7 +151,7 @@ impl DiskQueue {
             None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
             Some(_) if may_have_holes(&bytes) => Ok(false),
             Some(cipher) => {
-                guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size)
+                guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.shape.block_size)
             }
             None => {
                 guest.each(bytes.len(), Permissions::Write, |slice, at| {
@@ -180,7 +180,7 @@ impl DiskQueue {
     {
         let bytes = self.queue.bytes(&mut buffer);
         let taken = match &self.disk.cipher {
-            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.geometry.block_size),
+            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.shape.block_size),
             None => guest.copy_into(bytes),
         };
         if let Err(e) = taken {
@@ -214,7 +214,7 @@ impl DiskQueue {
         let done = match (&mut self.layered, &self.disk.cipher) {
             (Some(layered), _) => layered.deliver(&self.disk, bytes, buffer.place(), sector, guest),
             (None, Some(cipher)) => {
-                let block = self.disk.geometry.block_size;
+                let block = self.disk.shape.block_size;
                 guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
             }
             (None, None) => guest.copy_from(bytes).map(|()| true),
@@ -309,7 +309,7 @@ impl DiskQueue {
         Some(Zeroed { sectors: part.sectors, submitted: true })
     }
 
-    /// The store makes holes of whole units. Where `part` begins or ends within one, the first of it is cleared, or left as
+    /// The backing makes holes of whole units. Where `part` begins or ends within one, the first of it is cleared, or left as
     /// it is if nothing is asked of it.
     fn whole_units(&self, sector: u64, part: Part, how: Zeroing) -> Part {
         let (unit, n) = (self.unit / SECTOR_SIZE, part.sectors);
@@ -369,7 +369,7 @@ pub enum Zeroing {
     Discard,
     /// They shall read as zeros; their space may go.
     Unmap,
-    /// They shall read as zeros; their space shall stay theirs, where the store can do that.
+    /// They shall read as zeros; their space shall stay theirs, where the backing can do that.
     KeepSpace,
 }
 

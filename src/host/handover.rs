@@ -167,7 +167,7 @@ impl Handover {
         for worker in &*self.workers {
             worker.hold(Some(disk.clone()))?;
         }
-        if opener.geometry.grow(shape.sectors) {
+        if opener.shape.grow(shape.sectors) {
             channel.announce_config_change();
         }
         // Its guest wants what it wanted of the process before.

@@ -3,14 +3,14 @@
 
 use super::Options;
 use super::keyring::Keyring;
-use crate::backing::Store;
-use crate::backing::file::FileStore;
+use crate::backing::Backing;
+use crate::backing::file::FileBacking;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::Metadata;
 use crate::catalog::{Catalog, VolumeId};
 use crate::image::lock::Access;
-use crate::virtio::SharedGeometry;
+use crate::virtio::SharedShape;
 use crate::volume::kept::Kept;
 use crate::volume::layers::Layer;
 use crate::volume::open::{Deks, Opened, Opening, cannot_serve, open, open_again, shape};
@@ -23,7 +23,7 @@ pub struct Opener {
     pub(super) volume: VolumeId,
     pub(super) options: Options,
     pub(super) keys: Arc<Keyring>,
-    pub(super) geometry: Arc<SharedGeometry>,
+    pub(super) shape: Arc<SharedShape>,
     /// The volume as it was proved, if nobody had sealed it then.
     unsealed: Option<Metadata>,
     /// How the volume is reached, as far as that was found out without having it.
@@ -53,10 +53,9 @@ impl Opener {
     ) -> Result<(Self, Option<Opened>)> {
         let metadata = catalog.load(volume)?;
         catalog.check_top_is_own(&metadata)?;
-        catalog.check_top_is_own(&metadata)?;
         catalog.check_layers(&metadata)?;
         let path = catalog.layer_path(metadata.top().id);
-        let top = FileStore::open(&path, true, metadata.sector_size().bytes(), None);
+        let top = FileBacking::open(&path, true, metadata.sector_size().bytes(), None);
         let top = top.context(|| path.display().to_string())?;
         top.open_queue(1).map_err(cannot_serve)?;
         let deks = keys(&metadata)?;
@@ -73,10 +72,10 @@ impl Opener {
     }
 
     fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, kept: Vec<Kept>, how: String) -> Self {
-        let geometry = Arc::new(SharedGeometry::new(shape(metadata, options.read_only)));
+        let shape = Arc::new(SharedShape::new(shape(metadata, options.read_only)));
         let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
         let unsealed = (metadata.is_encrypted() && !metadata.is_sealed()).then(|| metadata.clone());
-        Opener { catalog, volume, options, keys: Keyring::new(kept), geometry, unsealed, how }
+        Opener { catalog, volume, options, keys: Keyring::new(kept), shape, unsealed, how }
     }
 
     /// Opens the volume anew, as it is now.
@@ -84,7 +83,7 @@ impl Opener {
     /// # Errors
     /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
     pub(super) fn open(&self, lock: &VolumeLock) -> Result<Opened> {
-        let now = self.geometry.now();
+        let now = self.shape.now();
         let Options { read_only, engine, .. } = self.options;
         let opened = open_again(&self.catalog, lock, access(read_only), engine, |metadata, top| {
             let shape = shape(metadata, read_only);
@@ -116,7 +115,7 @@ impl Opener {
             return Err(self.changed("it has no seal, and has changed meanwhile"));
         }
         let checks: Vec<_> = kept.iter().map(Kept::check).collect();
-        metadata.seal_later(&checks, seal_key, || top.store.has_data())?;
+        metadata.seal_later(&checks, seal_key, || top.backing.has_data())?;
         Ok(true)
     }
 

@@ -19,7 +19,7 @@ use crate::vhost::listener::Stop;
 use crate::vhost::queue::Tuning;
 use crate::vhost::queue::qos::Qos;
 use crate::vhost::session::Inlet;
-use crate::virtio::{SECTOR_SIZE, SharedGeometry};
+use crate::virtio::{SECTOR_SIZE, SharedShape};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -33,7 +33,7 @@ pub(super) struct Service {
     record: Arc<Record>,
     handover: Arc<Handover>,
     qos: Arc<Qos>,
-    geometry: Arc<SharedGeometry>,
+    shape: Arc<SharedShape>,
     channel: Arc<Channel>,
     writeback: Arc<AtomicBool>,
     keeper: Arc<Keeper>,
@@ -55,7 +55,7 @@ impl Service {
         let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
         let record = Record::new(catalog.clone(), Hydrator::new(keys, events, options.hydrate_rate));
         let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
-        let geometry = opener.geometry.clone();
+        let shape = opener.shape.clone();
         let parts = Parts {
             opener,
             lock_file,
@@ -74,7 +74,7 @@ impl Service {
             (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
         }?;
         handover.heed(announcements)?;
-        Ok(Service { stop, record, handover, qos, geometry, channel, writeback, keeper, held })
+        Ok(Service { stop, record, handover, qos, shape, channel, writeback, keeper, held })
     }
 
     /// How the volume is reached, and by which cipher engine, for people.
@@ -89,8 +89,8 @@ impl Service {
         let handover = Arc::downgrade(&self.handover);
         let access = move || handover.upgrade().map_or_else(String::new, |handover| handover.describe());
         let record = || self.record.clone();
-        let (stop, qos, geometry, vmm) =
-            (self.stop.clone(), self.qos.clone(), self.geometry.clone(), self.channel.clone());
+        let (stop, qos, shape, vmm) =
+            (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
         let (status, rate, rewrap, resize) = (record(), record(), record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         Orders {
@@ -106,7 +106,7 @@ impl Service {
             rewrap: Box::new(move |new| rewrap.rewrap(new)),
             resize: Box::new(move |size| {
                 resize.resize(size)?;
-                geometry.grow(size / SECTOR_SIZE);
+                shape.grow(size / SECTOR_SIZE);
                 Ok(vmm.config_changed())
             }),
             snapshot: Box::new(move |wanted, client| snapshot.snapshot(engine, wanted, client)),
@@ -119,7 +119,7 @@ impl Service {
     pub(super) fn device(&self, options: &Options, inlet: Inlet) -> Device {
         Device {
             tenure: self.handover.clone(),
-            geometry: self.geometry.clone(),
+            shape: self.shape.clone(),
             inlet: inlet.seen_from_descriptors(),
             channel: self.channel.clone(),
             queues: options.queues,

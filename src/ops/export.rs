@@ -84,7 +84,7 @@ pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -
 struct Source {
     layout: Layout,
     owner: KeyOwner,
-    store: Arc<dyn backing::Store>,
+    backing: Arc<dyn backing::Backing>,
     disk: Arc<Disk>,
     /// The volume's; a snapshot's layers do not change.
     _lock: Option<VolumeLock>,
@@ -122,15 +122,15 @@ impl Source {
         layers: &[layers::Layer],
         lock: Option<VolumeLock>,
     ) -> Result<Self> {
-        let geometry = virtio::Geometry {
+        let shape = virtio::Shape {
             sectors: layout.geometry().size() / SECTOR_SIZE,
             block_size: layout.geometry().sector_size().bytes(),
             read_only: true,
         };
         let chain = layers::chain(layers);
-        let store = chain.store.clone();
-        let disk = Disk::layered(geometry, "", chain).context(|| "open its layers")?;
-        Ok(Source { layout, owner, store, disk: Arc::new(disk), _lock: lock })
+        let backing = chain.backing.clone();
+        let disk = Disk::layered(shape, "", chain).context(|| "open its layers")?;
+        Ok(Source { layout, owner, backing, disk: Arc::new(disk), _lock: lock })
     }
 
     /// Notes for each data key, durably, what it is going to be used for.
@@ -170,8 +170,8 @@ impl Source {
     /// The next bytes that any layer may have.
     fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         let mut next: Option<Range<u64>> = None;
-        for layer in 0..=self.store.below().len() {
-            let found = self.store.next_data(layer, from).context(|| "look for data in the layers")?;
+        for layer in 0..=self.backing.below().len() {
+            let found = self.backing.next_data(layer, from).context(|| "look for data in the layers")?;
             next = next.into_iter().chain(found).min_by_key(|data| data.start);
         }
         Ok(next)

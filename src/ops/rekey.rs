@@ -100,7 +100,7 @@ fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure>
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
     let lock = &taken.lock;
-    let (metadata, top) = (&mut taken.opened.metadata, taken.opened.layers[0].store.file());
+    let (metadata, top) = (&mut taken.opened.metadata, taken.opened.layers[0].backing.file());
     check_encrypted(metadata)?;
     let dek = store.unwrap(KeyOwner::Volume(lock.volume()), key.record())?;
     let seal_key = dek.seal_key(&lock.volume().to_string())?;

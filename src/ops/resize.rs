@@ -64,6 +64,6 @@ fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
     let Opened { metadata, seal_key, layers } = &mut taken.opened;
-    let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].store.file())?;
+    let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].backing.file())?;
     Ok(growth.commit(&catalog, &taken.lock, metadata, seal_key.as_ref())?)
 }

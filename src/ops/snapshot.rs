@@ -131,7 +131,7 @@ impl<'a> Detached<'a> {
         let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
         let begun = Detached { catalog, taken, freeze: Some(freeze) };
         make_layer(&path, size, false)?;
-        let top = begun.taken.opened.layers[0].store.file();
+        let top = begun.taken.opened.layers[0].backing.file();
         top.sync_data().context(|| "sync the top layer")?;
         Ok(begun)
     }

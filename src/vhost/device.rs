@@ -7,7 +7,7 @@ use crate::vhost::session::{Farewell, Inlet};
 use crate::vhost::tenure::Tenure;
 use crate::vhost::vring::{Rings, Vring};
 use crate::virtio::config_space::{ConfigSpace, writeback_written};
-use crate::virtio::{SharedGeometry, features};
+use crate::virtio::{SharedShape, features};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ pub struct Device {
     /// Who may serve the volume, and by which threads.
     pub tenure: Arc<dyn Tenure>,
     /// The disk's shape.
-    pub geometry: Arc<SharedGeometry>,
+    pub shape: Arc<SharedShape>,
     /// Where sessions get their inner sockets.
     pub inlet: Inlet,
     /// The connected VMM's own channel.
@@ -39,7 +39,7 @@ pub struct Device {
 
 impl Device {
     fn config(&self) -> ConfigSpace {
-        ConfigSpace { geometry: self.geometry.now(), queues: self.queues, seg_max: self.seg_max }
+        ConfigSpace { shape: self.shape.now(), queues: self.queues, seg_max: self.seg_max }
     }
 }
 
@@ -94,7 +94,7 @@ impl VhostUserBackend for Backend {
     fn features(&self) -> u64 {
         // The first that the gate asks, on the thread that it then relies on.
         self.0.farewell.at_the_end_of_this_thread();
-        features::offered(self.0.device.geometry.now().read_only)
+        features::offered(self.0.device.shape.now().read_only)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 

@@ -1,6 +1,6 @@
 //! The configuration space of the block device (virtio 1.3, 5.2.4).
 
-use crate::virtio::{Geometry, MAX_DISCARD_SECTORS, SECTOR_SIZE};
+use crate::virtio::{MAX_DISCARD_SECTORS, SECTOR_SIZE, Shape};
 
 /// Bytes that front-ends may ask for: `struct virtio_blk_config` up to its zoned part. What we do not offer
 /// reads as zero.
@@ -13,7 +13,7 @@ pub const WRITEBACK_OFFSET: usize = 32;
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigSpace {
     /// The disk's shape.
-    pub geometry: Geometry,
+    pub shape: Shape,
     /// Request queues that the driver may use, 1..=65535.
     pub queues: u16,
     /// Most data segments in a request.
@@ -23,21 +23,21 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// The bytes, little-endian, with the present `writeback` state.
     pub fn bytes(&self, writeback: bool) -> [u8; SIZE] {
-        let block_sectors = self.geometry.block_sectors() as u32;
+        let block_sectors = self.shape.block_sectors() as u32;
         // 4 KiB is the unit in which the layer file is allocated and punched.
         let alignment = (4096 / SECTOR_SIZE) as u32;
         let mut out = [0; SIZE];
         let mut put = |offset: usize, bytes: &[u8]| out[offset..offset + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.geometry.sectors.to_le_bytes());
+        put(0, &self.shape.sectors.to_le_bytes());
         put(12, &self.seg_max.to_le_bytes());
-        put(20, &self.geometry.block_size.to_le_bytes());
+        put(20, &self.shape.block_size.to_le_bytes());
         // topology: physical_block_exp, alignment_offset, min_io_size, opt_io_size (in logical blocks)
         put(24, &[(alignment / block_sectors).trailing_zeros() as u8, 0]);
         put(26, &((alignment / block_sectors) as u16).to_le_bytes());
         put(28, &0u32.to_le_bytes());
         put(WRITEBACK_OFFSET, &[u8::from(writeback)]);
         put(34, &self.queues.to_le_bytes());
-        if !self.geometry.read_only {
+        if !self.shape.read_only {
             put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
             put(40, &1u32.to_le_bytes()); // max_discard_seg
             put(44, &alignment.to_le_bytes()); // discard_sector_alignment
@@ -68,8 +68,8 @@ mod tests {
     use super::*;
 
     fn space(block_size: u32) -> ConfigSpace {
-        let geometry = Geometry { sectors: 0x1_0000_0008, block_size, read_only: false };
-        ConfigSpace { geometry, queues: 3, seg_max: 126 }
+        let shape = Shape { sectors: 0x1_0000_0008, block_size, read_only: false };
+        ConfigSpace { shape, queues: 3, seg_max: 126 }
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 
 /// The shape of the disk, as every check needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
+pub struct Shape {
     /// Capacity in 512-byte sectors.
     pub sectors: u64,
     /// Logical block size in bytes, 512 or 4096.
@@ -32,7 +32,7 @@ pub struct Geometry {
     pub read_only: bool,
 }
 
-impl Geometry {
+impl Shape {
     /// Sectors in a logical block: 1 or 8.
     pub fn block_sectors(&self) -> u64 {
         u64::from(self.block_size) / SECTOR_SIZE
@@ -47,22 +47,22 @@ impl Geometry {
     }
 }
 
-/// A [`Geometry`] whose capacity may grow while the disk is in use.
+/// A [`Shape`] whose capacity may grow while the disk is in use.
 #[derive(Debug)]
-pub struct SharedGeometry {
-    first: Geometry,
+pub struct SharedShape {
+    first: Shape,
     sectors: AtomicU64,
 }
 
-impl SharedGeometry {
+impl SharedShape {
     /// With that to begin with.
-    pub fn new(geometry: Geometry) -> Self {
-        SharedGeometry { first: geometry, sectors: AtomicU64::new(geometry.sectors) }
+    pub fn new(shape: Shape) -> Self {
+        SharedShape { first: shape, sectors: AtomicU64::new(shape.sectors) }
     }
 
     /// The shape at this moment. A request is judged by one look at it.
-    pub fn now(&self) -> Geometry {
-        Geometry { sectors: self.sectors.load(Ordering::Acquire), ..self.first }
+    pub fn now(&self) -> Shape {
+        Shape { sectors: self.sectors.load(Ordering::Acquire), ..self.first }
     }
 
     /// Makes the capacity that many sectors, which must be whole blocks. It never shrinks: a smaller number changes

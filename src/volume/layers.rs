@@ -1,7 +1,7 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
 use crate::backing::chain::Chain;
-use crate::backing::file::FileStore;
+use crate::backing::file::FileBacking;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct Layer {
     /// Its bytes.
-    pub store: Arc<FileStore>,
+    pub backing: Arc<FileBacking>,
     /// How they are encrypted.
     pub cipher: Cipher,
     /// What keeps others off them.
@@ -29,10 +29,10 @@ pub struct Layer {
 
 impl Layer {
     /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes QEMU's locks.
-    /// `near` is another layer of the volume, if one is open: see [`FileStore::open`].
+    /// `near` is another layer of the volume, if one is open: see [`FileBacking::open`].
     ///
     /// # Errors
-    /// `Busy` if somebody has it open in a way that does not go together with `access`; as [`FileStore::open`].
+    /// `Busy` if somebody has it open in a way that does not go together with `access`; as [`FileBacking::open`].
     pub fn open(
         path: &Path,
         access: Access,
@@ -41,22 +41,22 @@ impl Layer {
         near: Option<&Layer>,
     ) -> Result<Self> {
         let image_lock = Arc::new(ImageLock::acquire(path, access)?);
-        let near = near.map(|near| &*near.store);
-        let store = FileStore::open(path, access == Access::Read, block_size, near);
-        let store = store.context(|| path.display().to_string())?;
-        if !image_lock.is_on(store.file())? {
+        let near = near.map(|near| &*near.backing);
+        let backing = FileBacking::open(path, access == Access::Read, block_size, near);
+        let backing = backing.context(|| path.display().to_string())?;
+        if !image_lock.is_on(backing.file())? {
             let message = format!("{} was replaced by another file just now", path.display());
             return Err(Error::new(Kind::Busy, message));
         }
-        Ok(Layer { store: Arc::new(store), cipher, image_lock })
+        Ok(Layer { backing: Arc::new(backing), cipher, image_lock })
     }
 
     /// The same for reading alone, from now on: others may read it too. Whoever still holds it as it was must not
     /// write any more.
     pub fn frozen(&self) -> Result<Self> {
-        let store = self.store.frozen().context(|| "open the layer for reading")?;
+        let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
-        Ok(Layer { store: Arc::new(store), ..self.clone() })
+        Ok(Layer { backing: Arc::new(backing), ..self.clone() })
     }
 }
 
@@ -165,9 +165,9 @@ pub fn data_unit(sector_size: SectorSize) -> DataUnit {
 
 /// Layers as a disk takes them, the top first. There is at least one.
 pub fn chain(layers: &[Layer]) -> Layers {
-    let stores: Vec<_> = layers.iter().map(|layer| layer.store.clone()).collect();
+    let backings: Vec<_> = layers.iter().map(|layer| layer.backing.clone()).collect();
     Layers {
-        store: Arc::new(Chain::new(stores[0].clone(), stores[1..].to_vec())),
+        backing: Arc::new(Chain::new(backings[0].clone(), backings[1..].to_vec())),
         ciphers: layers.iter().map(|layer| layer.cipher.clone()).collect(),
         image_locks: layers.iter().map(|layer| layer.image_lock.clone()).collect(),
     }

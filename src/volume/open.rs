@@ -3,7 +3,7 @@
 
 use super::kept::Kept;
 use super::layers::{self, Layer};
-use crate::backing::Store;
+use crate::backing::Backing;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, Metadata};
@@ -13,7 +13,7 @@ use crate::crypt::{Dek, SealKey};
 use crate::disk::Layers;
 use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::virtio::{Geometry, SECTOR_SIZE};
+use crate::virtio::{SECTOR_SIZE, Shape};
 use std::io;
 use std::sync::Arc;
 
@@ -106,8 +106,8 @@ fn open_proved<E: From<Error>>(
     let mut layers = layers::open_without_ciphers(catalog, metadata.id(), metadata.layout(), top)?;
     if opening.serves() {
         // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
-        let Layers { store, .. } = layers::chain(&layers);
-        store.open_queue(1).map_err(cannot_serve)?;
+        let Layers { backing, .. } = layers::chain(&layers);
+        backing.open_queue(1).map_err(cannot_serve)?;
     }
     let kept = prove(&mut metadata, &layers[0])?;
     let of_keys: Vec<_> = kept.iter().map(|key| key.cipher().clone()).collect();
@@ -129,7 +129,7 @@ fn prove(
     opening: Opening,
 ) -> Result<()> {
     let was_sealed = metadata.is_sealed();
-    metadata.prove(deks, || top.store.has_data())?;
+    metadata.prove(deks, || top.backing.has_data())?;
     if opening == Opening::Read {
         return Ok(());
     }
@@ -185,9 +185,9 @@ impl Taken {
 }
 
 /// The shape of the guest's disk.
-pub fn shape(metadata: &Metadata, read_only: bool) -> Geometry {
+pub fn shape(metadata: &Metadata, read_only: bool) -> Shape {
     let block_size = metadata.sector_size().bytes();
-    Geometry { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only }
+    Shape { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only }
 }
 
 /// Says what may keep a process from having an io_uring.

@@ -1,10 +1,10 @@
-//! What a guest is told when its disk fails, and what "durable" means in write-through, over a store that records
+//! What a guest is told when its disk fails, and what "durable" means in write-through, over a backing that records
 //! every operation and fails on demand.
 
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Options, Request, Segment, Session};
-use sealblk::backing::file::FileStore;
-use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
+use sealblk::backing::file::FileBacking;
+use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
 use sealblk::vhost::device::Device;
@@ -12,7 +12,7 @@ use sealblk::vhost::listener::{self, Socket, Stop};
 use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::Inlet;
 use sealblk::vhost::tenure::{Serving, Sole};
-use sealblk::virtio::{Geometry, SharedGeometry};
+use sealblk::virtio::{Shape, SharedShape};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
@@ -39,7 +39,7 @@ struct Script {
 }
 
 struct Scripted {
-    store: FileStore,
+    backing: FileBacking,
     script: Arc<Mutex<Script>>,
 }
 
@@ -49,18 +49,18 @@ struct ScriptedQueue {
     kinds: HashMap<u64, Kind>,
 }
 
-impl Store for Scripted {
+impl Backing for Scripted {
     fn caps(&self) -> &Caps {
-        self.store.caps()
+        self.backing.caps()
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let queue = self.store.open_queue(depth)?;
+        let queue = self.backing.open_queue(depth)?;
         Ok(Box::new(ScriptedQueue { queue, script: self.script.clone(), kinds: HashMap::new() }))
     }
 
     fn has_data(&self) -> io::Result<bool> {
-        self.store.has_data()
+        self.backing.has_data()
     }
 }
 
@@ -138,7 +138,7 @@ impl Queue for ScriptedQueue {
     }
 }
 
-/// A device of two queues over such a store, served by a thread.
+/// A device of two queues over such a backing, served by a thread.
 struct Rig {
     folder: tempfile::TempDir,
     script: Arc<Mutex<Script>>,
@@ -154,16 +154,18 @@ impl Rig {
         std::fs::File::create(&image).unwrap().set_len(512 * SECTORS).unwrap();
         let lock = ImageLock::acquire(&image, Access::ReadWrite).unwrap();
         let script: Arc<Mutex<Script>> = Arc::default();
-        let store =
-            Scripted { store: FileStore::open(&image, false, 512, None).unwrap(), script: script.clone() };
-        let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
-        let disk = Arc::new(Disk::new(geometry, "rig", Box::new(store), None, lock));
+        let backing = Scripted {
+            backing: FileBacking::open(&image, false, 512, None).unwrap(),
+            script: script.clone(),
+        };
+        let shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
+        let disk = Arc::new(Disk::new(shape, "rig", Box::new(backing), None, lock));
         let workers = (0..2).map(|n| {
             Worker::spawn(n, disk.clone(), Tuning::default(), |why| panic!("a worker died: {why}")).unwrap()
         });
         let device = Arc::new(Device {
             tenure: Arc::new(Sole(Serving::new(disk.clone(), workers.collect::<Vec<_>>()))),
-            geometry: Arc::new(SharedGeometry::new(geometry)),
+            shape: Arc::new(SharedShape::new(shape)),
             inlet: Inlet::new(folder.path(), "inner").unwrap(),
             channel: Arc::default(),
             queues: 2,

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
-/// The unit of a store that can be reached at any sector.
+/// The unit of a backing that can be reached at any sector.
 pub(super) const SECTOR: u64 = 512;
 /// The largest unit that the buffers can serve.
 const MAX_UNIT: u64 = PAGE as u64;

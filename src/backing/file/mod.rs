@@ -19,7 +19,7 @@ pub mod ring;
 mod turns;
 mod write_cache;
 
-use crate::backing::{Caps, Queue, Store};
+use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use direct::{Found, SECTOR};
@@ -108,7 +108,7 @@ impl Way {
 }
 
 /// A file or block device that holds one layer.
-pub struct FileStore {
+pub struct FileBacking {
     file: Arc<File>,
     /// What is known of O_DIRECT there; nothing of a file that is memory.
     found: Option<Found>,
@@ -122,11 +122,16 @@ pub struct FileStore {
     write_cache: Option<Arc<WriteCache>>,
 }
 
-impl FileStore {
+impl FileBacking {
     /// Opens the file at `path`, which must exist and be a regular file or a block device, for transfers in
     /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may know more
     /// of the disk than can be found out of a file without data.
-    pub fn open(path: &Path, read_only: bool, block_size: u32, near: Option<&FileStore>) -> io::Result<Self> {
+    pub fn open(
+        path: &Path,
+        read_only: bool,
+        block_size: u32,
+        near: Option<&FileBacking>,
+    ) -> io::Result<Self> {
         let plain = files::open_layer(path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
         let kind = plain.metadata()?.file_type();
         let direct = || {
@@ -154,7 +159,7 @@ impl FileStore {
             Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
             _ => None,
         };
-        Ok(FileStore { write_cache, ..Self::of(Arc::new(file), found, block_size, way, read_only, size) })
+        Ok(FileBacking { write_cache, ..Self::of(Arc::new(file), found, block_size, way, read_only, size) })
     }
 
     fn of(
@@ -167,7 +172,7 @@ impl FileStore {
     ) -> Self {
         let caps = Caps { access: way.words(found.as_ref()), size, unit: way.unit };
         let memory = way.access.memory_of(&file, size);
-        FileStore { file, found, block_size, way, read_only, caps, memory, write_cache: None }
+        FileBacking { file, found, block_size, way, read_only, caps, memory, write_cache: None }
     }
 
     /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
@@ -191,7 +196,7 @@ impl FileStore {
     pub fn frozen(&self) -> io::Result<Self> {
         let direct = if self.way.access == Access::Direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
-        Ok(FileStore {
+        Ok(FileBacking {
             file: Arc::new(file),
             way: Way { turns: None, ..self.way.clone() },
             read_only: true,
@@ -214,12 +219,16 @@ impl FileStore {
         };
         let write_cache = self.write_cache.clone();
         let same = Self::of(file, self.found, self.block_size, way, self.read_only, size);
-        Ok(FileStore { write_cache, ..same })
+        Ok(FileBacking { write_cache, ..same })
     }
 
     /// A queue over this layer as the top and `below`, which are frozen, from the one right below it.
-    pub(super) fn open_queue_over(&self, below: &[Arc<FileStore>], depth: u16) -> io::Result<Box<dyn Queue>> {
-        let reached = |layer: &FileStore, file| Reached {
+    pub(super) fn open_queue_over(
+        &self,
+        below: &[Arc<FileBacking>],
+        depth: u16,
+    ) -> io::Result<Box<dyn Queue>> {
+        let reached = |layer: &FileBacking, file| Reached {
             file,
             inline: layer.way.access == Access::Inline,
             memory: layer.memory.clone(),
@@ -232,7 +241,7 @@ impl FileStore {
         Ok(Box::new(queue.with_turns(self.way.turns.clone())?))
     }
 
-    /// See [`Store::next_data`].
+    /// See [`Backing::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         next_data_of(&self.file, from)
     }
@@ -248,7 +257,7 @@ impl FileStore {
     }
 }
 
-impl Store for FileStore {
+impl Backing for FileBacking {
     fn caps(&self) -> &Caps {
         &self.caps
     }
@@ -363,14 +372,14 @@ mod tests {
         let path = dir.path().join("layer");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let store = FileStore::open(&path, false, 512, None).unwrap();
-        let queue = store.open_queue(1).unwrap();
-        drop(store);
+        let backing = FileBacking::open(&path, false, 512, None).unwrap();
+        let queue = backing.open_queue(1).unwrap();
+        drop(backing);
         // The open file of a queue is what the kernel keeps while requests are in flight, whoever else is gone.
         let busy = lock_in_flight(&file(), locks::Kind::Exclusive).unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
         let waiting = std::thread::scope(|scope| {
-            let opens = scope.spawn(|| FileStore::open(&path, false, 512, None).map(drop));
+            let opens = scope.spawn(|| FileBacking::open(&path, false, 512, None).map(drop));
             drop(queue);
             opens.join().unwrap()
         });
@@ -383,13 +392,13 @@ mod tests {
         let path = dir.path().join("layer");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         for read_only in [false, true] {
-            let store = FileStore::open(&path, read_only, 512, None).unwrap();
+            let backing = FileBacking::open(&path, read_only, 512, None).unwrap();
             std::fs::rename(&path, dir.path().join("moved")).unwrap();
-            let queues = [store.open_queue(1).unwrap(), store.open_queue(1).unwrap()];
-            let files = opened(store.file());
+            let queues = [backing.open_queue(1).unwrap(), backing.open_queue(1).unwrap()];
+            let files = opened(backing.file());
             assert_eq!(files.len(), 3);
             // A seek moves the position of one open file, whatever descriptors it has.
-            lseek64(store.file(), 77, Whence::SeekSet).unwrap();
+            lseek64(backing.file(), 77, Whence::SeekSet).unwrap();
             let positions = files.iter().map(|fd| {
                 let info = fd.to_str().unwrap().replace("/fd/", "/fdinfo/");
                 std::fs::read_to_string(info).unwrap().lines().next().unwrap().to_owned()

@@ -236,7 +236,7 @@ impl Record {
         let left: Vec<_> = state.metadata.layers()[stay..].iter().map(|l| l.id).collect();
         let next = |disk: &Arc<Disk>, state: &State| {
             let next = state.layers[..stay].to_vec();
-            let disk = disk.with_layers(disk.geometry(), layers::chain(&next));
+            let disk = disk.with_layers(disk.shape(), layers::chain(&next));
             Ok((disk.context(|| "open its layers")?, next))
         };
         let ((), pause) = switch(state, next, |state| {

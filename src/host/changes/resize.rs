@@ -6,7 +6,7 @@ use crate::base::{Context, Result};
 use crate::catalog::grow::Growth;
 use crate::disk::Disk;
 use crate::host::state::{Record, State, gone};
-use crate::virtio::{Geometry, SECTOR_SIZE};
+use crate::virtio::{SECTOR_SIZE, Shape};
 use crate::volume::layers::{self, Layer};
 use std::sync::Arc;
 
@@ -22,15 +22,15 @@ impl Record {
 
     fn grow(&self, size: u64, state: &mut State) -> Result<()> {
         let top = state.layers.first().ok_or_else(gone)?.clone();
-        let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, top.store.file())?;
+        let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, top.backing.file())?;
         let mut growth = Some(growth);
-        let longer = top.store.lengthened().context(|| "open the top layer anew");
-        let done = longer.and_then(|store| {
+        let longer = top.backing.lengthened().context(|| "open the top layer anew");
+        let done = longer.and_then(|backing| {
             let next = |disk: &Arc<Disk>, state: &State| {
                 let mut next = state.layers.clone();
-                next[0] = Layer { store: Arc::new(store), ..top.clone() };
-                let geometry = Geometry { sectors: size / SECTOR_SIZE, ..disk.geometry() };
-                let disk = disk.with_layers(geometry, layers::chain(&next)).context(|| "open its layers")?;
+                next[0] = Layer { backing: Arc::new(backing), ..top.clone() };
+                let shape = Shape { sectors: size / SECTOR_SIZE, ..disk.shape() };
+                let disk = disk.with_layers(shape, layers::chain(&next)).context(|| "open its layers")?;
                 Ok((disk.hydrating_lowest(state.metadata.layout().leaving()), next))
             };
             switch(state, next, |state| {

@@ -90,7 +90,7 @@ fn open(
     let top = state.layers.first().ok_or_else(gone)?;
     // By the name that it has in the volume's folder: the other one is not this process's to open.
     let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher, Some(top))?;
-    top.store.file().sync_data().context(|| "sync the top layer")?;
+    top.backing.file().sync_data().context(|| "sync the top layer")?;
     Ok((layer, hold))
 }
 
@@ -109,8 +109,8 @@ fn is_linked(own: &Path, layer: &Path) -> Result<()> {
 fn above(disk: &Arc<Disk>, state: &State, top: Layer, leaving: usize) -> Result<(Disk, Vec<Layer>)> {
     disk.flush().context(|| "sync the top layer")?;
     let old_top = state.layers.first().ok_or_else(gone)?;
-    let frozen = old_top.store.frozen().context(|| "open the layer for reading")?;
-    let frozen = Layer { store: Arc::new(frozen), ..old_top.clone() };
+    let frozen = old_top.backing.frozen().context(|| "open the layer for reading")?;
+    let frozen = Layer { backing: Arc::new(frozen), ..old_top.clone() };
     let next: Vec<Layer> = [top, frozen].into_iter().chain(state.layers[1..].iter().cloned()).collect();
     let disk = disk.with_new_top(layers::chain(&next)).context(|| "open its layers")?;
     Ok((disk.hydrating_lowest(leaving), next))

@@ -21,7 +21,7 @@ use crate::events::Event;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::virtio::{Geometry, SECTOR_SIZE};
+use crate::virtio::{SECTOR_SIZE, Shape};
 use crate::volume::layers::{self, Layer};
 use full::Copying;
 
@@ -107,7 +107,7 @@ fn fill(
         Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
     })?;
     let sectors = source.geometry().size() / SECTOR_SIZE;
-    let disk = Disk::layered(Geometry { sectors, block_size, read_only: false }, "", layers::chain(&opened));
+    let disk = Disk::layered(Shape { sectors, block_size, read_only: false }, "", layers::chain(&opened));
     let disk = disk.context(|| "open the layers")?.hydrating();
     drop(opened);
     hydrate(disk, rate, tell)

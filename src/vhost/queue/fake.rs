@@ -1,12 +1,12 @@
-//! For tests: a store that does what it is told when it is told, and the driver of a ring.
+//! For tests: a backing that does what it is told when it is told, and the driver of a ring.
 
-use crate::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
+use crate::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
 use crate::disk::Disk;
 use crate::image::lock::{Access, ImageLock};
 use crate::vhost::dirty::{GuestMemory, RingLog};
 use crate::vhost::queue::Setup;
 use crate::vhost::queue::ring::{Position, Ring};
-use crate::virtio::Geometry;
+use crate::virtio::Shape;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,7 +18,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// What a test sees of the store, and tells it. It knows flushes only.
+/// What a test sees of the backing, and tells it. It knows flushes only.
 #[derive(Default)]
 pub struct Control {
     /// Flushes that were begun.
@@ -53,7 +53,7 @@ impl Control {
     }
 }
 
-struct FakeStore {
+struct FakeBacking {
     control: Arc<Control>,
     caps: Caps,
 }
@@ -65,19 +65,19 @@ struct FakeQueue {
     events: VecDeque<Event>,
 }
 
-/// A disk over such a store.
+/// A disk over such a backing.
 pub fn disk(control: &Arc<Control>) -> Arc<Disk> {
     let file = tempfile::NamedTempFile::new().expect("a file to lock");
     let lock = ImageLock::acquire(file.path(), Access::ReadWrite).expect("nobody has it");
-    let geometry = Geometry { sectors: 2048, block_size: 512, read_only: false };
-    let store = FakeStore {
+    let shape = Shape { sectors: 2048, block_size: 512, read_only: false };
+    let backing = FakeBacking {
         control: control.clone(),
         caps: Caps { access: "fake".into(), size: 1 << 20, unit: 512 },
     };
-    Arc::new(Disk::new(geometry, "", Box::new(store), None, lock))
+    Arc::new(Disk::new(shape, "", Box::new(backing), None, lock))
 }
 
-impl Store for FakeStore {
+impl Backing for FakeBacking {
     fn caps(&self) -> &Caps {
         &self.caps
     }
@@ -184,7 +184,7 @@ impl Queue for FakeQueue {
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
         loop {
             if self.control.broken.load(Ordering::SeqCst) {
-                return Err(io::Error::other("a store that shall be broken"));
+                return Err(io::Error::other("a backing that shall be broken"));
             }
             self.look();
             if !self.events.is_empty() || wait != Wait::Event {

@@ -1,6 +1,6 @@
 //! The thread that serves one queue, from attach to detach, and how others reach it.
 //!
-//! It alone touches its ring, its requests and its io_uring ([`server`]); others send commands through a mailbox that one
+//! It alone touches its ring, its requests and its io_uring (`serve`); others send commands through a mailbox that one
 //! event descriptor announces, and wait for the answer.
 
 mod flushes;

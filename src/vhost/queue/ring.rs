@@ -5,7 +5,7 @@
 
 use crate::vhost::dirty::{GuestMemory, RingLog};
 use crate::virtio::chain::Chain;
-use crate::virtio::{self, Geometry, Parsed, Segment, memory};
+use crate::virtio::{self, Parsed, Segment, Shape, memory};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -111,10 +111,10 @@ impl Ring {
     }
 
     /// Parses the chain at `head`, its data runs going to `data`; `None` if it cannot be answered.
-    pub fn parse(&self, head: u16, geometry: &Geometry, data: &mut Vec<Segment>) -> Option<Parsed> {
+    pub fn parse(&self, head: u16, shape: &Shape, data: &mut Vec<Segment>) -> Option<Parsed> {
         let table = GuestAddress(self.queue.desc_table());
         let chain = Chain::new(&*self.mem, table, self.queue.size(), head);
-        virtio::parse(&*self.mem, chain, geometry, data)
+        virtio::parse(&*self.mem, chain, shape, data)
     }
 
     /// Leaves out what an earlier back-end has taken: with that many chains in flight, the next available index

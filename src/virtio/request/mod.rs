@@ -4,7 +4,7 @@
 //! is found by byte position: the first 16 readable bytes are the header, the last writable byte is the
 //! status, what lies between is data.
 
-use crate::virtio::{Geometry, MAX_DISCARD_SECTORS, memory};
+use crate::virtio::{MAX_DISCARD_SECTORS, Shape, memory};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -44,7 +44,7 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// What the guest asks for. Sectors count 512 bytes and were checked against the disk's [`Geometry`].
+/// What the guest asks for. Sectors count 512 bytes and were checked against the disk's [`Shape`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Fill the data segments from the disk.
@@ -97,7 +97,7 @@ pub struct Parsed {
 pub fn parse<M: GuestMemory>(
     mem: &M,
     chain: impl Iterator<Item = Descriptor>,
-    geometry: &Geometry,
+    shape: &Shape,
     data: &mut Vec<Segment>,
 ) -> Option<Parsed> {
     data.clear();
@@ -140,7 +140,7 @@ pub fn parse<M: GuestMemory>(
         _ => return Some(parsed),
     }
     if let Some(header) = take_header(mem, data, &mut readable) {
-        parsed.op = operation(mem, header, geometry, data, readable);
+        parsed.op = operation(mem, header, shape, data, readable);
         if parsed.op.is_ok() {
             parsed.data_len = data.iter().map(|s| u64::from(s.len)).sum();
         }
@@ -196,7 +196,7 @@ fn take_header<M: GuestMemory>(
 fn operation<M: GuestMemory>(
     mem: &M,
     header: [u8; HEADER_SIZE],
-    geometry: &Geometry,
+    shape: &Shape,
     data: &mut Vec<Segment>,
     readable: usize,
 ) -> Result<Op, Status> {
@@ -207,13 +207,13 @@ fn operation<M: GuestMemory>(
     match kind {
         VIRTIO_BLK_T_IN => {
             data.drain(..readable);
-            transfer(mem, geometry, data, sector, Permissions::Write)?;
+            transfer(mem, shape, data, sector, Permissions::Write)?;
             Ok(Op::Read { sector })
         }
         VIRTIO_BLK_T_OUT => {
-            writable_disk(geometry)?;
+            writable_disk(shape)?;
             data.truncate(readable);
-            transfer(mem, geometry, data, sector, Permissions::Read)?;
+            transfer(mem, shape, data, sector, Permissions::Read)?;
             Ok(Op::Write { sector })
         }
         VIRTIO_BLK_T_FLUSH => {
@@ -226,20 +226,20 @@ fn operation<M: GuestMemory>(
             Ok(Op::GetId)
         }
         VIRTIO_BLK_T_DISCARD => {
-            let (sector, count, flags) = range(mem, geometry, data, readable)?;
+            let (sector, count, flags) = range(mem, shape, data, readable)?;
             // The unmap flag belongs to WRITE_ZEROES alone (virtio 1.3, 5.2.6.2).
             if flags != 0 {
                 return Err(Status::Unsupported);
             }
-            check_range(geometry, sector, count)?;
+            check_range(shape, sector, count)?;
             Ok(Op::Discard { sector, count })
         }
         VIRTIO_BLK_T_WRITE_ZEROES => {
-            let (sector, count, flags) = range(mem, geometry, data, readable)?;
+            let (sector, count, flags) = range(mem, shape, data, readable)?;
             if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
                 return Err(Status::Unsupported);
             }
-            check_range(geometry, sector, count)?;
+            check_range(shape, sector, count)?;
             Ok(Op::WriteZeroes { sector, count, unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 })
         }
         _ => Err(Status::Unsupported),
@@ -248,14 +248,14 @@ fn operation<M: GuestMemory>(
 
 fn transfer<M: GuestMemory>(
     mem: &M,
-    geometry: &Geometry,
+    shape: &Shape,
     data: &[Segment],
     sector: u64,
     access: Permissions,
 ) -> Result<(), Status> {
     let len: u64 = data.iter().map(|s| u64::from(s.len)).sum();
     if !len.is_multiple_of(crate::virtio::SECTOR_SIZE)
-        || !geometry.contains(sector, len / crate::virtio::SECTOR_SIZE)
+        || !shape.contains(sector, len / crate::virtio::SECTOR_SIZE)
     {
         return Err(Status::IoErr);
     }
@@ -267,19 +267,19 @@ fn in_memory<M: GuestMemory>(mem: &M, data: &[Segment], access: Permissions) -> 
     if inside { Ok(()) } else { Err(Status::IoErr) }
 }
 
-fn writable_disk(geometry: &Geometry) -> Result<(), Status> {
-    if geometry.read_only { Err(Status::IoErr) } else { Ok(()) }
+fn writable_disk(shape: &Shape) -> Result<(), Status> {
+    if shape.read_only { Err(Status::IoErr) } else { Ok(()) }
 }
 
 /// Reads the one range of a DISCARD or WRITE_ZEROES request: sector, number of sectors, flags.
 fn range<M: GuestMemory>(
     mem: &M,
-    geometry: &Geometry,
+    shape: &Shape,
     data: &mut Vec<Segment>,
     mut readable: usize,
 ) -> Result<(u64, u32, u32), Status> {
     // Not offered by a read-only device.
-    if geometry.read_only {
+    if shape.read_only {
         return Err(Status::Unsupported);
     }
     data.truncate(readable);
@@ -297,8 +297,8 @@ fn range<M: GuestMemory>(
     Ok((sector, word(8), word(12)))
 }
 
-fn check_range(geometry: &Geometry, sector: u64, count: u32) -> Result<(), Status> {
-    let fits = count <= MAX_DISCARD_SECTORS && geometry.contains(sector, u64::from(count));
+fn check_range(shape: &Shape, sector: u64, count: u32) -> Result<(), Status> {
+    let fits = count <= MAX_DISCARD_SECTORS && shape.contains(sector, u64::from(count));
     if fits { Ok(()) } else { Err(Status::IoErr) }
 }
 

@@ -26,9 +26,9 @@ const WANTED: u64 = 0x4000;
 const STATUS: u64 = 0x7000;
 
 /// 1000 sectors, in blocks of 512 bytes.
-const DISK: Geometry = Geometry { sectors: 1000, block_size: 512, read_only: false };
-const DISK_4K: Geometry = Geometry { block_size: 4096, ..DISK };
-const READ_ONLY: Geometry = Geometry { read_only: true, ..DISK };
+const DISK: Shape = Shape { sectors: 1000, block_size: 512, read_only: false };
+const DISK_4K: Shape = Shape { block_size: 4096, ..DISK };
+const READ_ONLY: Shape = Shape { read_only: true, ..DISK };
 
 /// Address and length of a descriptor that the device reads, or writes.
 #[derive(Clone, Copy)]
@@ -40,12 +40,12 @@ use Part::{In, Out};
 
 struct Guest {
     mem: GuestMemoryMmap<()>,
-    disk: Geometry,
+    disk: Shape,
 }
 
 impl Guest {
     /// With a request's header in memory.
-    fn new(disk: Geometry, kind: u32, sector: u64) -> Self {
+    fn new(disk: Shape, kind: u32, sector: u64) -> Self {
         let ranges = [(GuestAddress(0), END as usize), (GuestAddress(ISLAND), 0x1000)];
         let guest = Guest { mem: GuestMemoryMmap::from_ranges(&ranges).unwrap(), disk };
         guest.put(HEADER, &kind.to_le_bytes());
@@ -253,7 +253,7 @@ fn sectors_are_inside_the_disk_whatever_they_are_multiplied_by() {
 
 #[test]
 fn a_disk_as_large_as_a_number_ends_all_the_same() {
-    let disk = Geometry { sectors: u64::MAX, ..DISK };
+    let disk = Shape { sectors: u64::MAX, ..DISK };
     let last = Guest::new(disk, READ, u64::MAX - 1);
     assert_eq!(last.accept(&wanting(512)).0, Op::Read { sector: u64::MAX - 1 });
     assert_eq!(last.refuse(&wanting(1024)), Status::IoErr);
@@ -296,7 +296,7 @@ fn a_read_only_disk_is_only_read() {
 
 #[test]
 fn ranges_are_one_and_inside_the_disk() {
-    let disk = Geometry { sectors: 1 << 30, ..DISK };
+    let disk = Shape { sectors: 1 << 30, ..DISK };
     let most = MAX_DISCARD_SECTORS;
     for kind in [DISCARD, ZEROES] {
         for (sector, count, expected) in [
@@ -430,7 +430,7 @@ fn data_is_in_guest_memory_to_its_last_byte() {
         (u64::MAX - 510, 512, false),
         (u64::MAX, 512, false),
     ] {
-        let disk = Geometry { sectors: 1 << 30, ..DISK };
+        let disk = Shape { sectors: 1 << 30, ..DISK };
         let read = [Out(HEADER, 16), In(WANTED, 512), In(addr, len), In(STATUS, 1)];
         let write = [Out(HEADER, 16), Out(GIVEN, 512), Out(addr, len), In(STATUS, 1)];
         for (kind, parts) in [(READ, read), (WRITE, write)] {
@@ -487,7 +487,7 @@ fn indirect_tables_are_chains_like_any_other() {
 #[test]
 fn chains_end_at_the_largest_ring() {
     for (count, answered) in [(MAX_DESCRIPTORS, true), (MAX_DESCRIPTORS + 1, false)] {
-        let guest = Guest::new(Geometry { sectors: 2000, ..DISK }, READ, 0);
+        let guest = Guest::new(Shape { sectors: 2000, ..DISK }, READ, 0);
         let data = (2..count).map(|_| In(WANTED, 512));
         let parts: Vec<Part> = [Out(HEADER, 16)].into_iter().chain(data).chain([In(STATUS, 1)]).collect();
         guest.table(TABLE, &parts);
@@ -501,7 +501,7 @@ fn chains_end_at_the_largest_ring() {
 #[test]
 fn more_bytes_than_a_chain_may_have_are_refused() {
     let most = u32::MAX;
-    let guest = Guest::new(Geometry { sectors: u64::MAX, ..DISK }, READ, 0);
+    let guest = Guest::new(Shape { sectors: u64::MAX, ..DISK }, READ, 0);
     let parts = [Out(HEADER, 16), In(WANTED, most), In(WANTED, most), In(STATUS, 1)];
     let parsed = guest.parse(&parts).0.expect("a status can be written");
     assert_eq!((parsed.op, parsed.writable), (Err(Status::IoErr), 1));

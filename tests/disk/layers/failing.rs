@@ -2,11 +2,11 @@
 
 use crate::common::patience::limit;
 use crate::layers::rig::{Keys, Places, read_whole};
-use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
+use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
 use sealblk::disk::hydrate::Hydration;
 use sealblk::disk::{Disk, GuestData};
 use sealblk::image::lock::Access;
-use sealblk::virtio::{Geometry, Segment};
+use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::io;
@@ -27,10 +27,10 @@ enum Seen {
     Written,
 }
 
-/// A store whose first write fails, and whose second is under way until its queue is closed, and until something was seen
+/// A backing whose first write fails, and whose second is under way until its queue is closed, and until something was seen
 /// of the guest's.
 struct Faulty {
-    store: Arc<dyn Store>,
+    backing: Arc<dyn Backing>,
     writes: Arc<AtomicUsize>,
     go_on: Arc<Mutex<Receiver<Seen>>>,
 }
@@ -43,26 +43,27 @@ struct FaultyQueue {
     held: Option<(u64, Op)>,
 }
 
-impl Store for Faulty {
+impl Backing for Faulty {
     fn caps(&self) -> &Caps {
-        self.store.caps()
+        self.backing.caps()
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let (queue, writes, go_on) = (self.store.open_queue(depth)?, self.writes.clone(), self.go_on.clone());
+        let (queue, writes, go_on) =
+            (self.backing.open_queue(depth)?, self.writes.clone(), self.go_on.clone());
         Ok(Box::new(FaultyQueue { queue, writes, go_on, failed: None, held: None }))
     }
 
     fn has_data(&self) -> io::Result<bool> {
-        self.store.has_data()
+        self.backing.has_data()
     }
 
     fn below(&self) -> &[u64] {
-        self.store.below()
+        self.backing.below()
     }
 
     fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
-        self.store.next_data(layer, from)
+        self.backing.next_data(layer, from)
     }
 }
 
@@ -179,7 +180,7 @@ fn write(disk: &Arc<Disk>, sector: u64, bytes: &[u8; 4096], tell: &Sender<Seen>)
 fn what_a_guest_writes_after_a_copy_that_failed_stays() {
     const SECTORS: u64 = 64;
     const SECOND: u64 = 16;
-    let geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+    let shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
     let (mut places, keys) = (Places::new(), Keys::new(512));
     let files = [places.file(0, Some(0), SECTORS), places.file(0, None, SECTORS)];
     // Two runs with a hole between, which are two writes of one chunk.
@@ -190,9 +191,12 @@ fn what_a_guest_writes_after_a_copy_that_failed_stays() {
     let (go, go_on) = channel();
     let mut faulty = chain(&layers);
     let writes = Arc::<AtomicUsize>::default();
-    faulty.store =
-        Arc::new(Faulty { store: faulty.store, writes: writes.clone(), go_on: Arc::new(Mutex::new(go_on)) });
-    let disk = Arc::new(Disk::layered(geometry, "rig", faulty).unwrap().hydrating());
+    faulty.backing = Arc::new(Faulty {
+        backing: faulty.backing,
+        writes: writes.clone(),
+        go_on: Arc::new(Mutex::new(go_on)),
+    });
+    let disk = Arc::new(Disk::layered(shape, "rig", faulty).unwrap().hydrating());
     let hydration = Hydration::new(disk.clone(), 0).unwrap();
     std::thread::scope(|scope| {
         let run = scope.spawn(|| hydration.run());

@@ -7,14 +7,14 @@ use sealblk::disk::Disk;
 use sealblk::disk::hydrate::{End, Hydration};
 use sealblk::image::lock::Access;
 use sealblk::vhost::queue::Tuning;
-use sealblk::virtio::Geometry;
+use sealblk::virtio::Shape;
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 const SECTORS: u64 = 16384;
-const GEOMETRY: Geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+const SHAPE: Shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
 
 /// An unencrypted image below, an empty encrypted layer above: a volume that is being encrypted in place.
 fn in_place(places: &mut Places) -> (Vec<LayerFile>, Vec<u8>) {
@@ -31,7 +31,7 @@ fn in_place(places: &mut Places) -> (Vec<LayerFile>, Vec<u8>) {
 
 fn serve(places: &Places, keys: &Keys, files: &[LayerFile]) -> Served {
     let layers = keys.open_all(files, Access::ReadWrite, 512);
-    let disk = Disk::layered(GEOMETRY, "rig", chain(&layers)).unwrap().hydrating();
+    let disk = Disk::layered(SHAPE, "rig", chain(&layers)).unwrap().hydrating();
     Served::new(places.folder(), Arc::new(disk), layers, &Tuning::default())
 }
 
@@ -72,7 +72,7 @@ fn a_stopped_hydration_goes_on_where_nothing_was_lost() {
     let (mut places, keys) = (Places::new(), Keys::new(512));
     let (files, expected) = in_place(&mut places);
     let open = |files: &[LayerFile]| keys.open_all(files, Access::ReadWrite, 512);
-    let disk = |layers: &[_]| Arc::new(Disk::layered(GEOMETRY, "rig", chain(layers)).unwrap().hydrating());
+    let disk = |layers: &[_]| Arc::new(Disk::layered(SHAPE, "rig", chain(layers)).unwrap().hydrating());
     let layers = open(&files);
     let first = disk(&layers);
     // After one chunk it waits for days: it is stopped in the middle, and while it runs there is no other.
@@ -83,7 +83,7 @@ fn a_stopped_hydration_goes_on_where_nothing_was_lost() {
             std::thread::yield_now();
         }
         assert!(Hydration::new(first.clone(), 0).unwrap().run().is_err());
-        assert!(first.with_layers(GEOMETRY, chain(&layers[..1])).is_err());
+        assert!(first.with_layers(SHAPE, chain(&layers[..1])).is_err());
         slow.stop();
         assert_eq!(runs.join().unwrap(), End::Stopped);
     });

@@ -4,12 +4,12 @@ use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::{Options, Request, Session, SplitRing};
 use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, QUEUES, Served};
-use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
+use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
 use sealblk::disk::{Disk, Layers};
 use sealblk::image::lock::Access;
 use sealblk::vhost::queue::Tuning;
 use sealblk::vhost::queue::qos::{Limits, Qos};
-use sealblk::virtio::Geometry;
+use sealblk::virtio::Shape;
 use sealblk::volume::layers::chain;
 use std::io;
 use std::os::fd::RawFd;
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 const SECTORS: u64 = 4096;
-const GEOMETRY: Geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+const SHAPE: Shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
 
 struct Rig {
     served: Served,
@@ -31,12 +31,12 @@ impl Rig {
         Self::over(tuning, |layers| layers)
     }
 
-    /// A device of one layer, whose store `wrap` may wrap.
+    /// A device of one layer, whose backing `wrap` may wrap.
     fn over(tuning: &Tuning, wrap: impl FnOnce(Layers) -> Layers) -> Self {
         let (mut places, keys) = (Places::new(), Keys::new(512));
         let file = places.file(0, Some(0), SECTORS);
         let layers = keys.open_all(&[file], Access::ReadWrite, 512);
-        let disk = Disk::layered(GEOMETRY, "rig", wrap(chain(&layers))).unwrap();
+        let disk = Disk::layered(SHAPE, "rig", wrap(chain(&layers))).unwrap();
         let served = Served::new(places.folder(), Arc::new(disk), layers, tuning);
         Rig { served, places, keys }
     }
@@ -141,9 +141,9 @@ fn a_pause_that_is_given_up_leaves_everything_as_it_was() {
     // A queue that cannot open the other layers keeps all of them on these.
     let mut paused = rig.served.device.pause(limit()).unwrap();
     let layers = chain(&rig.served.layers);
-    let broken = Gated { store: layers.store.clone(), hold: Arc::default(), broken: true };
-    let broken = Disk::layered(GEOMETRY, "rig", Layers { store: Arc::new(broken), ..layers }).unwrap();
-    let fine = Disk::layered(GEOMETRY, "rig", chain(&rig.served.layers)).unwrap();
+    let broken = Gated { backing: layers.backing.clone(), hold: Arc::default(), broken: true };
+    let broken = Disk::layered(SHAPE, "rig", Layers { backing: Arc::new(broken), ..layers }).unwrap();
+    let fine = Disk::layered(SHAPE, "rig", chain(&rig.served.layers)).unwrap();
     paused.prepare(Arc::new(fine)).unwrap();
     assert!(paused.prepare(Arc::new(broken)).is_err());
     paused.resume();
@@ -157,8 +157,8 @@ fn a_pause_that_is_given_up_leaves_everything_as_it_was() {
 fn a_disk_that_does_not_answer_makes_a_pause_fail_and_nothing_else() {
     let hold: Arc<Hold> = Arc::default();
     let mut rig = Rig::over(&Tuning::default(), |layers| {
-        let store = Gated { store: layers.store.clone(), hold: hold.clone(), broken: false };
-        Layers { store: Arc::new(store), ..layers }
+        let backing = Gated { backing: layers.backing.clone(), hold: hold.clone(), broken: false };
+        Layers { backing: Arc::new(backing), ..layers }
     });
     hold.on.store(true, Ordering::SeqCst);
     let pending = submit(&mut rig.served.session.rings[0], &Request::write(0, &[1; 4096]));
@@ -183,9 +183,9 @@ struct Hold {
     held: AtomicUsize,
 }
 
-/// A store whose operations do not end while they are held, or which cannot be opened.
+/// A backing whose operations do not end while they are held, or which cannot be opened.
 struct Gated {
-    store: Arc<dyn Store>,
+    backing: Arc<dyn Backing>,
     hold: Arc<Hold>,
     broken: bool,
 }
@@ -196,21 +196,21 @@ struct GatedQueue {
     held: Vec<Event>,
 }
 
-impl Store for Gated {
+impl Backing for Gated {
     fn caps(&self) -> &Caps {
-        self.store.caps()
+        self.backing.caps()
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         if self.broken {
             return Err(io::Error::other("broken"));
         }
-        let queue = self.store.open_queue(depth)?;
+        let queue = self.backing.open_queue(depth)?;
         Ok(Box::new(GatedQueue { queue, hold: self.hold.clone(), held: Vec::new() }))
     }
 
     fn has_data(&self) -> io::Result<bool> {
-        self.store.has_data()
+        self.backing.has_data()
     }
 }
 

@@ -12,7 +12,7 @@ use sealblk::backing::{Event, Wait};
 use sealblk::disk::hydrate::{End, Hydration};
 use sealblk::disk::{Disk, DiskQueue, GuestData, Layers, Zeroing};
 use sealblk::image::lock::Access;
-use sealblk::virtio::{Geometry, Segment};
+use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::{Layer, chain};
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -46,7 +46,7 @@ struct Life {
     number: u64,
 }
 
-const GEOMETRY: Geometry = Geometry { sectors: SECTORS, block_size: 512, read_only: false };
+const SHAPE: Shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
 
 impl Life {
     fn new(seed: u64, order: Order) -> Self {
@@ -55,7 +55,7 @@ impl Life {
         let file = places.file(1, random.pick(&[None, Some(0)]), SECTORS);
         let layers = keys.open_all(std::slice::from_ref(&file), Access::ReadWrite, 512);
         let journal = Journal::default();
-        let disk = Arc::new(Disk::layered(GEOMETRY, "power", recorded(&layers, 0, &journal)).unwrap());
+        let disk = Arc::new(Disk::layered(SHAPE, "power", recorded(&layers, 0, &journal)).unwrap());
         let model = Model::new(SECTORS);
         let (files, stack) = (vec![file], vec![0]);
         Life { random, places, keys, order, journal, files, stack, layers, disk, model, number: 0 }
@@ -138,14 +138,14 @@ impl Life {
             self.note(Entry::Record { files: self.stack.clone() });
         }
         let layers = recorded(&self.layers, self.stack[0], &self.journal);
-        self.disk = Arc::new(self.disk.with_layers(GEOMETRY, layers).unwrap());
+        self.disk = Arc::new(self.disk.with_layers(SHAPE, layers).unwrap());
     }
 }
 
 fn recorded(layers: &[Layer], top: usize, journal: &Journal) -> Layers {
     let layers = chain(layers);
-    let store = Recorded { store: layers.store.clone(), file: top, journal: journal.clone() };
-    Layers { store: Arc::new(store), ..layers }
+    let backing = Recorded { backing: layers.backing.clone(), file: top, journal: journal.clone() };
+    Layers { backing: Arc::new(backing), ..layers }
 }
 
 /// Does one step of a guest's and waits for it.
@@ -218,7 +218,7 @@ fn cut_everywhere(journal: &[Entry], made: &[LayerFile], seed: u64) {
         for (stack, model, what) in snapshots.chain([volume]) {
             let stack: Vec<_> = stack.iter().map(|&number| files[number].clone()).collect();
             let layers = keys.open_all(&stack, Access::Read, 512);
-            let disk = Arc::new(Disk::layered(GEOMETRY, "power", chain(&layers)).unwrap());
+            let disk = Arc::new(Disk::layered(SHAPE, "power", chain(&layers)).unwrap());
             model.clone().check(0, &read_whole(&disk, 256 << 10), &format!("{what} after {place} entries"));
         }
     }

@@ -12,7 +12,7 @@ use sealblk::disk::Disk;
 use sealblk::disk::hydrate::End;
 use sealblk::image::lock::Access;
 use sealblk::vhost::queue::Tuning;
-use sealblk::virtio::Geometry;
+use sealblk::virtio::Shape;
 use sealblk::volume::layers::chain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,14 +48,14 @@ impl Life {
         Life { random, places, keys, block, files: vec![file], model, frozen: Vec::new(), number: 0 }
     }
 
-    fn geometry(&self) -> Geometry {
-        Geometry { sectors: self.model.sectors(), block_size: self.block, read_only: false }
+    fn shape(&self) -> Shape {
+        Shape { sectors: self.model.sectors(), block_size: self.block, read_only: false }
     }
 
     fn serve(&mut self) -> Served {
         let layers = self.keys.open_all(&self.files, Access::ReadWrite, self.block);
         let tuning = Tuning { in_order: self.random.below(4) == 0, ..Tuning::default() };
-        let disk = Disk::layered(self.geometry(), "rig", chain(&layers)).unwrap();
+        let disk = Disk::layered(self.shape(), "rig", chain(&layers)).unwrap();
         let disk = if self.random.below(2) == 0 { disk.hydrating() } else { disk };
         Served::new(self.places.folder(), Arc::new(disk), layers, &tuning)
     }
@@ -99,9 +99,9 @@ impl Life {
         }
         for (files, mut model) in std::mem::take(&mut self.frozen) {
             let sectors = model.sectors();
-            let geometry = Geometry { sectors, block_size: self.block, read_only: true };
+            let shape = Shape { sectors, block_size: self.block, read_only: true };
             let layers = self.keys.open_all(&files, Access::Read, self.block);
-            let disk = Arc::new(Disk::layered(geometry, "rig", chain(&layers)).unwrap());
+            let disk = Arc::new(Disk::layered(shape, "rig", chain(&layers)).unwrap());
             model.check(0, &read_whole(&disk, 64 << 10), "a frozen state");
         }
     }

@@ -1,7 +1,7 @@
-//! A store that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
+//! A backing that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
 //! at any place in it.
 
-use sealblk::backing::{Buffer, Caps, Event, InMemory, Op, Queue, Store, Wait};
+use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
@@ -33,9 +33,9 @@ pub enum Entry {
     Acknowledged,
 }
 
-/// A store whose top is the file of that number.
+/// A backing whose top is the file of that number.
 pub struct Recorded {
-    pub store: Arc<dyn Store>,
+    pub backing: Arc<dyn Backing>,
     pub file: usize,
     pub journal: Journal,
 }
@@ -48,26 +48,26 @@ struct RecordedQueue {
     ids: HashMap<u64, u64>,
 }
 
-impl Store for Recorded {
+impl Backing for Recorded {
     fn caps(&self) -> &Caps {
-        self.store.caps()
+        self.backing.caps()
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let (queue, journal) = (self.store.open_queue(depth)?, self.journal.clone());
+        let (queue, journal) = (self.backing.open_queue(depth)?, self.journal.clone());
         Ok(Box::new(RecordedQueue { queue, file: self.file, journal, ids: HashMap::new() }))
     }
 
     fn has_data(&self) -> io::Result<bool> {
-        self.store.has_data()
+        self.backing.has_data()
     }
 
     fn below(&self) -> &[u64] {
-        self.store.below()
+        self.backing.below()
     }
 
     fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
-        self.store.next_data(layer, from)
+        self.backing.next_data(layer, from)
     }
 }
 

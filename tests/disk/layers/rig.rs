@@ -14,7 +14,7 @@ use sealblk::vhost::listener::{self, Socket, Stop};
 use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::Inlet;
 use sealblk::vhost::tenure::{Serving as Queues, Sole};
-use sealblk::virtio::{Segment, SharedGeometry};
+use sealblk::virtio::{Segment, SharedShape};
 use sealblk::volume::layers::{Layer, chain};
 use std::fs::File;
 use std::os::unix::net::UnixListener;
@@ -124,11 +124,11 @@ impl Served {
         let workers = (0..QUEUES).map(|n| {
             Worker::spawn(n, disk.clone(), tuning.clone(), |why| panic!("a worker died: {why}")).unwrap()
         });
-        let geometry = Arc::new(SharedGeometry::new(disk.geometry()));
+        let shape = Arc::new(SharedShape::new(disk.shape()));
         let device = Queues::new(disk.clone(), workers.collect::<Vec<_>>());
         let served = Arc::new(Device {
             tenure: Arc::new(Sole(device.clone())),
-            geometry,
+            shape,
             inlet: Inlet::new(folder, "inner").unwrap(),
             channel: Arc::default(),
             queues: QUEUES as u16,
@@ -160,8 +160,8 @@ impl Served {
         let mut paused = self.device.pause(limit()).unwrap();
         self.layers.truncate(self.layers.len() - self.leaving);
         self.leaving = 0;
-        let geometry = paused.disk().geometry();
-        let disk = paused.disk().with_layers(geometry, chain(&self.layers)).unwrap();
+        let shape = paused.disk().shape();
+        let disk = paused.disk().with_layers(shape, chain(&self.layers)).unwrap();
         paused.prepare(Arc::new(disk)).unwrap();
         paused.resume();
         self.layers.len()
@@ -219,7 +219,7 @@ impl Hydrating {
 pub fn read_whole(disk: &Arc<Disk>, piece: usize) -> Vec<u8> {
     let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), piece)]).unwrap();
     let mut queue = disk.open_queue(4).unwrap();
-    let size = disk.geometry().sectors * 512;
+    let size = disk.shape().sectors * 512;
     let mut all = Vec::new();
     while (all.len() as u64) < size {
         let len = piece.min((size - all.len() as u64) as usize);

@@ -17,8 +17,7 @@ impl Server {
             inflight.take(head);
         }
         let request = &mut self.requests[usize::from(slot)];
-        let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().geometry(), &mut request.segments)
-        else {
+        let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().shape(), &mut request.segments) else {
             self.free.push(slot);
             self.answer(head, 0);
             return None;
