@@ -10,6 +10,8 @@ use std::ops::Range;
 const SECTOR: usize = 512;
 /// More descriptors than any request here takes.
 const MOST_DESCS: usize = 24;
+/// More bytes of the guest's memory than any request here takes.
+const MOST_MEMORY: u64 = 64 << 10;
 
 /// Numbers that are the same for the same seed (xorshift, Marsaglia 2003).
 #[derive(Clone, Debug)]
@@ -111,9 +113,9 @@ impl Load {
         self.doing.iter().map(|d| d.pending.head).collect()
     }
 
-    /// Puts one request on the ring; false if that has no room.
+    /// Puts one request on the ring; false if that or the guest's memory has no room until others have completed.
     pub fn submit(&mut self, ring: &mut SplitRing) -> Result<bool> {
-        if ring.free_descs() < MOST_DESCS {
+        if ring.free_descs() < MOST_DESCS || ring.mem.room() < MOST_MEMORY {
             return Ok(false);
         }
         let (request, sectors, effect) = self.next_request();

@@ -188,6 +188,13 @@ impl GuestMem {
         self.regions[region].spec.guest + start
     }
 
+    /// How many bytes can be taken before all buffers have been released.
+    pub fn room(&self) -> u64 {
+        let region = self.data_region();
+        let arenas = self.arenas.lock().expect("no panic while locked");
+        self.regions[region].spec.size - arenas[region].next
+    }
+
     /// Gives back `count` buffers.
     pub fn release(&self, count: usize) {
         let mut arenas = self.arenas.lock().expect("no panic while locked");
