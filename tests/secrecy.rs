@@ -11,7 +11,7 @@ use crate::common::frontend::{Framing, Request, Segment, Session, block};
 use crate::common::kms_server::{KmsServer, set};
 use crate::common::leaks::{Needles, children, look_through};
 use crate::common::patience::{limit, wait_for};
-use crate::common::process::wait_within;
+use crate::common::process::{tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -579,6 +579,7 @@ fn passphrase_set(kms: &KmsServer) -> (Command, File) {
     let new = piped(&mut command, 51);
     command.current_dir(kms.folders().0).stdout(Stdio::null());
     let_it_dump(&mut command);
+    tie_to_test(&mut command, vec![]);
     (command, new)
 }
 

@@ -1,6 +1,7 @@
 //! `sealblk volume`, `sealblk events` and the settings, through the binary: what a user types, reads and finds
 //! on disk, and that a refusal changes nothing.
 
+use crate::common::process::tie_to_test;
 use sealblk::base::root::Root;
 use sealblk::catalog::Catalog;
 use sealblk::catalog::lock::{Holder, Purpose, VolumeLock};
@@ -315,6 +316,7 @@ struct Follower {
 impl Follower {
     fn start(store: &Store) -> Self {
         let mut command = store.command(&["events", "--follow", "--json"]);
+        tie_to_test(&mut command, vec![]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Follower { child, lines }
