@@ -170,11 +170,14 @@ fn a_fresh_volume_with_somebodys_layer_below_is_refused() {
     two.rig.place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "plain", "--unencrypted"]);
     let plain = two.rig.reader().volume("plain").top().id;
     let layer = two.rig.reader().catalog().layer_path(plain);
-    fs::write(layer, vec![0x41; 8 << 20]).unwrap();
     edit(&two.volume_json("fresh"), |v| {
         let lower = json!({"id": plain, "key": null, "masked": false, "size": 8 << 20});
         v["layers"].as_array_mut().unwrap().push(lower);
     });
+    // Whose volume still writes to it, and when nobody's does.
+    two.refused("fresh", 7, "is named by");
+    two.rig.place.store.ok(&["volume", "delete", "plain"]);
+    fs::write(layer, vec![0x41; 8 << 20]).unwrap();
     two.refused("fresh", 7, "nothing says where the layers below its top are from");
 }
 
