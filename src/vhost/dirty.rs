@@ -6,13 +6,12 @@
 //! has the new bytes already. vm-memory's own tracking is not used: it would ask at every access.
 
 use crate::base::sync::ReadWriteLocked;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use std::fs::File;
+use crate::vhost::shared;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
-use vm_memory::{FileOffset, GuestMemoryMmap, MmapRegion, VolatileMemory};
+use vm_memory::{GuestMemoryMmap, MmapRegion, VolatileMemory};
 
 /// Guest memory as the data path uses it.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -35,23 +34,11 @@ impl Bitmap {
     /// # Errors
     /// A file that is shorter, or that could become so: touching what is gone would end the process.
     pub fn map(fd: OwnedFd, offset: u64, size: u64) -> io::Result<Self> {
-        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("dirty log: {what}"));
+        const WHAT: &str = "dirty log";
         if size == 0 || !offset.is_multiple_of(4096) {
-            return Err(invalid("it is empty, or its offset is not page-aligned"));
+            return Err(shared::invalid(WHAT, "it is empty, or its offset is not page-aligned"));
         }
-        // VMMs seal it themselves; what is no memory file cannot be sealed.
-        let _ = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));
-        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);
-        if !seals.contains(SealFlag::F_SEAL_SHRINK) {
-            return Err(invalid("its file cannot be sealed against shrinking"));
-        }
-        let file = File::from(fd);
-        let end = offset.checked_add(size).ok_or_else(|| invalid("its end is beyond any file"))?;
-        if file.metadata()?.len() < end {
-            return Err(invalid("longer than its file"));
-        }
-        let map = MmapRegion::from_file(FileOffset::new(file, offset), size as usize);
-        Ok(Bitmap { map: map.map_err(|e| invalid(&e.to_string()))? })
+        Ok(Bitmap { map: shared::map(WHAT, fd, offset, size)? })
     }
 
     /// Whether it has a bit for every page below guest address `end`.
@@ -163,6 +150,7 @@ impl RingLog {
 mod tests {
     use super::*;
     use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::fs::File;
     use std::os::unix::fs::FileExt;
 
     fn file(len: u64, flags: MFdFlags) -> File {

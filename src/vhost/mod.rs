@@ -15,5 +15,6 @@ pub mod listener;
 pub mod pause;
 pub mod queue;
 pub mod session;
+mod shared;
 pub mod tenure;
 pub mod vring;

@@ -10,14 +10,14 @@
 //!
 //! The memory is the front-end's as well: what is read here is checked like anything that it sends.
 
+use crate::vhost::shared;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 const VERSION: u16 = 1;
 const HEADER: usize = 16;
@@ -69,29 +69,16 @@ pub struct Inflight {
 impl Inflight {
     /// Maps what the front-end gave.
     pub fn map(description: Description, fd: OwnedFd) -> io::Result<Arc<Self>> {
-        let invalid =
-            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("in-flight region: {what}"));
+        const WHAT: &str = "in-flight region";
         let Description { size, offset, queues, queue_size } = description;
         if Description::new(queues, queue_size).size > size {
-            return Err(invalid("too small for its queues"));
+            return Err(shared::invalid(WHAT, "too small for its queues"));
         }
         if !offset.is_multiple_of(4096) {
-            return Err(invalid("its offset is not page-aligned"));
+            return Err(shared::invalid(WHAT, "its offset is not page-aligned"));
         }
-        // A sealed file stays as long as it is now; beyond its end would be SIGBUS. Ours are sealed, and a front-end
-        // that makes its own, after a migration, can seal them: no other file is taken.
-        let _ = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));
-        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);
-        if !seals.contains(SealFlag::F_SEAL_SHRINK) {
-            return Err(invalid("its file cannot be sealed against shrinking"));
-        }
-        let file = File::from(fd);
-        let end = offset.checked_add(size).ok_or_else(|| invalid("its end is beyond any file"))?;
-        if file.metadata()?.len() < end {
-            return Err(invalid("longer than its file"));
-        }
-        let map = MmapRegion::from_file(FileOffset::new(file, offset), size as usize);
-        let map = map.map_err(|e| invalid(&e.to_string()))?;
+        // A front-end that makes its own, after a migration, can seal it: no other file is taken.
+        let map = shared::map(WHAT, fd, offset, size)?;
         Ok(Arc::new(Inflight { map, description }))
     }
 
