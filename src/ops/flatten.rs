@@ -8,18 +8,15 @@ use super::Store;
 use super::reach::{Reach, is_attached};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
-use crate::catalog::metadata::KeyOwner;
 use crate::catalog::{Metadata, VolumeId, leaving, rekey};
-use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
 use crate::events::{Event, EventLog};
 use crate::host::changes::hydrate::kms_key;
 use crate::host::control;
 use crate::host::status::Progress;
-use crate::image::lock::Access;
 use crate::volume::layers;
-use crate::volume::open::{Deks, Opened, Opening, open, shape};
+use crate::volume::open::{Opened, Taken, shape};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
@@ -92,12 +89,8 @@ fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progre
     let catalog = store.catalog();
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
     let lock = VolumeLock::acquire(&catalog.folder(id), id, &holder)?;
-    let keys = |metadata: &Metadata| {
-        let unwrap = |key| store.unwrap(KeyOwner::Volume(id), key).map_err(|failure| failure.error);
-        metadata.keys().iter().map(|key| unwrap(key).map(Arc::new)).collect::<Result<Deks>>()
-    };
-    let (Opened { mut metadata, seal_key, layers }, _) =
-        open(&catalog, &lock, Opening::Change, Access::ReadWrite, Engine::Auto, keys)?;
+    let Taken { lock, opened } = store.open_taken(lock).map_err(|failure| failure.error)?;
+    let Opened { mut metadata, seal_key, layers } = opened;
     let leaving = metadata.layout().leaving();
     if leaving == 0 {
         return Ok(metadata);

@@ -38,12 +38,15 @@ use crate::base::Result;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::catalog::Catalog;
+use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyOwner, KeyRecord};
 use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::events::EventLog;
 use crate::helper::unwrap;
+use crate::image::lock::Access;
 use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
+use crate::volume::open::{Opening, Taken};
 use keys::NamedKey;
 
 /// A store, as the use cases see it: where it lies, its settings, and the proof that this process may see keys.
@@ -112,6 +115,12 @@ impl Store {
     /// `Unsupported` for a KMS that this version does not know; those of the KMS.
     pub fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
         kms::open_provider(self.hardened, &self.root, name)
+    }
+
+    /// Opens a volume that was taken, to change it.
+    fn open_taken(&self, lock: VolumeLock) -> Result<Taken, Failure> {
+        let unwrap = |owner, key: &_| self.unwrap(owner, key);
+        Taken::open(&self.catalog(), lock, Opening::Change, Access::ReadWrite, &unwrap)
     }
 
     /// Unwraps a data key by a helper process, as an attach does.

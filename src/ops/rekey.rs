@@ -16,10 +16,8 @@ use crate::crypt::secret_mem::SecretFd;
 use crate::events::Event;
 use crate::helper::unwrap;
 use crate::host::control::conversation;
-use crate::image::lock::Access;
 use crate::kms::patience::Patience;
 use crate::kms::{Failure, KeyRef};
-use crate::volume::open::{Opening, Taken};
 use std::time::Duration;
 
 /// What came of giving a volume another data key.
@@ -97,8 +95,7 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
 /// Gives a volume that nobody has attached a new top layer under the new data key, and marks all below to be copied up.
 fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure> {
     let catalog = store.catalog();
-    let unwrap = |owner, key: &_| store.unwrap(owner, key);
-    let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
+    let mut taken = store.open_taken(lock)?;
     let lock = &taken.lock;
     let (metadata, top) = (&mut taken.opened.metadata, taken.opened.layers[0].backing.file());
     check_encrypted(metadata)?;

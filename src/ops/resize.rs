@@ -11,10 +11,9 @@ use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::{Metadata, VolumeId};
 use crate::events::Event;
 use crate::host::control;
-use crate::image::lock::Access;
 use crate::kms::Failure;
 use crate::vhost::gate::Told;
-use crate::volume::open::{Opened, Opening, Taken};
+use crate::volume::open::Opened;
 
 /// A volume that was made larger, or has that size already.
 pub struct Resized {
@@ -61,8 +60,7 @@ fn grow(store: &Store, id: VolumeId, size: u64) -> Result<Option<Told>, Failure>
 /// Makes a volume larger that nobody has attached.
 fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
     let catalog = store.catalog();
-    let unwrap = |owner, key: &_| store.unwrap(owner, key);
-    let mut taken = Taken::open(&catalog, lock, Opening::Change, Access::ReadWrite, &unwrap)?;
+    let mut taken = store.open_taken(lock)?;
     let Opened { metadata, seal_key, layers } = &mut taken.opened;
     let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].backing.file())?;
     Ok(growth.commit(&catalog, &taken.lock, metadata, seal_key.as_ref())?)

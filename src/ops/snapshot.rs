@@ -11,14 +11,13 @@ use crate::base::root::create_dir_durable;
 use crate::base::{Context, Error, Result, Timestamp};
 use crate::catalog::freeze::{self, Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
-use crate::catalog::lock::{Purpose, VolumeLock};
+use crate::catalog::lock::Purpose;
 use crate::catalog::snapshot::Label;
 use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
 use crate::events::Event;
 use crate::host::control::conversation::Freezing;
-use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::volume::open::{Opening, Taken, Unwrap};
+use crate::volume::open::Taken;
 use std::time::Duration;
 
 /// A snapshot that was made.
@@ -81,8 +80,8 @@ fn begin<'a>(
     match Reach::of(catalog, id, Purpose::Snapshot)? {
         Reach::Host => Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?))),
         Reach::Mine(lock) => {
-            let unwrap = |owner, key: &_| store.unwrap(owner, key);
-            Ok(Making::Detached(id, Box::new(Detached::begin(catalog, lock, &unwrap)?)))
+            let taken = store.open_taken(lock)?;
+            Ok(Making::Detached(id, Box::new(Detached::begin(catalog, taken)?)))
         }
     }
 }
@@ -124,9 +123,8 @@ struct Detached<'a> {
 }
 
 impl<'a> Detached<'a> {
-    /// Opens the volume, makes the new layer and syncs the old one.
-    fn begin(catalog: &'a Catalog, lock: VolumeLock, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
-        let taken = Taken::open(catalog, lock, Opening::Change, Access::ReadWrite, unwrap)?;
+    /// Makes the new layer and syncs the old one.
+    fn begin(catalog: &'a Catalog, taken: Taken) -> Result<Self> {
         let freeze = Freeze::begin(catalog, &taken.lock, &taken.opened.metadata, Maker::Command)?;
         let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
         let begun = Detached { catalog, taken, freeze: Some(freeze) };
