@@ -26,7 +26,6 @@ use nix::fcntl::{Flock, OFlag};
 use serde::Serialize;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use tail::Tail;
@@ -197,11 +196,8 @@ fn write(file: &mut Flock<File>, torn: bool, line: &[u8]) -> Result<()> {
 
 /// Whether `path` leads to this file, as far as a process may look that has given up its rights since it opened it.
 fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
-    let ours = file.metadata()?;
-    match path.symlink_metadata() {
-        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+    match files::is_at(file, path) {
         Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(true),
-        Err(e) => Err(e),
+        known => known,
     }
 }

@@ -87,14 +87,8 @@ impl Catalog {
     /// The id of every folder that is named like a volume, sorted, whether it holds one or not.
     pub(crate) fn folders(&self) -> Result<Vec<VolumeId>> {
         let volumes = self.root.volumes();
-        let attempt = || format!("list {}", volumes.display());
-        let names = match files::names(&volumes) {
-            Ok(names) => names,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::from(e).context(attempt())),
-        };
         let mut ids = Vec::new();
-        for name in names {
+        for name in files::names_if_there(&volumes)? {
             ids.extend(name.to_str().and_then(|name| name.parse::<VolumeId>().ok()));
         }
         ids.sort_unstable();

@@ -8,7 +8,6 @@ use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Whether whoever takes the events wants more.
@@ -118,7 +117,7 @@ impl EventReader {
         let Some(file) = &mut self.file else { return Ok(false) };
         let ours = file.get_ref().metadata()?;
         let same = match self.path.symlink_metadata() {
-            Ok(there) => (there.dev(), there.ino()) == (ours.dev(), ours.ino()),
+            Ok(there) => files::is_same(&ours, &there),
             // Moved away: what is still written to it is still ours.
             Err(_) => true,
         };

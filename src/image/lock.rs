@@ -12,7 +12,6 @@ use crate::base::{Context, Error, Kind, Result};
 use nix::fcntl::OFlag;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 const USED: i64 = 100;
@@ -101,8 +100,7 @@ impl ImageLock {
 
     /// Whether what is locked is `file`, and not another that had its name for a moment.
     pub fn is_on(&self, file: &File) -> std::io::Result<bool> {
-        let (ours, theirs) = (self.file.metadata()?, file.metadata()?);
-        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+        Ok(files::is_same(&self.file.metadata()?, &file.metadata()?))
     }
 
     /// Lets others read too: from now on this is as if it had been acquired for [`Access::Read`].

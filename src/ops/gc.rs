@@ -5,7 +5,7 @@
 //! record leads to as well, such as a layer whose volume's folder was removed by hand.
 
 use crate::base::root::{files, sync_dir};
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{StoreLock, named_layers};
 use crate::catalog::{self, Catalog, LayerId, VolumeId, leaving, pending};
@@ -13,6 +13,7 @@ use crate::helper::grants::{self, Note, notes};
 use crate::image::lock::{Access, ImageLock};
 use crate::ops::Store;
 use crate::ops::delete::clear_remains;
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -189,18 +190,8 @@ fn find(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
 /// meanwhile is not among them, and one that was made before was named before.
 fn unnamed_layers(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
     let folder = catalog.root().layers();
-    let attempt = || format!("list {}", folder.display());
-    let mut layers = Vec::new();
-    match files::names(&folder) {
-        Ok(names) => {
-            for name in names {
-                let id = name.to_str().and_then(|name| name.strip_suffix(".img")?.parse::<LayerId>().ok());
-                layers.extend(id);
-            }
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(Error::from(e).context(attempt())),
-    }
+    let id = |name: OsString| name.to_str()?.strip_suffix(".img")?.parse::<LayerId>().ok();
+    let mut layers: Vec<LayerId> = files::names_if_there(&folder)?.into_iter().filter_map(id).collect();
     layers.sort_unstable();
     let named = named_layers(catalog, store)?;
     let unnamed = layers.into_iter().filter(|layer| !named.contains(layer)).map(|l| catalog.layer_path(l));

@@ -18,7 +18,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{LinkatFlags, UnlinkatFlags};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -146,16 +146,29 @@ pub fn names(path: &Path) -> io::Result<Vec<OsString>> {
     Ok(names)
 }
 
+/// The names in a folder, in no order; none where there is no folder.
+pub fn names_if_there(path: &Path) -> Result<Vec<OsString>> {
+    match names(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        names => names.context(|| format!("list {}", path.display())),
+    }
+}
+
 /// Whether there is anything of that name; where that cannot be told, there is not.
 pub fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
+}
+
+/// Whether two of these are of one file.
+pub fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
 /// Whether `path` means the file that is open.
 pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
     match path.symlink_metadata() {
-        Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+        Ok(there) => Ok(is_same(&ours, &there)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
     }
@@ -172,12 +185,25 @@ impl<'a> Place<'a> {
         let name = path.file_name().ok_or_else(|| strange("it is no file's name"))?;
         Ok(Place { folder: folder(parent_of(path))?, name })
     }
+
+    /// Whether the name is this file's, and not another's by now.
+    fn means(&self, file: &File) -> io::Result<bool> {
+        let (ours, there) = (fstat(file)?, fstatat(&self.folder, self.name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
+        Ok((ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino))
+    }
+
+    fn unlink(&self) -> io::Result<()> {
+        Ok(nix::unistd::unlinkat(&self.folder, self.name, UnlinkatFlags::NoRemoveDir)?)
+    }
+}
+
+fn replaced() -> io::Error {
+    io::Error::new(ErrorKind::ResourceBusy, "it was replaced by another file just now")
 }
 
 /// Removes a name that is no folder's: what a symbolic link leads to stays.
 pub fn remove(path: &Path) -> io::Result<()> {
-    let Place { folder, name } = Place::of(path)?;
-    Ok(nix::unistd::unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
+    Place::of(path)?.unlink()
 }
 
 /// As [`remove`]; a name that is not there is as good.
@@ -190,12 +216,11 @@ pub fn remove_if_there(path: &Path) -> io::Result<()> {
 
 /// Removes the name of a file that is open, unless another file has the name by now.
 pub fn remove_name_of(file: &File, path: &Path) -> io::Result<()> {
-    let Place { folder, name } = Place::of(path)?;
-    let (ours, there) = (fstat(file)?, fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
-    if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino) {
-        return Err(io::Error::new(ErrorKind::ResourceBusy, "it was replaced by another file just now"));
+    let place = Place::of(path)?;
+    if !place.means(file)? {
+        return Err(replaced());
     }
-    Ok(nix::unistd::unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)?)
+    place.unlink()
 }
 
 /// Removes a folder and the files in it; one with a folder in it stays.
@@ -221,13 +246,12 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 pub fn link(file: &File, from: &Path, to: &Path) -> io::Result<()> {
     let (from, to) = (Place::of(from)?, Place::of(to)?);
     nix::unistd::linkat(&from.folder, from.name, &to.folder, to.name, LinkatFlags::empty())?;
-    let (ours, there) = (fstat(file)?, fstatat(&to.folder, to.name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
-    if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino) {
+    if to.means(file)? {
         return Ok(());
     }
     // This process has made that name just now, whatever it means.
-    nix::unistd::unlinkat(&to.folder, to.name, UnlinkatFlags::NoRemoveDir)?;
-    Err(io::Error::new(ErrorKind::ResourceBusy, "it was replaced by another file just now"))
+    to.unlink()?;
+    Err(replaced())
 }
 
 /// Makes a regular file or block device have these permissions.

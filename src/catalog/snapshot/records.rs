@@ -74,14 +74,8 @@ impl Catalog {
 
     fn snapshot_files(&self, ending: &str) -> Result<Vec<SnapshotId>> {
         let folder = self.root().snapshots();
-        let attempt = || format!("list {}", folder.display());
-        let names = match files::names(&folder) {
-            Ok(names) => names,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::from(e).context(attempt())),
-        };
         let mut ids = Vec::new();
-        for name in names {
+        for name in files::names_if_there(&folder)? {
             let stem = name.to_str().and_then(|name| name.strip_suffix(ending)?.strip_suffix('.'));
             ids.extend(stem.and_then(|stem| stem.parse::<SnapshotId>().ok()));
         }

@@ -10,7 +10,6 @@ use crate::catalog::VolumeId;
 use crate::config::Settings;
 use crate::kms::patience::Patience;
 use serde::{Deserialize, Serialize};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -103,13 +102,8 @@ impl Notes {
 
     /// All notes of the store, by volume. What cannot be read is logged and left.
     pub fn list(&self) -> Result<Vec<Note>> {
-        let attempt = || format!("list {}", self.folder.display());
-        let names = match files::names(&self.folder) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            names => names.context(attempt)?,
-        };
         let mut notes = Vec::new();
-        for name in names {
+        for name in files::names_if_there(&self.folder)? {
             let path = self.folder.join(name);
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
@@ -140,12 +134,8 @@ impl Notes {
 /// Those of the file system.
 pub fn old(root: &Root) -> Result<Vec<PathBuf>> {
     let folder = root.grants();
-    let attempt = || format!("list {}", folder.display());
-    let names = match files::names(&folder) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        names => names.context(attempt)?,
-    };
-    let mut found: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
+    let names = files::names_if_there(&folder)?.into_iter();
+    let mut found: Vec<PathBuf> = names.map(|name| folder.join(name)).collect();
     found.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
     found.sort_unstable();
     Ok(found)

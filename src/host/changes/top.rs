@@ -4,6 +4,7 @@
 //! there, and the command that asked links that to where layers lie.
 
 use super::{PATIENCE, switch};
+use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
@@ -15,7 +16,6 @@ use crate::host::state::{Record, State, gone};
 use crate::image::lock::Access;
 use crate::volume::layers::{self, Layer};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,9 +96,8 @@ fn open(
 
 /// Looks whether the client has done its part.
 fn is_linked(own: &Path, layer: &Path) -> Result<()> {
-    let id = |path| std::fs::symlink_metadata(path).map(|m: std::fs::Metadata| (m.dev(), m.ino()));
-    match id(layer) {
-        Ok(there) if there == id(own)? => Ok(()),
+    match layer.symlink_metadata() {
+        Ok(there) if files::is_same(&there, &own.symlink_metadata()?) => Ok(()),
         // The process may run as a user who sees nothing but his own volume's folder.
         Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(()),
         _ => Err(Error::new(Kind::NotFound, format!("{} was not made", layer.display()))),

@@ -14,7 +14,7 @@ use crate::kms::embedded::{anchor, root_key};
 use nix::fcntl::OFlag;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -81,11 +81,8 @@ impl OpenLog {
 
     /// Whether the file at the log's path is still this one, and has not become shorter.
     pub fn is_current(&self) -> bool {
-        let same = |a: std::fs::Metadata, b: std::fs::Metadata| {
-            (a.dev(), a.ino()) == (b.dev(), b.ino()) && b.len() >= self.end
-        };
         match (self.file.metadata(), self.path.symlink_metadata()) {
-            (Ok(mine), Ok(theirs)) => same(mine, theirs),
+            (Ok(mine), Ok(theirs)) => files::is_same(&mine, &theirs) && theirs.len() >= self.end,
             _ => false,
         }
     }
