@@ -1,11 +1,12 @@
 //! What the tests share.
 
 // Each test binary uses its own part of this.
-#![allow(dead_code, unused_imports)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 pub mod attach;
 pub mod content;
 pub mod disk;
+pub mod forward;
 pub mod frontend;
 pub mod guest;
 pub mod killed;

@@ -1,10 +1,11 @@
 //! What a guest is told when its disk fails, and what "durable" means in write-through, over a backing that records
 //! every operation and fails on demand.
 
+use crate::common::forward::forward;
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Options, Request, Segment, Session};
 use sealblk::backing::file::FileBacking;
-use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
+use sealblk::backing::{Backing, Event, InMemory, Op, Queue};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
 use sealblk::vhost::device::Device;
@@ -15,7 +16,6 @@ use sealblk::vhost::tenure::{Serving, Sole};
 use sealblk::virtio::{Shape, SharedShape};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -50,51 +50,19 @@ struct ScriptedQueue {
 }
 
 impl Backing for Scripted {
-    fn caps(&self) -> &Caps {
-        self.backing.caps()
-    }
+    forward!(caps has_data);
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let queue = self.backing.open_queue(depth)?;
         Ok(Box::new(ScriptedQueue { queue, script: self.script.clone(), kinds: HashMap::new() }))
     }
-
-    fn has_data(&self) -> io::Result<bool> {
-        self.backing.has_data()
-    }
 }
 
 impl Queue for ScriptedQueue {
+    forward!(alloc free places max_buffer bytes has_room in_flight watch unwatch wait is_ready);
+
     fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
-    }
-
-    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
-        self.queue.alloc(offset, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.queue.free(buffer)
-    }
-
-    fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
-    }
-
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
-        self.queue.bytes(buffer)
-    }
-
-    fn has_room(&self) -> bool {
-        self.queue.has_room()
-    }
-
-    fn in_flight(&self) -> usize {
-        self.queue.in_flight()
-    }
-
-    fn places(&self) -> usize {
-        self.queue.places()
     }
 
     fn submit(&mut self, tag: u64, op: Op) {
@@ -106,22 +74,6 @@ impl Queue for ScriptedQueue {
         };
         assert!(self.kinds.insert(tag, kind).is_none(), "a tag is used twice at a time");
         self.queue.submit(tag, op)
-    }
-
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd)
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token)
-    }
-
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        self.queue.wait(wait)
-    }
-
-    fn is_ready(&mut self) -> bool {
-        self.queue.is_ready()
     }
 
     fn next_event(&mut self) -> Option<Event> {

@@ -1,8 +1,9 @@
 //! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
 
+use crate::common::forward::forward;
 use crate::common::patience::limit;
 use crate::layers::rig::{Keys, Places, read_whole};
-use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
+use sealblk::backing::{Backing, Event, Op, Queue, Wait};
 use sealblk::disk::hydrate::Hydration;
 use sealblk::disk::{Disk, GuestData};
 use sealblk::image::lock::Access;
@@ -10,8 +11,6 @@ use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::io;
-use std::ops::Range;
-use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -44,57 +43,17 @@ struct FaultyQueue {
 }
 
 impl Backing for Faulty {
-    fn caps(&self) -> &Caps {
-        self.backing.caps()
-    }
+    forward!(caps has_data below next_data);
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let (queue, writes, go_on) =
             (self.backing.open_queue(depth)?, self.writes.clone(), self.go_on.clone());
         Ok(Box::new(FaultyQueue { queue, writes, go_on, failed: None, held: None }))
     }
-
-    fn has_data(&self) -> io::Result<bool> {
-        self.backing.has_data()
-    }
-
-    fn below(&self) -> &[u64] {
-        self.backing.below()
-    }
-
-    fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
-        self.backing.next_data(layer, from)
-    }
 }
 
 impl Queue for FaultyQueue {
-    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
-        self.queue.alloc(offset, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.queue.free(buffer)
-    }
-
-    fn places(&self) -> usize {
-        self.queue.places()
-    }
-
-    fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
-    }
-
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
-        self.queue.bytes(buffer)
-    }
-
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>> {
-        self.queue.in_memory(layer, offset, len)
-    }
-
-    fn has_room(&self) -> bool {
-        self.queue.has_room()
-    }
+    forward!(alloc free places max_buffer bytes in_memory has_room watch unwatch);
 
     fn in_flight(&self) -> usize {
         self.queue.in_flight() + usize::from(self.failed.is_some()) + usize::from(self.held.is_some())
@@ -112,14 +71,6 @@ impl Queue for FaultyQueue {
             (1, op) => self.held = Some((tag, op)),
             (_, op) => self.queue.submit(tag, op),
         }
-    }
-
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd)
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token)
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {

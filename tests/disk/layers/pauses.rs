@@ -1,10 +1,11 @@
 //! A pause is nothing but slowness, whatever the guest and its VMM do meanwhile, and however it ends.
 
+use crate::common::forward::forward;
 use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::{Options, Request, Session, SplitRing};
 use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, QUEUES, Served};
-use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
+use sealblk::backing::{Backing, Event, InMemory, Queue, Wait};
 use sealblk::disk::{Disk, Layers};
 use sealblk::image::lock::Access;
 use sealblk::vhost::queue::Tuning;
@@ -12,7 +13,6 @@ use sealblk::vhost::queue::qos::{Limits, Qos};
 use sealblk::virtio::Shape;
 use sealblk::volume::layers::chain;
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -197,9 +197,7 @@ struct GatedQueue {
 }
 
 impl Backing for Gated {
-    fn caps(&self) -> &Caps {
-        self.backing.caps()
-    }
+    forward!(caps has_data);
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         if self.broken {
@@ -208,64 +206,22 @@ impl Backing for Gated {
         let queue = self.backing.open_queue(depth)?;
         Ok(Box::new(GatedQueue { queue, hold: self.hold.clone(), held: Vec::new() }))
     }
-
-    fn has_data(&self) -> io::Result<bool> {
-        self.backing.has_data()
-    }
 }
 
 impl Queue for GatedQueue {
-    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
-        self.queue.alloc(offset, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.queue.free(buffer)
-    }
-
-    fn places(&self) -> usize {
-        self.queue.places()
-    }
-
-    fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
-    }
-
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
-        self.queue.bytes(buffer)
-    }
+    forward!(alloc free places max_buffer bytes has_room submit watch unwatch is_ready);
 
     fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
-    }
-
-    fn has_room(&self) -> bool {
-        self.queue.has_room()
     }
 
     fn in_flight(&self) -> usize {
         self.queue.in_flight() + self.held.len()
     }
 
-    fn submit(&mut self, tag: u64, op: Op) {
-        self.queue.submit(tag, op)
-    }
-
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd)
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token)
-    }
-
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
         let wait = if wait == Wait::Event { Wait::Until(Duration::from_millis(1)) } else { wait };
         self.queue.wait(wait)
-    }
-
-    fn is_ready(&mut self) -> bool {
-        self.queue.is_ready()
     }
 
     fn next_event(&mut self) -> Option<Event> {

@@ -1,11 +1,10 @@
 //! A backing that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
 //! at any place in it.
 
-use sealblk::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
+use crate::common::forward::forward;
+use sealblk::backing::{Backing, Event, Op, Queue};
 use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
 use crate::common::frontend::load::Random;
@@ -49,60 +48,20 @@ struct RecordedQueue {
 }
 
 impl Backing for Recorded {
-    fn caps(&self) -> &Caps {
-        self.backing.caps()
-    }
+    forward!(caps has_data below next_data);
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         let (queue, journal) = (self.backing.open_queue(depth)?, self.journal.clone());
         Ok(Box::new(RecordedQueue { queue, file: self.file, journal, ids: HashMap::new() }))
     }
-
-    fn has_data(&self) -> io::Result<bool> {
-        self.backing.has_data()
-    }
-
-    fn below(&self) -> &[u64] {
-        self.backing.below()
-    }
-
-    fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
-        self.backing.next_data(layer, from)
-    }
 }
 
 impl Queue for RecordedQueue {
-    fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
-        self.queue.alloc(offset, len)
-    }
-
-    fn free(&mut self, buffer: Buffer) {
-        self.queue.free(buffer)
-    }
-
-    fn places(&self) -> usize {
-        self.queue.places()
-    }
-
-    fn max_buffer(&self) -> usize {
-        self.queue.max_buffer()
-    }
-
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
-        self.queue.bytes(buffer)
-    }
-
-    fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>> {
-        self.queue.in_memory(layer, offset, len)
-    }
+    forward!(alloc free places max_buffer bytes in_memory in_flight watch unwatch wait is_ready);
 
     fn has_room(&self) -> bool {
         // A tag stands for one operation: the copier gives all of its own the same.
         self.ids.is_empty() && self.queue.has_room()
-    }
-
-    fn in_flight(&self) -> usize {
-        self.queue.in_flight()
     }
 
     fn submit(&mut self, tag: u64, mut op: Op) {
@@ -121,22 +80,6 @@ impl Queue for RecordedQueue {
         }
         assert!(self.ids.insert(tag, id).is_none(), "a tag is used twice at a time");
         self.queue.submit(tag, op)
-    }
-
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd)
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token)
-    }
-
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        self.queue.wait(wait)
-    }
-
-    fn is_ready(&mut self) -> bool {
-        self.queue.is_ready()
     }
 
     fn next_event(&mut self) -> Option<Event> {
