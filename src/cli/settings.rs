@@ -1,10 +1,10 @@
 //! `sealblk settings`: what holds for the whole store, with EBS's rules.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Result};
 use crate::cli::{Env, output};
 use crate::config::{DEFAULT_KEY, Settings, edit};
-use crate::kms::{self, KeyRef, KmsError};
+use crate::kms::KeyRef;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
@@ -73,18 +73,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
 fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
     let reference = KeyRef::of_operator(key, &env.settings()?.locality).map_err(unchanged)?;
-    let advised = |e: KmsError| unchanged(e.with_advice_of(reference.provider.as_str(), &reference.key));
-    let provider = kms::open_provider(env.hardened, &env.root, reference.provider.as_str())?;
-    let described = match provider.describe(&reference.key) {
-        Err(e) if reference.key == DEFAULT_KEY && Error::from(e.clone()).kind() == Kind::NotFound => {
-            return Ok(());
-        }
-        described => described.map_err(advised)?,
-    };
-    match described.state.refusal(&described.key_id) {
-        Some(e) => Err(advised(e)),
-        None => Ok(()),
-    }
+    let is_default = reference.key == DEFAULT_KEY;
+    env.store()?.key_of(reference)?.check_usable(is_default).map_err(unchanged)
 }
 
 fn show(env: &Env, settings: &Settings) -> Result<()> {

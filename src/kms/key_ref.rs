@@ -18,7 +18,7 @@ pub const ALIAS_PREFIX: &str = "alias/";
 pub const RESERVED_ALIAS_PREFIX: &str = "alias/aws/";
 
 /// The alias of the default key.
-pub const DEFAULT_KEY_ALIAS: &str = "alias/aws/ebs";
+pub const DEFAULT_KEY_ALIAS: &str = crate::config::DEFAULT_KEY;
 
 /// One key or alias of a KMS at a known [`Locality`].
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -35,6 +35,18 @@ impl NamedKey {
         e.with_advice_of(self.provider.name(), &self.key)
     }
 
+    /// That data keys can be made with it now. With `at_first_use` it is made then, and need not be there yet.
+    ///
+    /// # Errors
+    /// Those of its KMS, with what to do about them.
+    pub fn check_usable(&self, at_first_use: bool) -> Result<(), Error> {
+        match self.describe() {
+            Ok(key) => key.state.refusal(&key.key_id).map_or(Ok(()), |refusal| Err(self.advise(refusal))),
+            Err(KmsError::NotFound(_)) if at_first_use => Ok(()),
+            Err(e) => Err(self.advise(e)),
+        }
+    }
+
     /// For those who make data keys.
     pub fn wrapping(&self) -> WrappingKey<'_> {
         WrappingKey { provider: &*self.provider, key: &self.key }

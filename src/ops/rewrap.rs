@@ -45,10 +45,9 @@ impl Wish {
         let locality = &store.settings().locality;
         let parse = |text: &str| KeyRef::of_operator(text, locality);
         let canonical = |key: KeyRef| {
-            let provider = store.provider(key.provider.as_str())?;
-            let described =
-                provider.describe(&key.key).map_err(|e| e.with_advice_of(key.provider.as_str(), &key.key))?;
-            Ok::<_, Error>((key.provider.as_str().into(), described.key_id))
+            let key = store.key_of(key)?;
+            let described = key.describe().map_err(|e| key.advise(e))?;
+            Ok::<_, Error>((key.provider_name().into(), described.key_id))
         };
         let to = to.map(parse).transpose()?;
         let from = from.map(|text| canonical(parse(text)?)).transpose()?;

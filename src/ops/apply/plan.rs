@@ -5,7 +5,6 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
 use crate::config::DEFAULT_KEY;
-use crate::kms::KmsError;
 use crate::ops::create::{self, NewVolume};
 use crate::ops::{Store, resize};
 
@@ -113,16 +112,7 @@ impl Look<'_> {
     fn check_key_is_usable(&self) -> Result<()> {
         let key = self.wanted.key.as_deref();
         let name = key.unwrap_or(&self.store.settings().default_key);
-        let named = self.store.key(key)?;
-        match named.describe() {
-            Ok(key) => match key.state.refusal(&key.key_id) {
-                Some(refusal) => Err(named.advise(refusal)),
-                None => Ok(()),
-            },
-            // It is made at its first use.
-            Err(KmsError::NotFound(_)) if name == DEFAULT_KEY => Ok(()),
-            Err(e) => Err(named.advise(e)),
-        }
+        self.store.key(key)?.check_usable(name == DEFAULT_KEY)
     }
 
     fn at_existing(&self, there: &Metadata) -> Result<Vec<Change>> {
