@@ -27,6 +27,7 @@ mod import_copy;
 mod import_in_place;
 pub mod keys;
 pub mod make;
+mod new_top;
 pub mod reach;
 pub mod rekey;
 pub mod resize;

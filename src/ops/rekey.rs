@@ -2,11 +2,10 @@
 //! process while the volume is attached, or by [`super::flatten::follow`].
 
 use super::keys::NamedKey;
+use super::new_top::NewTop;
 use super::reach::Reach;
 use super::{Store, flatten};
 use crate::base::{Context, Error, Kind, Result};
-use crate::catalog::freeze::{Freeze, Maker};
-use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::KeyOwner;
 use crate::catalog::rekey::{NewKey, check_encrypted};
@@ -95,21 +94,15 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
 /// Gives a volume that nobody has attached a new top layer under the new data key, and marks all below to be copied up.
 fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure> {
     let catalog = store.catalog();
-    let mut taken = store.open_taken(lock)?;
-    let lock = &taken.lock;
-    let (metadata, top) = (&mut taken.opened.metadata, taken.opened.layers[0].backing.file());
-    check_encrypted(metadata)?;
-    let dek = store.unwrap(KeyOwner::Volume(lock.volume()), key.record())?;
-    let seal_key = dek.seal_key(&lock.volume().to_string())?;
-    let freeze = Freeze::begin(&catalog, lock, metadata, Maker::Command)?;
-    let path = catalog.layer_path(freeze.new_top().id);
-    let ready = make_layer(&path, freeze.new_top().size, false)
-        .and_then(|()| top.sync_data().context(|| "sync the top layer"));
-    if let Err(e) = ready {
-        freeze.cancel(&catalog, lock);
-        return Err(e.into());
-    }
-    freeze.commit_rekeyed(&catalog, lock, metadata, key.checked(&dek), &seal_key)?;
-    catalog.mark_frozen(&metadata.layers()[1..]);
+    let taken = store.open_taken(lock)?;
+    check_encrypted(&taken.opened.metadata)?;
+    let volume = taken.lock.volume();
+    let dek = store.unwrap(KeyOwner::Volume(volume), key.record())?;
+    let seal_key = dek.seal_key(&volume.to_string())?;
+    NewTop::begin(&catalog, taken)?.commit(|freeze, lock, opened| {
+        freeze.commit_rekeyed(&catalog, lock, &mut opened.metadata, key.checked(&dek), &seal_key)?;
+        catalog.mark_frozen(&opened.metadata.layers()[1..]);
+        Ok(())
+    })?;
     Ok(())
 }

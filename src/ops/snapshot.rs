@@ -6,18 +6,17 @@
 //! everything.
 
 use super::Store;
+use super::new_top::NewTop;
 use super::reach::Reach;
 use crate::base::root::create_dir_durable;
-use crate::base::{Context, Error, Result, Timestamp};
-use crate::catalog::freeze::{self, Freeze, Maker};
-use crate::catalog::layer_file::make_layer;
+use crate::base::{Error, Result, Timestamp};
+use crate::catalog::freeze;
 use crate::catalog::lock::Purpose;
 use crate::catalog::snapshot::Label;
 use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
 use crate::events::Event;
 use crate::host::control::conversation::Freezing;
 use crate::kms::Failure;
-use crate::volume::open::Taken;
 use std::time::Duration;
 
 /// A snapshot that was made.
@@ -50,7 +49,7 @@ pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<
 /// One that is being made.
 enum Making<'a> {
     Attached(Box<Freezing>),
-    Detached(VolumeId, Box<Detached<'a>>),
+    Detached(VolumeId, Box<NewTop<'a>>),
 }
 
 fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>, Failure> {
@@ -66,7 +65,7 @@ fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>,
         each_attached(&mut making, Freezing::hold)?;
     }
     each_attached(&mut making, Freezing::commit)?;
-    let made = making.into_iter().map(|one| end(one, label)).collect::<Result<Vec<_>, _>>()?;
+    let made = making.into_iter().map(|one| end(&catalog, one, label)).collect::<Result<Vec<_>, _>>()?;
     freeze::note(&catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
     Ok(made)
 }
@@ -81,7 +80,7 @@ fn begin<'a>(
         Reach::Host => Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?))),
         Reach::Mine(lock) => {
             let taken = store.open_taken(lock)?;
-            Ok(Making::Detached(id, Box::new(Detached::begin(catalog, taken)?)))
+            Ok(Making::Detached(id, Box::new(NewTop::begin(catalog, taken)?)))
         }
     }
 }
@@ -98,14 +97,19 @@ fn each_attached(
     Ok(())
 }
 
-fn end(one: Making<'_>, label: &Label) -> Result<Made, Failure> {
+/// Freezes the old top. The snapshot is there once it is [noted](freeze::note).
+fn end(catalog: &Catalog, one: Making<'_>, label: &Label) -> Result<Made, Failure> {
     match one {
         Making::Attached(mut freezing) => {
             let (snapshot, pause) = freezing.frozen().map_err(|e| of(freezing.volume(), e))?;
             Ok(Made { snapshot, pause: Some(pause) })
         }
         Making::Detached(id, detached) => {
-            let snapshot = detached.commit(label.clone()).map_err(|e| of(id, e))?;
+            let snapshot = detached.commit(|freeze, lock, opened| {
+                let (key, id) = (opened.seal_key.as_ref(), SnapshotId::random());
+                freeze.commit(catalog, lock, &mut opened.metadata, id, label.clone(), key)
+            });
+            let snapshot = snapshot.map_err(|e| of(id, e))?;
             Ok(Made { snapshot, pause: None })
         }
     }
@@ -113,40 +117,4 @@ fn end(one: Making<'_>, label: &Label) -> Result<Made, Failure> {
 
 fn of(volume: VolumeId, e: Error) -> Failure {
     Failure::from(e).context(format!("make a snapshot of {volume}"))
-}
-
-/// A snapshot that is being made of a volume that nobody has attached. Dropped before the commit, it is none.
-struct Detached<'a> {
-    catalog: &'a Catalog,
-    taken: Taken,
-    freeze: Option<Freeze>,
-}
-
-impl<'a> Detached<'a> {
-    /// Makes the new layer and syncs the old one.
-    fn begin(catalog: &'a Catalog, taken: Taken) -> Result<Self> {
-        let freeze = Freeze::begin(catalog, &taken.lock, &taken.opened.metadata, Maker::Command)?;
-        let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
-        let begun = Detached { catalog, taken, freeze: Some(freeze) };
-        make_layer(&path, size, false)?;
-        let top = begun.taken.opened.layers[0].backing.file();
-        top.sync_data().context(|| "sync the top layer")?;
-        Ok(begun)
-    }
-
-    /// Freezes the old layer. The snapshot is there once it is [noted](freeze::note).
-    fn commit(mut self, label: Label) -> Result<Snapshot> {
-        let freeze = self.freeze.take().expect("it is taken here alone, and by drop");
-        let Taken { lock, opened } = &mut self.taken;
-        let key = opened.seal_key.as_ref();
-        freeze.commit(self.catalog, lock, &mut opened.metadata, SnapshotId::random(), label, key)
-    }
-}
-
-impl Drop for Detached<'_> {
-    fn drop(&mut self) {
-        if let Some(freeze) = self.freeze.take() {
-            freeze.cancel(self.catalog, &self.taken.lock);
-        }
-    }
 }
