@@ -160,7 +160,7 @@ impl Handover {
     fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
         let Parts { opener, record, channel, writeback, .. } = &self.parts;
         let Opened { metadata, seal_key, layers } = opened;
-        let shape = shape(&metadata, opener.options.read_only);
+        let shape = shape(metadata.geometry(), opener.options.read_only);
         let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
         let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
         let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));

@@ -72,7 +72,7 @@ impl Opener {
     }
 
     fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, kept: Vec<Kept>, how: String) -> Self {
-        let shape = Arc::new(SharedShape::new(shape(metadata, options.read_only)));
+        let shape = Arc::new(SharedShape::new(shape(metadata.geometry(), options.read_only)));
         let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
         let unsealed = (metadata.is_encrypted() && !metadata.is_sealed()).then(|| metadata.clone());
         Opener { catalog, volume, options, keys: Keyring::new(kept), shape, unsealed, how }
@@ -86,7 +86,7 @@ impl Opener {
         let now = self.shape.now();
         let Options { read_only, engine, .. } = self.options;
         let opened = open_again(&self.catalog, lock, access(read_only), engine, |metadata, top| {
-            let shape = shape(metadata, read_only);
+            let shape = shape(metadata.geometry(), read_only);
             if shape.block_size != now.block_size || shape.sectors < now.sectors {
                 return Err(self.changed("it has got a smaller size meanwhile"));
             }

@@ -20,9 +20,8 @@ use crate::disk::transfer::{self, Transfer};
 use crate::events::Event;
 use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::virtio::{self, SECTOR_SIZE};
 use crate::volume::layers;
-use crate::volume::open::{Opening, Taken, Unwrap};
+use crate::volume::open::{Opening, Taken, Unwrap, shape};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use std::fs::{File, OpenOptions};
@@ -122,14 +121,9 @@ impl Source {
         layers: &[layers::Layer],
         lock: Option<VolumeLock>,
     ) -> Result<Self> {
-        let shape = virtio::Shape {
-            sectors: layout.geometry().size() / SECTOR_SIZE,
-            block_size: layout.geometry().sector_size().bytes(),
-            read_only: true,
-        };
         let chain = layers::chain(layers);
         let backing = chain.backing.clone();
-        let disk = Disk::layered(shape, "", chain).context(|| "open its layers")?;
+        let disk = Disk::layered(shape(layout.geometry(), true), "", chain).context(|| "open its layers")?;
         Ok(Source { layout, owner, backing, disk: Arc::new(disk), _lock: lock })
     }
 

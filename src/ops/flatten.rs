@@ -95,7 +95,7 @@ fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progre
     if leaving == 0 {
         return Ok(metadata);
     }
-    let disk = Disk::layered(shape(&metadata, false), "", layers::chain(&layers));
+    let disk = Disk::layered(shape(metadata.geometry(), false), "", layers::chain(&layers));
     let disk = disk.context(|| "open its layers")?.hydrating_lowest(leaving);
     drop(layers);
     hydrate(disk, rate, tell)?;

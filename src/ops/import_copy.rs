@@ -16,9 +16,8 @@ use crate::image::lock::Access;
 use crate::kms::Failure;
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
-use crate::virtio::{self, SECTOR_SIZE};
 use crate::volume::layers;
-use crate::volume::open::Unwrap;
+use crate::volume::open::{Unwrap, shape};
 use std::cell::OnceCell;
 use std::sync::Arc;
 
@@ -76,12 +75,8 @@ pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Ve
 /// Copies what the image holds into the volume's only layer, durably.
 fn fill(catalog: &Catalog, metadata: &Metadata, deks: &[Dek], image: &Image, watch: Watch<'_>) -> Result<()> {
     let layers = layers::open_all(catalog, metadata.layout(), deks, Access::ReadWrite)?;
-    let shape = virtio::Shape {
-        sectors: metadata.size() / SECTOR_SIZE,
-        block_size: metadata.sector_size().bytes(),
-        read_only: false,
-    };
-    let disk = Disk::layered(shape, "", layers::chain(&layers)).context(|| "open the new layer")?;
+    let disk = Disk::layered(shape(metadata.geometry(), false), "", layers::chain(&layers))
+        .context(|| "open the new layer")?;
     let mut transfer = Transfer::new(&Arc::new(disk))?;
     let next_data = |from| image.next_data(from);
     transfer::each_chunk(metadata.size(), &next_data, watch, &mut |at, chunk| {

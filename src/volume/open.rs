@@ -6,7 +6,7 @@ use super::layers::{self, Layer};
 use crate::backing::Backing;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
-use crate::catalog::metadata::{KeyOwner, KeyRecord, Metadata};
+use crate::catalog::metadata::{Geometry, KeyOwner, KeyRecord, Metadata};
 use crate::catalog::{Catalog, VolumeId};
 use crate::crypt::xts::Engine;
 use crate::crypt::{Dek, SealKey};
@@ -184,10 +184,10 @@ impl Taken {
     }
 }
 
-/// The shape of the guest's disk.
-pub fn shape(metadata: &Metadata, read_only: bool) -> Shape {
-    let block_size = metadata.sector_size().bytes();
-    Shape { sectors: metadata.size() / SECTOR_SIZE, block_size, read_only }
+/// The shape of a disk of this size and sector size.
+pub fn shape(geometry: Geometry, read_only: bool) -> Shape {
+    let block_size = geometry.sector_size().bytes();
+    Shape { sectors: geometry.size() / SECTOR_SIZE, block_size, read_only }
 }
 
 /// Says what may keep a process from having an io_uring.

@@ -21,8 +21,8 @@ use crate::events::Event;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
 use crate::kms::Failure;
-use crate::virtio::{SECTOR_SIZE, Shape};
 use crate::volume::layers::{self, Layer};
+use crate::volume::open::shape;
 use full::Copying;
 
 /// How a copy is made.
@@ -106,8 +106,7 @@ fn fill(
         let access = if n == 0 { Access::ReadWrite } else { Access::Read };
         Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
     })?;
-    let sectors = source.geometry().size() / SECTOR_SIZE;
-    let disk = Disk::layered(Shape { sectors, block_size, read_only: false }, "", layers::chain(&opened));
+    let disk = Disk::layered(shape(source.geometry(), false), "", layers::chain(&opened));
     let disk = disk.context(|| "open the layers")?.hydrating();
     drop(opened);
     hydrate(disk, rate, tell)
