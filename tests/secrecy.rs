@@ -11,7 +11,7 @@ use crate::common::frontend::{Framing, Request, Segment, Session, block};
 use crate::common::kms_server::{KmsServer, set};
 use crate::common::leaks::{Needles, children, look_through};
 use crate::common::patience::{limit, wait_for};
-use crate::common::process::{tie_to_test, wait_within};
+use crate::common::process::{INHERITED, inherit, tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -547,20 +547,6 @@ fn a_served_kms_has_its_keys_in_no_memory_but_theirs() {
     }
 }
 
-/// A pipe, and a command that finds its other end by this number.
-fn piped(command: &mut Command, number: i32) -> File {
-    let (reader, writer) = std::io::pipe().expect("make a pipe");
-    let reader = OwnedFd::from(reader);
-    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
-    unsafe {
-        command.pre_exec(move || match nix::libc::dup2(reader.as_raw_fd(), number) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
-    File::from(OwnedFd::from(writer))
-}
-
 /// Returns when everything that was written into a pipe has been read.
 fn until_read(pipe: &File) {
     wait_for("what was written into the pipe is read", || {
@@ -574,13 +560,14 @@ fn until_read(pipe: &File) {
 
 /// `kms passphrase set` of a store that is under a passphrase: the command, and the pipe that it reads the new one from.
 fn passphrase_set(kms: &KmsServer) -> (Command, File) {
-    let mut command = kms.command();
-    command.args(["kms", "passphrase", "set", "--new-passphrase-fd", "51"]);
-    let new = piped(&mut command, 51);
+    let (mut command, number) = (kms.command(), INHERITED + 1);
+    command.args(["kms", "passphrase", "set", "--new-passphrase-fd", &number.to_string()]);
+    let (reader, new) = std::io::pipe().expect("make a pipe");
+    inherit(&mut command, reader.into(), number);
     command.current_dir(kms.folders().0).stdout(Stdio::null());
     let_it_dump(&mut command);
     tie_to_test(&mut command, vec![]);
-    (command, new)
+    (command, OwnedFd::from(new).into())
 }
 
 #[test]

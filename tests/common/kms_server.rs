@@ -1,7 +1,7 @@
 //! An embedded KMS served as AWS KMS is, by a process of its own with a store of its own, and the environment that
 //! leads an AWS SDK to it. Nothing here leaves the machine.
 
-use super::process::tie_to_test;
+use super::process::{INHERITED, inherit, tie_to_test};
 use nix::unistd::Pid;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
@@ -228,22 +228,12 @@ fn certify(files: &Path) -> (String, String) {
     (file("kms.pem", &made.cert.pem()), file("kms.key", &made.signing_key.serialize_pem()))
 }
 
-/// The number by which a server finds what it inherits: far from those that it opens.
-const INHERITED: i32 = 50;
-
 /// Gives it by a descriptor, which a file is behind: whoever needs it reads it from its beginning.
 fn give_passphrase(command: &mut Command, passphrase: &str) {
     let mut file = tempfile::tempfile().expect("make a file");
     file.write_all(passphrase.as_bytes()).expect("write a file");
-    let descriptor = OwnedFd::from(file);
     command.env("SEALBLK_PASSPHRASE_FD", INHERITED.to_string());
-    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
-    unsafe {
-        command.pre_exec(move || match nix::libc::dup2(descriptor.as_raw_fd(), INHERITED) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
+    inherit(command, file.into(), INHERITED);
 }
 
 fn folders(folder: &tempfile::TempDir) -> (PathBuf, PathBuf) {

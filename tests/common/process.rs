@@ -5,7 +5,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
@@ -45,6 +45,21 @@ pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
                 nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
             }
             Ok(())
+        });
+    }
+}
+
+/// The number by which a child finds what it inherits: far from those that it opens, and from those that the test has open
+/// when it starts the child, which the number would be taken from.
+pub const INHERITED: i32 = 700;
+
+/// Gives `command` the descriptor as number `number`.
+pub fn inherit(command: &mut Command, descriptor: OwnedFd, number: i32) {
+    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(descriptor.as_raw_fd(), number) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
         });
     }
 }

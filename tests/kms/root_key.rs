@@ -4,7 +4,7 @@
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::patience::limit;
-use crate::common::process::{tie_to_test, wait_within};
+use crate::common::process::{INHERITED, inherit, tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use nix::pty::openpty;
 use std::fs::{self, File};
@@ -13,20 +13,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-
-/// The number by which a child finds what it inherits: far from those that it opens.
-const NUMBER: i32 = 50;
-
-/// Gives `command` the descriptor as number `number`.
-fn inherit(command: &mut Command, descriptor: OwnedFd, number: i32) {
-    // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it owns.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(descriptor.as_raw_fd(), number) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
-}
 
 /// A pipe that has these words in it.
 fn pipe_of(words: &str) -> OwnedFd {
@@ -38,8 +24,8 @@ fn pipe_of(words: &str) -> OwnedFd {
 /// A command that can read `passphrase` from a pipe.
 fn with_passphrase(store: &Store, passphrase: &str, arguments: &[&str]) -> Command {
     let mut command = store.command();
-    command.args(arguments).env("SEALBLK_PASSPHRASE_FD", NUMBER.to_string());
-    inherit(&mut command, pipe_of(passphrase), NUMBER);
+    command.args(arguments).env("SEALBLK_PASSPHRASE_FD", INHERITED.to_string());
+    inherit(&mut command, pipe_of(passphrase), INHERITED);
     command
 }
 
@@ -72,7 +58,7 @@ fn root_key_file(store: &Store) -> PathBuf {
 
 /// Gives `new` by a pipe of its own.
 fn set_passphrase(store: &Store, old: Option<&str>, new: &str, arguments: &[&str]) -> Command {
-    let number = (NUMBER + 1).to_string();
+    let number = (INHERITED + 1).to_string();
     let arguments = [arguments, &["--new-passphrase-fd", &number]].concat();
     let mut command = match old {
         Some(old) => with_passphrase(store, old, &arguments),
@@ -82,7 +68,7 @@ fn set_passphrase(store: &Store, old: Option<&str>, new: &str, arguments: &[&str
             command
         }
     };
-    inherit(&mut command, pipe_of(new), NUMBER + 1);
+    inherit(&mut command, pipe_of(new), INHERITED + 1);
     command
 }
 
@@ -158,10 +144,10 @@ fn an_attach_finds_the_passphrase_by_its_helper_and_keeps_nothing_of_it() {
     fs::write(&file, "sesame\n").unwrap();
     for descriptor in [pipe_of("sesame"), File::open(&file).unwrap().into()] {
         let mut command = place.attach_command(&[]);
-        command.env("SEALBLK_PASSPHRASE_FD", NUMBER.to_string());
-        inherit(&mut command, descriptor, NUMBER);
+        command.env("SEALBLK_PASSPHRASE_FD", INHERITED.to_string());
+        inherit(&mut command, descriptor, INHERITED);
         let open = serve(&place, command, vec![]);
-        assert!(open.len() > 5 && open.iter().all(|fd| !fd.ends_with(NUMBER.to_string())), "{open:?}");
+        assert!(open.len() > 5 && open.iter().all(|fd| !fd.ends_with(INHERITED.to_string())), "{open:?}");
     }
     // From a credential.
     let credentials = place.folder().join("credentials");
