@@ -1,6 +1,7 @@
 //! Another data key for a volume, attached or not.
 
 use crate::common::attach::{flush, open};
+use crate::common::patience::{Deadline, limit};
 use crate::common::rig::Rig;
 use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part, wait_until_done};
 use sealblk::crypt::Dek;
@@ -49,7 +50,9 @@ fn a_volume_in_use_is_rekeyed_and_needs_the_old_key_no_more() {
         rig.place.store.ok(&["throttle", "t", "--hydrate-rate", "16MiB"]);
         let mut follow = rig.place.store.command();
         let mut follow = follow.args(["volume", "flatten", "t", "--follow"]).spawn().unwrap();
+        let deadline = Deadline::after(limit());
         while follow.try_wait().unwrap().is_none() {
+            deadline.check("the volume is flat", || "the command still runs");
             guest.work(&mut rig.data, 5);
         }
         assert!(follow.wait().unwrap().success());

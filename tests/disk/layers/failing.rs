@@ -1,7 +1,7 @@
 //! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
 
 use crate::common::forward::forward;
-use crate::common::patience::limit;
+use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, read_whole};
 use sealblk::backing::{Backing, Event, Op, Queue, Wait};
 use sealblk::disk::hydrate::Hydration;
@@ -151,9 +151,10 @@ fn what_a_guest_writes_after_a_copy_that_failed_stays() {
     let hydration = Hydration::new(disk.clone(), 0).unwrap();
     std::thread::scope(|scope| {
         let run = scope.spawn(|| hydration.run());
-        while writes.load(Ordering::SeqCst) < 2 {
-            std::thread::yield_now();
-        }
+        wait_for("two writes have begun", || match writes.load(Ordering::SeqCst) {
+            begun @ ..2 => Err(begun),
+            _ => Ok(()),
+        });
         let (disk, go) = (&disk, &go);
         scope.spawn(move || write(disk, SECOND, &[9; 4096], go));
         let e = run.join().unwrap().unwrap_err();

@@ -2,6 +2,7 @@
 
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Request, Segment};
+use crate::common::patience::wait_for;
 use crate::layers::rig::{Keys, LayerFile, Places, Served, read_whole};
 use sealblk::disk::Disk;
 use sealblk::disk::hydrate::{End, Hydration};
@@ -79,9 +80,10 @@ fn a_stopped_hydration_goes_on_where_nothing_was_lost() {
     let slow = Hydration::new(first.clone(), 1).unwrap();
     std::thread::scope(|scope| {
         let runs = scope.spawn(|| slow.run().unwrap());
-        while slow.left().is_none_or(|left| left == SECTORS * 512 - (2 << 20)) {
-            std::thread::yield_now();
-        }
+        wait_for("the first chunk has moved", || match slow.left() {
+            Some(left) if left != SECTORS * 512 - (2 << 20) => Ok(()),
+            left => Err(format!("{left:?} bytes are left")),
+        });
         assert!(Hydration::new(first.clone(), 0).unwrap().run().is_err());
         assert!(first.with_layers(SHAPE, chain(&layers[..1])).is_err());
         slow.stop();
