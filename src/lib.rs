@@ -24,6 +24,8 @@
 //! | `config` | the settings of a store | `base` |
 //! | `base` | errors, durable files, locks, time | - |
 
+#![warn(unreachable_pub)]
+
 pub mod audit;
 pub mod backing;
 pub mod base;

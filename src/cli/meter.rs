@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const SPAN: Duration = Duration::from_secs(10);
 
 /// Shows on a terminal what is left, how fast it goes, and how long it will take.
-pub struct Meter {
+pub(super) struct Meter {
     is_terminal: bool,
     /// What was left when.
     seen: VecDeque<(Instant, u64)>,
@@ -19,12 +19,12 @@ pub struct Meter {
 
 impl Meter {
     /// On standard error.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Meter { is_terminal: std::io::stderr().is_terminal(), seen: VecDeque::new() }
     }
 
     /// Shows it.
-    pub fn show(&mut self, progress: &Progress) {
+    pub(super) fn show(&mut self, progress: &Progress) {
         if let (true, Some(left)) = (self.is_terminal, progress.left) {
             let problem = progress.problem.as_ref().map_or(String::new(), |p| format!("; {p}"));
             let line = self.line(Instant::now(), left);
@@ -55,7 +55,7 @@ impl Meter {
     }
 
     /// Leaves nothing of it on the terminal.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         if self.is_terminal && !self.seen.is_empty() {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
         }

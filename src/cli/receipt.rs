@@ -7,7 +7,7 @@ use crate::ops::shred::Receipt;
 use serde_json::json;
 
 /// Prints it.
-pub fn print(env: &Env, receipt: &Receipt) -> Result<()> {
+pub(super) fn print(env: &Env, receipt: &Receipt) -> Result<()> {
     if env.json {
         let mut value = json!(receipt);
         value["state"] = "deleted".into();

@@ -10,7 +10,7 @@ use crate::catalog::Metadata;
 use crate::catalog::metadata::KeyRecord;
 
 /// That this process has the data keys of a volume. Drop it when they are wiped: that is recorded then.
-pub struct KeysHeld {
+pub(crate) struct KeysHeld {
     log: AuditLog,
     volume: Metadata,
     failure: Option<(&'static str, String)>,
@@ -18,7 +18,7 @@ pub struct KeysHeld {
 
 impl KeysHeld {
     /// Records that this process has the data keys of `volume`; `None` if it has none.
-    pub fn begin(root: &Root, volume: &Metadata) -> Result<Option<Self>> {
+    pub(crate) fn begin(root: &Root, volume: &Metadata) -> Result<Option<Self>> {
         if volume.keys().is_empty() {
             return Ok(None);
         }
@@ -34,7 +34,7 @@ impl KeysHeld {
     ///
     /// # Errors
     /// Those of the log; none of the new ones may be used then.
-    pub fn follow(&mut self, volume: &Metadata) -> Result<()> {
+    pub(crate) fn follow(&mut self, volume: &Metadata) -> Result<()> {
         let mine = |key: &KeyRecord, others: &Metadata| !others.keys().iter().any(|k| is_same(k, key));
         let gone: Vec<Entry> = self.some_entries(Step::Detach, |key| mine(key, volume)).collect();
         let before = std::mem::replace(&mut self.volume, volume.clone());
@@ -44,7 +44,7 @@ impl KeysHeld {
     }
 
     /// Says with what the attachment ended, if it did not end as it should.
-    pub fn ended(&mut self, result: &Result<()>) {
+    pub(crate) fn ended(&mut self, result: &Result<()>) {
         self.failure = result.as_ref().err().map(|e: &Error| (e.kind().name(), e.to_string()));
     }
 

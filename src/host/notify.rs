@@ -9,11 +9,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Where the service manager listens, if there is one.
-pub struct Notifier(Option<UnixDatagram>);
+pub(crate) struct Notifier(Option<UnixDatagram>);
 
 impl Notifier {
     /// Connects to the socket that `NOTIFY_SOCKET` names. Without it, or if nobody is there, nobody is told.
-    pub fn connect() -> Self {
+    pub(crate) fn connect() -> Self {
         let socket = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).map(|name| to(&name));
         Notifier(socket.and_then(|socket| match socket {
             Ok(socket) => Some(socket),
@@ -27,12 +27,12 @@ impl Notifier {
     }
 
     /// VMMs can connect.
-    pub fn ready(&self) {
+    pub(crate) fn ready(&self) {
         self.tell("READY=1\n");
     }
 
     /// The end has begun.
-    pub fn stopping(&self) {
+    pub(crate) fn stopping(&self) {
         self.tell("STOPPING=1\n");
     }
 

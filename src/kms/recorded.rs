@@ -12,14 +12,14 @@ use crate::kms::{
 use zeroize::Zeroizing;
 
 /// A provider and the log.
-pub struct Recorded {
+pub(super) struct Recorded {
     inner: Box<dyn KeyProvider>,
     log: AuditLog,
 }
 
 impl Recorded {
     /// `inner`, recorded in the log of the store at `root`.
-    pub fn new(root: &Root, inner: Box<dyn KeyProvider>) -> Result<Self, KmsError> {
+    pub(super) fn new(root: &Root, inner: Box<dyn KeyProvider>) -> Result<Self, KmsError> {
         let log = AuditLog::new(root).map_err(|e| KmsError::Internal(e.to_string()))?;
         Ok(Recorded { inner, log })
     }

@@ -25,7 +25,7 @@ use crate::disk::transfer::Watch;
 
 /// Under which KMS key an imported volume is, and how its data key is unwrapped for the time that it takes.
 #[derive(Clone, Copy)]
-pub struct Key<'a> {
+pub(super) struct Key<'a> {
     /// Makes and wraps the data key.
     pub wrapping: WrappingKey<'a>,
     /// Unwraps it.
@@ -33,7 +33,7 @@ pub struct Key<'a> {
 }
 
 /// The least size in bytes of a volume that an image of `len` bytes fits into: whole sectors.
-pub fn size_of(len: u64, sector_size: SectorSize) -> u64 {
+pub(super) fn size_of(len: u64, sector_size: SectorSize) -> u64 {
     let unit = u64::from(sector_size.bytes());
     len.checked_next_multiple_of(unit).unwrap_or(u64::MAX)
 }
@@ -43,7 +43,7 @@ pub fn size_of(len: u64, sector_size: SectorSize) -> u64 {
 ///
 /// # Errors
 /// As [`make::create`]; those of reading the image; what `watch` answers. Nothing of the volume is left then.
-pub fn import(
+pub(super) fn import(
     catalog: &Catalog,
     events: &EventLog,
     wanted: &Wanted,

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 /// The file of an image that is to become a layer: nobody writes to it as far as one can tell, and it can have a
 /// second name in the store.
-pub struct Candidate {
+pub(super) struct Candidate {
     path: PathBuf,
     file: File,
     len: u64,
@@ -36,7 +36,7 @@ impl Candidate {
     /// # Errors
     /// `Usage` for what is no file, is the store's, is on another file system, or has several names already; `Busy` if QEMU has it
     /// open, or a loop device.
-    pub fn new(catalog: &Catalog, image: Offered) -> Result<Self> {
+    pub(super) fn new(catalog: &Catalog, image: Offered) -> Result<Self> {
         let Offered { file, path } = image;
         let lock = ImageLock::of(&file, &path, Access::ReadWrite)?;
         let found = file.metadata()?;
@@ -101,7 +101,7 @@ impl Candidate {
 ///
 /// # Errors
 /// As [`make::create`], `Usage` for a file that is not whole sectors. The file is as it was then.
-pub fn import(
+pub(super) fn import(
     catalog: &Catalog,
     events: &EventLog,
     wanted: &Wanted,

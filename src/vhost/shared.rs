@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use vm_memory::{FileOffset, MmapRegion};
 
 /// The error about `what`, by name, that the front-end gave.
-pub fn invalid(what: &str, why: &str) -> io::Error {
+pub(super) fn invalid(what: &str, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("{what}: {why}"))
 }
 
@@ -16,7 +16,7 @@ pub fn invalid(what: &str, why: &str) -> io::Error {
 /// # Errors
 /// `InvalidData` for a file that is shorter, or that could become so: touching what is gone would end the process
 /// (SIGBUS). A file that is sealed against shrinking stays as long as it is now; what is no memory file cannot be sealed.
-pub fn map(what: &str, fd: OwnedFd, offset: u64, size: u64) -> io::Result<MmapRegion<()>> {
+pub(super) fn map(what: &str, fd: OwnedFd, offset: u64, size: u64) -> io::Result<MmapRegion<()>> {
     // Ours are sealed, and so are those of some front-ends; this seals those of the others.
     let _ = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));
     let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);

@@ -9,28 +9,28 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes in a page of the pool: the alignment that O_DIRECT needs at most.
-pub const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 /// Pages in a pool: 4 MiB a queue, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
-pub const PAGES: u32 = 1024;
+pub(super) const PAGES: u32 = 1024;
 /// The most bytes in one buffer: larger transfers go in pieces.
-pub const MAX_BUFFER: usize = 256 * 1024;
+pub(super) const MAX_BUFFER: usize = 256 * 1024;
 
 /// Bytes of a pool that the kernel is given: a part of a buffer.
 #[derive(Clone, Copy)]
-pub struct Span {
+pub(super) struct Span {
     start: usize,
     pub len: u32,
 }
 
 impl Span {
     /// The same without its first `n` bytes.
-    pub fn from(self, n: u32) -> Self {
+    pub(super) fn from(self, n: u32) -> Self {
         Span { start: self.start + n as usize, len: self.len - n }
     }
 }
 
 /// Pages for transfers, not for keys: they hold ciphertext, and plaintext only while a request is served.
-pub struct Pool {
+pub(super) struct Pool {
     id: u32,
     base: NonNull<u8>,
     /// One bit a page, 1 = free.
@@ -45,7 +45,7 @@ unsafe impl Send for Pool {}
 
 impl Pool {
     /// Maps the pages.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
         let len = NonZeroUsize::new(PAGES as usize * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no other memory.
@@ -61,18 +61,18 @@ impl Pool {
     }
 
     /// The whole pool as an iovec, for registration with io_uring.
-    pub fn iovec(&self) -> libc::iovec {
+    pub(super) fn iovec(&self) -> libc::iovec {
         libc::iovec { iov_base: self.base.as_ptr().cast(), iov_len: PAGES as usize * PAGE }
     }
 
     /// A buffer of `len` bytes, 1..=[`MAX_BUFFER`], page-aligned.
-    pub fn alloc(&mut self, len: usize) -> Option<Buffer> {
+    pub(super) fn alloc(&mut self, len: usize) -> Option<Buffer> {
         self.alloc_within(0, len, 0)
     }
 
     /// The same, its bytes beginning `skip` bytes into its first page, and with so many `spare` pages after those that
     /// they lie in.
-    pub fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
+    pub(super) fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
         debug_assert!((1..=MAX_BUFFER).contains(&len) && skip < PAGE);
         let pages = ((skip + len).div_ceil(PAGE) + spare) as u32;
         if pages > self.free_pages {
@@ -84,28 +84,28 @@ impl Pool {
     }
 
     /// Takes a buffer back.
-    pub fn free(&mut self, buffer: Buffer) {
+    pub(super) fn free(&mut self, buffer: Buffer) {
         assert_eq!(buffer.pool, self.id, "a buffer goes back to the pool that made it");
         self.mark(buffer.page, buffer.pages, true);
         self.hint = buffer.page as usize / 64;
     }
 
     /// Where `len` bytes of the buffer's pages lie in the pool, from the `start`-th on.
-    pub fn span(&self, buffer: &Buffer, start: usize, len: usize) -> Span {
+    pub(super) fn span(&self, buffer: &Buffer, start: usize, len: usize) -> Span {
         assert_eq!(buffer.pool, self.id, "a buffer is used with the pool that made it");
         assert!(start + len <= buffer.pages as usize * PAGE, "what is used of a buffer lies in its pages");
         Span { start: buffer.page as usize * PAGE + start, len: len as u32 }
     }
 
     /// Where the bytes of `span` are.
-    pub fn ptr(&self, span: Span) -> *mut u8 {
+    pub(super) fn ptr(&self, span: Span) -> *mut u8 {
         debug_assert!(span.start + span.len as usize <= PAGES as usize * PAGE);
         // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do; `Pool::span` saw to that.
         unsafe { self.base.as_ptr().add(span.start) }
     }
 
     /// The buffer's bytes.
-    pub fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+    pub(super) fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
         let span = self.span(buffer, buffer.skip as usize, buffer.len as usize);
         // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and both it and the
         // pool are borrowed for as long as the slice lives. The kernel uses the pages only while the queue
@@ -114,7 +114,7 @@ impl Pool {
     }
 
     /// All bytes of the buffer's pages.
-    pub fn whole(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+    pub(super) fn whole(&mut self, buffer: &mut Buffer) -> &mut [u8] {
         let span = self.span(buffer, 0, buffer.pages as usize * PAGE);
         // SAFETY: as for `bytes`.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }

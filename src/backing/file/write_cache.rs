@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 /// The kernel's word on a device's cache: `write back` or `write through`
 /// (Documentation/ABI/stable/sysfs-block, `queue/write_cache`).
-pub struct WriteCache(File);
+pub(super) struct WriteCache(File);
 
 impl WriteCache {
     /// Of the block device that `device` is. `None` if the kernel does not say.

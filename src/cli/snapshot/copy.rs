@@ -39,7 +39,7 @@ pub struct CopyArgs {
 }
 
 /// Copies a snapshot.
-pub fn run(env: &Env, args: CopyArgs) -> Result<()> {
+pub(super) fn run(env: &Env, args: CopyArgs) -> Result<()> {
     let (store, catalog) = (env.store()?, env.catalog());
     let source = catalog.load_snapshot(catalog.resolve_snapshot(&args.snapshot)?)?;
     let mut tags = Tags::default();

@@ -41,7 +41,7 @@ pub struct CreateArgs {
 }
 
 /// Makes the snapshots.
-pub fn run(env: &Env, args: CreateArgs) -> Result<()> {
+pub(super) fn run(env: &Env, args: CreateArgs) -> Result<()> {
     let (store, catalog) = (env.store()?, env.catalog());
     let label = label(&args)?;
     let volumes = match &args.volume {

@@ -50,7 +50,7 @@ pub struct CreateArgs {
 }
 
 /// Makes a volume, and prints what it is.
-pub fn run(env: &Env, args: &CreateArgs) -> Result<()> {
+pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
     let (store, catalog) = (env.store()?, env.catalog());
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;

@@ -27,7 +27,7 @@ pub struct ExportArgs {
 
 /// Where an export goes.
 #[derive(clap::Args)]
-pub struct To {
+pub(crate) struct To {
     /// The file to be made, readable by its owner alone.
     file: PathBuf,
     /// How it is written: raw, sparse.
@@ -39,12 +39,12 @@ pub struct To {
 }
 
 /// Exports a volume.
-pub fn run(env: &Env, args: &ExportArgs) -> Result<()> {
+pub(crate) fn run(env: &Env, args: &ExportArgs) -> Result<()> {
     export(env, What::Volume(env.catalog().resolve(&args.volume)?), &args.to)
 }
 
 /// Exports a volume or a snapshot.
-pub fn export(env: &Env, what: What, to: &To) -> Result<()> {
+pub(crate) fn export(env: &Env, what: What, to: &To) -> Result<()> {
     let mut progress = Progress::new()?;
     let target = Target { path: &to.file, replace: to.force };
     let bytes = export::export(&env.store()?, what, target, &mut |done, total| progress.at(done, total))?;

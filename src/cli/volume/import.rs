@@ -67,7 +67,7 @@ pub struct ImportArgs {
 }
 
 /// Makes a volume from an image.
-pub fn run(env: &Env, args: &ImportArgs) -> Result<()> {
+pub(super) fn run(env: &Env, args: &ImportArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
     let import = Import {

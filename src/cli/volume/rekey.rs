@@ -62,7 +62,7 @@ struct FollowArgs {
 }
 
 /// Gives a volume a new data key.
-pub fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
+pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
     let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref())?;
     say_pause(env, id, pause);
@@ -70,7 +70,7 @@ pub fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
 }
 
 /// Makes a volume's layers one.
-pub fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
+pub(super) fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
     let said = match flatten::flatten(&store, id)? {
         true => format!("{id} is being flattened"),

@@ -26,7 +26,7 @@ pub struct ResizeArgs {
 }
 
 /// Makes a volume larger.
-pub fn run(env: &Env, args: &ResizeArgs) -> Result<()> {
+pub(crate) fn run(env: &Env, args: &ResizeArgs) -> Result<()> {
     let catalog = env.catalog();
     let id = catalog.resolve(&args.volume)?;
     let Resized { volume, told } = resize::resize(&env.store()?, id, args.size)?;

@@ -34,7 +34,7 @@ pub struct RewrapArgs {
 }
 
 /// Wraps the data keys of one volume, or of all.
-pub fn run(env: &Env, args: &RewrapArgs) -> Result<()> {
+pub(super) fn run(env: &Env, args: &RewrapArgs) -> Result<()> {
     let store = env.store()?;
     let wish = Wish::new(&store, args.key.as_deref(), args.from.as_deref())?;
     match &args.volume {

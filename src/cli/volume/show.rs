@@ -26,7 +26,7 @@ pub struct ShowArgs {
 }
 
 /// Shows one volume. With `--check-key` it fails, after printing everything, if a key is not usable.
-pub fn show(env: &Env, args: &ShowArgs) -> Result<()> {
+pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
     let catalog = env.catalog();
     let metadata = catalog.load(catalog.resolve(&args.volume)?)?;
     let attached = Attached::look(&catalog, &metadata)?;
@@ -252,7 +252,7 @@ fn plain(state: KeyState) -> &'static str {
 }
 
 /// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
-pub fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
+pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
     let held = catalog.held(metadata.id())?;
     let keys: Vec<Value> = metadata
         .keys()
@@ -300,7 +300,7 @@ fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
 }
 
 /// EBS's word for it.
-pub fn state(held: &Held) -> &'static str {
+pub(super) fn state(held: &Held) -> &'static str {
     match held {
         Held::Free => "available",
         Held::By(Holder { purpose: Purpose::Create, .. }) => "creating",

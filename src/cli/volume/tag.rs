@@ -29,12 +29,12 @@ pub struct UntagArgs {
 }
 
 /// Gives a volume tags.
-pub fn tag(env: &Env, args: &TagArgs) -> Result<()> {
+pub(super) fn tag(env: &Env, args: &TagArgs) -> Result<()> {
     change(env, &args.volume, |tags| filter::set(tags, &args.tags))
 }
 
 /// Takes tags away from a volume.
-pub fn untag(env: &Env, args: &UntagArgs) -> Result<()> {
+pub(super) fn untag(env: &Env, args: &UntagArgs) -> Result<()> {
     change(env, &args.volume, |tags| filter::remove(tags, &args.keys))
 }
 

@@ -20,7 +20,7 @@ pub(super) fn clear_vector_registers() {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub fn clear_zmm() {
+pub(crate) fn clear_zmm() {
     // SAFETY: writes registers that are declared as clobbered; no memory.
     unsafe {
         std::arch::asm!(
@@ -58,7 +58,7 @@ pub fn clear_zmm() {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx")]
-pub fn clear_ymm() {
+pub(crate) fn clear_ymm() {
     // Where all code is made for AVX-512, the compiler may have used more.
     #[cfg(target_feature = "avx512f")]
     return clear_zmm();

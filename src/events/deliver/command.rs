@@ -14,7 +14,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 /// Delivers one event; says what went wrong.
-pub fn deliver(command: &[String], event: &Recorded, timeout: Duration) -> Result<(), String> {
+pub(super) fn deliver(command: &[String], event: &Recorded, timeout: Duration) -> Result<(), String> {
     let (program, arguments) = command.split_first().ok_or("there is no command")?;
     let mut child = Command::new(program)
         .args(arguments)

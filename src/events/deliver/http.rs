@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 /// Delivers one event; says what went wrong.
-pub fn deliver(url: &Uri, event: &Recorded, timeout: Duration) -> Result<(), String> {
+pub(super) fn deliver(url: &Uri, event: &Recorded, timeout: Duration) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     let runtime = runtime.map_err(|e| format!("start an HTTP client: {e}"))?;
     let posted = runtime.block_on(async { tokio::time::timeout(timeout, post(url, event)).await });

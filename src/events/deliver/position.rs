@@ -25,7 +25,7 @@ struct Written {
 
 /// A sink's place in the log, held by one process at a time.
 #[derive(Debug)]
-pub struct Position {
+pub(super) struct Position {
     path: PathBuf,
     _lock: Flock<File>,
 }
@@ -35,7 +35,7 @@ impl Position {
     ///
     /// # Errors
     /// `Busy` if another process serves the sink.
-    pub fn acquire(root: &Root, name: &str) -> Result<Self> {
+    pub(super) fn acquire(root: &Root, name: &str) -> Result<Self> {
         let folder = root.event_sinks();
         create_dir_durable(&folder)?;
         let path = folder.join(format!("{name}.lock"));
@@ -55,7 +55,7 @@ impl Position {
 
     /// A reader of what has not been delivered. A new sink's begins with the first event, or behind the last one,
     /// if it shall have only what happens from now on.
-    pub fn reader(&self, root: &Root, new_from_now: bool) -> Result<EventReader> {
+    pub(super) fn reader(&self, root: &Root, new_from_now: bool) -> Result<EventReader> {
         let Some(written) = self.read()? else {
             let mut reader = EventReader::new(root);
             if new_from_now {
@@ -96,7 +96,7 @@ impl Position {
     }
 
     /// Notes that everything up to this event is delivered, durably.
-    pub fn write(&self, event: Option<&Recorded>) -> Result<()> {
+    pub(super) fn write(&self, event: Option<&Recorded>) -> Result<()> {
         let last = event.and_then(|event| event.id().map(str::to_owned));
         let written = Written { start: event.map_or(0, |event| event.start), last };
         replace_file(&self.path, &serde_json::to_vec(&written).expect("a number and a string"))

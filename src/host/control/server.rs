@@ -30,18 +30,18 @@ const MAX_CALLERS: usize = 32;
 const LAST_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Notes a data key that was wrapped anew.
-pub type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
+pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 
 /// Makes a snapshot, in turns with the client.
-pub type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
+pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
 /// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns with the
 /// client; answers how long the queues stood still.
-pub type RekeyOrder =
+pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
 /// Makes the volume so many bytes large, and tells the VMM.
-pub type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
+pub(super) type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
 
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {

@@ -19,7 +19,7 @@ use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 
 /// A client and what is known of where it goes.
-pub struct Regional {
+pub(super) struct Regional {
     /// The SDK's.
     pub client: aws_sdk_kms::Client,
     region: String,
@@ -31,7 +31,7 @@ impl Regional {
     ///
     /// # Errors
     /// Validation where no region is known.
-    pub async fn new(region: Option<&str>) -> Result<Self, KmsError> {
+    pub(super) async fn new(region: Option<&str>) -> Result<Self, KmsError> {
         let http = http_client(trusted()?);
         let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http);
         if let Some(region) = region {
@@ -54,7 +54,7 @@ impl Regional {
     }
 
     /// Where requests go, as a URL once one has been made.
-    pub fn endpoint(&self) -> String {
+    pub(super) fn endpoint(&self) -> String {
         let seen = self.seen.0.locked();
         seen.clone().unwrap_or_else(|| format!("AWS KMS in {}", self.region))
     }

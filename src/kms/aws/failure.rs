@@ -10,7 +10,7 @@ use std::error::Error;
 const WORDS_MAX: usize = 2048;
 
 /// The error for a failed request to `endpoint`.
-pub fn of<E>(error: SdkError<E>, endpoint: &str) -> KmsError
+pub(super) fn of<E>(error: SdkError<E>, endpoint: &str) -> KmsError
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
@@ -51,7 +51,7 @@ where
 }
 
 /// Transport: nobody answered at `endpoint`.
-pub fn unreachable(endpoint: &str, why: &str) -> KmsError {
+pub(super) fn unreachable(endpoint: &str, why: &str) -> KmsError {
     KmsError::Transport(format!("could not reach {endpoint}: {why}"))
 }
 

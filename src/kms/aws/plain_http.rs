@@ -18,7 +18,7 @@ const CREDENTIAL_SERVICES: &[&str] =
     &["169.254.169.254", "169.254.170.2", "169.254.170.23", "fd00:ec2::254", "fd00:ec2::23"];
 
 /// `http`, which refuses to speak to another machine without TLS.
-pub fn refuse_elsewhere(http: SharedHttpClient) -> SharedHttpClient {
+pub(super) fn refuse_elsewhere(http: SharedHttpClient) -> SharedHttpClient {
     SharedHttpClient::new(Guard(http))
 }
 
@@ -28,7 +28,7 @@ pub fn refuse_elsewhere(http: SharedHttpClient) -> SharedHttpClient {
     "{0} is another machine, and without TLS whoever is on the way reads the data key: name an https:// address (\"sealblk \
      kms serve\" has --tls-cert), or one on this machine that leads there by a tunnel"
 )]
-pub struct InTheClear(String);
+pub(super) struct InTheClear(String);
 
 #[derive(Debug)]
 struct Guard<T>(T);

@@ -10,14 +10,14 @@ use crate::kms::embedded::rotation::new_version;
 use crate::kms::{KeyState, KmsError};
 
 /// Whether anything is due.
-pub fn is_due(log: &OpenLog, now: &Moment) -> bool {
+pub(super) fn is_due(log: &OpenLog, now: &Moment) -> bool {
     log.state().keys().any(|key| {
         rotation_is_due(key, now) || material_is_due(key, now) || verdict(key, now) != Verdict::Wait
     })
 }
 
 /// The changes that are due.
-pub fn changes(log: &OpenLog, now: &Moment) -> Result<Vec<Change>, KmsError> {
+pub(super) fn changes(log: &OpenLog, now: &Moment) -> Result<Vec<Change>, KmsError> {
     let mut changes = Vec::new();
     for key in log.state().keys() {
         let mut key = key.clone();
@@ -54,7 +54,7 @@ fn deletion(log: &OpenLog, key: &KeyEntry, now: &Moment) -> Vec<Change> {
 }
 
 /// Whether imported material is to be forgotten.
-pub fn material_is_due(key: &KeyEntry, now: &Moment) -> bool {
+pub(super) fn material_is_due(key: &KeyEntry, now: &Moment) -> bool {
     let expires = key.external.as_ref().and_then(|external| external.expires);
     !key.versions.is_empty() && expires.is_some_and(|at| now.wall >= at)
 }

@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 /// Fills `out` (at most 8160 bytes here: a 32-bit counter would allow more) from `key`.
 ///
 /// The fixed input is Label ‖ 0x00 ‖ Context ‖ [L]₃₂ with L the output's length in bits.
-pub fn derive(key: &[u8], label: &[u8], context: &[u8], out: &mut [u8]) {
+pub(super) fn derive(key: &[u8], label: &[u8], context: &[u8], out: &mut [u8]) {
     let bits = (out.len() as u32) * 8;
     counter_mode(key, &[label, &[0], context, &bits.to_be_bytes()], out);
 }

@@ -19,13 +19,13 @@ const STORE: Bytes = Bytes::one(1);
 ///
 /// It belongs to the open file, so that two threads of one process exclude each other too.
 #[derive(Debug)]
-pub struct Lock {
+pub(super) struct Lock {
     _file: File,
 }
 
 impl Lock {
     /// Waits until nobody changes the store; needs no write permission. `None` if there is no store's folder.
-    pub fn shared(path: &Path) -> Result<Option<Self>, KmsError> {
+    pub(super) fn shared(path: &Path) -> Result<Option<Self>, KmsError> {
         let opened = match files::open(path) {
             Err(e) if e.kind() == ErrorKind::NotFound => open_or_create(path),
             opened => opened,
@@ -42,7 +42,7 @@ impl Lock {
     }
 
     /// Waits until nobody uses the store. Makes the lock's file if it is not there.
-    pub fn exclusive(path: &Path) -> Result<Self, KmsError> {
+    pub(super) fn exclusive(path: &Path) -> Result<Self, KmsError> {
         let file = open_or_create(path).map_err(|e| failed("lock the KMS store", path, &e))?;
         lock(&file, locks::Kind::Exclusive, TURNSTILE, path)?;
         lock(&file, locks::Kind::Exclusive, STORE, path)?;

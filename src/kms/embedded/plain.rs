@@ -6,7 +6,7 @@ use std::io::{Error, ErrorKind};
 use std::path::Path;
 
 /// Secret memory that `fill` fills; what keeps it from being made is Internal.
-pub fn secret<const N: usize>(
+pub(super) fn secret<const N: usize>(
     fill: impl FnOnce(&mut [u8; N]) -> Result<(), KmsError>,
 ) -> Result<SecretBytes<N>, KmsError> {
     SecretBytes::filled(|bytes| fill(bytes).map_err(Refused::Filling)).map_err(|e| match e {
@@ -27,7 +27,7 @@ impl From<crate::base::Error> for Refused {
 }
 
 /// What was attempted on what, and what can be done about it.
-pub fn failed(what: &str, path: &Path, e: &Error) -> KmsError {
+pub(super) fn failed(what: &str, path: &Path, e: &Error) -> KmsError {
     let path = path.display();
     KmsError::Internal(match e.kind() {
         ErrorKind::PermissionDenied => {

@@ -20,7 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 /// The store of one embedded KMS; any number of processes may have it open.
-pub struct Store {
+pub(super) struct Store {
     dir: PathBuf,
     config: PathBuf,
     clock: Box<dyn Clock>,
@@ -30,7 +30,7 @@ pub struct Store {
 }
 
 /// When a change is made.
-pub struct Now {
+pub(super) struct Now {
     /// By the machine's clocks.
     pub moment: Moment,
     /// The time of its record, milliseconds since 1970: never before the record that precedes it.
@@ -39,34 +39,34 @@ pub struct Now {
 
 impl Store {
     /// The store in the folder `dir`, with root key and anchor in `config`. Touches nothing yet.
-    pub fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
+    pub(super) fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
         Store { dir, config, clock, hardened, cached: Mutex::new(None) }
     }
 
     /// The folder.
-    pub fn dir(&self) -> &Path {
+    pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// Whether there is a store in the folder.
-    pub fn exists(&self) -> Result<bool, KmsError> {
+    pub(super) fn exists(&self) -> Result<bool, KmsError> {
         let path = self.log_path();
         path.try_exists().map_err(|e| failed("look for the KMS store", &path, &e))
     }
 
     /// The moment by the store's clock.
-    pub fn now(&self) -> Moment {
+    pub(super) fn now(&self) -> Moment {
         self.clock.now()
     }
 
     /// Whether a passphrase is needed before the store can be read.
-    pub fn asks_for_passphrase(&self) -> bool {
+    pub(super) fn asks_for_passphrase(&self) -> bool {
         self.cached().is_none()
             && OpenLog::store_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
     }
 
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
-    pub fn read<T>(&self, f: impl FnOnce(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
+    pub(super) fn read<T>(&self, f: impl FnOnce(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
         on_scrubbed_stack(|| {
             let mut cached = self.cached();
             let _lock = Lock::shared(&self.lock_path())?.ok_or_else(|| self.absent())?;
@@ -76,7 +76,7 @@ impl Store {
 
     /// Changes the store: `f` sees its state, while nobody else uses it, and answers what changes. Durable when this
     /// returns. After an error nothing has changed, or the change was made and could not be answered.
-    pub fn write<T>(
+    pub(super) fn write<T>(
         &self,
         f: impl FnOnce(&OpenLog, &Now) -> Result<(Vec<Change>, T), KmsError>,
     ) -> Result<T, KmsError> {
@@ -124,12 +124,12 @@ impl Store {
     }
 
     /// Makes the store, with a new root key, if there is none.
-    pub fn create_if_absent(&self) -> Result<(), KmsError> {
+    pub(super) fn create_if_absent(&self) -> Result<(), KmsError> {
         self.create(None).map(drop)
     }
 
     /// The same, with the root key under a passphrase; answers whether there was none.
-    pub fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
+    pub(super) fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
         if self.exists()? {
             return Ok(false);
         }
@@ -151,7 +151,7 @@ impl Store {
     }
 
     /// Puts the root key under another passphrase, or under none; answers where it lies. The store stays as it is.
-    pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+    pub(super) fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         let mut cached = self.cached();
         if !self.exists()? {
             return Err(self.absent());

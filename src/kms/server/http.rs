@@ -58,7 +58,7 @@ const CONTENT_TYPE: &str = "application/x-amz-json-1.1";
 const TARGET: &str = "TrentService.";
 
 /// What all connections share.
-pub struct Server {
+pub(super) struct Server {
     /// The KMS.
     pub kms: Arc<Embedded>,
     /// What was refused and is not in the audit log yet.
@@ -70,7 +70,7 @@ pub struct Server {
 
 impl Server {
     /// A server of this KMS, with nobody connected.
-    pub fn new(kms: Arc<Embedded>, refusals: Arc<Refusals>) -> Arc<Self> {
+    pub(super) fn new(kms: Arc<Embedded>, refusals: Arc<Refusals>) -> Arc<Self> {
         Arc::new(Server { kms, refusals, places: Arc::default(), turns: Mutex::default() })
     }
 
@@ -81,7 +81,7 @@ impl Server {
 }
 
 /// Answers the connections that `next` accepts, by TLS if that is given, until it fails for good.
-pub async fn accept<S>(
+pub(super) async fn accept<S>(
     server: Arc<Server>,
     tls: Option<Arc<Tls>>,
     next: impl AsyncFn() -> std::io::Result<(S, Peer)>,

@@ -14,15 +14,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 /// Connections at a time.
-pub const CONNECTIONS: usize = 256;
+pub(super) const CONNECTIONS: usize = 256;
 /// Of one peer, those that have shown no valid signature yet.
-pub const UNSIGNED_OF_PEER: usize = 64;
+pub(super) const UNSIGNED_OF_PEER: usize = 64;
 /// Of one principal.
-pub const OF_PRINCIPAL: usize = 64;
+pub(super) const OF_PRINCIPAL: usize = 64;
 
 /// Who is at the other end, as far as the kernel knows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Peer {
+pub(super) enum Peer {
     /// Somebody at this address; of IPv6 the first half, which is what a site is given.
     Address(IpAddr),
     /// A user of this machine.
@@ -31,7 +31,7 @@ pub enum Peer {
 
 impl Peer {
     /// The peer at this address.
-    pub fn at(address: IpAddr) -> Self {
+    pub(super) fn at(address: IpAddr) -> Self {
         Peer::Address(match address.to_canonical() {
             IpAddr::V6(v6) => {
                 let mut half = v6.octets();
@@ -54,7 +54,7 @@ impl fmt::Display for Peer {
 
 /// All places.
 #[derive(Default)]
-pub struct Places(Mutex<Taken>);
+pub(super) struct Places(Mutex<Taken>);
 
 #[derive(Default)]
 struct Taken {
@@ -76,7 +76,7 @@ struct Held {
 }
 
 /// A place that a connection has, until it is dropped.
-pub struct Place {
+pub(super) struct Place {
     places: Arc<Places>,
     number: u64,
     leave: Arc<Notify>,
@@ -84,11 +84,11 @@ pub struct Place {
 }
 
 /// A request that is being answered, until it is dropped.
-pub struct Busy<'a>(&'a Place);
+pub(super) struct Busy<'a>(&'a Place);
 
 impl Places {
     /// Takes a place for a connection of `peer`. `None` where every place has somebody who is being answered.
-    pub fn take(self: &Arc<Self>, peer: Peer) -> Option<Place> {
+    pub(super) fn take(self: &Arc<Self>, peer: Peer) -> Option<Place> {
         let mut taken = self.taken();
         let unsigned = taken.places.values().filter(|held| !held.leaving && held.is_unsigned_of(&peer));
         if unsigned.count() >= UNSIGNED_OF_PEER {
@@ -157,23 +157,23 @@ impl Held {
 
 impl Place {
     /// A request's headers have come: whoever sends it is not silent.
-    pub fn asks(&self) {
+    pub(super) fn asks(&self) {
         self.has_asked.store(true, Ordering::Relaxed);
     }
 
     /// Whether [`Place::asks`] was called.
-    pub fn has_asked(&self) -> bool {
+    pub(super) fn has_asked(&self) -> bool {
         self.has_asked.load(Ordering::Relaxed)
     }
 
     /// Whether a principal has signed a request on this connection.
-    pub fn is_signed(&self) -> bool {
+    pub(super) fn is_signed(&self) -> bool {
         self.places.taken().places.get(&self.number).is_some_and(|held| held.principal.is_some())
     }
 
     /// A request was signed by `principal`, and is being answered. Where he has too many connections another of his
     /// that is idle makes way; `None` if all are busy.
-    pub fn signed_by(&self, principal: &str) -> Option<Busy<'_>> {
+    pub(super) fn signed_by(&self, principal: &str) -> Option<Busy<'_>> {
         let mut taken = self.places.taken();
         let is_his = |held: &Held| held.principal.as_deref() == Some(principal);
         let others =
@@ -188,7 +188,7 @@ impl Place {
     }
 
     /// Returns when this connection is to make way.
-    pub async fn makes_way(&self) {
+    pub(super) async fn makes_way(&self) {
         self.leave.notified().await;
     }
 }

@@ -22,7 +22,7 @@ const ONE_BY_ONE: u64 = 10;
 
 /// What each principal was refused lately.
 #[derive(Default)]
-pub struct Refusals(Mutex<BTreeMap<String, Period>>);
+pub(super) struct Refusals(Mutex<BTreeMap<String, Period>>);
 
 struct Period {
     since: Instant,
@@ -35,7 +35,7 @@ struct Period {
 
 impl Refusals {
     /// Whether what `principal` was refused now gets a record of its own. It is counted otherwise.
-    pub fn is_worth_a_record(
+    pub(super) fn is_worth_a_record(
         &self,
         kms: &Embedded,
         principal: &str,
@@ -102,7 +102,7 @@ fn is_power_of_ten(n: u64) -> bool {
 ///
 /// # Errors
 /// The system's, which gives no thread or no signals.
-pub fn tell_in_time(kms: &Arc<Embedded>, refusals: &Arc<Refusals>) -> Result<()> {
+pub(super) fn tell_in_time(kms: &Arc<Embedded>, refusals: &Arc<Refusals>) -> Result<()> {
     let attempt = || "write down what was refused";
     let (of_time, time) = (kms.clone(), refusals.clone());
     let in_time = move || {

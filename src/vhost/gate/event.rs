@@ -7,7 +7,7 @@ use nix::sys::stat::{SFlag, fstat};
 
 /// Kick, call and err: one descriptor, or none and the flag that says so. It must be an event descriptor and
 /// never block: a full counter must not stop a queue.
-pub fn check_event(message: &Message) -> Result<()> {
+pub(super) fn check_event(message: &Message) -> Result<()> {
     const NO_FD: u64 = 1 << 8;
     let word = message.u64_at(0).unwrap_or(u64::MAX);
     if word & !0x1ff != 0 {

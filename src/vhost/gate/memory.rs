@@ -22,11 +22,11 @@ struct Region {
 
 /// The regions that the front-end has given.
 #[derive(Default)]
-pub struct MemoryTable(Vec<Region>);
+pub(super) struct MemoryTable(Vec<Region>);
 
 impl MemoryTable {
     /// Checks SET_MEM_TABLE, which replaces all regions.
-    pub fn set(&mut self, message: &Message) -> io::Result<()> {
+    pub(super) fn set(&mut self, message: &Message) -> io::Result<()> {
         let count = message.u32_at(0).unwrap_or(0) as usize;
         if count == 0 || message.body.len() != 8 + count * REGION || message.fds.len() != count {
             return Err(invalid(format!(
@@ -44,7 +44,7 @@ impl MemoryTable {
     }
 
     /// Checks ADD_MEM_REG.
-    pub fn add(&mut self, message: &Message) -> io::Result<()> {
+    pub(super) fn add(&mut self, message: &Message) -> io::Result<()> {
         match &message.fds[..] {
             [fd] => self.insert(Region::parse(message, 8)?, fd),
             fds => Err(invalid(format!("ADD_MEM_REG with {} descriptors", fds.len()))),
@@ -52,7 +52,7 @@ impl MemoryTable {
     }
 
     /// Checks REM_MEM_REG: the region must be there, by its addresses and size.
-    pub fn remove(&mut self, message: &Message) -> io::Result<()> {
+    pub(super) fn remove(&mut self, message: &Message) -> io::Result<()> {
         let gone = Region::parse(message, 8)?;
         let same = |r: &Region| (r.guest, r.size, r.user) == (gone.guest, gone.size, gone.user);
         match self.0.iter().position(same) {
@@ -65,7 +65,7 @@ impl MemoryTable {
     }
 
     /// Forgets a region, and answers the body of the REM_MEM_REG that makes others forget it.
-    pub fn take(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn take(&mut self) -> Option<Vec<u8>> {
         let gone = self.0.pop()?;
         Some(
             [0, gone.guest, gone.size, gone.user, gone.offset].iter().flat_map(|w| w.to_ne_bytes()).collect(),
@@ -73,7 +73,7 @@ impl MemoryTable {
     }
 
     /// The first guest address behind all regions; 0 without any.
-    pub fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.0.iter().map(|r| r.guest + r.size).max().unwrap_or(0)
     }
 

@@ -10,17 +10,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 /// Protocol version in the flags' low bits.
-pub const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 /// The flags' reply bit.
-pub const REPLY: u32 = 1 << 2;
+pub(super) const REPLY: u32 = 1 << 2;
 /// The flags' bit by which the sender asks for an answer even to a message that has none.
-pub const NEED_REPLY: u32 = 1 << 3;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 /// Bytes in the header.
-pub const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 /// The largest body of any message that we take.
-pub const MAX_BODY: usize = 4096 - HEADER;
+pub(super) const MAX_BODY: usize = 4096 - HEADER;
 /// The most descriptors of one message.
-pub const MAX_FDS: usize = 32;
+pub(super) const MAX_FDS: usize = 32;
 /// The most that the kernel passes at once. There is room for all of them: a truncated control message would leave
 /// descriptors open that nobody knows.
 const KERNEL_MAX_FDS: usize = 253;
@@ -30,7 +30,7 @@ const CONTROL_WORDS: usize =
 
 /// One message.
 #[derive(Debug)]
-pub struct Message {
+pub(super) struct Message {
     /// What it asks for.
     pub request: u32,
     /// Version, reply and need-reply bits.
@@ -43,43 +43,43 @@ pub struct Message {
 
 impl Message {
     /// A request that wants an answer.
-    pub fn request(request: u32, body: Vec<u8>) -> Self {
+    pub(super) fn request(request: u32, body: Vec<u8>) -> Self {
         Message { request, flags: VERSION | NEED_REPLY, body, fds: Vec::new() }
     }
 
     /// The answer to a message with `request`.
-    pub fn reply(request: u32, body: Vec<u8>) -> Self {
+    pub(super) fn reply(request: u32, body: Vec<u8>) -> Self {
         Message { request, flags: VERSION | REPLY, body, fds: Vec::new() }
     }
 
     /// The answer to a message with `request`: one 64-bit number.
-    pub fn reply_u64(request: u32, value: u64) -> Self {
+    pub(super) fn reply_u64(request: u32, value: u64) -> Self {
         Self::reply(request, value.to_ne_bytes().to_vec())
     }
 
     /// Whether the sender asks for an answer in any case.
-    pub fn needs_reply(&self) -> bool {
+    pub(super) fn needs_reply(&self) -> bool {
         self.flags & NEED_REPLY != 0
     }
 
     /// The same with the need-reply bit set.
-    pub fn with_need_reply(mut self) -> Self {
+    pub(super) fn with_need_reply(mut self) -> Self {
         self.flags |= NEED_REPLY;
         self
     }
 
     /// The 64-bit number at byte `at` of the body. Messages are in the byte order of the machine.
-    pub fn u64_at(&self, at: usize) -> Option<u64> {
+    pub(super) fn u64_at(&self, at: usize) -> Option<u64> {
         Some(u64::from_ne_bytes(self.body.get(at..at + 8)?.try_into().ok()?))
     }
 
     /// The 32-bit number at byte `at` of the body.
-    pub fn u32_at(&self, at: usize) -> Option<u32> {
+    pub(super) fn u32_at(&self, at: usize) -> Option<u32> {
         Some(u32::from_ne_bytes(self.body.get(at..at + 4)?.try_into().ok()?))
     }
 
     /// Reads the next message; `None` if the peer closed between two messages.
-    pub fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
+    pub(super) fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
         let mut fds = Vec::new();
         let mut header = [0; HEADER];
         if !receive_exact(socket, &mut header, &mut fds, true)? {
@@ -99,7 +99,7 @@ impl Message {
     }
 
     /// Writes the message in one piece.
-    pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
+    pub(super) fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
         for word in [self.request, self.flags, self.body.len() as u32] {
             bytes.extend_from_slice(&word.to_ne_bytes());
@@ -125,12 +125,12 @@ impl Message {
     }
 
     /// Whether it is the answer to `request`.
-    pub fn answers(&self, request: u32) -> bool {
+    pub(super) fn answers(&self, request: u32) -> bool {
         self.request == request && self.flags & REPLY != 0
     }
 
     /// Whether it claims to be an answer.
-    pub fn is_reply(&self) -> bool {
+    pub(super) fn is_reply(&self) -> bool {
         self.flags & REPLY != 0
     }
 }
@@ -197,12 +197,12 @@ fn receive_some(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) 
 }
 
 /// The 32-bit number at byte `at` of a header.
-pub fn word_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn word_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// An error about what the peer sent.
-pub fn invalid(what: String) -> io::Error {
+pub(super) fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 

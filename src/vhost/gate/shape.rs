@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 
 /// What a request looks like.
-pub struct Shape {
+pub(super) struct Shape {
     /// Bytes of its body.
     body: RangeInclusive<usize>,
     /// Most descriptors.
@@ -19,7 +19,7 @@ pub struct Shape {
 
 impl Shape {
     /// The shape of each request that we offer.
-    pub fn of(request: Req) -> Option<Self> {
+    pub(super) fn of(request: Req) -> Option<Self> {
         let shape = |body, fds, queue, needs| Some(Shape { body, fds, queue, needs });
         let none = Protocol::empty();
         match request {
@@ -49,7 +49,7 @@ impl Shape {
     }
 
     /// Compares a message with the shape, given the protocol features that were acknowledged.
-    pub fn check(&self, message: &Message, acked: u64, limits: &Limits) -> Result<()> {
+    pub(super) fn check(&self, message: &Message, acked: u64, limits: &Limits) -> Result<()> {
         if self.needs.bits() & !acked != 0 {
             return Err(invalid("its protocol feature was not acknowledged".into()));
         }
@@ -72,7 +72,7 @@ impl Shape {
 }
 
 /// Whether a request has an answer of its own kind, rather than a mere acknowledgement.
-pub fn has_answer(request: Req) -> bool {
+pub(super) fn has_answer(request: Req) -> bool {
     matches!(
         request,
         Req::GET_FEATURES

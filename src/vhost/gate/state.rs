@@ -23,7 +23,7 @@ const PATIENCE: u16 = 2000;
 
 /// What the last transfer was about.
 #[derive(Default)]
-pub enum Transfer {
+pub(super) enum Transfer {
     /// There was none.
     #[default]
     None,
@@ -35,7 +35,7 @@ pub enum Transfer {
 
 impl Transfer {
     /// SET_DEVICE_STATE_FD: the body of the answer.
-    pub fn begin(&mut self, message: &mut Message, running: bool) -> u64 {
+    pub(super) fn begin(&mut self, message: &mut Message, running: bool) -> u64 {
         *self = Transfer::None;
         let (direction, phase) = (message.u32_at(0), message.u32_at(4));
         let Some(fd) = message.fds.pop() else { return NO_FD | 1 };
@@ -52,7 +52,7 @@ impl Transfer {
     }
 
     /// CHECK_DEVICE_STATE: the body of the answer, 0 if all is well.
-    pub fn check(&mut self) -> u64 {
+    pub(super) fn check(&mut self) -> u64 {
         match std::mem::take(self) {
             Transfer::None => 1,
             Transfer::Saved => 0,

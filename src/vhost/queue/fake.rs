@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// What a test sees of the backing, and tells it. It knows flushes only.
 #[derive(Default)]
-pub struct Control {
+pub(super) struct Control {
     /// Flushes that were begun.
     pub begun: AtomicU32,
     /// Flushes that have ended.
@@ -38,13 +38,13 @@ pub struct Control {
 
 impl Control {
     /// Before anything that another thread can see, or that another thread's doing can be seen in.
-    pub fn step(&self) {
+    pub(super) fn step(&self) {
         #[cfg(feature = "model")]
         self.steps.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Lets the others go on, for want of something to do.
-    pub fn give_way(&self) {
+    pub(super) fn give_way(&self) {
         self.step();
         #[cfg(feature = "model")]
         loom::thread::yield_now();
@@ -66,7 +66,7 @@ struct FakeQueue {
 }
 
 /// A disk over such a backing.
-pub fn disk(control: &Arc<Control>) -> Arc<Disk> {
+pub(super) fn disk(control: &Arc<Control>) -> Arc<Disk> {
     let file = tempfile::NamedTempFile::new().expect("a file to lock");
     let lock = ImageLock::acquire(file.path(), Access::ReadWrite).expect("nobody has it");
     let shape = Shape { sectors: 2048, block_size: 512, read_only: false };
@@ -215,7 +215,7 @@ const UNANSWERED: u8 = 0xff;
 
 /// The driver of a ring with EVENT_IDX, whose only requests are flushes. Each uses entries of its own, so there are
 /// [`Driver::MOST`] in all.
-pub struct Driver {
+pub(super) struct Driver {
     mem: Arc<GuestMemory>,
     kick: EventFd,
     put: u16,
@@ -224,10 +224,10 @@ pub struct Driver {
 
 impl Driver {
     /// The most requests.
-    pub const MOST: u16 = SIZE / 2;
+    pub(super) const MOST: u16 = SIZE / 2;
 
     /// A driver with an empty ring in memory of its own.
-    pub fn new(control: &Arc<Control>) -> Self {
+    pub(super) fn new(control: &Arc<Control>) -> Self {
         let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 0x5000)]).expect("some memory");
         // VIRTIO_BLK_T_FLUSH, reserved, sector 0.
         mem.write_obj(4u32, GuestAddress(HEADER)).expect("in memory");
@@ -237,13 +237,13 @@ impl Driver {
 
     #[cfg(feature = "model")]
     /// Another view of it, from another thread; only one of them may put requests.
-    pub fn view(&self) -> Self {
+    pub(super) fn view(&self) -> Self {
         let kick = self.kick.try_clone().expect("dup");
         Driver { mem: self.mem.clone(), kick, put: self.put, control: self.control.clone() }
     }
 
     /// What a worker needs to serve the ring from `position` on.
-    pub fn setup(&self, position: Position) -> Box<Setup> {
+    pub(super) fn setup(&self, position: Position) -> Box<Setup> {
         let mut queue = virtio_queue::Queue::new(SIZE).expect("a size");
         let low = |address: u64| Some(address as u32);
         queue.set_desc_table_address(low(DESC), Some(0));
@@ -262,7 +262,7 @@ impl Driver {
     }
 
     /// Puts `count` flushes on the ring, and kicks if the device wants it.
-    pub fn put(&mut self, count: u16) {
+    pub(super) fn put(&mut self, count: u16) {
         let before = self.put;
         for _ in 0..count {
             self.put_one();
@@ -298,26 +298,26 @@ impl Driver {
     }
 
     /// How many requests the device had taken when it last wanted to be told of more.
-    pub fn avail_event(&self) -> u16 {
+    pub(super) fn avail_event(&self) -> u16 {
         let place = GuestAddress(USED + 4 + 8 * u64::from(SIZE));
         self.mem.load(place, Ordering::SeqCst).expect("in memory")
     }
 
     /// How many requests are answered.
-    pub fn used(&self) -> u16 {
+    pub(super) fn used(&self) -> u16 {
         self.control.step();
         self.mem.load(GuestAddress(USED + 2), Ordering::SeqCst).expect("in memory")
     }
 
     /// The status bytes of the first `count` requests; none for one that has none yet.
-    pub fn statuses(&self, count: u16) -> Vec<Option<u8>> {
+    pub(super) fn statuses(&self, count: u16) -> Vec<Option<u8>> {
         let status = |n| self.mem.read_obj::<u8>(GuestAddress(STATUS + u64::from(n))).expect("in memory");
         (0..count).map(status).map(|s| Some(s).filter(|&s| s != UNANSWERED)).collect()
     }
 
     #[cfg(feature = "model")]
     /// How many others have the guest's memory.
-    pub fn holders(&self) -> usize {
+    pub(super) fn holders(&self) -> usize {
         Arc::strong_count(&self.mem) - 1
     }
 }

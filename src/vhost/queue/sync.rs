@@ -30,17 +30,17 @@ mod one_answer {
         news: Condvar,
     }
 
-    pub struct SyncSender<T>(Arc<Shared<T>>);
+    pub(crate) struct SyncSender<T>(Arc<Shared<T>>);
 
-    pub struct Receiver<T>(Arc<Shared<T>>);
+    pub(crate) struct Receiver<T>(Arc<Shared<T>>);
 
-    pub fn sync_channel<T>(_bound: usize) -> (SyncSender<T>, Receiver<T>) {
+    pub(crate) fn sync_channel<T>(_bound: usize) -> (SyncSender<T>, Receiver<T>) {
         let shared = Arc::new(Shared { place: Mutex::new(Place::Empty), news: Condvar::new() });
         (SyncSender(shared.clone()), Receiver(shared))
     }
 
     impl<T> SyncSender<T> {
-        pub fn send(&self, message: T) -> Result<(), SendError<T>> {
+        pub(crate) fn send(&self, message: T) -> Result<(), SendError<T>> {
             *self.0.place.lock().unwrap() = Place::Filled(message);
             self.0.news.notify_one();
             Ok(())
@@ -58,7 +58,7 @@ mod one_answer {
     }
 
     impl<T> Receiver<T> {
-        pub fn recv(&self) -> Result<T, RecvError> {
+        pub(crate) fn recv(&self) -> Result<T, RecvError> {
             let mut place = self.0.place.lock().unwrap();
             loop {
                 match std::mem::replace(&mut *place, Place::Gone) {
@@ -73,7 +73,7 @@ mod one_answer {
         }
 
         /// There is no time in the model: as long as it takes.
-        pub fn recv_timeout(&self, _limit: Duration) -> Result<T, RecvTimeoutError> {
+        pub(crate) fn recv_timeout(&self, _limit: Duration) -> Result<T, RecvTimeoutError> {
             self.recv().map_err(|_| RecvTimeoutError::Disconnected)
         }
     }

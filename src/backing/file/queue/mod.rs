@@ -130,7 +130,7 @@ struct Watch {
 }
 
 /// A layer and how it is reached.
-pub struct Reached {
+pub(super) struct Reached {
     /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
     /// it, and so no error is told to one of them only.
     pub file: Arc<File>,
@@ -144,7 +144,7 @@ pub struct Reached {
 
 /// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
 /// be gone, before that goes.
-pub struct FileQueue {
+pub(super) struct FileQueue {
     ring: Ring,
     pool: Pool,
     /// Whether the pool is registered as fixed buffer 0.
@@ -174,7 +174,7 @@ pub struct FileQueue {
 
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+    pub(super) fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
         let Reached { file, inline, memory, unit } = top;
         let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
@@ -208,13 +208,13 @@ impl FileQueue {
     }
 
     /// The same, over a device whose flushes are needed only while it has a cache.
-    pub fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
+    pub(super) fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
         self.write_cache = write_cache;
         self
     }
 
     /// The same, over a top layer of which blocks are written in part, in turn with the other queues.
-    pub fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
+    pub(super) fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
         if let Some(turns) = turns {
             let rewriting = Rewriting::new(turns, self.depth)?;
             self.watch(TURN, rewriting.wake_fd());

@@ -18,7 +18,7 @@ const _: () = assert!(HEADER_LEN + PLAINTEXT_MAX + TAG_LEN <= BLOB_MAX);
 
 const ALGORITHM: &str = "SYMMETRIC_DEFAULT";
 
-pub fn encrypt(request: &Request<'_>) -> Answer {
+pub(super) fn encrypt(request: &Request<'_>) -> Answer {
     let fields = &request.fields;
     check_algorithm(fields, "EncryptionAlgorithm")?;
     let (key, context) = (fields.text("KeyId")?, fields.context("EncryptionContext")?);
@@ -32,7 +32,7 @@ pub fn encrypt(request: &Request<'_>) -> Answer {
     Ok(answer)
 }
 
-pub fn decrypt(request: &Request<'_>) -> Answer {
+pub(super) fn decrypt(request: &Request<'_>) -> Answer {
     let fields = &request.fields;
     check_algorithm(fields, "EncryptionAlgorithm")?;
     no_recipient(fields)?;
@@ -50,7 +50,7 @@ pub fn decrypt(request: &Request<'_>) -> Answer {
     }))
 }
 
-pub fn re_encrypt(request: &Request<'_>) -> Answer {
+pub(super) fn re_encrypt(request: &Request<'_>) -> Answer {
     let fields = &request.fields;
     check_algorithm(fields, "SourceEncryptionAlgorithm")?;
     check_algorithm(fields, "DestinationEncryptionAlgorithm")?;
@@ -75,7 +75,7 @@ pub fn re_encrypt(request: &Request<'_>) -> Answer {
     }))
 }
 
-pub fn generate_data_key(request: &Request<'_>, with_plaintext: bool) -> Answer {
+pub(super) fn generate_data_key(request: &Request<'_>, with_plaintext: bool) -> Answer {
     let fields = &request.fields;
     no_recipient(fields)?;
     let (key, context) = (fields.text("KeyId")?, fields.context("EncryptionContext")?);
@@ -103,7 +103,7 @@ pub fn generate_data_key(request: &Request<'_>, with_plaintext: bool) -> Answer 
     Ok(answer)
 }
 
-pub fn generate_random(request: &Request<'_>) -> Answer {
+pub(super) fn generate_random(request: &Request<'_>) -> Answer {
     request.admin("GenerateRandom")?;
     let fields = &request.fields;
     no_recipient(fields)?;

@@ -64,7 +64,7 @@ const TAKE_ALIASES: &[&str] =
     &["Decrypt", "DescribeKey", "Encrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "ReEncrypt"];
 
 /// Fails for a field that is longer than AWS lets it be.
-pub fn check_lengths(fields: &Fields) -> Result<(), WireError> {
+pub(super) fn check_lengths(fields: &Fields) -> Result<(), WireError> {
     for (name, longest) in TEXTS {
         if let Some(Value::String(text)) = fields.value(name) {
             check_text(text, name, *longest)?;
@@ -83,7 +83,7 @@ pub fn check_lengths(fields: &Fields) -> Result<(), WireError> {
 }
 
 /// Fails if the key is named by an alias and the operation takes none.
-pub fn check_no_alias(operation: &str, fields: &Fields) -> Result<(), WireError> {
+pub(super) fn check_no_alias(operation: &str, fields: &Fields) -> Result<(), WireError> {
     if TAKE_ALIASES.contains(&operation) {
         return Ok(());
     }

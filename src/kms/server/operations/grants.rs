@@ -7,7 +7,7 @@ use crate::kms::server::operations::{Answer, Request, paged, seconds};
 use crate::kms::server::wire::{Fields, WireError, constraint};
 use serde_json::{Value, json};
 
-pub fn create(request: &Request<'_>) -> Answer {
+pub(super) fn create(request: &Request<'_>) -> Answer {
     let fields = &request.fields;
     let (key, operations, constraint) = (fields.text("KeyId")?, operations(fields)?, constraints(fields)?);
     let service =
@@ -27,7 +27,7 @@ pub fn create(request: &Request<'_>) -> Answer {
     Ok(json!({ "GrantId": granted.id, "GrantToken": granted.token }))
 }
 
-pub fn list(request: &Request<'_>) -> Answer {
+pub(super) fn list(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ListGrants")?;
     let (id, grantee) =
         (request.fields.maybe_text("GrantId")?, request.fields.maybe_text("GranteePrincipal")?);
@@ -35,12 +35,12 @@ pub fn list(request: &Request<'_>) -> Answer {
     Ok(listed(request, request.kms.grants(key, id, grantee, &request.piece()?)?))
 }
 
-pub fn list_retirable(request: &Request<'_>) -> Answer {
+pub(super) fn list_retirable(request: &Request<'_>) -> Answer {
     let principal = request.fields.text("RetiringPrincipal")?;
     Ok(listed(request, request.kms.retirable_grants(request.caller, principal, &request.piece()?)?))
 }
 
-pub fn retire(request: &Request<'_>) -> Answer {
+pub(super) fn retire(request: &Request<'_>) -> Answer {
     let fields = &request.fields;
     let names =
         (fields.maybe_text("GrantToken")?, fields.maybe_text("KeyId")?, fields.maybe_text("GrantId")?);
@@ -56,7 +56,7 @@ pub fn retire(request: &Request<'_>) -> Answer {
     Ok(Value::Null)
 }
 
-pub fn revoke(request: &Request<'_>) -> Answer {
+pub(super) fn revoke(request: &Request<'_>) -> Answer {
     let key = request.admins_key("RevokeGrant")?;
     let grant = request.fields.text("GrantId")?;
     check_id(grant)?;

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 
-pub fn parameters(request: &Request<'_>) -> Answer {
+pub(super) fn parameters(request: &Request<'_>) -> Answer {
     let key = request.admins_key("GetParametersForImport")?;
     let algorithm = request.fields.text("WrappingAlgorithm")?;
     if algorithm != WRAPPING_ALGORITHM {
@@ -27,7 +27,7 @@ pub fn parameters(request: &Request<'_>) -> Answer {
     }))
 }
 
-pub fn import(request: &Request<'_>) -> Answer {
+pub(super) fn import(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ImportKeyMaterial")?;
     let fields = &request.fields;
     let models = ["KEY_MATERIAL_EXPIRES", "KEY_MATERIAL_DOES_NOT_EXPIRE"];
@@ -54,7 +54,7 @@ pub fn import(request: &Request<'_>) -> Answer {
     Ok(json!({ "KeyId": imported.key, "KeyMaterialId": imported.material }))
 }
 
-pub fn delete(request: &Request<'_>) -> Answer {
+pub(super) fn delete(request: &Request<'_>) -> Answer {
     let key = request.admins_key("DeleteImportedKeyMaterial")?;
     let (key, material) = request.kms.delete_material(key)?;
     let mut answer = json!({ "KeyId": key });

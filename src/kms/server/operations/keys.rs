@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 const DEFAULT_DELETION_DAYS: i64 = 30;
 
-pub fn create(request: &Request<'_>) -> Answer {
+pub(super) fn create(request: &Request<'_>) -> Answer {
     request.admin("CreateKey")?;
     let fields = &request.fields;
     fields.one_of("KeyUsage", &["ENCRYPT_DECRYPT"], "ENCRYPT_DECRYPT")?;
@@ -34,30 +34,30 @@ pub fn create(request: &Request<'_>) -> Answer {
     Ok(json!({ "KeyMetadata": metadata(request, &request.kms.create(&new)?) }))
 }
 
-pub fn describe(request: &Request<'_>) -> Answer {
+pub(super) fn describe(request: &Request<'_>) -> Answer {
     request.check_tokens()?;
     let key = request.fields.text("KeyId")?;
     let key = request.allowed(GrantOperation::DescribeKey, key, &EncryptionContext::default())?;
     Ok(json!({ "KeyMetadata": metadata(request, &request.kms.key(&key)?) }))
 }
 
-pub fn list(request: &Request<'_>) -> Answer {
+pub(super) fn list(request: &Request<'_>) -> Answer {
     request.admin("ListKeys")?;
     let page = request.piece()?.of(request.kms.keys()?, |key| key.id.to_string(), 100)?;
     Ok(paged("Keys", page, |key| json!({ "KeyId": key.id.to_string(), "KeyArn": key.arn })))
 }
 
-pub fn enable(request: &Request<'_>) -> Answer {
+pub(super) fn enable(request: &Request<'_>) -> Answer {
     request.kms.enable(request.admins_key("EnableKey")?)?;
     Ok(Value::Null)
 }
 
-pub fn disable(request: &Request<'_>) -> Answer {
+pub(super) fn disable(request: &Request<'_>) -> Answer {
     request.kms.disable(request.admins_key("DisableKey")?)?;
     Ok(Value::Null)
 }
 
-pub fn schedule_deletion(request: &Request<'_>) -> Answer {
+pub(super) fn schedule_deletion(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ScheduleKeyDeletion")?;
     let days = request.fields.maybe_number("PendingWindowInDays")?.unwrap_or(DEFAULT_DELETION_DAYS);
     let range = i64::from(*DELETION_DAYS.start())..=i64::from(*DELETION_DAYS.end());
@@ -71,39 +71,39 @@ pub fn schedule_deletion(request: &Request<'_>) -> Answer {
     }))
 }
 
-pub fn cancel_deletion(request: &Request<'_>) -> Answer {
+pub(super) fn cancel_deletion(request: &Request<'_>) -> Answer {
     let key = request.admins_key("CancelKeyDeletion")?;
     Ok(json!({ "KeyId": request.kms.cancel_deletion(key)?.arn }))
 }
 
-pub fn update_description(request: &Request<'_>) -> Answer {
+pub(super) fn update_description(request: &Request<'_>) -> Answer {
     let key = request.admins_key("UpdateKeyDescription")?;
     let description = request.fields.maybe_text("Description")?.ok_or_else(|| missing("Description"))?;
     request.kms.update_description(key, description)?;
     Ok(Value::Null)
 }
 
-pub fn create_alias(request: &Request<'_>) -> Answer {
+pub(super) fn create_alias(request: &Request<'_>) -> Answer {
     request.admin("CreateAlias")?;
     let fields = &request.fields;
     request.kms.create_alias(fields.text("AliasName")?, target(fields)?)?;
     Ok(Value::Null)
 }
 
-pub fn update_alias(request: &Request<'_>) -> Answer {
+pub(super) fn update_alias(request: &Request<'_>) -> Answer {
     request.admin("UpdateAlias")?;
     let fields = &request.fields;
     request.kms.update_alias(fields.text("AliasName")?, target(fields)?)?;
     Ok(Value::Null)
 }
 
-pub fn delete_alias(request: &Request<'_>) -> Answer {
+pub(super) fn delete_alias(request: &Request<'_>) -> Answer {
     request.admin("DeleteAlias")?;
     request.kms.delete_alias(request.fields.text("AliasName")?)?;
     Ok(Value::Null)
 }
 
-pub fn list_aliases(request: &Request<'_>) -> Answer {
+pub(super) fn list_aliases(request: &Request<'_>) -> Answer {
     request.admin("ListAliases")?;
     let key = request.fields.maybe_text("KeyId")?;
     let key = key.map(|key| request.kms.key(key)).transpose()?;
@@ -123,7 +123,7 @@ pub fn list_aliases(request: &Request<'_>) -> Answer {
 }
 
 /// The tags of a request: pairs of TagKey and TagValue.
-pub fn tags(fields: &Fields) -> Result<Vec<(String, String)>, WireError> {
+pub(super) fn tags(fields: &Fields) -> Result<Vec<(String, String)>, WireError> {
     let malformed = || WireError::serialization("Tags must be a list of TagKey and TagValue.");
     let tag = |value: &Value| {
         let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);

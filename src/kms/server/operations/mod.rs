@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use std::cell::Cell;
 
 /// A request whose sender is known.
-pub struct Request<'a> {
+pub(super) struct Request<'a> {
     /// The KMS.
     pub kms: &'a Embedded,
     /// Who asks.
@@ -41,7 +41,7 @@ pub struct Request<'a> {
 
 impl<'a> Request<'a> {
     /// A request of `caller`, signed by this access key, whose body of so many bytes has these fields.
-    pub fn new(
+    pub(super) fn new(
         kms: &'a Embedded,
         refusals: &'a Refusals,
         caller: &'a Caller,
@@ -54,10 +54,10 @@ impl<'a> Request<'a> {
 }
 
 /// What is answered; null is an empty body.
-pub type Answer = Result<Value, WireError>;
+pub(super) type Answer = Result<Value, WireError>;
 
 /// Answers a request for the operation of this name, once it is recorded in the audit log.
-pub fn answer(request: &Request<'_>, operation: &str) -> Answer {
+pub(super) fn answer(request: &Request<'_>, operation: &str) -> Answer {
     // What is on the stack of a plaintext would outlive the record: that takes other frames than an answer does.
     match on_scrubbed_stack(|| perform(request, operation)) {
         Err(WireError { kind: "UnknownOperationException", message }) => {

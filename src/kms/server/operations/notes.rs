@@ -9,7 +9,7 @@ use crate::kms::server::operations::{Answer, Request, keys, paged, seconds};
 use crate::kms::server::wire::WireError;
 use serde_json::{Value, json};
 
-pub fn enable_rotation(request: &Request<'_>) -> Answer {
+pub(super) fn enable_rotation(request: &Request<'_>) -> Answer {
     let key = request.admins_key("EnableKeyRotation")?;
     let days = request.fields.maybe_number("RotationPeriodInDays")?.unwrap_or(i64::from(DEFAULT_PERIOD));
     let range = i64::from(*PERIOD_DAYS.start())..=i64::from(*PERIOD_DAYS.end());
@@ -18,12 +18,12 @@ pub fn enable_rotation(request: &Request<'_>) -> Answer {
     Ok(Value::Null)
 }
 
-pub fn disable_rotation(request: &Request<'_>) -> Answer {
+pub(super) fn disable_rotation(request: &Request<'_>) -> Answer {
     request.kms.disable_rotation(request.admins_key("DisableKeyRotation")?)?;
     Ok(Value::Null)
 }
 
-pub fn rotation_status(request: &Request<'_>) -> Answer {
+pub(super) fn rotation_status(request: &Request<'_>) -> Answer {
     let status = request.kms.rotation_status(request.admins_key("GetKeyRotationStatus")?)?;
     let mut answer = json!({ "KeyId": status.key, "KeyRotationEnabled": status.automatic.is_some() });
     if let Some((days, next)) = status.automatic {
@@ -33,12 +33,12 @@ pub fn rotation_status(request: &Request<'_>) -> Answer {
     Ok(answer)
 }
 
-pub fn rotate_on_demand(request: &Request<'_>) -> Answer {
+pub(super) fn rotate_on_demand(request: &Request<'_>) -> Answer {
     let key = request.admins_key("RotateKeyOnDemand")?;
     Ok(json!({ "KeyId": request.kms.rotate_on_demand(key)? }))
 }
 
-pub fn list_rotations(request: &Request<'_>) -> Answer {
+pub(super) fn list_rotations(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ListKeyRotations")?;
     let which = ["ROTATIONS_ONLY", "ALL_KEY_MATERIAL"];
     let all = request.fields.one_of("IncludeKeyMaterial", &which, which[0])? == which[1];
@@ -62,37 +62,37 @@ pub fn list_rotations(request: &Request<'_>) -> Answer {
     Ok(paged("Rotations", page, rotation))
 }
 
-pub fn tag(request: &Request<'_>) -> Answer {
+pub(super) fn tag(request: &Request<'_>) -> Answer {
     let key = request.admins_key("TagResource")?;
     request.kms.tag(key, &keys::tags(&request.fields)?)?;
     Ok(Value::Null)
 }
 
-pub fn untag(request: &Request<'_>) -> Answer {
+pub(super) fn untag(request: &Request<'_>) -> Answer {
     let key = request.admins_key("UntagResource")?;
     request.kms.untag(key, &request.fields.texts("TagKeys")?)?;
     Ok(Value::Null)
 }
 
-pub fn list_tags(request: &Request<'_>) -> Answer {
+pub(super) fn list_tags(request: &Request<'_>) -> Answer {
     let tags = request.kms.tags(request.admins_key("ListResourceTags")?)?;
     let page = request.piece()?.of(tags, |(name, _)| name.clone(), 50)?;
     Ok(paged("Tags", page, |(name, value)| json!({ "TagKey": name, "TagValue": value })))
 }
 
-pub fn policy(request: &Request<'_>) -> Answer {
+pub(super) fn policy(request: &Request<'_>) -> Answer {
     let key = request.admins_key("GetKeyPolicy")?;
     let name = policy_name(request)?;
     Ok(json!({ "Policy": request.kms.policy(key, name)?, "PolicyName": name }))
 }
 
-pub fn put_policy(request: &Request<'_>) -> Answer {
+pub(super) fn put_policy(request: &Request<'_>) -> Answer {
     let key = request.admins_key("PutKeyPolicy")?;
     request.kms.put_policy(key, policy_name(request)?, request.fields.text("Policy")?)?;
     Ok(Value::Null)
 }
 
-pub fn list_policies(request: &Request<'_>) -> Answer {
+pub(super) fn list_policies(request: &Request<'_>) -> Answer {
     request.kms.key(request.admins_key("ListKeyPolicies")?)?;
     let page: Page<&str> = request.piece()?.of([POLICY_NAME], |name| (*name).to_owned(), 100)?;
     Ok(paged("PolicyNames", page, Value::from))

@@ -52,7 +52,7 @@ const KEPT: &[(&str, &str)] = &[
 const DENIED: &str = "AccessDeniedException";
 
 /// Records a request; what it is answered then.
-pub fn record(request: &Request<'_>, operation: &str, answer: Answer) -> Answer {
+pub(super) fn record(request: &Request<'_>, operation: &str, answer: Answer) -> Answer {
     let refused = answer.as_ref().err().filter(|e| e.kind == DENIED || !request.has_right.get());
     if let Some(e) = refused
         && !request.refusals.is_worth_a_record(request.kms, &request.caller.arn, operation, e.kind)
