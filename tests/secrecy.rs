@@ -307,6 +307,7 @@ fn a_refused_attach_says_nothing_of_the_key() {
     let path = place.volume_json();
     let text = fs::read_to_string(&path).unwrap().replace("\"sector_size\": 512", "\"sector_size\": 4096");
     fs::write(&path, text).unwrap();
+    place.store.accept();
     let said = place.run(talkative_attach(&place), vec![]);
     assert_eq!(said.code, 7, "{}", said.err);
     assert_eq!(needles.find(said.err.as_bytes()), []);

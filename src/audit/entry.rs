@@ -102,6 +102,12 @@ impl Entry {
         entry.with("encryptionContext", json!(context))
     }
 
+    /// An operator has accepted the record of `id`, which calls itself `name`, in spite of `doubt`.
+    pub fn accepted(id: &str, name: Option<&str>, doubt: &str) -> Self {
+        let entry = Entry::new(DEK_SOURCE, "AcceptRecord", "SealblkStep");
+        entry.with("record", id).with("name", name).with("problem", doubt)
+    }
+
     fn new(event_source: &'static str, name: &str, event_type: &'static str) -> Self {
         Entry {
             event_version: "1.08",

@@ -83,8 +83,7 @@ impl Freeze {
         key: Option<&SealKey>,
     ) -> Result<Snapshot> {
         let snapshot = Snapshot::of(metadata, id, label, key);
-        let mut next = metadata.clone();
-        next.layout = metadata.layout().with_new_top(self.new_top);
+        let mut next = metadata.frozen(self.new_top.id);
         next.reseal(key);
         self.store(catalog, lock, metadata, next)?;
         Ok(snapshot)
@@ -103,8 +102,7 @@ impl Freeze {
         key: NewKey,
         seal_key: &SealKey,
     ) -> Result<()> {
-        let mut next = metadata.clone();
-        next.layout = metadata.layout().rekeyed(self.new_top, key.0);
+        let mut next = metadata.rekeyed(self.new_top.id, &key);
         next.reseal(Some(seal_key));
         self.store(catalog, lock, metadata, next)
     }
@@ -156,6 +154,20 @@ impl Freeze {
             }
             _ => catalog.forget_pending(lock),
         }
+    }
+}
+
+impl Metadata {
+    /// What becomes of the volume when its top is frozen under a new one, `layer`.
+    pub(crate) fn frozen(&self, layer: LayerId) -> Self {
+        let top = LayerRecord { id: layer, ..LayerRecord::new_top(self.top().key, self.size()) };
+        Metadata { layout: self.layout.with_new_top(top), ..self.clone() }
+    }
+
+    /// What becomes of the volume when it gets a new top, `layer`, under another data key.
+    pub(crate) fn rekeyed(&self, layer: LayerId, key: &NewKey) -> Self {
+        let top = LayerRecord { id: layer, ..LayerRecord::new_top(self.top().key, self.size()) };
+        Metadata { layout: self.layout.rekeyed(top, key.0.clone()), ..self.clone() }
     }
 }
 

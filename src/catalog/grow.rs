@@ -22,6 +22,17 @@ pub fn check(volume: &Metadata, size: u64) -> Result<Geometry> {
     Geometry::new(size, volume.sector_size())
 }
 
+impl Metadata {
+    /// What becomes of the volume when it is `size` bytes large; one that cannot be stays as it is.
+    pub(crate) fn resized(&self, size: u64) -> Self {
+        let Ok(geometry) = check(self, size) else { return self.clone() };
+        let mut next = self.clone();
+        next.layout.geometry = geometry;
+        next.layout.layers[0].size = geometry.size();
+        next
+    }
+}
+
 /// A resize that has begun: the top layer's file, `top`, is as long as it is going to be, and nothing uses that yet.
 #[must_use = "the volume has its new size once this is committed"]
 pub struct Growth<'a> {
@@ -65,9 +76,7 @@ impl<'a> Growth<'a> {
         metadata: &mut Metadata,
         key: Option<&SealKey>,
     ) -> Result<()> {
-        let mut next = metadata.clone();
-        next.layout.geometry = self.geometry;
-        next.layout.layers[0].size = self.geometry.size();
+        let mut next = metadata.resized(self.geometry.size());
         next.reseal(key);
         if let Err(e) = catalog.store(lock, &mut next) {
             self.cancel(catalog, lock);

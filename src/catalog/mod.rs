@@ -9,6 +9,7 @@ pub mod id;
 pub mod layer_file;
 pub mod layout;
 pub mod leaving;
+pub(crate) mod ledger;
 pub mod lock;
 pub mod metadata;
 pub mod pending;
@@ -28,8 +29,9 @@ pub use snapshot::Snapshot;
 use crate::base::root::{Root, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use id::is_lower_hex;
+use ledger::{Doubt, Facts, Ledger, SnapshotFacts, VolumeFacts};
 use lock::{Held, VolumeLock};
-use metadata::{LayerRecord, MAX_FILE_LEN};
+use metadata::{LayerRecord, MAX_FILE_LEN, VolumeName};
 use pending::Pending;
 use std::fmt::Display;
 use std::os::unix::fs::FileTypeExt;
@@ -41,10 +43,12 @@ const DIGITS_BEYOND_CHANCE: usize = 6;
 /// The metadata's file name in a volume's folder.
 pub const FILE: &str = "volume.json";
 
-/// The volumes of one store. Holds nothing but the path: every question is asked of the disk.
+/// The volumes of one store. Holds nothing but paths: every question is asked of the disk.
 #[derive(Clone, Debug)]
 pub struct Catalog {
     root: Root,
+    /// What records are held against; none for a process that is confined, and does not reach it.
+    ledger: Option<Ledger>,
 }
 
 /// One volume, as a list shows it.
@@ -52,14 +56,27 @@ pub struct Catalog {
 pub struct Entry {
     /// Its id, which its folder's name tells.
     pub id: VolumeId,
-    /// What is known of it, or why that cannot be read.
+    /// What is known of it, or why that cannot be read or is not believed.
     pub metadata: Result<Metadata>,
+    /// The name that its record claims, believed or not.
+    claimed: Option<VolumeName>,
 }
 
 impl Catalog {
-    /// The volumes of the store at `root`, which need not exist yet.
+    /// The volumes of the store at `root`, which need not exist yet. What records say is taken as it is: this is for a
+    /// process that is confined, and for one that looks at claims.
     pub fn new(root: &Root) -> Self {
-        Catalog { root: root.clone() }
+        Catalog { root: root.clone(), ledger: None }
+    }
+
+    /// The same volumes, for a command: records are held against the store's ledger, and changes are entered there.
+    pub fn with_ledger(root: &Root) -> Self {
+        Catalog { root: root.clone(), ledger: Some(Ledger::of(root)) }
+    }
+
+    /// The same volumes, for this process once it is confined.
+    pub fn without_ledger(&self) -> Self {
+        Catalog::new(&self.root)
     }
 
     /// The store's root folder.
@@ -97,7 +114,10 @@ impl Catalog {
 
     /// Every volume, sorted by id; a damaged one does not hide the others.
     pub fn list(&self) -> Result<Vec<Entry>> {
-        let entry = |id| Entry { id, metadata: self.load(id) };
+        let entry = |id| {
+            let claimed = self.load_claim(id).ok().and_then(|m| m.name().cloned());
+            Entry { id, metadata: self.load(id), claimed }
+        };
         let gone = |e: &Entry| matches!(&e.metadata, Err(err) if err.kind() == Kind::NotFound);
         Ok(self.ids()?.into_iter().map(entry).filter(|e| !gone(e)).collect())
     }
@@ -127,7 +147,12 @@ impl Catalog {
             (false, false) => entries.iter().filter(|e| e.name() == Some(reference) || begins(e)).collect(),
         };
         match candidates[..] {
-            [] => Err(self.no_such(reference, &entries)),
+            [] => {
+                // The one that was meant, perhaps, and what is wrong with it.
+                let claims = |e: &&Entry| reference.parse().is_ok_and(|name| e.claims(&name));
+                entries.iter().find(claims).map_or(Ok(()), |entry| self.load(entry.id).map(drop))?;
+                Err(self.no_such(reference, &entries))
+            }
             [entry] => Ok(entry.id),
             _ => Err(ambiguous(reference, &candidates)),
         }
@@ -145,8 +170,47 @@ impl Catalog {
     /// Reads a volume's metadata.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names.
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names, and for one that says
+    /// something else than the store's ledger.
     pub fn load(&self, id: VolumeId) -> Result<Metadata> {
+        let (metadata, doubt) =
+            self.judged(|| self.load_claim(id), |claim| (id.to_string(), VolumeFacts::of(claim)))?;
+        doubt.map_or(Ok(metadata), |doubt| Err(doubt.refuse(&id)))
+    }
+
+    /// Why a volume's record is not believed; none: it is.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
+    pub(crate) fn doubt(&self, id: VolumeId) -> Result<Option<Doubt>> {
+        Ok(self.judged(|| self.load_claim(id), |claim| (id.to_string(), VolumeFacts::of(claim)))?.1)
+    }
+
+    /// What `read` returns, and why that is not believed; none: it is, or this process has no ledger.
+    fn judged<T: PartialEq, F: Facts>(
+        &self,
+        read: impl Fn() -> Result<T>,
+        facts: impl Fn(&T) -> (String, F),
+    ) -> Result<(T, Option<Doubt>)> {
+        let mut claim = read()?;
+        let Some(ledger) = &self.ledger else { return Ok((claim, None)) };
+        loop {
+            let (id, found) = facts(&claim);
+            let Some(doubt) = ledger.judge(&id, &found)? else { return Ok((claim, None)) };
+            // A command may have replaced the record, and then the entry, in between.
+            let now = read()?;
+            if now == claim {
+                return Ok((claim, Some(doubt)));
+            }
+            claim = now;
+        }
+    }
+
+    /// Reads a volume's metadata as it stands there, whoever wrote it.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names.
+    pub(crate) fn load_claim(&self, id: VolumeId) -> Result<Metadata> {
         let path = self.folder(id).join(FILE);
         match self.read_record(&path, id) {
             Err(e) if e.kind() == Kind::NotFound => {
@@ -179,9 +243,90 @@ impl Catalog {
         let folder = self.folder(metadata.id());
         remove_temporary_files(&folder)?;
         let next = metadata.next_generation()?;
+        let mut change =
+            self.ledger.as_ref().map(|ledger| ledger.change(&next.id().to_string())).transpose()?;
+        if let Some(change) = &mut change {
+            change.expect(VolumeFacts::of(&next))?;
+        }
         replace_file(&folder.join(FILE), &next.to_json())?;
+        if let Some(change) = &mut change {
+            settled(change.settle(VolumeFacts::of(&next)));
+        }
         *metadata = next;
         Ok(())
+    }
+
+    /// Enters what the host process of an attached volume is about to make of its record: `change` says what becomes of
+    /// what is there. Returns what [`Expected::settle`] is to be called on when the host process has done so.
+    ///
+    /// # Errors
+    /// As [`Catalog::load`]; `Busy` if another command is changing the volume for long.
+    pub fn expect(&self, id: VolumeId, change: impl Fn(&Metadata) -> Metadata) -> Result<Expected<'_>> {
+        let Some(ledger) = &self.ledger else { return Ok(Expected { catalog: self, id, change: None }) };
+        let mut entry = ledger.change(&id.to_string())?;
+        let now = self.load(id)?;
+        entry.expect(VolumeFacts::of(&change(&now)))?;
+        // Its host process may have finished a hydration by then.
+        let hydrated = Metadata { layout: now.layout().hydrated(), ..now };
+        entry.expect(VolumeFacts::of(&change(&hydrated)))?;
+        Ok(Expected { catalog: self, id, change: Some(entry) })
+    }
+
+    /// Enters what a volume's record says, which was believed: what it was before is not accepted any more.
+    pub(crate) fn settle(&self, metadata: &Metadata) {
+        let Some(ledger) = &self.ledger else { return };
+        let change = ledger.change(&metadata.id().to_string());
+        settled(change.and_then(|mut change| change.settle(VolumeFacts::of(metadata))));
+    }
+
+    /// Enters a volume that is going to be made.
+    pub(crate) fn enter(&self, metadata: &Metadata) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        self.begin_ledger(ledger)?;
+        ledger.enter(&metadata.id().to_string(), VolumeFacts::of(metadata))
+    }
+
+    /// In a store without any record, the ledger begins with the first one.
+    fn begin_ledger(&self, ledger: &Ledger) -> Result<()> {
+        let is_new = || Ok::<_, Error>(self.ids()?.is_empty() && self.snapshot_ids()?.is_empty());
+        if !ledger.knows_the_store()? && is_new()? {
+            ledger.begin()?;
+        }
+        Ok(())
+    }
+
+    /// Accepts a volume's record as it is, whatever the ledger says.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
+    pub(crate) fn accept(&self, id: VolumeId) -> Result<()> {
+        let facts = VolumeFacts::of(&self.load_claim(id)?);
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.accept(&id.to_string(), facts))
+    }
+
+    /// Accepts a snapshot's record as it is, whatever the ledger says.
+    ///
+    /// # Errors
+    /// As [`Catalog::accept`].
+    pub(crate) fn accept_snapshot(&self, id: SnapshotId) -> Result<()> {
+        let facts = SnapshotFacts::of(&self.load_snapshot_claim(id)?);
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.accept(&id.to_string(), facts))
+    }
+
+    /// The ids for which there is an entry and no record, in no order. Whoever makes a record enters it first, so the caller
+    /// has the store locked.
+    pub(crate) fn entries_of_nothing(&self, _store: &references::StoreLock) -> Result<Vec<String>> {
+        let Some(ledger) = &self.ledger else { return Ok(Vec::new()) };
+        let is_volume = |id: &str| id.parse().is_ok_and(|id: VolumeId| files::exists(&self.folder(id)));
+        let is_snapshot =
+            |id: &str| id.parse::<SnapshotId>().is_ok_and(|id| self.snapshot_is_there_or_begun(id));
+        let ids = ledger.ids()?.into_iter();
+        Ok(ids.filter(|id| !is_volume(id) && !is_snapshot(id)).collect())
+    }
+
+    /// Takes the entry of a volume or snapshot out that is not there any more.
+    pub(crate) fn forget_entry(&self, id: &dyn Display) -> Result<()> {
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.forget(&id.to_string()))
     }
 
     /// Who has a volume.
@@ -225,7 +370,41 @@ impl Catalog {
     }
 }
 
+/// A change that the host process of an attached volume is about to make.
+#[must_use = "the volume's entry is locked until this is dropped"]
+pub struct Expected<'a> {
+    catalog: &'a Catalog,
+    id: VolumeId,
+    change: Option<ledger::Change<'a, VolumeFacts>>,
+}
+
+impl Expected<'_> {
+    /// Enters what the host process has made of the record, which is what was expected of it.
+    ///
+    /// # Errors
+    /// `Corrupt`, naming what differs, for anything else.
+    pub fn settle(mut self) -> Result<Metadata> {
+        let now = self.catalog.load(self.id)?;
+        if let Some(change) = &mut self.change {
+            settled(change.settle(VolumeFacts::of(&now)));
+        }
+        Ok(now)
+    }
+}
+
+/// Where the ledger cannot be brought up to date, it lists what the record was as well, until the next change.
+fn settled(result: Result<()>) {
+    if let Err(e) = result {
+        log::warn!("the store's ledger is behind by one change: {e}");
+    }
+}
+
 impl Entry {
+    /// Whether its record claims this name, believed or not.
+    pub(crate) fn claims(&self, name: &VolumeName) -> bool {
+        self.claimed.as_ref() == Some(name)
+    }
+
     /// The volume's name, where it has one and it can be read.
     pub fn name(&self) -> Option<&str> {
         self.metadata.as_ref().ok().and_then(|m| m.name()).map(|n| n.as_str())

@@ -68,7 +68,7 @@ fn named_beside_pending_of(
     }
     named.extend(catalog.layers_of_copies()?.iter().map(|l| l.id));
     for id in catalog.snapshot_ids()? {
-        match catalog.load_snapshot(id) {
+        match catalog.load_snapshot_claim(id) {
             Err(e) if e.kind() == Kind::NotFound => {}
             read => named.extend(read?.layers().iter().map(|l| l.id)),
         }
@@ -108,7 +108,7 @@ pub(crate) fn check_top_is_own(catalog: &Catalog, volume: &Metadata) -> Result<(
         }
     }
     for id in catalog.snapshot_ids()? {
-        match catalog.load_snapshot(id) {
+        match catalog.load_snapshot_claim(id) {
             Ok(other) if other.layers().iter().any(|l| l.id == top) => return shared(top, &id),
             Err(_) if says(&catalog.snapshot_path(id), top) => return shared(top, &id),
             Ok(_) | Err(_) => {}

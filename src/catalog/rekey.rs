@@ -112,12 +112,19 @@ pub fn check_encrypted(volume: &Metadata) -> Result<()> {
 /// # Errors
 /// Those of the file system; the volume is as it was then.
 pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Metadata) -> Result<bool> {
-    let Some(layout) = metadata.layout().with_all_leaving() else { return Ok(false) };
-    if layout != *metadata.layout() {
+    let Some(mut next) = metadata.to_flatten() else { return Ok(false) };
+    if next.layout() != metadata.layout() {
         // The seal is not over it.
-        let mut next = Metadata { layout, ..metadata.clone() };
         catalog.store(lock, &mut next)?;
         *metadata = next;
     }
     Ok(true)
+}
+
+impl Metadata {
+    /// What becomes of the volume when everything below its top is marked to be copied up; none if there is nothing.
+    pub(crate) fn to_flatten(&self) -> Option<Self> {
+        let layout = self.layout().with_all_leaving()?;
+        Some(Metadata { layout, ..self.clone() })
+    }
 }

@@ -21,6 +21,7 @@ pub mod progress;
 mod receipt;
 pub mod settings;
 pub mod snapshot;
+pub mod store;
 pub mod volume;
 
 use crate::audit as audit_log;
@@ -64,7 +65,7 @@ impl Env {
 
     /// The store's volumes.
     pub fn catalog(&self) -> Catalog {
-        Catalog::new(&self.root)
+        Catalog::with_ledger(&self.root)
     }
 }
 
@@ -125,6 +126,9 @@ enum Command {
     /// Show who used which key when, and check that the record of it is whole.
     #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
     Audit(audit::Command),
+    /// Hold records against what commands have made of them, and accept what differs.
+    #[command(subcommand, after_help = "Example:\n  sealblk store check")]
+    Store(store::Command),
     /// Clear away what interrupted commands left, and grants of attaches that did not end well.
     Gc(gc::Args),
     /// Look at what this machine has of what attached volumes want.
@@ -155,6 +159,7 @@ impl Command {
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Audit(command) => audit::run(env, command),
+            Command::Store(command) => store::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
             Command::Unwrap => attach::unwrap(env),

@@ -117,6 +117,8 @@ pub fn attach(
     let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
     let mut taken = taken.context(attempt)?;
     drop(passphrase);
+    // From here on, what proves records is out of this process's reach.
+    let catalog = &catalog.without_ledger();
     let Sockets { control, inlet, socket, name } =
         Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref()).context(attempt)?;
     let announcements = taken.lock_file.announcements().context(attempt)?;

@@ -73,7 +73,7 @@ impl Opener {
 
     fn new(catalog: &Catalog, metadata: &Metadata, options: &Options, kept: Vec<Kept>, how: String) -> Self {
         let shape = Arc::new(SharedShape::new(shape(metadata.geometry(), options.read_only)));
-        let (catalog, volume, options) = (catalog.clone(), metadata.id(), options.clone());
+        let (catalog, volume, options) = (catalog.without_ledger(), metadata.id(), options.clone());
         let unsealed = (metadata.is_encrypted() && !metadata.is_sealed()).then(|| metadata.clone());
         Opener { catalog, volume, options, keys: Keyring::new(kept), shape, unsealed, how }
     }

@@ -96,7 +96,8 @@ fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
     let folder = catalog.folder(id);
     shred::finish(&folder)?;
     files::remove_folder(&folder).context(|| format!("remove {}", folder.display()))?;
-    sync_dir(&catalog.root().volumes())
+    sync_dir(&catalog.root().volumes())?;
+    catalog.forget_entry(&id)
 }
 
 /// Clears away what interrupted creates and deletes left. What cannot be understood stays, with a warning.

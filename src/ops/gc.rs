@@ -134,6 +134,7 @@ fn collect(catalog: &Catalog) -> Result<Vec<LeftOver>> {
     let mut found = find(catalog, &store)?;
     clear_remains(catalog, &store);
     catalog.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
+    catalog.entries_of_nothing(&store)?.iter().try_for_each(|id| catalog.forget_entry(id))?;
     for id in catalog.ids()? {
         tidy(catalog, id, &store)?;
     }

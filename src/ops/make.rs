@@ -110,12 +110,14 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     create_dir_durable(&folder)?;
     let holder = Holder::this_process(Purpose::Create, None)?;
     let begun = VolumeLock::acquire(&folder, metadata.id(), &holder).and_then(|lock| {
+        catalog.enter(metadata)?;
         replace_file(&folder.join(CREATING), &metadata.to_json())?;
         Ok(lock)
     });
     if begun.is_err() {
         // Without a record it is harmless; the error that matters is the first one.
         let _ = files::remove_folder(&folder);
+        let _ = catalog.forget_entry(&metadata.id());
     }
     begun
 }
@@ -140,7 +142,7 @@ fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
 /// `Busy` if a volume has that name.
 fn check_name_is_free(catalog: &Catalog, name: Option<&VolumeName>) -> Result<()> {
     let Some(name) = name else { return Ok(()) };
-    match catalog.list()?.iter().find(|e| e.name() == Some(name.as_str())) {
+    match catalog.list()?.iter().find(|e| e.claims(name)) {
         None => Ok(()),
         Some(e) => {
             let message = format!("{} has the name \"{name}\" already; choose another", e.id);

@@ -11,9 +11,10 @@
 //! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
-//! | the store as a whole | [`apply`], [`gc`] |
+//! | the store as a whole | [`apply`], [`gc`], [`accept`] |
 #![forbid(unsafe_code)]
 
+pub mod accept;
 pub mod apply;
 pub mod clone;
 pub mod copy;
@@ -83,7 +84,7 @@ impl Store {
 
     /// The records of volumes and snapshots.
     pub fn catalog(&self) -> Catalog {
-        Catalog::new(&self.root)
+        Catalog::with_ledger(&self.root)
     }
 
     /// Where events are reported.

@@ -48,7 +48,7 @@ pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<
 
 /// One that is being made.
 enum Making<'a> {
-    Attached(Box<Freezing>),
+    Attached(Box<Freezing<'a>>),
     Detached(VolumeId, Box<NewTop<'a>>),
 }
 
@@ -85,9 +85,9 @@ fn begin<'a>(
     }
 }
 
-fn each_attached(
-    making: &mut [Making<'_>],
-    mut step: impl FnMut(&mut Freezing) -> Result<()>,
+fn each_attached<'a>(
+    making: &mut [Making<'a>],
+    mut step: impl FnMut(&mut Freezing<'a>) -> Result<()>,
 ) -> Result<(), Failure> {
     for one in making {
         if let Making::Attached(freezing) = one {

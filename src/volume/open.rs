@@ -110,6 +110,10 @@ fn open_proved<E: From<Error>>(
         backing.open_queue(1).map_err(cannot_serve)?;
     }
     let kept = prove(&mut metadata, &layers[0])?;
+    if matches!(opening, Opening::Attach | Opening::Change) {
+        // What its host process has done since the last command holds from now on.
+        catalog.settle(&metadata);
+    }
     let of_keys: Vec<_> = kept.iter().map(|key| key.cipher().clone()).collect();
     let ciphers = layers::ciphers_of_layers(&of_keys, metadata.layout(), engine)?;
     for (layer, cipher) in layers.iter_mut().zip(ciphers) {

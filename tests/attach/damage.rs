@@ -120,12 +120,15 @@ fn a_damaged_or_foreign_volume_json_is_refused() {
     ];
     for (what, words, bytes) in cases {
         fs::write(&path, bytes).unwrap();
+        place.store.accept();
         refused(&place, &id, &Case { what, code: 7, words, events: 0 });
         fs::write(&path, &whole).unwrap();
+        place.store.accept();
     }
     fs::remove_file(&path).unwrap();
     refused(&place, &id, &Case { what: "no volume.json", code: 3, words: "there is no volume", events: 0 });
     fs::write(&path, &whole).unwrap();
+    place.store.accept();
     assert_whole(&place, &data);
 }
 
@@ -154,17 +157,21 @@ fn metadata_that_was_edited_is_refused_by_its_mac() {
     let content = fs::read(&layer).unwrap();
     for (what, words, len, bytes) in cases {
         fs::write(&path, bytes).unwrap();
+        place.store.accept();
         OpenOptions::new().write(true).open(&layer).unwrap().set_len(len).unwrap();
         refused(&place, &id, &Case { what, code: 7, words, events: 0 });
         fs::write(&path, &whole).unwrap();
+        place.store.accept();
         fs::write(&layer, &content).unwrap();
     }
     // Another layer of the same length, under its own name.
     let other = "00000000-0000-4000-8000-000000000000";
     fs::copy(&layer, layer.with_file_name(format!("{other}.img"))).unwrap();
     fs::write(&path, edited(&whole, |v| v["layers"][0]["id"] = json!(other))).unwrap();
+    place.store.accept();
     refused(&place, &id, &Case { what: "another layer", code: 7, words: edited_mac, events: 0 });
     fs::write(&path, &whole).unwrap();
+    place.store.accept();
     assert_whole(&place, &data);
 }
 
@@ -194,9 +201,11 @@ fn a_seal_that_was_taken_away_is_missed_where_there_is_data() {
         ("the same with another size", &edited(&never_attached, |v| v["sector_size"] = json!(4096))),
     ] {
         fs::write(&path, bytes).unwrap();
+        place.store.accept();
         refused(&place, &place.id(), &Case { what, code: 7, words, events: 0 });
     }
     fs::write(&path, &whole).unwrap();
+    place.store.accept();
     assert_whole(&place, &data);
 }
 

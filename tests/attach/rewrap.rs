@@ -175,6 +175,7 @@ fn a_wrapped_key_that_was_swapped_is_not_wrapped_anew() {
     use base64::Engine;
     value["keys"][0]["wrapped"] = json!(base64::engine::general_purpose::STANDARD.encode(&fresh.blob));
     fs::write(two.place.volume_json(), value.to_string()).unwrap();
+    two.place.store.accept();
     let words = two.refused(7, &["t", "--key", "alias/new"]);
     assert!(words.contains("unwraps to another key"), "{words}");
 }

@@ -312,6 +312,11 @@ fn a_long_path_to_the_root_is_no_obstacle() {
         command.arg("--root").arg(&long).args(arguments);
         command
     };
+    // It is another store by its path, until the operator says that it is right.
+    let unknown = long_store(&["volume", "show", "t"]).output().unwrap();
+    assert_eq!(unknown.status.code(), Some(7), "{}", said(&unknown));
+    let accepted = long_store(&["store", "accept", "t"]).output().unwrap();
+    assert!(accepted.status.success(), "{}", said(&accepted));
     let mut attach = long_store(&["attach", "t", "--socket-path"]);
     attach.arg(place.socket());
     let host = place.start(attach, vec![]);

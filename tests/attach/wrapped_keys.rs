@@ -49,6 +49,7 @@ impl Two {
         edit(&mut value);
         let (path, before) = (self.place.volume_json(), self.place.events().len());
         fs::write(&path, serde_json::to_vec_pretty(&value).unwrap()).unwrap();
+        self.place.store.accept();
         let tree = Tree::of(&self.place);
         let mut command = self.place.store.command();
         let id = value["id"].as_str().unwrap().to_owned();
@@ -64,6 +65,7 @@ impl Two {
             assert_eq!(event["resources"][1], value["keys"][0]["key_id"], "{what}");
         }
         fs::write(&path, &self.whole).unwrap();
+        self.place.store.accept();
     }
 
     #[track_caller]
@@ -189,6 +191,7 @@ fn the_same_data_key_under_another_kms_key_is_as_good() {
     value["keys"][0]["key_id"] = json!(key_id);
     value["keys"][0]["wrapped"] = wrapped(&blob);
     fs::write(two.place.volume_json(), serde_json::to_vec(&value).unwrap()).unwrap();
+    two.place.store.accept();
     two.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
     two.assert_whole();
 }

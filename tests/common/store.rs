@@ -83,6 +83,12 @@ impl Store {
         String::from_utf8(output.stdout).expect("output in UTF-8")
     }
 
+    /// Accepts every record as it stands there, and says nothing of those that cannot be read: an operator who does not look.
+    /// What stands behind the ledger is then on its own.
+    pub fn accept(&self) {
+        self.run(&["store", "accept", "--all"]);
+    }
+
     /// The layer file of a store that has one volume.
     pub fn only_layer(&self) -> PathBuf {
         let layers = std::fs::read_dir(self.root().join("layers")).expect("list the layers");

@@ -165,6 +165,7 @@ fn without_the_key_or_with_an_edited_record_nothing_comes_out() {
         let edited = text.replace("\"sector_size\": 512", "\"sector_size\": 4096");
         assert_ne!(text, edited);
         fs::write(&path, edited).unwrap();
+        rig.store.accept();
         rig.refuse(7, &[command, "export", of, &out]);
     }
     assert_eq!(audit(&rig, "ExportVolume").len(), 0);

@@ -59,6 +59,7 @@ fn a_layer_in_the_clear_that_is_swapped_is_refused() {
     let (old, new) = (made["layers"][1]["id"].as_str().unwrap(), "0a0a0a0a-0000-4000-8000-000000000000");
     let text = fs::read_to_string(&record).unwrap();
     fs::write(&record, text.replace(old, new)).unwrap();
+    rig.store.accept();
     let layers = rig.store.root().join("layers");
     fs::write(layers.join(format!("{new}.img")), vec![1; LEN]).unwrap();
     let said = rig.refuse(7, &["volume", "export", "v", &rig.path("out.img")]);
@@ -68,6 +69,7 @@ fn a_layer_in_the_clear_that_is_swapped_is_refused() {
     edited["mac"] = json!(null);
     edited["keys"][0]["check"] = json!(null);
     fs::write(&record, edited.to_string()).unwrap();
+    rig.store.accept();
     let said = rig.refuse(7, &["volume", "export", "v", &rig.path("out.img")]);
     assert!(said.contains("it has no seal"), "{said}");
 }

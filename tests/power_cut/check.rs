@@ -16,6 +16,8 @@ type Result<T = ()> = std::result::Result<T, String>;
 /// away before anybody attaches a volume, who would do so too.
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     let listed = volumes(site, expect)?;
+    // What each record says is what a command has made of it, wherever the power went.
+    site.ok(&["store", "check"])?;
     layers_are_right(&site.root())?;
     image(site, expect, &listed)?;
     audit(site)?;

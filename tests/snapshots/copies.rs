@@ -49,6 +49,7 @@ fn a_copy_with_anothers_layers_makes_clones_that_are_refused() {
     let mut edited: serde_json::Value = serde_json::from_slice(&fs::read(record(&copy)).unwrap()).unwrap();
     edited["layers"] = other["layers"].clone();
     fs::write(record(&copy), edited.to_string()).unwrap();
+    rig.place.store.accept();
     rig.place.store.ok(&["volume", "create", "--snapshot", &copy, "--name", "c"]);
     let said = rig.refuse(7, &["snapshot", "create", "c"]);
     assert!(said.contains("are not those that"), "{said}");
@@ -193,6 +194,7 @@ fn what_was_tampered_with_is_not_copied_under_another_key() {
     let mut edited: serde_json::Value = serde_json::from_slice(&fs::read(record(&two)).unwrap()).unwrap();
     edited["layers"] = other["layers"].clone();
     fs::write(record(&two), edited.to_string()).unwrap();
+    rig.place.store.accept();
     let said = rig.refuse(7, &["snapshot", "copy", &two, "--key", "alias/other"]);
     assert!(said.contains("is not what it was sealed with"), "{said}");
     assert_eq!(rig.files("snapshots").len(), 2);

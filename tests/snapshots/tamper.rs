@@ -3,6 +3,7 @@
 //! A snapshot of a clone proves the clone as its first attach would.
 
 use crate::common::rig::Rig;
+use crate::common::store::Store;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use sealblk::kms::KeyProvider;
@@ -10,12 +11,18 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-fn edit(path: &Path, edit: impl FnOnce(&mut Value)) -> Vec<u8> {
+/// Edits a record, which an operator then accepts.
+fn edit(store: &Store, path: &Path, edit: impl FnOnce(&mut Value)) -> Vec<u8> {
     let whole = fs::read(path).unwrap();
     let mut value: Value = serde_json::from_slice(&whole).unwrap();
     edit(&mut value);
-    fs::write(path, serde_json::to_vec_pretty(&value).unwrap()).unwrap();
+    put(store, path, &serde_json::to_vec_pretty(&value).unwrap());
     whole
+}
+
+fn put(store: &Store, path: &Path, bytes: &[u8]) {
+    fs::write(path, bytes).unwrap();
+    store.accept();
 }
 
 /// A volume with two snapshots under one data key, of different states.
@@ -38,10 +45,10 @@ impl Two {
 
     /// A clone of the second snapshot, whose record is edited so.
     fn clone_of_edited(&self, name: &str, change: impl FnOnce(&mut Value)) {
-        let whole = edit(&self.record(&self.second), change);
+        let whole = edit(&self.rig.place.store, &self.record(&self.second), change);
         let create = ["volume", "create", "--snapshot", &self.second, "--name", name];
         self.rig.place.store.ok(&create);
-        fs::write(self.record(&self.second), whole).unwrap();
+        put(&self.rig.place.store, &self.record(&self.second), &whole);
     }
 
     fn volume_json(&self, name: &str) -> PathBuf {
@@ -113,14 +120,14 @@ fn a_record_that_is_not_a_whole_record_is_refused() {
         ("more than the whole", |v| v["layers"][0]["size"] = json!(16 << 20)),
     ];
     for (words, change) in cases {
-        let whole = edit(&path, change);
+        let whole = edit(&two.rig.place.store, &path, change);
         for command in
             [&["snapshot", "show"][..], &["volume", "create", "--snapshot"], &["snapshot", "delete"]]
         {
             let said = two.rig.refuse(7, &[command, &[&two.first]].concat());
             assert!(said.contains(words) && said.contains(path.to_str().unwrap()), "{words}: {said}");
         }
-        fs::write(&path, whole).unwrap();
+        put(&two.rig.place.store, &path, &whole);
     }
     // Under another's name.
     fs::copy(two.record(&two.second), &path).unwrap();
@@ -156,9 +163,9 @@ fn an_unsealed_clone_that_was_edited_is_refused() {
     // By its id: its name may not be readable any more.
     let id = two.rig.reader().volume("c").id().to_string();
     for (words, change) in cases {
-        let whole = edit(&path, change);
+        let whole = edit(&two.rig.place.store, &path, change);
         two.refused(&id, 7, words);
-        fs::write(&path, whole).unwrap();
+        put(&two.rig.place.store, &path, &whole);
     }
     two.rig.place.store.ok(&["snapshot", "create", "c"]);
 }
@@ -170,7 +177,7 @@ fn a_fresh_volume_with_somebodys_layer_below_is_refused() {
     two.rig.place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "plain", "--unencrypted"]);
     let plain = two.rig.reader().volume("plain").top().id;
     let layer = two.rig.reader().catalog().layer_path(plain);
-    edit(&two.volume_json("fresh"), |v| {
+    edit(&two.rig.place.store, &two.volume_json("fresh"), |v| {
         let lower = json!({"id": plain, "key": null, "masked": false, "size": 8 << 20});
         v["layers"].as_array_mut().unwrap().push(lower);
     });
@@ -189,14 +196,14 @@ fn a_clone_with_anothers_wrapped_key_is_refused() {
     two.rig.place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "o"]);
     let (reader, kms) = (two.rig.reader(), two.rig.place.kms());
     let (clone, source, other) = (reader.volume("c"), reader.volume("t"), reader.volume("o"));
-    let put = |blob: &[u8]| {
+    let plant = |blob: &[u8]| {
         let blob = BASE64.encode(blob);
-        edit(&path, |v| v["keys"][0]["wrapped"] = json!(blob))
+        edit(&two.rig.place.store, &path, |v| v["keys"][0]["wrapped"] = json!(blob))
     };
     for theirs in [&source, &other] {
-        let whole = put(&theirs.keys()[0].wrapped.blob);
+        let whole = plant(&theirs.keys()[0].wrapped.blob);
         two.refused("c", 5, "InvalidCiphertextException");
-        fs::write(&path, whole).unwrap();
+        put(&two.rig.place.store, &path, &whole);
     }
     // Who may use the KMS can wrap another data key for the clone, and then the proof does not hold.
     let key = &clone.keys()[0].wrapped.key_id;
@@ -205,9 +212,9 @@ fn a_clone_with_anothers_wrapped_key_is_refused() {
         .rewrap(&other.keys()[0].wrapped, &other.encryption_context(), key, &clone.encryption_context())
         .unwrap();
     for blob in [fresh.blob, moved.blob] {
-        let whole = put(&blob);
+        let whole = plant(&blob);
         two.refused("c", 7, NOT_SEALED_SO);
-        fs::write(&path, whole).unwrap();
+        put(&two.rig.place.store, &path, &whole);
     }
     two.rig.place.store.ok(&["snapshot", "create", "c"]);
 }
@@ -235,21 +242,21 @@ fn an_encrypted_volume_over_plaintext_is_never_without_a_seal() {
     rig.place.store.ok(&create);
     let two = Two { rig, first: String::new(), second: String::new() };
     let path = two.volume_json("c");
-    let whole = edit(&path, |v| {
+    let whole = edit(&two.rig.place.store, &path, |v| {
         v["mac"] = Value::Null;
         v["keys"][0]["check"] = Value::Null;
     });
     two.refused("c", 7, "nothing says where the layers below its top are from");
-    fs::write(&path, &whole).unwrap();
+    put(&two.rig.place.store, &path, &whole);
     // Nor with another plaintext layer than it was sealed with.
     let other = "67e55044-10b1-426f-9247-bb680e5fe0c8";
     let layers = two.rig.place.store.root().join("layers");
     fs::write(layers.join(format!("{other}.img")), vec![0x41; 8 << 20]).unwrap();
-    edit(&path, |v| {
+    edit(&two.rig.place.store, &path, |v| {
         v["layers"][1]["id"] = json!(other);
         v["hydrate"] = json!(other);
     });
     two.refused("c", 7, "the MAC does not fit the rest");
-    fs::write(&path, &whole).unwrap();
+    put(&two.rig.place.store, &path, &whole);
     two.rig.place.store.ok(&["snapshot", "create", "c"]);
 }

@@ -141,14 +141,17 @@ fn a_new_key_is_not_passed_under_a_key_that_was_planted() {
         use base64::Engine;
         volume["keys"][0]["wrapped"] = base64::engine::general_purpose::STANDARD.encode(&planted.blob).into();
     });
+    place.store.accept();
     let id = place.id();
     refused(&place, &["volume", "rekey", &id], 7, "it was replaced");
     // Where the check value was replaced as well, the host process sees that it was not passed to it.
     let dek = place.kms().decrypt(&planted, &context).unwrap();
     let check = hex::encode(Dek::from_bytes(&dek).unwrap().check_value());
     crate::edit(&json, |volume| volume["keys"][0]["check"] = check.into());
+    place.store.accept();
     refused(&place, &["volume", "rekey", &id], 7, "was not passed under the data key that the volume has");
     fs::write(&json, whole).unwrap();
+    place.store.accept();
     place.store.ok(&["volume", "rekey", &id]);
     host.end();
 }

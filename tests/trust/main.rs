@@ -9,6 +9,7 @@ mod host_process;
 mod import;
 mod impostor;
 mod keys;
+mod ledger;
 mod owners;
 mod pending;
 mod printed;

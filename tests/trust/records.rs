@@ -44,6 +44,7 @@ fn a_top_that_others_share_is_opened_by_nobody() {
     metadata.seal(&deks);
     assert!(metadata.is_sealed());
     fs::write(&path, metadata.to_json()).unwrap();
+    place.store.accept();
     all_refuse(&place, "is named by");
     // Each of the records that name it is enough: a snapshot's, of whatever state, a volume's, and one that is damaged.
     let root = place.store.root();
@@ -76,6 +77,7 @@ fn a_top_that_others_share_is_opened_by_nobody() {
     let mut metadata = Metadata::from_json(&fs::read(&path).unwrap()).unwrap();
     metadata.seal(&deks);
     fs::write(&path, metadata.to_json()).unwrap();
+    place.store.accept();
     all_refuse(&place, other["id"].as_str().unwrap());
     // Its deletion takes nothing along that is not its own.
     let layer = place.store.root().join(format!("layers/{}.img", other["layers"][0]["id"].as_str().unwrap()));
@@ -91,6 +93,7 @@ fn a_layer_that_is_another_volumes_top_is_not_read_as_a_lower_one() {
     place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "other", "--unencrypted"]);
     let other = shown(&place, "other");
     edit(&place.volume_json(), |volume| volume["layers"][1]["id"] = other["layers"][0]["id"].clone());
+    place.store.accept();
     all_but_encrypted(&place, other["id"].as_str().unwrap());
 }
 
@@ -108,6 +111,7 @@ fn of_two_volumes_of_one_name_neither_is_taken() {
     edit(&place.store.root().join(format!("volumes/{other}/volume.json")), |volume| {
         volume["name"] = json!("t")
     });
+    place.store.accept();
     let own = place.volume_folder_of_either(&other);
     for command in [
         &["attach", "t", "--socket-path", "/nonexistent/t.sock"][..],
@@ -125,6 +129,7 @@ fn of_two_volumes_of_one_name_neither_is_taken() {
     for (length, code) in [(12, 2), (3, 0)] {
         let path = place.store.root().join(format!("volumes/{other}/volume.json"));
         edit(&path, |volume| volume["name"] = json!(digits[..length]));
+        place.store.accept();
         let (found, said) = run(&place, &["volume", "show", &digits[..length]]);
         assert_eq!(found, code, "{length}: {said}");
         assert!(said.contains(&other), "{length}: {said}");

@@ -55,6 +55,11 @@ impl Root {
         self.0.join("layers")
     }
 
+    /// `ledger/`, which says what records may say.
+    pub fn ledger(&self) -> PathBuf {
+        self.0.join("ledger")
+    }
+
     /// `kms/`, the store of the embedded KMS.
     pub fn kms(&self) -> PathBuf {
         self.0.join("kms")

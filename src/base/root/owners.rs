@@ -60,7 +60,8 @@ impl Owners {
         for above in root.path().ancestors().skip(1) {
             self.check(above, true)?;
         }
-        let inner = [root.volumes(), root.layers(), root.snapshots(), root.kms(), root.event_sinks()];
+        let inner =
+            [root.volumes(), root.layers(), root.snapshots(), root.ledger(), root.kms(), root.event_sinks()];
         std::iter::once(root.path())
             .chain(inner.iter().map(|path| &**path))
             .try_for_each(|f| self.check(f, false))

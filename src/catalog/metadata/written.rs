@@ -45,7 +45,7 @@ struct Written {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenOrigin {
+pub(crate) struct WrittenOrigin {
     snapshot: SnapshotId,
     #[serde(deserialize_with = "required")]
     proof: Option<WrittenProof>,

@@ -4,11 +4,12 @@ use crate::base::root::files::{self, create_file};
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::id::is_lower_hex;
+use crate::catalog::ledger::{Doubt, SnapshotFacts};
 use crate::catalog::metadata::LayerRecord;
 use crate::catalog::references::{StoreLock, remove_unnamed};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::tags::Tags;
-use crate::catalog::{Catalog, SnapshotId, read_bounded};
+use crate::catalog::{Catalog, SnapshotId, read_bounded, settled};
 use std::path::{Path, PathBuf};
 
 /// What a record's name ends with while the snapshot is there.
@@ -51,7 +52,8 @@ impl Catalog {
     pub(crate) fn layers_of_copies(&self) -> Result<Vec<LayerRecord>> {
         let mut layers = Vec::new();
         for (id, _) in self.copies_in_the_making()? {
-            match self.load_copying(id) {
+            // Believed or not: what it names is not removed.
+            match read_snapshot(&self.copying_path(id), id) {
                 Err(e) if e.kind() == Kind::NotFound => {}
                 read => layers.extend(read?.layers()),
             }
@@ -64,7 +66,12 @@ impl Catalog {
     /// # Errors
     /// As for [`Catalog::load_snapshot`].
     pub(crate) fn load_copying(&self, id: SnapshotId) -> Result<Snapshot> {
-        read_snapshot(&self.copying_path(id), id)
+        self.believed_snapshot(|| read_snapshot(&self.copying_path(id), id))
+    }
+
+    /// Whether there is anything of a snapshot: its record, or that of a copy or deletion that was not finished.
+    pub(crate) fn snapshot_is_there_or_begun(&self, id: SnapshotId) -> bool {
+        [RECORD, COPYING, DELETING].iter().any(|ending| files::exists(&self.snapshot_file(id, ending)))
     }
 
     /// Every snapshot's id, sorted.
@@ -93,8 +100,33 @@ impl Catalog {
     /// Reads a snapshot's record.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names.
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names, and for one that says
+    /// something else than the store's ledger.
     pub fn load_snapshot(&self, id: SnapshotId) -> Result<Snapshot> {
+        self.believed_snapshot(|| self.load_snapshot_claim(id))
+    }
+
+    fn believed_snapshot(&self, read: impl Fn() -> Result<Snapshot>) -> Result<Snapshot> {
+        let (snapshot, doubt) =
+            self.judged(read, |claim| (claim.id.to_string(), SnapshotFacts::of(claim)))?;
+        let id = snapshot.id;
+        doubt.map_or(Ok(snapshot), |doubt| Err(doubt.refuse(&id)))
+    }
+
+    /// Why a snapshot's record is not believed; none: it is.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
+    pub(crate) fn doubt_of_snapshot(&self, id: SnapshotId) -> Result<Option<Doubt>> {
+        let read = || self.load_snapshot_claim(id);
+        Ok(self.judged(read, |claim| (id.to_string(), SnapshotFacts::of(claim)))?.1)
+    }
+
+    /// Reads a snapshot's record as it stands there, whoever wrote it.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names.
+    pub(crate) fn load_snapshot_claim(&self, id: SnapshotId) -> Result<Snapshot> {
         let path = self.snapshot_path(id);
         match read_snapshot(&path, id) {
             Err(e) if e.kind() == Kind::NotFound => {
@@ -151,17 +183,35 @@ impl Catalog {
         self.check_files(&snapshot.id, snapshot.layers())
     }
 
-    /// Writes a snapshot's record: with that the snapshot is there.
+    /// Replaces a snapshot's record.
     pub(crate) fn store_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
-        replace_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())
+        let mut change =
+            self.ledger.as_ref().map(|ledger| ledger.change(&snapshot.id.to_string())).transpose()?;
+        if let Some(change) = &mut change {
+            change.expect(SnapshotFacts::of(snapshot))?;
+        }
+        replace_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())?;
+        if let Some(change) = &mut change {
+            settled(change.settle(SnapshotFacts::of(snapshot)));
+        }
+        Ok(())
+    }
+
+    /// Enters a snapshot that is going to be made.
+    pub(crate) fn enter_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        self.begin_ledger(ledger)?;
+        ledger.enter(&snapshot.id.to_string(), SnapshotFacts::of(snapshot))
     }
 
     /// As [`Catalog::store_snapshot`], for a snapshot that is new. A record that is there already is another one's, whoever
     /// has chosen the id, and stays.
     pub(crate) fn store_new_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
+        self.enter_snapshot(snapshot)?;
         create_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())
+            .inspect_err(|_| settled(self.forget_entry(&snapshot.id)))
     }
 
     /// Changes a snapshot's tags.
@@ -201,7 +251,8 @@ impl Catalog {
         remove_unnamed(self, snapshot.layers().iter().map(|l| l.id), store)?;
         let path = self.snapshot_file(snapshot.id, DELETING);
         files::remove(&path).context(|| format!("remove {}", path.display()))?;
-        sync_dir(&self.root().snapshots())
+        sync_dir(&self.root().snapshots())?;
+        self.forget_entry(&snapshot.id)
     }
 
     /// The records of snapshots whose deletion was interrupted.

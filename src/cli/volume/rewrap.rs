@@ -57,7 +57,7 @@ fn all(env: &Env, store: &Store, wish: &Wish) -> Result<()> {
     let (mut values, mut failed): (Vec<Value>, Vec<Error>) = Default::default();
     let entries = store.catalog().list()?;
     let mut done = 0;
-    for Entry { id, metadata } in entries {
+    for Entry { id, metadata, .. } in entries {
         let result = match metadata {
             Ok(metadata) if !wish.concerns(&metadata) => continue,
             Ok(_) => rewrap::rewrap(store, id, wish),

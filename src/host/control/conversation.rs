@@ -20,7 +20,7 @@
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::rekey::NewKey;
 use crate::catalog::snapshot::{Label, Wanted};
-use crate::catalog::{Catalog, LayerId, Metadata, OwnLayer, Snapshot, SnapshotId, VolumeId};
+use crate::catalog::{Catalog, Expected, LayerId, Metadata, OwnLayer, Snapshot, SnapshotId, VolumeId};
 use crate::crypt::secret_mem::SecretFd;
 use crate::host::control::{Answer, MAX_LINE, Request, connect, exchange, line, passing, receive, say};
 use serde::{Deserialize, Serialize};
@@ -111,7 +111,7 @@ impl<'a> Conversation<'a> {
 }
 
 /// The client's side: a snapshot that is being made of an attached volume. Dropped before the commit, it is none.
-pub struct Freezing {
+pub struct Freezing<'a> {
     client: UnixStream,
     /// The volume as it was known before its host process was asked for anything.
     before: Metadata,
@@ -119,18 +119,21 @@ pub struct Freezing {
     held: bool,
     /// The new layer as this process has linked it, until the host process may have given it to the volume.
     made: Option<OwnLayer>,
+    /// What becomes of the volume's record; none once it was settled.
+    expected: Option<Expected<'a>>,
 }
 
-impl Freezing {
+impl<'a> Freezing<'a> {
     /// Has the new layer made. The volume goes on meanwhile.
     ///
     /// # Errors
     /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
-    pub fn begin(catalog: &Catalog, volume: VolumeId, label: &Label) -> Result<Self> {
-        let before = catalog.load(volume)?;
+    pub fn begin(catalog: &'a Catalog, volume: VolumeId, label: &Label) -> Result<Self> {
         let client = connect(catalog, volume)?;
         client.set_read_timeout(Some(PATIENCE))?;
         let wanted = Wanted { id: SnapshotId::random(), layer: LayerId::random(), label: label.clone() };
+        let expected = catalog.expect(volume, |now| now.frozen(wanted.layer))?;
+        let before = catalog.load(volume)?;
         let request = Request::Snapshot {
             id: wanted.id,
             layer: wanted.layer,
@@ -139,7 +142,7 @@ impl Freezing {
         };
         let Answer::LayerMade = exchange(&client, &request)? else { return Err(strange()) };
         let made = Some(catalog.link_own_layer(volume, wanted.layer, before.size())?);
-        Ok(Freezing { client, before, wanted, held: false, made })
+        Ok(Freezing { client, before, wanted, held: false, made, expected: Some(expected) })
     }
 
     /// The volume.
@@ -175,6 +178,7 @@ impl Freezing {
             Answer::Frozen(Frozen { record, pause_us }) => {
                 let proposed = Snapshot::from_json(record.as_bytes())?;
                 let snapshot = proposed.accept(&self.before, &self.wanted)?;
+                self.expected.take().map(Expected::settle).transpose()?;
                 Ok((snapshot, Duration::from_micros(pause_us)))
             }
             _ => Err(strange()),
@@ -194,9 +198,10 @@ pub fn rekey(
     (key, layer): (&NewKey, LayerId),
     dek: SecretFd,
 ) -> Result<Duration> {
-    let before = catalog.load(volume)?;
     let client = connect(catalog, volume)?;
     client.set_read_timeout(Some(PATIENCE))?;
+    let expected = catalog.expect(volume, |now| now.rekeyed(layer, key))?;
+    let before = catalog.load(volume)?;
     let line = line(&Request::Rekey { layer, key: Box::new(key.into()) })?;
     passing::send(&client, &line, dek.as_fd()).context(|| "hand the new data key over")?;
     let Answer::LayerMade = receive(&client)? else { return Err(strange()) };
@@ -205,12 +210,12 @@ pub fn rekey(
     let made = catalog.link_own_layer(volume, layer, before.size())?;
     say(&client, &Step::Pause { hold: false }).inspect_err(|_| made.remove())?;
     match receive(&client)? {
-        Answer::Rekeyed { pause_us } => Ok(Duration::from_micros(pause_us)),
+        Answer::Rekeyed { pause_us } => expected.settle().map(|_| Duration::from_micros(pause_us)),
         _ => Err(strange()),
     }
 }
 
-impl Drop for Freezing {
+impl Drop for Freezing<'_> {
     fn drop(&mut self) {
         if let Some(made) = &self.made {
             made.remove();

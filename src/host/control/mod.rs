@@ -12,6 +12,7 @@ pub use server::{Bound, Control, Name, Orders, Waiting};
 
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result, printable};
+use crate::catalog::Metadata;
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
@@ -119,8 +120,9 @@ pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Resul
 
 /// Has the process that has `volume` attached copy up everything below the top. Answers whether there is anything.
 pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
+    let expected = catalog.expect(volume, |now| now.to_flatten().unwrap_or_else(|| now.clone()))?;
     match ask(catalog, volume, &Request::Flatten {}, None)? {
-        Answer::Flattening { is_any } => Ok(is_any),
+        Answer::Flattening { is_any } => expected.settle().map(|_| is_any),
         _ => Err(Error::new(Kind::Other, "its answer is to another question")),
     }
 }
@@ -128,14 +130,22 @@ pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
 /// Has the process that has `volume` attached note how a data key is wrapped now. When this returns, `volume.json`
 /// says so, durably.
 pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
-    ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
+    let rewrapped = |now: &Metadata| {
+        let mut next = now.clone();
+        // One of another key is refused by the host process.
+        next.rewrap(&new).map_or_else(|_| now.clone(), |()| next)
+    };
+    let expected = catalog.expect(volume, rewrapped)?;
+    ask(catalog, volume, &Request::Rewrap(Box::new(new)), None)?;
+    expected.settle().map(drop)
 }
 
 /// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
 /// When this returns, `volume.json` says so, durably.
 pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
+    let expected = catalog.expect(volume, |now| now.resized(size))?;
     match ask(catalog, volume, &Request::Resize { size }, None)? {
-        Answer::Resized(told) => Ok(told),
+        Answer::Resized(told) => expected.settle().map(|_| told),
         _ => Err(Error::new(Kind::Other, "its answer is to another question")),
     }
 }

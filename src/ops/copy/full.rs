@@ -109,6 +109,7 @@ fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<File>> {
     let _store = StoreLock::acquire(catalog)?;
     create_dir_durable(&catalog.root().snapshots())?;
     let path = catalog.copying_path(copy.id());
+    catalog.enter_snapshot(copy)?;
     replace_file(&path, &copy.to_json())?;
     lock(&path)?.ok_or_else(|| Error::new(Kind::Busy, format!("{} is in use", path.display())))
 }

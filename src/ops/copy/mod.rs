@@ -127,6 +127,6 @@ fn make(catalog: &Catalog, source: &Snapshot, label: Label, keys: Keys<'_>) -> R
     let _store = StoreLock::acquire(catalog)?;
     // From here on the copy names the layers, and before, the original did.
     catalog.load_snapshot(source.id())?;
-    catalog.store_snapshot(&copy)?;
+    catalog.store_new_snapshot(&copy)?;
     Ok(copy)
 }

@@ -250,6 +250,7 @@ fn an_attach_that_fails_after_its_grant_was_made_leaves_none() {
     let other =
         if blob.contains("AAAA") { blob.replacen("AAAA", "AAAB", 1) } else { format!("AAAA{}", &blob[4..]) };
     fs::write(&path, text.replace(blob, &other)).unwrap();
+    site.place.store.accept();
     let mut command = site.place.attach_command(&[]);
     command.env("RUST_LOG", "debug");
     let said = site.place.run(command, vec![]);

@@ -62,6 +62,7 @@ fn each_state_of_the_key_is_told_in_the_kmss_words_with_aws_s_commands() {
     let metadata = site.place.volume_json();
     let text = fs::read_to_string(&metadata).unwrap().replace(key.as_str(), &absent);
     fs::write(&metadata, text).unwrap();
+    site.place.store.accept();
     site.refused(3, &format!("Key '{absent}' does not exist"));
 }
 
@@ -93,6 +94,7 @@ fn put_blob(site: &Site, of: &str) {
     };
     let (ours, theirs) = (fs::read_to_string(&path).unwrap(), fs::read_to_string(other).unwrap());
     fs::write(&path, ours.replace(&blob(&ours), &blob(&theirs))).unwrap();
+    site.place.store.accept();
 }
 
 #[test]

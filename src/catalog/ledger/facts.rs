@@ -1,0 +1,184 @@
+//! What an entry of the ledger says of a record, and what may become of that without a command.
+
+use super::Facts;
+use crate::base::Timestamp;
+use crate::catalog::layout::Layout;
+use crate::catalog::layout::written::{WrittenKey, WrittenLayer, WrittenLayout, required};
+use crate::catalog::metadata::written::WrittenOrigin;
+use crate::catalog::metadata::{KeyRecord, Metadata, Origin, SectorSize, VolumeName, encryption_context};
+use crate::catalog::{LayerId, Snapshot, VolumeId};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// What commands have made of a volume: everything of its record, except what its host process alone changes (the
+/// generation, whether it was ever attached, its seal).
+///
+/// The wrapped data keys are there by their SHA-256.
+///
+/// A host process may do two things by itself: seal a volume that had no seal, and take those layers out of the chain that
+/// a command has marked to be hydrated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VolumeFacts {
+    id: VolumeId,
+    name: Option<VolumeName>,
+    created: Timestamp,
+    layout: Layout,
+    origin: Option<Origin>,
+    sealed: bool,
+}
+
+/// The facts as they are written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WrittenVolume {
+    #[serde(deserialize_with = "required")]
+    name: Option<VolumeName>,
+    created: Timestamp,
+    size: u64,
+    sector_size: SectorSize,
+    encrypted: bool,
+    keys: Vec<WrittenKey>,
+    layers: Vec<WrittenLayer>,
+    #[serde(deserialize_with = "required")]
+    hydrate: Option<LayerId>,
+    #[serde(deserialize_with = "required")]
+    origin: Option<WrittenOrigin>,
+    sealed: bool,
+}
+
+impl VolumeFacts {
+    /// What this record says.
+    pub(crate) fn of(volume: &Metadata) -> Self {
+        let mut layout = volume.layout().clone();
+        for key in &mut layout.keys {
+            // A digest stands for the wrapped key: of that, no copy stays behind when the volume is shredded.
+            key.wrapped.blob = Sha256::digest(&key.wrapped.blob).to_vec();
+        }
+        VolumeFacts {
+            id: volume.id(),
+            name: volume.name().cloned(),
+            created: volume.created(),
+            layout,
+            origin: volume.origin().cloned(),
+            sealed: volume.is_sealed(),
+        }
+    }
+
+    fn differs_in_words(&self, found: &Self) -> Option<String> {
+        let name = |facts: &Self| match &facts.name {
+            Some(name) => format!("\"{name}\""),
+            None => "none".into(),
+        };
+        let encrypted = |is: bool| if is { "encrypted" } else { "not encrypted" };
+        let (ours, theirs) = (&self.layout, &found.layout);
+        if self.name != found.name {
+            return Some(format!("its name is {} and was {}", name(found), name(self)));
+        }
+        if ours.is_encrypted() != theirs.is_encrypted() {
+            let (is, was) = (encrypted(theirs.is_encrypted()), encrypted(ours.is_encrypted()));
+            return Some(format!("it is {is} and was {was}"));
+        }
+        if ours.geometry != theirs.geometry {
+            let bytes = |layout: &Layout| (layout.geometry.size(), layout.geometry.sector_size().bytes());
+            let ((is, sectors), (was, sectors_before)) = (bytes(theirs), bytes(ours));
+            return Some(format!(
+                "it has {is} bytes in sectors of {sectors}, and had {was} in sectors of {sectors_before}"
+            ));
+        }
+        if self.sealed && !found.sealed {
+            return Some("it has no seal any more".into());
+        }
+        let may_become = [ours.clone(), ours.hydrated()];
+        let is_one = |of: fn(&Layout, &Layout) -> bool| may_become.iter().any(|layout| of(layout, theirs));
+        if !is_one(|a, b| a.layers == b.layers && a.hydrate == b.hydrate) {
+            return Some("its layers are not those that it had".into());
+        }
+        if !is_one(|a, b| a.layers == b.layers && a.hydrate == b.hydrate && are_keys_of(&a.keys, &b.keys)) {
+            return Some("its wrapped data keys are not those that it had".into());
+        }
+        if self.origin != found.origin {
+            return Some("the snapshot that it was made of is another one".into());
+        }
+        (self.created != found.created || self.id != found.id).then(|| "it was made at another time".into())
+    }
+}
+
+/// Whether these may be the keys of whatever had `known`: whoever seals a volume notes their check values.
+fn are_keys_of(known: &[KeyRecord], found: &[KeyRecord]) -> bool {
+    let same = |(known, found): (&KeyRecord, &KeyRecord)| {
+        let is_check = known.check.is_none() || known.check == found.check;
+        is_check && known.provider == found.provider && known.wrapped == found.wrapped
+    };
+    known.len() == found.len() && known.iter().zip(found).all(same)
+}
+
+impl Facts for VolumeFacts {
+    type Written = WrittenVolume;
+
+    fn to_written(&self) -> WrittenVolume {
+        let layout = WrittenLayout::of(&self.layout, &encryption_context(self.id));
+        WrittenVolume {
+            name: self.name.clone(),
+            created: self.created,
+            size: layout.size,
+            sector_size: layout.sector_size,
+            encrypted: layout.encrypted,
+            keys: layout.keys,
+            layers: layout.layers,
+            hydrate: layout.hydrate,
+            origin: self.origin.as_ref().map(WrittenOrigin::from),
+            sealed: self.sealed,
+        }
+    }
+
+    fn from_written(w: WrittenVolume, id: &str) -> Result<Self, String> {
+        let id: VolumeId = id.parse()?;
+        let layout = WrittenLayout {
+            size: w.size,
+            sector_size: w.sector_size,
+            encrypted: w.encrypted,
+            keys: w.keys,
+            layers: w.layers,
+            hydrate: w.hydrate,
+        };
+        Ok(VolumeFacts {
+            id,
+            name: w.name,
+            created: w.created,
+            layout: layout.parse(&encryption_context(id))?,
+            origin: w.origin.map(Origin::try_from).transpose()?,
+            sealed: w.sealed,
+        })
+    }
+
+    fn difference(&self, found: &Self) -> Option<String> {
+        self.differs_in_words(found)
+    }
+}
+
+/// What commands have made of a snapshot, whose record nobody else writes: the SHA-256 of the record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SnapshotFacts(String);
+
+impl SnapshotFacts {
+    /// What this record says.
+    pub(crate) fn of(snapshot: &Snapshot) -> Self {
+        SnapshotFacts(hex::encode(Sha256::digest(snapshot.to_json())))
+    }
+}
+
+impl Facts for SnapshotFacts {
+    type Written = String;
+
+    fn to_written(&self) -> String {
+        self.0.clone()
+    }
+
+    fn from_written(written: String, _id: &str) -> Result<Self, String> {
+        Ok(SnapshotFacts(written))
+    }
+
+    fn difference(&self, found: &Self) -> Option<String> {
+        (self != found).then(|| "its record is not the one that it had".into())
+    }
+}
