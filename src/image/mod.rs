@@ -4,6 +4,7 @@
 //! it names is opened unless that was asked for, and what it says is nowhere trusted with memory or time beyond the
 //! image's own size. Knows no volume and no key.
 
+mod foreign;
 #[cfg_attr(not(feature = "qcow2"), allow(dead_code, reason = "only the beginning of an image is looked at"))]
 mod header;
 pub mod lock;
@@ -13,6 +14,7 @@ mod qcow2;
 use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::lock::{Access, ImageLock};
+use foreign::Foreign;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use qcow2::Qcow2;
@@ -52,10 +54,12 @@ impl FromStr for Format {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Format::Raw, Format::Qcow2]
-            .into_iter()
-            .find(|format| format.name() == text)
-            .ok_or_else(|| format!("{text:?} is none of raw, qcow2"))
+        [Format::Raw, Format::Qcow2].into_iter().find(|format| format.name() == text).ok_or_else(|| {
+            format!(
+                "{text:?} is none of raw, qcow2; \"qemu-img convert -O qcow2\" makes the latter of \
+                     many others"
+            )
+        })
     }
 }
 
@@ -82,16 +86,6 @@ enum Source {
     Qcow2(Qcow2),
 }
 
-/// What files of other formats begin with; some of them further on.
-const OTHERS: [(&str, usize, &[u8]); 6] = [
-    ("VMDK", 0, b"KDMV"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VHD", 0, b"conectix"),
-    ("VDI", 0x40, &[0x7f, 0x10, 0xda, 0xbe]),
-    ("QED", 0, b"QED\0"),
-    ("LUKS", 0, b"LUKS\xba\xbe"),
-];
-
 impl Image {
     /// Opens the image at `path`. Without a `format`, it is one of [`format_of`].
     ///
@@ -111,9 +105,15 @@ impl Image {
     pub fn of(image: Offered, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
         let Offered { file, path } = image;
         let lock = lock(&file, &path)?;
+        let ends = Ends::of(&file)?;
         let format = match format {
+            None => format_of(&path, &ends)?,
+            // More use than what a reader of qcow2 says of it.
+            Some(Format::Qcow2) if !ends.is_qcow2() => match ends.foreign() {
+                Some(foreign) => return Err(Error::new(Kind::Usage, foreign.advice(&path))),
+                None => Format::Qcow2,
+            },
             Some(format) => format,
-            None => format_of(&path, &file)?,
         };
         let image = match format {
             Format::Raw => {
@@ -200,39 +200,65 @@ fn length(file: &File) -> Result<u64> {
     Ok(lseek64(file, 0, Whence::SeekEnd)? as u64)
 }
 
-/// What the file at `path` is when nobody says it: raw if it begins like no image that is known, and qcow2 if it begins
-/// so and is called so. The beginning alone does not decide: the guest of a raw disk can write what it likes there.
+/// The first and last bytes of a file.
+struct Ends {
+    start: Vec<u8>,
+    end: Vec<u8>,
+}
+
+impl Ends {
+    fn of(file: &File) -> Result<Self> {
+        let len = length(file)?;
+        let bytes = |at: u64, most: usize| {
+            let mut bytes = vec![0; (len - at).min(most as u64) as usize];
+            file.read_exact_at(&mut bytes, at).map(|()| bytes)
+        };
+        let end_at = len.saturating_sub(foreign::END as u64);
+        Ok(Ends { start: bytes(0, foreign::START)?, end: bytes(end_at, foreign::END)? })
+    }
+
+    fn is_qcow2(&self) -> bool {
+        begins_as_qcow2(&self.start)
+    }
+
+    fn foreign(&self) -> Option<Foreign> {
+        foreign::recognise(&self.start, &self.end)
+    }
+}
+
+/// Whether these are the first bytes of qcow2, of a version that is called so.
+fn begins_as_qcow2(start: &[u8]) -> bool {
+    start.starts_with(&header::MAGIC) && start.get(4..8) != Some(&[0, 0, 0, 1])
+}
+
+/// What the file at `path` is when nobody says it: raw if it begins and ends like nothing else that is known,
+/// and qcow2 if it begins so and is called so. The beginning alone does not decide: the guest of a raw disk
+/// can write what it likes there.
 ///
 /// # Errors
-/// `Usage` for anything else.
-fn format_of(path: &Path, file: &File) -> Result<Format> {
-    let mut start = Vec::new();
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, 512), &mut start)?;
-    let begins = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|rest| rest.starts_with(magic));
+/// `Usage` for anything else, with the command that makes an image of it.
+fn format_of(path: &Path, ends: &Ends) -> Result<Format> {
+    let usage = |message: String| Err(Error::new(Kind::Usage, message));
     let is_called_so = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("qcow2"));
-    if begins(0, &header::MAGIC) {
+    if ends.is_qcow2() {
         if is_called_so {
             return Ok(Format::Qcow2);
         }
-        let message = "it begins like a qcow2 image, but is not called .qcow2: if a guest had it as a raw disk, the guest can \
-                       have written that; say --format qcow2 or --format raw";
-        return Err(Error::new(Kind::Usage, message));
+        return usage(
+            "it begins like a qcow2 image, but is not called .qcow2: if a guest had it as a raw disk, the \
+             guest can have written that; say --format qcow2 or --format raw"
+                .into(),
+        );
+    }
+    if let Some(foreign) = ends.foreign() {
+        return usage(foreign.advice(path));
     }
     if is_called_so {
-        let message =
-            "it is called .qcow2 and does not begin like it; if it is a raw image, say --format raw";
-        return Err(Error::new(Kind::Usage, message));
+        return usage(
+            "it is called .qcow2 and does not begin like it; if it is a raw image, say --format raw".into(),
+        );
     }
-    match OTHERS.iter().find(|(_, at, magic)| begins(*at, magic)) {
-        None => Ok(Format::Raw),
-        Some((name, ..)) => {
-            let message = format!(
-                "it begins like {name}; convert it with \"qemu-img convert -O qcow2\", or say --format raw to take it \
-                 byte for byte"
-            );
-            Err(Error::new(Kind::Usage, message))
-        }
-    }
+    Ok(Format::Raw)
 }
 
 /// The next data of a file, as its file system knows it.

@@ -6,7 +6,7 @@
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::header::{Backing, Header, LONGEST};
 use crate::image::lock::ImageLock;
-use crate::image::{BackingFiles, Format, length};
+use crate::image::{BackingFiles, Format, foreign, length};
 use imago::file::File as ImageFile;
 use imago::qcow2::Qcow2 as Qcow2File;
 use imago::raw::Raw;
@@ -49,7 +49,7 @@ impl Qcow2 {
                 return Err(Error::new(Kind::Unsupported, message));
             }
             if link.format == Format::Qcow2
-                && let Some(named) = header(&link.file)?.backing
+                && let Some(named) = header(&link.file, &path)?.backing
             {
                 let (below, format) = allowed(&path, &named, backing)?;
                 let (file, lock) =
@@ -101,11 +101,11 @@ fn check_is_there(storage: &ImageFile, offset: u64, len: u64) -> Result<()> {
     }
 }
 
-fn header(file: &File) -> Result<Header> {
+fn header(file: &File, path: &Path) -> Result<Header> {
     let len = length(file)?;
     let mut bytes = vec![0; len.min(LONGEST) as usize];
     file.read_exact_at(&mut bytes, 0)?;
-    Header::parse(&bytes, len)
+    Header::parse(&bytes, len, path)
 }
 
 /// The file that the image at `path` is based on, if it may be read.
@@ -114,8 +114,9 @@ fn allowed(path: &Path, named: &Backing, backing: BackingFiles) -> Result<(PathB
     let usage = |message: String| Err(Error::new(Kind::Usage, message));
     if backing == BackingFiles::Refuse {
         return usage(format!(
-            "it is based on another file, {name:?}; if you know that file and want it to be read, say --backing-files, or \
-             make the image one with \"qemu-img convert -O qcow2\""
+            "it is based on another file, {name:?}; if you know that file and want it to be read, say \
+             --backing-files, or make the image one with \"{}\"",
+            foreign::command("qemu-img convert -f qcow2 -O qcow2 {in} {out}.qcow2", path)
         ));
     }
     if name.split('/').next().is_some_and(|first| first.contains(':')) || name.contains('\0') {
@@ -125,11 +126,18 @@ fn allowed(path: &Path, named: &Backing, backing: BackingFiles) -> Result<(PathB
         Some("qcow2") => Format::Qcow2,
         Some("raw") => Format::Raw,
         Some(other) => {
-            return usage(format!("it is based on {name:?} of format {other:?}, which is not read"));
+            return usage(format!(
+                "it is based on {name:?} of format {other:?}, which is not read; make the image one with \
+                 \"{}\"",
+                foreign::command("qemu-img convert -f qcow2 -O qcow2 {in} {out}.qcow2", path)
+            ));
         }
         None => {
             return usage(format!(
-                "it is based on {name:?} and does not say of which format that is; set it with \"qemu-img rebase -u -F\""
+                "it is based on {name:?} and does not say of which format that is; write it down with \
+                 \"{}\", where FORMAT is raw or qcow2",
+                foreign::command("qemu-img rebase -u -f qcow2 -F FORMAT -b {base} {in}", path)
+                    .replace("{base}", &foreign::shell_word(name))
             ));
         }
     };

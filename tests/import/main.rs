@@ -5,6 +5,7 @@ mod common;
 mod copied;
 mod crash;
 mod export;
+mod foreign;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod in_place;

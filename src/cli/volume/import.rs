@@ -23,9 +23,11 @@ Examples:
 
 The volume is there when all of the image is in it; interrupted, nothing is left. Zeros take no space. Prints its id.
 
-Without --format, a file is raw if it begins like no other known format, and qcow2 if it begins so and is called .qcow2;
-anything else is refused: the guest of a raw disk can write a qcow2 header into it. Files that a qcow2 image is based on
-are read only with --backing-files: it could name any file that you may read.
+Without --format, a file is raw if it begins and ends like no other known format, and qcow2 if it begins so
+and is called .qcow2; anything else is refused: the guest of a raw disk can write a qcow2 header into it. What
+is compressed, an archive, or another program's image (VMDK, VHD, VHDX, VDI, ...) is refused with the command
+that unpacks or converts it. Files that a qcow2 image is based on are read only with --backing-files: it could
+name any file that you may read.
 
 --in-place takes no time and no space: the raw image itself, which must lie on the store's file system, becomes the
 volume's lowest layer, and its own name goes. What the guest writes is encrypted from the beginning; the rest is encrypted
