@@ -10,6 +10,7 @@ mod header;
 pub mod lock;
 #[cfg_attr(not(feature = "qcow2"), path = "no_qcow2.rs")]
 mod qcow2;
+mod writers;
 
 use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result};
@@ -21,7 +22,7 @@ use qcow2::Qcow2;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -78,12 +79,33 @@ pub struct Image {
     size: u64,
     /// Without symbolic links.
     path: PathBuf,
-    _locks: Vec<ImageLock>,
+    /// The files that it is made of.
+    held: Vec<Held>,
 }
 
 enum Source {
     Raw(File),
     Qcow2(Qcow2),
+}
+
+/// A file of an image, which QEMU and its tools see as in use.
+struct Held {
+    lock: ImageLock,
+    path: PathBuf,
+    /// How it was when it was opened: its length, and when it was changed last.
+    before: (u64, i64, i64),
+}
+
+impl Held {
+    fn new(file: &File, path: &Path) -> Result<Self> {
+        let lock = ImageLock::of(file, path, Access::Read)?;
+        Ok(Held { lock, path: path.to_owned(), before: state_of(file)? })
+    }
+}
+
+fn state_of(file: &File) -> Result<(u64, i64, i64)> {
+    let found = file.metadata()?;
+    Ok((found.len(), found.mtime(), found.mtime_nsec()))
 }
 
 impl Image {
@@ -104,7 +126,7 @@ impl Image {
     /// As for [`Image::open`].
     pub fn of(image: Offered, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
         let Offered { file, path } = image;
-        let lock = lock(&file, &path)?;
+        let held = Held::new(&file, &path)?;
         let ends = Ends::of(&file)?;
         let format = match format {
             None => format_of(&path, &ends)?,
@@ -118,11 +140,11 @@ impl Image {
         let image = match format {
             Format::Raw => {
                 let size = length(&file)?;
-                Image { source: Source::Raw(file), size, path, _locks: vec![lock] }
+                Image { source: Source::Raw(file), size, path, held: vec![held] }
             }
             Format::Qcow2 => {
-                let (qcow2, locks) = Qcow2::open(&path, file, lock, backing)?;
-                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), path, _locks: locks }
+                let (qcow2, held) = Qcow2::open(&path, file, held, backing)?;
+                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), path, held }
             }
         };
         if image.size == 0 {
@@ -142,6 +164,33 @@ impl Image {
                 Err(Error::new(Kind::Usage, "only a raw image can be taken in place, and it is qcow2"))
             }
         }
+    }
+
+    /// Looks whether anybody has one of its files open for writing.
+    ///
+    /// # Errors
+    /// `Busy` if somebody has. Where that cannot be told, it is no error.
+    pub fn check_at_rest(&self) -> Result<()> {
+        for Held { lock, path, .. } in &self.held {
+            if !lock.check_nobody_writes(path)? {
+                log::info!("whether anybody writes to {} cannot be told", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks whether its files are as they were when they were opened.
+    ///
+    /// # Errors
+    /// `Busy` if one was changed, or can be changed now.
+    pub fn check_unchanged(&self) -> Result<()> {
+        for Held { lock, path, before } in &self.held {
+            if state_of(lock.file())? != *before {
+                let message = format!("{} was changed while it was copied; copy it again", path.display());
+                return Err(Error::new(Kind::Busy, message));
+            }
+        }
+        self.check_at_rest()
     }
 
     /// The disk's size in bytes, never 0.
@@ -185,15 +234,10 @@ impl Image {
 
 /// Opens a file or block device for reading, and keeps QEMU from writing to it.
 #[cfg(feature = "qcow2")]
-fn open(path: &Path) -> Result<(File, ImageLock)> {
+fn open(path: &Path) -> Result<(File, Held)> {
     let Offered { file, path } = Offered::open(path)?;
-    let lock = lock(&file, &path)?;
-    Ok((file, lock))
-}
-
-/// Keeps QEMU from writing to a file that is open.
-fn lock(file: &File, path: &Path) -> Result<ImageLock> {
-    ImageLock::of(file, path, Access::Read)
+    let held = Held::new(&file, &path)?;
+    Ok((file, held))
 }
 
 fn length(file: &File) -> Result<u64> {

@@ -5,8 +5,7 @@
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::header::{Backing, Header, LONGEST};
-use crate::image::lock::ImageLock;
-use crate::image::{BackingFiles, Format, foreign, length};
+use crate::image::{BackingFiles, Format, Held, foreign, length};
 use imago::file::File as ImageFile;
 use imago::qcow2::Qcow2 as Qcow2File;
 use imago::raw::Raw;
@@ -33,14 +32,14 @@ struct Link {
 }
 
 impl Qcow2 {
-    /// Opens the disk whose image is `file`, at `path`; answers it with the locks on all of its files.
+    /// Opens the disk whose image is `file`, at `path`; returns it with what holds all of its files.
     pub(super) fn open(
         path: &Path,
         file: File,
-        lock: ImageLock,
+        held: Held,
         backing: BackingFiles,
-    ) -> Result<(Self, Vec<ImageLock>)> {
-        let mut locks = vec![lock];
+    ) -> Result<(Self, Vec<Held>)> {
+        let mut all = vec![held];
         let mut links = Vec::new();
         let mut next = Some((path.to_owned(), Link { file, format: Format::Qcow2 }));
         while let Some((path, link)) = next.take() {
@@ -52,14 +51,14 @@ impl Qcow2 {
                 && let Some(named) = header(&link.file, &path)?.backing
             {
                 let (below, format) = allowed(&path, &named, backing)?;
-                let (file, lock) =
+                let (file, held) =
                     crate::image::open(&below).context(|| format!("its backing file {}", below.display()))?;
-                locks.push(lock);
+                all.push(held);
                 next = Some((below, Link { file, format }));
             }
             links.push(link);
         }
-        Ok((Qcow2 { access: chain(links)? }, locks))
+        Ok((Qcow2 { access: chain(links)? }, all))
     }
 
     pub(super) fn size(&self) -> u64 {

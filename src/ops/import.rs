@@ -42,7 +42,8 @@ pub struct Import {
 /// Makes a volume with what the image holds. `watch` is told how far it has come. Reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for an image that cannot be read, or a size that is too small for it; as [`super::create::create`]; what `watch`
+/// `Usage` for an image that cannot be read, or a size that is too small for it; `Busy` for an image that
+/// somebody has open for writing, or that was changed meanwhile; as [`super::create::create`]; what `watch`
 /// says. Nothing of the volume is left then.
 pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metadata> {
     let mut copy = || {
@@ -50,6 +51,7 @@ pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metada
             check_may_be_unencrypted(store)?;
         }
         let image = Image::open(&import.file, import.format, import.backing)?;
+        image.check_at_rest()?;
         let wanted = wanted(import, image.size())?;
         let (catalog, events) = (store.catalog(), store.events());
         if import.unencrypted {

@@ -83,5 +83,6 @@ fn fill(catalog: &Catalog, metadata: &Metadata, deks: &[Dek], image: &Image, wat
         image.read(at, chunk)?;
         transfer.write(at, chunk)
     })?;
+    image.check_unchanged()?;
     transfer.flush()
 }

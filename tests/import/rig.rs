@@ -6,9 +6,10 @@ use crate::common::disk::pattern;
 use crate::common::store::Store;
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 /// An empty store, and images.
 pub struct Rig {
@@ -119,6 +120,33 @@ pub fn qemu(tool: &str, arguments: &[&str]) {
     let output = Command::new(tool).args(arguments).output();
     let output = output.unwrap_or_else(|e| panic!("{tool}, of Debian's qemu-utils, is needed: {e}"));
     assert!(output.status.success(), "{tool} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A qemu-io that has a raw image open for writing until this is dropped.
+pub struct QemuIo(Child);
+
+impl QemuIo {
+    pub fn on(image: &str) -> Self {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-f", "raw", image]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = qemu_io.spawn().expect("qemu-io, of Debian's qemu-utils, is needed");
+        child.stdin.as_mut().expect("a pipe").write_all(b"length\n").expect("it runs");
+        let mut answer = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        while !answer.contains("8 MiB") {
+            answer.clear();
+            assert_ne!(stdout.read_line(&mut answer).expect("UTF-8"), 0, "qemu-io ended");
+        }
+        QemuIo(child)
+    }
+}
+
+impl Drop for QemuIo {
+    fn drop(&mut self) {
+        // It ends when it is told no more.
+        drop(self.0.stdin.take());
+        self.0.wait().expect("it is a child");
+    }
 }
 
 /// Writes bytes into a file that is there.

@@ -29,6 +29,10 @@ is compressed, an archive, or another program's image (VMDK, VHD, VHDX, VDI, ...
 that unpacks or converts it. Files that a qcow2 image is based on are read only with --backing-files: it could
 name any file that you may read.
 
+An image that somebody has open for writing is refused, and so is a device that is mounted. Writers on other
+machines, and whoever opens it later, are not seen before the copy is done; then it is refused if it was
+changed.
+
 --in-place takes no time and no space: the raw image itself, which must lie on the store's file system, becomes the
 volume's lowest layer, and its own name goes. What the guest writes is encrypted from the beginning; the rest is encrypted
 in the background while the volume is attached. The image's old blocks are not overwritten on the medium: who must not
@@ -63,7 +67,7 @@ pub struct ImportArgs {
     /// Set the whole size aside in the file system now.
     #[arg(long)]
     preallocate: bool,
-    /// Do not copy a raw image, but take the file itself.
+    /// Do not copy a raw image, but take the file itself, which nobody has open for writing.
     #[arg(long, conflicts_with_all = ["unencrypted", "backing_files"])]
     in_place: bool,
 }
