@@ -4,6 +4,7 @@
 mod common;
 mod copied;
 mod crash;
+mod device;
 mod export;
 mod foreign;
 #[cfg(feature = "qcow2")]
@@ -12,3 +13,4 @@ mod in_place;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 mod rig;
+mod stream;
