@@ -10,6 +10,11 @@ use std::os::fd::AsFd;
 /// Milliseconds.
 const MOMENT: u16 = 200;
 
+/// Waits a moment for something to read, or for the end. Returns whether reading will not wait now.
+pub(crate) fn readable(file: &impl AsFd) -> io::Result<bool> {
+    ready(file, PollFlags::POLLIN)
+}
+
 /// Waits a moment for room to write into, or for the reader's end. Returns whether there is something to do
 /// now.
 pub(crate) fn writable(file: &impl AsFd) -> io::Result<bool> {

@@ -239,11 +239,23 @@ impl Foreign {
     /// What the file at `path` is, and the command that makes an image of it.
     pub(super) fn advice(self, path: &Path) -> String {
         let (input, out) = words(path);
-        self.sentence(&self.by_command(&input, &out))
+        self.sentence("it", &self.by_command("it", &input, &out))
     }
 
-    /// What to do with the file at `input`, of which `out` is going to be the image.
-    fn by_command(self, input: &str, out: &str) -> String {
+    /// The same for what comes from standard input.
+    pub(super) fn advice_on_stream(self) -> String {
+        let way = match self.way {
+            Way::Filter(filter) => {
+                format!("put its program between: \"{filter} | sealblk volume import - --size SIZE\"")
+            }
+            Way::Words(words) => words.into(),
+            _ => format!("write it into a file, and {}", self.by_command("that", "FILE", "NEW")),
+        };
+        self.sentence("standard input", &way)
+    }
+
+    /// What to do with `what`, a file at `input`, of which `out` is going to be the image.
+    fn by_command(self, what: &str, input: &str, out: &str) -> String {
         let (does, command, then) = match self.way {
             Way::Words(words) => return words.into(),
             Way::Filter(filter) => ("unpack", format!("{filter} --stdout {{in}} > {{out}}"), ""),
@@ -254,16 +266,16 @@ impl Foreign {
         };
         let command = command.replace("{in}", input).replace("{out}", out);
         let then = if then.is_empty() { String::new() } else { format!(", and {then}") };
-        format!("{does} it with \"{command}\"{then}")
+        format!("{does} {what} with \"{command}\"{then}")
     }
 
-    fn sentence(self, way: &str) -> String {
+    fn sentence(self, what: &str, way: &str) -> String {
         let shows = match self.shows {
             Shows::Begins => "begins",
             Shows::Ends => "ends",
         };
         format!(
-            "it {shows} like {}; {way}. To take it byte for byte all the same, say --format raw",
+            "{what} {shows} like {}; {way}. To take it byte for byte all the same, say --format raw",
             self.name
         )
     }
@@ -390,5 +402,6 @@ mod tests {
             let advice = gzip.advice(Path::new(path));
             assert!(advice.contains(&format!("\"{command}\"")), "{advice}");
         }
+        assert!(gzip.advice_on_stream().contains("\"gzip --decompress | sealblk volume import -"));
     }
 }

@@ -10,6 +10,7 @@ mod header;
 pub mod lock;
 #[cfg_attr(not(feature = "qcow2"), path = "no_qcow2.rs")]
 mod qcow2;
+pub mod stream;
 mod writers;
 
 use crate::base::root::offered::Offered;

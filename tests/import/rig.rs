@@ -60,6 +60,28 @@ impl Rig {
         said
     }
 
+    /// Runs a command whose standard input is a pipe with these bytes.
+    pub fn run_with(&self, input: &[u8], arguments: &[&str]) -> Output {
+        let mut command = self.store.command();
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("start sealblk");
+        let mut pipe = child.stdin.take().expect("a pipe");
+        std::thread::scope(|scope| {
+            // Whoever refuses does not read to the end.
+            scope.spawn(move || drop(pipe.write_all(input)));
+            child.wait_with_output().expect("it is a child")
+        })
+    }
+
+    /// The same for a command that must fail with this exit code; returns what it said.
+    #[track_caller]
+    pub fn refuse_with(&self, input: &[u8], code: i32, arguments: &[&str]) -> String {
+        let Output { status, stdout, stderr } = self.run_with(input, arguments);
+        let said = String::from_utf8(stderr).expect("UTF-8");
+        assert_eq!((status.code(), stdout.len()), (Some(code), 0), "{arguments:?}: {said}");
+        said
+    }
+
     /// Whether the volume holds exactly this and then zeros, by the files and the data keys.
     #[track_caller]
     pub fn assert_holds(&self, volume: &str, data: &[u8]) {

@@ -34,6 +34,10 @@ impl Offered {
     /// what is neither a file nor a block device, for another user's, for what is reached by another user's
     /// symbolic link, and for a symbolic link to a file.
     pub fn open(path: &Path) -> Result<Self> {
+        let whole = std::path::absolute(path)?;
+        if ["/dev/stdin", "/dev/fd", "/proc/self"].iter().any(|place| whole.starts_with(place)) {
+            return Err(usage("it is no path of a file; standard input is called \"-\""));
+        }
         let (path, is_link) = without_links(path)?;
         let file = open_image(&path).map_err(|e| match e.kind() {
             ErrorKind::ResourceBusy => Error::new(
@@ -47,7 +51,9 @@ impl Offered {
         let found = file.metadata()?;
         let kind = found.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(usage("it is neither a file nor a block device"));
+            return Err(usage(
+                "it is neither a file nor a block device; a stream is taken from standard input (\"-\")",
+            ));
         }
         if is_link && !kind.is_block_device() {
             return Err(usage(format!("it is a symbolic link; name the file itself, {}", path.display())));
