@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 use zeroize::Zeroizing;
 
 /// Bytes at a time; a buffer's length.
-const CHUNK: usize = 256 << 10;
+pub(crate) const CHUNK: usize = 256 << 10;
 /// What is zeros from one multiple of this to the next is not written: a page and a file system's block.
 const BLOCK: usize = 4096;
 /// Operations at a time.

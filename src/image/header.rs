@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Kind, MAX_DISK_SIZE, Result};
+use crate::image::foreign;
+use std::path::Path;
 
 /// What an image begins with.
 pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -24,13 +26,24 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const DATA_FILE: u32 = 0x4441_5441;
 
+/// What makes an image that is read of one that is not: what that does, and the command
+/// ([`foreign::command`]).
+type Way = (&'static str, &'static str);
+const REPAIR: Way = ("repair", "qemu-img check -r all -f qcow2 {in}");
+const CONVERT: Way = ("convert", "qemu-img convert -f qcow2 -O qcow2 {in} {out}.qcow2");
+const DECRYPT: Way = (
+    "decrypt",
+    "qemu-img convert --object secret,id=key,file=PASSPHRASE_FILE --image-opts \
+     driver=qcow2,encrypt.key-secret=key,file.filename={in} -O qcow2 {out}.qcow2",
+);
+
 /// Bits of `incompatible_features`, and what can be done about each.
-const INCOMPATIBLE: [(u64, &str); 5] = [
-    (1 << 0, "it was not closed properly; repair it with \"qemu-img check -r all\""),
-    (1 << 1, "it is marked as corrupt; repair it with \"qemu-img check -r all\""),
-    (1 << 2, "its data lies in another file; make it one with \"qemu-img convert -O qcow2\""),
-    (1 << 3, "it is not compressed with zlib; convert it with \"qemu-img convert -O qcow2\""),
-    (1 << 4, "it has extended L2 entries; convert it with \"qemu-img convert -O qcow2\""),
+const INCOMPATIBLE: [(u64, &str, Way); 5] = [
+    (1 << 0, "it was not closed properly", REPAIR),
+    (1 << 1, "it is marked as corrupt", REPAIR),
+    (1 << 2, "its data lies in another file", CONVERT),
+    (1 << 3, "it is compressed with zstd, and zlib is read here", CONVERT),
+    (1 << 4, "it has extended L2 entries", CONVERT),
 ];
 
 /// What a header says that may be said.
@@ -51,10 +64,11 @@ pub(super) struct Backing {
 
 impl Header {
     /// Reads the header of a file of `file_len` bytes, of which `bytes` are the first [`LONGEST`], or all.
+    /// The file lies at `path`, for messages.
     ///
     /// # Errors
     /// `Corrupt` for one that makes no sense; `Unsupported` for an image of a kind that is not read here.
-    pub(super) fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
+    pub(super) fn parse(bytes: &[u8], file_len: u64, path: &Path) -> Result<Self> {
         let fields = Fields { bytes };
         if bytes.get(..4) != Some(&MAGIC) {
             return Err(Error::new(Kind::Usage, "it is no qcow2 image"));
@@ -69,16 +83,17 @@ impl Header {
         }
         let cluster = 1 << cluster_bits;
         if fields.u32(32)? != 0 {
-            return Err(unsupported("it is encrypted; decrypt it with \"qemu-img convert\"".into()));
+            return Err(way_out("it is encrypted", DECRYPT, path));
         }
         let size = fields.u64(24)?;
         if size > MAX_DISK_SIZE {
             return Err(corrupt(format!("it is to be a disk of {size} bytes")));
         }
         check_l1(fields, cluster, size, file_len)?;
+        let backing = backing_name(fields, cluster)?;
         let mut format = None;
         if version == 3 {
-            check_features(fields.u64(72)?)?;
+            check_features(fields.u64(72)?, path)?;
             if fields.u32(96)? > 6 {
                 return Err(corrupt(format!("its reference counts have 2^{} bits", fields.u32(96)?)));
             }
@@ -86,9 +101,17 @@ impl Header {
             if header_len < V3_LEN || header_len > cluster || !header_len.is_multiple_of(8) {
                 return Err(corrupt(format!("its header has {header_len} bytes")));
             }
-            format = read_extensions(fields, header_len, cluster)?;
+            format = read_extensions(fields, header_len, cluster, path)?;
+        } else if backing.is_some() {
+            // The library does not read them in this version, and QEMU writes the backing file's format
+            // there. The name of that file can come at once, and then there are none.
+            format = match fields.u64(8)? {
+                at if at < V2_LEN + 8 => None,
+                // The last one ends where the name begins.
+                at => read_extensions(fields, V2_LEN, at.min(cluster - 1) + 1, path)?,
+            };
         }
-        let backing = backing_name(fields, cluster)?.map(|file| Backing { file, format });
+        let backing = backing.map(|file| Backing { file, format });
         Ok(Header { size, backing })
     }
 }
@@ -109,9 +132,9 @@ fn check_l1(fields: Fields<'_>, cluster: u64, size: u64, file_len: u64) -> Resul
     Ok(())
 }
 
-fn check_features(incompatible: u64) -> Result<()> {
-    if let Some((_, problem)) = INCOMPATIBLE.iter().find(|(bit, _)| incompatible & bit != 0) {
-        return Err(unsupported((*problem).to_string()));
+fn check_features(incompatible: u64, path: &Path) -> Result<()> {
+    if let Some((_, problem, way)) = INCOMPATIBLE.iter().find(|(bit, ..)| incompatible & bit != 0) {
+        return Err(way_out(problem, *way, path));
     }
     match incompatible {
         0 => Ok(()),
@@ -119,13 +142,14 @@ fn check_features(incompatible: u64) -> Result<()> {
     }
 }
 
-/// Goes through the header's extensions, all of which must lie in the first cluster; answers the backing file's format.
-fn read_extensions(fields: Fields<'_>, header_len: u64, cluster: u64) -> Result<Option<String>> {
+/// Goes through the header's extensions, all of which must lie before byte `end` of the first cluster;
+/// returns the backing file's format.
+fn read_extensions(fields: Fields<'_>, header_len: u64, end: u64, path: &Path) -> Result<Option<String>> {
     let mut at = header_len;
     let mut format = None;
     loop {
         let (kind, len) = (fields.u32(at)?, u64::from(fields.u32(at + 4)?));
-        let data = fields.within(at + 8, len, cluster)?;
+        let data = fields.within(at + 8, len, end)?;
         at += 8 + len.next_multiple_of(8);
         match kind {
             END => return Ok(format),
@@ -134,7 +158,7 @@ fn read_extensions(fields: Fields<'_>, header_len: u64, cluster: u64) -> Result<
             FEATURE_NAMES if !len.is_multiple_of(48) => {
                 return Err(corrupt(format!("its feature names have {len} bytes")));
             }
-            DATA_FILE => return Err(unsupported(INCOMPATIBLE[2].1.into())),
+            DATA_FILE => return Err(way_out(INCOMPATIBLE[2].1, CONVERT, path)),
             _ => {}
         }
     }
@@ -190,6 +214,10 @@ fn corrupt(problem: String) -> Error {
     Error::new(Kind::Corrupt, format!("its qcow2 header makes no sense: {problem}"))
 }
 
+fn way_out(problem: &str, (does, command): Way, path: &Path) -> Error {
+    unsupported(format!("{problem}; {does} it with \"{}\"", foreign::command(command, path)))
+}
+
 fn unsupported(problem: String) -> Error {
     Error::new(Kind::Unsupported, problem)
 }
@@ -225,7 +253,41 @@ mod tests {
     fn what_it_says_is_found() {
         let backing = Backing { file: "base.img".into(), format: Some("raw".into()) };
         let expected = Header { size: 1 << 30, backing: Some(backing) };
-        assert_eq!(Header::parse(&header(), FILE).unwrap(), expected);
+        assert_eq!(Header::parse(&header(), FILE, Path::new("x.qcow2")).unwrap(), expected);
+    }
+
+    /// The same disk in version 2: `extensions` follow the header at once, and then the backing file's name.
+    fn header_2(extensions: &[u8]) -> Vec<u8> {
+        let mut bytes = header();
+        bytes[4..8].copy_from_slice(&2u32.to_be_bytes());
+        bytes[72..].fill(0);
+        let name_at = 72 + extensions.len();
+        bytes[72..name_at].copy_from_slice(extensions);
+        bytes[name_at..name_at + 8].copy_from_slice(b"base.img");
+        bytes[8..16].copy_from_slice(&(name_at as u64).to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn version_2_says_its_backing_format_as_well() {
+        let parse = |bytes: &[u8]| Header::parse(bytes, FILE, Path::new("x.qcow2"));
+        let format = |extensions: &[u8]| {
+            let backing = parse(&header_2(extensions)).expect("it is right").backing.expect("it has one");
+            assert_eq!(backing.file, "base.img");
+            backing.format
+        };
+        let raw = [&BACKING_FORMAT.to_be_bytes()[..], &3u32.to_be_bytes(), b"raw\0\0\0\0\0"].concat();
+        let end = [0; 8];
+        assert_eq!(format(&[&raw[..], &end].concat()), Some("raw".into()));
+        assert_eq!(format(&end), None);
+        assert_eq!(format(&[]), None);
+        let mut long = raw;
+        long[7] = 200;
+        assert!(parse(&header_2(&[&long[..], &end].concat())).is_err(), "it reaches into the name");
+        // Without a backing file nobody needs them.
+        let mut alone = header_2(&long);
+        alone[8..16].fill(0);
+        assert_eq!(parse(&alone).expect("it is right").backing, None);
     }
 
     #[test]
@@ -272,7 +334,7 @@ mod tests {
         ] {
             let mut bytes = header();
             bytes[at..at + value.len()].copy_from_slice(&value);
-            let e = Header::parse(&bytes, FILE).expect_err(words);
+            let e = Header::parse(&bytes, FILE, Path::new("x.qcow2")).expect_err(words);
             assert!(e.to_string().contains(words), "{at}: {e} instead of {words}");
         }
     }
@@ -281,8 +343,8 @@ mod tests {
     fn any_part_of_it_alone_is_refused() {
         let bytes = header();
         for len in 0..0x208 {
-            assert!(Header::parse(&bytes[..len], FILE).is_err(), "{len}");
+            assert!(Header::parse(&bytes[..len], FILE, Path::new("x.qcow2")).is_err(), "{len}");
         }
-        assert!(Header::parse(&bytes[..0x208], FILE).is_ok());
+        assert!(Header::parse(&bytes[..0x208], FILE, Path::new("x.qcow2")).is_ok());
     }
 }

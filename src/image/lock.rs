@@ -9,10 +9,12 @@
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
+use crate::image::writers::{self, Writers};
 use nix::fcntl::OFlag;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Duration;
 
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
@@ -22,6 +24,11 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const WRITE_UNCHANGED: i64 = 2;
 const RESIZE: i64 = 3;
+
+/// How often, and after how long, it is looked for a writer who may be about to close the file: two seconds
+/// in all.
+const LOOKS: u32 = 41;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
 /// What is going to be done with the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +103,36 @@ impl ImageLock {
             }
         }
         Ok(lock)
+    }
+
+    /// Looks whether anybody has the file open for writing; `path` is for messages. Returns whether that
+    /// could be told, which of a block device it never can.
+    ///
+    /// # Errors
+    /// `Busy` if somebody has, and does not close it soon: a process that is just being started has, for a
+    /// moment, what the one that starts it has open.
+    pub(crate) fn check_nobody_writes(&self, path: &Path) -> Result<bool> {
+        let mut looks = (0..LOOKS).map(|look| {
+            std::thread::sleep(if look == 0 { Duration::ZERO } else { BETWEEN_LOOKS });
+            writers::of(&self.file)
+        });
+        match looks.find(|found| *found != Writers::Somebody).unwrap_or(Writers::Somebody) {
+            Writers::Nobody => Ok(true),
+            Writers::Unknown => Ok(false),
+            Writers::Somebody => {
+                let who = writers::one_of(&self.file).unwrap_or_else(|| "another process".into());
+                let message = format!(
+                    "{who} has {} open for writing; end that first (\"lsof\" names all who have it open)",
+                    path.display()
+                );
+                Err(Error::new(Kind::Busy, message))
+            }
+        }
+    }
+
+    /// The file, open for reading.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Whether what is locked is `file`, and not another that had its name for a moment.

@@ -4,22 +4,26 @@
 //! it names is opened unless that was asked for, and what it says is nowhere trusted with memory or time beyond the
 //! image's own size. Knows no volume and no key.
 
+mod foreign;
 #[cfg_attr(not(feature = "qcow2"), allow(dead_code, reason = "only the beginning of an image is looked at"))]
 mod header;
 pub mod lock;
 #[cfg_attr(not(feature = "qcow2"), path = "no_qcow2.rs")]
 mod qcow2;
+pub mod stream;
+mod writers;
 
 use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::lock::{Access, ImageLock};
+use foreign::Foreign;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use qcow2::Qcow2;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -52,10 +56,12 @@ impl FromStr for Format {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Format::Raw, Format::Qcow2]
-            .into_iter()
-            .find(|format| format.name() == text)
-            .ok_or_else(|| format!("{text:?} is none of raw, qcow2"))
+        [Format::Raw, Format::Qcow2].into_iter().find(|format| format.name() == text).ok_or_else(|| {
+            format!(
+                "{text:?} is none of raw, qcow2; \"qemu-img convert -O qcow2\" makes the latter of \
+                     many others"
+            )
+        })
     }
 }
 
@@ -74,7 +80,8 @@ pub struct Image {
     size: u64,
     /// Without symbolic links.
     path: PathBuf,
-    _locks: Vec<ImageLock>,
+    /// The files that it is made of.
+    held: Vec<Held>,
 }
 
 enum Source {
@@ -82,15 +89,25 @@ enum Source {
     Qcow2(Qcow2),
 }
 
-/// What files of other formats begin with; some of them further on.
-const OTHERS: [(&str, usize, &[u8]); 6] = [
-    ("VMDK", 0, b"KDMV"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VHD", 0, b"conectix"),
-    ("VDI", 0x40, &[0x7f, 0x10, 0xda, 0xbe]),
-    ("QED", 0, b"QED\0"),
-    ("LUKS", 0, b"LUKS\xba\xbe"),
-];
+/// A file of an image, which QEMU and its tools see as in use.
+struct Held {
+    lock: ImageLock,
+    path: PathBuf,
+    /// How it was when it was opened: its length, and when it was changed last.
+    before: (u64, i64, i64),
+}
+
+impl Held {
+    fn new(file: &File, path: &Path) -> Result<Self> {
+        let lock = ImageLock::of(file, path, Access::Read)?;
+        Ok(Held { lock, path: path.to_owned(), before: state_of(file)? })
+    }
+}
+
+fn state_of(file: &File) -> Result<(u64, i64, i64)> {
+    let found = file.metadata()?;
+    Ok((found.len(), found.mtime(), found.mtime_nsec()))
+}
 
 impl Image {
     /// Opens the image at `path`. Without a `format`, it is one of [`format_of`].
@@ -110,19 +127,25 @@ impl Image {
     /// As for [`Image::open`].
     pub fn of(image: Offered, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
         let Offered { file, path } = image;
-        let lock = lock(&file, &path)?;
+        let held = Held::new(&file, &path)?;
+        let ends = Ends::of(&file)?;
         let format = match format {
+            None => format_of(&path, &ends)?,
+            // More use than what a reader of qcow2 says of it.
+            Some(Format::Qcow2) if !ends.is_qcow2() => match ends.foreign() {
+                Some(foreign) => return Err(Error::new(Kind::Usage, foreign.advice(&path))),
+                None => Format::Qcow2,
+            },
             Some(format) => format,
-            None => format_of(&path, &file)?,
         };
         let image = match format {
             Format::Raw => {
                 let size = length(&file)?;
-                Image { source: Source::Raw(file), size, path, _locks: vec![lock] }
+                Image { source: Source::Raw(file), size, path, held: vec![held] }
             }
             Format::Qcow2 => {
-                let (qcow2, locks) = Qcow2::open(&path, file, lock, backing)?;
-                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), path, _locks: locks }
+                let (qcow2, held) = Qcow2::open(&path, file, held, backing)?;
+                Image { size: qcow2.size(), source: Source::Qcow2(qcow2), path, held }
             }
         };
         if image.size == 0 {
@@ -142,6 +165,33 @@ impl Image {
                 Err(Error::new(Kind::Usage, "only a raw image can be taken in place, and it is qcow2"))
             }
         }
+    }
+
+    /// Looks whether anybody has one of its files open for writing.
+    ///
+    /// # Errors
+    /// `Busy` if somebody has. Where that cannot be told, it is no error.
+    pub fn check_at_rest(&self) -> Result<()> {
+        for Held { lock, path, .. } in &self.held {
+            if !lock.check_nobody_writes(path)? {
+                log::info!("whether anybody writes to {} cannot be told", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks whether its files are as they were when they were opened.
+    ///
+    /// # Errors
+    /// `Busy` if one was changed, or can be changed now.
+    pub fn check_unchanged(&self) -> Result<()> {
+        for Held { lock, path, before } in &self.held {
+            if state_of(lock.file())? != *before {
+                let message = format!("{} was changed while it was copied; copy it again", path.display());
+                return Err(Error::new(Kind::Busy, message));
+            }
+        }
+        self.check_at_rest()
     }
 
     /// The disk's size in bytes, never 0.
@@ -185,54 +235,75 @@ impl Image {
 
 /// Opens a file or block device for reading, and keeps QEMU from writing to it.
 #[cfg(feature = "qcow2")]
-fn open(path: &Path) -> Result<(File, ImageLock)> {
+fn open(path: &Path) -> Result<(File, Held)> {
     let Offered { file, path } = Offered::open(path)?;
-    let lock = lock(&file, &path)?;
-    Ok((file, lock))
-}
-
-/// Keeps QEMU from writing to a file that is open.
-fn lock(file: &File, path: &Path) -> Result<ImageLock> {
-    ImageLock::of(file, path, Access::Read)
+    let held = Held::new(&file, &path)?;
+    Ok((file, held))
 }
 
 fn length(file: &File) -> Result<u64> {
     Ok(lseek64(file, 0, Whence::SeekEnd)? as u64)
 }
 
-/// What the file at `path` is when nobody says it: raw if it begins like no image that is known, and qcow2 if it begins
-/// so and is called so. The beginning alone does not decide: the guest of a raw disk can write what it likes there.
+/// The first and last bytes of a file.
+struct Ends {
+    start: Vec<u8>,
+    end: Vec<u8>,
+}
+
+impl Ends {
+    fn of(file: &File) -> Result<Self> {
+        let len = length(file)?;
+        let bytes = |at: u64, most: usize| {
+            let mut bytes = vec![0; (len - at).min(most as u64) as usize];
+            file.read_exact_at(&mut bytes, at).map(|()| bytes)
+        };
+        let end_at = len.saturating_sub(foreign::END as u64);
+        Ok(Ends { start: bytes(0, foreign::START)?, end: bytes(end_at, foreign::END)? })
+    }
+
+    fn is_qcow2(&self) -> bool {
+        begins_as_qcow2(&self.start)
+    }
+
+    fn foreign(&self) -> Option<Foreign> {
+        foreign::recognise(&self.start, &self.end)
+    }
+}
+
+/// Whether these are the first bytes of qcow2, of a version that is called so.
+fn begins_as_qcow2(start: &[u8]) -> bool {
+    start.starts_with(&header::MAGIC) && start.get(4..8) != Some(&[0, 0, 0, 1])
+}
+
+/// What the file at `path` is when nobody says it: raw if it begins and ends like nothing else that is known,
+/// and qcow2 if it begins so and is called so. The beginning alone does not decide: the guest of a raw disk
+/// can write what it likes there.
 ///
 /// # Errors
-/// `Usage` for anything else.
-fn format_of(path: &Path, file: &File) -> Result<Format> {
-    let mut start = Vec::new();
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, 512), &mut start)?;
-    let begins = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|rest| rest.starts_with(magic));
+/// `Usage` for anything else, with the command that makes an image of it.
+fn format_of(path: &Path, ends: &Ends) -> Result<Format> {
+    let usage = |message: String| Err(Error::new(Kind::Usage, message));
     let is_called_so = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("qcow2"));
-    if begins(0, &header::MAGIC) {
+    if ends.is_qcow2() {
         if is_called_so {
             return Ok(Format::Qcow2);
         }
-        let message = "it begins like a qcow2 image, but is not called .qcow2: if a guest had it as a raw disk, the guest can \
-                       have written that; say --format qcow2 or --format raw";
-        return Err(Error::new(Kind::Usage, message));
+        return usage(
+            "it begins like a qcow2 image, but is not called .qcow2: if a guest had it as a raw disk, the \
+             guest can have written that; say --format qcow2 or --format raw"
+                .into(),
+        );
+    }
+    if let Some(foreign) = ends.foreign() {
+        return usage(foreign.advice(path));
     }
     if is_called_so {
-        let message =
-            "it is called .qcow2 and does not begin like it; if it is a raw image, say --format raw";
-        return Err(Error::new(Kind::Usage, message));
+        return usage(
+            "it is called .qcow2 and does not begin like it; if it is a raw image, say --format raw".into(),
+        );
     }
-    match OTHERS.iter().find(|(_, at, magic)| begins(*at, magic)) {
-        None => Ok(Format::Raw),
-        Some((name, ..)) => {
-            let message = format!(
-                "it begins like {name}; convert it with \"qemu-img convert -O qcow2\", or say --format raw to take it \
-                 byte for byte"
-            );
-            Err(Error::new(Kind::Usage, message))
-        }
-    }
+    Ok(Format::Raw)
 }
 
 /// The next data of a file, as its file system knows it.

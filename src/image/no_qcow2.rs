@@ -1,8 +1,7 @@
 //! In place of `qcow2` where the program is built without it: it says so, whatever image it is given.
 
-use super::BackingFiles;
+use super::{BackingFiles, Held, foreign};
 use crate::base::{Error, Kind, Result};
-use crate::image::lock::ImageLock;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -11,9 +10,12 @@ use std::path::Path;
 pub(super) enum Qcow2 {}
 
 impl Qcow2 {
-    pub(super) fn open(_: &Path, _: File, _: ImageLock, _: BackingFiles) -> Result<(Self, Vec<ImageLock>)> {
-        let message = "qcow2 images are read by the feature qcow2, without which this sealblk was built; make the image a \
-                       raw one with \"qemu-img convert -O raw\"";
+    pub(super) fn open(path: &Path, _: File, _: Held, _: BackingFiles) -> Result<(Self, Vec<Held>)> {
+        let message = format!(
+            "qcow2 images are read by the feature qcow2, without which this sealblk was built; make the \
+             image a raw one with \"{}\"",
+            foreign::command("qemu-img convert -f qcow2 -O raw {in} {out}.img", path)
+        );
         Err(Error::new(Kind::Unsupported, message))
     }
 

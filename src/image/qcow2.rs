@@ -5,8 +5,7 @@
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::image::header::{Backing, Header, LONGEST};
-use crate::image::lock::ImageLock;
-use crate::image::{BackingFiles, Format, length};
+use crate::image::{BackingFiles, Format, Held, foreign, length};
 use imago::file::File as ImageFile;
 use imago::qcow2::Qcow2 as Qcow2File;
 use imago::raw::Raw;
@@ -33,14 +32,14 @@ struct Link {
 }
 
 impl Qcow2 {
-    /// Opens the disk whose image is `file`, at `path`; answers it with the locks on all of its files.
+    /// Opens the disk whose image is `file`, at `path`; returns it with what holds all of its files.
     pub(super) fn open(
         path: &Path,
         file: File,
-        lock: ImageLock,
+        held: Held,
         backing: BackingFiles,
-    ) -> Result<(Self, Vec<ImageLock>)> {
-        let mut locks = vec![lock];
+    ) -> Result<(Self, Vec<Held>)> {
+        let mut all = vec![held];
         let mut links = Vec::new();
         let mut next = Some((path.to_owned(), Link { file, format: Format::Qcow2 }));
         while let Some((path, link)) = next.take() {
@@ -49,17 +48,17 @@ impl Qcow2 {
                 return Err(Error::new(Kind::Unsupported, message));
             }
             if link.format == Format::Qcow2
-                && let Some(named) = header(&link.file)?.backing
+                && let Some(named) = header(&link.file, &path)?.backing
             {
                 let (below, format) = allowed(&path, &named, backing)?;
-                let (file, lock) =
+                let (file, held) =
                     crate::image::open(&below).context(|| format!("its backing file {}", below.display()))?;
-                locks.push(lock);
+                all.push(held);
                 next = Some((below, Link { file, format }));
             }
             links.push(link);
         }
-        Ok((Qcow2 { access: chain(links)? }, locks))
+        Ok((Qcow2 { access: chain(links)? }, all))
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -101,11 +100,11 @@ fn check_is_there(storage: &ImageFile, offset: u64, len: u64) -> Result<()> {
     }
 }
 
-fn header(file: &File) -> Result<Header> {
+fn header(file: &File, path: &Path) -> Result<Header> {
     let len = length(file)?;
     let mut bytes = vec![0; len.min(LONGEST) as usize];
     file.read_exact_at(&mut bytes, 0)?;
-    Header::parse(&bytes, len)
+    Header::parse(&bytes, len, path)
 }
 
 /// The file that the image at `path` is based on, if it may be read.
@@ -114,8 +113,9 @@ fn allowed(path: &Path, named: &Backing, backing: BackingFiles) -> Result<(PathB
     let usage = |message: String| Err(Error::new(Kind::Usage, message));
     if backing == BackingFiles::Refuse {
         return usage(format!(
-            "it is based on another file, {name:?}; if you know that file and want it to be read, say --backing-files, or \
-             make the image one with \"qemu-img convert -O qcow2\""
+            "it is based on another file, {name:?}; if you know that file and want it to be read, say \
+             --backing-files, or make the image one with \"{}\"",
+            foreign::command("qemu-img convert -f qcow2 -O qcow2 {in} {out}.qcow2", path)
         ));
     }
     if name.split('/').next().is_some_and(|first| first.contains(':')) || name.contains('\0') {
@@ -125,11 +125,18 @@ fn allowed(path: &Path, named: &Backing, backing: BackingFiles) -> Result<(PathB
         Some("qcow2") => Format::Qcow2,
         Some("raw") => Format::Raw,
         Some(other) => {
-            return usage(format!("it is based on {name:?} of format {other:?}, which is not read"));
+            return usage(format!(
+                "it is based on {name:?} of format {other:?}, which is not read; make the image one with \
+                 \"{}\"",
+                foreign::command("qemu-img convert -f qcow2 -O qcow2 {in} {out}.qcow2", path)
+            ));
         }
         None => {
             return usage(format!(
-                "it is based on {name:?} and does not say of which format that is; set it with \"qemu-img rebase -u -F\""
+                "it is based on {name:?} and does not say of which format that is; write it down with \
+                 \"{}\", where FORMAT is raw or qcow2",
+                foreign::command("qemu-img rebase -u -f qcow2 -F FORMAT -b {base} {in}", path)
+                    .replace("{base}", &foreign::shell_word(name))
             ));
         }
     };

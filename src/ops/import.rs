@@ -2,28 +2,48 @@
 
 use super::Store;
 use super::create::check_may_be_unencrypted;
-use super::import_copy::{self, Key, size_of};
+use super::import_copy::{self, Content, Key, size_of};
 use super::import_in_place::{self, Candidate};
 use super::make::Wanted;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::Metadata;
 use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
 use crate::catalog::tags::Tags;
+use crate::image::stream::Stream;
 use crate::image::{BackingFiles, Format, Image};
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::path::PathBuf;
 
 pub use crate::disk::transfer::{Watch, interrupted};
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// A file or a block device.
+    Path(PathBuf),
+    /// Standard input, which has a raw image.
+    StandardInput,
+}
+
+impl fmt::Display for Input {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Input::Path(path) => path.display().fmt(f),
+            Input::StandardInput => f.write_str("standard input"),
+        }
+    }
+}
 
 /// An image that is to become a volume.
 #[derive(Clone, Debug)]
 pub struct Import {
-    /// The image: a file or a block device.
-    pub file: PathBuf,
+    /// Where the image comes from.
+    pub input: Input,
     /// How its bytes are to be understood; without one, it is looked at.
     pub format: Option<Format>,
     /// Whether the files are read that a qcow2 image says it is based on.
     pub backing: BackingFiles,
-    /// The volume's size in bytes; without one, the image's in whole sectors.
+    /// The volume's size in bytes; without one, the image's in whole sectors. A pipe's image must have it.
     pub size: Option<u64>,
     /// The volume's sector size; without one, 512 bytes.
     pub sector_size: Option<SectorSize>,
@@ -42,25 +62,77 @@ pub struct Import {
 /// Makes a volume with what the image holds. `watch` is told how far it has come. Reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for an image that cannot be read, or a size that is too small for it; as [`super::create::create`]; what `watch`
-/// says. Nothing of the volume is left then.
+/// `Usage` for an image that cannot be read, or a size that is too small for it, or that a pipe's image does
+/// not have; `Busy` for an image that somebody has open for writing, or that was changed meanwhile; as
+/// [`super::create::create`]; what `watch` says. Nothing of the volume is left then.
 pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metadata> {
     let mut copy = || {
         if import.unencrypted {
             check_may_be_unencrypted(store)?;
         }
-        let image = Image::open(&import.file, import.format, import.backing)?;
-        let wanted = wanted(import, image.size())?;
-        let (catalog, events) = (store.catalog(), store.events());
-        if import.unencrypted {
-            return import_copy::import(&catalog, &events, &wanted, &image, None, watch);
+        match &import.input {
+            Input::Path(path) => {
+                let image = Image::open(path, import.format, import.backing)?;
+                image.check_at_rest()?;
+                let wanted = wanted(import, image.size())?;
+                copy_from(store, import, &wanted, Content::Image(&image), watch)
+            }
+            Input::StandardInput => {
+                let is_raw = is_raw_stream(import)?;
+                let mut stream = Stream::standard_input()?;
+                let len = stream.known_len().or(import.size).ok_or_else(|| {
+                    Error::new(
+                        Kind::Usage,
+                        "how long a pipe's image is shows only at its end; say how long it is going to be: \
+                         --size",
+                    )
+                })?;
+                if len == 0 {
+                    return Err(Error::new(Kind::Usage, "it is empty"));
+                }
+                let wanted = wanted(import, len)?;
+                if !is_raw {
+                    stream.check_start(&mut || watch(0, len))?;
+                }
+                copy_from(store, import, &wanted, Content::Stream { stream: &mut stream, is_raw }, watch)
+            }
         }
-        let named = store.key(import.key.as_deref())?;
-        let unwrap = |owner, key: &_| store.unwrap(owner, key);
-        let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
-        import_copy::import(&catalog, &events, &wanted, &image, Some(key), watch)
     };
-    copy().context(|| attempt(&import.file))
+    copy().context(|| attempt(import))
+}
+
+/// Whether it was said that the bytes are raw.
+fn is_raw_stream(import: &Import) -> Result<bool> {
+    let usage = |message: &str| Err(Error::new(Kind::Usage, message));
+    if import.backing == BackingFiles::Read {
+        return usage(
+            "standard input has a raw image, which is based on no files; leave out --backing-files",
+        );
+    }
+    match import.format {
+        None => Ok(false),
+        Some(Format::Raw) => Ok(true),
+        Some(Format::Qcow2) => {
+            usage("qcow2 cannot be read from one end to the other; write it into a file, and import that")
+        }
+    }
+}
+
+fn copy_from(
+    store: &Store,
+    import: &Import,
+    wanted: &Wanted,
+    content: Content<'_>,
+    watch: Watch<'_>,
+) -> Result<Metadata> {
+    let (catalog, events) = (store.catalog(), store.events());
+    if import.unencrypted {
+        return import_copy::import(&catalog, &events, wanted, content, None, watch);
+    }
+    let named = store.key(import.key.as_deref())?;
+    let unwrap = |owner, key: &_| store.unwrap(owner, key);
+    let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
+    import_copy::import(&catalog, &events, wanted, content, Some(key), watch)
 }
 
 /// Makes a volume whose lowest layer is the image's own file, which is the store's afterwards. Reports a `createVolume`
@@ -71,7 +143,13 @@ pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metada
 /// [`super::create::create`]. The file is as it was then.
 pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
     let take = || {
-        let image = Image::open(&import.file, import.format, BackingFiles::Refuse)?;
+        let Input::Path(path) = &import.input else {
+            return Err(Error::new(
+                Kind::Usage,
+                "only a file can become a layer where it lies; leave out --in-place",
+            ));
+        };
+        let image = Image::open(path, import.format, BackingFiles::Refuse)?;
         let size = image.size();
         let offered = image.into_raw()?;
         let wanted = wanted(import, size)?;
@@ -81,11 +159,11 @@ pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
         let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
         import_in_place::import(&store.catalog(), &store.events(), &wanted, &candidate, key)
     };
-    take().context(|| attempt(&import.file))
+    take().context(|| attempt(import))
 }
 
-fn attempt(file: &Path) -> String {
-    format!("import {}", file.display())
+fn attempt(import: &Import) -> String {
+    format!("import {}", import.input)
 }
 
 fn wanted(import: &Import, len: u64) -> Result<Wanted> {

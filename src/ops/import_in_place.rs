@@ -27,15 +27,15 @@ pub(super) struct Candidate {
     path: PathBuf,
     file: File,
     len: u64,
-    _lock: ImageLock,
+    lock: ImageLock,
 }
 
 impl Candidate {
     /// Looks at the file of an image.
     ///
     /// # Errors
-    /// `Usage` for what is no file, is the store's, is on another file system, or has several names already; `Busy` if QEMU has it
-    /// open, or a loop device.
+    /// `Usage` for what is no file, is the store's, is on another file system, or has several names already;
+    /// `Busy` if somebody has it open for writing, QEMU has it open at all, or a loop device has it.
     pub(super) fn new(catalog: &Catalog, image: Offered) -> Result<Self> {
         let Offered { file, path } = image;
         let lock = ImageLock::of(&file, &path, Access::ReadWrite)?;
@@ -53,15 +53,16 @@ impl Candidate {
         }
         if found.dev() != files::folder(&layers)?.metadata()?.dev() {
             return usage(format!(
-                "it is on another file system than {}; leave out --in-place to copy it, or move it there first",
+                "it is on another file system than {}; leave out --in-place to copy it, or move it there \
+                 first",
                 layers.display()
             ));
         }
         if found.nlink() != 1 {
             return usage(
-                "the file has another name (a hard link), by which it could be changed. If an import in place was cut \
-                 off, \"sealblk volume list\" shows the volume, and this name can be removed; otherwise \"sealblk gc\" \
-                 removes the other one"
+                "the file has another name (a hard link), by which it could be changed. If an import in \
+                 place was cut off, \"sealblk volume list\" shows the volume, and this name can be removed; \
+                 otherwise \"sealblk gc\" removes the other one"
                     .into(),
             );
         }
@@ -69,7 +70,14 @@ impl Candidate {
             let message = format!("{device} has it; detach that first (\"losetup --detach\")");
             return Err(Error::new(Kind::Busy, message));
         }
-        Ok(Candidate { path, file, len: found.len(), _lock: lock })
+        if !lock.check_nobody_writes(&path)? {
+            log::warn!(
+                "whether anybody has {} open for writing cannot be told here; whoever has could change what \
+                 the guest reads",
+                path.display()
+            );
+        }
+        Ok(Candidate { path, file, len: found.len(), lock })
     }
 
     /// Gives the file its second name, durably, with all that was ever written to it.
@@ -81,6 +89,8 @@ impl Candidate {
         if self.file.metadata()?.len() != self.len {
             return Err(Error::new(Kind::Busy, format!("{} is being changed", self.path.display())));
         }
+        // Whoever has opened it since the first look is seen here, before there is a volume.
+        self.lock.check_nobody_writes(&self.path)?;
         sync_dir(&catalog.root().layers())
     }
 
@@ -124,7 +134,8 @@ pub(super) fn import(
     let made = make::create_filled(catalog, events, wanted, prepare, |_| image.link(catalog, lowest.id))?;
     if let Err(e) = image.hand_over(catalog, &made) {
         log::error!(
-            "{} is there, but {} is still a second name of its layer: {e}; remove that name, and do not write by it",
+            "{} is there, but {} is still a second name of its layer: {e}; remove that name, and do not \
+             write by it",
             made.id(),
             image.path.display()
         );

@@ -20,6 +20,7 @@ const OLD_CHANGES: &[c_long] = &[];
 const CHANGES: &[c_long] = &[
     libc::SYS_renameat,
     libc::SYS_renameat2,
+    libc::SYS_linkat,
     libc::SYS_unlinkat,
     libc::SYS_mkdirat,
     libc::SYS_fchmodat,

@@ -11,9 +11,10 @@ use nix::sched::{CloneFlags, unshare};
 use std::ffi::CString;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -91,6 +92,39 @@ impl LoopDisk {
             // Of a kernel whose pages are smaller than the blocks, say.
             Err(e) => panic!("mount {kind}: {e}"),
         }
+    }
+}
+
+/// A disk without a file system, which is there until this is dropped.
+pub struct BareDisk {
+    /// Its block device.
+    pub device: PathBuf,
+    in_use: File,
+}
+
+impl BareDisk {
+    /// Makes one of so many bytes, all of them 0xff, with blocks of a size.
+    pub fn new(len: u64, block: u32) -> Option<Self> {
+        let mut bytes = tempfile::tempfile().expect("a temporary file");
+        for _ in 0..len / 4096 {
+            bytes.write_all(&[0xff; 4096]).expect("fill it");
+        }
+        match attach(&bytes, block) {
+            Ok((in_use, device)) => Some(BareDisk { device, in_use }),
+            Err(why) => {
+                let _ =
+                    writeln!(io::stderr(), "NOT TESTED on a block device, which cannot be had here: {why}");
+                None
+            }
+        }
+    }
+
+    /// What it holds.
+    pub fn content(&self) -> Vec<u8> {
+        let len = (&self.in_use).seek(SeekFrom::End(0));
+        let mut bytes = vec![0; len.expect("it has a length") as usize];
+        self.in_use.read_exact_at(&mut bytes, 0).expect("read the device");
+        bytes
     }
 }
 

@@ -1,12 +1,14 @@
 //! Raw images, and what is the same for all.
 
 use crate::common::content::Reader;
-use crate::rig::{Rig, files, overwrite, qemu};
+use crate::rig::{QemuIo, Rig, files, overwrite, qemu};
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use serde_json::json;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Command, Stdio};
+use std::ptr::NonNull;
 
 const LEN: usize = 8 << 20;
 
@@ -138,7 +140,8 @@ fn what_is_no_image_is_refused_and_nothing_is_made() {
     for (code, arguments, words) in [
         (3, &["missing.img"][..], "missing.img"),
         (2, &["empty.img"], "it is empty"),
-        (2, &["pipe"], "neither a file nor a block device"),
+        // Whoever has its other end may be another user, or nobody, and is not waited for.
+        (2, &["pipe"], "a stream is taken from standard input"),
         (2, &["root"], "neither a file nor a block device"),
         #[cfg(feature = "qcow2")]
         (2, &["disk.img", "--format", "qcow2"], "no qcow2 image"),
@@ -168,24 +171,73 @@ fn a_name_that_is_taken_is_refused_before_anything_is_copied() {
 }
 
 #[test]
+fn an_image_that_somebody_has_open_for_writing_is_refused() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", LEN);
+    let writer = fs::File::options().read(true).write(true).open(rig.path("disk.img")).unwrap();
+    for arguments in [&[][..], &["--in-place"]] {
+        let said = rig.refuse(4, &[&["volume", "import", &rig.path("disk.img")], arguments].concat());
+        let words = format!("process {} ", std::process::id());
+        assert!(said.contains(&words) && said.contains("open for writing"), "{said}");
+    }
+    rig.assert_nothing_is_left();
+    assert!(fs::read(rig.path("disk.img")).unwrap() == data);
+    // A mapping outlives its descriptor, and is not found among the descriptors.
+    let mapped = Mapped::of(writer);
+    let said = rig.refuse(4, &["volume", "import", &rig.path("disk.img")]);
+    assert!(said.contains("another process has"), "{said}");
+    drop(mapped);
+    let _reader = fs::File::open(rig.path("disk.img")).unwrap();
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    rig.assert_holds("v", &data);
+}
+
+/// A page of a file, mapped shared and writable; nothing else has the file open.
+struct Mapped(NonNull<c_void>);
+
+impl Mapped {
+    fn of(file: fs::File) -> Self {
+        let (len, rights) = (NonZeroUsize::new(4096).unwrap(), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
+        // SAFETY: it is mapped where nothing is, and nobody uses the memory.
+        Mapped(unsafe { mmap(None, len, rights, MapFlags::MAP_SHARED, &file, 0) }.expect("map it"))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: this is the whole mapping, and nobody uses the memory.
+        unsafe { munmap(self.0, 4096) }.expect("unmap it");
+    }
+}
+
+#[test]
+fn an_image_that_is_changed_while_it_is_open_is_no_image_of_one_moment() {
+    use sealblk::image::{BackingFiles, Image};
+    let rig = Rig::new();
+    rig.raw("disk.img", LEN);
+    let path = rig.path("disk.img");
+    let open = || Image::open(path.as_ref(), None, BackingFiles::Refuse).unwrap();
+    // The clock of files may stand still for some milliseconds.
+    fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let image = open();
+    image.check_unchanged().unwrap();
+    overwrite(&path, 4096, &[7]);
+    let e = image.check_unchanged().unwrap_err();
+    assert!(e.to_string().contains("was changed while it was copied"), "{e}");
+    let image = open();
+    let _writer = fs::File::options().write(true).open(&path).unwrap();
+    let e = image.check_unchanged().unwrap_err();
+    assert!(e.to_string().contains("open for writing"), "{e}");
+}
+
+#[test]
 fn an_image_that_qemu_writes_is_refused_and_cannot_be_written_meanwhile() {
     let rig = Rig::new();
     rig.raw("disk.img", LEN);
-    let mut qemu_io = Command::new("qemu-io");
-    qemu_io.args(["-f", "raw", &rig.path("disk.img")]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = qemu_io.spawn().expect("qemu-io, of Debian's qemu-utils, is needed");
-    let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"length\n").unwrap();
-    let mut answer = String::new();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    while !answer.contains("8 MiB") {
-        answer.clear();
-        assert_ne!(stdout.read_line(&mut answer).unwrap(), 0, "qemu-io ended");
-    }
+    let qemu_io = QemuIo::on(&rig.path("disk.img"));
     let said = rig.refuse(4, &["volume", "import", &rig.path("disk.img")]);
     assert!(said.contains("is open in QEMU"), "{said}");
-    drop(stdin);
-    child.wait().unwrap();
+    drop(qemu_io);
     rig.import(&[&rig.path("disk.img")]);
     qemu("qemu-img", &["resize", "-q", "-f", "raw", &rig.path("disk.img"), "9M"]);
 }

@@ -4,11 +4,16 @@ use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
 use crate::common::killed::{End, interrupted_before, killed_before};
 use crate::rig::{Rig, files};
+use nix::libc;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 const LEN: usize = 8 << 20;
 
@@ -69,7 +74,7 @@ fn a_file_that_is_there_stays_unless_it_is_to_be_replaced() {
     assert!(fs::read(&out).unwrap() == data);
     assert_eq!(fs::metadata(&out).unwrap().permissions().mode() & 0o777, 0o600);
     for (code, target, words) in [
-        (2, "/dev/null", "is not a file"),
+        (2, "/dev/null", "write to standard output"),
         (2, &*rig.path("root"), "is not a file"),
         (3, "/nowhere/x", "nowhere"),
     ] {
@@ -172,32 +177,133 @@ fn without_the_key_or_with_an_edited_record_nothing_comes_out() {
     assert!(!fs::exists(&out).unwrap());
 }
 
-#[test]
-fn nothing_is_written_that_is_not_on_the_record_whenever_it_is_killed() {
-    let rig = Rig::new();
-    let data = rig.raw("disk.img", 1 << 20);
-    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
-    let (before, out) = (files(&rig.folder()), rig.path("out.img"));
-    let (mut recorded, mut begun) = (0, 0);
+/// Has a command find a file system that has no files without a name, as those of many USB sticks and
+/// servers.
+fn without_unnamed_files(command: &mut Command) {
+    let is_unnamed = SeccompCondition::new(
+        2,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(libc::O_TMPFILE as u64),
+        libc::O_TMPFILE as u64,
+    );
+    let rule = SeccompRule::new(vec![is_unnamed.expect("a condition")]).expect("a rule");
+    let answer = SeccompAction::Errno(libc::EOPNOTSUPP as u32);
+    let machine = std::env::consts::ARCH.try_into().expect("a machine that has filters");
+    let rules = [(libc::SYS_openat, vec![rule])].into_iter().collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, machine).expect("a filter");
+    let program: BpfProgram = filter.try_into().expect("a program");
+    // SAFETY: between fork and exec the closure makes system calls alone, on memory that it owns.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&program).map_err(std::io::Error::other));
+    }
+}
+
+/// Kills an export to `out.img` at each step, and looks at what is there beside what was there before, and at
+/// the number of records in the audit log.
+fn at_each_step(
+    rig: &Rig,
+    arguments: &[&str],
+    prepare: impl Fn(&mut Command),
+    mut check: impl FnMut(&[PathBuf], usize),
+) {
+    let out = rig.path("out.img");
+    let before = files(&rig.folder());
     for step in 0.. {
         assert!(step < 200, "it never ends");
         let mut command = rig.store.command();
-        command.args(["volume", "export", "v", &out]).stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(["volume", "export", "v", &out]).args(arguments);
+        prepare(command.stdout(Stdio::null()).stderr(Stdio::null()));
         let end = killed_before(&mut command, step);
         let new: Vec<_> = files(&rig.folder()).into_iter().filter(|path| !before.contains(path)).collect();
-        let records = audit(&rig, "ExportVolume").len();
-        assert!(new.is_empty() || records > recorded, "step {step}: {new:?} without a record");
-        recorded = records;
-        // The file has its name when all of it is there.
-        assert!(new.iter().all(|path| *path != *out || fs::read(path).unwrap() == data), "step {step}");
-        begun += u32::from(new.iter().any(|path| *path != *out));
-        new.iter().for_each(|path| fs::remove_file(path).unwrap());
+        check(&new, audit(rig, "ExportVolume").len());
         if end != End::Killed {
-            assert_eq!((end, new), (End::Exited(0), vec![out.into()]));
-            break;
+            assert_eq!(end, End::Exited(0));
+            return;
         }
     }
+}
+
+#[test]
+fn killed_at_any_step_it_leaves_the_whole_file_or_nothing_and_never_without_a_record() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", 1 << 20);
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    let out = PathBuf::from(rig.path("out.img"));
+    let mut recorded = 0;
+    let mut is_there = false;
+    at_each_step(
+        &rig,
+        &[],
+        |_| (),
+        |new, records| {
+            assert!(new.is_empty() || records > recorded, "{new:?} without a record");
+            recorded = records;
+            is_there = !new.is_empty();
+            if is_there {
+                assert_eq!(new, std::slice::from_ref(&out));
+                assert!(fs::read(&out).unwrap() == data);
+                fs::remove_file(&out).unwrap();
+            }
+        },
+    );
+    assert!(is_there, "in the end it was");
+    // A file that is replaced is the old one or the new one; for a moment the new one has a name of its own.
+    fs::write(&out, "old").unwrap();
+    let mut seen = [0; 3];
+    at_each_step(
+        &rig,
+        &["--force"],
+        |_| (),
+        |new, _| {
+            let content = fs::read(&out).unwrap();
+            assert!(content == b"old" || content == data);
+            assert!(new.iter().all(|partial| content == b"old" && fs::read(partial).unwrap() == data));
+            assert!(new.len() < 2, "what the last one left is cleared: {new:?}");
+            seen[if content == data { 2 } else { new.len() }] += 1;
+            fs::write(&out, "old").unwrap();
+        },
+    );
+    assert!(seen.iter().all(|times| *times > 0), "{seen:?}");
+}
+
+#[test]
+fn where_files_have_names_what_a_killed_export_left_is_cleared_by_the_next() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", 1 << 20);
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    let out = rig.path("out.img");
+    let mut begun = 0;
+    at_each_step(&rig, &[], without_unnamed_files, |new, records| {
+        assert!(new.len() < 2 && (new.is_empty() || records > 0), "{new:?}, {records} records");
+        begun += u32::from(new.iter().any(|path| *path != *out));
+        // The name is the file's when all of it is there.
+        if fs::exists(&out).unwrap() {
+            assert!(fs::read(&out).unwrap() == data);
+            fs::remove_file(&out).unwrap();
+        }
+    });
     assert!(begun > 0, "it was killed in the middle, too");
+    // What is left is said before, and when it is cleared.
+    let left = format!("{out}.0123456789abcdef0123456789abcdef.partial");
+    fs::write(&left, &data[..100]).unwrap();
+    let mut command = rig.store.command();
+    without_unnamed_files(command.args(["volume", "export", "v", &out]));
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains(&format!("removed {left}")) && said.contains("if this is killed"), "{said}");
+    assert!(fs::read(&out).unwrap() == data && !fs::exists(&left).unwrap());
+}
+
+#[test]
+fn a_folder_may_be_reached_by_a_link() {
+    let rig = Rig::new();
+    let data = rig.raw("disk.img", 1 << 20);
+    rig.import(&[&rig.path("disk.img"), "--name", "v"]);
+    fs::create_dir(rig.path("real")).unwrap();
+    std::os::unix::fs::symlink("real", rig.path("link")).unwrap();
+    rig.store.ok(&["volume", "export", "v", &rig.path("link/out.img")]);
+    assert!(fs::read(rig.path("real/out.img")).unwrap() == data);
 }
 
 #[test]

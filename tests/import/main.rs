@@ -4,10 +4,13 @@
 mod common;
 mod copied;
 mod crash;
+mod device;
 mod export;
+mod foreign;
 #[cfg(feature = "qcow2")]
 mod hostile;
 mod in_place;
 #[cfg(feature = "qcow2")]
 mod qcow2;
 mod rig;
+mod stream;

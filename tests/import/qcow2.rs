@@ -1,6 +1,6 @@
 //! qcow2 images as QEMU makes them.
 
-use crate::rig::{Rig, qemu};
+use crate::rig::{Rig, overwrite, qemu};
 use std::fs;
 
 const LEN: usize = 8 << 20;
@@ -131,6 +131,29 @@ fn a_backing_file_that_is_not_what_it_should_be_is_refused() {
 }
 
 #[test]
+fn version_2_says_what_its_backing_file_is_and_if_not_there_is_a_way() {
+    let rig = Rig::new();
+    let mut data = rig.raw("disk.img", LEN);
+    let image = rig.path("old.qcow2");
+    let options = ["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "-b", "disk.img", "-F", "raw", &image];
+    qemu("qemu-img", &options);
+    qemu("qemu-io", &["-c", "write -P 5 1M 64k", &image]);
+    data[1 << 20..(1 << 20) + (64 << 10)].fill(5);
+    assert_eq!(fs::read(&image).unwrap()[4..8], [0, 0, 0, 2]);
+    rig.import(&[&image, "--backing-files", "--name", "v"]);
+    rig.assert_holds("v", &data);
+    // As old versions of QEMU wrote it: no extension says the format.
+    overwrite(&image, 72, &[0; 8]);
+    let said = rig.refuse(2, &["volume", "import", &image, "--backing-files"]);
+    let command = said.split('"').find(|part| part.starts_with("qemu-img rebase")).expect("a command");
+    let command = command.replace("FORMAT", "raw");
+    let arguments: Vec<&str> = command.split(' ').skip(1).collect();
+    qemu("qemu-img", &arguments);
+    rig.import(&[&image, "--backing-files", "--name", "w"]);
+    rig.assert_holds("w", &data);
+}
+
+#[test]
 fn a_cut_off_image_is_an_error_and_not_zeros() {
     let rig = Rig::new();
     let data = rig.raw("disk.img", LEN);
@@ -164,7 +187,7 @@ fn kinds_of_qcow2_that_are_not_read_are_refused_with_a_way_out() {
     let rig = Rig::new();
     let image = rig.path("x.qcow2");
     for (options, words) in [
-        (&["-o", "compression_type=zstd"][..], "not compressed with zlib"),
+        (&["-o", "compression_type=zstd"][..], "compressed with zstd"),
         (&["-o", "extended_l2=on"], "extended L2"),
         (&["-o", "data_file=data.raw"], "in another file"),
         (
@@ -184,6 +207,14 @@ fn kinds_of_qcow2_that_are_not_read_are_refused_with_a_way_out() {
         assert!(command.status().unwrap().success(), "{options:?}");
         let said = rig.refuse(8, &["volume", "import", &image]);
         assert!(said.contains(words) && said.contains("qemu-img convert"), "{options:?}: {said}");
+        let command = said.split('"').find(|part| part.starts_with("qemu-img")).expect("a command");
+        fs::write(rig.path("PASSPHRASE_FILE"), "x").unwrap();
+        let mut convert = std::process::Command::new("sh");
+        convert.arg("-ec").arg(command).current_dir(rig.folder());
+        assert!(convert.status().unwrap().success(), "{command}");
+        rig.import(&[&rig.path("x.new.qcow2"), "--name", "v"]);
+        rig.assert_holds("v", &[0; 8 << 20]);
+        rig.store.ok(&["volume", "delete", "v"]);
     }
     rig.assert_nothing_is_left();
 }

@@ -6,9 +6,10 @@ use crate::common::disk::pattern;
 use crate::common::store::Store;
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 /// An empty store, and images.
 pub struct Rig {
@@ -54,6 +55,28 @@ impl Rig {
     #[track_caller]
     pub fn refuse(&self, code: i32, arguments: &[&str]) -> String {
         let Output { status, stdout, stderr } = self.store.run(arguments);
+        let said = String::from_utf8(stderr).expect("UTF-8");
+        assert_eq!((status.code(), stdout.len()), (Some(code), 0), "{arguments:?}: {said}");
+        said
+    }
+
+    /// Runs a command whose standard input is a pipe with these bytes.
+    pub fn run_with(&self, input: &[u8], arguments: &[&str]) -> Output {
+        let mut command = self.store.command();
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("start sealblk");
+        let mut pipe = child.stdin.take().expect("a pipe");
+        std::thread::scope(|scope| {
+            // Whoever refuses does not read to the end.
+            scope.spawn(move || drop(pipe.write_all(input)));
+            child.wait_with_output().expect("it is a child")
+        })
+    }
+
+    /// The same for a command that must fail with this exit code; returns what it said.
+    #[track_caller]
+    pub fn refuse_with(&self, input: &[u8], code: i32, arguments: &[&str]) -> String {
+        let Output { status, stdout, stderr } = self.run_with(input, arguments);
         let said = String::from_utf8(stderr).expect("UTF-8");
         assert_eq!((status.code(), stdout.len()), (Some(code), 0), "{arguments:?}: {said}");
         said
@@ -119,6 +142,33 @@ pub fn qemu(tool: &str, arguments: &[&str]) {
     let output = Command::new(tool).args(arguments).output();
     let output = output.unwrap_or_else(|e| panic!("{tool}, of Debian's qemu-utils, is needed: {e}"));
     assert!(output.status.success(), "{tool} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A qemu-io that has a raw image open for writing until this is dropped.
+pub struct QemuIo(Child);
+
+impl QemuIo {
+    pub fn on(image: &str) -> Self {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-f", "raw", image]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = qemu_io.spawn().expect("qemu-io, of Debian's qemu-utils, is needed");
+        child.stdin.as_mut().expect("a pipe").write_all(b"length\n").expect("it runs");
+        let mut answer = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        while !answer.contains("8 MiB") {
+            answer.clear();
+            assert_ne!(stdout.read_line(&mut answer).expect("UTF-8"), 0, "qemu-io ended");
+        }
+        QemuIo(child)
+    }
+}
+
+impl Drop for QemuIo {
+    fn drop(&mut self) {
+        // It ends when it is told no more.
+        drop(self.0.stdin.take());
+        self.0.wait().expect("it is a child");
+    }
 }
 
 /// Writes bytes into a file that is there.

@@ -58,9 +58,14 @@ pub fn open_layer(path: &Path, flags: OFlag) -> io::Result<File> {
     open_if(path, flags, holds, "a regular file or a block device")
 }
 
-/// Opens what can be looked at: the caller sees what it is. A named pipe does not wait for its other end.
+/// Opens what can be looked at: the caller sees what it is. A named pipe does not wait for its other end. A
+/// block device is opened exclusively: nobody can mount it meanwhile.
+///
+/// # Errors
+/// `ResourceBusy` for a block device that is mounted, or that another program has for itself.
 pub(super) fn open_image(path: &Path) -> io::Result<File> {
-    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?.into())
+    // Without O_CREAT, O_EXCL means nothing for anything but a block device.
+    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_EXCL)?.into())
 }
 
 /// Opens a folder, to look names up in it, to list it, or to lock it.

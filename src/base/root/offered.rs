@@ -10,6 +10,7 @@ use nix::unistd::{Uid, User};
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{File, Metadata};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -29,15 +30,30 @@ impl Offered {
     /// Opens what `path` means.
     ///
     /// # Errors
-    /// `Usage` for what is neither a file nor a block device, for another user's, for what is reached by another user's
+    /// `Busy` for a block device that is mounted, or of which another program is the only user; `Usage` for
+    /// what is neither a file nor a block device, for another user's, for what is reached by another user's
     /// symbolic link, and for a symbolic link to a file.
     pub fn open(path: &Path) -> Result<Self> {
+        let whole = std::path::absolute(path)?;
+        if ["/dev/stdin", "/dev/fd", "/proc/self"].iter().any(|place| whole.starts_with(place)) {
+            return Err(usage("it is no path of a file; standard input is called \"-\""));
+        }
         let (path, is_link) = without_links(path)?;
-        let file = open_image(&path)?;
+        let file = open_image(&path).map_err(|e| match e.kind() {
+            ErrorKind::ResourceBusy => Error::new(
+                Kind::Busy,
+                "the device, or a part of it, is mounted, or another program has it for itself (LVM, RAID, \
+                 swap, another sealblk); end that first, or take a snapshot of the device (\"lsblk\" and \
+                 \"lsof\" show who has it)",
+            ),
+            _ => e.into(),
+        })?;
         let found = file.metadata()?;
         let kind = found.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(usage("it is neither a file nor a block device"));
+            return Err(usage(
+                "it is neither a file nor a block device; a stream is taken from standard input (\"-\")",
+            ));
         }
         if is_link && !kind.is_block_device() {
             return Err(usage(format!("it is a symbolic link; name the file itself, {}", path.display())));
@@ -46,7 +62,8 @@ impl Offered {
             let user = Uid::from_raw(found.uid());
             let name = User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
             return Err(usage(format!(
-                "it belongs to {name}, who can change it meanwhile; take a copy of it, or make it yours (\"chown\")"
+                "it belongs to {name}, who can change it meanwhile; take a copy of it, or make it yours \
+                 (\"chown\")"
             )));
         }
         Ok(Offered { file, path })

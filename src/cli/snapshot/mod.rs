@@ -62,11 +62,12 @@ pub struct OneSnapshot {
 /// What `snapshot export` takes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Example:
+Examples:
   sealblk snapshot export snap-0a1b /mnt/usb/db.img
+  sealblk snapshot export snap-0a1b - | zstd > db.img.zst
 
 The file holds the data in the clear: see where it goes. It takes the snapshot's data keys from the KMS, and the audit log
-says so before anything is written.")]
+says so before anything is written. Where it can go, and how, is the same as for \"sealblk volume export\".")]
 pub struct ExportArgs {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
     snapshot: String,

@@ -13,11 +13,16 @@ use std::path::PathBuf;
 /// What `volume export` takes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Example:
+Examples:
   sealblk volume export db /mnt/usb/db.img
+  sealblk volume export db /dev/vg/db --force
+  sealblk volume export db - | zstd > db.img.zst
 
-The file holds the data in the clear: see where it goes. It takes the volume's data keys from the KMS, and the audit log
-says so before anything is written. An attached volume is exported by way of a snapshot: sealblk snapshot export.")]
+The file holds the data in the clear: see where it goes. It takes the volume's data keys from the KMS, and the
+audit log says so before anything is written. A file has its name when all of it is there. A device must be
+large enough, and nobody may use it; what it has beyond the volume's size stays. Standard output gets all of
+the disk, zeros included; the command fails if whoever reads goes away, and says nothing else there, with
+--json either. An attached volume is exported by way of a snapshot: sealblk snapshot export.")]
 pub struct ExportArgs {
     /// The volume, which nobody has attached: its id, the first digits of its id, or its name.
     volume: String,
@@ -28,12 +33,12 @@ pub struct ExportArgs {
 /// Where an export goes.
 #[derive(clap::Args)]
 pub(crate) struct To {
-    /// The file to be made, readable by its owner alone.
+    /// The file to be made, readable by its owner alone; or a block device; or "-" for standard output.
     file: PathBuf,
-    /// How it is written: raw, sparse.
+    /// How it is written: raw. A file is sparse.
     #[arg(long, default_value = "raw", value_parser = parse_format)]
     format: Format,
-    /// Replace a file of that name.
+    /// Replace a file of that name, or overwrite the device.
     #[arg(long)]
     force: bool,
 }
@@ -46,10 +51,19 @@ pub(crate) fn run(env: &Env, args: &ExportArgs) -> Result<()> {
 /// Exports a volume or a snapshot.
 pub(crate) fn export(env: &Env, what: What, to: &To) -> Result<()> {
     let mut progress = Progress::new()?;
-    let target = Target { path: &to.file, replace: to.force };
+    let is_stream = to.file.as_os_str() == "-";
+    let target = match is_stream {
+        true => Target::StandardOutput,
+        false => Target::Path { path: &to.file, replace: to.force },
+    };
     let bytes = export::export(&env.store()?, what, target, &mut |done, total| progress.at(done, total))?;
     drop(progress);
     let (file, format) = (to.file.display(), to.format);
+    if is_stream {
+        // It has the data, and nothing else.
+        output::tell(&format!("standard output: {} in the clear", size::human(bytes)));
+        return Ok(());
+    }
     match env.json {
         true => output::print_json(&json!({
             "file": file.to_string(),

@@ -10,7 +10,7 @@ use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
 use crate::image::{BackingFiles, Format};
-use crate::ops::import::{self, Import};
+use crate::ops::import::{self, Import, Input};
 use std::path::PathBuf;
 
 /// What `volume import` takes.
@@ -20,19 +20,33 @@ Examples:
   sealblk volume import debian.qcow2 --name web
   sealblk volume import /dev/vg/db --format raw --key alias/prod --size 40GiB
   sealblk volume import big.img --in-place --name big
+  xz --decompress --stdout db.img.xz | sealblk volume import - --size 40GiB
 
-The volume is there when all of the image is in it; interrupted, nothing is left. Zeros take no space. Prints its id.
+The volume is there when all of the image is in it; interrupted, nothing is left. Zeros take no space. Prints
+its id.
 
-Without --format, a file is raw if it begins like no other known format, and qcow2 if it begins so and is called .qcow2;
-anything else is refused: the guest of a raw disk can write a qcow2 header into it. Files that a qcow2 image is based on
-are read only with --backing-files: it could name any file that you may read.
+Without --format, a file is raw if it begins and ends like no other known format, and qcow2 if it begins so
+and is called .qcow2; anything else is refused: the guest of a raw disk can write a qcow2 header into it. What
+is compressed, an archive, or another program's image (VMDK, VHD, VHDX, VDI, ...) is refused with the command
+that unpacks or converts it. Files that a qcow2 image is based on are read only with --backing-files: it could
+name any file that you may read.
 
---in-place takes no time and no space: the raw image itself, which must lie on the store's file system, becomes the
-volume's lowest layer, and its own name goes. What the guest writes is encrypted from the beginning; the rest is encrypted
-in the background while the volume is attached. The image's old blocks are not overwritten on the medium: who must not
-leave plaintext there needs another medium, or one that was encrypted before.")]
+Standard input has a raw image. That of a pipe has exactly --size bytes: if it ends sooner, its writer may
+have failed, and it is refused. A named pipe is not opened by its name, since its other end may be anybody, or
+never come; the shell opens one: sealblk volume import - --size SIZE < PIPE.
+
+An image that somebody has open for writing is refused, and so is a device that is mounted. Writers on other
+machines, and whoever opens it later, are not seen before the copy is done; then it is refused if it was
+changed.
+
+--in-place takes no time and no space: the raw image itself, which must lie on the store's file system,
+becomes the volume's lowest layer, and its own name goes. What the guest writes is encrypted from the
+beginning; the rest is encrypted in the background while the volume is attached. The image's old blocks are
+not overwritten on the medium: who must not leave plaintext there needs another medium, or one that was
+encrypted before.")]
 pub struct ImportArgs {
-    /// The image: a file or block device, yours or root's. It is only read, but for --in-place.
+    /// The image: a file or block device, yours or root's, or "-" for standard input. It is only read, except
+    /// with --in-place.
     file: PathBuf,
     /// What it is: raw or qcow2.
     #[arg(long)]
@@ -61,7 +75,7 @@ pub struct ImportArgs {
     /// Set the whole size aside in the file system now.
     #[arg(long)]
     preallocate: bool,
-    /// Do not copy a raw image, but take the file itself.
+    /// Do not copy a raw image, but take the file itself, which nobody has open for writing.
     #[arg(long, conflicts_with_all = ["unencrypted", "backing_files"])]
     in_place: bool,
 }
@@ -71,7 +85,10 @@ pub(super) fn run(env: &Env, args: &ImportArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
     let import = Import {
-        file: args.file.clone(),
+        input: match args.file.as_os_str() == "-" {
+            true => Input::StandardInput,
+            false => Input::Path(args.file.clone()),
+        },
         format: args.format,
         backing: if args.backing_files { BackingFiles::Read } else { BackingFiles::Refuse },
         size: args.size,
