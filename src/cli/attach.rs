@@ -187,13 +187,19 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,
                 "State": if args.incoming { "incoming" } else { "attached" },
-                "SocketPath": args.socket_path,
+                "SocketPath": args.socket_path.as_ref().map(|path| path.display().to_string()),
                 "Access": attached.how,
+                "Queues": options.queues,
             }));
         }
         let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
         let is = if args.incoming { "is awaited" } else { "is attached" };
-        output::print(&format!("{} {is} and listens on {at} ({})\n", attached.volume, attached.how)).map(drop)
+        let queues = match options.queues {
+            1 => "1 queue".into(),
+            n => format!("{n} queues"),
+        };
+        let said = format!("{} {is} and listens on {at} ({}; {queues})\n", attached.volume, attached.how);
+        output::print(&said).map(drop)
     })
 }
 
