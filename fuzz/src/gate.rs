@@ -30,6 +30,8 @@ impl Tenure for Nobody {
 
     fn guest_chose(&self, _write_through: bool) {}
 
+    fn vmm_came(&self) {}
+
     fn vmm_left(&self) -> bool {
         false
     }

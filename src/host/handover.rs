@@ -64,7 +64,7 @@ pub struct Parts {
 /// What is known of the guest here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Guest {
-    /// No VMM has started a ring yet; one that served it before may be about to.
+    /// No VMM has connected yet; one that served it before may be about to.
     Unknown,
     /// Its VMM is connected.
     Here,
@@ -264,7 +264,6 @@ impl Handover {
 
 impl Tenure for Handover {
     fn claim(&self) -> io::Result<Arc<Serving>> {
-        *self.guest() = Guest::Here;
         let mut state = self.state();
         if let State::Has { serving, in_use } = &mut *state {
             *in_use = true;
@@ -292,6 +291,11 @@ impl Tenure for Handover {
 
     fn guest_chose(&self, write_through: bool) {
         self.parts.record.note_write_through(write_through);
+    }
+
+    // Not with its first ring: a guest that has not begun, or is only paused, wants its disk as well.
+    fn vmm_came(&self) {
+        *self.guest() = Guest::Here;
     }
 
     fn vmm_left(&self) -> bool {
