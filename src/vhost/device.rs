@@ -130,10 +130,9 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn update_memory(&self, _mem: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
-        // Rings that run hold the old memory: they are drained before it may go.
-        self.0.rings.restart();
-        Ok(())
+    fn update_memory(&self, mem: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
+        // Rings that run hold the old memory: where that is not a part of the new, they are drained before it may go.
+        self.0.rings.use_memory(&mem)
     }
 
     /// No threads of the crate: the rings have their own.

@@ -22,6 +22,7 @@ mod model;
 mod tests;
 
 use crate::disk::Disk;
+use crate::vhost::dirty::GuestMemory;
 use crate::vhost::queue::inflight::InflightQueue;
 use crate::vhost::queue::qos::Qos;
 use crate::vhost::queue::ring::{Position, Ring};
@@ -77,6 +78,8 @@ enum Command {
     Start(Box<Setup>),
     SetCall(Option<File>),
     Sync,
+    /// Serve the ring in this memory, which has all that there was before.
+    GiveMemory(Arc<GuestMemory>),
     /// Have another disk, or none, for the rings to come.
     Hold(Option<Arc<Disk>>),
     Stop,
@@ -183,7 +186,7 @@ fn gone() -> io::Error {
     io::Error::other("the queue's thread is gone")
 }
 
-/// What a thread will answer to a [`Worker::pause`] or [`Worker::resume`].
+/// What a thread will answer to a [`Worker::pause`], and the like.
 pub struct Awaited(Receiver<Answer>);
 
 impl Awaited {
@@ -291,6 +294,12 @@ impl Worker {
         self.ask(Command::Sync).map(drop)
     }
 
+    /// Has the running ring served in this memory, which must have all regions that there were before, where they were.
+    /// The ring need not stop for that.
+    pub fn give_memory(&self, memory: Arc<GuestMemory>) -> io::Result<Awaited> {
+        self.mailbox.send(Command::GiveMemory(memory)).map(Awaited)
+    }
+
     /// Replaces the call descriptor of the running ring, and signals the new one once.
     pub fn set_call(&self, call: Option<File>) -> io::Result<()> {
         self.ask(Command::SetCall(call)).map(drop)
@@ -358,9 +367,11 @@ fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tun
                 disk = next;
                 let _ = reply.send(Ok(None));
             }
-            Command::SetCall(_) | Command::Sync | Command::Stop | Command::Resume { .. } => {
-                drop(reply.send(Ok(None)))
-            }
+            Command::SetCall(_)
+            | Command::Sync
+            | Command::GiveMemory(_)
+            | Command::Stop
+            | Command::Resume { .. } => drop(reply.send(Ok(None))),
             Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
             Command::Pause => {
                 let _ = reply.send(Ok(None));
