@@ -120,8 +120,8 @@ impl Service {
         }
     }
 
-    /// The device that VMMs see, which reaches the crate by way of `inlet`.
-    pub(super) fn device(&self, options: &Options, inlet: Inlet) -> Device {
+    /// The device that VMMs see, which reaches the crate by way of `inlet`. They may share so many memory regions.
+    pub(super) fn device(&self, options: &Options, inlet: Inlet, memory_regions: u16) -> Device {
         Device {
             tenure: self.handover.clone(),
             shape: self.shape.clone(),
@@ -130,6 +130,7 @@ impl Service {
             queues: options.queues,
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
             queue_size: options.queue_size,
+            memory_regions,
             writeback: self.writeback.clone(),
         }
     }

@@ -123,6 +123,7 @@ impl Rig {
             queues: 2,
             seg_max: 126,
             queue_size: 256,
+            memory_regions: 32,
             writeback: Arc::new(true.into()),
         });
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
