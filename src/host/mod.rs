@@ -9,6 +9,7 @@
 pub mod changes;
 pub mod control;
 mod descriptors;
+mod file_system;
 mod files;
 pub mod handover;
 mod keyring;
@@ -112,15 +113,19 @@ pub fn attach(
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
     let memory_regions = descriptors::make_room(options.queues).context(attempt)?;
+    file_system::check_writable(catalog.root()).context(attempt)?;
+    let explained = |e| file_system::explained(e, catalog.root());
     let path = match &options.endpoint {
         Endpoint::Path(path) => Some(std::path::absolute(path)?),
         Endpoint::Fd(_) => None,
     };
     let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
-    let mut taken = taken.context(attempt)?;
+    let mut taken = taken.map_err(explained).context(attempt)?;
     drop(passphrase);
     let Sockets { control, inlet, socket, name } =
-        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref()).context(attempt)?;
+        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref())
+            .map_err(explained)
+            .context(attempt)?;
     let announcements = taken.lock_file.announcements();
     if let Err(e) = taken.events.keep_open() {
         log::warn!("{e}; this process will report no events");
