@@ -207,14 +207,17 @@ impl LockFile {
             inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB)?;
             Ok(inotify)
         };
-        watch().map_or_else(|e: Errno| {
-            // A user has 128 of them by default, which is soon as many as there are volumes.
-            log::info!(
-                "no inotify for {} ({e}; fs.inotify.max_user_instances): it is looked at once a second instead",
-                self.path.display()
-            );
-            Announcements(None)
-        }, |inotify| Announcements(Some(inotify)))
+        watch().map_or_else(
+            |e: Errno| {
+                // A user has 128 of them by default, which is soon as many as there are volumes.
+                log::info!(
+                    "no inotify for {} ({e}; fs.inotify.max_user_instances): it is looked at once a second",
+                    self.path.display()
+                );
+                Announcements(None)
+            },
+            |inotify| Announcements(Some(inotify)),
+        )
     }
 
     /// Whether another process has announced itself.
@@ -281,7 +284,8 @@ impl Drop for VolumeLock {
     }
 }
 
-/// Tells when somebody may have announced himself: at once, or, where the kernel has no inotify for it, a second later.
+/// Tells when somebody may have announced himself: at once, or, where the kernel has no inotify for it, a
+/// second later.
 pub struct Announcements(Option<Inotify>);
 
 impl Announcements {

@@ -1,9 +1,9 @@
-//! The log on standard error, bounded: what a guest, a VMM or a peer can cause as often as it likes must not fill the
-//! disk that the log goes to.
+//! The log on standard error, bounded: what a guest, a VMM or a peer can cause as often as it likes must not
+//! fill the disk that the log goes to.
 //!
-//! Lines are told apart by the place in the code that they come from. Each place has so many lines a minute; further ones
-//! are counted, and the number is told with the next line of that place, or at the end of the process. What is said for
-//! those who look for a fault (debug and trace) is not bounded: it was asked for.
+//! Lines are told apart by the place in the code that they come from. Each place has so many lines a minute;
+//! further ones are counted, and the number is told with the next line of that place, or at the end of the
+//! process. What is said for those who look for a fault (debug and trace) is not bounded: it was asked for.
 #![forbid(unsafe_code)]
 
 use crate::base::printable;

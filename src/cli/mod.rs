@@ -168,7 +168,8 @@ impl Command {
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
     let hardened = harden();
-    // Where a file may not become so large ("ulimit -f"), that is an error with words, and not the end of the process.
+    // Where a file may not become so large ("ulimit -f"), that is an error with words, and not the end of the
+    // process.
     let too_large = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let matches = Cli::command().get_matches_from(arguments());
     audit_log::name_command(&command_words(&matches));

@@ -1,8 +1,8 @@
 //! Whether what was written can still be made durable.
 //!
-//! The kernel tells of a write-back that failed once, and forgets the data. So a flush that failed may have lost writes
-//! for good that had completed, and a later one that succeeds says nothing about them: after the first that failed none is
-//! reported as a success, for as long as the volume is attached.
+//! The kernel tells of a write-back that failed once, and forgets the data. So a flush that failed may have
+//! lost writes for good that had completed, and a later one that succeeds says nothing about them: after the
+//! first that failed none is reported as a success, for as long as the volume is attached.
 #![forbid(unsafe_code)]
 
 use std::io;
@@ -47,8 +47,8 @@ impl Durability {
     }
 }
 
-const WAY_OUT: &str = "no flush succeeds until the volume is detached and attached again; check the disk that it lies on \
-                       and, in the guest, its file systems";
+const WAY_OUT: &str = "no flush succeeds until the volume is detached and attached again; check the disk \
+                       that it lies on and, in the guest, its file systems";
 
 #[cfg(test)]
 mod tests {

@@ -172,7 +172,8 @@ impl Disk {
         })
     }
 
-    /// Has `hear` called, by a queue's thread, when a flush fails first: after that none succeeds. It must not take long.
+    /// Has `hear` called, by a queue's thread, when a flush fails first: after that none succeeds. It must
+    /// not take long.
     pub fn hear_of_failed_flush(&self, hear: impl Fn(&io::Error) + Send + Sync + 'static) {
         self.durability.hear(Box::new(hear));
     }

@@ -94,8 +94,8 @@ impl Event {
         Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
     }
 
-    /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost, and no flush
-    /// succeeds until the volume is attached again.
+    /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost,
+    /// and no flush succeeds until the volume is attached again.
     pub fn flush_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
         Event { name: "flushVolume", ..Self::modify_failed(volume, cause) }
     }

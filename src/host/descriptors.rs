@@ -1,7 +1,8 @@
-//! Room for open files: how many descriptors the host process of a volume takes, and whether it may have them.
+//! Room for open files: how many descriptors the host process of a volume takes, and whether it may have
+//! them.
 //!
-//! What is short is found out before a key is asked for, and not when a VMM that serves a guest already shares one region
-//! of memory more.
+//! What is short is found out before a key is asked for, and not when a VMM that serves a guest already
+//! shares one region of memory more.
 #![forbid(unsafe_code)]
 
 use crate::base::{Context, Error, Kind, Result};
@@ -9,21 +10,23 @@ use crate::catalog::layout::MAX_LAYERS;
 use crate::vhost::device::MAX_MEMORY_REGIONS;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// For each queue: two io_urings, its event, its open file (two while a layer takes the place of another), the event of
-/// its turn; kick, call and err of the VMM's, once for the session and once for its thread; and a stand-in for the kick.
+/// For each queue: two io_urings, its event, its open file (two while a layer takes the place of another),
+/// the event of its turn; kick, call and err of the VMM's, once for the session and once for its thread; and
+/// a stand-in for the kick.
 const A_QUEUE: u64 = 2 + 1 + 2 + 1 + 3 + 3 + 1;
-/// For everything else, beside what is open when the attach begins: locks, logs, sockets, clients, a VMM's session, a
-/// command that goes on.
+/// For everything else, beside what is open when the attach begins: locks, logs, sockets, clients, a VMM's
+/// session, a command that goes on.
 const THE_REST: u64 = 96;
 /// For the layers of a volume, as many as it may have.
 const LAYERS: u64 = MAX_LAYERS as u64;
 /// Regions in one message: as many as every VMM may share.
 const A_TABLE: u64 = 32;
-/// Copies of what travels in a message: the gate's and the crate's, beside those in use, which the new ones replace.
+/// Copies of what travels in a message: the gate's and the crate's, beside those in use, which the new ones
+/// replace.
 const IN_TRANSIT: u64 = 2 * A_TABLE;
 
-/// Raises this process's limit on open files as far as it may, and finds out what it is enough for. Returns how many
-/// memory regions a VMM may share.
+/// Raises this process's limit on open files as far as it may, and finds out what it is enough for. Returns
+/// how many memory regions a VMM may share.
 ///
 /// # Errors
 /// `Unsupported` if the limit is too small for so many queues.
@@ -44,9 +47,9 @@ fn regions(limit: u64, open: u64, queues: u16) -> Result<u16> {
         return Err(Error::new(
             Kind::Unsupported,
             format!(
-                "{queues} queues and {A_TABLE} regions of a VMM's memory take {least} open files, and this process may \
-                 have {limit}: attach with fewer --queues, or raise the hard limit (\"ulimit -Hn\", LimitNOFILE= in a \
-                 systemd unit)"
+                "{queues} queues and {A_TABLE} regions of a VMM's memory take {least} open files, and this \
+                 process may have {limit}: attach with fewer --queues, or raise the hard limit (\"ulimit \
+                 -Hn\", LimitNOFILE= in a systemd unit)"
             ),
         ));
     }

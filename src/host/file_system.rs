@@ -1,7 +1,9 @@
-//! What an attach wants of the file system that the store lies on, a read-only attach as well: to write there.
+//! What an attach wants of the file system that the store lies on, a read-only attach as well: to write
+//! there.
 //!
-//! The lock, which keeps a second writer off, is a file that is open for writing; the sockets are files; and no data key is
-//! in use that the audit log does not know of. None of them can be done without, so what stands in the way is said.
+//! The lock, which keeps a second writer off, is a file that is open for writing; the sockets are files; and
+//! no data key is in use that the audit log does not know of. None of them can be done without, so what
+//! stands in the way is said.
 #![forbid(unsafe_code)]
 
 use crate::base::root::Root;
@@ -20,9 +22,9 @@ pub(super) fn check_writable(root: &Root) -> Result<()> {
     Err(Error::new(
         Kind::Unsupported,
         format!(
-            "{} lies on a file system that is mounted read-only. Whoever attaches a volume, \"--read-only\" as well, \
-             writes there that he has it: its lock, its sockets, and an audit record for its data key. Remount it \
-             (\"mount -o remount,rw\"), or attach a copy of the store",
+            "{} lies on a file system that is mounted read-only. Whoever attaches a volume, \"--read-only\" \
+             as well, writes there that he has it: its lock, its sockets, and an audit record for its data \
+             key. Remount it (\"mount -o remount,rw\"), or attach a copy of the store",
             root.path().display()
         ),
     ))
@@ -34,9 +36,9 @@ pub(super) fn explained(e: Error, root: &Root) -> Error {
         Ok(found) if is_full(&found, nix::unistd::geteuid().is_root()) => Error::new(
             e.kind(),
             format!(
-                "{e}; the file system of {} is full, and an attach writes there that somebody has the volume (its sockets, \
-                 and an audit record for its data key): make room first, by removing what else lies there, or with \
-                 \"sealblk snapshot delete\" and \"sealblk gc\"",
+                "{e}; the file system of {} is full, and an attach writes there that somebody has the volume \
+                 (its sockets, and an audit record for its data key): make room first, by removing what else \
+                 lies there, or with \"sealblk snapshot delete\" and \"sealblk gc\"",
                 root.path().display()
             ),
         ),

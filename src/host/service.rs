@@ -120,7 +120,8 @@ impl Service {
         }
     }
 
-    /// The device that VMMs see, which reaches the crate by way of `inlet`. They may share so many memory regions.
+    /// The device that VMMs see, which reaches the crate by way of `inlet`. They may share so many memory
+    /// regions.
     pub(super) fn device(&self, options: &Options, inlet: Inlet, memory_regions: u16) -> Device {
         Device {
             tenure: self.handover.clone(),

@@ -35,7 +35,8 @@ pub struct Device {
     pub seg_max: u32,
     /// Most entries of a ring: a power of two, 2..=1024.
     pub queue_size: u16,
-    /// Most memory regions that a VMM may share, each with a descriptor of its own: at most [`MAX_MEMORY_REGIONS`].
+    /// Most memory regions that a VMM may share, each with a descriptor of its own: at most
+    /// [`MAX_MEMORY_REGIONS`].
     pub memory_regions: u16,
     /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
     /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
@@ -136,7 +137,8 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, mem: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
-        // Rings that run hold the old memory: where that is not a part of the new, they are drained before it may go.
+        // Rings that run hold the old memory: where that is not a part of the new, they are drained before it
+        // may go.
         self.0.rings.use_memory(&mem)
     }
 

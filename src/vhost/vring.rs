@@ -121,7 +121,7 @@ impl Rings {
         let made = self.made.locked();
         let told = made.iter().filter_map(|vring| vring.give_memory(&memory).transpose());
         let told = told.collect::<io::Result<Vec<_>>>()?;
-        told.into_iter().try_for_each(Awaited::wait)?;
+        told.into_iter().try_for_each(|(serving, index, answer)| serving.workers[index].wait(answer))?;
         // Rings that stopped when their memory went, which is back now.
         made.iter().filter(|vring| !vring.is_running()).for_each(Vring::restart);
         Ok(())
@@ -132,6 +132,7 @@ impl Rings {
         for vring in std::mem::take(&mut *self.made.locked()) {
             vring.stop();
         }
+        *self.memory.locked() = None;
         self.rest_if_idle();
     }
 
@@ -255,13 +256,12 @@ impl Vring {
         }
     }
 
-    /// Hands the thread of a ring that runs memory which has all that the ring uses; nothing if it does not run.
-    fn give_memory(&self, memory: &Arc<GuestMemory>) -> io::Result<Option<Awaited>> {
-        let seat = self.seat.locked();
-        seat.running
-            .as_ref()
-            .map(|serving| serving.workers[self.index].give_memory(memory.clone()))
-            .transpose()
+    /// Hands the thread of a ring that runs memory which has all that the ring uses; nothing if it does not
+    /// run.
+    fn give_memory(&self, memory: &Arc<GuestMemory>) -> io::Result<Option<(Arc<Serving>, usize, Awaited)>> {
+        let Some(serving) = self.seat.locked().running.clone() else { return Ok(None) };
+        let answer = serving.workers[self.index].give_memory(memory.clone())?;
+        Ok(Some((serving, self.index, answer)))
     }
 
     /// What the crate has no place for in an answer: the gate asks for it.

@@ -57,7 +57,8 @@ fn with_queues(place: &Place, queues: usize) -> Result<Session, Fault> {
     Session::open(&place.socket(), &Options { queues, ..Options::default() })
 }
 
-/// There is no room for a descriptor at one point or the other of a VMM's session: it ends, and nothing waits for ever.
+/// There is no room for a descriptor at one point or the other of a VMM's session: it ends, and nothing waits
+/// for ever.
 #[test]
 fn a_process_at_its_limit_of_open_files_ends_the_session_and_lives() {
     let place = Place::new(&[]);

@@ -1,5 +1,5 @@
-//! Arguments, variables and paths that nobody would give on purpose: whatever they are, a command says what is wrong with
-//! them, or does what it was told, and never panics.
+//! Arguments, variables and paths that nobody would give on purpose: whatever they are, a command says what
+//! is wrong with them, or does what it was told, and never panics.
 
 use crate::common::patience::limit;
 use crate::common::process::{limit_resource, tie_to_test, wait_within};

@@ -203,8 +203,8 @@ pub fn try_one() -> io::Result<Tried> {
     let made = build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), false)?;
     made.ring.submitter().register_enable_rings().map_err(explained)?;
     let pool = Pool::new()?;
-    // SAFETY: the ring ends before the pool does: it is dropped first, at the end of this function, and nothing is in
-    // flight.
+    // SAFETY: the ring ends before the pool does: it is dropped first, at the end of this function, and
+    // nothing is in flight.
     let registered = unsafe { made.ring.submitter().register_buffers(&[pool.iovec()]) };
     let deferred = made.deferred;
     drop(made);
@@ -219,8 +219,8 @@ pub(super) fn explained(e: io::Error) -> io::Error {
         Some(libc::EINVAL) => "this kernel's is too old: it takes Linux 5.11".into(),
         Some(libc::ENOMEM) => match getrlimit(Resource::RLIMIT_MEMLOCK) {
             Ok((soft, _)) if soft != RLIM_INFINITY => format!(
-                "there is no memory, or this process may lock no more than {} KiB of it (\"ulimit -l\", LimitMEMLOCK= in \
-                 a systemd unit)",
+                "there is no memory, or this process may lock no more than {} KiB of it (\"ulimit -l\", \
+                 LimitMEMLOCK= in a systemd unit)",
                 soft >> 10
             ),
             _ => "there is no memory, or the control group has no more".into(),
@@ -245,13 +245,13 @@ fn who_forbids(disabled: Option<&str>) -> String {
     match disabled.map(str::trim) {
         Some("2") => "nobody on this machine may have one: the sysctl kernel.io_uring_disabled is 2".into(),
         Some("1") => {
-            let why = "the sysctl kernel.io_uring_disabled is 1: it takes CAP_SYS_ADMIN on the host, which root in a user \
-                       namespace does not have, or the group that kernel.io_uring_group names";
+            let why = "the sysctl kernel.io_uring_disabled is 1: it takes CAP_SYS_ADMIN on the host, which \
+                       root in a user namespace does not have, or the group that kernel.io_uring_group names";
             why.into()
         }
         _ => {
-            let why = "a filter of system calls forbids it: a container's seccomp profile, or SystemCallFilter= in a \
-                       systemd unit";
+            let why = "a filter of system calls forbids it: a container's seccomp profile, or \
+                       SystemCallFilter= in a systemd unit";
             why.into()
         }
     }

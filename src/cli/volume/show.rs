@@ -116,8 +116,9 @@ impl Attached {
                     rows.push(pair("", "read-only"));
                 }
                 if status.flush_failed {
-                    let said = "a flush has failed: writes may be lost, and no flush succeeds until it is detached and \
-                                attached again; check its disk first, and then the guest's file systems";
+                    let said = "a flush has failed: writes may be lost, and no flush succeeds until it is \
+                                detached and attached again; check its disk first, and then the guest's file \
+                                systems";
                     rows.push(pair("", said));
                 }
                 let used = |key: &UsedKey| {

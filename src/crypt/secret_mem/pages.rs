@@ -134,8 +134,8 @@ fn lock_hint(errno: Option<i32>, may_lock_none: impl FnOnce() -> bool) -> &'stat
         // The kernel says this of a limit of 0 alone. Otherwise it is somebody else's word.
         Some(libc::EPERM) if may_lock_none() => LIMIT_HINT,
         Some(libc::EPERM) => {
-            "; it is not the limit on locked memory: a filter of system calls forbids it, a container's or that of a \
-             systemd unit (SystemCallFilter=, where @memlock is to be allowed)"
+            "; it is not the limit on locked memory: a filter of system calls forbids it, a container's or \
+             that of a systemd unit (SystemCallFilter=, where @memlock is to be allowed)"
         }
         _ => "",
     }

@@ -207,8 +207,8 @@ pub(super) fn no_room() -> io::Error {
     let limit =
         getrlimit(Resource::RLIMIT_NOFILE).map_or_else(|_| String::new(), |(soft, _)| format!(" {soft}"));
     invalid(format!(
-        "this process has no room for more descriptors: its limit is{limit} (\"ulimit -n\", LimitNOFILE= in a systemd \
-         unit); with fewer --queues it needs fewer"
+        "this process has no room for more descriptors: its limit is{limit} (\"ulimit -n\", LimitNOFILE= in \
+         a systemd unit); with fewer --queues it needs fewer"
     ))
 }
 

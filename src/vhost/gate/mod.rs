@@ -301,9 +301,9 @@ impl Gate {
 
     /// Hands a message to the crate and waits for its answer.
     ///
-    /// A crate that finds no room for the descriptors of a message passes over it without a word, and waits for the next
-    /// one. So a question follows such a message at once: then there is always something that the crate answers, or
-    /// cannot make sense of and ends at, and nobody waits for ever.
+    /// A crate that finds no room for the descriptors of a message passes over it without a word, and waits
+    /// for the next one. So a question follows such a message at once: then there is always something that
+    /// the crate answers, or cannot make sense of and ends at, and nobody waits for ever.
     fn forward(&mut self, message: Message) -> Result<Message> {
         let request = message.request;
         let has_fds = !message.fds.is_empty();

@@ -222,14 +222,22 @@ impl Worker {
     /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which is then to
     /// hold up neither a drain nor a detach: the thread is interrupted.
     fn ask(&self, command: Command) -> Answer {
-        let answer = self.mailbox.send(command)?;
+        self.hear(Awaited(self.mailbox.send(command)?))
+    }
+
+    fn hear(&self, answer: Awaited) -> Answer {
         loop {
-            match answer.recv_timeout(INTERRUPT_AFTER) {
+            match answer.0.recv_timeout(INTERRUPT_AFTER) {
                 Ok(answer) => return answer,
                 Err(RecvTimeoutError::Disconnected) => return Err(gone()),
                 Err(RecvTimeoutError::Timeout) => self.free_of_vmm(),
             }
         }
+    }
+
+    /// What the thread answers. As in [`Worker::ask`], a VMM cannot hold it up.
+    pub fn wait(&self, answer: Awaited) -> io::Result<()> {
+        self.hear(answer).map(drop)
     }
 
     /// What the thread answers, if it does until `deadline`. As in [`Worker::ask`], a VMM cannot hold it up.
@@ -294,8 +302,8 @@ impl Worker {
         self.ask(Command::Sync).map(drop)
     }
 
-    /// Has the running ring served in this memory, which must have all regions that there were before, where they were.
-    /// The ring need not stop for that.
+    /// Has the running ring served in this memory, which must have all regions that there were before, where
+    /// they were. The ring need not stop for that.
     pub fn give_memory(&self, memory: Arc<GuestMemory>) -> io::Result<Awaited> {
         self.mailbox.send(Command::GiveMemory(memory)).map(Awaited)
     }

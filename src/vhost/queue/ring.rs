@@ -60,8 +60,8 @@ impl Ring {
         &self.mem
     }
 
-    /// Goes on in other memory, which has all regions that there were before, where they were: what was checked stays
-    /// true.
+    /// Goes on in other memory, which has all regions that there were before, where they were: what was
+    /// checked stays true.
     pub fn grow_memory(&mut self, mem: Arc<GuestMemory>) {
         self.mem = mem;
     }
