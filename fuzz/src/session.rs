@@ -69,5 +69,6 @@ fn device() -> Device {
     let tenure = Arc::new(Sole(Serving::new(disk, workers)));
     let shape = Arc::new(SharedShape::new(shape));
     let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, Arc::new(true.into()));
-    Device { tenure, shape, inlet, channel, queues, seg_max, queue_size: 256, writeback }
+    let (queue_size, memory_regions) = (256, 509);
+    Device { tenure, shape, inlet, channel, queues, seg_max, queue_size, memory_regions, writeback }
 }

@@ -3,7 +3,9 @@
 //! What would move a cursor, or the direction of writing, is shown as what it is. Everything that the program prints goes
 //! through here, at its last step, so that no single message can forget it.
 
+use serde::Serializer;
 use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 
 /// `text` with everything escaped that is not to be seen, but for ends of lines and tabs. Escaped as JSON does it, so that
 /// JSON stays JSON.
@@ -14,6 +16,16 @@ pub fn lines(text: &str) -> Cow<'_, str> {
 /// The same in one line: its ends are escaped as well.
 pub fn line(text: &str) -> Cow<'_, str> {
     escaped(text, |_| true)
+}
+
+/// A path in JSON, where it may not be text at all: then as [`Path::display`] has it.
+pub fn path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// Several of them.
+pub fn paths<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.display().to_string()))
 }
 
 fn escaped(text: &str, is_wanted: impl Fn(char) -> bool) -> Cow<'_, str> {

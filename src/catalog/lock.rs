@@ -19,7 +19,7 @@ use std::fs::{File, FileTimes};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use std::{fmt, io};
 
 /// The file's name in the volume's folder.
@@ -28,6 +28,8 @@ pub const FILE: &str = "lock";
 const HELD: Bytes = Bytes::range(0, 1 << 62);
 /// The byte whose lock says that a process waits to have it.
 const AWAITED: Bytes = Bytes::one(1 << 62);
+/// How often to look for announcements where nothing tells of them.
+const LOOK: Duration = Duration::from_secs(1);
 /// The most bytes of the file that are read.
 const MAX_HOLDER: usize = 64 << 10;
 
@@ -199,11 +201,23 @@ impl LockFile {
     }
 
     /// What tells of announcements, as far as they are made on this machine.
-    pub fn announcements(&self) -> Result<Announcements> {
-        let attempt = || format!("watch {}", self.path.display());
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).context(attempt)?;
-        inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB).context(attempt)?;
-        Ok(Announcements(inotify))
+    pub fn announcements(&self) -> Announcements {
+        let watch = || {
+            let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+            inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB)?;
+            Ok(inotify)
+        };
+        watch().map_or_else(
+            |e: Errno| {
+                // A user has 128 of them by default, which is soon as many as there are volumes.
+                log::info!(
+                    "no inotify for {} ({e}; fs.inotify.max_user_instances): it is looked at once a second",
+                    self.path.display()
+                );
+                Announcements(None)
+            },
+            |inotify| Announcements(Some(inotify)),
+        )
     }
 
     /// Whether another process has announced itself.
@@ -270,13 +284,18 @@ impl Drop for VolumeLock {
     }
 }
 
-/// Tells when somebody may have announced himself.
-pub struct Announcements(Inotify);
+/// Tells when somebody may have announced himself: at once, or, where the kernel has no inotify for it, a
+/// second later.
+pub struct Announcements(Option<Inotify>);
 
 impl Announcements {
     /// Waits for the next time.
     pub fn wait(&self) -> Result<()> {
-        match self.0.read_events() {
+        let Some(inotify) = &self.0 else {
+            std::thread::sleep(LOOK);
+            return Ok(());
+        };
+        match inotify.read_events() {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(e) => Err(Error::from(e).context("wait for announcements")),
         }

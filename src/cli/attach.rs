@@ -20,7 +20,12 @@ Example:
   sealblk attach db --socket-path /run/db.sock
   qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=db,path=/run/db.sock -device vhost-user-blk-pci,chardev=db …
-  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=on,socket=/run/db.sock …")]
+  cloud-hypervisor --cpus boot=2 --memory size=1G,shared=on \\
+    --disk vhost_user=on,socket=/run/db.sock,num_queues=2 …
+
+A VMM that asks for more queues than --queues offers refuses the disk: QEMU's num-queues (where nothing is
+said, the guest's CPUs), cloud-hypervisor's num_queues, libvirt's queues. README.md has an example for each,
+and for Firecracker.")]
 pub struct AttachArgs {
     /// The volume: its id, a unique beginning of it, or its name.
     #[arg(required_unless_present = "print_capabilities")]
@@ -34,7 +39,8 @@ pub struct AttachArgs {
     #[arg(long, value_name = "N")]
     fd: Option<i32>,
 
-    /// Queues that the guest may use, each served by a thread while in use [default: the host's CPUs].
+    /// Queues that the guest may use, each served by a thread while in use; no fewer than the VMM asks for
+    /// [default: the host's CPUs].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: Option<u16>,
 
@@ -187,13 +193,19 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,
                 "State": if args.incoming { "incoming" } else { "attached" },
-                "SocketPath": args.socket_path,
+                "SocketPath": args.socket_path.as_ref().map(|path| path.display().to_string()),
                 "Access": attached.how,
+                "Queues": options.queues,
             }));
         }
         let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
         let is = if args.incoming { "is awaited" } else { "is attached" };
-        output::print(&format!("{} {is} and listens on {at} ({})\n", attached.volume, attached.how)).map(drop)
+        let queues = match options.queues {
+            1 => "1 queue".into(),
+            n => format!("{n} queues"),
+        };
+        let said = format!("{} {is} and listens on {at} ({}; {queues})\n", attached.volume, attached.how);
+        output::print(&said).map(drop)
     })
 }
 

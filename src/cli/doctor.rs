@@ -2,12 +2,14 @@
 
 use crate::backing::Backing;
 use crate::backing::file::FileBacking;
+use crate::backing::file::ring::{self, Tried};
+use crate::base::root::Root;
+use crate::base::root::owners::Owners;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::crypt::secret_mem::{SecretFd, SecretKind};
 use crate::crypt::xts::Engine;
 use crate::sandbox;
-use io_uring::IoUring;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -39,7 +41,7 @@ pub fn run(env: &Env) -> Result<()> {
         io_uring(),
         seccomp(),
         landlock(),
-        data_folder(env.root.path()),
+        data_folder(&env.root),
     ];
     if env.json {
         output::print_json(&findings)?;
@@ -92,7 +94,7 @@ fn locked_memory() -> Finding {
     // A page for each key schedule, and the pools of a few queues.
     const ENOUGH: u64 = 64 << 20;
     let (verdict, found) = match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        _ if nix::unistd::geteuid().is_root() => (Verdict::Ok, "unlimited for root".into()),
+        _ if is_root_of_the_host() => (Verdict::Ok, "unlimited for root".into()),
         Ok((soft, _)) if soft >= ENOUGH => (Verdict::Ok, format!("{} KiB", soft >> 10)),
         Ok((soft, _)) => (
             Verdict::Note,
@@ -103,15 +105,20 @@ fn locked_memory() -> Finding {
     Finding { what: "locked memory", verdict, found }
 }
 
+/// Root of a user namespace has the limits of any user.
+fn is_root_of_the_host() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    nix::unistd::geteuid().is_root() && map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 fn io_uring() -> Finding {
-    let ring: std::io::Result<IoUring> =
-        IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(8);
-    let (verdict, found) = match ring {
-        Ok(_) => (Verdict::Ok, "with DEFER_TASKRUN".into()),
-        Err(_) => match IoUring::new(8) {
-            Ok(_) => (Verdict::Note, "without DEFER_TASKRUN (it came with Linux 6.1)".into()),
-            Err(e) => (Verdict::Bad, format!("{e} (kernel.io_uring_disabled, or a container's filter?)")),
-        },
+    let (verdict, found) = match ring::try_one() {
+        Ok(Tried { no_buffers: Some(e), .. }) => {
+            (Verdict::Note, format!("the kernel looks up the pages of bounce buffers for each request: {e}"))
+        }
+        Ok(Tried { deferred: true, .. }) => (Verdict::Ok, "with DEFER_TASKRUN".into()),
+        Ok(_) => (Verdict::Note, "without DEFER_TASKRUN (it came with Linux 6.1)".into()),
+        Err(e) => (Verdict::Bad, e.to_string()),
     };
     Finding { what: "io_uring", verdict, found }
 }
@@ -138,8 +145,8 @@ fn landlock() -> Finding {
     Finding { what: "Landlock", verdict, found }
 }
 
-fn data_folder(root: &Path) -> Finding {
-    let what = "data folder";
+fn data_folder(store: &Root) -> Finding {
+    let (what, root) = ("data folder", store.path());
     let finding =
         |verdict, found: String| Finding { what, verdict, found: format!("{}: {found}", root.display()) };
     let metadata = match std::fs::metadata(root) {
@@ -149,6 +156,13 @@ fn data_folder(root: &Path) -> Finding {
         }
         Err(e) => return finding(Verdict::Bad, e.to_string()),
     };
+    if !metadata.is_dir() {
+        return finding(Verdict::Bad, "it is not a folder".into());
+    }
+    // What every other command begins with.
+    if let Err(e) = Owners::configured().and_then(|owners| owners.check_root(store)) {
+        return Finding { what, verdict: Verdict::Bad, found: e.to_string() };
+    }
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return finding(Verdict::Note, format!("mode {mode:03o} lets others look at names; 700 would not"));

@@ -15,6 +15,7 @@ pub mod filter;
 pub mod gc;
 pub mod key;
 pub mod kms;
+mod log;
 mod meter;
 pub mod output;
 pub mod progress;
@@ -35,9 +36,9 @@ use crate::ops::Store;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// What every command gets beside its own arguments.
 pub struct Env {
@@ -172,18 +173,30 @@ impl Command {
 /// Runs the command line and answers with the exit code.
 pub fn main() -> ExitCode {
     let hardened = harden();
+    // Where a file may not become so large ("ulimit -f"), that is an error with words, and not the end of the
+    // process.
+    let too_large = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let matches = Cli::command().get_matches_from(arguments());
     audit_log::name_command(&command_words(&matches));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    start_log(cli.verbose);
+    log::start(cli.verbose);
+    if let Err(e) = too_large {
+        ::log::warn!("the limit on the size of files ends this process without a word: {e}");
+    }
     let json = cli.json;
     let ran = hardened.and_then(|hardened| {
         // An event sink is a program of the operator's, which may be one that gains privileges.
         if !matches!(cli.command, Command::Events(_)) {
             harden_children()?;
         }
-        cli.command.run(&env(cli.root, json, hardened)?)
+        let env = env(cli.root, json, hardened)?;
+        // It reports what keeps all others from running.
+        if !matches!(cli.command, Command::Doctor) {
+            Owners::configured()?.check_root(&env.root)?;
+        }
+        cli.command.run(&env)
     });
+    log::end();
     match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -219,27 +232,7 @@ fn env(root: Option<PathBuf>, json: bool, hardened: Hardened) -> Result<Env> {
     let root = root.map_or_else(Root::default_path, Ok)?;
     // Sockets and messages name paths in it, which must mean the same elsewhere.
     let root = std::path::absolute(&root).context(|| root.display().to_string())?;
-    let root = Root::new(root);
-    Owners::configured()?.check_root(&root)?;
-    Ok(Env { root, json, hardened })
-}
-
-fn start_log(verbose: u8) {
-    let level = match verbose {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level));
-    // As it would be by itself, but for what would move a terminal's cursor.
-    builder.format(|out, record| {
-        let (level, text) = (record.level(), record.args().to_string());
-        let time = out.timestamp();
-        let text = printable::lines(&text);
-        writeln!(out, "[{time} {level:<5} {}] {text}", record.target())
-    });
-    builder.init();
+    Ok(Env { root: Root::new(root), json, hardened })
 }
 
 fn report(e: &Error, json: bool) {

@@ -8,6 +8,7 @@
 //! zeros; what several layers take is in [`layered`].
 
 mod blocking;
+mod durability;
 mod fence;
 mod guest;
 pub mod hydrate;
@@ -27,10 +28,10 @@ use crate::disk::map::{LayerMap, MAX_HEIGHT};
 use crate::image::lock::ImageLock;
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{SECTOR_SIZE, Shape};
+use durability::Durability;
 use fence::Fence;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
@@ -54,8 +55,7 @@ pub struct Disk {
     leaving: u8,
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
-    /// A flush that failed once may have lost data for good: it is never reported as a success again.
-    flush_failed: Arc<AtomicBool>,
+    durability: Arc<Durability>,
 }
 
 /// The layers of a volume as they were opened, and what goes with each, the top first.
@@ -95,7 +95,7 @@ impl Disk {
             fence: None,
             leaving: 0,
             _image_locks: vec![Arc::new(image_lock)],
-            flush_failed: Arc::default(),
+            durability: Arc::default(),
         }
     }
 
@@ -116,7 +116,7 @@ impl Disk {
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        Self::over(self.shape(), self.serial, layers, self.map.clone(), self.flush_failed.clone())
+        Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone())
     }
 
     /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
@@ -127,7 +127,7 @@ impl Disk {
     pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
-        let next = Self::over(self.shape(), self.serial, layers, self.map.clone(), self.flush_failed.clone());
+        let next = Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone());
         Ok(next?.hydrating_lowest(leaving))
     }
 
@@ -138,7 +138,7 @@ impl Disk {
     /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_layers(&self, shape: Shape, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
-        Self::over(shape, self.serial, layers, None, self.flush_failed.clone())
+        Self::over(shape, self.serial, layers, None, self.durability.clone())
     }
 
     fn over(
@@ -146,7 +146,7 @@ impl Disk {
         serial: [u8; ID_BYTES],
         layers: Layers,
         map: Option<Arc<LayerMap>>,
-        flush_failed: Arc<AtomicBool>,
+        durability: Arc<Durability>,
     ) -> io::Result<Self> {
         let Layers { backing, mut ciphers, image_locks } = layers;
         assert_eq!(ciphers.len(), backing.below().len() + 1, "every layer has its cipher, or none");
@@ -168,8 +168,19 @@ impl Disk {
             fence: None,
             leaving: 0,
             _image_locks: image_locks,
-            flush_failed,
+            durability,
         })
+    }
+
+    /// Has `hear` called, by a queue's thread, when a flush fails first: after that none succeeds. It must
+    /// not take long.
+    pub fn hear_of_failed_flush(&self, hear: impl Fn(&io::Error) + Send + Sync + 'static) {
+        self.durability.hear(Box::new(hear));
+    }
+
+    /// Whether a flush has failed, after which none succeeds.
+    pub fn has_failed_flush(&self) -> bool {
+        self.durability.has_failed()
     }
 
     /// The same, made to be [hydrated](crate::disk::hydrate) from all layers below the top. To be said before any queue is

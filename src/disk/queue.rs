@@ -2,6 +2,7 @@
 
 use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
 use crate::disk::Disk;
+use crate::disk::durability::Durability;
 use crate::disk::fence::{Fence, OpenLane};
 use crate::disk::guest::{GuestData, may_have_holes};
 use crate::disk::layered::{Action, Layered, Part};
@@ -9,7 +10,6 @@ use crate::virtio::SECTOR_SIZE;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{GuestMemory, Permissions};
 
@@ -233,8 +233,8 @@ impl DiskQueue {
 
     /// Starts a flush; its result goes through [`DiskQueue::flushed`]. Refused at once after one has failed.
     pub fn flush(&mut self, tag: u64) -> io::Result<()> {
-        if self.disk.flush_failed.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier flush failed"));
+        if self.disk.durability.has_failed() {
+            return Err(Durability::refusal());
         }
         self.queue.submit(tag, Op::Flush);
         Ok(())
@@ -243,11 +243,10 @@ impl DiskQueue {
     /// What a finished flush means: once failed, always failed.
     pub fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         if let Err(e) = &result {
-            log::error!("flush failed: {e}; no later flush will be reported as a success");
-            self.disk.flush_failed.store(true, Ordering::Release);
+            self.disk.durability.fail(e);
         }
-        if self.disk.flush_failed.load(Ordering::Acquire) {
-            return Err(io::Error::other("a flush failed"));
+        if self.disk.durability.has_failed() {
+            return Err(Durability::refusal());
         }
         result
     }

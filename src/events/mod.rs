@@ -7,6 +7,7 @@ pub mod deliver;
 pub mod read;
 
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};
+use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, Timestamp, locks};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::config::Settings;
@@ -16,7 +17,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 
 /// What happened to a volume or snapshot.
@@ -91,6 +92,12 @@ impl Event {
     /// `modifyVolume`: `failed`, for a cause.
     pub fn modify_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
         Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
+    }
+
+    /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost,
+    /// and no flush succeeds until the volume is attached again.
+    pub fn flush_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
+        Event { name: "flushVolume", ..Self::modify_failed(volume, cause) }
     }
 
     /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under the data key
@@ -212,7 +219,7 @@ pub struct EventLog {
     account: String,
     region: String,
     /// The file, for a process that will not be able to open it any more.
-    open: Option<Arc<File>>,
+    open: Option<Arc<Mutex<File>>>,
 }
 
 impl EventLog {
@@ -227,14 +234,13 @@ impl EventLog {
         }
     }
 
-    /// Opens the file now, and never again: for a process that is going to be confined. It must not report from several
-    /// threads at a time.
+    /// Opens the file now, and never again: for a process that is going to be confined.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn keep_open(&mut self) -> Result<()> {
         let file = self.open_file().context(|| format!("open {}", self.path.display()))?;
-        self.open = Some(Arc::new(file));
+        self.open = Some(Arc::new(Mutex::new(file)));
         Ok(())
     }
 
@@ -303,7 +309,9 @@ impl EventLog {
     }
 
     fn append_line(&self, line: &[u8]) -> Result<()> {
-        let file = match &self.open {
+        // The lock below is the open file's, and would let several threads of this process in.
+        let open = self.open.as_ref().map(|file| file.locked());
+        let file = match &open {
             Some(file) => file.try_clone()?,
             None => self.open_file()?,
         };

@@ -10,6 +10,7 @@ use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::lock::{Announcements, Holder, LockFile, Turn, VolumeLock};
 use crate::disk::Disk;
+use crate::events::{Event, EventLog};
 use crate::host::opener::Opener;
 use crate::host::state::{Record, State as Held};
 use crate::host::status::UsedKey;
@@ -55,6 +56,8 @@ pub struct Parts {
     pub channel: Arc<Channel>,
     /// Ends the process when a queue's thread dies; ends waiting for the volume.
     pub stop: Arc<Stop>,
+    /// Where it is told that a flush failed.
+    pub events: EventLog,
     /// The `writeback` byte of the device.
     pub writeback: Arc<AtomicBool>,
     /// Called when this process has got the volume from another.
@@ -64,7 +67,7 @@ pub struct Parts {
 /// What is known of the guest here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Guest {
-    /// No VMM has started a ring yet; one that served it before may be about to.
+    /// No VMM has connected yet; one that served it before may be about to.
     Unknown,
     /// Its VMM is connected.
     Here,
@@ -164,6 +167,7 @@ impl Handover {
         let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
         let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
         let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));
+        disk.hear_of_failed_flush(self.tells_of_failed_flush());
         for worker in &*self.workers {
             worker.hold(Some(disk.clone()))?;
         }
@@ -179,6 +183,23 @@ impl Handover {
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
         record.begin_hydration();
         Ok(serving)
+    }
+
+    /// Reports a flush that failed. By a thread of its own: the disk is in trouble, and a guest waits.
+    fn tells_of_failed_flush(&self) -> impl Fn(&io::Error) + Send + Sync + 'static {
+        let (events, volume) = (self.parts.events.clone(), self.parts.opener.volume);
+        move |e| {
+            let (events, event) = (events.clone(), Event::flush_failed(volume, e.to_string()));
+            let told = std::thread::Builder::new().name("event".into()).spawn(move || events.record(&event));
+            if let Err(e) = told {
+                log::error!("an event was lost: {e}");
+            }
+        }
+    }
+
+    /// Whether a flush has failed since this process has the volume.
+    pub(super) fn has_failed_flush(&self) -> bool {
+        self.serving().is_some_and(|serving| serving.disk().has_failed_flush())
     }
 
     fn wait_for_lock(&self) -> Result<VolumeLock> {
@@ -264,7 +285,6 @@ impl Handover {
 
 impl Tenure for Handover {
     fn claim(&self) -> io::Result<Arc<Serving>> {
-        *self.guest() = Guest::Here;
         let mut state = self.state();
         if let State::Has { serving, in_use } = &mut *state {
             *in_use = true;
@@ -292,6 +312,11 @@ impl Tenure for Handover {
 
     fn guest_chose(&self, write_through: bool) {
         self.parts.record.note_write_through(write_through);
+    }
+
+    // Not with its first ring: a guest that has not begun, or is only paused, wants its disk as well.
+    fn vmm_came(&self) {
+        *self.guest() = Guest::Here;
     }
 
     fn vmm_left(&self) -> bool {

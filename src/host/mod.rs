@@ -8,6 +8,8 @@
 
 pub mod changes;
 pub mod control;
+mod descriptors;
+mod file_system;
 mod files;
 pub mod handover;
 mod keyring;
@@ -110,19 +112,26 @@ pub fn attach(
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     let attempt = || format!("attach {volume}");
+    let memory_regions = descriptors::make_room(options.queues).context(attempt)?;
+    file_system::check_writable(catalog.root()).context(attempt)?;
+    let explained = |e| file_system::explained(e, catalog.root());
     let path = match &options.endpoint {
         Endpoint::Path(path) => Some(std::path::absolute(path)?),
         Endpoint::Fd(_) => None,
     };
     let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
-    let mut taken = taken.context(attempt)?;
+    let mut taken = taken.map_err(explained).context(attempt)?;
     drop(passphrase);
     // From here on, what proves records is out of this process's reach.
     let catalog = &catalog.without_ledger();
     let Sockets { control, inlet, socket, name } =
-        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref()).context(attempt)?;
-    let announcements = taken.lock_file.announcements().context(attempt)?;
-    taken.events.keep_open().context(attempt)?;
+        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref())
+            .map_err(explained)
+            .context(attempt)?;
+    let announcements = taken.lock_file.announcements();
+    if let Err(e) = taken.events.keep_open() {
+        log::warn!("{e}; this process will report no events");
+    }
     let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
@@ -133,7 +142,7 @@ pub fn attach(
 
     let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
     let control = control.serve(service.orders(options)).context(attempt)?;
-    let device = Arc::new(service.device(options, inlet));
+    let device = Arc::new(service.device(options, inlet, memory_regions));
     stop_on_signals(signals, service.stop.clone()).context(attempt)?;
     let how = service.describe();
     log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });

@@ -53,7 +53,8 @@ impl Service {
         let (stop, qos) = (Stop::new()?, Arc::new(Qos::new(options.limits)));
         let (keeper, held) = (Arc::new(keeper), Arc::new(Mutex::new(held)));
         let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
-        let record = Record::new(catalog.clone(), Hydrator::new(keys, events, options.hydrate_rate));
+        let hydrator = Hydrator::new(keys, events.clone(), options.hydrate_rate);
+        let record = Record::new(catalog.clone(), hydrator);
         let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
         let shape = opener.shape.clone();
         let parts = Parts {
@@ -63,6 +64,7 @@ impl Service {
             record: record.clone(),
             channel: channel.clone(),
             stop: stop.clone(),
+            events,
             writeback: writeback.clone(),
             taken: Box::new(move || control.become_holders()),
         };
@@ -87,7 +89,9 @@ impl Service {
         let (read_only, engine) = (options.read_only, options.engine);
         // Not kept: it has the data keys.
         let handover = Arc::downgrade(&self.handover);
-        let access = move || handover.upgrade().map_or_else(String::new, |handover| handover.describe());
+        let asked = handover.clone();
+        let access = move || asked.upgrade().map_or_else(String::new, |handover| handover.describe());
+        let flush_failed = move || handover.upgrade().is_some_and(|handover| handover.has_failed_flush());
         let record = || self.record.clone();
         let (stop, qos, shape, vmm) =
             (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
@@ -100,6 +104,7 @@ impl Service {
                 read_only,
                 unwrapped_by: status.hydrator.unwrapped_by().clone(),
                 hydration: status.hydration(),
+                flush_failed: flush_failed(),
             }),
             throttle: Box::new(move |limits| qos.set(limits)),
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),
@@ -115,8 +120,9 @@ impl Service {
         }
     }
 
-    /// The device that VMMs see, which reaches the crate by way of `inlet`.
-    pub(super) fn device(&self, options: &Options, inlet: Inlet) -> Device {
+    /// The device that VMMs see, which reaches the crate by way of `inlet`. They may share so many memory
+    /// regions.
+    pub(super) fn device(&self, options: &Options, inlet: Inlet, memory_regions: u16) -> Device {
         Device {
             tenure: self.handover.clone(),
             shape: self.shape.clone(),
@@ -125,6 +131,7 @@ impl Service {
             queues: options.queues,
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
             queue_size: options.queue_size,
+            memory_regions,
             writeback: self.writeback.clone(),
         }
     }

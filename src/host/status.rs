@@ -15,6 +15,9 @@ pub struct Status {
     /// How far it has come with copying up what lower layers hold, if it does.
     #[serde(default)]
     pub hydration: Option<Progress>,
+    /// A flush has failed: writes may be lost, and no flush succeeds any more.
+    #[serde(default)]
+    pub flush_failed: bool,
 }
 
 /// A KMS key that unwrapped a data key.

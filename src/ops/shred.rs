@@ -5,7 +5,7 @@
 
 use crate::audit::{AuditLog, Entry, Step};
 use crate::base::root::{files, sync_dir};
-use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::base::{Context, Error, Kind, Result, Timestamp, printable};
 use crate::catalog::metadata::{KeyRecord, Metadata};
 use crate::catalog::references::DELETING;
 use crate::catalog::{Catalog, VolumeId, leaving, lock};
@@ -26,6 +26,7 @@ const XFS_SUPER_MAGIC: statfs::FsType = statfs::FsType(0x5846_5342);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Destroyed {
     /// Where it was.
+    #[serde(serialize_with = "printable::path")]
     pub path: PathBuf,
     /// Its length in bytes, all of which were overwritten and synced before it was removed.
     pub bytes: u64,
@@ -52,6 +53,7 @@ pub struct Receipt {
     /// The copies.
     pub destroyed: Vec<Destroyed>,
     /// The files of its data that were removed with it, since nothing else needs them; ciphertext, not overwritten.
+    #[serde(serialize_with = "printable::paths")]
     pub layers: Vec<PathBuf>,
     /// What can still unwrap a copy that somebody else has.
     pub wrapped_by: Vec<WrappedBy>,

@@ -16,6 +16,9 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
 
+/// The most memory regions that a VMM may share: as many as the vhost-user crate takes.
+pub const MAX_MEMORY_REGIONS: u16 = 509;
+
 /// An attached volume as a virtio device: what lasts from one VMM's connection to the next.
 pub struct Device {
     /// Who may serve the volume, and by which threads.
@@ -32,6 +35,9 @@ pub struct Device {
     pub seg_max: u32,
     /// Most entries of a ring: a power of two, 2..=1024.
     pub queue_size: u16,
+    /// Most memory regions that a VMM may share, each with a descriptor of its own: at most
+    /// [`MAX_MEMORY_REGIONS`].
+    pub memory_regions: u16,
     /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
     /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
     pub writeback: Arc<AtomicBool>,
@@ -130,10 +136,10 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn update_memory(&self, _mem: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
-        // Rings that run hold the old memory: they are drained before it may go.
-        self.0.rings.restart();
-        Ok(())
+    fn update_memory(&self, mem: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
+        // Rings that run hold the old memory: where that is not a part of the new, they are drained before it
+        // may go.
+        self.0.rings.use_memory(&mem)
     }
 
     /// No threads of the crate: the rings have their own.

@@ -5,11 +5,16 @@ use crate::vhost::device::Device;
 use crate::vhost::session;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// How long to wait where the machine, or this process's limits, have no room for one more connection.
+pub(crate) const SHORTAGE: Duration = Duration::from_millis(200);
 
 /// Where VMMs come from.
 pub enum Socket {
@@ -50,6 +55,15 @@ impl Stop {
         self.stopped.load(std::sync::atomic::Ordering::SeqCst)
     }
 
+    /// Waits so long, or until it is stopped.
+    fn wait(&self, time: Duration) -> io::Result<()> {
+        let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(self.event.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Makes `vmm` the connection that [`Stop::stop`] ends.
     fn serving(&self, vmm: Option<UnixStream>) {
         let mut current = self.current.locked();
@@ -66,7 +80,7 @@ impl Stop {
 pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()> {
     match socket {
         Socket::Connected(vmm) => {
-            one(device, vmm, stop)?;
+            one(device, vmm, None, stop);
             if !stop.is_stopped() {
                 device.tenure.vmm_left();
             }
@@ -78,12 +92,16 @@ pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()
                 wait_readable([listener.as_fd(), stop.event.as_fd()])?;
                 match listener.accept() {
                     Ok((vmm, _)) => {
-                        one(device, vmm, stop)?;
+                        one(device, vmm, Some(&listener), stop);
                         if !stop.is_stopped() && !device.tenure.vmm_left() {
                             return Ok(());
                         }
                     }
                     Err(e) if is_passing(&e) => {}
+                    Err(e) if is_shortage(&e) => {
+                        log::error!("a VMM cannot be served yet: {e}");
+                        stop.wait(SHORTAGE)?;
+                    }
                     Err(e) => return Err(e),
                 }
             }
@@ -92,19 +110,76 @@ pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()
     }
 }
 
-/// Serves one VMM. What goes wrong between it and us is its own affair; only what would hit the next as well is
-/// an error.
-fn one(device: &Arc<Device>, vmm: UnixStream, stop: &Stop) -> io::Result<()> {
-    vmm.set_nonblocking(false)?;
-    stop.serving(Some(vmm.try_clone()?));
-    log::info!("a VMM has connected");
-    match session::serve(device, vmm) {
+/// Serves one VMM. What goes wrong between it and us is its own affair, and the next may have more luck.
+fn one(device: &Arc<Device>, vmm: UnixStream, listener: Option<&UnixListener>, stop: &Stop) {
+    device.tenure.vmm_came();
+    let peer = peer(&vmm);
+    log::info!("a VMM has connected: {peer}");
+    match session(device, vmm, listener, &peer, stop) {
         Ok(()) => log::info!("the VMM has disconnected"),
         Err(_) if stop.is_stopped() => log::info!("the VMM was disconnected"),
         Err(e) => log::error!("the VMM was disconnected: {e}"),
     }
     stop.serving(None);
-    Ok(())
+}
+
+/// The VMM's session, while others that come are looked at and have to wait.
+fn session(
+    device: &Arc<Device>,
+    vmm: UnixStream,
+    listener: Option<&UnixListener>,
+    peer: &str,
+    stop: &Stop,
+) -> io::Result<()> {
+    vmm.set_nonblocking(false)?;
+    stop.serving(Some(vmm.try_clone()?));
+    let Some(listener) = listener else { return session::serve(device, vmm) };
+    let over = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    let connected = vmm.try_clone()?;
+    std::thread::scope(|scope| {
+        let watch = std::thread::Builder::new().name("waiting-vmms".into());
+        let watching = watch.spawn_scoped(scope, || tell_of_waiting(listener, &connected, &over, peer));
+        if let Err(e) = watching {
+            log::warn!("nobody will tell of VMMs that wait while another is connected: {e}");
+        }
+        let _at_the_end = Over(&over);
+        session::serve(device, vmm)
+    })
+}
+
+/// Signalled when it is dropped, however that comes: somebody is waited for who waits for it.
+struct Over<'a>(&'a EventFd);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        // The counter has room for one.
+        let _ = self.0.write(1);
+    }
+}
+
+/// Says once that a VMM waits for the one that is `connected`, until that leaves or its session is `over`.
+fn tell_of_waiting(listener: &UnixListener, connected: &UnixStream, over: &EventFd, peer: &str) {
+    let mut fds = [
+        PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        PollFd::new(connected.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)),
+        PollFd::new(over.as_fd(), PollFlags::POLLIN),
+    ];
+    while matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {}
+    // Nothing is what it answers for a flag that it has no name for.
+    let [waits, left, is_over] = fds.map(|fd| fd.revents() != Some(PollFlags::empty()));
+    if waits && !left && !is_over {
+        log::warn!("a VMM has connected, and waits: a volume has one VMM at a time, and {peer} is connected");
+    }
+}
+
+/// Who is at the other end, as far as the kernel tells.
+fn peer(vmm: &UnixStream) -> String {
+    match getsockopt(vmm, sockopt::PeerCredentials) {
+        // A process in a namespace that this one does not see has no id here.
+        Ok(peer) if peer.pid() > 0 => format!("process {} of user {}", peer.pid(), peer.uid()),
+        Ok(peer) => format!("a process of user {}", peer.uid()),
+        Err(_) => "a process".into(),
+    }
 }
 
 fn wait_readable<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<()> {
@@ -119,4 +194,9 @@ fn wait_readable<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<()> {
 fn is_passing(e: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(e.kind(), ConnectionAborted | Interrupted | WouldBlock)
+}
+
+/// Errors of `accept` that say that there is no room now; there may be later.
+pub(crate) fn is_shortage(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

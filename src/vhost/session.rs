@@ -35,7 +35,11 @@ fn converse(device: &Device, backend: Backend, vmm: UnixStream, inner: &UnixStre
     let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
     let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
     daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
-    let limits = Limits { queues: device.queues.into(), queue_size: device.queue_size.into() };
+    let limits = Limits {
+        queues: device.queues.into(),
+        queue_size: device.queue_size.into(),
+        memory_regions: device.memory_regions,
+    };
     let gate = Gate::new(vmm, inner.try_clone()?, limits, rings, device.channel.clone());
     let result = gate.and_then(|mut gate| gate.run());
     // The crate's thread ends with its socket; how it puts that does not matter.

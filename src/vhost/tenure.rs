@@ -42,6 +42,9 @@ pub trait Tenure: Send + Sync {
     /// this process must know: it will not say it again.
     fn guest_chose(&self, write_through: bool);
 
+    /// A VMM has connected: it may start a ring at any time.
+    fn vmm_came(&self);
+
     /// The VMM has left. Answers whether to wait for the next one; not if another process has the volume now.
     fn vmm_left(&self) -> bool;
 }
@@ -61,6 +64,8 @@ impl Tenure for Sole {
     fn rest(&self) {}
 
     fn guest_chose(&self, _write_through: bool) {}
+
+    fn vmm_came(&self) {}
 
     fn vmm_left(&self) -> bool {
         true

@@ -9,7 +9,7 @@ use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
 use crate::vhost::queue::inflight::Inflight;
 use crate::vhost::queue::ring::Ring;
-use crate::vhost::queue::{Setup, Worker};
+use crate::vhost::queue::{Awaited, Setup, Worker};
 use crate::vhost::tenure::{Serving, Tenure};
 use std::cell::RefCell;
 use std::fs::File;
@@ -17,7 +17,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 type Memory = GuestMemoryAtomic<GuestMemory>;
@@ -35,6 +35,8 @@ pub struct Rings {
     inflight: Mutex<Option<Arc<Inflight>>>,
     log: Arc<DirtyLog>,
     made: Mutex<Vec<Vring>>,
+    /// The guest's memory, as it was given last.
+    memory: Mutex<Option<Arc<GuestMemory>>>,
     /// Why a ring that was to run does not, since somebody asked last.
     failure: Mutex<Option<io::Error>>,
 }
@@ -54,6 +56,7 @@ impl Rings {
             inflight: Mutex::default(),
             log: Arc::default(),
             made: Mutex::default(),
+            memory: Mutex::default(),
             failure: Mutex::default(),
         })
     }
@@ -106,11 +109,22 @@ impl Rings {
         self.failure.locked().take().map_or(Ok(()), Err)
     }
 
-    /// Drains every running ring and starts every ring that can run now, for new memory.
-    pub fn restart(&self) {
-        for vring in &*self.made.locked() {
-            vring.restart();
+    /// Serves every ring that can run now in this memory, and none in what there was before.
+    pub fn use_memory(&self, memory: &Memory) -> io::Result<()> {
+        let memory = memory.memory().into_inner();
+        let before = self.memory.locked().replace(memory.clone());
+        if before.is_none_or(|before| !has_all_of(&memory, &before)) {
+            self.made.locked().iter().for_each(Vring::restart);
+            return Ok(());
         }
+        // It has only become more: rings that run need not stop for that, nor one wait for another.
+        let made = self.made.locked();
+        let told = made.iter().filter_map(|vring| vring.give_memory(&memory).transpose());
+        let told = told.collect::<io::Result<Vec<_>>>()?;
+        told.into_iter().try_for_each(|(serving, index, answer)| serving.workers[index].wait(answer))?;
+        // Rings that stopped when their memory went, which is back now.
+        made.iter().filter(|vring| !vring.is_running()).for_each(Vring::restart);
+        Ok(())
     }
 
     /// Drains, stops and forgets every ring: the session is over.
@@ -118,6 +132,7 @@ impl Rings {
         for vring in std::mem::take(&mut *self.made.locked()) {
             vring.stop();
         }
+        *self.memory.locked() = None;
         self.rest_if_idle();
     }
 
@@ -169,9 +184,7 @@ impl Vring {
     fn start_if_due(&self) {
         if let Err(e) = self.try_start() {
             log::error!("ring {} does not run: {e}", self.index);
-            // The crate has no place for an answer: the gate asks for it.
-            let e = io::Error::new(e.kind(), format!("ring {}: {e}", self.index));
-            self.rings.failure.locked().get_or_insert(e);
+            self.fail(&e);
         }
     }
 
@@ -241,6 +254,20 @@ impl Vring {
         if let Err(e) = self.try_start() {
             log::warn!("ring {} does not run until its memory is back: {e}", self.index);
         }
+    }
+
+    /// Hands the thread of a ring that runs memory which has all that the ring uses; nothing if it does not
+    /// run.
+    fn give_memory(&self, memory: &Arc<GuestMemory>) -> io::Result<Option<(Arc<Serving>, usize, Awaited)>> {
+        let Some(serving) = self.seat.locked().running.clone() else { return Ok(None) };
+        let answer = serving.workers[self.index].give_memory(memory.clone())?;
+        Ok(Some((serving, self.index, answer)))
+    }
+
+    /// What the crate has no place for in an answer: the gate asks for it.
+    fn fail(&self, e: &io::Error) {
+        let e = io::Error::new(e.kind(), format!("ring {}: {e}", self.index));
+        self.rings.failure.locked().get_or_insert(e);
     }
 
     fn is_running(&self) -> bool {
@@ -382,7 +409,11 @@ impl VringT<Memory> for Vring {
 
     fn set_kick(&self, file: Option<File>) {
         self.stop();
-        let stand_in = file.as_ref().and_then(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok());
+        let stand_in = file.as_ref().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).transpose();
+        let stand_in = stand_in.unwrap_or_else(|e| {
+            self.fail(&e);
+            None
+        });
         self.seat.locked().kick = file;
         self.state.set_kick(stand_in.map(into_file));
         // Also a ring that did not run: its last kick may have been taken away, and the crate starts it only once.
@@ -399,13 +430,22 @@ impl VringT<Memory> for Vring {
         let Some(serving) = &seat.running else { return crate::vhost::queue::signal(seat.call.as_ref()) };
         let copy = seat.call.as_ref().map(File::try_clone).transpose();
         if let Err(e) = copy.and_then(|call| serving.workers[self.index].set_call(call)) {
-            log::error!("ring {}: {e}", self.index);
+            // Without it the guest would wait for interrupts that nobody sends.
+            self.fail(&e);
         }
     }
 
     fn set_err(&self, file: Option<File>) {
         self.seat.locked().err = file;
     }
+}
+
+/// Whether `memory` has every region of `before`, mapped where it was.
+fn has_all_of(memory: &GuestMemory, before: &GuestMemory) -> bool {
+    before.iter().all(|region| {
+        let now = memory.find_region(region.start_addr());
+        now.is_some_and(|now| (now.as_ptr(), now.len()) == (region.as_ptr(), region.len()))
+    })
 }
 
 fn into_file(fd: EventFd) -> File {

@@ -9,6 +9,9 @@ use vm_memory::{Address, GuestAddress, GuestMemory};
 
 /// Bytes in a descriptor.
 const DESCRIPTOR: u64 = 16;
+/// Most descriptors in a chain. A driver may use as many as the queue has entries (virtio 1.3, 2.7.5.3.1);
+/// this is the largest queue that we offer, with header and status.
+pub(super) const MAX_DESCRIPTORS: u32 = 1024 + 2;
 
 /// The descriptors of one chain, those of an indirect table among them.
 pub struct Chain<'m, M> {
@@ -34,9 +37,14 @@ impl<'m, M: GuestMemory> Chain<'m, M> {
         if self.indirect || desc.has_next() || !u64::from(desc.len()).is_multiple_of(DESCRIPTOR) {
             return false;
         }
+        // A table that no chain can use up is no driver's, however short the chain in it.
+        let size = desc.len() / DESCRIPTOR as u32;
+        if size > MAX_DESCRIPTORS {
+            return false;
+        }
         self.indirect = true;
         self.table = desc.addr();
-        self.size = desc.len() / DESCRIPTOR as u32;
+        self.size = size;
         self.left = self.size;
         self.next = Some(0);
         true

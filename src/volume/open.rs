@@ -194,8 +194,7 @@ pub fn shape(geometry: Geometry, read_only: bool) -> Shape {
     Shape { sectors: geometry.size() / SECTOR_SIZE, block_size, read_only }
 }
 
-/// Says what may keep a process from having an io_uring.
+/// The error of a machine that has not what a queue needs; the error says what that is.
 pub fn cannot_serve(e: io::Error) -> Error {
-    let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
-    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
+    Error::new(Kind::Unsupported, e.to_string())
 }

@@ -6,6 +6,7 @@ use crate::common::disk::FREE;
 use crate::common::frontend::load::{Load, Random, settle};
 use crate::common::frontend::vmm::Kind;
 use crate::common::frontend::{Fault, Request, SplitRing, Vmm, block};
+use crate::common::patience::wait_for;
 use crate::common::store::said;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -172,6 +173,43 @@ fn a_guest_moves_while_its_volume_is_rekeyed() {
     rig.go_on(&mut next);
     drop(next);
     destination.end();
+}
+
+/// Its guest has not begun, or not again: it may all the same.
+#[test]
+fn a_source_whose_vmm_is_connected_stays_though_no_ring_has_run() {
+    for kind in [Kind::Qemu10, Kind::CloudHypervisor] {
+        let mut rig = Rig::new();
+        let (source, socket) = rig.attach(&[]);
+        let connect = || Vmm::connect(&socket, kind, QUEUES, 256, Protocol::empty()).unwrap();
+        // The first VMM comes and goes, and the next has its place; or it is the first.
+        if kind == Kind::Qemu10 {
+            let mut before = connect();
+            start(&mut before);
+            rig.go_on(&mut before);
+        }
+        let mut vmm = connect();
+        vmm.sync().unwrap();
+        let (destination, mut next) = rig.destination(&vmm);
+        wait_for("the source has let go", || match rig.holder() {
+            None => Ok(()),
+            holder => Err(format!("{holder:?}")),
+        });
+        // It begins here.
+        start(&mut vmm);
+        assert_eq!(rig.holder(), pid(&source));
+        rig.go_on(&mut vmm);
+        // It moves after that.
+        stop(&vmm, kind);
+        move_guest(&mut vmm, &mut next);
+        start(&mut next);
+        assert_eq!(rig.holder(), pid(&destination));
+        rig.go_on(&mut next);
+        drop(vmm);
+        source.ends_well();
+        drop(next);
+        destination.end();
+    }
 }
 
 #[test]

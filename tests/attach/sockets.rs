@@ -2,7 +2,8 @@
 
 use crate::common::attach::{Place, listens, open, read, write};
 use crate::common::disk::pattern;
-use crate::common::frontend::{Options, Session};
+use crate::common::frontend::raw::VERSION;
+use crate::common::frontend::{Options, RawSocket, Session};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -41,6 +42,47 @@ fn a_listening_descriptor_serves_one_vmm_after_the_other() {
     place.store.ok(&["detach", "t"]);
     host.ends_well();
     assert!(place.socket().exists() && !listens(&place.socket()), "the name is its maker's to remove");
+}
+
+/// A second VMM waits, as docs/migration.md and the protocol have it; who looks for the reason finds it.
+#[test]
+fn a_vmm_that_has_to_wait_is_told_of_with_who_is_connected() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let mut first = open(&place.socket());
+    write(&mut first.rings[0], 0, &pattern(1, 4096));
+    assert!(!host.output().contains("waits"), "{}", host.output());
+    let path = place.socket();
+    let second = std::thread::spawn(move || Session::open(&path, &Options::default()));
+    host.says("a VMM has connected, and waits");
+    let connected = format!("process {} of user {} is connected", std::process::id(), nix::unistd::geteuid());
+    assert!(host.output().contains(&connected), "{}", host.output());
+    drop(first);
+    let mut second = second.join().unwrap().expect("it is served now");
+    assert!(read(&mut second.rings[0], 0, 4096) == pattern(1, 4096));
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+}
+
+/// Where a KMS is away for longer than a VMM looks for its back-end, the socket must outlive that.
+#[test]
+fn a_vmm_waits_in_a_socket_that_somebody_keeps_until_the_volume_is_attached_again() {
+    let place = Place::new(&[]);
+    let kept = UnixListener::bind(place.socket()).unwrap();
+    let (command, keep) = attach_fd(&place, kept.try_clone().unwrap(), &[]);
+    let host = place.start(command, keep);
+    write(&mut open(&place.socket()).rings[0], 0, &pattern(1, 4096));
+    host.crash();
+    let vmm = UnixStream::connect(place.socket()).expect("nobody is there, and it waits");
+    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    let (command, keep) = attach_fd(&place, kept.try_clone().unwrap(), &[]);
+    assert_eq!(place.run(command, keep).code, 5, "it is not attached without its key");
+    place.store.ok(&["key", "enable", "alias/aws/ebs"]);
+    let (command, keep) = attach_fd(&place, kept, &[]);
+    let host = place.start(command, keep);
+    RawSocket::new(vmm).ask(1, VERSION, &[], &[]).expect("it is served, without having connected again");
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
 }
 
 #[test]

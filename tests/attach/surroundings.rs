@@ -1,8 +1,23 @@
 //! Attaching where the machine withholds something.
 
-use crate::common::attach::{Place, open, read, write};
+use crate::common::attach::{Host, Place, open, read, write};
 use crate::common::disk::pattern;
-use crate::common::process::forbid_io_uring;
+use crate::common::frontend::block::{IOERR, OK};
+use crate::common::frontend::hostile::{Answer, agreed, ask, memory_region};
+use crate::common::frontend::memory::{Seals, memfd};
+use crate::common::frontend::{Fault, Options, RawSocket, Request, Session};
+use crate::common::loop_disk::MemoryDisk;
+use crate::common::patience::limit as patience;
+use crate::common::process::{forbid_io_uring, limit_resource, refuse_call, set_soft_limit};
+use crate::common::store::{Store, said};
+use nix::libc;
+use nix::sys::resource::Resource;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use vhost::vhost_user::message::FrontendReq as Req;
 
 #[test]
 fn a_machine_that_cannot_serve_refuses_to_attach() {
@@ -20,7 +35,7 @@ fn a_machine_that_cannot_serve_refuses_to_attach() {
 fn a_vmm_is_served_wherever_temporary_files_go() {
     let place = Place::new(&[]);
     let long = place.folder().join("x".repeat(120));
-    std::fs::create_dir(&long).unwrap();
+    fs::create_dir(&long).unwrap();
     for temporary in [long, place.folder().join("nowhere"), "relative".into()] {
         let mut command = place.attach_command(&[]);
         command.env("TMPDIR", &temporary);
@@ -32,4 +47,244 @@ fn a_vmm_is_served_wherever_temporary_files_go() {
         }
         host.end();
     }
+}
+
+fn open_files(host: &Host) -> u64 {
+    fs::read_dir(host.proc("fd")).unwrap().count() as u64
+}
+
+fn with_queues(place: &Place, queues: usize) -> Result<Session, Fault> {
+    Session::open(&place.socket(), &Options { queues, ..Options::default() })
+}
+
+/// There is no room for a descriptor at one point or the other of a VMM's session: it ends, and nothing waits
+/// for ever.
+#[test]
+fn a_process_at_its_limit_of_open_files_ends_the_session_and_lives() {
+    let place = Place::new(&[]);
+    let host = place.attach(&["--queues", "2"]);
+    let limit = |files| set_soft_limit(host.pid(), Resource::RLIMIT_NOFILE, files);
+    let idle = open_files(&host);
+    // What is open has the lowest numbers, or nearly: with less, not even a connection is taken.
+    let served = (1..200).find_map(|room| {
+        limit(idle + room);
+        let session = with_queues(&place, 2);
+        let refused = session.as_ref().err().is_none_or(|fault| fault.is_refusal());
+        assert!(refused, "with room for {room}: {}: {}", session.err().unwrap(), host.output());
+        session.ok().map(|session| (room, session))
+    });
+    let (room, mut session) = served.expect("it is served where there is room");
+    assert!(room > 8, "the limit was never met: {room}");
+    assert!(host.output().contains("no room for more descriptors: its limit is"), "{}", host.output());
+    // One more region of memory than there is room for.
+    let memory = memfd(1 << 20, Seals::Sealable).unwrap();
+    let regions = (1..100).find(|n| {
+        let region = memory_region([n << 32, 1 << 20, n << 32, 0]);
+        ask(session.raw(), Req::ADD_MEM_REG, &region, &[memory.as_raw_fd()]).is_refused()
+    });
+    assert!(regions.is_some(), "the limit was never met");
+    drop(session);
+    // Nobody can connect, and the next one waits until somebody can.
+    limit(idle - 2);
+    let waiting = RawSocket::connect(&place.socket()).unwrap();
+    host.says("a VMM cannot be served yet");
+    // Nor can a client of the control socket, which waits as well.
+    let mut status = place.store.command();
+    let status = std::thread::spawn(move || status.args(["volume", "show", "t"]).output().unwrap());
+    host.says("a client of the control socket cannot be heard yet");
+    limit(u64::MAX);
+    let shown = status.join().unwrap();
+    assert!(said(&shown).contains("attached"), "{}", said(&shown));
+    drop(waiting);
+    session = with_queues(&place, 2).unwrap();
+    write(&mut session.rings[1], 0, &pattern(1, 4096));
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+}
+
+#[test]
+fn the_limit_on_open_files_is_raised_or_refused_in_words() {
+    let place = Place::new(&[]);
+    let limited = |soft, hard| {
+        let mut command = place.attach_command(&["--queues", "16"]);
+        limit_resource(&mut command, Resource::RLIMIT_NOFILE, soft, hard);
+        command
+    };
+    let said = place.run(limited(82, 82), vec![]);
+    assert_eq!(said.code, 8, "{said:?}");
+    for word in ["16 queues", "82", "--queues", "LimitNOFILE="] {
+        assert!(said.err.contains(word), "{word}: {said:?}");
+    }
+    assert!(
+        place.events().iter().all(|event| event["detail"]["event"] != "attachVolume"),
+        "no key was asked for"
+    );
+    let host = place.start(limited(82, 4096), vec![]);
+    let mut session = with_queues(&place, 16).unwrap();
+    for ring in &mut session.rings {
+        write(ring, 0, &pattern(1, 4096));
+    }
+    drop(session);
+    host.end();
+}
+
+/// All the memory that a VMM is promised to be able to share fits.
+#[test]
+fn a_vmm_is_promised_as_many_memory_regions_as_there_is_room_for() {
+    let place = Place::new(&[]);
+    let mut command = place.attach_command(&["--queues", "2"]);
+    limit_resource(&mut command, Resource::RLIMIT_NOFILE, 512, 512);
+    let host = place.start(command, vec![]);
+    assert!(host.output().contains("regions of memory"), "{}", host.output());
+    let memory = memfd(1 << 20, Seals::Sealable).unwrap();
+    let raw = agreed(&place.socket()).unwrap();
+    let slots = match ask(&raw, Req::GET_MAX_MEM_SLOTS, &[], &[]) {
+        Answer::Taken(reply) => reply.value().unwrap(),
+        Answer::Refused => panic!("GET_MAX_MEM_SLOTS was refused"),
+    };
+    assert!((32..509).contains(&slots), "{slots}");
+    drop(raw);
+    // Beside all that a session has.
+    let mut session = with_queues(&place, 2).unwrap();
+    for n in 1..slots {
+        let region = memory_region([n << 32, 1 << 20, n << 32, 0]);
+        let answer = ask(session.raw(), Req::ADD_MEM_REG, &region, &[memory.as_raw_fd()]);
+        assert!(!answer.is_refused(), "{n} of {slots}: {}", host.output());
+    }
+    for ring in &mut session.rings {
+        write(ring, 0, &pattern(1, 4096));
+    }
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+}
+
+/// "ulimit -f" is an error of the requests that it meets, which do not fill the log either.
+#[test]
+fn requests_that_fail_by_the_thousand_are_counted_in_the_log() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let mut session = open(&place.socket());
+    write(&mut session.rings[0], 0, &pattern(1, 4096));
+    set_soft_limit(host.pid(), Resource::RLIMIT_FSIZE, 8192);
+    let data = pattern(2, 4096);
+    for n in 0..2000 {
+        let failed = Request::write(1024 + 8 * n, &data).run(&mut session.rings[0]).unwrap();
+        assert_eq!(failed.status, IOERR);
+    }
+    let sound = Request::write(8, &data).run(&mut session.rings[0]).unwrap();
+    assert_eq!(sound.status, OK);
+    set_soft_limit(host.pid(), Resource::RLIMIT_FSIZE, u64::MAX);
+    // So do VMMs that talk nonsense.
+    drop(session);
+    for _ in 0..200 {
+        let raw = RawSocket::connect(&place.socket()).unwrap();
+        raw.send(&[0xff; 64], &[]).unwrap();
+        assert!(raw.closes(patience()).unwrap());
+    }
+    let log = place.folder().join("1.log");
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    let said = fs::read_to_string(log).unwrap();
+    let lines = |of: &str| said.lines().filter(|line| line.contains(of)).count();
+    for of in ["File too large", "the VMM was disconnected"] {
+        assert!((2..=22).contains(&lines(of)), "{} lines of \"{of}\": {said}", lines(of));
+    }
+    assert!(said.contains("more like it were not written"), "{said}");
+}
+
+/// A user may have few instances of inotify, and a volume needs none.
+#[test]
+fn a_volume_is_attached_where_no_more_inotify_can_be_had() {
+    let place = Place::new(&[]);
+    let mut command = place.attach_command(&["-v"]);
+    refuse_call(&mut command, libc::SYS_inotify_init1, libc::EMFILE);
+    let host = place.start(command, vec![]);
+    host.says("fs.inotify.max_user_instances");
+    write(&mut open(&place.socket()).rings[0], 0, &pattern(1, 4096));
+    let vmm = RawSocket::connect(&place.socket()).unwrap();
+    // Who waits for the volume is found out all the same.
+    let destination = place.folder().join("next.sock");
+    let mut command = place.store.command();
+    command.args(["attach", "t", "--incoming", "--socket-path"]).arg(&destination);
+    let next = place.start(command, vec![]);
+    host.says("letting go of it");
+    drop(vmm);
+    host.ends_well();
+    next.end();
+}
+
+/// Whoever needs one is told the same, and why.
+#[test]
+fn what_keeps_a_process_from_having_an_io_uring_is_said_by_all_that_need_one() {
+    let place = Place::new(&[]);
+    let image = place.folder().join("image");
+    fs::write(&image, [1; 8192]).unwrap();
+    for (errno, why) in [
+        (libc::EPERM, "a filter of system calls forbids it"),
+        (libc::ENOSYS, "this kernel has none"),
+        (libc::ENOMEM, "there is no memory"),
+        (libc::EMFILE, "LimitNOFILE="),
+        (libc::ENFILE, "fs.file-max"),
+    ] {
+        let run = |mut command: Command| {
+            refuse_call(&mut command, libc::SYS_io_uring_setup, errno);
+            let output = command.output().unwrap();
+            let words = said(&output);
+            assert_eq!(output.status.code(), Some(8), "{command:?}: {words}");
+            assert!(words.contains("io_uring") && words.contains(why), "{command:?}: {words}");
+        };
+        run(place.attach_command(&[]));
+        let with = |arguments: &[&str], file: &str| {
+            let mut command = place.store.command();
+            command.args(arguments).arg(place.folder().join(file));
+            command
+        };
+        run(with(&["volume", "import", "--name", "i"], "image"));
+        run(with(&["volume", "export", "t"], "exported"));
+        let mut doctor = place.store.command();
+        doctor.arg("doctor");
+        run(doctor);
+    }
+    assert!(!place.folder().join("exported").exists());
+}
+
+/// A store on a memory file system of its own, with the volume `t`; `None` where the machine does not let us.
+fn on_a_small_disk() -> Option<(MemoryDisk, Place)> {
+    let store = Store::new();
+    fs::create_dir(store.root()).unwrap();
+    let disk = MemoryDisk::mount(32 << 20, &store.root())?;
+    fs::set_permissions(store.root(), fs::Permissions::from_mode(0o700)).unwrap();
+    Some((disk, Place::of(store, &[])))
+}
+
+#[test]
+fn a_store_that_cannot_be_written_to_is_said_to_be_one() {
+    let Some((disk, place)) = on_a_small_disk() else { return };
+    disk.make_read_only();
+    for arguments in [&["--read-only"][..], &[]] {
+        let words = place.refuse(8, arguments);
+        assert!(words.contains("mounted read-only") && words.contains("remount"), "{words}");
+    }
+    drop(place);
+    drop(disk);
+}
+
+#[test]
+fn a_store_whose_disk_is_full_is_said_to_be_one() {
+    let Some((disk, place)) = on_a_small_disk() else { return };
+    // Everything that it writes is there already: what fails is the record of who has the key.
+    place.attach(&[]).end();
+    let filler = disk.folder().join("filler");
+    let mut file = File::create(&filler).unwrap();
+    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+    let words = place.refuse(1, &["--read-only"]);
+    assert!(
+        words.contains("audit log") && words.contains("is full") && words.contains("make room"),
+        "{words}"
+    );
+    drop(file);
+    fs::remove_file(filler).unwrap();
+    place.attach(&[]).end();
+    drop(place);
+    drop(disk);
 }

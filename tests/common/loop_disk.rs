@@ -148,6 +148,15 @@ impl MemoryDisk {
         }
     }
 
+    /// From now on nobody writes to it.
+    pub fn make_read_only(&self) {
+        let folder = CString::new(self.folder().as_os_str().as_bytes()).expect("no zero byte");
+        let (none, flags) = (c"none".as_ptr(), libc::MS_REMOUNT | libc::MS_RDONLY);
+        // SAFETY: the texts end with a zero byte, and there are neither a type nor options.
+        let done = unsafe { libc::mount(none, folder.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
+        Errno::result(done).expect("remount it read-only");
+    }
+
     /// Where it is mounted.
     pub fn folder(&self) -> &Path {
         &self.0.0

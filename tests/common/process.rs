@@ -3,6 +3,7 @@
 use super::patience::{Deadline, limit};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -66,17 +67,45 @@ pub fn inherit(command: &mut Command, descriptor: OwnedFd, number: i32) {
 
 /// Has `command` find no io_uring, as in most containers.
 pub fn forbid_io_uring(command: &mut Command) {
-    // SAFETY: between fork and exec only prctl is called, on values of the child's own stack.
-    unsafe { command.pre_exec(without_io_uring) };
+    refuse_call(command, libc::SYS_io_uring_setup, libc::EPERM);
 }
 
-/// Makes `io_uring_setup` fail with EPERM in this process and its children.
-fn without_io_uring() -> std::io::Result<()> {
+/// Has a system call fail with this error in a child and those that it starts.
+pub fn refuse_call(command: &mut Command, call: libc::c_long, errno: i32) {
+    // SAFETY: between fork and exec only prctl is called, on values of the child's own stack.
+    unsafe { command.pre_exec(move || without(call, errno)) };
+}
+
+/// Has a child begin with these limits, the soft one and the hard one.
+pub fn limit_resource(command: &mut Command, resource: Resource, soft: u64, hard: u64) {
+    // SAFETY: between fork and exec only setrlimit is called.
+    unsafe { command.pre_exec(move || Ok(setrlimit(resource, soft, hard)?)) };
+}
+
+/// Gives a process that runs another soft limit.
+pub fn set_soft_limit(pid: nix::unistd::Pid, resource: Resource, soft: u64) {
+    let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call reads and writes the two structures, which outlive it.
+    let done = unsafe {
+        let none = std::ptr::null_mut();
+        match libc::prlimit(pid.as_raw(), resource as _, none, &raw mut limits) {
+            0 => {
+                limits.rlim_cur = soft.min(limits.rlim_max);
+                libc::prlimit(pid.as_raw(), resource as _, &raw const limits, none)
+            }
+            failed => failed,
+        }
+    };
+    assert_eq!(done, 0, "prlimit: {}", io::Error::last_os_error());
+}
+
+/// Makes a system call fail in this process and its children.
+fn without(call: libc::c_long, errno: i32) -> std::io::Result<()> {
     let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
-    let is_setup = libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
+    let is_it = libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: call as u32 };
     let answer = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
-    let refuse = answer(libc::SECCOMP_RET_ERRNO | libc::EPERM as u32);
-    let mut program = [load_number, is_setup, refuse, answer(libc::SECCOMP_RET_ALLOW)];
+    let refuse = answer(libc::SECCOMP_RET_ERRNO | errno as u32);
+    let mut program = [load_number, is_it, refuse, answer(libc::SECCOMP_RET_ALLOW)];
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     nix::sys::prctl::set_no_new_privs()?;
     // SAFETY: the filter and the program that it points to live through the call, which copies them.

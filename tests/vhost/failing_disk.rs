@@ -123,6 +123,7 @@ impl Rig {
             queues: 2,
             seg_max: 126,
             queue_size: 256,
+            memory_regions: 32,
             writeback: Arc::new(true.into()),
         });
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
@@ -192,16 +193,23 @@ fn in_write_through_whatever_changes_the_disk_is_durable_when_it_completes() {
 #[test]
 fn a_failed_flush_stays_failed_for_every_queue_and_every_vmm() {
     let rig = Rig::new();
+    let told: Arc<Mutex<Vec<String>>> = Arc::default();
+    let list = told.clone();
+    rig.disk.hear_of_failed_flush(move |e| list.lock().unwrap().push(e.to_string()));
     let mut session = rig.open();
     assert_eq!(run(&mut session, 0, Request::flush()), OK);
+    assert!(!rig.disk.has_failed_flush());
     rig.fail_next(Kind::Flush, libc::EIO);
     assert_eq!(run(&mut session, 0, Request::flush()), IOERR);
+    assert!(rig.disk.has_failed_flush());
     for queue in [0, 1] {
         assert_eq!(run(&mut session, queue, Request::flush()), IOERR);
     }
     drop(session);
     assert_eq!(run(&mut rig.open(), 1, Request::flush()), IOERR);
-    assert!(rig.disk.flush().is_err(), "a detach must not say that all is well");
+    let refused = rig.disk.flush().expect_err("a detach must not say that all is well");
+    assert!(refused.to_string().contains("detached and attached again"), "{refused}");
+    assert_eq!(told.lock().unwrap().len(), 1, "it is told once");
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Memory tables and memory files that lie, shrink or vanish, against the real process.
 
+use crate::common::attach::{Place, write};
 use crate::common::disk::{Disk, FREE, assert_carries};
 use crate::common::frontend::block::{OK, complete};
 use crate::common::frontend::hostile::{Answer, OddFiles, agreed, ask, memory_region, memory_table, state};
 use crate::common::frontend::memory::{Seals, memfd};
 use crate::common::frontend::{Desc, Layout, Options, Request, Session};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use vhost::vhost_user::message::FrontendReq as Req;
 
 const MEM: u64 = 1 << 20;
@@ -105,6 +107,43 @@ fn memory_replaced_under_load_is_drained_first() {
     }
     drop(session);
     disk.assert_whole();
+}
+
+/// A ring that is drained answers what the volume's limits hold back.
+#[test]
+fn memory_that_is_added_disturbs_no_ring() {
+    let place = Place::new(&[]);
+    let host = place.attach(&["--queues", "2", "--throughput", "512"]);
+    let options = Options { queues: 2, ..Options::default() };
+    let mut session = Session::open(&place.socket(), &options).unwrap();
+    // The first is let in, and the next has to wait for what it cost.
+    write(&mut session.rings[0], FREE.start, &[7; 1 << 18]);
+    let held_back = Request::write(FREE.start, &[7; 4096]).submit(&mut session.rings[0]).unwrap();
+    session.rings[0].kick();
+    let size = 1 << 20;
+    let memory = memfd(size, Seals::Sealable).unwrap();
+    // Three regions, the last of which has a request.
+    for n in 1..=3 {
+        let region = memory_region([n << 32, size, n << 32, 0]);
+        assert!(!ask(session.raw(), Req::ADD_MEM_REG, &region, &[memory.as_raw_fd()]).is_refused());
+    }
+    let (at, ring) = (3 << 32, &mut session.rings[1]);
+    memory.write_all_at(&4u32.to_le_bytes(), 0).unwrap();
+    memory.write_all_at(&[0xff], 4096).unwrap();
+    ring.post_chain(&[Desc::readable(at, 16), Desc::writable(at + 4096, 1)]);
+    ring.kick();
+    ring.wait_used().unwrap();
+    let mut status = [0xff];
+    memory.read_exact_at(&mut status, 4096).unwrap();
+    assert_eq!(status, [OK], "a flush in memory that was added");
+    assert!(session.rings[0].pop_used().is_none(), "the ring was drained for the new memory");
+    // What is taken away again is not used any more, and that takes a drain.
+    let region = memory_region([1 << 32, size, 1 << 32, 0]);
+    assert!(!ask(session.raw(), Req::REM_MEM_REG, &region, &[]).is_refused());
+    let outcomes = complete(&mut session.rings[0], vec![held_back]).unwrap();
+    assert!(outcomes.iter().all(|o| o.status == OK));
+    drop(session);
+    host.end();
 }
 
 #[test]

@@ -8,4 +8,5 @@ mod doctor;
 mod event_sinks;
 mod image_lock;
 mod metadata;
+mod odd_arguments;
 mod settings;

@@ -5,13 +5,15 @@
 //! as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`]) and gets the same ones again
 //! and again; others share a few.
 
+use crate::backing::file::pool::Pool;
 use crate::base::sync::Locked;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use std::cell::RefCell;
-use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
+use std::{fs, io};
 
 /// What may be asked of a ring.
 const OPERATIONS: [u8; 8] = [
@@ -76,6 +78,7 @@ pub fn claim() {
 struct Made {
     ring: IoUring,
     shared: bool,
+    deferred: bool,
     begun: bool,
     next_serial: u32,
 }
@@ -94,7 +97,7 @@ impl Ring {
         let kept = KEPT.with_borrow_mut(Vec::pop);
         let mut made = kept.map_or_else(|| new_or_prepared(entries), Ok)?;
         if !made.begun {
-            made.ring.submitter().register_enable_rings()?;
+            made.ring.submitter().register_enable_rings().map_err(explained)?;
             made.begun = true;
         }
         Ok(Ring { made: Some(made), clean: false })
@@ -171,16 +174,87 @@ fn build(entries: u32, completions: Option<u32>, shared: bool) -> io::Result<Mad
         // Completions are worked off by this thread when it enters the kernel anyway, never by an interrupt.
         best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
     }
-    let ring = best.build(entries).or_else(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) => builder.build(entries),
-        _ => Err(io::Error::new(e.kind(), format!("io_uring is not available: {e}"))),
-    })?;
+    let ring = best.build(entries).map(|ring| (ring, !shared)).or_else(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => Ok((builder.build(entries)?, false)),
+        _ => Err(e),
+    });
+    let (ring, deferred) = ring.map_err(explained)?;
     let operations = OPERATIONS.map(Restriction::sqe_op);
     let registrations = REGISTRATIONS.map(Restriction::register_op);
     let flags = [Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits())];
     let mut all: Vec<Restriction> = operations.into_iter().chain(registrations).chain(flags).collect();
-    ring.submitter().register_restrictions(&mut all)?;
-    Ok(Made { ring, shared, begun: false, next_serial: 0 })
+    ring.submitter().register_restrictions(&mut all).map_err(explained)?;
+    Ok(Made { ring, shared, deferred, begun: false, next_serial: 0 })
+}
+
+/// What a trial of an io_uring has shown.
+pub struct Tried {
+    /// Completions cost no interrupt.
+    pub deferred: bool,
+    /// Why the kernel looks up the bounce buffers' pages for each request, where it does.
+    pub no_buffers: Option<io::Error>,
+}
+
+/// Makes one as a queue has it, and gives it up.
+///
+/// # Errors
+/// Those that a queue would meet, with what keeps the process from having one.
+pub fn try_one() -> io::Result<Tried> {
+    let made = build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), false)?;
+    made.ring.submitter().register_enable_rings().map_err(explained)?;
+    let pool = Pool::new()?;
+    // SAFETY: the ring ends before the pool does: it is dropped first, at the end of this function, and
+    // nothing is in flight.
+    let registered = unsafe { made.ring.submitter().register_buffers(&[pool.iovec()]) };
+    let deferred = made.deferred;
+    drop(made);
+    Ok(Tried { deferred, no_buffers: registered.err().map(explained) })
+}
+
+/// An error of the kernel's about an io_uring, with what is behind it, in words for who can change that.
+pub(super) fn explained(e: io::Error) -> io::Error {
+    let why = match e.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => who_forbids(fs::read_to_string(DISABLED).ok().as_deref()),
+        Some(libc::ENOSYS) => "this kernel has none, or a container's filter of system calls says so".into(),
+        Some(libc::EINVAL) => "this kernel's is too old: it takes Linux 5.11".into(),
+        Some(libc::ENOMEM) => match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            Ok((soft, _)) if soft != RLIM_INFINITY => format!(
+                "there is no memory, or this process may lock no more than {} KiB of it (\"ulimit -l\", \
+                 LimitMEMLOCK= in a systemd unit)",
+                soft >> 10
+            ),
+            _ => "there is no memory, or the control group has no more".into(),
+        },
+        Some(libc::EMFILE) => match getrlimit(Resource::RLIMIT_NOFILE) {
+            Ok((soft, _)) => format!(
+                "this process may have {soft} open files (\"ulimit -n\", LimitNOFILE= in a systemd unit)"
+            ),
+            Err(_) => "this process has too many open files".into(),
+        },
+        Some(libc::ENFILE) => "the machine has too many open files (fs.file-max)".into(),
+        _ => return io::Error::new(e.kind(), format!("io_uring is not available: {e}")),
+    };
+    io::Error::new(io::ErrorKind::Unsupported, format!("io_uring is not available: {e}; {why}"))
+}
+
+/// Where the kernel says who may have one.
+const DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
+
+/// Why a process may not have an io_uring, given what the file says.
+fn who_forbids(disabled: Option<&str>) -> String {
+    match disabled.map(str::trim) {
+        Some("2") => "nobody on this machine may have one: the sysctl kernel.io_uring_disabled is 2".into(),
+        Some("1") => {
+            let why = "the sysctl kernel.io_uring_disabled is 1: it takes CAP_SYS_ADMIN on the host, which \
+                       root in a user namespace does not have, or the group that kernel.io_uring_group names";
+            why.into()
+        }
+        _ => {
+            let why = "a filter of system calls forbids it: a container's seccomp profile, or \
+                       SystemCallFilter= in a systemd unit";
+            why.into()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -194,6 +268,27 @@ mod tests {
         unsafe { ring.submission().push(&entry) }.unwrap();
         ring.submit_and_wait(1).unwrap();
         ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn what_keeps_a_process_from_having_a_ring_is_told_apart() {
+        assert!(who_forbids(Some("2\n")).contains("io_uring_disabled is 2"));
+        assert!(who_forbids(Some("1\n")).contains("user namespace"));
+        for no_reason in [Some("0\n"), None] {
+            assert!(who_forbids(no_reason).contains("seccomp profile"));
+        }
+        for (errno, word) in [
+            (libc::ENOSYS, "this kernel has none"),
+            (libc::EMFILE, "LimitNOFILE="),
+            (libc::ENFILE, "fs.file-max"),
+            (libc::ENOMEM, "no memory"),
+            (libc::EINVAL, "Linux 5.11"),
+        ] {
+            let said = explained(io::Error::from_raw_os_error(errno));
+            assert_eq!(said.kind(), io::ErrorKind::Unsupported);
+            assert!(said.to_string().contains(word), "{said}");
+        }
+        assert!(try_one().is_ok());
     }
 
     #[test]

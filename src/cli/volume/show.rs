@@ -115,6 +115,12 @@ impl Attached {
                 if status.read_only {
                     rows.push(pair("", "read-only"));
                 }
+                if status.flush_failed {
+                    let said = "a flush has failed: writes may be lost, and no flush succeeds until it is \
+                                detached and attached again; check its disk first, and then the guest's file \
+                                systems";
+                    rows.push(pair("", said));
+                }
                 let used = |key: &UsedKey| {
                     pair("", format!("data key unwrapped by {}: {}", key.provider, key.key_id))
                 };
@@ -174,6 +180,7 @@ impl Attached {
                 value["read_only"] = json!(status.read_only);
                 value["unwrapped_by"] = json!(status.unwrapped_by);
                 value["hydration"] = json!(status.hydration);
+                value["flush_failed"] = json!(status.flush_failed);
             }
             Err(e) => value["problem"] = json!(e.to_string()),
         }

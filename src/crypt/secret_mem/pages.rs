@@ -1,6 +1,7 @@
 //! Mapped pages with a guard page on either side. The system calls of secret memory and nothing else.
 
 use crate::base::{Context, Error, Kind, Result};
+use nix::sys::resource::{Resource, getrlimit};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
@@ -121,11 +122,40 @@ pub(super) fn page_size() -> usize {
 }
 
 fn lock_error(len: usize, e: io::Error) -> Error {
-    let limit = matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM | libc::EPERM));
-    let hint = if limit {
-        "; raise the limit on locked memory (\"ulimit -l\", LimitMEMLOCK= in a systemd unit)"
-    } else {
-        ""
-    };
+    let may_lock_none = || getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == 0);
+    let hint = lock_hint(e.raw_os_error(), may_lock_none);
     Error::new(Kind::Unsupported, format!("lock {len} bytes of memory for keys: {e}{hint}"))
+}
+
+/// What helps against an error of mlock(2).
+fn lock_hint(errno: Option<i32>, may_lock_none: impl FnOnce() -> bool) -> &'static str {
+    match errno {
+        Some(libc::EAGAIN | libc::ENOMEM) => LIMIT_HINT,
+        // The kernel says this of a limit of 0 alone. Otherwise it is somebody else's word.
+        Some(libc::EPERM) if may_lock_none() => LIMIT_HINT,
+        Some(libc::EPERM) => {
+            "; it is not the limit on locked memory: a filter of system calls forbids it, a container's or \
+             that of a systemd unit (SystemCallFilter=, where @memlock is to be allowed)"
+        }
+        _ => "",
+    }
+}
+
+const LIMIT_HINT: &str =
+    "; raise the limit on locked memory (\"ulimit -l\", LimitMEMLOCK= in a systemd unit)";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_forbids_to_lock_memory_is_told_apart() {
+        for errno in [libc::EAGAIN, libc::ENOMEM] {
+            assert!(lock_hint(Some(errno), || false).contains("LimitMEMLOCK="), "{errno}");
+        }
+        assert!(lock_hint(Some(libc::EPERM), || true).contains("LimitMEMLOCK="));
+        let filter = lock_hint(Some(libc::EPERM), || false);
+        assert!(filter.contains("@memlock") && !filter.contains("ulimit"), "{filter}");
+        assert_eq!(lock_hint(Some(libc::EINVAL), || false), "");
+    }
 }

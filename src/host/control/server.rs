@@ -13,6 +13,7 @@ use crate::host::control::conversation::{Conversation, Frozen};
 use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, passing, say};
 use crate::host::socket::{self, SocketName};
 use crate::vhost::gate::Told;
+use crate::vhost::listener::{SHORTAGE, is_shortage};
 use crate::vhost::queue::qos::Limits;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -239,6 +240,12 @@ impl Server {
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
+                Err(e) if is_shortage(&e) => {
+                    log::error!("a client of the control socket cannot be heard yet: {e}");
+                    // The listener would wake this thread again at once.
+                    std::thread::sleep(SHORTAGE);
+                    return Ok(());
+                }
                 Err(e) => return Err(e),
             }
         }

@@ -8,8 +8,6 @@ use std::os::fd::OwnedFd;
 
 /// Bytes of a region in a message: guest address, size, user address, offset in the file.
 const REGION: usize = 32;
-/// Most regions at a time: what the crate says in answer to GET_MAX_MEM_SLOTS.
-const MAX_REGIONS: usize = 509;
 
 /// One region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +19,18 @@ struct Region {
 }
 
 /// The regions that the front-end has given.
-#[derive(Default)]
-pub(super) struct MemoryTable(Vec<Region>);
+pub(super) struct MemoryTable {
+    regions: Vec<Region>,
+    /// The most of them.
+    most: usize,
+}
 
 impl MemoryTable {
+    /// No regions yet, and never more than so many.
+    pub(super) fn of_at_most(most: usize) -> Self {
+        MemoryTable { regions: Vec::new(), most }
+    }
+
     /// Checks SET_MEM_TABLE, which replaces all regions.
     pub(super) fn set(&mut self, message: &Message) -> io::Result<()> {
         let count = message.u32_at(0).unwrap_or(0) as usize;
@@ -35,7 +41,7 @@ impl MemoryTable {
                 message.fds.len()
             )));
         }
-        let mut table = MemoryTable::default();
+        let mut table = MemoryTable::of_at_most(self.most);
         for (i, fd) in message.fds.iter().enumerate() {
             table.insert(Region::parse(message, 8 + i * REGION)?, fd)?;
         }
@@ -55,9 +61,9 @@ impl MemoryTable {
     pub(super) fn remove(&mut self, message: &Message) -> io::Result<()> {
         let gone = Region::parse(message, 8)?;
         let same = |r: &Region| (r.guest, r.size, r.user) == (gone.guest, gone.size, gone.user);
-        match self.0.iter().position(same) {
+        match self.regions.iter().position(same) {
             Some(index) => {
-                self.0.swap_remove(index);
+                self.regions.swap_remove(index);
                 Ok(())
             }
             None => Err(invalid(format!("REM_MEM_REG of {:#x}, which is not there", gone.guest))),
@@ -66,7 +72,7 @@ impl MemoryTable {
 
     /// Forgets a region, and answers the body of the REM_MEM_REG that makes others forget it.
     pub(super) fn take(&mut self) -> Option<Vec<u8>> {
-        let gone = self.0.pop()?;
+        let gone = self.regions.pop()?;
         Some(
             [0, gone.guest, gone.size, gone.user, gone.offset].iter().flat_map(|w| w.to_ne_bytes()).collect(),
         )
@@ -74,21 +80,24 @@ impl MemoryTable {
 
     /// The first guest address behind all regions; 0 without any.
     pub(super) fn end(&self) -> u64 {
-        self.0.iter().map(|r| r.guest + r.size).max().unwrap_or(0)
+        self.regions.iter().map(|r| r.guest + r.size).max().unwrap_or(0)
     }
 
     fn insert(&mut self, region: Region, file: &OwnedFd) -> io::Result<()> {
-        if self.0.len() == MAX_REGIONS {
-            return Err(invalid(format!("more than {MAX_REGIONS} memory regions")));
+        if self.regions.len() == self.most {
+            return Err(invalid(format!(
+                "more than {} memory regions, as many as there are slots",
+                self.most
+            )));
         }
-        if let Some(other) = self.0.iter().find(|other| region.overlaps(other)) {
+        if let Some(other) = self.regions.iter().find(|other| region.overlaps(other)) {
             return Err(invalid(format!(
                 "memory regions {:#x} and {:#x} overlap",
                 region.guest, other.guest
             )));
         }
         region.check_file(file)?;
-        self.0.push(region);
+        self.regions.push(region);
         Ok(())
     }
 }
@@ -151,6 +160,13 @@ mod tests {
     /// Guest address, size, user address, offset.
     const GOOD: [u64; 4] = [0, 8 * PAGE, 0x7000_0000, 0];
 
+    /// The most regions.
+    const SLOTS: usize = 37;
+
+    fn new_table() -> MemoryTable {
+        MemoryTable::of_at_most(SLOTS)
+    }
+
     fn memory() -> File {
         let file = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
         file.set_len(PAGES * PAGE).unwrap();
@@ -193,22 +209,18 @@ mod tests {
             (1 << 62, 0, false),
             (u64::MAX, 0, false),
         ] {
-            assert_eq!(
-                add(&mut MemoryTable::default(), [0, size, 0, offset]),
-                good,
-                "{size:#x} at {offset:#x}"
-            );
+            assert_eq!(add(&mut new_table(), [0, size, 0, offset]), good, "{size:#x} at {offset:#x}");
         }
     }
 
     #[test]
     fn addresses_never_wrap() {
         for high in [1 << 62, 1 << 63, u64::MAX - PAGE, u64::MAX] {
-            assert!(!add(&mut MemoryTable::default(), [high, PAGE, 0, 0]), "guest address {high:#x}");
-            assert!(!add(&mut MemoryTable::default(), [0, PAGE, high, 0]), "user address {high:#x}");
+            assert!(!add(&mut new_table(), [high, PAGE, 0, 0]), "guest address {high:#x}");
+            assert!(!add(&mut new_table(), [0, PAGE, high, 0]), "user address {high:#x}");
         }
         let high = (1 << 62) - PAGE;
-        assert!(add(&mut MemoryTable::default(), [high, PAGE, high, 0]));
+        assert!(add(&mut new_table(), [high, PAGE, high, 0]));
     }
 
     #[test]
@@ -223,7 +235,7 @@ mod tests {
             ([guest + PAGE, PAGE, user + size, 0], false),
             (GOOD, false),
         ] {
-            let mut table = MemoryTable::default();
+            let mut table = new_table();
             assert!(add(&mut table, GOOD));
             assert_eq!(add(&mut table, other), good, "{other:x?}");
             assert_eq!(table.set(&whole(&[GOOD, other])).is_ok(), good, "{other:x?}");
@@ -233,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_table_replaces_all_regions_or_none() {
-        let mut table = MemoryTable::default();
+        let mut table = new_table();
         let beside = [8 * PAGE, PAGE, 0, 0];
         table.set(&whole(&[GOOD])).unwrap();
         table.set(&whole(&[beside, GOOD, GOOD])).unwrap_err();
@@ -244,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_table_has_a_descriptor_for_each_region() {
-        let mut table = MemoryTable::default();
+        let mut table = new_table();
         for spoil in [
             |m: &mut Message| drop(m.fds.pop()),
             |m: &mut Message| m.fds.push(memory().into()),
@@ -266,7 +278,7 @@ mod tests {
 
     #[test]
     fn only_what_is_there_can_be_removed() {
-        let mut table = MemoryTable::default();
+        let mut table = new_table();
         assert!(add(&mut table, GOOD));
         for i in 0..3 {
             let mut other = GOOD;
@@ -281,7 +293,7 @@ mod tests {
     #[test]
     fn a_memory_file_cannot_shrink_once_it_was_accepted() {
         let file = memory();
-        MemoryTable::default().add(&single(GOOD, &file)).unwrap();
+        new_table().add(&single(GOOD, &file)).unwrap();
         assert!(file.set_len(PAGE).is_err());
         assert!(file.set_len(2 * PAGES * PAGE).is_ok());
     }
@@ -290,15 +302,15 @@ mod tests {
     fn what_is_no_file_is_no_memory() {
         let odd = [File::open("/dev/null").unwrap(), File::open("/").unwrap()];
         for file in odd {
-            assert!(MemoryTable::default().add(&single(GOOD, &file)).is_err());
+            assert!(new_table().add(&single(GOOD, &file)).is_err());
         }
     }
 
     #[test]
     fn regions_are_as_many_as_there_are_slots() {
-        let (mut table, file) = (MemoryTable::default(), memory());
+        let (mut table, file) = (new_table(), memory());
         let nth = |n: u64| single([n * PAGE, PAGE, n * PAGE, 0], &file);
-        assert!((0..MAX_REGIONS as u64).all(|n| table.add(&nth(n)).is_ok()));
-        assert!(table.add(&nth(MAX_REGIONS as u64)).is_err());
+        assert!((0..SLOTS as u64).all(|n| table.add(&nth(n)).is_ok()));
+        assert!(table.add(&nth(SLOTS as u64)).is_err());
     }
 }

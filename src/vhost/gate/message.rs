@@ -4,6 +4,7 @@
 //! little-endian words (request, flags, size), a body of `size` bytes, and descriptors that travel with the
 //! header.
 
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -150,7 +151,7 @@ fn receive_exact(
             received => received?,
         };
         if truncated {
-            return Err(invalid("descriptors that this process has no room for".into()));
+            return Err(no_room());
         }
         if fds.len() > MAX_FDS {
             return Err(invalid("more descriptors than any message has".into()));
@@ -201,6 +202,16 @@ pub(super) fn word_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// The error for descriptors that this process has no room for.
+pub(super) fn no_room() -> io::Error {
+    let limit =
+        getrlimit(Resource::RLIMIT_NOFILE).map_or_else(|_| String::new(), |(soft, _)| format!(" {soft}"));
+    invalid(format!(
+        "this process has no room for more descriptors: its limit is{limit} (\"ulimit -n\", LimitNOFILE= in \
+         a systemd unit); with fewer --queues it needs fewer"
+    ))
+}
+
 /// An error about what the peer sent.
 pub(super) fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
@@ -209,7 +220,7 @@ pub(super) fn invalid(what: String) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::resource::setrlimit;
     use std::fs::File;
     use std::io::Write;
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;

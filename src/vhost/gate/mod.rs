@@ -18,10 +18,11 @@ use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::vring::Rings;
 use event::check_event;
 use memory::MemoryTable;
-use message::{Message, invalid};
+use message::{Message, invalid, no_room};
 use shape::{Shape, has_answer};
 use state::Transfer;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
@@ -46,6 +47,8 @@ pub struct Limits {
     pub queues: u64,
     /// Most entries of a ring.
     pub queue_size: u32,
+    /// Most memory regions at a time.
+    pub memory_regions: u16,
 }
 
 /// One connection.
@@ -75,7 +78,8 @@ impl Gate {
         rings: Arc<Rings>,
         channel: Arc<Channel>,
     ) -> Result<Self> {
-        let (memory, transfer) = (MemoryTable::default(), Transfer::default());
+        let memory = MemoryTable::of_at_most(limits.memory_regions.into());
+        let transfer = Transfer::default();
         let mut gate =
             Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory, transfer, rings, channel };
         gate.features = gate.ask_u64(Req::GET_FEATURES)?;
@@ -134,6 +138,10 @@ impl Gate {
             // Deprecated. Back-ends are to ignore it; the crate would forget what was agreed.
             Req::RESET_OWNER => return Ok(None),
             Req::GET_PROTOCOL_FEATURES => return Ok(Some(Message::reply_u64(code, self.offered))),
+            // The crate would answer with a number that this process may not have descriptors for.
+            Req::GET_MAX_MEM_SLOTS => {
+                return Ok(Some(Message::reply_u64(code, self.limits.memory_regions.into())));
+            }
             Req::SET_PROTOCOL_FEATURES => {
                 self.acked = subset(&message, self.offered)?;
                 return Ok(None);
@@ -292,11 +300,27 @@ impl Gate {
     }
 
     /// Hands a message to the crate and waits for its answer.
+    ///
+    /// A crate that finds no room for the descriptors of a message passes over it without a word, and waits
+    /// for the next one. So a question follows such a message at once: then there is always something that
+    /// the crate answers, or cannot make sense of and ends at, and nobody waits for ever.
     fn forward(&mut self, message: Message) -> Result<Message> {
         let request = message.request;
-        let message = message.with_need_reply();
-        message.send(&self.inner)?;
-        let answer = Message::receive(&self.inner)?;
+        let has_fds = !message.fds.is_empty();
+        if has_fds {
+            check_room_for(&message.fds)?;
+        }
+        // Its descriptors are closed here: the crate has got its own, or will find out that it cannot.
+        message.with_need_reply().send(&self.inner)?;
+        if has_fds {
+            Message::request(QUESTION, Vec::new()).send(&self.inner)?;
+        }
+        let answer = self.hear_crate()?;
+        match &answer {
+            Some(first) if has_fds && first.answers(QUESTION) => return Err(no_room()),
+            Some(_) if has_fds => drop(self.hear_crate()?),
+            _ => {}
+        }
         // The crate cannot say it: a ring that was to run now does not.
         self.rings.check()?;
         match answer {
@@ -306,10 +330,27 @@ impl Gate {
         }
     }
 
+    /// The next that the crate says; `None` if it has ended, with or without having read everything.
+    fn hear_crate(&self) -> Result<Option<Message>> {
+        match Message::receive(&self.inner) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+            heard => heard,
+        }
+    }
+
     fn ask_u64(&mut self, request: Req) -> Result<u64> {
         let answer = self.forward(Message::request(request as u32, Vec::new()))?;
         answer.u64_at(0).ok_or_else(|| invalid(format!("{}: short answer", request_name(request as u32))))
     }
+}
+
+/// What the crate is asked behind a message with descriptors. It changes nothing.
+const QUESTION: u32 = Req::GET_FEATURES as u32;
+
+/// Whether the crate will find room for copies of these descriptors, as far as that is known before.
+fn check_room_for(fds: &[OwnedFd]) -> Result<()> {
+    let copies = fds.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>>>();
+    copies.map(drop).map_err(|_| no_room())
 }
 
 /// Whether an acknowledgement says yes.
@@ -336,6 +377,8 @@ fn request_name(request: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vhost::tenure::{Serving, Tenure};
+    use nix::sys::eventfd::EventFd;
 
     #[test]
     fn features_are_a_part_of_what_was_offered() {
@@ -344,5 +387,55 @@ mod tests {
         assert_eq!(features(0).unwrap(), 0);
         assert!(features(0b1).is_err() && features(u64::MAX).is_err());
         assert!(subset(&Message::request(2, vec![0; 7]), u64::MAX - 1).is_err());
+    }
+
+    /// No ring runs here.
+    struct Nobody;
+
+    impl Tenure for Nobody {
+        fn claim(&self) -> io::Result<Arc<Serving>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn serving(&self) -> Option<Arc<Serving>> {
+            None
+        }
+
+        fn rest(&self) {}
+
+        fn guest_chose(&self, _write_through: bool) {}
+
+        fn vmm_came(&self) {}
+
+        fn vmm_left(&self) -> bool {
+            false
+        }
+    }
+
+    /// As the crate: it answers everything, but passes over messages whose descriptors it has no room for.
+    fn crate_without_room(socket: &UnixStream) {
+        while let Ok(Some(message)) = Message::receive(socket) {
+            if message.fds.is_empty() {
+                Message::reply_u64(message.request, 0).send(socket).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_that_the_crate_passes_over_ends_the_session() {
+        let ((vmm, ours), (inner, crates)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let limits = Limits { queues: 1, queue_size: 64, memory_regions: 8 };
+        let rings = Rings::new(Arc::new(Nobody), 1, Arc::default());
+        let ended = std::thread::scope(|scope| {
+            scope.spawn(|| crate_without_room(&crates));
+            let mut call = Message::request(Req::SET_VRING_CALL as u32, 0u64.to_ne_bytes().to_vec());
+            call.fds.push(EventFd::new().unwrap().into());
+            call.send(&vmm).unwrap();
+            let ended = Gate::new(ours, inner, limits, rings, Arc::default()).and_then(|mut gate| gate.run());
+            crates.shutdown(std::net::Shutdown::Both).unwrap();
+            ended
+        });
+        let said = ended.unwrap_err().to_string();
+        assert!(said.contains("SET_VRING_CALL: this process has no room for more descriptors"), "{said}");
     }
 }

@@ -64,7 +64,10 @@ impl Shape {
             let queue =
                 u64::from(message.u32_at(0).unwrap_or(u32::MAX)) & if self.fds > 0 { 0xff } else { u64::MAX };
             if queue >= limits.queues {
-                return Err(invalid(format!("queue {queue} of {}", limits.queues)));
+                return Err(invalid(format!(
+                    "queue {queue}, where {} are offered (attach with more --queues, or have the VMM use fewer)",
+                    limits.queues
+                )));
             }
         }
         Ok(())

@@ -22,6 +22,7 @@ mod model;
 mod tests;
 
 use crate::disk::Disk;
+use crate::vhost::dirty::GuestMemory;
 use crate::vhost::queue::inflight::InflightQueue;
 use crate::vhost::queue::qos::Qos;
 use crate::vhost::queue::ring::{Position, Ring};
@@ -77,6 +78,8 @@ enum Command {
     Start(Box<Setup>),
     SetCall(Option<File>),
     Sync,
+    /// Serve the ring in this memory, which has all that there was before.
+    GiveMemory(Arc<GuestMemory>),
     /// Have another disk, or none, for the rings to come.
     Hold(Option<Arc<Disk>>),
     Stop,
@@ -183,7 +186,7 @@ fn gone() -> io::Error {
     io::Error::other("the queue's thread is gone")
 }
 
-/// What a thread will answer to a [`Worker::pause`] or [`Worker::resume`].
+/// What a thread will answer to a [`Worker::pause`], and the like.
 pub struct Awaited(Receiver<Answer>);
 
 impl Awaited {
@@ -219,14 +222,22 @@ impl Worker {
     /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which is then to
     /// hold up neither a drain nor a detach: the thread is interrupted.
     fn ask(&self, command: Command) -> Answer {
-        let answer = self.mailbox.send(command)?;
+        self.hear(Awaited(self.mailbox.send(command)?))
+    }
+
+    fn hear(&self, answer: Awaited) -> Answer {
         loop {
-            match answer.recv_timeout(INTERRUPT_AFTER) {
+            match answer.0.recv_timeout(INTERRUPT_AFTER) {
                 Ok(answer) => return answer,
                 Err(RecvTimeoutError::Disconnected) => return Err(gone()),
                 Err(RecvTimeoutError::Timeout) => self.free_of_vmm(),
             }
         }
+    }
+
+    /// What the thread answers. As in [`Worker::ask`], a VMM cannot hold it up.
+    pub fn wait(&self, answer: Awaited) -> io::Result<()> {
+        self.hear(answer).map(drop)
     }
 
     /// What the thread answers, if it does until `deadline`. As in [`Worker::ask`], a VMM cannot hold it up.
@@ -289,6 +300,12 @@ impl Worker {
     /// everybody to see.
     pub fn sync(&self) -> io::Result<()> {
         self.ask(Command::Sync).map(drop)
+    }
+
+    /// Has the running ring served in this memory, which must have all regions that there were before, where
+    /// they were. The ring need not stop for that.
+    pub fn give_memory(&self, memory: Arc<GuestMemory>) -> io::Result<Awaited> {
+        self.mailbox.send(Command::GiveMemory(memory)).map(Awaited)
     }
 
     /// Replaces the call descriptor of the running ring, and signals the new one once.
@@ -358,9 +375,11 @@ fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tun
                 disk = next;
                 let _ = reply.send(Ok(None));
             }
-            Command::SetCall(_) | Command::Sync | Command::Stop | Command::Resume { .. } => {
-                drop(reply.send(Ok(None)))
-            }
+            Command::SetCall(_)
+            | Command::Sync
+            | Command::GiveMemory(_)
+            | Command::Stop
+            | Command::Resume { .. } => drop(reply.send(Ok(None))),
             Command::Prepare(_) => drop(reply.send(Err(not_paused()))),
             Command::Pause => {
                 let _ = reply.send(Ok(None));

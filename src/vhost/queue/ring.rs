@@ -60,6 +60,12 @@ impl Ring {
         &self.mem
     }
 
+    /// Goes on in other memory, which has all regions that there were before, where they were: what was
+    /// checked stays true.
+    pub fn grow_memory(&mut self, mem: Arc<GuestMemory>) {
+        self.mem = mem;
+    }
+
     /// Says that `len` bytes of guest memory at `addr` were written.
     pub fn mark_dirty(&self, addr: GuestAddress, len: u64) {
         self.log.mark(addr.0, len);

@@ -4,6 +4,7 @@
 //! is found by byte position: the first 16 readable bytes are the header, the last writable byte is the
 //! status, what lies between is data.
 
+use crate::virtio::chain::MAX_DESCRIPTORS;
 use crate::virtio::{MAX_DISCARD_SECTORS, Shape, memory};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -17,9 +18,6 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 const HEADER_SIZE: usize = 16;
 /// Bytes in one DISCARD or WRITE_ZEROES segment: sector, number of sectors, flags.
 const RANGE_SIZE: usize = 16;
-/// Most descriptors in a chain. A driver may use as many as the queue has entries (virtio 1.3, 2.7.5.3.1);
-/// this is the largest queue that we offer, with header and status.
-const MAX_DESCRIPTORS: usize = 1024 + 2;
 /// Bytes that GET_ID answers.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
@@ -105,7 +103,7 @@ pub fn parse<M: GuestMemory>(
     let mut complete = false;
     let mut last_writable = false;
     let mut readable = 0usize;
-    let mut count = 0usize;
+    let mut count = 0;
     for desc in chain {
         count += 1;
         if count > MAX_DESCRIPTORS {

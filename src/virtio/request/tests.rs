@@ -491,10 +491,23 @@ fn chains_end_at_the_largest_ring() {
         let data = (2..count).map(|_| In(WANTED, 512));
         let parts: Vec<Part> = [Out(HEADER, 16)].into_iter().chain(data).chain([In(STATUS, 1)]).collect();
         guest.table(TABLE, &parts);
-        guest.descriptor(0, 0, Descriptor::new(TABLE, 16 * count as u32, INDIRECT, 0));
+        guest.descriptor(0, 0, Descriptor::new(TABLE, 16 * count, INDIRECT, 0));
         let parsed = guest.pop().0;
         assert_eq!(parsed.is_some(), answered, "{count} descriptors");
-        assert!(parsed.is_none_or(|p| p.data_len == 512 * (count as u64 - 2)));
+        assert!(parsed.is_none_or(|p| p.data_len == 512 * (u64::from(count) - 2)));
+    }
+}
+
+/// Its size is the guest's word, and whoever believes it walks through all memory.
+#[test]
+fn a_table_with_more_entries_than_a_chain_may_have_is_refused() {
+    let guest = Guest::new(DISK, READ, 6);
+    guest.table(TABLE, &wanting(512));
+    for (entries, answered) in
+        [(3, true), (MAX_DESCRIPTORS, true), (MAX_DESCRIPTORS + 1, false), (u32::MAX >> 4, false)]
+    {
+        guest.descriptor(0, 0, Descriptor::new(TABLE, 16 * entries, INDIRECT, 0));
+        assert_eq!(guest.pop().0.is_some(), answered, "{entries} entries");
     }
 }
 

@@ -134,6 +134,7 @@ impl Served {
             queues: QUEUES as u16,
             seg_max: 126,
             queue_size: 128,
+            memory_regions: 32,
             writeback: Arc::new(true.into()),
         });
         let name = folder.join("s");

@@ -6,7 +6,7 @@ mod rewrite;
 use crate::backing::file::memory::{FileMemory, User};
 use crate::backing::file::pool::{self, PAGE, Pool, Span};
 use crate::backing::file::prefetch::prefetch;
-use crate::backing::file::ring::Ring;
+use crate::backing::file::ring::{self, Ring};
 use crate::backing::file::turns::{Edges, Turns};
 use crate::backing::file::write_cache::WriteCache;
 use crate::backing::{Buffer, Event, InMemory, NotBegun, Op, Queue, Wait};
@@ -182,7 +182,8 @@ impl FileQueue {
         // Room for watches and their removal beside the data.
         let ring = Ring::take(depth as u32 + 16)?;
         let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
-        ring.submitter().register_files(&files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>())?;
+        let files_of_ring = files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>();
+        ring.submitter().register_files(&files_of_ring).map_err(ring::explained)?;
         let by_ring = !inline || below.iter().any(|b| !b.inline);
         let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
@@ -698,7 +699,7 @@ fn register(ring: &IoUring, pool: &Pool) -> bool {
     match unsafe { ring.submitter().register_buffers(&[pool.iovec()]) } {
         Ok(()) => true,
         Err(e) => {
-            log::info!("bounce buffers are not registered with io_uring: {e}");
+            log::info!("bounce buffers are not registered: {}", ring::explained(e));
             false
         }
     }

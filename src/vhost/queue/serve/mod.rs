@@ -295,6 +295,10 @@ impl Server {
                 }
                 // What was written before is in guest memory: the answer goes by way of a lock.
                 Command::Sync => drop(reply.send(Ok(None))),
+                Command::GiveMemory(memory) => {
+                    self.setup.ring.grow_memory(memory);
+                    let _ = reply.send(Ok(None));
+                }
                 Command::Stop => self.draining = Some(reply),
                 Command::Pause => self.pausing = Some(reply),
                 Command::Exit => {
