@@ -9,6 +9,7 @@ use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
+use crate::config::shown_file;
 
 /// A volume that somebody wants made.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +57,11 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
     if new.unencrypted {
         check_may_be_unencrypted(store)?;
     }
+    let is_encrypted = has_own_key(store, new, snapshot) || snapshot.is_some_and(Snapshot::is_encrypted);
+    if let Some(snapshot) = snapshot {
+        let what = format!("without --key, a volume made from {}", snapshot.id());
+        store.settings().check_encrypted(what, is_encrypted)?;
+    }
     let Some(snapshot) = snapshot else {
         return Geometry::new(new.size.unwrap_or(0), new.sector_size.unwrap_or_default());
     };
@@ -81,14 +87,15 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
 }
 
 /// # Errors
-/// `Usage` if the settings say that every new volume is encrypted.
+/// `Usage` if the settings say that every new volume is encrypted; `Refused` if they let no other be opened.
 pub fn check_may_be_unencrypted(store: &Store) -> Result<()> {
+    store.settings().check_encrypted("such a volume", false)?;
     if !store.settings().encrypt_by_default {
         return Ok(());
     }
     refuse(format!(
         "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
-        store.root().settings().display()
+        shown_file().display()
     ))
 }
 

@@ -120,8 +120,20 @@ impl Store {
 
     /// Opens a volume that was taken, to change it.
     fn open_taken(&self, lock: VolumeLock) -> Result<Taken, Failure> {
+        self.open_as(lock, Opening::Change, Access::ReadWrite)
+    }
+
+    /// Opens a volume that was taken.
+    ///
+    /// # Errors
+    /// `Refused` for one that is not encrypted, where the settings require that; as [`Taken::open`].
+    fn open_as(&self, lock: VolumeLock, opening: Opening, top: Access) -> Result<Taken, Failure> {
         let unwrap = |owner, key: &_| self.unwrap(owner, key);
-        Taken::open(&self.catalog(), lock, Opening::Change, Access::ReadWrite, &unwrap)
+        let taken = Taken::open(&self.catalog(), lock, opening, top, &unwrap)?;
+        // Of the record that was opened: another look at the file could find another one.
+        let opened = &taken.opened.metadata;
+        self.settings.check_encrypted(opened.id(), opened.is_encrypted())?;
+        Ok(taken)
     }
 
     /// Unwraps a data key by a helper process, as an attach does.

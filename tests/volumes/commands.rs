@@ -294,7 +294,7 @@ fn settings_choose_the_key_and_forbid_plaintext() {
     let other = store.create(&["--unencrypted"]);
     assert_eq!((&other["encrypted"], &other["keys"]), (&json!(false), &json!([])));
     store.json(&["key", "create", "--alias", "alias/mine"]);
-    let settings = store.root().join("sealblk.toml");
+    let settings = store.dir.path().join("config/sealblk.toml");
     fs::write(&settings, "default-key = 'alias/mine'\nencrypt-by-default = true\nregion = 'eu-1'\n").unwrap();
     let said = store.refuse(2, &["volume", "create", "--size=1MiB", "--unencrypted"]);
     assert!(said.contains("encrypt-by-default"), "{said}");

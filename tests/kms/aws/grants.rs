@@ -328,7 +328,7 @@ fn plant(place: &Place, provider: &str, key: &str, grantee: &str, grant: Option<
 
 /// Everything that looks at notes of grants: the attach of the volume they are of, with and without grants, and gc.
 fn let_everything_look(place: &Place) {
-    let settings = fs::read_to_string(place.store.root().join("sealblk.toml")).unwrap();
+    let settings = fs::read_to_string(place.store.settings()).unwrap();
     place.store.configure(&format!("attach-grants = false\n{settings}"));
     let host = place.attach(&[]);
     assert!(host.output().contains("notes of grants are not read there any more"), "{}", host.output());
