@@ -42,8 +42,8 @@ fn set_in(config: &Path, root: &Root, key: &str, value: Option<Value>) -> Result
     Ok(settings)
 }
 
-/// Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be locked: this locks
-/// the folder, which is made if there is none.
+/// Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be
+/// locked: this locks the folder, which is made if there is none.
 pub(super) fn lock(config: &Path) -> Result<impl Drop + use<>> {
     create_dir_durable(config)?;
     let folder: std::io::Result<File> = files::folder(config);

@@ -3,7 +3,7 @@
 //! ```toml
 //! kms-keys = [
 //!     "embedded",                                         # every key of the embedded KMS
-//!     "alias/prod",                                       # one of them, as --key names it: by alias, id or ARN
+//!     "alias/prod",                                       # one of them, by alias, id or ARN
 //!     "arn:aws:kms:eu-1:111122223333:key/1234abcd-…",     # one key of AWS KMS
 //!     "arn:aws:kms:eu-1:111122223333:key/*",              # every key of this account in this region
 //!     "aws:alias/volumes",                                # what this alias means when a key is used
@@ -80,8 +80,8 @@ impl TryFrom<String> for Entry {
             return Ok(Entry::Key(text));
         }
         Err(usage(format!(
-            "kms-keys: {text:?} names no key; write \"embedded\", \"alias/NAME\", a key's id or ARN, an ARN that ends with \
-             \":key/*\", \"aws:alias/NAME\" or \"aws\""
+            "kms-keys: {text:?} names no key; write \"embedded\", \"alias/NAME\", a key's id or ARN, an ARN \
+             that ends with \":key/*\", \"aws:alias/NAME\" or \"aws\""
         )))
     }
 }

@@ -1,8 +1,9 @@
 //! Settings that an earlier version has left in a store, and how they come into the configuration folder.
 //!
-//! Nobody reads them where they are: whoever can write the store could have written them, and has a command run or another
-//! key used. A store that has such a file is refused. An operator looks at it and moves it. It is in the new place, durably,
-//! before it leaves the old one; a cut between the two leaves both, which say the same, and the next try ends it.
+//! Nobody reads them where they are: whoever can write the store could have written them, and has a command
+//! run or another key used. A store that has such a file is refused. An operator looks at it and moves it. It
+//! is in the new place, durably, before it leaves the old one; a cut between the two leaves both, which say
+//! the same, and the next try ends it.
 
 use crate::base::root::{Root, files, owners, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
@@ -18,8 +19,8 @@ pub fn refuse_old(config: &Path, root: &Root) -> Result<()> {
         return Ok(());
     }
     Err(usage(format!(
-        "{} is not read, since whoever can write the store could have written it; look at it: if it is yours, \"sealblk --root \
-         {} settings move\" moves it to {}, and if it is not, remove it",
+        "{} is not read, since whoever can write the store could have written it; look at it: if it is yours, \
+         \"sealblk --root {} settings move\" moves it to {}, and if it is not, remove it",
         old.display(),
         root.path().display(),
         config.join(FILE).display()
@@ -42,11 +43,12 @@ pub struct Old {
     mode: u32,
 }
 
-/// Reads the settings that an earlier version has left in the store at `root`; none if there are none. Changes nothing.
+/// Reads the settings that an earlier version has left in the store at `root`; none if there are none.
+/// Changes nothing.
 ///
 /// # Errors
-/// `Usage` for a file that cannot be understood, that somebody else can write, or that differs from settings that are in the
-/// configuration folder already; `Corrupt` for what is no regular file.
+/// `Usage` for a file that cannot be understood, that somebody else can write, or that differs from settings
+/// that are in the configuration folder already; `Corrupt` for what is no regular file.
 pub fn look(root: &Root) -> Result<Option<Old>> {
     look_from(&Root::config_dir()?, root)
 }
@@ -75,7 +77,7 @@ fn look_from(config: &Path, root: &Root) -> Result<Option<Old>> {
         && Settings::read(found)? != settings
     {
         let message = format!(
-            "{} says something else; make that file say what is to hold for every store of this host, and remove {}",
+            "{} says something else; make that file say what is to hold for all stores, and remove {}",
             found.display(),
             from.display()
         );
@@ -89,8 +91,8 @@ impl Old {
     /// Moves them, comments and all, durably.
     ///
     /// # Errors
-    /// As for [`look`], if that has changed meanwhile; those of the file system. The old file is there then, unless it was
-    /// moved by somebody else.
+    /// As for [`look`], if that has changed meanwhile; those of the file system. The old file is there then,
+    /// unless it was moved by somebody else.
     pub fn carry_out(&self) -> Result<()> {
         let attempt = || format!("move {}", self.from.display());
         let _folder = edit::lock(&self.config)?;

@@ -1,7 +1,8 @@
-//! Only the keys that the settings allow (`kms-keys`): before a KMS is asked to make, wrap or unwrap a data key, or for a grant.
+//! Only the keys that the settings allow (`kms-keys`): before a KMS is asked to make, wrap or unwrap a data
+//! key, or for a grant.
 //!
-//! A record in the store says under which key a data key is. Whoever can write the store could name a key of his own there,
-//! in a KMS that this host reaches, and wait for the data keys that are made under it.
+//! A record in the store says under which key a data key is. Whoever can write the store could name a key of
+//! his own there, in a KMS that this host reaches, and wait for the data keys that are made under it.
 
 use crate::audit::AuditKey;
 use crate::config::kms_keys::Entry;
@@ -86,7 +87,8 @@ impl Allowed {
         if self.is_named(&key) {
             return Ok(());
         }
-        // What an alias means its KMS alone can tell. That gives nothing away, and an ARN is judged without asking anybody.
+        // What an alias means its KMS alone can tell. That gives nothing away, and an ARN is judged without
+        // asking anybody.
         let arn = match is_key_arn(&key) {
             true => key.clone(),
             false => match self.inner.describe(&key) {
@@ -98,7 +100,8 @@ impl Allowed {
         if self.is_named(&arn) || self.is_meant(&arn)? { Ok(()) } else { Err(self.refusal(&key)) }
     }
 
-    /// The same for a key that a record names, which is by its ARN: an alias could mean another key a moment later.
+    /// The same for a key that a record names, which is by its ARN: an alias could mean another key a moment
+    /// later.
     fn check_recorded(&self, key: &str) -> Result<(), KmsError> {
         match is_key_arn(key) {
             true => self.check(key),

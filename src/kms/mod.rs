@@ -179,8 +179,8 @@ pub struct Capabilities {
     pub grantee: Option<String>,
 }
 
-/// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of the settings, for the
-/// keys that the settings allow. What it is used for goes into the store's audit log.
+/// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of the
+/// settings, for the keys that the settings allow. What it is used for goes into the store's audit log.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
 pub fn open_provider(hardened: Hardened, root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {

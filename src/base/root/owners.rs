@@ -5,7 +5,8 @@
 //! folder, one a line: those of `attach --user`, whom the files of volumes are given. Nobody else can write to them. Above
 //! the root the same holds, except that a folder like `/tmp`, where nobody can rename what is another's, will do.
 //!
-//! The configuration folder, and each file in it that decides something, is root's or the caller's, and nobody else's.
+//! The configuration folder, and each file in it that decides something, is root's or the caller's, and
+//! nobody else's.
 
 use crate::base::root::offered::without_links;
 use crate::base::root::{Root, files};
@@ -20,8 +21,8 @@ pub const STORE_USERS: &str = "store-users";
 /// The longest such file in bytes.
 const MAX_LEN: u64 = 64 << 10;
 /// What to do about a folder of the store that is another user's.
-const MEND_STORE: &str = "make it root's or yours (\"chown\"), or, if that is the user of \"attach --user\", write the name \
-                          into store-users in the configuration folder";
+const MEND_STORE: &str = "make it root's or yours (\"chown\"), or, if that is the user of \"attach --user\", \
+                          write the name into store-users in the configuration folder";
 
 /// The users whose a store's folders may be.
 #[derive(Clone, Debug)]
@@ -31,12 +32,12 @@ pub struct Owners {
     mend: &'static str,
 }
 
-/// Finds the file `name` in the configuration folder `config`, which decides something; none if it is not there. A symbolic
-/// link is followed to a file that nobody else can write, or put another one in place of.
+/// Finds the file `name` in the configuration folder `config`, which decides something; none if it is not
+/// there. A symbolic link is followed to a file that nobody else can write, or put another one in place of.
 ///
 /// # Errors
-/// `Usage` if somebody else has, or can write, the folder or the file, or if this user may not look into the folder; `NotFound`
-/// for a link that leads nowhere.
+/// `Usage` if somebody else has, or can write, the folder or the file, or if this user may not look into the
+/// folder; `NotFound` for a link that leads nowhere.
 pub fn find_deciding(config: &Path, name: &str) -> Result<Option<PathBuf>> {
     let ours = Owners::of_this_process();
     let path = config.join(name);
@@ -81,8 +82,8 @@ pub fn read_deciding(path: &Path, max: u64) -> Result<Vec<u8>> {
 fn unreadable(path: &Path) -> Error {
     let user = name_of(geteuid().as_raw());
     let message = format!(
-        "{user} may not read {}, which decides what holds here; let that user read the folder and this file, or have the \
-         user's own configuration folder named by SEALBLK_CONFIG_DIR",
+        "{user} may not read {}, which decides what holds here; let that user read the folder and this file, \
+         or name a configuration folder of the user's own by SEALBLK_CONFIG_DIR",
         path.display()
     );
     Error::new(Kind::Usage, message)
