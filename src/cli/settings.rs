@@ -1,4 +1,5 @@
-//! `sealblk settings`: what holds for every store that is used with this configuration folder, with EBS's rules.
+//! `sealblk settings`: what holds for every store that is used with this configuration folder, with EBS's
+//! rules.
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Result};
@@ -29,8 +30,8 @@ Examples:
   sealblk settings move --dry-run
   sealblk settings move
 
-Whoever can write the store could have written them there: look at what they say. They hold for every store that is used with
-this configuration folder.")]
+Whoever can write the store could have written them there: look at what they say. They hold for every store
+that is used with this configuration folder.")]
     Move(Move),
 }
 
@@ -92,9 +93,10 @@ fn move_old(env: &Env, args: &Move) -> Result<()> {
     let old = moving::look(&env.root)?;
     let Some(old) = old else {
         return match env.json {
-            true => output::print_json(
-                &json!({"from": null, "to": config::file()?.display().to_string(), "text": null, "moved": false}),
-            ),
+            true => {
+                let to = config::file()?.display().to_string();
+                output::print_json(&json!({"from": null, "to": to, "text": null, "moved": false}))
+            }
             false => output::print("there are no settings in the store: nothing is to be moved\n").map(drop),
         };
     };
@@ -139,6 +141,7 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
             "encrypt_by_default": settings.encrypt_by_default,
             "require_encrypted": settings.require_encrypted,
             "kms_keys": kms_keys,
+            "clone_data_key": settings.clone_data_key.name(),
             "region": settings.locality.region,
             "account": settings.locality.account,
         }));
@@ -149,6 +152,7 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
         ("encrypt-by-default", on_off(settings.encrypt_by_default)),
         ("require-encrypted", on_off(settings.require_encrypted)),
         ("kms-keys", &kms_keys),
+        ("clone-data-key", settings.clone_data_key.name()),
         ("region", &settings.locality.region),
         ("account", &settings.locality.account),
     ];

@@ -1,11 +1,12 @@
-//! `sealblk.toml` in the configuration folder: what is written (serde) into what is meant. It holds for every store that is
-//! used with this folder.
+//! `sealblk.toml` in the configuration folder: what is written (serde) into what is meant. It holds for every
+//! store that is used with this folder.
 //!
 //! ```toml
 //! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
 //! require-encrypted = false        # true: no unencrypted volume can be attached, or opened otherwise
 //! kms-keys = ["embedded"]          # which KMS keys may be asked for data keys; without it, all
+//! clone-data-key = "snapshot"      # "own": a volume made from a snapshot writes under a data key of its own
 //! region = "us-east-1"             # in events and in the ARNs of the embedded KMS
 //! account = "000000000000"         # likewise, 12 digits
 //! kms-patience = 60                # seconds for which a KMS that cannot be reached is asked again
@@ -15,9 +16,9 @@
 //!
 //! and `[[event-sink]]` tables ([`sinks`]).
 //!
-//! What stands there has consequences: a command that is run, a key that is used. So it does not lie in the store, with the
-//! ciphertext, where whoever can write the store could change it. A store with a `sealblk.toml` of an earlier version is
-//! refused until that was moved ([`moving`]).
+//! What stands there has consequences: a command that is run, a key that is used. So it does not lie in the
+//! store, with the ciphertext, where whoever can write the store could change it. A store with a
+//! `sealblk.toml` of an earlier version is refused until that was moved ([`moving`]).
 #![forbid(unsafe_code)]
 
 pub mod edit;
@@ -45,6 +46,27 @@ const MAX_LEN: u64 = 1 << 20;
 /// The alias of the key that is made at first use, when neither the command nor the settings name one.
 pub const DEFAULT_KEY: &str = "alias/aws/ebs";
 
+/// Under which data key a volume writes that is made from a snapshot, where the command does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloneDataKey {
+    /// The snapshot's, as EBS has it.
+    #[default]
+    Snapshot,
+    /// One of its own.
+    Own,
+}
+
+impl CloneDataKey {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            CloneDataKey::Snapshot => "snapshot",
+            CloneDataKey::Own => "own",
+        }
+    }
+}
+
 /// The settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -56,6 +78,8 @@ pub struct Settings {
     pub require_encrypted: bool,
     /// Which KMS keys may wrap and unwrap data keys.
     pub kms_keys: KmsKeys,
+    /// Under which data key a volume writes that is made from a snapshot.
+    pub clone_data_key: CloneDataKey,
     /// Where the embedded KMS and the store's events say that they are.
     pub locality: Locality,
     /// For how long a KMS that cannot be reached, or is overloaded, is asked again; at most an hour.
@@ -75,6 +99,7 @@ impl Default for Settings {
             encrypt_by_default: false,
             require_encrypted: false,
             kms_keys: KmsKeys::default(),
+            clone_data_key: CloneDataKey::default(),
             locality: Locality::default(),
             kms_patience: Duration::from_secs(60),
             attach_grants: true,
@@ -88,8 +113,9 @@ impl Settings {
     /// Reads the settings for the store at `root`; a file that is not there means the defaults.
     ///
     /// # Errors
-    /// `Usage`, naming the file and the line, for what cannot be understood; for a file, or configuration folder, that
-    /// somebody else can write, or that this user may not read; and for a store that still has settings in it.
+    /// `Usage`, naming the file and the line, for what cannot be understood; for a file, or configuration
+    /// folder, that somebody else can write, or that this user may not read; and for a store that still has
+    /// settings in it.
     pub fn load(root: &Root) -> Result<Self> {
         Self::load_from(&Root::config_dir()?, root)
     }
@@ -144,7 +170,8 @@ pub fn shown_file() -> PathBuf {
     file().unwrap_or_else(|_| FILE.into())
 }
 
-/// The file with the settings, if there is one, by a path without links. Nobody but root and the caller can write it.
+/// The file with the settings, if there is one, by a path without links. Nobody but root and the caller can
+/// write it.
 fn find(config: &Path) -> Result<Option<PathBuf>> {
     owners::find_deciding(config, FILE).context(|| "look for the settings")
 }
@@ -156,6 +183,7 @@ struct Written {
     encrypt_by_default: Option<bool>,
     require_encrypted: Option<bool>,
     kms_keys: Option<Vec<String>>,
+    clone_data_key: Option<CloneDataKey>,
     region: Option<String>,
     account: Option<String>,
     kms_patience: Option<u64>,
@@ -174,6 +202,7 @@ impl TryFrom<Written> for Settings {
             default_key: w.default_key.unwrap_or(default.default_key),
             encrypt_by_default: w.encrypt_by_default.unwrap_or(default.encrypt_by_default),
             require_encrypted: w.require_encrypted.unwrap_or(default.require_encrypted),
+            clone_data_key: w.clone_data_key.unwrap_or(default.clone_data_key),
             kms_keys: w.kms_keys.map_or(Ok(default.kms_keys), KmsKeys::parse)?,
             locality: Locality {
                 region: w.region.unwrap_or(default.locality.region),
@@ -232,7 +261,8 @@ mod tests {
     #[test]
     fn what_is_set_is_meant() {
         let settings = Settings::parse(
-            "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
+            "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
+             clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
              kms-patience = 0\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
@@ -240,6 +270,7 @@ mod tests {
             encrypt_by_default: true,
             require_encrypted: true,
             kms_keys: KmsKeys::parse(vec!["embedded".into()]).unwrap(),
+            clone_data_key: CloneDataKey::Own,
             locality: Locality { region: "eu-1".into(), account: "123456789012".into() },
             kms_patience: Duration::ZERO,
             attach_grants: false,
@@ -277,6 +308,7 @@ mod tests {
             ("encrypt-by-default = 'yes'", "boolean"),
             ("require-encrypted = 1", "boolean"),
             ("kms-keys = 'embedded'", "sequence"),
+            ("clone-data-key = 'mine'", "expected `snapshot` or `own`"),
             ("kms-keys = ['alais/prod']", "alais/prod"),
             ("default-key = ' '", "default-key is empty"),
             ("region = 'EU:1'", "region must be"),

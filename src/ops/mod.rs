@@ -11,6 +11,7 @@
 //! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
+//! | data keys: who else has them | [`key_sharing`] |
 //! | the store as a whole | [`apply`], [`gc`] |
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ pub mod gc;
 pub mod import;
 mod import_copy;
 mod import_in_place;
+pub mod key_sharing;
 pub mod keys;
 pub mod make;
 mod new_top;

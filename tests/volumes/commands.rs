@@ -102,6 +102,8 @@ fn a_volume_is_made_shown_and_deleted() {
         let mut shown = store.json(&["volume", "show", reference]);
         let more = ["attachment", "next_attach"].map(|field| shown.as_object_mut().unwrap().remove(field));
         assert!(more.iter().all(Option::is_some));
+        let shared = shown["keys"][0].as_object_mut().unwrap().remove("shared_with");
+        assert_eq!(shared, Some(json!({"snapshots": [], "volumes": []})));
         assert_eq!(shown, made, "{reference}");
     }
     assert_eq!(store.json(&["volume", "list"]), json!([made]));

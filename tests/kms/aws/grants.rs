@@ -410,3 +410,32 @@ fn a_grant_of_another_name_is_not_retired_in_place_of_one_that_was_not_made() {
     site.place.store.ok(&["gc"]);
     assert_eq!((grants(&site).len(), notes(&site.place)), (1, 0));
 }
+
+/// A clone with a data key of its own has two, which one KMS key wraps: one grant is for both.
+#[test]
+fn a_clone_with_its_own_data_key_is_attached_by_one_grant() {
+    let site = Site::new(ROOT);
+    let store = &site.place.store;
+    let golden = store.ok(&["snapshot", "create", "t"]).trim().to_owned();
+    store.ok(&["volume", "create", "--snapshot", &golden, "--own-data-key", "--name", "c"]);
+    let catalog = site.place.catalog();
+    let volume = || catalog.load(catalog.resolve("c").expect("find it")).expect("read it");
+    let made = volume();
+    assert_eq!((made.keys().len(), made.layout().hydrate()), (2, None));
+    assert!(made.keys().iter().all(|key| key.provider == "aws" && key.wrapped.key_id == site.place.key()));
+    let host = store.attach("c", &[]);
+    assert_eq!(grants(&site).len(), 1);
+    assert!(volume().is_sealed());
+    host.detach();
+    assert_eq!(grants(&site), []);
+    // And it is made under a KMS key that is named, too.
+    store.ok(&[
+        "volume",
+        "create",
+        "--snapshot",
+        &golden,
+        "--own-data-key",
+        "--key",
+        &format!("aws:{}", site.key),
+    ]);
+}
