@@ -21,7 +21,7 @@
 //! | `backing` | where ciphertext lies: files, and io_uring | `base` |
 //! | `virtio` | requests of a guest, pure | - |
 //! | `crypt` | data keys in secret memory, AES-XTS | `base` |
-//! | `config` | the settings of a store | `base` |
+//! | `config` | the settings: what an operator decides | `base` |
 //! | `base` | errors, durable files, locks, time | - |
 
 #![warn(unreachable_pub)]

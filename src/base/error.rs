@@ -8,7 +8,7 @@ use std::fmt;
 /// Shorthand for results with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What sort of failure it is; each has its own exit code.
+/// What sort of failure it is, which decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Anything without a kind of its own: I/O errors, failed system calls. Exit code 1.
@@ -21,6 +21,8 @@ pub enum Kind {
     Busy,
     /// The KMS answered and refused: key disabled, pending deletion, access denied, … Exit code 5.
     KmsRefused,
+    /// The settings do not allow it: require-encrypted, kms-keys. Exit code 5, as where a KMS refuses.
+    Refused,
     /// The KMS could not be reached or is failing; a later try may succeed. Exit code 6.
     KmsUnavailable,
     /// Metadata or a store is damaged, tampered with, or of an unknown version. Exit code 7.
@@ -37,7 +39,7 @@ impl Kind {
             Kind::Usage => 2,
             Kind::NotFound => 3,
             Kind::Busy => 4,
-            Kind::KmsRefused => 5,
+            Kind::KmsRefused | Kind::Refused => 5,
             Kind::KmsUnavailable => 6,
             Kind::Corrupt => 7,
             Kind::Unsupported => 8,
@@ -51,6 +53,7 @@ impl Kind {
             Kind::NotFound,
             Kind::Busy,
             Kind::KmsRefused,
+            Kind::Refused,
             Kind::KmsUnavailable,
             Kind::Corrupt,
             Kind::Unsupported,
@@ -66,6 +69,7 @@ impl Kind {
             Kind::NotFound => "not-found",
             Kind::Busy => "busy",
             Kind::KmsRefused => "kms-refused",
+            Kind::Refused => "refused",
             Kind::KmsUnavailable => "kms-unavailable",
             Kind::Corrupt => "corrupt",
             Kind::Unsupported => "unsupported",

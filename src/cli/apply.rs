@@ -27,6 +27,7 @@ A file in TOML (or JSON, of the same names):
   key = \"alias/prod\"          # KMS key; without it the settings' default
   sector-size = 4096          # 512 if left out
   snapshot = \"nightly\"        # made from this; id or tag Name
+  own-data-key = true         # with a snapshot: what it writes is under a data key of its own
   unencrypted = true          # not encrypted
   tags = { env = \"prod\" }     # exactly these; left out: whatever there is
 

@@ -177,6 +177,8 @@ fn line(record: &Value) -> String {
 }
 
 fn check(env: &Env) -> Result<()> {
+    // Without settings there is no key: whoever can break them could have MACs that are not checked.
+    env.settings()?;
     let key = match Embedded::open(&env.root, env.hardened).and_then(|kms| kms.audit_key()) {
         Ok(key) => key,
         Err(e) => {

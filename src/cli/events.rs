@@ -3,6 +3,7 @@
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::cli::{Env, output};
+use crate::config;
 use crate::events::deliver::{self, Outcome};
 use crate::events::read::{EventReader, Recorded};
 use crate::host::notify::Notifier;
@@ -95,7 +96,7 @@ fn stop_on_signals() -> Result<UnixStream> {
 fn deliver(env: &Env, args: &DeliverArgs) -> Result<()> {
     let sinks = env.settings()?.event_sinks;
     if sinks.is_empty() {
-        let message = format!("{} names no [[event-sink]]", env.root.settings().display());
+        let message = format!("{} names no [[event-sink]]", config::shown_file().display());
         return Err(Error::new(Kind::Usage, message));
     }
     let outcomes = match args.follow {

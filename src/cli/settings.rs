@@ -1,9 +1,10 @@
-//! `sealblk settings`: what holds for the whole store, with EBS's rules.
+//! `sealblk settings`: what holds for every store that is used with this configuration folder, with EBS's
+//! rules.
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Result};
 use crate::cli::{Env, output};
-use crate::config::{DEFAULT_KEY, Settings, edit};
+use crate::config::{self, DEFAULT_KEY, Settings, edit, moving};
 use crate::kms::KeyRef;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
@@ -23,6 +24,23 @@ Examples:
   sealblk settings default-key alias/prod
   sealblk settings default-key --reset    alias/aws/ebs again, which is made at first use")]
     DefaultKey(DefaultKey),
+    /// Move settings that an earlier version has left in the store into the configuration folder.
+    #[command(after_help = "\
+Examples:
+  sealblk settings move --dry-run
+  sealblk settings move
+
+Whoever can write the store could have written them there: look at what they say. They hold for every store
+that is used with this configuration folder.")]
+    Move(Move),
+}
+
+/// Arguments of `settings move`.
+#[derive(Args)]
+pub struct Move {
+    /// Show what would be moved, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// Arguments of `settings encrypt-by-default`.
@@ -53,7 +71,7 @@ pub struct DefaultKey {
     reset: bool,
 }
 
-/// Runs one of the commands; each prints the settings as they are then.
+/// Runs one of the commands; each but the last prints the settings as they are then.
 pub fn run(env: &Env, command: Command) -> Result<()> {
     let settings = match command {
         Command::Show => env.settings()?,
@@ -65,8 +83,43 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             edit::set(&env.root, "default-key", Some(key.into()))?
         }
         Command::DefaultKey(DefaultKey { key: None, .. }) => edit::set(&env.root, "default-key", None)?,
+        Command::Move(args) => return move_old(env, &args),
     };
     show(env, &settings)
+}
+
+/// Shows what is moved before it is.
+fn move_old(env: &Env, args: &Move) -> Result<()> {
+    let old = moving::look(&env.root)?;
+    let Some(old) = old else {
+        return match env.json {
+            true => {
+                let to = config::file()?.display().to_string();
+                output::print_json(&json!({"from": null, "to": to, "text": null, "moved": false}))
+            }
+            false => output::print("there are no settings in the store: nothing is to be moved\n").map(drop),
+        };
+    };
+    let (from, to) = (old.from.display().to_string(), old.to.display().to_string());
+    if !env.json {
+        output::print(&format!("{from} says:\n\n{}\n", old.text))?;
+    }
+    if !args.dry_run {
+        old.carry_out()?;
+    }
+    if env.json {
+        let text = &old.text;
+        return output::print_json(&json!({"from": from, "to": to, "text": text, "moved": !args.dry_run}));
+    }
+    let line = match (args.dry_run, old.is_there) {
+        (true, false) => format!("it would be moved to {to}"),
+        (true, true) => format!("{to} says the same; {from} would be removed"),
+        (false, false) => {
+            format!("it was moved to {to}, and holds for every store that is used with that folder")
+        }
+        (false, true) => format!("{to} says the same; {from} was removed"),
+    };
+    output::print(&format!("{line}\n")).map(drop)
 }
 
 /// That volumes can be made with it now. The alias of the key that is made at first use may mean none yet.
@@ -78,24 +131,36 @@ fn check(env: &Env, key: &str) -> Result<()> {
 }
 
 fn show(env: &Env, settings: &Settings) -> Result<()> {
-    let file = env.root.settings();
+    let file = config::file()?;
+    let kms_keys: Option<Vec<String>> =
+        settings.kms_keys.entries().map(|entries| entries.iter().map(ToString::to_string).collect());
     if env.json {
         return output::print_json(&json!({
             "file": file.display().to_string(),
             "default_key": settings.default_key,
             "encrypt_by_default": settings.encrypt_by_default,
+            "require_encrypted": settings.require_encrypted,
+            "kms_keys": kms_keys,
+            "clone_data_key": settings.clone_data_key.name(),
             "region": settings.locality.region,
             "account": settings.locality.account,
         }));
     }
-    let on_off = if settings.encrypt_by_default { "on" } else { "off" };
+    let kms_keys = kms_keys.map_or_else(|| "every key".to_string(), |keys| keys.join(", "));
     let rows = [
         ("default-key", settings.default_key.as_str()),
-        ("encrypt-by-default", on_off),
+        ("encrypt-by-default", on_off(settings.encrypt_by_default)),
+        ("require-encrypted", on_off(settings.require_encrypted)),
+        ("kms-keys", &kms_keys),
+        ("clone-data-key", settings.clone_data_key.name()),
         ("region", &settings.locality.region),
         ("account", &settings.locality.account),
     ];
     let from = if file.exists() { "" } else { " (not there: these are the defaults)" };
     let rows: Vec<_> = rows.iter().map(|(name, value)| vec![name.to_string(), value.to_string()]).collect();
     output::print(&format!("{}{from}\n\n{}", file.display(), output::table(&rows))).map(drop)
+}
+
+fn on_off(is_on: bool) -> &'static str {
+    if is_on { "on" } else { "off" }
 }

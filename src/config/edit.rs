@@ -1,29 +1,36 @@
 //! Changing `sealblk.toml` by command: one setting at a time, the operator's comments, order and spacing kept.
 
-use crate::base::root::{Root, create_dir_durable, files, replace_file};
+use crate::base::root::{Root, create_dir_durable, files, owners, replace_file};
 use crate::base::{Context, Error, Kind, Result, locks};
-use crate::config::Settings;
-use std::fs::Permissions;
+use crate::config::{FILE, MAX_LEN, Settings, find, moving};
+use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::Path;
 use toml_edit::{DocumentMut, Item, Value};
 
 /// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Answers the
 /// settings as they are then.
 ///
 /// # Errors
-/// `Usage` if the file is not understood, before or with the change; it is as it was then.
+/// As for [`Settings::load`] of the file, before or with the change; it is as it was then.
 pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
-    create_dir_durable(root.path())?;
-    let path = file(root)?;
-    let attempt = || format!("change {key} in {}", path.display());
-    // Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be locked.
-    let folder = files::folder(root.path()).context(attempt)?;
-    let _folder = locks::lock_whole(folder).context(attempt)?;
-    let text = match std::fs::read_to_string(&path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-        read => read.context(attempt)?,
+    set_in(&Root::config_dir()?, root, key, value)
+}
+
+fn set_in(config: &Path, root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
+    moving::refuse_old(config, root)?;
+    let _folder = lock(config)?;
+    let (path, text) = match find(config)? {
+        Some(path) => {
+            let text =
+                owners::read_deciding(&path, MAX_LEN).context(|| format!("read {}", path.display()))?;
+            (path, text)
+        }
+        None => (config.join(FILE), Vec::new()),
     };
+    let attempt = || format!("change {key} in {}", path.display());
+    let not_text = |_| Error::new(Kind::Usage, "it is not UTF-8");
+    let text = String::from_utf8(text).map_err(not_text).context(attempt)?;
     let text = changed(&text, key, value).context(attempt)?;
     let settings = Settings::parse(&text).context(attempt)?;
     let mode = std::fs::metadata(&path).map(|m| m.permissions().mode() & 0o777);
@@ -35,13 +42,12 @@ pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
     Ok(settings)
 }
 
-/// The settings file; if it is a symbolic link, what that means, so that the link stays one.
-fn file(root: &Root) -> Result<PathBuf> {
-    let path = root.settings();
-    match path.canonicalize() {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(path),
-        meant => meant.context(|| path.display().to_string()),
-    }
+/// Of two commands at once, neither loses the other's change. The file itself is replaced, so it cannot be
+/// locked: this locks the folder, which is made if there is none.
+pub(super) fn lock(config: &Path) -> Result<impl Drop + use<>> {
+    create_dir_durable(config)?;
+    let folder: std::io::Result<File> = files::folder(config);
+    folder.and_then(locks::lock_whole).context(|| format!("lock {}", config.display()))
 }
 
 /// `text` with `key` set to `value`. What stands before and behind an old value stays: a comment, say.
@@ -90,18 +96,18 @@ default-key = \"alias/one\"
     #[test]
     fn a_link_and_a_mode_stay_what_they_are() {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root::new(dir.path().join("root"));
-        create_dir_durable(root.path()).unwrap();
-        let real = dir.path().join("real.toml");
+        let (root, config) = (Root::new(dir.path().join("root")), dir.path().join("config"));
+        create_dir_durable(&config).unwrap();
+        let (real, link) = (dir.path().join("real.toml"), config.join(FILE));
         std::fs::write(&real, TEXT).unwrap();
         std::fs::set_permissions(&real, Permissions::from_mode(0o644)).unwrap();
-        std::os::unix::fs::symlink(&real, root.settings()).unwrap();
-        let settings = set(&root, "encrypt-by-default", Some(true.into())).unwrap();
-        assert!(settings.encrypt_by_default && settings == Settings::load(&root).unwrap());
-        assert!(std::fs::symlink_metadata(root.settings()).unwrap().is_symlink());
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let settings = set_in(&config, &root, "encrypt-by-default", Some(true.into())).unwrap();
+        assert!(settings.encrypt_by_default && settings == Settings::load_from(&config, &root).unwrap());
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(std::fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o644);
-        let broken = set(&root, "region", Some("?".into())).unwrap_err();
+        let broken = set_in(&config, &root, "region", Some("?".into())).unwrap_err();
         assert!(broken.to_string().contains("region must be"), "{broken}");
-        assert_eq!(Settings::load(&root).unwrap(), settings);
+        assert_eq!(Settings::load_from(&config, &root).unwrap(), settings);
     }
 }

@@ -1,8 +1,12 @@
-//! `sealblk.toml`, the settings of a store: what is written (serde) into what is meant.
+//! `sealblk.toml` in the configuration folder: what is written (serde) into what is meant. It holds for every
+//! store that is used with this folder.
 //!
 //! ```toml
 //! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
+//! require-encrypted = false        # true: no unencrypted volume can be attached, or opened otherwise
+//! kms-keys = ["embedded"]          # which KMS keys may be asked for data keys; without it, all
+//! clone-data-key = "snapshot"      # "own": a volume made from a snapshot writes under a data key of its own
 //! region = "us-east-1"             # in events and in the ARNs of the embedded KMS
 //! account = "000000000000"         # likewise, 12 digits
 //! kms-patience = 60                # seconds for which a KMS that cannot be reached is asked again
@@ -11,15 +15,27 @@
 //! ```
 //!
 //! and `[[event-sink]]` tables ([`sinks`]).
+//!
+//! What stands there has consequences: a command that is run, a key that is used. So it does not lie in the
+//! store, with the ciphertext, where whoever can write the store could change it. A store with a
+//! `sealblk.toml` of an earlier version is refused until that was moved ([`moving`]).
 #![forbid(unsafe_code)]
 
 pub mod edit;
+pub mod kms_keys;
+pub mod moving;
 pub mod sinks;
 
-use crate::base::root::{Root, files};
+use crate::base::root::{Root, owners};
 use crate::base::{Context, Error, Kind, Locality, Result};
+use kms_keys::KmsKeys;
 use serde::Deserialize;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// The name of the file.
+const FILE: &str = "sealblk.toml";
 
 /// The most that `kms-patience` may be, seconds.
 const PATIENCE_MAX: u64 = 3600;
@@ -30,13 +46,40 @@ const MAX_LEN: u64 = 1 << 20;
 /// The alias of the key that is made at first use, when neither the command nor the settings name one.
 pub const DEFAULT_KEY: &str = "alias/aws/ebs";
 
-/// The settings of a store.
+/// Under which data key a volume writes that is made from a snapshot, where the command does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloneDataKey {
+    /// The snapshot's, as EBS has it.
+    #[default]
+    Snapshot,
+    /// One of its own.
+    Own,
+}
+
+impl CloneDataKey {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            CloneDataKey::Snapshot => "snapshot",
+            CloneDataKey::Own => "own",
+        }
+    }
+}
+
+/// The settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// The KMS key, as its provider takes it, of volumes that are made without `--key`.
     pub default_key: String,
     /// Whether making an unencrypted volume is refused, as EBS's encryption by default does.
     pub encrypt_by_default: bool,
+    /// Whether no unencrypted volume may be opened, or made.
+    pub require_encrypted: bool,
+    /// Which KMS keys may wrap and unwrap data keys.
+    pub kms_keys: KmsKeys,
+    /// Under which data key a volume writes that is made from a snapshot.
+    pub clone_data_key: CloneDataKey,
     /// Where the embedded KMS and the store's events say that they are.
     pub locality: Locality,
     /// For how long a KMS that cannot be reached, or is overloaded, is asked again; at most an hour.
@@ -54,6 +97,9 @@ impl Default for Settings {
         Settings {
             default_key: DEFAULT_KEY.into(),
             encrypt_by_default: false,
+            require_encrypted: false,
+            kms_keys: KmsKeys::default(),
+            clone_data_key: CloneDataKey::default(),
             locality: Locality::default(),
             kms_patience: Duration::from_secs(60),
             attach_grants: true,
@@ -64,20 +110,45 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Reads the settings of the store at `root`; a file that is not there means the defaults.
+    /// Reads the settings for the store at `root`; a file that is not there means the defaults.
     ///
     /// # Errors
-    /// `Usage`, naming the file and the line, for what cannot be understood.
+    /// `Usage`, naming the file and the line, for what cannot be understood; for a file, or configuration
+    /// folder, that somebody else can write, or that this user may not read; and for a store that still has
+    /// settings in it.
     pub fn load(root: &Root) -> Result<Self> {
-        let path = root.settings();
-        let attempt = || format!("read {}", path.display());
-        // The operator may have made it a symbolic link: whoever can make one there decides what it says in any case.
-        let text = path.canonicalize().and_then(|real| files::read(&real, MAX_LEN));
-        match text {
-            Ok(text) => Self::parse(&String::from_utf8_lossy(&text)).context(attempt),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(e) => Err(Error::from(e).context(attempt())),
+        Self::load_from(&Root::config_dir()?, root)
+    }
+
+    /// The same with this configuration folder.
+    ///
+    /// # Errors
+    /// As for [`Settings::load`].
+    pub fn load_from(config: &Path, root: &Root) -> Result<Self> {
+        moving::refuse_old(config, root)?;
+        match find(config)? {
+            Some(path) => Self::read(&path),
+            None => Ok(Self::default()),
         }
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let attempt = || format!("read {}", path.display());
+        let text = owners::read_deciding(path, MAX_LEN).context(attempt)?;
+        Self::parse(&String::from_utf8_lossy(&text)).context(attempt)
+    }
+
+    /// Whether `what`, which is encrypted or not, may be opened or made.
+    ///
+    /// # Errors
+    /// `Refused` for what is not encrypted, where that is required.
+    pub fn check_encrypted(&self, what: impl fmt::Display, is_encrypted: bool) -> Result<()> {
+        if is_encrypted || !self.require_encrypted {
+            return Ok(());
+        }
+        let message =
+            format!("{what} is not encrypted, and {} says require-encrypted", shown_file().display());
+        Err(Error::new(Kind::Refused, message))
     }
 
     fn parse(text: &str) -> Result<Self> {
@@ -86,11 +157,33 @@ impl Settings {
     }
 }
 
+/// Where the settings are, or would be.
+///
+/// # Errors
+/// `Usage` where there is no configuration folder.
+pub fn file() -> Result<PathBuf> {
+    Ok(Root::config_dir()?.join(FILE))
+}
+
+/// The same, to be named to the reader.
+pub fn shown_file() -> PathBuf {
+    file().unwrap_or_else(|_| FILE.into())
+}
+
+/// The file with the settings, if there is one, by a path without links. Nobody but root and the caller can
+/// write it.
+fn find(config: &Path) -> Result<Option<PathBuf>> {
+    owners::find_deciding(config, FILE).context(|| "look for the settings")
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Written {
     default_key: Option<String>,
     encrypt_by_default: Option<bool>,
+    require_encrypted: Option<bool>,
+    kms_keys: Option<Vec<String>>,
+    clone_data_key: Option<CloneDataKey>,
     region: Option<String>,
     account: Option<String>,
     kms_patience: Option<u64>,
@@ -108,6 +201,9 @@ impl TryFrom<Written> for Settings {
         let settings = Settings {
             default_key: w.default_key.unwrap_or(default.default_key),
             encrypt_by_default: w.encrypt_by_default.unwrap_or(default.encrypt_by_default),
+            require_encrypted: w.require_encrypted.unwrap_or(default.require_encrypted),
+            clone_data_key: w.clone_data_key.unwrap_or(default.clone_data_key),
+            kms_keys: w.kms_keys.map_or(Ok(default.kms_keys), KmsKeys::parse)?,
             locality: Locality {
                 region: w.region.unwrap_or(default.locality.region),
                 account: w.account.unwrap_or(default.locality.account),
@@ -157,19 +253,24 @@ mod tests {
     #[test]
     fn an_absent_or_empty_file_means_the_defaults() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Settings::load(&Root::new(dir.path())).unwrap(), Settings::default());
+        let (root, config) = (Root::new(dir.path().join("root")), dir.path().join("config"));
+        assert_eq!(Settings::load_from(&config, &root).unwrap(), Settings::default());
         assert_eq!(Settings::parse("").unwrap(), Settings::default());
     }
 
     #[test]
     fn what_is_set_is_meant() {
         let settings = Settings::parse(
-            "default-key = 'alias/prod'\nencrypt-by-default = true\nregion = 'eu-1'\naccount = '123456789012'\n\
+            "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
+             clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
              kms-patience = 0\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
             default_key: "alias/prod".into(),
             encrypt_by_default: true,
+            require_encrypted: true,
+            kms_keys: KmsKeys::parse(vec!["embedded".into()]).unwrap(),
+            clone_data_key: CloneDataKey::Own,
             locality: Locality { region: "eu-1".into(), account: "123456789012".into() },
             kms_patience: Duration::ZERO,
             attach_grants: false,
@@ -205,6 +306,10 @@ mod tests {
         for (text, words) in [
             ("encrypt-by-defaults = true", "unknown field"),
             ("encrypt-by-default = 'yes'", "boolean"),
+            ("require-encrypted = 1", "boolean"),
+            ("kms-keys = 'embedded'", "sequence"),
+            ("clone-data-key = 'mine'", "expected `snapshot` or `own`"),
+            ("kms-keys = ['alais/prod']", "alais/prod"),
             ("default-key = ' '", "default-key is empty"),
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),

@@ -103,6 +103,7 @@ fn unwrap_all(
         events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
         refusal.error()
     };
+    settings.check_encrypted("it", metadata.is_encrypted()).map_err(|e| refused(e.into()))?;
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
     let mut deks = Deks::new();
     for (n, key) in metadata.keys().iter().enumerate() {

@@ -127,6 +127,9 @@ pub enum KmsError {
     /// KMSInternalException, I/O errors of the store.
     #[error("{0}")]
     Internal(String),
+    /// No KMS was asked: the settings do not allow this key.
+    #[error("{0}")]
+    NotAllowed(String),
     /// Another exception of AWS's, and its message.
     #[error("{1}")]
     Other(Exception, String),
@@ -149,7 +152,7 @@ impl KmsError {
             KmsError::Unavailable(_) => "KeyUnavailableException",
             KmsError::NotFound(_) => "NotFoundException",
             KmsError::AlreadyExists(_) => "AlreadyExistsException",
-            KmsError::AccessDenied(_) => "AccessDeniedException",
+            KmsError::AccessDenied(_) | KmsError::NotAllowed(_) => "AccessDeniedException",
             KmsError::InvalidCiphertext => "InvalidCiphertextException",
             KmsError::IncorrectKey(_) => "IncorrectKeyException",
             KmsError::Validation(_) => "ValidationException",
@@ -280,6 +283,7 @@ impl From<KmsError> for Error {
             KmsError::Unsupported(_) => Kind::Unsupported,
             KmsError::Corrupt(_) => Kind::Corrupt,
             KmsError::Internal(_) => Kind::Other,
+            KmsError::NotAllowed(_) => Kind::Refused,
             KmsError::Other(Exception::InvalidAliasName | Exception::Tag, _) => Kind::Usage,
             KmsError::Other(Exception::MalformedPolicyDocument, _) => Kind::Usage,
             _ => Kind::KmsRefused,

@@ -3,6 +3,7 @@
 //! [`KeyProvider`] has one implementation a provider. A provider knows nothing of volumes but the
 //! encryption context that binds a wrapped key to one of them.
 
+mod allowed;
 #[cfg(feature = "aws")]
 pub mod aws;
 pub mod context;
@@ -25,7 +26,6 @@ pub use key_ref::{KeyRef, ProviderName};
 use crate::audit::AuditKey;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
-#[cfg(feature = "aws")]
 use crate::config::Settings;
 use patience::Patience;
 use zeroize::Zeroizing;
@@ -179,8 +179,8 @@ pub struct Capabilities {
     pub grantee: Option<String>,
 }
 
-/// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of its settings.
-/// What it is used for goes into the store's audit log.
+/// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of the
+/// settings, for the keys that the settings allow. What it is used for goes into the store's audit log.
 ///
 /// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
 pub fn open_provider(hardened: Hardened, root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
@@ -194,11 +194,12 @@ pub fn open_patient_provider(
     name: &str,
     patience: Option<Patience>,
 ) -> Result<Box<dyn KeyProvider>, KmsError> {
+    let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
+    let rules = allowed::Rules::new(&settings)?;
     let provider: Box<dyn KeyProvider> = match name {
         "embedded" => Box::new(embedded::Embedded::open(root, hardened)?),
         #[cfg(feature = "aws")]
         "aws" => {
-            let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
             let patience = patience.unwrap_or(Patience(settings.kms_patience));
             Box::new(aws::Aws::open(patience, settings.grantee_principal, hardened)?)
         }
@@ -211,5 +212,6 @@ pub fn open_patient_provider(
         }
         name => return Err(KmsError::Unsupported(format!("the {name} provider is not in this version"))),
     };
-    Ok(Box::new(recorded::Recorded::new(root, provider)?))
+    // A key that is not allowed is on record as well.
+    Ok(Box::new(recorded::Recorded::new(root, rules.guard(provider))?))
 }

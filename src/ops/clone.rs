@@ -1,8 +1,10 @@
 //! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become the volume's lower ones.
 //!
-//! Under the KMS key of the snapshot the volume has the same data key, which the KMS wraps anew for the volume
-//! (ReEncrypt), so that nobody sees it. Under another one, and where an unencrypted snapshot is to be encrypted, the new
-//! top layer has a data key of its own, and the layers below are marked to be copied up.
+//! Under the KMS key of the snapshot the volume has the same data key, which the KMS wraps anew for the
+//! volume (ReEncrypt), so that nobody sees it. If it is to have a data key of its own, the new top layer is
+//! under that, and the layers below stay under the snapshot's, which the volume has as well. Under another
+//! KMS key, and where an unencrypted snapshot is to be encrypted, the new top layer has a data key of its
+//! own, and the layers below are marked to be copied up.
 
 use crate::base::Result;
 use crate::catalog::layout::Layout;
@@ -27,9 +29,26 @@ pub struct Keys<'a> {
     pub unwrap: Unwrap<'a>,
 }
 
-/// Makes a volume from a snapshot, `wanted.geometry` large, and reports a `createVolume` event. With a `key` it is
-/// encrypted under that KMS key, without one as the snapshot is. The caller has [checked](super::create::check) that size and
-/// sector size go with the snapshot.
+/// Which data key the top layer of a clone is under.
+#[derive(Clone, Copy)]
+pub(super) enum TopKey<'a> {
+    /// The snapshot's, if that has one.
+    Snapshots,
+    /// A data key of its own, by the KMS key that the snapshot's is wrapped by.
+    Own(WrappingKey<'a>),
+    /// The snapshot's if that is wrapped by this KMS key; else one of its own, to which everything is copied
+    /// up. With `own`, one of its own in any case.
+    Under {
+        /// The KMS key.
+        key: WrappingKey<'a>,
+        /// Whether it is not to be the snapshot's.
+        own: bool,
+    },
+}
+
+/// Makes a volume from a snapshot, `wanted.geometry` large, and reports a `createVolume` event. Its top layer
+/// is under the data key that `top` says. The caller has [checked](super::create::check) that size and sector
+/// size go with the snapshot.
 ///
 /// # Errors
 /// As [`make::create`].
@@ -38,11 +57,11 @@ pub(super) fn create(
     events: &EventLog,
     wanted: &Wanted,
     snapshot: &Snapshot,
-    key: Option<WrappingKey<'_>>,
+    top: TopKey<'_>,
     keys: Keys<'_>,
 ) -> Result<Metadata> {
     make::create_with(catalog, events, wanted, |id| {
-        let layout = layout(id, wanted, snapshot, key, keys)?;
+        let layout = layout(id, wanted, snapshot, top, keys)?;
         let origin = Origin { snapshot: snapshot.id(), proof: snapshot.proof() };
         let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
         if metadata.is_encrypted() && !snapshot.is_encrypted() {
@@ -60,21 +79,28 @@ fn layout(
     id: VolumeId,
     wanted: &Wanted,
     snapshot: &Snapshot,
-    key: Option<WrappingKey<'_>>,
+    top: TopKey<'_>,
     ways: Keys<'_>,
 ) -> Result<Layout, Failure> {
-    // First whether the key that was asked for can be had at all.
-    let fresh = match key {
-        Some(with) if !is_key_of(&with, snapshot)? => Some(with.generate(id)?),
-        _ => None,
+    let (below, going_on) = (snapshot.layout().top(), snapshot.layout().hydrate());
+    let (with, hydrate) = match top {
+        TopKey::Snapshots => (None, going_on),
+        TopKey::Own(key) => (Some(key), going_on),
+        TopKey::Under { key, own } => match is_key_of(&key, snapshot)? {
+            true => (own.then_some(key), going_on),
+            false => (Some(key), Some(below.id)),
+        },
     };
+    // First whether the key that was asked for can be had at all.
+    let fresh = with.map(|key| key.generate(id)).transpose()?;
     let mut keys = rewrap_all(snapshot, &encryption_context(id), ways)?;
-    let (top_key, hydrate) = match fresh {
+    let top_key = match fresh {
         Some(fresh) => {
+            // After the snapshot's: what proves its layers goes by the numbers that their keys have there.
             keys.push(fresh);
-            (Some(keys.len() - 1), Some(snapshot.layout().top().id))
+            Some(keys.len() - 1)
         }
-        None => (snapshot.layout().top().key, snapshot.layout().hydrate()),
+        None => below.key,
     };
     let top = LayerRecord::new_top(top_key, wanted.geometry.size());
     let layers = std::iter::once(top).chain(snapshot.layers().iter().copied()).collect();
@@ -86,7 +112,7 @@ fn layout(
 /// # Errors
 /// The KMS's.
 pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
-    let Some(top) = snapshot.layout().top().key.map(|n| &snapshot.keys()[n]) else { return Ok(false) };
+    let Some(top) = snapshot.top_key() else { return Ok(false) };
     match with.provider.describe(with.key) {
         Ok(key) => Ok(top.provider == with.provider.name() && top.wrapped.key_id == key.key_id),
         // The default key is made at its first use.

@@ -1,14 +1,15 @@
 //! Making a volume, empty or from a snapshot; and the rules of that, which other verbs ask about beforehand.
 
 use super::Store;
-use super::clone::{self, Keys};
+use super::clone::{self, Keys, TopKey};
 use super::keys::NamedKey;
 use super::make::{self, Wanted};
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
-use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::metadata::{Geometry, KeyRecord, SectorSize, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
+use crate::config::{CloneDataKey, shown_file};
 
 /// A volume that somebody wants made.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +22,8 @@ pub struct NewVolume {
     pub key: Option<String>,
     /// Whether it is not encrypted.
     pub unencrypted: bool,
+    /// Whether, made from a snapshot, it has a data key of its own; without, the settings say.
+    pub own_data_key: bool,
     /// Its name; no other volume may have it.
     pub name: Option<VolumeName>,
     /// Its tags.
@@ -42,10 +45,15 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
     let key = key.as_ref().map(NamedKey::wrapping);
     let (catalog, events) = (store.catalog(), store.events());
     let Some(snapshot) = snapshot else { return make::create(&catalog, &events, &wanted, key) };
+    let top = match (key, has_own_key(store, new, Some(snapshot))) {
+        (None, _) => TopKey::Snapshots,
+        (Some(key), true) => TopKey::Under { key, own: wants_own_data_key(store, new) },
+        (Some(key), false) => TopKey::Own(key),
+    };
     let open_provider = |name: &str| store.provider(name);
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
-    clone::create(&catalog, &events, &wanted, snapshot, key, keys)
+    clone::create(&catalog, &events, &wanted, snapshot, top, keys)
 }
 
 /// Whether such a volume can be made, as far as that can be known before; its size and sector size.
@@ -55,6 +63,19 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
 pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Geometry> {
     if new.unencrypted {
         check_may_be_unencrypted(store)?;
+    }
+    let is_encrypted = has_own_key(store, new, snapshot) || snapshot.is_some_and(Snapshot::is_encrypted);
+    if let Some(snapshot) = snapshot {
+        let what = format!("without --key, a volume made from {}", snapshot.id());
+        store.settings().check_encrypted(what, is_encrypted)?;
+    }
+    if new.own_data_key && !snapshot.is_some_and(|it| it.is_encrypted() || is_encrypted) {
+        return refuse(match snapshot {
+            None => {
+                "a volume that is made from no snapshot has a data key of its own in any case".to_string()
+            }
+            Some(it) => format!("{} is not encrypted, and so is what is made from it without --key", it.id()),
+        });
     }
     let Some(snapshot) = snapshot else {
         return Geometry::new(new.size.unwrap_or(0), new.sector_size.unwrap_or_default());
@@ -81,14 +102,15 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
 }
 
 /// # Errors
-/// `Usage` if the settings say that every new volume is encrypted.
+/// `Usage` if the settings say that every new volume is encrypted; `Refused` if they let no other be opened.
 pub fn check_may_be_unencrypted(store: &Store) -> Result<()> {
+    store.settings().check_encrypted("such a volume", false)?;
     if !store.settings().encrypt_by_default {
         return Ok(());
     }
     refuse(format!(
         "{} says encrypt-by-default: no unencrypted volume can be made; leave out --unencrypted",
-        store.root().settings().display()
+        shown_file().display()
     ))
 }
 
@@ -104,8 +126,19 @@ pub fn has_own_key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) 
     }
 }
 
+/// Whether a volume that is made from a snapshot is not to have the snapshot's data key.
+fn wants_own_data_key(store: &Store, new: &NewVolume) -> bool {
+    new.own_data_key || store.settings().clone_data_key == CloneDataKey::Own
+}
+
+/// The KMS key that a new data key is made under; none where there is no new data key.
 fn key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Option<NamedKey>> {
-    has_own_key(store, new, snapshot).then(|| store.key(new.key.as_deref())).transpose()
+    if has_own_key(store, new, snapshot) {
+        return store.key(new.key.as_deref()).map(Some);
+    }
+    let top = snapshot.filter(|_| wants_own_data_key(store, new)).and_then(Snapshot::top_key);
+    let provider = |top: &KeyRecord| store.provider(&top.provider);
+    Ok(top.map(|top| provider(top).map(|it| NamedKey::new(it, top.wrapped.key_id.clone()))).transpose()?)
 }
 
 fn refuse<T>(message: String) -> Result<T> {

@@ -11,6 +11,7 @@
 //! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
+//! | data keys: who else has them | [`key_sharing`] |
 //! | the store as a whole | [`apply`], [`gc`], [`accept`] |
 #![forbid(unsafe_code)]
 
@@ -26,6 +27,7 @@ pub mod gc;
 pub mod import;
 mod import_copy;
 mod import_in_place;
+pub mod key_sharing;
 pub mod keys;
 pub mod make;
 mod new_top;
@@ -121,8 +123,20 @@ impl Store {
 
     /// Opens a volume that was taken, to change it.
     fn open_taken(&self, lock: VolumeLock) -> Result<Taken, Failure> {
+        self.open_as(lock, Opening::Change, Access::ReadWrite)
+    }
+
+    /// Opens a volume that was taken.
+    ///
+    /// # Errors
+    /// `Refused` for one that is not encrypted, where the settings require that; as [`Taken::open`].
+    fn open_as(&self, lock: VolumeLock, opening: Opening, top: Access) -> Result<Taken, Failure> {
         let unwrap = |owner, key: &_| self.unwrap(owner, key);
-        Taken::open(&self.catalog(), lock, Opening::Change, Access::ReadWrite, &unwrap)
+        let taken = Taken::open(&self.catalog(), lock, opening, top, &unwrap)?;
+        // Of the record that was opened: another look at the file could find another one.
+        let opened = &taken.opened.metadata;
+        self.settings.check_encrypted(opened.id(), opened.is_encrypted())?;
+        Ok(taken)
     }
 
     /// Unwraps a data key by a helper process, as an attach does.

@@ -64,10 +64,15 @@ impl Store {
             .expect("write a name");
     }
 
+    /// Where the settings are, if there are any.
+    pub fn settings(&self) -> PathBuf {
+        self.config().join("sealblk.toml")
+    }
+
     /// Writes `sealblk.toml`.
     pub fn configure(&self, settings: &str) {
-        std::fs::create_dir_all(self.root()).expect("make the root folder");
-        std::fs::write(self.root().join("sealblk.toml"), settings).expect("write the settings");
+        std::fs::create_dir_all(self.config()).expect("make the configuration folder");
+        std::fs::write(self.settings(), settings).expect("write the settings");
     }
 
     /// Runs a command to its end.

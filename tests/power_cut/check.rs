@@ -7,6 +7,9 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+/// What settings that are moved say.
+pub const REGION: &str = "eu-test-1";
+
 /// How much is read from a guest's disk at a time.
 const PIECE: usize = 64 << 10;
 
@@ -15,6 +18,7 @@ type Result<T = ()> = std::result::Result<T, String>;
 /// Everything that must hold of the store at `site`, which is changed by it. With `gc_first` what is left over is cleared
 /// away before anybody attaches a volume, who would do so too.
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
+    settings(site, expect)?;
     let listed = volumes(site, expect)?;
     // What each record says is what a command has made of it, wherever the power went.
     site.ok(&["store", "check"])?;
@@ -40,6 +44,21 @@ fn json(site: &Site, arguments: &[&str]) -> Result<Value> {
 
 fn text<'a>(value: &'a Value, field: &str) -> Result<&'a str> {
     value[field].as_str().ok_or_else(|| format!("no {field} in {value}"))
+}
+
+/// Settings that were being moved can be moved, and are there and whole; once that was promised, nothing is
+/// left to do.
+fn settings(site: &Site, expect: &Expect) -> Result {
+    let Some(promised) = expect.settings_moved else { return Ok(()) };
+    let moved = json(site, &["settings", "move"])?;
+    if promised && moved["moved"] == true {
+        return Err(format!("the settings were moved and are in the store: {moved}"));
+    }
+    let shown = json(site, &["settings", "show"])?;
+    match shown["region"] == REGION {
+        true => Ok(()),
+        false => Err(format!("the settings are gone: {shown}")),
+    }
 }
 
 /// The volumes that are listed, and what each must hold, if it is one that somebody was told of.

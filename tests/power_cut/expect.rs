@@ -63,6 +63,8 @@ pub struct Expect {
     pub key_being_made: bool,
     /// Whether there may be the key that a volume is made under by default.
     pub default_key: bool,
+    /// Settings that lay in the store: whether their move was promised, if there were any.
+    pub settings_moved: Option<bool>,
     /// Events that must be in the log: the event and the volume or snapshot in its resources or detail.
     pub events: Vec<(String, String)>,
 }

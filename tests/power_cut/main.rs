@@ -28,6 +28,7 @@ mod ptrace;
 mod random;
 mod recorder;
 mod script;
+mod settings;
 mod site;
 mod snapshots;
 mod tape;

@@ -3,7 +3,7 @@
 use super::explore::explore;
 use super::script::{Script, traced};
 use super::trace::Trace;
-use super::{hydration, kms, snapshots, volumes};
+use super::{hydration, kms, settings, snapshots, volumes};
 use crate::common::patience::limit;
 
 /// Tries the trace, of which what comes before `from` is right; what is found wrong must be this.
@@ -60,6 +60,21 @@ fn a_program_that_publishes_a_volume_before_its_layer_is_durable_is_found_out() 
             false => line == like,
         });
         is_found_out(&trace, place, "a volume is listed that is not whole");
+    }
+}
+
+#[test]
+fn settings_that_leave_the_store_before_they_are_durable_are_found_out() {
+    for like in ["sync config/sealblk.toml.", "sync config"] {
+        let trace = traced(settings::moved);
+        let (start, is_file) = (trace.start, like.ends_with('.'));
+        let links = |line: &str| line.starts_with("link ") && line.contains("config/sealblk.toml");
+        let from = if is_file { start } else { trace.find(start, links) };
+        let (trace, place) = without(trace, from, |line| match is_file {
+            true => line.starts_with(like),
+            false => line == like,
+        });
+        is_found_out(&trace, place, "settings");
     }
 }
 

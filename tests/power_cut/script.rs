@@ -1,5 +1,6 @@
 //! How a scenario is told: commands and guests, recorded, with what each promises.
 
+use super::check::REGION;
 use super::expect::{Content, Expect, Presence, SECTOR, Volume, ZEROS, sector};
 use super::recorder::Recorder;
 use super::site::Site;
@@ -10,6 +11,7 @@ use serde_json::Value;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 /// A recording in the making.
@@ -71,6 +73,24 @@ impl Script {
     /// What the last command promised.
     pub fn promise(&self, label: &str, apply: impl Fn(&mut Expect) + Send + Sync + 'static) {
         self.tape.mark_where_it_spoke(mark(label, apply));
+    }
+
+    /// Leaves settings in the store, as an earlier version had them, and durably.
+    #[track_caller]
+    pub fn leave_settings(&self) {
+        let mut command = Command::new("/bin/sh");
+        let write = format!("echo \"region = '{REGION}'\" > sealblk.toml && sync sealblk.toml && sync .");
+        command.arg("-c").arg(write).current_dir(self.site.root()).stdin(Stdio::null());
+        let said = self.tape.run(command);
+        assert!(said.status.success(), "{} {}", said.status, said.err);
+        self.mark("settings are in the store", |expect| expect.settings_moved = Some(false));
+    }
+
+    /// Moves them.
+    #[track_caller]
+    pub fn move_settings(&self) {
+        self.run(&["settings", "move"]);
+        self.mark("the settings were moved", |expect| expect.settings_moved = Some(true));
     }
 
     /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.

@@ -3,7 +3,6 @@
 use crate::common::rig::Rig;
 use sealblk::catalog::Seal;
 use serde_json::json;
-use std::fs;
 
 #[test]
 fn a_clone_under_the_same_kms_key_has_the_same_data_key_wrapped_for_itself() {
@@ -108,7 +107,7 @@ fn an_unencrypted_snapshot_can_become_an_encrypted_volume_which_is_sealed_at_onc
     for volume in [plain, clone] {
         assert!(rig.reader().volume_content(&volume) == rig.data);
     }
-    fs::write(rig.place.store.root().join("sealblk.toml"), "encrypt-by-default = true\n").unwrap();
+    rig.place.store.configure("encrypt-by-default = true\n");
     let made = rig.json(&["volume", "create", "--snapshot", &snapshot]);
     assert_eq!(made["encrypted"], true);
     rig.refuse(2, &["volume", "create", "--snapshot", &snapshot, "--unencrypted"]);

@@ -9,4 +9,5 @@ mod crash;
 mod crash_attached;
 mod detached;
 mod gc;
+mod own_keys;
 mod tamper;

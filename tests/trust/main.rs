@@ -14,6 +14,7 @@ mod owners;
 mod pending;
 mod printed;
 mod records;
+mod settings;
 
 use common::attach;
 use common::patience::limit;

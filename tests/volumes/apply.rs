@@ -220,3 +220,26 @@ fn json_and_standard_input_are_taken_too() {
     let said: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
     assert_eq!(said["unchanged"], json!(["a"]));
 }
+
+#[test]
+fn a_data_key_of_its_own_can_be_said_of_a_volume_from_a_snapshot() {
+    let store = prepared();
+    apply(&store, "[[volume]]\nname = \"base\"\nsize = \"1MiB\"\n", &[]);
+    store.ok(&["snapshot", "create", "base", "--name", "golden"]);
+    let own = "[[volume]]\nname = \"own\"\nsnapshot = \"golden\"\nown-data-key = true\n";
+    apply(&store, own, &[]);
+    let keys = |name: &str| volumes(&store)[name]["keys"].as_array().unwrap().len();
+    assert_eq!(keys("own"), 2);
+    let before = volumes(&store);
+    apply(&store, own, &[]);
+    assert_eq!(volumes(&store), before, "applied again, it does nothing");
+    apply(&store, "[[volume]]\nname = \"same\"\nsnapshot = \"golden\"\n", &[]);
+    assert_eq!(keys("same"), 1);
+    let said = refuse(&store, 2, "[[volume]]\nname = \"same\"\nsnapshot = \"golden\"\nown-data-key = true\n");
+    assert!(said.contains("volume rekey"), "{said}");
+    refuse(&store, 2, "[[volume]]\nname = \"x\"\nsize = 1024\nown-data-key = true\n");
+    // What the settings say holds here as well.
+    store.configure("clone-data-key = \"own\"\n");
+    apply(&store, "[[volume]]\nname = \"set\"\nsnapshot = \"golden\"\n", &[]);
+    assert_eq!(keys("set"), 2);
+}

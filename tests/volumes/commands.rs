@@ -102,6 +102,8 @@ fn a_volume_is_made_shown_and_deleted() {
         let mut shown = store.json(&["volume", "show", reference]);
         let more = ["attachment", "next_attach"].map(|field| shown.as_object_mut().unwrap().remove(field));
         assert!(more.iter().all(Option::is_some));
+        let shared = shown["keys"][0].as_object_mut().unwrap().remove("shared_with");
+        assert_eq!(shared, Some(json!({"snapshots": [], "volumes": []})));
         assert_eq!(shown, made, "{reference}");
     }
     assert_eq!(store.json(&["volume", "list"]), json!([made]));
@@ -294,7 +296,7 @@ fn settings_choose_the_key_and_forbid_plaintext() {
     let other = store.create(&["--unencrypted"]);
     assert_eq!((&other["encrypted"], &other["keys"]), (&json!(false), &json!([])));
     store.json(&["key", "create", "--alias", "alias/mine"]);
-    let settings = store.root().join("sealblk.toml");
+    let settings = store.dir.path().join("config/sealblk.toml");
     fs::write(&settings, "default-key = 'alias/mine'\nencrypt-by-default = true\nregion = 'eu-1'\n").unwrap();
     let said = store.refuse(2, &["volume", "create", "--size=1MiB", "--unencrypted"]);
     assert!(said.contains("encrypt-by-default"), "{said}");

@@ -17,8 +17,7 @@ use std::process::{Child, Stdio};
 /// A store whose settings name these sinks.
 fn store_with(sinks: &str) -> Store {
     let store = Store::new();
-    fs::create_dir(store.root()).unwrap();
-    fs::write(store.root().join("sealblk.toml"), sinks).unwrap();
+    store.configure(sinks);
     store
 }
 
@@ -117,7 +116,7 @@ fn a_command_that_takes_too_long_is_ended_with_all_it_has_started() {
     // As long as it takes the script to start something.
     let mut seconds = 1;
     let pid = loop {
-        fs::write(store.root().join("sealblk.toml"), format!("{sink}timeout = {seconds}\n")).unwrap();
+        store.configure(&format!("{sink}timeout = {seconds}\n"));
         let output = store.run(&["events", "deliver"]);
         assert_eq!(output.status.code(), Some(1));
         let words = format!("took longer than {seconds} s, and was killed");

@@ -11,10 +11,10 @@ fn settings(store: &Store, arguments: &[&str]) -> Value {
 /// A command that is refused with this exit code and leaves the settings as they are.
 #[track_caller]
 fn refused(store: &Store, code: i32, arguments: &[&str]) -> String {
-    let before = fs::read(store.root().join("sealblk.toml")).ok();
+    let before = fs::read(store.settings()).ok();
     let output = store.run(&[&["settings"], arguments].concat());
     assert_eq!(output.status.code(), Some(code), "{}", said(&output));
-    assert_eq!(fs::read(store.root().join("sealblk.toml")).ok(), before);
+    assert_eq!(fs::read(store.settings()).ok(), before);
     said(&output)
 }
 
@@ -72,13 +72,12 @@ fn a_default_key_must_be_there_and_usable() {
 #[test]
 fn what_the_operator_wrote_stays() {
     let store = Store::new();
-    fs::create_dir_all(store.root()).unwrap();
-    let file = store.root().join("sealblk.toml");
+    let file = store.settings();
     let text = "# Ours\nregion = 'eu-1' # here\n\n# No plain disks.\nencrypt-by-default = false\n";
-    fs::write(&file, text).unwrap();
+    store.configure(text);
     store.ok(&["settings", "encrypt-by-default", "on"]);
     assert_eq!(fs::read_to_string(&file).unwrap(), text.replace("false", "true"));
-    assert_eq!(fs::read_dir(store.root()).unwrap().count(), 1, "no temporary file is left");
+    assert_eq!(fs::read_dir(store.config()).unwrap().count(), 1, "no temporary file is left");
     // An ARN of this place is the embedded KMS's.
     store.ok(&["key", "create", "--alias", "alias/mine"]);
     let arn = "arn:aws:kms:eu-1:000000000000:alias/mine";

@@ -22,15 +22,15 @@ impl Root {
     /// The default: `/var/lib/sealblk` for root, else `$XDG_DATA_HOME/sealblk` or
     /// `~/.local/share/sealblk`.
     pub fn default_path() -> Result<PathBuf> {
-        xdg("/var/lib", "XDG_DATA_HOME", ".local/share")
+        xdg("/var/lib", "XDG_DATA_HOME", ".local/share", "give --root DIR")
     }
 
-    /// Where secrets that must not lie with the data go: `/etc/sealblk` for root, else
+    /// Where secrets and settings that must not lie with the data go: `/etc/sealblk` for root, else
     /// `$XDG_CONFIG_HOME/sealblk` or `~/.config/sealblk`; `SEALBLK_CONFIG_DIR` overrides.
     pub fn config_dir() -> Result<PathBuf> {
         match std::env::var_os("SEALBLK_CONFIG_DIR") {
             Some(dir) if !dir.is_empty() => Ok(dir.into()),
-            _ => xdg("/etc", "XDG_CONFIG_HOME", ".config"),
+            _ => xdg("/etc", "XDG_CONFIG_HOME", ".config", "set SEALBLK_CONFIG_DIR"),
         }
         .map(|dir: PathBuf| resolved(&dir))
     }
@@ -80,22 +80,22 @@ impl Root {
         self.0.join("events.jsonl")
     }
 
-    /// `sealblk.toml`, the settings.
-    pub fn settings(&self) -> PathBuf {
+    /// `sealblk.toml`, where earlier versions had the settings. They are in the configuration folder now.
+    pub fn old_settings(&self) -> PathBuf {
         self.0.join("sealblk.toml")
     }
 }
 
-fn xdg(system: &str, variable: &str, below_home: &str) -> Result<PathBuf> {
+fn xdg(system: &str, variable: &str, below_home: &str, otherwise: &str) -> Result<PathBuf> {
     if nix::unistd::geteuid().is_root() {
         return Ok(Path::new(system).join("sealblk"));
     }
     if let Some(dir) = std::env::var_os(variable).filter(|d| !d.is_empty()) {
         return Ok(Path::new(&dir).join("sealblk"));
     }
-    let home = std::env::var_os("HOME").filter(|h| !h.is_empty()).ok_or_else(|| {
-        Error::new(Kind::Usage, format!("neither {variable} nor HOME is set; give --root DIR"))
-    })?;
+    let home = std::env::var_os("HOME")
+        .filter(|h| !h.is_empty())
+        .ok_or_else(|| Error::new(Kind::Usage, format!("neither {variable} nor HOME is set; {otherwise}")))?;
     Ok(Path::new(&home).join(below_home).join("sealblk"))
 }
 

@@ -76,7 +76,7 @@ fn is_ours(found: &Metadata) -> bool {
 }
 
 /// The path without symbolic links, of which each may be followed; and whether the path itself is one's.
-fn without_links(path: &Path) -> Result<(PathBuf, bool)> {
+pub(super) fn without_links(path: &Path) -> Result<(PathBuf, bool)> {
     let whole = std::path::absolute(path)?;
     let parts = |path: &Path| -> Vec<OsString> {
         let inner =

@@ -154,6 +154,11 @@ impl Snapshot {
         self.layout.is_encrypted()
     }
 
+    /// The data key of its top layer; none if it is not encrypted.
+    pub fn top_key(&self) -> Option<&KeyRecord> {
+        self.layout.top().key.map(|n| &self.layout.keys[n])
+    }
+
     /// Its data keys.
     pub fn keys(&self) -> &[KeyRecord] {
         self.layout.keys()

@@ -17,10 +17,13 @@ Examples:
   sealblk volume create --size 20GiB --name db
   sealblk volume create --size 100GiB --key alias/prod --sector-size 4096
   sealblk volume create --snapshot snap-0a1b --size 40GiB
+  sealblk volume create --snapshot snap-0a1b --own-data-key
 
-The data key is made and wrapped by the KMS key; nobody sees it. Prints the new volume's id. A volume from a snapshot is
-there at once, whatever its size. Under the snapshot's KMS key it has the same data key; with another --key it gets one of
-its own, and what the snapshot holds is encrypted anew in the background while the volume is attached.")]
+The data key is made and wrapped by the KMS key; nobody sees it. Prints the new volume's id. A volume from a
+snapshot is there at once, whatever its size. Under the snapshot's KMS key it has the same data key; with
+--own-data-key, or clone-data-key = \"own\" in the settings, what it writes is under one of its own, which no
+other volume made from that snapshot has. With another --key it gets one of its own as well, and what the
+snapshot holds is encrypted anew in the background while the volume is attached.")]
 pub struct CreateArgs {
     /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB [default: the
     /// snapshot's].
@@ -35,6 +38,10 @@ pub struct CreateArgs {
     /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings' default-key, else alias/aws/ebs].
     #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
     key: Option<String>,
+    /// Of a volume from a snapshot: encrypt what it writes under a data key of its own, and not the
+    /// snapshot's.
+    #[arg(long, requires = "snapshot", conflicts_with = "unencrypted")]
+    own_data_key: bool,
     /// Do not encrypt it. That never changes in the volume's life.
     #[arg(long)]
     unencrypted: bool,
@@ -59,6 +66,7 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         sector_size: args.sector_size,
         key: args.key.clone(),
         unencrypted: args.unencrypted,
+        own_data_key: args.own_data_key,
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,

@@ -1,13 +1,14 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
 use crate::base::{Error, Kind, Result, size};
-use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata};
 use crate::cli::{Env, output};
 use crate::host::control;
 use crate::host::status::{Progress, Status, UsedKey};
 use crate::kms::{self, KeyState};
+use crate::ops::key_sharing::{self, Holder};
 use serde_json::{Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -32,16 +33,21 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
     let attached = Attached::look(&catalog, &metadata)?;
     let checks: Option<Vec<Check>> =
         args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(env, key)).collect());
+    let sharing = key_sharing::of(&catalog, &metadata)?;
     if env.json {
         let mut value = description(&catalog, &metadata)?;
         value["attachment"] = attached.json();
-        value["next_attach"] = json!(next_attach(&catalog, &metadata));
+        value["next_attach"] = json!(next_attach(env, &metadata));
+        for (n, holders) in sharing.iter().enumerate() {
+            value["keys"][n]["shared_with"] = shared_json(holders);
+        }
         for (n, check) in checks.iter().flatten().enumerate() {
             value["keys"][n]["check"] = check.json();
         }
         output::print_json(&value)?;
     } else {
-        output::print(&output::table(&rows(&catalog, &metadata, &attached, checks.as_deref())))?;
+        let rows = rows(env, &metadata, &attached, &sharing, checks.as_deref());
+        output::print(&output::table(&rows))?;
     }
     match checks.into_iter().flatten().find_map(|check| check.refusal) {
         Some(e) => Err(e.context(format!("the next attach of {} would be refused", metadata.id()))),
@@ -50,11 +56,13 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
 }
 
 fn rows(
-    catalog: &Catalog,
+    env: &Env,
     metadata: &Metadata,
     attached: &Attached,
+    sharing: &[Vec<Holder>],
     checks: Option<&[Check]>,
 ) -> Vec<Vec<String>> {
+    let catalog = &env.catalog();
     let mut rows = vec![
         pair("id", metadata.id()),
         pair("name", metadata.name().map_or("-", VolumeName::as_str)),
@@ -62,8 +70,9 @@ fn rows(
         pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
         pair("encrypted", crate::cli::volume::yes_or_no(metadata.is_encrypted())),
     ];
-    for (n, key) in metadata.keys().iter().enumerate() {
+    for (n, (key, holders)) in metadata.keys().iter().zip(sharing).enumerate() {
         rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
+        rows.push(pair("", shared(metadata.top().key == Some(n), holders)));
         if let Some(check) = checks.and_then(|all| all.get(n)) {
             rows.push(pair("", check.words()));
         }
@@ -80,8 +89,38 @@ fn rows(
     rows.push(pair("created", metadata.created()));
     rows.push(pair("state", state(&attached.held)));
     rows.extend(attached.rows());
-    rows.push(pair("next attach", next_attach(catalog, metadata)));
+    rows.push(pair("next attach", next_attach(env, metadata)));
     rows
+}
+
+/// Most whose ids are shown, of those who have a data key as well; JSON has all.
+const SHOWN_MAX: usize = 6;
+
+/// What a data key is for, and who else has it.
+fn shared(is_of_top: bool, holders: &[Holder]) -> String {
+    let what = if is_of_top { "data key of what it writes" } else { "data key of lower layers" };
+    if holders.is_empty() {
+        return format!("{what}: its own");
+    }
+    let mut names: Vec<String> = holders.iter().take(SHOWN_MAX).map(id_of).collect();
+    if holders.len() > SHOWN_MAX {
+        names.push(format!("{} more", holders.len() - SHOWN_MAX));
+    }
+    format!("{what}: shared with {}", names.join(", "))
+}
+
+fn id_of(holder: &Holder) -> String {
+    match holder {
+        Holder::Snapshot(id) => id.to_string(),
+        Holder::Volume(id) => id.to_string(),
+    }
+}
+
+fn shared_json(holders: &[Holder]) -> Value {
+    let (snapshots, volumes): (Vec<_>, Vec<_>) =
+        holders.iter().partition(|holder| matches!(holder, Holder::Snapshot(_)));
+    let ids = |holders: Vec<&Holder>| holders.into_iter().map(id_of).collect::<Vec<_>>();
+    json!({"snapshots": ids(snapshots), "volumes": ids(volumes)})
 }
 
 /// Who has a volume, and what its host process says of itself.
@@ -94,7 +133,7 @@ struct Attached {
 impl Attached {
     fn look(catalog: &Catalog, metadata: &Metadata) -> Result<Self> {
         let held = catalog.held(metadata.id())?;
-        let attached = matches!(&held, Held::By(Holder { purpose: Purpose::Attach, .. }));
+        let attached = matches!(&held, Held::By(LockHolder { purpose: Purpose::Attach, .. }));
         let status = attached.then(|| control::status(catalog, metadata.id()));
         Ok(Attached { held, status })
     }
@@ -189,8 +228,9 @@ impl Attached {
 }
 
 /// What the next attach would meet, as far as one can tell without asking the KMS.
-fn next_attach(catalog: &Catalog, metadata: &Metadata) -> String {
-    if let Err(problem) = catalog.check_layers(metadata) {
+fn next_attach(env: &Env, metadata: &Metadata) -> String {
+    let allowed = || env.settings()?.check_encrypted("it", metadata.is_encrypted());
+    if let Err(problem) = env.catalog().check_layers(metadata).and_then(|()| allowed()) {
         return format!("refused: {problem}");
     }
     let mut asked: Vec<String> = Vec::new();
@@ -310,8 +350,8 @@ fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
 pub(super) fn state(held: &Held) -> &'static str {
     match held {
         Held::Free => "available",
-        Held::By(Holder { purpose: Purpose::Create, .. }) => "creating",
-        Held::By(Holder { purpose: Purpose::Delete, .. }) => "deleting",
+        Held::By(LockHolder { purpose: Purpose::Create, .. }) => "creating",
+        Held::By(LockHolder { purpose: Purpose::Delete, .. }) => "deleting",
         Held::By(_) | Held::Unknown => "in-use",
     }
 }

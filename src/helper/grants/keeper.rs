@@ -12,7 +12,7 @@ use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
-use crate::config::Settings;
+use crate::config::{Settings, shown_file};
 use crate::helper;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
@@ -263,7 +263,7 @@ fn grant_all(
             tokens.push(tokens[same].clone());
             continue;
         }
-        let refused = |e: KmsError| refusal(root, provider, key, e);
+        let refused = |e: KmsError| refusal(provider, key, e);
         let opened =
             kms::open_patient_provider(harden()?, root, provider, Some(patience)).map_err(refused)?;
         let Some(grantee) = opened.capabilities().grantee else {
@@ -327,12 +327,12 @@ fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
     settle(root, note, retired)
 }
 
-fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Refusal {
+fn refusal(provider: &str, key: &str, e: KmsError) -> Refusal {
     let cause = e.to_string();
     let hint = match &e {
         KmsError::AccessDenied(_) | KmsError::Unsupported(_) | KmsError::Other(..) => format!(
             "; where this host may not make grants, set attach-grants = false in {}",
-            root.settings().display()
+            shown_file().display()
         ),
         _ => String::new(),
     };

@@ -27,6 +27,10 @@ pub struct Wanted {
     /// Whether it is not encrypted.
     #[serde(default)]
     pub unencrypted: bool,
+    /// Whether, made from a snapshot, it has a data key of its own; without, the settings say when it is
+    /// made.
+    #[serde(default)]
+    pub own_data_key: bool,
     /// Exactly its tags; without, whatever there are.
     pub tags: Option<Tags>,
 }
@@ -55,6 +59,8 @@ pub fn parse(text: &str) -> Result<Vec<Wanted>> {
             "is there twice"
         } else if volume.size.is_none() && volume.snapshot.is_none() {
             "has neither a size nor a snapshot"
+        } else if volume.own_data_key && (volume.snapshot.is_none() || volume.unencrypted) {
+            "has own-data-key, which is of encrypted volumes that are made from a snapshot"
         } else if volume.unencrypted && volume.key.is_some() {
             "has a key, and is not to be encrypted"
         } else {
@@ -120,6 +126,7 @@ mod tests {
             ("[[volume]]\nsize = 1\n", "name"),
             ("[[volume]]\nname = \"a\"\n", "neither a size nor a snapshot"),
             ("[[volume]]\nname = \"a\"\nsize = 1\nunencrypted = true\nkey = \"k\"\n", "has a key"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nown-data-key = true\n", "made from a snapshot"),
             ("{\"volume\": [{\"name\": \"a\", \"size\": \"1x\"}]}", "line 1 column"),
             ("{\"volume\": [{\"name\": \"a\", \"size\": 1}, {\"name\": \"a\", \"size\": 1}]}", "twice"),
         ] {

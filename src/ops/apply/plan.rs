@@ -2,6 +2,7 @@
 
 use super::file::Wanted;
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::metadata::LayerRecord;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
 use crate::config::DEFAULT_KEY;
@@ -152,6 +153,9 @@ impl Look<'_> {
         if let Some(reference) = &wanted.snapshot {
             self.check_snapshot(there, reference)?;
         }
+        if wanted.own_data_key {
+            self.check_own_data_key(there)?;
+        }
         match &wanted.key {
             Some(key) => self.check_key(there, key),
             None => Ok(()),
@@ -169,6 +173,22 @@ impl Look<'_> {
             Some(origin) => refuse(format!("{} was made from {origin}, not from {wanted}", there.id())),
             None => refuse(format!("{} was not made from a snapshot", there.id())),
         }
+    }
+
+    /// As far as that can be known: where its snapshot is not there any more, nobody else has that data key
+    /// by it.
+    fn check_own_data_key(&self, there: &Metadata) -> Result<()> {
+        let Some(origin) = there.origin() else { return Ok(()) };
+        let Ok(snapshot) = self.catalog.load_snapshot(origin.snapshot) else { return Ok(()) };
+        let shared =
+            |layer: &LayerRecord| layer.id == snapshot.layout().top().id && layer.key == there.top().key;
+        if there.is_encrypted() && !there.layers().iter().any(shared) {
+            return Ok(());
+        }
+        let (id, of) = (there.id(), snapshot.id());
+        refuse(format!(
+            "{id} has no data key of its own, but that of {of}; \"sealblk volume rekey {id}\" gives it one"
+        ))
     }
 
     fn check_key(&self, there: &Metadata, name: &str) -> Result<()> {
@@ -219,6 +239,7 @@ fn new_volume(wanted: &Wanted) -> NewVolume {
         sector_size: wanted.sector_size,
         key: wanted.key.clone(),
         unencrypted: wanted.unencrypted,
+        own_data_key: wanted.own_data_key,
         name: Some(wanted.name.clone()),
         tags: wanted.tags.clone().unwrap_or_default(),
         preallocate: false,

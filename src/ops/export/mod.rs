@@ -68,7 +68,7 @@ pub enum Target<'a> {
 /// be written to; `NotFound`; `Corrupt` for what an attach would refuse; the KMS's; those of the file system;
 /// what `watch` says. There is no new file then; a device or standard output can have a part of the data.
 pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -> Result<u64> {
-    let (catalog, unwrap) = (&store.catalog(), |owner, key: &_| store.unwrap(owner, key));
+    let catalog = &store.catalog();
     let started = Timestamp::now();
     let attempt = || match what {
         What::Volume(id) => format!("export {id}"),
@@ -79,7 +79,7 @@ pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -
         What::Volume(id) => (id, None),
         What::Snapshot(id) => (catalog.load_snapshot(id).context(attempt)?.volume(), Some(id)),
     };
-    let done = Source::open(catalog, what, &unwrap).and_then(|source| {
+    let done = Source::open(store, what).and_then(|source| {
         let size = source.layout.geometry().size();
         sink.check_size(size)?;
         source.record(catalog, snapshot, &sink.name(target))?;
@@ -173,28 +173,32 @@ struct Source {
 }
 
 impl Source {
-    fn open(catalog: &Catalog, what: What, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
+    fn open(store: &Store, what: What) -> Result<Self, Failure> {
         match what {
-            What::Volume(id) => Self::volume(catalog, id, unwrap),
-            What::Snapshot(id) => Self::snapshot(catalog, id, unwrap),
+            What::Volume(id) => Self::volume(store, id),
+            What::Snapshot(id) => Self::snapshot(store, id),
         }
     }
 
-    fn volume(catalog: &Catalog, id: VolumeId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
-        let Reach::Mine(lock) = Reach::of(catalog, id, Purpose::Export)? else {
-            return Err(attached(catalog, id)?.into());
+    fn volume(store: &Store, id: VolumeId) -> Result<Self, Failure> {
+        let catalog = store.catalog();
+        let Reach::Mine(lock) = Reach::of(&catalog, id, Purpose::Export)? else {
+            return Err(attached(&catalog, id)?.into());
         };
-        let Taken { lock, opened } = Taken::open(catalog, lock, Opening::Read, Access::Read, unwrap)?;
+        let Taken { lock, opened } = store.open_as(lock, Opening::Read, Access::Read)?;
         let layout = opened.metadata.layout().clone();
         Ok(Self::over(layout, KeyOwner::Volume(id), &opened.layers, Some(lock))?)
     }
 
-    fn snapshot(catalog: &Catalog, id: SnapshotId, unwrap: Unwrap<'_>) -> Result<Self, Failure> {
+    fn snapshot(store: &Store, id: SnapshotId) -> Result<Self, Failure> {
+        let catalog = store.catalog();
         let snapshot = catalog.load_snapshot(id)?;
+        store.settings().check_encrypted(id, snapshot.is_encrypted())?;
         catalog.check_files(&id, snapshot.layers())?;
-        let deks = unwrap_all(snapshot.layout(), snapshot.key_owner(), unwrap)?;
+        let unwrap = |owner, key: &_| store.unwrap(owner, key);
+        let deks = unwrap_all(snapshot.layout(), snapshot.key_owner(), &unwrap)?;
         snapshot.verify(&deks)?;
-        let layers = layers::open_all(catalog, snapshot.layout(), &deks, Access::Read)?;
+        let layers = layers::open_all(&catalog, snapshot.layout(), &deks, Access::Read)?;
         Ok(Self::over(snapshot.layout().clone(), snapshot.key_owner(), &layers, None)?)
     }
 

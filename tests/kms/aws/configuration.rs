@@ -1,6 +1,7 @@
 //! Credentials, regions and endpoints are found where users of AWS are used to put them.
 
-use crate::aws::faults::{Answer, Faults, exception};
+use crate::aws::faults::{Answer, Faults, Seen, exception};
+use crate::aws::site::Site;
 use crate::common::kms_server::{self, KmsServer, Variables, environment};
 use crate::common::store::{Store, said};
 use crate::suite::Admin;
@@ -35,7 +36,7 @@ impl Case {
     }
 
     fn file(&self, name: &str, text: &str) -> String {
-        let path = self.store.root().join(name);
+        let path = self.store.config().join(name);
         fs::write(&path, text).expect("write a file");
         path.display().to_string()
     }
@@ -250,3 +251,58 @@ fn a_kms_behind_tls_is_believed_by_the_certificates_that_the_environment_names()
 
 /// PEM, but no certificate.
 const NO_CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+
+/// A record in the store can name a key of anybody's; this host's data keys are none of that KMS's affair.
+#[test]
+fn a_kms_is_asked_for_a_data_key_only_by_a_key_that_the_settings_allow() {
+    let site = Site::new("kms-patience = 0\n");
+    let key = site.place.key();
+    let id = key.rsplit_once('/').expect("an ARN").1;
+    let alias = site.kms.admin().create_alias("alias/volumes", id);
+    alias.expect("make an alias");
+    let kms = Faults::start([], Answer::Pass(site.kms.url.clone()));
+    site.move_to(&kms.url);
+    let targets = |kms: &Faults| -> Vec<String> {
+        let heads = kms.seen.try_iter().map(|seen| match seen {
+            Seen::Request(head) => head.to_ascii_lowercase(),
+            Seen::GaveUp => panic!("the client gave up"),
+        });
+        let target = |head: String| {
+            head.split_once("trentservice.").map(|(_, rest)| rest.lines().next().map(str::to_owned))
+        };
+        heads.map(|head| target(head).flatten().expect("a target")).collect()
+    };
+    let place = format!("{}*", key.strip_suffix(id).expect("it ends with the id"));
+    for (allowed, asked) in [
+        ("aws", &["decrypt"][..]),
+        (&key, &["decrypt"]),
+        (&format!("aws:{key}"), &["decrypt"]),
+        (&place, &["decrypt"]),
+        ("aws:alias/volumes", &["describekey", "decrypt"]),
+        (&format!("aws:{id}"), &["describekey", "decrypt"]),
+    ] {
+        // The KMS of this test is where the embedded one would be.
+        let allowed = if allowed.starts_with("arn:") { format!("aws:{allowed}") } else { allowed.to_owned() };
+        site.place.store.configure(&format!("kms-patience = 0\nkms-keys = ['embedded', {allowed:?}]\n"));
+        site.place.attach(&[]).end();
+        assert_eq!(targets(&kms), asked, "{allowed}");
+    }
+    let other = "aws:arn:aws:kms:us-east-1:111122223333:key/*";
+    site.place.store.configure(&format!("kms-patience = 0\nkms-keys = ['embedded', {other:?}]\n"));
+    let refusal = site.place.refuse(5, &[]);
+    assert!(refusal.contains("kms-keys") && refusal.contains(&key), "{refusal}");
+    for command in [
+        &["volume", "create", "--size", "1MiB", "--key", &format!("aws:{key}")][..],
+        &["volume", "rewrap", "t", "--key", "alias/aws/ebs"],
+        &["volume", "rekey", "t"],
+        &["volume", "show", "t", "--check-key"],
+    ] {
+        let output = site.place.store.run(command);
+        assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+    }
+    assert_eq!(targets(&kms), [] as [String; 0], "nobody was asked anything");
+    // An alias that there is not allows nothing.
+    site.place.store.configure("kms-patience = 0\nkms-keys = ['aws:alias/none']\n");
+    site.place.refuse(5, &[]);
+    assert_eq!(targets(&kms), ["describekey"]);
+}

@@ -329,7 +329,7 @@ fn plant(place: &Place, provider: &str, key: &str, grantee: &str, grant: Option<
 
 /// Everything that looks at notes of grants: the attach of the volume they are of, with and without grants, and gc.
 fn let_everything_look(place: &Place) {
-    let settings = fs::read_to_string(place.store.root().join("sealblk.toml")).unwrap();
+    let settings = fs::read_to_string(place.store.settings()).unwrap();
     place.store.configure(&format!("attach-grants = false\n{settings}"));
     let host = place.attach(&[]);
     assert!(host.output().contains("notes of grants are not read there any more"), "{}", host.output());
@@ -410,4 +410,33 @@ fn a_grant_of_another_name_is_not_retired_in_place_of_one_that_was_not_made() {
     fs::write(&path, serde_json::to_vec(&note).unwrap()).unwrap();
     site.place.store.ok(&["gc"]);
     assert_eq!((grants(&site).len(), notes(&site.place)), (1, 0));
+}
+
+/// A clone with a data key of its own has two, which one KMS key wraps: one grant is for both.
+#[test]
+fn a_clone_with_its_own_data_key_is_attached_by_one_grant() {
+    let site = Site::new(ROOT);
+    let store = &site.place.store;
+    let golden = store.ok(&["snapshot", "create", "t"]).trim().to_owned();
+    store.ok(&["volume", "create", "--snapshot", &golden, "--own-data-key", "--name", "c"]);
+    let catalog = site.place.catalog();
+    let volume = || catalog.load(catalog.resolve("c").expect("find it")).expect("read it");
+    let made = volume();
+    assert_eq!((made.keys().len(), made.layout().hydrate()), (2, None));
+    assert!(made.keys().iter().all(|key| key.provider == "aws" && key.wrapped.key_id == site.place.key()));
+    let host = store.attach("c", &[]);
+    assert_eq!(grants(&site).len(), 1);
+    assert!(volume().is_sealed());
+    host.detach();
+    assert_eq!(grants(&site), []);
+    // And it is made under a KMS key that is named, too.
+    store.ok(&[
+        "volume",
+        "create",
+        "--snapshot",
+        &golden,
+        "--own-data-key",
+        "--key",
+        &format!("aws:{}", site.key),
+    ]);
 }
