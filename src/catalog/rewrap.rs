@@ -80,9 +80,9 @@ fn digest(blob: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::catalog::VolumeId;
-    use crate::catalog::metadata::{Geometry, SectorSize};
+    use crate::catalog::metadata::Geometry;
     use crate::catalog::seal::Seal;
-    use crate::crypt::Dek;
+    use crate::crypt::{Dek, SectorSize};
 
     fn record(key_id: &str, blob: &[u8]) -> KeyRecord {
         let wrapped = WrappedKey { key_id: key_id.into(), blob: blob.into() };

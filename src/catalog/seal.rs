@@ -7,9 +7,9 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::{LayerRecord, SealVersion, sealed_bytes};
-use crate::catalog::metadata::{Geometry, Metadata, Proof, SectorSize};
+use crate::catalog::metadata::{Geometry, Metadata, Proof};
 use crate::catalog::snapshot::Snapshot;
-use crate::crypt::{Dek, SealKey};
+use crate::crypt::{Dek, SealKey, SectorSize};
 use std::borrow::Borrow;
 use std::io;
 use subtle::ConstantTimeEq;

@@ -6,8 +6,10 @@ pub mod dek;
 #[cfg(test)]
 mod residue;
 pub mod secret_mem;
+mod sector_size;
 pub mod wiping_allocator;
 pub mod xts;
 
 pub use dek::{Dek, PassKey, SealKey};
 pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};
+pub use sector_size::SectorSize;

@@ -6,9 +6,10 @@ use super::keys::NamedKey;
 use super::make::{self, Wanted};
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
-use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::metadata::{Geometry, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
+use crate::crypt::SectorSize;
 
 /// A volume that somebody wants made.
 #[derive(Clone, Debug, Default)]

@@ -7,8 +7,9 @@ use super::import_in_place::{self, Candidate};
 use super::make::Wanted;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::Metadata;
-use crate::catalog::metadata::{Geometry, SectorSize, VolumeName};
+use crate::catalog::metadata::{Geometry, VolumeName};
 use crate::catalog::tags::Tags;
+use crate::crypt::SectorSize;
 use crate::image::{BackingFiles, Format, Image};
 use std::path::{Path, PathBuf};
 

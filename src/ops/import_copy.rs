@@ -6,8 +6,8 @@
 
 use crate::base::{Context, Result};
 use crate::catalog::Catalog;
-use crate::catalog::metadata::{KeyOwner, Metadata, SectorSize};
-use crate::crypt::Dek;
+use crate::catalog::metadata::{KeyOwner, Metadata};
+use crate::crypt::{Dek, SectorSize};
 use crate::disk::Disk;
 use crate::disk::transfer::{self, Transfer};
 use crate::events::EventLog;

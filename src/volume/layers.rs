@@ -5,10 +5,10 @@ use crate::backing::file::FileBacking;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
-use crate::catalog::metadata::{LayerRecord, SectorSize};
+use crate::catalog::metadata::LayerRecord;
 use crate::catalog::{Catalog, VolumeId};
-use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::xts::{Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SectorSize};
 use crate::disk::{Cipher, Layers};
 use crate::image::lock::{Access, ImageLock};
 use std::borrow::Borrow;
@@ -122,7 +122,7 @@ pub fn open_stack(
 /// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same key share its round
 /// keys.
 pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
-    let unit = data_unit(layout.geometry().sector_size());
+    let unit = layout.geometry().sector_size();
     let of_keys = deks.iter().map(|dek| cipher(dek.borrow(), unit, engine)).collect::<Result<Vec<_>>>()?;
     ciphers_of_layers(&of_keys, layout, engine)
 }
@@ -133,7 +133,7 @@ pub(super) fn ciphers_of_layers(
     layout: &Layout,
     engine: Engine,
 ) -> Result<Vec<Cipher>> {
-    let unit = data_unit(layout.geometry().sector_size());
+    let unit = layout.geometry().sector_size();
     let of_layer = |layer: &LayerRecord| match layer.key {
         Some(key) => Ok(Some(of_keys[key].clone())),
         None => mask(layer, engine, unit),
@@ -142,25 +142,17 @@ pub(super) fn ciphers_of_layers(
 }
 
 /// The cipher of layers under this data key.
-pub(super) fn cipher(dek: &Dek, unit: DataUnit, engine: Engine) -> Result<Arc<dyn SectorCipher>> {
+pub(super) fn cipher(dek: &Dek, unit: SectorSize, engine: Engine) -> Result<Arc<dyn SectorCipher>> {
     new_cipher(engine, dek, unit).map(Arc::from)
 }
 
 /// The cipher of a layer that has no key: its mask, which is no secret, or none.
-pub fn mask(layer: &LayerRecord, engine: Engine, unit: DataUnit) -> Result<Cipher> {
+pub fn mask(layer: &LayerRecord, engine: Engine, unit: SectorSize) -> Result<Cipher> {
     if !layer.masked {
         return Ok(None);
     }
     let mask = Dek::mask_of_layer(layer.id.as_bytes())?;
     Ok(Some(Arc::from(new_cipher(engine, &mask, unit)?)))
-}
-
-/// What one tweak covers in a volume of this sector size.
-pub fn data_unit(sector_size: SectorSize) -> DataUnit {
-    match sector_size {
-        SectorSize::B512 => DataUnit::B512,
-        SectorSize::B4096 => DataUnit::B4096,
-    }
 }
 
 /// Layers as a disk takes them, the top first. There is at least one.

@@ -4,10 +4,11 @@
 use sealblk::base::root::Root;
 use sealblk::base::{Error, Kind};
 use sealblk::catalog::lock::{Held, Holder, Purpose, VolumeLock};
-use sealblk::catalog::metadata::{Geometry, SectorSize};
+use sealblk::catalog::metadata::Geometry;
 use sealblk::catalog::tags::Tags;
 use sealblk::catalog::{Catalog, Metadata, VolumeId};
 use sealblk::config::Settings;
+use sealblk::crypt::SectorSize;
 use sealblk::events::EventLog;
 use sealblk::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
 use sealblk::ops::delete;

@@ -8,8 +8,9 @@ use crate::catalog::layout::SealVersion;
 use crate::catalog::layout::written::{
     WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
 };
-use crate::catalog::metadata::{Metadata, Origin, Proof, SectorSize, VolumeName, encryption_context};
+use crate::catalog::metadata::{Metadata, Origin, Proof, VolumeName, encryption_context};
 use crate::catalog::{LayerId, SnapshotId, VolumeId};
+use crate::crypt::SectorSize;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

@@ -10,10 +10,11 @@
 //! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they are
 //! used, for the same reason.
 
+use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_zmm;
 use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
 use crate::crypt::xts::vaes::{AHEAD, Kernel};
-use crate::crypt::xts::{DataUnit, Direction, TweakInput};
+use crate::crypt::xts::{Direction, TweakInput};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
