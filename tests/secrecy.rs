@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use sealblk::crypt::SecretFd;
 use sealblk::crypt::xts::Engine;
 use sealblk::kms::KeyProvider;
-use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
+use sealblk::kms::embedded::keys::{LogKeys, RootKey};
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, next_record};
 use sealblk::kms::embedded::records::{Change, Transaction};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -488,7 +488,7 @@ fn secrets_of(kms: &KmsServer) -> Vec<(String, [u8; 32])> {
         secrets.push((format!("the {name}"), key));
     }
     let root_key = RootKey::copy_of(&root_key);
-    let keys = StoreKeys::derive(&root_key.expect("memory"), header.store).expect("memory");
+    let keys = LogKeys::derive(&root_key.expect("memory"), header.store).expect("memory");
     let (mut rest, mut place) = (&log[HEADER_LEN..], header.base);
     while let Next::Record { body, after, len } =
         next_record(&place, rest, (log.len() - rest.len()) as u64, &keys).expect("a good log")

@@ -9,7 +9,7 @@ use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{Metadata, written};
-use crate::catalog::references::{StoreLock, remove_unnamed};
+use crate::catalog::references::{RecordsLock, remove_unnamed};
 use crate::catalog::{Catalog, LayerId, VolumeId, read_bounded};
 use crate::crypt::SealKey;
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,7 @@ pub fn commit(
     let mut next = metadata.clone();
     next.layout = metadata.layout().hydrated();
     next.reseal(key);
-    catalog.store(lock, &mut next)?;
+    catalog.save(lock, &mut next)?;
     *metadata = next;
     Ok(())
 }
@@ -91,11 +91,11 @@ impl Catalog {
         if !self.has_left_layers(volume) {
             return Ok(0);
         }
-        self.clear_left_under(volume, &StoreLock::acquire(self)?)
+        self.clear_left_under(volume, &RecordsLock::acquire(self)?)
     }
 
-    fn clear_left_under(&self, volume: VolumeId, store: &StoreLock) -> Result<usize> {
-        let removed = remove_unnamed(self, self.left_layers(volume)?, store)
+    fn clear_left_under(&self, volume: VolumeId, records: &RecordsLock) -> Result<usize> {
+        let removed = remove_unnamed(self, self.left_layers(volume)?, records)
             .map_err(|e| e.context(format!("remove the layers that have left the chain of {volume}")))?;
         if removed > 0 {
             log::info!("{volume}: removed {removed} layers that have left its chain");
@@ -107,8 +107,8 @@ impl Catalog {
     ///
     /// # Errors
     /// As for [`Catalog::clear_left`].
-    pub(crate) fn settle_left(&self, lock: &VolumeLock, store: &StoreLock) -> Result<()> {
-        self.clear_left_under(lock.volume(), store)?;
+    pub(crate) fn settle_left(&self, lock: &VolumeLock, records: &RecordsLock) -> Result<()> {
+        self.clear_left_under(lock.volume(), records)?;
         let path = self.leaving_path(lock.volume());
         files::remove(&path).context(|| format!("remove {}", path.display()))?;
         sync_dir(&self.folder(lock.volume()))

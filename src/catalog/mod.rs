@@ -174,7 +174,7 @@ impl Catalog {
     /// # Errors
     /// `Corrupt` if the generation cannot be counted on; otherwise as [`replace_file`]. `metadata` is then as
     /// it was.
-    pub fn store(&self, lock: &VolumeLock, metadata: &mut Metadata) -> Result<()> {
+    pub fn save(&self, lock: &VolumeLock, metadata: &mut Metadata) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
         let folder = self.folder(metadata.id());
         remove_temporary_files(&folder)?;

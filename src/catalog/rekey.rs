@@ -116,7 +116,7 @@ pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Meta
     if layout != *metadata.layout() {
         // The seal is not over it.
         let mut next = Metadata { layout, ..metadata.clone() };
-        catalog.store(lock, &mut next)?;
+        catalog.save(lock, &mut next)?;
         *metadata = next;
     }
     Ok(true)

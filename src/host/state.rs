@@ -60,14 +60,14 @@ impl Record {
     /// Notes, durably, how a data key is wrapped now.
     ///
     /// # Errors
-    /// As [`Metadata::rewrap`] and [`Catalog::store`]; the file is as it was then.
+    /// As [`Metadata::rewrap`] and [`Catalog::save`]; the file is as it was then.
     pub fn rewrap(&self, new: &Rewrapped) -> Result<()> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         let mut next = state.metadata.clone();
         next.rewrap(new)?;
         let id = next.id();
-        self.catalog.store(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
+        self.catalog.save(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
         state.metadata = next;
         Ok(())
     }

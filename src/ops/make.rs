@@ -10,7 +10,7 @@ use crate::base::{Error, Kind, Result};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
-use crate::catalog::references::{CREATING, StoreLock};
+use crate::catalog::references::{CREATING, RecordsLock};
 use crate::catalog::tags::{self, Tags};
 use crate::catalog::{self, Catalog, VolumeId};
 use crate::events::{Event, EventLog};
@@ -89,7 +89,7 @@ fn make(
         .and_then(|()| fill(&metadata))
         .and_then(|()| commit(catalog, &metadata));
     if let Err(e) = made {
-        let cleared = StoreLock::acquire(catalog).and_then(|store| abandon(catalog, &metadata, &store));
+        let cleared = RecordsLock::acquire(catalog).and_then(|records| abandon(catalog, &metadata, &records));
         if let Err(left) = cleared {
             log::warn!("{left}; the next \"sealblk volume create\" or \"delete\" tries again");
         }
@@ -100,8 +100,8 @@ fn make(
 
 /// Makes the volume's folder, takes the volume, and writes down what is going to be made.
 fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
-    let store = StoreLock::acquire(catalog)?;
-    clear_remains(catalog, &store);
+    let records = RecordsLock::acquire(catalog)?;
+    clear_remains(catalog, &records);
     if let Some(origin) = metadata.origin() {
         // From here on the new volume names its layers, and before, the snapshot did.
         catalog.load_snapshot(origin.snapshot)?;
@@ -131,7 +131,7 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
 /// The rename after which the volume is there.
 fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
     // Held over the look at the names and the rename: of two volumes of one name, one comes second.
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     check_name_is_free(catalog, metadata.name())?;
     rename_durably(&catalog.folder(metadata.id()), CREATING, catalog::FILE)
 }

@@ -135,7 +135,7 @@ fn prove(
     }
     let is_first = opening.serves() && metadata.mark_attached();
     if is_first || metadata.is_sealed() != was_sealed {
-        catalog.store(lock, metadata)?;
+        catalog.save(lock, metadata)?;
     }
     Ok(())
 }

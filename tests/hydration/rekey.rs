@@ -4,8 +4,8 @@ use crate::common::attach::{flush, open};
 use crate::common::patience::{Deadline, limit};
 use crate::common::rig::Rig;
 use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part, wait_until_done};
-use sealblk::crypt::xts::{Engine, new_cipher};
 use sealblk::crypt::Dek;
+use sealblk::crypt::xts::{Engine, new_cipher};
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 

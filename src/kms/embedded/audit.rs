@@ -70,10 +70,10 @@ impl Embedded {
 
     /// The store's audit key; `None` if there is no store.
     pub fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(None);
         }
-        self.store.read(|log| Ok(Some(log.keys().audit().clone())))
+        self.log.read(|log| Ok(Some(log.keys().audit().clone())))
     }
 
     /// Records a call of the store's owner; answers `result`, unless it cannot be recorded.
@@ -159,12 +159,12 @@ impl Embedded {
 
     /// The audit key, and the ARNs of the keys that the call names, as far as they are there.
     fn key_and_arns(&self, call: &Call<'_>) -> Result<Option<(AuditKey, Vec<String>)>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(None);
         }
         let arn =
             |state: &State, key: &String| Some(self.place.key_arn(state.key(key, &self.place).ok()?.id));
-        self.store.read(|log| {
+        self.log.read(|log| {
             let arns = call.keys.iter().filter_map(|key| arn(log.state(), key)).collect();
             Ok(Some((log.keys().audit().clone(), arns)))
         })

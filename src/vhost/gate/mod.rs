@@ -6,9 +6,9 @@
 
 mod channel;
 mod event;
+mod expected;
 mod memory;
 mod message;
-mod shape;
 mod state;
 
 pub use channel::{Channel, Told};
@@ -17,9 +17,9 @@ use crate::vhost::dirty::Bitmap;
 use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::vring::Rings;
 use event::check_event;
+use expected::{Expected, has_answer};
 use memory::MemoryTable;
 use message::{Message, invalid};
-use shape::{Shape, has_answer};
 use state::Transfer;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -120,8 +120,8 @@ impl Gate {
         let Ok(request) = Req::try_from(code) else {
             return Err(invalid(format!("unknown request {code}")));
         };
-        let shape = Shape::of(request).ok_or_else(|| invalid("not offered".into()))?;
-        shape.check(&message, self.acked, &self.limits)?;
+        let expected = Expected::of(request).ok_or_else(|| invalid("not offered".into()))?;
+        expected.check(&message, self.acked, &self.limits)?;
         match request {
             Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
             // A front-end that re-adds a device on its connection claims it again, and gives all its memory anew.
