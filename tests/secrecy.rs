@@ -429,7 +429,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     drop(traced);
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
-    assert_eq!(answer, "\"unwrapped\"");
+    assert_eq!(answer, "\"unwrapped\"\n");
     assert!(wait_within(&mut helper, limit()).expect("it ends").success());
     assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
 }

@@ -11,6 +11,7 @@ pub mod root;
 pub mod size;
 pub(crate) mod sync;
 mod timestamp;
+pub(crate) mod wire;
 
 pub use error::{Context, Error, Kind, Result};
 pub use locality::Locality;

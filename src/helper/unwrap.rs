@@ -7,6 +7,7 @@
 
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::catalog::rekey::passed_for;
@@ -17,10 +18,8 @@ use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
 use crate::kms::patience::Patience;
 use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
-use std::io::{IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use zeroize::Zeroizing;
@@ -28,7 +27,7 @@ use zeroize::Zeroizing;
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
-const MAX_MESSAGE: usize = 32 << 10;
+const MAX_LINE: usize = 32 << 10;
 /// How long the helper may take beside the KMS's time before it is given up.
 const MARGIN: Duration = Duration::from_secs(30);
 
@@ -217,15 +216,8 @@ fn run_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration)
 }
 
 fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answer> {
-    let bytes = serde_json::to_vec(request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    let fds = [secret.as_fd().as_raw_fd()];
-    let control = [ControlMessage::ScmRights(&fds)];
-    let sent =
-        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
-    (&mut &*socket).write_all(&bytes[sent..])?;
-    socket.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = Vec::new();
-    socket.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
+    wire::say_with(socket, request, secret.as_fd())?;
+    let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
         .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
 }
@@ -236,7 +228,7 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
 /// Only when the other side could not even be told.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let mut socket = helper::begin()?;
+    let socket = helper::begin()?;
     let request = receive(&socket).map_err(Refusal::from);
     // The key passes the stack too, in other people's frames.
     let filled =
@@ -245,32 +237,16 @@ pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
         Ok(()) => Answer::Unwrapped,
         Err(refusal) => Answer::Refused(refusal),
     };
-    let bytes = serde_json::to_vec(&answer).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    socket.write_all(&bytes).context(|| "answer the host process")
+    wire::say(&socket, &answer).context(|| "answer the host process")
 }
 
 fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     let attempt = || "take a request: this command is started by \"sealblk attach\" alone";
-    let mut bytes = vec![0; MAX_MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let mut fds = Vec::new();
-    let first = {
-        let mut data = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message =
-            recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(new) = control {
-                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
-                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        message.bytes
-    };
-    bytes.truncate(first);
-    (&mut &*socket).take(MAX_MESSAGE as u64).read_to_end(&mut bytes).context(attempt)?;
+    let mut lines = Lines::of_at_most(MAX_LINE);
+    let bytes = lines.next(socket).context(attempt)?.unwrap_or_default();
     let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
-    let fd = fds.pop().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
+    let fd =
+        lines.take_descriptor().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
     Ok((
         request.map_err(|e| e.context(attempt()))?,
         SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?,

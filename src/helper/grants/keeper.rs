@@ -9,6 +9,7 @@
 use crate::base::hardened::harden;
 use crate::base::root::Root;
 use crate::base::sync::Locked;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
@@ -21,7 +22,7 @@ use crate::kms::patience::Patience;
 use crate::kms::{self, Grant, KeyProvider, KmsError};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -29,7 +30,7 @@ use std::time::Duration;
 /// The hidden subcommand.
 pub const COMMAND: &str = "keep-grants";
 /// The longest line in bytes: tokens have up to 8192 characters.
-const MAX_LINE: u64 = 1 << 20;
+const MAX_LINE: usize = 1 << 20;
 /// What the keeper may take beside the KMS's time.
 const MARGIN: Duration = Duration::from_secs(30);
 
@@ -102,8 +103,8 @@ impl Keeper {
         let patience_ms = patience.0.as_millis() as u64;
         let order = Order { volume: metadata.id(), keys, patience_ms, alone };
         let answer = socket.set_read_timeout(Some(time)).map_err(Error::from).and_then(|()| {
-            say(&socket, &order)?;
-            hear(&mut BufReader::new(&socket))
+            wire::say(&socket, &order)?;
+            hear(&mut Lines::of_at_most(MAX_LINE), &socket)
         });
         match answer {
             Ok(Some(Answer::Granted(tokens))) if !left_behind && tokens.iter().all(Option::is_none) => {
@@ -140,22 +141,24 @@ impl Keeper {
 
     /// Has the grants retired, and waits for that. What cannot be retired now is logged: it will be later.
     pub fn retire(&self) {
-        self.ask(|mut socket| Ok(socket.write_all(b"\n")?));
+        self.ask(|mut socket| socket.write_all(b"\n"));
     }
 
     /// The same for grants on keys that the volume does not need any more.
     pub fn retire_others_than_of(&self, volume: &Metadata) {
         let needed = keys_of(volume);
-        self.ask(|socket| say(socket, &needed));
+        self.ask(|socket| wire::say(socket, &needed));
     }
 
-    fn ask(&self, order: impl FnOnce(&UnixStream) -> Result<()>) {
+    fn ask(&self, order: impl FnOnce(&UnixStream) -> std::io::Result<()>) {
         let Some(socket) = self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some)) else {
             return;
         };
         // One question at a time: the answers do not say which they are to.
         let _one = self.asking.locked();
-        let why = match order(socket).and_then(|()| hear(&mut BufReader::new(socket))) {
+        let heard =
+            order(socket).map_err(Error::from).and_then(|()| hear(&mut Lines::of_at_most(MAX_LINE), socket));
+        let why = match heard {
             Ok(Some(Answer::Retired)) => return,
             Ok(Some(Answer::Left(why))) => why,
             Ok(_) => "its keeper has ended".into(),
@@ -173,9 +176,10 @@ impl Keeper {
 /// Only when the other side could not even be told.
 pub fn keep(root: &Root) -> Result<()> {
     let socket = helper::begin()?;
-    let mut lines = BufReader::new(&socket);
-    let order: Order = hear(&mut lines)?
-        .ok_or_else(|| Error::new(Kind::Usage, "this command is started by \"sealblk attach\" alone"))?;
+    let mut lines = Lines::of_at_most(MAX_LINE);
+    let alone = "this command is started by \"sealblk attach\" alone";
+    let order = hear(&mut lines, &socket).context(|| alone)?;
+    let order: Order = order.ok_or_else(|| Error::new(Kind::Usage, alone))?;
     let old = if order.alone { Notes::of(root)?.of_volume(order.volume)? } else { Vec::new() };
     let mut made = Vec::new();
     let granted = grant_all(root, &order, &old, &mut made);
@@ -189,11 +193,11 @@ pub fn keep(root: &Root) -> Result<()> {
             if let Err(e) = retire_made(root, &made) {
                 log::warn!("{e}");
             }
-            return say(&socket, &Answer::Refused(refusal));
+            return Ok(wire::say(&socket, &Answer::Refused(refusal))?);
         }
     };
     // Whoever has gone meanwhile is found below.
-    let _ = say(&socket, &Answer::Granted(tokens));
+    let _ = wire::say(&socket, &Answer::Granted(tokens));
     for note in old.iter().filter(|note| made.iter().all(|(of, _)| of.id != note.id)) {
         match retire(root, note) {
             Ok(()) => log::info!("retired the grant of an attach since {} that did not end well", note.since),
@@ -209,7 +213,7 @@ pub fn keep(root: &Root) -> Result<()> {
         Err(e) => Answer::Left(e.to_string()),
     };
     match (asked, answer) {
-        (true, answer) => say(&socket, &answer),
+        (true, answer) => Ok(wire::say(&socket, &answer)?),
         (false, Answer::Left(why)) => {
             log::warn!("{}: the grant of its attach is not retired: {why}", order.volume);
             Ok(())
@@ -223,15 +227,12 @@ pub fn keep(root: &Root) -> Result<()> {
 fn keep_until_the_end(
     root: &Root,
     socket: &UnixStream,
-    lines: &mut impl BufRead,
+    lines: &mut Lines,
     made: &mut Vec<(Note, Grant)>,
 ) -> bool {
     loop {
-        let mut line = String::new();
-        if !lines.take(MAX_LINE).read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
-            return false;
-        }
-        let Ok(needed) = serde_json::from_str::<Vec<(String, String)>>(&line) else { return true };
+        let Ok(Some(line)) = lines.next(socket) else { return false };
+        let Ok(needed) = serde_json::from_slice::<Vec<(String, String)>>(&line) else { return true };
         let is_needed =
             |note: &Note| needed.iter().any(|(p, key)| (p, key) == (&note.provider, &note.key_id));
         let others: Vec<_> = made.extract_if(.., |(note, _)| !is_needed(note)).collect();
@@ -240,7 +241,7 @@ fn keep_until_the_end(
             Err(e) => Answer::Left(e.to_string()),
         };
         // Whoever has gone meanwhile is found above.
-        let _ = say(socket, &answer);
+        let _ = wire::say(socket, &answer);
     }
 }
 
@@ -340,19 +341,10 @@ fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Refusal {
     Refusal::of_kms(cause, key, Error::new(error.kind(), format!("{error}{hint}")))
 }
 
-fn say(mut socket: &UnixStream, what: &impl Serialize) -> Result<()> {
-    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    line.push(b'\n');
-    Ok(socket.write_all(&line)?)
-}
-
 /// The next line; none at the end of the socket.
-fn hear<T: for<'de> Deserialize<'de>>(lines: &mut impl BufRead) -> Result<Option<T>> {
-    let mut line = String::new();
-    if lines.take(MAX_LINE).read_line(&mut line)? == 0 {
-        return Ok(None);
-    }
-    serde_json::from_str(&line)
+fn hear<T: for<'de> Deserialize<'de>>(lines: &mut Lines, socket: &UnixStream) -> Result<Option<T>> {
+    let Some(line) = lines.next(socket)? else { return Ok(None) };
+    serde_json::from_slice(&line)
         .map(Some)
         .map_err(|e| Error::new(Kind::Other, format!("it said what is not readable: {e}")))
 }

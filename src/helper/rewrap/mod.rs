@@ -8,7 +8,7 @@
 
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::{KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
@@ -17,14 +17,12 @@ use crate::helper;
 use crate::helper::unwrap::Refusal;
 use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 /// The hidden subcommand of the helper.
 pub const COMMAND: &str = "rewrap-key";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
-const MAX_MESSAGE: u64 = 32 << 10;
+const MAX_LINE: usize = 32 << 10;
 
 /// What the helper is asked. The context is not in it: it follows from the volume.
 #[derive(Serialize, Deserialize)]
@@ -76,11 +74,9 @@ pub fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) ->
     }
 }
 
-fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
-    socket.write_all(&bytes(request)?)?;
-    socket.shutdown(Shutdown::Write)?;
-    let mut answer = Vec::new();
-    socket.take(MAX_MESSAGE).read_to_end(&mut answer)?;
+fn ask(socket: &UnixStream, request: &Request) -> Result<Answer> {
+    wire::say(socket, request)?;
+    let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
         .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
 }
@@ -91,23 +87,20 @@ fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
 /// Only when the answer could not be given.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let mut socket = helper::begin()?;
+    let socket = helper::begin()?;
     // The key passes the stack too, in other people's frames.
     let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(hardened, root, &request)));
     let answer = match new {
         Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
         Err(e) => Answer::Refused(e.into()),
     };
-    socket.write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
+    wire::say(&socket, &answer).context(|| "answer who asked for a new wrapped key")
 }
 
 fn receive(socket: &UnixStream) -> Result<Request> {
-    let mut text = Vec::new();
-    socket.take(MAX_MESSAGE).read_to_end(&mut text)?;
-    serde_json::from_slice(&text).map_err(|e| {
-        let attempt = "take a request: this command is started by \"sealblk volume rewrap\" alone";
-        Error::new(Kind::Usage, e.to_string()).context(attempt)
-    })
+    let attempt = || "take a request: this command is started by \"sealblk volume rewrap\" alone";
+    let line = wire::hear(socket, MAX_LINE).context(attempt)?.unwrap_or_default();
+    serde_json::from_slice(&line).map_err(|e| Error::new(Kind::Usage, e.to_string())).context(attempt)
 }
 
 fn answer(hardened: Hardened, root: &Root, request: &Request) -> Result<WrappedKey> {
@@ -187,10 +180,6 @@ impl Job<'_> {
 
 fn check_value(data_key: &[u8]) -> Result<[u8; 16]> {
     Ok(Dek::from_bytes(data_key)?.check_value())
-}
-
-fn bytes(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
-    serde_json::to_vec(message).map_err(std::io::Error::from)
 }
 
 #[cfg(test)]
