@@ -61,8 +61,7 @@ impl Metadata {
             );
             return Err(Error::new(Kind::Busy, message));
         }
-        let blob =
-            BASE64.decode(&new.wrapped).map_err(|e| Error::new(Kind::Usage, format!("wrapped: {e}")))?;
+        let blob = BASE64.decode(&new.wrapped).map_err(|e| Error::of(Kind::Usage, e).context("wrapped"))?;
         key.wrapped = WrappedKey { key_id: new.key_id.clone(), blob };
         key.provider = new.provider.clone();
         // What is written must be readable, whoever it came from.

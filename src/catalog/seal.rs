@@ -228,8 +228,7 @@ impl Snapshot {
 impl Proof {
     /// What the snapshot's MAC is over, with these layers and the check values of their keys.
     fn message(&self, unit: SectorSize, layers: &[LayerRecord], checks: &[[u8; 16]]) -> Result<Vec<u8>> {
-        let geometry =
-            Geometry::new(self.size, unit).map_err(|e| Error::new(Kind::Corrupt, e.to_string()))?;
+        let geometry = Geometry::new(self.size, unit).map_err(|e| Error::of(Kind::Corrupt, e))?;
         Ok(sealed_bytes(SealVersion::V2, &self.snapshot.to_string(), geometry, layers, checks))
     }
 }

@@ -46,8 +46,10 @@ fn file(root: &Root) -> Result<PathBuf> {
 
 /// `text` with `key` set to `value`. What stands before and behind an old value stays: a comment, say.
 fn changed(text: &str, key: &str, value: Option<Value>) -> Result<String> {
-    let mut document: DocumentMut =
-        text.parse().map_err(|e: toml_edit::TomlError| Error::new(Kind::Usage, e.to_string().trim_end()))?;
+    let mut document: DocumentMut = text.parse().map_err(|e: toml_edit::TomlError| {
+        let message = e.to_string().trim_end().to_owned();
+        Error::of(Kind::Usage, e).reworded(message)
+    })?;
     match (value, document.get_mut(key).and_then(Item::as_value_mut)) {
         (Some(mut new), Some(old)) => {
             *new.decor_mut() = old.decor().clone();

@@ -16,8 +16,9 @@ use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
+use crate::helper::failure::WrittenFailure;
 use crate::kms::patience::Patience;
-use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
+use crate::kms::{self, EncryptionContext, Failure, KmsError, WrappedKey};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -68,42 +69,7 @@ enum Answer {
     /// The secret memory holds the key.
     Unwrapped,
     /// The KMS, or something on the way to it, refused.
-    Refused(Refusal),
-}
-
-/// Why there is no data key.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Refusal {
-    /// The KMS's own words: the cause of an event.
-    pub cause: String,
-    /// The same with what the reader can do.
-    pub message: String,
-    /// The ARN of the key that it is about, if it is about one.
-    pub key_id: Option<String>,
-    /// The name of the error's kind.
-    kind: String,
-}
-
-impl Refusal {
-    /// The error for whoever wanted the key.
-    pub fn error(&self) -> Error {
-        Error::new(Kind::from_name(&self.kind), self.message.clone())
-    }
-}
-
-impl Refusal {
-    /// What the KMS answered about a key, as `error` says it to the reader.
-    pub(crate) fn of_kms(cause: String, key_id: &str, error: Error) -> Self {
-        Refusal { cause, key_id: Some(key_id.to_owned()), ..error.into() }
-    }
-}
-
-impl From<Error> for Refusal {
-    fn from(e: Error) -> Self {
-        let kind = e.kind().name().into();
-        Refusal { cause: e.to_string(), message: e.to_string(), key_id: None, kind }
-    }
+    Refused(WrittenFailure),
 }
 
 /// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
@@ -116,7 +82,7 @@ pub fn unwrap(
     root: &Root,
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
-) -> Result<Dek, Refusal> {
+) -> Result<Dek, Failure> {
     let patience = Patience(Settings::load(root)?.kms_patience);
     unwrap_granted(hardened, root, owner, key, None, patience)
 }
@@ -132,7 +98,7 @@ pub fn unwrap_granted(
     key: &KeyRecord,
     token: Option<&str>,
     patience: Patience,
-) -> Result<Dek, Refusal> {
+) -> Result<Dek, Failure> {
     let secret = SecretFd::create(Dek::LEN)?;
     unwrap_into(hardened, root, owner, key, token, patience, &secret)?;
     Ok(Dek::from_secret(secret.map()?)?)
@@ -150,7 +116,7 @@ pub fn unwrap_into(
     token: Option<&str>,
     patience: Patience,
     secret: &SecretFd,
-) -> Result<(), Refusal> {
+) -> Result<(), Failure> {
     let request = Request::new(owner.into(), key, token, patience);
     fill_by_helper(root, secret, &request, patience.longest_call())
 }
@@ -168,7 +134,7 @@ pub fn unwrap_for_holder(
     present: &KeyRecord,
     patience: Patience,
     secret: &SecretFd,
-) -> Result<(), Refusal> {
+) -> Result<(), Failure> {
     let (new, layer) = new;
     let under = Under {
         provider: present.provider.clone(),
@@ -195,11 +161,11 @@ impl Request {
     }
 }
 
-fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<(), Refusal> {
+fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<(), Failure> {
     log::debug!("the data key comes by {:?}", secret.kind());
     match run_helper(root, secret, request, time + MARGIN)? {
         Answer::Unwrapped => Ok(()),
-        Answer::Refused(refusal) => Err(refusal),
+        Answer::Refused(failure) => Err(failure.into()),
     }
 }
 
@@ -219,7 +185,7 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
     wire::say_with(socket, request, secret.as_fd())?;
     let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
-        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("its answer is not readable"))
 }
 
 /// The helper's side: the whole life of the process.
@@ -229,13 +195,13 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
     let socket = helper::begin()?;
-    let request = receive(&socket).map_err(Refusal::from);
+    let request = receive(&socket).map_err(Failure::from);
     // The key passes the stack too, in other people's frames.
     let filled =
         on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(hardened, root, request, secret)));
     let answer = match filled {
         Ok(()) => Answer::Unwrapped,
-        Err(refusal) => Answer::Refused(refusal),
+        Err(failure) => Answer::Refused(failure.into()),
     };
     wire::say(&socket, &answer).context(|| "answer the host process")
 }
@@ -244,7 +210,7 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     let attempt = || "take a request: this command is started by \"sealblk attach\" alone";
     let mut lines = Lines::of_at_most(MAX_LINE);
     let bytes = lines.next(socket).context(attempt)?.unwrap_or_default();
-    let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let request = serde_json::from_slice(&bytes).map_err(|e| Error::of(Kind::Usage, e));
     let fd =
         lines.take_descriptor().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
     Ok((
@@ -253,7 +219,7 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     ))
 }
 
-fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
+fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Failure> {
     let wrapped = wrapped(&request.key_id, &request.blob)?;
     let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
     let decrypt = |provider: &str, wrapped: &WrappedKey, token: Option<&str>| {
@@ -297,7 +263,7 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
 }
 
 fn wrapped(key_id: &str, blob: &str) -> Result<WrappedKey> {
-    let blob = hex::decode(blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    let blob = hex::decode(blob).map_err(|e| Error::of(Kind::Corrupt, e).context("wrapped key"))?;
     Ok(WrappedKey { key_id: key_id.to_owned(), blob })
 }
 
@@ -308,12 +274,9 @@ fn decrypt(
     (provider, wrapped): (&str, &WrappedKey),
     token: Option<&str>,
     patience: Option<Patience>,
-) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let context: EncryptionContext = encryption_context(owner);
-    let refused = |e: KmsError| {
-        let cause = e.to_string();
-        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(provider, &wrapped.key_id))
-    };
+    let refused = |e: KmsError| Failure::kms(e, provider, &wrapped.key_id);
     let opened = kms::open_patient_provider(hardened, root, provider, patience).map_err(refused)?;
     let key = match token {
         Some(token) => opened.decrypt_granted(wrapped, &context, token),

@@ -9,12 +9,13 @@ use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
 use crate::helper::grants::Keeper;
-use crate::helper::unwrap::{self, Refusal};
+use crate::helper::unwrap;
 use crate::host::Options;
 use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
 use crate::host::socket::{self, SocketName};
+use crate::kms::Failure;
 use crate::kms::patience::Patience;
 use crate::vhost::listener::Socket;
 use crate::vhost::session::Inlet;
@@ -98,10 +99,10 @@ fn unwrap_all(
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
     let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
-    let refused = |refusal: Refusal| {
-        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+    let refused = |failure: Failure| {
+        let (key, cause) = (failure.key_id.as_deref().or(first), failure.cause.as_str());
         events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
-        refusal.error()
+        failure.error
     };
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
     let mut deks = Deks::new();

@@ -193,7 +193,7 @@ fn checks(keys: &[KeyRecord]) -> Vec<[u8; 16]> {
 
 /// `metadata` as a file, without the wrapped keys: enough to find what is to be removed with the volume.
 pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
-    let unreadable = |e: serde_json::Error| Error::new(Kind::Other, e.to_string());
+    let unreadable = |e: serde_json::Error| Error::of(Kind::Other, e);
     let mut value: Value = serde_json::from_slice(&metadata.to_json()).map_err(unreadable)?;
     for key in value["keys"].as_array_mut().into_iter().flatten() {
         // One byte, since none is not possible.

@@ -75,14 +75,14 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
         .and_then(|set| set.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
         .and_then(|set| set.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(Ruleset::create)
-        .map_err(|e| failed(&e).context(attempt()))?;
+        .map_err(|e| failed(e).context(attempt()))?;
     for rule in rules {
         let attempt = || format!("set a Landlock rule for {}", rule.path.display());
-        let file = PathFd::new(&rule.path).map_err(|e| failed(&e).context(attempt()))?;
+        let file = PathFd::new(&rule.path).map_err(|e| failed(e).context(attempt()))?;
         let rule = PathBeneath::new(file, rule.access.rights());
-        ruleset = ruleset.add_rule(rule).map_err(|e| failed(&e).context(attempt()))?;
+        ruleset = ruleset.add_rule(rule).map_err(|e| failed(e).context(attempt()))?;
     }
-    let status = ruleset.restrict_self().map_err(|e| failed(&e).context(attempt()))?;
+    let status = ruleset.restrict_self().map_err(|e| failed(e).context(attempt()))?;
     Ok(match status.ruleset {
         RulesetStatus::FullyEnforced => "Landlock".into(),
         RulesetStatus::PartiallyEnforced => {
@@ -98,8 +98,8 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
     })
 }
 
-fn failed(e: &dyn std::error::Error) -> Error {
-    Error::new(Kind::Other, e.to_string())
+fn failed(e: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::of(Kind::Other, e)
 }
 
 /// The version of the kernel's Landlock; none where it has none, or has it switched off.

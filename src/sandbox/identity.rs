@@ -69,7 +69,7 @@ impl Identity {
     /// and can clear away what it has made.
     pub(super) fn become_it(&self, files: &[Rule]) -> Result<()> {
         let attempt = || format!("become {self}");
-        let name = CString::new(self.name.as_str()).map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
+        let name = CString::new(self.name.as_str()).map_err(|e| Error::of(Kind::Usage, e))?;
         initgroups(&name, self.gid).context(attempt)?;
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         setegid(self.gid).context(attempt)?;

@@ -4,6 +4,7 @@
 //! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
 //! crate's own event loop has no part in this: it runs without threads.
 
+use crate::base::error::attempted;
 use crate::base::sync::Locked;
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
@@ -170,7 +171,7 @@ impl Vring {
         if let Err(e) = self.try_start() {
             log::error!("ring {} does not run: {e}", self.index);
             // The crate has no place for an answer: the gate asks for it.
-            let e = io::Error::new(e.kind(), format!("ring {}: {e}", self.index));
+            let e = attempted(format_args!("ring {}", self.index), e);
             self.rings.failure.locked().get_or_insert(e);
         }
     }

@@ -193,5 +193,6 @@ pub fn shape(geometry: Geometry, read_only: bool) -> Shape {
 /// Says what may keep a process from having an io_uring.
 pub fn cannot_serve(e: io::Error) -> Error {
     let hint = "look at the sysctl kernel.io_uring_disabled and, in a container, at its seccomp profile";
-    Error::new(Kind::Unsupported, format!("{e}; {hint}"))
+    let message = format!("{e}; {hint}");
+    Error::of(Kind::Unsupported, e).reworded(message)
 }

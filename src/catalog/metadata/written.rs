@@ -126,7 +126,8 @@ pub(crate) fn version(bytes: &[u8]) -> Result<u64> {
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| {
         let what = if e.is_eof() { "it is cut short" } else { "it is not what sealblk writes" };
-        corrupt(format!("{what}: {e}; restore it from a backup"))
+        let message = format!("{what}: {e}; restore it from a backup");
+        Error::of(Kind::Corrupt, e).reworded(message)
     })
 }
 

@@ -127,5 +127,6 @@ fn lock_error(len: usize, e: io::Error) -> Error {
     } else {
         ""
     };
-    Error::new(Kind::Unsupported, format!("lock {len} bytes of memory for keys: {e}{hint}"))
+    let message = format!("lock {len} bytes of memory for keys: {e}{hint}");
+    Error::of(Kind::Unsupported, e).reworded(message)
 }

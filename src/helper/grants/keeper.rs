@@ -15,11 +15,11 @@ use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
 use crate::config::Settings;
 use crate::helper;
+use crate::helper::failure::WrittenFailure;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
-use crate::helper::unwrap::Refusal;
 use crate::kms::patience::Patience;
-use crate::kms::{self, Grant, KeyProvider, KmsError};
+use crate::kms::{self, Failure, Grant, KeyProvider, KmsError};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -52,7 +52,7 @@ enum Answer {
     /// The grants' tokens, in the keys' order; none where no grant was to be made.
     Granted(Vec<Option<String>>),
     /// The KMS, or something on the way to it, refused.
-    Refused(Refusal),
+    Refused(WrittenFailure),
     /// All grants that were to be are retired.
     Retired,
     /// Some are not.
@@ -79,7 +79,7 @@ impl Keeper {
         metadata: &Metadata,
         patience: Patience,
         alone: bool,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, Failure> {
         // Without a grantee no provider has a grant to make: so no process is started to find that out.
         let wanted = settings.attach_grants && settings.grantee_principal.is_some();
         if !wanted {
@@ -122,7 +122,7 @@ impl Keeper {
                 drop(socket);
                 // It has nothing left to do.
                 child.wait().map_err(Error::from)?;
-                Err(refusal)
+                Err(refusal.into())
             }
             outcome => {
                 // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
@@ -193,7 +193,7 @@ pub fn keep(root: &Root) -> Result<()> {
             if let Err(e) = retire_made(root, &made) {
                 log::warn!("{e}");
             }
-            return Ok(wire::say(&socket, &Answer::Refused(refusal))?);
+            return Ok(wire::say(&socket, &Answer::Refused(refusal.into()))?);
         }
     };
     // Whoever has gone meanwhile is found below.
@@ -256,7 +256,7 @@ fn grant_all(
     order: &Order,
     old: &[Note],
     made: &mut Vec<(Note, Grant)>,
-) -> Result<Vec<Option<String>>, Refusal> {
+) -> Result<Vec<Option<String>>, Failure> {
     let patience = Patience(Duration::from_millis(order.patience_ms));
     let mut tokens: Vec<Option<String>> = Vec::new();
     for (n, (provider, key)) in order.keys.iter().enumerate() {
@@ -328,8 +328,7 @@ fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
     settle(root, note, retired)
 }
 
-fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Refusal {
-    let cause = e.to_string();
+fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Failure {
     let hint = match &e {
         KmsError::AccessDenied(_) | KmsError::Unsupported(_) | KmsError::Other(..) => format!(
             "; where this host may not make grants, set attach-grants = false in {}",
@@ -337,8 +336,9 @@ fn refusal(root: &Root, provider: &str, key: &str, e: KmsError) -> Refusal {
         ),
         _ => String::new(),
     };
-    let error = e.with_advice_of(provider, key).context("make a grant for this attach");
-    Refusal::of_kms(cause, key, Error::new(error.kind(), format!("{error}{hint}")))
+    let failure = Failure::kms(e, provider, key).context("make a grant for this attach");
+    let message = format!("{}{hint}", failure.error);
+    Failure { error: failure.error.reworded(message), ..failure }
 }
 
 /// The next line; none at the end of the socket.
@@ -346,5 +346,5 @@ fn hear<T: for<'de> Deserialize<'de>>(lines: &mut Lines, socket: &UnixStream) ->
     let Some(line) = lines.next(socket)? else { return Ok(None) };
     serde_json::from_slice(&line)
         .map(Some)
-        .map_err(|e| Error::new(Kind::Other, format!("it said what is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("it said what is not readable"))
 }

@@ -14,8 +14,8 @@ use crate::catalog::metadata::{KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
-use crate::helper::unwrap::Refusal;
-use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
+use crate::helper::failure::WrittenFailure;
+use crate::kms::{self, EncryptionContext, Failure, KeyProvider, KeyRef, KeyState, KmsError, WrappedKey};
 use serde::{Deserialize, Serialize};
 use std::os::unix::net::UnixStream;
 
@@ -47,7 +47,7 @@ enum Answer {
         key_id: String,
         blob: String,
     },
-    Refused(Refusal),
+    Refused(WrittenFailure),
 }
 
 /// Has a helper process wrap `old` anew, which has ended when this returns.
@@ -67,10 +67,10 @@ pub fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) ->
     let status = child.wait().context(|| "wait for the rewrap helper")?;
     match said.context(|| format!("the rewrap helper ({status})"))? {
         Answer::Rewrapped { key_id, blob } => {
-            let blob = hex::decode(&blob).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+            let blob = hex::decode(&blob).map_err(|e| Error::of(Kind::Other, e))?;
             Ok(WrappedKey { key_id, blob })
         }
-        Answer::Refused(refusal) => Err(refusal.error()),
+        Answer::Refused(failure) => Err(Failure::from(failure).error),
     }
 }
 
@@ -78,7 +78,7 @@ fn ask(socket: &UnixStream, request: &Request) -> Result<Answer> {
     wire::say(socket, request)?;
     let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
-        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("its answer is not readable"))
 }
 
 /// The helper's side: the whole life of the process. What it frees is zeroed, by its allocator.
@@ -92,7 +92,7 @@ pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(hardened, root, &request)));
     let answer = match new {
         Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
-        Err(e) => Answer::Refused(e.into()),
+        Err(e) => Answer::Refused(Failure::from(e).into()),
     };
     wire::say(&socket, &answer).context(|| "answer who asked for a new wrapped key")
 }
@@ -100,11 +100,11 @@ pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
 fn receive(socket: &UnixStream) -> Result<Request> {
     let attempt = || "take a request: this command is started by \"sealblk volume rewrap\" alone";
     let line = wire::hear(socket, MAX_LINE).context(attempt)?.unwrap_or_default();
-    serde_json::from_slice(&line).map_err(|e| Error::new(Kind::Usage, e.to_string())).context(attempt)
+    serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)
 }
 
 fn answer(hardened: Hardened, root: &Root, request: &Request) -> Result<WrappedKey> {
-    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::of(Kind::Usage, e));
     let old = WrappedKey { key_id: request.key_id.clone(), blob: unhex(&request.blob)? };
     let check = request.check.as_ref().map(unhex).transpose()?;
     let to = kms::open_provider(hardened, root, &request.to_provider)?;
@@ -166,11 +166,13 @@ impl Job<'_> {
         Err(Error::new(Kind::Corrupt, message))
     }
 
-    /// Of two keys of one KMS: its message says which one it means.
+    /// Of two keys of one KMS. If one is in a state in which it does nothing, the refusal does not say which: the KMS is
+    /// asked.
     fn refused(&self, e: KmsError) -> Error {
         let old = &self.old.key_id;
-        let meant = if e.to_string().contains(old) { old } else { self.key };
-        e.with_advice_of(self.to.name(), meant)
+        let is_state = matches!(e, KmsError::Disabled(_) | KmsError::PendingDeletion(_));
+        let is_old = is_state && self.to.describe(old).is_ok_and(|key| key.state != KeyState::Enabled);
+        e.with_advice_of(self.to.name(), if is_old { old } else { self.key })
     }
 
     fn refused_old(&self, e: KmsError) -> Error {

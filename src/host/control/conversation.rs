@@ -101,7 +101,7 @@ impl<'a> Conversation<'a> {
         wire::say(self.client, answer)?;
         let heard = wire::hear(self.client, MAX_LINE).context(|| "wait for whoever makes the snapshot")?;
         let line = heard.ok_or_else(|| Error::new(Kind::Other, "whoever was making the snapshot is gone"))?;
-        serde_json::from_slice(&line).map_err(|e| Error::new(Kind::Usage, e.to_string()))
+        serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e))
     }
 }
 

@@ -261,7 +261,7 @@ impl Server {
 
     fn serve(&mut self, mut caller: Caller, line: &[u8]) {
         let request = serde_json::from_slice(line);
-        let answer = match request.map_err(|e| Error::new(Kind::Usage, e.to_string())) {
+        let answer = match request.map_err(|e| Error::of(Kind::Usage, e)) {
             Ok(Request::Detach {}) => {
                 log::info!("a client asks for the detach");
                 (self.orders.detach)();

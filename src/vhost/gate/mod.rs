@@ -13,6 +13,7 @@ mod state;
 
 pub use channel::{Channel, Told};
 
+use crate::base::error::attempted;
 use crate::vhost::dirty::Bitmap;
 use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::vring::Rings;
@@ -92,7 +93,7 @@ impl Gate {
         while let Some(message) = Message::receive(&self.vmm)? {
             let (request, wants_ack) = (message.request, message.needs_reply());
             let name = request_name(request);
-            let answer = self.pass(message).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
+            let answer = self.pass(message).map_err(|e| attempted(name, e));
             let own_answer = Req::try_from(request).is_ok_and(has_answer);
             let ack = wants_ack && !own_answer && self.acked & Protocol::REPLY_ACK.bits() != 0;
             match answer {
