@@ -1,0 +1,69 @@
+//! Who is to have a volume next: in a live migration the process that will take it over announces itself, beside the one that
+//! has it.
+
+use super::LockFile;
+use crate::base::locks::{self, Bytes};
+use crate::base::{Context, Error, Kind, Result};
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use std::fs::FileTimes;
+use std::time::SystemTime;
+
+/// The byte of the lock file whose lock says that a process waits to have the volume.
+const AWAITED: Bytes = Bytes::one(1 << 62);
+
+impl LockFile {
+    /// Announces that this process is to have the volume next. It takes nothing from who has it now.
+    ///
+    /// # Errors
+    /// `Busy` if another process is to have it next.
+    pub fn announce(&self) -> Result<Turn> {
+        if !self.lock(AWAITED).context(|| format!("lock {}", self.path.display()))? {
+            let message = format!("another process waits for {} already; end that first", self.volume);
+            return Err(Error::new(Kind::Busy, message));
+        }
+        // Who holds it may be asleep: see `Announcements`.
+        let now = SystemTime::now();
+        // Both, which is what makes it a change of attributes to inotify.
+        let times = FileTimes::new().set_accessed(now).set_modified(now);
+        self.file.set_times(times).context(|| format!("touch {}", self.path.display()))?;
+        Ok(Turn(self.clone()))
+    }
+
+    /// What tells of announcements, as far as they are made on this machine.
+    pub fn announcements(&self) -> Result<Announcements> {
+        let attempt = || format!("watch {}", self.path.display());
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC).context(attempt)?;
+        inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB).context(attempt)?;
+        Ok(Announcements(inotify))
+    }
+
+    /// Whether another process has announced itself.
+    pub fn is_awaited(&self) -> Result<bool> {
+        locks::is_locked_against(&self.file, locks::Kind::Shared, AWAITED)
+            .context(|| format!("look at {}", self.path.display()))
+    }
+}
+
+/// Tells when somebody may have announced himself.
+pub struct Announcements(Inotify);
+
+impl Announcements {
+    /// Waits for the next time.
+    pub fn wait(&self) -> Result<()> {
+        match self.0.read_events() {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(Error::from(e).context("wait for announcements")),
+        }
+    }
+}
+
+/// The place of who is to have a volume next, until this is dropped.
+#[derive(Debug)]
+pub struct Turn(LockFile);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        locks::unlock(&self.0.file, AWAITED);
+    }
+}
