@@ -134,7 +134,7 @@ fn case(
     Ok(Case { name, queue, best: (Duration::MAX, Duration::MAX) })
 }
 
-/// Random reads, so many in flight; answers the time and the CPU time that all took.
+/// Random reads, so many in flight; returns the time and the CPU time that all took.
 fn measure(
     queue: &mut DiskQueue,
     mem: &GuestMemoryMmap<()>,

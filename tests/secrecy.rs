@@ -647,7 +647,7 @@ fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
     assert!(!cat(&host.proc("environ")).success());
     assert!(cat(&host.proc("status")).success(), "what is for everybody he may read");
 
-    // The same look at a process of his that has nothing to hide.
+    // One more look in the same way, at a process of his that has nothing to hide.
     let mut sleeper = his(Path::new("sleep")).arg("600").stdout(Stdio::null()).spawn().expect("start it");
     let open_book = Path::new("/proc").join(sleeper.id().to_string()).join("environ");
     let (owner, readable) = (fs::metadata(&open_book).map(|m| m.uid()), cat(&open_book).success());

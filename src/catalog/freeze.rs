@@ -65,7 +65,7 @@ impl Freeze {
         &self.new_top
     }
 
-    /// Gives the volume its new top layer, durably, and answers the snapshot. **The new layer is there, durable and
+    /// Gives the volume its new top layer, durably, and returns the snapshot. **The new layer is there, durable and
     /// empty. The old top was synced (fdatasync), nothing has been written to it since**, and nothing ever is again. The
     /// snapshot is there once it is [noted](note).
     ///

@@ -83,7 +83,7 @@ impl Catalog {
     }
 
     /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process may be at
-    /// work meanwhile. Answers how many that were.
+    /// work meanwhile. Returns how many that were.
     ///
     /// # Errors
     /// `Corrupt` if a record cannot be read, since then nobody knows what it names; those of the file system.
@@ -103,7 +103,8 @@ impl Catalog {
         Ok(removed)
     }
 
-    /// The same for who has the volume, after which nobody need do it again.
+    /// As [`Catalog::clear_left`], for whoever has the volume's lock: `leaving.json` is removed as well, so that nobody need
+    /// look again.
     ///
     /// # Errors
     /// As for [`Catalog::clear_left`].

@@ -132,7 +132,7 @@ pub(crate) fn is_layer_name(name: &str) -> bool {
 
 impl Catalog {
     /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in between. For
-    /// whoever has the volume, before he looks at its layers.
+    /// whoever has the volume's lock, before the layers are looked at.
     ///
     /// # Errors
     /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours, and for a volume whose top layer is
@@ -161,7 +161,7 @@ impl Catalog {
         check_top_is_own(self, metadata)
     }
 
-    /// The same for a process that is confined, and reaches no layers but those that it knew before, and those in its
+    /// As [`Catalog::recover`], for a process that is confined, and reaches no layers but those that it knew before, and those in its
     /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
     /// file is left to "sealblk gc".
     ///
@@ -182,7 +182,7 @@ impl Catalog {
         }
     }
 
-    /// As [`Catalog::recover`], but for layers that have left the chain. Whoever has the `store` locked gives it along.
+    /// As [`Catalog::recover`], except for layers that have left the chain. Whoever has the `records` locked gives that lock along.
     ///
     /// # Errors
     /// As for that.

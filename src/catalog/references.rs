@@ -1,7 +1,7 @@
 //! Which layers are named, and by what: a layer belongs to every volume and snapshot whose record names it, and is
 //! removed when none does.
 //!
-//! What makes names and removes layers does so under the [`RecordsLock`], but for one thing: the process that has a
+//! What makes names and removes layers does so under the [`RecordsLock`], except for one thing: the process that has a
 //! volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock alone. The order in
 //! which the records are read makes up for it; see [`named_layers`].
 
@@ -54,7 +54,7 @@ pub(crate) fn named_layers(catalog: &Catalog, records: &RecordsLock) -> Result<H
     named_beside_pending_of(catalog, None, records)
 }
 
-/// As [`named_layers`], but for what is pending of the volume `undone`: that is no reason to keep it.
+/// As [`named_layers`], except for what is pending of the volume `undone`: that is no reason to keep a layer.
 fn named_beside_pending_of(
     catalog: &Catalog,
     undone: Option<VolumeId>,
@@ -168,7 +168,7 @@ pub(crate) fn remove_pending(
     sync_dir(&catalog.root().layers())
 }
 
-/// Removes the files of those of `layers` that nothing names. Answers how many that were.
+/// Removes the files of those of `layers` that nothing names. Returns how many that were.
 ///
 /// # Errors
 /// As [`named_layers`], and then nothing is removed; those of the file system.

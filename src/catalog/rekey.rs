@@ -108,7 +108,7 @@ pub fn check_encrypted(volume: &Metadata) -> Result<()> {
     Err(Error::new(Kind::Usage, message))
 }
 
-/// Marks all layers below the top to be copied up, durably; the caller has the volume. Answers whether there are any.
+/// Marks all layers below the top to be copied up, durably; the caller has the volume. Returns whether there are any.
 ///
 /// # Errors
 /// Those of the file system; the volume is as it was then.

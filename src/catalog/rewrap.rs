@@ -104,7 +104,7 @@ mod tests {
         m.rewrap(&rewrapped).unwrap();
         assert_eq!((m.keys()[0].provider.as_str(), &m.keys()[0].wrapped), ("aws", &new.wrapped));
         assert_eq!(m.verify(&[dek]).unwrap(), Seal::Sealed);
-        // The same again is for a key that is there no more.
+        // Once more, the change is of a key that is there no more.
         let e = m.rewrap(&rewrapped).unwrap_err();
         assert_eq!(e.kind(), Kind::Busy);
     }

@@ -18,13 +18,13 @@ use subtle::ConstantTimeEq;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an unsealed volume may be attached only if its top layer holds no data"]
 pub enum Seal {
-    /// It is as the last process that had the data keys wrote it.
+    /// The metadata is as the last process that had the data keys wrote it.
     Sealed,
-    /// Nobody has had its data keys yet. **The caller must see to it that the top layer holds not a single byte
+    /// Nobody has had the volume's data keys yet. **The caller must see to it that the top layer holds not a single byte
     /// other than zero**, and refuse the volume otherwise; then [`Metadata::seal`] it before anything is written.
     /// The layers below, if there are any, are those of a snapshot, as its own seal says.
     Unsealed,
-    /// It is not encrypted, so there is no key to seal it with.
+    /// The volume is not encrypted, so there is no key to seal its metadata with.
     NotEncrypted,
 }
 

@@ -1,5 +1,5 @@
 //! The command line: one file a noun. A command takes its arguments and an [`Env`], prints what it has to say
-//! on standard output and answers with an error or none.
+//! on standard output and returns an error or nothing.
 //!
 //! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one object on
 //! standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing but results, so
@@ -164,7 +164,7 @@ impl Command {
     }
 }
 
-/// Runs the command line and answers with the exit code.
+/// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     let hardened = harden();
     let matches = Cli::command().get_matches_from(arguments());
@@ -227,7 +227,7 @@ fn start_log(verbose: u8) {
         _ => "trace",
     };
     let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level));
-    // As it would be by itself, but for what would move a terminal's cursor.
+    // As it would be by itself, except for what would move a terminal's cursor.
     builder.format(|out, record| {
         let (level, text) = (record.level(), record.args().to_string());
         let time = out.timestamp();

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use toml_edit::{DocumentMut, Item, Value};
 
-/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Answers the
+/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Returns the
 /// settings as they are then.
 ///
 /// # Errors
@@ -35,7 +35,7 @@ pub fn set(root: &Root, key: &str, value: Option<Value>) -> Result<Settings> {
     Ok(settings)
 }
 
-/// The settings file; if it is a symbolic link, what that means, so that the link stays one.
+/// The settings file. A symbolic link is resolved, so that its target is replaced and not the link.
 fn file(root: &Root) -> Result<PathBuf> {
     let path = root.settings();
     match path.canonicalize() {

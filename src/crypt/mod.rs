@@ -1,6 +1,6 @@
 //! The cipher: data keys, the memory they live in, and AES-256-XTS over whole requests.
 //!
-//! Pure but for the pages of [`secret_mem`]: it knows no file, no socket, no KMS.
+//! Pure except for the pages of [`secret_mem`]: it knows no file, no socket, no KMS.
 
 pub mod dek;
 #[cfg(test)]

@@ -39,7 +39,7 @@ const LOOK: Duration = Duration::from_millis(100);
 pub enum End {
     /// Everything is in the top layer, durably.
     Complete,
-    /// It was stopped.
+    /// The hydration was stopped.
     Stopped,
 }
 
@@ -116,7 +116,7 @@ impl Hydration {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Answers when that was; not if it
+    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Returns when that was; not if it
     /// was stopped.
     fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
         let mut guard = self.stopped.0.locked();

@@ -87,7 +87,7 @@ pub fn unwrap(
     unwrap_granted(hardened, root, owner, key, None, patience)
 }
 
-/// The same by the grant whose token this is, if there is one.
+/// Unwraps a data key of a volume or snapshot by a helper process, by the grant whose token this is, if there is one.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -104,7 +104,8 @@ pub fn unwrap_granted(
     Ok(Dek::from_secret(secret.map()?)?)
 }
 
-/// The same into secret memory that is there, of the length of a data key, and that this process need not look into.
+/// Unwraps a data key by a helper process into secret memory that is there, of the length of a data key. This process need
+/// not look into it.
 ///
 /// # Errors
 /// As for [`unwrap`].

@@ -29,7 +29,7 @@ pub(super) struct Taken {
     pub(super) place: Place,
     pub(super) lock_file: LockFile,
     pub(super) holder: Holder,
-    /// None while another process has it.
+    /// `None` while another process has the volume.
     pub(super) opened: Option<Opened>,
     pub(super) opener: Opener,
     /// The volume as it was when its keys were asked for.
@@ -41,7 +41,7 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// Takes the volume, or the place of who is to have it next, and opens it. `path` is where VMMs will connect.
+    /// Takes the volume, or the place of the process that is to have it next, and opens it. `path` is where VMMs will connect.
     pub(super) fn take(
         catalog: &Catalog,
         settings: &Settings,

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 /// What the host process knows of its volume.
 pub struct Record {
     pub(super) catalog: Catalog,
-    /// None while another process has the volume.
+    /// `None` while another process has the volume.
     state: Mutex<Option<State>>,
     /// What hydrates the volume from its leaving layers.
     pub(super) hydrator: Hydrator,
@@ -27,7 +27,7 @@ pub(crate) struct State {
     pub(super) lock: VolumeLock,
     pub(super) metadata: Metadata,
     pub(super) read_only: bool,
-    /// None for an unencrypted volume.
+    /// `None` for an unencrypted volume.
     pub(super) seal_key: Option<SealKey>,
     /// The top first; none once the queues have ended.
     pub(super) layers: Vec<Layer>,
@@ -83,7 +83,7 @@ impl Record {
         self.hydrator.end();
     }
 
-    /// Gives the volume up: the next may have it. Answers whether this process had it.
+    /// Gives the volume up: the next may have it. Returns whether this process had it.
     pub fn release(&self) -> bool {
         let Some(State { lock, .. }) = self.state().take() else { return false };
         if let Err(e) = self.catalog.forget_own_layers(&lock) {

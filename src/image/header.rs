@@ -119,7 +119,7 @@ fn check_features(incompatible: u64) -> Result<()> {
     }
 }
 
-/// Goes through the header's extensions, all of which must lie in the first cluster; answers the backing file's format.
+/// Goes through the header's extensions, all of which must lie in the first cluster; returns the backing file's format.
 fn read_extensions(fields: Fields<'_>, header_len: u64, cluster: u64) -> Result<Option<String>> {
     let mut at = header_len;
     let mut format = None;

@@ -33,7 +33,7 @@ struct Link {
 }
 
 impl Qcow2 {
-    /// Opens the disk whose image is `file`, at `path`; answers it with the locks on all of its files.
+    /// Opens the disk whose image is `file`, at `path`; returns it with the locks on all of its files.
     pub(super) fn open(
         path: &Path,
         file: File,

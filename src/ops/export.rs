@@ -51,11 +51,11 @@ pub struct Target<'a> {
 }
 
 /// Writes what `what` holds, in the clear and without zeros, into a file. Reports an
-/// `exportVolume` or `exportSnapshot` event; answers the size.
+/// `exportVolume` or `exportSnapshot` event; returns the size.
 ///
 /// # Errors
 /// `Busy` if there is such a file, or the volume is attached; `NotFound`; `Corrupt` for what an attach would refuse; the
-/// KMS's; those of the file system; what `watch` answers. There is no new file then.
+/// KMS's; those of the file system; what `watch` returns. There is no new file then.
 pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -> Result<u64> {
     let (catalog, unwrap) = (&store.catalog(), |owner, key: &_| store.unwrap(owner, key));
     let started = Timestamp::now();

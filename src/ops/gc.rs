@@ -109,7 +109,7 @@ pub struct LeftOver {
 }
 
 impl LeftOver {
-    /// None if it has gone meanwhile.
+    /// What lies at `path`; `None` if that has gone meanwhile.
     pub(crate) fn at(what: What, path: PathBuf) -> Option<Self> {
         let bytes = std::fs::symlink_metadata(&path).ok()?.blocks() * 512;
         Some(LeftOver { what, path, bytes })
@@ -125,7 +125,7 @@ fn left_overs(catalog: &Catalog) -> Result<Vec<LeftOver>> {
     find(catalog, &records)
 }
 
-/// Removes what is left over, and answers what that was.
+/// Removes what is left over, and returns what that was.
 ///
 /// # Errors
 /// As [`left_overs`]; those of the file system. What had been removed until then is gone.

@@ -42,7 +42,7 @@ pub(super) fn size_of(len: u64, sector_size: SectorSize) -> u64 {
 /// Without a `key` it is not encrypted. Reports a `createVolume` event.
 ///
 /// # Errors
-/// As [`make::create`]; those of reading the image; what `watch` answers. Nothing of the volume is left then.
+/// As [`make::create`]; those of reading the image; what `watch` returns. Nothing of the volume is left then.
 pub(super) fn import(
     catalog: &Catalog,
     events: &EventLog,

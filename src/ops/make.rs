@@ -48,7 +48,7 @@ pub fn create(
     })
 }
 
-/// Makes a volume of what `prepare` answers, given its id.
+/// Makes a volume of what `prepare` returns, given its id.
 pub(crate) fn create_with(
     catalog: &Catalog,
     events: &EventLog,
@@ -58,7 +58,7 @@ pub(crate) fn create_with(
     create_filled(catalog, events, wanted, prepare, |_| Ok(()))
 }
 
-/// The same, and `fill` gives it its data before it is there. What `fill` has written is durable when it returns; it
+/// As [`create_with`], and `fill` gives the volume its data before the volume is there. What `fill` has written is durable when it returns; it
 /// makes no other layers than the metadata names.
 pub(crate) fn create_filled(
     catalog: &Catalog,
@@ -120,7 +120,7 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     begun
 }
 
-/// Makes everything that the volume needs before it is there, but for its data.
+/// Makes everything that the volume needs before it is there, except for its data.
 fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;

@@ -71,7 +71,7 @@ pub struct FileSystem {
 }
 
 impl Receipt {
-    /// What will be destroyed with the volume, but for the copies themselves.
+    /// What will be destroyed with the volume, except for the copies themselves.
     pub fn new(catalog: &Catalog, metadata: &Metadata) -> Result<Self> {
         let others = others(catalog, metadata)?;
         let wrapped_by = metadata.keys().iter().map(|key| WrappedBy {
@@ -202,7 +202,7 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&value).map_err(unreadable)
 }
 
-/// Overwrites and removes every file in a volume's folder, but for the lock, and the records without wrapped keys that tell
+/// Overwrites and removes every file in a volume's folder, except for the lock, and the records without wrapped keys that tell
 /// what else is to be removed.
 pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
     let attempt = || format!("list {}", folder.display());

@@ -66,7 +66,7 @@ impl Rule {
     }
 }
 
-/// Puts the rules in force, and answers what the kernel made of them.
+/// Puts the rules in force, and returns what the kernel made of them.
 pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
     let attempt = || "set the Landlock rules";
     let mut ruleset = Ruleset::default()
@@ -106,7 +106,7 @@ fn failed(e: impl std::error::Error + Send + Sync + 'static) -> Error {
 pub fn landlock_version() -> Option<i32> {
     const VERSION: libc::c_uint = 1;
     let none = std::ptr::null::<libc::c_void>();
-    // SAFETY: with this flag the call takes no memory, and answers a number.
+    // SAFETY: with this flag the call takes no memory, and returns a number.
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0usize, VERSION) };
     i32::try_from(version).ok().filter(|version| *version > 0)
 }

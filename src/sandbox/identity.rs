@@ -57,7 +57,7 @@ impl Identity {
         let attempt = || format!("give {} to {self}", path.display());
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = nix::fcntl::open(path, flags, Mode::empty()).context(attempt)?;
-        // Somebody else may have put something of his in its place.
+        // Another user may have put a file in its place.
         let kind = SFlag::from_bits_truncate(fstat(&file).context(attempt)?.st_mode & SFlag::S_IFMT.bits());
         if kind != SFlag::S_IFSOCK {
             return Err(Error::new(Kind::Busy, "it is not a socket any more").context(attempt()));

@@ -42,7 +42,7 @@ pub trait Tenure: Send + Sync {
     /// this process must know: it will not say it again.
     fn guest_chose(&self, write_through: bool);
 
-    /// The VMM has left. Answers whether to wait for the next one; not if another process has the volume now.
+    /// The VMM has left. Returns whether to wait for the next one; not if another process has the volume now.
     fn vmm_left(&self) -> bool;
 }
 

@@ -51,8 +51,8 @@ impl Layer {
         Ok(Layer { backing: Arc::new(backing), cipher, image_lock })
     }
 
-    /// The same for reading alone, from now on: others may read it too. Whoever still holds it as it was must not
-    /// write any more.
+    /// This layer for reading alone, from now on: others may read it too. Whoever still holds it as it was must not write
+    /// any more.
     pub fn frozen(&self) -> Result<Self> {
         let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
@@ -127,7 +127,7 @@ pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Re
     ciphers_of_layers(&of_keys, layout, engine)
 }
 
-/// The same, with a cipher for each of the layout's keys, in that order.
+/// How each layer of `layout` is encrypted; `of_keys` has a cipher for each of its keys, in that order.
 pub(super) fn ciphers_of_layers(
     of_keys: &[Arc<dyn SectorCipher>],
     layout: &Layout,

@@ -100,7 +100,7 @@ mod published {
         check(include_str!("vectors/wycheproof_aes_xts.txt"), 21);
     }
 
-    /// The same through the requests that volumes make: the standard's data unit numbers are sectors.
+    /// The standard's vectors through the requests that volumes make: the standard's data unit numbers are sectors.
     #[test]
     fn ieee_1619_as_sectors_of_512_bytes() {
         for vector in parse(include_str!("vectors/ieee1619.txt")) {

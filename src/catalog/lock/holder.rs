@@ -9,30 +9,30 @@ use std::{fmt, io};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Purpose {
-    /// It is attached.
+    /// The volume is attached.
     Attach,
-    /// It is being made.
+    /// The volume is being made.
     Create,
-    /// It is being deleted.
+    /// The volume is being deleted.
     Delete,
-    /// A snapshot of it is being made.
+    /// A snapshot of the volume is being made.
     Snapshot,
-    /// It is being made larger.
+    /// The volume is being made larger.
     Resize,
-    /// What an interrupted command left of it is being cleared up.
+    /// What an interrupted command left of the volume is being cleared up.
     Recover,
-    /// Its data keys are being wrapped anew.
+    /// The volume's data keys are being wrapped anew.
     Rewrap,
-    /// Its data is being copied out of the store.
+    /// The volume's data is being copied out of the store.
     Export,
-    /// It gets a new data key, or what lower layers hold is copied up.
+    /// The volume gets a new data key, or what lower layers hold is copied up.
     Hydrate,
 }
 
 /// The process that holds a volume, as it says itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// What it does with the volume.
+    /// What the process does with the volume.
     pub purpose: Purpose,
     /// Its process id, in the pid namespace that it ran in.
     pub pid: u32,
@@ -43,7 +43,7 @@ pub struct Holder {
     /// The vhost-user socket's path, where it has one, as text for people.
     pub socket: Option<String>,
     /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when the holder
-    /// is gone: the guest does not say it again to who serves it next.
+    /// is gone: the guest does not say it again to whoever serves it next.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub write_through: bool,
 }

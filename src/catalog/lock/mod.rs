@@ -1,10 +1,9 @@
 //! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who is to have
 //! it next, in a live migration: another such lock, beside the first.
 //!
-//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
-//! says who it is, for the reader of an error; without the lock it means nothing, but for what the guest wants of whoever
-//! serves it next. The file is never replaced:
-//! a lock on a file that a path no longer leads to would protect nothing.
+//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only says who has
+//! the lock, for the reader of an error. Without the lock it means nothing, except for what the guest wants of whoever
+//! serves it next. The file is never replaced: a lock on a file that a path no longer leads to would protect nothing.
 
 mod holder;
 mod turn;
@@ -37,7 +36,7 @@ pub enum Held {
     Free,
     /// This process.
     By(Holder),
-    /// Somebody who has not said who he is, or not yet.
+    /// A process that has not said who it is, or not yet.
     Unknown,
 }
 
@@ -77,10 +76,10 @@ impl LockFile {
         Ok(lock)
     }
 
-    /// The same for who is to have it next, and for who has let go of it and wants it back.
+    /// Takes the volume for the process that is to have it next, or for one that has let go of it and wants it back.
     ///
     /// # Errors
-    /// As [`LockFile::acquire`], but for the second.
+    /// As [`LockFile::acquire`], except that it does not matter who is to have it next.
     pub fn acquire_awaited(&self, holder: &Holder) -> Result<VolumeLock> {
         let attempt = || format!("lock {}", self.path.display());
         if !self.lock(HELD).context(attempt)? {

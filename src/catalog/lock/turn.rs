@@ -13,7 +13,7 @@ use std::time::SystemTime;
 const AWAITED: Bytes = Bytes::one(1 << 62);
 
 impl LockFile {
-    /// Announces that this process is to have the volume next. It takes nothing from who has it now.
+    /// Announces that this process is to have the volume next. It takes nothing from the process that has the volume now.
     ///
     /// # Errors
     /// `Busy` if another process is to have it next.
@@ -45,7 +45,7 @@ impl LockFile {
     }
 }
 
-/// Tells when somebody may have announced himself.
+/// Tells when a process may have announced itself.
 pub struct Announcements(Inotify);
 
 impl Announcements {
@@ -58,7 +58,7 @@ impl Announcements {
     }
 }
 
-/// The place of who is to have a volume next, until this is dropped.
+/// Held by the process that is to have a volume next. While it lives, no other process can announce itself.
 #[derive(Debug)]
 pub struct Turn(LockFile);
 

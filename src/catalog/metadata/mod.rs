@@ -238,7 +238,7 @@ impl Metadata {
         self.generation
     }
 
-    /// The same, to be written as the next generation.
+    /// This metadata as the next generation, to be written.
     ///
     /// # Errors
     /// `Corrupt` if there is no next number: nobody writes 2⁶⁴ times, so somebody wrote that number.

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 /// What a record's name ends with while the snapshot is there.
 const RECORD: &str = "json";
-/// The same once it is not there any more, until its layers are gone.
+/// What a record's name ends with once the snapshot is not there any more, until its layers are gone.
 const DELETING: &str = "deleting";
-/// The same until it is there, of a copy under another data key.
+/// What a record's name ends with until the snapshot is there, where it is a copy under another data key.
 const COPYING: &str = "copying";
 
 /// One snapshot, as a list shows it.

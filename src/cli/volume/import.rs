@@ -33,7 +33,7 @@ volume's lowest layer, and its own name goes. What the guest writes is encrypted
 in the background while the volume is attached. The image's old blocks are not overwritten on the medium: who must not
 leave plaintext there needs another medium, or one that was encrypted before.")]
 pub struct ImportArgs {
-    /// The image: a file or block device, yours or root's. It is only read, but for --in-place.
+    /// The image: a file or block device, yours or root's. It is only read, except for --in-place.
     file: PathBuf,
     /// What it is: raw or qcow2.
     #[arg(long)]

@@ -40,7 +40,7 @@ impl SecretFd {
         })
     }
 
-    /// The same, of this kind and no other; `Locked` is not a file and refused.
+    /// A file of `len` zero bytes, of this kind and no other; `Locked` is not a file, and refused.
     ///
     /// # Errors
     /// As [`SecretFd::create`], and `Unsupported` where the kernel does not have this kind.

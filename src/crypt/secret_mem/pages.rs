@@ -47,7 +47,7 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.data_len) }
     }
 
-    /// The same, to write to.
+    /// All bytes of the pages, to write to.
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as in `as_slice`, mapped writable too, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.data_len) }

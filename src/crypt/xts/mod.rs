@@ -80,7 +80,7 @@ impl TweakInput {
         TweakInput { low: tweak as u64, high: (tweak >> 64) as u64 }
     }
 
-    /// That of the data unit which begins `sectors` sectors further on.
+    /// The tweak input of the data unit that begins `sectors` sectors further on.
     fn plus(self, sectors: u64) -> Self {
         TweakInput { low: self.low.wrapping_add(sectors), ..self }
     }

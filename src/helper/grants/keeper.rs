@@ -144,7 +144,7 @@ impl Keeper {
         self.ask(|mut socket| socket.write_all(b"\n"));
     }
 
-    /// The same for grants on keys that the volume does not need any more.
+    /// Has the grants on keys retired that the volume does not need any more, and waits for that.
     pub fn retire_others_than_of(&self, volume: &Metadata) {
         let needed = keys_of(volume);
         self.ask(|socket| wire::say(socket, &needed));
@@ -222,7 +222,7 @@ pub fn keep(root: &Root) -> Result<()> {
     }
 }
 
-/// Retires grants that are not needed any more, until an empty line or the end of the socket; answers whether there was such a
+/// Retires grants that are not needed any more, until an empty line or the end of the socket; returns whether there was such a
 /// line.
 fn keep_until_the_end(
     root: &Root,
@@ -305,7 +305,7 @@ fn make(
     }
 }
 
-/// Retires what [`grant_all`] has made; goes on after a failure, and answers the first.
+/// Retires what [`grant_all`] has made; goes on after a failure, and returns the first.
 fn retire_made(root: &Root, made: &[(Note, Grant)]) -> Result<()> {
     let mut outcome = Ok(());
     for (note, grant) in made {

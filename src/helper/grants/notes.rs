@@ -76,12 +76,12 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Those of the store at `root`, in [`Root::config_dir`].
+    /// The notes of the store at `root`, in [`Root::config_dir`].
     pub fn of(root: &Root) -> Result<Self> {
         Ok(Self::at(&Root::config_dir()?, root))
     }
 
-    /// Those of the store at `root`, in `config`.
+    /// The notes of the store at `root`, in `config`.
     pub fn at(config: &Path, root: &Root) -> Self {
         Notes { folder: config.join("grants"), store: store_of(root) }
     }

@@ -143,7 +143,7 @@ impl Job<'_> {
             .map_err(|e| e.with_advice_of(self.to.name(), self.key))
     }
 
-    /// That the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
+    /// Fails unless the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
     /// one unwraps to.
     fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
         let attempt =

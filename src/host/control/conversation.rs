@@ -74,7 +74,7 @@ impl<'a> Conversation<'a> {
         Ok(Conversation { client })
     }
 
-    /// Has the client bring the new layer, which is made, to where it belongs, and answers whether it wants the queues held.
+    /// Has the client bring the new layer, which is made, to where it belongs, and returns whether it wants the queues held.
     ///
     /// # Errors
     /// If it says anything else, or nothing in time.
@@ -176,7 +176,7 @@ impl Freezing {
 }
 
 /// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::PassKey::pass)
-/// to who has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Answers
+/// to whoever has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Returns
 /// how long its queues stood still.
 ///
 /// # Errors

@@ -115,7 +115,7 @@ pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Resul
     ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
 }
 
-/// Has the process that has `volume` attached copy up everything below the top. Answers whether there is anything.
+/// Has the process that has `volume` attached copy up everything below the top. Returns whether there is anything.
 pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
     match ask(catalog, volume, &Request::Flatten {}, None)? {
         Answer::Flattening { is_any } => Ok(is_any),
@@ -129,7 +129,7 @@ pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()>
     ask(catalog, volume, &Request::Rewrap(Box::new(new)), None).map(drop)
 }
 
-/// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
+/// Has the process that has `volume` attached make it `size` bytes large, and returns whether the guest's VMM knows.
 /// When this returns, `volume.json` says so, durably.
 pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
     match ask(catalog, volume, &Request::Resize { size }, None)? {

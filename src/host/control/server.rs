@@ -37,7 +37,7 @@ pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
 /// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns with the
-/// client; answers how long the queues stood still.
+/// client; returns how long the queues stood still.
 pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
@@ -62,7 +62,7 @@ pub struct Orders {
     pub snapshot: SnapshotOrder,
     /// Give the volume another data key.
     pub rekey: RekeyOrder,
-    /// Copy up everything below the top; answers whether there is anything.
+    /// Copy up everything below the top; returns whether there is anything.
     pub flatten: Box<dyn Fn() -> Result<bool> + Send>,
 }
 
@@ -76,8 +76,8 @@ pub struct Control {
 pub struct Name(Mutex<Option<SocketName>>);
 
 impl Name {
-    /// Gives the socket the name under which clients look for who has the volume. An earlier holder's, which has that
-    /// name, is then reached by signals alone.
+    /// Gives the socket the name under which clients look for the process that has the volume. This takes the name from
+    /// the process that had the volume before; only signals reach that one from then on.
     pub fn become_holders(&self) {
         if let Some(name) = &mut *self.lock()
             && let Err(e) = name.rename(FILE)
@@ -145,7 +145,7 @@ impl Control {
         Ok(Bound { listener, name })
     }
 
-    /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
+    /// Removes the socket's name, so that the next attach can have it, and returns who is to be told.
     pub fn close(self) -> Waiting {
         drop(self.name.lock().take());
         self.waiting
@@ -178,7 +178,7 @@ struct Server {
     end: Arc<End>,
     /// Oldest first.
     callers: Vec<Caller>,
-    /// They asked for the detach.
+    /// Clients that asked for the detach.
     detaching: Vec<UnixStream>,
 }
 
@@ -243,7 +243,7 @@ impl Server {
         }
     }
 
-    /// Carries out what was said in full, and lets go of who took too long.
+    /// Carries out what was said in full, and lets go of those who took too long.
     fn hear_all(&mut self) {
         let now = Instant::now();
         for mut caller in std::mem::take(&mut self.callers) {

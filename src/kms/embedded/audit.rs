@@ -29,41 +29,41 @@ impl<'a> Call<'a> {
         Call { name, keys: Vec::new(), parameters: Vec::new(), answer: None, by: None }
     }
 
-    /// The same, on the key that this argument names.
+    /// This call, on the key that this argument names.
     pub fn on(self, key: &str) -> Self {
         self.about(key).with("keyId", key)
     }
 
-    /// The same, about the key that this argument names.
+    /// This call, about the key that this argument names.
     pub fn about(mut self, key: &str) -> Self {
         self.keys.push(key.to_owned());
         self
     }
 
-    /// The same, with a parameter. Never a plaintext, a ciphertext or a token.
+    /// This call with a parameter. Never a plaintext, a ciphertext or a token.
     pub fn with(mut self, name: &'a str, value: impl Into<Value>) -> Self {
         self.parameters.push((name, value.into()));
         self
     }
 
-    /// The same, under this context.
+    /// This call, under this encryption context.
     pub fn under(self, name: &'a str, context: &EncryptionContext) -> Self {
         if context.pairs().is_empty() { self } else { self.with(name, json!(context.pairs())) }
     }
 
-    /// The same, with something that was answered.
+    /// This call with something that was answered.
     pub fn answering(self, name: &'a str, value: impl Into<Value>) -> Self {
         Call { answer: Some((name, value.into())), ..self }
     }
 
-    /// The same, by somebody else than the user of this process.
+    /// This call, by somebody else than the user of this process.
     pub fn by(self, identity: Value) -> Self {
         Call { by: Some(identity), ..self }
     }
 }
 
 impl Embedded {
-    /// The same KMS, for one who records calls himself by [`Embedded::record_call`].
+    /// This KMS, for a caller that records calls by itself ([`Embedded::record_call`]).
     pub fn recorded_by_caller(self) -> Self {
         Embedded { caller_records: true, ..self }
     }
@@ -76,7 +76,7 @@ impl Embedded {
         self.log.read(|log| Ok(Some(log.keys().audit().clone())))
     }
 
-    /// Records a call of the store's owner; answers `result`, unless it cannot be recorded.
+    /// Records a call of the store's owner; returns `result`, unless it cannot be recorded.
     pub(super) fn record<T>(&self, call: Call<'_>, result: Result<T, KmsError>) -> Result<T, KmsError> {
         if self.caller_records {
             return result;

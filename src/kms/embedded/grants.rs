@@ -66,7 +66,7 @@ pub enum GrantRef<'a> {
 }
 
 impl Embedded {
-    /// CreateGrant. Who has a grant for CreateGrant can give away no more than that grant.
+    /// CreateGrant. Whoever has a grant for CreateGrant can give away no more than that grant.
     pub fn create_grant(
         &self,
         caller: &Caller,

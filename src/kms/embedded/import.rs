@@ -4,7 +4,7 @@
 //! private key, sealed under the store key together with the KMS key's id and the moment it expires at.
 //!
 //! RSA's private operation is the one secret computation here that a caller can time. The caller has to be allowed
-//! to import, the RSA key is of no use but for one KMS key and one day, and the operation is blinded.
+//! to import, the RSA key is of no use except for one KMS key and one day, and the operation is blinded.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
@@ -143,7 +143,7 @@ impl Embedded {
         })
     }
 
-    /// DeleteImportedKeyMaterial: the key waits for import afterwards; answers `None` if it did already.
+    /// DeleteImportedKeyMaterial: the key waits for import afterwards; returns `None` if it did already.
     pub fn delete_material(&self, key: &str) -> Result<(String, Option<String>), KmsError> {
         let deleted = self.log.write(|log, _| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;

@@ -47,7 +47,7 @@ pub struct Embedded {
     log: SharedLog,
     place: Locality,
     audit: AuditLog,
-    /// Whether whoever calls writes the audit record of the call himself, since he knows more of it.
+    /// Whether the caller writes the audit record of a call by itself, since it knows more of the call.
     caller_records: bool,
     /// The principal whose grants attaches make, if they make any.
     grantee: Option<String>,
@@ -116,7 +116,7 @@ impl Embedded {
         if self.log.exists()? { self.log.read(|_| Ok(())) } else { Ok(()) }
     }
 
-    /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.
+    /// Puts the root key under another passphrase, or under none; returns where it lies. Nothing that it opens changes.
     pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         self.log.protect_root_key(passphrase)
     }

@@ -130,7 +130,7 @@ impl OpenLog {
         self.chains.last().map_or(self.header.base, |chain| Position { seq, chain: *chain })
     }
 
-    /// Compares the log with the anchor in `config`; answers whether the log is ahead of it. Corrupt if the log
+    /// Compares the log with the anchor in `config`; returns whether the log is ahead of it. Corrupt if the log
     /// lacks what was answered.
     pub fn is_ahead_of_anchor(&self, config: &Path) -> Result<bool, KmsError> {
         let Some(anchor) = anchor::read(config, self.header.store, &self.keys)? else {

@@ -177,7 +177,7 @@ impl Embedded {
     }
 
     /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a grant.
-    /// Answers the key's ARN, so that what was allowed and what is done are about one key.
+    /// Returns the key's ARN, so that what was allowed and what is done are about one key.
     pub fn check_allowed(
         &self,
         caller: &Caller,

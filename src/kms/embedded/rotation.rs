@@ -99,7 +99,7 @@ impl Embedded {
         })
     }
 
-    /// RotateKeyOnDemand; answers the key's ARN. The rhythm of the automatic rotation stays.
+    /// RotateKeyOnDemand; returns the key's ARN. The rhythm of the automatic rotation stays.
     pub fn rotate_on_demand(&self, key: &str) -> Result<String, KmsError> {
         let rotated = self.log.write(|log, now| {
             let mut entry = log.state().key(key, &self.place)?.clone();

@@ -75,7 +75,7 @@ impl SharedLog {
         })
     }
 
-    /// Changes the store: `f` sees its state, while nobody else uses it, and answers what changes. Durable when this
+    /// Changes the store: `f` sees its state, while nobody else uses it, and returns what changes. Durable when this
     /// returns. After an error nothing has changed, or the change was made and could not be answered.
     pub(super) fn write<T>(
         &self,
@@ -129,7 +129,7 @@ impl SharedLog {
         self.create(None).map(drop)
     }
 
-    /// The same, with the root key under a passphrase; answers whether there was none.
+    /// Makes the store, if there is none, with a new root key under a passphrase. Returns whether there was none.
     pub(super) fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
         if self.exists()? {
             return Ok(false);
@@ -151,7 +151,7 @@ impl SharedLog {
         Ok(true)
     }
 
-    /// Puts the root key under another passphrase, or under none; answers where it lies. The store stays as it is.
+    /// Puts the root key under another passphrase, or under none; returns where it lies. The store stays as it is.
     pub(super) fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         let mut cached = self.cached();
         if !self.exists()? {

@@ -1,7 +1,7 @@
 //! Copies of snapshots under another data key: one new layer with everything that the original's layers have.
 //!
 //! What will be the copy's record is called `snap-….copying` until the copy is whole; it names the new layer, so that nobody
-//! clears that away, and is locked (flock) by who is at it. The same copy asked for again goes on with what it finds. The
+//! clears that away, and is locked (flock) by whoever is at it. The same copy asked for again goes on with what it finds. The
 //! rename to `.json` **is the moment**. `docs/format.md` argues the steps.
 
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
@@ -136,7 +136,7 @@ fn interrupted(
     Ok(None)
 }
 
-/// None if somebody else has it, or it is gone.
+/// Locks the record at `path`; `None` if somebody else has it, or it is gone.
 fn lock(path: &Path) -> Result<Option<Flock<File>>> {
     let file = match files::open(path) {
         Ok(file) => file,

@@ -27,7 +27,7 @@ use full::Copying;
 
 /// How a copy is made.
 pub enum Way {
-    /// It has the data keys of the original, and its layers.
+    /// The copy has the data keys of the original, and its layers.
     Shared,
     /// Everything is copied under a data key that this KMS key wraps.
     Full(NamedKey),

@@ -112,7 +112,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Checks one message and answers what goes back, if its kind has an answer of its own.
+    /// Checks one message and returns what goes back, if its kind has an answer of its own.
     fn pass(&mut self, mut message: Message) -> Result<Option<Message>> {
         if message.is_reply() {
             return Err(invalid("a reply that nobody asked for".into()));
@@ -298,7 +298,7 @@ impl Gate {
         let message = message.with_need_reply();
         message.send(&self.inner)?;
         let answer = Message::receive(&self.inner)?;
-        // The crate cannot say it: a ring that was to run now does not.
+        // The crate cannot report that a ring which was to start has not started, so our own rings are asked.
         self.rings.check()?;
         match answer {
             Some(answer) if answer.answers(request) => Ok(answer),

@@ -155,7 +155,7 @@ impl Served {
         Some(Hydrating { hydration, thread: std::thread::spawn(move || runs.run().unwrap()) })
     }
 
-    /// Takes those layers away, of which those above must hold everything; answers how many are left.
+    /// Takes those layers away, of which those above must hold everything; returns how many are left.
     pub fn drop_lower_layers(&mut self) -> usize {
         let mut paused = self.device.pause(limit()).unwrap();
         self.layers.truncate(self.layers.len() - self.leaving);

@@ -207,13 +207,13 @@ impl FileQueue {
         })
     }
 
-    /// The same, over a device whose flushes are needed only while it has a cache.
+    /// This queue, over a device whose flushes are needed only while the device has a cache.
     pub(super) fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
         self.write_cache = write_cache;
         self
     }
 
-    /// The same, over a top layer of which blocks are written in part, in turn with the other queues.
+    /// This queue, over a top layer of which blocks are written in part, in turn with the other queues.
     pub(super) fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
         if let Some(turns) = turns {
             let rewriting = Rewriting::new(turns, self.depth)?;

@@ -73,7 +73,7 @@ impl Rewriting {
         self.wake.as_fd().as_raw_fd()
     }
 
-    /// Has `work`, after `fill`, done in turn for these bytes. Answers what to do now, if the turn has come.
+    /// Has `work`, after `fill`, done in turn for these bytes. Returns what to do now, if the turn has come.
     pub(super) fn begin(
         &mut self,
         slot: u32,
@@ -130,7 +130,7 @@ impl Rewriting {
         Some((slot, self.after(slot, true)?))
     }
 
-    /// Gives up whatever has not begun, and goes on with nothing that has; answers the slots of the first.
+    /// Gives up whatever has not begun, and goes on with nothing that has; returns the slots of the first.
     pub(super) fn close(&mut self) -> Vec<u32> {
         self.closing = true;
         let waiting = std::mem::take(&mut self.waiting);

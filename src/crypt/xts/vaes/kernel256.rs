@@ -124,7 +124,7 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
 #[inline]
 #[target_feature(enable = "avx2,vaes")]
 fn encrypt_two<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m256i {
-    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    // black_box: it is always zero except for test vectors, and must not hold a register through the loop.
     let high = black_box(first.high as i64);
     let first = _mm256_set_epi64x(high, first.low as i64, high, first.low as i64);
     let next = if GROUPS * GROUP == SectorSize::B512.bytes() as usize { &NEXT_512 } else { &NEXT_4096 };

@@ -214,7 +214,7 @@ unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut
 #[target_feature(enable = "avx512f,vaes")]
 fn encrypt_four<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m512i {
     let low = _mm512_set1_epi64(first.low as i64);
-    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    // black_box: it is always zero except for test vectors, and must not hold a register through the loop.
     let first = _mm512_mask_set1_epi64(low, 0b1010_1010, black_box(first.high as i64));
     let next = if GROUPS == 1 { &NEXT_512 } else { &NEXT_4096 };
     let mut tweaks = _mm512_xor_si512(_mm512_add_epi64(first, constant(next)), keys.round_key(0));
