@@ -8,8 +8,8 @@
 //! best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once on a memory file system.
 
 use sealblk::backing::{Event, Wait};
-use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
+use sealblk::crypt::xts::{Engine, new_cipher};
+use sealblk::crypt::{Dek, SectorSize};
 use sealblk::disk::{Cipher, Disk, DiskQueue, GuestData};
 use sealblk::image::lock::Access;
 use sealblk::virtio::{Segment, Shape};
@@ -104,7 +104,7 @@ fn case(
     let cipher: Cipher = Some(Arc::from(new_cipher(
         Engine::Auto,
         &Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?,
-        DataUnit::B512,
+        SectorSize::B512,
     )?));
     let name = format!("{layers} layers, {}", if spread == Spread::Lowest { "lowest" } else { "spread" });
     // Runs of blocks, as guests write them, in no order.
@@ -134,7 +134,7 @@ fn case(
     Ok(Case { name, queue, best: (Duration::MAX, Duration::MAX) })
 }
 
-/// Random reads, so many in flight; answers the time and the CPU time that all took.
+/// Random reads, so many in flight; returns the time and the CPU time that all took.
 fn measure(
     queue: &mut DiskQueue,
     mem: &GuestMemoryMmap<()>,

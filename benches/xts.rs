@@ -3,8 +3,8 @@
 //! Engines and data units take turns in every round, so that a machine whose speed drifts slows all alike;
 //! what is printed is the best round of each. Run it on an otherwise idle machine.
 
-use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use sealblk::crypt::xts::{Engine, SectorCipher, new_cipher};
+use sealblk::crypt::{Dek, SectorSize};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
@@ -41,7 +41,7 @@ impl Aligned {
 /// One thing to measure and the best that it has shown.
 struct Case {
     engine: Engine,
-    unit: DataUnit,
+    unit: SectorSize,
     encrypt: bool,
     cipher: Box<dyn SectorCipher>,
     ns_per_request: f64,
@@ -93,7 +93,7 @@ fn cases() -> Vec<Case> {
     let key: Vec<u8> = (0..64).collect();
     let dek = Dek::from_bytes(&key).expect("a key with different halves");
     let mut cases = Vec::new();
-    for unit in [DataUnit::B512, DataUnit::B4096] {
+    for unit in [SectorSize::B512, SectorSize::B4096] {
         for encrypt in [true, false] {
             for engine in Engine::available() {
                 let cipher = new_cipher(engine, &dek, unit).expect("an engine that is available");

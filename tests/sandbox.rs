@@ -113,13 +113,13 @@ enum End {
     Signal(i32),
 }
 
-/// Runs `act` in a child of this process that is confined as a host process is, with these files; answers how it
-/// ended, and what it said on standard error. `act` answers the exit code.
+/// Runs `act` in a child of this process that is confined as a host process is, with these files; returns how it
+/// ended, and what it said on standard error. `act` returns the exit code.
 fn confined(files: &[Rule], act: impl FnOnce() -> i32) -> (End, String) {
     confined_after(|| (), files, |()| act())
 }
 
-/// The same, with what `before` makes in the child before that is confined.
+/// As [`confined`], with what `before` makes in the child before the child is confined.
 fn confined_after<T>(
     before: impl FnOnce() -> T,
     files: &[Rule],
@@ -197,7 +197,7 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
         assert_eq!(end, End::Exit(violation::EXIT_CODE), "{name} {arguments:?}: {said}");
         assert!(said.contains(&format!("system call {name} ({number})")), "{name}: {said}");
     }
-    // The same by a number that nobody has given a name, and by what is allowed.
+    // So does a call by a number that has no name, and no call that is allowed.
     let (end, said) = confined(&[], call(4000, [0; 4]));
     assert_eq!(end, End::Exit(violation::EXIT_CODE));
     assert!(said.contains("number (4000)"), "{said}");

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use sealblk::crypt::SecretFd;
 use sealblk::crypt::xts::Engine;
 use sealblk::kms::KeyProvider;
-use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
+use sealblk::kms::embedded::keys::{LogKeys, RootKey};
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, next_record};
 use sealblk::kms::embedded::records::{Change, Transaction};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -430,7 +430,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     drop(traced);
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
-    assert_eq!(answer, "\"unwrapped\"");
+    assert_eq!(answer, "\"unwrapped\"\n");
     assert!(wait_within(&mut helper, limit()).expect("it ends").success());
     assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
 }
@@ -489,7 +489,7 @@ fn secrets_of(kms: &KmsServer) -> Vec<(String, [u8; 32])> {
         secrets.push((format!("the {name}"), key));
     }
     let root_key = RootKey::copy_of(&root_key);
-    let keys = StoreKeys::derive(&root_key.expect("memory"), header.store).expect("memory");
+    let keys = LogKeys::derive(&root_key.expect("memory"), header.store).expect("memory");
     let (mut rest, mut place) = (&log[HEADER_LEN..], header.base);
     while let Next::Record { body, after, len } =
         next_record(&place, rest, (log.len() - rest.len()) as u64, &keys).expect("a good log")
@@ -648,7 +648,7 @@ fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
     assert!(!cat(&host.proc("environ")).success());
     assert!(cat(&host.proc("status")).success(), "what is for everybody he may read");
 
-    // The same look at a process of his that has nothing to hide.
+    // One more look in the same way, at a process of his that has nothing to hide.
     let mut sleeper = his(Path::new("sleep")).arg("600").stdout(Stdio::null()).spawn().expect("start it");
     let open_book = Path::new("/proc").join(sleeper.id().to_string()).join("environ");
     let (owner, readable) = (fs::metadata(&open_book).map(|m| m.uid()), cat(&open_book).success());

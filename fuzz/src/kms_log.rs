@@ -2,16 +2,16 @@
 
 use super::input::Input;
 use sealblk::kms::KmsError;
-use sealblk::kms::embedded::keys::{RootKey, StoreKeys};
+use sealblk::kms::embedded::keys::{LogKeys, RootKey};
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, Next, Position, encode_record, next_record};
 use std::sync::LazyLock;
 use uuid::Uuid;
 
 const START: Position = Position { seq: 0, chain: [0; 32] };
 
-static KEYS: LazyLock<StoreKeys> = LazyLock::new(|| {
+static KEYS: LazyLock<LogKeys> = LazyLock::new(|| {
     let root = RootKey::copy_of(&[1; 32]);
-    StoreKeys::derive(&root.expect("locked memory"), Uuid::from_u128(1)).expect("locked memory")
+    LogKeys::derive(&root.expect("locked memory"), Uuid::from_u128(1)).expect("locked memory")
 });
 
 /// Any bytes as a header and as records, or a log that was written and damaged.

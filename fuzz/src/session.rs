@@ -4,8 +4,8 @@
 use super::input::Input;
 use super::script::{Files, answers, send_all};
 use sealblk::backing::file::FileBacking;
-use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
+use sealblk::crypt::xts::{Engine, new_cipher};
+use sealblk::crypt::{Dek, SectorSize};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
 use sealblk::vhost::device::Device;
@@ -52,7 +52,7 @@ fn device() -> Device {
 
     let key: Vec<u8> = (0..64).collect();
     let dek = Dek::from_bytes(&key).expect("a key");
-    let cipher = new_cipher(Engine::Auto, &dek, DataUnit::B512).expect("a cipher");
+    let cipher = new_cipher(Engine::Auto, &dek, SectorSize::B512).expect("a cipher");
     let shape = Shape { sectors: SECTORS, block_size: 512, read_only: false };
     let disk = Arc::new(Disk::new(shape, "fuzz", Box::new(backing), Some(cipher), lock));
     let worker = |index| {

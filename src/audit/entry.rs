@@ -50,15 +50,15 @@ const DEK_SOURCE: &str = "sealblk";
 pub enum Step {
     /// A KMS made it, wrapped.
     Generate,
-    /// A KMS unwrapped it for this process, or for the one that this one helps.
+    /// A KMS unwrapped the data key for this process, or for the one that this process helps.
     Unwrap,
-    /// A KMS wrapped it anew: under another key, or for another volume.
+    /// A KMS wrapped the data key anew: under another key, or for another volume.
     Rewrap,
-    /// A process has it, and serves the volume.
+    /// A process has the data key, and serves the volume.
     Attach,
-    /// That process has wiped it.
+    /// The process that had the data key has wiped it.
     Detach,
-    /// What it encrypts is going to be written into a file, in the clear.
+    /// What the data key encrypts is going to be written into a file, in the clear.
     Export,
     /// The store's wrapped copies of it were removed, and with them the volume.
     Destroy,
@@ -128,12 +128,12 @@ impl Entry {
         }
     }
 
-    /// The same, by somebody else than this process's user.
+    /// This record, of a call by somebody else than this process's user.
     pub fn by(self, user_identity: Value) -> Self {
         Entry { user_identity, ..self }
     }
 
-    /// The same, with a parameter. One that is too long is recorded by its length.
+    /// This record with a parameter. A value that is too long is recorded by its length.
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         let mut value = value.into();
         let len = value.to_string().len();
@@ -144,7 +144,7 @@ impl Entry {
         self
     }
 
-    /// The same, about the KMS key of this ARN too.
+    /// This record, about the KMS key of this ARN too.
     pub fn about_key(mut self, arn: &str) -> Self {
         let account = arn.split(':').nth(4);
         let key = json!({ "ARN": arn, "accountId": account, "type": "AWS::KMS::Key" });
@@ -154,13 +154,13 @@ impl Entry {
         self
     }
 
-    /// The same, with something of the answer.
+    /// This record with something of the answer.
     pub fn answering(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.response_elements[name] = value.into();
         self
     }
 
-    /// The same, refused or failed.
+    /// This record, of a call that was refused or failed.
     pub fn failed(self, code: &str, message: &str) -> Self {
         let message = message.chars().take(MESSAGE_MAX).collect();
         Entry { error_code: Some(code.into()), error_message: Some(message), ..self }

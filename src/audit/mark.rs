@@ -144,7 +144,7 @@ impl Marks {
         let others = open_to_read(other).into_iter();
         let own = path(config, log, kind);
         let open = || -> std::io::Result<File> {
-            create_dir_durable(config).map_err(|e| std::io::Error::other(e.to_string()))?;
+            create_dir_durable(config).map_err(std::io::Error::other)?;
             files::open_with(&own, OFlag::O_RDWR | OFlag::O_CREAT)
         };
         match open() {

@@ -39,7 +39,7 @@ pub struct Problem {
     pub record: Option<u64>,
     /// The line of the file where that shows, from 1; none for what is missing at the end.
     pub line: Option<u64>,
-    /// The same for the reader.
+    /// What is wrong, for the reader.
     pub message: String,
 }
 

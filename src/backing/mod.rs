@@ -145,7 +145,7 @@ impl std::error::Error for NotBegun {
 
 /// Bytes of a layer where they lie.
 pub struct InMemory<'a> {
-    /// They may change while they are read.
+    /// The bytes, which may change while they are read.
     pub bytes: VolatileSlice<'a>,
     /// What keeps them there.
     pub(crate) _there: Option<MutexGuard<'a, ()>>,

@@ -1,9 +1,11 @@
 //! The error of every command: what was attempted, on what, and what the reader can do.
 //!
 //! [`Kind`] decides the exit code. Modules with a vocabulary of their own (`kms`, `virtio`) have their
-//! own enums and convert into this one at their border.
+//! own enums and convert into this one at their border. What an error was made from stays its source, so that whoever
+//! has to decide something asks that, and never the text.
 
 use std::fmt;
+use std::io;
 
 /// Shorthand for results with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -81,13 +83,20 @@ impl Kind {
 #[derive(Debug)]
 pub struct Error {
     kind: Kind,
+    /// All that the reader is told, the source's words among it.
     message: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind` that reads `message`.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into() }
+        Error { kind, message: message.into(), source: None }
+    }
+
+    /// An error of `kind` in the words of `source`.
+    pub fn of(kind: Kind, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Error { kind, message: source.to_string(), source: Some(Box::new(source)) }
     }
 
     /// Its kind.
@@ -95,10 +104,27 @@ impl Error {
         self.kind
     }
 
-    /// The same error, with what was attempted put before it: `what: message`.
-    pub fn context(self, what: impl fmt::Display) -> Self {
-        Error { kind: self.kind, message: format!("{what}: {}", self.message) }
+    /// The number of the system's error that it was made from, if it was made from one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        errno(self)
     }
+
+    /// This error, with what was attempted put before it: `what: message`.
+    pub fn context(self, what: impl fmt::Display) -> Self {
+        let message = format!("{what}: {}", self.message);
+        self.reworded(message)
+    }
+
+    /// This error, its kind and its source, in other words.
+    pub fn reworded(self, message: impl Into<String>) -> Self {
+        Error { message: message.into(), ..self }
+    }
+}
+
+/// The number of the system's error that is `error`, or that it was made from.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let chain = std::iter::successors(Some(error), |e| e.source());
+    chain.filter_map(|e| e.downcast_ref::<io::Error>()).find_map(io::Error::raw_os_error)
 }
 
 impl fmt::Display for Error {
@@ -107,25 +133,29 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
 
-impl From<std::io::Error> for Error {
-    fn from(e: std::io::Error) -> Self {
+impl From<io::Error> for Error {
+    fn from(e: io::Error) -> Self {
         let kind = match e.kind() {
-            std::io::ErrorKind::NotFound => Kind::NotFound,
-            std::io::ErrorKind::Unsupported => Kind::Unsupported,
+            io::ErrorKind::NotFound => Kind::NotFound,
+            io::ErrorKind::Unsupported => Kind::Unsupported,
             _ if e.get_ref().is_some_and(|inner| inner.is::<crate::base::root::files::Strange>()) => {
                 Kind::Corrupt
             }
             _ => Kind::Other,
         };
-        Error::new(kind, e.to_string())
+        Error::of(kind, e)
     }
 }
 
 impl From<nix::Error> for Error {
     fn from(e: nix::Error) -> Self {
-        std::io::Error::from(e).into()
+        io::Error::from(e).into()
     }
 }
 
@@ -138,5 +168,48 @@ pub trait Context<T> {
 impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     fn context<D: fmt::Display>(self, what: impl FnOnce() -> D) -> Result<T> {
         self.map_err(|e| e.into().context(what()))
+    }
+}
+
+/// An error of the system, with what was attempted put before it, for those who pass `io::Error`s on. Its kind stays, and it
+/// is the source.
+pub(crate) fn attempted(what: impl fmt::Display, e: io::Error) -> io::Error {
+    io::Error::new(e.kind(), Attempted { message: format!("{what}: {e}"), source: e })
+}
+
+#[derive(Debug)]
+struct Attempted {
+    message: String,
+    source: io::Error,
+}
+
+impl fmt::Display for Attempted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Attempted {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn the_system_s_error_survives_every_word_that_is_put_before_it() {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let error = Error::from(attempted("write", full())).context("copy").context("export");
+        assert_eq!(error.to_string(), format!("export: copy: write: {}", full()));
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        let wrapped = Error::of(Kind::Busy, error).reworded("wait");
+        assert_eq!((wrapped.kind(), wrapped.raw_os_error()), (Kind::Busy, Some(libc::ENOSPC)));
+        assert!(wrapped.source().is_some_and(|e| e.is::<Error>()));
+        assert_eq!(Error::from(nix::Error::EPERM).raw_os_error(), Some(libc::EPERM));
+        assert_eq!(Error::new(Kind::Other, "no error of the system's").raw_os_error(), None);
     }
 }

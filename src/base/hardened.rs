@@ -25,8 +25,8 @@ pub fn harden() -> Result<Hardened> {
     Ok(Hardened(()))
 }
 
-/// The same for good, also for what this process executes: that leaves no core file either, and gains no privileges. Not
-/// for a process that starts programs of its user's, which may need to.
+/// As [`harden`], for good, and for what this process executes as well: no program that it executes leaves a core file, or
+/// gains privileges. Not for a process that starts programs of its user's, which may need to.
 ///
 /// # Errors
 /// The kernel's.

@@ -12,6 +12,7 @@ pub mod size;
 pub(crate) mod sync;
 mod timestamp;
 pub(crate) mod wait;
+pub(crate) mod wire;
 
 pub use error::{Context, Error, Kind, Result};
 pub use locality::Locality;

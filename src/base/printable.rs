@@ -7,13 +7,13 @@ use serde::Serializer;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-/// `text` with everything escaped that is not to be seen, but for ends of lines and tabs. Escaped as JSON does it, so that
+/// `text` with everything escaped that is not to be seen, except for ends of lines and tabs. Escaped as JSON does it, so that
 /// JSON stays JSON.
 pub fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| !matches!(c, '\n' | '\t'))
 }
 
-/// The same in one line: its ends are escaped as well.
+/// `text` as [`lines`] prints it, in one line: the ends of lines are escaped as well.
 pub fn line(text: &str) -> Cow<'_, str> {
     escaped(text, |_| true)
 }

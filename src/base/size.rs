@@ -15,7 +15,7 @@ const UNITS: [(&str, u64); 11] = [
     ("pb", 1_000_000_000_000_000),
 ];
 
-/// Reads a size: a whole number and a unit, in any case; no unit means bytes. Answers in bytes.
+/// Reads a size: a whole number and a unit, in any case; no unit means bytes. Returns in bytes.
 ///
 /// # Errors
 /// A sentence that says what would be understood.

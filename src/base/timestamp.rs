@@ -23,7 +23,7 @@ impl Timestamp {
         Timestamp(PrimitiveDateTime::new(whole.date(), whole.time()))
     }
 
-    /// So long ago, by the clock; the beginning of time at most.
+    /// The moment that was `duration` ago by the clock; no earlier than the year 0.
     pub fn ago(duration: Duration) -> Self {
         let Timestamp(now) = Timestamp::now();
         let then = time::Duration::try_from(duration).ok().and_then(|duration| now.checked_sub(duration));

@@ -10,7 +10,7 @@ use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{LayerRecord, Metadata};
 use crate::catalog::pending::Pending;
-use crate::catalog::references::StoreLock;
+use crate::catalog::references::RecordsLock;
 use crate::catalog::rekey::NewKey;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::{Catalog, LayerId, SnapshotId};
@@ -56,7 +56,7 @@ impl Freeze {
             }
             new_top.id = chosen;
         }
-        Pending::NewTop(new_top.id).store(catalog, lock, metadata)?;
+        Pending::NewTop(new_top.id).note(catalog, lock, metadata)?;
         Ok(Freeze { new_top, maker })
     }
 
@@ -65,7 +65,7 @@ impl Freeze {
         &self.new_top
     }
 
-    /// Gives the volume its new top layer, durably, and answers the snapshot. **The new layer is there, durable and
+    /// Gives the volume its new top layer, durably, and returns the snapshot. **The new layer is there, durable and
     /// empty. The old top was synced (fdatasync), nothing has been written to it since**, and nothing ever is again. The
     /// snapshot is there once it is [noted](note).
     ///
@@ -85,7 +85,7 @@ impl Freeze {
         let snapshot = Snapshot::of(metadata, id, label, key);
         let mut next = metadata.frozen(self.new_top.id);
         next.reseal(key);
-        self.store(catalog, lock, metadata, next)?;
+        self.save(catalog, lock, metadata, next)?;
         Ok(snapshot)
     }
 
@@ -104,17 +104,17 @@ impl Freeze {
     ) -> Result<()> {
         let mut next = metadata.rekeyed(self.new_top.id, &key);
         next.reseal(Some(seal_key));
-        self.store(catalog, lock, metadata, next)
+        self.save(catalog, lock, metadata, next)
     }
 
-    fn store(
+    fn save(
         self,
         catalog: &Catalog,
         lock: &VolumeLock,
         metadata: &mut Metadata,
         mut next: Metadata,
     ) -> Result<()> {
-        catalog.store(lock, &mut next).inspect_err(|_| self.undo(catalog, lock))?;
+        catalog.save(lock, &mut next).inspect_err(|_| self.undo(catalog, lock))?;
         *metadata = next;
         if let Err(e) = catalog.forget_pending(lock) {
             log::warn!("{e}; the next command that has {} tries again", lock.volume());
@@ -177,7 +177,7 @@ impl Metadata {
 /// `NotFound` if a volume of theirs has gone meanwhile; `Busy` if it has changed: then there is none of them, and each
 /// volume has a layer more. Those of the file system: then some may be there.
 pub fn note(catalog: &Catalog, snapshots: &[&Snapshot]) -> Result<()> {
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     for snapshot in snapshots {
         // What names the layers until now: if it does not any more, they may be gone.
         let volume = catalog.load(snapshot.volume())?;
@@ -189,7 +189,7 @@ pub fn note(catalog: &Catalog, snapshots: &[&Snapshot]) -> Result<()> {
     }
     for snapshot in snapshots {
         catalog.mark_frozen(snapshot.layers());
-        catalog.store_new_snapshot(snapshot)?;
+        catalog.save_new_snapshot(snapshot)?;
     }
     Ok(())
 }

@@ -54,7 +54,7 @@ impl<'a> Growth<'a> {
     ) -> Result<Self> {
         // As it is now that nobody else can change it.
         let geometry = check(metadata, size)?;
-        Pending::Resize(size).store(catalog, lock, metadata)?;
+        Pending::Resize(size).note(catalog, lock, metadata)?;
         let growth = Growth { geometry, top };
         match top.set_len(size).and_then(|()| top.sync_all()) {
             Ok(()) => Ok(growth),
@@ -78,7 +78,7 @@ impl<'a> Growth<'a> {
     ) -> Result<()> {
         let mut next = metadata.resized(self.geometry.size());
         next.reseal(key);
-        if let Err(e) = catalog.store(lock, &mut next) {
+        if let Err(e) = catalog.save(lock, &mut next) {
             self.cancel(catalog, lock);
             return Err(e);
         }

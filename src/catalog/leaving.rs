@@ -9,7 +9,7 @@ use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{Metadata, written};
-use crate::catalog::references::{StoreLock, remove_unnamed};
+use crate::catalog::references::{RecordsLock, remove_unnamed};
 use crate::catalog::{Catalog, LayerId, VolumeId, read_bounded};
 use crate::crypt::SealKey;
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,7 @@ pub fn commit(
     let mut next = metadata.clone();
     next.layout = metadata.layout().hydrated();
     next.reseal(key);
-    catalog.store(lock, &mut next)?;
+    catalog.save(lock, &mut next)?;
     *metadata = next;
     Ok(())
 }
@@ -83,7 +83,7 @@ impl Catalog {
     }
 
     /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process may be at
-    /// work meanwhile. Answers how many that were.
+    /// work meanwhile. Returns how many that were.
     ///
     /// # Errors
     /// `Corrupt` if a record cannot be read, since then nobody knows what it names; those of the file system.
@@ -91,11 +91,11 @@ impl Catalog {
         if !self.has_left_layers(volume) {
             return Ok(0);
         }
-        self.clear_left_under(volume, &StoreLock::acquire(self)?)
+        self.clear_left_under(volume, &RecordsLock::acquire(self)?)
     }
 
-    fn clear_left_under(&self, volume: VolumeId, store: &StoreLock) -> Result<usize> {
-        let removed = remove_unnamed(self, self.left_layers(volume)?, store)
+    fn clear_left_under(&self, volume: VolumeId, records: &RecordsLock) -> Result<usize> {
+        let removed = remove_unnamed(self, self.left_layers(volume)?, records)
             .map_err(|e| e.context(format!("remove the layers that have left the chain of {volume}")))?;
         if removed > 0 {
             log::info!("{volume}: removed {removed} layers that have left its chain");
@@ -103,12 +103,13 @@ impl Catalog {
         Ok(removed)
     }
 
-    /// The same for who has the volume, after which nobody need do it again.
+    /// As [`Catalog::clear_left`], for whoever has the volume's lock: `leaving.json` is removed as well, so that nobody need
+    /// look again.
     ///
     /// # Errors
     /// As for [`Catalog::clear_left`].
-    pub(crate) fn settle_left(&self, lock: &VolumeLock, store: &StoreLock) -> Result<()> {
-        self.clear_left_under(lock.volume(), store)?;
+    pub(crate) fn settle_left(&self, lock: &VolumeLock, records: &RecordsLock) -> Result<()> {
+        self.clear_left_under(lock.volume(), records)?;
         let path = self.leaving_path(lock.volume());
         files::remove(&path).context(|| format!("remove {}", path.display()))?;
         sync_dir(&self.folder(lock.volume()))

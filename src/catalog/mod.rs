@@ -238,7 +238,7 @@ impl Catalog {
     /// # Errors
     /// `Corrupt` if the generation cannot be counted on; otherwise as [`replace_file`]. `metadata` is then as
     /// it was.
-    pub fn store(&self, lock: &VolumeLock, metadata: &mut Metadata) -> Result<()> {
+    pub fn save(&self, lock: &VolumeLock, metadata: &mut Metadata) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
         let folder = self.folder(metadata.id());
         remove_temporary_files(&folder)?;
@@ -315,7 +315,7 @@ impl Catalog {
 
     /// The ids for which there is an entry and no record, in no order. Whoever makes a record enters it first, so the caller
     /// has the store locked.
-    pub(crate) fn entries_of_nothing(&self, _store: &references::StoreLock) -> Result<Vec<String>> {
+    pub(crate) fn entries_of_nothing(&self, _store: &references::RecordsLock) -> Result<Vec<String>> {
         let Some(ledger) = &self.ledger else { return Ok(Vec::new()) };
         let is_volume = |id: &str| id.parse().is_ok_and(|id: VolumeId| files::exists(&self.folder(id)));
         let is_snapshot =

@@ -8,7 +8,7 @@ use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{LayerRecord, Metadata, written};
-use crate::catalog::references::{StoreLock, check_top_is_own, remove_pending};
+use crate::catalog::references::{RecordsLock, check_top_is_own, remove_pending};
 use crate::catalog::{Catalog, LayerId, VolumeId, read_bounded};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -65,11 +65,12 @@ impl Pending {
         }
     }
 
-    /// Notes it, before anything of it is done to the volume, which is so.
+    /// Writes the note. Call it before making any part of the change: the volume, whose record is `metadata`, must still be
+    /// untouched.
     ///
     /// # Errors
     /// `Busy` if an earlier resize was neither finished nor undone: nobody else would do that any more.
-    pub(crate) fn store(self, catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
+    pub(crate) fn note(self, catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
         if let Some(Pending::Resize(size)) = Pending::load(catalog, lock.volume())?
             && size != metadata.size()
         {
@@ -82,14 +83,14 @@ impl Pending {
 
     /// The second names were removed before. Where the file of a new layer cannot be removed, or must not, it stays: that is
     /// no reason to keep the volume from anybody, and "sealblk gc" looks at it again.
-    fn undo(self, catalog: &Catalog, metadata: &Metadata, store: Option<&StoreLock>) -> Result<()> {
+    fn undo(self, catalog: &Catalog, metadata: &Metadata, records: Option<&RecordsLock>) -> Result<()> {
         match self {
             Pending::NewTop(id) if metadata.layers().iter().any(|l| l.id == id) => Ok(()),
             Pending::NewTop(id) => {
-                let removed = match store {
-                    Some(store) => remove_pending(catalog, metadata.id(), id, store),
-                    None => StoreLock::acquire(catalog)
-                        .and_then(|store| remove_pending(catalog, metadata.id(), id, &store)),
+                let removed = match records {
+                    Some(records) => remove_pending(catalog, metadata.id(), id, records),
+                    None => RecordsLock::acquire(catalog)
+                        .and_then(|records| remove_pending(catalog, metadata.id(), id, &records)),
                 };
                 removed.unwrap_or_else(|e| log::warn!("{e}"));
                 Ok(())
@@ -131,7 +132,7 @@ pub(crate) fn is_layer_name(name: &str) -> bool {
 
 impl Catalog {
     /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in between. For
-    /// whoever has the volume, before he looks at its layers.
+    /// whoever has the volume's lock, before the layers are looked at.
     ///
     /// # Errors
     /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours, and for a volume whose top layer is
@@ -141,7 +142,7 @@ impl Catalog {
         self.undo_pending(lock, metadata, None)?;
         if self.has_left_layers(lock.volume()) {
             // A confined process cannot, and a record that cannot be read is no reason to keep the volume from anybody.
-            let settled = StoreLock::acquire(self).and_then(|store| self.settle_left(lock, &store));
+            let settled = RecordsLock::acquire(self).and_then(|records| self.settle_left(lock, &records));
             if let Err(e) = settled {
                 log::warn!(
                     "{e}; the next command that has {}, or \"sealblk gc\", tries again",
@@ -160,7 +161,7 @@ impl Catalog {
         check_top_is_own(self, metadata)
     }
 
-    /// The same for a process that is confined, and reaches no layers but those that it knew before, and those in its
+    /// As [`Catalog::recover`], for a process that is confined, and reaches no layers but those that it knew before, and those in its
     /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
     /// file is left to "sealblk gc".
     ///
@@ -181,7 +182,7 @@ impl Catalog {
         }
     }
 
-    /// As [`Catalog::recover`], but for layers that have left the chain. Whoever has the `store` locked gives it along.
+    /// As [`Catalog::recover`], except for layers that have left the chain. Whoever has the `records` locked gives that lock along.
     ///
     /// # Errors
     /// As for that.
@@ -189,13 +190,13 @@ impl Catalog {
         &self,
         lock: &VolumeLock,
         metadata: &Metadata,
-        store: Option<&StoreLock>,
+        records: Option<&RecordsLock>,
     ) -> Result<()> {
         assert_eq!(lock.volume(), metadata.id(), "the lock is another volume's");
         self.forget_own_layers(lock)?;
         if let Some(pending) = Pending::load(self, metadata.id())? {
             log::info!("{}: an interrupted command left {pending:?}", metadata.id());
-            pending.undo(self, metadata, store)?;
+            pending.undo(self, metadata, records)?;
             self.mark_frozen(&metadata.layers()[1..]);
             self.forget_pending(lock)?;
         }

@@ -1,7 +1,7 @@
 //! Which layers are named, and by what: a layer belongs to every volume and snapshot whose record names it, and is
 //! removed when none does.
 //!
-//! What makes names and removes layers does so under the [`StoreLock`], but for one thing: the process that has a
+//! What makes names and removes layers does so under the [`RecordsLock`], except for one thing: the process that has a
 //! volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock alone. The order in
 //! which the records are read makes up for it; see [`named_layers`].
 
@@ -23,12 +23,13 @@ pub(crate) const CREATING: &str = "creating.json";
 /// The metadata's name once a volume is not there any more.
 pub(crate) const DELETING: &str = "deleting.json";
 
-/// Keeps making, deleting and clearing away apart for short moments: an flock on `volumes/`.
-pub struct StoreLock {
+/// The lock of all records of a store, for whoever makes, deletes or clears away some, for short moments: an flock on
+/// `volumes/`.
+pub struct RecordsLock {
     _folder: Flock<File>,
 }
 
-impl StoreLock {
+impl RecordsLock {
     /// Waits until nobody else has it.
     pub(crate) fn acquire(catalog: &Catalog) -> Result<Self> {
         let path = catalog.root().volumes();
@@ -36,7 +37,7 @@ impl StoreLock {
         create_dir_durable(&path)?;
         let folder = files::folder(&path).context(attempt)?;
         let folder = locks::lock_whole(folder).context(attempt)?;
-        Ok(StoreLock { _folder: folder })
+        Ok(RecordsLock { _folder: folder })
     }
 }
 
@@ -49,15 +50,15 @@ impl StoreLock {
 ///
 /// # Errors
 /// `Corrupt`, naming the first record that cannot be read: then nobody knows what it names.
-pub(crate) fn named_layers(catalog: &Catalog, store: &StoreLock) -> Result<HashSet<LayerId>> {
-    named_beside_pending_of(catalog, None, store)
+pub(crate) fn named_layers(catalog: &Catalog, records: &RecordsLock) -> Result<HashSet<LayerId>> {
+    named_beside_pending_of(catalog, None, records)
 }
 
-/// As [`named_layers`], but for what is pending of the volume `undone`: that is no reason to keep it.
+/// As [`named_layers`], except for what is pending of the volume `undone`: that is no reason to keep a layer.
 fn named_beside_pending_of(
     catalog: &Catalog,
     undone: Option<VolumeId>,
-    _store: &StoreLock,
+    _records: &RecordsLock,
 ) -> Result<HashSet<LayerId>> {
     let mut named = HashSet::new();
     for id in catalog.folders()? {
@@ -149,9 +150,9 @@ pub(crate) fn remove_pending(
     catalog: &Catalog,
     volume: VolumeId,
     layer: LayerId,
-    store: &StoreLock,
+    records: &RecordsLock,
 ) -> Result<()> {
-    if named_beside_pending_of(catalog, Some(volume), store)?.contains(&layer) {
+    if named_beside_pending_of(catalog, Some(volume), records)?.contains(&layer) {
         let message = format!(
             "{volume}: layer {layer}, which was said to be in the making, is one that a record names: it stays"
         );
@@ -167,16 +168,16 @@ pub(crate) fn remove_pending(
     sync_dir(&catalog.root().layers())
 }
 
-/// Removes the files of those of `layers` that nothing names. Answers how many that were.
+/// Removes the files of those of `layers` that nothing names. Returns how many that were.
 ///
 /// # Errors
 /// As [`named_layers`], and then nothing is removed; those of the file system.
 pub(crate) fn remove_unnamed(
     catalog: &Catalog,
     layers: impl IntoIterator<Item = LayerId>,
-    store: &StoreLock,
+    records: &RecordsLock,
 ) -> Result<usize> {
-    let named = named_layers(catalog, store)
+    let named = named_layers(catalog, records)
         .map_err(|e| e.context("nothing is removed, since it is not known which layers are still in use"))?;
     let mut removed = 0;
     for layer in layers.into_iter().filter(|layer| !named.contains(layer)) {

@@ -4,7 +4,7 @@
 //! A volume is re-keyed by freezing its top and giving it a new one under the new data key. To be flattened it needs no
 //! new layer: what is below its top is marked to be copied up.
 
-use crate::base::{Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyRecord, Metadata};
 use crate::catalog::{Catalog, LayerId, VolumeId};
@@ -85,14 +85,15 @@ impl WrittenNewKey {
     /// # Errors
     /// `Usage` for what could not.
     pub fn parse(self, volume: &Metadata) -> Result<NewKey> {
-        let usage = |e: String| Error::new(Kind::Usage, format!("the new data key: {e}"));
-        let blob = BASE64.decode(&self.wrapped).map_err(|e| usage(e.to_string()))?;
+        let attempt = || "the new data key";
+        let blob = BASE64.decode(&self.wrapped).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)?;
         let wrapped = WrappedKey { key_id: self.key_id, blob };
         let record = KeyRecord { provider: self.provider, wrapped, check: None };
         let alone = Metadata::new(volume.id(), None, volume.geometry(), Some(record));
-        let read = Metadata::from_json(&alone.to_json()).map_err(|e| usage(e.to_string()))?;
+        let read =
+            Metadata::from_json(&alone.to_json()).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)?;
         let key = read.keys().first().cloned();
-        key.map(NewKey).ok_or_else(|| usage("it is not one".into()))
+        key.map(NewKey).ok_or_else(|| Error::new(Kind::Usage, "it is not one")).context(attempt)
     }
 }
 
@@ -107,7 +108,7 @@ pub fn check_encrypted(volume: &Metadata) -> Result<()> {
     Err(Error::new(Kind::Usage, message))
 }
 
-/// Marks all layers below the top to be copied up, durably; the caller has the volume. Answers whether there are any.
+/// Marks all layers below the top to be copied up, durably; the caller has the volume. Returns whether there are any.
 ///
 /// # Errors
 /// Those of the file system; the volume is as it was then.
@@ -115,7 +116,7 @@ pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Meta
     let Some(mut next) = metadata.to_flatten() else { return Ok(false) };
     if next.layout() != metadata.layout() {
         // The seal is not over it.
-        catalog.store(lock, &mut next)?;
+        catalog.save(lock, &mut next)?;
         *metadata = next;
     }
     Ok(true)

@@ -61,8 +61,7 @@ impl Metadata {
             );
             return Err(Error::new(Kind::Busy, message));
         }
-        let blob =
-            BASE64.decode(&new.wrapped).map_err(|e| Error::new(Kind::Usage, format!("wrapped: {e}")))?;
+        let blob = BASE64.decode(&new.wrapped).map_err(|e| Error::of(Kind::Usage, e).context("wrapped"))?;
         key.wrapped = WrappedKey { key_id: new.key_id.clone(), blob };
         key.provider = new.provider.clone();
         // What is written must be readable, whoever it came from.
@@ -80,9 +79,9 @@ fn digest(blob: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::catalog::VolumeId;
-    use crate::catalog::metadata::{Geometry, SectorSize};
+    use crate::catalog::metadata::Geometry;
     use crate::catalog::seal::Seal;
-    use crate::crypt::Dek;
+    use crate::crypt::{Dek, SectorSize};
 
     fn record(key_id: &str, blob: &[u8]) -> KeyRecord {
         let wrapped = WrappedKey { key_id: key_id.into(), blob: blob.into() };
@@ -105,7 +104,7 @@ mod tests {
         m.rewrap(&rewrapped).unwrap();
         assert_eq!((m.keys()[0].provider.as_str(), &m.keys()[0].wrapped), ("aws", &new.wrapped));
         assert_eq!(m.verify(&[dek]).unwrap(), Seal::Sealed);
-        // The same again is for a key that is there no more.
+        // Once more, the change is of a key that is there no more.
         let e = m.rewrap(&rewrapped).unwrap_err();
         assert_eq!(e.kind(), Kind::Busy);
     }

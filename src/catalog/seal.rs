@@ -7,9 +7,9 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::{LayerRecord, SealVersion, sealed_bytes};
-use crate::catalog::metadata::{Geometry, Metadata, Proof, SectorSize};
+use crate::catalog::metadata::{Geometry, Metadata, Proof};
 use crate::catalog::snapshot::Snapshot;
-use crate::crypt::{Dek, SealKey};
+use crate::crypt::{Dek, SealKey, SectorSize};
 use std::borrow::Borrow;
 use std::io;
 use subtle::ConstantTimeEq;
@@ -18,13 +18,13 @@ use subtle::ConstantTimeEq;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an unsealed volume may be attached only if its top layer holds no data"]
 pub enum Seal {
-    /// It is as the last process that had the data keys wrote it.
+    /// The metadata is as the last process that had the data keys wrote it.
     Sealed,
-    /// Nobody has had its data keys yet. **The caller must see to it that the top layer holds not a single byte
+    /// Nobody has had the volume's data keys yet. **The caller must see to it that the top layer holds not a single byte
     /// other than zero**, and refuse the volume otherwise; then [`Metadata::seal`] it before anything is written.
     /// The layers below, if there are any, are those of a snapshot, as its own seal says.
     Unsealed,
-    /// It is not encrypted, so there is no key to seal it with.
+    /// The volume is not encrypted, so there is no key to seal its metadata with.
     NotEncrypted,
 }
 
@@ -228,8 +228,7 @@ impl Snapshot {
 impl Proof {
     /// What the snapshot's MAC is over, with these layers and the check values of their keys.
     fn message(&self, unit: SectorSize, layers: &[LayerRecord], checks: &[[u8; 16]]) -> Result<Vec<u8>> {
-        let geometry =
-            Geometry::new(self.size, unit).map_err(|e| Error::new(Kind::Corrupt, e.to_string()))?;
+        let geometry = Geometry::new(self.size, unit).map_err(|e| Error::of(Kind::Corrupt, e))?;
         Ok(sealed_bytes(SealVersion::V2, &self.snapshot.to_string(), geometry, layers, checks))
     }
 }

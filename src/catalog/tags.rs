@@ -6,7 +6,7 @@
 use crate::base::root::replace_file;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::written;
-use crate::catalog::references::StoreLock;
+use crate::catalog::references::RecordsLock;
 use crate::catalog::{Catalog, VolumeId, read_bounded};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -117,7 +117,7 @@ impl Catalog {
     /// # Errors
     /// That of `change`; those of the file system. The tags are as they were then.
     pub fn change_tags(&self, id: VolumeId, change: impl FnOnce(&mut Tags) -> Result<()>) -> Result<Tags> {
-        let _store = StoreLock::acquire(self)?;
+        let _records = RecordsLock::acquire(self)?;
         // A volume that was deleted meanwhile gets no new file.
         self.load(id)?;
         let mut tags = self.tags(id)?;

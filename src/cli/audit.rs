@@ -109,7 +109,8 @@ fn volume_id(env: &Env, volume: &str) -> Result<String> {
     }
     env.catalog().resolve(volume).map(|id| id.to_string()).map_err(|e| {
         let hint = "of a volume that was deleted, give the whole id";
-        Error::new(e.kind(), format!("{e}; {hint}"))
+        let message = format!("{e}; {hint}");
+        e.reworded(message)
     })
 }
 

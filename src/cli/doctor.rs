@@ -19,7 +19,7 @@ use std::path::Path;
 #[serde(rename_all = "kebab-case")]
 enum Verdict {
     Ok,
-    /// It works, but not as well as it could.
+    /// sealblk works, but not as well as it could.
     Note,
     /// Volumes cannot be attached.
     Bad,

@@ -27,7 +27,7 @@ pub enum Command {
     Serve(ServeArgs),
     /// Make the store of the embedded KMS now; the first key would make it, too.
     ///
-    /// With a passphrase its root key is of no use to who copies the file. Who needs the key is asked at the terminal,
+    /// With a passphrase its root key is of no use to whoever copies the file. Whoever needs the key is asked at the terminal,
     /// or gets the passphrase by SEALBLK_PASSPHRASE_FD=N, a descriptor to read it from, or as the systemd credential
     /// sealblk-kms-passphrase.
     #[command(after_help = "Example:\n  sealblk kms init --passphrase")]

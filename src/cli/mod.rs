@@ -1,5 +1,5 @@
 //! The command line: one file a noun. A command takes its arguments and an [`Env`], prints what it has to say
-//! on standard output and answers with an error or none.
+//! on standard output and returns an error or nothing.
 //!
 //! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one object on
 //! standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing but results, so
@@ -170,7 +170,7 @@ impl Command {
     }
 }
 
-/// Runs the command line and answers with the exit code.
+/// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     let hardened = harden();
     // Where a file may not become so large ("ulimit -f"), that is an error with words, and not the end of the

@@ -18,7 +18,7 @@ pub fn print(text: &str) -> Result<Want> {
     }
 }
 
-/// Says something on standard error, beside the results. Who has closed that does not want to know.
+/// Says something on standard error, beside the results. Whoever has closed that does not want to know.
 pub fn tell(text: &str) {
     let _ = std::io::stderr().write_all(format!("{}\n", printable::lines(text)).as_bytes());
 }

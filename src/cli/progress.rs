@@ -36,7 +36,7 @@ impl Progress {
         Ok(Progress { begun: Instant::now(), drawn: None, is_terminal, interrupted })
     }
 
-    /// So many bytes of `total` are done.
+    /// Shows that `done` bytes of `total` are done.
     ///
     /// # Errors
     /// If a signal came.

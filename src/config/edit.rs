@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use toml_edit::{DocumentMut, Item, Value};
 
-/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Answers the
+/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Returns the
 /// settings as they are then.
 ///
 /// # Errors
@@ -52,8 +52,10 @@ pub(super) fn lock(config: &Path) -> Result<impl Drop + use<>> {
 
 /// `text` with `key` set to `value`. What stands before and behind an old value stays: a comment, say.
 fn changed(text: &str, key: &str, value: Option<Value>) -> Result<String> {
-    let mut document: DocumentMut =
-        text.parse().map_err(|e: toml_edit::TomlError| Error::new(Kind::Usage, e.to_string().trim_end()))?;
+    let mut document: DocumentMut = text.parse().map_err(|e: toml_edit::TomlError| {
+        let message = e.to_string().trim_end().to_owned();
+        Error::of(Kind::Usage, e).reworded(message)
+    })?;
     match (value, document.get_mut(key).and_then(Item::as_value_mut)) {
         (Some(mut new), Some(old)) => {
             *new.decor_mut() = old.decor().clone();

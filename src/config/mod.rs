@@ -152,7 +152,10 @@ impl Settings {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let written: Written = toml::from_str(text).map_err(|e| usage(e.to_string().trim_end()))?;
+        let written: Written = toml::from_str(text).map_err(|e| {
+            let message = e.to_string().trim_end().to_owned();
+            Error::of(Kind::Usage, e).reworded(message)
+        })?;
         written.try_into()
     }
 }

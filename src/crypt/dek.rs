@@ -131,7 +131,7 @@ impl SealKey {
     const LEN: usize = 32;
     const INFO: &[u8] = b"sealblk metadata v1";
 
-    /// The same as [`Dek::metadata_mac`] of the data key that it is from.
+    /// What [`Dek::metadata_mac`] returns for the data key that this key is from.
     pub fn mac(&self, message: &[u8]) -> [u8; 32] {
         let mut tag = [0; 32];
         on_scrubbed_stack(|| tag = hmac(self.0.as_slice(), message));

@@ -3,8 +3,8 @@
 //! Round keys 0 and 1 of AES-256 are the key itself, and every schedule holds them (that of a decryption at its
 //! end); so the key's own 16-byte pieces are what to look for.
 
-use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::xts::{Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SectorSize};
 use std::hint::black_box;
 use std::io::{Read, Seek, SeekFrom};
 use vm_memory::VolatileSlice;
@@ -88,7 +88,7 @@ fn making_a_cipher_leaves_nothing() {
     for engine in Engine::available() {
         let left = pieces_left(move || {
             let dek = Dek::from_bytes(&key()).unwrap();
-            black_box(new_cipher(engine, &dek, DataUnit::B512).unwrap());
+            black_box(new_cipher(engine, &dek, SectorSize::B512).unwrap());
         });
         assert_eq!(left, 0, "{engine}");
     }
@@ -97,7 +97,7 @@ fn making_a_cipher_leaves_nothing() {
 #[test]
 fn requests_leave_nothing() {
     for engine in Engine::available() {
-        for unit in [DataUnit::B512, DataUnit::B4096] {
+        for unit in [SectorSize::B512, SectorSize::B4096] {
             let left = pieces_left(move || {
                 let dek = Dek::from_bytes(&key()).unwrap();
                 use_cipher(&*new_cipher(engine, &dek, unit).unwrap());

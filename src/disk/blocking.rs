@@ -9,7 +9,7 @@ use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 impl DiskQueue {
-    /// Waits for the next operation to end, and answers its buffer, if it had one.
+    /// Waits for the next operation to end, and returns its buffer, if it had one.
     fn next_done(&mut self) -> io::Result<Option<Buffer>> {
         loop {
             match self.next_event() {

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// How often one who waits looks whether he shall give up.
+/// How often a waiter looks whether it is to give up.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What lanes of one disk have in common.
@@ -65,7 +65,7 @@ impl Fence {
         Ok(OpenLane { fence: self.clone(), lane })
     }
 
-    /// Lets one copy at a time; answers whether this is it.
+    /// Lets one copy at a time; returns whether this is it.
     pub(crate) fn take(&self) -> bool {
         !self.taken.swap(true, Ordering::AcqRel)
     }
@@ -80,7 +80,7 @@ impl Fence {
         self.taken.load(Ordering::Acquire)
     }
 
-    /// Keeps everybody out of `sectors` and waits until nobody is in it; gives up when `stop` is set, and answers
+    /// Keeps everybody out of `sectors` and waits until nobody is in it; gives up when `stop` is set, and returns
     /// whether it has not. Either way [`Fence::leave`] follows.
     pub(crate) fn enter(&self, sectors: &Range<u64>, stop: &AtomicBool) -> bool {
         let open = {

@@ -16,6 +16,7 @@
 //! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
 //! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
 
+use crate::base::error::attempted;
 use crate::base::sync::Locked;
 use crate::disk::map::LayerMap;
 use crate::disk::{Disk, WaitingQueue};
@@ -38,7 +39,7 @@ const LOOK: Duration = Duration::from_millis(100);
 pub enum End {
     /// Everything is in the top layer, durably.
     Complete,
-    /// It was stopped.
+    /// The hydration was stopped.
     Stopped,
 }
 
@@ -115,7 +116,7 @@ impl Hydration {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Answers when that was; not if it
+    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Returns when that was; not if it
     /// was stopped.
     fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
         let mut guard = self.stopped.0.locked();
@@ -191,9 +192,7 @@ impl<'a> Copier<'a> {
         let copied = if alone { self.hydrate(sector, len as usize) } else { Ok(()) };
         // After an error, other writes of the chunk may be in flight, which would land on what a guest writes there now: it
         // is left when the queue is closed.
-        copied.map_err(|e| {
-            io::Error::new(e.kind(), format!("hydrating {len} bytes at {}: {e}", bytes.start))
-        })?;
+        copied.map_err(|e| attempted(format_args!("hydrating {len} bytes at {}", bytes.start), e))?;
         fence.leave();
         Ok(alone)
     }

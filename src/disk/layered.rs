@@ -47,14 +47,14 @@ struct Read {
     height: u8,
     /// Which of the buffer's sectors are being read.
     part: Range<u16>,
-    /// None of them was found in another layer before.
+    /// Whether none of these sectors was found in a higher layer before.
     fresh: bool,
 }
 
 /// What to do with some sectors that shall be zeros or are discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Nothing.
+    /// There is nothing to do.
     Nothing,
     /// Make a hole in the top layer.
     Punch,
@@ -189,7 +189,7 @@ impl Layered {
         start / block * block..end.next_multiple_of(block)
     }
 
-    /// Delivers what the layer that was read has and none above it had. Answers whether nothing is missing any more.
+    /// Delivers what the layer that was read has and none above it had. Returns whether nothing is missing any more.
     pub(super) fn deliver<M>(
         &mut self,
         disk: &Disk,

@@ -4,20 +4,20 @@
 //! truth of what is in a layer: that is the layers' bytes alone. It only has to be an **upper bound**, always:
 //!
 //! 1. The frozen layers, and the top as it was when the map was made, are looked through once in the background
-//!    ([`Backing::next_data`]). Until that is over the map [is not ready](LayerMap::is_ready) and answers nothing.
+//!    ([`Backing::next_data`]). Until that is over the map [is not ready](LayerMap::is_ready) and returns nothing.
 //! 2. A write marks its blocks *before* it is submitted ([`LayerMap::mark`]). The map is there before the first queue
 //!    is opened, and writes of earlier processes have ended before that, so everything that can be in the top was
 //!    either there for the search to find or has been marked.
-//! 3. An entry is a set of layers, forgotten but for its topmost member and for whether there may be others. Marking
+//! 3. An entry is a set of layers, forgotten except for its topmost member and for whether there may be others. Marking
 //!    adds a member. That is associative, commutative and idempotent, and each change of an entry is one atomic
 //!    exchange; so it does not matter in which order writers and the search come, and none undoes another's mark.
 //! 4. A member is taken out only if it is frozen and was read and found all zero ([`LayerMap::lower`]). Nobody can
 //!    add to a frozen layer any more, so that stays true. It is one exchange as well, which fails if the entry has
 //!    changed meanwhile.
 //!
-//! Hence the orderings. Entries stand each for itself, so `Relaxed` keeps what 3 and 4 need. Who reads after a write
+//! Hence the orderings. Entries stand each for itself, so `Relaxed` keeps what 3 and 4 need. Whoever reads after a write
 //! has completed must see its mark: between the two lie the ring's indices (published with `Release`, read with
-//! `Acquire`, the guest between them), and the mark was made before. Who reads while it is in flight may see either.
+//! `Acquire`, the guest between them), and the mark was made before. Whoever reads while it is in flight may see either.
 //! Readiness is set with `Release` after the last entry of the search and read with `Acquire`.
 //!
 //! Layers are counted from the bottom, from 1, so that a new top renumbers nothing: the map goes on to be right.
@@ -165,12 +165,12 @@ impl LayerMap {
         Ok(LayerMap { cells, search, thread: Some(thread) })
     }
 
-    /// Whether it can be asked.
+    /// Whether the map can be asked.
     pub fn is_ready(&self) -> bool {
         self.cells.ready.load(Ordering::Acquire)
     }
 
-    /// Waits until the search is over, no longer than `limit`; answers whether it is. It may have failed.
+    /// Waits until the search is over, no longer than `limit`; returns whether it is. It may have failed.
     pub fn wait(&self, limit: Duration) -> bool {
         let over = self.search.over.locked();
         let waited = self.search.changed.wait_timeout_while(over, limit, |over| !*over);
@@ -260,7 +260,7 @@ impl Drop for LayerMap {
     }
 }
 
-/// Marks what the backing says may be data; answers whether it came to the end.
+/// Marks what the backing says may be data; returns whether it came to the end.
 fn look_through(backing: &dyn Backing, into: &Cells, stop: &AtomicBool) -> io::Result<bool> {
     let layers = backing.below().len() + 1;
     for layer in 0..layers {

@@ -108,7 +108,7 @@ impl Disk {
         Self::over(shape, padded(serial), layers, None, Arc::default())
     }
 
-    /// The same volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
+    /// This volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
     /// unless that [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
@@ -119,7 +119,7 @@ impl Disk {
         Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone())
     }
 
-    /// The same volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
+    /// This volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
     /// volume's queues must be held meanwhile.
     ///
     /// # Errors
@@ -131,7 +131,7 @@ impl Disk {
         Ok(next?.hydrating_lowest(leaving))
     }
 
-    /// The same volume with other layers, or another size; nothing of it is hydrated any more unless that
+    /// This volume with other layers, or another size; nothing of it is hydrated any more unless that
     /// [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile.
     ///
     /// # Errors
@@ -183,14 +183,14 @@ impl Disk {
         self.durability.has_failed()
     }
 
-    /// The same, made to be [hydrated](crate::disk::hydrate) from all layers below the top. To be said before any queue is
+    /// This disk, made to be [hydrated](crate::disk::hydrate) from all layers below the top. Call it before any queue is
     /// opened.
     pub fn hydrating(self) -> Self {
         let below = self.below.len();
         self.hydrating_lowest(below)
     }
 
-    /// The same from the lowest so many layers, which are below the top.
+    /// As [`Disk::hydrating`], from the lowest so many layers, which are below the top.
     pub fn hydrating_lowest(mut self, layers: usize) -> Self {
         assert!(layers <= self.below.len(), "the top stays");
         self.leaving = layers as u8;
@@ -260,7 +260,7 @@ impl Disk {
         DiskQueue::open(self, depth, self.fence.as_ref())
     }
 
-    /// The same for whoever copies, and so must not wait for himself.
+    /// Opens a queue for whoever copies up: it does not wait for the copy to leave a range, since the copy is its own.
     pub(crate) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
         DiskQueue::open(self, depth, None)
     }

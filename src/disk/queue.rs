@@ -119,7 +119,7 @@ impl DiskQueue {
         usize::from(self.disk.height() - height)
     }
 
-    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; answers whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; returns whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
         M: GuestMemory,
@@ -197,7 +197,7 @@ impl DiskQueue {
         self.layered.as_ref().is_some_and(|layered| layered.came_from_leaving(place, i))
     }
 
-    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Answers whether that
+    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Returns whether that
     /// was all: if not, the buffer has gone on to another layer, and there will be another event with the same tag.
     pub fn deliver<M>(
         &mut self,
@@ -364,11 +364,11 @@ impl DiskQueue {
 /// What the guest asks for when it names sectors and sends no data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zeroing {
-    /// It has no use for them: they may read as anything that they held or as zeros.
+    /// The guest has no use for the sectors: they may read as anything that they held, or as zeros.
     Discard,
-    /// They shall read as zeros; their space may go.
+    /// The sectors shall read as zeros; their space may go.
     Unmap,
-    /// They shall read as zeros; their space shall stay theirs, where the backing can do that.
+    /// The sectors shall read as zeros; their space shall stay theirs, where the backing can do that.
     KeepSpace,
 }
 

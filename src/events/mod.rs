@@ -35,9 +35,9 @@ pub struct Event {
 /// What an event about a snapshot has besides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct OfSnapshot {
-    /// None if it was never made.
+    /// `None` if the snapshot was never made.
     id: Option<SnapshotId>,
-    /// The snapshot that it is a copy of; otherwise it is of the event's volume.
+    /// The snapshot that this one is a copy of; `None` if this one is of the event's volume.
     source: Option<SnapshotId>,
     start: Timestamp,
     end: Timestamp,

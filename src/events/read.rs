@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub enum Want {
     /// The next one, please.
     More,
-    /// That was enough.
+    /// No more.
     Enough,
 }
 
@@ -54,7 +54,7 @@ impl EventReader {
         Self::at(root, 0)
     }
 
-    /// The same, from a line that begins at `start` bytes.
+    /// The events of the store at `root`, from the line on that begins at byte `start`.
     pub fn at(root: &Root, start: u64) -> Self {
         EventReader { path: root.events(), file: None, start, partial: Vec::new() }
     }

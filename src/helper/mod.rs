@@ -2,6 +2,7 @@
 //!
 //! What needs a network, credentials or the KMS's store happens in them, never in the host process.
 
+mod failure;
 pub mod grants;
 pub mod rewrap;
 pub mod unwrap;
@@ -16,7 +17,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
-/// Starts `sealblk COMMAND` for the store at `root`; answers our end of its socket.
+/// Starts `sealblk COMMAND` for the store at `root`; returns our end of its socket.
 pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
     let attempt = || format!("start the {command} helper");
     let (ours, theirs) = UnixStream::pair().context(attempt)?;

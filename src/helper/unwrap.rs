@@ -7,6 +7,7 @@
 
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::catalog::rekey::passed_for;
@@ -15,12 +16,11 @@ use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
+use crate::helper::failure::WrittenFailure;
 use crate::kms::patience::Patience;
-use crate::kms::{self, EncryptionContext, KmsError, WrappedKey};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use crate::kms::{self, EncryptionContext, Failure, KmsError, WrappedKey};
 use serde::{Deserialize, Serialize};
-use std::io::{IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use zeroize::Zeroizing;
@@ -28,7 +28,7 @@ use zeroize::Zeroizing;
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
-const MAX_MESSAGE: usize = 32 << 10;
+const MAX_LINE: usize = 32 << 10;
 /// How long the helper may take beside the KMS's time before it is given up.
 const MARGIN: Duration = Duration::from_secs(30);
 
@@ -69,42 +69,7 @@ enum Answer {
     /// The secret memory holds the key.
     Unwrapped,
     /// The KMS, or something on the way to it, refused.
-    Refused(Refusal),
-}
-
-/// Why there is no data key.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Refusal {
-    /// The KMS's own words: the cause of an event.
-    pub cause: String,
-    /// The same with what the reader can do.
-    pub message: String,
-    /// The ARN of the key that it is about, if it is about one.
-    pub key_id: Option<String>,
-    /// The name of the error's kind.
-    kind: String,
-}
-
-impl Refusal {
-    /// The error for whoever wanted the key.
-    pub fn error(&self) -> Error {
-        Error::new(Kind::from_name(&self.kind), self.message.clone())
-    }
-}
-
-impl Refusal {
-    /// What the KMS answered about a key, as `error` says it to the reader.
-    pub(crate) fn of_kms(cause: String, key_id: &str, error: Error) -> Self {
-        Refusal { cause, key_id: Some(key_id.to_owned()), ..error.into() }
-    }
-}
-
-impl From<Error> for Refusal {
-    fn from(e: Error) -> Self {
-        let kind = e.kind().name().into();
-        Refusal { cause: e.to_string(), message: e.to_string(), key_id: None, kind }
-    }
+    Refused(WrittenFailure),
 }
 
 /// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
@@ -117,12 +82,12 @@ pub fn unwrap(
     root: &Root,
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
-) -> Result<Dek, Refusal> {
+) -> Result<Dek, Failure> {
     let patience = Patience(Settings::load(root)?.kms_patience);
     unwrap_granted(hardened, root, owner, key, None, patience)
 }
 
-/// The same by the grant whose token this is, if there is one.
+/// Unwraps a data key of a volume or snapshot by a helper process, by the grant whose token this is, if there is one.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -133,13 +98,14 @@ pub fn unwrap_granted(
     key: &KeyRecord,
     token: Option<&str>,
     patience: Patience,
-) -> Result<Dek, Refusal> {
+) -> Result<Dek, Failure> {
     let secret = SecretFd::create(Dek::LEN)?;
     unwrap_into(hardened, root, owner, key, token, patience, &secret)?;
     Ok(Dek::from_secret(secret.map()?)?)
 }
 
-/// The same into secret memory that is there, of the length of a data key, and that this process need not look into.
+/// Unwraps a data key by a helper process into secret memory that is there, of the length of a data key. This process need
+/// not look into it.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -151,7 +117,7 @@ pub fn unwrap_into(
     token: Option<&str>,
     patience: Patience,
     secret: &SecretFd,
-) -> Result<(), Refusal> {
+) -> Result<(), Failure> {
     let request = Request::new(owner.into(), key, token, patience);
     fill_by_helper(root, secret, &request, patience.longest_call())
 }
@@ -169,7 +135,7 @@ pub fn unwrap_for_holder(
     present: &KeyRecord,
     patience: Patience,
     secret: &SecretFd,
-) -> Result<(), Refusal> {
+) -> Result<(), Failure> {
     let (new, layer) = new;
     let under = Under {
         provider: present.provider.clone(),
@@ -196,11 +162,11 @@ impl Request {
     }
 }
 
-fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<(), Refusal> {
+fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<(), Failure> {
     log::debug!("the data key comes by {:?}", secret.kind());
     match run_helper(root, secret, request, time + MARGIN)? {
         Answer::Unwrapped => Ok(()),
-        Answer::Refused(refusal) => Err(refusal),
+        Answer::Refused(failure) => Err(failure.into()),
     }
 }
 
@@ -217,17 +183,10 @@ fn run_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration)
 }
 
 fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answer> {
-    let bytes = serde_json::to_vec(request).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    let fds = [secret.as_fd().as_raw_fd()];
-    let control = [ControlMessage::ScmRights(&fds)];
-    let sent =
-        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?;
-    (&mut &*socket).write_all(&bytes[sent..])?;
-    socket.shutdown(std::net::Shutdown::Write)?;
-    let mut answer = Vec::new();
-    socket.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
+    wire::say_with(socket, request, secret.as_fd())?;
+    let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
-        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("its answer is not readable"))
 }
 
 /// The helper's side: the whole life of the process.
@@ -236,48 +195,32 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
 /// Only when the other side could not even be told.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let mut socket = helper::begin()?;
-    let request = receive(&socket).map_err(Refusal::from);
+    let socket = helper::begin()?;
+    let request = receive(&socket).map_err(Failure::from);
     // The key passes the stack too, in other people's frames.
     let filled =
         on_scrubbed_stack(|| request.and_then(|(request, secret)| fill(hardened, root, request, secret)));
     let answer = match filled {
         Ok(()) => Answer::Unwrapped,
-        Err(refusal) => Answer::Refused(refusal),
+        Err(failure) => Answer::Refused(failure.into()),
     };
-    let bytes = serde_json::to_vec(&answer).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    socket.write_all(&bytes).context(|| "answer the host process")
+    wire::say(&socket, &answer).context(|| "answer the host process")
 }
 
 fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
     let attempt = || "take a request: this command is started by \"sealblk attach\" alone";
-    let mut bytes = vec![0; MAX_MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let mut fds = Vec::new();
-    let first = {
-        let mut data = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message =
-            recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags).context(attempt)?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(new) = control {
-                // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
-                fds.extend(new.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        message.bytes
-    };
-    bytes.truncate(first);
-    (&mut &*socket).take(MAX_MESSAGE as u64).read_to_end(&mut bytes).context(attempt)?;
-    let request = serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Usage, e.to_string()));
-    let fd = fds.pop().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
+    let mut lines = Lines::of_at_most(MAX_LINE);
+    let bytes = lines.next(socket).context(attempt)?.unwrap_or_default();
+    let request = serde_json::from_slice(&bytes).map_err(|e| Error::of(Kind::Usage, e));
+    let fd =
+        lines.take_descriptor().ok_or_else(|| Error::new(Kind::Usage, "no memory came with the request"));
     Ok((
         request.map_err(|e| e.context(attempt()))?,
         SecretFd::from_fd(fd.map_err(|e| e.context(attempt()))?)?,
     ))
 }
 
-fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Refusal> {
+fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Failure> {
     let wrapped = wrapped(&request.key_id, &request.blob)?;
     let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
     let decrypt = |provider: &str, wrapped: &WrappedKey, token: Option<&str>| {
@@ -321,7 +264,7 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
 }
 
 fn wrapped(key_id: &str, blob: &str) -> Result<WrappedKey> {
-    let blob = hex::decode(blob).map_err(|e| Error::new(Kind::Corrupt, format!("wrapped key: {e}")))?;
+    let blob = hex::decode(blob).map_err(|e| Error::of(Kind::Corrupt, e).context("wrapped key"))?;
     Ok(WrappedKey { key_id: key_id.to_owned(), blob })
 }
 
@@ -332,12 +275,9 @@ fn decrypt(
     (provider, wrapped): (&str, &WrappedKey),
     token: Option<&str>,
     patience: Option<Patience>,
-) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let context: EncryptionContext = encryption_context(owner);
-    let refused = |e: KmsError| {
-        let cause = e.to_string();
-        Refusal::of_kms(cause, &wrapped.key_id, e.with_advice_of(provider, &wrapped.key_id))
-    };
+    let refused = |e: KmsError| Failure::kms(e, provider, &wrapped.key_id);
     let opened = kms::open_patient_provider(hardened, root, provider, patience).map_err(refused)?;
     let key = match token {
         Some(token) => opened.decrypt_granted(wrapped, &context, token),

@@ -46,7 +46,7 @@ pub struct Handover {
 pub struct Parts {
     /// How the volume is opened.
     pub opener: Opener,
-    /// Its lock.
+    /// The volume's lock file.
     pub lock_file: LockFile,
     /// What the lock's file says of this process.
     pub holder: Holder,
@@ -69,18 +69,18 @@ pub struct Parts {
 enum Guest {
     /// No VMM has connected yet; one that served it before may be about to.
     Unknown,
-    /// Its VMM is connected.
+    /// The guest's VMM is connected.
     Here,
-    /// It has left with its VMM.
+    /// The guest has left with its VMM.
     Gone,
 }
 
 enum State {
-    /// Its VMM is to start, once the source's has stopped.
+    /// This process's VMM is to start, once the source's has stopped.
     Waiting { _turn: Turn },
-    /// It has the volume; the lock is in the record. Whether rings run is `in_use`.
+    /// This process has the volume; the lock is in the record. Whether rings run is `in_use`.
     Has { serving: Arc<Serving>, in_use: bool },
-    /// It has let go of the volume, or not begun yet.
+    /// This process has let go of the volume, or has not begun yet.
     LetGo,
 }
 
@@ -152,7 +152,7 @@ impl Handover {
         }
     }
 
-    /// Takes the volume, waiting for who has it.
+    /// Takes the volume, waiting for the process that has it.
     fn take(&self) -> Result<Arc<Serving>> {
         let lock = self.wait_for_lock()?;
         // Whoever had it may have changed all of it but what the data keys are: everything is read and proved anew.
@@ -293,7 +293,7 @@ impl Tenure for Handover {
         log::info!("a ring is to run: taking {}", self.parts.opener.volume);
         let serving = self.take().map_err(io::Error::other)?;
         log::info!("{} is attached: {}", self.parts.opener.volume, serving.disk().describe());
-        // With the state before goes the place of who is to have it next.
+        // This drops the `Turn` of `Waiting`, so that another process may announce itself.
         *state = State::Has { serving: serving.clone(), in_use: true };
         (self.parts.taken)();
         Ok(serving)

@@ -33,7 +33,7 @@ impl Keyring {
         self.lock().clear();
     }
 
-    /// Those of the volume, in the order of its keys.
+    /// What is kept of the volume's data keys, in the order of its keys.
     ///
     /// # Errors
     /// `Busy` if it has others now.

@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 use crate::catalog::Metadata;
 use crate::catalog::metadata::KeyRecord;
 
-/// That this process has the data keys of a volume. Drop it when they are wiped: that is recorded then.
+/// Stands for the data keys of a volume that this process has. Drop it when the keys are wiped: dropping records that.
 pub(crate) struct KeysHeld {
     log: AuditLog,
     volume: Metadata,

@@ -94,7 +94,7 @@ impl Opener {
             let is_sealed_now = self.prove(metadata, &kept, top)?;
             let is_first = metadata.mark_attached();
             if is_sealed_now || is_first {
-                self.catalog.store(lock, metadata)?;
+                self.catalog.save(lock, metadata)?;
             }
             Ok(kept)
         })?;

@@ -159,7 +159,7 @@ pub(super) struct GivenUp {
 }
 
 impl GivenUp {
-    /// Lets the next have the volume, and ends the grants. Answers whether this process had it.
+    /// Lets the next have the volume, and ends the grants. Returns whether this process had it.
     pub(super) fn release(self) -> bool {
         let had_it = self.record.release();
         self.keeper.retire();

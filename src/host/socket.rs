@@ -20,7 +20,7 @@ pub struct SocketName {
 }
 
 impl SocketName {
-    /// The same name, seen from elsewhere: it was made in `folder` as the working folder.
+    /// This name, seen from elsewhere: it was made while `folder` was the working folder.
     pub fn moved_to(mut self, folder: &Path) -> Self {
         self.path = folder.join(&self.path);
         self

@@ -9,12 +9,13 @@ use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
 use crate::helper::grants::Keeper;
-use crate::helper::unwrap::{self, Refusal};
+use crate::helper::unwrap;
 use crate::host::Options;
 use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
 use crate::host::socket::{self, SocketName};
+use crate::kms::Failure;
 use crate::kms::patience::Patience;
 use crate::vhost::listener::Socket;
 use crate::vhost::session::Inlet;
@@ -28,7 +29,7 @@ pub(super) struct Taken {
     pub(super) place: Place,
     pub(super) lock_file: LockFile,
     pub(super) holder: Holder,
-    /// None while another process has it.
+    /// `None` while another process has the volume.
     pub(super) opened: Option<Opened>,
     pub(super) opener: Opener,
     /// The volume as it was when its keys were asked for.
@@ -40,7 +41,7 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// Takes the volume, or the place of who is to have it next, and opens it. `path` is where VMMs will connect.
+    /// Takes the volume, or the place of the process that is to have it next, and opens it. `path` is where VMMs will connect.
     pub(super) fn take(
         catalog: &Catalog,
         settings: &Settings,
@@ -98,10 +99,10 @@ fn unwrap_all(
     let until = Instant::now() + settings.kms_patience;
     let patience = || Patience(until.saturating_duration_since(Instant::now()));
     let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
-    let refused = |refusal: Refusal| {
-        let (key, cause) = (refusal.key_id.as_deref().or(first), refusal.cause.as_str());
+    let refused = |failure: Failure| {
+        let (key, cause) = (failure.key_id.as_deref().or(first), failure.cause.as_str());
         events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
-        refusal.error()
+        failure.error
     };
     settings.check_encrypted("it", metadata.is_encrypted()).map_err(|e| refused(e.into()))?;
     let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;

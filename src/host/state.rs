@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 /// What the host process knows of its volume.
 pub struct Record {
     pub(super) catalog: Catalog,
-    /// None while another process has the volume.
+    /// `None` while another process has the volume.
     state: Mutex<Option<State>>,
     /// What hydrates the volume from its leaving layers.
     pub(super) hydrator: Hydrator,
@@ -27,7 +27,7 @@ pub(crate) struct State {
     pub(super) lock: VolumeLock,
     pub(super) metadata: Metadata,
     pub(super) read_only: bool,
-    /// None for an unencrypted volume.
+    /// `None` for an unencrypted volume.
     pub(super) seal_key: Option<SealKey>,
     /// The top first; none once the queues have ended.
     pub(super) layers: Vec<Layer>,
@@ -60,14 +60,14 @@ impl Record {
     /// Notes, durably, how a data key is wrapped now.
     ///
     /// # Errors
-    /// As [`Metadata::rewrap`] and [`Catalog::store`]; the file is as it was then.
+    /// As [`Metadata::rewrap`] and [`Catalog::save`]; the file is as it was then.
     pub fn rewrap(&self, new: &Rewrapped) -> Result<()> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         let mut next = state.metadata.clone();
         next.rewrap(new)?;
         let id = next.id();
-        self.catalog.store(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
+        self.catalog.save(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
         state.metadata = next;
         Ok(())
     }
@@ -83,7 +83,7 @@ impl Record {
         self.hydrator.end();
     }
 
-    /// Gives the volume up: the next may have it. Answers whether this process had it.
+    /// Gives the volume up: the next may have it. Returns whether this process had it.
     pub fn release(&self) -> bool {
         let Some(State { lock, .. }) = self.state().take() else { return false };
         if let Err(e) = self.catalog.forget_own_layers(&lock) {

@@ -30,7 +30,7 @@ pub struct UsedKey {
 }
 
 impl UsedKey {
-    /// That which wraps a data key.
+    /// The key that wraps a data key.
     pub fn of(key: &KeyRecord) -> Self {
         UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() }
     }

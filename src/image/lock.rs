@@ -82,7 +82,7 @@ impl ImageLock {
         Self::on(again.context(|| format!("lock {}", path.display()))?, path, access)
     }
 
-    /// The same with `file`, which was opened for this alone.
+    /// Takes the lock by `file`, which was opened for this alone.
     fn on(file: File, path: &Path, access: Access) -> Result<Self> {
         let attempt = || format!("lock {}", path.display());
         let lock = ImageLock { file };

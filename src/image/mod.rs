@@ -70,7 +70,7 @@ impl FromStr for Format {
 pub enum BackingFiles {
     /// The image is refused.
     Refuse,
-    /// They are read, and those that they are based on.
+    /// The files are read, and those that they are based on.
     Read,
 }
 

@@ -2,6 +2,7 @@
 //! event.
 
 use crate::base::{Error, Kind};
+use crate::kms::KeyState;
 
 /// Exceptions of AWS KMS that only users of the whole KMS meet, never those of a [`crate::kms::KeyProvider`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +173,8 @@ impl KmsError {
         let message = if message.is_empty() { name.to_owned() } else { message };
         match name {
             "DisabledException" => KmsError::Disabled(message),
-            "KMSInvalidStateException" => invalid_state(message),
+            // It does not say in which state: the key does ([`KmsError::in_state`]).
+            "KMSInvalidStateException" => KmsError::InvalidState(message),
             "KeyUnavailableException" | "DependencyTimeoutException" => KmsError::Unavailable(message),
             // "The request can be retried", as AWS documents it; of our own store it would mean damage.
             "KMSInternalException" => KmsError::Unavailable(message),
@@ -198,6 +200,17 @@ impl KmsError {
                 Some(exception) => KmsError::Other(exception, message),
                 None => KmsError::Internal(format!("{other}: {message}")),
             },
+        }
+    }
+
+    /// An invalid state as what it is for a key in `state`, in the same words; other errors stay what they are.
+    pub fn in_state(self, state: KeyState) -> Self {
+        match (self, state) {
+            (KmsError::InvalidState(message), KeyState::PendingDeletion) => {
+                KmsError::PendingDeletion(message)
+            }
+            (KmsError::InvalidState(message), KeyState::PendingImport) => KmsError::PendingImport(message),
+            (error, _) => error,
         }
     }
 
@@ -245,7 +258,8 @@ impl KmsError {
 
     fn advised(self, advice: &str) -> Error {
         let e = Error::from(self);
-        Error::new(e.kind(), format!("{}; {advice}", e.to_string().trim_end_matches('.')))
+        let message = format!("{}; {advice}", e.to_string().trim_end_matches('.'));
+        e.reworded(message)
     }
 
     fn advice_of_embedded(&self, key: &str) -> Option<String> {
@@ -257,17 +271,6 @@ impl KmsError {
             KmsError::NotFound(_) => "\"sealblk key list\" shows which keys there are".to_string(),
             _ => return None,
         })
-    }
-}
-
-/// KMSInvalidStateException is of several sorts, which only its message tells apart.
-fn invalid_state(message: String) -> KmsError {
-    if message.ends_with(" is pending deletion.") {
-        KmsError::PendingDeletion(message)
-    } else if message.ends_with(" is pending import.") {
-        KmsError::PendingImport(message)
-    } else {
-        KmsError::InvalidState(message)
     }
 }
 
@@ -288,7 +291,7 @@ impl From<KmsError> for Error {
             KmsError::Other(Exception::MalformedPolicyDocument, _) => Kind::Usage,
             _ => Kind::KmsRefused,
         };
-        Error::new(kind, e.to_string())
+        Error::of(kind, e)
     }
 }
 
@@ -312,15 +315,14 @@ mod tests {
 
     #[test]
     fn the_type_on_the_wire_decides_and_the_message_stays() {
-        let arn = "arn:aws:kms:us-east-1:111122223333:key/1";
         let of = |name: &str, message: &str| KmsError::of_wire(name, message.to_owned());
-        let state = |message: String| of("KMSInvalidStateException", &message);
-        let pending = format!("{arn} is pending deletion.");
-        assert_eq!(state(pending.clone()), KmsError::PendingDeletion(pending));
-        let import = format!("{arn} is pending import.");
-        assert_eq!(state(import.clone()), KmsError::PendingImport(import));
-        let not = format!("{arn} is not pending deletion.");
-        assert_eq!(state(not.clone()), KmsError::InvalidState(not));
+        let state = || of("KMSInvalidStateException", "words");
+        assert_eq!(state(), KmsError::InvalidState("words".into()));
+        assert_eq!(state().in_state(KeyState::Enabled), state());
+        assert_eq!(state().in_state(KeyState::PendingDeletion), KmsError::PendingDeletion("words".into()));
+        assert_eq!(state().in_state(KeyState::PendingImport), KmsError::PendingImport("words".into()));
+        let disabled = || of("DisabledException", "words");
+        assert_eq!(disabled().in_state(KeyState::PendingDeletion), disabled());
         assert_eq!(of("InvalidCiphertextException", ""), KmsError::InvalidCiphertext);
         assert_eq!(of("ThrottlingException", "Rate exceeded"), KmsError::Throttled("Rate exceeded".into()));
         assert_eq!(

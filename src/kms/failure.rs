@@ -8,26 +8,26 @@ use crate::base::Error;
 pub struct Failure {
     /// Of a KMS, its message, word for word.
     pub cause: String,
-    /// The same with what was attempted and what can be done.
+    /// What was attempted, the cause, and what can be done.
     pub error: Error,
+    /// The KMS key that it is about, if it is about one: as its KMS or the caller names it.
+    pub key_id: Option<String>,
 }
 
 impl Failure {
     /// The refusal of the provider of this name: its own words, and what can be done about `key`.
     pub fn kms(e: KmsError, provider: &str, key: &str) -> Self {
-        Failure { cause: e.to_string(), error: e.with_advice_of(provider, key) }
+        Failure { cause: e.to_string(), error: e.with_advice_of(provider, key), key_id: Some(key.into()) }
     }
-}
 
-impl Failure {
     /// This failure with what was attempted put before the error's message; the cause stays as it is.
     pub fn context(self, attempt: impl std::fmt::Display) -> Self {
-        Failure { cause: self.cause, error: self.error.context(attempt) }
+        Failure { error: self.error.context(attempt), ..self }
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Failure { cause: error.to_string(), error }
+        Failure { cause: error.to_string(), error, key_id: None }
     }
 }

@@ -24,7 +24,7 @@ pub struct Grant {
     pub key_id: String,
     /// The grant's id.
     pub id: String,
-    /// Its token, known to who made it: good for a few minutes, until the whole KMS knows the grant.
+    /// Its token, known to whoever made it: good for a few minutes, until the whole KMS knows the grant.
     pub token: Option<String>,
 }
 

@@ -139,7 +139,7 @@ pub trait KeyProvider: Send + Sync {
         Capabilities::default()
     }
 
-    /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for who may not decrypt
+    /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for whoever may not decrypt
     /// otherwise, and also in the moments before the whole KMS knows the grant.
     fn decrypt_granted(
         &self,
@@ -187,7 +187,7 @@ pub fn open_provider(hardened: Hardened, root: &Root, name: &str) -> Result<Box<
     open_patient_provider(hardened, root, name, None)
 }
 
-/// The same with another patience than that of the settings.
+/// As [`open_provider`], with another patience than that of the settings, if one is given.
 pub fn open_patient_provider(
     hardened: Hardened,
     root: &Root,

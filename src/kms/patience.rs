@@ -26,7 +26,7 @@ impl Patience {
         self.0 + TRY_MAX
     }
 
-    /// Calls `attempt`, with the time that it has, until it succeeds, fails for good, or patience ends; answers the last
+    /// Calls `attempt`, with the time that it has, until it succeeds, fails for good, or patience ends; returns the last
     /// try's outcome.
     pub fn call<T>(self, mut attempt: impl FnMut(Duration) -> Result<T, KmsError>) -> Result<T, KmsError> {
         let until = Instant::now() + self.0;
@@ -48,7 +48,7 @@ impl Patience {
     }
 }
 
-/// What the reader is told while he waits. Why a KMS was not reached is our own sentence; the rest are the KMS's words.
+/// What the reader is told meanwhile. Why a KMS was not reached is our own sentence; the rest are the KMS's words.
 fn told(problem: &KmsError) -> String {
     match problem {
         KmsError::Transport(sentence) => sentence.clone(),

@@ -24,7 +24,7 @@ impl Recorded {
         Ok(Recorded { inner, log })
     }
 
-    /// Records a step that was answered so, with the key of this id; answers it, unless it has succeeded and cannot
+    /// Records a step that was answered so, with the key of this id; returns it, unless it has succeeded and cannot
     /// be recorded.
     fn record<T>(
         &self,

@@ -6,10 +6,11 @@ use super::keys::NamedKey;
 use super::make::{self, Wanted};
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
-use crate::catalog::metadata::{Geometry, KeyRecord, SectorSize, VolumeName};
+use crate::catalog::metadata::{Geometry, KeyRecord, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
 use crate::config::{CloneDataKey, shown_file};
+use crate::crypt::SectorSize;
 
 /// A volume that somebody wants made.
 #[derive(Clone, Debug, Default)]

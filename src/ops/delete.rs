@@ -5,7 +5,7 @@ use crate::catalog::leaving;
 
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
-use crate::catalog::references::{CREATING, DELETING, StoreLock, remove_unnamed};
+use crate::catalog::references::{CREATING, DELETING, RecordsLock, remove_unnamed};
 use crate::catalog::{self, Catalog, Metadata, VolumeId, pending, tags};
 use crate::events::{Event, EventLog};
 use crate::ops::shred::{self, Receipt};
@@ -62,13 +62,13 @@ fn delete_by<T>(
         events.record(&Event::delete_volume(id));
     }
     let done = done.context(attempt)?;
-    let store = StoreLock::acquire(catalog)?;
-    clear(catalog, &metadata, &store).context(|| {
+    let records = RecordsLock::acquire(catalog)?;
+    clear(catalog, &metadata, &records).context(|| {
         format!(
             "{id} is deleted, but not its layers; the next \"sealblk volume create\" or \"delete\" tries again"
         )
     })?;
-    clear_remains(catalog, &store);
+    clear_remains(catalog, &records);
     Ok(done)
 }
 
@@ -79,16 +79,16 @@ pub(super) fn rename_durably(folder: &Path, from: &str, to: &str) -> Result<()> 
 }
 
 /// Removes a volume that is not there yet.
-pub(super) fn abandon(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()> {
+pub(super) fn abandon(catalog: &Catalog, metadata: &Metadata, records: &RecordsLock) -> Result<()> {
     // What is being made names its layers; what is being deleted does not any more.
     rename_durably(&catalog.folder(metadata.id()), CREATING, DELETING)?;
-    clear(catalog, metadata, store)
+    clear(catalog, metadata, records)
 }
 
 /// Removes a volume that is not there any more: those of its layers that nothing else names, and last what names them.
-fn clear(catalog: &Catalog, metadata: &Metadata, store: &StoreLock) -> Result<()> {
+fn clear(catalog: &Catalog, metadata: &Metadata, records: &RecordsLock) -> Result<()> {
     let left = catalog.left_layers(metadata.id())?;
-    remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id).chain(left), store)?;
+    remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id).chain(left), records)?;
     remove_folder(catalog, metadata.id())
 }
 
@@ -101,8 +101,8 @@ fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
 }
 
 /// Clears away what interrupted creates and deletes left. What cannot be understood stays, with a warning.
-pub(crate) fn clear_remains(catalog: &Catalog, store: &StoreLock) {
-    if let Err(e) = catalog.clear_deleted_snapshots(store) {
+pub(crate) fn clear_remains(catalog: &Catalog, records: &RecordsLock) {
+    if let Err(e) = catalog.clear_deleted_snapshots(records) {
         log::warn!("{e}");
     }
     let folders = catalog.folders().unwrap_or_else(|e| {
@@ -110,13 +110,13 @@ pub(crate) fn clear_remains(catalog: &Catalog, store: &StoreLock) {
         Vec::new()
     });
     for id in folders {
-        if let Err(e) = clear_remains_of(catalog, id, store) {
+        if let Err(e) = clear_remains_of(catalog, id, records) {
             log::warn!("{}: left as it is: {e}", catalog.folder(id).display());
         }
     }
 }
 
-fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
+fn clear_remains_of(catalog: &Catalog, id: VolumeId, records: &RecordsLock) -> Result<()> {
     let folder = catalog.folder(id);
     if files::exists(&folder.join(catalog::FILE)) {
         return Ok(());
@@ -134,7 +134,7 @@ fn clear_remains_of(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Resul
             log::info!("clearing away {id}, of which an interrupted command left a part");
             let metadata = catalog.read_record(&record, id)?;
             let clear = if name == CREATING { abandon } else { clear };
-            return clear(catalog, &metadata, store);
+            return clear(catalog, &metadata, records);
         }
     }
     // Cut off before there was a record, or after it was removed: but a file of somebody else's stays.

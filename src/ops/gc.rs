@@ -7,7 +7,7 @@
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
-use crate::catalog::references::{StoreLock, named_layers};
+use crate::catalog::references::{RecordsLock, named_layers};
 use crate::catalog::{self, Catalog, LayerId, VolumeId, leaving, pending};
 use crate::helper::grants::{self, Note, notes};
 use crate::image::lock::{Access, ImageLock};
@@ -109,7 +109,7 @@ pub struct LeftOver {
 }
 
 impl LeftOver {
-    /// None if it has gone meanwhile.
+    /// What lies at `path`; `None` if that has gone meanwhile.
     pub(crate) fn at(what: What, path: PathBuf) -> Option<Self> {
         let bytes = std::fs::symlink_metadata(&path).ok()?.blocks() * 512;
         Some(LeftOver { what, path, bytes })
@@ -121,25 +121,25 @@ impl LeftOver {
 /// # Errors
 /// `Corrupt`, naming the first record that cannot be read: then it is not known which layers are in use.
 fn left_overs(catalog: &Catalog) -> Result<Vec<LeftOver>> {
-    let store = StoreLock::acquire(catalog)?;
-    find(catalog, &store)
+    let records = RecordsLock::acquire(catalog)?;
+    find(catalog, &records)
 }
 
-/// Removes what is left over, and answers what that was.
+/// Removes what is left over, and returns what that was.
 ///
 /// # Errors
 /// As [`left_overs`]; those of the file system. What had been removed until then is gone.
 fn collect(catalog: &Catalog) -> Result<Vec<LeftOver>> {
-    let store = StoreLock::acquire(catalog)?;
-    let mut found = find(catalog, &store)?;
-    clear_remains(catalog, &store);
+    let records = RecordsLock::acquire(catalog)?;
+    let mut found = find(catalog, &records)?;
+    clear_remains(catalog, &records);
     catalog.interrupted_copies()?.iter().try_for_each(|path| remove(path))?;
-    catalog.entries_of_nothing(&store)?.iter().try_for_each(|id| catalog.forget_entry(id))?;
+    catalog.entries_of_nothing(&records)?.iter().try_for_each(|id| catalog.forget_entry(id))?;
     for id in catalog.ids()? {
-        tidy(catalog, id, &store)?;
+        tidy(catalog, id, &records)?;
     }
     // What the remains named is named no more.
-    found.extend(unnamed_layers(catalog, &store)?);
+    found.extend(unnamed_layers(catalog, &records)?);
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
     let snapshots = catalog.root().snapshots();
@@ -158,8 +158,8 @@ fn collect(catalog: &Catalog) -> Result<Vec<LeftOver>> {
     Ok(found)
 }
 
-fn find(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
-    let mut found = unnamed_layers(catalog, store)?;
+fn find(catalog: &Catalog, records: &RecordsLock) -> Result<Vec<LeftOver>> {
+    let mut found = unnamed_layers(catalog, records)?;
     for id in catalog.folders()? {
         if catalog.held(id)? != Held::Free {
             continue;
@@ -189,12 +189,12 @@ fn find(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
 
 /// The files of layers that nothing names. They are listed before the records are read: a layer that is made
 /// meanwhile is not among them, and one that was made before was named before.
-fn unnamed_layers(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>> {
+fn unnamed_layers(catalog: &Catalog, records: &RecordsLock) -> Result<Vec<LeftOver>> {
     let folder = catalog.root().layers();
     let id = |name: OsString| name.to_str()?.strip_suffix(".img")?.parse::<LayerId>().ok();
     let mut layers: Vec<LayerId> = files::names_if_there(&folder)?.into_iter().filter_map(id).collect();
     layers.sort_unstable();
-    let named = named_layers(catalog, store)?;
+    let named = named_layers(catalog, records)?;
     let unnamed = layers.into_iter().filter(|layer| !named.contains(layer)).map(|l| catalog.layer_path(l));
     // A file that somebody serves is in use, whatever the records say.
     let unused = unnamed.filter(|path| ImageLock::acquire(path, Access::ReadWrite).is_ok());
@@ -202,7 +202,7 @@ fn unnamed_layers(catalog: &Catalog, store: &StoreLock) -> Result<Vec<LeftOver>>
 }
 
 /// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.
-fn tidy(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
+fn tidy(catalog: &Catalog, id: VolumeId, records: &RecordsLock) -> Result<()> {
     let folder = catalog.folder(id);
     let is_tidy = temporary_files(&folder)?.is_empty() && catalog.own_layers(id)?.is_empty();
     if is_tidy && ![pending::FILE, leaving::FILE].iter().any(|name| files::exists(&folder.join(name))) {
@@ -220,9 +220,9 @@ fn tidy(catalog: &Catalog, id: VolumeId, store: &StoreLock) -> Result<()> {
         log::warn!("{e}; what an interrupted command left there stays");
         return Ok(());
     }
-    catalog.undo_pending(&lock, &metadata, Some(store))?;
+    catalog.undo_pending(&lock, &metadata, Some(records))?;
     match catalog.has_left_layers(id) {
-        true => catalog.settle_left(&lock, store),
+        true => catalog.settle_left(&lock, records),
         false => Ok(()),
     }
 }

@@ -6,8 +6,8 @@
 
 use crate::base::{Context, Result};
 use crate::catalog::Catalog;
-use crate::catalog::metadata::{KeyOwner, Metadata, SectorSize};
-use crate::crypt::Dek;
+use crate::catalog::metadata::{KeyOwner, Metadata};
+use crate::crypt::{Dek, SectorSize};
 use crate::disk::Disk;
 use crate::disk::transfer::{self, Transfer};
 use crate::events::EventLog;
@@ -56,7 +56,7 @@ pub(super) fn size_of(len: u64, sector_size: SectorSize) -> u64 {
 /// Without a `key` it is not encrypted. Reports a `createVolume` event.
 ///
 /// # Errors
-/// As [`make::create`]; those of reading the image; what `watch` answers. Nothing of the volume is left then.
+/// As [`make::create`]; those of reading the image; what `watch` returns. Nothing of the volume is left then.
 pub(super) fn import(
     catalog: &Catalog,
     events: &EventLog,

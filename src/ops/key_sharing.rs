@@ -81,7 +81,8 @@ fn sharing<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::metadata::{Geometry, KeyRecord, LayerRecord, SectorSize};
+    use crate::catalog::metadata::{Geometry, KeyRecord, LayerRecord};
+    use crate::crypt::SectorSize;
     use crate::kms::WrappedKey;
 
     fn key(check: Option<u8>) -> KeyRecord {

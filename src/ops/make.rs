@@ -10,7 +10,7 @@ use crate::base::{Error, Kind, Result};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
-use crate::catalog::references::{CREATING, StoreLock};
+use crate::catalog::references::{CREATING, RecordsLock};
 use crate::catalog::tags::{self, Tags};
 use crate::catalog::{self, Catalog, VolumeId};
 use crate::events::{Event, EventLog};
@@ -48,7 +48,7 @@ pub fn create(
     })
 }
 
-/// Makes a volume of what `prepare` answers, given its id.
+/// Makes a volume of what `prepare` returns, given its id.
 pub(crate) fn create_with(
     catalog: &Catalog,
     events: &EventLog,
@@ -58,7 +58,7 @@ pub(crate) fn create_with(
     create_filled(catalog, events, wanted, prepare, |_| Ok(()))
 }
 
-/// The same, and `fill` gives it its data before it is there. What `fill` has written is durable when it returns; it
+/// As [`create_with`], and `fill` gives the volume its data before the volume is there. What `fill` has written is durable when it returns; it
 /// makes no other layers than the metadata names.
 pub(crate) fn create_filled(
     catalog: &Catalog,
@@ -89,7 +89,7 @@ fn make(
         .and_then(|()| fill(&metadata))
         .and_then(|()| commit(catalog, &metadata));
     if let Err(e) = made {
-        let cleared = StoreLock::acquire(catalog).and_then(|store| abandon(catalog, &metadata, &store));
+        let cleared = RecordsLock::acquire(catalog).and_then(|records| abandon(catalog, &metadata, &records));
         if let Err(left) = cleared {
             log::warn!("{left}; the next \"sealblk volume create\" or \"delete\" tries again");
         }
@@ -100,8 +100,8 @@ fn make(
 
 /// Makes the volume's folder, takes the volume, and writes down what is going to be made.
 fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
-    let store = StoreLock::acquire(catalog)?;
-    clear_remains(catalog, &store);
+    let records = RecordsLock::acquire(catalog)?;
+    clear_remains(catalog, &records);
     if let Some(origin) = metadata.origin() {
         // From here on the new volume names its layers, and before, the snapshot did.
         catalog.load_snapshot(origin.snapshot)?;
@@ -122,7 +122,7 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     begun
 }
 
-/// Makes everything that the volume needs before it is there, but for its data.
+/// Makes everything that the volume needs before it is there, except for its data.
 fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
@@ -133,7 +133,7 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
 /// The rename after which the volume is there.
 fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
     // Held over the look at the names and the rename: of two volumes of one name, one comes second.
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     check_name_is_free(catalog, metadata.name())?;
     rename_durably(&catalog.folder(metadata.id()), CREATING, catalog::FILE)
 }

@@ -141,7 +141,6 @@ impl Store {
 
     /// Unwraps a data key by a helper process, as an attach does.
     fn unwrap(&self, owner: KeyOwner, key: &KeyRecord) -> Result<Dek, Failure> {
-        let unwrapped = unwrap::unwrap(self.hardened, &self.root, owner, key);
-        unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })
+        unwrap::unwrap(self.hardened, &self.root, owner, key)
     }
 }

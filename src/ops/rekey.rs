@@ -43,7 +43,7 @@ pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>) -> Result<Rekeyed> 
         let pause = give(store, id, new.clone())?;
         Ok(Rekeyed { new, pause })
     });
-    let done = done.map_err(|Failure { cause, error }| {
+    let done = done.map_err(|Failure { cause, error, .. }| {
         events.record(&Event::hydrate_failed(id, None, cause));
         error.context(attempt())
     })?;
@@ -76,7 +76,7 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
             let secret = SecretFd::create(Dek::PASSED_LEN)?;
             let (patience, layer) = (Patience(store.settings().kms_patience), LayerId::random());
             let new_top = (new.record(), layer);
-            let unwrapped = unwrap::unwrap_for_holder(
+            unwrap::unwrap_for_holder(
                 store.hardened(),
                 store.root(),
                 id,
@@ -84,8 +84,7 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
                 present,
                 patience,
                 &secret,
-            );
-            unwrapped.map_err(|refusal| Failure { error: refusal.error(), cause: refusal.cause })?;
+            )?;
             Ok(Some(conversation::rekey(&catalog, id, (&new, layer), secret)?))
         }
     }

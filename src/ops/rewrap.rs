@@ -121,5 +121,5 @@ fn replace(catalog: &Catalog, lock: &VolumeLock, note: &Rewrapped) -> Result<()>
     // As the record is on disk now: an earlier key of this volume has been replaced there.
     let mut metadata: Metadata = catalog.load(lock.volume())?;
     metadata.rewrap(note)?;
-    catalog.store(lock, &mut metadata)
+    catalog.save(lock, &mut metadata)
 }

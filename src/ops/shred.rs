@@ -73,7 +73,7 @@ pub struct FileSystem {
 }
 
 impl Receipt {
-    /// What will be destroyed with the volume, but for the copies themselves.
+    /// What will be destroyed with the volume, except for the copies themselves.
     pub fn new(catalog: &Catalog, metadata: &Metadata) -> Result<Self> {
         let others = others(catalog, metadata)?;
         let wrapped_by = metadata.keys().iter().map(|key| WrappedBy {
@@ -195,7 +195,7 @@ fn checks(keys: &[KeyRecord]) -> Vec<[u8; 16]> {
 
 /// `metadata` as a file, without the wrapped keys: enough to find what is to be removed with the volume.
 pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
-    let unreadable = |e: serde_json::Error| Error::new(Kind::Other, e.to_string());
+    let unreadable = |e: serde_json::Error| Error::of(Kind::Other, e);
     let mut value: Value = serde_json::from_slice(&metadata.to_json()).map_err(unreadable)?;
     for key in value["keys"].as_array_mut().into_iter().flatten() {
         // One byte, since none is not possible.
@@ -204,7 +204,7 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&value).map_err(unreadable)
 }
 
-/// Overwrites and removes every file in a volume's folder, but for the lock, and the records without wrapped keys that tell
+/// Overwrites and removes every file in a volume's folder, except for the lock, and the records without wrapped keys that tell
 /// what else is to be removed.
 pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
     let attempt = || format!("list {}", folder.display());

@@ -57,7 +57,7 @@ const ALLOWED: &[Group] = &[
     ),
 ];
 
-/// The same under their old names, which newer architectures do not have.
+/// Calls of [`ALLOWED`] under their old names, which newer architectures do not have.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_BY_OLD_NAMES: &[Group] = &[(
     "the C library still uses them",

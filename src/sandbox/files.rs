@@ -66,7 +66,7 @@ impl Rule {
     }
 }
 
-/// Puts the rules in force, and answers what the kernel made of them.
+/// Puts the rules in force, and returns what the kernel made of them.
 pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
     let attempt = || "set the Landlock rules";
     let mut ruleset = Ruleset::default()
@@ -75,14 +75,14 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
         .and_then(|set| set.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
         .and_then(|set| set.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(Ruleset::create)
-        .map_err(|e| failed(&e).context(attempt()))?;
+        .map_err(|e| failed(e).context(attempt()))?;
     for rule in rules {
         let attempt = || format!("set a Landlock rule for {}", rule.path.display());
-        let file = PathFd::new(&rule.path).map_err(|e| failed(&e).context(attempt()))?;
+        let file = PathFd::new(&rule.path).map_err(|e| failed(e).context(attempt()))?;
         let rule = PathBeneath::new(file, rule.access.rights());
-        ruleset = ruleset.add_rule(rule).map_err(|e| failed(&e).context(attempt()))?;
+        ruleset = ruleset.add_rule(rule).map_err(|e| failed(e).context(attempt()))?;
     }
-    let status = ruleset.restrict_self().map_err(|e| failed(&e).context(attempt()))?;
+    let status = ruleset.restrict_self().map_err(|e| failed(e).context(attempt()))?;
     Ok(match status.ruleset {
         RulesetStatus::FullyEnforced => "Landlock".into(),
         RulesetStatus::PartiallyEnforced => {
@@ -98,15 +98,15 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
     })
 }
 
-fn failed(e: &dyn std::error::Error) -> Error {
-    Error::new(Kind::Other, e.to_string())
+fn failed(e: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::of(Kind::Other, e)
 }
 
 /// The version of the kernel's Landlock; none where it has none, or has it switched off.
 pub fn landlock_version() -> Option<i32> {
     const VERSION: libc::c_uint = 1;
     let none = std::ptr::null::<libc::c_void>();
-    // SAFETY: with this flag the call takes no memory, and answers a number.
+    // SAFETY: with this flag the call takes no memory, and returns a number.
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0usize, VERSION) };
     i32::try_from(version).ok().filter(|version| *version > 0)
 }

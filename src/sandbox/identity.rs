@@ -57,7 +57,7 @@ impl Identity {
         let attempt = || format!("give {} to {self}", path.display());
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = nix::fcntl::open(path, flags, Mode::empty()).context(attempt)?;
-        // Somebody else may have put something of his in its place.
+        // Another user may have put a file in its place.
         let kind = SFlag::from_bits_truncate(fstat(&file).context(attempt)?.st_mode & SFlag::S_IFMT.bits());
         if kind != SFlag::S_IFSOCK {
             return Err(Error::new(Kind::Busy, "it is not a socket any more").context(attempt()));
@@ -69,7 +69,7 @@ impl Identity {
     /// and can clear away what it has made.
     pub(super) fn become_it(&self, files: &[Rule]) -> Result<()> {
         let attempt = || format!("become {self}");
-        let name = CString::new(self.name.as_str()).map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
+        let name = CString::new(self.name.as_str()).map_err(|e| Error::of(Kind::Usage, e))?;
         initgroups(&name, self.gid).context(attempt)?;
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         setegid(self.gid).context(attempt)?;

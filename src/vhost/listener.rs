@@ -18,9 +18,9 @@ pub(crate) const SHORTAGE: Duration = Duration::from_millis(200);
 
 /// Where VMMs come from.
 pub enum Socket {
-    /// They connect, one after the other.
+    /// VMMs connect to this socket, one after the other.
     Listening(UnixListener),
-    /// There is one, and when it leaves, serving is over.
+    /// One VMM is connected; when it leaves, serving is over.
     Connected(UnixStream),
 }
 

@@ -69,7 +69,7 @@ impl Paused<'_> {
         Ok(())
     }
 
-    /// Lets the queues go on, with what was prepared. Answers how long the guest may have noticed.
+    /// Lets the queues go on, with what was prepared. Returns how long the guest may have noticed.
     pub fn resume(mut self) -> Duration {
         let next = self.prepared.take();
         let answers = self.go_on(next.is_some());

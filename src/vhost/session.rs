@@ -106,7 +106,7 @@ impl Inlet {
         Ok(Inlet { listener, name: by_descriptor(&file), file })
     }
 
-    /// The same for a process whose working folder is the one of its descriptors, where the name is short.
+    /// This inlet for a process whose working folder is the one of its descriptors, where the name is short.
     pub fn seen_from_descriptors(self) -> Self {
         Inlet { name: self.file.as_raw_fd().to_string(), ..self }
     }

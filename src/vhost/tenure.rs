@@ -45,7 +45,7 @@ pub trait Tenure: Send + Sync {
     /// A VMM has connected: it may start a ring at any time.
     fn vmm_came(&self);
 
-    /// The VMM has left. Answers whether to wait for the next one; not if another process has the volume now.
+    /// The VMM has left. Returns whether to wait for the next one; not if another process has the volume now.
     fn vmm_left(&self) -> bool;
 }
 

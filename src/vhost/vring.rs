@@ -163,7 +163,7 @@ struct Seat {
     err: Option<File>,
     /// What runs the ring, while it does.
     running: Option<Arc<Serving>>,
-    /// It was running until its addresses were given anew just now.
+    /// Whether the ring was running until its addresses were given anew just now.
     moving: bool,
 }
 
@@ -225,7 +225,7 @@ impl Vring {
         Ok(())
     }
 
-    /// Drains and stops; the positions go back into the crate's state. Answers whether it was running.
+    /// Drains and stops; the positions go back into the crate's state. Returns whether it was running.
     fn stop(&self) -> bool {
         let mut seat = self.seat.locked();
         let Some(serving) = seat.running.take() else { return false };

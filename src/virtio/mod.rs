@@ -66,7 +66,7 @@ impl SharedShape {
     }
 
     /// Makes the capacity that many sectors, which must be whole blocks. It never shrinks: a smaller number changes
-    /// nothing. Answers whether it grew.
+    /// nothing. Returns whether it grew.
     pub fn grow(&self, sectors: u64) -> bool {
         self.sectors.fetch_max(sectors, Ordering::AcqRel) < sectors
     }

@@ -1,12 +1,12 @@
 //! What is kept of a volume's data keys, once they have proved its record right and their round keys are made. The data keys
 //! themselves are wiped then.
 
-use super::layers::{self, data_unit};
+use super::layers;
 use crate::base::Result;
 use crate::catalog::VolumeId;
-use crate::catalog::metadata::{Metadata, SectorSize};
+use crate::catalog::metadata::Metadata;
 use crate::crypt::xts::{Engine, SectorCipher};
-use crate::crypt::{Dek, PassKey, SealKey};
+use crate::crypt::{Dek, PassKey, SealKey, SectorSize};
 use std::borrow::Borrow;
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ impl Kept {
     /// # Errors
     /// `Unsupported` when this CPU cannot run `engine`, or when the memory cannot be locked.
     pub fn of(dek: &Dek, volume: VolumeId, sector_size: SectorSize, engine: Engine) -> Result<Self> {
-        let cipher = layers::cipher(dek, data_unit(sector_size), engine)?;
+        let cipher = layers::cipher(dek, sector_size, engine)?;
         let (seal_key, pass_key) = (dek.seal_key(&volume.to_string())?, dek.pass_key()?);
         Ok(Kept { check: dek.check_value(), seal_key, pass_key, cipher })
     }

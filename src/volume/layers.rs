@@ -5,10 +5,10 @@ use crate::backing::file::FileBacking;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
-use crate::catalog::metadata::{LayerRecord, SectorSize};
+use crate::catalog::metadata::LayerRecord;
 use crate::catalog::{Catalog, VolumeId};
-use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use crate::crypt::xts::{Engine, SectorCipher, new_cipher};
+use crate::crypt::{Dek, SectorSize};
 use crate::disk::{Cipher, Layers};
 use crate::image::lock::{Access, ImageLock};
 use std::borrow::Borrow;
@@ -51,8 +51,8 @@ impl Layer {
         Ok(Layer { backing: Arc::new(backing), cipher, image_lock })
     }
 
-    /// The same for reading alone, from now on: others may read it too. Whoever still holds it as it was must not
-    /// write any more.
+    /// This layer for reading alone, from now on: others may read it too. Whoever still holds it as it was must not write
+    /// any more.
     pub fn frozen(&self) -> Result<Self> {
         let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
@@ -122,18 +122,18 @@ pub fn open_stack(
 /// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same key share its round
 /// keys.
 pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
-    let unit = data_unit(layout.geometry().sector_size());
+    let unit = layout.geometry().sector_size();
     let of_keys = deks.iter().map(|dek| cipher(dek.borrow(), unit, engine)).collect::<Result<Vec<_>>>()?;
     ciphers_of_layers(&of_keys, layout, engine)
 }
 
-/// The same, with a cipher for each of the layout's keys, in that order.
+/// How each layer of `layout` is encrypted; `of_keys` has a cipher for each of its keys, in that order.
 pub(super) fn ciphers_of_layers(
     of_keys: &[Arc<dyn SectorCipher>],
     layout: &Layout,
     engine: Engine,
 ) -> Result<Vec<Cipher>> {
-    let unit = data_unit(layout.geometry().sector_size());
+    let unit = layout.geometry().sector_size();
     let of_layer = |layer: &LayerRecord| match layer.key {
         Some(key) => Ok(Some(of_keys[key].clone())),
         None => mask(layer, engine, unit),
@@ -142,25 +142,17 @@ pub(super) fn ciphers_of_layers(
 }
 
 /// The cipher of layers under this data key.
-pub(super) fn cipher(dek: &Dek, unit: DataUnit, engine: Engine) -> Result<Arc<dyn SectorCipher>> {
+pub(super) fn cipher(dek: &Dek, unit: SectorSize, engine: Engine) -> Result<Arc<dyn SectorCipher>> {
     new_cipher(engine, dek, unit).map(Arc::from)
 }
 
 /// The cipher of a layer that has no key: its mask, which is no secret, or none.
-pub fn mask(layer: &LayerRecord, engine: Engine, unit: DataUnit) -> Result<Cipher> {
+pub fn mask(layer: &LayerRecord, engine: Engine, unit: SectorSize) -> Result<Cipher> {
     if !layer.masked {
         return Ok(None);
     }
     let mask = Dek::mask_of_layer(layer.id.as_bytes())?;
     Ok(Some(Arc::from(new_cipher(engine, &mask, unit)?)))
-}
-
-/// What one tweak covers in a volume of this sector size.
-pub fn data_unit(sector_size: SectorSize) -> DataUnit {
-    match sector_size {
-        SectorSize::B512 => DataUnit::B512,
-        SectorSize::B4096 => DataUnit::B4096,
-    }
 }
 
 /// Layers as a disk takes them, the top first. There is at least one.

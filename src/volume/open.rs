@@ -26,13 +26,13 @@ pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
 /// What a volume is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
-    /// It is being attached.
+    /// The volume is being attached.
     Attach,
-    /// It comes (back) to a process that is confined already.
+    /// The volume comes (back) to a process that is confined already.
     Again,
-    /// A command changes something of it; nobody has it attached.
+    /// A command changes something of the volume; nobody has it attached.
     Change,
-    /// A command reads what it holds; nobody has it attached.
+    /// A command reads what the volume holds; nobody has it attached.
     Read,
 }
 
@@ -45,9 +45,9 @@ impl Opening {
 
 /// A volume whose record has proved right, with its layers. Nothing of it has a thread yet.
 pub struct Opened {
-    /// What is known of it.
+    /// What is known of the volume.
     pub metadata: Metadata,
-    /// What seals it; none for an unencrypted volume.
+    /// What seals its record; `None` for an unencrypted volume.
     pub seal_key: Option<SealKey>,
     /// Its layers with their ciphers, the top first. There is at least one.
     pub layers: Vec<Layer>,
@@ -139,7 +139,7 @@ fn prove(
     }
     let is_first = opening.serves() && metadata.mark_attached();
     if is_first || metadata.is_sealed() != was_sealed {
-        catalog.store(lock, metadata)?;
+        catalog.save(lock, metadata)?;
     }
     Ok(())
 }
@@ -196,5 +196,5 @@ pub fn shape(geometry: Geometry, read_only: bool) -> Shape {
 
 /// The error of a machine that has not what a queue needs; the error says what that is.
 pub fn cannot_serve(e: io::Error) -> Error {
-    Error::new(Kind::Unsupported, e.to_string())
+    Error::of(Kind::Unsupported, e)
 }

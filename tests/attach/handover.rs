@@ -9,7 +9,7 @@ use crate::common::frontend::{Fault, Request, SplitRing, Vmm, block};
 use crate::common::patience::wait_for;
 use crate::common::store::said;
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 const QUEUES: usize = 2;
@@ -41,7 +41,7 @@ impl Rig {
 
     fn source(&mut self, kind: Kind) -> (Host, Vmm) {
         let (host, socket) = self.attach(&[]);
-        let mut vmm = Vmm::connect(&socket, kind, QUEUES, 256, Protocol::empty()).unwrap();
+        let mut vmm = connect(&socket, kind);
         start(&mut vmm);
         (host, vmm)
     }
@@ -51,6 +51,12 @@ impl Rig {
         let vmm = source.incoming(&socket).unwrap();
         assert_eq!(vmm.config, source.config);
         (host, vmm)
+    }
+
+    /// Detaches the volume from `host`, which ends.
+    fn detach(&self, host: Host) {
+        self.place.store.ok(&["detach", "t"]);
+        host.ends_well();
     }
 
     /// Fills the rings and kicks.
@@ -98,9 +104,31 @@ fn start(vmm: &mut Vmm) {
     vmm.start().and_then(|()| vmm.sync()).unwrap();
 }
 
-/// The guest goes on at the other VMM.
+/// The guest's rings, as its driver sees them, belong to the other VMM from now on.
 fn move_guest(from: &mut Vmm, to: &mut Vmm) {
     to.rings = std::mem::take(&mut from.rings);
+}
+
+/// The guest, which has been stopped, goes on at the other VMM.
+fn take_over(from: &mut Vmm, to: &mut Vmm) {
+    move_guest(from, to);
+    start(to);
+}
+
+/// The guest is stopped at the one VMM and goes on at the other.
+fn hand_over(from: &mut Vmm, to: &mut Vmm, kind: Kind) {
+    stop(from, kind);
+    take_over(from, to);
+}
+
+/// The VMM may not start its device: the connection is closed.
+fn is_refused(vmm: &mut Vmm) {
+    let started = vmm.start().and_then(|()| vmm.sync());
+    assert!(matches!(started, Err(Fault::Closed(_))), "{started:?}");
+}
+
+fn connect(socket: &Path, kind: Kind) -> Vmm {
+    Vmm::connect(socket, kind, QUEUES, 256, Protocol::empty()).unwrap()
 }
 
 fn pid(host: &Host) -> Option<i64> {
@@ -121,8 +149,7 @@ fn a_guest_under_load_moves_from_process_to_process() {
             (0..random.below(20_000)).for_each(|_| std::hint::spin_loop());
             stop(&vmm, kind);
             assert_eq!(rig.holder(), None, "the source has let go");
-            move_guest(&mut vmm, &mut next);
-            start(&mut next);
+            take_over(&mut vmm, &mut next);
             assert_eq!(rig.holder(), pid(&destination));
             rig.finish(&mut next);
             // The source's VMM stays for a while, and says things that change nothing.
@@ -135,8 +162,7 @@ fn a_guest_under_load_moves_from_process_to_process() {
         }
         drop(vmm);
         // It listens for the next VMM, as any that is attached, and can be detached.
-        rig.place.store.ok(&["detach", "t"]);
-        source.ends_well();
+        rig.detach(source);
         assert_eq!(rig.holder(), None);
     }
 }
@@ -160,9 +186,7 @@ fn a_guest_moves_while_its_volume_is_rekeyed() {
     assert_eq!(rig.holder(), pid(&source));
     rig.go_on(&mut vmm);
     rig.fill(&mut vmm);
-    stop(&vmm, Kind::Qemu10);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    hand_over(&mut vmm, &mut next, Kind::Qemu10);
     assert_eq!(rig.holder(), pid(&destination));
     rig.go_on(&mut next);
     drop(vmm);
@@ -236,9 +260,7 @@ fn a_source_whose_migration_is_cancelled_goes_on() {
         rig.go_on(&mut vmm);
         // Another attempt succeeds.
         let (destination, mut next) = rig.destination(&vmm);
-        stop(&vmm, kind);
-        move_guest(&mut vmm, &mut next);
-        start(&mut next);
+        hand_over(&mut vmm, &mut next, kind);
         rig.go_on(&mut next);
         drop(vmm);
         source.ends_well();
@@ -254,17 +276,14 @@ fn a_destination_that_starts_while_the_source_writes_is_refused() {
     let (destination, mut next) = rig.destination(&vmm);
     // A ring of its own: the guest's belong to the source.
     next.rings = vec![SplitRing::new(&next.mem, 0, 256).unwrap()];
-    let refused = next.start().and_then(|()| next.sync());
-    assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
+    is_refused(&mut next);
     let expected = format!("is attached by process {}", source.pid());
     destination.says(&expected);
     rig.go_on(&mut vmm);
     assert_eq!(rig.holder(), pid(&source));
     // It was no more than an attempt: the next finds the source stopped.
     let mut next = vmm.incoming(&rig.place.folder().join("2.sock")).unwrap();
-    stop(&vmm, Kind::Qemu10);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    hand_over(&mut vmm, &mut next, Kind::Qemu10);
     rig.go_on(&mut next);
     drop(vmm);
     source.ends_well();
@@ -277,18 +296,14 @@ fn a_source_that_goes_on_after_the_destination_is_refused() {
     let mut rig = Rig::new();
     let (source, mut vmm) = rig.source(Kind::Qemu10);
     let (destination, mut next) = rig.destination(&vmm);
-    stop(&vmm, Kind::Qemu10);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    hand_over(&mut vmm, &mut next, Kind::Qemu10);
     rig.fill(&mut next);
     // A VMM that is wrong about who has the guest: it must not come to two writers.
     move_guest(&mut next, &mut vmm);
-    let refused = vmm.start().and_then(|()| vmm.sync());
-    assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
+    is_refused(&mut vmm);
     let expected = format!("is attached by process {}", destination.pid());
     source.says(&expected);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    take_over(&mut vmm, &mut next);
     rig.finish(&mut next);
     source.ends_well();
 }
@@ -300,13 +315,11 @@ fn a_source_that_dies_leaves_the_volume_to_the_destination() {
     rig.go_on(&mut vmm);
     let (destination, mut next) = rig.destination(&vmm);
     source.crash();
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    take_over(&mut vmm, &mut next);
     assert_eq!(rig.holder(), pid(&destination));
     rig.go_on(&mut next);
     drop(next);
-    rig.place.store.ok(&["detach", "t"]);
-    destination.ends_well();
+    rig.detach(destination);
 }
 
 #[test]
@@ -332,8 +345,7 @@ fn a_destination_that_dies_leaves_the_volume_to_the_source() {
         assert_eq!(rig.holder(), pid(&source));
     }
     drop(vmm);
-    rig.place.store.ok(&["detach", "t"]);
-    source.ends_well();
+    rig.detach(source);
 }
 
 #[test]
@@ -363,19 +375,16 @@ fn a_volume_that_was_changed_meanwhile_is_refused() {
     edited["mac"] = Value::String("00".repeat(32));
     std::fs::write(rig.place.volume_json(), serde_json::to_vec(&edited).unwrap()).unwrap();
     move_guest(&mut vmm, &mut next);
-    let refused = next.start().and_then(|()| next.sync());
-    assert!(matches!(refused, Err(Fault::Closed(_))), "{refused:?}");
+    is_refused(&mut next);
     destination.says("the MAC does not fit");
     assert_eq!(rig.holder(), None);
     std::fs::write(rig.place.volume_json(), whole).unwrap();
-    move_guest(&mut next, &mut vmm);
-    start(&mut vmm);
+    take_over(&mut next, &mut vmm);
     rig.go_on(&mut vmm);
     drop(next);
     destination.end();
     drop(vmm);
-    rig.place.store.ok(&["detach", "t"]);
-    source.ends_well();
+    rig.detach(source);
 }
 
 /// A guest that is paused can be moved, too. Nothing tells its host process to stop then.
@@ -387,8 +396,7 @@ fn a_guest_that_was_paused_before_moves_as_well() {
     stop(&vmm, Kind::Qemu10);
     assert_eq!(rig.holder(), pid(&source));
     let (destination, mut next) = rig.destination(&vmm);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    take_over(&mut vmm, &mut next);
     assert_eq!(rig.holder(), pid(&destination));
     rig.go_on(&mut next);
     drop(vmm);
@@ -396,7 +404,7 @@ fn a_guest_that_was_paused_before_moves_as_well() {
     // Nor is anything in the way where no VMM is connected.
     drop(next);
     let (third, socket) = rig.attach(&["--incoming"]);
-    let mut vmm = Vmm::connect(&socket, Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
+    let mut vmm = connect(&socket, Kind::Qemu10);
     start(&mut vmm);
     destination.ends_well();
     assert_eq!(rig.holder(), pid(&third));
@@ -418,15 +426,12 @@ fn what_the_guest_chose_goes_with_the_volume() {
     rig.go_on(&mut vmm);
     // Another process, to which the guest moves.
     let (destination, mut next) = rig.destination(&vmm);
-    stop(&vmm, Kind::Qemu10);
-    move_guest(&mut vmm, &mut next);
-    start(&mut next);
+    hand_over(&mut vmm, &mut next, Kind::Qemu10);
     assert_eq!(next.read_config().unwrap()[WRITEBACK], 0);
     drop(vmm);
     host.ends_well();
     // The process ends before the VMM, which will look for another.
-    rig.place.store.ok(&["detach", "t"]);
-    destination.ends_well();
+    rig.detach(destination);
     let (host, socket) = rig.attach(&[]);
     let mut next = next.reconnect(&socket).unwrap();
     assert_eq!(next.read_config().unwrap()[WRITEBACK], 0);
@@ -434,10 +439,9 @@ fn what_the_guest_chose_goes_with_the_volume() {
     // The guest is gone for good, and the process knows it before it ends.
     drop(next);
     host.says("the VMM has disconnected");
-    rig.place.store.ok(&["detach", "t"]);
-    host.ends_well();
+    rig.detach(host);
     let (_host, socket) = rig.attach(&[]);
-    let vmm = Vmm::connect(&socket, Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
+    let vmm = connect(&socket, Kind::Qemu10);
     assert_eq!(vmm.config[WRITEBACK], 1);
 }
 
@@ -446,7 +450,7 @@ fn a_destination_can_wait_for_a_volume_that_was_never_attached() {
     let mut rig = Rig::new();
     let (destination, socket) = rig.attach(&["--incoming"]);
     assert_eq!(rig.holder(), None);
-    let mut vmm = Vmm::connect(&socket, Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
+    let mut vmm = connect(&socket, Kind::Qemu10);
     start(&mut vmm);
     rig.go_on(&mut vmm);
     assert_eq!(rig.holder(), pid(&destination));

@@ -20,7 +20,7 @@ const LARGE: u64 = 24 << 20;
 /// The volumes that there are: on a disk's file system and on one of memory, encrypted and not, of both kinds of sectors.
 const VOLUMES: [&[&str]; 3] = [&[], &["--sector-size", "4096"], &["--unencrypted"]];
 
-/// Makes the volume larger, and answers what the command said.
+/// Makes the volume larger, and returns what the command said.
 fn grow(store: &Store, size: u64) -> Value {
     let said = store.ok(&["volume", "resize", "t", &size.to_string(), "--json"]);
     serde_json::from_str(&said).unwrap()

@@ -110,7 +110,7 @@ fn after_a_detach_the_volume_is_free_at_once() {
     before.expect("there was a last one").ends_well();
 }
 
-/// The same, for one who looks at the very moment of the answer.
+/// Nothing of the attachment is left for one who looks at the very moment of the answer.
 #[test]
 fn a_detach_is_answered_when_nothing_is_left_of_it() {
     let place = Place::new(&[]);

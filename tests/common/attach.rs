@@ -48,21 +48,21 @@ impl Place {
         Self::with_root(|_| Ok(()), arguments)
     }
 
-    /// The same in a store with these settings.
+    /// A volume of 8 MiB in a store with these settings.
     pub fn with_settings(settings: &str, arguments: &[&str]) -> Self {
         let store = Store::new();
         store.configure(settings);
         Self::of(store, arguments)
     }
 
-    /// The same, after `prepare` was called with the root's path.
+    /// A volume of 8 MiB in a new store, after `prepare` was called with the root's path.
     pub fn with_root(prepare: impl FnOnce(&Path) -> std::io::Result<()>, arguments: &[&str]) -> Self {
         let store = Store::new();
         prepare(&store.root()).expect("prepare the root folder");
         Self::of(store, arguments)
     }
 
-    /// The same in a store that is there.
+    /// A volume of 8 MiB in a store that is there.
     pub fn of(store: Store, arguments: &[&str]) -> Self {
         let place = Place { store, starts: Cell::new(0) };
         place.store.ok(&[&["volume", "create", "--size", "8MiB", "--name", "t"], arguments].concat());
@@ -186,7 +186,7 @@ impl Place {
     }
 
     /// An attach with these arguments besides, which must be refused with this exit code, print nothing on
-    /// standard output, and leave no socket. Answers what it said.
+    /// standard output, and leave no socket. Returns what it said.
     #[track_caller]
     pub fn refuse(&self, code: i32, arguments: &[&str]) -> String {
         let said = self.run(self.attach_command(arguments), vec![]);

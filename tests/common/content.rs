@@ -5,8 +5,8 @@ use hkdf::Hkdf;
 use sealblk::base::root::Root;
 use sealblk::catalog::layout::Layout;
 use sealblk::catalog::{Catalog, Metadata, Snapshot};
-use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, SectorCipher, new_cipher};
+use sealblk::crypt::xts::{Engine, SectorCipher, new_cipher};
+use sealblk::crypt::{Dek, SectorSize};
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use sealblk::kms::{EncryptionContext, KeyProvider};
@@ -73,8 +73,7 @@ impl Reader {
     }
 
     fn content(&self, layout: &Layout, context: &EncryptionContext) -> Vec<u8> {
-        let unit =
-            DataUnit::from_bytes(layout.geometry().sector_size().bytes() as usize).expect("512 or 4096");
+        let unit = layout.geometry().sector_size();
         let cipher = |dek: &Vec<u8>| {
             new_cipher(Engine::Portable, &Dek::from_bytes(dek).expect("a key"), unit).expect("an engine")
         };
@@ -102,7 +101,7 @@ impl Reader {
 }
 
 /// What masks a layer without a key that lies above another.
-fn mask(id: &[u8; 16], unit: DataUnit) -> Box<dyn SectorCipher> {
+fn mask(id: &[u8; 16], unit: SectorSize) -> Box<dyn SectorCipher> {
     let mut key = [0; 64];
     Hkdf::<Sha256>::new(None, id).expand(b"sealblk layer mask v1", &mut key).expect("64 bytes");
     new_cipher(Engine::Portable, &Dek::from_bytes(&key).expect("a key"), unit).expect("an engine")

@@ -240,7 +240,7 @@ pub fn assert_kept(ring: &mut SplitRing) {
     check_kept(ring).expect("a read");
 }
 
-/// The same; an error where the device does not answer.
+/// What [`assert_kept`] looks at; an error where the device does not answer.
 fn check_kept(ring: &mut SplitRing) -> Result<(), Fault> {
     for first in KEPT {
         let read = Request::read(first, KEPT_SECTORS as usize * 512).run(ring)?;
@@ -250,7 +250,7 @@ fn check_kept(ring: &mut SplitRing) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The same on a ring where late completions of unlawful requests may still come in.
+/// As [`assert_kept`], on a ring where late completions of unlawful requests may still come in.
 fn assert_kept_after(ring: &mut SplitRing) {
     for first in KEPT {
         let pending =

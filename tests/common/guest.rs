@@ -160,7 +160,7 @@ impl Guest {
         self.finish()
     }
 
-    /// Runs a shell script (ended by its first failing command) and answers what it wrote; the test fails
+    /// Runs a shell script (ended by its first failing command) and returns what it wrote; the test fails
     /// when the script does.
     #[track_caller]
     pub fn ok(&mut self, script: &str) -> String {
@@ -187,7 +187,7 @@ impl Guest {
         ));
     }
 
-    /// The same with these arguments of fio's, which say where.
+    /// As [`Guest::start_fio`], with these arguments of fio's, which say where.
     #[track_caller]
     pub fn start_fio_with(&mut self, arguments: &str) {
         // First without any load: whoever is interrupted while he makes his files says nothing of what he did.
@@ -232,7 +232,7 @@ impl Guest {
         assert!(!self.ok("dmesg").contains("I/O error"), "the guest saw an error");
     }
 
-    /// Runs a shell script that must fail, and answers what it wrote.
+    /// Runs a shell script that must fail, and returns what it wrote.
     #[track_caller]
     pub fn refused(&mut self, script: &str) -> String {
         let output = self.run(script);
@@ -303,7 +303,7 @@ impl Guest {
         self.qemu.event(name)
     }
 
-    /// Moves the running guest to a QEMU that waits for one, and answers it there; then this QEMU ends.
+    /// Moves the running guest to a QEMU that waits for one, and returns it there; then this QEMU ends.
     pub fn move_to(mut self, mut destination: Guest) -> Guest {
         let socket = self.folder.as_ref().expect("until the drop").path().join("migration");
         let uri = format!("unix:{}", socket.display());

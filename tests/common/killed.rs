@@ -70,7 +70,7 @@ pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> 
     }
 }
 
-/// Runs `command` to just before the call of that number, where it is held; or to its end, and answers its exit code.
+/// Runs `command` to just before the call of that number, where it is held; or to its end, and returns its exit code.
 #[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
     // SAFETY: between fork and exec the closure makes one system call, on no memory.

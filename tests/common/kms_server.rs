@@ -39,7 +39,7 @@ impl KmsServer {
         Self::start_with(&[])
     }
 
-    /// The same, served with these arguments besides.
+    /// Starts a server of a new KMS, with these arguments besides.
     pub fn start_with(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut command = command(&folder);
@@ -57,7 +57,7 @@ impl KmsServer {
         KmsServer { folder, child, url, passphrase: None }
     }
 
-    /// The same, with its root key under a passphrase, which the server is given by a descriptor.
+    /// Starts a server of a new KMS whose root key is under a passphrase, which the server is given by a descriptor.
     pub fn start_under(passphrase: &str) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut init = command(&folder);
@@ -72,13 +72,13 @@ impl KmsServer {
         kms
     }
 
-    /// The same by TLS; its certificate is beside the private key in `files`, as `kms.pem`.
+    /// Starts a server that speaks TLS; its certificate is beside the private key in `files`, as `kms.pem`.
     pub fn start_tls(files: &Path) -> Self {
         let (certificate, key) = certify(files);
         Self::start_with(&["--tls-cert", &certificate, "--tls-key", &key])
     }
 
-    /// The same, and the file that it writes its log to, which tells who makes way for whom.
+    /// As [`KmsServer::start_tls`], and the file that it writes its log to, which tells who makes way for whom.
     pub fn start_tls_with_log(files: &Path) -> (Self, PathBuf) {
         let (certificate, key) = certify(files);
         let folder = tempfile::tempdir().expect("make a temporary folder");

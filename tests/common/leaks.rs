@@ -28,7 +28,7 @@ impl Needles {
         Self::of_secrets(&[("the data key", key)])
     }
 
-    /// The same of any secrets, each of whole pieces and with a name.
+    /// Looks for any secrets, each of whole pieces and with a name.
     pub fn of_secrets(secrets: &[(&str, &[u8])]) -> Self {
         let mut all = Vec::new();
         let pieces = secrets.iter().flat_map(|(name, secret)| {

@@ -91,7 +91,7 @@ pub fn wait_for<T, F: Display>(what: &str, look: impl FnMut() -> Result<T, F>) -
     wait_for_within(limit(), what, look)
 }
 
-/// The same with a limit of its own.
+/// As [`wait_for`], with a limit of its own.
 #[track_caller]
 pub fn wait_for_within<T, F: Display>(
     limit: Duration,

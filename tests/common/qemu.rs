@@ -21,7 +21,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts QEMU with `args` added to those of `ci/guest/qemu`; its logs go into `folder`. Answers the
+    /// Starts QEMU with `args` added to those of `ci/guest/qemu`; its logs go into `folder`. Returns the
     /// wire to the guest's agent, too.
     pub fn start(args: &[String], folder: &Path, environment: &[(String, String)]) -> (Qemu, Wire) {
         let (monitor, their_monitor) = UnixStream::pair().expect("socketpair");
@@ -56,7 +56,7 @@ impl Qemu {
         self.execute("qmp_capabilities", json!({}));
     }
 
-    /// Runs a monitor command and answers its result; panics when QEMU refuses it.
+    /// Runs a monitor command and returns its result; panics when QEMU refuses it.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
         self.try_execute(command, arguments).unwrap_or_else(|e| panic!("QEMU refused {command}: {e}"))
     }
@@ -78,7 +78,7 @@ impl Qemu {
         }
     }
 
-    /// Waits for the next event called `name` and answers it whole.
+    /// Waits for the next event called `name` and returns it whole.
     pub fn event(&mut self, name: &str) -> Value {
         let deadline = Deadline::after(guest_limit());
         loop {

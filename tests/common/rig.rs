@@ -36,7 +36,7 @@ impl Rig {
         Reader::new(&self.place.store.root(), self.place.store.config())
     }
 
-    /// Attaches a volume on a socket of its own, and answers where that is.
+    /// Attaches a volume on a socket of its own, and returns where that is.
     #[track_caller]
     pub fn attach(&self, volume: &str) -> (Host, PathBuf) {
         let socket = self.place.folder().join(format!("{volume}.socket"));
@@ -52,7 +52,7 @@ impl Rig {
         serde_json::from_str(&text).expect("JSON")
     }
 
-    /// Runs a command that succeeds, and answers the id that it prints.
+    /// Runs a command that succeeds, and returns the id that it prints.
     #[track_caller]
     pub fn id(&self, arguments: &[&str]) -> String {
         self.place.store.ok(arguments).trim().to_owned()

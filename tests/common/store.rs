@@ -80,7 +80,7 @@ impl Store {
         self.command().args(arguments).output().expect("start sealblk")
     }
 
-    /// Runs a command that must succeed, and answers what it printed.
+    /// Runs a command that must succeed, and returns what it printed.
     #[track_caller]
     pub fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
@@ -108,7 +108,7 @@ impl Store {
         self.attach_as(volume, volume, arguments)
     }
 
-    /// The same with a socket of its own, called `name`.
+    /// Attaches a volume as [`Store::attach`] does, with a socket of its own, called `name`.
     #[track_caller]
     pub fn attach_as(&self, name: &str, volume: &str, arguments: &[&str]) -> Attached<'_> {
         let socket = self.folder.path().join(format!("{name}.sock"));

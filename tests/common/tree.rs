@@ -51,7 +51,7 @@ impl Tree {
         Tree { entries, events, audit }
     }
 
-    /// Nothing is otherwise, but for events that were added, so many, and audit records.
+    /// Nothing is otherwise, except for events that were added, so many, and audit records.
     #[track_caller]
     pub fn assert_unchanged(&self, place: &Place, what: &str, new_events: usize) {
         let now = Tree::of(place);

@@ -92,7 +92,7 @@ impl Guest {
         let place = 8192;
         write(self.ring(), place, &zeros);
         self.note(place, &zeros, State::Written);
-        // The same text at different places.
+        // One text at different places.
         for place in [9000 / unit * unit, 9600 / unit * unit] {
             let text = vec![b'A'; 8 * unit as usize * SECTOR];
             write(self.ring(), place, &text);

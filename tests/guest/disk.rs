@@ -20,7 +20,7 @@ fn store_with_volume(sector_size: u32) -> Store {
     store
 }
 
-/// Makes a file system with some files, answers their checksums, and leaves it mounted.
+/// Makes a file system with some files, returns their checksums, and leaves it mounted.
 const MAKE_FILES: &str = "
     mkfs.ext4 -q /dev/vda
     mount /dev/vda /mnt
@@ -34,7 +34,7 @@ const MAKE_FILES: &str = "
 /// Writes one file on /mnt again and again, each time to the disk.
 const BUSY: &str = "while :; do head -c 100000 /dev/urandom >/mnt/busy; sync; done";
 
-/// Answers the checksums of the files, from what is mounted at /mnt.
+/// Returns the checksums of the files, from what is mounted at /mnt.
 const CHECK_FILES: &str = "cd /mnt && sha256sum numbers random many/*";
 
 /// Random reads and writes of files on /mnt through both queues, every block verified.

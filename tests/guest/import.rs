@@ -7,7 +7,7 @@ use crate::common::store::Store;
 use serde_json::Value;
 use std::fs::File;
 
-/// Makes a file system with some files on the disk, and answers their checksums.
+/// Makes a file system with some files on the disk, and returns their checksums.
 const MAKE_FILES: &str = "
     mkfs.ext4 -q /dev/vda
     mount /dev/vda /mnt

@@ -5,7 +5,7 @@ use crate::common::patience::{Deadline, limit};
 use crate::common::rig::Rig;
 use crate::watch::{Guest, SLOW, attach, deks, full, sees, show, wait_for, wait_for_a_part, wait_until_done};
 use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
+use sealblk::crypt::xts::{Engine, new_cipher};
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 
@@ -18,7 +18,7 @@ fn assert_free_of(rig: &Rig, old: &[u8], expected: &[u8]) {
     assert!(new.len() == 1 && new[0] != old);
     assert!(reader.volume_content(&volume) == expected);
     // The old data key makes nothing but noise of what is there.
-    let unit = DataUnit::from_bytes(volume.sector_size().bytes() as usize).unwrap();
+    let unit = volume.sector_size();
     let cipher = new_cipher(Engine::Portable, &Dek::from_bytes(old).unwrap(), unit).unwrap();
     let mut bytes = fs::read(reader.catalog().layer_path(volume.top().id)).unwrap();
     cipher.decrypt_in_place(&mut bytes, 0);

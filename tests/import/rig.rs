@@ -30,7 +30,7 @@ impl Rig {
         self.folder().join(name).display().to_string()
     }
 
-    /// A raw image of so many bytes with data at its beginning, in the middle and at its end; answers what it holds.
+    /// A raw image of so many bytes with data at its beginning, in the middle and at its end; returns what it holds.
     pub fn raw(&self, name: &str, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         for (seed, at, part) in [(1, 0, 300_000), (2, len / 2 + 512, 70_000), (3, len - 5000, 5000)] {
@@ -44,14 +44,14 @@ impl Rig {
         data
     }
 
-    /// Imports, successfully; answers what is known of the volume.
+    /// Imports, successfully; returns what is known of the volume.
     #[track_caller]
     pub fn import(&self, arguments: &[&str]) -> Value {
         let arguments = [&["volume", "import", "--json"], arguments].concat();
         serde_json::from_str(&self.store.ok(&arguments)).expect("JSON")
     }
 
-    /// Runs a command that must fail with this exit code; answers what it said.
+    /// Runs a command that must fail with this exit code; returns what it said.
     #[track_caller]
     pub fn refuse(&self, code: i32, arguments: &[&str]) -> String {
         let Output { status, stdout, stderr } = self.store.run(arguments);

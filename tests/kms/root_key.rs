@@ -119,7 +119,7 @@ fn a_passphrase_is_set_changed_and_removed_and_the_store_stays_as_it_is() {
     }
 }
 
-/// Serves the volume to a VMM, and answers what the host process still has open.
+/// Serves the volume to a VMM, and returns what the host process still has open.
 fn serve(place: &Place, command: Command, keep: Vec<OwnedFd>) -> Vec<PathBuf> {
     let host = place.start(command, keep);
     let mut session = open(&place.socket());

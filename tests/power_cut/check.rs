@@ -185,7 +185,7 @@ fn events(site: &Site, expect: &Expect) -> Result {
     }
 }
 
-/// The audit's log is whole, but for a record that was never answered.
+/// The audit's log is whole, except for a record that was never answered.
 fn audit(site: &Site) -> Result {
     if site.root().join("audit.jsonl").exists() {
         site.ok(&["audit", "verify"])?;

@@ -1,4 +1,4 @@
-//! The same scenarios over real file systems: all writes of the block device below are recorded, with its flushes; then
+//! The scenarios of the other files over real file systems: all writes of the block device below are recorded, with its flushes; then
 //! the device is put back into states in which a power cut could have left it, the kernel mounts it, which replays its
 //! journal, and the store on it is looked at.
 //!
@@ -236,7 +236,7 @@ impl Recorded {
         check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
     }
 
-    /// The extremes at every flush, then states by chance until the time is over. Answers what was tried, or what was
+    /// The extremes at every flush, then states by chance until the time is over. Returns what was tried, or what was
     /// wrong.
     fn explore(&self) -> Result<String, String> {
         let cuts = self.log.before_flushes(self.start);

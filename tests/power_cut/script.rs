@@ -54,7 +54,7 @@ impl Script {
         self.tape.mark(mark(label, apply));
     }
 
-    /// Runs a command, which must succeed; answers what it printed. What it promises counts from the moment when it
+    /// Runs a command, which must succeed; returns what it printed. What it promises counts from the moment when it
     /// begins to print: [`Script::promise`].
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
@@ -93,7 +93,7 @@ impl Script {
         self.mark("the settings were moved", |expect| expect.settings_moved = Some(true));
     }
 
-    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; answers its id.
+    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; returns its id.
     #[track_caller]
     pub fn create(&self, content: Content, arguments: &[&str]) -> String {
         let size = format!("{}B", content.sectors() * SECTOR);
@@ -111,7 +111,7 @@ impl Script {
     }
 
     /// Makes a volume of a raw image of so many sectors, of which those in `data` hold something, with these arguments
-    /// besides; answers its id.
+    /// besides; returns its id.
     #[track_caller]
     pub fn import(&self, sectors: usize, data: &[Range<usize>], arguments: &[&str]) -> String {
         let mut content = Content::zeros(sectors);
@@ -144,7 +144,7 @@ impl Script {
         self.run(&["volume", "export", id, &image]);
     }
 
-    /// Makes a volume of that image, which holds what `source` holds, in place; answers its id.
+    /// Makes a volume of that image, which holds what `source` holds, in place; returns its id.
     #[track_caller]
     pub fn take_image(&self, source: &str) -> String {
         let source = source.to_owned();
@@ -189,13 +189,13 @@ impl Script {
         });
     }
 
-    /// Makes a snapshot of a volume, attached or not; answers its id. It holds all that was written by then.
+    /// Makes a snapshot of a volume, attached or not; returns its id. It holds all that was written by then.
     #[track_caller]
     pub fn snapshot(&self, id: &str) -> String {
         self.freeze(&[id], &[id]).remove(0)
     }
 
-    /// Makes snapshots of all volumes that have the tag `set` at one moment; answers their ids, in the order of `volumes`,
+    /// Makes snapshots of all volumes that have the tag `set` at one moment; returns their ids, in the order of `volumes`,
     /// which they are.
     #[track_caller]
     pub fn snapshot_all_of(&self, set: &str, volumes: &[&str]) -> Vec<String> {
@@ -230,7 +230,7 @@ impl Script {
         made
     }
 
-    /// Makes a volume of a snapshot, with these arguments besides; answers its id.
+    /// Makes a volume of a snapshot, with these arguments besides; returns its id.
     #[track_caller]
     pub fn clone_of(&self, snapshot: &str, arguments: &[&str]) -> String {
         let of = snapshot.to_owned();
@@ -245,7 +245,7 @@ impl Script {
         id
     }
 
-    /// Copies a snapshot, with these arguments besides; answers the copy's id.
+    /// Copies a snapshot, with these arguments besides; returns the copy's id.
     #[track_caller]
     pub fn copy_of(&self, snapshot: &str, arguments: &[&str]) -> String {
         let of = snapshot.to_owned();
@@ -271,7 +271,7 @@ impl Script {
         self.promise(&format!("{id} was deleted"), move |expect| expect.snapshot(&after, Presence::MustNot));
     }
 
-    /// Makes a KMS key; answers its id.
+    /// Makes a KMS key; returns its id.
     #[track_caller]
     pub fn create_key(&self, arguments: &[&str]) -> String {
         self.mark("a key is being made", |expect| expect.key_being_made = true);

@@ -112,13 +112,13 @@ impl Trace {
         found.unwrap_or_else(|| panic!("no such operation was recorded:\n{}", lines[from..].join("\n")))
     }
 
-    /// The same without the entry at `place`.
+    /// This trace without the entry at `place`.
     pub fn without(mut self, place: usize) -> Self {
         self.entries.remove(place);
         self
     }
 
-    /// The same with the entry at `from` done before the one at `to`.
+    /// This trace with the entry at `from` done before the one at `to`.
     pub fn moved(mut self, from: usize, to: usize) -> Self {
         let entry = self.entries.remove(from);
         self.entries.insert(to, entry);

@@ -49,7 +49,7 @@ pub fn first_attach(script: &mut Script, arguments: &[&str]) {
     guest.detach(script);
 }
 
-/// The same with sectors of 4096 bytes.
+/// As [`first_attach`], with sectors of 4096 bytes.
 pub fn large_sectors(script: &mut Script) {
     let id = script.create(Content::zeros(SECTORS), &["--unencrypted", "--sector-size", "4096"]);
     script.start();

@@ -38,7 +38,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, serde_json::to_vec_pretty(&value).unwrap()).unwrap();
 }
 
-/// Runs a command, which must end; answers its exit code and what it said on both streams.
+/// Runs a command, which must end; returns its exit code and what it said on both streams.
 #[track_caller]
 fn ends(mut command: Command) -> (i32, String) {
     let folder = tempfile::tempdir().unwrap();
@@ -62,7 +62,7 @@ fn run(place: &attach::Place, arguments: &[&str]) -> (i32, String) {
     ends(command)
 }
 
-/// The same, which must be refused with this exit code and these words.
+/// Runs a command that must be refused with this exit code and these words.
 #[track_caller]
 fn refused(place: &attach::Place, arguments: &[&str], code: i32, words: &str) -> String {
     let (found, said) = run(place, arguments);

@@ -109,7 +109,7 @@ fn until() -> Instant {
     Instant::now() + Duration::from_secs(seconds)
 }
 
-/// Makes the volume a little larger than `size` bytes, and answers how large.
+/// Makes the volume a little larger than `size` bytes, and returns how large.
 fn grow(store: &Store, size: u64) -> u64 {
     let size = size + (1 << 20);
     store.ok(&["volume", "resize", "t", &size.to_string()]);

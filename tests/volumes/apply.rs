@@ -36,14 +36,14 @@ fn write(store: &Store, text: &str) -> String {
     path.display().to_string()
 }
 
-/// Applies `text`, successfully; answers what it said in JSON.
+/// Applies `text`, successfully; returns what it said in JSON.
 #[track_caller]
 fn apply(store: &Store, text: &str, arguments: &[&str]) -> Value {
     let path = write(store, text);
     serde_json::from_str(&store.ok(&[&["apply", &path, "--json"], arguments].concat())).unwrap()
 }
 
-/// Applies what must be refused with this exit code, and change nothing; answers what it said.
+/// Applies what must be refused with this exit code, and change nothing; returns what it said.
 #[track_caller]
 fn refuse(store: &Store, code: i32, text: &str) -> String {
     let (path, before) = (write(store, text), volumes(store));

@@ -59,7 +59,7 @@ fn where_tests_run_volumes_can_be_attached() {
     for needed in ["memory for keys", "io_uring", "seccomp"] {
         assert_ne!(finding(&output, needed).0, "bad", "{needed}");
     }
-    // The same for people: a line for each.
+    // For people, there is a line for each.
     let table = doctor(&store, &[]);
     let lines = String::from_utf8(table.stdout).expect("UTF-8");
     assert!(table.status.success() && lines.lines().count() == LOOKED_AT.len(), "{lines}");

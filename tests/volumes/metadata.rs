@@ -4,10 +4,11 @@
 use sealblk::base::root::Root;
 use sealblk::base::{Error, Kind};
 use sealblk::catalog::lock::{Held, Holder, Purpose, VolumeLock};
-use sealblk::catalog::metadata::{Geometry, SectorSize};
+use sealblk::catalog::metadata::Geometry;
 use sealblk::catalog::tags::Tags;
 use sealblk::catalog::{Catalog, Metadata, VolumeId};
 use sealblk::config::Settings;
+use sealblk::crypt::SectorSize;
 use sealblk::events::EventLog;
 use sealblk::kms::{EncryptionContext, KeyDescription, KeyProvider, KmsError, WrappedKey};
 use sealblk::ops::delete;
@@ -351,7 +352,7 @@ fn metadata_is_replaced_whole_and_counted() {
     fs::write(&left_over, "{").unwrap();
     assert!(volume.mark_attached());
     assert!(!volume.mark_attached());
-    store.catalog.store(&lock, &mut volume).unwrap();
+    store.catalog.save(&lock, &mut volume).unwrap();
     assert!(!left_over.exists());
     let read = store.catalog.load(volume.id()).unwrap();
     assert_eq!((read.generation(), read.attached_before()), (2, true));
@@ -368,7 +369,7 @@ fn a_write_that_fails_leaves_the_metadata_as_it_was() {
     // A folder cannot be replaced by a file.
     fs::create_dir_all(file.join("in the way")).unwrap();
     let before = volume.clone();
-    store.catalog.store(&lock, &mut volume).unwrap_err();
+    store.catalog.save(&lock, &mut volume).unwrap_err();
     assert_eq!(volume, before);
     fs::remove_dir_all(&file).unwrap();
     fs::rename(&aside, &file).unwrap();

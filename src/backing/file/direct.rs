@@ -62,7 +62,7 @@ impl Found {
 /// What the kernel says of a file.
 enum Said {
     Unit(u64),
-    /// There are no such transfers.
+    /// The file has no such transfers.
     No,
     Nothing,
 }

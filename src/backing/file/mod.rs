@@ -175,7 +175,7 @@ impl FileBacking {
         FileBacking { file, found, block_size, way, read_only, caps, memory, write_cache: None }
     }
 
-    /// The same file, opened once more. The kernel reports a write-back that failed to each open file once: queues
+    /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once: queues
     /// that shared one could flush at the same time, and one of them be told that all is well.
     fn open_again(&self) -> io::Result<File> {
         self.open_as(self.way.access)
@@ -192,7 +192,7 @@ impl FileBacking {
         Ok(file)
     }
 
-    /// The same file for reading alone, once it is frozen.
+    /// This layer for reading alone, once it is frozen.
     pub fn frozen(&self) -> io::Result<Self> {
         let direct = if self.way.access == Access::Direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
@@ -207,7 +207,7 @@ impl FileBacking {
         })
     }
 
-    /// The same file, which was made longer. Nothing may be in flight when it is used.
+    /// This layer after its file was made longer. Nothing may be in flight when what is returned is used.
     pub fn lengthened(&self) -> io::Result<Self> {
         let size = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
         let mut way = Way::to(self.found.as_ref(), size, self.block_size, self.read_only);

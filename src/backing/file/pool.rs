@@ -23,7 +23,7 @@ pub(super) struct Span {
 }
 
 impl Span {
-    /// The same without its first `n` bytes.
+    /// This span without its first `n` bytes.
     pub(super) fn from(self, n: u32) -> Self {
         Span { start: self.start + n as usize, len: self.len - n }
     }
@@ -70,8 +70,8 @@ impl Pool {
         self.alloc_within(0, len, 0)
     }
 
-    /// The same, its bytes beginning `skip` bytes into its first page, and with so many `spare` pages after those that
-    /// they lie in.
+    /// A buffer of `len` bytes that begin `skip` bytes into its first page, with so many `spare` pages after those that the
+    /// bytes lie in.
     pub(super) fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
         debug_assert!((1..=MAX_BUFFER).contains(&len) && skip < PAGE);
         let pages = ((skip + len).div_ceil(PAGE) + spare) as u32;

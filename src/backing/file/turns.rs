@@ -27,7 +27,7 @@ const REGION: u64 = 1 << 20;
 pub(super) struct Turns {
     lists: Box<[Mutex<Vec<Listed>>]>,
     next: AtomicU64,
-    /// Held by who is being put into several lists.
+    /// Held by whoever is being put into several lists.
     several: Mutex<()>,
 }
 
@@ -58,7 +58,7 @@ impl Turns {
         }
     }
 
-    /// Takes a turn for whole blocks. Answers whether it has come; if not, `wake` is signalled when it may have.
+    /// Takes a turn for whole blocks. Returns whether it has come; if not, `wake` is signalled when it may have.
     pub(super) fn take(&self, bytes: Range<u64>, edges: Edges, wake: &Arc<EventFd>) -> (Ticket, bool) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let lists = lists_of(&bytes);

@@ -5,8 +5,8 @@
 //! where nobody else can put another one. It is used by its descriptor from then on.
 
 use crate::base::root::files::open_image;
+use crate::base::root::owners::name_of;
 use crate::base::{Context, Error, Kind, Result};
-use nix::unistd::{Uid, User};
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{File, Metadata};
@@ -59,11 +59,9 @@ impl Offered {
             return Err(usage(format!("it is a symbolic link; name the file itself, {}", path.display())));
         }
         if !is_ours(&found) {
-            let user = Uid::from_raw(found.uid());
-            let name = User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
             return Err(usage(format!(
-                "it belongs to {name}, who can change it meanwhile; take a copy of it, or make it yours \
-                 (\"chown\")"
+                "it belongs to {}, who can change it meanwhile; take a copy of it, or make it yours (\"chown\")",
+                name_of(found.uid())
             )));
         }
         Ok(Offered { file, path })

@@ -11,7 +11,7 @@
 use crate::base::root::offered::without_links;
 use crate::base::root::{Root, files};
 use crate::base::{Context, Error, Kind, Result};
-use nix::unistd::{User, getegid, geteuid};
+use nix::unistd::{Uid, User, getegid, geteuid};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -194,7 +194,8 @@ fn refused(path: &Path, why: &str, mend: impl FnOnce() -> String) -> Error {
     Error::new(Kind::Usage, message)
 }
 
-fn name_of(user: u32) -> String {
-    let known = User::from_uid(nix::unistd::Uid::from_raw(user)).ok().flatten();
+/// The user's name; where there is none, the number in words.
+pub(super) fn name_of(user: u32) -> String {
+    let known = User::from_uid(Uid::from_raw(user)).ok().flatten();
     known.map_or_else(|| format!("the user {user}"), |user| user.name)
 }

@@ -99,7 +99,7 @@ impl Layout {
         self.hydrate
     }
 
-    /// The same with an empty layer on top.
+    /// This layout with an empty layer on top.
     pub(crate) fn with_new_top(&self, top: LayerRecord) -> Self {
         let mut next = self.clone();
         next.layers.insert(0, top);
@@ -112,13 +112,13 @@ impl Layout {
         found.map_or(0, |position| self.layers.len() - position)
     }
 
-    /// The same, with everything below the top to be copied up; none if there is nothing.
+    /// This layout with everything below the top to be copied up; `None` if there is nothing below.
     pub(crate) fn with_all_leaving(&self) -> Option<Self> {
         let hydrate = Some(self.layers.get(1)?.id);
         Some(Layout { hydrate, ..self.clone() })
     }
 
-    /// The same with an empty layer on top that is encrypted with another `key`, and all below it to be copied up.
+    /// This layout with an empty layer on top that is encrypted with another `key`, and all below it to be copied up.
     pub(crate) fn rekeyed(&self, top: LayerRecord, key: KeyRecord) -> Self {
         let mut next = self.with_new_top(LayerRecord { key: Some(self.keys.len()), masked: false, ..top });
         next.keys.push(key);
@@ -126,7 +126,7 @@ impl Layout {
         next
     }
 
-    /// The same without the layers that were copied up, and without the keys that no other layer has.
+    /// This layout without the layers that were copied up, and without the keys that no other layer has.
     pub(crate) fn hydrated(&self) -> Self {
         let mut next = self.clone();
         next.layers.truncate(self.layers.len() - self.leaving());

@@ -2,7 +2,8 @@
 
 use crate::catalog::LayerId;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
-use crate::catalog::metadata::{Geometry, SectorSize};
+use crate::catalog::metadata::Geometry;
+use crate::crypt::SectorSize;
 use crate::kms::{EncryptionContext, WrappedKey};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;

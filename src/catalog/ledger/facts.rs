@@ -5,8 +5,9 @@ use crate::base::Timestamp;
 use crate::catalog::layout::Layout;
 use crate::catalog::layout::written::{WrittenKey, WrittenLayer, WrittenLayout, required};
 use crate::catalog::metadata::written::WrittenOrigin;
-use crate::catalog::metadata::{KeyRecord, Metadata, Origin, SectorSize, VolumeName, encryption_context};
+use crate::catalog::metadata::{KeyRecord, Metadata, Origin, VolumeName, encryption_context};
 use crate::catalog::{LayerId, Snapshot, VolumeId};
+use crate::crypt::SectorSize;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 

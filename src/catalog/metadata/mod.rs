@@ -13,49 +13,11 @@ pub use crate::catalog::layout::{KeyRecord, LayerRecord};
 use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::layout::{Layout, SealVersion};
 use crate::catalog::{SnapshotId, VolumeId};
+use crate::crypt::SectorSize;
 use crate::kms::EncryptionContext;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
-
-/// Data units of XTS and logical blocks of the guest's disk: 512 or 4096 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u32", into = "u32")]
-pub enum SectorSize {
-    /// 512 bytes.
-    #[default]
-    B512,
-    /// 4096 bytes.
-    B4096,
-}
-
-impl SectorSize {
-    /// In bytes: 512 or 4096.
-    pub fn bytes(self) -> u32 {
-        match self {
-            SectorSize::B512 => 512,
-            SectorSize::B4096 => 4096,
-        }
-    }
-}
-
-impl From<SectorSize> for u32 {
-    fn from(size: SectorSize) -> u32 {
-        size.bytes()
-    }
-}
-
-impl TryFrom<u32> for SectorSize {
-    type Error = String;
-
-    fn try_from(bytes: u32) -> Result<Self, String> {
-        match bytes {
-            512 => Ok(SectorSize::B512),
-            4096 => Ok(SectorSize::B4096),
-            other => Err(format!("a sector size of {other} bytes; it is 512 or 4096")),
-        }
-    }
-}
 
 /// A volume's size: at least one sector, whole sectors, at most 2⁶³ − 4096 bytes (what a file offset can say).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +238,7 @@ impl Metadata {
         self.generation
     }
 
-    /// The same, to be written as the next generation.
+    /// This metadata as the next generation, to be written.
     ///
     /// # Errors
     /// `Corrupt` if there is no next number: nobody writes 2⁶⁴ times, so somebody wrote that number.

@@ -8,8 +8,9 @@ use crate::catalog::layout::SealVersion;
 use crate::catalog::layout::written::{
     WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
 };
-use crate::catalog::metadata::{Metadata, Origin, Proof, SectorSize, VolumeName, encryption_context};
+use crate::catalog::metadata::{Metadata, Origin, Proof, VolumeName, encryption_context};
 use crate::catalog::{LayerId, SnapshotId, VolumeId};
+use crate::crypt::SectorSize;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -125,7 +126,8 @@ pub(crate) fn version(bytes: &[u8]) -> Result<u64> {
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| {
         let what = if e.is_eof() { "it is cut short" } else { "it is not what sealblk writes" };
-        corrupt(format!("{what}: {e}; restore it from a backup"))
+        let message = format!("{what}: {e}; restore it from a backup");
+        Error::of(Kind::Corrupt, e).reworded(message)
     })
 }
 

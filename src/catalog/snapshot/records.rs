@@ -6,7 +6,7 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::id::is_lower_hex;
 use crate::catalog::ledger::{Doubt, SnapshotFacts};
 use crate::catalog::metadata::LayerRecord;
-use crate::catalog::references::{StoreLock, remove_unnamed};
+use crate::catalog::references::{RecordsLock, remove_unnamed};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, SnapshotId, read_bounded, settled};
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 
 /// What a record's name ends with while the snapshot is there.
 const RECORD: &str = "json";
-/// The same once it is not there any more, until its layers are gone.
+/// What a record's name ends with once the snapshot is not there any more, until its layers are gone.
 const DELETING: &str = "deleting";
-/// The same until it is there, of a copy under another data key.
+/// What a record's name ends with until the snapshot is there, where it is a copy under another data key.
 const COPYING: &str = "copying";
 
 /// One snapshot, as a list shows it.
@@ -184,7 +184,7 @@ impl Catalog {
     }
 
     /// Replaces a snapshot's record.
-    pub(crate) fn store_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub(crate) fn save_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
         let mut change =
             self.ledger.as_ref().map(|ledger| ledger.change(&snapshot.id.to_string())).transpose()?;
@@ -205,9 +205,9 @@ impl Catalog {
         ledger.enter(&snapshot.id.to_string(), SnapshotFacts::of(snapshot))
     }
 
-    /// As [`Catalog::store_snapshot`], for a snapshot that is new. A record that is there already is another one's, whoever
+    /// As [`Catalog::save_snapshot`], for a snapshot that is new. A record that is there already is another one's, whoever
     /// has chosen the id, and stays.
-    pub(crate) fn store_new_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub(crate) fn save_new_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
         self.enter_snapshot(snapshot)?;
         create_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())
@@ -223,10 +223,10 @@ impl Catalog {
         id: SnapshotId,
         change: impl FnOnce(&mut Tags) -> Result<()>,
     ) -> Result<Snapshot> {
-        let _store = StoreLock::acquire(self)?;
+        let _records = RecordsLock::acquire(self)?;
         let mut snapshot = self.load_snapshot(id)?;
         change(&mut snapshot.label.tags)?;
-        self.store_snapshot(&snapshot)?;
+        self.save_snapshot(&snapshot)?;
         Ok(snapshot)
     }
 
@@ -237,18 +237,18 @@ impl Catalog {
     /// gone says so.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
         let attempt = || format!("delete {id}");
-        let store = StoreLock::acquire(self).context(attempt)?;
+        let records = RecordsLock::acquire(self).context(attempt)?;
         let snapshot = self.load_snapshot(id).context(attempt)?;
         let (from, to) = (self.snapshot_path(id), self.snapshot_file(id, DELETING));
         files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
         sync_dir(&self.root().snapshots())?;
-        self.clear_snapshot(&snapshot, &store).context(|| {
+        self.clear_snapshot(&snapshot, &records).context(|| {
             format!("{id} is deleted, but not its layers; \"sealblk gc\" and the next deletion try again")
         })
     }
 
-    fn clear_snapshot(&self, snapshot: &Snapshot, store: &StoreLock) -> Result<()> {
-        remove_unnamed(self, snapshot.layers().iter().map(|l| l.id), store)?;
+    fn clear_snapshot(&self, snapshot: &Snapshot, records: &RecordsLock) -> Result<()> {
+        remove_unnamed(self, snapshot.layers().iter().map(|l| l.id), records)?;
         let path = self.snapshot_file(snapshot.id, DELETING);
         files::remove(&path).context(|| format!("remove {}", path.display()))?;
         sync_dir(&self.root().snapshots())?;
@@ -261,10 +261,11 @@ impl Catalog {
     }
 
     /// Clears away what an interrupted deletion of a snapshot left.
-    pub(crate) fn clear_deleted_snapshots(&self, store: &StoreLock) -> Result<()> {
+    pub(crate) fn clear_deleted_snapshots(&self, records: &RecordsLock) -> Result<()> {
         for id in self.snapshot_files(DELETING)? {
             let path = self.snapshot_file(id, DELETING);
-            let cleared = read_snapshot(&path, id).and_then(|snapshot| self.clear_snapshot(&snapshot, store));
+            let cleared =
+                read_snapshot(&path, id).and_then(|snapshot| self.clear_snapshot(&snapshot, records));
             if let Err(e) = cleared {
                 log::warn!("{}: left as it is: {e}", path.display());
             }

@@ -4,10 +4,11 @@ use crate::base::{Result, Timestamp};
 use crate::catalog::layout::written::{
     WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
 };
-use crate::catalog::metadata::{KeyOwner, SectorSize, encryption_context, written};
+use crate::catalog::metadata::{KeyOwner, encryption_context, written};
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::catalog::{LayerId, SnapshotId, VolumeId};
+use crate::crypt::SectorSize;
 use serde::{Deserialize, Serialize};
 
 const FORMAT: u32 = 1;

@@ -2,12 +2,13 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Result, size};
-use crate::catalog::metadata::{SectorSize, VolumeName};
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Tag};
 use crate::cli::snapshot::tell_that_unproved;
 use crate::cli::volume::show::description;
 use crate::cli::{Env, output};
+use crate::crypt::SectorSize;
 use crate::ops::create::{self, NewVolume};
 
 /// What `volume create` takes.

@@ -4,11 +4,12 @@
 use super::create::parse_sector_size;
 use super::show::description;
 use crate::base::{Result, size};
-use crate::catalog::metadata::{SectorSize, VolumeName};
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
+use crate::crypt::SectorSize;
 use crate::image::{BackingFiles, Format};
 use crate::ops::import::{self, Import, Input};
 use std::path::PathBuf;

@@ -79,7 +79,7 @@ pub struct DeleteArgs {
     #[arg(long)]
     shred: bool,
 }
-/// The filters of volumes, but for those of tags.
+/// The filters of volumes, except for those of tags.
 pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
 
 /// A command on one volume.

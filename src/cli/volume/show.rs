@@ -126,7 +126,7 @@ fn shared_json(holders: &[Holder]) -> Value {
 /// Who has a volume, and what its host process says of itself.
 struct Attached {
     held: Held,
-    /// None if it is not attached.
+    /// `None` if the volume is not attached.
     status: Option<Result<Status>>,
 }
 
@@ -248,7 +248,7 @@ fn next_attach(env: &Env, metadata: &Metadata) -> String {
 
 /// What the KMS says of a key now.
 struct Check {
-    /// None if it could not be asked, or knows no such key.
+    /// `None` if the KMS could not be asked, or knows no such key.
     state: Option<KeyState>,
     reachable: bool,
     /// Why the next attach would be refused; none if it would not.

@@ -40,7 +40,7 @@ impl SecretFd {
         })
     }
 
-    /// The same, of this kind and no other; `Locked` is not a file and refused.
+    /// A file of `len` zero bytes, of this kind and no other; `Locked` is not a file, and refused.
     ///
     /// # Errors
     /// As [`SecretFd::create`], and `Unsupported` where the kernel does not have this kind.
@@ -131,8 +131,7 @@ fn memfd_secret() -> Result<OwnedFd> {
     // SAFETY: the call takes one flags argument and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) };
     if fd < 0 {
-        let e = io::Error::last_os_error();
-        return Err(Error::new(Kind::Unsupported, format!("memfd_secret: {e}")));
+        return Err(Error::of(Kind::Unsupported, io::Error::last_os_error()).context("memfd_secret"));
     }
     // SAFETY: the kernel just made this descriptor for us; nobody else owns it. It fits a c_int.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })

@@ -75,7 +75,7 @@ impl SecretMem {
         })
     }
 
-    /// The same, of this kind and no other.
+    /// Memory of `len` zero bytes, of this kind and no other.
     ///
     /// # Errors
     /// As [`SecretMem::new`], and `Unsupported` where the kernel does not have this kind.

@@ -48,7 +48,7 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.data_len) }
     }
 
-    /// The same, to write to.
+    /// All bytes of the pages, to write to.
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as in `as_slice`, mapped writable too, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.data_len) }
@@ -124,7 +124,8 @@ pub(super) fn page_size() -> usize {
 fn lock_error(len: usize, e: io::Error) -> Error {
     let may_lock_none = || getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == 0);
     let hint = lock_hint(e.raw_os_error(), may_lock_none);
-    Error::new(Kind::Unsupported, format!("lock {len} bytes of memory for keys: {e}{hint}"))
+    let message = format!("lock {len} bytes of memory for keys: {e}{hint}");
+    Error::of(Kind::Unsupported, e).reworded(message)
 }
 
 /// What helps against an error of mlock(2).

@@ -3,10 +3,10 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::base::{Error, Kind, Result};
-use crate::crypt::Dek;
+use crate::crypt::xts::SectorCipher;
 use crate::crypt::xts::portable::Portable;
 use crate::crypt::xts::vaes::{Vaes, Width};
-use crate::crypt::xts::{DataUnit, SectorCipher};
+use crate::crypt::{Dek, SectorSize};
 use std::fmt;
 use std::str::FromStr;
 
@@ -75,7 +75,7 @@ impl FromStr for Engine {
 ///
 /// # Errors
 /// `Unsupported` when this CPU cannot run `engine`, or when the memory for the round keys cannot be locked.
-pub fn new_cipher(engine: Engine, dek: &Dek, unit: DataUnit) -> Result<Box<dyn SectorCipher>> {
+pub fn new_cipher(engine: Engine, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
     match engine {
         Engine::Auto => new_cipher(Engine::available()[0], dek, unit),
         Engine::Portable => Ok(Box::new(Portable::new(dek, unit)?)),
@@ -90,7 +90,7 @@ pub fn new_cipher(engine: Engine, dek: &Dek, unit: DataUnit) -> Result<Box<dyn S
 
 /// A VAES engine, whose registers are said to be `registers`.
 #[cfg(target_arch = "x86_64")]
-fn vaes(width: Width, registers: &str, dek: &Dek, unit: DataUnit) -> Result<Box<dyn SectorCipher>> {
+fn vaes(width: Width, registers: &str, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
     match Vaes::new(width, dek, unit)? {
         Some(cipher) => Ok(Box::new(cipher)),
         None => Err(lacking(width.engine().name(), registers)),

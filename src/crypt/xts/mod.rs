@@ -10,6 +10,7 @@ mod vaes;
 
 pub use engine::{Engine, new_cipher};
 
+use crate::crypt::SectorSize;
 use vm_memory::VolatileSlice;
 
 /// Encrypts and decrypts whole requests of one volume. All lengths are multiples of the data unit and
@@ -18,8 +19,8 @@ pub trait SectorCipher: Send + Sync {
     /// Which engine this is, for the log and `doctor`: `portable`, `vaes256`, `vaes512`.
     fn engine(&self) -> &'static str;
 
-    /// The data unit that it was made for.
-    fn data_unit(&self) -> DataUnit;
+    /// The size of a data unit: the sector size of the volume that it was made for.
+    fn sector_size(&self) -> SectorSize;
 
     /// Guest memory → buffer in one pass. `src` is read exactly once: the guest may change it meanwhile.
     /// Both have the same length.
@@ -34,54 +35,21 @@ pub trait SectorCipher: Send + Sync {
 
     /// In place.
     fn encrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.data_unit(), data.len(), data.len(), first_sector);
+        check_request(self.sector_size(), data.len(), data.len(), first_sector);
         self.in_place(Direction::Encrypt, data, TweakInput::sector(first_sector));
     }
 
     /// In place.
     fn decrypt_in_place(&self, data: &mut [u8], first_sector: u64) {
-        check_request(self.data_unit(), data.len(), data.len(), first_sector);
+        check_request(self.sector_size(), data.len(), data.len(), first_sector);
         self.in_place(Direction::Decrypt, data, TweakInput::sector(first_sector));
     }
 
     /// One data unit in place under any 128-bit tweak. Volumes have sector numbers; published test vectors
     /// have tweaks like this.
     fn crypt_unit(&self, direction: Direction, data: &mut [u8], tweak: [u8; 16]) {
-        assert_eq!(data.len(), self.data_unit().bytes(), "one data unit");
+        assert_eq!(data.len(), self.sector_size().bytes() as usize, "one data unit");
         self.in_place(direction, data, TweakInput::bytes(tweak));
-    }
-}
-
-/// The length of what one tweak covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DataUnit {
-    /// 512 bytes: one sector.
-    B512,
-    /// 4096 bytes: eight sectors.
-    B4096,
-}
-
-impl DataUnit {
-    /// Length in bytes.
-    pub const fn bytes(self) -> usize {
-        match self {
-            DataUnit::B512 => 512,
-            DataUnit::B4096 => 4096,
-        }
-    }
-
-    /// Length in 512-byte sectors: the step of the tweak from one unit to the next.
-    pub const fn sectors(self) -> u64 {
-        self.bytes() as u64 / 512
-    }
-
-    /// The data unit of `bytes` bytes, if there is one.
-    pub const fn from_bytes(bytes: usize) -> Option<Self> {
-        match bytes {
-            512 => Some(DataUnit::B512),
-            4096 => Some(DataUnit::B4096),
-            _ => None,
-        }
     }
 }
 
@@ -112,7 +80,7 @@ impl TweakInput {
         TweakInput { low: tweak as u64, high: (tweak >> 64) as u64 }
     }
 
-    /// That of the data unit which begins `sectors` sectors further on.
+    /// The tweak input of the data unit that begins `sectors` sectors further on.
     fn plus(self, sectors: u64) -> Self {
         TweakInput { low: self.low.wrapping_add(sectors), ..self }
     }
@@ -123,11 +91,11 @@ impl TweakInput {
 }
 
 /// The contract of [`SectorCipher`], checked by every engine before it touches anything.
-fn check_request(unit: DataUnit, src_len: usize, dst_len: usize, first_sector: u64) {
+fn check_request(size: SectorSize, src_len: usize, dst_len: usize, first_sector: u64) {
     assert_eq!(src_len, dst_len, "source and destination of a cipher request differ in length");
     assert!(
-        src_len.is_multiple_of(unit.bytes()) && first_sector.is_multiple_of(unit.sectors()),
+        src_len.is_multiple_of(size.bytes() as usize) && first_sector.is_multiple_of(size.tweak_step()),
         "a cipher request of {src_len} bytes at sector {first_sector} is not whole {}-byte data units",
-        unit.bytes()
+        size.bytes()
     );
 }

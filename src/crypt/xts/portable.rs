@@ -6,9 +6,9 @@
 #![forbid(unsafe_code)]
 
 use crate::base::Result;
-use crate::crypt::Dek;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
-use crate::crypt::xts::{DataUnit, Direction, SectorCipher, TweakInput, check_request};
+use crate::crypt::xts::{Direction, SectorCipher, TweakInput, check_request};
+use crate::crypt::{Dek, SectorSize};
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256Dec, Aes256Enc, Block};
 use vm_memory::VolatileSlice;
@@ -30,7 +30,7 @@ const AES_STACK: usize = if cfg!(debug_assertions) { 16 * 1024 } else { 4096 };
 /// The portable engine.
 pub(super) struct Portable {
     keys: Secret<Keys>,
-    unit: DataUnit,
+    unit: SectorSize,
 }
 
 /// The expanded keys.
@@ -41,7 +41,7 @@ struct Keys {
 }
 
 impl Portable {
-    pub(super) fn new(dek: &Dek, unit: DataUnit) -> Result<Self> {
+    pub(super) fn new(dek: &Dek, unit: SectorSize) -> Result<Self> {
         let (data, tweak) = dek.halves();
         let keys = Secret::new(|| Keys {
             encrypt: Aes256Enc::new(data.into()),
@@ -58,21 +58,21 @@ impl Portable {
         let mut batch =
             Batch { keys: &self.keys, starts: [0; BATCH_GROUPS], tweaks: [0; BATCH_BLOCKS], len: 0 };
         let mut initial = [Block::default(); UNITS_AHEAD];
-        let unit_bytes = self.unit.bytes();
+        let unit_bytes = self.unit.bytes() as usize;
         for offset in (0..len).step_by(UNITS_AHEAD * unit_bytes) {
             let ahead = (len - offset).min(UNITS_AHEAD * unit_bytes);
             let units = ahead / unit_bytes;
             let mut input = first.plus(offset as u64 / 512);
             for block in &mut initial[..units] {
                 *block = input.to_bytes().into();
-                input = input.plus(self.unit.sectors());
+                input = input.plus(self.unit.tweak_step());
             }
             self.keys.tweak.encrypt_blocks(&mut initial[..units]);
             for at in (0..ahead).step_by(BATCH_BYTES) {
                 batch.len = (ahead - at).min(BATCH_BYTES);
                 match self.unit {
-                    DataUnit::B512 => batch.start_each_group(&initial[at / GROUP_BYTES..units]),
-                    DataUnit::B4096 => batch.start_one_unit(&initial[at / BATCH_BYTES]),
+                    SectorSize::B512 => batch.start_each_group(&initial[at / GROUP_BYTES..units]),
+                    SectorSize::B4096 => batch.start_one_unit(&initial[at / BATCH_BYTES]),
                 }
                 each(offset + at, &mut batch);
             }
@@ -86,7 +86,7 @@ impl SectorCipher for Portable {
         "portable"
     }
 
-    fn data_unit(&self) -> DataUnit {
+    fn sector_size(&self) -> SectorSize {
         self.unit
     }
 

@@ -24,7 +24,7 @@ where
     M: GuestMemory,
     M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
 {
-    /// The same from byte `skip` of this on.
+    /// This data without its first `skip` bytes.
     pub(super) fn from(&self, skip: usize) -> Self {
         GuestData { mem: self.mem, segments: self.segments, skip: self.skip + skip as u64 }
     }
@@ -91,8 +91,8 @@ where
         (run.len() == len).then_some(run)
     }
 
-    /// The same if every run is whole blocks, so that the cipher can work on it directly; answers whether that is so.
-    /// `len` is whole blocks.
+    /// Calls `f` for every run of the first `len` bytes, if every run is whole blocks, so that the cipher can work on it
+    /// directly. Returns whether that is so. `len` is whole blocks.
     fn each_of_whole_blocks(
         &self,
         len: usize,
@@ -155,7 +155,7 @@ where
         self.copy_from(src)
     }
 
-    /// The same where no sector of `src` is all zero.
+    /// As [`GuestData::decrypt_from`], where no sector of `src` is all zero.
     pub(super) fn decrypt_all_from(
         &self,
         cipher: &dyn SectorCipher,
@@ -170,7 +170,7 @@ where
         self.copy_from(src)
     }
 
-    /// Decrypts `src`, all of which was written, if the runs are whole blocks; answers whether that is so.
+    /// Decrypts `src`, all of which was written, if the runs are whole blocks; returns whether that is so.
     pub(super) fn decrypt_directly(
         &self,
         cipher: &dyn SectorCipher,

@@ -2,8 +2,8 @@
 //! crate, guest memory as one array.
 
 use super::*;
-use crate::crypt::Dek;
-use crate::crypt::xts::{DataUnit, Direction, Engine, new_cipher};
+use crate::crypt::xts::{Direction, Engine, new_cipher};
+use crate::crypt::{Dek, SectorSize};
 use aes::Aes256;
 use aes::cipher::KeyInit;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -61,8 +61,8 @@ impl Case {
     fn new(numbers: &mut Numbers) -> Self {
         let engines = Engine::available();
         let engine = engines[numbers.below(engines.len())];
-        let unit = [DataUnit::B512, DataUnit::B4096][numbers.below(2)];
-        let block = unit.bytes();
+        let unit = [SectorSize::B512, SectorSize::B4096][numbers.below(2)];
+        let block = unit.bytes() as usize;
         let len = block * (1 + numbers.below(0x1_0000 / block));
         let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
         let mem = GuestMemoryMmap::from_ranges(&ranges).unwrap();
@@ -73,7 +73,7 @@ impl Case {
         Case {
             cipher: new_cipher(engine, &Dek::from_bytes(&KEY).unwrap(), unit).unwrap(),
             block,
-            sector: (numbers.next() >> (8 + numbers.below(56))) & !(unit.sectors() - 1),
+            sector: (numbers.next() >> (8 + numbers.below(56))) & !(unit.tweak_step() - 1),
             len,
             segments: scatter(numbers, len, block),
             mem,
@@ -251,7 +251,7 @@ fn unencrypted_data_is_copied() {
 #[test]
 fn too_little_room_and_room_that_is_not_there_are_errors() {
     let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-    let cipher = new_cipher(Engine::Auto, &Dek::from_bytes(&KEY).unwrap(), DataUnit::B512).unwrap();
+    let cipher = new_cipher(Engine::Auto, &Dek::from_bytes(&KEY).unwrap(), SectorSize::B512).unwrap();
     let segment = |addr, len| Segment { addr: GuestAddress(addr), len };
     for (segments, skip) in [
         (&[][..], 0),
@@ -275,7 +275,7 @@ fn too_little_room_and_room_that_is_not_there_are_errors() {
 #[test]
 fn nothing_is_moved_without_an_error() {
     let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-    let cipher = new_cipher(Engine::Auto, &Dek::from_bytes(&KEY).unwrap(), DataUnit::B512).unwrap();
+    let cipher = new_cipher(Engine::Auto, &Dek::from_bytes(&KEY).unwrap(), SectorSize::B512).unwrap();
     let guest = GuestData { mem: &mem, segments: &[], skip: 0 };
     guest.copy_into(&mut []).unwrap();
     guest.copy_from(&[]).unwrap();

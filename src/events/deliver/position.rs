@@ -108,11 +108,10 @@ impl Position {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             read => match serde_json::from_slice(&read.context(attempt)?) {
                 Ok(written) => Ok(Some(written)),
-                Err(e) => Err(Error::new(
-                    Kind::Corrupt,
-                    format!("{e}; remove the file to have every event delivered again"),
-                )
-                .context(attempt())),
+                Err(e) => {
+                    let message = format!("{e}; remove the file to have every event delivered again");
+                    Err(Error::of(Kind::Corrupt, e).reworded(message).context(attempt()))
+                }
             },
         }
     }

@@ -9,19 +9,20 @@
 use crate::base::hardened::harden;
 use crate::base::root::Root;
 use crate::base::sync::Locked;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
 use crate::config::{Settings, shown_file};
 use crate::helper;
+use crate::helper::failure::WrittenFailure;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
-use crate::helper::unwrap::Refusal;
 use crate::kms::patience::Patience;
-use crate::kms::{self, Grant, KeyProvider, KmsError};
+use crate::kms::{self, Failure, Grant, KeyProvider, KmsError};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -29,7 +30,7 @@ use std::time::Duration;
 /// The hidden subcommand.
 pub const COMMAND: &str = "keep-grants";
 /// The longest line in bytes: tokens have up to 8192 characters.
-const MAX_LINE: u64 = 1 << 20;
+const MAX_LINE: usize = 1 << 20;
 /// What the keeper may take beside the KMS's time.
 const MARGIN: Duration = Duration::from_secs(30);
 
@@ -51,7 +52,7 @@ enum Answer {
     /// The grants' tokens, in the keys' order; none where no grant was to be made.
     Granted(Vec<Option<String>>),
     /// The KMS, or something on the way to it, refused.
-    Refused(Refusal),
+    Refused(WrittenFailure),
     /// All grants that were to be are retired.
     Retired,
     /// Some are not.
@@ -78,7 +79,7 @@ impl Keeper {
         metadata: &Metadata,
         patience: Patience,
         alone: bool,
-    ) -> Result<Self, Refusal> {
+    ) -> Result<Self, Failure> {
         // Without a grantee no provider has a grant to make: so no process is started to find that out.
         let wanted = settings.attach_grants && settings.grantee_principal.is_some();
         if !wanted {
@@ -102,8 +103,8 @@ impl Keeper {
         let patience_ms = patience.0.as_millis() as u64;
         let order = Order { volume: metadata.id(), keys, patience_ms, alone };
         let answer = socket.set_read_timeout(Some(time)).map_err(Error::from).and_then(|()| {
-            say(&socket, &order)?;
-            hear(&mut BufReader::new(&socket))
+            wire::say(&socket, &order)?;
+            hear(&mut Lines::of_at_most(MAX_LINE), &socket)
         });
         match answer {
             Ok(Some(Answer::Granted(tokens))) if !left_behind && tokens.iter().all(Option::is_none) => {
@@ -121,7 +122,7 @@ impl Keeper {
                 drop(socket);
                 // It has nothing left to do.
                 child.wait().map_err(Error::from)?;
-                Err(refusal)
+                Err(refusal.into())
             }
             outcome => {
                 // It did not keep to the protocol, or did not answer: whatever it is doing, it shall stop.
@@ -140,22 +141,24 @@ impl Keeper {
 
     /// Has the grants retired, and waits for that. What cannot be retired now is logged: it will be later.
     pub fn retire(&self) {
-        self.ask(|mut socket| Ok(socket.write_all(b"\n")?));
+        self.ask(|mut socket| socket.write_all(b"\n"));
     }
 
-    /// The same for grants on keys that the volume does not need any more.
+    /// Has the grants on keys retired that the volume does not need any more, and waits for that.
     pub fn retire_others_than_of(&self, volume: &Metadata) {
         let needed = keys_of(volume);
-        self.ask(|socket| say(socket, &needed));
+        self.ask(|socket| wire::say(socket, &needed));
     }
 
-    fn ask(&self, order: impl FnOnce(&UnixStream) -> Result<()>) {
+    fn ask(&self, order: impl FnOnce(&UnixStream) -> std::io::Result<()>) {
         let Some(socket) = self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some)) else {
             return;
         };
         // One question at a time: the answers do not say which they are to.
         let _one = self.asking.locked();
-        let why = match order(socket).and_then(|()| hear(&mut BufReader::new(socket))) {
+        let heard =
+            order(socket).map_err(Error::from).and_then(|()| hear(&mut Lines::of_at_most(MAX_LINE), socket));
+        let why = match heard {
             Ok(Some(Answer::Retired)) => return,
             Ok(Some(Answer::Left(why))) => why,
             Ok(_) => "its keeper has ended".into(),
@@ -173,9 +176,10 @@ impl Keeper {
 /// Only when the other side could not even be told.
 pub fn keep(root: &Root) -> Result<()> {
     let socket = helper::begin()?;
-    let mut lines = BufReader::new(&socket);
-    let order: Order = hear(&mut lines)?
-        .ok_or_else(|| Error::new(Kind::Usage, "this command is started by \"sealblk attach\" alone"))?;
+    let mut lines = Lines::of_at_most(MAX_LINE);
+    let alone = "this command is started by \"sealblk attach\" alone";
+    let order = hear(&mut lines, &socket).context(|| alone)?;
+    let order: Order = order.ok_or_else(|| Error::new(Kind::Usage, alone))?;
     let old = if order.alone { Notes::of(root)?.of_volume(order.volume)? } else { Vec::new() };
     let mut made = Vec::new();
     let granted = grant_all(root, &order, &old, &mut made);
@@ -189,11 +193,11 @@ pub fn keep(root: &Root) -> Result<()> {
             if let Err(e) = retire_made(root, &made) {
                 log::warn!("{e}");
             }
-            return say(&socket, &Answer::Refused(refusal));
+            return Ok(wire::say(&socket, &Answer::Refused(refusal.into()))?);
         }
     };
     // Whoever has gone meanwhile is found below.
-    let _ = say(&socket, &Answer::Granted(tokens));
+    let _ = wire::say(&socket, &Answer::Granted(tokens));
     for note in old.iter().filter(|note| made.iter().all(|(of, _)| of.id != note.id)) {
         match retire(root, note) {
             Ok(()) => log::info!("retired the grant of an attach since {} that did not end well", note.since),
@@ -209,7 +213,7 @@ pub fn keep(root: &Root) -> Result<()> {
         Err(e) => Answer::Left(e.to_string()),
     };
     match (asked, answer) {
-        (true, answer) => say(&socket, &answer),
+        (true, answer) => Ok(wire::say(&socket, &answer)?),
         (false, Answer::Left(why)) => {
             log::warn!("{}: the grant of its attach is not retired: {why}", order.volume);
             Ok(())
@@ -218,20 +222,17 @@ pub fn keep(root: &Root) -> Result<()> {
     }
 }
 
-/// Retires grants that are not needed any more, until an empty line or the end of the socket; answers whether there was such a
+/// Retires grants that are not needed any more, until an empty line or the end of the socket; returns whether there was such a
 /// line.
 fn keep_until_the_end(
     root: &Root,
     socket: &UnixStream,
-    lines: &mut impl BufRead,
+    lines: &mut Lines,
     made: &mut Vec<(Note, Grant)>,
 ) -> bool {
     loop {
-        let mut line = String::new();
-        if !lines.take(MAX_LINE).read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
-            return false;
-        }
-        let Ok(needed) = serde_json::from_str::<Vec<(String, String)>>(&line) else { return true };
+        let Ok(Some(line)) = lines.next(socket) else { return false };
+        let Ok(needed) = serde_json::from_slice::<Vec<(String, String)>>(&line) else { return true };
         let is_needed =
             |note: &Note| needed.iter().any(|(p, key)| (p, key) == (&note.provider, &note.key_id));
         let others: Vec<_> = made.extract_if(.., |(note, _)| !is_needed(note)).collect();
@@ -240,7 +241,7 @@ fn keep_until_the_end(
             Err(e) => Answer::Left(e.to_string()),
         };
         // Whoever has gone meanwhile is found above.
-        let _ = say(socket, &answer);
+        let _ = wire::say(socket, &answer);
     }
 }
 
@@ -255,7 +256,7 @@ fn grant_all(
     order: &Order,
     old: &[Note],
     made: &mut Vec<(Note, Grant)>,
-) -> Result<Vec<Option<String>>, Refusal> {
+) -> Result<Vec<Option<String>>, Failure> {
     let patience = Patience(Duration::from_millis(order.patience_ms));
     let mut tokens: Vec<Option<String>> = Vec::new();
     for (n, (provider, key)) in order.keys.iter().enumerate() {
@@ -304,7 +305,7 @@ fn make(
     }
 }
 
-/// Retires what [`grant_all`] has made; goes on after a failure, and answers the first.
+/// Retires what [`grant_all`] has made; goes on after a failure, and returns the first.
 fn retire_made(root: &Root, made: &[(Note, Grant)]) -> Result<()> {
     let mut outcome = Ok(());
     for (note, grant) in made {
@@ -327,8 +328,7 @@ fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
     settle(root, note, retired)
 }
 
-fn refusal(provider: &str, key: &str, e: KmsError) -> Refusal {
-    let cause = e.to_string();
+fn refusal(provider: &str, key: &str, e: KmsError) -> Failure {
     let hint = match &e {
         KmsError::AccessDenied(_) | KmsError::Unsupported(_) | KmsError::Other(..) => format!(
             "; where this host may not make grants, set attach-grants = false in {}",
@@ -336,23 +336,15 @@ fn refusal(provider: &str, key: &str, e: KmsError) -> Refusal {
         ),
         _ => String::new(),
     };
-    let error = e.with_advice_of(provider, key).context("make a grant for this attach");
-    Refusal::of_kms(cause, key, Error::new(error.kind(), format!("{error}{hint}")))
-}
-
-fn say(mut socket: &UnixStream, what: &impl Serialize) -> Result<()> {
-    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    line.push(b'\n');
-    Ok(socket.write_all(&line)?)
+    let failure = Failure::kms(e, provider, key).context("make a grant for this attach");
+    let message = format!("{}{hint}", failure.error);
+    Failure { error: failure.error.reworded(message), ..failure }
 }
 
 /// The next line; none at the end of the socket.
-fn hear<T: for<'de> Deserialize<'de>>(lines: &mut impl BufRead) -> Result<Option<T>> {
-    let mut line = String::new();
-    if lines.take(MAX_LINE).read_line(&mut line)? == 0 {
-        return Ok(None);
-    }
-    serde_json::from_str(&line)
+fn hear<T: for<'de> Deserialize<'de>>(lines: &mut Lines, socket: &UnixStream) -> Result<Option<T>> {
+    let Some(line) = lines.next(socket)? else { return Ok(None) };
+    serde_json::from_slice(&line)
         .map(Some)
-        .map_err(|e| Error::new(Kind::Other, format!("it said what is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("it said what is not readable"))
 }

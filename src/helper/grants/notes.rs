@@ -76,12 +76,12 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Those of the store at `root`, in [`Root::config_dir`].
+    /// The notes of the store at `root`, in [`Root::config_dir`].
     pub fn of(root: &Root) -> Result<Self> {
         Ok(Self::at(&Root::config_dir()?, root))
     }
 
-    /// Those of the store at `root`, in `config`.
+    /// The notes of the store at `root`, in `config`.
     pub fn at(config: &Path, root: &Root) -> Self {
         Notes { folder: config.join("grants"), store: store_of(root) }
     }
@@ -89,7 +89,7 @@ impl Notes {
     /// Writes a note down, durably, in place of what it said before.
     pub fn write(&self, note: &Note) -> Result<()> {
         create_dir_durable(&self.folder)?;
-        let text = serde_json::to_vec_pretty(note).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+        let text = serde_json::to_vec_pretty(note).map_err(|e| Error::of(Kind::Other, e))?;
         replace_file(&note.path(&self.folder), &text)
     }
 
@@ -166,7 +166,7 @@ fn store_of(root: &Root) -> String {
 
 fn read(path: &Path) -> Result<Note> {
     let text = files::read(path, MAX_LEN)?;
-    let note: Note = serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Corrupt, e.to_string()))?;
+    let note: Note = serde_json::from_slice(&text).map_err(|e| Error::of(Kind::Corrupt, e))?;
     if note.version != VERSION {
         return Err(Error::new(Kind::Corrupt, format!("version {} is not known here", note.version)));
     }

@@ -8,23 +8,21 @@
 
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::{KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
-use crate::helper::unwrap::Refusal;
-use crate::kms::{self, EncryptionContext, KeyProvider, KeyRef, KmsError, WrappedKey};
+use crate::helper::failure::WrittenFailure;
+use crate::kms::{self, EncryptionContext, Failure, KeyProvider, KeyRef, KeyState, KmsError, WrappedKey};
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 /// The hidden subcommand of the helper.
 pub const COMMAND: &str = "rewrap-key";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
-const MAX_MESSAGE: u64 = 32 << 10;
+const MAX_LINE: usize = 32 << 10;
 
 /// What the helper is asked. The context is not in it: it follows from the volume.
 #[derive(Serialize, Deserialize)]
@@ -49,7 +47,7 @@ enum Answer {
         key_id: String,
         blob: String,
     },
-    Refused(Refusal),
+    Refused(WrittenFailure),
 }
 
 /// Has a helper process wrap `old` anew, which has ended when this returns.
@@ -69,20 +67,18 @@ pub fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) ->
     let status = child.wait().context(|| "wait for the rewrap helper")?;
     match said.context(|| format!("the rewrap helper ({status})"))? {
         Answer::Rewrapped { key_id, blob } => {
-            let blob = hex::decode(&blob).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
+            let blob = hex::decode(&blob).map_err(|e| Error::of(Kind::Other, e))?;
             Ok(WrappedKey { key_id, blob })
         }
-        Answer::Refused(refusal) => Err(refusal.error()),
+        Answer::Refused(failure) => Err(Failure::from(failure).error),
     }
 }
 
-fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
-    socket.write_all(&bytes(request)?)?;
-    socket.shutdown(Shutdown::Write)?;
-    let mut answer = Vec::new();
-    socket.take(MAX_MESSAGE).read_to_end(&mut answer)?;
+fn ask(socket: &UnixStream, request: &Request) -> Result<Answer> {
+    wire::say(socket, request)?;
+    let answer = wire::hear(socket, MAX_LINE)?.unwrap_or_default();
     serde_json::from_slice(&answer)
-        .map_err(|e| Error::new(Kind::Other, format!("its answer is not readable: {e}")))
+        .map_err(|e| Error::of(Kind::Other, e).context("its answer is not readable"))
 }
 
 /// The helper's side: the whole life of the process. What it frees is zeroed, by its allocator.
@@ -91,27 +87,24 @@ fn ask(mut socket: &UnixStream, request: &Request) -> Result<Answer> {
 /// Only when the answer could not be given.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let mut socket = helper::begin()?;
+    let socket = helper::begin()?;
     // The key passes the stack too, in other people's frames.
     let new = on_scrubbed_stack(|| receive(&socket).and_then(|request| answer(hardened, root, &request)));
     let answer = match new {
         Ok(WrappedKey { key_id, blob }) => Answer::Rewrapped { key_id, blob: hex::encode(blob) },
-        Err(e) => Answer::Refused(e.into()),
+        Err(e) => Answer::Refused(Failure::from(e).into()),
     };
-    socket.write_all(&bytes(&answer)?).context(|| "answer who asked for a new wrapped key")
+    wire::say(&socket, &answer).context(|| "answer who asked for a new wrapped key")
 }
 
 fn receive(socket: &UnixStream) -> Result<Request> {
-    let mut text = Vec::new();
-    socket.take(MAX_MESSAGE).read_to_end(&mut text)?;
-    serde_json::from_slice(&text).map_err(|e| {
-        let attempt = "take a request: this command is started by \"sealblk volume rewrap\" alone";
-        Error::new(Kind::Usage, e.to_string()).context(attempt)
-    })
+    let attempt = || "take a request: this command is started by \"sealblk volume rewrap\" alone";
+    let line = wire::hear(socket, MAX_LINE).context(attempt)?.unwrap_or_default();
+    serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)
 }
 
 fn answer(hardened: Hardened, root: &Root, request: &Request) -> Result<WrappedKey> {
-    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::new(Kind::Usage, e.to_string()));
+    let unhex = |text: &String| hex::decode(text).map_err(|e| Error::of(Kind::Usage, e));
     let old = WrappedKey { key_id: request.key_id.clone(), blob: unhex(&request.blob)? };
     let check = request.check.as_ref().map(unhex).transpose()?;
     let to = kms::open_provider(hardened, root, &request.to_provider)?;
@@ -150,7 +143,7 @@ impl Job<'_> {
             .map_err(|e| e.with_advice_of(self.to.name(), self.key))
     }
 
-    /// That the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
+    /// Fails unless the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
     /// one unwraps to.
     fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
         let attempt =
@@ -173,11 +166,13 @@ impl Job<'_> {
         Err(Error::new(Kind::Corrupt, message))
     }
 
-    /// Of two keys of one KMS: its message says which one it means.
+    /// Of two keys of one KMS. If one is in a state in which it does nothing, the refusal does not say which: the KMS is
+    /// asked.
     fn refused(&self, e: KmsError) -> Error {
         let old = &self.old.key_id;
-        let meant = if e.to_string().contains(old) { old } else { self.key };
-        e.with_advice_of(self.to.name(), meant)
+        let is_state = matches!(e, KmsError::Disabled(_) | KmsError::PendingDeletion(_));
+        let is_old = is_state && self.to.describe(old).is_ok_and(|key| key.state != KeyState::Enabled);
+        e.with_advice_of(self.to.name(), if is_old { old } else { self.key })
     }
 
     fn refused_old(&self, e: KmsError) -> Error {
@@ -187,10 +182,6 @@ impl Job<'_> {
 
 fn check_value(data_key: &[u8]) -> Result<[u8; 16]> {
     Ok(Dek::from_bytes(data_key)?.check_value())
-}
-
-fn bytes(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
-    serde_json::to_vec(message).map_err(std::io::Error::from)
 }
 
 #[cfg(test)]

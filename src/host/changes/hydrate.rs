@@ -6,7 +6,7 @@
 //! reported and tried again, and never is the guest's affair.
 //!
 //! What is left when the layers have left the chain is their files: this process, which is confined, reaches none but those
-//! in its volume's folder. They are removed by who comes next ([`crate::catalog::leaving`]).
+//! in its volume's folder. They are removed by whoever comes next ([`crate::catalog::leaving`]).
 
 use super::switch;
 use crate::base::root::files;
@@ -70,7 +70,7 @@ impl Hydrator {
         Hydrator { record: Weak::new(), keys, events, rate: rate.into(), stay_until, current, unwrapped_by }
     }
 
-    /// The same, of this volume.
+    /// This hydrator, for the volume of this record.
     pub(crate) fn of(self, record: Weak<Record>) -> Self {
         Hydrator { record, ..self }
     }
@@ -207,8 +207,9 @@ impl Record {
         }
     }
 
-    /// Everything was copied up: the layers leave, unless the job is another's meanwhile. The queues stand still while
-    /// `volume.json` is replaced: with the layers that it names before they may make holes in the top, after it.
+    /// Everything was copied up: the layers leave, unless the job is another's meanwhile. The queues are paused while
+    /// `volume.json` is replaced. As long as it names the lower layers, a hole in the top would let their old data show
+    /// through; once it does not, the queues may make holes.
     fn finish_hydration(&self, job: &Arc<Job>) -> Option<Result<()>> {
         let mut guard = self.state();
         let state = guard.as_mut().filter(|_| self.hydrator.is_current(job))?;
@@ -271,7 +272,7 @@ struct Job {
 }
 
 struct Slot {
-    /// None once it is stopped.
+    /// `None` once the copy is stopped.
     hydration: Option<Arc<Hydration>>,
     running: bool,
     problem: Option<String>,
@@ -303,7 +304,7 @@ impl Job {
         }
     }
 
-    /// Waits until then; answers whether it was not stopped.
+    /// Waits until then; returns whether it was not stopped.
     fn wait_until(&self, due: Instant) -> bool {
         let mut slot = self.slot();
         while slot.hydration.is_some() {
@@ -334,7 +335,7 @@ impl Job {
     }
 
     /// The thread: copies everything, and then has `finish` done, not before `until`; as often as it takes. `finish`
-    /// answers nothing if there is nothing to finish any more. `failed` is told of each reason for another try once.
+    /// returns nothing if there is nothing to finish any more. `failed` is told of each reason for another try once.
     fn work(&self, until: Instant, finish: impl Fn() -> Option<Result<()>>, failed: impl Fn(&str)) {
         let (mut pause, mut reported, mut is_complete) = (RETRY, String::new(), false);
         loop {

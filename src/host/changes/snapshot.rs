@@ -10,7 +10,7 @@ use crate::crypt::xts::Engine;
 use crate::disk::Cipher;
 use crate::host::control::conversation::{Conversation, Frozen};
 use crate::host::state::{Record, State};
-use crate::volume::layers::{data_unit, mask};
+use crate::volume::layers::mask;
 
 impl Record {
     /// Makes a snapshot, step by step as the client says. Whatever fails before the commit, the volume goes on as if
@@ -35,7 +35,7 @@ impl Record {
 /// The new top has the key of the old one; a mask, which is no secret, is each layer's own.
 fn cipher(state: &State, engine: Engine, layer: &LayerRecord) -> Result<Cipher> {
     if layer.masked {
-        return mask(layer, engine, data_unit(state.metadata.sector_size()));
+        return mask(layer, engine, state.metadata.sector_size());
     }
     Ok(state.layers.first().and_then(|top| top.cipher.clone()))
 }

@@ -17,14 +17,13 @@
 //! memory, as a descriptor; the host process takes it, and the rest is as above, but that the answer is `rekeyed` and no record is
 //! written.
 
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::rekey::NewKey;
 use crate::catalog::snapshot::{Label, Wanted};
 use crate::catalog::{Catalog, Expected, LayerId, Metadata, OwnLayer, Snapshot, SnapshotId, VolumeId};
 use crate::crypt::secret_mem::SecretFd;
-use crate::host::control::{Answer, MAX_LINE, Request, connect, exchange, line, passing, receive, say};
+use crate::host::control::{Answer, MAX_LINE, Request, connect, exchange, receive};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -75,7 +74,7 @@ impl<'a> Conversation<'a> {
         Ok(Conversation { client })
     }
 
-    /// Has the client bring the new layer, which is made, to where it belongs, and answers whether it wants the queues held.
+    /// Has the client bring the new layer, which is made, to where it belongs, and returns whether it wants the queues held.
     ///
     /// # Errors
     /// If it says anything else, or nothing in time.
@@ -99,14 +98,10 @@ impl<'a> Conversation<'a> {
 
     fn ask(&mut self, answer: &Answer, patience: Duration) -> Result<Step> {
         self.client.set_read_timeout(Some(patience))?;
-        say(self.client, answer)?;
-        let mut line = String::new();
-        let heard = BufReader::new(self.client).take(MAX_LINE).read_line(&mut line);
-        heard.context(|| "wait for whoever makes the snapshot")?;
-        if line.is_empty() {
-            return Err(Error::new(Kind::Other, "whoever was making the snapshot is gone"));
-        }
-        serde_json::from_str(&line).map_err(|e| Error::new(Kind::Usage, e.to_string()))
+        wire::say(self.client, answer)?;
+        let heard = wire::hear(self.client, MAX_LINE).context(|| "wait for whoever makes the snapshot")?;
+        let line = heard.ok_or_else(|| Error::new(Kind::Other, "whoever was making the snapshot is gone"))?;
+        serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e))
     }
 }
 
@@ -162,10 +157,8 @@ impl<'a> Freezing<'a> {
     /// Tells the host process to freeze; [`Freezing::frozen`] hears how it went.
     pub fn commit(&mut self) -> Result<()> {
         self.made = None;
-        match self.held {
-            true => say(&self.client, &Step::Commit {}),
-            false => say(&self.client, &Step::Pause { hold: false }),
-        }
+        let step = if self.held { Step::Commit {} } else { Step::Pause { hold: false } };
+        Ok(wire::say(&self.client, &step)?)
     }
 
     /// The snapshot, whose record is still to be [written](crate::catalog::freeze::note), and how long the volume's queues
@@ -187,7 +180,7 @@ impl<'a> Freezing<'a> {
 }
 
 /// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::PassKey::pass)
-/// to who has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Answers
+/// to whoever has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Returns
 /// how long its queues stood still.
 ///
 /// # Errors
@@ -202,13 +195,13 @@ pub fn rekey(
     client.set_read_timeout(Some(PATIENCE))?;
     let expected = catalog.expect(volume, |now| now.rekeyed(layer, key))?;
     let before = catalog.load(volume)?;
-    let line = line(&Request::Rekey { layer, key: Box::new(key.into()) })?;
-    passing::send(&client, &line, dek.as_fd()).context(|| "hand the new data key over")?;
+    let request = Request::Rekey { layer, key: Box::new(key.into()) };
+    wire::say_with(&client, &request, dek.as_fd()).context(|| "hand the new data key over")?;
     let Answer::LayerMade = receive(&client)? else { return Err(strange()) };
     // It has taken it.
     dek.give_away();
     let made = catalog.link_own_layer(volume, layer, before.size())?;
-    say(&client, &Step::Pause { hold: false }).inspect_err(|_| made.remove())?;
+    wire::say(&client, &Step::Pause { hold: false }).inspect_err(|_| made.remove())?;
     match receive(&client)? {
         Answer::Rekeyed { pause_us } => expected.settle().map(|_| Duration::from_micros(pause_us)),
         _ => Err(strange()),

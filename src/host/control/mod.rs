@@ -4,14 +4,13 @@
 //! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
 
 pub mod conversation;
-mod passing;
 mod peer;
 mod server;
 
 pub use server::{Bound, Control, Name, Orders, Waiting};
 
 use crate::base::root::files;
-use crate::base::{Context, Error, Kind, Result, printable};
+use crate::base::{Context, Error, Kind, Result, printable, wire};
 use crate::catalog::Metadata;
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::rekey::WrittenNewKey;
@@ -24,7 +23,6 @@ use crate::vhost::queue::qos::Limits;
 use conversation::Frozen;
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -33,7 +31,7 @@ const FILE: &str = "control.sock";
 /// Its name while another process has the volume, and this one waits for it.
 const INCOMING_FILE: &str = "incoming.sock";
 /// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and 50 tags in any script.
-const MAX_LINE: u64 = 1 << 20;
+const MAX_LINE: usize = 1 << 20;
 /// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -118,7 +116,7 @@ pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Resul
     ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
 }
 
-/// Has the process that has `volume` attached copy up everything below the top. Answers whether there is anything.
+/// Has the process that has `volume` attached copy up everything below the top. Returns whether there is anything.
 pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
     let expected = catalog.expect(volume, |now| now.to_flatten().unwrap_or_else(|| now.clone()))?;
     match ask(catalog, volume, &Request::Flatten {}, None)? {
@@ -140,7 +138,7 @@ pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()>
     expected.settle().map(drop)
 }
 
-/// Has the process that has `volume` attached make it `size` bytes large, and answers whether the guest's VMM knows.
+/// Has the process that has `volume` attached make it `size` bytes large, and returns whether the guest's VMM knows.
 /// When this returns, `volume.json` says so, durably.
 pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
     let expected = catalog.expect(volume, |now| now.resized(size))?;
@@ -183,25 +181,23 @@ fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
 }
 
 fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
-    say(client, what)?;
+    wire::say(client, what)?;
     receive(client)
 }
 
 fn receive(client: &UnixStream) -> Result<Answer> {
     // Who listens is not changed by anybody but the process that does.
     let pid = getsockopt(client, sockopt::PeerCredentials).map_or("?".into(), |c| c.pid().to_string());
-    let mut line = String::new();
-    let heard = BufReader::new(client).take(MAX_LINE).read_line(&mut line);
-    heard.map_err(|e| not_reached(&pid, &e.into()))?;
-    match serde_json::from_str(&line) {
+    let line = wire::hear(client, MAX_LINE).map_err(|e| not_reached(&pid, &e.into()))?;
+    let Some(line) = line else {
+        let message = format!("process {pid} ended without a word; look at its log");
+        return Err(Error::new(Kind::Other, message));
+    };
+    match serde_json::from_slice(&line) {
         Ok(Answer::Failed { kind, message }) => {
             Err(Error::new(Kind::from_name(&kind), printable::line(&message)))
         }
         Ok(answer) => Ok(answer),
-        Err(_) if line.is_empty() => {
-            let message = format!("process {pid} ended without a word; look at its log");
-            Err(Error::new(Kind::Other, message))
-        }
         Err(_) => {
             let message = format!("the answer of process {pid} is of another version of sealblk");
             Err(Error::new(Kind::Unsupported, message))
@@ -213,14 +209,4 @@ fn not_reached(pid: &str, e: &Error) -> Error {
     let message =
         format!("process {pid} has it, but its control socket does not answer ({e}); SIGTERM ends it too");
     Error::new(Kind::Other, message)
-}
-
-fn say(mut client: &UnixStream, what: &impl Serialize) -> Result<()> {
-    Ok(client.write_all(&line(what)?)?)
-}
-
-fn line(what: &impl Serialize) -> Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(what).map_err(|e| Error::new(Kind::Other, e.to_string()))?;
-    line.push(b'\n');
-    Ok(line)
 }

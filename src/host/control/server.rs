@@ -3,6 +3,7 @@
 
 use crate::base::root::files;
 use crate::base::sync::Locked;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::rekey::WrittenNewKey;
@@ -10,7 +11,7 @@ use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::{Label, Wanted};
 use crate::crypt::secret_mem::SecretFd;
 use crate::host::control::conversation::{Conversation, Frozen};
-use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status, passing, say};
+use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status};
 use crate::host::socket::{self, SocketName};
 use crate::vhost::gate::Told;
 use crate::vhost::listener::{SHORTAGE, is_shortage};
@@ -18,7 +19,7 @@ use crate::vhost::queue::qos::Limits;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -37,7 +38,7 @@ pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
 /// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns with the
-/// client; answers how long the queues stood still.
+/// client; returns how long the queues stood still.
 pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
@@ -62,7 +63,7 @@ pub struct Orders {
     pub snapshot: SnapshotOrder,
     /// Give the volume another data key.
     pub rekey: RekeyOrder,
-    /// Copy up everything below the top; answers whether there is anything.
+    /// Copy up everything below the top; returns whether there is anything.
     pub flatten: Box<dyn Fn() -> Result<bool> + Send>,
 }
 
@@ -76,8 +77,8 @@ pub struct Control {
 pub struct Name(Mutex<Option<SocketName>>);
 
 impl Name {
-    /// Gives the socket the name under which clients look for who has the volume. An earlier holder's, which has that
-    /// name, is then reached by signals alone.
+    /// Gives the socket the name under which clients look for the process that has the volume. This takes the name from
+    /// the process that had the volume before; only signals reach that one from then on.
     pub fn become_holders(&self) {
         if let Some(name) = &mut *self.lock()
             && let Err(e) = name.rename(FILE)
@@ -145,7 +146,7 @@ impl Control {
         Ok(Bound { listener, name })
     }
 
-    /// Removes the socket's name, so that the next attach can have it, and answers who is to be told.
+    /// Removes the socket's name, so that the next attach can have it, and returns who is to be told.
     pub fn close(self) -> Waiting {
         drop(self.name.lock().take());
         self.waiting
@@ -168,9 +169,7 @@ impl Waiting {
 /// A client that has not said everything yet.
 struct Caller {
     stream: UnixStream,
-    line: Vec<u8>,
-    /// That came with what it said, the first of them.
-    descriptor: Option<OwnedFd>,
+    lines: Lines,
     until: Instant,
 }
 
@@ -180,7 +179,7 @@ struct Server {
     end: Arc<End>,
     /// Oldest first.
     callers: Vec<Caller>,
-    /// They asked for the detach.
+    /// Clients that asked for the detach.
     detaching: Vec<UnixStream>,
 }
 
@@ -236,7 +235,7 @@ impl Server {
                         self.callers.remove(0);
                     }
                     let until = Instant::now() + PATIENCE;
-                    self.callers.push(Caller { stream, line: Vec::new(), descriptor: None, until });
+                    self.callers.push(Caller { stream, lines: Lines::of_at_most(MAX_LINE), until });
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
@@ -251,14 +250,14 @@ impl Server {
         }
     }
 
-    /// Carries out what was said in full, and lets go of who took too long.
+    /// Carries out what was said in full, and lets go of those who took too long.
     fn hear_all(&mut self) {
         let now = Instant::now();
         for mut caller in std::mem::take(&mut self.callers) {
             match caller.hear() {
-                Ok(true) => self.serve(caller),
-                Ok(false) if caller.until > now => self.callers.push(caller),
-                Ok(false) => {
+                Ok(Some(line)) => self.serve(caller, &line),
+                Ok(None) if caller.until > now => self.callers.push(caller),
+                Ok(None) => {
                     let e = Error::new(Kind::Usage, "the request did not come in time");
                     tell(&caller.stream, &Answer::failed(&e));
                 }
@@ -267,9 +266,9 @@ impl Server {
         }
     }
 
-    fn serve(&mut self, caller: Caller) {
-        let request = serde_json::from_slice(&caller.line);
-        let answer = match request.map_err(|e| Error::new(Kind::Usage, e.to_string())) {
+    fn serve(&mut self, mut caller: Caller, line: &[u8]) {
+        let request = serde_json::from_slice(line);
+        let answer = match request.map_err(|e| Error::of(Kind::Usage, e)) {
             Ok(Request::Detach {}) => {
                 log::info!("a client asks for the detach");
                 (self.orders.detach)();
@@ -309,8 +308,10 @@ impl Server {
             }
             Ok(Request::Rekey { layer, key }) => {
                 log::info!("a client gives the volume another data key");
-                let dek =
-                    caller.descriptor.ok_or_else(|| Error::new(Kind::Usage, "no data key came with it"));
+                let dek = caller
+                    .lines
+                    .take_descriptor()
+                    .ok_or_else(|| Error::new(Kind::Usage, "no data key came with it"));
                 let conversation = Conversation::with(&caller.stream);
                 let done = dek.and_then(SecretFd::from_fd);
                 let done = done.and_then(|dek| (self.orders.rekey)(*key, layer, dek, &mut conversation?));
@@ -327,33 +328,18 @@ impl Server {
 }
 
 impl Caller {
-    /// Takes what has come; whether that is all.
-    fn hear(&mut self) -> std::io::Result<bool> {
-        let mut part = [0; 4096];
-        while (self.line.len() as u64) < MAX_LINE {
-            let received = passing::receive(&self.stream, &mut part).map(|(n, descriptor)| {
-                self.descriptor = self.descriptor.take().or(descriptor);
-                n
-            });
-            match received {
-                Ok(0) => return Ok(true),
-                Ok(n) => self.line.extend_from_slice(&part[..n]),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-            if let Some(end) = self.line.iter().position(|&b| b == b'\n') {
-                self.line.truncate(end);
-                return Ok(true);
-            }
+    /// Takes what has come, and returns the client's line once all of it is there.
+    fn hear(&mut self) -> std::io::Result<Option<Vec<u8>>> {
+        match self.lines.next(&self.stream) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(None),
+            heard => heard.map(|line| Some(line.unwrap_or_default())),
         }
-        Ok(true)
     }
 }
 
 /// Answers a client. One that has gone does not want to know, and a line fits into the socket of one that has not.
 fn tell(client: &UnixStream, answer: &Answer) {
-    if let Err(e) = say(client, answer) {
+    if let Err(e) = wire::say(client, answer) {
         log::debug!("a control client is not told: {e}");
     }
 }

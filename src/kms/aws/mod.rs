@@ -60,8 +60,21 @@ impl Aws {
         F: Future<Output = Result<T, aws_sdk_kms::error::SdkError<E>>>,
         E: aws_sdk_kms::error::ProvideErrorMetadata + std::error::Error + 'static,
     {
+        self.call_within(self.patience, key, send)
+    }
+
+    fn call_within<T, E, F>(
+        &self,
+        patience: Patience,
+        key: &str,
+        send: impl Fn(aws_sdk_kms::Client) -> F,
+    ) -> Result<T, KmsError>
+    where
+        F: Future<Output = Result<T, aws_sdk_kms::error::SdkError<E>>>,
+        E: aws_sdk_kms::error::ProvideErrorMetadata + std::error::Error + 'static,
+    {
         let runtime = self.runtime.as_ref().expect("it is taken at drop alone");
-        self.patience.call(|time| {
+        patience.call(|time| {
             runtime.block_on(async {
                 let tried = async {
                     let regional = self.regional(arn_region(key)).await?;
@@ -74,6 +87,19 @@ impl Aws {
                 }
             })
         })
+    }
+
+    /// An invalid state says of no key which one it is in: each of `keys` is asked, until one is in a state that explains it.
+    /// Once, whatever the patience: this is for better advice.
+    fn in_state_of(&self, keys: &[&str], mut e: KmsError) -> KmsError {
+        for key in keys {
+            if let KmsError::InvalidState(_) = e
+                && let Ok(key) = self.describe_within(Patience(Duration::ZERO), key)
+            {
+                e = e.in_state(key.state);
+            }
+        }
+        e
     }
 
     async fn regional(&self, region: Option<&str>) -> Result<Arc<Regional>, KmsError> {
@@ -95,6 +121,26 @@ impl Aws {
         failure::unreachable(&endpoint, &format!("no answer within {} s", time.as_secs()))
     }
 
+    fn describe_within(&self, patience: Patience, key: &str) -> Result<KeyDescription, KmsError> {
+        let answer = self.call_within(patience, key, |kms| kms.describe_key().key_id(key).send())?;
+        let metadata = answer.key_metadata.ok_or_else(|| lacks("KeyMetadata"))?;
+        let key_id = metadata.arn.ok_or_else(|| lacks("Arn"))?;
+        let state = match metadata.key_state {
+            // AWS documents that a key can be used while it is being updated.
+            Some(types::KeyState::Enabled | types::KeyState::Updating) => KeyState::Enabled,
+            Some(types::KeyState::Disabled) => KeyState::Disabled,
+            Some(types::KeyState::PendingDeletion | types::KeyState::PendingReplicaDeletion) => {
+                KeyState::PendingDeletion
+            }
+            Some(types::KeyState::PendingImport) => KeyState::PendingImport,
+            other => {
+                let state = other.map_or("unknown".to_owned(), |state| state.as_str().to_owned());
+                return Err(KmsError::Unavailable(format!("{key_id} is in state {state}.")));
+            }
+        };
+        Ok(KeyDescription { key_id, state, description: metadata.description.unwrap_or_default() })
+    }
+
     fn decrypt_with(
         &self,
         wrapped: &WrappedKey,
@@ -108,7 +154,8 @@ impl Aws {
                 .set_encryption_context(pairs(context))
                 .set_grant_tokens(token.map(|token| vec![token.to_owned()]))
                 .send()
-        })?;
+        });
+        let answer = answer.map_err(|e| self.in_state_of(&[&wrapped.key_id], e))?;
         // Moved, not copied.
         let plaintext = answer.plaintext.map(|blob| Zeroizing::new(blob.into_inner()));
         plaintext.ok_or_else(|| lacks("Plaintext"))
@@ -134,23 +181,7 @@ impl KeyProvider for Aws {
     }
 
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
-        let answer = self.call(key, |kms| kms.describe_key().key_id(key).send())?;
-        let metadata = answer.key_metadata.ok_or_else(|| lacks("KeyMetadata"))?;
-        let key_id = metadata.arn.ok_or_else(|| lacks("Arn"))?;
-        let state = match metadata.key_state {
-            // AWS documents that a key can be used while it is being updated.
-            Some(types::KeyState::Enabled | types::KeyState::Updating) => KeyState::Enabled,
-            Some(types::KeyState::Disabled) => KeyState::Disabled,
-            Some(types::KeyState::PendingDeletion | types::KeyState::PendingReplicaDeletion) => {
-                KeyState::PendingDeletion
-            }
-            Some(types::KeyState::PendingImport) => KeyState::PendingImport,
-            other => {
-                let state = other.map_or("unknown".to_owned(), |state| state.as_str().to_owned());
-                return Err(KmsError::Unavailable(format!("{key_id} is in state {state}.")));
-            }
-        };
-        Ok(KeyDescription { key_id, state, description: metadata.description.unwrap_or_default() })
+        self.describe_within(self.patience, key)
     }
 
     fn generate_wrapped(
@@ -167,7 +198,8 @@ impl KeyProvider for Aws {
                 .number_of_bytes(len)
                 .set_encryption_context(pairs(context))
                 .send()
-        })?;
+        });
+        let answer = answer.map_err(|e| self.in_state_of(&[key], e))?;
         wrapped(answer.key_id, answer.ciphertext_blob)
     }
 
@@ -203,7 +235,8 @@ impl KeyProvider for Aws {
                 .destination_key_id(key)
                 .set_destination_encryption_context(pairs(to))
                 .send()
-        })?;
+        });
+        let answer = answer.map_err(|e| self.in_state_of(&[&wrapped.key_id, key], e))?;
         self::wrapped(answer.key_id, answer.ciphertext_blob)
     }
 
@@ -215,7 +248,8 @@ impl KeyProvider for Aws {
                 .plaintext(Blob::new(data_key))
                 .set_encryption_context(pairs(context))
                 .send()
-        })?;
+        });
+        let answer = answer.map_err(|e| self.in_state_of(&[key], e))?;
         wrapped(answer.key_id, answer.ciphertext_blob)
     }
 
@@ -231,7 +265,8 @@ impl KeyProvider for Aws {
                 .constraints(constraints.clone())
                 .name(request.name)
                 .send()
-        })?;
+        });
+        let answer = answer.map_err(|e| self.in_state_of(&[request.key], e))?;
         let id = answer.grant_id.ok_or_else(|| lacks("GrantId"))?;
         Ok(Grant { key_id: request.key.to_owned(), id, token: answer.grant_token })
     }

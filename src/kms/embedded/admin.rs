@@ -6,7 +6,7 @@ use crate::kms::embedded::records::{
     AliasEntry, AliasName, Change, Deletion, External, KeyEntry, material_id,
 };
 use crate::kms::embedded::rotation::first_version;
-use crate::kms::embedded::store::Now;
+use crate::kms::embedded::shared_log::Now;
 use crate::kms::embedded::{Embedded, due, tags};
 use crate::kms::errors::out_of_range;
 use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
@@ -89,8 +89,8 @@ impl Embedded {
         new.alias.map_or(Ok(()), check_alias)?;
         new.policy.map_or(Ok(()), tags::check_policy)?;
         tags::check_tags(new.tags)?;
-        self.store.create_if_absent()?;
-        let made = self.store.write(|log, now| {
+        self.log.create_if_absent()?;
+        let made = self.log.write(|log, now| {
             new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
             new_key(log, now, new)
         });
@@ -111,7 +111,7 @@ impl Embedded {
 
     /// ListKeys, by id. Without a store there are none.
     pub fn keys(&self) -> Result<Vec<KeyMetadata>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(Vec::new());
         }
         self.current(|log| Ok(log.state().keys().map(|key| self.metadata(log, key)).collect()))
@@ -174,7 +174,7 @@ impl Embedded {
     /// CreateAlias.
     pub fn create_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        let made = self.store.write(|log, now| {
+        let made = self.log.write(|log, now| {
             let entry = log.state().key(key, &self.place)?;
             entry.check_alive(&self.place)?;
             self.check_alias_is_free(log, name)?;
@@ -189,7 +189,7 @@ impl Embedded {
     /// UpdateAlias: away from a dying key, but not towards one.
     pub fn update_alias(&self, name: &str, key: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        let moved = self.store.write(|log, now| {
+        let moved = self.log.write(|log, now| {
             let alias = log.state().alias(name, &self.place)?;
             let entry = log.state().key(key, &self.place)?;
             entry.check_alive(&self.place)?;
@@ -205,7 +205,7 @@ impl Embedded {
     /// DeleteAlias: the key itself stays as it is.
     pub fn delete_alias(&self, name: &str) -> Result<(), KmsError> {
         check_alias(name)?;
-        let deleted = self.store.write(|log, _| {
+        let deleted = self.log.write(|log, _| {
             let name = log.state().alias(name, &self.place)?.name.clone();
             Ok((vec![Change::AliasDeleted(AliasName { name })], ()))
         });
@@ -214,7 +214,7 @@ impl Embedded {
 
     /// ListAliases, by name. Without a store there are none.
     pub fn aliases(&self) -> Result<Vec<AliasMetadata>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(Vec::new());
         }
         let metadata = |alias: &AliasEntry| AliasMetadata {
@@ -224,7 +224,7 @@ impl Embedded {
             created: alias.created,
             updated: alias.updated,
         };
-        self.store.read(|log| Ok(log.state().aliases().map(metadata).collect()))
+        self.log.read(|log| Ok(log.state().aliases().map(metadata).collect()))
     }
 
     /// Does what the passing of time asks for: deletes the keys whose waiting window is over, material included, as
@@ -232,15 +232,15 @@ impl Embedded {
     ///
     /// Called whenever the KMS is opened, and when an operation sees that something is due.
     pub fn purge(&self) -> Result<(), KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(());
         }
-        let now = self.store.now();
-        let due = self.store.read(|log| Ok(log.wants_rewriting() || due::is_due(log, &now)))?;
+        let now = self.log.now();
+        let due = self.log.read(|log| Ok(log.wants_rewriting() || due::is_due(log, &now)))?;
         if !due {
             return Ok(());
         }
-        let done: Vec<Due> = self.store.write(|log, now| {
+        let done: Vec<Due> = self.log.write(|log, now| {
             let changes = due::changes(log, &now.moment)?;
             for change in &changes {
                 if let Change::KeyDeleted(key) = change {
@@ -256,11 +256,11 @@ impl Embedded {
 
     /// Makes the default key and its alias if nobody has, one for all who try at once.
     pub(super) fn ensure_default_key(&self) -> Result<(), KmsError> {
-        self.store.create_if_absent()?;
-        if self.store.read(|log| Ok(log.state().has_alias(DEFAULT_KEY_ALIAS)))? {
+        self.log.create_if_absent()?;
+        if self.log.read(|log| Ok(log.state().has_alias(DEFAULT_KEY_ALIAS)))? {
             return Ok(());
         }
-        let made = self.store.write(|log, now| {
+        let made = self.log.write(|log, now| {
             if log.state().has_alias(DEFAULT_KEY_ALIAS) {
                 return Ok((Vec::new(), None));
             }
@@ -278,7 +278,7 @@ impl Embedded {
         key: &str,
         f: impl FnOnce(&KeyEntry, &Now) -> Result<KeyEntry, KmsError>,
     ) -> Result<KeyMetadata, KmsError> {
-        self.store.write(|log, now| {
+        self.log.write(|log, now| {
             let before = log.state().key(key, &self.place)?;
             let after = f(before, now)?;
             let metadata = self.metadata(log, &after);

@@ -6,7 +6,7 @@
 
 use crate::base::root::{files, replace_file};
 use crate::kms::KmsError;
-use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::log::Position;
 use crate::kms::embedded::plain::failed;
 use std::io::ErrorKind;
@@ -27,7 +27,7 @@ pub fn path(config: &Path, store: Uuid) -> PathBuf {
 }
 
 /// Makes `position` the anchor, durably.
-pub fn write(config: &Path, store: Uuid, position: &Position, keys: &StoreKeys) -> Result<(), KmsError> {
+pub fn write(config: &Path, store: Uuid, position: &Position, keys: &LogKeys) -> Result<(), KmsError> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend_from_slice(&position.seq.to_be_bytes());
     bytes.extend_from_slice(&position.chain);
@@ -36,7 +36,7 @@ pub fn write(config: &Path, store: Uuid, position: &Position, keys: &StoreKeys) 
 }
 
 /// Reads the anchor; `None` if there is none.
-pub fn read(config: &Path, store: Uuid, keys: &StoreKeys) -> Result<Option<Position>, KmsError> {
+pub fn read(config: &Path, store: Uuid, keys: &LogKeys) -> Result<Option<Position>, KmsError> {
     let path = path(config, store);
     let bytes = match files::read(&path, MAX_LEN) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -52,7 +52,7 @@ pub fn read(config: &Path, store: Uuid, keys: &StoreKeys) -> Result<Option<Posit
 }
 
 /// Parses and authenticates an anchor.
-pub fn parse(bytes: &[u8], keys: &StoreKeys) -> Option<Position> {
+pub fn parse(bytes: &[u8], keys: &LogKeys) -> Option<Position> {
     if bytes.len() != ANCHOR_LEN
         || bytes[..8] != *MAGIC
         || !same(&bytes[48..], &keys.mac("anchor", &[&bytes[..48]]))

@@ -29,54 +29,54 @@ impl<'a> Call<'a> {
         Call { name, keys: Vec::new(), parameters: Vec::new(), answer: None, by: None }
     }
 
-    /// The same, on the key that this argument names.
+    /// This call, on the key that this argument names.
     pub fn on(self, key: &str) -> Self {
         self.about(key).with("keyId", key)
     }
 
-    /// The same, about the key that this argument names.
+    /// This call, about the key that this argument names.
     pub fn about(mut self, key: &str) -> Self {
         self.keys.push(key.to_owned());
         self
     }
 
-    /// The same, with a parameter. Never a plaintext, a ciphertext or a token.
+    /// This call with a parameter. Never a plaintext, a ciphertext or a token.
     pub fn with(mut self, name: &'a str, value: impl Into<Value>) -> Self {
         self.parameters.push((name, value.into()));
         self
     }
 
-    /// The same, under this context.
+    /// This call, under this encryption context.
     pub fn under(self, name: &'a str, context: &EncryptionContext) -> Self {
         if context.pairs().is_empty() { self } else { self.with(name, json!(context.pairs())) }
     }
 
-    /// The same, with something that was answered.
+    /// This call with something that was answered.
     pub fn answering(self, name: &'a str, value: impl Into<Value>) -> Self {
         Call { answer: Some((name, value.into())), ..self }
     }
 
-    /// The same, by somebody else than the user of this process.
+    /// This call, by somebody else than the user of this process.
     pub fn by(self, identity: Value) -> Self {
         Call { by: Some(identity), ..self }
     }
 }
 
 impl Embedded {
-    /// The same KMS, for one who records calls himself by [`Embedded::record_call`].
+    /// This KMS, for a caller that records calls by itself ([`Embedded::record_call`]).
     pub fn recorded_by_caller(self) -> Self {
         Embedded { caller_records: true, ..self }
     }
 
     /// The store's audit key; `None` if there is no store.
     pub fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(None);
         }
-        self.store.read(|log| Ok(Some(log.keys().audit().clone())))
+        self.log.read(|log| Ok(Some(log.keys().audit().clone())))
     }
 
-    /// Records a call of the store's owner; answers `result`, unless it cannot be recorded.
+    /// Records a call of the store's owner; returns `result`, unless it cannot be recorded.
     pub(super) fn record<T>(&self, call: Call<'_>, result: Result<T, KmsError>) -> Result<T, KmsError> {
         if self.caller_records {
             return result;
@@ -159,12 +159,12 @@ impl Embedded {
 
     /// The audit key, and the ARNs of the keys that the call names, as far as they are there.
     fn key_and_arns(&self, call: &Call<'_>) -> Result<Option<(AuditKey, Vec<String>)>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(None);
         }
         let arn =
             |state: &State, key: &String| Some(self.place.key_arn(state.key(key, &self.place).ok()?.id));
-        self.store.read(|log| {
+        self.log.read(|log| {
             let arns = call.keys.iter().filter_map(|key| arn(log.state(), key)).collect();
             Ok(Some((log.keys().audit().clone(), arns)))
         })

@@ -190,7 +190,7 @@ impl Embedded {
     /// Material that has expired is not used even where it could not be removed.
     fn check_usable(&self, key: &KeyEntry) -> Result<(), KmsError> {
         key.check_usable(&self.place)?;
-        let expired = key.external.is_some() && due::material_is_due(key, &self.store.now());
+        let expired = key.external.is_some() && due::material_is_due(key, &self.log.now());
         if expired { Err(key.pending_import(&self.place)) } else { Ok(()) }
     }
 

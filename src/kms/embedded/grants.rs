@@ -6,7 +6,7 @@ use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::random;
 use crate::kms::embedded::grant_records::{Constraint, GrantEntry, GrantName, GrantOperation};
-use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::page::{Page, Piece};
 use crate::kms::embedded::principals::{Caller, denied, is_principal};
 use crate::kms::embedded::records::{Change, KeyEntry};
@@ -66,7 +66,7 @@ pub enum GrantRef<'a> {
 }
 
 impl Embedded {
-    /// CreateGrant. Who has a grant for CreateGrant can give away no more than that grant.
+    /// CreateGrant. Whoever has a grant for CreateGrant can give away no more than that grant.
     pub fn create_grant(
         &self,
         caller: &Caller,
@@ -75,7 +75,7 @@ impl Embedded {
         dry_run: bool,
     ) -> Result<Granted, KmsError> {
         check_new(new)?;
-        let granted = self.store.write(|log, now| {
+        let granted = self.log.write(|log, now| {
             let state = log.state();
             let entry = state.key(key, &self.place)?;
             let mut operations = new.operations.to_vec();
@@ -160,7 +160,7 @@ impl Embedded {
 
     /// RetireGrant: by its retiring principal, by a grantee whose grant allows it, or by an administrator.
     pub fn retire_grant(&self, caller: &Caller, grant: GrantRef<'_>, dry_run: bool) -> Result<(), KmsError> {
-        let retired = self.store.write(|log, _| {
+        let retired = self.log.write(|log, _| {
             let found = match grant {
                 GrantRef::Id { key, grant } => self.find_grant(log.state(), key, grant)?,
                 GrantRef::Token(token) => {
@@ -187,7 +187,7 @@ impl Embedded {
 
     /// RevokeGrant. What the grantee begins after this has answered fails.
     pub fn revoke_grant(&self, key: &str, id: &str, dry_run: bool) -> Result<(), KmsError> {
-        let revoked = self.store.write(|log, _| end(self.find_grant(log.state(), key, id)?, dry_run));
+        let revoked = self.log.write(|log, _| end(self.find_grant(log.state(), key, id)?, dry_run));
         self.record(Call::new("RevokeGrant").on(key).with("grantId", id), revoked)
     }
 
@@ -202,7 +202,7 @@ impl Embedded {
                  length less than or equal to {TOKENS_MAX}"
             )));
         }
-        self.store.read(|log| tokens.iter().try_for_each(|token| read_token(log.keys(), token).map(drop)))
+        self.log.read(|log| tokens.iter().try_for_each(|token| read_token(log.keys(), token).map(drop)))
     }
 
     fn check_may_grant(&self, state: &State, caller: &Caller, new: &GrantEntry) -> Result<(), KmsError> {
@@ -288,13 +288,13 @@ fn new_id() -> Result<String, KmsError> {
 }
 
 /// The grant's id and a MAC of it, so that a token of another store, or none at all, is told apart.
-fn token(keys: &StoreKeys, id: &str) -> String {
+fn token(keys: &LogKeys, id: &str) -> String {
     let mut bytes = id.as_bytes().to_vec();
     bytes.extend_from_slice(&keys.mac("grant token", &[id.as_bytes()]));
     STANDARD.encode(bytes)
 }
 
-fn read_token(keys: &StoreKeys, token: &str) -> Result<String, KmsError> {
+fn read_token(keys: &LogKeys, token: &str) -> Result<String, KmsError> {
     let bytes = STANDARD.decode(token).map_err(|_| invalid_token())?;
     let (id, mac) = bytes.split_last_chunk::<32>().ok_or_else(invalid_token)?;
     if !same(mac, &keys.mac("grant token", &[id])) {

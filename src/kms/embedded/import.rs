@@ -4,12 +4,12 @@
 //! private key, sealed under the store key together with the KMS key's id and the moment it expires at.
 //!
 //! RSA's private operation is the one secret computation here that a caller can time. The caller has to be allowed
-//! to import, the RSA key is of no use but for one KMS key and one day, and the operation is blinded.
+//! to import, the RSA key is of no use except for one KMS key and one day, and the operation is blinded.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::Material;
-use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry, material_id};
 use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
@@ -86,8 +86,8 @@ impl Embedded {
         let private = PrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
         let public_key = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
         let secret = private.to_pkcs8_der().map_err(rsa_failed)?;
-        let valid_to = self.store.now().wall + DAY;
-        let parameters = self.store.read(|log| {
+        let valid_to = self.log.now().wall + DAY;
+        let parameters = self.log.read(|log| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;
             let mut token = Zeroizing::new(Vec::with_capacity(HEAD_LEN + secret.as_bytes().len()));
             token.extend_from_slice(entry.id.as_bytes());
@@ -115,7 +115,7 @@ impl Embedded {
         wrapped: &[u8],
         expires: Option<i64>,
     ) -> Result<ImportedMaterial, KmsError> {
-        let now = self.store.now().wall;
+        let now = self.log.now().wall;
         if expires.is_some_and(|at| at <= now || at > now + 365 * DAY) {
             return Err(KmsError::Validation("ValidTo must lie in the future, and within 365 days.".into()));
         }
@@ -133,9 +133,9 @@ impl Embedded {
         now: i64,
     ) -> Result<ImportedMaterial, KmsError> {
         let id = self.importable(key)?;
-        let token = self.store.read(|log| open_token(log.keys(), token, id, now))?;
+        let token = self.log.read(|log| open_token(log.keys(), token, id, now))?;
         let material = unwrap(&token, wrapped)?;
-        self.store.write(|log, now| {
+        self.log.write(|log, now| {
             let entry = self.check_importable(log.state().key(&id.to_string(), &self.place)?)?;
             let after = with_material(log.keys(), entry, &material, expires, now.time)?;
             let answer = self.imported(&after);
@@ -143,9 +143,9 @@ impl Embedded {
         })
     }
 
-    /// DeleteImportedKeyMaterial: the key waits for import afterwards; answers `None` if it did already.
+    /// DeleteImportedKeyMaterial: the key waits for import afterwards; returns `None` if it did already.
     pub fn delete_material(&self, key: &str) -> Result<(String, Option<String>), KmsError> {
-        let deleted = self.store.write(|log, _| {
+        let deleted = self.log.write(|log, _| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;
             let arn = self.place.key_arn(entry.id);
             if entry.versions.is_empty() {
@@ -180,7 +180,7 @@ pub fn without_material(key: &KeyEntry) -> KeyEntry {
 }
 
 fn with_material(
-    keys: &StoreKeys,
+    keys: &LogKeys,
     key: &KeyEntry,
     material: &Material,
     expires: Option<i64>,
@@ -209,7 +209,7 @@ fn with_material(
 const HEAD_LEN: usize = 24;
 
 /// The private key in a token, PKCS#8.
-fn open_token(keys: &StoreKeys, token: &[u8], key: Uuid, now: i64) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+fn open_token(keys: &LogKeys, token: &[u8], key: Uuid, now: i64) -> Result<Zeroizing<Vec<u8>>, KmsError> {
     let invalid = || {
         KmsError::Other(Exception::InvalidImportToken, "The import token is not one of this key's.".into())
     };

@@ -44,15 +44,15 @@ impl RootKey {
 /// Key material as it lies in the log: IV (12 bytes), ciphertext (32), tag (16).
 pub const SEALED_LEN: usize = 60;
 
-/// The keys of one store, in secret memory.
-pub struct StoreKeys {
+/// The keys of one KMS's log, in secret memory.
+pub struct LogKeys {
     store: Uuid,
     sealing: SecretBytes<32>,
     mac: SecretBytes<32>,
     audit: AuditKey,
 }
 
-impl StoreKeys {
+impl LogKeys {
     /// HKDF-SHA-256 of the root key, with the store's id as salt.
     pub fn derive(root: &RootKey, store: Uuid) -> Result<Self, KmsError> {
         on_scrubbed_stack(|| {
@@ -63,7 +63,7 @@ impl StoreKeys {
                     Ok(())
                 })
             };
-            Ok(StoreKeys {
+            Ok(LogKeys {
                 store,
                 sealing: expand(b"sealblk kms store key")?,
                 mac: expand(b"sealblk kms log mac key")?,
@@ -120,7 +120,7 @@ impl StoreKeys {
         })
     }
 
-    /// Seals any bytes under the store key; only [`StoreKeys::open_token`] with the same label opens them.
+    /// Seals any bytes under the sealing key; only [`LogKeys::open_token`] with the same label opens them.
     pub fn seal_token(&self, label: &str, bytes: &[u8]) -> Result<Vec<u8>, KmsError> {
         let mut token = vec![0; 12];
         random(&mut token)?;
@@ -183,9 +183,9 @@ pub fn same(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    fn keys(root: u8, store: u128) -> StoreKeys {
+    fn keys(root: u8, store: u128) -> LogKeys {
         let root = RootKey::copy_of(&[root; 32]).unwrap();
-        StoreKeys::derive(&root, Uuid::from_u128(store)).unwrap()
+        LogKeys::derive(&root, Uuid::from_u128(store)).unwrap()
     }
 
     #[test]
@@ -193,7 +193,7 @@ mod tests {
         let (key, version) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let sealed = keys(1, 1).seal(key, version, &Material::copy_of(&[5; 32]).unwrap()).unwrap();
         assert_eq!(keys(1, 1).open(key, version, &sealed).unwrap().bytes(), &[5; 32]);
-        let refused = |keys: StoreKeys, key, version, sealed: &[u8; SEALED_LEN]| {
+        let refused = |keys: LogKeys, key, version, sealed: &[u8; SEALED_LEN]| {
             assert!(matches!(keys.open(key, version, sealed), Err(KmsError::Corrupt(_))));
         };
         refused(keys(2, 1), key, version, &sealed);

@@ -3,7 +3,7 @@
 //! Pure: it sees byte slices and the store's keys, no file. docs/kms-store.md describes the format byte by byte.
 
 use crate::kms::KmsError;
-use crate::kms::embedded::keys::{StoreKeys, same};
+use crate::kms::embedded::keys::{LogKeys, same};
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"SBLK-KMS";
@@ -43,7 +43,7 @@ pub struct Header {
 
 impl Header {
     /// The header's bytes.
-    pub fn encode(&self, keys: &StoreKeys) -> Vec<u8> {
+    pub fn encode(&self, keys: &LogKeys) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_LEN);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&FORMAT.to_be_bytes());
@@ -75,7 +75,7 @@ impl Header {
     }
 
     /// Whether the header that was parsed from `bytes` was made with `keys`.
-    pub fn is_authentic(bytes: &[u8], keys: &StoreKeys) -> bool {
+    pub fn is_authentic(bytes: &[u8], keys: &LogKeys) -> bool {
         bytes.get(FIXED..HEADER_LEN).is_some_and(|mac| same(mac, &keys.mac("header", &[&bytes[..FIXED]])))
     }
 }
@@ -99,7 +99,7 @@ pub enum Next<'a> {
 }
 
 /// The bytes of the record after `before`, and the place behind it. `body` has 1..=[`BODY_MAX`] bytes.
-pub fn encode_record(before: &Position, body: &[u8], keys: &StoreKeys) -> (Vec<u8>, Position) {
+pub fn encode_record(before: &Position, body: &[u8], keys: &LogKeys) -> (Vec<u8>, Position) {
     assert!((1..=BODY_MAX).contains(&body.len()), "a record's body has 1 byte to 16 MiB");
     let seq = before.seq + 1;
     let mut bytes = Vec::with_capacity(HEAD_LEN + body.len() + MAC_LEN);
@@ -123,7 +123,7 @@ pub fn next_record<'a>(
     before: &Position,
     bytes: &'a [u8],
     offset: u64,
-    keys: &StoreKeys,
+    keys: &LogKeys,
 ) -> Result<Next<'a>, KmsError> {
     if bytes.is_empty() {
         return Ok(Next::End);
@@ -177,9 +177,9 @@ mod tests {
 
     const START: Position = Position { seq: 0, chain: [0; 32] };
 
-    fn keys() -> StoreKeys {
+    fn keys() -> LogKeys {
         let root = RootKey::copy_of(&[1; 32]).unwrap();
-        StoreKeys::derive(&root, Uuid::from_u128(1)).unwrap()
+        LogKeys::derive(&root, Uuid::from_u128(1)).unwrap()
     }
 
     #[test]

@@ -26,8 +26,8 @@ pub mod principals;
 pub mod records;
 pub mod root_key;
 pub mod rotation;
+mod shared_log;
 mod state;
-mod store;
 pub mod tags;
 
 use crate::audit::AuditLog;
@@ -39,15 +39,15 @@ use crate::kms::key_ref::Locality;
 use clock::{Clock, SystemClock};
 use open_log::OpenLog;
 use root_key::passphrase::Passphrase;
+use shared_log::SharedLog;
 use std::path::PathBuf;
-use store::Store;
 
 /// A KMS in a folder.
 pub struct Embedded {
-    store: Store,
+    log: SharedLog,
     place: Locality,
     audit: AuditLog,
-    /// Whether whoever calls writes the audit record of the call himself, since he knows more of it.
+    /// Whether the caller writes the audit record of a call by itself, since it knows more of the call.
     caller_records: bool,
     /// The principal whose grants attaches make, if they make any.
     grantee: Option<String>,
@@ -82,16 +82,16 @@ impl Embedded {
         hardened: Hardened,
     ) -> Self {
         let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
-        let store = Store::new(dir, config, clock, hardened);
-        let kms = Embedded { store, place, audit, caller_records: false, grantee: None };
+        let log = SharedLog::new(dir, config, clock, hardened);
+        let kms = Embedded { log, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
-        if kms.store.asks_for_passphrase() {
+        if kms.log.asks_for_passphrase() {
             return kms;
         }
         if let Err(e) = kms.purge() {
             ::log::warn!(
                 "keys that may be due for deletion in {} were not looked at: {e}",
-                kms.store.dir().display()
+                kms.log.dir().display()
             );
         }
         kms
@@ -102,23 +102,23 @@ impl Embedded {
     /// # Errors
     /// `AlreadyExists` if there is one.
     pub fn init(&self, passphrase: Option<&Passphrase>) -> Result<(), KmsError> {
-        match self.store.create(passphrase)? {
+        match self.log.create(passphrase)? {
             true => Ok(()),
             false => Err(KmsError::AlreadyExists(format!(
                 "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is kept",
-                self.store.dir().display()
+                self.log.dir().display()
             ))),
         }
     }
 
     /// Opens the store, if there is one, so that whoever has to give a passphrase is asked now.
     pub fn unlock(&self) -> Result<(), KmsError> {
-        if self.store.exists()? { self.store.read(|_| Ok(())) } else { Ok(()) }
+        if self.log.exists()? { self.log.read(|_| Ok(())) } else { Ok(()) }
     }
 
-    /// Puts the root key under another passphrase, or under none; answers where it lies. Nothing that it opens changes.
+    /// Puts the root key under another passphrase, or under none; returns where it lies. Nothing that it opens changes.
     pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
-        self.store.protect_root_key(passphrase)
+        self.log.protect_root_key(passphrase)
     }
 
     /// The region and account of its ARNs.
@@ -131,15 +131,14 @@ impl Embedded {
     /// Where that cannot be written down (a read-only disk), the answer is still the one of now: what must not
     /// be used any more is refused by its state.
     fn current<T>(&self, f: impl Fn(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
-        let now = self.store.now();
-        let answer =
-            self.store.read(|log| if due::is_due(log, &now) { Ok(None) } else { f(log).map(Some) })?;
+        let now = self.log.now();
+        let answer = self.log.read(|log| if due::is_due(log, &now) { Ok(None) } else { f(log).map(Some) })?;
         if let Some(answer) = answer {
             return Ok(answer);
         }
         if let Err(e) = self.purge() {
-            ::log::warn!("what is due in {} could not be done: {e}", self.store.dir().display());
+            ::log::warn!("what is due in {} could not be done: {e}", self.log.dir().display());
         }
-        self.store.read(f)
+        self.log.read(f)
     }
 }

@@ -5,7 +5,7 @@
 use crate::base::hardened::Hardened;
 use crate::base::root::files;
 use crate::kms::KmsError;
-use crate::kms::embedded::keys::{RootKey, StoreKeys};
+use crate::kms::embedded::keys::{LogKeys, RootKey};
 use crate::kms::embedded::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
 use crate::kms::embedded::plain::failed;
 use crate::kms::embedded::records::{Change, Transaction};
@@ -28,7 +28,7 @@ pub struct OpenLog {
     path: PathBuf,
     file: File,
     header: Header,
-    keys: StoreKeys,
+    keys: LogKeys,
     /// Where the last good record ends.
     end: u64,
     /// The MACs of this file's records: the one of record `header.base.seq + 1` first.
@@ -46,7 +46,7 @@ impl OpenLog {
         };
         let start = first_bytes_of(&file).map_err(|e| failed("read", path, &e))?;
         let header = Header::parse(&start).map_err(|e| at(path, e))?;
-        let keys = StoreKeys::derive(&root_key::load(config, header.store, hardened)?, header.store)?;
+        let keys = LogKeys::derive(&root_key::load(config, header.store, hardened)?, header.store)?;
         if !Header::is_authentic(&start, &keys) {
             return Err(KmsError::Corrupt(format!(
                 "{}: the root key {} is not the one this store was made with, or the store's header is damaged",
@@ -68,15 +68,15 @@ impl OpenLog {
         Ok(Some(log))
     }
 
-    /// The id of the store whose log is at `path`, if its header says one; nothing vouches for it.
-    pub fn store_at(path: &Path) -> Option<Uuid> {
+    /// The id of the KMS whose log is at `path`, if its header says one; nothing vouches for it.
+    pub fn id_at(path: &Path) -> Option<Uuid> {
         let start = files::open(path).and_then(|file| first_bytes_of(&file)).ok()?;
         Header::parse(&start).ok().map(|header| header.store)
     }
 
     /// A log without records, for the store that `root` was just made for.
     pub fn first_bytes(header: &Header, root: &RootKey) -> Result<Vec<u8>, KmsError> {
-        Ok(header.encode(&StoreKeys::derive(root, header.store)?))
+        Ok(header.encode(&LogKeys::derive(root, header.store)?))
     }
 
     /// Whether the file at the log's path is still this one, and has not become shorter.
@@ -109,8 +109,8 @@ impl OpenLog {
         }
     }
 
-    /// The store's id.
-    pub fn store(&self) -> Uuid {
+    /// The id of the KMS.
+    pub fn id(&self) -> Uuid {
         self.header.store
     }
 
@@ -120,7 +120,7 @@ impl OpenLog {
     }
 
     /// The store's keys.
-    pub fn keys(&self) -> &StoreKeys {
+    pub fn keys(&self) -> &LogKeys {
         &self.keys
     }
 
@@ -130,7 +130,7 @@ impl OpenLog {
         self.chains.last().map_or(self.header.base, |chain| Position { seq, chain: *chain })
     }
 
-    /// Compares the log with the anchor in `config`; answers whether the log is ahead of it. Corrupt if the log
+    /// Compares the log with the anchor in `config`; returns whether the log is ahead of it. Corrupt if the log
     /// lacks what was answered.
     pub fn is_ahead_of_anchor(&self, config: &Path) -> Result<bool, KmsError> {
         let Some(anchor) = anchor::read(config, self.header.store, &self.keys)? else {

@@ -62,8 +62,8 @@ impl Embedded {
         admin: bool,
     ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
         check_name(name)?;
-        self.store.create_if_absent()?;
-        let made = self.store.write(|log, now| {
+        self.log.create_if_absent()?;
+        let made = self.log.write(|log, now| {
             if log.state().principal(name).is_some() {
                 let message = format!("there is a principal {name}; delete it first to give it another key");
                 return Err(KmsError::AlreadyExists(message));
@@ -87,16 +87,16 @@ impl Embedded {
 
     /// All principals, by name. Without a store there are none.
     pub fn principals(&self) -> Result<Vec<PrincipalMetadata>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(Vec::new());
         }
-        self.store.read(|log| Ok(log.state().principals().map(|p| self.principal_metadata(p)).collect()))
+        self.log.read(|log| Ok(log.state().principals().map(|p| self.principal_metadata(p)).collect()))
     }
 
     /// Gives a principal a second access key, so that the first can be replaced wherever it is used before it is
     /// deleted; the secret is shown this once.
     pub fn create_access_key(&self, name: &str) -> Result<(String, SecretKey), KmsError> {
-        let made = self.store.write(|log, now| {
+        let made = self.log.write(|log, now| {
             let mut entry = existing(log.state(), name)?.clone();
             if entry.second.is_some() {
                 let message = format!("{name} has two access keys; delete one to make another");
@@ -115,7 +115,7 @@ impl Embedded {
     /// Takes one of its two access keys from a principal. No request with it that begins after this has answered
     /// succeeds.
     pub fn delete_access_key(&self, name: &str, access_key: &str) -> Result<(), KmsError> {
-        let deleted = self.store.write(|log, _| {
+        let deleted = self.log.write(|log, _| {
             let mut entry = existing(log.state(), name)?.clone();
             match entry.second.take() {
                 Some(second) if second.access_key == access_key => {}
@@ -139,7 +139,7 @@ impl Embedded {
     /// Removes a principal and the grants that were made for it. No request of its that begins after this has
     /// answered succeeds.
     pub fn delete_principal(&self, name: &str) -> Result<(), KmsError> {
-        let deleted = self.store.write(|log, _| {
+        let deleted = self.log.write(|log, _| {
             let entry = existing(log.state(), name)?;
             let arn = principal_arn(&self.place, &entry.name);
             let grants = log.state().grants().filter(|grant| grant.grantee == arn);
@@ -154,10 +154,10 @@ impl Embedded {
 
     /// Who has this access key, and its secret; `None` if nobody has.
     pub fn principal_of(&self, access_key: &str) -> Result<Option<(Caller, SecretKey)>, KmsError> {
-        if !self.store.exists()? {
+        if !self.log.exists()? {
             return Ok(None);
         }
-        self.store.read(|log| {
+        self.log.read(|log| {
             let sealed_in = |entry: &PrincipalEntry| {
                 let second = entry.second.as_ref().map(|second| (&second.access_key, second.sealed));
                 let mut both = std::iter::once((&entry.access_key, entry.sealed)).chain(second);
@@ -177,7 +177,7 @@ impl Embedded {
     }
 
     /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a grant.
-    /// Answers the key's ARN, so that what was allowed and what is done are about one key.
+    /// Returns the key's ARN, so that what was allowed and what is done are about one key.
     pub fn check_allowed(
         &self,
         caller: &Caller,
@@ -192,7 +192,7 @@ impl Embedded {
             // administrator's right.
             return Ok(key.to_owned());
         }
-        self.store.read(|log| {
+        self.log.read(|log| {
             let entry = log.state().key(key, &self.place)?;
             let arn = self.place.key_arn(entry.id);
             let granted = || {

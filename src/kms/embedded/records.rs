@@ -104,7 +104,7 @@ pub struct Rotation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RotationType {
-    /// Its period.
+    /// The key's rotation period was over.
     Automatic,
     /// RotateKeyOnDemand.
     OnDemand,

@@ -99,9 +99,9 @@ impl Embedded {
         })
     }
 
-    /// RotateKeyOnDemand; answers the key's ARN. The rhythm of the automatic rotation stays.
+    /// RotateKeyOnDemand; returns the key's ARN. The rhythm of the automatic rotation stays.
     pub fn rotate_on_demand(&self, key: &str) -> Result<String, KmsError> {
-        let rotated = self.store.write(|log, now| {
+        let rotated = self.log.write(|log, now| {
             let mut entry = log.state().key(key, &self.place)?.clone();
             self.check_rotatable(&entry)?;
             let arn = self.place.key_arn(entry.id);

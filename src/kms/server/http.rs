@@ -138,7 +138,7 @@ async fn first<A, B>(this: impl Future<Output = A>, that: impl Future<Output = B
 
 /// How a connection comes to its end before its peer closes it.
 enum Leaving {
-    /// It has been there for long enough, or makes way for another.
+    /// The connection has been there for long enough, or makes way for another.
     Gently,
     /// Nobody has shown a valid signature on it.
     AtOnce,

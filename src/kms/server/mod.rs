@@ -1,6 +1,6 @@
 //! The embedded KMS on AWS's wire, for boto3, the AWS CLI and every AWS SDK.
 //!
-//! It assumes nothing of who connects: a request is answered when its signature is right, and everything before
+//! It assumes nothing of whoever connects: a request is answered when its signature is right, and everything before
 //! that is bounded in size and time. Without TLS it listens on loopback addresses and Unix sockets only. It holds no state of its own: ending it at any moment loses nothing that was answered.
 
 mod http;

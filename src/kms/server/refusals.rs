@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// For so long what one principal is refused is counted together.
 const PERIOD: Duration = Duration::from_secs(300);
-/// So many of them have a record of their own in that time.
+/// How many refusals have a record of their own in that time.
 const ONE_BY_ONE: u64 = 10;
 
 /// What each principal was refused lately.

@@ -1,4 +1,4 @@
-//! AWS Signature Version 4: whether a request was made by who has the secret of the access key that it names.
+//! AWS Signature Version 4: whether a request was made by whoever has the secret of the access key that it names.
 //!
 //! Pure: a request, the time and a secret in, yes or AWS's own refusal out. Signatures in the query ("presigned
 //! URLs") are not accepted: nobody needs them for a KMS, and they end in logs.

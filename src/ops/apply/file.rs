@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Kind, Result, size};
-use crate::catalog::metadata::{SectorSize, VolumeName};
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
+use crate::crypt::SectorSize;
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::HashSet;

@@ -25,9 +25,9 @@ pub struct Planned {
 
 /// What is done to a volume.
 pub enum Change {
-    /// It is made.
+    /// The volume is made.
     Create(Wanted),
-    /// It is made larger.
+    /// The volume is made larger.
     Grow {
         /// The volume.
         id: VolumeId,
@@ -36,7 +36,7 @@ pub enum Change {
         /// Its size in bytes when that is done.
         to: u64,
     },
-    /// It gets these tags, and no others.
+    /// The volume gets these tags, and no others.
     Tag {
         /// The volume.
         id: VolumeId,

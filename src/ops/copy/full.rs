@@ -1,14 +1,14 @@
 //! Copies of snapshots under another data key: one new layer with everything that the original's layers have.
 //!
 //! What will be the copy's record is called `snap-….copying` until the copy is whole; it names the new layer, so that nobody
-//! clears that away, and is locked (flock) by who is at it. The same copy asked for again goes on with what it finds. The
+//! clears that away, and is locked (flock) by whoever is at it. The same copy asked for again goes on with what it finds. The
 //! rename to `.json` **is the moment**. `docs/format.md` argues the steps.
 
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
-use crate::catalog::references::StoreLock;
+use crate::catalog::references::RecordsLock;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::{Catalog, SnapshotId};
 use crate::crypt::Dek;
@@ -95,7 +95,7 @@ impl Copying {
     /// # Errors
     /// Those of the file system.
     pub fn commit(self, catalog: &Catalog) -> Result<Snapshot> {
-        let _store = StoreLock::acquire(catalog)?;
+        let _records = RecordsLock::acquire(catalog)?;
         catalog.mark_frozen(self.copy.layers());
         let (from, to) = (catalog.copying_path(self.copy.id()), catalog.snapshot_path(self.copy.id()));
         files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
@@ -106,7 +106,7 @@ impl Copying {
 
 /// Writes down what is going to be made, and locks it.
 fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<File>> {
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     create_dir_durable(&catalog.root().snapshots())?;
     let path = catalog.copying_path(copy.id());
     catalog.enter_snapshot(copy)?;
@@ -121,7 +121,7 @@ fn interrupted(
     label: &Label,
     key: &WrappingKey<'_>,
 ) -> Result<Option<(Snapshot, Flock<File>)>, Failure> {
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     for (id, path) in catalog.copies_in_the_making()? {
         let read = catalog.load_copying(id);
         let Ok(copy) = read.inspect_err(|e| log::warn!("left as it is: {e}")) else { continue };
@@ -137,7 +137,7 @@ fn interrupted(
     Ok(None)
 }
 
-/// None if somebody else has it, or it is gone.
+/// Locks the record at `path`; `None` if somebody else has it, or it is gone.
 fn lock(path: &Path) -> Result<Option<Flock<File>>> {
     let file = match files::open(path) {
         Ok(file) => file,

@@ -12,7 +12,7 @@ use super::flatten::hydrate;
 use super::keys::NamedKey;
 use crate::base::{Context, Result, Timestamp};
 use crate::catalog::metadata::encryption_context;
-use crate::catalog::references::StoreLock;
+use crate::catalog::references::RecordsLock;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::{Catalog, SnapshotId};
 use crate::crypt::xts::Engine;
@@ -27,7 +27,7 @@ use full::Copying;
 
 /// How a copy is made.
 pub enum Way {
-    /// It has the data keys of the original, and its layers.
+    /// The copy has the data keys of the original, and its layers.
     Shared,
     /// Everything is copied under a data key that this KMS key wraps.
     Full(NamedKey),
@@ -124,9 +124,9 @@ fn make(catalog: &Catalog, source: &Snapshot, label: Label, keys: Keys<'_>) -> R
     copy.layout.keys = rewrapped;
     copy.created = Timestamp::now();
     copy.label = label;
-    let _store = StoreLock::acquire(catalog)?;
+    let _records = RecordsLock::acquire(catalog)?;
     // From here on the copy names the layers, and before, the original did.
     catalog.load_snapshot(source.id())?;
-    catalog.store_new_snapshot(&copy)?;
+    catalog.save_new_snapshot(&copy)?;
     Ok(copy)
 }

@@ -307,5 +307,6 @@ fn unwrap_all(layout: &Layout, owner: KeyOwner, unwrap: Unwrap<'_>) -> Result<Ve
 fn attached(catalog: &Catalog, id: VolumeId) -> Result<Error> {
     let e = lock::busy(id, &catalog.held(id)?);
     let hint = format!("make a snapshot (\"sealblk snapshot create {id}\") and export that, or detach it");
-    Ok(Error::new(Kind::Busy, format!("{e}; {hint}")))
+    let message = format!("{e}; {hint}");
+    Ok(e.reworded(message))
 }

@@ -27,11 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Told {
-    /// It says that it has taken note.
+    /// The VMM says that it has taken note.
     Confirmed,
-    /// It was told, and has not confirmed it: it does not confirm such messages, or not in time.
+    /// The VMM was told, and has not confirmed it: it does not confirm such messages, or not in time.
     Sent,
-    /// It was told, and says that it could not act on it.
+    /// The VMM was told, and says that it could not act on it.
     Refused,
     /// Nobody was told: no VMM is connected, or it takes no such message. The next to connect will see it.
     Nobody,
@@ -79,7 +79,7 @@ impl Channel {
         })
     }
 
-    /// The same without waiting for an answer.
+    /// Tells the VMM that the configuration has changed, without waiting for an answer.
     pub fn announce_config_change(&self) {
         let Some(line) = self.lock().clone() else { return };
         let line = line.locked();

@@ -70,7 +70,7 @@ impl MemoryTable {
         }
     }
 
-    /// Forgets a region, and answers the body of the REM_MEM_REG that makes others forget it.
+    /// Forgets a region, and returns the body of the REM_MEM_REG that makes others forget it.
     pub(super) fn take(&mut self) -> Option<Vec<u8>> {
         let gone = self.regions.pop()?;
         Some(

@@ -63,7 +63,7 @@ impl Message {
         self.flags & NEED_REPLY != 0
     }
 
-    /// The same with the need-reply bit set.
+    /// This message with the need-reply bit set.
     pub(super) fn with_need_reply(mut self) -> Self {
         self.flags |= NEED_REPLY;
         self
@@ -136,7 +136,7 @@ impl Message {
     }
 }
 
-/// Fills `buffer`, collecting descriptors. Answers `false` if the peer closed before the first byte and that is
+/// Fills `buffer`, collecting descriptors. Returns `false` if the peer closed before the first byte and that is
 /// allowed.
 fn receive_exact(
     socket: &UnixStream,
@@ -166,7 +166,7 @@ fn receive_exact(
 }
 
 /// Reads what there is, and takes over all descriptors that the kernel made for us: at the limit of open files it makes
-/// a part of them, and says that the rest is cut off. Answers the number of bytes, and whether descriptors were lost.
+/// a part of them, and says that the rest is cut off. Returns the number of bytes, and whether descriptors were lost.
 fn receive_some(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<(usize, bool)> {
     let mut space = [0u64; CONTROL_WORDS];
     let mut data = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };

@@ -6,20 +6,21 @@
 
 mod channel;
 mod event;
+mod expected;
 mod memory;
 mod message;
-mod shape;
 mod state;
 
 pub use channel::{Channel, Told};
 
+use crate::base::error::attempted;
 use crate::vhost::dirty::Bitmap;
 use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::vring::Rings;
 use event::check_event;
+use expected::{Expected, has_answer};
 use memory::MemoryTable;
 use message::{Message, invalid, no_room};
-use shape::{Shape, has_answer};
 use state::Transfer;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -96,7 +97,7 @@ impl Gate {
         while let Some(message) = Message::receive(&self.vmm)? {
             let (request, wants_ack) = (message.request, message.needs_reply());
             let name = request_name(request);
-            let answer = self.pass(message).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
+            let answer = self.pass(message).map_err(|e| attempted(name, e));
             let own_answer = Req::try_from(request).is_ok_and(has_answer);
             let ack = wants_ack && !own_answer && self.acked & Protocol::REPLY_ACK.bits() != 0;
             match answer {
@@ -115,7 +116,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Checks one message and answers what goes back, if its kind has an answer of its own.
+    /// Checks one message and returns what goes back, if its kind has an answer of its own.
     fn pass(&mut self, mut message: Message) -> Result<Option<Message>> {
         if message.is_reply() {
             return Err(invalid("a reply that nobody asked for".into()));
@@ -124,8 +125,8 @@ impl Gate {
         let Ok(request) = Req::try_from(code) else {
             return Err(invalid(format!("unknown request {code}")));
         };
-        let shape = Shape::of(request).ok_or_else(|| invalid("not offered".into()))?;
-        shape.check(&message, self.acked, &self.limits)?;
+        let expected = Expected::of(request).ok_or_else(|| invalid("not offered".into()))?;
+        expected.check(&message, self.acked, &self.limits)?;
         match request {
             Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
             // A front-end that re-adds a device on its connection claims it again, and gives all its memory anew.
@@ -321,7 +322,7 @@ impl Gate {
             Some(_) if has_fds => drop(self.hear_crate()?),
             _ => {}
         }
-        // The crate cannot say it: a ring that was to run now does not.
+        // The crate cannot report that a ring which was to start has not started, so our own rings are asked.
         self.rings.check()?;
         match answer {
             Some(answer) if answer.answers(request) => Ok(answer),

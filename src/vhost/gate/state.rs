@@ -24,7 +24,7 @@ const PATIENCE: u16 = 2000;
 /// What the last transfer was about.
 #[derive(Default)]
 pub(super) enum Transfer {
-    /// There was none.
+    /// There was no transfer.
     #[default]
     None,
     /// We had to write.

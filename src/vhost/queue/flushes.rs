@@ -1,6 +1,6 @@
-//! Flushes of one ring that share one of the store's.
+//! Flushes of one ring that share one of the disk's.
 //!
-//! A flush covers the writes that had completed when it was asked for. So one that is asked for while the store is at one
+//! A flush covers the writes that had completed when it was asked for. So one that is asked for while the disk is at one
 //! waits for the next, never for the running one, which may have begun before those writes were complete; and all that
 //! wait share that next one. It is begun at the end of a turn, when everybody of that turn is in.
 //!
@@ -10,7 +10,7 @@
 /// Who waits for a flush, by slot.
 #[derive(Default)]
 pub(super) struct Flushes {
-    /// For the one that the store has.
+    /// For the one that the disk has.
     running: Vec<u16>,
     /// For the next.
     waiting: Vec<u16>,

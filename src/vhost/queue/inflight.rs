@@ -110,13 +110,13 @@ pub struct InflightQueue {
 }
 
 impl InflightQueue {
-    /// The same for a ring whose driver has made `unanswered` chains available beyond the used ones. More marks than
+    /// This log for a ring whose driver has made `unanswered` chains available beyond the used ones. More marks than
     /// that are those of a ring that is no more.
     pub fn for_unanswered(self, unanswered: u16) -> Self {
         InflightQueue { unanswered, ..self }
     }
 
-    /// Looks at what an earlier back-end left, given the used index that the driver sees. Answers the heads to serve
+    /// Looks at what an earlier back-end left, given the used index that the driver sees. Returns the heads to serve
     /// again, oldest first. They are in flight from here on.
     pub fn recover(&mut self, used_idx: u16) -> Vec<u16> {
         if self.load_u16(AT_VERSION) != VERSION || self.load_u16(AT_DESC_NUM) != self.size {
@@ -304,7 +304,7 @@ mod tests {
         queue.recover(1000);
         queue.take(1);
         assert!(region.queue(0, 8).unwrap().recover(0).is_empty());
-        // The same where the index tells nothing: a driver that has made nothing available waits for nothing.
+        // Nor do they where the index tells nothing: a driver that has made nothing available waits for nothing.
         queue.recover(0);
         queue.take(1);
         assert!(region.queue(0, 8).unwrap().for_unanswered(0).recover(0).is_empty());

@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use sync::{Condvar, Mutex, MutexGuard, Receiver, SyncSender, sync_channel};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Operations that a ring may have with the store at a time, even if it is small: a request may take several.
+/// Operations that a ring may have with the disk at a time, even if it is small: a request may take several.
 const MIN_DEPTH: u16 = 128;
 /// How long a thread may take to answer before it is interrupted if it is signalling the VMM.
 const INTERRUPT_AFTER: Duration = Duration::from_secs(1);
@@ -157,7 +157,7 @@ impl Mailbox {
         }
     }
 
-    /// Stands still until the end of a pause; answers what goes on, if that is not what there was. `open` makes it
+    /// Stands still until the end of a pause; returns what goes on, if that is not what there was. `open` makes it
     /// out of the disk.
     fn pause<T>(&self, open: impl Fn(&Arc<Disk>) -> io::Result<T>) -> Option<(Arc<Disk>, T)> {
         let mut next = None;
@@ -203,8 +203,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread for queue `index`, with a disk or as yet without one. `died` is called with the reason should it fail while it serves:
-    /// then requests of the guest are lost, and nobody may go on as if nothing had happened.
+    /// Starts the thread for queue `index`, with a disk or as yet without one. `died` is called with the reason if the
+    /// thread fails while it serves: then requests of the guest are lost, and the process must not go on.
     pub fn spawn(
         index: usize,
         disk: impl Into<Option<Arc<Disk>>>,
@@ -275,7 +275,7 @@ impl Worker {
         self.ask(Command::Start(Box::new(setup))).map(drop)
     }
 
-    /// Drains and forgets the ring; answers where it stands, or `None` if there was none.
+    /// Drains and forgets the ring; returns where it stands, or `None` if there was none.
     pub fn stop(&self) -> io::Result<Option<Position>> {
         self.ask(Command::Stop)
     }

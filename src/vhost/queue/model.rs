@@ -1,9 +1,9 @@
 //! The queue's thread, its mailbox and a driver, in every order in which they can take turns (up to a number of
 //! preemptions), by loom. What is checked is the code that runs: the mailbox, the thread's life, [`Server`] and
-//! [`Ring`](crate::vhost::queue::ring::Ring). The store and the guest's driver are stand-ins.
+//! [`Ring`](crate::vhost::queue::ring::Ring). The disk and the guest's driver are stand-ins.
 //!
 //! loom knows what goes through the mailbox. Steps on the ring and in the kernel are made known to it by the stand-ins:
-//! each of the driver's, and on the thread's side whenever it asks the store for something. Not modelled: the order in
+//! each of the driver's, and on the thread's side whenever it asks the disk for something. Not modelled: the order in
 //! which CPUs see each other's writes to the rings (virtio-queue's fences), and a driver that acts between two accesses of
 //! one look at the ring.
 //!
@@ -36,7 +36,7 @@ fn explore(check: impl Fn() + Sync + Send + 'static) {
     model.check(check);
 }
 
-fn store_that_flushes() -> Arc<Control> {
+fn disk_that_flushes() -> Arc<Control> {
     let control = Control::default();
     control.may_end.store(u32::MAX, SeqCst);
     Arc::new(control)
@@ -53,7 +53,7 @@ fn answered(control: &Control, driver: &Driver, count: u16) {
 #[test]
 fn no_kick_is_lost() {
     explore(|| {
-        let control = store_that_flushes();
+        let control = disk_that_flushes();
         let (worker, thread, _) = worker(&control);
         let mut driver = Driver::new(&control);
         worker.start(*driver.setup(BEGIN)).unwrap();
@@ -71,7 +71,7 @@ fn no_kick_is_lost() {
 #[test]
 fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
     explore(|| {
-        let control = store_that_flushes();
+        let control = disk_that_flushes();
         let (worker, thread, _) = worker(&control);
         let driver = Driver::new(&control);
         let mut guest = driver.view();
@@ -105,7 +105,7 @@ fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
 #[test]
 fn in_a_pause_nothing_is_in_flight() {
     explore(|| {
-        let control = store_that_flushes();
+        let control = disk_that_flushes();
         let (worker, thread, _) = worker(&control);
         let driver = Driver::new(&control);
         let mut guest = driver.view();
@@ -136,7 +136,7 @@ fn in_a_pause_nothing_is_in_flight() {
 #[test]
 fn every_command_is_answered() {
     explore(|| {
-        let control = store_that_flushes();
+        let control = disk_that_flushes();
         let (worker, thread, _) = worker(&control);
         let worker = Arc::new(worker);
         let other = worker.clone();
@@ -157,7 +157,7 @@ fn every_command_is_answered() {
 #[test]
 fn nobody_waits_for_a_thread_that_is_gone() {
     explore(|| {
-        let control = store_that_flushes();
+        let control = disk_that_flushes();
         let (worker, thread, died) = worker(&control);
         let driver = Driver::new(&control);
         worker.start(*driver.setup(BEGIN)).unwrap();

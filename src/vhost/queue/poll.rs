@@ -7,8 +7,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Sleeps after which polling is tried again, and for how long at most: so little that it is nothing beside what they cost.
+/// After so many sleeps in a row, polling is tried once more.
 const TRY_AFTER: u32 = 64;
+/// How long that trial lasts at most: next to nothing beside what the sleeps before it cost.
 const TRIAL: Duration = Duration::from_micros(16);
 
 /// How long to look before sleeping.
@@ -33,7 +34,7 @@ impl BusyPoll {
         !self.window.is_zero()
     }
 
-    /// Calls `look` until it finds something or the window is over. Answers whether it did.
+    /// Calls `look` until it finds something or the window is over. Returns whether it did.
     pub fn poll(&mut self, mut look: impl FnMut() -> bool) -> bool {
         if self.window.is_zero() {
             return false;

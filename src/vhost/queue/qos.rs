@@ -111,7 +111,7 @@ impl Bucket {
         let cost = u64::try_from(cost).unwrap_or(u64::MAX / 4);
         let oldest = now.saturating_sub(self.burst.load(Ordering::Relaxed));
         let add = |level: u64| Some(level.max(oldest).saturating_add(cost));
-        // The closure always answers, so the update cannot fail.
+        // The closure always returns a value, so the update cannot fail.
         let _ = self.level.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 }

@@ -10,21 +10,21 @@ pub(super) struct Request {
     pub(super) status: GuestAddress,
     pub(super) written: u32,
     pub(super) op: Op,
-    /// Its data runs.
+    /// The runs of guest memory that have its data.
     pub(super) segments: Vec<Segment>,
     pub(super) data_len: u64,
-    /// Bytes of the disk that are seen to: handed to the store, or in need of nothing.
+    /// Bytes of the disk that are seen to: handed to the disk, or in need of nothing.
     pub(super) started: u64,
-    /// Operations the store has.
+    /// Operations that the disk has.
     pub(super) pieces: u32,
     /// Whether the volume's limits have let it in.
     pub(super) admitted: bool,
     /// Whether it must be durable when it completes.
     pub(super) durable: bool,
-    /// It is done but for the flush that makes it durable.
+    /// Whether everything is done except for the flush that makes the request durable.
     pub(super) flushing: bool,
     pub(super) failed: bool,
-    /// It failed, and only because the store cannot do such a thing.
+    /// Whether it failed only because the disk cannot do such a thing.
     pub(super) unsupported: bool,
 }
 

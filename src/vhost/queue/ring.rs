@@ -92,7 +92,7 @@ impl Ring {
         idx.map_or(0, |idx| idx.0.wrapping_sub(self.queue.next_used()))
     }
 
-    /// Takes the next available chain; answers its head, below the ring's size. An error means that the driver
+    /// Takes the next available chain; returns its head, below the ring's size. An error means that the driver
     /// broke the ring's rules.
     pub fn pop(&mut self) -> Result<Option<u16>, Error> {
         let next = self.queue.next_avail();
@@ -149,7 +149,7 @@ impl Ring {
         self.queue.next_used().wrapping_sub(self.published)
     }
 
-    /// Lets the driver see what was added since the last time. Answers nothing if there was nothing, else whether
+    /// Lets the driver see what was added since the last time. Returns nothing if there was nothing, else whether
     /// the driver wants to be interrupted.
     pub fn publish(&mut self) -> Option<bool> {
         let (old, new) = (self.published, self.queue.next_used());
@@ -179,7 +179,7 @@ impl Ring {
         }
     }
 
-    /// Asks the driver to kick for the next chain; answers whether one is there already.
+    /// Asks the driver to kick for the next chain; returns whether one is there already.
     pub fn enable_kicks(&mut self) -> bool {
         let there = self.queue.enable_notification(&*self.mem).unwrap_or(false);
         let at = if self.event_idx { USED_HEADER + USED_ELEMENT * u64::from(self.queue.size()) } else { 0 };

@@ -72,7 +72,7 @@ mod one_answer {
             }
         }
 
-        /// There is no time in the model: as long as it takes.
+        /// Waits as long as it takes: there is no time in the model.
         pub(crate) fn recv_timeout(&self, _limit: Duration) -> Result<T, RecvTimeoutError> {
             self.recv().map_err(|_| RecvTimeoutError::Disconnected)
         }

@@ -1,4 +1,4 @@
-//! How many flushes the store gets, counted there.
+//! How many flushes the disk gets, counted there.
 
 use super::*;
 use crate::vhost::queue::fake::{Control, Driver, disk};

@@ -146,7 +146,7 @@ pub fn parse<M: GuestMemory>(
     Some(parsed)
 }
 
-/// Removes the last byte of the writable runs and answers its address.
+/// Removes the last byte of the writable runs and returns its address.
 fn take_status(data: &mut Vec<Segment>) -> Option<GuestAddress> {
     let last = data.last_mut()?;
     let status = last.addr.checked_add(u64::from(last.len) - 1)?;
@@ -157,7 +157,7 @@ fn take_status(data: &mut Vec<Segment>) -> Option<GuestAddress> {
     Some(status)
 }
 
-/// Removes the first 16 bytes of the readable runs and answers them.
+/// Removes the first 16 bytes of the readable runs and returns them.
 fn take_header<M: GuestMemory>(
     mem: &M,
     data: &mut Vec<Segment>,

@@ -151,19 +151,19 @@ impl Request {
         Self::new(WRITE_ZEROES, 0, segment_bytes(segments), 0)
     }
 
-    /// The same, cut otherwise.
+    /// This request, cut otherwise.
     pub fn framed(mut self, framing: Framing) -> Self {
         self.framing = framing;
         self
     }
 
-    /// The same, its descriptors elsewhere.
+    /// This request, its descriptors elsewhere.
     pub fn placed(mut self, place: Place) -> Self {
         self.place = place;
         self
     }
 
-    /// The same without a status byte.
+    /// This request without a status byte.
     pub fn without_status(mut self) -> Self {
         self.status = false;
         self

@@ -49,7 +49,7 @@ impl Desc {
         Desc { addr, len, flags: INDIRECT, next: 0 }
     }
 
-    /// The same, continued at `next`.
+    /// This descriptor, continued at `next`.
     pub fn then(self, next: u16) -> Self {
         Desc { flags: self.flags | NEXT, next, ..self }
     }
@@ -166,7 +166,7 @@ impl SplitRing {
     }
 
     /// Writes descriptors, linked as `make` says that knows which indices they get, and publishes the first.
-    /// They are never given back. Answers the head.
+    /// They are never given back. Returns the head.
     pub fn post(&mut self, count: usize, make: impl FnOnce(&[u16]) -> Vec<Desc>) -> u16 {
         let own = self.take_descs(count).expect("room on the ring");
         for (index, desc) in own.iter().zip(make(&own)) {
@@ -176,7 +176,7 @@ impl SplitRing {
         own[0]
     }
 
-    /// The same for an orderly chain.
+    /// Writes an orderly chain, and publishes it.
     pub fn post_chain(&mut self, chain: &[Desc]) -> u16 {
         self.post(chain.len(), |own| linked(chain, |i| own[i]))
     }

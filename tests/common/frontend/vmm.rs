@@ -150,7 +150,7 @@ impl Vmm {
         self.start_rings(self.rings.len())
     }
 
-    /// The same where the driver, as a BIOS does, has set up only the first so many rings.
+    /// Starts the device where the driver, as a BIOS does, has set up only the first so many rings.
     pub fn start_rings(&mut self, used: usize) -> Result<()> {
         self.rings.iter_mut().for_each(|r| r.event_idx = self.features & F_EVENT_IDX != 0);
         match self.kind {

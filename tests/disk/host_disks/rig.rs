@@ -66,7 +66,7 @@ impl Rig {
         Reader::new(&self.place.store.root(), self.place.store.config())
     }
 
-    /// Runs a command that succeeds, and answers what it prints.
+    /// Runs a command that succeeds, and returns what it prints.
     #[track_caller]
     pub fn id(&self, arguments: &[&str]) -> String {
         self.place.store.ok(arguments).trim().to_owned()
@@ -164,7 +164,7 @@ impl Writer {
         self.settle(&mut started);
     }
 
-    /// Both rings have writes in flight, of sectors that lie in turn side by side. Answers them.
+    /// Both rings have writes in flight, of sectors that lie in turn side by side. Returns them.
     pub fn begin_side_by_side(&mut self) -> Vec<(usize, Vec<u8>)> {
         let first = self.random.below((self.data.len() / 65536) as u64) as usize * 65536;
         let mut begun = Vec::new();

@@ -4,8 +4,8 @@ use crate::common::frontend::{Options, Session};
 use crate::common::loop_disk::{Kind, LoopDisk};
 use crate::common::patience::limit;
 use sealblk::backing::{Event, Wait};
-use sealblk::crypt::Dek;
-use sealblk::crypt::xts::{DataUnit, Engine, new_cipher};
+use sealblk::crypt::xts::{Engine, new_cipher};
+use sealblk::crypt::{Dek, SectorSize};
 use sealblk::disk::hydrate::{End, Hydration};
 use sealblk::disk::{Cipher, Disk, GuestData};
 use sealblk::image::lock::Access;
@@ -77,7 +77,7 @@ pub struct Keys(Vec<Cipher>);
 
 impl Keys {
     pub fn new(block: u32) -> Self {
-        let unit = DataUnit::from_bytes(block as usize).unwrap();
+        let unit = SectorSize::try_from(block).unwrap();
         let cipher = |n: u8| {
             let bytes: Vec<u8> = (0..64).map(|i| i * 3 + n).collect();
             let dek = Dek::from_bytes(&bytes).unwrap();
@@ -156,7 +156,7 @@ impl Served {
         Some(Hydrating { hydration, thread: std::thread::spawn(move || runs.run().unwrap()) })
     }
 
-    /// Takes those layers away, of which those above must hold everything; answers how many are left.
+    /// Takes those layers away, of which those above must hold everything; returns how many are left.
     pub fn drop_lower_layers(&mut self) -> usize {
         let mut paused = self.device.pause(limit()).unwrap();
         self.layers.truncate(self.layers.len() - self.leaving);

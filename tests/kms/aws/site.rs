@@ -15,12 +15,12 @@ pub struct Site {
 }
 
 impl Site {
-    /// The host asks as the KMS's root principal; nothing is set but for `settings`.
+    /// The host asks as the KMS's root principal; nothing is set except for `settings`.
     pub fn new(settings: &str) -> Self {
         Self::under(settings, |kms| kms.create_key("", None).expect("make a key").arn)
     }
 
-    /// The same, with the key that `make` makes.
+    /// A site with these settings, and with the key that `make` makes.
     pub fn under(settings: &str, make: impl FnOnce(&Embedded) -> String) -> Self {
         let kms = KmsServer::start();
         let (who, key) = (kms.principal("root"), make(&kms.admin()));
@@ -36,7 +36,7 @@ impl Site {
         self.place.store.set_environment(self.who.environment(url));
     }
 
-    /// An attach that is refused with this exit code, one more event, and this cause in it. Answers what it said.
+    /// An attach that is refused with this exit code, one more event, and this cause in it. Returns what it said.
     #[track_caller]
     pub fn refused(&self, code: i32, cause: &str) -> String {
         let before = self.place.events().len();

@@ -3,7 +3,7 @@
 use crate::embedded::{Place, corrupt};
 use crate::suite::Admin;
 use sealblk::kms::KeyState;
-use sealblk::kms::embedded::keys::StoreKeys;
+use sealblk::kms::embedded::keys::LogKeys;
 use sealblk::kms::embedded::log::{HEADER_LEN, Header, encode_record};
 use sealblk::kms::embedded::{Embedded, anchor, root_key};
 use std::fs;
@@ -166,7 +166,7 @@ fn records_of_a_newer_version_are_refused_by_name() {
     Admin::create_key(&place.open());
     let mut log = fs::read(place.log()).unwrap();
     let header = Header::parse(&log).unwrap();
-    let keys = StoreKeys::derive(
+    let keys = LogKeys::derive(
         &root_key::load(&place.config(), header.store, sealblk::base::hardened::harden().unwrap()).unwrap(),
         header.store,
     )

@@ -1,39 +1,30 @@
 //! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in one
 //! ring, with few system calls a batch.
 
+mod inline;
 mod rewrite;
+mod work;
 
 use crate::backing::file::memory::{FileMemory, User};
-use crate::backing::file::pool::{self, PAGE, Pool, Span};
+use crate::backing::file::pool::{self, Pool};
 use crate::backing::file::prefetch::prefetch;
 use crate::backing::file::ring::{self, Ring};
-use crate::backing::file::turns::{Edges, Turns};
+use crate::backing::file::turns::Turns;
 use crate::backing::file::write_cache::WriteCache;
 use crate::backing::{Buffer, Event, InMemory, NotBegun, Op, Queue, Wait};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use rewrite::{Fill, Next, Rewriting};
+use rewrite::{Rewriting, SPARE, TURN};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use work::{Left, Move, PUNCH, TOP, Way, Work, ZERO};
 
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
 const CANCEL: u64 = 1 << 33;
-/// The top layer, among the registered files.
-const TOP: u32 = 0;
-/// The token of the watch that wakes a queue when its turn at a block may have come.
-const TURN: u32 = u32::MAX - 1;
-/// Pages of a buffer for what is read of blocks that are written in part: the first and the last.
-const SPARE: usize = 2;
-
-/// Hole punching keeps the file's size in both cases.
-const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-
 /// The kernel gets what waits for it when it is so many operations, or bytes, before another buffer is filled: a device
 /// that takes requests one after the other would stand idle meanwhile. A call for each would cost more than it gains.
 const EARLY_OPERATIONS: usize = 4;
@@ -49,76 +40,6 @@ struct Pending {
     work: Work,
     /// How often the kernel did nothing.
     tries: u8,
-}
-
-/// What the kernel is asked for.
-#[derive(Clone, Copy)]
-enum Work {
-    Move(Move),
-    Sync,
-    Zero { offset: u64, len: u64, mode: i32 },
-}
-
-/// Bytes to be moved between a file and the pool.
-#[derive(Clone, Copy)]
-struct Move {
-    /// Which way, and what else the kernel is to do.
-    way: Way,
-    /// Which layer: 0 is the top.
-    file: u32,
-    offset: u64,
-    span: Span,
-    /// How many of them must be moved: what lies behind the end of a file cannot be read.
-    need: u32,
-    /// What offsets and lengths are multiples of.
-    unit: u32,
-}
-
-#[derive(Clone, Copy)]
-enum Way {
-    Read,
-    Write { flags: i32 },
-}
-
-/// What is left to do after the kernel has moved some bytes.
-enum Left {
-    Nothing,
-    Rest(Work),
-    /// Less than one unit was moved: nothing is gained.
-    All,
-}
-
-impl Work {
-    fn bytes(&self) -> u32 {
-        match self {
-            Work::Move(moving) => moving.span.len,
-            Work::Sync | Work::Zero { .. } => 0,
-        }
-    }
-
-    fn after(&self, moved: u32) -> Left {
-        let Work::Move(moving) = *self else { return Left::Nothing };
-        if moved >= moving.need {
-            return Left::Nothing;
-        }
-        match moved - moved % moving.unit {
-            0 => Left::All,
-            n => Left::Rest(Work::Move(Move {
-                offset: moving.offset + u64::from(n),
-                span: moving.span.from(n),
-                need: moving.need - n,
-                ..moving
-            })),
-        }
-    }
-
-    /// What it means that the kernel moves nothing at all.
-    fn stuck(&self) -> io::Error {
-        match self {
-            Work::Move(Move { way: Way::Read, .. }) => io::ErrorKind::UnexpectedEof.into(),
-            _ => io::ErrorKind::WriteZero.into(),
-        }
-    }
 }
 
 /// A descriptor that wakes the thread.
@@ -208,13 +129,13 @@ impl FileQueue {
         })
     }
 
-    /// The same, over a device whose flushes are needed only while it has a cache.
+    /// This queue, over a device whose flushes are needed only while the device has a cache.
     pub(super) fn with_write_cache(mut self, write_cache: Option<Arc<WriteCache>>) -> Self {
         self.write_cache = write_cache;
         self
     }
 
-    /// The same, over a top layer of which blocks are written in part, in turn with the other queues.
+    /// This queue, over a top layer of which blocks are written in part, in turn with the other queues.
     pub(super) fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
         if let Some(turns) = turns {
             let rewriting = Rewriting::new(turns, self.depth)?;
@@ -292,147 +213,12 @@ impl FileQueue {
         Move { way, file, offset, span, need: need as u32, unit }
     }
 
-    /// Hands an operation over when those before it have left the blocks that it writes in part.
-    fn start_in_turn(&mut self, slot: u32, pending: Pending) {
-        let (bytes, edges, fill) = match (&pending.work, &pending.buffer) {
-            (Work::Move(moving @ Move { way: Way::Write { .. }, .. }), Some(buffer)) => {
-                let bytes = moving.offset..moving.offset + u64::from(moving.span.len);
-                let (edges, fill) = self.fill(moving, buffer);
-                (bytes, edges, fill)
-            }
-            (Work::Zero { offset, len, .. }, _) => {
-                assert!((offset | len) & (u64::from(self.unit) - 1) == 0, "whole units are made zeros");
-                (*offset..offset + len, [None, None], Fill::default())
-            }
-            _ => return self.submit_again(slot, pending),
-        };
-        let work = pending.work;
-        self.pending[slot as usize] = Some(pending);
-        let next = self.rewriting.as_mut().and_then(|r| r.begin(slot, bytes, edges, fill, work));
-        self.go_on(slot, next);
-    }
-
-    /// What must be read before a write of whole units that a buffer has a part of: none, or the first and the last.
-    fn fill(&self, write: &Move, buffer: &Buffer) -> (Edges, Fill) {
-        let (unit, len) = (self.unit as usize, write.span.len as usize);
-        let (start, end) = (buffer.skip as usize, buffer.skip as usize + buffer.len());
-        let before = start % unit;
-        let behind = len - before - buffer.len();
-        let (first, last) = (write.offset, write.offset + (len - unit) as u64);
-        let edges = [(before > 0).then_some(first), (behind > 0).then_some(last)];
-        let spare = end.next_multiple_of(PAGE);
-        let read = |offset: u64, at: usize, len: usize| {
-            let span = self.pool.span(buffer, at, len);
-            Some(Move { way: Way::Read, offset, span, need: span.len, ..*write })
-        };
-        // Where the pages' last unit is read to, behind the others.
-        let (reads, last_at) = match edges {
-            [None, None] => return (edges, Fill::default()),
-            _ if len <= SPARE * unit => ([read(first, spare, len), None], spare + len - unit),
-            [Some(_), Some(_)] => ([read(first, spare, unit), read(last, spare + PAGE, unit)], spare + PAGE),
-            [Some(_), None] => ([read(first, spare, unit), None], spare),
-            [None, Some(_)] => ([read(last, spare, unit), None], spare),
-        };
-        let copies = [
-            (before > 0).then_some((spare..spare + before, start - before)),
-            (behind > 0).then_some((last_at + unit - behind..last_at + unit, end)),
-        ];
-        (edges, Fill { reads, copies })
-    }
-
-    /// Does what comes next in a slot, if anything does now.
-    fn go_on(&mut self, slot: u32, next: Option<Next>) {
-        let Some(Next { work, copies }) = next else { return };
-        let Some(mut pending) = self.pending[slot as usize].take() else { return };
-        if let Some(buffer) = &mut pending.buffer {
-            let pages = self.pool.whole(buffer);
-            for (from, to) in copies.into_iter().flatten() {
-                pages.copy_within(from, to);
-            }
-        }
-        pending.work = work;
-        self.waiting_bytes += work.bytes() as usize;
-        self.submit_again(slot, pending);
-    }
-
-    /// Begins what waited for its turn, as far as that has come.
-    fn take_turns(&mut self) {
-        while let Some((slot, next)) = self.rewriting.as_mut().and_then(Rewriting::next_turn) {
-            self.go_on(slot, Some(next));
-        }
-    }
-
-    /// What the kernel is told.
-    fn entry(&self, work: &Work) -> squeue::Entry {
-        match *work {
-            Work::Sync => opcode::Fsync::new(types::Fixed(TOP)).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::Zero { offset, len, mode } => {
-                opcode::Fallocate::new(types::Fixed(TOP), len).offset(offset).mode(mode).build()
-            }
-            Work::Move(Move { way, file, offset, span, .. }) => {
-                let (file, ptr) = (types::Fixed(file), self.pool.ptr(span));
-                match (way, self.registered) {
-                    (Way::Read, true) => {
-                        opcode::ReadFixed::new(file, ptr, span.len, 0).offset(offset).build()
-                    }
-                    (Way::Read, false) => opcode::Read::new(file, ptr, span.len).offset(offset).build(),
-                    (Way::Write { flags }, true) => {
-                        let write = opcode::WriteFixed::new(file, ptr, span.len, 0);
-                        write.offset(offset).rw_flags(flags).build()
-                    }
-                    (Way::Write { flags }, false) => {
-                        opcode::Write::new(file, ptr, span.len).offset(offset).rw_flags(flags).build()
-                    }
-                }
-            }
-        }
-    }
-
     /// Lets the kernel have what waits, if that is worth a call: the device is at work on it while more is prepared.
     fn begin_early(&mut self) {
         if self.ring.submission().len() >= EARLY_OPERATIONS || self.waiting_bytes >= EARLY_BYTES {
             // What it refuses now is asked for again with the next wait, which says so.
             let _ = self.enter(Wait::Poll);
         }
-    }
-
-    /// Does the operation now, by this thread.
-    fn run_inline(&mut self, tag: u64, op: Op) {
-        let (buffer, result) = match op {
-            Op::Read { offset, mut buffer } => {
-                let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
-                (Some(buffer), result)
-            }
-            Op::ReadBelow { layer, offset, part, mut buffer } => {
-                let bytes = &mut self.pool.bytes(&mut buffer)[part];
-                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
-                (Some(buffer), result)
-            }
-            Op::Write { offset, mut buffer, durable } => {
-                let bytes = self.pool.bytes(&mut buffer);
-                let result = match &self.memory {
-                    Some(memory) => {
-                        let len = bytes.len() as u64;
-                        memory.write(offset, len, || self.file.write_all_at(bytes, offset))
-                    }
-                    None => self.file.write_all_at(bytes, offset),
-                };
-                let sync = |()| if durable { self.file.sync_data() } else { Ok(()) };
-                (Some(buffer), result.and_then(sync))
-            }
-            Op::Flush => (None, self.file.sync_data()),
-            Op::Zero { offset, len, .. } => {
-                use nix::fcntl::{FallocateFlags, fallocate};
-                let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                let punch = |at: u64, len: u64| Ok(fallocate(&*self.file, mode, at as i64, len as i64)?);
-                let result = match &self.memory {
-                    Some(memory) => memory.give_back(offset, len, punch),
-                    None => punch(offset, len),
-                };
-                (None, result)
-            }
-        };
-        self.events.push_back(Event::Done { tag, buffer, result });
     }
 
     /// Turns what the kernel completed into events.
@@ -497,7 +283,8 @@ impl FileQueue {
     }
 
     fn submit_again(&mut self, slot: u32, pending: Pending) {
-        self.push(self.entry(&pending.work).user_data(u64::from(slot)));
+        let entry = pending.work.entry(&self.pool, self.registered);
+        self.push(entry.user_data(u64::from(slot)));
         self.pending[slot as usize] = Some(pending);
     }
 

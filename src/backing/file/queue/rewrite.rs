@@ -14,13 +14,21 @@
 //!
 //! **A sector that is not in the layer** stays so: it is read as zeros, and written as zeros.
 
-use crate::backing::file::queue::{Move, Work};
+use super::work::{Move, Way, Work};
+use super::{FileQueue, Pending};
+use crate::backing::Buffer;
+use crate::backing::file::pool::PAGE;
 use crate::backing::file::turns::{Edges, Ticket, Turns};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+
+/// The token of the watch that wakes a queue when its turn at a block may have come.
+pub(super) const TURN: u32 = u32::MAX - 1;
+/// Pages of a buffer for what is read of blocks that are written in part: the first and the last.
+pub(super) const SPARE: usize = 2;
 
 /// What a queue does in turn with the others of its layer, slot by slot.
 pub(super) struct Rewriting {
@@ -42,18 +50,18 @@ struct Held {
 
 /// What is read before a write.
 #[derive(Default)]
-pub(super) struct Fill {
+struct Fill {
     /// One after the other.
-    pub(super) reads: [Option<Move>; 2],
+    reads: [Option<Move>; 2],
     /// Which bytes of the buffer's pages are copied where, when all is read.
-    pub(super) copies: [Option<(Range<usize>, usize)>; 2],
+    copies: [Option<(Range<usize>, usize)>; 2],
 }
 
 /// The next thing to do in a slot.
 pub(super) struct Next {
-    pub(super) work: Work,
+    work: Work,
     /// What to copy before, in the buffer's pages.
-    pub(super) copies: [Option<(Range<usize>, usize)>; 2],
+    copies: [Option<(Range<usize>, usize)>; 2],
 }
 
 impl Rewriting {
@@ -73,15 +81,8 @@ impl Rewriting {
         self.wake.as_fd().as_raw_fd()
     }
 
-    /// Has `work`, after `fill`, done in turn for these bytes. Answers what to do now, if the turn has come.
-    pub(super) fn begin(
-        &mut self,
-        slot: u32,
-        bytes: Range<u64>,
-        edges: Edges,
-        fill: Fill,
-        work: Work,
-    ) -> Option<Next> {
+    /// Has `work`, after `fill`, done in turn for these bytes. Returns what to do now, if the turn has come.
+    fn begin(&mut self, slot: u32, bytes: Range<u64>, edges: Edges, fill: Fill, work: Work) -> Option<Next> {
         let (ticket, has_come) = self.turns.take(bytes, edges, &self.wake);
         self.slots[slot as usize] = Some(Held { ticket, fill, work: Some(work) });
         if has_come {
@@ -121,7 +122,7 @@ impl Rewriting {
     }
 
     /// The next slot whose turn has come, and what to do in it.
-    pub(super) fn next_turn(&mut self) -> Option<(u32, Next)> {
+    fn next_turn(&mut self) -> Option<(u32, Next)> {
         let has_come = |&slot: &u32| {
             self.slots[slot as usize].as_ref().is_none_or(|held| self.turns.has_come(&held.ticket))
         };
@@ -130,7 +131,7 @@ impl Rewriting {
         Some((slot, self.after(slot, true)?))
     }
 
-    /// Gives up whatever has not begun, and goes on with nothing that has; answers the slots of the first.
+    /// Gives up whatever has not begun, and goes on with nothing that has; returns the slots of the first.
     pub(super) fn close(&mut self) -> Vec<u32> {
         self.closing = true;
         let waiting = std::mem::take(&mut self.waiting);
@@ -138,5 +139,77 @@ impl Rewriting {
             self.after(slot, false);
         }
         waiting
+    }
+}
+
+impl FileQueue {
+    /// Hands an operation over when those before it have left the blocks that it writes in part.
+    pub(super) fn start_in_turn(&mut self, slot: u32, pending: Pending) {
+        let (bytes, edges, fill) = match (&pending.work, &pending.buffer) {
+            (Work::Move(moving @ Move { way: Way::Write { .. }, .. }), Some(buffer)) => {
+                let bytes = moving.offset..moving.offset + u64::from(moving.span.len);
+                let (edges, fill) = self.fill(moving, buffer);
+                (bytes, edges, fill)
+            }
+            (Work::Zero { offset, len, .. }, _) => {
+                assert!((offset | len) & (u64::from(self.unit) - 1) == 0, "whole units are made zeros");
+                (*offset..offset + len, [None, None], Fill::default())
+            }
+            _ => return self.submit_again(slot, pending),
+        };
+        let work = pending.work;
+        self.pending[slot as usize] = Some(pending);
+        let next = self.rewriting.as_mut().and_then(|r| r.begin(slot, bytes, edges, fill, work));
+        self.go_on(slot, next);
+    }
+
+    /// What must be read before a write of whole units that a buffer has a part of: none, or the first and the last.
+    fn fill(&self, write: &Move, buffer: &Buffer) -> (Edges, Fill) {
+        let (unit, len) = (self.unit as usize, write.span.len as usize);
+        let (start, end) = (buffer.skip as usize, buffer.skip as usize + buffer.len());
+        let before = start % unit;
+        let behind = len - before - buffer.len();
+        let (first, last) = (write.offset, write.offset + (len - unit) as u64);
+        let edges = [(before > 0).then_some(first), (behind > 0).then_some(last)];
+        let spare = end.next_multiple_of(PAGE);
+        let read = |offset: u64, at: usize, len: usize| {
+            let span = self.pool.span(buffer, at, len);
+            Some(Move { way: Way::Read, offset, span, need: span.len, ..*write })
+        };
+        // Where the pages' last unit is read to, behind the others.
+        let (reads, last_at) = match edges {
+            [None, None] => return (edges, Fill::default()),
+            _ if len <= SPARE * unit => ([read(first, spare, len), None], spare + len - unit),
+            [Some(_), Some(_)] => ([read(first, spare, unit), read(last, spare + PAGE, unit)], spare + PAGE),
+            [Some(_), None] => ([read(first, spare, unit), None], spare),
+            [None, Some(_)] => ([read(last, spare, unit), None], spare),
+        };
+        let copies = [
+            (before > 0).then_some((spare..spare + before, start - before)),
+            (behind > 0).then_some((last_at + unit - behind..last_at + unit, end)),
+        ];
+        (edges, Fill { reads, copies })
+    }
+
+    /// Does what comes next in a slot, if anything does now.
+    pub(super) fn go_on(&mut self, slot: u32, next: Option<Next>) {
+        let Some(Next { work, copies }) = next else { return };
+        let Some(mut pending) = self.pending[slot as usize].take() else { return };
+        if let Some(buffer) = &mut pending.buffer {
+            let pages = self.pool.whole(buffer);
+            for (from, to) in copies.into_iter().flatten() {
+                pages.copy_within(from, to);
+            }
+        }
+        pending.work = work;
+        self.waiting_bytes += work.bytes() as usize;
+        self.submit_again(slot, pending);
+    }
+
+    /// Begins what waited for its turn, as far as that has come.
+    pub(super) fn take_turns(&mut self) {
+        while let Some((slot, next)) = self.rewriting.as_mut().and_then(Rewriting::next_turn) {
+            self.go_on(slot, Some(next));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the kernel does now and then.
 
 use super::*;
+use std::os::unix::fs::FileExt;
 
 fn queue() -> FileQueue {
     let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();

@@ -5,10 +5,11 @@
 //! keeps its AES units busy by working on two or three groups at once, whose order in the code matters less therefore than
 //! with [`crate::crypt::xts::vaes::kernel512`], which this is otherwise like.
 
+use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_ymm;
 use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
 use crate::crypt::xts::vaes::{AHEAD, Kernel};
-use crate::crypt::xts::{DataUnit, Direction, TweakInput};
+use crate::crypt::xts::{Direction, TweakInput};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -123,10 +124,10 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
 #[inline]
 #[target_feature(enable = "avx2,vaes")]
 fn encrypt_two<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m256i {
-    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    // black_box: it is always zero except for test vectors, and must not hold a register through the loop.
     let high = black_box(first.high as i64);
     let first = _mm256_set_epi64x(high, first.low as i64, high, first.low as i64);
-    let next = if GROUPS * GROUP == DataUnit::B512.bytes() { &NEXT_512 } else { &NEXT_4096 };
+    let next = if GROUPS * GROUP == SectorSize::B512.bytes() as usize { &NEXT_512 } else { &NEXT_4096 };
     let mut tweaks = _mm256_xor_si256(_mm256_add_epi64(first, constant(next)), keys.round_key_256(0));
     for round in 1..LAST_ROUND {
         tweaks = _mm256_aesenc_epi128(tweaks, keys.round_key_256(round));

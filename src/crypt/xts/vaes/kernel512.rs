@@ -10,10 +10,11 @@
 //! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they are
 //! used, for the same reason.
 
+use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_zmm;
 use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
 use crate::crypt::xts::vaes::{AHEAD, Kernel};
-use crate::crypt::xts::{DataUnit, Direction, TweakInput};
+use crate::crypt::xts::{Direction, TweakInput};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -213,7 +214,7 @@ unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut
 #[target_feature(enable = "avx512f,vaes")]
 fn encrypt_four<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m512i {
     let low = _mm512_set1_epi64(first.low as i64);
-    // black_box: it is always zero but for test vectors, and must not hold a register through the loop.
+    // black_box: it is always zero except for test vectors, and must not hold a register through the loop.
     let first = _mm512_mask_set1_epi64(low, 0b1010_1010, black_box(first.high as i64));
     let next = if GROUPS == 1 { &NEXT_512 } else { &NEXT_4096 };
     let mut tweaks = _mm512_xor_si512(_mm512_add_epi64(first, constant(next)), keys.round_key(0));

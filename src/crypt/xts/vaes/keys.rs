@@ -54,7 +54,7 @@ impl Schedule {
         unsafe { wide.read_volatile() }
     }
 
-    /// The same for two blocks.
+    /// The round key for two blocks.
     #[inline]
     #[target_feature(enable = "avx2")]
     pub(super) fn round_key_256(&self, round: usize) -> __m256i {

@@ -11,9 +11,9 @@ mod kernel512;
 mod keys;
 
 use crate::base::Result;
-use crate::crypt::Dek;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
-use crate::crypt::xts::{DataUnit, Direction, Engine, SectorCipher, TweakInput, check_request};
+use crate::crypt::xts::{Direction, Engine, SectorCipher, TweakInput, check_request};
+use crate::crypt::{Dek, SectorSize};
 use keys::Keys;
 use vm_memory::VolatileSlice;
 
@@ -60,7 +60,7 @@ impl Width {
         }
     }
 
-    fn kernel(self, way: Direction, unit: DataUnit) -> Kernel {
+    fn kernel(self, way: Direction, unit: SectorSize) -> Kernel {
         match self {
             Width::Bits256 => kernel256::kernel(way, unit),
             Width::Bits512 => kernel512::kernel(way, unit),
@@ -71,13 +71,13 @@ impl Width {
 /// A VAES engine. That one exists proves that the CPU can run it.
 pub(super) struct Vaes {
     keys: Secret<Keys>,
-    unit: DataUnit,
+    unit: SectorSize,
     width: Width,
 }
 
 impl Vaes {
     /// The engine under `dek`, or `None` on a CPU that lacks the instructions.
-    pub(super) fn new(width: Width, dek: &Dek, unit: DataUnit) -> Result<Option<Self>> {
+    pub(super) fn new(width: Width, dek: &Dek, unit: SectorSize) -> Result<Option<Self>> {
         if !width.is_available() {
             return Ok(None);
         }
@@ -95,7 +95,7 @@ impl Vaes {
     unsafe fn run(&self, way: Direction, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) {
         let run = self.width.kernel(way, self.unit);
         // SAFETY: the constructor checked the CPU's features; the memory is as the caller promises.
-        unsafe { run(&self.keys, src, dst, len / self.unit.bytes(), first) };
+        unsafe { run(&self.keys, src, dst, len / self.unit.bytes() as usize, first) };
         // A development build does not inline all parts of a kernel (how many depends on the rest of the program), and
         // what is passed between them goes by the stack. `ci/check-spills` sees to it that a release has no need of this.
         if cfg!(debug_assertions) {
@@ -109,7 +109,7 @@ impl SectorCipher for Vaes {
         self.width.engine().name()
     }
 
-    fn data_unit(&self) -> DataUnit {
+    fn sector_size(&self) -> SectorSize {
         self.unit
     }
 

@@ -73,7 +73,7 @@ impl Passphrase {
         Self::new(&read_line(file).map_err(|e| attempt(&e))?)
     }
 
-    /// The same bytes?
+    /// Whether both are the same bytes.
     pub fn is(&self, other: &Passphrase) -> bool {
         crate::kms::embedded::keys::same(self.bytes(), other.bytes())
     }
@@ -133,7 +133,7 @@ fn named_descriptor() -> Result<Option<RawFd>, KmsError> {
     number.map(Some).ok_or_else(|| KmsError::Validation(format!("{DESCRIPTOR} is not a number")))
 }
 
-/// Gets a passphrase and tries it with `open`, which answers `None` for a wrong one. Somebody at a terminal, who sees
+/// Gets a passphrase and tries it with `open`, which returns `None` for a wrong one. Somebody at a terminal, who sees
 /// `prompt`, may try again.
 pub(super) fn ask_until<T>(
     prompt: &str,

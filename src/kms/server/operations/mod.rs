@@ -1,6 +1,6 @@
 //! The operations of the wire: the fields of a request to calls of the embedded KMS, and its answers to JSON.
 //!
-//! Who asks has been told apart by then. What he may do is decided here: administrators everything, others what
+//! Who asks is known by then. What that caller may do is decided here: administrators everything, others what
 //! grants let them do.
 
 mod data;
@@ -35,7 +35,7 @@ pub(super) struct Request<'a> {
     refusals: &'a Refusals,
     /// Bytes of its body.
     bytes: usize,
-    /// Whether the caller was found to have a right to what he asks for.
+    /// Whether the caller was found to have a right to what it asks for.
     has_right: Cell<bool>,
 }
 

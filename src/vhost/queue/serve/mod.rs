@@ -1,4 +1,4 @@
-//! Serving a ring: one turn of the loop takes what is available, hands it to the store, waits for the first thing to
+//! Serving a ring: one turn of the loop takes what is available, hands it to the disk, waits for the first thing to
 //! happen, finishes what is done, and publishes the used ring once.
 
 mod requests;
@@ -25,7 +25,7 @@ const KICK: u32 = 1;
 const BATCH: usize = 64;
 /// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
 const SHOW: u16 = 8;
-/// The tag of the store's flush, which is nobody's in particular. No slot has it: see [`requests::tag`].
+/// The tag of the disk's flush, which is nobody's in particular. No slot has it: see [`requests::tag`].
 const FLUSH: u64 = u64::MAX;
 
 /// A ring being served, by the thread that owns everything here.
@@ -35,7 +35,7 @@ pub(super) struct Server {
     setup: Setup,
     requests: Vec<Request>,
     free: Vec<u16>,
-    /// Requests that wait for buffers or for room in the store's queue, oldest first.
+    /// Requests that wait for buffers or for room in the disk's queue, oldest first.
     stalled: VecDeque<u16>,
     /// Heads that an earlier back-end took and did not answer, oldest first.
     resubmit: VecDeque<u16>,
@@ -100,7 +100,7 @@ impl Server {
         server
     }
 
-    /// Serves until the ring is stopped; answers whether the thread shall end then. `disk` is the one that it serves,
+    /// Serves until the ring is stopped; returns whether the thread shall end then. `disk` is the one that it serves,
     /// and becomes another if a pause brings one.
     pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
@@ -183,7 +183,7 @@ impl Server {
         !self.broken && wanted && self.pausing.is_none() && self.stalled.is_empty() && !self.free.is_empty()
     }
 
-    /// Before sleeping: asks for a kick, unless a chain is there by now. Answers whether one is.
+    /// Before sleeping: asks for a kick, unless a chain is there by now. Returns whether one is.
     fn kick_missed(&mut self) -> bool {
         self.may_take() && self.setup.ring.enable_kicks()
     }
@@ -213,7 +213,7 @@ impl Server {
     /// Hands a request over that was begun.
     fn serve(&mut self, slot: u16) -> io::Result<()> {
         self.advance(slot);
-        // What the store did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+        // What the disk did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
         while let Some(event) = self.io.next_event() {
             self.handle(event)?;
         }
@@ -221,7 +221,7 @@ impl Server {
         Ok(())
     }
 
-    /// Takes chains until there is none, something is short, or the batch is full. Answers whether to come
+    /// Takes chains until there is none, something is short, or the batch is full. Returns whether to come
     /// back at once.
     fn take_available(&mut self) -> io::Result<bool> {
         if self.may_take() {

@@ -1,4 +1,5 @@
-//! The store's folder: who may read or change it when, and what makes a change durable.
+//! The log of one embedded KMS, which any number of processes share: who may read or change it when, and what makes a
+//! change durable.
 //!
 //! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md argues each
 //! crash point.
@@ -19,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
-/// The store of one embedded KMS; any number of processes may have it open.
-pub(super) struct Store {
+/// The log of one embedded KMS, in its folder; any number of processes may have it open.
+pub(super) struct SharedLog {
     dir: PathBuf,
     config: PathBuf,
     clock: Box<dyn Clock>,
@@ -37,10 +38,10 @@ pub(super) struct Now {
     pub time: i64,
 }
 
-impl Store {
-    /// The store in the folder `dir`, with root key and anchor in `config`. Touches nothing yet.
+impl SharedLog {
+    /// The log in the folder `dir`, with root key and anchor in `config`. Touches nothing yet.
     pub(super) fn new(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
-        Store { dir, config, clock, hardened, cached: Mutex::new(None) }
+        SharedLog { dir, config, clock, hardened, cached: Mutex::new(None) }
     }
 
     /// The folder.
@@ -48,7 +49,7 @@ impl Store {
         &self.dir
     }
 
-    /// Whether there is a store in the folder.
+    /// Whether there is a log in the folder.
     pub(super) fn exists(&self) -> Result<bool, KmsError> {
         let path = self.log_path();
         path.try_exists().map_err(|e| failed("look for the KMS store", &path, &e))
@@ -62,7 +63,7 @@ impl Store {
     /// Whether a passphrase is needed before the store can be read.
     pub(super) fn asks_for_passphrase(&self) -> bool {
         self.cached().is_none()
-            && OpenLog::store_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
+            && OpenLog::id_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
     }
 
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.
@@ -74,7 +75,7 @@ impl Store {
         })
     }
 
-    /// Changes the store: `f` sees its state, while nobody else uses it, and answers what changes. Durable when this
+    /// Changes the store: `f` sees its state, while nobody else uses it, and returns what changes. Durable when this
     /// returns. After an error nothing has changed, or the change was made and could not be answered.
     pub(super) fn write<T>(
         &self,
@@ -128,7 +129,7 @@ impl Store {
         self.create(None).map(drop)
     }
 
-    /// The same, with the root key under a passphrase; answers whether there was none.
+    /// Makes the store, if there is none, with a new root key under a passphrase. Returns whether there was none.
     pub(super) fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
         if self.exists()? {
             return Ok(false);
@@ -150,7 +151,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Puts the root key under another passphrase, or under none; answers where it lies. The store stays as it is.
+    /// Puts the root key under another passphrase, or under none; returns where it lies. The store stays as it is.
     pub(super) fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         let mut cached = self.cached();
         if !self.exists()? {
@@ -158,7 +159,7 @@ impl Store {
         }
         let _lock = Lock::exclusive(&self.lock_path())?;
         // Opened with the root key that there is, which is therefore the right one.
-        let store = self.refresh(&mut cached)?.0.store();
+        let store = self.refresh(&mut cached)?.0.id();
         root_key::protect(&self.config, store, passphrase, self.hardened)?;
         Ok(root_key::path(&self.config, store))
     }

@@ -1,121 +1,33 @@
 //! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who is to have
 //! it next, in a live migration: another such lock, beside the first.
 //!
-//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
-//! says who it is, for the reader of an error; without the lock it means nothing, but for what the guest wants of whoever
-//! serves it next. The file is never replaced:
-//! a lock on a file that a path no longer leads to would protect nothing.
+//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only says who has
+//! the lock, for the reader of an error. Without the lock it means nothing, except for what the guest wants of whoever
+//! serves it next. The file is never replaced: a lock on a file that a path no longer leads to would protect nothing.
+
+mod holder;
+mod turn;
+
+pub use holder::{Holder, Purpose};
+pub use turn::{Announcements, Turn};
 
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::root::owners::Owners;
-use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use serde::{Deserialize, Serialize};
-use std::fs::{File, FileTimes};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-use std::{fmt, io};
 
 /// The file's name in the volume's folder.
 pub const FILE: &str = "lock";
 /// Bytes of the file, from its beginning, whose lock says who has the volume.
 const HELD: Bytes = Bytes::range(0, 1 << 62);
-/// The byte whose lock says that a process waits to have it.
-const AWAITED: Bytes = Bytes::one(1 << 62);
-/// How often to look for announcements where nothing tells of them.
-const LOOK: Duration = Duration::from_secs(1);
 /// The most bytes of the file that are read.
 const MAX_HOLDER: usize = 64 << 10;
-
-/// What a volume is held for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Purpose {
-    /// It is attached.
-    Attach,
-    /// It is being made.
-    Create,
-    /// It is being deleted.
-    Delete,
-    /// A snapshot of it is being made.
-    Snapshot,
-    /// It is being made larger.
-    Resize,
-    /// What an interrupted command left of it is being cleared up.
-    Recover,
-    /// Its data keys are being wrapped anew.
-    Rewrap,
-    /// Its data is being copied out of the store.
-    Export,
-    /// It gets a new data key, or what lower layers hold is copied up.
-    Hydrate,
-}
-
-/// The process that holds a volume, as it says itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
-    /// What it does with the volume.
-    pub purpose: Purpose,
-    /// Its process id, in the pid namespace that it ran in.
-    pub pid: u32,
-    /// When the process began, in clock ticks since boot: tells it from a later one with the same id.
-    pub start_time: u64,
-    /// Since when it has the volume.
-    pub since: Timestamp,
-    /// The vhost-user socket's path, where it has one, as text for people.
-    pub socket: Option<String>,
-    /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when the holder
-    /// is gone: the guest does not say it again to who serves it next.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub write_through: bool,
-}
-
-impl Holder {
-    /// This process, from now on.
-    pub fn this_process(purpose: Purpose, socket: Option<&Path>) -> Result<Self> {
-        let pid = std::process::id();
-        let stat = read_stat(pid).context(|| "look at this process")?;
-        let start_time = start_time(&stat)
-            .ok_or_else(|| Error::new(Kind::Other, format!("/proc/{pid}/stat does not read as expected")))?;
-        let socket = socket.map(|path| path.display().to_string());
-        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
-    }
-
-    /// Whether that very process still runs. A confined process may not look: to it, whoever the file names does.
-    pub fn is_alive(&self) -> bool {
-        match read_stat(self.pid) {
-            Ok(stat) => start_time(&stat) == Some(self.start_time),
-            Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
-        }
-    }
-}
-
-impl fmt::Display for Holder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let doing = match self.purpose {
-            Purpose::Attach => "is attached",
-            Purpose::Create => "is being made",
-            Purpose::Delete => "is being deleted",
-            Purpose::Snapshot => "is being made a snapshot of",
-            Purpose::Resize => "is being made larger",
-            Purpose::Recover => "is being tidied up",
-            Purpose::Rewrap => "is being rewrapped",
-            Purpose::Export => "is being exported",
-            Purpose::Hydrate => "is being re-keyed or flattened",
-        };
-        write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
-        if let Some(socket) = &self.socket {
-            write!(f, ", socket {socket}")?;
-        }
-        f.write_str(")")
-    }
-}
 
 /// Whether somebody has a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,7 +36,7 @@ pub enum Held {
     Free,
     /// This process.
     By(Holder),
-    /// Somebody who has not said who he is, or not yet.
+    /// A process that has not said who it is, or not yet.
     Unknown,
 }
 
@@ -164,10 +76,10 @@ impl LockFile {
         Ok(lock)
     }
 
-    /// The same for who is to have it next, and for who has let go of it and wants it back.
+    /// Takes the volume for the process that is to have it next, or for one that has let go of it and wants it back.
     ///
     /// # Errors
-    /// As [`LockFile::acquire`], but for the second.
+    /// As [`LockFile::acquire`], except that it does not matter who is to have it next.
     pub fn acquire_awaited(&self, holder: &Holder) -> Result<VolumeLock> {
         let attempt = || format!("lock {}", self.path.display());
         if !self.lock(HELD).context(attempt)? {
@@ -181,49 +93,6 @@ impl LockFile {
         }
         lock.write_holder();
         Ok(lock)
-    }
-
-    /// Announces that this process is to have the volume next. It takes nothing from who has it now.
-    ///
-    /// # Errors
-    /// `Busy` if another process is to have it next.
-    pub fn announce(&self) -> Result<Turn> {
-        if !self.lock(AWAITED).context(|| format!("lock {}", self.path.display()))? {
-            let message = format!("another process waits for {} already; end that first", self.volume);
-            return Err(Error::new(Kind::Busy, message));
-        }
-        // Who holds it may be asleep: see `Announcements`.
-        let now = SystemTime::now();
-        // Both, which is what makes it a change of attributes to inotify.
-        let times = FileTimes::new().set_accessed(now).set_modified(now);
-        self.file.set_times(times).context(|| format!("touch {}", self.path.display()))?;
-        Ok(Turn(self.clone()))
-    }
-
-    /// What tells of announcements, as far as they are made on this machine.
-    pub fn announcements(&self) -> Announcements {
-        let watch = || {
-            let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
-            inotify.add_watch(&self.path, AddWatchFlags::IN_ATTRIB)?;
-            Ok(inotify)
-        };
-        watch().map_or_else(
-            |e: Errno| {
-                // A user has 128 of them by default, which is soon as many as there are volumes.
-                log::info!(
-                    "no inotify for {} ({e}; fs.inotify.max_user_instances): it is looked at once a second",
-                    self.path.display()
-                );
-                Announcements(None)
-            },
-            |inotify| Announcements(Some(inotify)),
-        )
-    }
-
-    /// Whether another process has announced itself.
-    pub fn is_awaited(&self) -> Result<bool> {
-        locks::is_locked_against(&self.file, locks::Kind::Shared, AWAITED)
-            .context(|| format!("look at {}", self.path.display()))
     }
 
     /// Locks these bytes of the file; `false` if somebody has them.
@@ -284,34 +153,6 @@ impl Drop for VolumeLock {
     }
 }
 
-/// Tells when somebody may have announced himself: at once, or, where the kernel has no inotify for it, a
-/// second later.
-pub struct Announcements(Option<Inotify>);
-
-impl Announcements {
-    /// Waits for the next time.
-    pub fn wait(&self) -> Result<()> {
-        let Some(inotify) = &self.0 else {
-            std::thread::sleep(LOOK);
-            return Ok(());
-        };
-        match inotify.read_events() {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(e) => Err(Error::from(e).context("wait for announcements")),
-        }
-    }
-}
-
-/// The place of who is to have a volume next, until this is dropped.
-#[derive(Debug)]
-pub struct Turn(LockFile);
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        locks::unlock(&self.0.file, AWAITED);
-    }
-}
-
 /// Who has the volume whose folder is `folder`; asking takes nothing.
 pub fn query(folder: &Path) -> Result<Held> {
     let path = folder.join(FILE);
@@ -354,17 +195,6 @@ pub fn busy(volume: VolumeId, held: &Held) -> Error {
         _ => "; try again".to_string(),
     };
     Error::new(Kind::Busy, message + &hint)
-}
-
-/// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)): when the process began.
-fn start_time(stat: &str) -> Option<u64> {
-    // The name, field 2, is in parentheses and may hold anything, parentheses too.
-    let (_, after) = stat.rsplit_once(')')?;
-    after.split_whitespace().nth(19)?.parse().ok()
-}
-
-fn read_stat(pid: u32) -> io::Result<String> {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
 }
 
 #[cfg(test)]

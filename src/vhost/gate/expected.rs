@@ -1,12 +1,12 @@
-//! What each request that we offer looks like: sizes, descriptors, queue numbers, and the features that it needs.
+//! What we expect each request that we offer to look like: sizes, descriptors, queue numbers, and the features that it needs.
 
 use crate::vhost::gate::message::{MAX_BODY, MAX_FDS, Message, invalid};
 use crate::vhost::gate::{Limits, Result};
 use std::ops::RangeInclusive;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
 
-/// What a request looks like.
-pub(super) struct Shape {
+/// What a request must look like.
+pub(super) struct Expected {
     /// Bytes of its body.
     body: RangeInclusive<usize>,
     /// Most descriptors.
@@ -17,38 +17,38 @@ pub(super) struct Shape {
     needs: Protocol,
 }
 
-impl Shape {
-    /// The shape of each request that we offer.
+impl Expected {
+    /// What `request` must look like, if we offer it.
     pub(super) fn of(request: Req) -> Option<Self> {
-        let shape = |body, fds, queue, needs| Some(Shape { body, fds, queue, needs });
+        let like = |body, fds, queue, needs| Some(Expected { body, fds, queue, needs });
         let none = Protocol::empty();
         match request {
             Req::GET_FEATURES | Req::SET_OWNER | Req::RESET_OWNER | Req::GET_PROTOCOL_FEATURES => {
-                shape(0..=0, 0, false, none)
+                like(0..=0, 0, false, none)
             }
-            Req::SET_FEATURES | Req::SET_PROTOCOL_FEATURES => shape(8..=8, 0, false, none),
-            Req::GET_QUEUE_NUM => shape(0..=0, 0, false, Protocol::MQ),
-            Req::SET_MEM_TABLE => shape(8..=MAX_BODY, MAX_FDS, false, none),
-            Req::GET_MAX_MEM_SLOTS => shape(0..=0, 0, false, Protocol::CONFIGURE_MEM_SLOTS),
-            Req::ADD_MEM_REG | Req::REM_MEM_REG => shape(40..=40, 1, false, Protocol::CONFIGURE_MEM_SLOTS),
+            Req::SET_FEATURES | Req::SET_PROTOCOL_FEATURES => like(8..=8, 0, false, none),
+            Req::GET_QUEUE_NUM => like(0..=0, 0, false, Protocol::MQ),
+            Req::SET_MEM_TABLE => like(8..=MAX_BODY, MAX_FDS, false, none),
+            Req::GET_MAX_MEM_SLOTS => like(0..=0, 0, false, Protocol::CONFIGURE_MEM_SLOTS),
+            Req::ADD_MEM_REG | Req::REM_MEM_REG => like(40..=40, 1, false, Protocol::CONFIGURE_MEM_SLOTS),
             Req::SET_VRING_NUM | Req::SET_VRING_BASE | Req::GET_VRING_BASE | Req::SET_VRING_ENABLE => {
-                shape(8..=8, 0, true, none)
+                like(8..=8, 0, true, none)
             }
-            Req::SET_VRING_ADDR => shape(40..=40, 0, true, none),
-            Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => shape(8..=8, 1, true, none),
-            Req::GET_CONFIG | Req::SET_CONFIG => shape(12..=12 + 256, 0, false, Protocol::CONFIG),
-            Req::RESET_DEVICE => shape(0..=0, 0, false, Protocol::RESET_DEVICE),
-            Req::GET_INFLIGHT_FD => shape(20..=24, 0, false, Protocol::INFLIGHT_SHMFD),
-            Req::SET_INFLIGHT_FD => shape(20..=24, 1, false, Protocol::INFLIGHT_SHMFD),
-            Req::SET_LOG_BASE => shape(16..=16, 1, false, Protocol::LOG_SHMFD),
-            Req::SET_BACKEND_REQ_FD => shape(0..=0, 1, false, Protocol::BACKEND_REQ),
-            Req::SET_DEVICE_STATE_FD => shape(8..=8, 1, false, Protocol::DEVICE_STATE),
-            Req::CHECK_DEVICE_STATE => shape(0..=0, 0, false, Protocol::DEVICE_STATE),
+            Req::SET_VRING_ADDR => like(40..=40, 0, true, none),
+            Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => like(8..=8, 1, true, none),
+            Req::GET_CONFIG | Req::SET_CONFIG => like(12..=12 + 256, 0, false, Protocol::CONFIG),
+            Req::RESET_DEVICE => like(0..=0, 0, false, Protocol::RESET_DEVICE),
+            Req::GET_INFLIGHT_FD => like(20..=24, 0, false, Protocol::INFLIGHT_SHMFD),
+            Req::SET_INFLIGHT_FD => like(20..=24, 1, false, Protocol::INFLIGHT_SHMFD),
+            Req::SET_LOG_BASE => like(16..=16, 1, false, Protocol::LOG_SHMFD),
+            Req::SET_BACKEND_REQ_FD => like(0..=0, 1, false, Protocol::BACKEND_REQ),
+            Req::SET_DEVICE_STATE_FD => like(8..=8, 1, false, Protocol::DEVICE_STATE),
+            Req::CHECK_DEVICE_STATE => like(0..=0, 0, false, Protocol::DEVICE_STATE),
             _ => None,
         }
     }
 
-    /// Compares a message with the shape, given the protocol features that were acknowledged.
+    /// Compares a message with what is expected, given the protocol features that were acknowledged.
     pub(super) fn check(&self, message: &Message, acked: u64, limits: &Limits) -> Result<()> {
         if self.needs.bits() & !acked != 0 {
             return Err(invalid("its protocol feature was not acknowledged".into()));
@@ -96,9 +96,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_offered_has_no_shape() {
+    fn what_is_not_offered_has_no_like() {
         for request in [Req::SET_LOG_FD, Req::IOTLB_MSG, Req::POSTCOPY_ADVISE, Req::GPU_SET_SOCKET] {
-            assert!(Shape::of(request).is_none(), "{request:?}");
+            assert!(Expected::of(request).is_none(), "{request:?}");
         }
     }
 }
