@@ -1,11 +1,13 @@
-//! What a chain of layers costs a read: 4 KiB random reads of a volume of one layer, of the same data at the bottom of
-//! many, and of the same data spread over them, through a disk's queue in this process, without a VMM.
+//! What a chain of layers costs a read: 4 KiB random reads of a volume of one layer, of the same
+//! data at the bottom of many, and of the same data spread over them, through a disk's queue in
+//! this process, without a VMM.
 //!
-//! At the bottom it lies in one file as with one layer: that is what the chain itself costs. Spread over many files it
-//! is in many more extents, which is what the file system makes of it.
+//! At the bottom it lies in one file as with one layer: that is what the chain itself costs. Spread over many
+//! files it is in many more extents, which is what the file system makes of it.
 //!
-//! They take turns in every round, so that a machine whose speed drifts slows all alike; what is printed is the
-//! best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once on a memory file system.
+//! They take turns in every round, so that a machine whose speed drifts slows all alike; what is printed
+//! is the best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once
+//! on a memory file system.
 
 use sealblk::backing::{Event, Wait};
 use sealblk::crypt::xts::{Engine, new_cipher};

@@ -1,7 +1,7 @@
 //! sealblk gives a virtual machine an encrypted disk that the guest cannot tell from an ordinary one.
 //!
-//! The rooms of the house, the highest first. A room uses those in its row, and all of them stand below it: an arrow never
-//! points up. `ci/map` holds this table against the code.
+//! The rooms of the house, the highest first. A room uses those in its row, and all of them stand below it:
+//! an arrow never points up. `ci/map` holds this table against the code.
 //!
 //! | room | what is in it | it uses |
 //! |---|---|---|

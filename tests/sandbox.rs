@@ -1,8 +1,8 @@
-//! The host process is confined: what its threads are, seen from outside; what becomes of a process that is confined
-//! in the same way and tries something else; and that all of it holds for an ordinary user, too.
+//! The host process is confined: what its threads are, seen from outside; what becomes of a process that is
+//! confined in the same way and tries something else; and that all of it holds for an ordinary user, too.
 //!
-//! A program of its own: its tests fork, and a lock that another thread holds at that moment stays locked in the child. So
-//! no other tests run beside these.
+//! A program of its own: its tests fork, and a lock that another thread holds at that moment stays locked in
+//! the child. So no other tests run beside these.
 
 mod common;
 
@@ -113,8 +113,8 @@ enum End {
     Signal(i32),
 }
 
-/// Runs `act` in a child of this process that is confined as a host process is, with these files; returns how it
-/// ended, and what it said on standard error. `act` returns the exit code.
+/// Runs `act` in a child of this process that is confined as a host process is, with these files; returns how
+/// it ended, and what it said on standard error. `act` returns the exit code.
 fn confined(files: &[Rule], act: impl FnOnce() -> i32) -> (End, String) {
     confined_after(|| (), files, |()| act())
 }
@@ -126,8 +126,8 @@ fn confined_after<T>(
     act: impl FnOnce(T) -> i32,
 ) -> (End, String) {
     let (mut said, stderr) = std::io::pipe().expect("make a pipe");
-    // SAFETY: the child has one thread, allocates (the C library keeps its allocator whole across a fork), and leaves
-    // by _exit, so that nothing of the test's is run or dropped twice.
+    // SAFETY: the child has one thread, allocates (the C library keeps its allocator whole across a fork),
+    // and leaves by _exit, so that nothing of the test's is run or dropped twice.
     match unsafe { fork() }.expect("fork") {
         ForkResult::Child => {
             let _ = nix::unistd::dup2_stderr(&stderr);
@@ -162,8 +162,9 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
     let call = |number: libc::c_long, arguments: [usize; 4]| {
         let [a, b, c, d] = arguments;
         move || {
-            // SAFETY: the filter judges the call by its number and these numbers before the kernel looks at memory; where
-            // it does not, the kernel finds null pointers and bad descriptors, and answers an error.
+            // SAFETY: the filter judges the call by its number and these numbers before the kernel
+            // looks at memory; where it does not, the kernel finds null pointers and bad
+            // descriptors, and answers an error.
             unsafe { libc::syscall(number, a, b, c, d) };
             0
         }
@@ -209,7 +210,8 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
 fn a_call_that_cannot_be_judged_does_not_exist() {
     let attempt = || {
         let here = libc::AT_FDCWD as usize;
-        // SAFETY: the filter answers before the kernel looks at memory; where it does not, the kernel finds null pointers.
+        // SAFETY: the filter answers before the kernel looks at memory; where it does not, the
+        // kernel finds null pointers.
         let answer = unsafe { libc::syscall(libc::SYS_openat2, here, 0, 0, 0) };
         i32::from(answer != -1 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS))
     };

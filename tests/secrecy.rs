@@ -1,5 +1,5 @@
-//! The data key is nowhere but in the memory that is made for it: not in the host process's other memory, not in a
-//! core, not in what the helper leaves behind, not in any file, log, argument or environment.
+//! The data key is nowhere but in the memory that is made for it: not in the host process's other memory, not
+//! in a core, not in what the helper leaves behind, not in any file, log, argument or environment.
 //!
 //! A program of its own: one test raises the limit on the size of cores, which holds for the whole process.
 
@@ -37,7 +37,8 @@ use std::process::{Command, Stdio};
 
 const SERIAL: &str = "needle-in-haystack-1";
 
-/// Nothing of the key is in the memory of the host process that root can read; and the search finds what is there.
+/// Nothing of the key is in the memory of the host process that root can read; and the
+/// search finds what is there.
 #[track_caller]
 fn assert_not_in_memory(host: &Host, needles: &Needles, when: &str) {
     let control = Needles::words(SERIAL);
@@ -102,7 +103,8 @@ fn the_key_is_in_no_memory_but_its_own_with_any_other_engine() {
     other_engines().for_each(key_stays_in_its_memory);
 }
 
-/// What is in a register is in memory after the next signal and when glibc binds a function, and in every new thread.
+/// What is in a register is in memory after the next signal and when glibc binds a function,
+/// and in every new thread.
 fn key_stays_out_of_registers(engine: &str) {
     let place = Place::new(&[]);
     let needles = Needles::of_key(&place.dek());
@@ -181,8 +183,8 @@ fn without_memfd_secret(command: &mut Command) {
     }
 }
 
-/// Its schedules hold a data key's pieces, but from the moment that they are made nothing has it in one piece. Where
-/// memory for keys is what root can read, that can be seen; the rest is the same.
+/// Its schedules hold a data key's pieces, but from the moment that they are made nothing has it in one
+/// piece. Where memory for keys is what root can read, that can be seen; the rest is the same.
 #[test]
 fn the_data_key_goes_as_soon_as_its_schedules_are_made() {
     let mut secret = Vec::new();
@@ -221,8 +223,8 @@ fn the_data_key_goes_as_soon_as_its_schedules_are_made() {
     assert_eq!(secret[..3], secret[3..], "as much memory for keys, whichever it is");
 }
 
-/// At its end the process is held, with all its memory still there: the key has been wiped by then, and the memory
-/// that was made for it has been given back.
+/// At its end the process is held, with all its memory still there: the key has been wiped by then, and the
+/// memory that was made for it has been given back.
 #[test]
 fn after_the_detach_the_key_is_in_no_memory_at_all() {
     let place = Place::new(&[]);
@@ -379,8 +381,8 @@ fn the_helper_puts_the_key_into_no_file() {
     assert_eq!(Needles::of_key(&place.dek()).find(answer.as_bytes()), []);
 }
 
-/// The AWS SDK has had the key in buffers that are not ours. At its end the helper is held, with all its memory still
-/// there.
+/// The AWS SDK has had the key in buffers that are not ours. At its end the helper is held, with
+/// all its memory still there.
 #[test]
 #[cfg_attr(
     not(all(feature = "aws", feature = "kms-server")),
@@ -476,7 +478,8 @@ fn a_crash_leaves_no_core() {
     }
 }
 
-/// What a KMS's store is opened with and what it holds: its root key, what that derives, and the material of its keys.
+/// What a KMS's store is opened with and what it holds: its root key, what that derives, and
+/// the material of its keys.
 fn secrets_of(kms: &KmsServer) -> Vec<(String, [u8; 32])> {
     let root_key = kms.root_key();
     let log = fs::read(kms.folders().0.join("kms/log")).expect("read the store");
@@ -522,7 +525,8 @@ fn kms_needles(kms: &KmsServer) -> Needles {
     Needles::of_secrets(&all)
 }
 
-/// The keys of a KMS that is served are nowhere but in the memory that is made for them, whatever it has been asked for.
+/// The keys of a KMS that is served are nowhere but in the memory that is made for them,
+/// whatever it has been asked for.
 #[test]
 #[cfg_attr(
     not(all(feature = "aws", feature = "kms-server")),
@@ -559,7 +563,8 @@ fn until_read(pipe: &File) {
     });
 }
 
-/// `kms passphrase set` of a store that is under a passphrase: the command, and the pipe that it reads the new one from.
+/// `kms passphrase set` of a store that is under a passphrase: the command, and the pipe that
+/// it reads the new one from.
 fn passphrase_set(kms: &KmsServer) -> (Command, File) {
     let (mut command, number) = (kms.command(), INHERITED + 1);
     command.args(["kms", "passphrase", "set", "--new-passphrase-fd", &number.to_string()]);
@@ -617,16 +622,16 @@ fn whoever_sets_a_passphrase_has_no_key_in_memory_but_its_own_and_none_at_its_en
     assert!(wait_within(&mut child, limit()).expect("it ends").success());
 }
 
-/// The kernel gives the files of a process that must not be dumped to root, whosever the process is; that is what
-/// keeps its owner's other programs from tracing it and from reading its memory.
+/// The kernel gives the files of a process that must not be dumped to root, whosever the process is; that is
+/// what keeps its owner's other programs from tracing it and from reading its memory.
 #[test]
 fn an_ordinary_users_programs_cannot_look_into_his_host_process() {
     const NOBODY: u32 = 65534;
     let place = Place::new(&[]);
     let folder = place.folder();
     let program = folder.join("sealblk");
-    // By another process: a child that another test starts meanwhile would inherit our descriptor, and a file that
-    // somebody has open for writing cannot be executed.
+    // By another process: a child that another test starts meanwhile would inherit our descriptor, and a file
+    // that somebody has open for writing cannot be executed.
     let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program).status();
     assert!(copied.expect("start cp").success(), "copy the program to where he can read it");
     give(&folder, NOBODY);

@@ -32,7 +32,8 @@ use worker::{Tally, Work};
 /// (it takes a whole core; use taskset(1) to choose which). Requests are indirect, as Linux makes them.
 /// It fails if any request failed.
 ///
-/// Example: blk_load --socket /run/vol.sock --rw randread --bs 4k --qd 32 --seconds 3 --server-pid 4711 --json
+/// Example: blk_load --socket /run/vol.sock --rw randread --bs 4k --qd 32 --seconds 3
+/// --server-pid 4711 --json
 #[derive(Parser, Clone, Debug)]
 #[command(name = "blk_load", version, verbatim_doc_comment)]
 pub struct Args {

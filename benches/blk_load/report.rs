@@ -62,8 +62,8 @@ impl Report {
         self.iops() * self.bs as f64 / f64::from(1 << 20)
     }
 
-    /// Whether every request was done. There may be none where a disk stood still all the time; a back-end that does not
-    /// answer at all is an error before this.
+    /// Whether every request was done. There may be none where a disk stood still all the time; a back-end
+    /// that does not answer at all is an error before this.
     pub fn clean(&self) -> bool {
         self.errors == 0
     }

@@ -1,5 +1,5 @@
-//! The load of the queues that one thread drives: all requests are laid out beforehand; in the loop only sector,
-//! status and ring change.
+//! The load of the queues that one thread drives: all requests are laid out beforehand; in the loop only
+//! sector, status and ring change.
 
 use super::Pattern;
 use super::frontend::block::{IN, OK, OUT, UNTOUCHED};
@@ -117,8 +117,8 @@ impl<'a> Load<'a> {
         Ok(Load { ring, slots, by_head, ready, places, heard, limit })
     }
 
-    /// Submits what is ready and takes what is done (waiting for an interrupt, if so wished). False when nothing
-    /// is in flight any more.
+    /// Submits what is ready and takes what is done (waiting for an interrupt, if so wished). False when
+    /// nothing is in flight any more.
     fn turn(&mut self, counting: u8, interrupts: bool, tally: &mut Tally) -> Result<bool> {
         if counting == STOP || self.places.over() {
             self.ready.clear();

@@ -49,8 +49,8 @@ fn check(bytes: &[u8], mark: Option<Position>) -> Report {
     checker.finish()
 }
 
-/// Writes a log, of whose end there is a mark, and damages it in one way: that is found, and the first record that it
-/// hits is named. What a crash leaves is no damage.
+/// Writes a log, of whose end there is a mark, and damages it in one way: that is found, and the first record
+/// that it hits is named. What a crash leaves is no damage.
 fn damaged(input: &mut Input) {
     let (mut lines, mut place) = (Vec::new(), Position::START);
     for _ in 0..2 + input.u8() % 5 {

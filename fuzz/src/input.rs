@@ -1,4 +1,5 @@
-//! Numbers and bytes out of a fuzzer's input, in order. Behind its end there are zeros: every input means something.
+//! Numbers and bytes out of a fuzzer's input, in order. Behind its end there are zeros:
+//! every input means something.
 
 /// What is left of an input.
 pub struct Input<'a>(&'a [u8]);

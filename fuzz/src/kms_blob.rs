@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 static MATERIAL: LazyLock<Material> = LazyLock::new(|| Material::copy_of(&[7; 32]).expect("locked memory"));
 
-/// Any blob; or a plaintext and two contexts, sealed under the first and opened under the second, with one byte
-/// changed or none.
+/// Any blob; or a plaintext and two contexts, sealed under the first and opened under the second, with
+/// one byte changed or none.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let material = &*MATERIAL;

@@ -23,7 +23,8 @@ pub fn run(data: &[u8]) {
         let offset = u64::from(input.u16());
         let bytes = input.rest();
         match next_record(&START, bytes, offset, &KEYS) {
-            // Whoever sees every comparison learns the MAC that is expected; then it is a record as we write it.
+            // Whoever sees every comparison learns the MAC that is expected; then it is a
+            // record as we write it.
             Ok(Next::Record { body, after, len }) => {
                 assert_eq!((bytes[..len].to_vec(), after), encode_record(&START, body, &KEYS));
             }
@@ -44,8 +45,8 @@ fn header(bytes: &[u8]) {
     assert_eq!(Header::is_authentic(bytes, &KEYS), bytes[..HEADER_LEN] == made[..]);
 }
 
-/// Writes a log that begins anywhere in a sector, damages it in one way, and reads it: what comes out was put in, in
-/// order, and only the damage that a power cut does to the last record is forgiven.
+/// Writes a log that begins anywhere in a sector, damages it in one way, and reads it: what comes out was put
+/// in, in order, and only the damage that a power cut does to the last record is forgiven.
 fn damaged(input: &mut Input) {
     let offset = u64::from(input.u16());
     let (mut bytes, mut place, mut written) = (Vec::new(), START, Vec::new());

@@ -1,8 +1,9 @@
-//! What each fuzz target does with its input: every `run` takes any bytes and panics if something that must hold
-//! does not.
+//! What each fuzz target does with its input: every `run` takes any bytes and panics if something
+//! that must hold does not.
 //!
-//! The fuzzer drives these (`ci/fuzz`), and `tests/vhost/corpus.rs` includes this file and replays the kept inputs in
-//! `corpus/<target>/` in an ordinary test. So it uses nothing of the fuzzer's, and only public parts of sealblk.
+//! The fuzzer drives these (`ci/fuzz`), and `tests/vhost/corpus.rs` includes this file and replays the
+//! kept inputs in `corpus/<target>/` in an ordinary test. So it uses nothing of the fuzzer's, and only
+//! public parts of sealblk.
 
 pub mod audit_log;
 pub mod config_space;

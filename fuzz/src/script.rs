@@ -1,4 +1,5 @@
-//! What a VMM may send: messages of a right shape and of none, with descriptors that belong to them or do not.
+//! What a VMM may send: messages of a right shape and of none, with descriptors that
+//! belong to them or do not.
 
 use super::input::Input;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};

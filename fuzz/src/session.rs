@@ -1,5 +1,6 @@
-//! A VMM and its guest against the whole device: gate, vhost-user crate, rings, queue threads and a disk. Threads
-//! take turns as they like here, so an input may not do the same twice; what must hold holds whatever they do.
+//! A VMM and its guest against the whole device: gate, vhost-user crate, rings, queue threads and a
+//! disk. Threads take turns as they like here, so an input may not do the same twice; what must
+//! hold holds whatever they do.
 
 use super::input::Input;
 use super::script::{Files, answers, send_all};

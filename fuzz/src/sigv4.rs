@@ -79,8 +79,8 @@ fn signed(input: &mut Input) {
     let unchanged = before == (headers, body);
     match accepted {
         Ok(key) if unchanged => assert_eq!(key, "AKIAIOSFODNN7EXAMPLE"),
-        // The key's id is not signed: it says whose secret it is. What the header has beside its three parts is passed
-        // over.
+        // The key's id is not signed: it says whose secret it is. What the header has beside its
+        // three parts is passed over.
         Ok(_) => assert_eq!(place, before.0.len() - 1, "a request was changed and accepted"),
         Err(e) => assert!(!unchanged, "a signed request was refused: {e:?}"),
     }

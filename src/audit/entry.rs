@@ -1,6 +1,7 @@
 //! What a record says, in CloudTrail's shape: who did what, with which key, and how it went.
 //!
-//! It never holds a ciphertext, a plaintext or a token: whoever makes an entry names what goes into it, field by field.
+//! It never holds a ciphertext, a plaintext or a token: whoever makes an entry names what goes
+//! into it, field by field.
 
 use crate::base::{Locality, Timestamp};
 use serde::Serialize;
@@ -93,8 +94,8 @@ impl Entry {
         Entry { event_type: "AwsServiceEvent", ..entry }
     }
 
-    /// A step in the life of a data key that is bound to `context`, wrapped by the key `arn` of `provider`'s. It has
-    /// succeeded.
+    /// A step in the life of a data key that is bound to `context`, wrapped by the key `arn` of
+    /// `provider`'s. It has succeeded.
     pub fn dek(step: Step, context: &BTreeMap<String, String>, provider: &str, arn: &str) -> Self {
         let entry = Entry::new(DEK_SOURCE, step.name(), "SealblkStep");
         let entry = Entry { read_only: step == Step::Unwrap, ..entry }.about_key(arn);
@@ -202,8 +203,8 @@ impl Process {
 /// The command that this process carries out, for its records: `volume create`.
 static COMMAND: OnceLock<String> = OnceLock::new();
 
-/// Says which command this process carries out. Said once, before anything is recorded; of a process that says nothing, the
-/// records name the program alone.
+/// Says which command this process carries out. Said once, before anything is recorded; of a process that
+/// says nothing, the records name the program alone.
 pub fn name_command(words: &str) {
     let _ = COMMAND.set(words.to_owned());
 }

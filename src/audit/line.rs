@@ -32,7 +32,8 @@ impl Position {
     pub const START: Position = Position { seq: 0, chain: [0; 32] };
 }
 
-/// What the MACs of a store's audit are made with, in secret memory. Whoever has it can read the KMS's root key.
+/// What the MACs of a store's audit are made with, in secret memory. Whoever has it can
+/// read the KMS's root key.
 #[derive(Clone)]
 pub struct AuditKey {
     store: Uuid,
@@ -118,8 +119,8 @@ struct Place {
 /// What a KMS's records say they come from.
 pub const KMS_SOURCE: &str = "kms.amazonaws.com";
 
-/// The line, with its end, of the record after `before` that says `what`, a JSON object; and its place. `None` if there is no
-/// next number.
+/// The line, with its end, of the record after `before` that says `what`, a JSON object; and its place.
+/// `None` if there is no next number.
 pub fn encode(
     log: Uuid,
     before: &Position,

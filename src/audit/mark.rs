@@ -1,9 +1,9 @@
 //! Marks: how far the audit log reached, noted where one who can write the log's folder does not reach.
 //!
-//! A log alone cannot show that its end was cut off. Beside the KMS's root key, in the configuration folder, two files
-//! of one sector each say which record was written last: `audit-<log>.signed` by whoever has the audit key, with a MAC,
-//! and `audit-<log>.plain` by whoever has not. A mark is overwritten in place, so that a process that is confined
-//! after its start can keep it open.
+//! A log alone cannot show that its end was cut off. Beside the KMS's root key, in the configuration folder,
+//! two files of one sector each say which record was written last: `audit-<log>.signed` by whoever has the
+//! audit key, with a MAC, and `audit-<log>.plain` by whoever has not. A mark is overwritten in place, so that
+//! a process that is confined after its start can keep it open.
 
 use crate::audit::line::{AuditKey, Position, digits};
 use crate::base::root::{create_dir_durable, files};
@@ -24,8 +24,8 @@ pub(super) const READ_MAX: u64 = 4096;
 const MAGIC: &str = "sealblk-audit-mark-1";
 const NO_MAC: &str = "-";
 
-/// How many records a mark without a MAC may be ahead of everything else that tells how far the log reached: more than are
-/// ever lost with the end of a log.
+/// How many records a mark without a MAC may be ahead of everything else that tells how far the log reached:
+/// more than are ever lost with the end of a log.
 pub const STEP: u64 = 1 << 20;
 
 /// Whether record `seq` can be one of the next after `known`.
@@ -136,8 +136,8 @@ pub struct Marks {
 }
 
 impl Marks {
-    /// Opens the marks of `log` for one who writes `kind`. Where the configuration folder may not be written, there is none
-    /// to write, and a warning.
+    /// Opens the marks of `log` for one who writes `kind`. Where the configuration folder may not be written,
+    /// there is none to write, and a warning.
     pub fn open(config: &Path, log: Uuid, kind: Kind) -> std::io::Result<Self> {
         let open_to_read = |kind| Some((kind, files::open(&path(config, log, kind)).ok()?));
         let other = if kind == Kind::Signed { Kind::Plain } else { Kind::Signed };
@@ -160,9 +160,9 @@ impl Marks {
         }
     }
 
-    /// The one that reaches furthest, of a log whose last record is number `last`. A mark without a MAC is written by
-    /// processes that a guest may have broken into: one that names a record much further on than anything else tells of was
-    /// not written by us, and counts for nothing.
+    /// The one that reaches furthest, of a log whose last record is number `last`. A mark without a MAC is
+    /// written by processes that a guest may have broken into: one that names a record much further on than
+    /// anything else tells of was not written by us, and counts for nothing.
     pub fn furthest(&self, last: u64) -> Option<Position> {
         let known = last.max(self.signed());
         let marks = self.all().filter_map(|(kind, file)| Some((kind, read(file)?.position)));
@@ -171,8 +171,8 @@ impl Marks {
         marks.filter(counts).map(|(_, position)| position).max_by_key(|position| position.seq)
     }
 
-    /// The number of the last record that the mark with a MAC names; 0 without one. Only processes that are not confined
-    /// write that.
+    /// The number of the last record that the mark with a MAC names; 0 without one. Only processes that are
+    /// not confined write that.
     pub fn signed(&self) -> u64 {
         let signed = self.all().filter(|(kind, _)| *kind == Kind::Signed);
         signed.filter_map(|(_, file)| read(file)).map(|mark| mark.position.seq).max().unwrap_or(0)

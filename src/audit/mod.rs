@@ -1,12 +1,12 @@
 //! The audit log: every use of a key by the embedded KMS and every step in the life of a data key, in
 //! `<root>/audit.jsonl`.
 //!
-//! Each record names the one before by its hash, and has a MAC where its writer has the audit key; marks beside the
-//! KMS's root key say how far the log reached. docs/audit.md describes the bytes, and what can be found out by them.
-//! Any number of processes append: one at a time, by an flock on the file.
+//! Each record names the one before by its hash, and has a MAC where its writer has the audit key; marks
+//! beside the KMS's root key say how far the log reached. docs/audit.md describes the bytes, and what can be
+//! found out by them. Any number of processes append: one at a time, by an flock on the file.
 //!
-//! Knows nothing of keys but their names, and nothing of what is done with a record that cannot be written: that is
-//! for whoever was going to do something.
+//! Knows nothing of keys but their names, and nothing of what is done with a record that cannot be written:
+//! that is for whoever was going to do something.
 
 mod entry;
 pub mod line;
@@ -82,8 +82,8 @@ impl AuditLog {
 
     /// Appends a record; it is durable when this returns. With `key` it has a MAC.
     ///
-    /// A log whose end was cut off is continued where the marks say that it had been, so that what is missing stays
-    /// found out.
+    /// A log whose end was cut off is continued where the marks say that it had been, so that what is
+    /// missing stays found out.
     pub fn append(&self, entry: &Entry, key: Option<&AuditKey>) -> Result<()> {
         let attempt = || format!("write to the audit log {}", self.path().display());
         let mut opened = self.opened.locked();
@@ -94,7 +94,8 @@ impl AuditLog {
         result
     }
 
-    /// Appends a record without a MAC. For those who cannot take back what they have done: a failure is logged.
+    /// Appends a record without a MAC. For those who cannot take back what they have done:
+    /// a failure is logged.
     pub fn record(&self, entry: &Entry) {
         if let Err(e) = self.append(entry, None) {
             log::error!("an audit record was lost: {e}");
@@ -141,7 +142,8 @@ impl AuditLog {
         Ok((file, is_new))
     }
 
-    /// The log's id and the record that the next one follows: the last one that was `found` in the file, or that a mark names.
+    /// The log's id and the record that the next one follows: the last one that was `found` in the
+    /// file, or that a mark names.
     fn place(&self, opened: &mut Opened, kind: mark::Kind, found: &Tail) -> Result<(Uuid, Position)> {
         let of_folder = || mark::of_folder(&self.config, &self.folder);
         // Without a record in the file, there may have been one.
@@ -194,7 +196,8 @@ fn write(file: &mut Flock<File>, torn: bool, line: &[u8]) -> Result<()> {
     })
 }
 
-/// Whether `path` leads to this file, as far as a process may look that has given up its rights since it opened it.
+/// Whether `path` leads to this file, as far as a process may look that has given up its
+/// rights since it opened it.
 fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     match files::is_at(file, path) {
         Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(true),

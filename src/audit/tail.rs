@@ -13,7 +13,8 @@ const REACH: u64 = 16 * LINE_MAX as u64;
 pub(super) struct Tail {
     /// The last record's log and place; `None` if there is none near the end.
     pub last: Option<(Uuid, Position)>,
-    /// The last one whose number does not leap from the one before it. Any process may append that has the log open.
+    /// The last one whose number does not leap from the one before it. Any process may
+    /// append that has the log open.
     pub steady: Option<(Uuid, Position)>,
     /// Whether the file ends in the middle of a line.
     pub torn: bool,
@@ -21,7 +22,8 @@ pub(super) struct Tail {
 
 /// Reads the end of `file`.
 pub(super) fn read(file: &File) -> std::io::Result<Tail> {
-    // Most often the last line is short; the second look is for what a crash has left, or somebody has put there.
+    // Most often the last line is short; the second look is for what a crash has left, or
+    // somebody has put there.
     let near = read_from(file, LINE_MAX as u64)?;
     if near.last.is_some() { Ok(near) } else { read_from(file, REACH) }
 }

@@ -77,7 +77,8 @@ pub struct Checker<'a> {
 }
 
 impl<'a> Checker<'a> {
-    /// For a log that must hold the places of `marks`, which are proved or trusted, each with the path of its file.
+    /// For a log that must hold the places of `marks`, which are proved or trusted, each
+    /// with the path of its file.
     pub fn new(key: Option<&'a AuditKey>, marks: Vec<(Mark, PathBuf)>) -> Self {
         Checker {
             key,
@@ -92,8 +93,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Takes the next line, without its end; a last one that has no end is `torn`. Of what comes after the first
-    /// problem is only looked at whether it is what is missing.
+    /// Takes the next line, without its end; a last one that has no end is `torn`. Of what comes after the
+    /// first problem is only looked at whether it is what is missing.
     pub fn line(&mut self, bytes: &[u8], torn: bool) {
         if self.report.problem.is_some() {
             if let Some(line) = line::parse(bytes).filter(|_| !torn) {
@@ -189,7 +190,8 @@ impl<'a> Checker<'a> {
         self.broken_link(line)
     }
 
-    /// Two records that follow each other by their numbers, of which the second names another one as the first.
+    /// Two records that follow each other by their numbers, of which the second names
+    /// another one as the first.
     fn broken_link(&mut self, line: &Line<'_>) -> Option<Problem> {
         let (first, second) = (self.place.seq, line.position.seq);
         let second_is_proved = line.mac.as_ref().is_some_and(|mac| self.key_of(mac.store).is_some());
@@ -198,9 +200,11 @@ impl<'a> Checker<'a> {
             return problem(Damage::Changed, second, Some(self.line), message);
         }
         if self.proved {
-            // Both are genuine: so there were others between them, and somebody wrote on with a log that was cut.
+            // Both are genuine: so there were others between them, and somebody wrote on
+            // with a log that was cut.
             let message = format!(
-                "record {second} follows another record {first} than the one that is there: part of the log was replaced"
+                "record {second} follows another record {first} than the one that is there: part of the log \
+                 was replaced"
             );
             return problem(Damage::Misplaced, second, Some(self.line), message);
         }
@@ -224,7 +228,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Of two records one was changed: the second, if what vouches for it, `chain`, does not fit; else the first.
+    /// Of two records one was changed: the second, if what vouches for it, `chain`, does
+    /// not fit; else the first.
     fn convict(&mut self, chain: [u8; 32]) {
         if let Some((second, line)) = self.suspect.take()
             && second.chain != chain
@@ -245,15 +250,16 @@ impl<'a> Checker<'a> {
             true => (
                 Damage::Changed,
                 format!(
-                    "record {seq} is not the one that {} names: it was changed, or the log was written anew up to it",
+                    "record {seq} is not the one that {} names: it was changed, or the log was written anew \
+                     up to it",
                     path.display()
                 ),
             ),
             false => (
                 Damage::Misplaced,
                 format!(
-                    "the log is another one than {} names: it was replaced or begun anew. If the store was, remove \
-                     that file",
+                    "the log is another one than {} names: it was replaced or begun anew. If the store was, \
+                     remove that file",
                     path.display()
                 ),
             ),
@@ -271,8 +277,9 @@ impl<'a> Checker<'a> {
             self.marks.iter().filter(|(_, path)| !mark::is_plain(path)).map(|(mark, _)| mark.position.seq);
         if mark::is_plain(path) && !is_near(mark.position.seq, signed.chain([last]).max().unwrap_or(last)) {
             let message = format!(
-                "{} names record {}, which is far beyond everything else that tells how far the log reached: a host \
-                 process has written that which is none of ours. The next record without a MAC puts the file right",
+                "{} names record {}, which is far beyond everything else that tells how far the log reached: \
+                 a host process has written that which is none of ours. The next record without a MAC puts \
+                 the file right",
                 path.display(),
                 mark.position.seq
             );
@@ -283,8 +290,8 @@ impl<'a> Checker<'a> {
             return problem(Damage::Changed, last + 1, Some(odd), message);
         }
         let message = format!(
-            "the log ends with record {last}, but record {} was written ({} names it): its end was cut off, or an \
-             older copy was put in its place",
+            "the log ends with record {last}, but record {} was written ({} names it): its end was cut off, \
+             or an older copy was put in its place",
             mark.position.seq,
             path.display()
         );
@@ -298,7 +305,8 @@ fn problem(damage: Damage, record: u64, line: Option<u64>, message: String) -> O
 
 /// Checks the log in `folder` against its marks in `config`. Without `key` MACs are not checked.
 ///
-/// Writers are kept waiting for the moment of reading the marks only: what they append later is not looked at.
+/// Writers are kept waiting for the moment of reading the marks only: what they append
+/// later is not looked at.
 pub fn verify(folder: &Path, config: &Path, key: Option<&AuditKey>) -> Result<Report> {
     let path = folder.join(crate::audit::FILE);
     let attempt = || format!("read the audit log {}", path.display());

@@ -1,7 +1,7 @@
 //! Several files as one backing: a top layer over frozen ones, reached by one queue a thread.
 //!
-//! Each file is reached in its own way, and all through the same ring and pool of buffers. Only the top is ever
-//! written. It knows nothing of what the layers mean to one another.
+//! Each file is reached in its own way, and all through the same ring and pool of buffers. Only the top is
+//! ever written. It knows nothing of what the layers mean to one another.
 
 use crate::backing::file::FileBacking;
 use crate::backing::{Backing, Caps, Queue};

@@ -1,9 +1,10 @@
 //! Where ciphertext lies. A backing moves bytes; it never sees a key and does not know what they mean.
 //!
-//! A [`Backing`] is a chain of layers, most often of one: the top layer takes the writes, those below are frozen and
-//! only read. Which of them has what it does not know. It is shared by all queues of a volume; each queue's thread
-//! opens a [`Queue`] of its own, which reaches all layers, and drives it alone. Buffers belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes
-//! back with the completion, so that nothing can touch it while the kernel does.
+//! A [`Backing`] is a chain of layers, most often of one: the top layer takes the writes, those below are
+//! frozen and only read. Which of them has what it does not know. It is shared by all queues of a volume;
+//! each queue's thread opens a [`Queue`] of its own, which reaches all layers, and drives it alone. Buffers
+//! belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes back with the
+//! completion, so that nothing can touch it while the kernel does.
 
 pub mod chain;
 pub mod file;
@@ -22,7 +23,8 @@ pub struct Caps {
     pub access: String,
     /// Size in bytes: of the top layer.
     pub size: u64,
-    /// What the offsets and lengths of [`Op::Zero`] are multiples of, and what transfers are best made of: a power of two.
+    /// What the offsets and lengths of [`Op::Zero`] are multiples of, and what transfers are best
+    /// made of: a power of two.
     pub unit: u64,
 }
 
@@ -48,8 +50,8 @@ impl Buffer {
         self.len as usize
     }
 
-    /// A number that no other buffer of the same queue has meanwhile, below [`Queue::places`]; one more for each
-    /// 4096 bytes before those of the next.
+    /// A number that no other buffer of the same queue has meanwhile, below [`Queue::places`]; one more for
+    /// each 4096 bytes before those of the next.
     pub fn place(&self) -> usize {
         self.page as usize
     }
@@ -70,7 +72,8 @@ pub enum Op {
         /// What to fill.
         buffer: Buffer,
     },
-    /// Fill a part of the buffer from `offset` of a layer below the top. What is in other parts of it may be lost.
+    /// Fill a part of the buffer from `offset` of a layer below the top. What is in other
+    /// parts of it may be lost.
     ReadBelow {
         /// Which: 1 is the one right below the top.
         layer: usize,
@@ -92,7 +95,8 @@ pub enum Op {
     },
     /// Make every completed write durable.
     Flush,
-    /// The range, whole [units](Caps::unit), shall read as zeros; its space is given back, or kept if `keep_space`.
+    /// The range, whole [units](Caps::unit), shall read as zeros; its space is given back,
+    /// or kept if `keep_space`.
     Zero {
         /// Where from.
         offset: u64,
@@ -178,8 +182,8 @@ pub trait Backing: Send + Sync {
         &[]
     }
 
-    /// The next run of bytes at or after `from` in which the layer (0: the top) may hold data; outside of such runs it
-    /// holds none that was written before this was asked. `None`: nothing from there to its end.
+    /// The next run of bytes at or after `from` in which the layer (0: the top) may hold data; outside of
+    /// such runs it holds none that was written before this was asked. `None`: nothing from there to its end.
     fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
         let size = if layer == 0 { self.caps().size } else { self.below()[layer - 1] };
         Ok((from < size).then_some(from..size))
@@ -188,8 +192,8 @@ pub trait Backing: Send + Sync {
 
 /// One thread's way to a backing. Dropping it waits for what is in flight.
 pub trait Queue {
-    /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]) for what is at `offset`, whole sectors of 512 bytes; or `None`
-    /// until others have come back.
+    /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]) for what is at `offset`, whole sectors of 512
+    /// bytes; or `None` until others have come back.
     fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer>;
 
     /// Gives a buffer back.
@@ -204,8 +208,9 @@ pub trait Queue {
     /// The bytes of a buffer of this queue.
     fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
 
-    /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation nor a copy is
-    /// needed to read them. The top's may change while they are read. `None` where they are to be read by an operation.
+    /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation
+    /// nor a copy is needed to read them. The top's may change while they are read. `None` where they are to
+    /// be read by an operation.
     fn in_memory(&self, layer: usize, offset: u64, len: usize) -> Option<InMemory<'_>>;
 
     /// What is at `offset` of a layer will be asked for soon: a hint.
@@ -213,19 +218,20 @@ pub trait Queue {
         let _ = (layer, offset, len);
     }
 
-    /// Whether another operation may be submitted, beside one for each [`Event::Done`] that was not taken yet.
+    /// Whether another operation may be submitted, beside one for each [`Event::Done`]
+    /// that was not taken yet.
     fn has_room(&self) -> bool;
 
     /// Operations that were submitted and have caused no event yet.
     fn in_flight(&self) -> usize;
 
-    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`] at the latest.
-    /// Never more than the depth at a time: see [`Queue::has_room`]. Whoever has just taken an [`Event::Done`] may
+    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`] at the latest. Never more
+    /// than the depth at a time: see [`Queue::has_room`]. Whoever has just taken an [`Event::Done`] may
     /// submit one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);
 
-    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay open
-    /// until the next [`Queue::wait`] has returned. The token `u32::MAX - 1` is taken.
+    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay
+    /// open until the next [`Queue::wait`] has returned. The token `u32::MAX - 1` is taken.
     fn watch(&mut self, token: u32, fd: RawFd);
 
     /// Ends a watch; when it returns, the token will not be reported again.

@@ -1,8 +1,8 @@
 //! The error of every command: what was attempted, on what, and what the reader can do.
 //!
-//! [`Kind`] decides the exit code. Modules with a vocabulary of their own (`kms`, `virtio`) have their
-//! own enums and convert into this one at their border. What an error was made from stays its source, so that whoever
-//! has to decide something asks that, and never the text.
+//! [`Kind`] decides the exit code. Modules with a vocabulary of their own (`kms`, `virtio`) have their own
+//! enums and convert into this one at their border. What an error was made from stays its source, so that
+//! whoever has to decide something asks that, and never the text.
 
 use std::fmt;
 use std::io;
@@ -171,8 +171,8 @@ impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// An error of the system, with what was attempted put before it, for those who pass `io::Error`s on. Its kind stays, and it
-/// is the source.
+/// An error of the system, with what was attempted put before it, for those who pass `io::Error`s on. Its
+/// kind stays, and it is the source.
 pub(crate) fn attempted(what: impl fmt::Display, e: io::Error) -> io::Error {
     io::Error::new(e.kind(), Attempted { message: format!("{what}: {e}"), source: e })
 }

@@ -1,8 +1,9 @@
-//! What every command gives up before it does anything else: it leaves no core file, and nobody but root may read its
-//! memory or attach a debugger. Some commands see keys, and a list of those that do would be forgotten for the next one.
+//! What every command gives up before it does anything else: it leaves no core file, and nobody but root may
+//! read its memory or attach a debugger. Some commands see keys, and a list of those that do would be
+//! forgotten for the next one.
 //!
-//! [`Hardened`] is the proof. Whatever opens the KMS's store, asks a KMS, reads a passphrase or unwraps a data key takes
-//! one, so that it cannot be called by a process that has not hardened itself.
+//! [`Hardened`] is the proof. Whatever opens the KMS's store, asks a KMS, reads a passphrase or unwraps a
+//! data key takes one, so that it cannot be called by a process that has not hardened itself.
 
 use crate::base::{Context, Result};
 use nix::sys::prctl;
@@ -12,8 +13,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 #[derive(Clone, Copy, Debug)]
 pub struct Hardened(());
 
-/// Leaves no core file from now on, and lets nobody attach a debugger or read the memory, except root. Doing it again
-/// changes nothing.
+/// Leaves no core file from now on, and lets nobody attach a debugger or read the memory, except root. Doing
+/// it again changes nothing.
 ///
 /// # Errors
 /// The kernel's, which refuses neither to anybody.
@@ -25,8 +26,8 @@ pub fn harden() -> Result<Hardened> {
     Ok(Hardened(()))
 }
 
-/// As [`harden`], for good, and for what this process executes as well: no program that it executes leaves a core file, or
-/// gains privileges. Not for a process that starts programs of its user's, which may need to.
+/// As [`harden`], for good, and for what this process executes as well: no program that it executes leaves a
+/// core file, or gains privileges. Not for a process that starts programs of its user's, which may need to.
 ///
 /// # Errors
 /// The kernel's.

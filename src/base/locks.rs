@@ -1,8 +1,8 @@
 //! Locks on files that other processes honour: on ranges of bytes, and on whole files.
 //!
-//! A lock on a range is an open-file-description (OFD) lock, fcntl_locking(2): the kernel's own, tied to the open file and
-//! not to the process, so that two threads exclude each other as well, and gone when the last descriptor is closed,
-//! however its holder ends.
+//! A lock on a range is an open-file-description (OFD) lock, fcntl_locking(2): the kernel's own, tied to the
+//! open file and not to the process, so that two threads exclude each other as well, and gone when the last
+//! descriptor is closed, however its holder ends.
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
@@ -60,7 +60,8 @@ impl Kind {
     }
 }
 
-/// Locks `bytes` unless another open file has a lock there that excludes it. Returns whether it is locked now.
+/// Locks `bytes` unless another open file has a lock there that excludes it. Returns
+/// whether it is locked now.
 pub fn try_lock(file: &File, kind: Kind, bytes: Bytes) -> io::Result<bool> {
     match fcntl(file, FcntlArg::F_OFD_SETLK(&bytes.lock(kind.of_fcntl()))) {
         Ok(_) => Ok(true),
@@ -80,15 +81,16 @@ pub fn lock(file: &File, kind: Kind, bytes: Bytes) -> io::Result<()> {
     }
 }
 
-/// Whether another open file has a lock on some of `bytes` that would exclude one of this kind. Takes nothing.
+/// Whether another open file has a lock on some of `bytes` that would exclude one of this
+/// kind. Takes nothing.
 pub fn is_locked_against(file: &File, kind: Kind, bytes: Bytes) -> io::Result<bool> {
     let mut found = bytes.lock(kind.of_fcntl());
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
     Ok(i32::from(found.l_type) != libc::F_UNLCK)
 }
 
-/// Gives up the locks of this open file on `bytes`. Closing a descriptor alone would not, while a child process that
-/// is just being started still has a copy of it.
+/// Gives up the locks of this open file on `bytes`. Closing a descriptor alone would not, while a child
+/// process that is just being started still has a copy of it.
 pub fn unlock(file: &File, bytes: Bytes) {
     // Unlocking fails for no reason that closing would not see to.
     let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&bytes.lock(libc::F_UNLCK)));

@@ -1,14 +1,15 @@
-//! Text of others on its way to a terminal: names, messages of a KMS, of a host process, of whoever wrote a file.
+//! Text of others on its way to a terminal: names, messages of a KMS, of a host process,
+//! of whoever wrote a file.
 //!
-//! What would move a cursor, or the direction of writing, is shown as what it is. Everything that the program prints goes
-//! through here, at its last step, so that no single message can forget it.
+//! What would move a cursor, or the direction of writing, is shown as what it is. Everything that the program
+//! prints goes through here, at its last step, so that no single message can forget it.
 
 use serde::Serializer;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-/// `text` with everything escaped that is not to be seen, except for ends of lines and tabs. Escaped as JSON does it, so that
-/// JSON stays JSON.
+/// `text` with everything escaped that is not to be seen, except for ends of lines and tabs. Escaped as JSON
+/// does it, so that JSON stays JSON.
 pub fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| !matches!(c, '\n' | '\t'))
 }

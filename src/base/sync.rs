@@ -1,8 +1,9 @@
 //! Locks between the threads of a process that do not care whether a holder panicked.
 //!
-//! A thread that panics while it holds a lock leaves the lock poisoned. What this program keeps behind its locks is whole
-//! between any two statements: single values that are replaced, lists that are pushed to, states that are set in one step.
-//! So a panic, which ends its own thread and is reported there, is no reason for every other thread to end with it.
+//! A thread that panics while it holds a lock leaves the lock poisoned. What this program keeps behind its
+//! locks is whole between any two statements: single values that are replaced, lists that are pushed to,
+//! states that are set in one step. So a panic, which ends its own thread and is reported there, is no reason
+//! for every other thread to end with it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 

@@ -1,8 +1,8 @@
-//! What two processes of sealblk say to each other: lines of JSON over a stream socket, no longer than whoever reads them
-//! allows. A descriptor can go with a line.
+//! What two processes of sealblk say to each other: lines of JSON over a stream socket, no longer than
+//! whoever reads them allows. A descriptor can go with a line.
 //!
-//! Used between a host process and its clients, and between a process and its helpers. What the words are, and in which
-//! order they are said, is theirs to know; how long one waits is the socket's read timeout.
+//! Used between a host process and its clients, and between a process and its helpers. What the words are,
+//! and in which order they are said, is theirs to know; how long one waits is the socket's read timeout.
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
@@ -29,7 +29,8 @@ pub(crate) fn say_with(
     socket.write_all(&line[sent..])
 }
 
-/// Waits for one line, as [`Lines::next`] returns it. What comes after that line is lost: for those who speak in turns.
+/// Waits for one line, as [`Lines::next`] returns it. What comes after that line is lost: for
+/// those who speak in turns.
 pub(crate) fn hear(socket: &UnixStream, limit: usize) -> io::Result<Option<Vec<u8>>> {
     Lines::of_at_most(limit).next(socket)
 }
@@ -55,12 +56,12 @@ impl Lines {
         Lines { limit, come: Vec::new(), descriptor: None }
     }
 
-    /// Waits for the next line and returns it without its end. A line may also end with the socket's end; `None` if there
-    /// is nothing before that.
+    /// Waits for the next line and returns it without its end. A line may also end with the socket's end;
+    /// `None` if there is nothing before that.
     ///
     /// # Errors
-    /// Those of the socket. `WouldBlock` if it does not wait, or waits no longer, and there is no whole line yet: what has
-    /// come is kept, and one may ask again.
+    /// Those of the socket. `WouldBlock` if it does not wait, or waits no longer, and there is no whole line
+    /// yet: what has come is kept, and one may ask again.
     pub(crate) fn next(&mut self, socket: &UnixStream) -> io::Result<Option<Vec<u8>>> {
         let mut part = [0; 4096];
         // No line ends before this place.

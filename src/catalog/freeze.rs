@@ -1,8 +1,9 @@
-//! Freezing a volume's top layer: from then on it is read only, a new one takes the writes, and a snapshot names it.
+//! Freezing a volume's top layer: from then on it is read only, a new one takes the writes,
+//! and a snapshot names it.
 //!
-//! In order: what is going to be made is noted ([`crate::catalog::pending`]); the new layer is made; whoever has the volume sees
-//! to it that nothing is being written and syncs the old top; `volume.json` is replaced, **which is the moment**; the
-//! snapshot's record is written. `docs/format.md` argues each step.
+//! In order: what is going to be made is noted ([`crate::catalog::pending`]); the new layer is made; whoever
+//! has the volume sees to it that nothing is being written and syncs the old top; `volume.json` is replaced,
+//! **which is the moment**; the snapshot's record is written. `docs/format.md` argues each step.
 
 use crate::base::root::files;
 use crate::base::{Error, Kind, Result};
@@ -28,24 +29,24 @@ pub struct Freeze {
 pub enum Maker {
     /// A command, which reaches all of the store.
     Command,
-    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]), with the id that a
-    /// command has chosen.
+    /// The process that has the volume attached, in the volume's folder ([`Catalog::own_layer_path`]), with
+    /// the id that a command has chosen.
     Host(LayerId),
 }
 
 impl Freeze {
-    /// Notes which layer is going to be made; [`make_layer`] makes it, without data. The volume may be written to
-    /// meanwhile.
+    /// Notes which layer is going to be made; [`make_layer`] makes it, without data. The volume may
+    /// be written to meanwhile.
     ///
     /// # Errors
-    /// `Unsupported` if the volume has as many layers as it can have; those of the file system. The volume is as it
-    /// was.
+    /// `Unsupported` if the volume has as many layers as it can have; those of the file system.
+    /// The volume is as it was.
     pub fn begin(catalog: &Catalog, lock: &VolumeLock, metadata: &Metadata, maker: Maker) -> Result<Self> {
         if metadata.layers().len() >= MAX_LAYERS {
             let id = metadata.id();
             let message = format!(
-                "{id} has {MAX_LAYERS} layers, the most that a volume can have; \"sealblk volume flatten {id}\" makes \
-                 them one"
+                "{id} has {MAX_LAYERS} layers, the most that a volume can have; \"sealblk volume flatten \
+                 {id}\" makes them one"
             );
             return Err(Error::new(Kind::Unsupported, message));
         }
@@ -65,9 +66,9 @@ impl Freeze {
         &self.new_top
     }
 
-    /// Gives the volume its new top layer, durably, and returns the snapshot. **The new layer is there, durable and
-    /// empty. The old top was synced (fdatasync), nothing has been written to it since**, and nothing ever is again. The
-    /// snapshot is there once it is [noted](note).
+    /// Gives the volume its new top layer, durably, and returns the snapshot. **The new layer is there,
+    /// durable and empty. The old top was synced (fdatasync), nothing has been written to it since**, and
+    /// nothing ever is again. The snapshot is there once it is [noted](note).
     ///
     /// `key` seals the volume; none for an unencrypted one.
     ///
@@ -89,8 +90,9 @@ impl Freeze {
         Ok(snapshot)
     }
 
-    /// Gives the volume its new top layer under the data key `dek`, which `key` wraps, and marks all below to be copied
-    /// up; otherwise as [`Freeze::commit`], but that no snapshot is made. `seal_key` is that of `dek`.
+    /// Gives the volume its new top layer under the data key `dek`, which `key` wraps, and marks all
+    /// below to be copied up; otherwise as [`Freeze::commit`], but that no snapshot is made.
+    /// `seal_key` is that of `dek`.
     ///
     /// # Errors
     /// As for [`Freeze::commit`].
@@ -140,8 +142,8 @@ impl Freeze {
         }
     }
 
-    /// What the confined process can do: the layer's other name is the client's to remove, or, while the note is there,
-    /// that of whoever takes the volume next.
+    /// What the confined process can do: the layer's other name is the client's to remove, or, while the note
+    /// is there, that of whoever takes the volume next.
     fn forget_own(&self, catalog: &Catalog, lock: &VolumeLock) -> Result<()> {
         let named = catalog.load(lock.volume())?.layers().iter().any(|l| l.id == self.new_top.id);
         if named || files::exists(&catalog.layer_path(self.new_top.id)) {
@@ -174,8 +176,8 @@ impl Metadata {
 /// Writes the records of snapshots that were committed: with this they are there.
 ///
 /// # Errors
-/// `NotFound` if a volume of theirs has gone meanwhile; `Busy` if it has changed: then there is none of them, and each
-/// volume has a layer more. Those of the file system: then some may be there.
+/// `NotFound` if a volume of theirs has gone meanwhile; `Busy` if it has changed: then there is none of them,
+/// and each volume has a layer more. Those of the file system: then some may be there.
 pub fn note(catalog: &Catalog, snapshots: &[&Snapshot]) -> Result<()> {
     let _records = RecordsLock::acquire(catalog)?;
     for snapshot in snapshots {

@@ -33,7 +33,8 @@ impl Metadata {
     }
 }
 
-/// A resize that has begun: the top layer's file, `top`, is as long as it is going to be, and nothing uses that yet.
+/// A resize that has begun: the top layer's file, `top`, is as long as it is going to be,
+/// and nothing uses that yet.
 #[must_use = "the volume has its new size once this is committed"]
 pub struct Growth<'a> {
     geometry: Geometry,
@@ -89,8 +90,8 @@ impl<'a> Growth<'a> {
         Ok(())
     }
 
-    /// Gives the file its length back, by what `volume.json` says now: a replacement that failed may have come far
-    /// enough to be seen.
+    /// Gives the file its length back, by what `volume.json` says now: a replacement that failed may have
+    /// come far enough to be seen.
     pub fn cancel(self, catalog: &Catalog, lock: &VolumeLock) {
         let undo = || {
             let size = catalog.load(lock.volume())?.size();

@@ -6,8 +6,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
 use std::path::Path;
 
-/// Makes a layer's file at `path`, where there must be none, without data; it is durable then. Something names it
-/// already.
+/// Makes a layer's file at `path`, where there must be none, without data; it is durable then.
+/// Something names it already.
 ///
 /// # Errors
 /// Those of the file system; `Unsupported` if it cannot set space aside.

@@ -1,9 +1,10 @@
-//! What becomes of a volume whose lower layers were copied up: they leave its chain, and nobody needs their keys.
+//! What becomes of a volume whose lower layers were copied up: they leave its chain, and
+//! nobody needs their keys.
 //!
-//! `leaving.json` in the volume's folder names the layers that are about to leave, or have left, until their files are
-//! removed where nothing else names them. It is durable before `volume.json` is replaced, **which is the moment**. It names
-//! layers for those who clear up, and keeps none: a layer is removed when no record names it ([`crate::catalog::references`]).
-//! `docs/format.md` argues the steps.
+//! `leaving.json` in the volume's folder names the layers that are about to leave, or have left, until their
+//! files are removed where nothing else names them. It is durable before `volume.json` is replaced, **which
+//! is the moment**. It names layers for those who clear up, and keeps none: a layer is removed when no record
+//! names it ([`crate::catalog::references`]). `docs/format.md` argues the steps.
 
 use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Kind, Result};
@@ -27,9 +28,9 @@ struct Written {
     layers: Vec<LayerId>,
 }
 
-/// Takes the layers that were copied up out of the volume's chain, durably. **What they held is in the layers above,
-/// durably**, and whoever serves the volume writes to no other layer than its top. Their files are there until somebody
-/// [clears them away](Catalog::clear_left).
+/// Takes the layers that were copied up out of the volume's chain, durably. **What they held is in the layers
+/// above, durably**, and whoever serves the volume writes to no other layer than its top. Their files are
+/// there until somebody [clears them away](Catalog::clear_left).
 ///
 /// `key` seals the volume; none for an unencrypted one.
 ///
@@ -82,8 +83,8 @@ impl Catalog {
         files::exists(&self.leaving_path(volume))
     }
 
-    /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process may be at
-    /// work meanwhile. Returns how many that were.
+    /// Removes the files of layers that have left a volume's chain and that nothing names. Its host process
+    /// may be at work meanwhile. Returns how many that were.
     ///
     /// # Errors
     /// `Corrupt` if a record cannot be read, since then nobody knows what it names; those of the file system.
@@ -103,8 +104,8 @@ impl Catalog {
         Ok(removed)
     }
 
-    /// As [`Catalog::clear_left`], for whoever has the volume's lock: `leaving.json` is removed as well, so that nobody need
-    /// look again.
+    /// As [`Catalog::clear_left`], for whoever has the volume's lock: `leaving.json` is removed as well, so
+    /// that nobody need look again.
     ///
     /// # Errors
     /// As for [`Catalog::clear_left`].

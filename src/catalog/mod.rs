@@ -63,13 +63,14 @@ pub struct Entry {
 }
 
 impl Catalog {
-    /// The volumes of the store at `root`, which need not exist yet. What records say is taken as it is: this is for a
-    /// process that is confined, and for one that looks at claims.
+    /// The volumes of the store at `root`, which need not exist yet. What records say is taken as it is: this
+    /// is for a process that is confined, and for one that looks at claims.
     pub fn new(root: &Root) -> Self {
         Catalog { root: root.clone(), ledger: None }
     }
 
-    /// The same volumes, for a command: records are held against the store's ledger, and changes are entered there.
+    /// The same volumes, for a command: records are held against the store's ledger, and
+    /// changes are entered there.
     pub fn with_ledger(root: &Root) -> Self {
         Catalog { root: root.clone(), ledger: Some(Ledger::of(root)) }
     }
@@ -125,8 +126,8 @@ impl Catalog {
     /// Which volume `reference` means: a whole id, a name, or an id's first digits, with `vol-` or without.
     ///
     /// # Errors
-    /// `NotFound`; `Usage` with the candidates if several ids begin so, or if several volumes have that name: a host process
-    /// writes its volume's name, and could have taken another volume's.
+    /// `NotFound`; `Usage` with the candidates if several ids begin so, or if several volumes have that name:
+    /// a host process writes its volume's name, and could have taken another volume's.
     pub fn resolve(&self, reference: &str) -> Result<VolumeId> {
         let whole = reference.parse::<VolumeId>().ok();
         if let Some(id) = whole.filter(|&id| files::exists(&self.folder(id).join(FILE))) {
@@ -138,8 +139,8 @@ impl Catalog {
         let is_prefix = !digits.is_empty() && is_lower_hex(digits);
         let begins = |e: &&Entry| is_prefix && e.id.to_string()[VolumeId::PREFIX.len()..].starts_with(digits);
         let beginning: Vec<&Entry> = entries.iter().filter(begins).collect();
-        // A name comes before a prefix: whether an id begins like it is chance. With so many digits it is none: a host process
-        // could have given its volume the name by which another one is meant.
+        // A name comes before a prefix: whether an id begins like it is chance. With so many digits it is
+        // none: a host process could have given its volume the name by which another one is meant.
         let is_chance = digits.len() < DIGITS_BEYOND_CHANCE;
         let candidates = match (named.is_empty(), is_chance) {
             (true, _) => beginning,
@@ -170,8 +171,8 @@ impl Catalog {
     /// Reads a volume's metadata.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names, and for one that says
-    /// something else than the store's ledger.
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names, and for one that
+    /// says something else than the store's ledger.
     pub fn load(&self, id: VolumeId) -> Result<Metadata> {
         let (metadata, doubt) =
             self.judged(|| self.load_claim(id), |claim| (id.to_string(), VolumeFacts::of(claim)))?;
@@ -256,8 +257,9 @@ impl Catalog {
         Ok(())
     }
 
-    /// Enters what the host process of an attached volume is about to make of its record: `change` says what becomes of
-    /// what is there. Returns what [`Expected::settle`] is to be called on when the host process has done so.
+    /// Enters what the host process of an attached volume is about to make of its record: `change` says
+    /// what becomes of what is there. Returns what [`Expected::settle`] is to be called on when the
+    /// host process has done so.
     ///
     /// # Errors
     /// As [`Catalog::load`]; `Busy` if another command is changing the volume for long.
@@ -313,8 +315,8 @@ impl Catalog {
         self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.accept(&id.to_string(), facts))
     }
 
-    /// The ids for which there is an entry and no record, in no order. Whoever makes a record enters it first, so the caller
-    /// has the store locked.
+    /// The ids for which there is an entry and no record, in no order. Whoever makes a record enters it
+    /// first, so the caller has the store locked.
     pub(crate) fn entries_of_nothing(&self, _store: &references::RecordsLock) -> Result<Vec<String>> {
         let Some(ledger) = &self.ledger else { return Ok(Vec::new()) };
         let is_volume = |id: &str| id.parse().is_ok_and(|id: VolumeId| files::exists(&self.folder(id)));
@@ -340,7 +342,8 @@ impl Catalog {
     /// `Corrupt`, naming the first layer that is missing or has another length.
     pub fn check_layers(&self, metadata: &Metadata) -> Result<()> {
         self.check_files(&metadata.id(), metadata.layers()).or_else(|problem| {
-            // While a volume is made larger, and until somebody takes it after a crash in between, its top is longer.
+            // While a volume is made larger, and until somebody takes it after a crash in
+            // between, its top is longer.
             let Ok(Some(Pending::Resize(size))) = Pending::load(self, metadata.id()) else {
                 return Err(problem);
             };
@@ -392,7 +395,8 @@ impl Expected<'_> {
     }
 }
 
-/// Where the ledger cannot be brought up to date, it lists what the record was as well, until the next change.
+/// Where the ledger cannot be brought up to date, it lists what the record was as well,
+/// until the next change.
 fn settled(result: Result<()>) {
     if let Err(e) = result {
         log::warn!("the store's ledger is behind by one change: {e}");

@@ -1,8 +1,8 @@
-//! `pending.json` in a volume's folder: what the process that has the volume is changing about its layers' files, so
-//! that the next one can undo what a crash left of it.
+//! `pending.json` in a volume's folder: what the process that has the volume is changing about its layers'
+//! files, so that the next one can undo what a crash left of it.
 //!
-//! It is durable before the change begins and removed when `volume.json` tells of it. So whoever takes the volume finds
-//! either no such file, or one that says what may be left over.
+//! It is durable before the change begins and removed when `volume.json` tells of it. So whoever takes the
+//! volume finds either no such file, or one that says what may be left over.
 
 use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
@@ -65,8 +65,8 @@ impl Pending {
         }
     }
 
-    /// Writes the note. Call it before making any part of the change: the volume, whose record is `metadata`, must still be
-    /// untouched.
+    /// Writes the note. Call it before making any part of the change: the volume, whose record is `metadata`,
+    /// must still be untouched.
     ///
     /// # Errors
     /// `Busy` if an earlier resize was neither finished nor undone: nobody else would do that any more.
@@ -81,8 +81,8 @@ impl Pending {
         replace_file(&catalog.folder(lock.volume()).join(FILE), &written::to_json(&written))
     }
 
-    /// The second names were removed before. Where the file of a new layer cannot be removed, or must not, it stays: that is
-    /// no reason to keep the volume from anybody, and "sealblk gc" looks at it again.
+    /// The second names were removed before. Where the file of a new layer cannot be removed, or must not, it
+    /// stays: that is no reason to keep the volume from anybody, and "sealblk gc" looks at it again.
     fn undo(self, catalog: &Catalog, metadata: &Metadata, records: Option<&RecordsLock>) -> Result<()> {
         match self {
             Pending::NewTop(id) if metadata.layers().iter().any(|l| l.id == id) => Ok(()),
@@ -131,17 +131,18 @@ pub(crate) fn is_layer_name(name: &str) -> bool {
 }
 
 impl Catalog {
-    /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in between. For
-    /// whoever has the volume's lock, before the layers are looked at.
+    /// Brings a volume's layers into the state that its metadata tells of, after a crash that came in
+    /// between. For whoever has the volume's lock, before the layers are looked at.
     ///
     /// # Errors
-    /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours, and for a volume whose top layer is
-    /// not its own.
+    /// Those of the file system; `Corrupt` for a `pending.json` that is none of ours, and for a volume whose
+    /// top layer is not its own.
     pub fn recover(&self, lock: &VolumeLock, metadata: &Metadata) -> Result<()> {
         self.check_top_is_own(metadata)?;
         self.undo_pending(lock, metadata, None)?;
         if self.has_left_layers(lock.volume()) {
-            // A confined process cannot, and a record that cannot be read is no reason to keep the volume from anybody.
+            // A confined process cannot, and a record that cannot be read is no reason to keep
+            // the volume from anybody.
             let settled = RecordsLock::acquire(self).and_then(|records| self.settle_left(lock, &records));
             if let Err(e) = settled {
                 log::warn!(
@@ -161,9 +162,9 @@ impl Catalog {
         check_top_is_own(self, metadata)
     }
 
-    /// As [`Catalog::recover`], for a process that is confined, and reaches no layers but those that it knew before, and those in its
-    /// volume's folder: what the volume has keeps the name that it has there. Where a layer's making was interrupted, its
-    /// file is left to "sealblk gc".
+    /// As [`Catalog::recover`], for a process that is confined, and reaches no layers but those that it knew
+    /// before, and those in its volume's folder: what the volume has keeps the name that it has there. Where
+    /// a layer's making was interrupted, its file is left to "sealblk gc".
     ///
     /// # Errors
     /// As for [`Catalog::recover`].
@@ -182,7 +183,8 @@ impl Catalog {
         }
     }
 
-    /// As [`Catalog::recover`], except for layers that have left the chain. Whoever has the `records` locked gives that lock along.
+    /// As [`Catalog::recover`], except for layers that have left the chain. Whoever has the `records`
+    /// locked gives that lock along.
     ///
     /// # Errors
     /// As for that.
@@ -203,18 +205,19 @@ impl Catalog {
         Ok(())
     }
 
-    /// A layer as the process that has the volume attached has made it: in the volume's folder, since it reaches no
-    /// other. It is a second name of [`Catalog::layer_path`], until the volume is given up.
+    /// A layer as the process that has the volume attached has made it: in the volume's folder, since it
+    /// reaches no other. It is a second name of [`Catalog::layer_path`], until the volume is given up.
     pub fn own_layer_path(&self, volume: VolumeId, layer: LayerId) -> PathBuf {
         self.folder(volume).join(format!("{layer}.img"))
     }
 
-    /// Gives a layer of `size` bytes that was made in a volume's folder the name by which it will be known, durably.
-    /// Something names it already. Who made it is confined there, and may be anybody's by now: it must be a file of its
-    /// own, with no other name.
+    /// Gives a layer of `size` bytes that was made in a volume's folder the name by which it will be known,
+    /// durably. Something names it already. Who made it is confined there, and may be anybody's by now: it
+    /// must be a file of its own, with no other name.
     ///
     /// # Errors
-    /// `Corrupt` for anything else; those of the file system. Nothing has the new name then that had not before.
+    /// `Corrupt` for anything else; those of the file system. Nothing has the new name
+    /// then that had not before.
     pub fn link_own_layer(&self, volume: VolumeId, layer: LayerId, size: u64) -> Result<OwnLayer> {
         let (from, to) = (self.own_layer_path(volume, layer), self.layer_path(layer));
         let attempt = || format!("link {} to {}", from.display(), to.display());
@@ -255,8 +258,8 @@ impl Catalog {
         sync_dir(&folder)
     }
 
-    /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any more. Nothing
-    /// depends on it.
+    /// Makes the files of these layers read-only, which shows people and tools that nobody writes them any
+    /// more. Nothing depends on it.
     pub(crate) fn mark_frozen(&self, layers: &[LayerRecord]) {
         for layer in layers {
             let path = self.layer_path(layer.id);

@@ -1,9 +1,9 @@
-//! Which layers are named, and by what: a layer belongs to every volume and snapshot whose record names it, and is
-//! removed when none does.
+//! Which layers are named, and by what: a layer belongs to every volume and snapshot whose record names it,
+//! and is removed when none does.
 //!
-//! What makes names and removes layers does so under the [`RecordsLock`], except for one thing: the process that has a
-//! volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock alone. The order in
-//! which the records are read makes up for it; see [`named_layers`].
+//! What makes names and removes layers does so under the [`RecordsLock`], except for one thing: the process
+//! that has a volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock
+//! alone. The order in which the records are read makes up for it; see [`named_layers`].
 
 use crate::base::root::{create_dir_durable, files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks};
@@ -23,8 +23,8 @@ pub(crate) const CREATING: &str = "creating.json";
 /// The metadata's name once a volume is not there any more.
 pub(crate) const DELETING: &str = "deleting.json";
 
-/// The lock of all records of a store, for whoever makes, deletes or clears away some, for short moments: an flock on
-/// `volumes/`.
+/// The lock of all records of a store, for whoever makes, deletes or clears away some, for short
+/// moments: an flock on `volumes/`.
 pub struct RecordsLock {
     _folder: Flock<File>,
 }
@@ -43,10 +43,10 @@ impl RecordsLock {
 
 /// Every layer that a volume, a snapshot, or a command that is at work names.
 ///
-/// Of each volume, `pending.json` is read before `volume.json`, and all volumes before the snapshots: a layer that
-/// changes hands meanwhile goes from the one to the other in this direction only (a new top is pending until
-/// `volume.json` names it; what leaves a volume's chain was noted in its snapshots' records long before), so that it is
-/// found in at least one of them.
+/// Of each volume, `pending.json` is read before `volume.json`, and all volumes before the snapshots: a layer
+/// that changes hands meanwhile goes from the one to the other in this direction only (a new top is pending
+/// until `volume.json` names it; what leaves a volume's chain was noted in its snapshots' records long
+/// before), so that it is found in at least one of them.
 ///
 /// # Errors
 /// `Corrupt`, naming the first record that cannot be read: then nobody knows what it names.
@@ -77,11 +77,13 @@ fn named_beside_pending_of(
     Ok(named)
 }
 
-/// Looks whether the volume may write to its top layer: no other record names that, and no layer of the volume's is
-/// another volume's top. The process that had the volume last writes `volume.json`, and could have put a golden snapshot's
-/// layer, or another tenant's, at its top: whatever is written there afterwards, all others would read.
+/// Looks whether the volume may write to its top layer: no other record names that, and no layer of the
+/// volume's is another volume's top. The process that had the volume last writes `volume.json`, and could
+/// have put a golden snapshot's layer, or another tenant's, at its top: whatever is written there
+/// afterwards, all others would read.
 ///
-/// Takes no lock: a record that is being made or removed meanwhile does not name the top of a volume that somebody has.
+/// Takes no lock: a record that is being made or removed meanwhile does not name the top of a
+/// volume that somebody has.
 ///
 /// # Errors
 /// `Corrupt`, naming the layer and the other record.
@@ -90,8 +92,8 @@ pub(crate) fn check_top_is_own(catalog: &Catalog, volume: &Metadata) -> Result<(
     let shared = |layer: LayerId, by: &dyn Display| {
         let path = catalog.folder(volume.id()).join(catalog::FILE);
         let message = format!(
-            "{}: layer {layer} is named by {by} as well, so that it is not this volume's alone to be written to; one of the \
-             two records was changed. Restore {} from a backup",
+            "{}: layer {layer} is named by {by} as well, so that it is not this volume's alone to be written \
+             to; one of the two records was changed. Restore {} from a backup",
             volume.id(),
             path.display()
         );
@@ -141,11 +143,12 @@ fn layers_of_volume(catalog: &Catalog, id: VolumeId) -> Result<Vec<LayerId>> {
     Ok(Vec::new())
 }
 
-/// Removes the file of a layer that was pending of `volume`, and that no record names: what is pending is written by the
-/// process that had the volume, and could name any layer there is.
+/// Removes the file of a layer that was pending of `volume`, and that no record names: what is pending is
+/// written by the process that had the volume, and could name any layer there is.
 ///
 /// # Errors
-/// As [`named_layers`], and then nothing is removed; `Busy` if somebody has the file open; those of the file system.
+/// As [`named_layers`], and then nothing is removed; `Busy` if somebody has the file open;
+/// those of the file system.
 pub(crate) fn remove_pending(
     catalog: &Catalog,
     volume: VolumeId,
@@ -154,7 +157,8 @@ pub(crate) fn remove_pending(
 ) -> Result<()> {
     if named_beside_pending_of(catalog, Some(volume), records)?.contains(&layer) {
         let message = format!(
-            "{volume}: layer {layer}, which was said to be in the making, is one that a record names: it stays"
+            "{volume}: layer {layer}, which was said to be in the making, is one that a record names: it \
+             stays"
         );
         return Err(Error::new(Kind::Corrupt, message));
     }

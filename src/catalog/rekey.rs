@@ -1,8 +1,8 @@
-//! Another data key for a volume, and a chain of layers made one: what `volume.json` says of it. The copying is
-//! [`crate::disk::hydrate`]'s, and what follows it [`crate::catalog::leaving`]'s.
+//! Another data key for a volume, and a chain of layers made one: what `volume.json` says of it. The copying
+//! is [`crate::disk::hydrate`]'s, and what follows it [`crate::catalog::leaving`]'s.
 //!
-//! A volume is re-keyed by freezing its top and giving it a new one under the new data key. To be flattened it needs no
-//! new layer: what is below its top is marked to be copied up.
+//! A volume is re-keyed by freezing its top and giving it a new one under the new data key. To be flattened
+//! it needs no new layer: what is below its top is marked to be copied up.
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
@@ -15,8 +15,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What a new data key is for, that is [passed](crate::crypt::PassKey::pass) to the process that has `volume`: this volume,
-/// the layer that it makes for it, and the wrapped key that is going to be noted. Each part has its length before it.
+/// What a new data key is for, that is [passed](crate::crypt::PassKey::pass) to the process that has
+/// `volume`: this volume, the layer that it makes for it, and the wrapped key that is going to be noted. Each
+/// part has its length before it.
 pub fn passed_for(volume: VolumeId, layer: LayerId, provider: &str, wrapped: &WrappedKey) -> Vec<u8> {
     let (volume, layer) = (volume.to_string(), layer.to_string());
     let parts =
@@ -103,12 +104,13 @@ pub fn check_encrypted(volume: &Metadata) -> Result<()> {
     if volume.is_encrypted() {
         return Ok(());
     }
-    let message = "it is not encrypted, and stays so; a snapshot of it can be made an encrypted volume: \"sealblk \
-                   volume create --snapshot … --key …\"";
+    let message = "it is not encrypted, and stays so; a snapshot of it can be made an encrypted volume: \
+                   \"sealblk volume create --snapshot … --key …\"";
     Err(Error::new(Kind::Usage, message))
 }
 
-/// Marks all layers below the top to be copied up, durably; the caller has the volume. Returns whether there are any.
+/// Marks all layers below the top to be copied up, durably; the caller has the volume.
+/// Returns whether there are any.
 ///
 /// # Errors
 /// Those of the file system; the volume is as it was then.
@@ -123,7 +125,8 @@ pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Meta
 }
 
 impl Metadata {
-    /// What becomes of the volume when everything below its top is marked to be copied up; none if there is nothing.
+    /// What becomes of the volume when everything below its top is marked to be copied up;
+    /// none if there is nothing.
     pub(crate) fn to_flatten(&self) -> Option<Self> {
         let layout = self.layout().with_all_leaving()?;
         Some(Metadata { layout, ..self.clone() })

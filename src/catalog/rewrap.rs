@@ -24,8 +24,8 @@ pub struct Rewrapped {
 }
 
 impl Rewrapped {
-    /// `new`, by `provider`, in place of `old`, which is key `slot` of its volume. Whoever makes this has seen that
-    /// both unwrap to the same data key.
+    /// `new`, by `provider`, in place of `old`, which is key `slot` of its volume. Whoever makes this has
+    /// seen that both unwrap to the same data key.
     pub fn new(slot: usize, old: &KeyRecord, provider: &str, new: &WrappedKey) -> Self {
         Rewrapped {
             slot,
@@ -47,16 +47,16 @@ impl Metadata {
     /// Takes note of it. It counts once it is stored.
     ///
     /// # Errors
-    /// `Busy` if the volume's key is not the one that was rewrapped, any more; `Usage` for what could not stand in
-    /// `volume.json`.
+    /// `Busy` if the volume's key is not the one that was rewrapped, any more; `Usage` for what could
+    /// not stand in `volume.json`.
     pub fn rewrap(&mut self, new: &Rewrapped) -> Result<()> {
         let mut changed = self.clone();
         let key = changed.layout.keys.get_mut(new.slot);
         let key = key.ok_or_else(|| Error::new(Kind::Usage, format!("it has no data key {}", new.slot)))?;
         if digest(&key.wrapped.blob) != new.replaces {
             let message = format!(
-                "data key {} was wrapped anew by somebody else meanwhile; look at \"sealblk volume show {}\" and \
-                 try again",
+                "data key {} was wrapped anew by somebody else meanwhile; look at \"sealblk volume show {}\" \
+                 and try again",
                 new.slot, self.id
             );
             return Err(Error::new(Kind::Busy, message));

@@ -1,9 +1,10 @@
 //! The seal of a volume's metadata: a check value for each data key and a MAC under the top layer's.
 //!
-//! Whoever makes a volume never sees its data keys, so a new volume has no seal. The first attach, which has
-//! them, seals it before the guest can write anything. Hence a volume without a seal holds no data in its top layer,
-//! and an attach may go on without one only where that is so: or else taking the seal away would undo it. What an
-//! unsealed clone has below its top layer is proved by the seal of the snapshot that it was made of.
+//! Whoever makes a volume never sees its data keys, so a new volume has no seal. The first attach, which
+//! has them, seals it before the guest can write anything. Hence a volume without a seal holds no data
+//! in its top layer, and an attach may go on without one only where that is so: or else taking the seal
+//! away would undo it. What an unsealed clone has below its top layer is proved by the seal of the
+//! snapshot that it was made of.
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::{LayerRecord, SealVersion, sealed_bytes};
@@ -20,16 +21,18 @@ use subtle::ConstantTimeEq;
 pub enum Seal {
     /// The metadata is as the last process that had the data keys wrote it.
     Sealed,
-    /// Nobody has had the volume's data keys yet. **The caller must see to it that the top layer holds not a single byte
-    /// other than zero**, and refuse the volume otherwise; then [`Metadata::seal`] it before anything is written.
-    /// The layers below, if there are any, are those of a snapshot, as its own seal says.
+    /// Nobody has had the volume's data keys yet. **The caller must see to it that the top layer
+    /// holds not a single byte other than zero**, and refuse the volume otherwise; then
+    /// [`Metadata::seal`] it before anything is written. The layers below, if there are any, are
+    /// those of a snapshot, as its own seal says.
     Unsealed,
     /// The volume is not encrypted, so there is no key to seal its metadata with.
     NotEncrypted,
 }
 
 impl Metadata {
-    /// Compares the metadata with the data keys; `deks` has one for each of [`Metadata::keys`], in that order.
+    /// Compares the metadata with the data keys; `deks` has one for each of
+    /// [`Metadata::keys`], in that order.
     ///
     /// # Errors
     /// `Corrupt` for a data key that is not the volume's, and for metadata that was edited.
@@ -43,8 +46,8 @@ impl Metadata {
         for (n, (key, dek)) in self.keys().iter().zip(deks).enumerate() {
             if key.check.is_none_or(|check| bool::from(check.ct_ne(&dek.borrow().check_value()))) {
                 return Err(self.refusal(format!(
-                    "wrapped data key {n} unwraps to another key than the one the volume was written with; it \
-                     belongs to another volume or was replaced"
+                    "wrapped data key {n} unwraps to another key than the one the volume was written with; \
+                     it belongs to another volume or was replaced"
                 )));
             }
         }
@@ -60,8 +63,8 @@ impl Metadata {
         let Some(first) = below.first() else { return Ok(()) };
         let proof = self.origin.as_ref().and_then(|origin| origin.proof.as_ref());
         let (Some(proof), Some(key)) = (proof, first.key) else {
-            let problem = "it has no seal, and nothing says where the layers below its top are from; volume.json \
-                           was edited or replaced";
+            let problem = "it has no seal, and nothing says where the layers below its top are from; \
+                           volume.json was edited or replaced";
             return Err(self.refusal(problem.into()));
         };
         if below.iter().any(|l| l.size > proof.size) {
@@ -82,9 +85,9 @@ impl Metadata {
         }
     }
 
-    /// Looks whether the volume is what its record says, and seals the record if nobody has had the data keys before. `deks`
-    /// are as for [`Metadata::verify`]; `has_data` tells whether anything was ever written to the top layer. A new seal
-    /// counts once it is stored.
+    /// Looks whether the volume is what its record says, and seals the record if nobody has had the data keys
+    /// before. `deks` are as for [`Metadata::verify`]; `has_data` tells whether anything was ever written to
+    /// the top layer. A new seal counts once it is stored.
     ///
     /// # Errors
     /// As [`Metadata::verify`]; `Corrupt` for a volume with data and without a seal; what `has_data` says.
@@ -100,8 +103,8 @@ impl Metadata {
         Ok(())
     }
 
-    /// Compares the record of a volume that was proved before with its seal; `key` is that of the top layer's data key, and
-    /// none for an unencrypted volume.
+    /// Compares the record of a volume that was proved before with its seal; `key` is that of the top layer's
+    /// data key, and none for an unencrypted volume.
     ///
     /// # Errors
     /// `Corrupt` for a record that was edited, and for an encrypted volume without a seal.
@@ -115,9 +118,9 @@ impl Metadata {
         }
     }
 
-    /// Seals a volume that had no seal when [`Metadata::verify`] looked at it, and has not changed since: `checks` are the
-    /// check values of its data keys, in their order, and `key` is what the top layer's data key seals with. `has_data` is
-    /// as for [`Metadata::prove`].
+    /// Seals a volume that had no seal when [`Metadata::verify`] looked at it, and has not changed since:
+    /// `checks` are the check values of its data keys, in their order, and `key` is what the top layer's data
+    /// key seals with. `has_data` is as for [`Metadata::prove`].
     ///
     /// # Errors
     /// `Corrupt` for a volume with data; what `has_data` says.
@@ -140,8 +143,8 @@ impl Metadata {
             return Ok(());
         }
         let message = format!(
-            "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; restore it from a \
-             backup",
+            "{}: there is data in its layer, but no seal in volume.json, which was edited or replaced; \
+             restore it from a backup",
             self.id
         );
         Err(Error::new(Kind::Corrupt, message))
@@ -159,8 +162,8 @@ impl Metadata {
         self.mac = Some(self.compute_mac(deks[top].borrow()));
     }
 
-    /// Seals anew what was sealed and has another layout now; `key` is that of the top layer's data key and none for
-    /// an unencrypted volume. It counts once it is stored.
+    /// Seals anew what was sealed and has another layout now; `key` is that of the top layer's data key and
+    /// none for an unencrypted volume. It counts once it is stored.
     pub(crate) fn reseal(&mut self, key: Option<&SealKey>) {
         assert_eq!(key.is_some(), self.is_encrypted(), "an encrypted volume has a seal, and no other");
         let Some(key) = key else { return };
@@ -216,7 +219,8 @@ impl Snapshot {
             Some(proof) if bool::from(proof.mac.ct_eq(&mac(&proof)?)) => Ok(()),
             _ => {
                 let message = format!(
-                    "{}: its record, or a data key of it, is not what it was sealed with; it was edited or replaced",
+                    "{}: its record, or a data key of it, is not what it was sealed with; it was edited or \
+                     replaced",
                     self.id()
                 );
                 Err(Error::new(Kind::Corrupt, message))

@@ -1,7 +1,7 @@
 //! Tags of volumes and snapshots: keys and values in an operator's own words, within EBS's limits.
 //!
-//! A volume's tags lie in `tags.json` in its folder, apart from its metadata, so that they can be changed while the
-//! volume is attached. They decide nothing.
+//! A volume's tags lie in `tags.json` in its folder, apart from its metadata, so that they can be changed
+//! while the volume is attached. They decide nothing.
 
 use crate::base::root::replace_file;
 use crate::base::{Context, Error, Kind, Result};
@@ -17,7 +17,8 @@ pub(crate) const FILE: &str = "tags.json";
 
 const FORMAT: u32 = 1;
 
-/// Keys and values, at most 50; keys of 1 to 128 characters that do not begin with `aws:`, values of at most 256.
+/// Keys and values, at most 50; keys of 1 to 128 characters that do not begin with `aws:`,
+/// values of at most 256.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
 pub struct Tags(BTreeMap<String, String>);

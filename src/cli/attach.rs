@@ -60,8 +60,8 @@ pub struct AttachArgs {
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = engine)]
     xts_engine: Engine,
 
-    /// How many microseconds a queue's thread may look for work before it sleeps; 0: none. It adapts: where that finds
-    /// nothing it sleeps at once, and an idle volume costs nothing.
+    /// How many microseconds a queue's thread may look for work before it sleeps; 0: none. It adapts: where
+    /// that finds nothing it sleeps at once, and an idle volume costs nothing.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(0..=10_000))]
     poll_us: u64,
 
@@ -69,31 +69,31 @@ pub struct AttachArgs {
     #[arg(long, value_name = "LIST", value_parser = cpus)]
     cpus: Option<Cpus>,
 
-    /// Take the volume over from the process that has it attached, once its VMM has stopped: the destination of a live
-    /// migration, whose VMM waits for it ("-incoming" in QEMU) and connects here.
+    /// Take the volume over from the process that has it attached, once its VMM has stopped: the destination
+    /// of a live migration, whose VMM waits for it ("-incoming" in QEMU) and connects here.
     #[arg(long)]
     incoming: bool,
 
     #[command(flatten)]
     limits: LimitArgs,
 
-    /// Bytes a second, like 100MiB, at which a volume that is being re-keyed, flattened or encrypted has what its lower
-    /// layers hold copied up; 0: no limit.
+    /// Bytes a second, like 100MiB, at which a volume that is being re-keyed, flattened or encrypted has what
+    /// its lower layers hold copied up; 0: no limit.
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::base::size::parse)]
     hydrate_rate: u64,
 
-    /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does without
-    /// in-flight tracking (QEMU and cloud-hypervisor use it).
+    /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does
+    /// without in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
     in_order: bool,
 
-    /// Become this user once everything is open: the volume's files must be his, the root key need not. The socket
-    /// goes to the group [default: the user's own].
+    /// Become this user once everything is open: the volume's files must be his, the root key need not. The
+    /// socket goes to the group [default: the user's own].
     #[arg(long, value_name = "NAME[:GROUP]")]
     user: Option<String>,
 
-    /// Confine the process once it is ready: on, log (forbidden system calls are done, and reported by the kernel) or
-    /// off.
+    /// Confine the process once it is ready: on, log (forbidden system calls are done, and
+    /// reported by the kernel) or off.
     #[arg(long, value_name = "MODE", default_value = "on", value_parser = sandbox)]
     sandbox: Mode,
 

@@ -46,7 +46,8 @@ records' MACs too. A record that a crash left unfinished is noted and is no dama
 /// What `audit show` takes.
 #[derive(Debug, clap::Args)]
 pub struct ShowArgs {
-    /// Only what was recorded since then: a time like 2026-01-31T23:59:59Z, or how long ago, like 90m, 24h, 7d.
+    /// Only what was recorded since then: a time like 2026-01-31T23:59:59Z, or how long
+    /// ago, like 90m, 24h, 7d.
     #[arg(long, value_name = "WHEN", value_parser = since)]
     since: Option<Timestamp>,
     /// Only what is about this volume: its id or name, or the id of one that was deleted.
@@ -216,8 +217,13 @@ fn text(report: &Report) -> String {
     }
     match marked {
         _ if problem.is_some() || *records == 0 => {}
-        Some(seq) if seq == records => lines.push("the marks beside the root key name the last record".into()),
-        Some(seq) => lines.push(format!("the marks beside the root key name record {seq}: whether more than {records} were written, nothing tells")),
+        Some(seq) if seq == records => {
+            lines.push("the marks beside the root key name the last record".into())
+        }
+        Some(seq) => lines.push(format!(
+            "the marks beside the root key name record {seq}: whether more than \
+             {records} were written, nothing tells"
+        )),
         None => lines.push("no mark of this log is here: whether its end was cut off, nothing tells".into()),
     }
     if !unfinished.is_empty() && problem.is_none() {

@@ -137,8 +137,8 @@ fn landlock() -> Finding {
             (Verdict::Ok, format!("version {version}: the host process opens its volume's files alone"))
         }
         None => {
-            let found = "not in this kernel, or off (boot with lsm=landlock,…): the host process can open every file \
-                         of its user; let it have one of its own (--user)";
+            let found = "not in this kernel, or off (boot with lsm=landlock,…): the host process can open \
+                         every file of its user; let it have one of its own (--user)";
             (Verdict::Note, found.into())
         }
     };

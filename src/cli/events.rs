@@ -164,7 +164,8 @@ mod tests {
         });
         assert_eq!(
             line(&event),
-            "2026-01-31T23:59:59Z  attachVolume  failed  vol-0 arn:aws:kms:us-east-1:0:key/1  it is[2J disabled.\n"
+            "2026-01-31T23:59:59Z  attachVolume  failed  vol-0 arn:aws:kms:us-east-1:0:key/1  it is[2J \
+             disabled.\n"
         );
         assert_eq!(line(&json!({})), "-  -  -  \n");
     }

@@ -40,7 +40,8 @@ pub fn check(filters: &[Filter], fields: &[&str]) -> Result<()> {
     }
 }
 
-/// Whether something with these fields and tags is meant: of filters with one name any must hold, of others all.
+/// Whether something with these fields and tags is meant: of filters with one name any
+/// must hold, of others all.
 pub fn matches(filters: &[Filter], fields: &[(&str, Option<String>)], tags: &Tags) -> bool {
     let holds = |f: &Filter| match f.name.strip_prefix("tag:") {
         Some(key) => tags.get(key) == Some(&f.value),

@@ -1,7 +1,7 @@
 //! `sealblk gc`: clears away what nobody needs any more and nobody else has cleared away.
 //!
-//! Files that interrupted commands, and hands, left in a store. Grants of attaches that are over: their host process was
-//! killed together with the keeper of its grants, or the KMS was out of reach at the detach.
+//! Files that interrupted commands, and hands, left in a store. Grants of attaches that are over: their host
+//! process was killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Result, size};
@@ -69,7 +69,8 @@ impl Swept {
 /// Clears away, and says what.
 ///
 /// # Errors
-/// What stands in the way of finding what is left over; the kind of the first grant that could not be retired.
+/// What stands in the way of finding what is left over; the kind of the first grant that
+/// could not be retired.
 pub fn run(env: &Env, args: &Args) -> Result<()> {
     let store = env.store()?;
     let Collected { left_overs, grants } = if args.dry_run { gc::look(&store) } else { gc::clear(&store) }?;

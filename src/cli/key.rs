@@ -171,7 +171,8 @@ fn resolve(kms: &Embedded, text: &str) -> Result<String> {
         ProviderName::Aws => Err(Error::new(
             Kind::Unsupported,
             format!(
-                "{text} is a key of AWS KMS: manage it there (aws kms …); \"sealblk key\" is for the embedded KMS"
+                "{text} is a key of AWS KMS: manage it there (aws kms …); \"sealblk key\" is for the \
+                 embedded KMS"
             ),
         )),
     }

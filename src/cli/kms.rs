@@ -27,9 +27,9 @@ pub enum Command {
     Serve(ServeArgs),
     /// Make the store of the embedded KMS now; the first key would make it, too.
     ///
-    /// With a passphrase its root key is of no use to whoever copies the file. Whoever needs the key is asked at the terminal,
-    /// or gets the passphrase by SEALBLK_PASSPHRASE_FD=N, a descriptor to read it from, or as the systemd credential
-    /// sealblk-kms-passphrase.
+    /// With a passphrase its root key is of no use to whoever copies the file. Whoever needs the key is asked
+    /// at the terminal, or gets the passphrase by SEALBLK_PASSPHRASE_FD=N, a descriptor to read it from, or
+    /// as the systemd credential sealblk-kms-passphrase.
     #[command(after_help = "Example:\n  sealblk kms init --passphrase")]
     Init(InitArgs),
     /// Put the root key under a passphrase, under another one, or under none.
@@ -64,7 +64,8 @@ pub enum PassphraseCommand {
 /// A new passphrase.
 #[derive(Debug, Args)]
 pub struct NewPassphraseArgs {
-    /// Read the new passphrase from this descriptor, up to the end of the line [default: ask at the terminal, twice].
+    /// Read the new passphrase from this descriptor, up to the end of the line [default: ask
+    /// at the terminal, twice].
     #[arg(long, value_name = "N")]
     new_passphrase_fd: Option<i32>,
 }
@@ -83,8 +84,8 @@ impl NewPassphraseArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     place: PlaceArgs,
-    /// Serve by TLS with the certificate in this file, PEM, with those between it and what clients trust. It and the key
-    /// are read again at SIGHUP.
+    /// Serve by TLS with the certificate in this file, PEM, with those between it and what clients trust. It
+    /// and the key are read again at SIGHUP.
     #[arg(long, value_name = "FILE", requires = "tls_key", conflicts_with = "socket_path")]
     tls_cert: Option<PathBuf>,
     /// The certificate's private key, PEM.
@@ -118,8 +119,8 @@ pub enum PrincipalCommand {
     /// Delete a principal, its access key and the grants that were made for it.
     #[command(after_help = "Example:\n  sealblk kms principal delete host-1")]
     Delete(NameArg),
-    /// Give a principal a second access key, and show the secret this once: first replace the old key wherever it is
-    /// used, then delete it.
+    /// Give a principal a second access key, and show the secret this once: first replace the old key
+    /// wherever it is used, then delete it.
     #[command(after_help = "Example:\n  sealblk kms principal create-key host-1")]
     CreateKey(NameArg),
     /// Delete one of the two access keys of a principal.

@@ -1,10 +1,11 @@
 //! The command line: one file a noun. A command takes its arguments and an [`Env`], prints what it has to say
 //! on standard output and returns an error or nothing.
 //!
-//! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one object on
-//! standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing but results, so
-//! that a pipe never sees half a result followed by an error. The exit code tells the kind of error
-//! ([`crate::base::error::Kind`]). Arguments that make no sense at all are clap's, in plain text, exit code 2.
+//! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one
+//! object on standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing
+//! but results, so that a pipe never sees half a result followed by an error. The exit code tells the
+//! kind of error ([`crate::base::error::Kind`]). Arguments that make no sense at all are clap's, in
+//! plain text, exit code 2.
 
 pub mod apply;
 pub mod attach;
@@ -217,8 +218,8 @@ fn command_words(matches: &ArgMatches) -> String {
     words.join(" ")
 }
 
-/// The arguments. Called as `vhost-user-sealblk`, by management software that knows back-ends by their own binary
-/// (QEMU's vhost-user conventions; resources/50-sealblk.json), the program is `sealblk attach`.
+/// The arguments. Called as `vhost-user-sealblk`, by management software that knows back-ends by their own
+/// binary (QEMU's vhost-user conventions; resources/50-sealblk.json), the program is `sealblk attach`.
 fn arguments() -> Vec<OsString> {
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().and_then(|path| Path::new(path).file_name());

@@ -6,7 +6,8 @@ use crate::events::read::Want;
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
 
-/// Prints text to standard output; what would move a terminal's cursor is shown as what it is ([`printable`]).
+/// Prints text to standard output; what would move a terminal's cursor is shown as what it
+/// is ([`printable`]).
 ///
 /// A reader that has gone away, as `head` does, is no error: the answer says that it wants no more.
 pub fn print(text: &str) -> Result<Want> {

@@ -23,8 +23,8 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// From now on SIGINT, SIGTERM and SIGHUP make [`Progress::at`] an error instead of ending the process at once; those
-    /// that whoever started it has told it to ignore, as `nohup` does, it goes on ignoring.
+    /// From now on SIGINT, SIGTERM and SIGHUP make [`Progress::at`] an error instead of ending the process at
+    /// once; those that whoever started it has told it to ignore, as `nohup` does, it goes on ignoring.
     pub fn new() -> Result<Self> {
         let interrupted = Arc::<AtomicBool>::default();
         let ignored = ignored_signals();

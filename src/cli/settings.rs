@@ -122,7 +122,8 @@ fn move_old(env: &Env, args: &Move) -> Result<()> {
     output::print(&format!("{line}\n")).map(drop)
 }
 
-/// Fails unless volumes can be made with `key` now. The alias of the key that is made at first use may mean none yet.
+/// Fails unless volumes can be made with `key` now. The alias of the key that is made at
+/// first use may mean none yet.
 fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
     let reference = KeyRef::of_operator(key, &env.settings()?.locality).map_err(unchanged)?;

@@ -1,4 +1,5 @@
-//! `sealblk store`: whether the records of volumes and snapshots are what commands of this host have made of them.
+//! `sealblk store`: whether the records of volumes and snapshots are what commands of this
+//! host have made of them.
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Kind, Result};

@@ -1,4 +1,5 @@
-//! Changing `sealblk.toml` by command: one setting at a time, the operator's comments, order and spacing kept.
+//! Changing `sealblk.toml` by command: one setting at a time, the operator's comments,
+//! order and spacing kept.
 
 use crate::base::root::{Root, create_dir_durable, files, owners, replace_file};
 use crate::base::{Context, Error, Kind, Result, locks};
@@ -8,8 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use toml_edit::{DocumentMut, Item, Value};
 
-/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Returns the
-/// settings as they are then.
+/// Sets `key` to `value`, or takes it out so that its default holds again; durable when this returns. Returns
+/// the settings as they are then.
 ///
 /// # Errors
 /// As for [`Settings::load`] of the file, before or with the change; it is as it was then.

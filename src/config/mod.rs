@@ -238,7 +238,8 @@ impl TryFrom<Written> for Settings {
         };
         if settings.grantee_principal.as_deref().is_some_and(|arn| !is_arn(arn)) {
             return Err(usage(
-                "grantee-principal must be the ARN of a principal, as \"aws sts get-caller-identity\" shows it",
+                "grantee-principal must be the ARN of a principal, as \"aws sts get-caller-identity\" shows \
+                 it",
             ));
         }
         Ok(settings)
@@ -266,7 +267,8 @@ mod tests {
         let settings = Settings::parse(
             "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
              clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
-             kms-patience = 0\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
+             kms-patience = 0\nattach-grants = false\ngrantee-principal = \
+             'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
             default_key: "alias/prod".into(),

@@ -19,8 +19,8 @@ pub fn refuse_old(config: &Path, root: &Root) -> Result<()> {
         return Ok(());
     }
     Err(usage(format!(
-        "{} is not read, since whoever can write the store could have written it; look at it: if it is yours, \
-         \"sealblk --root {} settings move\" moves it to {}, and if it is not, remove it",
+        "{} is not read, since whoever can write the store could have written it; look at it: if it is \
+         yours, \"sealblk --root {} settings move\" moves it to {}, and if it is not, remove it",
         old.display(),
         root.path().display(),
         config.join(FILE).display()

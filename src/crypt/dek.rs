@@ -34,7 +34,8 @@ impl Dek {
         if bool::from(data.ct_eq(tweak)) {
             return Err(Error::new(
                 Kind::Corrupt,
-                "both halves of the data key are the same, which AES-XTS forbids; the key was not made at random",
+                "both halves of the data key are the same, which AES-XTS forbids; the key was not made at \
+                 random",
             ));
         }
         Ok(Dek(mem))
@@ -52,8 +53,8 @@ impl Dek {
         Self::from_secret(mem)
     }
 
-    /// The key of a layer that is not encrypted and lies above another: no secret, since it follows from the layer's
-    /// id. It keeps zeros that are written from being zeros in the file. HKDF-SHA256, no salt, info
+    /// The key of a layer that is not encrypted and lies above another: no secret, since it follows from the
+    /// layer's id. It keeps zeros that are written from being zeros in the file. HKDF-SHA256, no salt, info
     /// `sealblk layer mask v1`, 64 bytes.
     ///
     /// # Errors
@@ -84,7 +85,8 @@ impl Dek {
         tag
     }
 
-    /// What [`Dek::metadata_mac`] derives on its way, for those who have to seal metadata when the data key is gone.
+    /// What [`Dek::metadata_mac`] derives on its way, for those who have to seal metadata
+    /// when the data key is gone.
     ///
     /// # Errors
     /// As [`SecretMem::new`].
@@ -139,8 +141,8 @@ impl SealKey {
     }
 }
 
-/// The key that passes data keys to whoever has the data key that it is from. It opens no data. Copies of this are the same
-/// memory.
+/// The key that passes data keys to whoever has the data key that it is from. It opens no data. Copies of
+/// this are the same memory.
 #[derive(Clone)]
 pub struct PassKey(Arc<SecretMem>);
 
@@ -148,11 +150,12 @@ impl PassKey {
     const LEN: usize = 32;
     const INFO: &[u8] = b"sealblk passed key v1";
 
-    /// Writes the data key `other` into `out` so that only whoever has this key reads it: masked, and with a MAC. `context`,
-    /// which must be another one each time, is what the data key is for: without it, or with another one, nobody reads it.
+    /// Writes the data key `other` into `out` so that only whoever has this key reads it: masked, and with a
+    /// MAC. `context`, which must be another one each time, is what the data key is for: without it, or with
+    /// another one, nobody reads it.
     ///
-    /// HKDF-SHA256 of this key, salt `context`, info `sealblk passed key v1`, 96 bytes: 64 to mask the other one, by XOR,
-    /// and 32 for an HMAC-SHA256 over what comes of that.
+    /// HKDF-SHA256 of this key, salt `context`, info `sealblk passed key v1`, 96 bytes: 64 to mask the other
+    /// one, by XOR, and 32 for an HMAC-SHA256 over what comes of that.
     ///
     /// # Panics
     /// Unless `other` has [`Dek::LEN`] bytes and `out` [`Dek::PASSED_LEN`].

@@ -1,7 +1,7 @@
 //! Tests that work with a key leaves none of it on the stack.
 //!
-//! Round keys 0 and 1 of AES-256 are the key itself, and every schedule holds them (that of a decryption at its
-//! end); so the key's own 16-byte pieces are what to look for.
+//! Round keys 0 and 1 of AES-256 are the key itself, and every schedule holds them (that of a decryption at
+//! its end); so the key's own 16-byte pieces are what to look for.
 
 use crate::crypt::xts::{Engine, SectorCipher, new_cipher};
 use crate::crypt::{Dek, SectorSize};
@@ -13,8 +13,8 @@ fn key() -> Vec<u8> {
     (0..64u8).map(|i| i.wrapping_mul(37) ^ 0xc3).collect()
 }
 
-/// Runs `work` deep down on a stack of its own and tells how many of the four 16-byte pieces of [`key`] are found
-/// on that stack afterwards.
+/// Runs `work` deep down on a stack of its own and tells how many of the four 16-byte pieces of [`key`] are
+/// found on that stack afterwards.
 fn pieces_left(work: impl FnOnce() + Send + 'static) -> usize {
     let thread = std::thread::spawn(move || {
         let mut work = Some(work);

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How large a volume's sectors are: the guest's disk has logical blocks of this size, and one sector is one data unit
-/// of XTS, which has one tweak. (A sector of virtio, and the number in a tweak, count 512 bytes whatever this is.)
+/// How large a volume's sectors are: the guest's disk has logical blocks of this size, and one sector is
+/// one data unit of XTS, which has one tweak. (A sector of virtio, and the number in a tweak, count 512
+/// bytes whatever this is.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum SectorSize {

@@ -1,8 +1,9 @@
 //! The system's allocator, which zeroes what is freed in a process that asked for it.
 //!
-//! Other people's code keeps what passes through it in buffers of its own: the KMS's answer in the HTTP client, its JSON,
-//! its base64. A process that sees a data key in that way and is not made for speed (the unwrap helper) switches wiping on
-//! first of all, and drops all of that before it ends. For every other process it costs one relaxed load a free.
+//! Other people's code keeps what passes through it in buffers of its own: the KMS's answer in the HTTP
+//! client, its JSON, its base64. A process that sees a data key in that way and is not made for speed (the
+//! unwrap helper) switches wiping on first of all, and drops all of that before it ends. For every other
+//! process it costs one relaxed load a free.
 //!
 //! What it cannot reach: the stack, registers, memory that is never freed, and pages mapped without it.
 
@@ -20,8 +21,8 @@ pub fn wipe_from_now_on() {
 /// The allocator, for the binary.
 pub struct WipingAllocator;
 
-// SAFETY: memory comes from `System` and goes back to it with the layout that it was asked for with; what is done besides
-// writes inside blocks that the caller gives up, before they are given back.
+// SAFETY: memory comes from `System` and goes back to it with the layout that it was asked for with; what is
+// done besides writes inside blocks that the caller gives up, before they are given back.
 unsafe impl GlobalAlloc for WipingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that `System` asks for.
@@ -47,8 +48,9 @@ unsafe impl GlobalAlloc for WipingAllocator {
             // SAFETY: as above.
             return unsafe { System.realloc(block, layout, new_size) };
         }
-        // `System` would leave the old block behind as it is when it moves it, and the end of one that it shortens.
-        // SAFETY: the caller promises that the new size, with the old alignment, is a layout's, and not zero.
+        // `System` would leave the old block behind as it is when it moves it, and the end of one
+        // that it shortens. SAFETY: the caller promises that the new size, with the old alignment, is
+        // a layout's, and not zero.
         let new = unsafe { System.alloc(Layout::from_size_align_unchecked(new_size, layout.align())) };
         if !new.is_null() {
             // SAFETY: both blocks are at least so long, and they are two; the old one is given back but once.

@@ -70,8 +70,8 @@ impl WaitingQueue {
         &self.memory.memory
     }
 
-    /// Reads `len` bytes from `sector` into the beginning of the memory. Returns the [place](Buffer::place) of the buffer
-    /// that they came by. No write is in flight.
+    /// Reads `len` bytes from `sector` into the beginning of the memory. Returns the [place](Buffer::place)
+    /// of the buffer that they came by. No write is in flight.
     pub(crate) fn read(&mut self, sector: u64, len: usize) -> io::Result<usize> {
         let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
         let place = buffer.place();
@@ -81,12 +81,14 @@ impl WaitingQueue {
         Ok(place)
     }
 
-    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from a layer that is leaving.
+    /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from
+    /// a layer that is leaving.
     pub(crate) fn came_from_leaving(&self, place: usize, i: usize) -> bool {
         self.queue.came_from_leaving(place, i)
     }
 
-    /// Begins to write `len` bytes of the memory, from its byte `start` on, at `sector`. Waits for room, and not for the end.
+    /// Begins to write `len` bytes of the memory, from its byte `start` on, at `sector`. Waits for
+    /// room, and not for the end.
     pub(crate) fn write(&mut self, sector: u64, start: usize, len: usize) -> io::Result<()> {
         let buffer = loop {
             match self.queue.alloc(sector, len) {

@@ -1,17 +1,19 @@
 //! Keeps what the guest does and a background copy of the same place apart, while a volume is hydrated.
 //!
-//! The copy reads a range through all layers and writes what it found into the top. A guest's write between the two
-//! would be undone by it. A guest's read meanwhile could find half of a sector, where a file system does not keep a
-//! read and a write of the same bytes apart, and take the other half's zeros for ciphertext. So both wait until the
-//! copy has left the range, and the copy begins only when none of them is in flight in it.
+//! The copy reads a range through all layers and writes what it found into the top. A guest's write
+//! between the two would be undone by it. A guest's read meanwhile could find half of a sector, where a
+//! file system does not keep a read and a write of the same bytes apart, and take the other half's zeros
+//! for ciphertext. So both wait until the copy has left the range, and the copy begins only when none of
+//! them is in flight in it.
 //!
-//! Each queue has a [`Lane`]: a list of what it has in flight and the range being copied, under a lock of its own. The
-//! copy first puts the range into every lane, after which nothing can begin in it any more, and then waits for each
-//! lane to have nothing in it. Whoever is refused is woken through the lane's event descriptor. A queue that is opened
-//! later finds the range there. The lists are as long as the queue has buffers.
+//! Each queue has a [`Lane`]: a list of what it has in flight and the range being copied, under a lock
+//! of its own. The copy first puts the range into every lane, after which nothing can begin in it any
+//! more, and then waits for each lane to have nothing in it. Whoever is refused is woken through the
+//! lane's event descriptor. A queue that is opened later finds the range there. The lists are as long
+//! as the queue has buffers.
 //!
-//! There is a fence only in a disk that is [made to be hydrated](crate::disk::Disk::hydrating), so that it costs nothing
-//! elsewhere and has seen every operation from the beginning.
+//! There is a fence only in a disk that is [made to be hydrated](crate::disk::Disk::hydrating), so that it
+//! costs nothing elsewhere and has seen every operation from the beginning.
 
 use crate::base::sync::Locked;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -80,8 +82,8 @@ impl Fence {
         self.taken.load(Ordering::Acquire)
     }
 
-    /// Keeps everybody out of `sectors` and waits until nobody is in it; gives up when `stop` is set, and returns
-    /// whether it has not. Either way [`Fence::leave`] follows.
+    /// Keeps everybody out of `sectors` and waits until nobody is in it; gives up when `stop` is set, and
+    /// returns whether it has not. Either way [`Fence::leave`] follows.
     pub(crate) fn enter(&self, sectors: &Range<u64>, stop: &AtomicBool) -> bool {
         let open = {
             let mut lanes = self.lanes.locked();
@@ -142,7 +144,8 @@ impl OpenLane {
         let _ = self.lane.wake.read();
     }
 
-    /// Notes that the buffer at `place` is going to be used for `sectors`; refused while they are being copied.
+    /// Notes that the buffer at `place` is going to be used for `sectors`; refused while
+    /// they are being copied.
     pub(super) fn enter(&self, place: usize, sectors: Range<u64>) -> bool {
         let mut state = self.lane.state.locked();
         if meet(&sectors, &state.copying) {

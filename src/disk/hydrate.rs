@@ -1,20 +1,22 @@
 //! Hydration: in the background, what the lowest layers hold comes up into the top, under the top's key.
 //!
-//! It is what re-keys a volume (a new key above), encrypts one in place (plaintext below), flattens a chain (the same
-//! key), and makes a full copy (an empty top above a snapshot's layers). It goes through the volume once, in chunks:
-//! reads each through all layers and writes what came from the leaving ones into the top, while the fence keeps the guest
-//! out of that chunk. So what the guest has written always wins: it is in the top when the chunk is read, and stays, or it
-//! comes later, over the copy.
+//! It is what re-keys a volume (a new key above), encrypts one in place (plaintext below), flattens a chain
+//! (the same key), and makes a full copy (an empty top above a snapshot's layers). It goes through the volume
+//! once, in chunks: reads each through all layers and writes what came from the leaving ones into the top,
+//! while the fence keeps the guest out of that chunk. So what the guest has written always wins: it is in the
+//! top when the chunk is read, and stays, or it comes later, over the copy.
 //!
-//! Afterwards every sector that a leaving layer has is in the top, or in a layer between, for good: a guest's discard makes
-//! holes only where nothing lies below. All of that is durable when it is said to be [complete](End::Complete); then the
-//! caller may record the volume as having the other layers alone, and only then take these away from it.
+//! Afterwards every sector that a leaving layer has is in the top, or in a layer between, for good: a guest's
+//! discard makes holes only where nothing lies below. All of that is durable when it is said to be
+//! [complete](End::Complete); then the caller may record the volume as having the other layers alone, and
+//! only then take these away from it.
 //!
-//! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top what it had
-//! brought there. Whoever changes the disk's layers stops it first.
+//! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top
+//! what it had brought there. Whoever changes the disk's layers stops it first.
 //!
-//! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first write. It is then
-//! written whole. XTS treats each 16 bytes of a data unit by themselves, so what was in the top stays as it was.
+//! **With 4096-byte blocks** a block can be partly in the top: after a power cut during its first
+//! write. It is then written whole. XTS treats each 16 bytes of a data unit by themselves, so what was
+//! in the top stays as it was.
 
 use crate::base::error::attempted;
 use crate::base::sync::Locked;
@@ -75,8 +77,8 @@ impl Hydration {
         }))
     }
 
-    /// How many bytes of the volume may still be in lower layers alone; `None` until that is known, soon after it has
-    /// begun. What the guest writes meanwhile need not be copied and is counted nevertheless.
+    /// How many bytes of the volume may still be in lower layers alone; `None` until that is known, soon
+    /// after it has begun. What the guest writes meanwhile need not be copied and is counted nevertheless.
     pub fn left(&self) -> Option<u64> {
         Some(self.left.load(Ordering::Relaxed)).filter(|&left| left != u64::MAX)
     }
@@ -116,8 +118,8 @@ impl Hydration {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Returns when that was; not if it
-    /// was stopped.
+    /// Waits until the rate, which may change meanwhile, allows more than `bytes` since then. Returns when
+    /// that was; not if it was stopped.
     fn wait(&self, since: Instant, bytes: u64) -> Option<Instant> {
         let mut guard = self.stopped.0.locked();
         loop {
@@ -183,15 +185,16 @@ impl<'a> Copier<'a> {
         Ok(End::Complete)
     }
 
-    /// Hydrates a chunk while nobody else is in it. Returns whether that was done: not if it was stopped before.
+    /// Hydrates a chunk while nobody else is in it. Returns whether that was done: not if
+    /// it was stopped before.
     fn copy(&mut self, bytes: Range<u64>) -> io::Result<bool> {
         let hydration = self.hydration;
         let Some(fence) = hydration.disk.fence() else { return Ok(false) };
         let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
         let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
         let copied = if alone { self.hydrate(sector, len as usize) } else { Ok(()) };
-        // After an error, other writes of the chunk may be in flight, which would land on what a guest writes there now: it
-        // is left when the queue is closed.
+        // After an error, other writes of the chunk may be in flight, which would land on what a guest writes
+        // there now: it is left when the queue is closed.
         copied.map_err(|e| attempted(format_args!("hydrating {len} bytes at {}", bytes.start), e))?;
         fence.leave();
         Ok(alone)

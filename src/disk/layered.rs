@@ -1,13 +1,14 @@
 //! Reading and zeroing where a volume has several layers.
 //!
-//! A sector of the volume is what the topmost layer says that has it, that is, in which its 512 bytes are not all
-//! zero; zeros if none has it. A read therefore begins in the topmost layer that can have some of it, which the layer
-//! map knows, delivers to the guest what is there, and goes on with the same buffer to the next layer for what is
-//! still missing, until nothing is or no layer is left. A read that raced a write gets the sector as it was before or
-//! after: what it found missing in the top was so when it looked.
+//! A sector of the volume is what the topmost layer says that has it, that is, in which its 512 bytes are not
+//! all zero; zeros if none has it. A read therefore begins in the topmost layer that can have some of it,
+//! which the layer map knows, delivers to the guest what is there, and goes on with the same buffer to the
+//! next layer for what is still missing, until nothing is or no layer is left. A read that raced a write gets
+//! the sector as it was before or after: what it found missing in the top was so when it looked.
 //!
-//! All that this needs is a slab made with the queue: for each buffer where its read stands, and one bit for each of
-//! its sectors. A buffer that needs no layer at all comes back as an event without having been to the backing.
+//! All that this needs is a slab made with the queue: for each buffer where its read stands, and one
+//! bit for each of its sectors. A buffer that needs no layer at all comes back as an event without
+//! having been to the backing.
 
 use crate::backing::{Buffer, Event, Op, Queue};
 use crate::crypt::xts::SectorCipher;
@@ -189,7 +190,8 @@ impl Layered {
         start / block * block..end.next_multiple_of(block)
     }
 
-    /// Delivers what the layer that was read has and none above it had. Returns whether nothing is missing any more.
+    /// Delivers what the layer that was read has and none above it had. Returns whether
+    /// nothing is missing any more.
     pub(super) fn deliver<M>(
         &mut self,
         disk: &Disk,
@@ -263,11 +265,11 @@ impl Layered {
         }
     }
 
-    /// What to do with the first of `count` sectors that shall be zeros or are discarded, and with how many of them;
-    /// no more than `most` if they are to be written.
+    /// What to do with the first of `count` sectors that shall be zeros or are discarded, and with how many
+    /// of them; no more than `most` if they are to be written.
     ///
-    /// A hole in the top is right only where nothing lies below, else that would show through. While it is not known
-    /// what lies below, something may.
+    /// A hole in the top is right only where nothing lies below, else that would show through. While it is
+    /// not known what lies below, something may.
     pub(super) fn first_part(&self, disk: &Disk, sector: u64, count: u64, most: u64, how: Zeroing) -> Part {
         let action = |at: u64| match self.map.entry(at * SECTOR_SIZE) {
             Some(entry) if entry == Entry::NOTHING && how != Zeroing::KeepSpace => Action::Nothing,
@@ -285,8 +287,8 @@ impl Layered {
     }
 }
 
-/// Decrypts in place the blocks that have sectors which were found. A block may have others, which come out as noise:
-/// XTS treats each 16 bytes by themselves.
+/// Decrypts in place the blocks that have sectors which were found. A block may have others, which come out
+/// as noise: XTS treats each 16 bytes by themselves.
 fn decrypt_found(cipher: &dyn SectorCipher, bytes: &mut [u8], found: &[u8], sector: u64, block: usize) {
     let (blocks, block_sectors) = (bytes.len() / block, block / SECTOR);
     let has_some = |n: usize| (n * block_sectors..(n + 1) * block_sectors).any(|i| is_set(found, i));

@@ -1,30 +1,36 @@
 //! The layer map: for each 4 KiB of a volume with several layers, which of them can have it at all.
 //!
-//! It spares a read the layers that hold nothing there, and tells where nothing lies below the top. It is never the
-//! truth of what is in a layer: that is the layers' bytes alone. It only has to be an **upper bound**, always:
+//! It spares a read the layers that hold nothing there, and tells where nothing lies below the top. It
+//! is never the truth of what is in a layer: that is the layers' bytes alone. It only has to be an
+//! **upper bound**, always:
 //!
-//! 1. The frozen layers, and the top as it was when the map was made, are looked through once in the background
-//!    ([`Backing::next_data`]). Until that is over the map [is not ready](LayerMap::is_ready) and returns nothing.
-//! 2. A write marks its blocks *before* it is submitted ([`LayerMap::mark`]). The map is there before the first queue
-//!    is opened, and writes of earlier processes have ended before that, so everything that can be in the top was
-//!    either there for the search to find or has been marked.
-//! 3. An entry is a set of layers, forgotten except for its topmost member and for whether there may be others. Marking
-//!    adds a member. That is associative, commutative and idempotent, and each change of an entry is one atomic
-//!    exchange; so it does not matter in which order writers and the search come, and none undoes another's mark.
-//! 4. A member is taken out only if it is frozen and was read and found all zero ([`LayerMap::lower`]). Nobody can
-//!    add to a frozen layer any more, so that stays true. It is one exchange as well, which fails if the entry has
-//!    changed meanwhile.
+//! 1. The frozen layers, and the top as it was when the map was made, are looked through once in the
+//!    background ([`Backing::next_data`]). Until that is over the map [is not
+//!    ready](LayerMap::is_ready) and returns nothing.
+//! 2. A write marks its blocks *before* it is submitted ([`LayerMap::mark`]). The map is there before the
+//!    first queue is opened, and writes of earlier processes have ended before that, so everything that can
+//!    be in the top was either there for the search to find or has been marked.
+//! 3. An entry is a set of layers, forgotten except for its topmost member and for whether there may be
+//!    others. Marking adds a member. That is associative, commutative and idempotent, and each change of an
+//!    entry is one atomic exchange; so it does not matter in which order writers and the search come, and
+//!    none undoes another's mark.
+//! 4. A member is taken out only if it is frozen and was read and found all zero ([`LayerMap::lower`]).
+//!    Nobody can add to a frozen layer any more, so that stays true. It is one exchange as well, which fails
+//!    if the entry has changed meanwhile.
 //!
-//! Hence the orderings. Entries stand each for itself, so `Relaxed` keeps what 3 and 4 need. Whoever reads after a write
-//! has completed must see its mark: between the two lie the ring's indices (published with `Release`, read with
-//! `Acquire`, the guest between them), and the mark was made before. Whoever reads while it is in flight may see either.
-//! Readiness is set with `Release` after the last entry of the search and read with `Acquire`.
+//! Hence the orderings. Entries stand each for itself, so `Relaxed` keeps what 3 and 4 need. Whoever reads
+//! after a write has completed must see its mark: between the two lie the ring's indices (published with
+//! `Release`, read with `Acquire`, the guest between them), and the mark was made before. Whoever reads
+//! while it is in flight may see either. Readiness is set with `Release` after the last entry of the search
+//! and read with `Acquire`.
 //!
-//! Layers are counted from the bottom, from 1, so that a new top renumbers nothing: the map goes on to be right.
+//! Layers are counted from the bottom, from 1, so that a new top renumbers nothing: the
+//! map goes on to be right.
 //!
-//! **Memory.** One byte for each block, in pages of 4096 made when the first entry in them is: 1/4096 of the 16 MiB
-//! pieces of the volume in which there is anything. A block is 4 KiB up to a volume of 1 TiB, and as many times larger
-//! as the volume is beyond that, so that a map never has more than 256 MiB (and 1 MiB for its table).
+//! **Memory.** One byte for each block, in pages of 4096 made when the first entry in them is: 1/4096
+//! of the 16 MiB pieces of the volume in which there is anything. A block is 4 KiB up to a volume of 1
+//! TiB, and as many times larger as the volume is beyond that, so that a map never has more than 256
+//! MiB (and 1 MiB for its table).
 
 use crate::backing::Backing;
 use crate::base::sync::Locked;
@@ -146,7 +152,8 @@ struct Search {
 }
 
 impl LayerMap {
-    /// A map for the layers of `backing`, which it looks through in the background. Made before any queue is opened.
+    /// A map for the layers of `backing`, which it looks through in the background. Made
+    /// before any queue is opened.
     pub fn build(backing: Arc<dyn Backing>) -> io::Result<Self> {
         let cells = Arc::new(Cells::new(backing.caps().size));
         let search = Arc::new(Search::default());
@@ -177,7 +184,8 @@ impl LayerMap {
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// The first byte at or after `from` at which some layer below `height` may have something, if there is one.
+    /// The first byte at or after `from` at which some layer below `height` may have
+    /// something, if there is one.
     pub fn next_below(&self, height: u8, from: u64) -> Option<u64> {
         if !self.is_ready() {
             return (from < self.cells.blocks << self.cells.shift).then_some(from);
@@ -218,7 +226,8 @@ impl LayerMap {
         1 << self.cells.shift
     }
 
-    /// Notes that the layer at `height` may have data in these bytes. To be called before a write is submitted.
+    /// Notes that the layer at `height` may have data in these bytes. To be called before
+    /// a write is submitted.
     pub fn mark(&self, bytes: Range<u64>, height: u8) {
         self.cells.mark(bytes, height);
     }
@@ -238,7 +247,8 @@ impl LayerMap {
         blocks.map(|block| self.cells.entry(block).below(height)).fold(first, u8::max)
     }
 
-    /// Notes that the frozen layer at `height` was read and has nothing in all of the 4096 bytes from `at`, a multiple.
+    /// Notes that the frozen layer at `height` was read and has nothing in all of the 4096
+    /// bytes from `at`, a multiple.
     pub fn lower(&self, at: u64, height: u8) {
         if self.cells.shift == MIN_SHIFT
             && let Some(page) = self.cells.pages[(at >> MIN_SHIFT) as usize / PAGE].get()

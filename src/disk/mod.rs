@@ -1,11 +1,11 @@
 //! A volume as a run of sectors: between guest memory and ciphertext.
 //!
-//! [`Disk`] is what all queues of an attached volume share; each queue's thread has a [`DiskQueue`]. A transfer
-//! goes through a buffer of the backing's queue, so that the kernel never holds a guest pointer, a write reads
-//! guest memory exactly once, and the guest never sees ciphertext.
+//! [`Disk`] is what all queues of an attached volume share; each queue's thread has a [`DiskQueue`]. A
+//! transfer goes through a buffer of the backing's queue, so that the kernel never holds a guest pointer, a
+//! write reads guest memory exactly once, and the guest never sees ciphertext.
 //!
-//! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it reads as
-//! zeros; what several layers take is in [`layered`].
+//! An all-zero 512-byte sector of a layer means "not in this layer". Where there is one layer, as mostly, it
+//! reads as zeros; what several layers take is in [`layered`].
 
 mod blocking;
 mod durability;
@@ -76,8 +76,8 @@ struct Below {
 }
 
 impl Disk {
-    /// A disk of one layer in `backing`; no `cipher` means an unencrypted volume. `serial` is cut to 20 bytes, as
-    /// virtio has it.
+    /// A disk of one layer in `backing`; no `cipher` means an unencrypted volume. `serial` is cut to 20
+    /// bytes, as virtio has it.
     pub fn new(
         shape: Shape,
         serial: &str,
@@ -102,14 +102,15 @@ impl Disk {
     /// A disk of several layers, or of one.
     ///
     /// # Errors
-    /// `InvalidInput` if such layers cannot be served: more than [`MAX_HEIGHT`], one below the top that is not whole
-    /// blocks long, or one without a cipher above another, in which zeros could not be kept.
+    /// `InvalidInput` if such layers cannot be served: more than [`MAX_HEIGHT`], one below the top that is
+    /// not whole blocks long, or one without a cipher above another, in which zeros could not be kept.
     pub fn layered(shape: Shape, serial: &str, layers: Layers) -> io::Result<Self> {
         Self::over(shape, padded(serial), layers, None, Arc::default())
     }
 
-    /// This volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is hydrated any more
-    /// unless that [is said](Disk::hydrating_lowest). The volume's queues must be held meanwhile, so that nothing is written through this disk any more.
+    /// This volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is
+    /// hydrated any more unless that [is said](Disk::hydrating_lowest). The volume's queues must be held
+    /// meanwhile, so that nothing is written through this disk any more.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
@@ -119,8 +120,8 @@ impl Disk {
         Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone())
     }
 
-    /// This volume with the same layers, of which the lowest so many are going to be [hydrated](crate::disk::hydrate). The
-    /// volume's queues must be held meanwhile.
+    /// This volume with the same layers, of which the lowest so many are going to be
+    /// [hydrated](crate::disk::hydrate). The volume's queues must be held meanwhile.
     ///
     /// # Errors
     /// As for [`Disk::layered`], and if a hydration is still running.
@@ -183,8 +184,8 @@ impl Disk {
         self.durability.has_failed()
     }
 
-    /// This disk, made to be [hydrated](crate::disk::hydrate) from all layers below the top. Call it before any queue is
-    /// opened.
+    /// This disk, made to be [hydrated](crate::disk::hydrate) from all layers below the top. Call it
+    /// before any queue is opened.
     pub fn hydrating(self) -> Self {
         let below = self.below.len();
         self.hydrating_lowest(below)
@@ -260,7 +261,8 @@ impl Disk {
         DiskQueue::open(self, depth, self.fence.as_ref())
     }
 
-    /// Opens a queue for whoever copies up: it does not wait for the copy to leave a range, since the copy is its own.
+    /// Opens a queue for whoever copies up: it does not wait for the copy to leave a range,
+    /// since the copy is its own.
     pub(crate) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
         DiskQueue::open(self, depth, None)
     }

@@ -1,4 +1,5 @@
-//! One thread's way to a disk: data between guest memory and the layers, zeros, flushes, and what wakes the thread.
+//! One thread's way to a disk: data between guest memory and the layers, zeros, flushes,
+//! and what wakes the thread.
 
 use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
 use crate::disk::Disk;
@@ -46,8 +47,8 @@ impl DiskQueue {
         &self.disk
     }
 
-    /// How many of `len` bytes at `sector` to transfer at a time: as many as a buffer can have, and where that is not all,
-    /// no part of one of the backing's units, which would have to be brought together again.
+    /// How many of `len` bytes at `sector` to transfer at a time: as many as a buffer can have, and where
+    /// that is not all, no part of one of the backing's units, which would have to be brought together again.
     pub fn piece(&self, sector: u64, len: u64) -> usize {
         let most = self.queue.max_buffer() as u64;
         if len <= most {
@@ -57,8 +58,8 @@ impl DiskQueue {
         (most - end % self.unit) as usize
     }
 
-    /// A buffer of `len` bytes for what is at `sector`, if there is one and another operation may be submitted there.
-    /// Where there is none, there may be one after the next [`DiskQueue::wait`].
+    /// A buffer of `len` bytes for what is at `sector`, if there is one and another operation may be
+    /// submitted there. Where there is none, there may be one after the next [`DiskQueue::wait`].
     pub fn alloc(&mut self, sector: u64, len: usize) -> Option<Buffer> {
         if !self.queue.has_room() {
             return None;
@@ -119,7 +120,8 @@ impl DiskQueue {
         usize::from(self.disk.height() - height)
     }
 
-    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is memory; returns whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is
+    /// memory; returns whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
         M: GuestMemory,
@@ -197,8 +199,9 @@ impl DiskQueue {
         self.layered.as_ref().is_some_and(|layered| layered.came_from_leaving(place, i))
     }
 
-    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Returns whether that
-    /// was all: if not, the buffer has gone on to another layer, and there will be another event with the same tag.
+    /// Decrypts what was read for [`DiskQueue::read`] into guest memory, and gives the buffer back. Returns
+    /// whether that was all: if not, the buffer has gone on to another layer, and there will be another
+    /// event with the same tag.
     pub fn deliver<M>(
         &mut self,
         tag: u64,
@@ -251,8 +254,8 @@ impl DiskQueue {
         result
     }
 
-    /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once only,
-    /// to whoever syncs next: the error may be that of writes which had completed before.
+    /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once
+    /// only, to whoever syncs next: the error may be that of writes which had completed before.
     pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
         use io::ErrorKind::{QuotaExceeded, StorageFull, WriteZero};
         match &result {
@@ -272,8 +275,9 @@ impl DiskQueue {
         self.queue.submit(tag, Op::Write { offset, buffer, durable });
     }
 
-    /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of them: the
-    /// answer says how many are seen to, and whether an operation was submitted for them. `None`: there is no room yet.
+    /// Begins to make `count` sectors read as zeros, or to discard them. One call may do with a part of
+    /// them: the answer says how many are seen to, and whether an operation was submitted for them.
+    /// `None`: there is no room yet.
     pub fn zero(&mut self, tag: u64, sector: u64, count: u64, how: Zeroing) -> Option<Zeroed> {
         let most = self.queue.max_buffer() as u64 / SECTOR_SIZE;
         let part = match &self.layered {
@@ -308,8 +312,8 @@ impl DiskQueue {
         Some(Zeroed { sectors: part.sectors, submitted: true })
     }
 
-    /// The backing makes holes of whole units. Where `part` begins or ends within one, the first of it is cleared, or left as
-    /// it is if nothing is asked of it.
+    /// The backing makes holes of whole units. Where `part` begins or ends within one, the first of it is
+    /// cleared, or left as it is if nothing is asked of it.
     fn whole_units(&self, sector: u64, part: Part, how: Zeroing) -> Part {
         let (unit, n) = (self.unit / SECTOR_SIZE, part.sectors);
         if part.action != Action::Punch || (sector | n).is_multiple_of(unit) {

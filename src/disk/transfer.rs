@@ -1,8 +1,8 @@
 //! A whole disk in or out: plaintext that this process has, or wants, instead of a guest.
 //!
-//! It goes the way that a guest's data goes, through a queue of the [`Disk`], so that ciphers, layers and the all-zero
-//! rule are the same. Plaintext is in two places of this process's memory besides the queue's buffers, both of which are
-//! wiped at the end.
+//! It goes the way that a guest's data goes, through a queue of the [`Disk`], so that ciphers, layers and the
+//! all-zero rule are the same. Plaintext is in two places of this process's memory besides the queue's
+//! buffers, both of which are wiped at the end.
 #![forbid(unsafe_code)]
 
 use crate::base::{Context, Error, Kind, Result};
@@ -27,8 +27,8 @@ pub type Watch<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 /// Where the next data is, at or after a byte of a disk.
 pub(crate) type NextData<'a> = &'a dyn Fn(u64) -> Result<Option<Range<u64>>>;
 
-/// Goes through the data of a disk of `size` bytes, whole blocks of it and whole sectors, in chunks: `copy` gets the place of
-/// each and room for it.
+/// Goes through the data of a disk of `size` bytes, whole blocks of it and whole sectors, in chunks: `copy`
+/// gets the place of each and room for it.
 pub(crate) fn each_chunk(
     size: u64,
     next_data: NextData<'_>,
@@ -78,8 +78,8 @@ impl Transfer {
         Ok(Transfer(WaitingQueue::new(queue, CHUNK)?))
     }
 
-    /// Writes `bytes`, at most [`CHUNK`] and whole sectors, at byte `at`. Blocks that are zeros are left out: the layer then has
-    /// holes in their place. What is written is durable after [`Transfer::flush`].
+    /// Writes `bytes`, at most [`CHUNK`] and whole sectors, at byte `at`. Blocks that are zeros are left out:
+    /// the layer then has holes in their place. What is written is durable after [`Transfer::flush`].
     pub(crate) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         self.0.memory().write_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
         for (start, len) in runs(bytes) {

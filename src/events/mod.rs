@@ -100,8 +100,8 @@ impl Event {
         Event { name: "flushVolume", ..Self::modify_failed(volume, cause) }
     }
 
-    /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under the data key
-    /// that the KMS key `kms_key` wraps. How far it has come: `hydrating` or `completed`.
+    /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under
+    /// the data key that the KMS key `kms_key` wraps. How far it has come: `hydrating` or `completed`.
     pub fn hydrate_volume(volume: VolumeId, kms_key: Option<&str>, result: &'static str) -> Self {
         let kms_key = kms_key.map(Into::into);
         Event { name: "hydrateVolume", kms_key, ..Self::modify_volume(volume, result) }
@@ -112,8 +112,8 @@ impl Event {
         Event { cause: cause.into(), ..Self::hydrate_volume(volume, kms_key, "failed") }
     }
 
-    /// `copySnapshot` of `source`, which is of `volume`: `succeeded`, or `failed` for a cause. `incremental` if the two share
-    /// their data.
+    /// `copySnapshot` of `source`, which is of `volume`: `succeeded`, or `failed` for a cause. `incremental`
+    /// if the two share their data.
     pub fn copy_snapshot(
         source: SnapshotId,
         volume: VolumeId,
@@ -130,7 +130,8 @@ impl Event {
         event
     }
 
-    /// `exportVolume`, or of a snapshot of it `exportSnapshot`: `succeeded`, or `failed` for a cause. EBS has no such event.
+    /// `exportVolume`, or of a snapshot of it `exportSnapshot`: `succeeded`, or `failed` for a
+    /// cause. EBS has no such event.
     pub fn export(
         volume: VolumeId,
         snapshot: Option<SnapshotId>,

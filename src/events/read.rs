@@ -59,8 +59,8 @@ impl EventReader {
         EventReader { path: root.events(), file: None, start, partial: Vec::new() }
     }
 
-    /// Hands on every event that has been written since the last call, oldest first.
-    /// Lines that are no JSON objects, such as one that a power cut tore, are passed over with a warning; a last line
+    /// Hands on every event that has been written since the last call, oldest first. Lines that are no
+    /// JSON objects, such as one that a power cut tore, are passed over with a warning; a last line
     /// without its end waits for it.
     ///
     /// # Errors

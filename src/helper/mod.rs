@@ -32,8 +32,8 @@ pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
     Ok((ours, child))
 }
 
-/// The helper's side of the beginning: gives up what it does not need, and takes its socket. It dies with the process
-/// that started it, until [`outlive_parent`].
+/// The helper's side of the beginning: gives up what it does not need, and takes its socket. It dies with the
+/// process that started it, until [`outlive_parent`].
 ///
 /// # Errors
 /// `Usage` where that process is gone already.

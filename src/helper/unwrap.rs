@@ -1,9 +1,9 @@
 //! The unwrap helper: a process of its own that talks to the KMS, hands the data key over and is gone.
 //!
-//! The two sides share a socket, the helper's standard input. The host process sends what is to be unwrapped and a
-//! descriptor of secret memory; the helper fills that and answers with a line of JSON. Network code and credentials
-//! are in the helper's memory only, and the host process has no part in what becomes of it. What the helper frees is
-//! zeroed, by its allocator.
+//! The two sides share a socket, the helper's standard input. The host process sends what is to be unwrapped
+//! and a descriptor of secret memory; the helper fills that and answers with a line of JSON. Network code and
+//! credentials are in the helper's memory only, and the host process has no part in what becomes of it. What
+//! the helper frees is zeroed, by its allocator.
 
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
@@ -72,8 +72,8 @@ enum Answer {
     Refused(WrittenFailure),
 }
 
-/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without a grant,
-/// with the settings' patience.
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without
+/// a grant, with the settings' patience.
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it.
@@ -87,7 +87,8 @@ pub fn unwrap(
     unwrap_granted(hardened, root, owner, key, None, patience)
 }
 
-/// Unwraps a data key of a volume or snapshot by a helper process, by the grant whose token this is, if there is one.
+/// Unwraps a data key of a volume or snapshot by a helper process, by the grant whose token
+/// this is, if there is one.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -104,8 +105,8 @@ pub fn unwrap_granted(
     Ok(Dek::from_secret(secret.map()?)?)
 }
 
-/// Unwraps a data key by a helper process into secret memory that is there, of the length of a data key. This process need
-/// not look into it.
+/// Unwraps a data key by a helper process into secret memory that is there, of the length of a data key. This
+/// process need not look into it.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -122,8 +123,8 @@ pub fn unwrap_into(
     fill_by_helper(root, secret, &request, patience.longest_call())
 }
 
-/// Unwraps the `new` data key of a volume into `secret`, [`Dek::PASSED_LEN`] bytes, so that only a process can read it there
-/// that has the data key which `present` wraps. Neither is ever in this process.
+/// Unwraps the `new` data key of a volume into `secret`, [`Dek::PASSED_LEN`] bytes, so that only a process
+/// can read it there that has the data key which `present` wraps. Neither is ever in this process.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -241,8 +242,8 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
             let wrapped = self::wrapped(&under.key_id, &under.blob)?;
             let present = Dek::from_bytes(&decrypt(&under.provider, &wrapped, None)?)?;
             if under.check.as_ref().is_some_and(|check| *check != hex::encode(present.check_value())) {
-                let message = "the wrapped data key of the volume unwraps to another key than the one that it was \
-                               written with; it was replaced";
+                let message = "the wrapped data key of the volume unwraps to another key than the one that \
+                               it was written with; it was replaced";
                 return Err(Error::new(Kind::Corrupt, message).into());
             }
             Some((present, under.layer))

@@ -1,10 +1,12 @@
 //! Which process of two has the volume, while a guest moves from one VMM to another (docs/migration.md).
 //!
-//! The volume's lock decides: who has it may read and write, nobody else. The source lets go of it whenever its VMM has
-//! stopped all rings and a destination waits for it, with everything drained and durable; the destination takes it
-//! when its VMM starts a ring. Should the source's VMM go on instead, the source takes it back in the same way.
+//! The volume's lock decides: who has it may read and write, nobody else. The source lets go of it whenever
+//! its VMM has stopped all rings and a destination waits for it, with everything drained and durable; the
+//! destination takes it when its VMM starts a ring. Should the source's VMM go on instead, the source takes
+//! it back in the same way.
 //!
-//! The queues' threads stay, with or without a disk: in a confined process their io_urings cannot be made again.
+//! The queues' threads stay, with or without a disk: in a confined process their io_urings
+//! cannot be made again.
 
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
@@ -85,8 +87,8 @@ enum State {
 }
 
 impl Handover {
-    /// Starts the queues' threads, which have no disk yet, bound to these CPUs, one after the other and from the
-    /// beginning again.
+    /// Starts the queues' threads, which have no disk yet, bound to these CPUs, one after the other and
+    /// from the beginning again.
     pub fn new(parts: Parts, queues: u16, cpus: &[usize], tuning: &Tuning) -> Result<Arc<Self>> {
         let failure: Arc<Mutex<Option<String>>> = Arc::default();
         let spawn = |index: usize| {
@@ -121,8 +123,8 @@ impl Handover {
         self.serving().map_or_else(|| self.parts.opener.how.clone(), |serving| serving.disk().describe())
     }
 
-    /// Lets go of the volume also if no ring ran any more when somebody came to wait for it: a guest that was paused
-    /// before can be moved, too. It ends with this process.
+    /// Lets go of the volume also if no ring ran any more when somebody came to wait for it: a guest that was
+    /// paused before can be moved, too. It ends with this process.
     pub fn heed(self: &Arc<Self>, announcements: Announcements) -> Result<()> {
         let handover = Arc::downgrade(self);
         let heed = move || {
@@ -155,7 +157,8 @@ impl Handover {
     /// Takes the volume, waiting for the process that has it.
     fn take(&self) -> Result<Arc<Serving>> {
         let lock = self.wait_for_lock()?;
-        // Whoever had it may have changed all of it but what the data keys are: everything is read and proved anew.
+        // Whoever had it may have changed all of it but what the data keys are: everything
+        // is read and proved anew.
         let opened = self.parts.opener.open(&lock)?;
         self.serve(opened, lock)
     }
@@ -246,8 +249,8 @@ impl Handover {
             log::error!("{volume} stays here until this process ends: {e}");
             return self.parts.stop.stop();
         }
-        // The layers are closed; with this the lock goes, and another may have it. What was made in the volume's folder
-        // keeps its name there: the next may not reach the other.
+        // The layers are closed; with this the lock goes, and another may have it. What was made in the
+        // volume's folder keeps its name there: the next may not reach the other.
         drop(held.take());
         drop(held);
         if *self.guest() != Guest::Here {

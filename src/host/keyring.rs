@@ -1,5 +1,5 @@
-//! What a host process keeps of its volume's data keys, as long as it may have to open the volume again: when it takes the
-//! volume over from another process, or back. What the volume does not need any more is wiped.
+//! What a host process keeps of its volume's data keys, as long as it may have to open the volume again: when
+//! it takes the volume over from another process, or back. What the volume does not need any more is wiped.
 
 use crate::base::sync::Locked;
 use crate::base::{Error, Kind, Result};

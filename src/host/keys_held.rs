@@ -1,7 +1,7 @@
 //! The host process's records in the audit log: since when it has a volume's data keys, and until when.
 //!
-//! The log's files are opened with the first record, before the process is confined. It has no audit key: its records
-//! have no MAC, and are held by the chain and by the log's mark (docs/audit.md).
+//! The log's files are opened with the first record, before the process is confined. It has no audit key: its
+//! records have no MAC, and are held by the chain and by the log's mark (docs/audit.md).
 
 use crate::audit::{AuditLog, Entry, Step};
 use crate::base::root::Root;
@@ -9,7 +9,8 @@ use crate::base::{Error, Result};
 use crate::catalog::Metadata;
 use crate::catalog::metadata::KeyRecord;
 
-/// Stands for the data keys of a volume that this process has. Drop it when the keys are wiped: dropping records that.
+/// Stands for the data keys of a volume that this process has. Drop it when the keys are
+/// wiped: dropping records that.
 pub(crate) struct KeysHeld {
     log: AuditLog,
     volume: Metadata,
@@ -29,8 +30,8 @@ impl KeysHeld {
         Ok(Some(held))
     }
 
-    /// Records that the volume has other data keys now: that this process has those that are new, or, of those that are
-    /// gone, that it has wiped them.
+    /// Records that the volume has other data keys now: that this process has those that are new, or, of
+    /// those that are gone, that it has wiped them.
     ///
     /// # Errors
     /// Those of the log; none of the new ones may be used then.

@@ -1,10 +1,11 @@
 //! Attaching a volume: the one process that holds its data key, from the lock to the wipe.
 //!
-//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the keeper
-//! ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`], the threads.
-//! Nothing listens before the helper is gone and the metadata has proved right; nothing that a VMM says is read before
-//! the process is confined. The way back is the drop order of the same things. With [`Options::incoming`] the lock, the
-//! layers and what serves them come last: when another process has let go of the volume ([`handover`]).
+//! In order: the volume's lock, its metadata, its layers and QEMU's locks on them, a grant by way of the
+//! keeper ([`grants`]), the data key by way of the [`unwrap`] helper, the seal, the sockets, the [`sandbox`],
+//! the threads. Nothing listens before the helper is gone and the metadata has proved right; nothing that a
+//! VMM says is read before the process is confined. The way back is the drop order of the same things. With
+//! [`Options::incoming`] the lock, the layers and what serves them come last: when another process has let go
+//! of the volume ([`handover`]).
 
 pub mod changes;
 pub mod control;
@@ -93,7 +94,8 @@ pub struct Attached<'a> {
     pub how: &'a str,
 }
 
-/// Attaches the volume `reference` and serves it until it is detached. `ready` is called when VMMs can connect.
+/// Attaches the volume `reference` and serves it until it is detached. `ready` is called
+/// when VMMs can connect.
 pub fn attach(
     catalog: &Catalog,
     settings: &Settings,

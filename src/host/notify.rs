@@ -1,5 +1,5 @@
-//! What the service manager is told (sd_notify(3)): over a socket that is connected before the process is confined and
-//! can make no more.
+//! What the service manager is told (sd_notify(3)): over a socket that is connected before the process is
+//! confined and can make no more.
 
 use nix::errno::Errno;
 use std::ffi::OsStr;

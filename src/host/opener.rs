@@ -1,5 +1,5 @@
-//! Opening a volume's data: its metadata proved right, its layers with their keys. It is done at the attach, and again each
-//! time that another process has had the volume meanwhile; and by commands that copy.
+//! Opening a volume's data: its metadata proved right, its layers with their keys. It is done at the attach,
+//! and again each time that another process has had the volume meanwhile; and by commands that copy.
 
 use super::Options;
 use super::keyring::Keyring;
@@ -16,8 +16,8 @@ use crate::volume::layers::Layer;
 use crate::volume::open::{Deks, Opened, Opening, cannot_serve, open, open_again, shape};
 use std::sync::Arc;
 
-/// How the volume is opened, each time that this process gets it: once, unless it is handed over. For that it keeps what
-/// is made of the data keys.
+/// How the volume is opened, each time that this process gets it: once, unless it is handed over. For that it
+/// keeps what is made of the data keys.
 pub struct Opener {
     pub(super) catalog: Catalog,
     pub(super) volume: VolumeId,
@@ -102,8 +102,8 @@ impl Opener {
         Ok(opened)
     }
 
-    /// Proves the volume's record by what was kept of its data keys. Returns whether it was sealed by this, for the first
-    /// time.
+    /// Proves the volume's record by what was kept of its data keys. Returns whether it was sealed by
+    /// this, for the first time.
     fn prove(&self, metadata: &mut Metadata, kept: &[Kept], top: &Layer) -> Result<bool> {
         let seal_key = metadata.top().key.map(|top| kept[top].seal_key());
         let Some(seal_key) = seal_key.filter(|_| !metadata.is_sealed()) else {

@@ -1,4 +1,5 @@
-//! An attached volume while it is served: the threads, what they share, and what clients of the control socket can ask for.
+//! An attached volume while it is served: the threads, what they share, and what clients of the
+//! control socket can ask for.
 
 use crate::base::Result;
 use crate::base::sync::Locked;
@@ -136,8 +137,8 @@ impl Service {
         }
     }
 
-    /// Threads end, rings are drained; then what they wrote is made durable, and with the rest go the keys. The volume is
-    /// still this process's.
+    /// Threads end, rings are drained; then what they wrote is made durable, and with the rest go the keys.
+    /// The volume is still this process's.
     pub(super) fn end(self, device: Arc<Device>, served: Result<()>) -> (Result<()>, GivenUp) {
         let Service { record, handover, keeper, held, .. } = self;
         record.stop_serving();

@@ -44,12 +44,13 @@ impl Drop for SocketName {
     }
 }
 
-/// Listens at `path`. A socket that a dead process left there is replaced; one that somebody listens on is not.
+/// Listens at `path`. A socket that a dead process left there is replaced; one that
+/// somebody listens on is not.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
     let attempt = || format!("listen on {}", path.display());
     if UnixAddr::new(path) == Err(Errno::ENAMETOOLONG) {
-        let message = "the path of a socket can have at most 107 bytes; give a shorter one, or one relative to \
-                       the working folder";
+        let message = "the path of a socket can have at most 107 bytes; give a shorter one, or one relative \
+                       to the working folder";
         return Err(Error::new(Kind::Usage, message).context(attempt()));
     }
     let listener = match UnixListener::bind(path) {
@@ -96,8 +97,8 @@ fn take(fd: RawFd) -> Result<Socket, String> {
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
         return Err("this process was not started with it".into());
     }
-    // SAFETY: it is open, and whoever started us gave it to us by its number, for this use alone; this is called
-    // before any descriptor of our own could have that number (the caller sees to it).
+    // SAFETY: it is open, and whoever started us gave it to us by its number, for this use alone; this is
+    // called before any descriptor of our own could have that number (the caller sees to it).
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let failed = |e: Errno| e.desc().to_string();
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).map_err(failed)?;

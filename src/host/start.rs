@@ -1,5 +1,5 @@
-//! What an attach does before the process is confined: it takes and opens the volume, gets its data keys, and makes the
-//! sockets.
+//! What an attach does before the process is confined: it takes and opens the volume, gets its data
+//! keys, and makes the sockets.
 
 use crate::base::hardened::Hardened;
 use crate::base::{Context, Result};
@@ -41,7 +41,8 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// Takes the volume, or the place of the process that is to have it next, and opens it. `path` is where VMMs will connect.
+    /// Takes the volume, or the place of the process that is to have it next, and opens it. `path` is
+    /// where VMMs will connect.
     pub(super) fn take(
         catalog: &Catalog,
         settings: &Settings,
@@ -86,8 +87,8 @@ impl Place {
     }
 }
 
-/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with the KMS's words
-/// as its cause.
+/// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with
+/// the KMS's words as its cause.
 fn unwrap_all(
     catalog: &Catalog,
     metadata: &Metadata,

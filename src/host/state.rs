@@ -1,5 +1,5 @@
-//! An attached volume's place in the store, and what it takes to change it. While it is attached, its host process alone
-//! may replace `volume.json`, and does it here.
+//! An attached volume's place in the store, and what it takes to change it. While it is attached, its host
+//! process alone may replace `volume.json`, and does it here.
 
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
@@ -21,8 +21,8 @@ pub struct Record {
     pub(super) hydrator: Hydrator,
 }
 
-/// The volume as it is now. The metadata is what was proved right at the attach and changed since by this process: what
-/// stands in the file meanwhile is never asked.
+/// The volume as it is now. The metadata is what was proved right at the attach and changed since by this
+/// process: what stands in the file meanwhile is never asked.
 pub(crate) struct State {
     pub(super) lock: VolumeLock,
     pub(super) metadata: Metadata,
@@ -72,8 +72,8 @@ impl Record {
         Ok(())
     }
 
-    /// Waits for a change that is under way; from now on there is none that has to do with the queues. The keys of the
-    /// layers are let go.
+    /// Waits for a change that is under way; from now on there is none that has to do with the queues. The
+    /// keys of the layers are let go.
     pub fn stop_serving(&self) {
         if let Some(state) = self.state().as_mut() {
             state.serving = Weak::new();

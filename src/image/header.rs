@@ -1,4 +1,5 @@
-//! The header of a qcow2 image, judged before a library reads it: what it may not say, nobody is led to believe.
+//! The header of a qcow2 image, judged before a library reads it: what it may not say,
+//! nobody is led to believe.
 //!
 //! Source: QEMU, docs/interop/qcow2.rst. Pure: it looks at bytes, and opens nothing.
 #![forbid(unsafe_code)]

@@ -1,10 +1,10 @@
-//! QEMU's image locks on a layer's file, so that QEMU's tools and machines keep off it, and so that we keep off
-//! a file which they have open.
+//! QEMU's image locks on a layer's file, so that QEMU's tools and machines keep off it, and so that we keep
+//! off a file which they have open.
 //!
-//! QEMU (docs/system/images "Image locking", block/file-posix.c) tells others about each of its permissions by
-//! shared OFD locks on single bytes: byte 100+n "I use permission n", byte 200+n "I do not share permission n".
-//! Whoever wants in takes its own locks first and then asks whether anybody's contradict: so of two that come
-//! at the same time at most both fail, and never both get in.
+//! QEMU (docs/system/images "Image locking", block/file-posix.c) tells others about each of its permissions
+//! by shared OFD locks on single bytes: byte 100+n "I use permission n", byte 200+n "I do not share
+//! permission n". Whoever wants in takes its own locks first and then asks whether anybody's contradict: so
+//! of two that come at the same time at most both fail, and never both get in.
 
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
@@ -147,7 +147,8 @@ impl ImageLock {
             of(Access::ReadWrite).iter().filter(move |n| !kept.contains(n)).map(move |n| base + n)
         };
         for byte in gone(Access::used, USED).chain(gone(Access::unshared, UNSHARED)) {
-            // Unlocking needs nothing that could be short; were it to fail, others would be kept off needlessly.
+            // Unlocking needs nothing that could be short; were it to fail, others would
+            // be kept off needlessly.
             locks::unlock(&self.file, Bytes::one(byte));
         }
     }

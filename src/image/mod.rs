@@ -1,8 +1,8 @@
 //! Disk images that volumes are made from: raw files, block devices, qcow2. They are only read.
 //!
-//! An image may be a stranger's. Its header is judged whole before anything else of it is used ([`header`]), nothing that
-//! it names is opened unless that was asked for, and what it says is nowhere trusted with memory or time beyond the
-//! image's own size. Knows no volume and no key.
+//! An image may be a stranger's. Its header is judged whole before anything else of it is used ([`header`]),
+//! nothing that it names is opened unless that was asked for, and what it says is nowhere trusted with memory
+//! or time beyond the image's own size. Knows no volume and no key.
 
 mod foreign;
 #[cfg_attr(not(feature = "qcow2"), allow(dead_code, reason = "only the beginning of an image is looked at"))]
@@ -59,7 +59,7 @@ impl FromStr for Format {
         [Format::Raw, Format::Qcow2].into_iter().find(|format| format.name() == text).ok_or_else(|| {
             format!(
                 "{text:?} is none of raw, qcow2; \"qemu-img convert -O qcow2\" makes the latter of \
-                     many others"
+                 many others"
             )
         })
     }
@@ -113,8 +113,9 @@ impl Image {
     /// Opens the image at `path`. Without a `format`, it is one of [`format_of`].
     ///
     /// # Errors
-    /// `Busy` if QEMU has it open for writing; `Usage` where the format cannot be told, or where an image is based on
-    /// others and `backing` refuses; `Unsupported` or `Corrupt` for a qcow2 image that cannot be read.
+    /// `Busy` if QEMU has it open for writing; `Usage` where the format cannot be told, or where
+    /// an image is based on others and `backing` refuses; `Unsupported` or `Corrupt` for a qcow2
+    /// image that cannot be read.
     pub fn open(path: &Path, format: Option<Format>, backing: BackingFiles) -> Result<Self> {
         let attempt = || format!("open {}", path.display());
         let offered = Offered::open(path).context(attempt)?;

@@ -1,6 +1,7 @@
 //! Reading qcow2 images, by the library `imago`, which is given no way to open anything by itself.
 //!
-//! The files of a chain are opened here, one after the other, if that was asked for at all; each header is judged first.
+//! The files of a chain are opened here, one after the other, if that was asked for at all;
+//! each header is judged first.
 #![forbid(unsafe_code)]
 
 use crate::base::{Context, Error, Kind, Result};
@@ -70,7 +71,8 @@ impl Qcow2 {
         while at < self.size() {
             let (mapping, len) = self.access.get_mapping(at, self.size() - at)?;
             match mapping {
-                // The library takes care that there is no endless row of nothing, but that is not written down.
+                // The library takes care that there is no endless row of nothing, but that
+                // is not written down.
                 _ if len == 0 => return Ok(None),
                 Mapping::Zero { .. } => at += len,
                 Mapping::Raw { storage, offset, .. } => {

@@ -203,7 +203,8 @@ impl KmsError {
         }
     }
 
-    /// An invalid state as what it is for a key in `state`, in the same words; other errors stay what they are.
+    /// An invalid state as what it is for a key in `state`, in the same words; other
+    /// errors stay what they are.
     pub fn in_state(self, state: KeyState) -> Self {
         match (self, state) {
             (KmsError::InvalidState(message), KeyState::PendingDeletion) => {
@@ -214,8 +215,8 @@ impl KmsError {
         }
     }
 
-    /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that, in the
-    /// commands of the provider of this name. `key` is the key as those commands take it.
+    /// The error for the reader of a command: the KMS's message, and where it is plain what to do, that, in
+    /// the commands of the provider of this name. `key` is the key as those commands take it.
     pub fn with_advice_of(self, provider: &str, key: &str) -> Error {
         let advice = match provider {
             "embedded" => self.advice_of_embedded(key),
@@ -243,8 +244,8 @@ impl KmsError {
                 format!("enable it with \"aws kms enable-key --key-id {key}\" and try again")
             }
             KmsError::PendingDeletion(_) => format!(
-                "\"aws kms cancel-key-deletion --key-id {key}\" and \"aws kms enable-key --key-id {key}\" make it \
-                 usable again"
+                "\"aws kms cancel-key-deletion --key-id {key}\" and \"aws kms enable-key --key-id {key}\" \
+                 make it usable again"
             ),
             KmsError::PendingImport(_) => {
                 "import its key material again (\"aws kms import-key-material …\") and try again".to_string()
@@ -304,8 +305,8 @@ pub(in crate::kms) fn out_of_range<T: PartialOrd + std::fmt::Display>(
     let (relation, bound) =
         if value < *range.start() { ("greater", range.start()) } else { ("less", range.end()) };
     KmsError::Validation(format!(
-        "1 validation error detected: Value '{value}' at '{field}' failed to satisfy constraint: Member must have \
-         value {relation} than or equal to {bound}"
+        "1 validation error detected: Value '{value}' at '{field}' failed to satisfy constraint: Member must \
+         have value {relation} than or equal to {bound}"
     ))
 }
 

@@ -1,6 +1,7 @@
 //! Grants as a provider makes them for an attach: one key, one context, Decrypt alone.
 //!
-//! The embedded KMS's own grants, with all their operations and constraints, are in [`crate::kms::embedded::grants`].
+//! The embedded KMS's own grants, with all their operations and constraints, are in
+//! [`crate::kms::embedded::grants`].
 
 use crate::kms::EncryptionContext;
 

@@ -176,7 +176,8 @@ impl KeyRef {
         }
     }
 
-    /// As [`KeyRef::parse`], with what to do for the operator who wrote it: only names in the embedded KMS can be unknown so soon.
+    /// As [`KeyRef::parse`], with what to do for the operator who wrote it: only names in the embedded
+    /// KMS can be unknown so soon.
     ///
     /// # Errors
     /// NotFound or Usage.

@@ -134,13 +134,14 @@ pub trait KeyProvider: Send + Sync {
         Err(KmsError::Unsupported(message))
     }
 
-    /// What it can do besides, and as whom. Here and below, unless a provider says otherwise: it has no grants.
+    /// What it can do besides, and as whom. Here and below, unless a provider says
+    /// otherwise: it has no grants.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
 
-    /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for whoever may not decrypt
-    /// otherwise, and also in the moments before the whole KMS knows the grant.
+    /// Decrypt on the strength of a grant, by its token: as [`KeyProvider::decrypt`], also for whoever may
+    /// not decrypt otherwise, and also in the moments before the whole KMS knows the grant.
     fn decrypt_granted(
         &self,
         wrapped: &WrappedKey,
@@ -150,7 +151,8 @@ pub trait KeyProvider: Send + Sync {
         self.decrypt(wrapped, context)
     }
 
-    /// CreateGrant: lets the grantee decrypt, and retire the grant. The same request again answers the same grant.
+    /// CreateGrant: lets the grantee decrypt, and retire the grant. The same request again
+    /// answers the same grant.
     fn create_grant(&self, _request: &GrantRequest<'_>) -> Result<Grant, KmsError> {
         Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
     }
@@ -160,7 +162,8 @@ pub trait KeyProvider: Send + Sync {
         Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
     }
 
-    /// ListRetirableGrants: the grants on the key of this ARN that were made for `grantee`, and that it may retire.
+    /// ListRetirableGrants: the grants on the key of this ARN that were made for
+    /// `grantee`, and that it may retire.
     fn grants_for(&self, _key: &str, _grantee: &str) -> Result<Vec<ListedGrant>, KmsError> {
         Err(KmsError::Unsupported(format!("the {} provider has no grants", self.name())))
     }
@@ -174,15 +177,16 @@ pub trait KeyProvider: Send + Sync {
 /// What a provider can do besides wrapping and unwrapping.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Whose grants it makes: the principal as which this host decrypts. `None`: it has no grants, or nobody has said
-    /// who the host is, and none are made.
+    /// Whose grants it makes: the principal as which this host decrypts. `None`: it has no grants, or nobody
+    /// has said who the host is, and none are made.
     pub grantee: Option<String>,
 }
 
 /// Opens the provider of this name for the store at `root`: `embedded` or `aws`, with the patience of the
 /// settings, for the keys that the settings allow. What it is used for goes into the store's audit log.
 ///
-/// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this version does not have it.
+/// `name` stands in volume metadata and in [`KeyRef::provider`]. Unsupported if this
+/// version does not have it.
 pub fn open_provider(hardened: Hardened, root: &Root, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
     open_patient_provider(hardened, root, name, None)
 }

@@ -1,7 +1,7 @@
 //! How long a KMS that does not answer is asked again, and what is said meanwhile.
 //!
-//! Only what a later try may put right is tried again: Unavailable, Throttled, Transport. The process's signals keep
-//! their default meaning while it waits, so that SIGINT and SIGTERM end it at once.
+//! Only what a later try may put right is tried again: Unavailable, Throttled, Transport. The process's
+//! signals keep their default meaning while it waits, so that SIGINT and SIGTERM end it at once.
 
 use crate::kms::KmsError;
 use std::time::{Duration, Instant};
@@ -26,8 +26,8 @@ impl Patience {
         self.0 + TRY_MAX
     }
 
-    /// Calls `attempt`, with the time that it has, until it succeeds, fails for good, or patience ends; returns the last
-    /// try's outcome.
+    /// Calls `attempt`, with the time that it has, until it succeeds, fails for good, or patience ends;
+    /// returns the last try's outcome.
     pub fn call<T>(self, mut attempt: impl FnMut(Duration) -> Result<T, KmsError>) -> Result<T, KmsError> {
         let until = Instant::now() + self.0;
         let mut pauses = Pauses { next: PAUSE_FIRST };
@@ -48,7 +48,8 @@ impl Patience {
     }
 }
 
-/// What the reader is told meanwhile. Why a KMS was not reached is our own sentence; the rest are the KMS's words.
+/// What the reader is told meanwhile. Why a KMS was not reached is our own sentence; the
+/// rest are the KMS's words.
 fn told(problem: &KmsError) -> String {
     match problem {
         KmsError::Transport(sentence) => sentence.clone(),
@@ -56,8 +57,8 @@ fn told(problem: &KmsError) -> String {
     }
 }
 
-/// Pauses that grow, each of a random length between half of what it could be and all of it, so that many hosts do not
-/// come back at the same moment.
+/// Pauses that grow, each of a random length between half of what it could be and all of it, so that many
+/// hosts do not come back at the same moment.
 struct Pauses {
     next: Duration,
 }

@@ -1,7 +1,8 @@
-//! A provider whose uses go into the store's audit log: the life of data keys, as sealblk sees it, whoever the KMS is.
+//! A provider whose uses go into the store's audit log: the life of data keys, as sealblk
+//! sees it, whoever the KMS is.
 //!
-//! A record is durable before what it tells of is answered. The embedded KMS's own records stand beside these: they
-//! tell of its keys, these of the data keys.
+//! A record is durable before what it tells of is answered. The embedded KMS's own records stand beside
+//! these: they tell of its keys, these of the data keys.
 
 use crate::audit::{AuditKey, AuditLog, Entry, Step};
 use crate::base::root::Root;
@@ -24,8 +25,8 @@ impl Recorded {
         Ok(Recorded { inner, log })
     }
 
-    /// Records a step that was answered so, with the key of this id; returns it, unless it has succeeded and cannot
-    /// be recorded.
+    /// Records a step that was answered so, with the key of this id; returns it, unless it has
+    /// succeeded and cannot be recorded.
     fn record<T>(
         &self,
         (step, key): (Step, &str),

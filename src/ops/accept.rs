@@ -1,8 +1,8 @@
 //! Holding the records of a store against its ledger, and accepting what differs.
 //!
-//! A record that differs from the ledger is refused by every command ([`crate::catalog`]). Where it is right all the same
-//! (a backup that was restored, a store of an earlier version or of another host), the operator says so by [`accept`]; the
-//! audit log says who did.
+//! A record that differs from the ledger is refused by every command ([`crate::catalog`]). Where it is right
+//! all the same (a backup that was restored, a store of an earlier version or of another host), the operator
+//! says so by [`accept`]; the audit log says who did.
 
 use super::Store;
 use crate::audit::AuditLog;
@@ -69,12 +69,12 @@ pub fn check(store: &Store) -> Result<Vec<Finding>> {
     found.filter_map(Result::transpose).collect()
 }
 
-/// Accepts the records of these volumes and snapshots as they are, and returns what was wrong with each. The audit log
-/// gets an `AcceptRecord` record for each that was not believed before.
+/// Accepts the records of these volumes and snapshots as they are, and returns what was wrong with each. The
+/// audit log gets an `AcceptRecord` record for each that was not believed before.
 ///
 /// # Errors
-/// `NotFound`; those of the file system. Those before it are accepted then. A record that cannot be read is not accepted, and
-/// a finding.
+/// `NotFound`; those of the file system. Those before it are accepted then. A record that cannot be read is
+/// not accepted, and a finding.
 pub fn accept(store: &Store, subjects: &[Subject]) -> Result<Vec<Finding>> {
     let catalog = store.catalog();
     let log = AuditLog::new(store.root())?;

@@ -1,4 +1,5 @@
-//! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become the volume's lower ones.
+//! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become
+//! the volume's lower ones.
 //!
 //! Under the KMS key of the snapshot the volume has the same data key, which the KMS wraps anew for the
 //! volume (ReEncrypt), so that nobody sees it. If it is to have a data key of its own, the new top layer is

@@ -36,8 +36,8 @@ pub struct NewVolume {
 /// Makes a volume, from `snapshot` if there is one, and reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for what breaks a rule ([`check`]); `Busy` if the name is taken; those of the KMS and of the file system. Nothing
-/// of the volume is left then.
+/// `Usage` for what breaks a rule ([`check`]); `Busy` if the name is taken; those of the KMS and of the file
+/// system. Nothing of the volume is left then.
 pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Metadata> {
     let geometry = check(store, new, snapshot)?;
     let wanted =
@@ -120,7 +120,8 @@ pub fn has_own_key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) 
     match snapshot {
         _ if new.unencrypted => false,
         None => true,
-        // Without a wish, an encrypted snapshot's key; an unencrypted one's only where the settings let that be.
+        // Without a wish, an encrypted snapshot's key; an unencrypted one's only where the
+        // settings let that be.
         Some(snapshot) => {
             new.key.is_some() || (store.settings().encrypt_by_default && !snapshot.is_encrypted())
         }

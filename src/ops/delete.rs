@@ -12,7 +12,8 @@ use crate::ops::shred::{self, Receipt};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-/// Deletes a volume that nobody has attached, with those of its layers that nothing else names, and reports a `deleteVolume` event.
+/// Deletes a volume that nobody has attached, with those of its layers that nothing else names, and
+/// reports a `deleteVolume` event.
 ///
 /// # Errors
 /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` if its metadata cannot be read, since then
@@ -24,7 +25,8 @@ pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> 
 /// As [`delete`], and overwrites the wrapped copies of the volume's data keys first.
 ///
 /// # Errors
-/// Those of [`delete`]. After an error that says that the volume is deleted, the next delete or create finishes it.
+/// Those of [`delete`]. After an error that says that the volume is deleted, the next
+/// delete or create finishes it.
 pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Receipt> {
     let mut receipt = delete_by(catalog, events, id, |folder, metadata| {
         let mut receipt = Receipt::new(catalog, metadata)?;
@@ -65,7 +67,8 @@ fn delete_by<T>(
     let records = RecordsLock::acquire(catalog)?;
     clear(catalog, &metadata, &records).context(|| {
         format!(
-            "{id} is deleted, but not its layers; the next \"sealblk volume create\" or \"delete\" tries again"
+            "{id} is deleted, but not its layers; the next \"sealblk volume create\" or \"delete\" tries \
+             again"
         )
     })?;
     clear_remains(catalog, &records);
@@ -85,7 +88,8 @@ pub(super) fn abandon(catalog: &Catalog, metadata: &Metadata, records: &RecordsL
     clear(catalog, metadata, records)
 }
 
-/// Removes a volume that is not there any more: those of its layers that nothing else names, and last what names them.
+/// Removes a volume that is not there any more: those of its layers that nothing else names,
+/// and last what names them.
 fn clear(catalog: &Catalog, metadata: &Metadata, records: &RecordsLock) -> Result<()> {
     let left = catalog.left_layers(metadata.id())?;
     remove_unnamed(catalog, metadata.layers().iter().map(|l| l.id).chain(left), records)?;

@@ -1,8 +1,8 @@
 //! Making a volume's layers one: hydrating it from everything below its top, attached or not.
 //!
-//! What is to be hydrated is noted in `volume.json` first. While the volume is attached, its host process does it in the
-//! background; of a volume that nobody has attached, [`follow`] does it. However it is interrupted, the next attach, or the
-//! next [`follow`], goes on with it.
+//! What is to be hydrated is noted in `volume.json` first. While the volume is attached, its host process
+//! does it in the background; of a volume that nobody has attached, [`follow`] does it. However it is
+//! interrupted, the next attach, or the next [`follow`], goes on with it.
 
 use super::Store;
 use super::reach::{Reach, is_attached};
@@ -26,8 +26,8 @@ const TELL: Duration = Duration::from_millis(250);
 /// How often a host process is asked how far it has come.
 const ASK: Duration = Duration::from_millis(500);
 
-/// Marks everything below the top of a volume to be hydrated, and reports a `hydrateVolume` event. Returns whether there is
-/// anything to do.
+/// Marks everything below the top of a volume to be hydrated, and reports a `hydrateVolume` event. Returns
+/// whether there is anything to do.
 ///
 /// # Errors
 /// `Busy`, naming the command that has the volume; those of its host process and of the file system.
@@ -50,13 +50,13 @@ pub fn flatten(store: &Store, id: VolumeId) -> Result<bool> {
     mark().context(|| format!("flatten {id}"))
 }
 
-/// Returns when nothing of the volume is to be hydrated any more, with what is known of it then. Of a volume that nobody has
-/// attached this process does it, at `rate` bytes a second (0: no limit), and reports a `hydrateVolume` event. `tell` is told
-/// now and then how far it has come.
+/// Returns when nothing of the volume is to be hydrated any more, with what is known of it then. Of a volume
+/// that nobody has attached this process does it, at `rate` bytes a second (0: no limit), and reports a
+/// `hydrateVolume` event. `tell` is told now and then how far it has come.
 ///
 /// # Errors
-/// `Busy`, naming the command that has the volume; `Corrupt` for a volume that an attach would refuse; those of the KMS and
-/// of the file system.
+/// `Busy`, naming the command that has the volume; `Corrupt` for a volume that an attach would refuse; those
+/// of the KMS and of the file system.
 pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
     let catalog = store.catalog();
     loop {
@@ -105,8 +105,8 @@ fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progre
     Ok(metadata)
 }
 
-/// Hydrates a disk by a thread of its own, at `rate` bytes a second (0: no limit), until nothing is left. `tell` is told now
-/// and then how far it has come.
+/// Hydrates a disk by a thread of its own, at `rate` bytes a second (0: no limit), until nothing is left.
+/// `tell` is told now and then how far it has come.
 ///
 /// # Errors
 /// What the store says, with the place.

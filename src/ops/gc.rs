@@ -1,8 +1,8 @@
-//! What is left over in a store: layers that nothing names, temporary files, remains of interrupted commands, grants of
-//! attaches that are over.
+//! What is left over in a store: layers that nothing names, temporary files, remains of interrupted commands,
+//! grants of attaches that are over.
 //!
-//! Commands clear up after interrupted ones of their own accord, by the records that those left. This finds what no
-//! record leads to as well, such as a layer whose volume's folder was removed by hand.
+//! Commands clear up after interrupted ones of their own accord, by the records that those left. This finds
+//! what no record leads to as well, such as a layer whose volume's folder was removed by hand.
 
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Kind, Result};
@@ -58,8 +58,8 @@ pub fn clear(store: &Store) -> Result<Collected> {
     Ok(Collected { left_overs: found, grants })
 }
 
-/// The notes of grants that earlier versions kept in the store, where whoever writes the ciphertext could have written them.
-/// Nothing is done at the KMS because of them.
+/// The notes of grants that earlier versions kept in the store, where whoever writes the ciphertext could
+/// have written them. Nothing is done at the KMS because of them.
 fn old_notes(store: &Store) -> Result<Vec<LeftOver>> {
     notes::warn_of_old(store.root());
     let paths = notes::old(store.root())?;
@@ -71,7 +71,8 @@ fn old_notes(store: &Store) -> Result<Vec<LeftOver>> {
 pub enum What {
     /// A layer's file that no volume and no snapshot names.
     Layer,
-    /// A file that never came to be renamed to what it was to be, or a layer's second name in its volume's folder.
+    /// A file that never came to be renamed to what it was to be, or a layer's second name
+    /// in its volume's folder.
     Temporary,
     /// A volume whose making or deleting was interrupted, with whatever of it is left.
     Volume,

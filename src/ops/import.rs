@@ -60,7 +60,8 @@ pub struct Import {
     pub preallocate: bool,
 }
 
-/// Makes a volume with what the image holds. `watch` is told how far it has come. Reports a `createVolume` event.
+/// Makes a volume with what the image holds. `watch` is told how far it has come. Reports
+/// a `createVolume` event.
 ///
 /// # Errors
 /// `Usage` for an image that cannot be read, or a size that is too small for it, or that a pipe's image does
@@ -136,12 +137,12 @@ fn copy_from(
     import_copy::import(&catalog, &events, wanted, content, Some(key), watch)
 }
 
-/// Makes a volume whose lowest layer is the image's own file, which is the store's afterwards. Reports a `createVolume`
-/// event.
+/// Makes a volume whose lowest layer is the image's own file, which is the store's afterwards.
+/// Reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for what is no raw image in a file of its own on the store's file system; `Busy` if somebody has it open; as
-/// [`super::create::create`]. The file is as it was then.
+/// `Usage` for what is no raw image in a file of its own on the store's file system; `Busy` if somebody has
+/// it open; as [`super::create::create`]. The file is as it was then.
 pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
     let take = || {
         let Input::Path(path) = &import.input else {

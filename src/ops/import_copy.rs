@@ -1,8 +1,9 @@
 //! Volumes made from disk images: encrypted on the way in, and there only when all of it is.
 //!
-//! It is making a volume ([`make`]) with one step more: the data, through the disk's own write path, durable
-//! before `volume.json` gets its name. Until then there is no volume, and what was written is cleared up like what any
-//! interrupted command leaves. Such a volume has data from its beginning, so it has a seal from its beginning.
+//! It is making a volume ([`make`]) with one step more: the data, through the disk's own write path,
+//! durable before `volume.json` gets its name. Until then there is no volume, and what was written is
+//! cleared up like what any interrupted command leaves. Such a volume has data from its beginning, so it
+//! has a seal from its beginning.
 
 use crate::base::{Context, Result};
 use crate::catalog::Catalog;

@@ -1,9 +1,9 @@
 //! A raw image that becomes a volume where it lies: at once, whatever its size.
 //!
-//! The file gets a second name, a layer's; the volume has it as its lowest layer, in the clear, below an empty top under
-//! a new data key, and is marked to be copied up ([`crate::disk::hydrate`]). When the volume is there, the file's first name
-//! goes. So at every moment one of the two names is there, durably: the image is never lost, and never without a name.
-//! `docs/format.md` argues the steps.
+//! The file gets a second name, a layer's; the volume has it as its lowest layer, in the clear, below an
+//! empty top under a new data key, and is marked to be copied up ([`crate::disk::hydrate`]). When the volume
+//! is there, the file's first name goes. So at every moment one of the two names is there, durably: the image
+//! is never lost, and never without a name. `docs/format.md` argues the steps.
 //!
 //! Nothing could prove a layer in the clear, so the volume is sealed as it is made.
 
@@ -21,8 +21,8 @@ use std::fs::File;
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
-/// The file of an image that is to become a layer: nobody writes to it as far as one can tell, and it can have a
-/// second name in the store.
+/// The file of an image that is to become a layer: nobody writes to it as far as one can tell, and it can
+/// have a second name in the store.
 pub(super) struct Candidate {
     path: PathBuf,
     file: File,
@@ -106,8 +106,8 @@ impl Candidate {
     }
 }
 
-/// Makes a volume whose lowest layer is the file of `image`, which is the store's afterwards. Reports a `createVolume`
-/// event.
+/// Makes a volume whose lowest layer is the file of `image`, which is the store's afterwards.
+/// Reports a `createVolume` event.
 ///
 /// # Errors
 /// As [`make::create`], `Usage` for a file that is not whole sectors. The file is as it was then.
@@ -152,7 +152,8 @@ fn check_length(image: &Candidate, wanted: &Wanted) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "it has {} bytes, which are not whole sectors of {unit}; \"truncate --size=%{unit}\" adds zeros to it",
+        "it has {} bytes, which are not whole sectors of {unit}; \"truncate --size=%{unit}\" adds zeros to \
+         it",
         image.len
     );
     Err(Error::new(Kind::Usage, message))

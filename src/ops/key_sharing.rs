@@ -1,8 +1,9 @@
-//! Who else has a data key that a volume has: the snapshot that it was made from, other volumes made from that, copies.
+//! Who else has a data key that a volume has: the snapshot that it was made from, other
+//! volumes made from that, copies.
 //!
-//! Whoever breaks into the host process of one of them has that key, and reads whatever is under it. Records tell: two that
-//! name one layer have its data key, and so have two whose keys have the same check value. What the first attach of a volume
-//! has not noted yet is found by way of the layers.
+//! Whoever breaks into the host process of one of them has that key, and reads whatever is under it. Records
+//! tell: two that name one layer have its data key, and so have two whose keys have the same check value.
+//! What the first attach of a volume has not noted yet is found by way of the layers.
 
 use crate::base::Result;
 use crate::catalog::layout::Layout;
@@ -18,8 +19,8 @@ pub enum Holder {
     Volume(VolumeId),
 }
 
-/// For each data key of the volume, in their order, who else has it: snapshots first, each sorted by id. A record that cannot
-/// be read is left out.
+/// For each data key of the volume, in their order, who else has it: snapshots first, each sorted by id. A
+/// record that cannot be read is left out.
 ///
 /// # Errors
 /// Those of listing the store.

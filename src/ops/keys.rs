@@ -35,8 +35,8 @@ impl NamedKey {
         e.with_advice_of(self.provider.name(), &self.key)
     }
 
-    /// Fails unless data keys can be made with this key now. With `at_first_use` the key is made at its first use, and need
-    /// not be there yet.
+    /// Fails unless data keys can be made with this key now. With `at_first_use` the key is made at its first
+    /// use, and need not be there yet.
     ///
     /// # Errors
     /// Those of its KMS, with what to do about them.

@@ -1,9 +1,9 @@
 //! Making and deleting volumes, in steps that a power cut may separate.
 //!
 //! While a volume is being made, what will be its `volume.json` is called `creating.json`; while one is being
-//! deleted, it is called `deleting.json`. Both renames are the moment that decides. A folder with one of these
-//! names its layers, so that the next create or delete can clear away what an interrupted one left; of them, a layer
-//! that something else names stays. `docs/format.md` argues it step by step.
+//! deleted, it is called `deleting.json`. Both renames are the moment that decides. A folder with one of
+//! these names its layers, so that the next create or delete can clear away what an interrupted one left; of
+//! them, a layer that something else names stays. `docs/format.md` argues it step by step.
 
 use crate::base::root::{create_dir_durable, files, replace_file};
 use crate::base::{Error, Kind, Result};
@@ -31,8 +31,8 @@ pub struct Wanted {
     pub preallocate: bool,
 }
 
-/// Makes a volume, encrypted under a data key that the KMS makes and nobody sees; without a `key`, unencrypted.
-/// Reports how it went as a `createVolume` event.
+/// Makes a volume, encrypted under a data key that the KMS makes and nobody sees; without a `key`,
+/// unencrypted. Reports how it went as a `createVolume` event.
 ///
 /// # Errors
 /// The KMS's; `Busy` if the name is taken; those of the file system. Nothing of the volume is left then.
@@ -58,8 +58,8 @@ pub(crate) fn create_with(
     create_filled(catalog, events, wanted, prepare, |_| Ok(()))
 }
 
-/// As [`create_with`], and `fill` gives the volume its data before the volume is there. What `fill` has written is durable when it returns; it
-/// makes no other layers than the metadata names.
+/// As [`create_with`], and `fill` gives the volume its data before the volume is there. What `fill` has
+/// written is durable when it returns; it makes no other layers than the metadata names.
 pub(crate) fn create_filled(
     catalog: &Catalog,
     events: &EventLog,

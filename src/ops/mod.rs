@@ -1,9 +1,9 @@
 //! The use cases: what can be done with a store, its volumes and its snapshots, one file a verb.
 //!
-//! A verb is a function of a [`Store`] and of what the caller wants. It does the whole: it looks who has the volume at this
-//! moment ([`reach`]), does the work itself or has the volume's host process do it, reports events, and writes the audit
-//! log where keys are used. The command line, a test and whatever else asks for it call the same function; whoever calls
-//! one prints the result.
+//! A verb is a function of a [`Store`] and of what the caller wants. It does the whole: it looks who has the
+//! volume at this moment ([`reach`]), does the work itself or has the volume's host process do it, reports
+//! events, and writes the audit log where keys are used. The command line, a test and whatever else asks for
+//! it call the same function; whoever calls one prints the result.
 //!
 //! | verbs | files |
 //! |---|---|
@@ -53,7 +53,8 @@ use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
 use crate::volume::open::{Opening, Taken};
 use keys::NamedKey;
 
-/// A store, as the use cases see it: where it lies, its settings, and the proof that this process may see keys.
+/// A store, as the use cases see it: where it lies, its settings, and the proof that this
+/// process may see keys.
 pub struct Store {
     root: Root,
     settings: Settings,

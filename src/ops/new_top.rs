@@ -1,5 +1,5 @@
-//! A new top layer for a volume that nobody has attached: a snapshot and a new data key both take one. Of an attached volume
-//! its host process makes it (`host::changes`).
+//! A new top layer for a volume that nobody has attached: a snapshot and a new data key both take one. Of an
+//! attached volume its host process makes it (`host::changes`).
 
 use crate::base::{Context, Result};
 use crate::catalog::Catalog;

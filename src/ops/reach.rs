@@ -21,7 +21,8 @@ pub enum Reach {
 }
 
 impl Reach {
-    /// Takes the volume for `purpose`, unless it is attached. A command that has it for a moment is waited for.
+    /// Takes the volume for `purpose`, unless it is attached. A command that has it for a
+    /// moment is waited for.
     ///
     /// # Errors
     /// `Busy`, naming the holder, if another command has the volume for longer; `NotFound`.

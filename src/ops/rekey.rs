@@ -1,5 +1,5 @@
-//! Giving a volume another data key, attached or not. What the old key encrypted is copied up afterwards: by the host
-//! process while the volume is attached, or by [`super::flatten::follow`].
+//! Giving a volume another data key, attached or not. What the old key encrypted is copied up afterwards: by
+//! the host process while the volume is attached, or by [`super::flatten::follow`].
 
 use super::keys::NamedKey;
 use super::new_top::NewTop;
@@ -27,12 +27,14 @@ pub struct Rekeyed {
     pub pause: Option<Duration>,
 }
 
-/// Gives a volume a new data key, wrapped by the KMS key that `key` names, or by the one that wraps the old one. Reports
-/// `hydrateVolume` events. What was written before is still under the old data key: it is marked to be copied up.
+/// Gives a volume a new data key, wrapped by the KMS key that `key` names, or by the one that wraps the
+/// old one. Reports `hydrateVolume` events. What was written before is still under the old data key: it
+/// is marked to be copied up.
 ///
 /// # Errors
-/// `Usage` for a volume without encryption; `Busy`, naming the command that has it; `Corrupt` for one that an attach would
-/// refuse; those of the KMS and of the file system. The volume has the data key that it had then.
+/// `Usage` for a volume without encryption; `Busy`, naming the command that has it; `Corrupt` for
+/// one that an attach would refuse; those of the KMS and of the file system. The volume has the
+/// data key that it had then.
 pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>) -> Result<Rekeyed> {
     let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("re-key {id}");
@@ -63,7 +65,8 @@ fn named_key(store: &Store, key: Option<&str>, metadata: &Metadata) -> Result<Na
     store.key_of(same.ok_or_else(|| Error::new(Kind::Usage, "name a KMS key with --key"))?)
 }
 
-/// Gives the volume a data key that the KMS has made. Returns how long its queues stood still, if it is attached.
+/// Gives the volume a data key that the KMS has made. Returns how long its queues stood
+/// still, if it is attached.
 fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Failure> {
     let catalog = store.catalog();
     match Reach::of(&catalog, id, Purpose::Hydrate)? {
@@ -90,7 +93,8 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
     }
 }
 
-/// Gives a volume that nobody has attached a new top layer under the new data key, and marks all below to be copied up.
+/// Gives a volume that nobody has attached a new top layer under the new data key, and marks
+/// all below to be copied up.
 fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure> {
     let catalog = store.catalog();
     let taken = store.open_taken(lock)?;

@@ -1,7 +1,7 @@
 //! Making a volume larger, attached or not.
 //!
-//! The top layer's file is made longer; lower layers stay as they are. `pending.json` says so first, so that a file that is
-//! longer than `volume.json` says is given its length back by whoever takes the volume next.
+//! The top layer's file is made longer; lower layers stay as they are. `pending.json` says so first, so that
+//! a file that is longer than `volume.json` says is given its length back by whoever takes the volume next.
 
 use super::Store;
 use super::reach::Reach;
@@ -26,8 +26,9 @@ pub struct Resized {
 /// Makes a volume `size` bytes large, and reports `modifyVolume` events.
 ///
 /// # Errors
-/// `Usage` for a size that is smaller, or not whole sectors; `Busy`, naming the command that has the volume; `Corrupt` for
-/// a volume that an attach would refuse; those of the KMS and of the file system. The volume has the size that it had then.
+/// `Usage` for a size that is smaller, or not whole sectors; `Busy`, naming the command that has the volume;
+/// `Corrupt` for a volume that an attach would refuse; those of the KMS and of the file system. The volume
+/// has the size that it had then.
 pub fn resize(store: &Store, id: VolumeId, size: u64) -> Result<Resized> {
     let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("resize {id}");

@@ -1,8 +1,8 @@
 //! Wrapping the data keys of a volume anew: by another KMS key, or by the newest version of the same one.
 //!
-//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it ([`crate::helper::rewrap`]). Only
-//! then is `volume.json` replaced, by whoever has the volume. Until that one replacement the old wrapped key is there,
-//! afterwards the new one.
+//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it
+//! ([`crate::helper::rewrap`]). Only then is `volume.json` replaced, by whoever has the volume. Until that
+//! one replacement the old wrapped key is there, afterwards the new one.
 
 use super::Store;
 use super::reach::Reach;
@@ -37,7 +37,8 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// All data keys, or only those that the KMS key wraps which `from` names, are wrapped by the KMS key which `to` names.
+    /// All data keys, or only those that the KMS key wraps which `from` names, are wrapped by the
+    /// KMS key which `to` names.
     ///
     /// # Errors
     /// `Usage` for what names no key; those of the KMS.
@@ -73,8 +74,8 @@ impl Wish {
 /// Wraps the data keys of a volume anew that the wish means, and returns what was done.
 ///
 /// # Errors
-/// `Usage` if there is nothing to do; `Busy`, naming the command that has the volume; those of the KMS. Keys before the one
-/// that failed are done.
+/// `Usage` if there is nothing to do; `Busy`, naming the command that has the volume; those of the KMS. Keys
+/// before the one that failed are done.
 pub fn rewrap(store: &Store, id: VolumeId, wish: &Wish) -> Result<Vec<Change>> {
     let attempt = || format!("rewrap {id}");
     check(&store.catalog().load(id)?, wish).context(attempt)?;

@@ -1,7 +1,7 @@
 //! Destroying the wrapped copies of a volume's data keys, and telling what that reaches.
 //!
-//! A wrapped key is worth something to whoever can ask the KMS for it. Overwriting takes it from the file system, as far
-//! as that writes in place; what else there may be of it, the receipt says.
+//! A wrapped key is worth something to whoever can ask the KMS for it. Overwriting takes it from the file
+//! system, as far as that writes in place; what else there may be of it, the receipt says.
 
 use crate::audit::{AuditLog, Entry, Step};
 use crate::base::root::{files, sync_dir};
@@ -16,7 +16,8 @@ use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What `volume.json` is called from the moment in which the volume is not there any more until it is overwritten.
+/// What `volume.json` is called from the moment in which the volume is not there any more
+/// until it is overwritten.
 pub const FILE: &str = "shredding.json";
 
 /// Not in nix.
@@ -52,7 +53,8 @@ pub struct Receipt {
     pub time: Timestamp,
     /// The copies.
     pub destroyed: Vec<Destroyed>,
-    /// The files of its data that were removed with it, since nothing else needs them; ciphertext, not overwritten.
+    /// The files of its data that were removed with it, since nothing else needs them;
+    /// ciphertext, not overwritten.
     #[serde(serialize_with = "printable::paths")]
     pub layers: Vec<PathBuf>,
     /// What can still unwrap a copy that somebody else has.
@@ -117,7 +119,8 @@ impl Receipt {
         );
         outside.push("backups of the store, and snapshots of its file system or of the disk below it".into());
         outside.push(
-            "what the medium keeps by itself: blocks that an SSD has replaced, journals, caches, RAID and replicas"
+            "what the medium keeps by itself: blocks that an SSD has replaced, journals, caches, RAID and \
+             replicas"
                 .into(),
         );
         for holder in &self.same_data_key {
@@ -127,8 +130,8 @@ impl Receipt {
             let arn = &key.key_id;
             outside.push(match &key.used_by[..] {
                 [] => format!(
-                    "{arn} ({}), which could unwrap any such copy; nothing else in this store is under it: if nothing \
-                     elsewhere is either, delete it, and every copy is worthless",
+                    "{arn} ({}), which could unwrap any such copy; nothing else in this store is under it: \
+                     if nothing elsewhere is either, delete it, and every copy is worthless",
                     key.provider
                 ),
                 others => format!(
@@ -149,7 +152,8 @@ impl FileSystem {
         let known = [
             (statfs::EXT4_SUPER_MAGIC, "ext4", true),
             (statfs::TMPFS_MAGIC, "tmpfs", true),
-            // Where files share blocks, xfs writes elsewhere; volume.json shares none unless somebody copied it so.
+            // Where files share blocks, xfs writes elsewhere; volume.json shares none
+            // unless somebody copied it so.
             (XFS_SUPER_MAGIC, "xfs", true),
             (statfs::BTRFS_SUPER_MAGIC, "btrfs", false),
             (statfs::OVERLAYFS_SUPER_MAGIC, "overlayfs", false),
@@ -204,8 +208,8 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(&value).map_err(unreadable)
 }
 
-/// Overwrites and removes every file in a volume's folder, except for the lock, and the records without wrapped keys that tell
-/// what else is to be removed.
+/// Overwrites and removes every file in a volume's folder, except for the lock, and the records without
+/// wrapped keys that tell what else is to be removed.
 pub fn destroy_all(folder: &Path) -> Result<Vec<Destroyed>> {
     let attempt = || format!("list {}", folder.display());
     let mut destroyed = Vec::new();

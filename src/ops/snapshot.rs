@@ -1,9 +1,9 @@
 //! Making snapshots: of one volume or of several at one point in time, each attached or not.
 //!
-//! A snapshot is made in two phases. First everything is prepared that can fail: each volume gets its new layer, and the
-//! queues of those that are attached are held. Then each top layer is frozen, **which is its moment**; and when all are
-//! frozen, the records are written, all or, by what can be known before, none. Until the first freeze, whatever fails undoes
-//! everything.
+//! A snapshot is made in two phases. First everything is prepared that can fail: each volume gets its new
+//! layer, and the queues of those that are attached are held. Then each top layer is frozen, **which is its
+//! moment**; and when all are frozen, the records are written, all or, by what can be known before, none.
+//! Until the first freeze, whatever fails undoes everything.
 
 use super::Store;
 use super::new_top::NewTop;
@@ -30,8 +30,9 @@ pub struct Made {
 /// Makes a snapshot of each of `volumes`, all of one moment, and reports a `createSnapshot` event for each.
 ///
 /// # Errors
-/// `Busy`, naming the command that has a volume; `Corrupt` for a volume that an attach would refuse; those of the KMS, of
-/// host processes and of the file system. There is none of the snapshots then, unless the records could not be written.
+/// `Busy`, naming the command that has a volume; `Corrupt` for a volume that an attach would refuse; those
+/// of the KMS, of host processes and of the file system. There is none of the snapshots then, unless the
+/// records could not be written.
 pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>> {
     let (events, started) = (store.events(), Timestamp::now());
     let made = make(store, volumes, label);

@@ -1,10 +1,11 @@
 //! The system calls of a confined process: an allow-list, by seccomp.
 //!
-//! The table says what each group is for. A call whose arguments matter has conditions in [`conditional`]. Paths lie in
-//! memory and cannot be judged here: they are the affair of [`crate::sandbox::files`].
+//! The table says what each group is for. A call whose arguments matter has conditions in [`conditional`].
+//! Paths lie in memory and cannot be judged here: they are the affair of [`crate::sandbox::files`].
 //!
-//! io_uring does what a ring is asked to do without asking this filter. So a confined process can make no ring: those
-//! that it has were made before, and each takes only the operations that serving a layer needs (`backing::file::ring`).
+//! io_uring does what a ring is asked to do without asking this filter. So a confined process can make no
+//! ring: those that it has were made before, and each takes only the operations that serving a layer needs
+//! (`backing::file::ring`).
 
 use crate::base::{Error, Kind, Result};
 use crate::sandbox::Mode;
@@ -67,8 +68,8 @@ const ALLOWED_BY_OLD_NAMES: &[Group] = &[(
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_BY_OLD_NAMES: &[Group] = &[];
 
-/// The longest name that `connect` takes: a family and up to three characters, which in [`crate::sandbox::WORKING_FOLDER`]
-/// can only name a descriptor.
+/// The longest name that `connect` takes: a family and up to three characters, which in
+/// [`crate::sandbox::WORKING_FOLDER`] can only name a descriptor.
 const ADDRESS_LEN_MAX: u64 = size_of::<libc::sa_family_t>() as u64 + 4;
 
 /// Conditions on one argument.
@@ -168,14 +169,15 @@ fn refused(e: impl std::fmt::Display) -> Error {
     Error::new(
         Kind::Unsupported,
         format!(
-            "the system call filter is refused ({e}): allow seccomp() in the container's own profile, or attach with \
-             --sandbox=off"
+            "the system call filter is refused ({e}): allow seccomp() in the container's own profile, or \
+             attach with --sandbox=off"
         ),
     )
 }
 
-/// Calls whose flags lie in memory, where no filter can judge them, and which are done without: the C library uses clone
-/// where there is no clone3, and [`crate::base::root::files`] uses openat where there is no openat2.
+/// Calls whose flags lie in memory, where no filter can judge them, and which are done without: the
+/// C library uses clone where there is no clone3, and [`crate::base::root::files`] uses openat
+/// where there is no openat2.
 fn said_not_to_exist() -> Result<BpfProgram> {
     let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new()), (libc::SYS_openat2, Vec::new())]);
     compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))

@@ -1,7 +1,9 @@
-//! The files of a confined process, by Landlock: what no rule names can be neither opened nor made nor removed.
+//! The files of a confined process, by Landlock: what no rule names can be neither opened
+//! nor made nor removed.
 //!
-//! Looking at names and sizes is not restricted, nor is what descriptors lead to that are open already. With it go TCP
-//! connections, sockets in the abstract name space, and signals to others, as far as the kernel knows these rules.
+//! Looking at names and sizes is not restricted, nor is what descriptors lead to that are open already.
+//! With it go TCP connections, sockets in the abstract name space, and signals to others, as far as the
+//! kernel knows these rules.
 
 use crate::base::{Error, Kind, Result};
 use landlock::{
@@ -91,7 +93,8 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
         }
         RulesetStatus::NotEnforced => {
             log::warn!(
-                "this kernel has no Landlock, or it is switched off: the host process can open every file of its user"
+                "this kernel has no Landlock, or it is switched off: the host process can open every file of \
+                 its user"
             );
             "no Landlock".into()
         }

@@ -1,4 +1,5 @@
-//! Whose process it is: the user to drop to, and capabilities, of which none are left where the files allow it.
+//! Whose process it is: the user to drop to, and capabilities, of which none are left
+//! where the files allow it.
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::sandbox::files::Rule;
@@ -65,8 +66,8 @@ impl Identity {
         fchownat(&file, c"", Some(self.uid), Some(self.gid), AtFlags::AT_EMPTY_PATH).context(attempt)
     }
 
-    /// Becomes this user for good, unless he could not reach one of `files`: then this is still the one that it was,
-    /// and can clear away what it has made.
+    /// Becomes this user for good, unless he could not reach one of `files`: then this is still the one that
+    /// it was, and can clear away what it has made.
     pub(super) fn become_it(&self, files: &[Rule]) -> Result<()> {
         let attempt = || format!("become {self}");
         let name = CString::new(self.name.as_str()).map_err(|e| Error::of(Kind::Usage, e))?;
@@ -89,8 +90,8 @@ impl Identity {
     }
 }
 
-/// Gives up all capabilities. Only root may keep one, the one to reach files of others, and only where a file of
-/// `rules` needs it.
+/// Gives up all capabilities. Only root may keep one, the one to reach files of others, and only where a
+/// file of `rules` needs it.
 ///
 /// # Errors
 /// `Usage`, naming the first file that the user of this process cannot reach.
@@ -126,8 +127,8 @@ fn unreachable_error(rule: &Rule, why: Errno) -> Error {
     let user = nix::unistd::geteuid();
     let name = User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
     let message = format!(
-        "the user {name} cannot use {} ({}): give it to him (\"chown -R {name}\" the store's folder), with all folders \
-         above it to be entered",
+        "the user {name} cannot use {} ({}): give it to him (\"chown -R {name}\" the store's folder), with \
+         all folders above it to be entered",
         rule.path.display(),
         why.desc()
     );
@@ -148,7 +149,8 @@ const VERSION_3: u32 = 0x2008_0522;
 fn permitted() -> Result<u32> {
     let header = Header { version: VERSION_3, pid: 0 };
     let mut words: [Words; 2] = [[0; 3]; 2];
-    // SAFETY: version 3 of the call reads the header and fills two structures of three words, which are there.
+    // SAFETY: version 3 of the call reads the header and fills two structures of three
+    // words, which are there.
     let answer = unsafe { libc::syscall(libc::SYS_capget, &raw const header, words.as_mut_ptr()) };
     if answer != 0 {
         return Err(Errno::last()).context(|| "ask for the capabilities");

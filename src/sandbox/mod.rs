@@ -1,13 +1,14 @@
-//! What a process that sees a data key gives up for good once everything that it needs is open ([`confine`]). Before,
-//! it has hardened itself, as every command does ([`crate::base::hardened`]).
+//! What a process that sees a data key gives up for good once everything that it needs is open ([`confine`]).
+//! Before, it has hardened itself, as every command does ([`crate::base::hardened`]).
 //!
-//! A confined process does what serving a volume takes and nothing else. It makes the system calls of [`calls`], and
-//! ends at any other one, which it names ([`violation`]). It reaches the files of [`files`] and no other, by Landlock.
-//! It belongs to the user that the operator named, and has no capabilities ([`identity`]). None of this can be undone.
-//! docs/threat-model.md says what that is worth; here stands how it is done. Nothing here knows volumes or keys.
+//! A confined process does what serving a volume takes and nothing else. It makes the system calls of
+//! [`calls`], and ends at any other one, which it names ([`violation`]). It reaches the files of [`files`]
+//! and no other, by Landlock. It belongs to the user that the operator named, and has no capabilities
+//! ([`identity`]). None of this can be undone. docs/threat-model.md says what that is worth; here stands how
+//! it is done. Nothing here knows volumes or keys.
 //!
-//! Whoever needs more in the confined process: a system call is one word in `calls.rs`, a file or folder one rule in
-//! `host/files.rs`, an io_uring operation one line in `backing/file/ring.rs`.
+//! Whoever needs more in the confined process: a system call is one word in `calls.rs`, a file or folder one
+//! rule in `host/files.rs`, an io_uring operation one line in `backing/file/ring.rs`.
 
 mod calls;
 mod files;
@@ -23,8 +24,8 @@ use crate::base::{Context, Error, Kind, Result};
 use std::fmt;
 use std::str::FromStr;
 
-/// The working folder of a confined process: relative to it, a socket that is held as a descriptor has a name so short
-/// that no other socket can have it. The filter lets `connect` have no longer one.
+/// The working folder of a confined process: relative to it, a socket that is held as a descriptor has a name
+/// so short that no other socket can have it. The filter lets `connect` have no longer one.
 pub const WORKING_FOLDER: &str = "/proc/self/fd";
 
 /// How strictly the host process is confined.
@@ -32,7 +33,8 @@ pub const WORKING_FOLDER: &str = "/proc/self/fd";
 pub enum Mode {
     /// A forbidden system call ends it.
     On,
-    /// A forbidden system call is reported by the kernel (audit, or its log) and done; every file can be reached.
+    /// A forbidden system call is reported by the kernel (audit, or its log) and done;
+    /// every file can be reached.
     Log,
     /// Neither filter nor rules.
     Off,
@@ -61,12 +63,13 @@ impl fmt::Display for Confinement {
     }
 }
 
-/// Gives up what the process does not need any more. It must have one thread; those that it starts later are confined
-/// like it. Its working folder is [`WORKING_FOLDER`] afterwards.
+/// Gives up what the process does not need any more. It must have one thread; those that it starts later are
+/// confined like it. Its working folder is [`WORKING_FOLDER`] afterwards.
 ///
 /// # Errors
-/// `Unsupported` where the kernel, or the container that this runs in, refuses the filter; `Usage`, naming the file,
-/// if the user of `identity` could not reach one of `files`. A kernel without Landlock is no error, but logged.
+/// `Unsupported` where the kernel, or the container that this runs in, refuses the filter; `Usage`,
+/// naming the file, if the user of `identity` could not reach one of `files`. A kernel without Landlock
+/// is no error, but logged.
 pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Result<Confinement> {
     // Landlock's rules are for the thread that asks for them and its children.
     if std::fs::read_dir("/proc/self/task").context(|| "count the threads")?.count() != 1 {
@@ -101,19 +104,21 @@ pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Resul
     Ok(Confinement(done))
 }
 
-/// Ends the process with a word if memory that it shares is taken away (SIGBUS): the VMM has truncated a file that could
-/// not be sealed, or somebody has truncated a layer on a memory file system. Nothing can be saved then; the kernel clears secret memory as it frees it. The key is
-/// not wiped here: another thread would encrypt with what is left of it.
+/// Ends the process with a word if memory that it shares is taken away (SIGBUS): the VMM has truncated a file
+/// that could not be sealed, or somebody has truncated a layer on a memory file system. Nothing can be saved
+/// then; the kernel clears secret memory as it frees it. The key is not wiped here: another thread would
+/// encrypt with what is left of it.
 pub fn report_lost_memory() -> Result<()> {
     const MESSAGE: &[u8] =
-        b"sealblk: a file in shared memory was truncated, the VMM's or a layer on tmpfs (SIGBUS); the volume is detached\n";
+        b"sealblk: a file in shared memory was truncated, the VMM's or a layer on tmpfs (SIGBUS); the volume \
+          is detached\n";
     let action = || {
         // Standard error may be closed; the exit code says the same.
         let _ = nix::unistd::write(std::io::stderr(), MESSAGE);
         signal_hook::low_level::exit(Kind::Other.exit_code().into());
     };
-    // SAFETY: the action calls write and _exit alone, which are async-signal-safe; it takes no lock and allocates
-    // nothing (`stderr()` is a handle without state, and its descriptor a constant).
+    // SAFETY: the action calls write and _exit alone, which are async-signal-safe; it takes no lock and
+    // allocates nothing (`stderr()` is a handle without state, and its descriptor a constant).
     unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, action) }
         .context(|| "handle the loss of shared memory")?;
     Ok(())

@@ -1,7 +1,8 @@
 //! The end of a process that attempts a forbidden system call: it says which one, and is gone.
 //!
-//! The kernel delivers SIGSYS to the thread that made the attempt, at that very place. In a thread that has blocked the
-//! signal the kernel ends the process by the signal instead, without a word of ours; it gets no further either way.
+//! The kernel delivers SIGSYS to the thread that made the attempt, at that very place. In a thread that
+//! has blocked the signal the kernel ends the process by the signal instead, without a word of ours; it
+//! gets no further either way.
 
 use crate::base::{Context, Result};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -26,14 +27,14 @@ struct SigSysInfo {
 pub(super) fn report() -> Result<()> {
     let action =
         SigAction::new(SigHandler::SigAction(end), SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK, SigSet::all());
-    // SAFETY: the handler calls write and _exit alone, which are async-signal-safe; it takes no lock and allocates
-    // nothing.
+    // SAFETY: the handler calls write and _exit alone, which are async-signal-safe; it takes no
+    // lock and allocates nothing.
     unsafe { sigaction(Signal::SIGSYS, &action) }.context(|| "handle forbidden system calls")?;
     Ok(())
 }
 
-/// The keys are not wiped here: another thread would encrypt with what is left of them. The kernel clears them as it
-/// frees the memory.
+/// The keys are not wiped here: another thread would encrypt with what is left of them. The kernel clears
+/// them as it frees the memory.
 extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a whole siginfo_t, which for SIGSYS begins like this.
     let info = unsafe { &*info.cast::<SigSysInfo>() };
@@ -43,11 +44,15 @@ extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_vo
         line.add(name(info.call.into()).unwrap_or("number"));
         line.add(" (");
         line.add_number(info.call.unsigned_abs());
-        line.add("), which a host process may not use: a mistake in sealblk, or an attack. The volume is detached.\n");
+        line.add(
+            "), which a host process may not use: a mistake in sealblk, or an attack. The volume is \
+             detached.\n",
+        );
     } else {
         line.add("sealblk: ended by SIGSYS, which somebody sent. The volume is detached.\n");
     }
-    // SAFETY: the bytes are there. Standard error may be closed; the exit code says the same. Nothing comes after.
+    // SAFETY: the bytes are there. Standard error may be closed; the exit code says the
+    // same. Nothing comes after.
     unsafe {
         libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);
         libc::_exit(EXIT_CODE)

@@ -1,4 +1,5 @@
-//! Whether writes must be durable when they complete: what the driver agreed to, and what it has chosen since.
+//! Whether writes must be durable when they complete: what the driver agreed to, and what
+//! it has chosen since.
 
 use crate::virtio::features;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ pub struct CacheMode {
 }
 
 impl CacheMode {
-    /// For a device with that `writeback` byte. Until features are acknowledged, no driver has promised to flush.
+    /// For a device with that `writeback` byte. Until features are acknowledged, no driver
+    /// has promised to flush.
     pub fn new(writeback: Arc<AtomicBool>) -> Self {
         let mode = CacheMode { writeback, ..CacheMode::default() };
         mode.decide();

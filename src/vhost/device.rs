@@ -1,4 +1,5 @@
-//! What vhost-user-backend asks of a device: its features, its configuration space, and to take note of changes.
+//! What vhost-user-backend asks of a device: its features, its configuration space, and to
+//! take note of changes.
 
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::GuestMemory;
@@ -38,8 +39,8 @@ pub struct Device {
     /// Most memory regions that a VMM may share, each with a descriptor of its own: at most
     /// [`MAX_MEMORY_REGIONS`].
     pub memory_regions: u16,
-    /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does not
-    /// repeat what its guest chose, and a guest that chose write-through sends no flushes.
+    /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does
+    /// not repeat what its guest chose, and a guest that chose write-through sends no flushes.
     pub writeback: Arc<AtomicBool>,
 }
 

@@ -1,9 +1,10 @@
-//! Which pages of the guest's memory we have written, for live migration. It costs a look at one flag while no
-//! migration runs.
+//! Which pages of the guest's memory we have written, for live migration. It costs a look at one flag
+//! while no migration runs.
 //!
-//! Source: the vhost-user protocol, "Migration". The VMM shares a bitmap with a bit for each 4 KiB page of guest
-//! addresses, from 0 on. Whoever writes guest memory marks it, afterwards: a page that the VMM copies between the two
-//! has the new bytes already. vm-memory's own tracking is not used: it would ask at every access.
+//! Source: the vhost-user protocol, "Migration". The VMM shares a bitmap with a bit for each 4 KiB
+//! page of guest addresses, from 0 on. Whoever writes guest memory marks it, afterwards: a page that
+//! the VMM copies between the two has the new bytes already. vm-memory's own tracking is not used: it
+//! would ask at every access.
 
 use crate::base::sync::ReadWriteLocked;
 use crate::vhost::shared;
@@ -112,8 +113,8 @@ impl DirtyLog {
     }
 }
 
-/// The log as one ring sees it. What it writes into its used ring is logged only where the VMM says, and at the address
-/// that the VMM says.
+/// The log as one ring sees it. What it writes into its used ring is logged only where the VMM says, and at
+/// the address that the VMM says.
 #[derive(Clone)]
 pub struct RingLog {
     log: Arc<DirtyLog>,

@@ -1,9 +1,11 @@
-//! All queues of a volume standing still at one point in time, and going on with other layers if there are any.
+//! All queues of a volume standing still at one point in time, and going on with other
+//! layers if there are any.
 //!
-//! While they are paused, no operation is in flight: what was acknowledged is in the disk, and what was not either is or
-//! is not. Requests that were taken and not finished, new ones, and what the VMM asks of a ring wait until the end: to
-//! the guest and its VMM a pause is nothing but slowness. It is therefore to be short, and whoever pauses must not
-//! wait for a VMM or a session meanwhile. A pause ends however its holder ends: by default as if it had not been.
+//! While they are paused, no operation is in flight: what was acknowledged is in the disk, and what was not
+//! either is or is not. Requests that were taken and not finished, new ones, and what the VMM asks of a ring
+//! wait until the end: to the guest and its VMM a pause is nothing but slowness. It is therefore to be short,
+//! and whoever pauses must not wait for a VMM or a session meanwhile. A pause ends however its holder ends:
+//! by default as if it had not been.
 
 use crate::base::sync::Locked;
 use crate::disk::Disk;
@@ -24,11 +26,12 @@ impl Serving {
         self.disk.locked()
     }
 
-    /// Pauses all queues, waiting for what they have in flight, together no longer than `patience`. Another pause is
-    /// waited for.
+    /// Pauses all queues, waiting for what they have in flight, together no longer than `patience`.
+    /// Another pause is waited for.
     ///
     /// # Errors
-    /// `TimedOut` if operations do not end in that time, and whatever ended a queue's thread. All queues go on then.
+    /// `TimedOut` if operations do not end in that time, and whatever ended a queue's
+    /// thread. All queues go on then.
     pub fn pause(&self, patience: Duration) -> io::Result<Paused<'_>> {
         let disk = self.lock();
         let begun = Instant::now();
@@ -56,7 +59,8 @@ impl Paused<'_> {
         &self.disk
     }
 
-    /// Lets every queue open `disk`, with which they shall go on: after this nothing but [`Paused::resume`] is needed.
+    /// Lets every queue open `disk`, with which they shall go on: after this nothing but
+    /// [`Paused::resume`] is needed.
     ///
     /// # Errors
     /// What kept a queue from opening it. The queues stay paused.

@@ -50,8 +50,8 @@ fn converse(device: &Device, backend: Backend, vmm: UnixStream, inner: &UnixStre
     result
 }
 
-/// Ends the gate's connection to the crate together with the crate's thread. A thread that panics leaves its own end of
-/// it open, and the gate would wait for an answer for ever.
+/// Ends the gate's connection to the crate together with the crate's thread. A thread that panics leaves its
+/// own end of it open, and the gate would wait for an answer for ever.
 pub struct Farewell(UnixStream);
 
 thread_local! {
@@ -75,8 +75,9 @@ impl Drop for Farewell {
     }
 }
 
-/// Where connected pairs of sockets come from, one end of which the crate gets out of a listener: it takes nothing
-/// else. The listener's name is gone before this is made, so that nobody but this process can connect.
+/// Where connected pairs of sockets come from, one end of which the crate gets out of a listener:
+/// it takes nothing else. The listener's name is gone before this is made, so that nobody but
+/// this process can connect.
 pub struct Inlet {
     listener: UnixListener,
     /// The socket's file, which lives on without a name.

@@ -14,8 +14,9 @@ pub(super) fn invalid(what: &str, why: &str) -> io::Error {
 /// Maps `size` bytes of `fd` from `offset`, a multiple of 4096; `what` is their name in errors.
 ///
 /// # Errors
-/// `InvalidData` for a file that is shorter, or that could become so: touching what is gone would end the process
-/// (SIGBUS). A file that is sealed against shrinking stays as long as it is now; what is no memory file cannot be sealed.
+/// `InvalidData` for a file that is shorter, or that could become so: touching what is gone would end the
+/// process (SIGBUS). A file that is sealed against shrinking stays as long as it is now; what is no
+/// memory file cannot be sealed.
 pub(super) fn map(what: &str, fd: OwnedFd, offset: u64, size: u64) -> io::Result<MmapRegion<()>> {
     // Ours are sealed, and so are those of some front-ends; this seals those of the others.
     let _ = fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK));

@@ -1,7 +1,9 @@
-//! Who may serve the volume: what rings need in order to run, and the say of whoever hands it over to another process.
+//! Who may serve the volume: what rings need in order to run, and the say of whoever hands it
+//! over to another process.
 //!
-//! At any time at most one process of all that have a socket for a volume may read and write it. A ring begins with a
-//! [`Tenure::claim`]; when none runs any more, [`Tenure::rest`] lets another process have the volume if one waits for it.
+//! At any time at most one process of all that have a socket for a volume may read and write it. A ring
+//! begins with a [`Tenure::claim`]; when none runs any more, [`Tenure::rest`] lets another process have the
+//! volume if one waits for it.
 
 use crate::disk::Disk;
 use crate::vhost::queue::Worker;
@@ -28,18 +30,19 @@ pub trait Tenure: Send + Sync {
     /// Gets, or has already, the volume. Whoever got it drops it before [`Tenure::rest`].
     ///
     /// # Errors
-    /// Another process has it and does not let go of it within a bounded time; it has changed in a way that this
-    /// process cannot follow; it cannot be opened.
+    /// Another process has it and does not let go of it within a bounded time; it has changed in a way that
+    /// this process cannot follow; it cannot be opened.
     fn claim(&self) -> io::Result<Arc<Serving>>;
 
-    /// The volume, if this process has it. Whoever looks at it drops it soon: as long as he has it, no other process can.
+    /// The volume, if this process has it. Whoever looks at it drops it soon: as long as he has
+    /// it, no other process can.
     fn serving(&self) -> Option<Arc<Serving>>;
 
     /// No ring runs, and nothing is in flight: a process that waits may have the volume.
     fn rest(&self);
 
-    /// The guest has chosen that writes be durable when they complete, or that they need not be. Whoever serves it after
-    /// this process must know: it will not say it again.
+    /// The guest has chosen that writes be durable when they complete, or that they need not be. Whoever
+    /// serves it after this process must know: it will not say it again.
     fn guest_chose(&self, write_through: bool);
 
     /// A VMM has connected: it may start a ring at any time.

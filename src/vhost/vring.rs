@@ -1,8 +1,8 @@
 //! Our `VringT`: what the front-end changes reaches the queue's thread through it.
 //!
-//! vhost-user-backend calls it for every change of a ring's state. A change that stops or alters a running ring
-//! returns only after the thread has drained it, so that whatever the crate answers afterwards is true. The
-//! crate's own event loop has no part in this: it runs without threads.
+//! vhost-user-backend calls it for every change of a ring's state. A change that stops or alters a running
+//! ring returns only after the thread has drained it, so that whatever the crate answers afterwards is true.
+//! The crate's own event loop has no part in this: it runs without threads.
 
 use crate::base::sync::Locked;
 use crate::vhost::cache_mode::CacheMode;
@@ -86,8 +86,8 @@ impl Rings {
         }
     }
 
-    /// Returns when everything that was written before logging changed is in guest memory, and everything that is
-    /// written from now on is logged as it was said last.
+    /// Returns when everything that was written before logging changed is in guest memory, and everything
+    /// that is written from now on is logged as it was said last.
     pub fn settle(&self) -> io::Result<()> {
         if !self.log.is_active() {
             return Ok(());
@@ -180,7 +180,8 @@ pub struct Vring {
 }
 
 impl Vring {
-    /// Starts, or leaves alone, according to the state: a ring runs while it is ready, enabled and has a kick.
+    /// Starts, or leaves alone, according to the state: a ring runs while it is ready,
+    /// enabled and has a kick.
     fn start_if_due(&self) {
         if let Err(e) = self.try_start() {
             log::error!("ring {} does not run: {e}", self.index);
@@ -337,8 +338,8 @@ impl VringT<Memory> for Vring {
         }
     }
 
-    /// Migration gives running rings their addresses again, to say that they are logged: those run on. A ring that
-    /// moves stops, and goes on with [`VringT::set_queue_next_used`], which the crate calls right after.
+    /// Migration gives running rings their addresses again, to say that they are logged: those run on. A ring
+    /// that moves stops, and goes on with [`VringT::set_queue_next_used`], which the crate calls right after.
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
         if self.is_running() {
             let state = self.state.get_ref();
@@ -416,7 +417,8 @@ impl VringT<Memory> for Vring {
         });
         self.seat.locked().kick = file;
         self.state.set_kick(stand_in.map(into_file));
-        // Also a ring that did not run: its last kick may have been taken away, and the crate starts it only once.
+        // Also a ring that did not run: its last kick may have been taken away, and the
+        // crate starts it only once.
         self.start_if_due();
     }
 

@@ -56,8 +56,8 @@ impl ConfigSpace {
     }
 }
 
-/// The new `writeback` state, if `bytes` written at `offset` cover it. All else is read-only, and a write to it
-/// has no effect (virtio 1.3, 5.2.5).
+/// The new `writeback` state, if `bytes` written at `offset` cover it. All else is read-only, and a write to
+/// it has no effect (virtio 1.3, 5.2.5).
 pub fn writeback_written(offset: u32, bytes: &[u8]) -> Option<bool> {
     let at = WRITEBACK_OFFSET.checked_sub(offset as usize)?;
     bytes.get(at).map(|&byte| byte != 0)

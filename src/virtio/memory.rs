@@ -1,7 +1,8 @@
 //! Small objects in guest memory: descriptors, ring entries, headers, status bytes.
 //!
-//! Each of them lies in one region, if the guest does not do something odd. vm-memory's `read_obj` and `write_obj` are made
-//! for any number of regions, which costs several times as much; a request makes a dozen such accesses.
+//! Each of them lies in one region, if the guest does not do something odd. vm-memory's `read_obj`
+//! and `write_obj` are made for any number of regions, which costs several times as much; a request
+//! makes a dozen such accesses.
 #![forbid(unsafe_code)]
 
 use vm_memory::guest_memory::Result;

@@ -65,8 +65,8 @@ impl SharedShape {
         Shape { sectors: self.sectors.load(Ordering::Acquire), ..self.first }
     }
 
-    /// Makes the capacity that many sectors, which must be whole blocks. It never shrinks: a smaller number changes
-    /// nothing. Returns whether it grew.
+    /// Makes the capacity that many sectors, which must be whole blocks. It never shrinks: a smaller number
+    /// changes nothing. Returns whether it grew.
     pub fn grow(&self, sectors: u64) -> bool {
         self.sectors.fetch_max(sectors, Ordering::AcqRel) < sectors
     }

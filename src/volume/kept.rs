@@ -1,5 +1,5 @@
-//! What is kept of a volume's data keys, once they have proved its record right and their round keys are made. The data keys
-//! themselves are wiped then.
+//! What is kept of a volume's data keys, once they have proved its record right and their round keys are
+//! made. The data keys themselves are wiped then.
 
 use super::layers;
 use crate::base::Result;
@@ -10,8 +10,8 @@ use crate::crypt::{Dek, PassKey, SealKey, SectorSize};
 use std::borrow::Borrow;
 use std::sync::Arc;
 
-/// What is kept of one data key: by what it is known, what it seals records with, what it passes another data key under, and its round keys. Copies of this are
-/// the same memory.
+/// What is kept of one data key: by what it is known, what it seals records with, what it passes another data
+/// key under, and its round keys. Copies of this are the same memory.
 #[derive(Clone)]
 pub struct Kept {
     check: [u8; 16],

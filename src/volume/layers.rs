@@ -28,11 +28,12 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes QEMU's locks.
-    /// `near` is another layer of the volume, if one is open: see [`FileBacking::open`].
+    /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes
+    /// QEMU's locks. `near` is another layer of the volume, if one is open: see [`FileBacking::open`].
     ///
     /// # Errors
-    /// `Busy` if somebody has it open in a way that does not go together with `access`; as [`FileBacking::open`].
+    /// `Busy` if somebody has it open in a way that does not go together with `access`; as
+    /// [`FileBacking::open`].
     pub fn open(
         path: &Path,
         access: Access,
@@ -51,8 +52,8 @@ impl Layer {
         Ok(Layer { backing: Arc::new(backing), cipher, image_lock })
     }
 
-    /// This layer for reading alone, from now on: others may read it too. Whoever still holds it as it was must not write
-    /// any more.
+    /// This layer for reading alone, from now on: others may read it too. Whoever still holds it as it was
+    /// must not write any more.
     pub fn frozen(&self) -> Result<Self> {
         let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
@@ -60,8 +61,9 @@ impl Layer {
     }
 }
 
-/// Opens the layers of `layout`, as yet without their ciphers; the top is the first of what it returns. `top` is what is
-/// going to be done with the top layer; those below it are read. `volume` is whose layers they are.
+/// Opens the layers of `layout`, as yet without their ciphers; the top is the first of what it
+/// returns. `top` is what is going to be done with the top layer; those below it are read. `volume`
+/// is whose layers they are.
 ///
 /// # Errors
 /// As [`Layer::open`].
@@ -82,8 +84,9 @@ pub(super) fn open_without_ciphers(
     })
 }
 
-/// Opens all layers of a volume that is being made, or of a snapshot, with their ciphers: `deks` has a data key for each of
-/// the layout's keys, in that order. `top` is what is going to be done with the top layer; those below it are read.
+/// Opens all layers of a volume that is being made, or of a snapshot, with their ciphers: `deks` has a data
+/// key for each of the layout's keys, in that order. `top` is what is going to be done with the top layer;
+/// those below it are read.
 ///
 /// # Errors
 /// As [`Layer::open`].
@@ -102,8 +105,9 @@ pub fn open_all(
     })
 }
 
-/// Opens `count` layers with `open`, which is told the number of each (0: the top) and the one below it; the top is the first
-/// of what it returns. The lowest is opened first: it has data most likely, and with data it shows how the disk is reached.
+/// Opens `count` layers with `open`, which is told the number of each (0: the top) and the one below it; the
+/// top is the first of what it returns. The lowest is opened first: it has data most likely, and with data it
+/// shows how the disk is reached.
 ///
 /// # Errors
 /// As `open`.
@@ -119,8 +123,8 @@ pub fn open_stack(
     Ok(opened.into())
 }
 
-/// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same key share its round
-/// keys.
+/// How each layer of `layout` is encrypted; `deks` are in the order of its keys. Layers under the same
+/// key share its round keys.
 pub fn ciphers(deks: &[impl Borrow<Dek>], layout: &Layout, engine: Engine) -> Result<Vec<Cipher>> {
     let unit = layout.geometry().sector_size();
     let of_keys = deks.iter().map(|dek| cipher(dek.borrow(), unit, engine)).collect::<Result<Vec<_>>>()?;

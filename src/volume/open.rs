@@ -1,5 +1,5 @@
-//! Opening a volume that this process has: its record is loaded and recovered, its layers are looked at and opened, its
-//! data keys are got and prove the record right. Nothing else in the program opens a volume.
+//! Opening a volume that this process has: its record is loaded and recovered, its layers are looked at and
+//! opened, its data keys are got and prove the record right. Nothing else in the program opens a volume.
 
 use super::kept::Kept;
 use super::layers::{self, Layer};
@@ -53,12 +53,14 @@ pub struct Opened {
     pub layers: Vec<Layer>,
 }
 
-/// Opens the volume that `lock` is on; `top` is what is going to be done with its top layer, and those below it are
-/// only read. Its data keys come from `keys`; what is kept of them is returned, in their order, and they are wiped.
+/// Opens the volume that `lock` is on; `top` is what is going to be done with its top layer, and those
+/// below it are only read. Its data keys come from `keys`; what is kept of them is returned, in their
+/// order, and they are wiped.
 ///
 /// # Errors
-/// `Corrupt` for a record or layers that are not what whoever has the data keys made of them; `Busy` if somebody else
-/// has a layer open; `Unsupported` where this machine cannot serve it; what `keys` says; those of the file system.
+/// `Corrupt` for a record or layers that are not what whoever has the data keys made of them; `Busy` if
+/// somebody else has a layer open; `Unsupported` where this machine cannot serve it; what `keys` says;
+/// those of the file system.
 pub fn open<E: From<Error>>(
     catalog: &Catalog,
     lock: &VolumeLock,
@@ -74,8 +76,8 @@ pub fn open<E: From<Error>>(
     })
 }
 
-/// Opens a volume that comes (back) to a process which has proved it before and is confined already. `prove` gets its
-/// record and top layer, and returns what was kept of its data keys, in their order.
+/// Opens a volume that comes (back) to a process which has proved it before and is confined already. `prove`
+/// gets its record and top layer, and returns what was kept of its data keys, in their order.
 ///
 /// # Errors
 /// As [`open`]; what `prove` says.
@@ -105,7 +107,8 @@ fn open_proved<E: From<Error>>(
     catalog.check_layers(&metadata)?;
     let mut layers = layers::open_without_ciphers(catalog, metadata.id(), metadata.layout(), top)?;
     if opening.serves() {
-        // Before anybody is asked for a key; the queues' threads would find it out when a guest waits for them already.
+        // Before anybody is asked for a key; the queues' threads would find it out when a
+        // guest waits for them already.
         let Layers { backing, .. } = layers::chain(&layers);
         backing.open_queue(1).map_err(cannot_serve)?;
     }

@@ -62,8 +62,8 @@ fn a_crowd_of_clients_keeps_nobody_out() {
     drop(crowd);
 }
 
-/// Whoever asks before the volume is let go of hears how that went. Who is connected, but asks later than that, has half a
-/// second: then he hears that he was too late, and never nothing.
+/// Whoever asks before the volume is let go of hears how that went. Who is connected, but asks later than
+/// that, has half a second: then he hears that he was too late, and never nothing.
 #[test]
 fn a_detach_that_is_asked_for_while_another_ends_is_answered_too() {
     let place = Place::new(&[]);

@@ -25,8 +25,8 @@ fn of_this_thread() -> CpuSet {
     sched_getaffinity(Pid::from_raw(0)).expect("it runs")
 }
 
-/// By name, the CPUs that each thread of the host process may run on. Those that the kernel runs for an io_uring are not
-/// its own.
+/// By name, the CPUs that each thread of the host process may run on. Those that the kernel runs for an
+/// io_uring are not its own.
 fn of_threads(host: &Host) -> BTreeMap<String, CpuSet> {
     let threads = fs::read_dir(host.proc("task")).expect("list the threads");
     let named = |path: &Path| {
@@ -38,7 +38,8 @@ fn of_threads(host: &Host) -> BTreeMap<String, CpuSet> {
     all.filter(|(name, _)| !name.starts_with("iou-")).collect()
 }
 
-/// Attaches with these arguments, and has each of three queues serve a request: its thread has bound itself by then.
+/// Attaches with these arguments, and has each of three queues serve a request: its thread
+/// has bound itself by then.
 fn serve(place: &Place, arguments: &[&str]) -> (Host, Session) {
     let host = place.attach(&[&["--queues", "3"], arguments].concat());
     let options = Options { queues: 3, ..Options::default() };

@@ -1,5 +1,6 @@
-//! A volume moves from one host process to another, as in a live migration, with a front-end of our own in the place of
-//! both VMMs: they share the guest's memory, which is what a migration makes true. Never do both processes have it.
+//! A volume moves from one host process to another, as in a live migration, with a front-end of our own
+//! in the place of both VMMs: they share the guest's memory, which is what a migration makes true. Never
+//! do both processes have it.
 
 use crate::common::attach::{Host, Place};
 use crate::common::disk::FREE;
@@ -167,7 +168,8 @@ fn a_guest_under_load_moves_from_process_to_process() {
     }
 }
 
-/// What is being copied up stops with the source and goes on at the destination, also where it comes back to the source.
+/// What is being copied up stops with the source and goes on at the destination, also where it
+/// comes back to the source.
 #[test]
 fn a_guest_moves_while_its_volume_is_rekeyed() {
     let mut rig = Rig::new();

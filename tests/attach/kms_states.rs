@@ -5,7 +5,8 @@ use crate::common::disk::pattern;
 use crate::common::tree::Tree;
 use serde_json::{Value, json};
 
-/// The last event, of which there must be one more than `before`: an attach that the KMS refused with `cause`.
+/// The last event, of which there must be one more than `before`: an attach that the KMS
+/// refused with `cause`.
 #[track_caller]
 fn assert_event(place: &Place, before: usize, name: &str, cause: &str) {
     let events = place.events();
@@ -20,7 +21,8 @@ fn assert_event(place: &Place, before: usize, name: &str, cause: &str) {
     assert_eq!((&event["resources"], &event["detail"]), (&json!([volume, place.key()]), &detail));
 }
 
-/// An attach that the KMS refuses with `cause`, which changes nothing but that there is an event of this name.
+/// An attach that the KMS refuses with `cause`, which changes nothing but that there is an
+/// event of this name.
 #[track_caller]
 fn refused(place: &Place, name: &str, cause: &str) -> String {
     let (tree, events) = (Tree::of(place), place.events().len());

@@ -8,8 +8,8 @@ use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
 
-/// Runs one of QEMU's programs, the system's or that of `./ci/setup`, on the layer; whether it succeeded, and what it
-/// said.
+/// Runs one of QEMU's programs, the system's or that of `./ci/setup`, on the layer; whether it
+/// succeeded, and what it said.
 fn qemu(program: &str, arguments: &[&str], layer: &Path, more: &[&str]) -> (bool, String) {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let is_installed = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());

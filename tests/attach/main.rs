@@ -1,5 +1,5 @@
-//! Attaching and detaching from outside: the key's states, crashes, locks, sockets, moving to another process, and
-//! everything that is refused.
+//! Attaching and detaching from outside: the key's states, crashes, locks, sockets, moving to another
+//! process, and everything that is refused.
 
 #[path = "../common/mod.rs"]
 mod common;

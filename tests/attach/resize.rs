@@ -1,5 +1,5 @@
-//! A volume is made larger while it is attached: the VMM is told, the configuration shows it, the new sectors are there,
-//! and whatever comes in between, nothing of what was written is lost.
+//! A volume is made larger while it is attached: the VMM is told, the configuration shows it, the new sectors
+//! are there, and whatever comes in between, nothing of what was written is lost.
 
 use crate::common::attach::{Host, Place, flush, open, read, write};
 use crate::common::disk::assert_carries;
@@ -17,7 +17,8 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 /// The volume's size at first, and then.
 const SMALL: u64 = 8 << 20;
 const LARGE: u64 = 24 << 20;
-/// The volumes that there are: on a disk's file system and on one of memory, encrypted and not, of both kinds of sectors.
+/// The volumes that there are: on a disk's file system and on one of memory, encrypted and not,
+/// of both kinds of sectors.
 const VOLUMES: [&[&str]; 3] = [&[], &["--sector-size", "4096"], &["--unencrypted"]];
 
 /// Makes the volume larger, and returns what the command said.

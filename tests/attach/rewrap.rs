@@ -164,7 +164,8 @@ fn what_cannot_be_done_changes_nothing() {
     assert!(words.contains("is not encrypted"), "{words}");
 }
 
-/// The wrapped key of another data key, put in place of the volume's: what it would be rewrapped to is as wrong.
+/// The wrapped key of another data key, put in place of the volume's: what it would be
+/// rewrapped to is as wrong.
 #[test]
 fn a_wrapped_key_that_was_swapped_is_not_wrapped_anew() {
     let two = Two::new();

@@ -17,7 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
-/// The way that `end` knows ends the attachment in order: with a VMM connected, with one that has left, and with none.
+/// The way that `end` knows ends the attachment in order: with a VMM connected, with one that
+/// has left, and with none.
 fn ends_in_order(end: impl Fn(&Place, Host)) {
     let place = Place::new(&[]);
     let data = pattern(1, 1 << 20);

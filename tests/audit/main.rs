@@ -1,5 +1,5 @@
-//! The audit log: every kind of tampering is found and named, crashes are told from it, writers do not mix, and nothing
-//! is answered that it does not know of.
+//! The audit log: every kind of tampering is found and named, crashes are told from it, writers do not mix,
+//! and nothing is answered that it does not know of.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,5 @@
-//! One volume and its host process: started in every way that there is, refused, ended, and seen from outside.
+//! One volume and its host process: started in every way that there is, refused, ended,
+//! and seen from outside.
 
 use super::frontend::{Options, Request, Session, SplitRing, block};
 use super::patience::{Deadline, limit, wait_for};

@@ -1,5 +1,5 @@
-//! What a volume or snapshot holds, worked out from the files as docs/format.md describes them: sector by sector, from
-//! the top layer down, with the data keys that the KMS gives out.
+//! What a volume or snapshot holds, worked out from the files as docs/format.md describes them: sector by
+//! sector, from the top layer down, with the data keys that the KMS gives out.
 
 use hkdf::Hkdf;
 use sealblk::base::root::Root;

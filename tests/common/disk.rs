@@ -112,8 +112,8 @@ impl Disk {
         self.assert_whole();
     }
 
-    /// After something unlawful on the first ring of `session`: the ring goes on, or the device says that it is
-    /// broken, or it closed the connection. Anything is allowed but silence and damage.
+    /// After something unlawful on the first ring of `session`: the ring goes on, or the device says that it
+    /// is broken, or it closed the connection. Anything is allowed but silence and damage.
     pub fn assert_survives(&mut self, mut session: Session) {
         match reads_on(&mut session) {
             Aftermath::Serves => assert_kept_after(&mut session.rings[0]),
@@ -123,8 +123,8 @@ impl Disk {
         self.assert_whole();
     }
 
-    /// After the guest's memory was taken away: the process goes on, or it ends by itself and says why. A signal
-    /// is not an orderly end: nobody wiped the key.
+    /// After the guest's memory was taken away: the process goes on, or it ends by itself and says why. A
+    /// signal is not an orderly end: nobody wiped the key.
     pub fn assert_served_or_ended_in_order(&mut self, mut session: Session) {
         let raw = RawSocket::new(session.raw().socket().expect("a second handle"));
         let deadline = Deadline::after(limit());

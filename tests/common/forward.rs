@@ -1,6 +1,8 @@
-//! For tests that stand between a disk and its backing: the methods in which they are as what they stand before.
+//! For tests that stand between a disk and its backing: the methods in which they are as
+//! what they stand before.
 
-/// Methods of a `Backing`, by name, that do what `self.backing` does, and of a `Queue`, what `self.queue` does.
+/// Methods of a `Backing`, by name, that do what `self.backing` does, and of a `Queue`,
+/// what `self.queue` does.
 macro_rules! forward {
     ($($method:ident)*) => { $($crate::common::forward::forward_one!($method);)* };
 }

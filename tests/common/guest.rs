@@ -178,8 +178,8 @@ impl Guest {
         });
     }
 
-    /// Begins to write and read files in `folder`, which is on /dev/vda, by two jobs, every block verified, until
-    /// [`Guest::stop_fio`]. When this returns, the files are there and the load is under way.
+    /// Begins to write and read files in `folder`, which is on /dev/vda, by two jobs, every block verified,
+    /// until [`Guest::stop_fio`]. When this returns, the files are there and the load is under way.
     #[track_caller]
     pub fn start_fio(&mut self, folder: &str) {
         self.start_fio_with(&format!(
@@ -190,7 +190,8 @@ impl Guest {
     /// As [`Guest::start_fio`], with these arguments of fio's, which say where.
     #[track_caller]
     pub fn start_fio_with(&mut self, arguments: &str) {
-        // First without any load: whoever is interrupted while he makes his files says nothing of what he did.
+        // First without any load: whoever is interrupted while he makes his files says
+        // nothing of what he did.
         self.ok(&format!(
             "echo 'fio --name=load {arguments} --numjobs=2 --rw=randrw --bs={BLOCK} --direct=1 --ioengine=libaio \
                  --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio' >/tmp/fio.sh
@@ -201,8 +202,8 @@ impl Guest {
         self.more_load();
     }
 
-    /// Waits until fio has written and verified more: at least one of its two jobs has written more than what it writes
-    /// before it verifies that.
+    /// Waits until fio has written and verified more: at least one of its two jobs has written more than what
+    /// it writes before it verifies that.
     #[track_caller]
     pub fn more_load(&mut self) {
         let enough = self.written() + 2 * 2 * u64::from(BACKLOG) * u64::from(BLOCK);

@@ -1,4 +1,5 @@
-//! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls by which it changes files.
+//! A command, or a thread's process, that is killed, as by `kill -9`, just before one of the system calls
+//! by which it changes files.
 
 use super::patience::wait_for;
 use nix::errno::Errno;
@@ -11,7 +12,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
-/// The calls that change what a power cut or the next process would find. Of the opening ones, those that create.
+/// The calls that change what a power cut or the next process would find. Of the opening
+/// ones, those that create.
 #[cfg(target_arch = "x86_64")]
 const OLD_CHANGES: &[c_long] =
     &[libc::SYS_rename, libc::SYS_unlink, libc::SYS_rmdir, libc::SYS_mkdir, libc::SYS_chmod, libc::SYS_open];
@@ -41,8 +43,8 @@ pub enum End {
     Exited(i32),
 }
 
-/// Runs `command` and kills it just before the call number `step`, counted from 0, that changes files. Processes that
-/// it starts are not counted.
+/// Runs `command` and kills it just before the call number `step`, counted from 0, that changes files.
+/// Processes that it starts are not counted.
 pub fn killed_before(command: &mut Command, step: usize) -> End {
     match run_to(command, step) {
         Ok(mut child) => {
@@ -53,8 +55,8 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
     }
 }
 
-/// Runs `command` and sends it SIGTERM just before the call of that number, then lets it go on to its end. `None` if it
-/// has fewer such calls; then it has ended with the exit code 0.
+/// Runs `command` and sends it SIGTERM just before the call of that number, then lets it go on to its end.
+/// `None` if it has fewer such calls; then it has ended with the exit code 0.
 pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> {
     match run_to(command, step) {
         Ok(child) => {
@@ -70,7 +72,8 @@ pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> 
     }
 }
 
-/// Runs `command` to just before the call of that number, where it is held; or to its end, and returns its exit code.
+/// Runs `command` to just before the call of that number, where it is held; or to its end,
+/// and returns its exit code.
 #[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
     // SAFETY: between fork and exec the closure makes one system call, on no memory.
@@ -151,8 +154,8 @@ impl Stepper {
         Stepper(thread)
     }
 
-    /// Kills the process just before the thread's call number `step`, counted from 0, that changes files; unless
-    /// `done` comes true before.
+    /// Kills the process just before the thread's call number `step`, counted from 0, that changes files;
+    /// unless `done` comes true before.
     pub fn kill_before(self, step: usize, mut done: impl FnMut() -> bool) -> Killed {
         let mut steps = 0;
         loop {
@@ -223,8 +226,8 @@ fn changes_files(pid: Pid) -> bool {
 }
 
 fn request(what: u32, pid: Pid, address: usize, data: usize) -> nix::Result<()> {
-    // SAFETY: of the requests made here, all of this module's, only GET_SYSCALL_INFO takes a pointer, to memory of its
-    // caller's of the size that it gives, alive until this returns.
+    // SAFETY: of the requests made here, all of this module's, only GET_SYSCALL_INFO takes a pointer, to
+    // memory of its caller's of the size that it gives, alive until this returns.
     let done = unsafe { libc::ptrace(what, pid.as_raw(), address as *mut c_void, data as *mut c_void) };
     Errno::result(done).map(drop)
 }

@@ -1,5 +1,5 @@
-//! An embedded KMS served as AWS KMS is, by a process of its own with a store of its own, and the environment that
-//! leads an AWS SDK to it. Nothing here leaves the machine.
+//! An embedded KMS served as AWS KMS is, by a process of its own with a store of its own, and the environment
+//! that leads an AWS SDK to it. Nothing here leaves the machine.
 
 use super::process::{INHERITED, inherit, tie_to_test};
 use nix::unistd::Pid;
@@ -57,7 +57,8 @@ impl KmsServer {
         KmsServer { folder, child, url, passphrase: None }
     }
 
-    /// Starts a server of a new KMS whose root key is under a passphrase, which the server is given by a descriptor.
+    /// Starts a server of a new KMS whose root key is under a passphrase, which the server
+    /// is given by a descriptor.
     pub fn start_under(passphrase: &str) -> Self {
         let folder = tempfile::tempdir().expect("make a temporary folder");
         let mut init = command(&folder);
@@ -78,7 +79,8 @@ impl KmsServer {
         Self::start_with(&["--tls-cert", &certificate, "--tls-key", &key])
     }
 
-    /// As [`KmsServer::start_tls`], and the file that it writes its log to, which tells who makes way for whom.
+    /// As [`KmsServer::start_tls`], and the file that it writes its log to, which tells
+    /// who makes way for whom.
     pub fn start_tls_with_log(files: &Path) -> (Self, PathBuf) {
         let (certificate, key) = certify(files);
         let folder = tempfile::tempdir().expect("make a temporary folder");

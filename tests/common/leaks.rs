@@ -1,4 +1,5 @@
-//! Looking for a data key where it must not be: in a process's memory as root sees it, in files, in what is printed.
+//! Looking for a data key where it must not be: in a process's memory as root sees it, in
+//! files, in what is printed.
 
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE};
@@ -7,8 +8,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of a piece of the key. Round keys 0 and 1 of AES-256 are the key itself, so that pieces of this size find
-/// an expanded key as well, and half a key.
+/// Bytes of a piece of the key. Round keys 0 and 1 of AES-256 are the key itself, so that pieces of this size
+/// find an expanded key as well, and half a key.
 const PIECE: usize = 16;
 /// Bytes that are read at a time.
 const STEP: usize = 1 << 20;
@@ -161,8 +162,8 @@ pub struct Seen {
     pub unreadable: usize,
 }
 
-/// Looks through all memory of a process that root can read; what it finds in the mappings that are made for keys stands
-/// by itself. The process must stand still.
+/// Looks through all memory of a process that root can read; what it finds in the mappings that are made for
+/// keys stands by itself. The process must stand still.
 pub fn look_through(pid: Pid, needles: &Needles) -> Seen {
     let memory = File::open(format!("/proc/{pid}/mem")).expect("root may read memory");
     let (found, in_secret) = (Vec::new(), Vec::new());

@@ -1,8 +1,9 @@
-//! A disk of the test's own with a file system on it: a loop device with blocks of a size that the test chooses.
+//! A disk of the test's own with a file system on it: a loop device with blocks of a size
+//! that the test chooses.
 //!
-//! Nothing of it can be left behind, whatever becomes of the test: the disk's bytes are a file without a name, the loop
-//! device ends with its last user, and it is mounted in a mount namespace that only the test's thread is in, and what
-//! that starts.
+//! Nothing of it can be left behind, whatever becomes of the test: the disk's bytes are a file without a
+//! name, the loop device ends with its last user, and it is mounted in a mount namespace that only the test's
+//! thread is in, and what that starts.
 
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
@@ -57,8 +58,9 @@ struct Config {
 }
 
 impl LoopDisk {
-    /// Makes such a disk of 320 MiB, empty, and mounts it on a folder, which is made. Where this machine or this user
-    /// cannot, that is said on standard error, also where the output of tests is not shown, and there is none.
+    /// Makes such a disk of 320 MiB, empty, and mounts it on a folder, which is made. Where this
+    /// machine or this user cannot, that is said on standard error, also where the output of tests is
+    /// not shown, and there is none.
     pub fn mount(kind: Kind, folder: &Path) -> Option<Self> {
         Self::attempt(kind, folder)
             .inspect_err(|why| {

@@ -1,9 +1,10 @@
 //! How long a test waits before it gives up: the only place where that is decided.
 //!
-//! A test waits for what it is about, never for a time. A limit is there so that a fault ends a test, instead of holding
-//! it up for ever; so it is far longer than what it limits takes, and a slow machine gets more. How slow this one is, is
-//! measured once in each test program. `SEALBLK_TEST_PATIENCE` is a factor besides, for a machine that gets slower
-//! later: 10 makes every limit ten times as long. A limit that is reached says what was waited for and what was there.
+//! A test waits for what it is about, never for a time. A limit is there so that a fault ends a test, instead
+//! of holding it up for ever; so it is far longer than what it limits takes, and a slow machine gets more.
+//! How slow this one is, is measured once in each test program. `SEALBLK_TEST_PATIENCE` is a factor besides,
+//! for a machine that gets slower later: 10 makes every limit ten times as long. A limit that is reached says
+//! what was waited for and what was there.
 
 use std::fmt::Display;
 use std::hint::black_box;

@@ -24,9 +24,9 @@ pub fn tool(program: &str) -> Command {
     command
 }
 
-/// Makes the child die with the thread that spawns it, so that a killed test leaves nothing running, and
-/// lets it inherit `keep`. Signals mean to it what they mean to a program that a terminal starts, also where the tests
-/// run in the background of a script.
+/// Makes the child die with the thread that spawns it, so that a killed test leaves nothing running, and lets
+/// it inherit `keep`. Signals mean to it what they mean to a program that a terminal starts, also where the
+/// tests run in the background of a script.
 ///
 /// The thread is the test's own: a child must not be spawned from a helper thread that ends earlier.
 pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
@@ -50,8 +50,8 @@ pub fn tie_to_test(command: &mut Command, keep: Vec<OwnedFd>) {
     }
 }
 
-/// The number by which a child finds what it inherits: far from those that it opens, and from those that the test has open
-/// when it starts the child, which the number would be taken from.
+/// The number by which a child finds what it inherits: far from those that it opens, and from those that the
+/// test has open when it starts the child, which the number would be taken from.
 pub const INHERITED: i32 = 700;
 
 /// Gives `command` the descriptor as number `number`.

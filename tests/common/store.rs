@@ -51,8 +51,8 @@ impl Store {
         self.variables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives every command from now on these variables, beside what the test itself was started with; an empty one is
-    /// taken away.
+    /// Gives every command from now on these variables, beside what the test itself was started with; an
+    /// empty one is taken away.
     pub fn set_environment(&self, variables: Vec<(String, String)>) {
         *self.variables() = variables;
     }
@@ -88,8 +88,8 @@ impl Store {
         String::from_utf8(output.stdout).expect("output in UTF-8")
     }
 
-    /// Accepts every record as it stands there, and says nothing of those that cannot be read: an operator who does not look.
-    /// What stands behind the ledger is then on its own.
+    /// Accepts every record as it stands there, and says nothing of those that cannot be read: an operator
+    /// who does not look. What stands behind the ledger is then on its own.
     pub fn accept(&self) {
         self.run(&["store", "accept", "--all"]);
     }

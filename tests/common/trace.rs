@@ -1,5 +1,5 @@
-//! A process held still from outside, as a debugger of root's does it: with its registers, and at the moment of its
-//! end, when everything that it wipes has been wiped and its memory is still there.
+//! A process held still from outside, as a debugger of root's does it: with its registers, and at the moment
+//! of its end, when everything that it wipes has been wiped and its memory is still there.
 
 use super::patience::{Deadline, limit};
 use nix::errno::Errno;
@@ -79,8 +79,8 @@ impl Drop for Traced {
 }
 
 fn request(what: u32, thread: Pid, address: usize, data: usize) -> nix::Result<()> {
-    // SAFETY: of the requests made here, all of this module's, only GETREGSET takes a pointer, to an iovec that names
-    // memory of its caller's, alive until this returns.
+    // SAFETY: of the requests made here, all of this module's, only GETREGSET takes a pointer, to an iovec
+    // that names memory of its caller's, alive until this returns.
     let done = unsafe { libc::ptrace(what, thread.as_raw(), address as *mut c_void, data as *mut c_void) };
     Errno::result(done).map(drop)
 }

@@ -16,8 +16,8 @@ struct Entry {
     content: Vec<u8>,
 }
 
-/// The root and the configuration folder, as they were at one moment. Whose lock it is does not count: the lock
-/// files' contents say who tried last, and mean nothing.
+/// The root and the configuration folder, as they were at one moment. Whose lock it is does not count: the
+/// lock files' contents say who tried last, and mean nothing.
 pub struct Tree {
     entries: BTreeMap<PathBuf, Entry>,
     events: Vec<u8>,

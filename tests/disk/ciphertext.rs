@@ -1,5 +1,5 @@
-//! What lies on the disk is what the format says, by the word of an implementation that is not ours: every sector
-//! of a layer, decrypted by `xts-mode` under the volume's data key, is what the guest wrote.
+//! What lies on the disk is what the format says, by the word of an implementation that is not ours: every
+//! sector of a layer, decrypted by `xts-mode` under the volume's data key, is what the guest wrote.
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
@@ -136,8 +136,9 @@ impl Guest {
         }
     }
 
-    /// Ranges that cease to be there: inside what was written, across its ends, where nothing was, and one that is
-    /// written again afterwards. Their ends are whole data units, and mostly no whole blocks of the file system.
+    /// Ranges that cease to be there: inside what was written, across its ends, where nothing was, and
+    /// one that is written again afterwards. Their ends are whole data units, and mostly no whole
+    /// blocks of the file system.
     fn give_back(&mut self) {
         let unit = self.unit;
         let ways = [(block::DISCARD, false), (block::WRITE_ZEROES, false), (block::WRITE_ZEROES, true)];
@@ -196,8 +197,8 @@ impl Guest {
     }
 }
 
-/// A volume at `place`, attached with these arguments, used, looked at by the guest and by `xts-mode`. The host
-/// process `says` how it does it.
+/// A volume at `place`, attached with these arguments, used, looked at by the guest and by `xts-mode`. The
+/// host process `says` how it does it.
 fn check(place: &Place, sector_size: usize, arguments: &[&str], says: &str) {
     let arguments = [&["--queues", "2"], arguments].concat();
     let wishes = Options { queues: 2, ..Options::default() };

@@ -100,7 +100,8 @@ mod published {
         check(include_str!("vectors/wycheproof_aes_xts.txt"), 21);
     }
 
-    /// The standard's vectors through the requests that volumes make: the standard's data unit numbers are sectors.
+    /// The standard's vectors through the requests that volumes make: the standard's data
+    /// unit numbers are sectors.
     #[test]
     fn ieee_1619_as_sectors_of_512_bytes() {
         for vector in parse(include_str!("vectors/ieee1619.txt")) {
@@ -287,7 +288,8 @@ impl GuardedPages {
     fn new(len: usize) -> Self {
         let data = len.next_multiple_of(Self::PAGE);
         let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping where the kernel likes; then its middle, which nobody uses yet, made accessible.
+        // SAFETY: a new mapping where the kernel likes; then its middle, which nobody uses
+        // yet, made accessible.
         unsafe {
             let base =
                 libc::mmap(std::ptr::null_mut(), data + 2 * Self::PAGE, libc::PROT_NONE, anonymous, -1, 0);

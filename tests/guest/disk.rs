@@ -262,7 +262,8 @@ fn a_disk_can_be_unplugged_and_plugged_in_again() {
     guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
 }
 
-/// The data key of the volume `t`, in base64, as the KMS hands it out to who has the context and the root key.
+/// The data key of the volume `t`, in base64, as the KMS hands it out to who has the
+/// context and the root key.
 fn data_key(store: &Store) -> String {
     let root = Root::new(store.root());
     let catalog = Catalog::new(&root);

@@ -1,4 +1,5 @@
-//! Disks of a real Linux guest that become encrypted volumes: as a compressed qcow2 image, and where they lie.
+//! Disks of a real Linux guest that become encrypted volumes: as a compressed qcow2 image,
+//! and where they lie.
 
 use crate::common::guest::Guest;
 use crate::common::patience::{guest_limit, wait_for_within};
@@ -77,7 +78,8 @@ fn an_image_is_encrypted_where_it_lies_while_its_guest_works_on_it() {
     let mut guest = Guest::builder().plain_disk(&raw).boot();
     let files = guest.ok(MAKE_FILES);
     guest.ok(&format!(
-        "mount /dev/vda /mnt; mkdir /mnt/load; for i in $(seq 30000); do echo '{MARK}' $i; done >/mnt/marked; umount /mnt"
+        "mount /dev/vda /mnt; mkdir /mnt/load; for i in $(seq 30000); do echo '{MARK}' $i; done \
+         >/mnt/marked; umount /mnt"
     ));
     guest.shutdown();
     let image = std::fs::read(&raw).expect("read the image");

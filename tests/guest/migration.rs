@@ -1,6 +1,6 @@
-//! A Linux guest moves between two QEMU processes while it writes and reads its disk, and with it the volume from one
-//! host process to another. QEMU is the newer one of Debian's backports suite: Debian 12's own corrupts the memory of
-//! a busy guest that it migrates under emulation.
+//! A Linux guest moves between two QEMU processes while it writes and reads its disk, and with it the volume
+//! from one host process to another. QEMU is the newer one of Debian's backports suite: Debian 12's own
+//! corrupts the memory of a busy guest that it migrates under emulation.
 
 use crate::common::guest::{Builder, Guest};
 use crate::common::store::Store;

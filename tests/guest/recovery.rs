@@ -1,10 +1,11 @@
-//! The host process is killed under load, and another takes its place: the guest notices a pause, nothing else.
+//! The host process is killed under load, and another takes its place: the guest notices a
+//! pause, nothing else.
 
 use crate::common::guest::Guest;
 use crate::common::store::Store;
 
-/// Writes and reads through both queues with verification, on the bare disk: what fio wrote last must be there,
-/// and nothing older.
+/// Writes and reads through both queues with verification, on the bare disk: what fio wrote last must be
+/// there, and nothing older.
 const LOAD: &str = "--filename=/dev/vda --size=48M --offset_increment=64M --iodepth=32 --verify_backlog=128";
 
 #[test]

@@ -1,5 +1,5 @@
-//! Snapshots of a disk that a Linux guest writes to and verifies, and a clone that boots beside the original: each
-//! snapshot holds what the guest had flushed, and nobody notices anything of the other.
+//! Snapshots of a disk that a Linux guest writes to and verifies, and a clone that boots beside the original:
+//! each snapshot holds what the guest had flushed, and nobody notices anything of the other.
 
 use crate::common::guest::Guest;
 use crate::common::store::{Attached, Store};

@@ -1,5 +1,5 @@
-//! Clones under another KMS key, and encrypted clones of what was not: they are attached at once, and need nothing of where
-//! they come from once everything was copied.
+//! Clones under another KMS key, and encrypted clones of what was not: they are attached at once, and need
+//! nothing of where they come from once everything was copied.
 
 use crate::common::attach::flush;
 use crate::watch::{Guest, SLOW, attach, full, sees, wait_for_a_part, wait_until_done};

@@ -1,5 +1,5 @@
-//! Commands and host processes that are killed before each of the system calls by which they change a volume's layers: nothing
-//! that was flushed is lost, and the next one goes on.
+//! Commands and host processes that are killed before each of the system calls by which they change a
+//! volume's layers: nothing that was flushed is lost, and the next one goes on.
 
 use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;

@@ -1,4 +1,5 @@
-//! Re-keying, flattening and encrypting volumes, from outside: through the program, its sockets and the files that it leaves.
+//! Re-keying, flattening and encrypting volumes, from outside: through the program, its sockets and
+//! the files that it leaves.
 
 mod clones;
 #[path = "../common/mod.rs"]

@@ -1,4 +1,5 @@
-//! Imports that are killed before each of the system calls by which they change files, and that are interrupted.
+//! Imports that are killed before each of the system calls by which they change files, and
+//! that are interrupted.
 
 use crate::common::killed::{End, interrupted_before, killed_before};
 use crate::rig::{Rig, files};

@@ -1,4 +1,5 @@
-//! Volumes from disk images and back, from outside: through the program, with images that QEMU's own tools made.
+//! Volumes from disk images and back, from outside: through the program, with images that
+//! QEMU's own tools made.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -30,7 +30,8 @@ impl Rig {
         self.folder().join(name).display().to_string()
     }
 
-    /// A raw image of so many bytes with data at its beginning, in the middle and at its end; returns what it holds.
+    /// A raw image of so many bytes with data at its beginning, in the middle and at its
+    /// end; returns what it holds.
     pub fn raw(&self, name: &str, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         for (seed, at, part) in [(1, 0, 300_000), (2, len / 2 + 512, 70_000), (3, len - 5000, 5000)] {

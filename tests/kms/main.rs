@@ -1,4 +1,5 @@
-//! Key management: the embedded KMS, the same served as AWS KMS is, the AWS provider against that server, and the root key.
+//! Key management: the embedded KMS, the same served as AWS KMS is, the AWS provider against that
+//! server, and the root key.
 
 #[cfg(all(feature = "aws", feature = "kms-server"))]
 mod aws;

@@ -1,5 +1,5 @@
-//! The embedded KMS's root key under a passphrase or as a systemd credential, as operators and services have it: every
-//! way to give it, also to the helper of an attach, and what is said where it is missing or wrong.
+//! The embedded KMS's root key under a passphrase or as a systemd credential, as operators and services have
+//! it: every way to give it, also to the helper of an attach, and what is said where it is missing or wrong.
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;

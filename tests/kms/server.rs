@@ -1,5 +1,5 @@
-//! The KMS server from outside: boto3 drives every operation of a real server process over TCP and TLS, while it is
-//! killed, while keys are switched, and while its memory is looked through.
+//! The KMS server from outside: boto3 drives every operation of a real server process over TCP and TLS, while
+//! it is killed, while keys are switched, and while its memory is looked through.
 
 use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::limit;

@@ -291,8 +291,8 @@ impl Subject<'_> {
         }
         let refused = |len: usize, bound: &str| {
             let message = format!(
-                "1 validation error detected: Value '{len}' at 'numberOfBytes' failed to satisfy constraint: Member \
-                 must have value {bound}"
+                "1 validation error detected: Value '{len}' at 'numberOfBytes' failed to satisfy constraint: \
+                 Member must have value {bound}"
             );
             let error = self.provider.generate_wrapped(&key, len, &context).unwrap_err();
             assert_eq!(error, KmsError::Validation(message));

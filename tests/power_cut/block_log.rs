@@ -1,8 +1,9 @@
-//! A log of a block device's writes, in the format of Linux's dm-log-writes (drivers/md/dm-log-writes.c), as QEMU's block
-//! driver blklogwrites makes it.
+//! A log of a block device's writes, in the format of Linux's dm-log-writes (drivers/md/dm-log-writes.c), as
+//! QEMU's block driver blklogwrites makes it.
 //!
-//! A header of one sector: magic, version 1, number of entries (8 bytes each, little-endian), bytes in a sector (4). Then the
-//! entries, each of one sector: first sector, sectors, flags, bytes of a mark (8 bytes each), and after it the data.
+//! A header of one sector: magic, version 1, number of entries (8 bytes each, little-endian), bytes in a
+//! sector (4). Then the entries, each of one sector: first sector, sectors, flags, bytes of a mark (8 bytes
+//! each), and after it the data.
 
 use super::image::Share;
 use super::model::SECTOR;
@@ -17,7 +18,8 @@ const MAGIC: u64 = 0x6a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;
-/// What is written whole or not at all. File systems count on their blocks being so: a half of ext4's superblock is none.
+/// What is written whole or not at all. File systems count on their blocks being so: a half of
+/// ext4's superblock is none.
 const BLOCK: u64 = 4096;
 
 /// One write of the device.
@@ -93,8 +95,8 @@ impl BlockLog {
         flushes.chain([self.len()]).collect()
     }
 
-    /// Puts into `image` what a power cut after so many entries leaves: everything before the last flush, and that
-    /// share of what came after it.
+    /// Puts into `image` what a power cut after so many entries leaves: everything before the last flush, and
+    /// that share of what came after it.
     pub fn replay(&self, done: usize, share: Share, random: &mut Random, image: &File) -> io::Result<()> {
         let flushed = self.entries[..done].iter().rposition(|entry| entry.flush).map_or(0, |n| n + 1);
         for (number, entry) in self.entries[..done].iter().enumerate() {

@@ -193,8 +193,8 @@ fn ioctl(file: Option<Ino>, request: u64) -> Plan {
     }
 }
 
-/// Looks at every entry of every submission queue of the process: none may write. On a memory file system sealblk uses
-/// io_uring to wait and nothing else.
+/// Looks at every entry of every submission queue of the process: none may write. On a memory file system
+/// sealblk uses io_uring to wait and nothing else.
 fn check_submissions(thread: Pid) -> Plan {
     /// IORING_OFF_SQES (linux/io_uring.h).
     const ENTRIES: &str = "10000000";

@@ -1,4 +1,5 @@
-//! Whether a store after a power cut is what it must be: the real program is asked, and its files are looked at.
+//! Whether a store after a power cut is what it must be: the real program is asked, and
+//! its files are looked at.
 
 use super::expect::{Content, Expect, Presence, SECTOR, Volume};
 use super::site::Site;
@@ -15,8 +16,8 @@ const PIECE: usize = 64 << 10;
 
 type Result<T = ()> = std::result::Result<T, String>;
 
-/// Everything that must hold of the store at `site`, which is changed by it. With `gc_first` what is left over is cleared
-/// away before anybody attaches a volume, who would do so too.
+/// Everything that must hold of the store at `site`, which is changed by it. With `gc_first` what is left
+/// over is cleared away before anybody attaches a volume, who would do so too.
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     settings(site, expect)?;
     let listed = volumes(site, expect)?;
@@ -157,7 +158,8 @@ fn files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
     }
 }
 
-/// The image that is becoming a volume is there, whole, by its name; or it is a volume, which is looked at like the others.
+/// The image that is becoming a volume is there, whole, by its name; or it is a volume, which is
+/// looked at like the others.
 fn image(site: &Site, expect: &Expect, listed: &BTreeMap<String, Option<Content>>) -> Result {
     let Some(content) = &expect.image else { return Ok(()) };
     match std::fs::read(site.image()) {

@@ -1,4 +1,5 @@
-//! What a store must hold after a power cut: what somebody was told, and what may or may not have happened since.
+//! What a store must hold after a power cut: what somebody was told, and what may or may
+//! not have happened since.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -51,7 +52,8 @@ pub struct Expect {
     pub volumes: BTreeMap<String, Volume>,
     /// What the volume holds that is being made, or whose making failed, if there is one.
     pub being_made: Option<Content>,
-    /// What the disk image holds that is becoming a volume, if there is one: it is there by its name, or as that volume.
+    /// What the disk image holds that is becoming a volume, if there is one: it is there by its
+    /// name, or as that volume.
     pub image: Option<Content>,
     /// Snapshots by id; the content is that of a volume made from it.
     pub snapshots: BTreeMap<String, Volume>,

@@ -1,4 +1,5 @@
-//! Every cut of a trace with several states each, tried in parallel until the time is over or one of them is wrong.
+//! Every cut of a trace with several states each, tried in parallel until the time is over
+//! or one of them is wrong.
 
 use super::check::check;
 use super::expect::Expect;
@@ -57,8 +58,8 @@ struct Job {
     expect: Arc<Expect>,
 }
 
-/// Tries the cuts of the part of `trace` that is of interest, or only those at `from` and later. States chosen by chance
-/// are tried for so long.
+/// Tries the cuts of the part of `trace` that is of interest, or only those at `from` and later. States
+/// chosen by chance are tried for so long.
 pub fn explore(trace: &Trace, from: usize, time: Duration) -> Result<Tried, Failure> {
     let cuts = cuts(trace, from.max(trace.start));
     let mut plan = Plan { cuts: &cuts, seen: HashSet::new(), random: Random::new(seed()), next: 0 };
@@ -130,7 +131,8 @@ impl Plan<'_> {
     fn by_chance(&mut self) -> Option<Job> {
         for _ in 0..20 * self.cuts.len() {
             let cut = &self.cuts[self.next % self.cuts.len()];
-            // A stride without a common factor with the number of cuts would visit all; near enough is good enough.
+            // A stride without a common factor with the number of cuts would visit all;
+            // near enough is good enough.
             self.next += 7;
             let seed = self.random.next();
             if let Some(job) = self.job(cut, Choice::CHANCE, seed) {

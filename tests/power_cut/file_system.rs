@@ -1,9 +1,9 @@
-//! The scenarios of the other files over real file systems: all writes of the block device below are recorded, with its flushes; then
-//! the device is put back into states in which a power cut could have left it, the kernel mounts it, which replays its
-//! journal, and the store on it is looked at.
+//! The scenarios of the other files over real file systems: all writes of the block device below are
+//! recorded, with its flushes; then the device is put back into states in which a power cut could have left
+//! it, the kernel mounts it, which replays its journal, and the store on it is looked at.
 //!
-//! The device is a loop device over a file that QEMU's storage daemon offers by FUSE, and whose writes it logs. That takes
-//! root, FUSE and loop devices, and mkfs; so these tests are run by `ci/power-cut` alone.
+//! The device is a loop device over a file that QEMU's storage daemon offers by FUSE, and whose writes it
+//! logs. That takes root, FUSE and loop devices, and mkfs; so these tests are run by `ci/power-cut` alone.
 
 use super::block_log::BlockLog;
 use super::check::check;
@@ -25,7 +25,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// A file system as it is made: its name, the device's MiB and the bytes in its blocks, and what mkfs takes besides.
+/// A file system as it is made: its name, the device's MiB and the bytes in its blocks, and
+/// what mkfs takes besides.
 type Made = (&'static str, u64, u32, &'static [&'static str]);
 const EXT4: Made = ("ext4", 48, 512, &["-F", "-q", "-b", "4096"]);
 /// Where the guests' sectors share blocks, which are read and written back.
@@ -64,7 +65,8 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let deadline = Deadline::after(limit());
-        // The kernel ends the requests of a killed process, and closes its files, only after the process itself.
+        // The kernel ends the requests of a killed process, and closes its files, only
+        // after the process itself.
         let is_unmounted = || {
             let status = Command::new("umount").arg(&self.0).stderr(Stdio::null()).status();
             status.is_ok_and(|s| s.success())
@@ -236,8 +238,8 @@ impl Recorded {
         check(&Site::at(mounted.0.join("t")), &expect, done.is_multiple_of(2))
     }
 
-    /// The extremes at every flush, then states by chance until the time is over. Returns what was tried, or what was
-    /// wrong.
+    /// The extremes at every flush, then states by chance until the time is over. Returns what was
+    /// tried, or what was wrong.
     fn explore(&self) -> Result<String, String> {
         let cuts = self.log.before_flushes(self.start);
         for &done in &cuts {
@@ -261,8 +263,8 @@ impl Recorded {
             let told = self.marks.iter().filter(|(at, _)| *at <= done).map(|(_, mark)| mark.label.as_str());
             let writes = self.log.len();
             format!(
-                "a power cut after write {done} of {writes}, {share:?} of what was not flushed, seed {seed:#x}: \
-                 {problem}\nUntil then:\n  {}",
+                "a power cut after write {done} of {writes}, {share:?} of what was not flushed, seed \
+                 {seed:#x}: {problem}\nUntil then:\n  {}",
                 told.collect::<Vec<_>>().join("\n  ")
             )
         })

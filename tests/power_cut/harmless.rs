@@ -1,5 +1,5 @@
-//! System calls that cannot change a file or a folder's entries, whatever their arguments. All others are looked at by
-//! the recorder, which fails the test at one that it does not know.
+//! System calls that cannot change a file or a folder's entries, whatever their arguments. All others are
+//! looked at by the recorder, which fails the test at one that it does not know.
 
 /// Their numbers on x86-64.
 pub const CALLS: &[i64] = &[

@@ -1,5 +1,5 @@
-//! One state in which a power cut may leave the disk: chosen out of a [`Model`], told apart from others, and put into a
-//! folder.
+//! One state in which a power cut may leave the disk: chosen out of a [`Model`], told apart from
+//! others, and put into a folder.
 
 use super::model::{self, Model, Node, SECTOR, Sector};
 use super::random::Random;

@@ -1,15 +1,17 @@
-//! What a disk may hold: for every file and folder what is certainly on it, and what was done since, in versions of
-//! which a power cut keeps any.
+//! What a disk may hold: for every file and folder what is certainly on it, and what was done since, in
+//! versions of which a power cut keeps any.
 //!
 //! The rules are POSIX's at its word, which is stricter than ext4 and XFS are in practice:
-//! - Only fsync and fdatasync of a file make its bytes and its length durable, those of that file alone. (ext4 in its
-//!   default mode writes a file's data before a rename over another file, and its journal keeps the order of all metadata.)
-//! - A file's fsync says nothing of its name: that takes an fsync of the folder. (ext4 and XFS make a new file's name
-//!   durable with it.) A folder's fsync says nothing of what its files hold.
-//! - Without a sync, each 512-byte sector of a file is in any of the versions that it had since; so is its length, and so are
-//!   the folder's entries; all independently. (File systems extend a length after the data, and keep the entries' order.)
-//! - A sector is written whole or not. A rename is done or not; what it replaces is never missing. One entry's changes
-//!   are kept in their order.
+//! - Only fsync and fdatasync of a file make its bytes and its length durable, those of that file alone.
+//!   (ext4 in its default mode writes a file's data before a rename over another file, and its journal keeps
+//!   the order of all metadata.)
+//! - A file's fsync says nothing of its name: that takes an fsync of the folder. (ext4 and XFS make a new
+//!   file's name durable with it.) A folder's fsync says nothing of what its files hold.
+//! - Without a sync, each 512-byte sector of a file is in any of the versions that it had since; so is its
+//!   length, and so are the folder's entries; all independently. (File systems extend a length after the
+//!   data, and keep the entries' order.)
+//! - A sector is written whole or not. A rename is done or not; what it replaces is never missing. One
+//!   entry's changes are kept in their order.
 
 use super::trace::{Ino, Kind, Op};
 use std::collections::BTreeMap;

@@ -197,7 +197,8 @@ fn a_volume_that_is_larger_before_its_layer_is_durably_so_is_found_out() {
     is_found_out(&trace, place, "a volume is listed that is not whole");
 }
 
-/// Where `volume.json` is replaced by one without the layers that have left: the last replacement before the copy is over.
+/// Where `volume.json` is replaced by one without the layers that have left: the last replacement
+/// before the copy is over.
 fn layers_leave(trace: &Trace) -> usize {
     let noted =
         trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to leaving.json"));

@@ -1,5 +1,5 @@
-//! The little of ptrace(2) and seccomp(2) that the recorder needs: a process tree that stops at every system call which is
-//! not known to be harmless, its arguments and its memory.
+//! The little of ptrace(2) and seccomp(2) that the recorder needs: a process tree that stops at every system
+//! call which is not known to be harmless, its arguments and its memory.
 
 use super::harmless;
 use nix::errno::Errno;
@@ -42,8 +42,8 @@ pub enum Stop {
 /// Lets the thread that spawns this command trace it and its descendants, from its first instruction on.
 pub fn prepare(command: &mut Command) {
     let program = filter();
-    // SAFETY: between fork and exec the closure only makes system calls (ptrace, prctl), with a pointer to the filter,
-    // which it owns; it does not allocate.
+    // SAFETY: between fork and exec the closure only makes system calls (ptrace, prctl), with a pointer to
+    // the filter, which it owns; it does not allocate.
     unsafe {
         command.pre_exec(move || {
             Errno::result(libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0))?;
@@ -73,7 +73,8 @@ fn filter() -> Vec<libc::sock_filter> {
     program
 }
 
-/// Takes charge of a child that was spawned with [`prepare`], and of all that it will spawn; they die with this thread.
+/// Takes charge of a child that was spawned with [`prepare`], and of all that it will spawn;
+/// they die with this thread.
 pub fn take_charge(child: Pid) {
     let options = libc::PTRACE_O_TRACESECCOMP
         | libc::PTRACE_O_TRACESYSGOOD
@@ -156,8 +157,8 @@ fn resume(how: u32, thread: Pid, signal: i32) {
 }
 
 fn request(what: u32, thread: Pid, address: usize, data: usize) -> nix::Result<()> {
-    // SAFETY: of the requests made here, all of this module's, only GET_SYSCALL_INFO takes a pointer: to a struct of its
-    // caller's, with its size, alive until this returns.
+    // SAFETY: of the requests made here, all of this module's, only GET_SYSCALL_INFO takes a pointer: to a
+    // struct of its caller's, with its size, alive until this returns.
     let done = unsafe { libc::ptrace(what, thread.as_raw(), address as *mut c_void, data as *mut c_void) };
     Errno::result(done).map(drop)
 }

@@ -1,5 +1,5 @@
-//! Random numbers that a seed decides: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-//! generators", 2014).
+//! Random numbers that a seed decides: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+//! number generators", 2014).
 
 /// A sequence of numbers.
 #[derive(Clone, Debug)]

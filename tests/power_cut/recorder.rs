@@ -1,5 +1,6 @@
-//! Records what real processes do to the files under one folder: each runs traced, with all its threads and children, and
-//! stops at every system call that could change a file. One such call is made at a time, so that their order is known.
+//! Records what real processes do to the files under one folder: each runs traced, with all its threads and
+//! children, and stops at every system call that could change a file. One such call is made at a time, so
+//! that their order is known.
 
 use super::calls::{self, Plan};
 use super::ptrace::{self, Stop};
@@ -183,7 +184,8 @@ impl Running for Traced {
 impl Drop for Traced {
     fn drop(&mut self) {
         if let Some(tracer) = self.tracer.take() {
-            // An error means that it has ended already. Its id is not another's before its tracer has reaped it.
+            // An error means that it has ended already. Its id is not another's before its
+            // tracer has reaped it.
             if !tracer.is_finished() {
                 let _ = nix::sys::signal::kill(self.pid, nix::sys::signal::Signal::SIGKILL);
             }

@@ -54,8 +54,8 @@ impl Script {
         self.tape.mark(mark(label, apply));
     }
 
-    /// Runs a command, which must succeed; returns what it printed. What it promises counts from the moment when it
-    /// begins to print: [`Script::promise`].
+    /// Runs a command, which must succeed; returns what it printed. What it promises counts from the moment
+    /// when it begins to print: [`Script::promise`].
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> String {
         let said = self.tape.run(self.site.command(arguments));
@@ -93,7 +93,8 @@ impl Script {
         self.mark("the settings were moved", |expect| expect.settings_moved = Some(true));
     }
 
-    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold `content`; returns its id.
+    /// Makes a volume of so many 512-byte sectors with these arguments besides, which will hold
+    /// `content`; returns its id.
     #[track_caller]
     pub fn create(&self, content: Content, arguments: &[&str]) -> String {
         let size = format!("{}B", content.sectors() * SECTOR);
@@ -110,8 +111,8 @@ impl Script {
         id
     }
 
-    /// Makes a volume of a raw image of so many sectors, of which those in `data` hold something, with these arguments
-    /// besides; returns its id.
+    /// Makes a volume of a raw image of so many sectors, of which those in `data` hold something, with these
+    /// arguments besides; returns its id.
     #[track_caller]
     pub fn import(&self, sectors: usize, data: &[Range<usize>], arguments: &[&str]) -> String {
         let mut content = Content::zeros(sectors);
@@ -195,8 +196,8 @@ impl Script {
         self.freeze(&[id], &[id]).remove(0)
     }
 
-    /// Makes snapshots of all volumes that have the tag `set` at one moment; returns their ids, in the order of `volumes`,
-    /// which they are.
+    /// Makes snapshots of all volumes that have the tag `set` at one moment; returns their ids, in the order
+    /// of `volumes`, which they are.
     #[track_caller]
     pub fn snapshot_all_of(&self, set: &str, volumes: &[&str]) -> Vec<String> {
         self.freeze(volumes, &["--all-of", &format!("tag:set={set}")])

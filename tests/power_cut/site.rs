@@ -77,8 +77,8 @@ impl Site {
         }
     }
 
-    /// The command that attaches a volume, and the socket that tells when it is ready. Nothing of an earlier attach is
-    /// in the way.
+    /// The command that attaches a volume, and the socket that tells when it is ready. Nothing of an
+    /// earlier attach is in the way.
     pub fn attach_command(&self, volume: &str) -> (Command, Ready) {
         let socket = self.beside("s");
         let notify = self.beside("n");

@@ -89,7 +89,8 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Each entry in words: `sync root/volumes/vol-…/volume.json`. A file is called what it was called at that moment.
+    /// Each entry in words: `sync root/volumes/vol-…/volume.json`. A file is called what it
+    /// was called at that moment.
     pub fn lines(&self) -> Vec<String> {
         let mut model = Model::new(self.top);
         let line = |entry: &Entry| match entry {

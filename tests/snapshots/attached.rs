@@ -1,4 +1,5 @@
-//! Snapshots of volumes that are attached, under load: what they hold, and that the guest notices nothing but a pause.
+//! Snapshots of volumes that are attached, under load: what they hold, and that the guest
+//! notices nothing but a pause.
 
 use crate::common::attach::{flush, open, read, write};
 use crate::common::disk::pattern;

@@ -1,5 +1,5 @@
-//! Commands that are killed before each of the system calls by which they change files: nothing is lost, nothing is
-//! half there, and nothing is left over that `gc` does not find.
+//! Commands that are killed before each of the system calls by which they change files: nothing is lost,
+//! nothing is half there, and nothing is left over that `gc` does not find.
 
 use crate::common::killed::{End, killed_before};
 use crate::common::rig::Rig;
@@ -20,8 +20,8 @@ impl Trials {
         Trials { rig }
     }
 
-    /// Runs `arguments` once for each step at which they can be killed, and `check` afterwards. A step later than the
-    /// last must let it succeed.
+    /// Runs `arguments` once for each step at which they can be killed, and `check` afterwards. A step later
+    /// than the last must let it succeed.
     fn each_step(&self, arguments: &[&str], check: impl Fn(&Rig, usize)) {
         for step in 0.. {
             assert!(step < 200, "it never ends");

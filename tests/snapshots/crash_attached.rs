@@ -1,5 +1,5 @@
-//! A host process that is killed before each of the system calls by which it makes a snapshot: what was flushed is there,
-//! and the snapshot is whole or not there.
+//! A host process that is killed before each of the system calls by which it makes a snapshot: what was
+//! flushed is there, and the snapshot is whole or not there.
 
 use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;

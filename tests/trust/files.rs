@@ -53,8 +53,8 @@ fn used(place: &Place, snapshot: &str) -> Vec<(PathBuf, Vec<Vec<String>>)> {
     ]
 }
 
-/// A store of which every file is looked at in turn: what lies there is put aside, `lay` lays something in its place, and
-/// every command that uses it is run.
+/// A store of which every file is looked at in turn: what lies there is put aside, `lay` lays something in
+/// its place, and every command that uses it is run.
 fn with_each(lay: impl Fn(&Path)) {
     let place = Place::new(&[]);
     place.store.configure("[[event-sink]]\nname = 'a'\ncommand = ['/bin/true']\n");

@@ -1,5 +1,5 @@
-//! A process that has a volume, and is no sealblk: it holds the lock and answers on the control socket what it likes. A
-//! guest that has broken into its host process can do that much.
+//! A process that has a volume, and is no sealblk: it holds the lock and answers on the control socket what
+//! it likes. A guest that has broken into its host process can do that much.
 
 use crate::common::attach::Place;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -116,7 +116,8 @@ fn truthful(folder: &Path, request: &Value) -> Value {
 }
 
 impl Impostor {
-    /// What the client that `act` sends says first, with the descriptor that comes with it. It gets no answer.
+    /// What the client that `act` sends says first, with the descriptor that comes with
+    /// it. It gets no answer.
     pub fn overhears<T>(self, act: impl FnOnce() -> T) -> (Value, OwnedFd) {
         std::thread::scope(|threads| {
             let listener = self.listener.try_clone().unwrap();

@@ -1,4 +1,5 @@
-//! Who gets a new data key: the process that has the volume's present one, and nobody who only listens where it should.
+//! Who gets a new data key: the process that has the volume's present one, and nobody who only
+//! listens where it should.
 
 use crate::common::attach::Place;
 use crate::impostor::Impostor;
@@ -67,7 +68,8 @@ fn a_socket_of_another_user_is_not_a_host_process() {
     let listener =
         socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-    // The kernel notes who listens: a thread that is another user's by then. The lock is this process's all the same.
+    // The kernel notes who listens: a thread that is another user's by then. The lock is
+    // this process's all the same.
     let listening = std::thread::spawn(move || {
         let nobody: nix::libc::uid_t = 65534;
         // SAFETY: the call changes the credentials of this thread alone, which ends right after.

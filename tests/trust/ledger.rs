@@ -1,4 +1,5 @@
-//! What whoever can write the store, or breaks into a host process, makes of records: nothing that a command believes.
+//! What whoever can write the store, or breaks into a host process, makes of records: nothing
+//! that a command believes.
 
 use crate::common::attach::Place;
 use crate::{edit, refused, run};

@@ -1,5 +1,5 @@
-//! Played from outside against the real program: whoever can write the store, and a host process that is somebody else's
-//! by now. Neither has anything done for it that is not its own.
+//! Played from outside against the real program: whoever can write the store, and a host process that is
+//! somebody else's by now. Neither has anything done for it that is not its own.
 
 mod audit;
 #[path = "../common/mod.rs"]

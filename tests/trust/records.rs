@@ -1,4 +1,5 @@
-//! A volume's record, written by a process that had the volume: whose layers it may name, and whose name it may have.
+//! A volume's record, written by a process that had the volume: whose layers it may name,
+//! and whose name it may have.
 
 use crate::common::attach::Place;
 use crate::{edit, refused, run};
@@ -46,7 +47,8 @@ fn a_top_that_others_share_is_opened_by_nobody() {
     fs::write(&path, metadata.to_json()).unwrap();
     place.store.accept();
     all_refuse(&place, "is named by");
-    // Each of the records that name it is enough: a snapshot's, of whatever state, a volume's, and one that is damaged.
+    // Each of the records that name it is enough: a snapshot's, of whatever state, a volume's,
+    // and one that is damaged.
     let root = place.store.root();
     let of_snapshot = root.join(format!("snapshots/{snapshot}.json"));
     let aside = place.folder().join("aside");

@@ -1,5 +1,5 @@
-//! Replays every input that was kept for the fuzz targets (`fuzz/corpus/<target>/`) through the same code that the
-//! fuzzer drives (`ci/fuzz`), so that what fuzzing once found stays found.
+//! Replays every input that was kept for the fuzz targets (`fuzz/corpus/<target>/`) through the same code
+//! that the fuzzer drives (`ci/fuzz`), so that what fuzzing once found stays found.
 
 #[path = "../../fuzz/src/lib.rs"]
 mod fuzz;

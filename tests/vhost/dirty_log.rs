@@ -1,4 +1,5 @@
-//! What a VMM is told of the guest's memory while it moves the guest: every page that the device wrote, and no other.
+//! What a VMM is told of the guest's memory while it moves the guest: every page that the
+//! device wrote, and no other.
 
 use crate::common::disk::{Disk, FREE, SECTORS, pattern};
 use crate::common::frontend::block::{IOERR, OK, complete};
@@ -87,8 +88,8 @@ fn the_pages_that_were_written_are_those_that_are_marked() {
             let ring = &mut session.rings[round % 2];
             let requests = (0..1 + random.below(12)).map(|_| any_request(&mut random));
             let pending: Vec<_> = requests.map(|r| r.submit(ring).unwrap()).collect();
-            // From here to the stop, nobody but the device writes; and it writes nothing that is there already, such as
-            // the wish for kicks of a ring that rests.
+            // From here to the stop, nobody but the device writes; and it writes nothing that is there
+            // already, such as the wish for kicks of a ring that rests.
             let before = Copy::of(&session.mem);
             let enable = ask(session.raw(), Req::SET_VRING_ENABLE, &state(round as u32 % 2, 1), &[]);
             taken(enable, "SET_VRING_ENABLE");
@@ -256,8 +257,8 @@ fn logs_that_cannot_be_are_refused() {
     disk.assert_nothing_stays(&before);
 }
 
-/// QEMU and cloud-hypervisor give running rings their addresses again. What the guest has written where the device's
-/// index belongs does not count.
+/// QEMU and cloud-hypervisor give running rings their addresses again. What the guest has written where the
+/// device's index belongs does not count.
 #[test]
 fn a_running_ring_that_gets_its_addresses_again_goes_on_where_it_was() {
     let disk = Disk::attach(&[]);

@@ -1,5 +1,5 @@
-//! What a guest is told when its disk fails, and what "durable" means in write-through, over a backing that records
-//! every operation and fails on demand.
+//! What a guest is told when its disk fails, and what "durable" means in write-through, over a backing that
+//! records every operation and fails on demand.
 
 use crate::common::forward::forward;
 use crate::common::frontend::block::{IOERR, OK};

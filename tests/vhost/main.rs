@@ -1,5 +1,5 @@
-//! What VMMs and guests meet: the protocol's messages, rings and requests, lawful and not, through a front-end of our own
-//! against the real process.
+//! What VMMs and guests meet: the protocol's messages, rings and requests, lawful and not, through a
+//! front-end of our own against the real process.
 
 mod chains;
 mod changing_rings;

@@ -1,10 +1,10 @@
-//! Everything at once for a long time: load that knows what every sector holds, and meanwhile VMMs that vanish, devices
-//! that are stopped and reset, host processes that are killed or detached, limits that change, keys that are rewrapped,
-//! snapshots, volumes that grow and are re-keyed.
-//! Nothing may be lost, and a host process may not grow.
+//! Everything at once for a long time: load that knows what every sector holds, and meanwhile VMMs that
+//! vanish, devices that are stopped and reset, host processes that are killed or detached, limits that
+//! change, keys that are rewrapped, snapshots, volumes that grow and are re-keyed. Nothing may be lost, and a
+//! host process may not grow.
 //!
-//! `ci/soak` runs it for an hour; among the other tests it runs for some seconds. SEALBLK_SOAK_SECONDS says how long,
-//! SEALBLK_TEST_SEED repeats what was done, though not when.
+//! `ci/soak` runs it for an hour; among the other tests it runs for some seconds. SEALBLK_SOAK_SECONDS says
+//! how long, SEALBLK_TEST_SEED repeats what was done, though not when.
 
 use crate::common::frontend::server::{Holdings, holdings};
 use crate::common::patience::wait_for;
@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Requests between two events.
 const REQUESTS: u64 = 300;
-/// How much more memory a host process may have at its end than when it was warm. One page too many for each of the
-/// thousands of connections and rings would be far more.
+/// How much more memory a host process may have at its end than when it was warm. One page too many for each
+/// of the thousands of connections and rings would be far more.
 const GROWTH_KIB: u64 = 4096;
 /// The buffers of a copy in the background, which a host process that has done one keeps.
 const COPY_KIB: u64 = 4096;

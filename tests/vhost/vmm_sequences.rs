@@ -1,6 +1,6 @@
-//! The messages of the known VMMs in their order, against the real process: start, pause, resume, reset, reboot, and
-//! the back-end's death. Whatever stops a device is answered when nothing is in flight any more: from then on, not
-//! one byte of the guest's memory changes.
+//! The messages of the known VMMs in their order, against the real process: start, pause, resume, reset,
+//! reboot, and the back-end's death. Whatever stops a device is answered when nothing is in flight any more:
+//! from then on, not one byte of the guest's memory changes.
 
 use crate::common::disk::{FREE, assert_carries, pattern};
 use crate::common::frontend::block::{IOERR, OK};
@@ -53,7 +53,8 @@ fn memory(vmm: &Vmm) -> Vec<Vec<u8>> {
     (0..vmm.mem.regions()).map(region).collect()
 }
 
-/// Nothing changes in the guest's memory for as long as two hundred messages take, far longer than requests do.
+/// Nothing changes in the guest's memory for as long as two hundred messages take, far
+/// longer than requests do.
 fn assert_still(vmm: &Vmm, when: &str) {
     let before = memory(vmm);
     for _ in 0..200 {

@@ -1,5 +1,5 @@
-//! `sealblk volume`, `sealblk events` and the settings, through the binary: what a user types, reads and finds
-//! on disk, and that a refusal changes nothing.
+//! `sealblk volume`, `sealblk events` and the settings, through the binary: what a user types, reads and
+//! finds on disk, and that a refusal changes nothing.
 
 use crate::common::process::tie_to_test;
 use sealblk::base::root::Root;

@@ -1,4 +1,5 @@
-//! `sealblk doctor`: it says what the machine has, fails where volumes cannot be attached, and leaves nothing behind.
+//! `sealblk doctor`: it says what the machine has, fails where volumes cannot be attached,
+//! and leaves nothing behind.
 
 use crate::common::process::{forbid_io_uring, tie_to_test};
 use crate::common::store::{Store, said};
@@ -126,7 +127,8 @@ fn an_ordinary_user_is_told_what_his_limits_cost_him() {
     let folder = tempfile::tempdir().expect("make a folder");
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("let him in");
     let program = folder.path().join("sealblk");
-    // Not by fs::copy: a descriptor for writing that another test's child inherits would keep it from being run.
+    // Not by fs::copy: a descriptor for writing that another test's child inherits would
+    // keep it from being run.
     let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program).status();
     assert!(copied.expect("start cp").success());
     let doctor = |kib: u64| {

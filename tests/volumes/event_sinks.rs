@@ -1,4 +1,5 @@
-//! Delivery of events: at least once, in order, through failures, time-outs and kills, to commands and over HTTP.
+//! Delivery of events: at least once, in order, through failures, time-outs and kills, to
+//! commands and over HTTP.
 
 use crate::common::frontend::ring::readable;
 use crate::common::patience::{limit, wait_for};

@@ -1,5 +1,5 @@
-//! The device behind the gate: it answers every message, once it has checked that it is one that the real one can
-//! take without harm.
+//! The device behind the gate: it answers every message, once it has checked that it is one that the real
+//! one can take without harm.
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};

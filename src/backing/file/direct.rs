@@ -1,11 +1,11 @@
 //! In what units a file takes transfers past the page cache (O_DIRECT).
 //!
-//! The kernel says it of each file (statx(2), STATX_DIOALIGN, since Linux 6.1). Where it does not, the logical block size
-//! of the device below counts; and where there is no such device, as with btrfs or NFS, the unit is a page, which
-//! every file system takes without a detour through its cache.
+//! The kernel says it of each file (statx(2), STATX_DIOALIGN, since Linux 6.1). Where it does not, the
+//! logical block size of the device below counts; and where there is no such device, as with btrfs or NFS,
+//! the unit is a page, which every file system takes without a detour through its cache.
 //!
-//! What was said is proved by a read, where the layer holds data. A read from a hole proves nothing: ext4 and XFS fill
-//! the buffer with zeros and never look whether the device could have done the transfer.
+//! What was said is proved by a read, where the layer holds data. A read from a hole proves nothing: ext4 and
+//! XFS fill the buffer with zeros and never look whether the device could have done the transfer.
 
 use crate::backing::file::Aligned;
 use crate::backing::file::pool::PAGE;
@@ -28,8 +28,8 @@ const MAX_UNIT: u64 = PAGE as u64;
 pub(super) struct Found {
     /// The device that the file lies on, or is.
     device: u64,
-    /// Offsets, lengths and addresses of O_DIRECT transfers are multiples of this, a power of two from 512 to 4096;
-    /// `None` if there are none, or in larger units only.
+    /// Offsets, lengths and addresses of O_DIRECT transfers are multiples of this, a power of two from 512 to
+    /// 4096; `None` if there are none, or in larger units only.
     pub(super) unit: Option<u64>,
 }
 
@@ -69,8 +69,8 @@ enum Said {
 
 fn said_of(file: &File) -> Said {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path is an empty string that ends with a zero byte, so that the call is about the open descriptor; the
-    // kernel writes a `struct statx`, for which there is room.
+    // SAFETY: the path is an empty string that ends with a zero byte, so that the call is about the open
+    // descriptor; the kernel writes a `struct statx`, for which there is room.
     let answer = unsafe {
         let (path, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
         if libc::statx(file.as_raw_fd(), path, flags, libc::STATX_DIOALIGN, answer.as_mut_ptr()) != 0 {
@@ -101,15 +101,15 @@ fn logical_block(device: u64) -> Option<u64> {
         .filter(|unit: &u64| unit.is_power_of_two())
 }
 
-/// The unit, if a read of what is there shows that it is taken, or nothing is there; the largest that there is, if
-/// that one is taken; else none.
+/// The unit, if a read of what is there shows that it is taken, or nothing is there; the largest that there
+/// is, if that one is taken; else none.
 fn proved(file: &File, unit: u64, data: Option<Range<u64>>) -> Option<u64> {
     let Some(data) = data else { return Some(unit) };
     [unit, MAX_UNIT].into_iter().find(|unit| is_taken(file, *unit, &data))
 }
 
-/// Whether an O_DIRECT read of one unit of the data is taken: at a place, and into a place, at which no larger unit
-/// begins, where there is one.
+/// Whether an O_DIRECT read of one unit of the data is taken: at a place, and into a place, at which no
+/// larger unit begins, where there is one.
 fn is_taken(file: &File, unit: u64, data: &Range<u64>) -> bool {
     let first = data.start - data.start % MAX_UNIT;
     let at = if first + 2 * unit <= data.end { first + unit } else { first };

@@ -1,16 +1,18 @@
-//! The memory of a file that is memory: on tmpfs, a layer can be read where it lies, without a system call and
-//! without a copy between.
+//! The memory of a file that is memory: on tmpfs, a layer can be read where it lies, without a system call
+//! and without a copy between.
 //!
-//! Looking at a page of a hole would make that page, and a volume is mostly holes; where the file system is full, it would
-//! end the process (SIGBUS). So a bitmap says which pages are there, and nobody looks at another. Where it says no, the
-//! file is read instead, which is always right. Where it says yes, it must be so for as long as somebody looks: each
-//! queue is a [`User`] with a lock of its own, which it holds while it reads from the memory, and while it writes to the
-//! file and notes that in the bitmap. Who makes a hole holds the locks of all. So a read finds the bytes of before the
-//! hole or none, and no page of zeros that came between.
+//! Looking at a page of a hole would make that page, and a volume is mostly holes; where the file system is
+//! full, it would end the process (SIGBUS). So a bitmap says which pages are there, and nobody looks at
+//! another. Where it says no, the file is read instead, which is always right. Where it says yes, it must
+//! be so for as long as somebody looks: each queue is a [`User`] with a lock of its own, which it holds
+//! while it reads from the memory, and while it writes to the file and notes that in the bitmap. Who makes
+//! a hole holds the locks of all. So a read finds the bytes of before the hole or none, and no page of
+//! zeros that came between.
 //!
-//! To catch the signal and go on is no way out: the kernel would put the registers, with the keys that the cipher has in
-//! them, onto a stack in ordinary memory. What is left is somebody else who makes holes in an attached layer, or cuts it
-//! off: whoever may write the store. That ends the process, as docs/threat-model.md says.
+//! To catch the signal and go on is no way out: the kernel would put the registers, with the keys that the
+//! cipher has in them, onto a stack in ordinary memory. What is left is somebody else who makes holes in an
+//! attached layer, or cuts it off: whoever may write the store. That ends the process, as
+//! docs/threat-model.md says.
 #![forbid(unsafe_code)]
 
 use crate::backing::file::pool::PAGE;
@@ -52,8 +54,8 @@ impl User {
         User { memory, busy }
     }
 
-    /// The bytes at `offset`, if all their pages are there, and what keeps them there. They may change while they are
-    /// read.
+    /// The bytes at `offset`, if all their pages are there, and what keeps them there. They may
+    /// change while they are read.
     pub(super) fn bytes(&self, offset: u64, len: usize) -> Option<(VolatileSlice<'_>, MutexGuard<'_, ()>)> {
         let busy = self.busy.locked();
         self.memory.bytes(offset, len).map(|bytes| (bytes, busy))

@@ -1,14 +1,14 @@
 //! A layer in a file: its bytes are the volume's ciphertext, offset for offset.
 //!
 //! How the file is best reached depends on where it lies. On a disk's file system and on block devices:
-//! io_uring with O_DIRECT, so that the page cache does not hold everything twice; where the disk's blocks are larger than
-//! the volume's sectors ([`direct`]), what is not whole blocks is read and written back ([`queue`]). Where O_DIRECT is
-//! refused, or the layer to be written does not end where a block does: io_uring through the page cache. On tmpfs, where io_uring would
-//! hand each request to a kernel thread only to copy memory: reads from the file's memory itself ([`memory`]), and
-//! `pread` and `pwrite` on the spot.
+//! io_uring with O_DIRECT, so that the page cache does not hold everything twice; where the disk's blocks are
+//! larger than the volume's sectors ([`direct`]), what is not whole blocks is read and written back
+//! ([`queue`]). Where O_DIRECT is refused, or the layer to be written does not end where a block does:
+//! io_uring through the page cache. On tmpfs, where io_uring would hand each request to a kernel thread only
+//! to copy memory: reads from the file's memory itself ([`memory`]), and `pread` and `pwrite` on the spot.
 //!
-//! A layer is reached in one way for as long as it is open, by all of its queues: never is the page cache mixed with what
-//! goes past it.
+//! A layer is reached in one way for as long as it is open, by all of its queues: never is the page cache
+//! mixed with what goes past it.
 
 mod direct;
 mod memory;
@@ -95,8 +95,8 @@ impl Way {
             (Access::Inline, _) => "memory file system".into(),
             (Access::Direct, _) if self.turns.is_none() => "io_uring, O_DIRECT".into(),
             (Access::Direct, _) => format!(
-                "io_uring, O_DIRECT in the disk's blocks of {} bytes: what is written of a block is written after the \
-                 rest was read",
+                "io_uring, O_DIRECT in the disk's blocks of {} bytes: what is written of a block is written \
+                 after the rest was read",
                 self.unit
             ),
             (Access::Buffered, None) => "io_uring, buffered".into(),
@@ -124,8 +124,8 @@ pub struct FileBacking {
 
 impl FileBacking {
     /// Opens the file at `path`, which must exist and be a regular file or a block device, for transfers in
-    /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may know more
-    /// of the disk than can be found out of a file without data.
+    /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may
+    /// know more of the disk than can be found out of a file without data.
     pub fn open(
         path: &Path,
         read_only: bool,
@@ -175,8 +175,8 @@ impl FileBacking {
         FileBacking { file, found, block_size, way, read_only, caps, memory, write_cache: None }
     }
 
-    /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once: queues
-    /// that shared one could flush at the same time, and one of them be told that all is well.
+    /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once:
+    /// queues that shared one could flush at the same time, and one of them be told that all is well.
     fn open_again(&self) -> io::Result<File> {
         self.open_as(self.way.access)
     }
@@ -297,9 +297,10 @@ impl Backing for FileBacking {
     }
 }
 
-/// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests of a killed
-/// process only after the process itself, and what is on its way then would land on top of what is written now. Each
-/// queue's open file carries a lock, which the kernel keeps for as long as a request uses that open file.
+/// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests
+/// of a killed process only after the process itself, and what is on its way then would land on top of
+/// what is written now. Each queue's open file carries a lock, which the kernel keeps for as long as a
+/// request uses that open file.
 fn wait_for_earlier_writes(file: &File) -> io::Result<()> {
     let limit = Instant::now() + PATIENCE;
     loop {
@@ -375,7 +376,8 @@ mod tests {
         let backing = FileBacking::open(&path, false, 512, None).unwrap();
         let queue = backing.open_queue(1).unwrap();
         drop(backing);
-        // The open file of a queue is what the kernel keeps while requests are in flight, whoever else is gone.
+        // The open file of a queue is what the kernel keeps while requests are in flight,
+        // whoever else is gone.
         let busy = lock_in_flight(&file(), locks::Kind::Exclusive).unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
         let waiting = std::thread::scope(|scope| {

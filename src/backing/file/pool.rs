@@ -48,7 +48,8 @@ impl Pool {
     pub(super) fn new() -> io::Result<Self> {
         use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
         let len = NonZeroUsize::new(PAGES as usize * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no other memory.
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice
+        // touches no other memory.
         let base = unsafe {
             mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
         }?;
@@ -70,8 +71,8 @@ impl Pool {
         self.alloc_within(0, len, 0)
     }
 
-    /// A buffer of `len` bytes that begin `skip` bytes into its first page, with so many `spare` pages after those that the
-    /// bytes lie in.
+    /// A buffer of `len` bytes that begin `skip` bytes into its first page, with so many `spare` pages after
+    /// those that the bytes lie in.
     pub(super) fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
         debug_assert!((1..=MAX_BUFFER).contains(&len) && skip < PAGE);
         let pages = ((skip + len).div_ceil(PAGE) + spare) as u32;
@@ -100,16 +101,17 @@ impl Pool {
     /// Where the bytes of `span` are.
     pub(super) fn ptr(&self, span: Span) -> *mut u8 {
         debug_assert!(span.start + span.len as usize <= PAGES as usize * PAGE);
-        // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do; `Pool::span` saw to that.
+        // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do;
+        // `Pool::span` saw to that.
         unsafe { self.base.as_ptr().add(span.start) }
     }
 
     /// The buffer's bytes.
     pub(super) fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
         let span = self.span(buffer, buffer.skip as usize, buffer.len as usize);
-        // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and both it and the
-        // pool are borrowed for as long as the slice lives. The kernel uses the pages only while the queue
-        // owns the buffer. `span` lies in its pages.
+        // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and both it
+        // and the pool are borrowed for as long as the slice lives. The kernel uses the pages only while the
+        // queue owns the buffer. `span` lies in its pages.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
     }
 
@@ -156,7 +158,8 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length; no buffer can be looked into without the pool.
+        // SAFETY: the mapping was made by `new` with this length; no buffer can be looked
+        // into without the pool.
         let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), PAGES as usize * PAGE) };
         debug_assert!(unmapped.is_ok());
     }

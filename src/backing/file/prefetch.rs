@@ -2,8 +2,9 @@
 
 use vm_memory::VolatileSlice;
 
-/// The most bytes that are asked for, from the first. By then the CPU sees by itself where the reading goes, and the fast
-/// engines ask for what they will need; what is asked for too early takes the place of what is needed first.
+/// The most bytes that are asked for, from the first. By then the CPU sees by itself where the reading
+/// goes, and the fast engines ask for what they will need; what is asked for too early takes the place
+/// of what is needed first.
 const MOST: usize = 2048;
 /// Bytes that the CPU fetches at a time.
 const LINE: usize = 64;

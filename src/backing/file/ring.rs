@@ -1,9 +1,9 @@
 //! The io_urings of a process: what they may do, and where they come from once no more can be made.
 //!
-//! The kernel does what a ring is asked to do without asking a system call filter, so each ring takes only the
-//! operations that serve a layer, from its beginning to its end. A confined process cannot make rings at all: it makes
-//! as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`]) and gets the same ones again
-//! and again; others share a few.
+//! The kernel does what a ring is asked to do without asking a system call filter, so each ring takes only
+//! the operations that serve a layer, from its beginning to its end. A confined process cannot make rings at
+//! all: it makes as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`])
+//! and gets the same ones again and again; others share a few.
 
 use crate::backing::file::pool::Pool;
 use crate::base::sync::Locked;
@@ -34,12 +34,14 @@ const FILES: u8 = 2;
 const NO_FILES: u8 = 3;
 const ENABLE: u8 = 12;
 
-/// Entries of a ring that is made before its use is known: what a thread submits at a time. More waits in its queue.
+/// Entries of a ring that is made before its use is known: what a thread submits at a time.
+/// More waits in its queue.
 const PREPARED_ENTRIES: u32 = 256;
 /// Room for completions: more than a queue may have in flight.
 const PREPARED_COMPLETIONS: u32 = 2048;
 
-/// Rings for each thread that [`claim`]s some: what it uses, and what takes its place while a volume gets other layers.
+/// Rings for each thread that [`claim`]s some: what it uses, and what takes its place while a
+/// volume gets other layers.
 const CLAIM: usize = 2;
 
 /// What was made beforehand; none at all in a process that makes rings as it needs them.
@@ -57,8 +59,8 @@ thread_local! {
     static KEPT: RefCell<Vec<Made>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Makes rings for so many threads that will [`claim`] theirs, and for so many others at a time. From here on no other
-/// is made, and who finds none left is told so.
+/// Makes rings for so many threads that will [`claim`] theirs, and for so many others at a time. From here on
+/// no other is made, and who finds none left is told so.
 pub fn prepare(claims: usize, others: usize) -> io::Result<()> {
     let make = |shared| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), shared);
     let rings = |count, shared| (0..count).map(|_| make(shared)).collect::<io::Result<Vec<_>>>();

@@ -1,16 +1,16 @@
 //! Turns at the blocks of a disk whose blocks are larger than the volume's sectors.
 //!
-//! Sectors that share a block with others can be written only by reading the block and writing it back. Between the two
-//! nobody else may write to that block: it would be undone. So whoever writes or makes holes takes a turn for the
-//! bytes first. It waits for those that took theirs before and whose bytes meet a block that the one or the other
-//! reads and writes back (an *edge*). Those who write whole blocks alone do not wait for one another: what becomes of
-//! requests for the same sectors is the guest's affair, as on any disk.
+//! Sectors that share a block with others can be written only by reading the block and writing it back.
+//! Between the two nobody else may write to that block: it would be undone. So whoever writes or makes holes
+//! takes a turn for the bytes first. It waits for those that took theirs before and whose bytes meet a block
+//! that the one or the other reads and writes back (an *edge*). Those who write whole blocks alone do not
+//! wait for one another: what becomes of requests for the same sectors is the guest's affair, as on any disk.
 //!
-//! Turns come in the order in which they were taken, so nobody waits for ever: who is before all others never waits, and
-//! has all that it needs. The bytes are kept in lists, one for each mebibyte that shares a lock; a turn that reaches over
-//! several is put into all of them before another such turn begins to be. Hence two of them come in the same order
-//! everywhere, and one that is in a single list is between others in that list alone: no circle of waiting can come
-//! about.
+//! Turns come in the order in which they were taken, so nobody waits for ever: who is before all others never
+//! waits, and has all that it needs. The bytes are kept in lists, one for each mebibyte that shares a lock; a
+//! turn that reaches over several is put into all of them before another such turn begins to be. Hence two of
+//! them come in the same order everywhere, and one that is in a single list is between others in that list
+//! alone: no circle of waiting can come about.
 #![forbid(unsafe_code)]
 
 use crate::base::sync::Locked;
@@ -58,7 +58,8 @@ impl Turns {
         }
     }
 
-    /// Takes a turn for whole blocks. Returns whether it has come; if not, `wake` is signalled when it may have.
+    /// Takes a turn for whole blocks. Returns whether it has come; if not, `wake` is
+    /// signalled when it may have.
     pub(super) fn take(&self, bytes: Range<u64>, edges: Edges, wake: &Arc<EventFd>) -> (Ticket, bool) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let lists = lists_of(&bytes);

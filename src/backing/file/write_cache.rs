@@ -1,8 +1,9 @@
-//! Whether a block device has a volatile cache, as the kernel says. Without one, what was written past the page cache is
-//! durable when it completes, and there is nothing to flush. (For a file, the file system's metadata always is.)
+//! Whether a block device has a volatile cache, as the kernel says. Without one, what was written past
+//! the page cache is durable when it completes, and there is nothing to flush. (For a file, the file
+//! system's metadata always is.)
 //!
-//! The operator, or the device, can switch the cache on at any time. So it is asked at each flush: a read from memory,
-//! while an fsync by io_uring takes a kernel thread.
+//! The operator, or the device, can switch the cache on at any time. So it is asked at each flush: a read
+//! from memory, while an fsync by io_uring takes a kernel thread.
 #![forbid(unsafe_code)]
 
 use std::fs::File;

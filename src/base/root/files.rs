@@ -1,14 +1,15 @@
-//! How files below a store's root, and beside the root key, are opened, made, replaced and removed: the one way to do it.
+//! How files below a store's root, and beside the root key, are opened, made, replaced and
+//! removed: the one way to do it.
 //!
-//! Others may have left things there: a symbolic link where a record is looked for, a named pipe that never ends, a folder
-//! that is a link to another one. So nothing here follows a symbolic link, in no part of a path: the root's own path was
-//! resolved once, when the command began ([`crate::base::root::Root::new`]). Nothing waits for a peer, and what is opened is what was
-//! asked for: a regular file, a folder, or, for a layer, a block device. Names are looked up relative to the descriptor of
-//! the folder that they lie in.
+//! Others may have left things there: a symbolic link where a record is looked for, a named pipe that never
+//! ends, a folder that is a link to another one. So nothing here follows a symbolic link, in no part of a
+//! path: the root's own path was resolved once, when the command began ([`crate::base::root::Root::new`]).
+//! Nothing waits for a peer, and what is opened is what was asked for: a regular file, a folder, or, for a
+//! layer, a block device. Names are looked up relative to the descriptor of the folder that they lie in.
 //!
-//! The kernel sees to the links (`openat2` with `RESOLVE_NO_SYMLINKS`). A process that is confined may not make that call,
-//! whose flags lie in memory where its filter cannot judge them; there, and on a kernel that does not have it, the last part
-//! of a path is guarded (`O_NOFOLLOW`), and the others by Landlock.
+//! The kernel sees to the links (`openat2` with `RESOLVE_NO_SYMLINKS`). A process that is confined may not
+//! make that call, whose flags lie in memory where its filter cannot judge them; there, and on a kernel that
+//! does not have it, the last part of a path is guarded (`O_NOFOLLOW`), and the others by Landlock.
 
 use crate::base::root::parent_of;
 use crate::base::{Context, Result};
@@ -25,8 +26,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// What lies there is not what a store has there: a link, a pipe, a folder in place of a file. An [`io::Error`] can carry it;
-/// as an [`crate::base::Error`] it is of the kind `Corrupt`.
+/// What lies there is not what a store has there: a link, a pipe, a folder in place of a file. An
+/// [`io::Error`] can carry it; as an [`crate::base::Error`] it is of the kind `Corrupt`.
 #[derive(Debug)]
 pub struct Strange(String);
 
@@ -244,7 +245,8 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     Ok(nix::fcntl::renameat(&from.folder, from.name, &to.folder, to.name)?)
 }
 
-/// Gives the file that is open as `file`, and has the name `from`, the name `to` as well, which nothing has yet.
+/// Gives the file that is open as `file`, and has the name `from`, the name `to` as well,
+/// which nothing has yet.
 ///
 /// # Errors
 /// `ResourceBusy` if `from` means another file by now: nothing has the name `to` then.
@@ -265,8 +267,8 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
 }
 
-/// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process talked to in
-/// place of another.
+/// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process
+/// talked to in place of another.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = open_guarded(path, OFlag::O_PATH)?;
     // With these flags a symbolic link is opened itself.

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 pub struct Root(PathBuf);
 
 impl Root {
-    /// The root at `path`; nothing is created yet. Symbolic links in the path are resolved now: below, none is followed.
+    /// The root at `path`; nothing is created yet. Symbolic links in the path are resolved now:
+    /// below, none is followed.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Root(resolved(&path.into()))
     }

@@ -1,8 +1,9 @@
 //! A file from outside of the store that a command was told to take: an image that is to be imported.
 //!
-//! Whoever runs the command may read and remove far more than whoever lays images ready for it. So what is opened is the
-//! file that was meant: it belongs to root or to the caller, and so does every symbolic link on the way to it, in a folder
-//! where nobody else can put another one. It is used by its descriptor from then on.
+//! Whoever runs the command may read and remove far more than whoever lays images ready for it. So what
+//! is opened is the file that was meant: it belongs to root or to the caller, and so does every symbolic
+//! link on the way to it, in a folder where nobody else can put another one. It is used by its
+//! descriptor from then on.
 
 use crate::base::root::files::open_image;
 use crate::base::root::owners::name_of;
@@ -60,7 +61,8 @@ impl Offered {
         }
         if !is_ours(&found) {
             return Err(usage(format!(
-                "it belongs to {}, who can change it meanwhile; take a copy of it, or make it yours (\"chown\")",
+                "it belongs to {}, who can change it meanwhile; take a copy of it, or make it yours \
+                 (\"chown\")",
                 name_of(found.uid())
             )));
         }

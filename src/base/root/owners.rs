@@ -1,9 +1,10 @@
-//! Whose a store's folders are, looked at before anything in them is used, as sshd does with a user's `~/.ssh`
-//! (StrictModes): what somebody else can put there, root would act on.
+//! Whose a store's folders are, looked at before anything in them is used, as sshd does with a user's
+//! `~/.ssh` (StrictModes): what somebody else can put there, root would act on.
 //!
-//! Folders belong to root, to whoever runs the command, or to a user that is named in `store-users` in the configuration
-//! folder, one a line: those of `attach --user`, whom the files of volumes are given. Nobody else can write to them. Above
-//! the root the same holds, except that a folder like `/tmp`, where nobody can rename what is another's, will do.
+//! Folders belong to root, to whoever runs the command, or to a user that is named in `store-users` in the
+//! configuration folder, one a line: those of `attach --user`, whom the files of volumes are given. Nobody
+//! else can write to them. Above the root the same holds, except that a folder like `/tmp`, where nobody can
+//! rename what is another's, will do.
 //!
 //! The configuration folder, and each file in it that decides something, is root's or the caller's, and
 //! nobody else's.
@@ -108,7 +109,8 @@ impl Owners {
         let path = config.join(STORE_USERS);
         let attempt = || format!("read {}", path.display());
         match path.symlink_metadata() {
-            // The user of an attach may be kept from root's configuration: then what it names is not for that user.
+            // The user of an attach may be kept from root's configuration: then what it
+            // names is not for that user.
             Err(e) if e.kind() == ErrorKind::PermissionDenied => return Ok(owners),
             _ => {}
         }
@@ -148,8 +150,8 @@ impl Owners {
         path.ancestors().skip(1).try_for_each(|above| self.check(above, true))
     }
 
-    /// Looks at one folder or file; one that is not there is nobody's. With `sticky`, a folder will do in which names are
-    /// only their owners' to change.
+    /// Looks at one folder or file; one that is not there is nobody's. With `sticky`, a folder will do in
+    /// which names are only their owners' to change.
     fn check(&self, path: &Path, sticky: bool) -> Result<()> {
         let found = match path.symlink_metadata() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
@@ -157,7 +159,8 @@ impl Owners {
         };
         if found.is_symlink() {
             let message = format!(
-                "{} is a symbolic link, and none is followed in a store; to have it elsewhere, mount that there (\"mount --bind\")",
+                "{} is a symbolic link, and none is followed in a store; to have it elsewhere, mount that \
+                 there (\"mount --bind\")",
                 path.display()
             );
             return Err(Error::new(Kind::Corrupt, message));
@@ -167,7 +170,8 @@ impl Owners {
             return Err(refused(path, &why, || self.mend.to_owned()));
         }
         let by_others = found.mode() & 0o002 != 0;
-        // A group that is root's, or an ordinary user's own as Debian and Red Hat make them, has nobody else in it.
+        // A group that is root's, or an ordinary user's own as Debian and Red Hat make
+        // them, has nobody else in it.
         let is_own_group = found.gid() == 0 || (!geteuid().is_root() && found.gid() == getegid().as_raw());
         let by_group = found.mode() & 0o020 != 0 && !is_own_group;
         if (by_others || by_group) && !(sticky && found.mode() & 0o1000 != 0) {

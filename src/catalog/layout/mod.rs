@@ -1,7 +1,8 @@
-//! How a volume or snapshot is laid out: its size, its layers from the top down, and the data keys they are under.
+//! How a volume or snapshot is laid out: its size, its layers from the top down, and the
+//! data keys they are under.
 //!
-//! A [`Layout`] has been checked: it has a layer, every layer's key exists and is used, no layer is longer than
-//! what it is a layer of. It holds no key in the clear, and touches no file.
+//! A [`Layout`] has been checked: it has a layer, every layer's key exists and is used, no layer is longer
+//! than what it is a layer of. It holds no key in the clear, and touches no file.
 
 pub(crate) mod written;
 
@@ -45,8 +46,8 @@ pub struct LayerRecord {
     pub id: LayerId,
     /// Which of the volume's keys encrypts it; none: it is no secret.
     pub key: Option<usize>,
-    /// Without a key: whether it is masked, with [`crate::crypt::Dek::mask_of_layer`], so that zeros in it are not mistaken
-    /// for nothing. Otherwise it is plaintext, and the lowest layer.
+    /// Without a key: whether it is masked, with [`crate::crypt::Dek::mask_of_layer`], so that zeros in it
+    /// are not mistaken for nothing. Otherwise it is plaintext, and the lowest layer.
     pub masked: bool,
     /// Its length in bytes: whole sectors, at most the volume's size. What lies beyond is not in it.
     pub size: u64,
@@ -118,7 +119,8 @@ impl Layout {
         Some(Layout { hydrate, ..self.clone() })
     }
 
-    /// This layout with an empty layer on top that is encrypted with another `key`, and all below it to be copied up.
+    /// This layout with an empty layer on top that is encrypted with another `key`, and all
+    /// below it to be copied up.
     pub(crate) fn rekeyed(&self, top: LayerRecord, key: KeyRecord) -> Self {
         let mut next = self.with_new_top(LayerRecord { key: Some(self.keys.len()), masked: false, ..top });
         next.keys.push(key);
@@ -215,8 +217,9 @@ impl SealVersion {
     }
 }
 
-/// What a MAC covers, as docs/format.md has it: what the data means, and nothing of how a data key is wrapped.
-/// Every part has a fixed length or its length before it, so that no two layouts have the same bytes.
+/// What a MAC covers, as docs/format.md has it: what the data means, and nothing of how a data
+/// key is wrapped. Every part has a fixed length or its length before it, so that no two
+/// layouts have the same bytes.
 ///
 /// `checks` are the check values of the keys that `layers` use, in the order of their numbers.
 pub(crate) fn sealed_bytes(

@@ -1,4 +1,5 @@
-//! Layers and keys as `volume.json` and a snapshot's record have them: what is written, and its way to what is meant.
+//! Layers and keys as `volume.json` and a snapshot's record have them: what is written, and
+//! its way to what is meant.
 
 use crate::catalog::LayerId;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};

@@ -11,13 +11,13 @@ use crate::crypt::SectorSize;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// What commands have made of a volume: everything of its record, except what its host process alone changes (the
-/// generation, whether it was ever attached, its seal).
+/// What commands have made of a volume: everything of its record, except what its host process alone changes
+/// (the generation, whether it was ever attached, its seal).
 ///
 /// The wrapped data keys are there by their SHA-256.
 ///
-/// A host process may do two things by itself: seal a volume that had no seal, and take those layers out of the chain that
-/// a command has marked to be hydrated.
+/// A host process may do two things by itself: seal a volume that had no seal, and take those layers out of
+/// the chain that a command has marked to be hydrated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct VolumeFacts {
     id: VolumeId,

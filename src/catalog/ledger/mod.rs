@@ -1,11 +1,12 @@
 //! The ledger of a store: which states of its records the commands of this host have made.
 //!
-//! The records of volumes and snapshots lie with the ciphertext, and a volume's record is written by its host process
-//! while the volume is attached. Both are claims: whoever can write the disk, or breaks into a host process, can claim
-//! another name, another size, no encryption, another tenant's layers, or put an old record back. So each record has an
-//! entry in the ledger, `ledger/<id>.json` in the store, which says what the record may say. An entry is written by
-//! commands alone, carries a MAC under the store's key, and is numbered. The key, and for each entry its highest number
-//! so far (its *mark*), lie beside the root key, in the configuration folder: whoever can write the store has neither.
+//! The records of volumes and snapshots lie with the ciphertext, and a volume's record is written by its host
+//! process while the volume is attached. Both are claims: whoever can write the disk, or breaks into a host
+//! process, can claim another name, another size, no encryption, another tenant's layers, or put an old
+//! record back. So each record has an entry in the ledger, `ledger/<id>.json` in the store, which says what
+//! the record may say. An entry is written by commands alone, carries a MAC under the store's key, and is
+//! numbered. The key, and for each entry its highest number so far (its *mark*), lie beside the root key, in
+//! the configuration folder: whoever can write the store has neither.
 //!
 //! | file | |
 //! |---|---|
@@ -14,9 +15,10 @@
 //! | `<config>/stores/<store>/root` | the store's path, of which `<store>` is a digest |
 //! | `<config>/stores/<store>/marks/<id>` | the number of the entry, 20 digits; locked while an entry is changed |
 //!
-//! A change is noted before it is made: the entry lists the state that is there and the one that comes, the record is
-//! replaced, the entry lists the new one alone. So a power cut at any moment leaves a record that the entry lists. The
-//! entry is written before its mark: a mark is behind by one change at most, and never ahead.
+//! A change is noted before it is made: the entry lists the state that is there and the one that
+//! comes, the record is replaced, the entry lists the new one alone. So a power cut at any moment
+//! leaves a record that the entry lists. The entry is written before its mark: a mark is behind by one
+//! change at most, and never ahead.
 
 mod facts;
 
@@ -67,8 +69,8 @@ pub(crate) trait Facts: Sized + PartialEq {
     /// A sentence, for what does not fit together.
     fn from_written(written: Self::Written, id: &str) -> Result<Self, String>;
 
-    /// What is different in `found`, in words for the operator; none if `found` is this, or what may become of this without
-    /// a command.
+    /// What is different in `found`, in words for the operator; none if `found` is this, or what may become
+    /// of this without a command.
     fn difference(&self, found: &Self) -> Option<String>;
 }
 
@@ -89,10 +91,13 @@ impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Doubt::Unknown => f.write_str(
-                "this host does not know it: it is of another host or of an earlier version of sealblk, was deleted here, or \
-                 somebody has put it there",
+                "this host does not know it: it is of another host or of an earlier version of sealblk, was \
+                 deleted here, or somebody has put it there",
             ),
-            Doubt::Forged => f.write_str("its entry in the store's ledger is not one that this host has written"),
+            Doubt::Forged => f.write_str(
+                "its entry in the store's ledger is not one that this host has \
+                 written",
+            ),
             Doubt::Older => f.write_str("its entry in the store's ledger is an older one, put back"),
             Doubt::Differs(what) => f.write_str(what),
         }
@@ -103,14 +108,15 @@ impl Doubt {
     /// The error of a command that needs the record of `id`.
     pub(crate) fn refuse(&self, id: &dyn fmt::Display) -> Error {
         let message = format!(
-            "{id}: {self}; nothing is done with it. If it is as it should be (a backup that was restored, a store that was \
-             brought here), \"sealblk store accept {id}\" says so"
+            "{id}: {self}; nothing is done with it. If it is as it should be (a backup that was restored, a \
+             store that was brought here), \"sealblk store accept {id}\" says so"
         );
         Error::new(Kind::Corrupt, message)
     }
 }
 
-/// The ledger of one store, as a command of this host sees it. It holds no key: that is read when it is needed, and wiped.
+/// The ledger of one store, as a command of this host sees it. It holds no key: that is read when
+/// it is needed, and wiped.
 #[derive(Clone, Debug)]
 pub(crate) struct Ledger {
     /// The store's root folder.
@@ -187,8 +193,9 @@ impl Ledger {
     pub(crate) fn enter<F: Facts>(&self, id: &str, facts: F) -> Result<()> {
         if self.key()?.is_none() {
             let message = format!(
-                "this host does not know the store {}, which has volumes or snapshots: they are of another host or of an \
-                 earlier version of sealblk. If they are as they should be, \"sealblk store accept --all\" says so",
+                "this host does not know the store {}, which has volumes or snapshots: they are of another \
+                 host or of an earlier version of sealblk. If they are as they should be, \"sealblk store \
+                 accept --all\" says so",
                 self.root.display()
             );
             return Err(Error::new(Kind::Corrupt, message));

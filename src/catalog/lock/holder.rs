@@ -42,8 +42,8 @@ pub struct Holder {
     pub since: Timestamp,
     /// The vhost-user socket's path, where it has one, as text for people.
     pub socket: Option<String>,
-    /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when the holder
-    /// is gone: the guest does not say it again to whoever serves it next.
+    /// Its guest has chosen that writes be durable when they complete. Unlike the rest this counts also when
+    /// the holder is gone: the guest does not say it again to whoever serves it next.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub write_through: bool,
 }
@@ -59,7 +59,8 @@ impl Holder {
         Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
     }
 
-    /// Whether that very process still runs. A confined process may not look: to it, whoever the file names does.
+    /// Whether that very process still runs. A confined process may not look: to it,
+    /// whoever the file names does.
     pub fn is_alive(&self) -> bool {
         match read_stat(self.pid) {
             Ok(stat) => start_time(&stat) == Some(self.start_time),

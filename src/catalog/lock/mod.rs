@@ -1,9 +1,10 @@
-//! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who is to have
-//! it next, in a live migration: another such lock, beside the first.
+//! Who has a volume: an open-file-description (OFD) lock on the `lock` file in the volume's folder; and who
+//! is to have it next, in a live migration: another such lock, beside the first.
 //!
-//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only says who has
-//! the lock, for the reader of an error. Without the lock it means nothing, except for what the guest wants of whoever
-//! serves it next. The file is never replaced: a lock on a file that a path no longer leads to would protect nothing.
+//! The lock is the kernel's and ends with the process, however that ends. What is written in the file only
+//! says who has the lock, for the reader of an error. Without the lock it means nothing, except for what the
+//! guest wants of whoever serves it next. The file is never replaced: a lock on a file that a path no longer
+//! leads to would protect nothing.
 
 mod holder;
 mod turn;
@@ -62,8 +63,8 @@ impl LockFile {
     /// Takes the volume.
     ///
     /// # Errors
-    /// `Busy`, naming the process that has it, or because another is to have it next; `NotFound` if the volume was
-    /// deleted meanwhile.
+    /// `Busy`, naming the process that has it, or because another is to have it next; `NotFound` if the
+    /// volume was deleted meanwhile.
     pub fn acquire(&self, holder: &Holder) -> Result<VolumeLock> {
         let lock = self.acquire_awaited(holder)?;
         if self.is_awaited()? {
@@ -76,7 +77,8 @@ impl LockFile {
         Ok(lock)
     }
 
-    /// Takes the volume for the process that is to have it next, or for one that has let go of it and wants it back.
+    /// Takes the volume for the process that is to have it next, or for one that has let go
+    /// of it and wants it back.
     ///
     /// # Errors
     /// As [`LockFile::acquire`], except that it does not matter who is to have it next.
@@ -122,7 +124,8 @@ impl VolumeLock {
         self.file.volume
     }
 
-    /// Whether the guest wants writes to be durable when they complete, as far as this or an earlier process knows.
+    /// Whether the guest wants writes to be durable when they complete, as far as this or
+    /// an earlier process knows.
     pub fn write_through(&self) -> bool {
         self.holder.write_through
     }

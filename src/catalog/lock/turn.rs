@@ -1,5 +1,5 @@
-//! Who is to have a volume next: in a live migration the process that will take it over announces itself, beside the one that
-//! has it.
+//! Who is to have a volume next: in a live migration the process that will take it over announces itself,
+//! beside the one that has it.
 
 use super::LockFile;
 use crate::base::locks::{self, Bytes};
@@ -15,7 +15,8 @@ const AWAITED: Bytes = Bytes::one(1 << 62);
 const LOOK: Duration = Duration::from_secs(1);
 
 impl LockFile {
-    /// Announces that this process is to have the volume next. It takes nothing from the process that has the volume now.
+    /// Announces that this process is to have the volume next. It takes nothing from the process
+    /// that has the volume now.
     ///
     /// # Errors
     /// `Busy` if another process is to have it next.

@@ -1,8 +1,8 @@
-//! What a volume's `volume.json` means: size, keys, layers. The file format is in [`written`], the MAC over it
-//! in [`crate::catalog::seal`].
+//! What a volume's `volume.json` means: size, keys, layers. The file format is in [`written`], the MAC over
+//! it in [`crate::catalog::seal`].
 //!
-//! A [`Metadata`] has been checked: its size is whole sectors, its [`Layout`] fits together. It holds no key in the
-//! clear, and touches no file.
+//! A [`Metadata`] has been checked: its size is whole sectors, its [`Layout`] fits together. It holds no key
+//! in the clear, and touches no file.
 
 pub(crate) mod written;
 
@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// A volume's size: at least one sector, whole sectors, at most 2⁶³ − 4096 bytes (what a file offset can say).
+/// A volume's size: at least one sector, whole sectors, at most 2⁶³ − 4096 bytes (what a
+/// file offset can say).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     size: u64,
@@ -110,8 +111,8 @@ impl TryFrom<String> for VolumeName {
     }
 }
 
-/// What shows that a snapshot's layers were put together by somebody who had its data keys: the snapshot's own MAC,
-/// and what else was in the message under it.
+/// What shows that a snapshot's layers were put together by somebody who had its data keys: the snapshot's
+/// own MAC, and what else was in the message under it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proof {
     /// The snapshot that was sealed; a copy of it under the same data keys has another id.

@@ -14,7 +14,8 @@ use crate::crypt::SectorSize;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// The format version that is written. Version 1, which sealblk wrote before there were snapshots, is read as well.
+/// The format version that is written. Version 1, which sealblk wrote before there were
+/// snapshots, is read as well.
 pub const FORMAT: u32 = 2;
 
 /// Longer files are refused unread, in bytes: a thousand layers with their keys fit in.
@@ -101,7 +102,8 @@ impl Metadata {
     /// Reads `volume.json`.
     ///
     /// # Errors
-    /// `Corrupt` for anything but a complete, consistent file of version 1 or 2. The caller adds which file it was.
+    /// `Corrupt` for anything but a complete, consistent file of version 1 or 2. The
+    /// caller adds which file it was.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let written: Written = match version(bytes)? {
             1 => read::<WrittenV1>(bytes)?.into(),
@@ -141,8 +143,8 @@ pub(crate) fn to_json(written: &impl Serialize) -> Vec<u8> {
 /// The error for a record of a version that is not known.
 pub(crate) fn unknown_version(version: u64, known: &str) -> Error {
     corrupt(format!(
-        "it has format version {version}, and this sealblk knows only {known}; use the sealblk that wrote it, or a \
-         newer one"
+        "it has format version {version}, and this sealblk knows only {known}; use the sealblk that wrote \
+         it, or a newer one"
     ))
 }
 

@@ -1,8 +1,9 @@
 //! Snapshots: layers that are not written any more, and what is needed to read them.
 //!
-//! A snapshot is a record, `snapshots/snap-….json`; it is there if and only if the record is. The record's keys are
-//! wrapped for the volume that it was made of, or, of a copy, for the snapshot itself. Its MAC is under the data key of
-//! its top layer, and is what proves the layers of a clone at the clone's first attach ([`crate::catalog::seal`]).
+//! A snapshot is a record, `snapshots/snap-….json`; it is there if and only if the record is. The record's
+//! keys are wrapped for the volume that it was made of, or, of a copy, for the snapshot itself. Its MAC is
+//! under the data key of its top layer, and is what proves the layers of a clone at the clone's first attach
+//! ([`crate::catalog::seal`]).
 
 mod records;
 mod written;
@@ -63,10 +64,12 @@ pub struct Wanted {
 }
 
 impl Snapshot {
-    /// This, if it is the snapshot that was `wanted` of the volume `before`. A host process that is not what it was
-    /// proposes the record, and could name another snapshot's id, another volume, or layers that are not the volume's.
+    /// This, if it is the snapshot that was `wanted` of the volume `before`. A host process that is not
+    /// what it was proposes the record, and could name another snapshot's id, another volume, or layers
+    /// that are not the volume's.
     ///
-    /// The layers may be fewer than they were: those that were being copied up may have left the chain meanwhile.
+    /// The layers may be fewer than they were: those that were being copied up may have
+    /// left the chain meanwhile.
     ///
     /// # Errors
     /// `Corrupt`, naming the first thing that is another one.
@@ -91,9 +94,9 @@ impl Snapshot {
             Some((what, _)) => Err(Error::new(
                 Kind::Corrupt,
                 format!(
-                    "the process that has {} attached proposes a snapshot of which the {what} is not what was asked for; \
-                     nothing is recorded. If no other command has changed the volume just now, detach it and look at \
-                     that process's log",
+                    "the process that has {} attached proposes a snapshot of which the {what} is not what \
+                     was asked for; nothing is recorded. If no other command has changed the volume just \
+                     now, detach it and look at that process's log",
                     before.id()
                 ),
             )),
@@ -194,7 +197,8 @@ impl Snapshot {
         }
     }
 
-    /// The context to which its wrapped keys are bound: EBS keeps the volume's for a snapshot, and gives a copy its own.
+    /// The context to which its wrapped keys are bound: EBS keeps the volume's for a snapshot,
+    /// and gives a copy its own.
     pub fn encryption_context(&self) -> EncryptionContext {
         crate::catalog::metadata::encryption_context(self.key_owner())
     }

@@ -1,4 +1,5 @@
-//! The snapshots of a store on disk: which there are, which one a user means, how one is noted and taken away.
+//! The snapshots of a store on disk: which there are, which one a user means, how one is
+//! noted and taken away.
 
 use crate::base::root::files::{self, create_file};
 use crate::base::root::{create_dir_durable, replace_file, sync_dir};
@@ -69,7 +70,8 @@ impl Catalog {
         self.believed_snapshot(|| read_snapshot(&self.copying_path(id), id))
     }
 
-    /// Whether there is anything of a snapshot: its record, or that of a copy or deletion that was not finished.
+    /// Whether there is anything of a snapshot: its record, or that of a copy or deletion
+    /// that was not finished.
     pub(crate) fn snapshot_is_there_or_begun(&self, id: SnapshotId) -> bool {
         [RECORD, COPYING, DELETING].iter().any(|ending| files::exists(&self.snapshot_file(id, ending)))
     }
@@ -100,8 +102,8 @@ impl Catalog {
     /// Reads a snapshot's record.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names, and for one that says
-    /// something else than the store's ledger.
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names, and for one
+    /// that says something else than the store's ledger.
     pub fn load_snapshot(&self, id: SnapshotId) -> Result<Snapshot> {
         self.believed_snapshot(|| self.load_snapshot_claim(id))
     }
@@ -136,8 +138,8 @@ impl Catalog {
         }
     }
 
-    /// Which snapshot `reference` means: a whole id, the value of a tag `Name` that one snapshot has, or an id's first
-    /// digits, with `snap-` or without.
+    /// Which snapshot `reference` means: a whole id, the value of a tag `Name` that one snapshot has, or an
+    /// id's first digits, with `snap-` or without.
     ///
     /// # Errors
     /// `NotFound`; `Usage` with the candidates if it can be several.
@@ -163,7 +165,8 @@ impl Catalog {
             [] => {
                 let store = self.root().path().display();
                 let message = format!(
-                    "there is no snapshot {reference:?} in {store}; \"sealblk snapshot list\" shows which there are"
+                    "there is no snapshot {reference:?} in {store}; \"sealblk snapshot list\" shows which \
+                     there are"
                 );
                 Err(Error::new(Kind::NotFound, message))
             }
@@ -205,8 +208,8 @@ impl Catalog {
         ledger.enter(&snapshot.id.to_string(), SnapshotFacts::of(snapshot))
     }
 
-    /// As [`Catalog::save_snapshot`], for a snapshot that is new. A record that is there already is another one's, whoever
-    /// has chosen the id, and stays.
+    /// As [`Catalog::save_snapshot`], for a snapshot that is new. A record that is there already is another
+    /// one's, whoever has chosen the id, and stays.
     pub(crate) fn save_new_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
         self.enter_snapshot(snapshot)?;
@@ -233,8 +236,8 @@ impl Catalog {
     /// Deletes a snapshot, and those of its layers that nothing else names.
     ///
     /// # Errors
-    /// `NotFound`; `Corrupt` if its record cannot be read, since then nobody knows its layers. An error after it is
-    /// gone says so.
+    /// `NotFound`; `Corrupt` if its record cannot be read, since then nobody knows its layers. An error
+    /// after it is gone says so.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
         let attempt = || format!("delete {id}");
         let records = RecordsLock::acquire(self).context(attempt)?;

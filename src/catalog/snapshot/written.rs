@@ -40,7 +40,8 @@ impl Snapshot {
     /// Reads a snapshot's record.
     ///
     /// # Errors
-    /// `Corrupt` for anything but a complete, consistent record of version 1. The caller adds which file it was.
+    /// `Corrupt` for anything but a complete, consistent record of version 1. The caller
+    /// adds which file it was.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         match written::version(bytes)? {
             1 => written::read::<Written>(bytes)?.try_into().map_err(written::corrupt),

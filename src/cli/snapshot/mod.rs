@@ -46,8 +46,8 @@ Examples:
 /// What `snapshot list` takes.
 #[derive(clap::Args)]
 pub struct ListArgs {
-    /// Only snapshots of which this is so: id, volume-id, status, encrypted, description, tag-key, or tag:KEY. Of filters
-    /// with one name any must be so, of others all.
+    /// Only snapshots of which this is so: id, volume-id, status, encrypted, description, tag-key, or
+    /// tag:KEY. Of filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]
     filter: Vec<Filter>,
 }

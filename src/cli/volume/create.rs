@@ -26,17 +26,19 @@ snapshot is there at once, whatever its size. Under the snapshot's KMS key it ha
 other volume made from that snapshot has. With another --key it gets one of its own as well, and what the
 snapshot holds is encrypted anew in the background while the volume is attached.")]
 pub struct CreateArgs {
-    /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB [default: the
-    /// snapshot's].
+    /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB
+    /// [default: the snapshot's].
     #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present = "snapshot")]
     size: Option<u64>,
     /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
     #[arg(long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
-    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default: 512, or the snapshot's].
+    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default:
+    /// 512, or the snapshot's].
     #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
     sector_size: Option<SectorSize>,
-    /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings' default-key, else alias/aws/ebs].
+    /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings'
+    /// default-key, else alias/aws/ebs].
     #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
     key: Option<String>,
     /// Of a volume from a snapshot: encrypt what it writes under a data key of its own, and not the

@@ -64,8 +64,8 @@ else needs it.")]
 /// What `volume list` takes.
 #[derive(clap::Args)]
 pub struct ListArgs {
-    /// Only volumes of which this is so: id, name, status, encrypted, snapshot-id, tag-key, or tag:KEY. Of filters with
-    /// one name any must be so, of others all.
+    /// Only volumes of which this is so: id, name, status, encrypted, snapshot-id, tag-key, or tag:KEY. Of
+    /// filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]
     filter: Vec<Filter>,
 }

@@ -26,7 +26,8 @@ To change only the KMS key that wraps the data key, which is done at once, see \
 pub struct RekeyArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
-    /// The KMS key that wraps the new data key, by id, ARN or alias [default: the one that wraps the old one].
+    /// The KMS key that wraps the new data key, by id, ARN or alias [default: the one that
+    /// wraps the old one].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
     #[command(flatten)]
@@ -52,8 +53,8 @@ pub struct FlattenArgs {
 
 #[derive(clap::Args)]
 struct FollowArgs {
-    /// Return when everything is done, and show on a terminal how far it has come. A volume that nobody has attached is
-    /// kept from being attached meanwhile.
+    /// Return when everything is done, and show on a terminal how far it has come. A volume that nobody has
+    /// attached is kept from being attached meanwhile.
     #[arg(long)]
     follow: bool,
     /// With --follow, of a volume that nobody has attached: bytes a second; 0: no limit.
@@ -106,7 +107,8 @@ fn finish(env: &Env, store: &Store, id: VolumeId, following: &FollowArgs, said: 
         (0, layers) if following.follow => format!("everything is in {layers} layers\n"),
         (0, _) => String::new(),
         _ => format!(
-            "what lower layers hold is copied up while it is attached; \"sealblk volume show {id}\" says how far that is\n"
+            "what lower layers hold is copied up while it is attached; \"sealblk volume show {id}\" says how \
+             far that is\n"
         ),
     };
     output::print(&rest).map(drop)

@@ -1,9 +1,9 @@
 //! Secret memory that one process fills and another reads, handed over as a file descriptor.
 //!
 //! The reader creates it, gives the descriptor to a helper it starts, waits for the helper's end and maps it:
-//! so the two never use the bytes at the same time. Pages that are not locked by themselves the reader maps at once, so
-//! that they are locked from the beginning to the end. The descriptor is close-on-exec: giving it to a child
-//! needs an explicit step, and no other child gets it by accident.
+//! so the two never use the bytes at the same time. Pages that are not locked by themselves the reader maps
+//! at once, so that they are locked from the beginning to the end. The descriptor is close-on-exec: giving it
+//! to a child needs an explicit step, and no other child gets it by accident.
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::crypt::secret_mem::pages::Pages;
@@ -22,14 +22,14 @@ pub struct SecretFd {
     fd: OwnedFd,
     len: usize,
     kind: SecretKind,
-    /// The maker's mapping where it is what locks the pages, which must not lapse when a helper's mapping goes. Wiped
-    /// with this.
+    /// The maker's mapping where it is what locks the pages, which must not lapse when a helper's
+    /// mapping goes. Wiped with this.
     locked: Option<SecretMem>,
 }
 
 impl SecretFd {
-    /// A file of `len` zero bytes, 1..=[`crate::crypt::secret_mem::MAX_LEN`]: of `memfd_secret` where the kernel has it, else a
-    /// sealed `memfd_create`.
+    /// A file of `len` zero bytes, 1..=[`crate::crypt::secret_mem::MAX_LEN`]: of `memfd_secret` where the
+    /// kernel has it, else a sealed `memfd_create`.
     ///
     /// # Errors
     /// `Usage` for a bad length; the kernel's error where no memory file can be made.

@@ -1,10 +1,11 @@
 //! Pages that hold keys: locked, out of core dumps, not shared with forked children, between guard pages, and
 //! wiped before they are given back.
 //!
-//! [`SecretMem`] is such memory as bytes, [`SecretBytes`] a key of a fixed length, [`Secret`] a value inside it,
-//! [`SecretFd`] a way to hand it from one process to another. The kernel's own `memfd_secret` is used where it is switched on (it also takes the
-//! pages out of the kernel's direct map, so that neither `/proc/PID/mem` nor a debugger reads them); elsewhere
-//! ordinary pages with `mlock`. It must not know what a key is for.
+//! [`SecretMem`] is such memory as bytes, [`SecretBytes`] a key of a fixed length, [`Secret`] a value
+//! inside it, [`SecretFd`] a way to hand it from one process to another. The kernel's own `memfd_secret`
+//! is used where it is switched on (it also takes the pages out of the kernel's direct map, so that
+//! neither `/proc/PID/mem` nor a debugger reads them); elsewhere ordinary pages with `mlock`. It must
+//! not know what a key is for.
 //!
 //! Every owner costs at least one locked page, which counts against `RLIMIT_MEMLOCK` (8 MiB by default for
 //! those who are not root): put what belongs together into one [`Secret`].
@@ -116,8 +117,8 @@ impl SecretMem {
     }
 
     /// Unmaps it without wiping, for the writing side of a [`SecretFd`]: the bytes live on in the file until
-    /// the other side, which wipes, lets go of it. Only for memory that came from [`SecretFd::map`]; any other
-    /// is wiped as at drop.
+    /// the other side, which wipes, lets go of it. Only for memory that came from [`SecretFd::map`]; any
+    /// other is wiped as at drop.
     pub fn hand_over(mut self) {
         self.wipe_at_drop = self.kind == SecretKind::Locked;
     }
@@ -154,8 +155,8 @@ impl<T> Secret<T> {
         let mut mem = SecretMem::new(size_of::<T>())?;
         let slot: *mut T = mem.as_mut_slice().as_mut_ptr().cast();
         on_scrubbed_stack(|| {
-            // SAFETY: `mem` has size_of::<T>() writable bytes that begin a page, so that any alignment up to a
-            // page's holds (asserted above), and nobody else has a pointer to them.
+            // SAFETY: `mem` has size_of::<T>() writable bytes that begin a page, so that any alignment up to
+            // a page's holds (asserted above), and nobody else has a pointer to them.
             unsafe { slot.write(make()) }
         });
         Ok(Secret { mem, value: PhantomData })

@@ -1,12 +1,14 @@
-//! Clearing the CPU's vector registers, in which round keys and tweaks are while a cipher works: the next signal frame,
-//! or the next function that glibc binds lazily (`_dl_runtime_resolve_xsavec`), would carry them into memory.
+//! Clearing the CPU's vector registers, in which round keys and tweaks are while a cipher works: the
+//! next signal frame, or the next function that glibc binds lazily (`_dl_runtime_resolve_xsavec`),
+//! would carry them into memory.
 
 /// Zeroes every vector register of the CPU. On processors that are not known here it does nothing.
 #[inline(never)]
 pub(super) fn clear_vector_registers() {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the CPU has these instructions; they write registers that are declared as clobbered, no memory.
+        // SAFETY: the CPU has these instructions; they write registers that are declared
+        // as clobbered, no memory.
         unsafe { clear_zmm() }
     } else if is_x86_feature_detected!("avx") {
         // SAFETY: as above.

@@ -1,9 +1,9 @@
 //! Leaving nothing of a key on the stack, nor in the vector registers.
 //!
 //! Key expansion and derivation run in other people's code, which keeps round keys and hash states in its
-//! frames and in registers. They are dead when it returns, but still there: the frames are overwritten from here.
-//! The registers are zeroed, because the next signal frame, or the next function that glibc binds lazily
-//! (`_dl_runtime_resolve_xsavec`), would carry them into memory.
+//! frames and in registers. They are dead when it returns, but still there: the frames are overwritten from
+//! here. The registers are zeroed, because the next signal frame, or the next function that glibc binds
+//! lazily (`_dl_runtime_resolve_xsavec`), would carry them into memory.
 
 use crate::crypt::secret_mem::registers::clear_vector_registers;
 

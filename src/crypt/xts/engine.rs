@@ -99,7 +99,8 @@ fn vaes(width: Width, registers: &str, dek: &Dek, unit: SectorSize) -> Result<Bo
 
 fn lacking(engine: &str, what: &str) -> Error {
     let message = format!(
-        "this CPU cannot run the cipher engine {engine} (it needs {what}, VAES and VPCLMULQDQ); use auto or portable"
+        "this CPU cannot run the cipher engine {engine} (it needs {what}, VAES and VPCLMULQDQ); use auto or \
+         portable"
     );
     Error::new(Kind::Unsupported, message)
 }

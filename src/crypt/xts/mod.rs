@@ -26,11 +26,12 @@ pub trait SectorCipher: Send + Sync {
     /// Both have the same length.
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64);
 
-    /// Buffer, or a file's memory, → guest memory. `src` is read exactly once, and nothing is ever read back from
-    /// `dst`. The two have the same length and do not overlap.
+    /// Buffer, or a file's memory, → guest memory. `src` is read exactly once, and nothing is ever read back
+    /// from `dst`. The two have the same length and do not overlap.
     fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64);
 
-    /// Whole data units in place, for the methods below, which have checked that they are; `first` is the first one's.
+    /// Whole data units in place, for the methods below, which have checked that they are;
+    /// `first` is the first one's.
     fn in_place(&self, direction: Direction, data: &mut [u8], first: TweakInput);
 
     /// In place.
@@ -62,8 +63,8 @@ pub enum Direction {
     Decrypt,
 }
 
-/// What is encrypted under the second key to become the tweak of a data unit, as two little-endian halves. From
-/// unit to unit only `low` counts on. Nobody else makes one.
+/// What is encrypted under the second key to become the tweak of a data unit, as two little-endian halves.
+/// From unit to unit only `low` counts on. Nobody else makes one.
 #[derive(Clone, Copy)]
 pub struct TweakInput {
     low: u64,

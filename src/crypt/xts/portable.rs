@@ -23,8 +23,8 @@ const BATCH_BYTES: usize = BATCH_GROUPS * GROUP_BYTES;
 const BATCH_BLOCKS: usize = BATCH_GROUPS * GROUP_BLOCKS;
 /// Units whose initial tweaks are encrypted together.
 const UNITS_AHEAD: usize = 64;
-/// How deep the frames of `aes` go, bytes; it keeps widened round keys there. Optimised they need less than 2 KiB,
-/// in development builds each step moves them once more.
+/// How deep the frames of `aes` go, bytes; it keeps widened round keys there. Optimised they need less than 2
+/// KiB, in development builds each step moves them once more.
 const AES_STACK: usize = if cfg!(debug_assertions) { 16 * 1024 } else { 4096 };
 
 /// The portable engine.
@@ -51,8 +51,8 @@ impl Portable {
         Ok(Portable { keys, unit })
     }
 
-    /// Runs `len` bytes, whole data units, through the cipher: `each` is called for every batch in order, with
-    /// its offset, its length and the batch cipher, and brings the bytes to and from where they live.
+    /// Runs `len` bytes, whole data units, through the cipher: `each` is called for every batch in order,
+    /// with its offset, its length and the batch cipher, and brings the bytes to and from where they live.
     #[inline(always)]
     fn for_each_batch(&self, len: usize, first: TweakInput, mut each: impl FnMut(usize, &mut Batch<'_>)) {
         let mut batch =

@@ -91,8 +91,8 @@ where
         (run.len() == len).then_some(run)
     }
 
-    /// Calls `f` for every run of the first `len` bytes, if every run is whole blocks, so that the cipher can work on it
-    /// directly. Returns whether that is so. `len` is whole blocks.
+    /// Calls `f` for every run of the first `len` bytes, if every run is whole blocks, so that the cipher can
+    /// work on it directly. Returns whether that is so. `len` is whole blocks.
     fn each_of_whole_blocks(
         &self,
         len: usize,
@@ -185,9 +185,9 @@ where
     }
 }
 
-/// Decrypts in place what was written and leaves zeros where nothing was. With 4096-byte blocks a block may be
-/// both: after a power cut, a part of its first write may be there. XTS treats each 16 bytes by themselves, so
-/// the parts that are there decrypt as they would in a whole block.
+/// Decrypts in place what was written and leaves zeros where nothing was. With 4096-byte blocks a block may
+/// be both: after a power cut, a part of its first write may be there. XTS treats each 16 bytes by
+/// themselves, so the parts that are there decrypt as they would in a whole block.
 fn decrypt_with_holes(cipher: &dyn SectorCipher, data: &mut [u8], sector: u64, block: usize) {
     let mut at = 0;
     while at < data.len() {
@@ -227,8 +227,8 @@ pub(super) fn all_there(bytes: &[u8]) -> bool {
     !bytes.chunks_exact(SECTOR).any(is_zero)
 }
 
-/// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight zero
-/// bytes, and quick to say yes, a word at a time.
+/// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight
+/// zero bytes, and quick to say yes, a word at a time.
 pub(crate) fn is_zero(sector: &[u8]) -> bool {
     let (words, _) = sector.as_chunks::<8>();
     let word = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);

@@ -1,5 +1,5 @@
-//! Data in pieces of any shape, against a model that knows only bytes and sectors: ciphertext by the `xts-mode`
-//! crate, guest memory as one array.
+//! Data in pieces of any shape, against a model that knows only bytes and sectors: ciphertext by the
+//! `xts-mode` crate, guest memory as one array.
 
 use super::*;
 use crate::crypt::xts::{Direction, Engine, new_cipher};
@@ -148,7 +148,8 @@ impl Case {
     }
 }
 
-/// Runs of guest memory for `len` bytes and perhaps some more: of odd lengths, of blocks, or a few large ones.
+/// Runs of guest memory for `len` bytes and perhaps some more: of odd lengths, of blocks,
+/// or a few large ones.
 fn scatter(numbers: &mut Numbers, len: usize, block: usize) -> Vec<Segment> {
     let longest = [40, 700, 5000, 0x1_0000][numbers.below(4)];
     let whole_blocks = numbers.below(3) == 0;

@@ -1,7 +1,8 @@
-//! A sink that is a program: run once for each event, which it finds on its standard input as one line of JSON.
+//! A sink that is a program: run once for each event, which it finds on its standard input
+//! as one line of JSON.
 //!
-//! Exit code 0 says that it has taken the event. `SEALBLK_EVENT_ID` holds the event's id, by which it tells an event
-//! that comes again.
+//! Exit code 0 says that it has taken the event. `SEALBLK_EVENT_ID` holds the event's id, by which it tells
+//! an event that comes again.
 
 use crate::events::read::Recorded;
 use nix::sys::signal::{Signal, killpg};

@@ -1,7 +1,7 @@
 //! A sink that is an HTTP endpoint: one POST an event, whose body is the event's JSON.
 //!
-//! Any 2xx says that it has taken the event. `Idempotency-Key` holds the event's id, by which it tells an event that
-//! comes again. Redirects are not followed.
+//! Any 2xx says that it has taken the event. `Idempotency-Key` holds the event's id, by which it tells an
+//! event that comes again. Redirects are not followed.
 
 use crate::events::read::Recorded;
 use http_body_util::Full;

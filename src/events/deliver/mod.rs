@@ -1,7 +1,9 @@
-//! Delivering events to the sinks of the settings: each event at least once, in order, for as long as it takes.
+//! Delivering events to the sinks of the settings: each event at least once, in order, for
+//! as long as it takes.
 //!
-//! The spool is `events.jsonl` itself, with a position for each sink: whoever makes an event writes one line and goes on,
-//! whatever becomes of the sinks. A sink that does not take an event gets no other before; one does not hold up another.
+//! The spool is `events.jsonl` itself, with a position for each sink: whoever makes an event writes one line
+//! and goes on, whatever becomes of the sinks. A sink that does not take an event gets no other before; one
+//! does not hold up another.
 
 mod command;
 mod http;
@@ -32,8 +34,8 @@ pub struct Outcome {
     pub result: Result<()>,
 }
 
-/// Delivers what is there to each sink, all at once; the first failure ends it for that sink. Sinks that are new begin
-/// with the first event, or with what happens from now on.
+/// Delivers what is there to each sink, all at once; the first failure ends it for that sink. Sinks that are
+/// new begin with the first event, or with what happens from now on.
 pub fn deliver_once(root: &Root, sinks: &[Sink], new_from_now: bool) -> Vec<Outcome> {
     each(sinks, |sink, delivered| {
         let position = Position::acquire(root, &sink.name)?;

@@ -1,7 +1,7 @@
 //! How far a sink has been served: `<root>/event-sinks/<name>.json`, replaced after each event.
 //!
-//! It says where in `events.jsonl` the last delivered event begins, and that event's id, so that a log that was replaced
-//! meanwhile is not read from the middle.
+//! It says where in `events.jsonl` the last delivered event begins, and that event's id, so that a log that
+//! was replaced meanwhile is not read from the middle.
 
 use crate::base::root::{Root, create_dir_durable, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
@@ -53,8 +53,8 @@ impl Position {
         Ok(Position { path: folder.join(format!("{name}.json")), _lock: lock })
     }
 
-    /// A reader of what has not been delivered. A new sink's begins with the first event, or behind the last one,
-    /// if it shall have only what happens from now on.
+    /// A reader of what has not been delivered. A new sink's begins with the first event, or behind the last
+    /// one, if it shall have only what happens from now on.
     pub(super) fn reader(&self, root: &Root, new_from_now: bool) -> Result<EventReader> {
         let Some(written) = self.read()? else {
             let mut reader = EventReader::new(root);

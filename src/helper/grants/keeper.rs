@@ -1,10 +1,10 @@
 //! The keeper: a helper process that makes an attach's grants and retires them when the attach is over.
 //!
-//! It never sees a data key. The host process sends one line that says which keys it will use, and gets one line with the
-//! grants' tokens. Then the keeper waits. Another line says which keys the volume still needs, and is answered when the grants
-//! on others are retired. An empty one means the end of the attach, and is answered when all are; the socket's end means the
-//! same where nobody is left to answer. So it needs nothing of the host process, which is confined by then, and may be
-//! killed.
+//! It never sees a data key. The host process sends one line that says which keys it will use, and gets one
+//! line with the grants' tokens. Then the keeper waits. Another line says which keys the volume still needs,
+//! and is answered when the grants on others are retired. An empty one means the end of the attach, and is
+//! answered when all are; the socket's end means the same where nobody is left to answer. So it needs nothing
+//! of the host process, which is confined by then, and may be killed.
 
 use crate::base::hardened::harden;
 use crate::base::root::Root;
@@ -68,8 +68,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Has the grants made for an attach of the volume, where the settings want them. Whoever calls it has the volume, and
-    /// is `alone`, or is to have it next.
+    /// Has the grants made for an attach of the volume, where the settings want them. Whoever calls it has
+    /// the volume, and is `alone`, or is to have it next.
     ///
     /// # Errors
     /// The KMS's refusal, or what went wrong on the way to it.
@@ -183,7 +183,8 @@ pub fn keep(root: &Root) -> Result<()> {
     let old = if order.alone { Notes::of(root)?.of_volume(order.volume)? } else { Vec::new() };
     let mut made = Vec::new();
     let granted = grant_all(root, &order, &old, &mut made);
-    // The terminal's and the service manager's signals are for the host process; its end is what ends this one.
+    // The terminal's and the service manager's signals are for the host process; its end
+    // is what ends this one.
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
     signals.thread_block().context(|| "block signals")?;
     helper::outlive_parent()?;
@@ -222,8 +223,8 @@ pub fn keep(root: &Root) -> Result<()> {
     }
 }
 
-/// Retires grants that are not needed any more, until an empty line or the end of the socket; returns whether there was such a
-/// line.
+/// Retires grants that are not needed any more, until an empty line or the end of the socket; returns
+/// whether there was such a line.
 fn keep_until_the_end(
     root: &Root,
     socket: &UnixStream,

@@ -1,12 +1,13 @@
 //! Grants of attached volumes: each attach has its own, good for its volume's context alone, and ends it.
 //!
-//! The [`keeper`] process makes the grant before the key is unwrapped and retires it when the host process lets go of
-//! its socket, however that comes about. What is being made is noted on disk first ([`notes`]), so that whatever a power
-//! cut or a KMS out of reach leaves behind is retired by the next attach of the volume, or by `sealblk gc`.
+//! The [`keeper`] process makes the grant before the key is unwrapped and retires it when the host process
+//! lets go of its socket, however that comes about. What is being made is noted on disk first ([`notes`]),
+//! so that whatever a power cut or a KMS out of reach leaves behind is retired by the next attach of the
+//! volume, or by `sealblk gc`.
 //!
-//! A grant is only ever made for the attach that is under way, for the principal that the settings name. The notes lie
-//! beside the KMS's root key: whoever can write the store, which lies with the ciphertext, could otherwise have a grant
-//! made for himself, or another one's retired.
+//! A grant is only ever made for the attach that is under way, for the principal that the settings name. The
+//! notes lie beside the KMS's root key: whoever can write the store, which lies with the ciphertext, could
+//! otherwise have a grant made for himself, or another one's retired.
 
 pub mod keeper;
 pub mod notes;
@@ -33,7 +34,8 @@ const SETTLING: Duration = Duration::from_secs(10 * 60);
 /// Retires what a note is about, and removes the note. A grant that is gone already is as good.
 ///
 /// # Errors
-/// The KMS's; `Busy` for a grant that the KMS does not know and may know in a few minutes. The note stays then.
+/// The KMS's; `Busy` for a grant that the KMS does not know and may know in a few minutes.
+/// The note stays then.
 pub fn retire(root: &Root, note: &Note) -> Result<()> {
     let patience = notes::patience(root, RETIRING);
     let provider = kms::open_patient_provider(harden()?, root, &note.provider, Some(patience))?;
@@ -50,7 +52,8 @@ pub fn retire(root: &Root, note: &Note) -> Result<()> {
     settle(root, note, retired)
 }
 
-/// The grant of a note. Where nobody knows whether it was made, the KMS is asked: a grant is never made to find it.
+/// The grant of a note. Where nobody knows whether it was made, the KMS is asked: a grant
+/// is never made to find it.
 fn find(provider: &dyn KeyProvider, note: &Note) -> Result<Option<Grant>, KmsError> {
     let grant = |id: String| Grant { key_id: note.key_id.clone(), id, token: None };
     if let Some(id) = &note.grant {
@@ -82,8 +85,8 @@ fn settle(root: &Root, note: &Note, retired: Result<(), KmsError>) -> Result<()>
 /// # Errors
 /// Those of the file system. A note that cannot be read is logged and left where it is.
 pub fn stale(catalog: &Catalog) -> Result<Vec<Note>> {
-    // The notes first, then who has the volumes: an attach holds its volume from before it notes until after it has
-    // ended, so that whose volume is free by now has ended.
+    // The notes first, then who has the volumes: an attach holds its volume from before it notes until after
+    // it has ended, so that whose volume is free by now has ended.
     let mut stale = Notes::of(catalog.root())?.list()?;
     let mut problem = Ok(());
     stale.retain(|note| match catalog.held(note.volume) {

@@ -1,5 +1,6 @@
-//! What is noted of grants, in `grants/` in the configuration folder, a file each: written before the grant is made,
-//! removed once it is retired. Not under the store's root: what lies there is whoever's who can write the ciphertext.
+//! What is noted of grants, in `grants/` in the configuration folder, a file each: written before the
+//! grant is made, removed once it is retired. Not under the store's root: what lies there is whoever's who
+//! can write the ciphertext.
 //!
 //! Earlier versions kept their notes in `<root>/grants/`. Those are never read ([`warn_of_old`]).
 
@@ -145,9 +146,9 @@ pub fn old(root: &Root) -> Result<Vec<PathBuf>> {
 pub fn warn_of_old(root: &Root) {
     if old(root).is_ok_and(|found| !found.is_empty()) {
         log::warn!(
-            "{}: notes of grants are not read there any more, since whoever can write the store could have written \
-             them; \"sealblk gc\" removes them. Grants that an earlier version left are called sealblk/vol-...: look for \
-             them at the KMS (\"aws kms list-retirable-grants\")",
+            "{}: notes of grants are not read there any more, since whoever can write the store could have \
+             written them; \"sealblk gc\" removes them. Grants that an earlier version left are called \
+             sealblk/vol-...: look for them at the KMS (\"aws kms list-retirable-grants\")",
             root.grants().display()
         );
     }

@@ -1,8 +1,10 @@
-//! Wrapping the data keys of a volume anew: under another KMS key, or under the newest version of the same one.
+//! Wrapping the data keys of a volume anew: under another KMS key, or under the newest
+//! version of the same one.
 //!
-//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it: it must unwrap, and to the
-//! volume's data key. Only then is `volume.json` replaced, by whoever has the volume: this process if nobody has it
-//! attached, else its host process. Until that one replacement the old wrapped key is there, afterwards the new one.
+//! A helper process asks the KMS and proves the new wrapped key before anybody relies on it: it must unwrap,
+//! and to the volume's data key. Only then is `volume.json` replaced, by whoever has the volume: this
+//! process if nobody has it attached, else its host process. Until that one replacement the old wrapped key
+//! is there, afterwards the new one.
 //!
 //! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
 
@@ -143,8 +145,8 @@ impl Job<'_> {
             .map_err(|e| e.with_advice_of(self.to.name(), self.key))
     }
 
-    /// Fails unless the new wrapped key unwraps to the data key whose check value is `check`; without one, to what the old
-    /// one unwraps to.
+    /// Fails unless the new wrapped key unwraps to the data key whose check value is `check`; without one, to
+    /// what the old one unwraps to.
     fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<()> {
         let attempt =
             || format!("the new wrapped key, by {}, does not unwrap; the old one stays in place", new.key_id);
@@ -161,13 +163,13 @@ impl Job<'_> {
         if same {
             return Ok(());
         }
-        let message = "the wrapped data key unwraps to another key than the one the volume was written with; it \
-                       belongs to another volume or was replaced; nothing was changed";
+        let message = "the wrapped data key unwraps to another key than the one the volume was written with; \
+                       it belongs to another volume or was replaced; nothing was changed";
         Err(Error::new(Kind::Corrupt, message))
     }
 
-    /// Of two keys of one KMS. If one is in a state in which it does nothing, the refusal does not say which: the KMS is
-    /// asked.
+    /// Of two keys of one KMS. If one is in a state in which it does nothing, the refusal does not say
+    /// which: the KMS is asked.
     fn refused(&self, e: KmsError) -> Error {
         let old = &self.old.key_id;
         let is_state = matches!(e, KmsError::Disabled(_) | KmsError::PendingDeletion(_));

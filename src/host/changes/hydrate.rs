@@ -1,12 +1,13 @@
-//! Hydration in the host process: while the volume is attached, a thread copies up what its leaving layers hold, and then
-//! takes them out of its chain.
+//! Hydration in the host process: while the volume is attached, a thread copies up what its leaving layers
+//! hold, and then takes them out of its chain.
 //!
-//! It begins whenever this process serves a volume that is marked for it, and is stopped before anything else changes the
-//! volume's layers, and before the volume is let go of. There is at most one job at a time. Whatever goes wrong in it is
-//! reported and tried again, and never is the guest's affair.
+//! It begins whenever this process serves a volume that is marked for it, and is stopped before anything else
+//! changes the volume's layers, and before the volume is let go of. There is at most one job at a time.
+//! Whatever goes wrong in it is reported and tried again, and never is the guest's affair.
 //!
-//! What is left when the layers have left the chain is their files: this process, which is confined, reaches none but those
-//! in its volume's folder. They are removed by whoever comes next ([`crate::catalog::leaving`]).
+//! What is left when the layers have left the chain is their files: this process, which is confined, reaches
+//! none but those in its volume's folder. They are removed by whoever comes next
+//! ([`crate::catalog::leaving`]).
 
 use super::switch;
 use crate::base::root::files;
@@ -28,8 +29,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long after a freeze layers stay in the chain: whoever makes the snapshot notes it by then, which takes that its
-/// volume still names them.
+/// How long after a freeze layers stay in the chain: whoever makes the snapshot notes it by then, which takes
+/// that its volume still names them.
 const GRACE: Duration = Duration::from_secs(5);
 /// How long to wait after a failure: at first, and at most.
 const RETRY: Duration = Duration::from_secs(1);
@@ -75,7 +76,8 @@ impl Hydrator {
         Hydrator { record, ..self }
     }
 
-    /// Begins, if there is something to be copied up; none is at it. After a freeze, layers stay a moment longer.
+    /// Begins, if there is something to be copied up; none is at it. After a freeze,
+    /// layers stay a moment longer.
     pub(crate) fn begin(&self, state: &State, frozen: bool) {
         if frozen {
             *self.stay_until() = Some(Instant::now() + GRACE);
@@ -109,8 +111,8 @@ impl Hydrator {
         Ok(())
     }
 
-    /// Ends what is going on, which is to be begun anew. Nothing is copied any more when this returns, and nobody has the
-    /// disk.
+    /// Ends what is going on, which is to be begun anew. Nothing is copied any more when this returns,
+    /// and nobody has the disk.
     pub(crate) fn stop(&self) {
         let current = self.current().take();
         if let Some(current) = current {
@@ -207,9 +209,9 @@ impl Record {
         }
     }
 
-    /// Everything was copied up: the layers leave, unless the job is another's meanwhile. The queues are paused while
-    /// `volume.json` is replaced. As long as it names the lower layers, a hole in the top would let their old data show
-    /// through; once it does not, the queues may make holes.
+    /// Everything was copied up: the layers leave, unless the job is another's meanwhile. The queues are
+    /// paused while `volume.json` is replaced. As long as it names the lower layers, a hole in the top would
+    /// let their old data show through; once it does not, the queues may make holes.
     fn finish_hydration(&self, job: &Arc<Job>) -> Option<Result<()>> {
         let mut guard = self.state();
         let state = guard.as_mut().filter(|_| self.hydrator.is_current(job))?;
@@ -334,8 +336,9 @@ impl Job {
         result
     }
 
-    /// The thread: copies everything, and then has `finish` done, not before `until`; as often as it takes. `finish`
-    /// returns nothing if there is nothing to finish any more. `failed` is told of each reason for another try once.
+    /// The thread: copies everything, and then has `finish` done, not before `until`; as often as it
+    /// takes. `finish` returns nothing if there is nothing to finish any more. `failed` is told of each
+    /// reason for another try once.
     fn work(&self, until: Instant, finish: impl Fn() -> Option<Result<()>>, failed: impl Fn(&str)) {
         let (mut pause, mut reported, mut is_complete) = (RETRY, String::new(), false);
         loop {

@@ -1,15 +1,18 @@
 //! What is changed of a volume while it is attached, without its guest noticing more than slowness.
 //!
-//! Every change of the layers goes the same way ([`Record::change`], [`switch`]), and its order is why nothing is lost:
+//! Every change of the layers goes the same way ([`Record::change`], [`switch`]), and its
+//! order is why nothing is lost:
 //!
 //! 1. hydration stops: what is being copied goes into a layer that the change may freeze or drop;
 //! 2. whatever takes time is made ready, and may still fail, while the guest goes on;
 //! 3. the queues are **paused**: nothing is in flight, so what was acknowledged is in the layers;
-//! 4. every queue **prepares**: it opens the layers to come, so that nothing can fail any more but the record;
+//! 4. every queue **prepares**: it opens the layers to come, so that nothing can fail any
+//!    more but the record;
 //! 5. the record is **committed**: `volume.json` is replaced, which is the moment;
 //! 6. the queues **resume** with the new layers, and hydration begins again.
 //!
-//! Whatever fails before the commit, the queues go on as they were, and what was made for the change is removed.
+//! Whatever fails before the commit, the queues go on as they were, and what was made for
+//! the change is removed.
 
 pub mod hydrate;
 mod rekey;
@@ -32,8 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 enum Leaving {
     /// At once.
     AtOnce,
-    /// A moment later: the command that makes a snapshot writes its record by then, which takes that the volume still
-    /// names the snapshot's layers.
+    /// A moment later: the command that makes a snapshot writes its record by then, which takes that the
+    /// volume still names the snapshot's layers.
     AfterSnapshot,
 }
 
@@ -41,7 +44,8 @@ impl Record {
     /// Has a served volume changed by `change`, while nothing of it is hydrated.
     ///
     /// # Errors
-    /// `NotFound` if the volume was detached, or handed over; `Busy` if it is attached read-only; what `change` says.
+    /// `NotFound` if the volume was detached, or handed over; `Busy` if it is attached
+    /// read-only; what `change` says.
     fn change<T>(&self, leaving: Leaving, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
@@ -63,12 +67,13 @@ fn check_writable(state: &State) -> Result<()> {
     }
 }
 
-/// Has the queues go on with other layers. `next` makes those layers, and the disk over them, of the disk that stands still;
-/// `commit` replaces the record. Returns what `commit` does, and how long the queues stood still.
+/// Has the queues go on with other layers. `next` makes those layers, and the disk over them, of
+/// the disk that stands still; `commit` replaces the record. Returns what `commit` does, and how
+/// long the queues stood still.
 ///
 /// # Errors
-/// What kept the queues from standing still or from opening the layers; what `next` and `commit` say. The queues go on as they
-/// were.
+/// What kept the queues from standing still or from opening the layers; what `next` and `commit` say. The
+/// queues go on as they were.
 fn switch<T>(
     state: &mut State,
     next: impl FnOnce(&Arc<Disk>, &State) -> Result<(Disk, Vec<Layer>)>,

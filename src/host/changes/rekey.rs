@@ -1,9 +1,9 @@
-//! Another data key for an attached volume, and its chain of layers made one: what changes at once. The copying that follows
-//! is [`super::hydrate`]'s.
+//! Another data key for an attached volume, and its chain of layers made one: what changes at once. The
+//! copying that follows is [`super::hydrate`]'s.
 //!
-//! The command that asks has had the KMS make the new data key, and a helper unwrap it and mask it under the data key that
-//! the volume has, which whoever else listens on the control socket does not have; here it arrives in secret memory, by a
-//! descriptor, and goes into memory that is this process's alone.
+//! The command that asks has had the KMS make the new data key, and a helper unwrap it and mask it under the
+//! data key that the volume has, which whoever else listens on the control socket does not have; here it
+//! arrives in secret memory, by a descriptor, and goes into memory that is this process's alone.
 
 use super::top::NewTop;
 use super::{Leaving, check_writable, switch};
@@ -24,11 +24,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Record {
-    /// Gives the volume a new top layer under the data key in `secret`, and begins to hydrate it from what is below. Returns
-    /// how long the queues stood still. Whatever fails, the volume goes on as if nothing had been.
+    /// Gives the volume a new top layer under the data key in `secret`, and begins to hydrate it
+    /// from what is below. Returns how long the queues stood still. Whatever fails, the volume goes
+    /// on as if nothing had been.
     ///
     /// # Errors
-    /// `Usage` for a volume without encryption, or a key that is none; as [`Record::change`] and [`Record::freeze_top`].
+    /// `Usage` for a volume without encryption, or a key that is none; as [`Record::change`]
+    /// and [`Record::freeze_top`].
     pub fn rekey(
         &self,
         engine: Engine,
@@ -49,7 +51,8 @@ impl Record {
         })
     }
 
-    /// The new data key, which only a process can read that has the volume's present one. What it came in is wiped.
+    /// The new data key, which only a process can read that has the volume's present one.
+    /// What it came in is wiped.
     fn take_new_key(&self, secret: SecretFd, new: &NewKey, layer: LayerId, state: &State) -> Result<Dek> {
         let kept = self.hydrator.keyring().of(&state.metadata)?;
         let present = state.metadata.top().key.and_then(|n| kept.get(n));
@@ -110,8 +113,8 @@ impl Record {
         })
     }
 
-    /// Whether there is anything below the top, if nothing is to be changed for that: because there is nothing, or because it
-    /// is marked already.
+    /// Whether there is anything below the top, if nothing is to be changed for that: because there is
+    /// nothing, or because it is marked already.
     fn is_being_flattened(&self) -> Result<Option<bool>> {
         let state = self.state();
         let state = state.as_ref().ok_or_else(gone)?;

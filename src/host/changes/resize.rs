@@ -1,5 +1,5 @@
-//! An attached volume is made larger: the top layer's file grows while the guest goes on, and the queues are paused only to
-//! go on with a disk of the new size.
+//! An attached volume is made larger: the top layer's file grows while the guest goes on, and the queues are
+//! paused only to go on with a disk of the new size.
 
 use super::{Leaving, switch};
 use crate::base::{Context, Result};
@@ -11,8 +11,9 @@ use crate::volume::layers::{self, Layer};
 use std::sync::Arc;
 
 impl Record {
-    /// Makes the volume `size` bytes large. When this returns, `volume.json` says so, durably, and requests are judged by
-    /// it; the device's configuration is still to show it. Whatever fails, the volume goes on as if nothing had been.
+    /// Makes the volume `size` bytes large. When this returns, `volume.json` says so, durably, and
+    /// requests are judged by it; the device's configuration is still to show it. Whatever fails, the
+    /// volume goes on as if nothing had been.
     ///
     /// # Errors
     /// As [`Growth::begin`], [`Record::change`] and [`switch`].

@@ -1,5 +1,5 @@
-//! A snapshot of an attached volume: its top layer is frozen, and the queues go on with a new one. The command that asked for
-//! it writes the snapshot's record.
+//! A snapshot of an attached volume: its top layer is frozen, and the queues go on with a new one. The
+//! command that asked for it writes the snapshot's record.
 
 use super::Leaving;
 use super::top::NewTop;
@@ -13,8 +13,8 @@ use crate::host::state::{Record, State};
 use crate::volume::layers::mask;
 
 impl Record {
-    /// Makes a snapshot, step by step as the client says. Whatever fails before the commit, the volume goes on as if
-    /// nothing had been.
+    /// Makes a snapshot, step by step as the client says. Whatever fails before the commit, the volume goes
+    /// on as if nothing had been.
     ///
     /// # Errors
     /// As [`Record::change`] and [`Record::freeze_top`].

@@ -1,7 +1,7 @@
 //! A new top layer for an attached volume: a snapshot and a new data key both take one.
 //!
-//! The process that serves the volume is confined, and makes files in its own volume's folder alone: it makes the layer
-//! there, and the command that asked links that to where layers lie.
+//! The process that serves the volume is confined, and makes files in its own volume's folder alone: it makes
+//! the layer there, and the command that asked links that to where layers lie.
 
 use super::{PATIENCE, switch};
 use crate::base::root::files;
@@ -34,11 +34,12 @@ pub(super) struct NewTop<C> {
 }
 
 impl Record {
-    /// Freezes the volume's top, and has the queues go on with a new one above it. `commit` replaces the record. Returns what
-    /// `commit` does, and how long the queues stood still.
+    /// Freezes the volume's top, and has the queues go on with a new one above it. `commit` replaces the
+    /// record. Returns what `commit` does, and how long the queues stood still.
     ///
     /// # Errors
-    /// What keeps the layer from being made, linked or opened; as [`switch`]. The volume goes on with the top that it had.
+    /// What keeps the layer from being made, linked or opened; as [`switch`]. The volume goes on
+    /// with the top that it had.
     pub(super) fn freeze_top<T>(
         &self,
         state: &mut State,
@@ -73,8 +74,8 @@ impl Record {
     }
 }
 
-/// Makes the new layer, has the client link it, opens it, and brings most of what is not on disk yet there, so that the pause
-/// is short. Returns whether the client wants to be asked before the commit.
+/// Makes the new layer, has the client link it, opens it, and brings most of what is not on disk yet there,
+/// so that the pause is short. Returns whether the client wants to be asked before the commit.
 fn open(
     catalog: &Catalog,
     state: &State,
@@ -104,7 +105,8 @@ fn is_linked(own: &Path, layer: &Path) -> Result<()> {
     }
 }
 
-/// The layers with `top` above what was the top, which is synced and from here on only read; and the disk over them.
+/// The layers with `top` above what was the top, which is synced and from here on only
+/// read; and the disk over them.
 fn above(disk: &Arc<Disk>, state: &State, top: Layer, leaving: usize) -> Result<(Disk, Vec<Layer>)> {
     disk.flush().context(|| "sync the top layer")?;
     let old_top = state.layers.first().ok_or_else(gone)?;

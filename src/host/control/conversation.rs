@@ -7,15 +7,15 @@
 //! | `commit`, if it held them | freezes the old top, lets the queues go on with the new one, answers `frozen` |
 //! | compares the snapshot's record with what it knew before, and writes it | |
 //!
-//! The client chooses every name: the host process reads what its guest and its VMM say, and may be anybody's by now. What
-//! it says afterwards is a proposal that is compared with what was asked for, and what the client clears away is what the
-//! client has made.
+//! The client chooses every name: the host process reads what its guest and its VMM say, and may be anybody's
+//! by now. What it says afterwards is a proposal that is compared with what was asked for, and what the
+//! client clears away is what the client has made.
 //!
 //! Until the freeze, whatever fails on either side, or is not said in time, undoes everything.
 //!
-//! Another data key is given to a volume in the same way: with `rekey` come the wrapped key, and the data key itself in secret
-//! memory, as a descriptor; the host process takes it, and the rest is as above, but that the answer is `rekeyed` and no record is
-//! written.
+//! Another data key is given to a volume in the same way: with `rekey` come the wrapped key, and the data key
+//! itself in secret memory, as a descriptor; the host process takes it, and the rest is as above, but that
+//! the answer is `rekeyed` and no record is written.
 
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::rekey::NewKey;
@@ -74,7 +74,8 @@ impl<'a> Conversation<'a> {
         Ok(Conversation { client })
     }
 
-    /// Has the client bring the new layer, which is made, to where it belongs, and returns whether it wants the queues held.
+    /// Has the client bring the new layer, which is made, to where it belongs, and returns whether
+    /// it wants the queues held.
     ///
     /// # Errors
     /// If it says anything else, or nothing in time.
@@ -105,7 +106,8 @@ impl<'a> Conversation<'a> {
     }
 }
 
-/// The client's side: a snapshot that is being made of an attached volume. Dropped before the commit, it is none.
+/// The client's side: a snapshot that is being made of an attached volume. Dropped before
+/// the commit, it is none.
 pub struct Freezing<'a> {
     client: UnixStream,
     /// The volume as it was known before its host process was asked for anything.
@@ -161,8 +163,8 @@ impl<'a> Freezing<'a> {
         Ok(wire::say(&self.client, &step)?)
     }
 
-    /// The snapshot, whose record is still to be [written](crate::catalog::freeze::note), and how long the volume's queues
-    /// stood still.
+    /// The snapshot, whose record is still to be [written](crate::catalog::freeze::note), and how long the
+    /// volume's queues stood still.
     ///
     /// # Errors
     /// `Corrupt` for a record that is not the one that was asked for, naming what differs.
@@ -179,9 +181,9 @@ impl<'a> Freezing<'a> {
     }
 }
 
-/// The client's side of giving an attached volume another data key, which lies in `dek`, [passed](crate::crypt::PassKey::pass)
-/// to whoever has the present one: gone from there afterwards, whoever has it. `layer` is what the new top is called. Returns
-/// how long its queues stood still.
+/// The client's side of giving an attached volume another data key, which lies in `dek`,
+/// [passed](crate::crypt::PassKey::pass) to whoever has the present one: gone from there afterwards, whoever
+/// has it. `layer` is what the new top is called. Returns how long its queues stood still.
 ///
 /// # Errors
 /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.

@@ -1,7 +1,8 @@
 //! The control socket of an attached volume, in the volume's folder, which only its owner can enter.
 //!
-//! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when everything is
-//! over, so that whoever asked knows. Here is what is said, and the clients' side; [`Control`] is the host process's.
+//! A client sends one line of JSON and gets one back. The connection of a `detach` is answered when
+//! everything is over, so that whoever asked knows. Here is what is said, and the clients' side;
+//! [`Control`] is the host process's.
 
 pub mod conversation;
 mod peer;
@@ -30,7 +31,8 @@ use std::time::Duration;
 const FILE: &str = "control.sock";
 /// Its name while another process has the volume, and this one waits for it.
 const INCOMING_FILE: &str = "incoming.sock";
-/// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and 50 tags in any script.
+/// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and
+/// 50 tags in any script.
 const MAX_LINE: usize = 1 << 20;
 /// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -116,7 +118,8 @@ pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Resul
     ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
 }
 
-/// Has the process that has `volume` attached copy up everything below the top. Returns whether there is anything.
+/// Has the process that has `volume` attached copy up everything below the top. Returns
+/// whether there is anything.
 pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
     let expected = catalog.expect(volume, |now| now.to_flatten().unwrap_or_else(|| now.clone()))?;
     match ask(catalog, volume, &Request::Flatten {}, None)? {
@@ -125,8 +128,8 @@ pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
     }
 }
 
-/// Has the process that has `volume` attached note how a data key is wrapped now. When this returns, `volume.json`
-/// says so, durably.
+/// Has the process that has `volume` attached note how a data key is wrapped now. When this returns,
+/// `volume.json` says so, durably.
 pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()> {
     let rewrapped = |now: &Metadata| {
         let mut next = now.clone();
@@ -138,8 +141,8 @@ pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()>
     expected.settle().map(drop)
 }
 
-/// Has the process that has `volume` attached make it `size` bytes large, and returns whether the guest's VMM knows.
-/// When this returns, `volume.json` says so, durably.
+/// Has the process that has `volume` attached make it `size` bytes large, and returns whether the guest's VMM
+/// knows. When this returns, `volume.json` says so, durably.
 pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
     let expected = catalog.expect(volume, |now| now.resized(size))?;
     match ask(catalog, volume, &Request::Resize { size }, None)? {

@@ -1,10 +1,11 @@
-//! Who answers on a volume's control socket: the process that has the volume, or somebody who has put a socket there.
+//! Who answers on a volume's control socket: the process that has the volume, or somebody
+//! who has put a socket there.
 //!
-//! What the kernel says of the peer is compared with what can be known: its user is one of those whose a store may be, and
-//! it holds the volume's lock, as far as this process may look (`/proc/PID/fdinfo`, which is root's for a process that is
-//! not dumpable). Who passes is believed nothing for it: a process that holds the lock may have been broken into. A data
-//! key goes to nobody on the strength of this; that takes the data key that the volume has
-//! ([`crate::crypt::Dek::pass`]).
+//! What the kernel says of the peer is compared with what can be known: its user is one of those whose a
+//! store may be, and it holds the volume's lock, as far as this process may look (`/proc/PID/fdinfo`, which
+//! is root's for a process that is not dumpable). Who passes is believed nothing for it: a process that holds
+//! the lock may have been broken into. A data key goes to nobody on the strength of this; that takes the data
+//! key that the volume has ([`crate::crypt::Dek::pass`]).
 
 use crate::base::root::owners::Owners;
 use crate::base::{Error, Kind, Result};
@@ -22,8 +23,8 @@ pub(super) fn check(client: &UnixStream, catalog: &Catalog, volume: VolumeId) ->
     let peer = getsockopt(client, sockopt::PeerCredentials)?;
     let refused = |why: &str| {
         let message = format!(
-            "process {} of user {} answers on the control socket of {volume}, and {why}: it is told nothing; look what it is, \
-             and remove the socket {}",
+            "process {} of user {} answers on the control socket of {volume}, and {why}: it is told nothing; \
+             look what it is, and remove the socket {}",
             peer.pid(),
             peer.uid(),
             socket(catalog, volume).display()
@@ -45,8 +46,8 @@ fn socket(catalog: &Catalog, volume: VolumeId) -> PathBuf {
     catalog.folder(volume).join(crate::host::control::FILE)
 }
 
-/// Whether the process of this id has the lock that says who has a volume; `None` if this process may not know: the peer is
-/// another user's, or in a namespace where it has no id.
+/// Whether the process of this id has the lock that says who has a volume; `None` if this process may not
+/// know: the peer is another user's, or in a namespace where it has no id.
 fn holds_lock(pid: i32, file: &std::path::Path) -> Option<bool> {
     if pid <= 0 {
         return None;
@@ -65,8 +66,8 @@ fn holds_lock(pid: i32, file: &std::path::Path) -> Option<bool> {
     Some(false)
 }
 
-/// Whether a line of `fdinfo` is of the lock on the file with this inode that says who has the volume, and not of the one
-/// that says who is to have it next (proc_pid_fdinfo(5), proc_locks(5)).
+/// Whether a line of `fdinfo` is of the lock on the file with this inode that says who has the volume, and
+/// not of the one that says who is to have it next (proc_pid_fdinfo(5), proc_locks(5)).
 fn is_holders(line: &str, inode: u64) -> bool {
     let words: Vec<&str> = line.split_whitespace().collect();
     let ["lock:", _, "OFDLCK", _, "WRITE", _, file, "0", _] = words[..] else { return false };

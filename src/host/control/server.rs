@@ -1,5 +1,5 @@
-//! The host process's end of the control socket: one thread that waits for all clients at once, so that none that
-//! is slow, silent or stuck keeps another waiting.
+//! The host process's end of the control socket: one thread that waits for all clients at once, so that none
+//! that is slow, silent or stuck keeps another waiting.
 
 use crate::base::root::files;
 use crate::base::sync::Locked;
@@ -37,8 +37,8 @@ pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
 /// Makes a snapshot, in turns with the client.
 pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
 
-/// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns with the
-/// client; returns how long the queues stood still.
+/// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns
+/// with the client; returns how long the queues stood still.
 pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
@@ -77,8 +77,8 @@ pub struct Control {
 pub struct Name(Mutex<Option<SocketName>>);
 
 impl Name {
-    /// Gives the socket the name under which clients look for the process that has the volume. This takes the name from
-    /// the process that had the volume before; only signals reach that one from then on.
+    /// Gives the socket the name under which clients look for the process that has the volume. This takes the
+    /// name from the process that had the volume before; only signals reach that one from then on.
     pub fn become_holders(&self) {
         if let Some(name) = &mut *self.lock()
             && let Err(e) = name.rename(FILE)
@@ -134,12 +134,12 @@ impl Bound {
 }
 
 impl Control {
-    /// Listens in `folder`. Only while the process has one thread. With `incoming`, clients find somebody else there as
-    /// yet.
+    /// Listens in `folder`. Only while the process has one thread. With `incoming`, clients find
+    /// somebody else there as yet.
     pub fn bind(folder: &Path, incoming: bool) -> Result<Bound> {
         let file = if incoming { INCOMING_FILE } else { FILE };
-        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen from the folder it is
-        // short.
+        // The path of a socket is at most 107 bytes long; the store's may be longer. Seen
+        // from the folder it is short.
         let (listener, name) = files::inside(folder, || socket::listen(Path::new(file)))?;
         listener.set_nonblocking(true)?;
         let name = Arc::new(Name(Mutex::new(Some(name.moved_to(folder)))));
@@ -337,7 +337,8 @@ impl Caller {
     }
 }
 
-/// Answers a client. One that has gone does not want to know, and a line fits into the socket of one that has not.
+/// Answers a client. One that has gone does not want to know, and a line fits into the
+/// socket of one that has not.
 fn tell(client: &UnixStream, answer: &Answer) {
     if let Err(e) = wire::say(client, answer) {
         log::debug!("a control client is not told: {e}");

@@ -71,8 +71,8 @@ fn http_client(trusted: TlsContext) -> SharedHttpClient {
     plain_http::refuse_elsewhere(client)
 }
 
-/// Whose certificates are believed: those of the file that `AWS_CA_BUNDLE` names, as AWS's other tools have it, else the
-/// platform's roots (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others).
+/// Whose certificates are believed: those of the file that `AWS_CA_BUNDLE` names, as AWS's other tools have
+/// it, else the platform's roots (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others).
 ///
 /// # Errors
 /// Validation for a file without usable certificates.
@@ -97,7 +97,8 @@ fn trusted() -> Result<TlsContext, KmsError> {
     TlsContext::builder().with_trust_store(store).build().map_err(|e| unusable(&e))
 }
 
-/// The scheme and host of the last request: only the SDK knows what it makes of environment, profile and region.
+/// The scheme and host of the last request: only the SDK knows what it makes of
+/// environment, profile and region.
 #[derive(Clone, Debug, Default)]
 struct Seen(Arc<Mutex<Option<String>>>);
 

@@ -38,7 +38,8 @@ where
     }
 }
 
-/// Whether it failed on the way, and not because nobody could say where to go: no endpoint fits what is configured.
+/// Whether it failed on the way, and not because nobody could say where to go: no endpoint
+/// fits what is configured.
 fn is_networks<E>(error: &SdkError<E>) -> bool
 where
     E: Error + 'static,
@@ -63,14 +64,14 @@ fn foreign(endpoint: &str, status: u16) -> KmsError {
     )
 }
 
-/// What is wrong with this host's credentials, if that is what is wrong. What may pass (an instance's metadata service
-/// that does not answer) is Transport.
+/// What is wrong with this host's credentials, if that is what is wrong. What may pass (an instance's
+/// metadata service that does not answer) is Transport.
 fn credentials(error: &(dyn Error + 'static)) -> Option<KmsError> {
     let problem = chain(error).find_map(|e| e.downcast_ref::<CredentialsError>())?;
     Some(match problem {
         CredentialsError::CredentialsNotLoaded(_) => KmsError::AccessDenied(
-            "there are no AWS credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give \
-             this machine a role (docs/kms.md)"
+            "there are no AWS credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, \
+             or give this machine a role (docs/kms.md)"
                 .into(),
         ),
         CredentialsError::InvalidConfiguration(_) => {

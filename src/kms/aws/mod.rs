@@ -1,9 +1,10 @@
-//! AWS KMS, and whatever speaks its protocol, by the AWS SDK: for the command line and the helper processes, never for a
-//! host process, which has no network.
+//! AWS KMS, and whatever speaks its protocol, by the AWS SDK: for the command line and the helper processes,
+//! never for a host process, which has no network.
 //!
-//! Credentials, profiles, instance and container roles, web identity, endpoints and FIPS are the SDK's affair and work as
-//! everywhere (`AWS_PROFILE`, `AWS_ENDPOINT_URL_KMS`, `AWS_USE_FIPS_ENDPOINT`, …). Retries are our own ([`Patience`]), so
-//! that whoever waits is told why. A key's ARN decides the region; other names need the environment's.
+//! Credentials, profiles, instance and container roles, web identity, endpoints and FIPS are the SDK's
+//! affair and work as everywhere (`AWS_PROFILE`, `AWS_ENDPOINT_URL_KMS`, `AWS_USE_FIPS_ENDPOINT`, …).
+//! Retries are our own ([`Patience`]), so that whoever waits is told why. A key's ARN decides the region;
+//! other names need the environment's.
 //!
 //! The SDK's `Blob` prints its bytes: none is ever formatted here, and a plaintext leaves its own at once.
 
@@ -89,8 +90,8 @@ impl Aws {
         })
     }
 
-    /// An invalid state says of no key which one it is in: each of `keys` is asked, until one is in a state that explains it.
-    /// Once, whatever the patience: this is for better advice.
+    /// An invalid state says of no key which one it is in: each of `keys` is asked, until one is in a state
+    /// that explains it. Once, whatever the patience: this is for better advice.
     fn in_state_of(&self, keys: &[&str], mut e: KmsError) -> KmsError {
         for key in keys {
             if let KmsError::InvalidState(_) = e
@@ -165,7 +166,8 @@ impl Aws {
 impl Drop for Aws {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // A name that is still being resolved does not keep us waiting; all tasks and connections end here.
+            // A name that is still being resolved does not keep us waiting; all tasks and
+            // connections end here.
             runtime.shutdown_background();
         }
     }
@@ -240,7 +242,8 @@ impl KeyProvider for Aws {
         self::wrapped(answer.key_id, answer.ciphertext_blob)
     }
 
-    /// Encrypt. The SDK keeps copies of the data key that nobody can wipe: only for processes that wipe what they free.
+    /// Encrypt. The SDK keeps copies of the data key that nobody can wipe: only for processes
+    /// that wipe what they free.
     fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
         let answer = self.call(key, |kms| {
             kms.encrypt()

@@ -1,7 +1,8 @@
-//! Nothing is sent in the clear to another machine: neither a request, nor what would be answered, a data key among it.
+//! Nothing is sent in the clear to another machine: neither a request, nor what would be
+//! answered, a data key among it.
 //!
-//! It stands between the SDK and the network, so that it sees whom every request goes to, whichever of environment,
-//! profile and settings has said so: the KMS, and whoever gives credentials.
+//! It stands between the SDK and the network, so that it sees whom every request goes to, whichever of
+//! environment, profile and settings has said so: the KMS, and whoever gives credentials.
 
 use aws_sdk_kms::config::{RuntimeComponents, SharedHttpClient};
 use aws_smithy_runtime_api::client::http::{
@@ -12,8 +13,8 @@ use aws_smithy_runtime_api::client::result::ConnectorError;
 use hyper::Uri;
 use std::net::IpAddr;
 
-/// Where a machine of AWS's asks for its own credentials. These services speak HTTP alone, and no packet to them leaves
-/// the machine's link; a KMS is not there, so only the methods are let through that they know.
+/// Where a machine of AWS's asks for its own credentials. These services speak HTTP alone, and no packet to
+/// them leaves the machine's link; a KMS is not there, so only the methods are let through that they know.
 const CREDENTIAL_SERVICES: &[&str] =
     &["169.254.169.254", "169.254.170.2", "169.254.170.23", "fd00:ec2::254", "fd00:ec2::23"];
 
@@ -25,8 +26,8 @@ pub(super) fn refuse_elsewhere(http: SharedHttpClient) -> SharedHttpClient {
 /// What is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0} is another machine, and without TLS whoever is on the way reads the data key: name an https:// address (\"sealblk \
-     kms serve\" has --tls-cert), or one on this machine that leads there by a tunnel"
+    "{0} is another machine, and without TLS whoever is on the way reads the data key: name an https:// \
+     address (\"sealblk kms serve\" has --tls-cert), or one on this machine that leads there by a tunnel"
 )]
 pub(super) struct InTheClear(String);
 

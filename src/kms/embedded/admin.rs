@@ -77,8 +77,8 @@ pub struct NewKey<'a> {
 }
 
 impl Embedded {
-    /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store if this is
-    /// the first key.
+    /// CreateKey: a new enabled key, and its alias if one is wanted, both or neither. Makes the store
+    /// if this is the first key.
     pub fn create_key(&self, description: &str, alias: Option<&str>) -> Result<KeyMetadata, KmsError> {
         self.create(&NewKey { description, alias, ..NewKey::default() })
     }
@@ -227,8 +227,8 @@ impl Embedded {
         self.log.read(|log| Ok(log.state().aliases().map(metadata).collect()))
     }
 
-    /// Does what the passing of time asks for: deletes the keys whose waiting window is over, material included, as
-    /// far as the clocks can be believed, and rotates what is due.
+    /// Does what the passing of time asks for: deletes the keys whose waiting window is over, material
+    /// included, as far as the clocks can be believed, and rotates what is due.
     ///
     /// Called whenever the KMS is opened, and when an operation sees that something is due.
     pub fn purge(&self) -> Result<(), KmsError> {
@@ -342,8 +342,8 @@ fn check_description(description: &str) -> Result<(), KmsError> {
         return Ok(());
     }
     Err(KmsError::Validation(format!(
-        "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have length \
-         less than or equal to {DESCRIPTION_MAX}"
+        "1 validation error detected: Value at 'description' failed to satisfy constraint: Member must have \
+         length less than or equal to {DESCRIPTION_MAX}"
     )))
 }
 
@@ -351,7 +351,8 @@ fn check_description(description: &str) -> Result<(), KmsError> {
 fn check_alias(name: &str) -> Result<(), KmsError> {
     let constraint = |what: &str| {
         Err(KmsError::Validation(format!(
-            "1 validation error detected: Value '{name}' at 'aliasName' failed to satisfy constraint: Member must {what}"
+            "1 validation error detected: Value '{name}' at 'aliasName' failed to satisfy constraint: Member \
+             must {what}"
         )))
     };
     if !name.starts_with(ALIAS_PREFIX) {

@@ -1,8 +1,9 @@
-//! The anchor: `<config>/kms-<store id>.head`, the place in the log's chain up to which changes were answered.
+//! The anchor: `<config>/kms-<store id>.head`, the place in the log's chain up to which
+//! changes were answered.
 //!
-//! The log alone cannot show that its end was cut off or that an older copy was put in its place, and the last
-//! record may be the one that disabled a key. The anchor lies beside the root key, out of reach of whoever can
-//! write the store's folder only.
+//! The log alone cannot show that its end was cut off or that an older copy was put in its place, and the
+//! last record may be the one that disabled a key. The anchor lies beside the root key, out of reach of
+//! whoever can write the store's folder only.
 
 use crate::base::root::{files, replace_file};
 use crate::kms::KmsError;
@@ -44,7 +45,8 @@ pub fn read(config: &Path, store: Uuid, keys: &LogKeys) -> Result<Option<Positio
     };
     let position = parse(&bytes, keys).ok_or_else(|| {
         KmsError::Corrupt(format!(
-            "{} is damaged or of another store; put it back from a backup, or remove it to accept the store as it is",
+            "{} is damaged or of another store; put it back from a backup, or remove it to accept the store \
+             as it is",
             path.display()
         ))
     })?;

@@ -1,8 +1,9 @@
-//! The KMS's records in the audit log: every use of a key, and every change of keys and of what is known of them.
+//! The KMS's records in the audit log: every use of a key, and every change of keys and of
+//! what is known of them.
 //!
-//! A record is durable before what was done is answered: no plaintext leaves the KMS that the log does not know of.
-//! What only shows keys is recorded when it is asked over the wire; of the store's owner, who can read the files
-//! as they lie, it is not.
+//! A record is durable before what was done is answered: no plaintext leaves the KMS that the log does not
+//! know of. What only shows keys is recorded when it is asked over the wire; of the store's owner, who can
+//! read the files as they lie, it is not.
 
 use crate::audit::{AuditKey, Entry};
 use crate::kms::embedded::Embedded;
@@ -214,7 +215,7 @@ impl Due {
 
 fn not_recorded(operation: &str, e: &KmsError) -> KmsError {
     KmsError::Internal(format!(
-        "{operation} is not answered, since it could not be recorded in the audit log: {e}. A change that was asked for \
-         may have been made: look at the key before you try again"
+        "{operation} is not answered, since it could not be recorded in the audit log: {e}. A change that \
+         was asked for may have been made: look at the key before you try again"
     ))
 }

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
-/// A point in time by two clocks: the wall clock, which anybody may set, and the time since boot, which only runs.
+/// A point in time by two clocks: the wall clock, which anybody may set, and the time
+/// since boot, which only runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Moment {

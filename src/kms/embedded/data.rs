@@ -68,8 +68,8 @@ impl Embedded {
             let (relation, bound) =
                 if plaintext.is_empty() { ("greater", 1) } else { ("less", PLAINTEXT_MAX) };
             return Err(KmsError::Validation(format!(
-                "1 validation error detected: Value at 'plaintext' failed to satisfy constraint: Member must have \
-                 length {relation} than or equal to {bound}"
+                "1 validation error detected: Value at 'plaintext' failed to satisfy constraint: Member must \
+                 have length {relation} than or equal to {bound}"
             )));
         }
         self.make_default_key_for(key)?;
@@ -162,8 +162,8 @@ impl Embedded {
         Ok(Sealed { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), blob })
     }
 
-    /// Answers in AWS's order: the blob's form, the key that was asked for, the key in the blob, its state, and only
-    /// then whether the blob is authentic.
+    /// Answers in AWS's order: the blob's form, the key that was asked for, the key in the blob, its state,
+    /// and only then whether the blob is authentic.
     fn unseal(
         &self,
         log: &OpenLog,
@@ -247,7 +247,8 @@ impl KeyProvider for Embedded {
         Ok(self.encrypt(key, data_key, context)?.into())
     }
 
-    /// Whoever opens the store is its owner, who needs no grants: there is a grantee only where the settings name one.
+    /// Whoever opens the store is its owner, who needs no grants: there is a grantee only
+    /// where the settings name one.
     fn capabilities(&self) -> Capabilities {
         Capabilities { grantee: self.grantee.clone() }
     }
@@ -302,8 +303,8 @@ impl From<Sealed> for WrappedKey {
 /// What is answered about a key that a ciphertext names and that is not there.
 pub(in crate::kms) fn unknown_key() -> KmsError {
     KmsError::AccessDenied(
-        "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or you \
-         are not allowed to access."
+        "The ciphertext refers to a customer master key that does not exist, does not exist in this region, \
+         or you are not allowed to access."
             .into(),
     )
 }

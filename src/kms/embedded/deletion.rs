@@ -1,12 +1,13 @@
 //! When the waiting window of a key that is to be deleted has really passed.
 //!
-//! Pure. Deleting too late costs nothing, since the key cannot be used while it waits; deleting too early costs
-//! everything that it wraps. So a wall clock that says the window is over is believed only with a second witness:
+//! Pure. Deleting too late costs nothing, since the key cannot be used while it waits; deleting too
+//! early costs everything that it wraps. So a wall clock that says the window is over is believed
+//! only with a second witness:
 //!
-//! - in the boot in which the deletion was asked for: the time since boot, which nobody can set, must have advanced
-//!   by the window too;
-//! - after a reboot: the wall clock must still say so a day after it was first seen to say so; a day of running
-//!   time if there was no reboot meanwhile.
+//! - in the boot in which the deletion was asked for: the time since boot, which nobody can set, must have
+//!   advanced by the window too;
+//! - after a reboot: the wall clock must still say so a day after it was first seen to say so; a day of
+//!   running time if there was no reboot meanwhile.
 
 use crate::kms::embedded::clock::Moment;
 use crate::kms::embedded::records::Deletion;

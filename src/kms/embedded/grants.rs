@@ -1,6 +1,7 @@
 //! Grants: what somebody who may do nothing may do with one key, and under which contexts.
 //!
-//! A grant holds as soon as CreateGrant has answered, so its token is needed for nothing but to name the grant.
+//! A grant holds as soon as CreateGrant has answered, so its token is needed for nothing
+//! but to name the grant.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
@@ -198,8 +199,8 @@ impl Embedded {
         }
         if tokens.len() > TOKENS_MAX {
             return Err(KmsError::Validation(format!(
-                "1 validation error detected: Value at 'grantTokens' failed to satisfy constraint: Member must have \
-                 length less than or equal to {TOKENS_MAX}"
+                "1 validation error detected: Value at 'grantTokens' failed to satisfy constraint: Member \
+                 must have length less than or equal to {TOKENS_MAX}"
             )));
         }
         self.log.read(|log| tokens.iter().try_for_each(|token| read_token(log.keys(), token).map(drop)))

@@ -1,10 +1,11 @@
 //! Keys whose material comes from outside: origin EXTERNAL.
 //!
-//! GetParametersForImport makes an RSA key for one import. Nothing is stored for it: the import token *is* the
-//! private key, sealed under the store key together with the KMS key's id and the moment it expires at.
+//! GetParametersForImport makes an RSA key for one import. Nothing is stored for it: the import token *is*
+//! the private key, sealed under the store key together with the KMS key's id and the moment it expires at.
 //!
-//! RSA's private operation is the one secret computation here that a caller can time. The caller has to be allowed
-//! to import, the RSA key is of no use except for one KMS key and one day, and the operation is blinded.
+//! RSA's private operation is the one secret computation here that a caller can time. The caller
+//! has to be allowed to import, the RSA key is of no use except for one KMS key and one day, and
+//! the operation is blinded.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;

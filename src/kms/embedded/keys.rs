@@ -77,7 +77,8 @@ impl LogKeys {
         &self.audit
     }
 
-    /// HMAC-SHA-256 of `label`, a zero byte and the parts. Only the last part may vary in length for one label.
+    /// HMAC-SHA-256 of `label`, a zero byte and the parts. Only the last part may vary in
+    /// length for one label.
     pub fn mac(&self, label: &str, parts: &[&[u8]]) -> [u8; 32] {
         let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(self.mac.as_array())
             .expect("HMAC takes a key of any length");

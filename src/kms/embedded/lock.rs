@@ -1,7 +1,7 @@
 //! The lock between the processes that use one store: `kms/lock`, never replaced, never written.
 //!
-//! Byte 1 is the store: shared to read, exclusive to change. Byte 0 is a turnstile that everybody passes first,
-//! and where a writer stays: without it readers that overlap could keep a writer out for ever.
+//! Byte 1 is the store: shared to read, exclusive to change. Byte 0 is a turnstile that everybody passes
+//! first, and where a writer stays: without it readers that overlap could keep a writer out for ever.
 
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;

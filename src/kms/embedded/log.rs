@@ -1,6 +1,7 @@
 //! The log's bytes: the header and the chain of records.
 //!
-//! Pure: it sees byte slices and the store's keys, no file. docs/kms-store.md describes the format byte by byte.
+//! Pure: it sees byte slices and the store's keys, no file. docs/kms-store.md describes
+//! the format byte by byte.
 
 use crate::kms::KmsError;
 use crate::kms::embedded::keys::{LogKeys, same};
@@ -113,12 +114,12 @@ pub fn encode_record(before: &Position, body: &[u8], keys: &LogKeys) -> (Vec<u8>
     (bytes, Position { seq, chain })
 }
 
-/// Reads the record after `before` at the beginning of `bytes`, which stand at `offset` of the file and reach its
-/// end. Corrupt if it is neither whole, nor absent, nor torn.
+/// Reads the record after `before` at the beginning of `bytes`, which stand at `offset` of the file and reach
+/// its end. Corrupt if it is neither whole, nor absent, nor torn.
 ///
-/// Torn is only what a write that was never finished leaves: bytes that stop short, or of which a sector of 512 bytes
-/// is zero, whichever that is, since a disk keeps no order. A head has a MAC of its own, so that a changed length is not
-/// mistaken for a record that stops short.
+/// Torn is only what a write that was never finished leaves: bytes that stop short, or of which a sector of
+/// 512 bytes is zero, whichever that is, since a disk keeps no order. A head has a MAC of its own, so that a
+/// changed length is not mistaken for a record that stops short.
 pub fn next_record<'a>(
     before: &Position,
     bytes: &'a [u8],
@@ -134,7 +135,8 @@ pub fn next_record<'a>(
     let damaged = |what: &str| {
         let seq = before.seq + 1;
         Err(KmsError::Corrupt(format!(
-            "record {seq} of the KMS store is damaged ({what} does not match); restore the store from a backup"
+            "record {seq} of the KMS store is damaged ({what} does not match); restore the store from a \
+             backup"
         )))
     };
     let (head, rest) = bytes.split_at(HEAD_LEN);
@@ -162,8 +164,8 @@ pub fn next_record<'a>(
     Ok(Next::Record { body: &record[HEAD_LEN..], after, len: HEAD_LEN + len + MAC_LEN })
 }
 
-/// Whether what a sector holds of `bytes`, which stand at `offset` and reach the file's end, is all zero: the file was
-/// made longer by a write, and its data did not reach the disk there.
+/// Whether what a sector holds of `bytes`, which stand at `offset` and reach the file's end, is all zero: the
+/// file was made longer by a write, and its data did not reach the disk there.
 fn has_unwritten_sector(bytes: &[u8], offset: u64) -> bool {
     let first = (SECTOR - offset as usize % SECTOR).min(bytes.len());
     let zero = |part: &[u8]| !part.is_empty() && part.iter().all(|&b| b == 0);

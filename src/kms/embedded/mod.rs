@@ -1,8 +1,8 @@
 //! The embedded KMS: keys, aliases and data keys in a folder of the store's, with AWS KMS's rules and words.
 //!
-//! It knows nothing of volumes but an encryption context, and no network. Any number of processes use one store at
-//! once; each operation sees every change that was answered before it began. docs/kms-store.md describes the
-//! files byte by byte.
+//! It knows nothing of volumes but an encryption context, and no network. Any number of processes use one
+//! store at once; each operation sees every change that was answered before it began. docs/kms-store.md
+//! describes the files byte by byte.
 
 pub mod admin;
 pub mod anchor;
@@ -54,9 +54,11 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// The KMS of the store at `root`, in the region and account of its settings. The first key makes its folder, and its root key in [`Root::config_dir`].
+    /// The KMS of the store at `root`, in the region and account of its settings. The first key makes its
+    /// folder, and its root key in [`Root::config_dir`].
     ///
-    /// Keys whose waiting window is over are deleted now; if that cannot be done, it is logged and left to the next.
+    /// Keys whose waiting window is over are deleted now; if that cannot be done, it is
+    /// logged and left to the next.
     pub fn open(root: &Root, hardened: Hardened) -> Result<Self, KmsError> {
         let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
@@ -68,8 +70,8 @@ impl Embedded {
         Ok(kms)
     }
 
-    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its audit log lies
-    /// beside `dir`.
+    /// The KMS in the folder `dir`, with its root key in `config`, which must not lie with the data. Its
+    /// audit log lies beside `dir`.
     pub fn at(dir: PathBuf, config: PathBuf, clock: Box<dyn Clock>, hardened: Hardened) -> Self {
         Self::in_place(dir, config, clock, Locality::default(), hardened)
     }
@@ -97,7 +99,8 @@ impl Embedded {
         kms
     }
 
-    /// Makes the store now, with its root key under a passphrase if there is one. The first key makes it otherwise.
+    /// Makes the store now, with its root key under a passphrase if there is one. The
+    /// first key makes it otherwise.
     ///
     /// # Errors
     /// `AlreadyExists` if there is one.
@@ -105,7 +108,8 @@ impl Embedded {
         match self.log.create(passphrase)? {
             true => Ok(()),
             false => Err(KmsError::AlreadyExists(format!(
-                "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is kept",
+                "there is a KMS store in {} already; \"sealblk kms passphrase\" changes how its root key is \
+                 kept",
                 self.log.dir().display()
             ))),
         }
@@ -116,7 +120,8 @@ impl Embedded {
         if self.log.exists()? { self.log.read(|_| Ok(())) } else { Ok(()) }
     }
 
-    /// Puts the root key under another passphrase, or under none; returns where it lies. Nothing that it opens changes.
+    /// Puts the root key under another passphrase, or under none; returns where it lies.
+    /// Nothing that it opens changes.
     pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         self.log.protect_root_key(passphrase)
     }
@@ -128,8 +133,8 @@ impl Embedded {
 
     /// Asks the store, after what the passing of time asks for has been done.
     ///
-    /// Where that cannot be written down (a read-only disk), the answer is still the one of now: what must not
-    /// be used any more is refused by its state.
+    /// Where that cannot be written down (a read-only disk), the answer is still the one of now: what must
+    /// not be used any more is refused by its state.
     fn current<T>(&self, f: impl Fn(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
         let now = self.log.now();
         let answer = self.log.read(|log| if due::is_due(log, &now) { Ok(None) } else { f(log).map(Some) })?;

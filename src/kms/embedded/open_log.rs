@@ -38,7 +38,8 @@ pub struct OpenLog {
 }
 
 impl OpenLog {
-    /// Opens the log at `path`, fetches its root key from `config` and reads it all; `None` if there is no log.
+    /// Opens the log at `path`, fetches its root key from `config` and reads it all;
+    /// `None` if there is no log.
     pub fn load(path: &Path, config: &Path, hardened: Hardened) -> Result<Option<Self>, KmsError> {
         let file = match files::open(path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -49,7 +50,8 @@ impl OpenLog {
         let keys = LogKeys::derive(&root_key::load(config, header.store, hardened)?, header.store)?;
         if !Header::is_authentic(&start, &keys) {
             return Err(KmsError::Corrupt(format!(
-                "{}: the root key {} is not the one this store was made with, or the store's header is damaged",
+                "{}: the root key {} is not the one this store was made with, or the store's header is \
+                 damaged",
                 path.display(),
                 root_key::path(config, header.store).display()
             )));
@@ -130,8 +132,8 @@ impl OpenLog {
         self.chains.last().map_or(self.header.base, |chain| Position { seq, chain: *chain })
     }
 
-    /// Compares the log with the anchor in `config`; returns whether the log is ahead of it. Corrupt if the log
-    /// lacks what was answered.
+    /// Compares the log with the anchor in `config`; returns whether the log is ahead of it. Corrupt if the
+    /// log lacks what was answered.
     pub fn is_ahead_of_anchor(&self, config: &Path) -> Result<bool, KmsError> {
         let Some(anchor) = anchor::read(config, self.header.store, &self.keys)? else {
             return Ok(true);
@@ -154,9 +156,9 @@ impl OpenLog {
 
     fn older_than(&self, anchor: &Position, position: &Position, config: &Path) -> KmsError {
         KmsError::Corrupt(format!(
-            "{}: the KMS store was cut short, or an older copy was put in its place: it ends at record {}, but record \
-             {} was answered. If you restored a backup on purpose, remove {} to accept the older store (keys that \
-             were disabled since are enabled again)",
+            "{}: the KMS store was cut short, or an older copy was put in its place: it ends at record {}, \
+             but record {} was answered. If you restored a backup on purpose, remove {} to accept the older \
+             store (keys that were disabled since are enabled again)",
             self.path.display(),
             position.seq,
             anchor.seq,
@@ -195,7 +197,8 @@ impl OpenLog {
         Ok(())
     }
 
-    /// Appends a record, durable when this returns. On failure the log is as before, or ends in a torn record.
+    /// Appends a record, durable when this returns. On failure the log is as before, or
+    /// ends in a torn record.
     pub fn append(&mut self, transaction: Transaction) -> Result<(), KmsError> {
         let body = transaction.encode()?;
         if body.len() > BODY_MAX {
@@ -212,8 +215,8 @@ impl OpenLog {
         Ok(())
     }
 
-    /// Whether the log is due to be rewritten: because it holds material of deleted keys, or because most of its
-    /// records are outdated.
+    /// Whether the log is due to be rewritten: because it holds material of deleted keys, or because most of
+    /// its records are outdated.
     pub fn wants_rewriting(&self) -> bool {
         self.state.holds_deleted() || self.chains.len() > 1000 + 4 * self.state.len()
     }

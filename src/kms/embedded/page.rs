@@ -1,7 +1,7 @@
 //! Long lists in pieces: Limit, Marker, NextMarker, Truncated.
 //!
-//! Pure. A marker names the last item that was shown, so that what is made or removed meanwhile neither repeats nor
-//! hides an item that was there all the time.
+//! Pure. A marker names the last item that was shown, so that what is made or removed meanwhile neither
+//! repeats nor hides an item that was there all the time.
 
 use crate::kms::errors::out_of_range;
 use crate::kms::{Exception, KmsError};
@@ -33,7 +33,8 @@ pub struct Page<T> {
 }
 
 impl Piece {
-    /// Cuts the piece out of a list that is sorted by `name`, with at most `default` items where no limit is asked for.
+    /// Cuts the piece out of a list that is sorted by `name`, with at most `default` items
+    /// where no limit is asked for.
     pub fn of<T>(
         &self,
         all: impl IntoIterator<Item = T>,

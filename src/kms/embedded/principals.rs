@@ -1,8 +1,8 @@
 //! Principals: who may ask the KMS over the wire, and what they may do.
 //!
-//! The store's own user, who reads root key and log, is not a principal: the command line may do everything. A
-//! principal is the root principal, an administrator, who may do everything too, or one who may do what grants let
-//! him do.
+//! The store's own user, who reads root key and log, is not a principal: the command line may do
+//! everything. A principal is the root principal, an administrator, who may do everything too, or one who
+//! may do what grants let him do.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
@@ -54,8 +54,8 @@ impl Embedded {
         Caller { arn: self.place.root_arn(), admin: true }
     }
 
-    /// Makes a principal and its access key; the secret is shown this once. `root` is the root principal, who is
-    /// always an administrator. Makes the store if there is none.
+    /// Makes a principal and its access key; the secret is shown this once. `root` is the root principal, who
+    /// is always an administrator. Makes the store if there is none.
     pub fn create_principal(
         &self,
         name: &str,
@@ -93,8 +93,8 @@ impl Embedded {
         self.log.read(|log| Ok(log.state().principals().map(|p| self.principal_metadata(p)).collect()))
     }
 
-    /// Gives a principal a second access key, so that the first can be replaced wherever it is used before it is
-    /// deleted; the secret is shown this once.
+    /// Gives a principal a second access key, so that the first can be replaced wherever it is used before it
+    /// is deleted; the secret is shown this once.
     pub fn create_access_key(&self, name: &str) -> Result<(String, SecretKey), KmsError> {
         let made = self.log.write(|log, now| {
             let mut entry = existing(log.state(), name)?.clone();
@@ -112,8 +112,8 @@ impl Embedded {
         self.record(Call::new("CreateAccessKey").with("name", name).answering("accessKeyId", id), made)
     }
 
-    /// Takes one of its two access keys from a principal. No request with it that begins after this has answered
-    /// succeeds.
+    /// Takes one of its two access keys from a principal. No request with it that begins after
+    /// this has answered succeeds.
     pub fn delete_access_key(&self, name: &str, access_key: &str) -> Result<(), KmsError> {
         let deleted = self.log.write(|log, _| {
             let mut entry = existing(log.state(), name)?.clone();
@@ -124,7 +124,8 @@ impl Embedded {
                 }
                 None if entry.access_key == access_key => {
                     let message = format!(
-                        "{access_key} is the only access key of {name}: make another first, or delete the principal"
+                        "{access_key} is the only access key of {name}: make another first, or delete the \
+                         principal"
                     );
                     return Err(KmsError::Validation(message));
                 }
@@ -176,8 +177,8 @@ impl Embedded {
         if caller.admin { Ok(()) } else { Err(denied(caller, action, resource)) }
     }
 
-    /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a grant.
-    /// Returns the key's ARN, so that what was allowed and what is done are about one key.
+    /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a
+    /// grant. Returns the key's ARN, so that what was allowed and what is done are about one key.
     pub fn check_allowed(
         &self,
         caller: &Caller,
@@ -230,8 +231,8 @@ fn existing<'a>(state: &'a State, name: &str) -> Result<&'a PrincipalEntry, KmsE
 /// AccessDeniedException for `action` on `resource`.
 pub(super) fn denied(caller: &Caller, action: &str, resource: &str) -> KmsError {
     KmsError::AccessDenied(format!(
-        "User: {} is not authorized to perform: kms:{action} on resource: {resource} because no grant allows the \
-         kms:{action} action",
+        "User: {} is not authorized to perform: kms:{action} on resource: {resource} because no grant allows \
+         the kms:{action} action",
         caller.arn
     ))
 }

@@ -1,8 +1,9 @@
 //! What the log's records say: the JSON of a record's body.
 //!
-//! Pure. A body is a transaction: a time and the changes made at once. Each change states the whole new value of
-//! one thing, so that replaying is an upsert and a compacted log is the list of what lives. New kinds of things
-//! (grants, principals, policies) are new kinds of changes; a version that does not know one refuses the log.
+//! Pure. A body is a transaction: a time and the changes made at once. Each change states the whole new
+//! value of one thing, so that replaying is an upsert and a compacted log is the list of what lives.
+//! New kinds of things (grants, principals, policies) are new kinds of changes; a version that does not
+//! know one refuses the log.
 
 use crate::kms::KmsError;
 use crate::kms::embedded::clock::Moment;
@@ -226,7 +227,8 @@ impl Transaction {
     pub fn decode(seq: u64, body: &[u8]) -> Result<Self, KmsError> {
         let newer = |why: &str| {
             KmsError::Corrupt(format!(
-                "record {seq} of the KMS store was made by a newer version of sealblk ({why}); use that version"
+                "record {seq} of the KMS store was made by a newer version of sealblk ({why}); use that \
+                 version"
             ))
         };
         let transaction: Transaction = serde_json::from_slice(body).map_err(|e| newer(&e.to_string()))?;

@@ -1,5 +1,5 @@
-//! Rotation: new material for a key, by its period or on demand. Old versions stay, so that what they have encrypted
-//! can be read.
+//! Rotation: new material for a key, by its period or on demand. Old versions stay, so that what they
+//! have encrypted can be read.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
@@ -48,7 +48,8 @@ impl Rotation {
         Rotation { days, next: now + i64::from(days) * DAY }
     }
 
-    /// Whether the day has come. A next time that lies further away than a period was set by a clock that was wrong.
+    /// Whether the day has come. A next time that lies further away than a period was set
+    /// by a clock that was wrong.
     pub fn is_due(&self, now: i64) -> bool {
         now >= self.next || self.next - now > 2 * i64::from(self.days) * DAY
     }

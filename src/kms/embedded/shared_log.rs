@@ -1,8 +1,8 @@
-//! The log of one embedded KMS, which any number of processes share: who may read or change it when, and what makes a
-//! change durable.
+//! The log of one embedded KMS, which any number of processes share: who may read or change it when, and
+//! what makes a change durable.
 //!
-//! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md argues each
-//! crash point.
+//! A change is answered only after its record is on disk and the anchor names it. docs/kms-store.md
+//! argues each crash point.
 
 use crate::base::hardened::Hardened;
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
@@ -75,8 +75,9 @@ impl SharedLog {
         })
     }
 
-    /// Changes the store: `f` sees its state, while nobody else uses it, and returns what changes. Durable when this
-    /// returns. After an error nothing has changed, or the change was made and could not be answered.
+    /// Changes the store: `f` sees its state, while nobody else uses it, and returns what
+    /// changes. Durable when this returns. After an error nothing has changed, or the change was
+    /// made and could not be answered.
     pub(super) fn write<T>(
         &self,
         f: impl FnOnce(&OpenLog, &Now) -> Result<(Vec<Change>, T), KmsError>,
@@ -129,7 +130,8 @@ impl SharedLog {
         self.create(None).map(drop)
     }
 
-    /// Makes the store, if there is none, with a new root key under a passphrase. Returns whether there was none.
+    /// Makes the store, if there is none, with a new root key under a passphrase. Returns
+    /// whether there was none.
     pub(super) fn create(&self, passphrase: Option<&Passphrase>) -> Result<bool, KmsError> {
         if self.exists()? {
             return Ok(false);
@@ -151,7 +153,8 @@ impl SharedLog {
         Ok(true)
     }
 
-    /// Puts the root key under another passphrase, or under none; returns where it lies. The store stays as it is.
+    /// Puts the root key under another passphrase, or under none; returns where it lies.
+    /// The store stays as it is.
     pub(super) fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         let mut cached = self.cached();
         if !self.exists()? {
@@ -216,7 +219,8 @@ impl SharedLog {
 
     fn absent(&self) -> KmsError {
         KmsError::NotFound(format!(
-            "there is no KMS store in {}: the first key makes one; if there was one, restore the folder from a backup",
+            "there is no KMS store in {}: the first key makes one; if there was one, restore the folder from \
+             a backup",
             self.dir.display()
         ))
     }

@@ -1,5 +1,5 @@
-//! Tags and policies: what is written down about a key. Neither decides who may do what; policies are checked for
-//! their form only.
+//! Tags and policies: what is written down about a key. Neither decides who may do what; policies are
+//! checked for their form only.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
@@ -108,8 +108,8 @@ fn check_count(tags: &BTreeMap<String, String>) -> Result<(), KmsError> {
 fn check_tag(name: &str, value: &str) -> Result<(), KmsError> {
     let length = |text: &str, field: &str, relation: &str| {
         Err(KmsError::Validation(format!(
-            "1 validation error detected: Value '{text}' at '{field}' failed to satisfy constraint: Member must have \
-             length {relation}"
+            "1 validation error detected: Value '{text}' at '{field}' failed to satisfy constraint: Member \
+             must have length {relation}"
         )))
     };
     if name.is_empty() {

@@ -1,6 +1,7 @@
 //! Connections and requests: what may arrive, how much of it, and for how long.
 //!
-//! hyper reads and writes HTTP/1; this bounds it. An answer of AWS's form goes to everything that is HTTP at all.
+//! hyper reads and writes HTTP/1; this bounds it. An answer of AWS's form goes to
+//! everything that is HTTP at all.
 
 use crate::base::Result;
 use crate::base::sync::Locked;
@@ -175,7 +176,8 @@ where
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(HEAD_MAX)
         .max_headers(HEADERS_MAX)
-        // An answer goes out as it lies there, without a copy in a buffer that lives as long as the connection.
+        // An answer goes out as it lies there, without a copy in a buffer that lives as
+        // long as the connection.
         .writev(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = std::pin::pin!(served);
@@ -241,8 +243,8 @@ async fn answer(
     answered
 }
 
-/// Runs what waits for the disk and for locks, which must not keep other connections waiting. What passes its stack may be
-/// a data key, as it is and as text.
+/// Runs what waits for the disk and for locks, which must not keep other connections waiting. What passes its
+/// stack may be a data key, as it is and as text.
 async fn blocking<T: Send + 'static>(
     f: impl FnOnce() -> std::result::Result<T, WireError> + Send + 'static,
 ) -> std::result::Result<T, WireError> {

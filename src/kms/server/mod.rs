@@ -1,7 +1,8 @@
 //! The embedded KMS on AWS's wire, for boto3, the AWS CLI and every AWS SDK.
 //!
-//! It assumes nothing of whoever connects: a request is answered when its signature is right, and everything before
-//! that is bounded in size and time. Without TLS it listens on loopback addresses and Unix sockets only. It holds no state of its own: ending it at any moment loses nothing that was answered.
+//! It assumes nothing of whoever connects: a request is answered when its signature is right, and everything
+//! before that is bounded in size and time. Without TLS it listens on loopback addresses and Unix sockets
+//! only. It holds no state of its own: ending it at any moment loses nothing that was answered.
 
 mod http;
 mod operations;
@@ -35,8 +36,8 @@ pub enum Address {
     Unix(PathBuf),
 }
 
-/// Serves `kms` until the process is ended, by TLS if there are files for it. `ready` hears where, as a URL, once
-/// requests are accepted.
+/// Serves `kms` until the process is ended, by TLS if there are files for it. `ready` hears where, as a URL,
+/// once requests are accepted.
 pub fn serve(
     kms: Embedded,
     address: &Address,
@@ -50,8 +51,8 @@ pub fn serve(
         return Err(Error::new(
             Kind::Usage,
             format!(
-                "{address} is not a loopback address, and without TLS data keys would pass the network in the clear: \
-                 give --tls-cert and --tls-key, or listen on 127.0.0.1 or a Unix socket"
+                "{address} is not a loopback address, and without TLS data keys would pass the network in \
+                 the clear: give --tls-cert and --tls-key, or listen on 127.0.0.1 or a Unix socket"
             ),
         ));
     }

@@ -1,9 +1,9 @@
 //! Who may be connected: how many at a time, of which peer and principal, and who makes way for somebody new.
 //!
-//! Nobody waits to be let in. Whoever connects takes the place of somebody who is worth less: of a peer with too many
-//! connections that have shown no valid signature the oldest of them, else the oldest such connection of the peer that has
-//! most, else the connection of a principal that has been idle for longest. So silence, however many keep it, costs the
-//! others nothing.
+//! Nobody waits to be let in. Whoever connects takes the place of somebody who is worth less: of a peer with
+//! too many connections that have shown no valid signature the oldest of them, else the oldest such
+//! connection of the peer that has most, else the connection of a principal that has been idle for longest.
+//! So silence, however many keep it, costs the others nothing.
 
 use crate::base::sync::Locked;
 use std::collections::BTreeMap;
@@ -171,8 +171,8 @@ impl Place {
         self.places.taken().places.get(&self.number).is_some_and(|held| held.principal.is_some())
     }
 
-    /// A request was signed by `principal`, and is being answered. Where he has too many connections another of his
-    /// that is idle makes way; `None` if all are busy.
+    /// A request was signed by `principal`, and is being answered. Where he has too many connections another
+    /// of his that is idle makes way; `None` if all are busy.
     pub(super) fn signed_by(&self, principal: &str) -> Option<Busy<'_>> {
         let mut taken = self.places.taken();
         let is_his = |held: &Held| held.principal.as_deref() == Some(principal);

@@ -1,9 +1,9 @@
-//! What is refused to those who have no right to it, in the audit log: the first few requests of each principal one by
-//! one, the rest as a count.
+//! What is refused to those who have no right to it, in the audit log: the first few requests of each
+//! principal one by one, the rest as a count.
 //!
-//! A count is written when its time is over, whenever it has grown tenfold, and when the server is told to end. A server
-//! that is killed loses at most what came since; that so much was refused has been said before. Like every record of the
-//! KMS's it is chained and has a MAC.
+//! A count is written when its time is over, whenever it has grown tenfold, and when the server is told to
+//! end. A server that is killed loses at most what came since; that so much was refused has been said before.
+//! Like every record of the KMS's it is chained and has a MAC.
 
 use crate::base::sync::Locked;
 use crate::base::{Context, Result};

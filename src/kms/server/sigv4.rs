@@ -1,7 +1,8 @@
-//! AWS Signature Version 4: whether a request was made by whoever has the secret of the access key that it names.
+//! AWS Signature Version 4: whether a request was made by whoever has the secret of the
+//! access key that it names.
 //!
-//! Pure: a request, the time and a secret in, yes or AWS's own refusal out. Signatures in the query ("presigned
-//! URLs") are not accepted: nobody needs them for a KMS, and they end in logs.
+//! Pure: a request, the time and a secret in, yes or AWS's own refusal out. Signatures in the query
+//! ("presigned URLs") are not accepted: nobody needs them for a KMS, and they end in logs.
 
 use crate::kms::server::wire::WireError;
 use hmac::{Hmac, KeyInit, Mac};
@@ -110,7 +111,8 @@ impl Authorization {
         let present = self.signed_headers.iter().all(|name| request.header(name).is_some());
         if !sorted || !present || !is_signed("host") {
             return Err(incomplete(
-                "SignedHeaders must name headers of the request, 'host' among them, sorted and without doubles.",
+                "SignedHeaders must name headers of the request, 'host' among them, sorted and without \
+                 doubles.",
             ));
         }
         Ok(())
@@ -125,8 +127,8 @@ impl Authorization {
         })?;
         if text.get(..8) != Some(&self.date) {
             return Err(invalid(format!(
-                "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP: '{}' != \
-                 '{}', from '{text}'.",
+                "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP: \
+                 '{}' != '{}', from '{text}'.",
                 self.date,
                 &text[..8]
             )));
@@ -165,8 +167,8 @@ impl Authorization {
             return Ok(());
         }
         Err(invalid(
-            "The request signature we calculated does not match the signature you provided. Check your AWS Secret \
-             Access Key and signing method. Consult the service documentation for details.",
+            "The request signature we calculated does not match the signature you provided. Check your AWS \
+             Secret Access Key and signing method. Consult the service documentation for details.",
         ))
     }
 
@@ -252,7 +254,8 @@ mod tests {
             header(
                 "authorization",
                 "AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20260102/us-east-1/kms/aws4_request, \
-                 SignedHeaders=content-type;host;x-amz-date;x-amz-target, Signature=03704c6ac1fcf5a27ca6f14f7969864491eac70bd7f97ac0c1a0592893e75b69",
+                 SignedHeaders=content-type;host;x-amz-date;x-amz-target, \
+                 Signature=03704c6ac1fcf5a27ca6f14f7969864491eac70bd7f97ac0c1a0592893e75b69",
             ),
         ]
     }

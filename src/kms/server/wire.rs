@@ -210,7 +210,8 @@ impl Drop for Fields {
 /// ValidationException for a value that is not as it must be.
 pub fn constraint(value: &str, name: &str, must: &str) -> WireError {
     WireError::validation(format!(
-        "1 validation error detected: Value '{value}' at '{}' failed to satisfy constraint: Member must {must}",
+        "1 validation error detected: Value '{value}' at '{}' failed to satisfy constraint: Member must \
+         {must}",
         member(name)
     ))
 }
@@ -218,7 +219,8 @@ pub fn constraint(value: &str, name: &str, must: &str) -> WireError {
 /// ValidationException for what is not there.
 pub fn missing(name: &str) -> WireError {
     WireError::validation(format!(
-        "1 validation error detected: Value null at '{}' failed to satisfy constraint: Member must not be null",
+        "1 validation error detected: Value null at '{}' failed to satisfy constraint: Member must not be \
+         null",
         member(name)
     ))
 }

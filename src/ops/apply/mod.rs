@@ -1,7 +1,8 @@
 //! Making the volumes of a store what a file says they are.
 //!
-//! What has to be done is planned first, and refused as a whole if a part of it cannot be done. What is missing is made, what
-//! is smaller is made larger, tags are set; a volume that the file does not name is left alone.
+//! What has to be done is planned first, and refused as a whole if a part of it cannot be done.
+//! What is missing is made, what is smaller is made larger, tags are set; a volume that the file
+//! does not name is left alone.
 
 mod file;
 mod plan;
@@ -16,10 +17,12 @@ use crate::catalog::VolumeId;
 use nix::fcntl::{Flock, OFlag};
 use std::fs::File;
 
-/// Plans what has to be done and does it, in the file's order. Returns the plan, and the volume of each of its changes.
+/// Plans what has to be done and does it, in the file's order. Returns the plan, and the
+/// volume of each of its changes.
 ///
 /// # Errors
-/// As [`Plan::make`], and then nothing was done; those of the first change that failed, with how many were made before.
+/// As [`Plan::make`], and then nothing was done; those of the first change that failed, with
+/// how many were made before.
 pub fn apply(store: &Store, wanted: &[Wanted]) -> Result<(Plan, Vec<VolumeId>)> {
     // Of two at once, the second finds what the first has done.
     let _lock = lock(store)?;

@@ -49,8 +49,8 @@ impl Plan {
     /// Compares what is wanted with what there is.
     ///
     /// # Errors
-    /// `Usage` for what cannot be changed, and whatever would keep a volume from being made, as far as that can be known
-    /// before; nothing has been done then.
+    /// `Usage` for what cannot be changed, and whatever would keep a volume from being made, as far as that
+    /// can be known before; nothing has been done then.
     pub fn make(store: &Store, wanted: &[Wanted]) -> Result<Self> {
         let catalog = store.catalog();
         let there = catalog.list()?;

@@ -1,8 +1,8 @@
 //! Copies of snapshots under another data key: one new layer with everything that the original's layers have.
 //!
-//! What will be the copy's record is called `snap-….copying` until the copy is whole; it names the new layer, so that nobody
-//! clears that away, and is locked (flock) by whoever is at it. The same copy asked for again goes on with what it finds. The
-//! rename to `.json` **is the moment**. `docs/format.md` argues the steps.
+//! What will be the copy's record is called `snap-….copying` until the copy is whole; it names the new layer,
+//! so that nobody clears that away, and is locked (flock) by whoever is at it. The same copy asked for again
+//! goes on with what it finds. The rename to `.json` **is the moment**. `docs/format.md` argues the steps.
 
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
@@ -29,12 +29,12 @@ pub struct Copying {
 }
 
 impl Copying {
-    /// Begins a copy of `source` under a new data key that `key` wraps, or goes on with one that was begun so and
-    /// interrupted.
+    /// Begins a copy of `source` under a new data key that `key` wraps, or goes on with one that was
+    /// begun so and interrupted.
     ///
     /// # Errors
-    /// The KMS's; `Corrupt` if the source, or what was begun, is not what somebody who has its data keys made; those of the
-    /// file system.
+    /// The KMS's; `Corrupt` if the source, or what was begun, is not what somebody who has its data keys
+    /// made; those of the file system.
     pub fn begin(
         catalog: &Catalog,
         source: &Snapshot,

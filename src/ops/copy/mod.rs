@@ -1,8 +1,9 @@
 //! Copies of snapshots.
 //!
-//! Under the KMS keys that a snapshot has, its copy has the same data keys, wrapped anew by the KMS for the copy's id, so that
-//! nobody sees them: it names the same layers, and what proves them is still the original's MAC (docs/format.md). Under
-//! another KMS key, and of a snapshot that is not encrypted, everything is copied under a data key of its own ([`full`]).
+//! Under the KMS keys that a snapshot has, its copy has the same data keys, wrapped anew by the KMS for the
+//! copy's id, so that nobody sees them: it names the same layers, and what proves them is still the
+//! original's MAC (docs/format.md). Under another KMS key, and of a snapshot that is not encrypted,
+//! everything is copied under a data key of its own ([`full`]).
 
 pub mod full;
 
@@ -46,12 +47,13 @@ pub fn way(store: &Store, source: &Snapshot, key: Option<&str>) -> Result<Way> {
     }
 }
 
-/// Copies a snapshot, and reports a `copySnapshot` event. Where everything is copied, that is at most `rate` bytes a second
-/// (0: no limit), and `tell` is told now and then how far it has come; an interrupted copy is gone on with.
+/// Copies a snapshot, and reports a `copySnapshot` event. Where everything is copied, that is at most
+/// `rate` bytes a second (0: no limit), and `tell` is told now and then how far it has come; an
+/// interrupted copy is gone on with.
 ///
 /// # Errors
-/// `NotFound` if the snapshot was deleted meanwhile; `Corrupt` if it is not what whoever has its data keys made; those of the
-/// KMS and of the file system.
+/// `NotFound` if the snapshot was deleted meanwhile; `Corrupt` if it is not what whoever has its data keys
+/// made; those of the KMS and of the file system.
 pub fn copy(
     store: &Store,
     source: &Snapshot,

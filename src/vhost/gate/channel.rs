@@ -1,8 +1,8 @@
 //! The back-end's own channel to the VMM: a socket on which we speak first.
 //!
-//! Source: the vhost-user protocol, "Back-end message types". The one message that a disk has to send says that its
-//! configuration changed; a VMM then reads it again. The VMM has the other end and may do with it what it likes:
-//! nothing here waits for it without a limit.
+//! Source: the vhost-user protocol, "Back-end message types". The one message that a disk has to send says
+//! that its configuration changed; a VMM then reads it again. The VMM has the other end and may do with it
+//! what it likes: nothing here waits for it without a limit.
 
 use crate::base::sync::Locked;
 use crate::vhost::gate::Result;
@@ -45,8 +45,8 @@ pub struct Channel {
 
 struct Line {
     socket: OwnedFd,
-    /// Whether acknowledgements were agreed, and the VMM has given all so far: after one that did not come, an answer
-    /// could be to an earlier question.
+    /// Whether acknowledgements were agreed, and the VMM has given all so far: after one that did not come,
+    /// an answer could be to an earlier question.
     acks: bool,
 }
 

@@ -1,4 +1,5 @@
-//! What we expect each request that we offer to look like: sizes, descriptors, queue numbers, and the features that it needs.
+//! What we expect each request that we offer to look like: sizes, descriptors, queue numbers, and
+//! the features that it needs.
 
 use crate::vhost::gate::message::{MAX_BODY, MAX_FDS, Message, invalid};
 use crate::vhost::gate::{Limits, Result};
@@ -65,7 +66,8 @@ impl Expected {
                 u64::from(message.u32_at(0).unwrap_or(u32::MAX)) & if self.fds > 0 { 0xff } else { u64::MAX };
             if queue >= limits.queues {
                 return Err(invalid(format!(
-                    "queue {queue}, where {} are offered (attach with more --queues, or have the VMM use fewer)",
+                    "queue {queue}, where {} are offered (attach with more --queues, or have the VMM use \
+                     fewer)",
                     limits.queues
                 )));
             }

@@ -1,8 +1,8 @@
 //! vhost-user messages on a socket, whole, with their descriptors.
 //!
-//! Source: the vhost-user protocol, "Message Specification" (QEMU documentation). A message is a header of three
-//! little-endian words (request, flags, size), a body of `size` bytes, and descriptors that travel with the
-//! header.
+//! Source: the vhost-user protocol, "Message Specification" (QEMU documentation). A message is a
+//! header of three little-endian words (request, flags, size), a body of `size` bytes, and descriptors
+//! that travel with the header.
 
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -22,8 +22,8 @@ pub(super) const HEADER: usize = 12;
 pub(super) const MAX_BODY: usize = 4096 - HEADER;
 /// The most descriptors of one message.
 pub(super) const MAX_FDS: usize = 32;
-/// The most that the kernel passes at once. There is room for all of them: a truncated control message would leave
-/// descriptors open that nobody knows.
+/// The most that the kernel passes at once. There is room for all of them: a truncated control message would
+/// leave descriptors open that nobody knows.
 const KERNEL_MAX_FDS: usize = 253;
 /// Room for them in a control message, with its header, in words of 8 bytes.
 const CONTROL_WORDS: usize =
@@ -136,8 +136,8 @@ impl Message {
     }
 }
 
-/// Fills `buffer`, collecting descriptors. Returns `false` if the peer closed before the first byte and that is
-/// allowed.
+/// Fills `buffer`, collecting descriptors. Returns `false` if the peer closed before the first
+/// byte and that is allowed.
 fn receive_exact(
     socket: &UnixStream,
     buffer: &mut [u8],
@@ -165,8 +165,9 @@ fn receive_exact(
     Ok(true)
 }
 
-/// Reads what there is, and takes over all descriptors that the kernel made for us: at the limit of open files it makes
-/// a part of them, and says that the rest is cut off. Returns the number of bytes, and whether descriptors were lost.
+/// Reads what there is, and takes over all descriptors that the kernel made for us: at the limit of open
+/// files it makes a part of them, and says that the rest is cut off. Returns the number of bytes, and
+/// whether descriptors were lost.
 fn receive_some(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<(usize, bool)> {
     let mut space = [0u64; CONTROL_WORDS];
     let mut data = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
@@ -179,9 +180,9 @@ fn receive_some(socket: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) 
     // SAFETY: the header leads to `buffer` and `space`, with their lengths; both live longer than the call.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
     let Ok(count) = usize::try_from(count) else { return Err(io::Error::last_os_error()) };
-    // SAFETY: the kernel filled in the header and what it leads to; the macros stay inside `msg_controllen` bytes of
-    // `space`, which is aligned for control messages. The descriptors in them were just made for us; nobody else
-    // knows them.
+    // SAFETY: the kernel filled in the header and what it leads to; the macros stay inside `msg_controllen`
+    // bytes of `space`, which is aligned for control messages. The descriptors in them were just made for
+    // us; nobody else knows them.
     unsafe {
         let mut control = libc::CMSG_FIRSTHDR(&raw const header);
         while let Some(found) = control.as_ref() {

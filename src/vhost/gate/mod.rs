@@ -1,8 +1,8 @@
 //! The gate between a VMM's socket and the vhost-user crate.
 //!
-//! Every message passes here, one at a time: it is read whole, checked, and either answered here or handed on;
-//! its answer comes back before the next is read. What is malformed or unsafe ends the connection before the
-//! crate sees it. The gate assumes nothing of the VMM, and knows nothing of rings beyond their numbers.
+//! Every message passes here, one at a time: it is read whole, checked, and either answered here or handed
+//! on; its answer comes back before the next is read. What is malformed or unsafe ends the connection before
+//! the crate sees it. The gate assumes nothing of the VMM, and knows nothing of rings beyond their numbers.
 
 mod channel;
 mod event;
@@ -69,9 +69,9 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate between the VMM on one socket and the crate on the other. Agrees with the crate on everything it
-    /// offers, so that from then on every message gets an answer. What the gate serves itself goes to `rings` and, where
-    /// the VMM gives a channel to speak to it, to `channel`.
+    /// A gate between the VMM on one socket and the crate on the other. Agrees with the crate on everything
+    /// it offers, so that from then on every message gets an answer. What the gate serves itself goes to
+    /// `rings` and, where the VMM gives a channel to speak to it, to `channel`.
     pub fn new(
         vmm: UnixStream,
         inner: UnixStream,
@@ -129,7 +129,8 @@ impl Gate {
         expected.check(&message, self.acked, &self.limits)?;
         match request {
             Req::GET_FEATURES => return Ok(Some(Message::reply_u64(code, self.features))),
-            // A front-end that re-adds a device on its connection claims it again, and gives all its memory anew.
+            // A front-end that re-adds a device on its connection claims it again, and
+            // gives all its memory anew.
             Req::SET_OWNER => {
                 while let Some(body) = self.memory.take() {
                     accepted(&self.forward(Message::request(Req::REM_MEM_REG as u32, body))?)?;

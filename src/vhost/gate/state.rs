@@ -1,5 +1,5 @@
-//! The transfer of the device's own state in a migration. A disk has none: everything is in the volume and in the
-//! guest's memory. So what is saved is empty, and nothing but that can be loaded.
+//! The transfer of the device's own state in a migration. A disk has none: everything is in the volume and in
+//! the guest's memory. So what is saved is empty, and nothing but that can be loaded.
 //!
 //! Source: the vhost-user protocol, "Migrating back-end state".
 
@@ -67,8 +67,8 @@ fn is_stream(fd: &OwnedFd) -> Result<bool> {
     Ok(kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK)
 }
 
-/// Whether the other end closes without having written anything. It looks and never reads: the VMM may have the same
-/// open file, and a read could then wait for ever.
+/// Whether the other end closes without having written anything. It looks and never reads: the VMM may have
+/// the same open file, and a read could then wait for ever.
 fn ends_empty(fd: &OwnedFd) -> Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     if poll(&mut fds, PollTimeout::from(PATIENCE))? == 0 {

@@ -31,7 +31,8 @@ pub(super) struct Control {
     pub failing: AtomicBool,
     /// Waiting for anything fails.
     pub broken: AtomicBool,
-    /// What makes steps of different threads depend on each other, for the model: it tries such steps in both orders.
+    /// What makes steps of different threads depend on each other, for the model: it tries
+    /// such steps in both orders.
     #[cfg(feature = "model")]
     steps: loom::sync::atomic::AtomicUsize,
 }
@@ -213,8 +214,8 @@ const STATUS: u64 = 0x4000;
 /// Of a chain that is not answered yet.
 const UNANSWERED: u8 = 0xff;
 
-/// The driver of a ring with EVENT_IDX, whose only requests are flushes. Each uses entries of its own, so there are
-/// [`Driver::MOST`] in all.
+/// The driver of a ring with EVENT_IDX, whose only requests are flushes. Each uses entries of its own, so
+/// there are [`Driver::MOST`] in all.
 pub(super) struct Driver {
     mem: Arc<GuestMemory>,
     kick: EventFd,

@@ -1,11 +1,12 @@
 //! Flushes of one ring that share one of the disk's.
 //!
-//! A flush covers the writes that had completed when it was asked for. So one that is asked for while the disk is at one
-//! waits for the next, never for the running one, which may have begun before those writes were complete; and all that
-//! wait share that next one. It is begun at the end of a turn, when everybody of that turn is in.
+//! A flush covers the writes that had completed when it was asked for. So one that is asked for while
+//! the disk is at one waits for the next, never for the running one, which may have begun before those
+//! writes were complete; and all that wait share that next one. It is begun at the end of a turn, when
+//! everybody of that turn is in.
 //!
-//! Rings do not share: each has the layer open by itself and is told of failed write-back by itself, and to wake
-//! another ring's thread costs more than a flush that finds nothing left to do.
+//! Rings do not share: each has the layer open by itself and is told of failed write-back by itself, and to
+//! wake another ring's thread costs more than a flush that finds nothing left to do.
 
 /// Who waits for a flush, by slot.
 #[derive(Default)]

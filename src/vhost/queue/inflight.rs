@@ -1,5 +1,5 @@
-//! Which chains are being served, in memory that outlives this process: the front-end keeps it, and a back-end
-//! that comes after a crash resubmits what it finds there.
+//! Which chains are being served, in memory that outlives this process: the front-end keeps it, and a
+//! back-end that comes after a crash resubmits what it finds there.
 //!
 //! Source: vhost-user protocol, "Inflight I/O tracking", split virtqueue. The layout of a queue's part:
 //!
@@ -110,14 +110,14 @@ pub struct InflightQueue {
 }
 
 impl InflightQueue {
-    /// This log for a ring whose driver has made `unanswered` chains available beyond the used ones. More marks than
-    /// that are those of a ring that is no more.
+    /// This log for a ring whose driver has made `unanswered` chains available beyond the used ones. More
+    /// marks than that are those of a ring that is no more.
     pub fn for_unanswered(self, unanswered: u16) -> Self {
         InflightQueue { unanswered, ..self }
     }
 
-    /// Looks at what an earlier back-end left, given the used index that the driver sees. Returns the heads to serve
-    /// again, oldest first. They are in flight from here on.
+    /// Looks at what an earlier back-end left, given the used index that the driver sees. Returns the heads
+    /// to serve again, oldest first. They are in flight from here on.
     pub fn recover(&mut self, used_idx: u16) -> Vec<u16> {
         if self.load_u16(AT_VERSION) != VERSION || self.load_u16(AT_DESC_NUM) != self.size {
             self.reset(used_idx);
@@ -218,9 +218,9 @@ impl InflightQueue {
         self.store(at, value);
     }
 
-    // Offsets lie inside the map, aligned, since `Inflight::queue` gives only parts that fit and `head` is below the
-    // ring's size. The process may be killed between any two stores, but not see them out of order: release and
-    // acquire keep the compiler to it, and another process that looks later sees all of them.
+    // Offsets lie inside the map, aligned, since `Inflight::queue` gives only parts that fit and `head` is
+    // below the ring's size. The process may be killed between any two stores, but not see them out of order:
+    // release and acquire keep the compiler to it, and another process that looks later sees all of them.
 
     fn load<T: vm_memory::AtomicAccess>(&self, at: usize) -> T {
         self.region.map.as_volatile_slice().load(self.base + at, Ordering::Acquire).expect("inside the map")
@@ -304,7 +304,8 @@ mod tests {
         queue.recover(1000);
         queue.take(1);
         assert!(region.queue(0, 8).unwrap().recover(0).is_empty());
-        // Nor do they where the index tells nothing: a driver that has made nothing available waits for nothing.
+        // Nor do they where the index tells nothing: a driver that has made nothing
+        // available waits for nothing.
         queue.recover(0);
         queue.take(1);
         assert!(region.queue(0, 8).unwrap().for_unanswered(0).recover(0).is_empty());

@@ -1,7 +1,7 @@
 //! The thread that serves one queue, from attach to detach, and how others reach it.
 //!
-//! It alone touches its ring, its requests and its io_uring (`serve`); others send commands through a mailbox that one
-//! event descriptor announces, and wait for the answer.
+//! It alone touches its ring, its requests and its io_uring (`serve`); others send commands through a mailbox
+//! that one event descriptor announces, and wait for the answer.
 
 mod flushes;
 mod in_order;
@@ -48,9 +48,9 @@ const INTERRUPT_AFTER: Duration = Duration::from_secs(1);
 pub struct Tuning {
     /// How long a thread may look for work before it sleeps; zero: not at all.
     pub poll: Duration,
-    /// Used entries in the order in which chains were taken. It costs waiting for the slowest, and saves requests in
-    /// flight from being lost in a crash where a front-end does without INFLIGHT but restores the available index
-    /// from the used one, as QEMU does.
+    /// Used entries in the order in which chains were taken. It costs waiting for the slowest, and saves
+    /// requests in flight from being lost in a crash where a front-end does without INFLIGHT but restores the
+    /// available index from the used one, as QEMU does.
     pub in_order: bool,
     /// The CPU that a thread is bound to.
     pub cpu: Option<usize>,
@@ -157,8 +157,8 @@ impl Mailbox {
         }
     }
 
-    /// Stands still until the end of a pause; returns what goes on, if that is not what there was. `open` makes it
-    /// out of the disk.
+    /// Stands still until the end of a pause; returns what goes on, if that is not what there was. `open`
+    /// makes it out of the disk.
     fn pause<T>(&self, open: impl Fn(&Arc<Disk>) -> io::Result<T>) -> Option<(Arc<Disk>, T)> {
         let mut next = None;
         loop {
@@ -203,8 +203,9 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread for queue `index`, with a disk or as yet without one. `died` is called with the reason if the
-    /// thread fails while it serves: then requests of the guest are lost, and the process must not go on.
+    /// Starts the thread for queue `index`, with a disk or as yet without one. `died` is called
+    /// with the reason if the thread fails while it serves: then requests of the guest are lost,
+    /// and the process must not go on.
     pub fn spawn(
         index: usize,
         disk: impl Into<Option<Arc<Disk>>>,
@@ -219,8 +220,8 @@ impl Worker {
         Ok(Worker { mailbox, thread: Some(thread) })
     }
 
-    /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which is then to
-    /// hold up neither a drain nor a detach: the thread is interrupted.
+    /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which
+    /// is then to hold up neither a drain nor a detach: the thread is interrupted.
     fn ask(&self, command: Command) -> Answer {
         self.hear(Awaited(self.mailbox.send(command)?))
     }
@@ -265,7 +266,8 @@ impl Worker {
         }
     }
 
-    /// Has the rings to come served from `disk`, or none at all. Forgets the disk before, which no ring may use now.
+    /// Has the rings to come served from `disk`, or none at all. Forgets the disk before,
+    /// which no ring may use now.
     pub fn hold(&self, disk: Option<Arc<Disk>>) -> io::Result<()> {
         self.ask(Command::Hold(disk)).map(drop)
     }
@@ -280,8 +282,9 @@ impl Worker {
         self.ask(Command::Stop)
     }
 
-    /// Asks the thread to begin nothing more; the answer comes when none of its operations is in flight. Requests that
-    /// it has taken but not finished stay with it, and so do commands of others, until [`Worker::resume`].
+    /// Asks the thread to begin nothing more; the answer comes when none of its operations is in
+    /// flight. Requests that it has taken but not finished stay with it, and so do commands of others,
+    /// until [`Worker::resume`].
     pub fn pause(&self) -> io::Result<Awaited> {
         self.mailbox.send(Command::Pause).map(Awaited)
     }
@@ -296,8 +299,8 @@ impl Worker {
         self.mailbox.send(Command::Resume { switch }).map(Awaited)
     }
 
-    /// Returns when whatever the thread writes is decided by what is true now, and what it wrote before is there for
-    /// everybody to see.
+    /// Returns when whatever the thread writes is decided by what is true now, and what it wrote before is
+    /// there for everybody to see.
     pub fn sync(&self) -> io::Result<()> {
         self.ask(Command::Sync).map(drop)
     }
@@ -349,8 +352,8 @@ fn live(
     }
 }
 
-/// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers) is
-/// there only while it runs, so that a queue that no driver uses costs nothing.
+/// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers)
+/// is there only while it runs, so that a queue that no driver uses costs nothing.
 fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tuning) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
@@ -419,8 +422,8 @@ impl Mailbox {
     }
 }
 
-/// Signals an event descriptor. A full counter, which may make it wait until it is interrupted, means that the signal is
-/// pending already.
+/// Signals an event descriptor. A full counter, which may make it wait until it is interrupted, means that
+/// the signal is pending already.
 pub(super) fn signal(fd: Option<&File>) {
     use io::ErrorKind::{Interrupted, WouldBlock};
     if let Some(mut fd) = fd

@@ -1,11 +1,11 @@
-//! The queue's thread, its mailbox and a driver, in every order in which they can take turns (up to a number of
-//! preemptions), by loom. What is checked is the code that runs: the mailbox, the thread's life, [`Server`] and
-//! [`Ring`](crate::vhost::queue::ring::Ring). The disk and the guest's driver are stand-ins.
+//! The queue's thread, its mailbox and a driver, in every order in which they can take turns (up to a number
+//! of preemptions), by loom. What is checked is the code that runs: the mailbox, the thread's life,
+//! [`Server`] and [`Ring`](crate::vhost::queue::ring::Ring). The disk and the guest's driver are stand-ins.
 //!
-//! loom knows what goes through the mailbox. Steps on the ring and in the kernel are made known to it by the stand-ins:
-//! each of the driver's, and on the thread's side whenever it asks the disk for something. Not modelled: the order in
-//! which CPUs see each other's writes to the rings (virtio-queue's fences), and a driver that acts between two accesses of
-//! one look at the ring.
+//! loom knows what goes through the mailbox. Steps on the ring and in the kernel are made known to it by the
+//! stand-ins: each of the driver's, and on the thread's side whenever it asks the disk for something. Not
+//! modelled: the order in which CPUs see each other's writes to the rings (virtio-queue's fences), and a
+//! driver that acts between two accesses of one look at the ring.
 //!
 //! A wake-up that is lost is a thread that waits for ever: loom gives up then, which fails the test.
 
@@ -66,8 +66,8 @@ fn no_kick_is_lost() {
     });
 }
 
-/// The ring is stopped at any moment of a driver that goes on: what was taken is answered, nothing is touched after the
-/// stop, and whoever serves the ring next finds the rest.
+/// The ring is stopped at any moment of a driver that goes on: what was taken is answered, nothing is touched
+/// after the stop, and whoever serves the ring next finds the rest.
 #[test]
 fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
     explore(|| {
@@ -100,8 +100,8 @@ fn a_drain_leaves_nothing_behind_whenever_the_driver_kicks() {
     });
 }
 
-/// A pause, at any moment of a driver that goes on: nothing is in flight in it, and nothing is begun. Afterwards all goes on,
-/// a stop that came meanwhile too.
+/// A pause, at any moment of a driver that goes on: nothing is in flight in it, and nothing is begun.
+/// Afterwards all goes on, a stop that came meanwhile too.
 #[test]
 fn in_a_pause_nothing_is_in_flight() {
     explore(|| {

@@ -2,8 +2,8 @@
 //!
 //! A thread that looks for work for a few microseconds before it sleeps saves the driver's kick and its own
 //! wake-up. The window adapts, as KVM's halt polling does: it grows when a sleep turned out to be short, and
-//! halves when nothing came, so that an idle queue soon sleeps at once and costs nothing. Where waking up takes longer than
-//! the window, no sleep is ever short: so after many sleeps it tries once more.
+//! halves when nothing came, so that an idle queue soon sleeps at once and costs nothing. Where waking up
+//! takes longer than the window, no sleep is ever short: so after many sleeps it tries once more.
 
 use std::time::{Duration, Instant};
 

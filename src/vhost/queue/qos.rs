@@ -1,8 +1,8 @@
 //! Limits on a volume's requests and bytes a second, shared by its queues.
 //!
-//! A token bucket each, kept as one number: the time at which the bucket would be back to level. A request is let in while that time
-//! is not in the future, and moves it on by what the request costs; idleness lets it fall behind by the burst at most. So a
-//! request of any size gets in, and those behind it pay.
+//! A token bucket each, kept as one number: the time at which the bucket would be back to level. A request is
+//! let in while that time is not in the future, and moves it on by what the request costs; idleness lets it
+//! fall behind by the burst at most. So a request of any size gets in, and those behind it pay.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -36,8 +36,8 @@ impl Qos {
         qos
     }
 
-    /// Puts other limits in force. What is owed under the old ones is forgiven: it is a time, which would be wrong
-    /// under the new.
+    /// Puts other limits in force. What is owed under the old ones is forgiven: it is a time, which
+    /// would be wrong under the new.
     pub fn set(&self, limits: Limits) {
         self.set_at(self.begun.elapsed().as_nanos() as u64, limits);
     }

@@ -61,7 +61,8 @@ impl Request {
         if !self.failed {
             log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
         }
-        // A file system without holes: told so, a guest's kernel writes the zeros itself, and discards no more.
+        // A file system without holes: told so, a guest's kernel writes the zeros itself,
+        // and discards no more.
         let zeroing = matches!(self.op, Op::Discard { .. } | Op::WriteZeroes { .. });
         let unsupported = zeroing && e.raw_os_error() == Some(libc::EOPNOTSUPP);
         self.unsupported = unsupported && (self.unsupported || !self.failed);

@@ -1,7 +1,7 @@
 //! The split ring of one queue while it runs: chains come out, used entries go in, a batch at a time.
 //!
-//! virtio-queue keeps the ring's state, checks its addresses and rules its notifications. Entries are read and
-//! written here: the used ring is published once a batch, and a chain may be walked again after a crash.
+//! virtio-queue keeps the ring's state, checks its addresses and rules its notifications. Entries are read
+//! and written here: the used ring is published once a batch, and a chain may be walked again after a crash.
 
 use crate::vhost::dirty::{GuestMemory, RingLog};
 use crate::virtio::chain::Chain;
@@ -43,8 +43,8 @@ pub struct Position {
 }
 
 impl Ring {
-    /// A ring over `queue`, which is ready and knows its addresses and positions; what is written goes into `log`.
-    /// `None` if the addresses are not valid in `mem`.
+    /// A ring over `queue`, which is ready and knows its addresses and positions; what is written goes into
+    /// `log`. `None` if the addresses are not valid in `mem`.
     pub fn new(mem: Arc<GuestMemory>, queue: Queue, log: RingLog) -> Option<Self> {
         let wraps =
             [queue.desc_table(), queue.avail_ring(), queue.used_ring()].iter().any(|&a| a > u64::MAX >> 1);
@@ -92,8 +92,8 @@ impl Ring {
         idx.map_or(0, |idx| idx.0.wrapping_sub(self.queue.next_used()))
     }
 
-    /// Takes the next available chain; returns its head, below the ring's size. An error means that the driver
-    /// broke the ring's rules.
+    /// Takes the next available chain; returns its head, below the ring's size. An error means that the
+    /// driver broke the ring's rules.
     pub fn pop(&mut self) -> Result<Option<u16>, Error> {
         let next = self.queue.next_avail();
         if self.avail == next {
@@ -123,8 +123,8 @@ impl Ring {
         virtio::parse(&*self.mem, chain, shape, data)
     }
 
-    /// Leaves out what an earlier back-end has taken: with that many chains in flight, the next available index
-    /// follows from the used one.
+    /// Leaves out what an earlier back-end has taken: with that many chains in flight, the next available
+    /// index follows from the used one.
     pub fn skip_in_flight(&mut self, count: u16) {
         self.avail = self.queue.next_used().wrapping_add(count);
         self.queue.set_next_avail(self.avail);
@@ -149,8 +149,8 @@ impl Ring {
         self.queue.next_used().wrapping_sub(self.published)
     }
 
-    /// Lets the driver see what was added since the last time. Returns nothing if there was nothing, else whether
-    /// the driver wants to be interrupted.
+    /// Lets the driver see what was added since the last time. Returns nothing if there was nothing, else
+    /// whether the driver wants to be interrupted.
     pub fn publish(&mut self) -> Option<bool> {
         let (old, new) = (self.published, self.queue.next_used());
         if old == new {

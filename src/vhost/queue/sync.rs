@@ -1,5 +1,5 @@
-//! What threads wait for each other with. Under the feature `model` these are loom's, which tries the ways in which the
-//! threads can take turns; the code that uses them is the same.
+//! What threads wait for each other with. Under the feature `model` these are loom's, which tries the ways in
+//! which the threads can take turns; the code that uses them is the same.
 
 #[cfg(not(all(test, feature = "model")))]
 pub(super) use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

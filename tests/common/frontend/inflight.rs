@@ -1,8 +1,8 @@
-//! The memory in which a back-end notes what is in flight, as a VMM keeps it from one back-end to the next, with
-//! every number in the caller's hand.
+//! The memory in which a back-end notes what is in flight, as a VMM keeps it from one back-end to the next,
+//! with every number in the caller's hand.
 //!
-//! Source: vhost-user protocol, "Inflight I/O tracking", split virtqueue. Parts of queues begin at multiples of 64,
-//! as in QEMU's library.
+//! Source: vhost-user protocol, "Inflight I/O tracking", split virtqueue. Parts of queues begin at multiples
+//! of 64, as in QEMU's library.
 
 use super::hostile::{Answer, ask};
 use super::memory::{Seals, memfd};

@@ -1,5 +1,6 @@
-//! Load on one ring whose every effect is known: each sector holds the number of the write that was acknowledged
-//! last, so that a request which was lost, done twice, or done after a later one shows in what is read.
+//! Load on one ring whose every effect is known: each sector holds the number of the write that
+//! was acknowledged last, so that a request which was lost, done twice, or done after a later
+//! one shows in what is read.
 
 use super::super::patience::limit;
 use super::block::{OK, Pending};
@@ -113,7 +114,8 @@ impl Load {
         self.doing.iter().map(|d| d.pending.head).collect()
     }
 
-    /// Puts one request on the ring; false if that or the guest's memory has no room until others have completed.
+    /// Puts one request on the ring; false if that or the guest's memory has no room until
+    /// others have completed.
     pub fn submit(&mut self, ring: &mut SplitRing) -> Result<bool> {
         if ring.free_descs() < MOST_DESCS || ring.mem.room() < MOST_MEMORY {
             return Ok(false);
@@ -175,8 +177,8 @@ impl Load {
         Ok(true)
     }
 
-    /// The guest vanishes with all that it has in flight: of a sector that was being written, nobody knows whether it
-    /// was. The next read of it tells.
+    /// The guest vanishes with all that it has in flight: of a sector that was being written, nobody knows
+    /// whether it was. The next read of it tells.
     pub fn vanish(&mut self) {
         for Doing { sectors, effect, .. } in self.doing.drain(..) {
             for index in sectors {

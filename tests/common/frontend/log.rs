@@ -1,4 +1,5 @@
-//! The bitmap of dirty pages that a VMM shares with the back-end in a migration, and its copy of the guest's memory.
+//! The bitmap of dirty pages that a VMM shares with the back-end in a migration, and its
+//! copy of the guest's memory.
 
 use super::hostile::{Answer, ask, state, words};
 use super::memory::memfd;

@@ -86,7 +86,8 @@ struct Region {
     map: MmapRegion,
 }
 
-/// Space handed out in one region. Buffers come and go with requests; when none is left the space starts over.
+/// Space handed out in one region. Buffers come and go with requests; when none is left
+/// the space starts over.
 #[derive(Default)]
 struct Arena {
     floor: u64,
@@ -153,7 +154,8 @@ impl GuestMem {
         self.regions[index].file.as_raw_fd()
     }
 
-    /// Cuts (or grows) the file of region `index` to `len` bytes. What lay beyond must not be touched here again.
+    /// Cuts (or grows) the file of region `index` to `len` bytes. What lay beyond must not
+    /// be touched here again.
     pub fn resize_file(&self, index: usize, len: u64) -> Result<(), Fault> {
         Ok(self.regions[index].file.set_len(len)?)
     }

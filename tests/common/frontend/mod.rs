@@ -1,11 +1,12 @@
-//! A vhost-user-blk front-end for tests and for the load generator: the part of a VMM and of a guest's
-//! driver that talks to the back-end, with every number of the protocol and of the rings in the caller's hand.
+//! A vhost-user-blk front-end for tests and for the load generator: the part of a VMM and of a guest's driver
+//! that talks to the back-end, with every number of the protocol and of the rings in the caller's hand.
 //!
-//! `memory` is the guest's RAM, `ring` the guest driver's side of a split virtqueue, `block` makes
-//! virtio-blk requests of any shape out of descriptors, `session` speaks vhost-user as the known VMMs do,
-//! `raw` speaks it wrongly, `inflight` is the memory that a VMM keeps between back-ends, `load` makes requests whose
-//! effects are known, `vmm` sends what each VMM sends, message by message, and `server` runs the back-end under test. It knows nothing of sealblk: any
-//! vhost-user-blk back-end can be the peer. Every wait has a limit, so that no test can hang.
+//! `memory` is the guest's RAM, `ring` the guest driver's side of a split virtqueue, `block` makes virtio-blk
+//! requests of any shape out of descriptors, `session` speaks vhost-user as the known VMMs do, `raw` speaks
+//! it wrongly, `inflight` is the memory that a VMM keeps between back-ends, `load` makes requests whose
+//! effects are known, `vmm` sends what each VMM sends, message by message, and `server` runs the back-end
+//! under test. It knows nothing of sealblk: any vhost-user-blk back-end can be the peer. Every wait has a
+//! limit, so that no test can hang.
 
 // Each test binary uses its own part of this.
 #![allow(dead_code, unused_imports)]

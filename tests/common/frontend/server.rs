@@ -158,7 +158,8 @@ pub fn holdings(pid: i32) -> Result<Holdings> {
     })
 }
 
-/// Whether the process has started a thread itself. The kernel's helpers for an io_uring come and go as it likes.
+/// Whether the process has started a thread itself. The kernel's helpers for an io_uring
+/// come and go as it likes.
 fn is_its_own(thread: &std::io::Result<fs::DirEntry>) -> bool {
     let name =
         thread.as_ref().map(|thread| fs::read_to_string(thread.path().join("comm")).unwrap_or_default());

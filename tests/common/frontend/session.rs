@@ -115,8 +115,8 @@ pub struct Session {
     watch: Watch,
     raw: RawSocket,
     backend_channel: Option<UnixStream>,
-    /// What the back-end notes requests in flight in. If there is one at the start of the device, the back-end is
-    /// given it instead of being asked for one.
+    /// What the back-end notes requests in flight in. If there is one at the start of the device, the
+    /// back-end is given it instead of being asked for one.
     pub inflight: Option<Region>,
 }
 

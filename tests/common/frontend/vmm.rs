@@ -1,5 +1,5 @@
-//! What each VMM sends, message by message and in its order. Where `Session` is a front-end of our own that can be
-//! asked to behave like one or the other, this is a transcript: nothing is sent that they do not send.
+//! What each VMM sends, message by message and in its order. Where `Session` is a front-end of our own that
+//! can be asked to behave like one or the other, this is a transcript: nothing is sent that they do not send.
 //!
 //! Sources: QEMU's hw/virtio/vhost.c, vhost-user.c and hw/block/vhost-user-blk.c; cloud-hypervisor's
 //! virtio-devices/src/vhost_user; Firecracker's devices/virtio/vhost_user.rs and block/vhost_user.
@@ -90,8 +90,8 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Connects for a guest with so many rings, as at the VMM's start. `without` are protocol features that it is
-    /// not to use.
+    /// Connects for a guest with so many rings, as at the VMM's start. `without` are protocol
+    /// features that it is not to use.
     pub fn connect(
         path: &Path,
         kind: Kind,
@@ -118,7 +118,8 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// A VMM to which the guest is to move, on the back-end at `path`: connected, with the same memory and no rings yet.
+    /// A VMM to which the guest is to move, on the back-end at `path`: connected, with the same
+    /// memory and no rings yet.
     pub fn incoming(&self, path: &Path) -> Result<Vmm> {
         let mut vmm = Vmm {
             mem: self.mem.clone(),
@@ -249,7 +250,8 @@ impl Vmm {
         }
         for (q, ring) in self.rings.iter().enumerate().take(used) {
             self.tell(Req::SET_VRING_NUM, &state(q as u32, ring.size.into()), &[])?;
-            // QEMU keeps what GET_VRING_BASE said, which is the used index, or takes that if nobody said anything.
+            // QEMU keeps what GET_VRING_BASE said, which is the used index, or takes that
+            // if nobody said anything.
             self.tell(Req::SET_VRING_BASE, &state(q as u32, ring.used_idx().into()), &[])?;
             self.set_addresses(q)?;
             self.tell(Req::SET_VRING_KICK, &words(&[q as u64]), &[ring.kick_fd.as_raw_fd()])?;

@@ -1,5 +1,5 @@
-//! Everything that gives a volume a layer that is written: the access is the disk's, and nothing that was written is lost
-//! or changed by what is written beside it.
+//! Everything that gives a volume a layer that is written: the access is the disk's, and nothing that was
+//! written is lost or changed by what is written beside it.
 
 use crate::common::loop_disk::Kind;
 use crate::host_disks::rig::{Access, Rig, Writer};

@@ -1,4 +1,5 @@
-//! A copy of which one write fails while another is still under way: what a guest writes there must come after it.
+//! A copy of which one write fails while another is still under way: what a guest writes
+//! there must come after it.
 
 use crate::common::forward::forward;
 use crate::common::patience::{limit, wait_for};
@@ -26,8 +27,8 @@ enum Seen {
     Written,
 }
 
-/// A backing whose first write fails, and whose second is under way until its queue is closed, and until something was seen
-/// of the guest's.
+/// A backing whose first write fails, and whose second is under way until its queue is closed, and until
+/// something was seen of the guest's.
 struct Faulty {
     backing: Arc<dyn Backing>,
     writes: Arc<AtomicUsize>,

@@ -1,5 +1,6 @@
-//! Power cuts at every step of writing, freezing and hydrating: what was flushed is there, what was not is old or new,
-//! and a snapshot is what it was when it was recorded. Two orders that are wrong on purpose must not pass.
+//! Power cuts at every step of writing, freezing and hydrating: what was flushed is there, what was
+//! not is old or new, and a snapshot is what it was when it was recorded. Two orders that are wrong
+//! on purpose must not pass.
 //!
 //! The seed of each life is printed; `SEALBLK_MODEL_SEED` repeats one.
 

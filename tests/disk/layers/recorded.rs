@@ -1,5 +1,5 @@
-//! A backing that keeps a journal of what reaches its top layer and when, and what a disk may hold after a power cut
-//! at any place in it.
+//! A backing that keeps a journal of what reaches its top layer and when, and what a disk may hold after a
+//! power cut at any place in it.
 
 use crate::common::forward::forward;
 use sealblk::backing::{Backing, Event, Op, Queue};
@@ -102,7 +102,8 @@ pub struct World {
     pub snapshots: Vec<(Vec<usize>, Model)>,
     /// What the guest may find.
     pub guest: Model,
-    /// What it has done since it last flushed, and how much of that was acknowledged when it began to flush again.
+    /// What it has done since it last flushed, and how much of that was acknowledged when
+    /// it began to flush again.
     since: Vec<Step>,
     flushing: Option<usize>,
     /// What it holds for sure.

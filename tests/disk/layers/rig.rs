@@ -173,8 +173,8 @@ impl Served {
         self.server
     }
 
-    /// Freezes the top and puts `top` above it, while the guest may have requests in flight. The lowest so many layers can be
-    /// hydrated from then.
+    /// Freezes the top and puts `top` above it, while the guest may have requests in flight. The lowest so
+    /// many layers can be hydrated from then.
     pub fn freeze(&mut self, top: Layer, leaving: usize) {
         let mut paused = self.device.pause(limit()).unwrap();
         paused.disk().flush().unwrap();

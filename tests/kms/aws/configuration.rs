@@ -82,7 +82,8 @@ fn a_profile_names_the_endpoint_the_region_and_the_keys() {
     let config = case.file(
         "config",
         &format!(
-            "[profile host]\nregion = us-east-1\nservices = local\n[services local]\nkms =\n  endpoint_url = {}\n",
+            "[profile host]\nregion = us-east-1\nservices = local\n[services local]\nkms =\n  endpoint_url = \
+             {}\n",
             case.kms.url
         ),
     );

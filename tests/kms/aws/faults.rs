@@ -1,5 +1,5 @@
-//! A server that stands where the KMS is expected, and does what it is told: nothing, nonsense, errors, or what the KMS
-//! behind it answers.
+//! A server that stands where the KMS is expected, and does what it is told: nothing, nonsense, errors, or
+//! what the KMS behind it answers.
 
 use crate::common::patience::limit;
 use std::collections::VecDeque;

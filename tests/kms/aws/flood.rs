@@ -1,4 +1,5 @@
-//! A KMS that others keep busy with connections on which they say nothing: it goes on answering those who ask.
+//! A KMS that others keep busy with connections on which they say nothing: it goes on
+//! answering those who ask.
 
 use crate::common::attach::Place;
 use crate::common::kms_server::{KmsServer, set};

@@ -255,7 +255,8 @@ fn an_attach_that_fails_after_its_grant_was_made_leaves_none() {
     command.env("RUST_LOG", "debug");
     let said = site.place.run(command, vec![]);
     assert_eq!(said.code, 5, "{}", said.err);
-    // Whoever attaches next waits for nothing, so the keeper may be at it still; gc does what it has not done.
+    // Whoever attaches next waits for nothing, so the keeper may be at it still; gc does
+    // what it has not done.
     site.place.store.ok(&["gc"]);
     assert_eq!((grants(&site), notes(&site.place)), (vec![], 0));
 }
@@ -306,7 +307,8 @@ fn a_host_that_may_not_make_grants_is_told_which_setting_does_without() {
     place.attach(&[]).end();
 }
 
-/// What whoever can write the store plants where earlier versions kept their notes, in their format and in this one's.
+/// What whoever can write the store plants where earlier versions kept their notes, in their
+/// format and in this one's.
 fn plant(place: &Place, provider: &str, key: &str, grantee: &str, grant: Option<&str>) {
     use sha2::Digest;
     let folder = place.store.root().join("grants");
@@ -327,7 +329,8 @@ fn plant(place: &Place, provider: &str, key: &str, grantee: &str, grant: Option<
     }
 }
 
-/// Everything that looks at notes of grants: the attach of the volume they are of, with and without grants, and gc.
+/// Everything that looks at notes of grants: the attach of the volume they are of, with
+/// and without grants, and gc.
 fn let_everything_look(place: &Place) {
     let settings = fs::read_to_string(place.store.settings()).unwrap();
     place.store.configure(&format!("attach-grants = false\n{settings}"));

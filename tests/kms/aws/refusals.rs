@@ -120,8 +120,8 @@ fn a_principal_without_permission_is_told_so() {
     let host = site.kms.principal("host");
     site.place.store.set_environment(host.environment(&site.kms.url));
     let cause = format!(
-        "User: {} is not authorized to perform: kms:Decrypt on resource: {} because no grant allows the kms:Decrypt \
-         action",
+        "User: {} is not authorized to perform: kms:Decrypt on resource: {} because no grant allows the \
+         kms:Decrypt action",
         host.arn, site.key
     );
     let said = site.refused(5, &cause);

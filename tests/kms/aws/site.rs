@@ -36,7 +36,8 @@ impl Site {
         self.place.store.set_environment(self.who.environment(url));
     }
 
-    /// An attach that is refused with this exit code, one more event, and this cause in it. Returns what it said.
+    /// An attach that is refused with this exit code, one more event, and this cause in
+    /// it. Returns what it said.
     #[track_caller]
     pub fn refused(&self, code: i32, cause: &str) -> String {
         let before = self.place.events().len();

@@ -1,5 +1,5 @@
-//! A KMS that is down, slow, overloaded or no KMS at all: it is asked again for as long as the settings say, whoever waits
-//! is told, and then it is an error and an event.
+//! A KMS that is down, slow, overloaded or no KMS at all: it is asked again for as long as the settings say,
+//! whoever waits is told, and then it is an error and an event.
 
 use crate::aws::faults::{Answer, Faults, Seen, exception, nobody};
 use crate::aws::site::Site;
@@ -12,8 +12,8 @@ use std::os::unix::process::ExitStatusExt;
 
 const IMPATIENT: &str = "kms-patience = 1";
 
-/// An attach that `attempt` makes, and that is refused after the KMS was asked at least twice, which was told, and with
-/// these words. However long one try takes here: then patience is longer.
+/// An attach that `attempt` makes, and that is refused after the KMS was asked at least twice, which was
+/// told, and with these words. However long one try takes here: then patience is longer.
 #[track_caller]
 fn refused_after_another_try(site: &Site, words: &str, attempt: impl Fn() -> String) -> String {
     for seconds in [1, 5, 25, 125, 625] {

@@ -1,5 +1,5 @@
-//! What is in flight survives the host process: it is killed at any moment, another takes its place at the same
-//! socket, and the front-end goes on as QEMU or as cloud-hypervisor does.
+//! What is in flight survives the host process: it is killed at any moment, another takes its place at the
+//! same socket, and the front-end goes on as QEMU or as cloud-hypervisor does.
 
 mod crafted;
 mod kills;

@@ -1,5 +1,5 @@
-//! GET_INFLIGHT_FD and SET_INFLIGHT_FD: their shapes, and regions that are not what they should be. Whatever a
-//! front-end gives: it is refused or does no harm, and the next front-end is served.
+//! GET_INFLIGHT_FD and SET_INFLIGHT_FD: their shapes, and regions that are not what they should be. Whatever
+//! a front-end gives: it is refused or does no harm, and the next front-end is served.
 
 use crate::common::disk::{Disk, FREE, assert_carries, pattern};
 use crate::common::frontend::hostile::{OddFiles, agreed, ask};

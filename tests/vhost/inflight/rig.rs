@@ -207,7 +207,8 @@ impl<'a> Rig<'a> {
         self.pump(self.completed() + flying, 0);
     }
 
-    /// Stops the device under load, as a VMM that pauses, and starts it again. With `reset`, as a guest that resets it.
+    /// Stops the device under load, as a VMM that pauses, and starts it again. With `reset`,
+    /// as a guest that resets it.
     pub fn stop_and_start(&mut self, reset: bool) {
         if reset {
             self.session.reset_device().expect("the device is reset");
@@ -220,8 +221,8 @@ impl<'a> Rig<'a> {
         self.session.start_at(&bases).expect("the device starts");
     }
 
-    /// The VMM is gone at once, with its guest and all that this had in flight. `meanwhile` is called while there is
-    /// none; then another VMM comes with a new guest, on the same disk.
+    /// The VMM is gone at once, with its guest and all that this had in flight. `meanwhile` is called while
+    /// there is none; then another VMM comes with a new guest, on the same disk.
     pub fn vanish(self, meanwhile: impl FnOnce(&Attached<'a>)) -> Self {
         let Rig { store, attached, session, mut loads, options, way, random } = self;
         drop(session);

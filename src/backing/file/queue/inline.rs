@@ -1,4 +1,5 @@
-//! Operations that a queue's thread does by itself, on the spot: where files are memory, the kernel would only copy.
+//! Operations that a queue's thread does by itself, on the spot: where files are memory,
+//! the kernel would only copy.
 
 use super::FileQueue;
 use crate::backing::{Event, Op};

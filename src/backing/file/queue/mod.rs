@@ -1,5 +1,5 @@
-//! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in one
-//! ring, with few system calls a batch.
+//! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in
+//! one ring, with few system calls a batch.
 
 mod inline;
 mod rewrite;
@@ -25,8 +25,9 @@ use work::{Left, Move, PUNCH, TOP, Way, Work, ZERO};
 /// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
 const WATCH: u64 = 1 << 32;
 const CANCEL: u64 = 1 << 33;
-/// The kernel gets what waits for it when it is so many operations, or bytes, before another buffer is filled: a device
-/// that takes requests one after the other would stand idle meanwhile. A call for each would cost more than it gains.
+/// The kernel gets what waits for it when it is so many operations, or bytes, before another buffer is
+/// filled: a device that takes requests one after the other would stand idle meanwhile. A call for each would
+/// cost more than it gains.
 const EARLY_OPERATIONS: usize = 4;
 const EARLY_BYTES: usize = 128 << 10;
 
@@ -52,8 +53,8 @@ struct Watch {
 
 /// A layer and how it is reached.
 pub(super) struct Reached {
-    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written through
-    /// it, and so no error is told to one of them only.
+    /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written
+    /// through it, and so no error is told to one of them only.
     pub file: Arc<File>,
     /// Whether it is read and written by the queue's thread on the spot.
     pub inline: bool,
@@ -63,8 +64,8 @@ pub(super) struct Reached {
     pub unit: u32,
 }
 
-/// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to that), or
-/// be gone, before that goes.
+/// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to
+/// that), or be gone, before that goes.
 pub(super) struct FileQueue {
     ring: Ring,
     pool: Pool,
@@ -213,7 +214,8 @@ impl FileQueue {
         Move { way, file, offset, span, need: need as u32, unit }
     }
 
-    /// Lets the kernel have what waits, if that is worth a call: the device is at work on it while more is prepared.
+    /// Lets the kernel have what waits, if that is worth a call: the device is at work on
+    /// it while more is prepared.
     fn begin_early(&mut self) {
         if self.ring.submission().len() >= EARLY_OPERATIONS || self.waiting_bytes >= EARLY_BYTES {
             // What it refuses now is asked for again with the next wait, which says so.
@@ -300,7 +302,8 @@ impl FileQueue {
         if cqueue::more(entry.flags()) {
             return;
         }
-        // A multishot poll ends when the completion queue overflows (then it is set up again) or with an error.
+        // A multishot poll ends when the completion queue overflows (then it is set up
+        // again) or with an error.
         if entry.result() >= 0 {
             self.push(poll(serial, fd));
         } else {
@@ -429,8 +432,9 @@ impl Queue for FileQueue {
         let wait = if self.events.is_empty() { wait } else { Wait::Poll };
         self.enter(wait)?;
         self.reap();
-        // The kernel brings in about twenty completions at a time. What has completed together goes on together: a driver
-        // that is shown a part answers with a part, and from then on the device gets parts.
+        // The kernel brings in about twenty completions at a time. What has completed together
+        // goes on together: a driver that is shown a part answers with a part, and from then
+        // on the device gets parts.
         for _ in 0..self.depth / 16 {
             if !self.ring.submission().taskrun() {
                 break;

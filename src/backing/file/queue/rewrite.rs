@@ -1,16 +1,17 @@
-//! Writes to a disk whose blocks are larger than the volume's sectors: blocks of which a write has a part are read first,
-//! and written back with it.
+//! Writes to a disk whose blocks are larger than the volume's sectors: blocks of which a write has a part are
+//! read first, and written back with it.
 //!
-//! The other way would be the page cache, for the parts or for everything. For the parts it cannot be had: a page that
-//! was read for them while a write past the cache is on its way holds what was there before, and goes to the disk
-//! later, over that write; the file systems' locks are let go before such a write has ended. For everything, each byte
-//! is copied once more and held twice, and what is aligned, which is nearly all, pays for what is not. So all transfers
-//! are whole blocks past the cache, and what keeps them apart is [`Turns`].
+//! The other way would be the page cache, for the parts or for everything. For the parts it cannot be
+//! had: a page that was read for them while a write past the cache is on its way holds what was there
+//! before, and goes to the disk later, over that write; the file systems' locks are let go before such a
+//! write has ended. For everything, each byte is copied once more and held twice, and what is aligned,
+//! which is nearly all, pays for what is not. So all transfers are whole blocks past the cache, and what
+//! keeps them apart is [`Turns`].
 //!
-//! **A cut of the power** can lose nothing of the sectors beside. They are written with what was read from the same
-//! block, and a disk writes a logical block whole or not at all. Nobody changes the block between, since the turn is this
-//! write's alone. A process that is killed between the two has written nothing; what it had handed over is ended by the
-//! kernel before the next may open the layer for writing.
+//! **A cut of the power** can lose nothing of the sectors beside. They are written with what was read from
+//! the same block, and a disk writes a logical block whole or not at all. Nobody changes the block between,
+//! since the turn is this write's alone. A process that is killed between the two has written nothing; what
+//! it had handed over is ended by the kernel before the next may open the layer for writing.
 //!
 //! **A sector that is not in the layer** stays so: it is read as zeros, and written as zeros.
 
@@ -92,8 +93,8 @@ impl Rewriting {
         None
     }
 
-    /// What to do next in a slot in which something was done, well or not; nothing if that was all, and the turn is given
-    /// back.
+    /// What to do next in a slot in which something was done, well or not; nothing if that was all,
+    /// and the turn is given back.
     pub(super) fn after(&mut self, slot: u32, well: bool) -> Option<Next> {
         let held = self.slots[slot as usize].as_mut()?;
         if well && !self.closing {
@@ -163,7 +164,8 @@ impl FileQueue {
         self.go_on(slot, next);
     }
 
-    /// What must be read before a write of whole units that a buffer has a part of: none, or the first and the last.
+    /// What must be read before a write of whole units that a buffer has a part of: none,
+    /// or the first and the last.
     fn fill(&self, write: &Move, buffer: &Buffer) -> (Edges, Fill) {
         let (unit, len) = (self.unit as usize, write.span.len as usize);
         let (start, end) = (buffer.skip as usize, buffer.skip as usize + buffer.len());

@@ -1,9 +1,10 @@
-//! The kernels for 256-bit registers: data units from source to destination through XTS, 128 bytes at a time in four
-//! registers.
+//! The kernels for 256-bit registers: data units from source to destination through XTS, 128 bytes at
+//! a time in four registers.
 //!
-//! There are sixteen registers only, so a group is eight blocks: four registers of data and four of their tweaks. The CPU
-//! keeps its AES units busy by working on two or three groups at once, whose order in the code matters less therefore than
-//! with [`crate::crypt::xts::vaes::kernel512`], which this is otherwise like.
+//! There are sixteen registers only, so a group is eight blocks: four registers of data and four
+//! of their tweaks. The CPU keeps its AES units busy by working on two or three groups at once,
+//! whose order in the code matters less therefore than with
+//! [`crate::crypt::xts::vaes::kernel512`], which this is otherwise like.
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_ymm;
@@ -19,8 +20,8 @@ const WIDTH: usize = 4;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 32;
 const GROUP: usize = WIDTH * REGISTER;
-/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check in a kernel's
-/// loop keeps it from being unrolled.
+/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check
+/// in a kernel's loop keeps it from being unrolled.
 const PLACES: [usize; WIDTH] = {
     let mut places = [0; WIDTH];
     let mut i = 0;
@@ -91,8 +92,8 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
     let mut blocks = *tweaks;
     let key = keys.round_key_256(0);
     for (block, at) in blocks.iter_mut().zip(&PLACES) {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The other is a hint,
-        // which never faults, also behind their end.
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The
+        // other is a hint, which never faults, also behind their end.
         let data = unsafe {
             _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
             read(src.add(*at))
@@ -120,7 +121,8 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
     }
 }
 
-/// The initial tweaks of two data units of GROUPS groups each, the first of which has the tweak input `first`.
+/// The initial tweaks of two data units of GROUPS groups each, the first of which has the
+/// tweak input `first`.
 #[inline]
 #[target_feature(enable = "avx2,vaes")]
 fn encrypt_two<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m256i {
@@ -135,8 +137,8 @@ fn encrypt_two<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m25
     here_and_now(_mm256_aesenclast_epi128(tweaks, keys.round_key_256(LAST_ROUND)))
 }
 
-/// Has `value` computed before anything is read that comes after it: else the compiler reads round keys on the way for
-/// later, for which it has no registers but the stack.
+/// Has `value` computed before anything is read that comes after it: else the compiler reads round keys on
+/// the way for later, for which it has no registers but the stack.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn here_and_now(mut value: __m256i) -> __m256i {
@@ -158,8 +160,8 @@ fn first_tweaks(initial: __m256i) -> Group {
     [n0, n1, n2, n3]
 }
 
-/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half, the
-/// high half's, times the polynomial, back in below.
+/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half,
+/// the high half's, times the polynomial, back in below.
 #[inline]
 #[target_feature(enable = "avx2,vpclmulqdq")]
 fn fold(shifted: __m256i, carries: __m256i) -> __m256i {
@@ -168,8 +170,8 @@ fn fold(shifted: __m256i, carries: __m256i) -> __m256i {
     _mm256_xor_si256(_mm256_xor_si256(shifted, into_high), folded)
 }
 
-/// Each block times α⁸: a byte up, and what falls out at the top, times the polynomial, back in below (IEEE 1619 section
-/// 5.2, eight doublings at once).
+/// Each block times α⁸: a byte up, and what falls out at the top, times the polynomial, back in below (IEEE
+/// 1619 section 5.2, eight doublings at once).
 #[inline]
 #[target_feature(enable = "avx2,vpclmulqdq")]
 fn times_alpha_8(tweak: __m256i) -> __m256i {

@@ -1,14 +1,14 @@
-//! The kernels for 512-bit registers: data units from source to destination through XTS, 512 bytes at a time in eight
-//! registers.
+//! The kernels for 512-bit registers: data units from source to destination through XTS, 512 bytes at a
+//! time in eight registers.
 //!
-//! A data unit is walked in groups of 32 blocks. The tweaks of a group are eight registers of four consecutive
-//! tweaks each, made from the initial tweak (a 512-byte unit is one group) or from the group before. The initial
-//! tweaks of four data units are encrypted together.
+//! A data unit is walked in groups of 32 blocks. The tweaks of a group are eight registers of four
+//! consecutive tweaks each, made from the initial tweak (a 512-byte unit is one group) or from the group
+//! before. The initial tweaks of four data units are encrypted together.
 //!
 //! The AES units are what everything else must not keep waiting. CPUs look ahead less than the length of a
 //! group, so the tweaks of the next group are computed between the rounds of this one; the order of the lines
-//! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they are
-//! used, for the same reason.
+//! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they
+//! are used, for the same reason.
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_zmm;
@@ -23,8 +23,8 @@ const WIDTH: usize = 8;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 64;
 const GROUP: usize = WIDTH * REGISTER;
-/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check in a kernel's
-/// loop keeps it from being unrolled.
+/// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check
+/// in a kernel's loop keeps it from being unrolled.
 const PLACES: [usize; WIDTH] = {
     let mut places = [0; WIDTH];
     let mut i = 0;
@@ -118,8 +118,8 @@ unsafe fn crypt_then_advance<const DECRYPT: bool>(
 }
 
 /// Crypts the last group of a data unit, and gives the first tweaks of the next, whose initial tweak is the
-/// lowest block of `initial`. GROUPS only makes it a function of its own for each kernel: what is called from one
-/// place gets inlined, and a call would pass the groups on the stack.
+/// lowest block of `initial`. GROUPS only makes it a function of its own for each kernel: what is called from
+/// one place gets inlined, and a call would pass the groups on the stack.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
 unsafe fn crypt_then_begin<const DECRYPT: bool, const GROUPS: usize>(
@@ -167,8 +167,8 @@ unsafe fn start(keys: &Schedule, src: *const u8, tweaks: &Group) -> Group {
     let mut blocks = *tweaks;
     let key = keys.round_key(0);
     for (block, at) in blocks.iter_mut().zip(&PLACES) {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The other is a hint,
-        // which never faults, also behind their end.
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The
+        // other is a hint, which never faults, also behind their end.
         let data = unsafe {
             _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
             read(src.add(*at))
@@ -209,7 +209,8 @@ unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut
     }
 }
 
-/// The initial tweaks of four data units of GROUPS groups each, the first of which has the tweak input `first`.
+/// The initial tweaks of four data units of GROUPS groups each, the first of which has the
+/// tweak input `first`.
 #[inline]
 #[target_feature(enable = "avx512f,vaes")]
 fn encrypt_four<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m512i {
@@ -240,8 +241,8 @@ fn times_alpha_4(tweak: __m512i) -> __m512i {
     fold_bits(_mm512_slli_epi64::<4>(tweak), _mm512_srli_epi64::<60>(tweak))
 }
 
-/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half, the
-/// high half's, times the polynomial, back in below.
+/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half,
+/// the high half's, times the polynomial, back in below.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
 fn fold_bits(shifted: __m512i, carries: __m512i) -> __m512i {

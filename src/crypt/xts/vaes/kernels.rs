@@ -1,7 +1,7 @@
 //! What is alike in the kernels of either width: which there are, and how they end.
 
-/// Makes the four kernels out of a module's `run`, for CPUs with these features, and the function that chooses one. `$clear`
-/// zeroes the registers that they use.
+/// Makes the four kernels out of a module's `run`, for CPUs with these features, and the function that
+/// chooses one. `$clear` zeroes the registers that they use.
 macro_rules! kernels {
     ($features:literal, $clear:path) => {
         /// The kernel for a direction and a data unit.
@@ -20,8 +20,8 @@ macro_rules! kernels {
         kernels! { $features, $clear, decrypt_4096, true, SectorSize::B4096 }
     };
     ($features:literal, $clear:path, $name:ident, $decrypt:literal, $unit:expr) => {
-        // Never inlined, so that nothing but this loop competes for its registers and `ci/check-spills` finds it
-        // by its name.
+        // Never inlined, so that nothing but this loop competes for its registers and
+        // `ci/check-spills` finds it by its name.
         #[inline(never)]
         #[target_feature(enable = $features)]
         unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) {

@@ -44,13 +44,14 @@ impl Schedule {
         schedule
     }
 
-    /// Round key `round`, 0..=14. Read anew each time it is asked for, so that the compiler cannot keep it in a
-    /// register across blocks and, short of registers, put it on the stack.
+    /// Round key `round`, 0..=14. Read anew each time it is asked for, so that the compiler cannot keep it in
+    /// a register across blocks and, short of registers, put it on the stack.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn round_key(&self, round: usize) -> __m512i {
         let wide: *const __m512i = self.0[round].as_ptr().cast();
-        // SAFETY: 64 initialised bytes, and aligned: a Schedule is to 64 bytes, of which every entry is a multiple.
+        // SAFETY: 64 initialised bytes, and aligned: a Schedule is to 64 bytes, of which
+        // every entry is a multiple.
         unsafe { wide.read_volatile() }
     }
 

@@ -1,8 +1,8 @@
 //! The engines for x86-64 CPUs with VAES: two blocks an instruction, or four where there is AVX-512.
 //!
-//! Data goes from source to destination in one pass, with the tweak chain of a data unit in registers. Round keys
-//! and tweaks are never written to the stack: the keys lie four times over, as wide as a register, in secret
-//! memory and are loaded from there round by round; `ci/check-spills` checks the machine code for it.
+//! Data goes from source to destination in one pass, with the tweak chain of a data unit in registers. Round
+//! keys and tweaks are never written to the stack: the keys lie four times over, as wide as a register, in
+//! secret memory and are loaded from there round by round; `ci/check-spills` checks the machine code for it.
 
 #[macro_use]
 mod kernels;
@@ -20,14 +20,15 @@ use vm_memory::VolatileSlice;
 /// Bytes of stack below which no kernel reaches in a development build.
 const DEVELOPMENT_FRAMES: usize = 16 << 10;
 
-/// How many bytes before it is read a kernel asks for memory: so long does that take, beside the work on those bytes. The
-/// CPU does so by itself in a page, but not from one page to the next.
+/// How many bytes before it is read a kernel asks for memory: so long does that take, beside the work on
+/// those bytes. The CPU does so by itself in a page, but not from one page to the next.
 const AHEAD: usize = 2048;
 
 /// A kernel: from, to, number of data units, tweak input of the first.
 ///
-/// Safe to call where the CPU has what its [`Width`] needs, the source is readable and the destination writable for
-/// all data units, and the two are the same or do not overlap. Each byte of the source is read once.
+/// Safe to call where the CPU has what its [`Width`] needs, the source is readable and the
+/// destination writable for all data units, and the two are the same or do not overlap. Each byte of
+/// the source is read once.
 type Kernel = unsafe fn(&Keys, *const u8, *mut u8, usize, TweakInput);
 
 /// How wide the registers are that the kernels use.
@@ -90,14 +91,16 @@ impl Vaes {
     /// `len` bytes from `src` to `dst`, which may be the same.
     ///
     /// # Safety
-    /// `src` is readable and `dst` writable for `len` bytes, a multiple of the data unit, and they are equal or do
-    /// not overlap. Others may change the memory meanwhile; nobody else holds a Rust reference to what is written.
+    /// `src` is readable and `dst` writable for `len` bytes, a multiple of the data unit, and they are
+    /// equal or do not overlap. Others may change the memory meanwhile; nobody else holds a Rust
+    /// reference to what is written.
     unsafe fn run(&self, way: Direction, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) {
         let run = self.width.kernel(way, self.unit);
         // SAFETY: the constructor checked the CPU's features; the memory is as the caller promises.
         unsafe { run(&self.keys, src, dst, len / self.unit.bytes() as usize, first) };
-        // A development build does not inline all parts of a kernel (how many depends on the rest of the program), and
-        // what is passed between them goes by the stack. `ci/check-spills` sees to it that a release has no need of this.
+        // A development build does not inline all parts of a kernel (how many depends on the rest of the
+        // program), and what is passed between them goes by the stack. `ci/check-spills` sees to it that a
+        // release has no need of this.
         if cfg!(debug_assertions) {
             wipe_stack::<DEVELOPMENT_FRAMES>();
         }
@@ -116,23 +119,23 @@ impl SectorCipher for Vaes {
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64) {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let (guest, first) = (src.ptr_guard(), TweakInput::sector(first_sector));
-        // SAFETY: the guard keeps `src` mapped for its length, which is that of `dst`; a `&mut [u8]` cannot overlap
-        // guest memory.
+        // SAFETY: the guard keeps `src` mapped for its length, which is that of `dst`; a `&mut [u8]`
+        // cannot overlap guest memory.
         unsafe { self.run(Direction::Encrypt, guest.as_ptr(), dst.as_mut_ptr(), dst.len(), first) }
     }
 
     fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let (from, guest, first) = (src.ptr_guard(), dst.ptr_guard_mut(), TweakInput::sector(first_sector));
-        // SAFETY: the guards keep both mapped for their length, which is the same; neither is a buffer of the other's,
-        // and what either holds is nobody's Rust reference.
+        // SAFETY: the guards keep both mapped for their length, which is the same; neither is a buffer of the
+        // other's, and what either holds is nobody's Rust reference.
         unsafe { self.run(Direction::Decrypt, from.as_ptr(), guest.as_ptr(), src.len(), first) }
     }
 
     fn in_place(&self, way: Direction, data: &mut [u8], first: TweakInput) {
         let at = data.as_mut_ptr();
-        // SAFETY: `data` is exclusively ours. Only the trait's own methods can make a tweak input, and they have checked that
-        // it is whole data units.
+        // SAFETY: `data` is exclusively ours. Only the trait's own methods can make a tweak input, and they
+        // have checked that it is whole data units.
         unsafe { self.run(way, at, at, data.len(), first) }
     }
 }

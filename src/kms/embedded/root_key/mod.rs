@@ -1,8 +1,8 @@
-//! Where the root key comes from: the systemd credential `sealblk-kms-root-key`, if this service was given one, else the
-//! file `<config>/kms-<store id>.key`, mode 0600, never in the store's own folder.
+//! Where the root key comes from: the systemd credential `sealblk-kms-root-key`, if this service was given
+//! one, else the file `<config>/kms-<store id>.key`, mode 0600, never in the store's own folder.
 //!
-//! Credential and file have one line: the key itself, `sealblk-kms-root-key-1:` and 64 hex digits, or in the file the
-//! key under a passphrase ([`wrapped`]).
+//! Credential and file have one line: the key itself, `sealblk-kms-root-key-1:` and 64 hex digits, or in the
+//! file the key under a passphrase ([`wrapped`]).
 
 pub mod passphrase;
 pub mod wrapped;
@@ -41,8 +41,8 @@ pub fn path(config: &Path, store: Uuid) -> PathBuf {
     config.join(format!("kms-{store}.key"))
 }
 
-/// Makes a new root key for `store`, in a file that did not exist, under a passphrase if there is one; durable when
-/// this returns.
+/// Makes a new root key for `store`, in a file that did not exist, under a passphrase if there is one;
+/// durable when this returns.
 pub fn create(
     config: &Path,
     store: Uuid,
@@ -58,8 +58,8 @@ pub fn create(
     Ok(key)
 }
 
-/// Puts the root key of `store` under `passphrase`, or under none. The key stays the same, and with it everything that
-/// it opens. Durable when this returns.
+/// Puts the root key of `store` under `passphrase`, or under none. The key stays the same, and with it
+/// everything that it opens. Durable when this returns.
 pub fn protect(
     config: &Path,
     store: Uuid,
@@ -77,8 +77,8 @@ pub fn protect(
     replace_file(&path, &line(&key, store, passphrase)?).map_err(|e| KmsError::Internal(e.to_string()))
 }
 
-/// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than its owner
-/// may read or write.
+/// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than
+/// its owner may read or write.
 pub fn load(config: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, KmsError> {
     match passphrase::credential(CREDENTIAL, FILE_MAX)? {
         Some((path, text)) => parse(&text)?.ok_or_else(|| damaged(&path)),
@@ -140,8 +140,8 @@ fn read(path: &Path, store: Uuid) -> Result<Line, KmsError> {
     let mode = metadata.permissions().mode() & 0o7777;
     if !metadata.is_file() || mode & 0o077 != 0 {
         return Err(KmsError::Internal(format!(
-            "the KMS root key {} may be read or changed by others (mode {mode:04o}): if nobody has copied it, run \
-             \"chmod 600\" on it and try again",
+            "the KMS root key {} may be read or changed by others (mode {mode:04o}): if nobody has copied \
+             it, run \"chmod 600\" on it and try again",
             path.display()
         )));
     }

@@ -1,8 +1,9 @@
-//! Passphrases, and how a process gets one: from a descriptor that it was started with, from a systemd credential, or
-//! from whoever sits at its terminal. Never from an argument or the environment, which others can see.
+//! Passphrases, and how a process gets one: from a descriptor that it was started with, from a
+//! systemd credential, or from whoever sits at its terminal. Never from an argument or the
+//! environment, which others can see.
 //!
-//! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of credentials
-//! and the terminal from the host process, which itself asks for nothing.
+//! All three reach the helper that unwraps a volume's key as well: it inherits the descriptor, the folder of
+//! credentials and the terminal from the host process, which itself asks for nothing.
 
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;
@@ -61,8 +62,8 @@ impl Passphrase {
                 &"it must be one that this process was started with, and no standard stream",
             ));
         }
-        // SAFETY: it is open, and whoever started us gave it to us for this. It is borrowed for as long as it takes to
-        // make a copy.
+        // SAFETY: it is open, and whoever started us gave it to us for this. It is borrowed for as long as
+        // it takes to make a copy.
         let copy = unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned();
         let mut file = File::from(copy.map_err(|e| attempt(&e))?);
         // A file is read from its beginning by whoever needs it; a pipe gives what it has to the first.
@@ -83,8 +84,8 @@ impl Passphrase {
     }
 }
 
-/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it, but has helpers
-/// that need it. What is in a pipe is put into a memory file for them, by the kernel alone.
+/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it, but
+/// has helpers that need it. What is in a pipe is put into a memory file for them, by the kernel alone.
 ///
 /// To be called before anything opens a descriptor that could have its number.
 pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
@@ -93,7 +94,8 @@ pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
         // Whoever needs it says so.
         return Ok(None);
     }
-    // SAFETY: it is open, and was made by whoever started us, for this use alone; nothing else in this process owns it.
+    // SAFETY: it is open, and was made by whoever started us, for this use alone; nothing else
+    // in this process owns it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     for_many(&descriptor).map_err(|e| {
         KmsError::Validation(format!("read a passphrase from descriptor {number}: {}", e.desc()))
@@ -133,8 +135,8 @@ fn named_descriptor() -> Result<Option<RawFd>, KmsError> {
     number.map(Some).ok_or_else(|| KmsError::Validation(format!("{DESCRIPTOR} is not a number")))
 }
 
-/// Gets a passphrase and tries it with `open`, which returns `None` for a wrong one. Somebody at a terminal, who sees
-/// `prompt`, may try again.
+/// Gets a passphrase and tries it with `open`, which returns `None` for a wrong one. Somebody at a terminal,
+/// who sees `prompt`, may try again.
 pub(super) fn ask_until<T>(
     prompt: &str,
     hardened: Hardened,
@@ -195,8 +197,8 @@ pub(super) fn credential(name: &str, longest: u64) -> Result<Option<Credential>,
 fn at_terminal(prompt: &str) -> Result<Passphrase, KmsError> {
     let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty").map_err(|e| {
         KmsError::Validation(format!(
-            "the KMS root key is under a passphrase, and there is no terminal to ask for it ({e}): give it by \
-             {DESCRIPTOR}=N, a descriptor to read it from, or as the systemd credential {CREDENTIAL}"
+            "the KMS root key is under a passphrase, and there is no terminal to ask for it ({e}): give it \
+             by {DESCRIPTOR}=N, a descriptor to read it from, or as the systemd credential {CREDENTIAL}"
         ))
     })?;
     let failed = |e: std::io::Error| KmsError::Internal(format!("ask at the terminal: {e}"));

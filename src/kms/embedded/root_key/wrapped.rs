@@ -1,9 +1,10 @@
 //! A root key under a passphrase: `sealblk-kms-wrapped-root-key-1:argon2id:<m>:<t>:<p>:<salt>:<sealed>`.
 //!
-//! Memory in KiB, passes and lanes are Argon2id's (RFC 9106) and decimal; salt (16 bytes) and what is sealed (IV 12, key
-//! 32, tag 16) are hex. It is sealed by AES-256-GCM under the 32 bytes that Argon2id makes of passphrase and salt; the
-//! additional data is the store's id and everything before `<sealed>`, so that no parameter can be changed and no key be
-//! put under another store's name. Pure: it asks nobody and opens no file.
+//! Memory in KiB, passes and lanes are Argon2id's (RFC 9106) and decimal; salt (16 bytes) and what is
+//! sealed (IV 12, key 32, tag 16) are hex. It is sealed by AES-256-GCM under the 32 bytes that Argon2id
+//! makes of passphrase and salt; the additional data is the store's id and everything before `<sealed>`,
+//! so that no parameter can be changed and no key be put under another store's name. Pure: it asks
+//! nobody and opens no file.
 
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;

@@ -137,7 +137,8 @@ fn blob(fields: &Fields) -> Result<Zeroizing<Vec<u8>>, WireError> {
         _ => format!("have length less than or equal to {BLOB_MAX}"),
     };
     Err(WireError::validation(format!(
-        "1 validation error detected: Value at 'ciphertextBlob' failed to satisfy constraint: Member must {must}"
+        "1 validation error detected: Value at 'ciphertextBlob' failed to satisfy constraint: Member must \
+         {must}"
     )))
 }
 

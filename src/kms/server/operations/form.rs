@@ -1,7 +1,9 @@
-//! What a request must look like whoever has sent it: how long its fields may be, and which operations take no alias.
+//! What a request must look like whoever has sent it: how long its fields may be, and which
+//! operations take no alias.
 //!
-//! The lengths are those of AWS's public model of the service, in characters, as AWS counts them. Of a field that is
-//! too long no message tells more than that: a stranger's text goes neither into logs nor into answers.
+//! The lengths are those of AWS's public model of the service, in characters, as AWS counts them.
+//! Of a field that is too long no message tells more than that: a stranger's text goes neither
+//! into logs nor into answers.
 
 use crate::kms::errors::Exception;
 use crate::kms::key_ref::ALIAS_PREFIX;
@@ -58,8 +60,8 @@ const CONTEXTS: &[&str] = &["EncryptionContext", "SourceEncryptionContext", "Des
 /// Bytes of all keys and values of an encryption context. AWS does not publish its limit.
 const CONTEXT_MAX: usize = 8192;
 
-/// The operations that take an alias in place of a key's id or ARN, as AWS's documentation of each says. CreateAlias and
-/// UpdateAlias, which have another field for the key, refuse an alias in words of their own.
+/// The operations that take an alias in place of a key's id or ARN, as AWS's documentation of each says.
+/// CreateAlias and UpdateAlias, which have another field for the key, refuse an alias in words of their own.
 const TAKE_ALIASES: &[&str] =
     &["Decrypt", "DescribeKey", "Encrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "ReEncrypt"];
 
@@ -114,8 +116,8 @@ fn too_long(name: &str, longest: usize) -> WireError {
     let mut field = name.to_owned();
     field[..1].make_ascii_lowercase();
     WireError::validation(format!(
-        "1 validation error detected: Value at '{field}' failed to satisfy constraint: Member must have length less than \
-         or equal to {longest}"
+        "1 validation error detected: Value at '{field}' failed to satisfy constraint: Member must have \
+         length less than or equal to {longest}"
     ))
 }
 

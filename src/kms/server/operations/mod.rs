@@ -58,7 +58,8 @@ pub(super) type Answer = Result<Value, WireError>;
 
 /// Answers a request for the operation of this name, once it is recorded in the audit log.
 pub(super) fn answer(request: &Request<'_>, operation: &str) -> Answer {
-    // What is on the stack of a plaintext would outlive the record: that takes other frames than an answer does.
+    // What is on the stack of a plaintext would outlive the record: that takes other
+    // frames than an answer does.
     match on_scrubbed_stack(|| perform(request, operation)) {
         Err(WireError { kind: "UnknownOperationException", message }) => {
             Err(WireError { kind: "UnknownOperationException", message })

@@ -1,8 +1,9 @@
 //! What the audit log keeps of a request: who asked for what, about which keys, and how it was answered.
 //!
-//! Fields are kept by name, so that no plaintext, ciphertext or token gets there. Of somebody who has no right to what he
-//! asks for none is kept, nor the message that he got, which can repeat one; and of many such requests there are a few
-//! records and then a count ([`super::super::refusals`]). Nobody fills the log with his words, or with his trying.
+//! Fields are kept by name, so that no plaintext, ciphertext or token gets there. Of somebody who has no
+//! right to what he asks for none is kept, nor the message that he got, which can repeat one; and of many
+//! such requests there are a few records and then a count ([`super::super::refusals`]). Nobody fills the log
+//! with his words, or with his trying.
 
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::data::key_in;
@@ -10,7 +11,8 @@ use crate::kms::server::operations::{Answer, Request};
 use crate::kms::server::wire::WireError;
 use serde_json::{Value, json};
 
-/// The fields that are kept, with their names on the wire and in the log, where members begin with a small letter.
+/// The fields that are kept, with their names on the wire and in the log, where members
+/// begin with a small letter.
 const KEPT: &[(&str, &str)] = &[
     ("KeyId", "keyId"),
     ("EncryptionContext", "encryptionContext"),

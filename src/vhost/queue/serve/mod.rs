@@ -1,5 +1,5 @@
-//! Serving a ring: one turn of the loop takes what is available, hands it to the disk, waits for the first thing to
-//! happen, finishes what is done, and publishes the used ring once.
+//! Serving a ring: one turn of the loop takes what is available, hands it to the disk, waits for the first
+//! thing to happen, finishes what is done, and publishes the used ring once.
 
 mod requests;
 
@@ -44,7 +44,8 @@ pub(super) struct Server {
     /// Where answers wait for older ones, if they shall go out in order.
     in_order: Option<InOrder>,
     flushes: Flushes,
-    /// Looking for work before sleeping: the second one where the driver was just answered, and may have more soon.
+    /// Looking for work before sleeping: the second one where the driver was just
+    /// answered, and may have more soon.
     polls: [BusyPoll; 2],
     /// Whether the driver was answered since there was nothing to do last.
     answered: bool,
@@ -100,8 +101,8 @@ impl Server {
         server
     }
 
-    /// Serves until the ring is stopped; returns whether the thread shall end then. `disk` is the one that it serves,
-    /// and becomes another if a pause brings one.
+    /// Serves until the ring is stopped; returns whether the thread shall end then. `disk` is the one that it
+    /// serves, and becomes another if a pause brings one.
     pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
             if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
@@ -138,7 +139,8 @@ impl Server {
         }
     }
 
-    /// Stands still. Nothing is in flight, and all events were taken; requests that are not finished go on later.
+    /// Stands still. Nothing is in flight, and all events were taken; requests that are
+    /// not finished go on later.
     fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
         let _ = reply.send(Ok(None));
         let depth = depth(&self.setup.ring);
@@ -213,7 +215,8 @@ impl Server {
     /// Hands a request over that was begun.
     fn serve(&mut self, slot: u16) -> io::Result<()> {
         self.advance(slot);
-        // What the disk did on the spot is finished while it is in the cache, and a driver that looks sees it soon.
+        // What the disk did on the spot is finished while it is in the cache, and a driver
+        // that looks sees it soon.
         while let Some(event) = self.io.next_event() {
             self.handle(event)?;
         }

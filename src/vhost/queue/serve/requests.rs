@@ -1,4 +1,5 @@
-//! One request after another: from a chain to the disk, and from what the disk has done to the answer in the ring.
+//! One request after another: from a chain to the disk, and from what the disk has done to
+//! the answer in the ring.
 
 use crate::backing::Buffer;
 use crate::disk::{GuestData, Zeroing};
@@ -9,7 +10,8 @@ use std::sync::atomic::Ordering;
 use vm_memory::Bytes;
 
 impl Server {
-    /// Looks into a chain; there is a free slot. Returns the request that is to be handed over, if there is one.
+    /// Looks into a chain; there is a free slot. Returns the request that is to be handed
+    /// over, if there is one.
     pub(super) fn begin(&mut self, head: u16) -> Option<u16> {
         let slot = self.free.pop()?;
         // On record before anything has an effect.
@@ -56,7 +58,8 @@ impl Server {
         self.throttled = None;
         while let Some(slot) = self.stalled.pop_front() {
             self.advance(slot);
-            // If the request stalled again, `advance` has put it at the back. It is still the oldest, so it goes to the front.
+            // If the request stalled again, `advance` has put it at the back. It is still the oldest,
+            // so it goes to the front.
             if self.stalled.back() == Some(&slot) {
                 self.stalled.rotate_right(1);
                 return;
