@@ -20,6 +20,7 @@ type Result<T = ()> = std::result::Result<T, String>;
 /// over is cleared away before anybody attaches a volume, who would do so too.
 pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     settings(site, expect)?;
+    site.move_in().map_err(|e| format!("bring the ledger's key to where the store is now: {e}"))?;
     let listed = volumes(site, expect)?;
     // What each record says is what a command has made of it, wherever the power went.
     site.ok(&["store", "check"])?;

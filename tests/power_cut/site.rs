@@ -3,7 +3,10 @@
 use crate::common::frontend::{Options, Session};
 use crate::common::patience::{Deadline, limit};
 use crate::common::process::{tie_to_test, wait_within};
+use sealblk::base::root::Root;
+use sha2::{Digest, Sha256};
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -38,6 +41,22 @@ impl Site {
     /// The store's root.
     pub fn root(&self) -> PathBuf {
         self.top().join("root")
+    }
+
+    /// The state of a store is looked at by another path than where it was recorded: what the configuration
+    /// folder has for it by its path goes along.
+    pub fn move_in(&self) -> std::io::Result<()> {
+        let stores = self.top().join("config/stores");
+        let digest = Sha256::digest(Root::new(self.root()).path().as_os_str().as_bytes());
+        let ours = stores.join(&hex::encode(digest)[..16]);
+        if !stores.exists() || ours.exists() {
+            return Ok(());
+        }
+        // Of a store that was cut off before it had a key, there may be none.
+        match std::fs::read_dir(stores)?.next() {
+            Some(recorded) => std::fs::rename(recorded?.path(), ours),
+            None => Ok(()),
+        }
     }
 
     /// A disk image that a power cut hits, too.
