@@ -18,5 +18,6 @@ pub mod request;
 pub mod script;
 pub mod session;
 pub mod sigv4;
+pub mod snapshot_record;
 pub mod volume_metadata;
 pub mod wire;
