@@ -22,9 +22,9 @@ pub fn check(site: &Site, expect: &Expect, gc_first: bool) -> Result {
     settings(site, expect)?;
     site.move_in().map_err(|e| format!("bring the ledger's key to where the store is now: {e}"))?;
     let listed = volumes(site, expect)?;
+    layers_are_right(&site.root())?;
     // What each record says is what a command has made of it, wherever the power went.
     site.ok(&["store", "check"])?;
-    layers_are_right(&site.root())?;
     image(site, expect, &listed)?;
     audit(site)?;
     if gc_first && site.root().exists() {

@@ -109,7 +109,7 @@ fn a_program_that_writes_before_its_seal_is_durable_is_found_out() {
     let sealed =
         trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
     let (trace, place) = without(trace, sealed, syncs_volume_folder);
-    is_found_out(&trace, place, "there is data in its layer, but no seal");
+    is_found_out(&trace, place, "it has no seal any more");
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn a_program_that_makes_holes_before_the_old_layers_have_left_durably_is_found_o
     let places: Vec<usize> = (commit..trace.entries.len()).filter(|&n| removed(&trace.lines()[n])).collect();
     let trace = places.into_iter().rev().fold(trace, Trace::without);
     let (trace, _) = without(trace, commit, syncs_volume_folder);
-    is_found_out(&trace, zeroed, "instead of one of the patterns");
+    is_found_out(&trace, zeroed, "its layers are not those that it had");
 }
 
 #[test]
