@@ -17,13 +17,13 @@ mod base {
     }
 }
 
-use crypt::Dek;
-use crypt::xts::{DataUnit, Engine, new_cipher};
+use crypt::xts::{Engine, new_cipher};
+use crypt::{Dek, SectorSize};
 
 fn main() -> base::Result<()> {
     let dek = Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?;
     let mut data = vec![1; 1 << 16];
-    for unit in [DataUnit::B512, DataUnit::B4096] {
+    for unit in [SectorSize::B512, SectorSize::B4096] {
         for engine in Engine::available() {
             let cipher = new_cipher(engine, &dek, unit)?;
             cipher.encrypt_in_place(&mut data, 8);
