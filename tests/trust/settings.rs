@@ -146,7 +146,11 @@ fn who_may_not_read_the_settings_is_told_so_and_gets_no_defaults() {
     // The program has to be where that user can start it.
     let place = Place::with_settings("encrypt-by-default = true\n", &[]);
     let program = place.folder().join("sealblk");
-    fs::copy(env!("CARGO_BIN_EXE_sealblk"), &program).unwrap();
+    // Copied by another process: a descriptor of this one's, open for writing, would be in every child that
+    // another test starts meanwhile, and no program is run that somebody has open for writing.
+    let mut copy = std::process::Command::new("cp");
+    copy.arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program);
+    assert_eq!(crate::ends(copy).0, 0, "copy the program");
     fs::set_permissions(place.folder(), fs::Permissions::from_mode(0o755)).unwrap();
     let theirs = place.folder().join("theirs");
     fs::create_dir(&theirs).unwrap();
