@@ -69,13 +69,13 @@ impl Catalog {
         Catalog { root: root.clone(), ledger: None }
     }
 
-    /// The same volumes, for a command: records are held against the store's ledger, and
+    /// The volumes of the store at `root`, for a command: records are held against the store's ledger, and
     /// changes are entered there.
     pub fn with_ledger(root: &Root) -> Self {
         Catalog { root: root.clone(), ledger: Some(Ledger::of(root)) }
     }
 
-    /// The same volumes, for this process once it is confined.
+    /// These volumes for a process that is confined, and does not reach the ledger.
     pub fn without_ledger(&self) -> Self {
         Catalog::new(&self.root)
     }
@@ -174,8 +174,7 @@ impl Catalog {
     /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names, and for one that
     /// says something else than the store's ledger.
     pub fn load(&self, id: VolumeId) -> Result<Metadata> {
-        let (metadata, doubt) =
-            self.judged(|| self.load_claim(id), |claim| (id.to_string(), VolumeFacts::of(claim)))?;
+        let (metadata, doubt) = self.judged(&id, || self.load_claim(id), VolumeFacts::of)?;
         doubt.map_or(Ok(metadata), |doubt| Err(doubt.refuse(&id)))
     }
 
@@ -184,20 +183,21 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn doubt(&self, id: VolumeId) -> Result<Option<Doubt>> {
-        Ok(self.judged(|| self.load_claim(id), |claim| (id.to_string(), VolumeFacts::of(claim)))?.1)
+        Ok(self.judged(&id, || self.load_claim(id), VolumeFacts::of)?.1)
     }
 
-    /// What `read` returns, and why that is not believed; none: it is, or this process has no ledger.
+    /// What `read` returns of `id`, and why that is not believed; none: it is, or this process has no ledger.
     fn judged<T: PartialEq, F: Facts>(
         &self,
+        id: &dyn Display,
         read: impl Fn() -> Result<T>,
-        facts: impl Fn(&T) -> (String, F),
+        facts: impl Fn(&T) -> F,
     ) -> Result<(T, Option<Doubt>)> {
         let mut claim = read()?;
         let Some(ledger) = &self.ledger else { return Ok((claim, None)) };
+        let id = id.to_string();
         loop {
-            let (id, found) = facts(&claim);
-            let Some(doubt) = ledger.judge(&id, &found)? else { return Ok((claim, None)) };
+            let Some(doubt) = ledger.judge(&id, &facts(&claim))? else { return Ok((claim, None)) };
             // A command may have replaced the record, and then the entry, in between.
             let now = read()?;
             if now == claim {
@@ -244,16 +244,25 @@ impl Catalog {
         let folder = self.folder(metadata.id());
         remove_temporary_files(&folder)?;
         let next = metadata.next_generation()?;
-        let mut change =
-            self.ledger.as_ref().map(|ledger| ledger.change(&next.id().to_string())).transpose()?;
-        if let Some(change) = &mut change {
-            change.expect(VolumeFacts::of(&next))?;
-        }
-        replace_file(&folder.join(FILE), &next.to_json())?;
-        if let Some(change) = &mut change {
-            settled(change.settle(VolumeFacts::of(&next)));
-        }
+        let replace = || replace_file(&folder.join(FILE), &next.to_json());
+        self.replaced(&next.id(), || VolumeFacts::of(&next), replace)?;
         *metadata = next;
+        Ok(())
+    }
+
+    /// Has `replace` give the record of `id` a state with these `facts`: entered before,
+    /// and alone afterwards.
+    fn replaced<F: Facts>(
+        &self,
+        id: &dyn Display,
+        facts: impl Fn() -> F,
+        replace: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return replace() };
+        let mut change = ledger.change(&id.to_string())?;
+        change.expect(facts())?;
+        replace()?;
+        settled(change.settle(facts()));
         Ok(())
     }
 

@@ -120,7 +120,7 @@ impl Settings {
         Self::load_from(&Root::config_dir()?, root)
     }
 
-    /// The same with this configuration folder.
+    /// Reads the settings in this configuration folder, for the store at `root`.
     ///
     /// # Errors
     /// As for [`Settings::load`].
@@ -168,7 +168,7 @@ pub fn file() -> Result<PathBuf> {
     Ok(Root::config_dir()?.join(FILE))
 }
 
-/// The same, to be named to the reader.
+/// The settings file as messages name it: its path, or its name alone where nothing says where it is.
 pub fn shown_file() -> PathBuf {
     file().unwrap_or_else(|_| FILE.into())
 }

@@ -64,44 +64,6 @@ impl VolumeFacts {
             sealed: volume.is_sealed(),
         }
     }
-
-    fn differs_in_words(&self, found: &Self) -> Option<String> {
-        let name = |facts: &Self| match &facts.name {
-            Some(name) => format!("\"{name}\""),
-            None => "none".into(),
-        };
-        let encrypted = |is: bool| if is { "encrypted" } else { "not encrypted" };
-        let (ours, theirs) = (&self.layout, &found.layout);
-        if self.name != found.name {
-            return Some(format!("its name is {} and was {}", name(found), name(self)));
-        }
-        if ours.is_encrypted() != theirs.is_encrypted() {
-            let (is, was) = (encrypted(theirs.is_encrypted()), encrypted(ours.is_encrypted()));
-            return Some(format!("it is {is} and was {was}"));
-        }
-        if ours.geometry != theirs.geometry {
-            let bytes = |layout: &Layout| (layout.geometry.size(), layout.geometry.sector_size().bytes());
-            let ((is, sectors), (was, sectors_before)) = (bytes(theirs), bytes(ours));
-            return Some(format!(
-                "it has {is} bytes in sectors of {sectors}, and had {was} in sectors of {sectors_before}"
-            ));
-        }
-        if self.sealed && !found.sealed {
-            return Some("it has no seal any more".into());
-        }
-        let may_become = [ours.clone(), ours.hydrated()];
-        let is_one = |of: fn(&Layout, &Layout) -> bool| may_become.iter().any(|layout| of(layout, theirs));
-        if !is_one(|a, b| a.layers == b.layers && a.hydrate == b.hydrate) {
-            return Some("its layers are not those that it had".into());
-        }
-        if !is_one(|a, b| a.layers == b.layers && a.hydrate == b.hydrate && are_keys_of(&a.keys, &b.keys)) {
-            return Some("its wrapped data keys are not those that it had".into());
-        }
-        if self.origin != found.origin {
-            return Some("the snapshot that it was made of is another one".into());
-        }
-        (self.created != found.created || self.id != found.id).then(|| "it was made at another time".into())
-    }
 }
 
 /// Whether these may be the keys of whatever had `known`: whoever seals a volume notes their check values.
@@ -153,7 +115,40 @@ impl Facts for VolumeFacts {
     }
 
     fn difference(&self, found: &Self) -> Option<String> {
-        self.differs_in_words(found)
+        let name = |facts: &Self| match &facts.name {
+            Some(name) => format!("\"{name}\""),
+            None => "none".into(),
+        };
+        let encrypted = |is: bool| if is { "encrypted" } else { "not encrypted" };
+        let (ours, theirs) = (&self.layout, &found.layout);
+        if self.name != found.name {
+            return Some(format!("its name is {} and was {}", name(found), name(self)));
+        }
+        if ours.is_encrypted() != theirs.is_encrypted() {
+            let (is, was) = (encrypted(theirs.is_encrypted()), encrypted(ours.is_encrypted()));
+            return Some(format!("it is {is} and was {was}"));
+        }
+        if ours.geometry != theirs.geometry {
+            let bytes = |layout: &Layout| (layout.geometry.size(), layout.geometry.sector_size().bytes());
+            let ((is, sectors), (was, sectors_before)) = (bytes(theirs), bytes(ours));
+            return Some(format!(
+                "it has {is} bytes in sectors of {sectors}, and had {was} in sectors of {sectors_before}"
+            ));
+        }
+        if self.sealed && !found.sealed {
+            return Some("it has no seal any more".into());
+        }
+        let is_laid_out_so = |may: &Layout| may.layers == theirs.layers && may.hydrate == theirs.hydrate;
+        let Some(may) = [ours.clone(), ours.hydrated()].into_iter().find(is_laid_out_so) else {
+            return Some("its layers are not those that it had".into());
+        };
+        if !are_keys_of(&may.keys, &theirs.keys) {
+            return Some("its wrapped data keys are not those that it had".into());
+        }
+        if self.origin != found.origin {
+            return Some("the snapshot that it was made of is another one".into());
+        }
+        (self.created != found.created || self.id != found.id).then(|| "it was made at another time".into())
     }
 }
 

@@ -209,8 +209,7 @@ impl Ledger {
             mark => mark.context(|| format!("make {}", path.display()))?,
         };
         create_dir_durable(&self.entries)?;
-        let mut change = Change { ledger: self, id: id.to_owned(), mark, number: 0, accepted: Vec::new() };
-        change.take_lock()?;
+        let mut change = self.lock(id, mark)?;
         change.replace(vec![facts])?;
         sync_dir(&self.config()?.join("marks"))
     }
@@ -222,8 +221,7 @@ impl Ledger {
         let path = self.mark_path(id)?;
         let mark = files::open_with(&path, OFlag::O_RDWR | OFlag::O_CREAT)
             .context(|| format!("open {}", path.display()))?;
-        let mut change = Change { ledger: self, id: id.to_owned(), mark, number: 0, accepted: Vec::new() };
-        change.take_lock()?;
+        let mut change = self.lock(id, mark)?;
         let entry = self.read_entry::<F>(id, &self.known_key()?)?.ok();
         change.number = read_mark(&change.mark)?.max(entry.map_or(0, |entry| entry.number));
         change.replace(vec![facts])?;
@@ -240,8 +238,7 @@ impl Ledger {
             Err(e) if e.kind() == ErrorKind::NotFound => return Err(Doubt::Unknown.refuse(&id)),
             mark => mark.context(|| format!("open {}", path.display()))?,
         };
-        let mut change = Change { ledger: self, id: id.to_owned(), mark, number: 0, accepted: Vec::new() };
-        change.take_lock()?;
+        let mut change = self.lock(id, mark)?;
         let entry = self.entry(id)?.map_err(|doubt| doubt.refuse(&id))?;
         (change.number, change.accepted) = (entry.number, entry.accepted);
         Ok(change)
@@ -283,6 +280,13 @@ impl Ledger {
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)
+    }
+
+    /// Locks the entry of `id` by its mark. What it says is not known yet.
+    fn lock<F: Facts>(&self, id: &str, mark: File) -> Result<Change<'_, F>> {
+        let change = Change { ledger: self, id: id.to_owned(), mark, number: 0, accepted: Vec::new() };
+        change.take_lock()?;
+        Ok(change)
     }
 
     fn entry_path(&self, id: &str) -> PathBuf {
@@ -427,8 +431,9 @@ fn mac(key: &Key, id: &str, body: &[u8]) -> [u8; 32] {
 
 /// An entry's bytes; `None` for what was not written with this key for this id.
 fn parse<F: Facts>(bytes: &[u8], id: &str, key: &Key) -> Option<Entry<F>> {
-    let (body, tag) = bytes.strip_suffix(b"\n")?.rsplit_once_newline()?;
-    let tag = hex::decode(tag).ok()?;
+    let lines = bytes.strip_suffix(b"\n")?;
+    let (body, tag) = lines.split_at(lines.iter().rposition(|&b| b == b'\n')?);
+    let tag = hex::decode(&tag[1..]).ok()?;
     if !bool::from(mac(key, id, body).as_slice().ct_eq(&tag)) {
         return None;
     }
@@ -436,17 +441,6 @@ fn parse<F: Facts>(bytes: &[u8], id: &str, key: &Key) -> Option<Entry<F>> {
     let accepted = written.accepted.into_iter().map(|facts| F::from_written(facts, id));
     let accepted = accepted.collect::<Result<_, _>>().ok()?;
     (written.format == FORMAT).then_some(Entry { number: written.number, accepted })
-}
-
-trait Lines {
-    fn rsplit_once_newline(&self) -> Option<(&[u8], &[u8])>;
-}
-
-impl Lines for [u8] {
-    fn rsplit_once_newline(&self) -> Option<(&[u8], &[u8])> {
-        let at = self.iter().rposition(|&b| b == b'\n')?;
-        Some((&self[..at], &self[at + 1..]))
-    }
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ impl Catalog {
     /// # Errors
     /// As for [`Catalog::load_snapshot`].
     pub(crate) fn load_copying(&self, id: SnapshotId) -> Result<Snapshot> {
-        self.believed_snapshot(|| read_snapshot(&self.copying_path(id), id))
+        self.believed_snapshot(id, || read_snapshot(&self.copying_path(id), id))
     }
 
     /// Whether there is anything of a snapshot: its record, or that of a copy or deletion
@@ -105,13 +105,11 @@ impl Catalog {
     /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names, and for one
     /// that says something else than the store's ledger.
     pub fn load_snapshot(&self, id: SnapshotId) -> Result<Snapshot> {
-        self.believed_snapshot(|| self.load_snapshot_claim(id))
+        self.believed_snapshot(id, || self.load_snapshot_claim(id))
     }
 
-    fn believed_snapshot(&self, read: impl Fn() -> Result<Snapshot>) -> Result<Snapshot> {
-        let (snapshot, doubt) =
-            self.judged(read, |claim| (claim.id.to_string(), SnapshotFacts::of(claim)))?;
-        let id = snapshot.id;
+    fn believed_snapshot(&self, id: SnapshotId, read: impl Fn() -> Result<Snapshot>) -> Result<Snapshot> {
+        let (snapshot, doubt) = self.judged(&id, read, SnapshotFacts::of)?;
         doubt.map_or(Ok(snapshot), |doubt| Err(doubt.refuse(&id)))
     }
 
@@ -120,8 +118,7 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn doubt_of_snapshot(&self, id: SnapshotId) -> Result<Option<Doubt>> {
-        let read = || self.load_snapshot_claim(id);
-        Ok(self.judged(read, |claim| (id.to_string(), SnapshotFacts::of(claim)))?.1)
+        Ok(self.judged(&id, || self.load_snapshot_claim(id), SnapshotFacts::of)?.1)
     }
 
     /// Reads a snapshot's record as it stands there, whoever wrote it.
@@ -189,16 +186,8 @@ impl Catalog {
     /// Replaces a snapshot's record.
     pub(crate) fn save_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         create_dir_durable(&self.root().snapshots())?;
-        let mut change =
-            self.ledger.as_ref().map(|ledger| ledger.change(&snapshot.id.to_string())).transpose()?;
-        if let Some(change) = &mut change {
-            change.expect(SnapshotFacts::of(snapshot))?;
-        }
-        replace_file(&self.snapshot_path(snapshot.id), &snapshot.to_json())?;
-        if let Some(change) = &mut change {
-            settled(change.settle(SnapshotFacts::of(snapshot)));
-        }
-        Ok(())
+        let replace = || replace_file(&self.snapshot_path(snapshot.id), &snapshot.to_json());
+        self.replaced(&snapshot.id, || SnapshotFacts::of(snapshot), replace)
     }
 
     /// Enters a snapshot that is going to be made.
