@@ -300,7 +300,8 @@ impl Backing for FileBacking {
 /// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests
 /// of a killed process only after the process itself, and what is on its way then would land on top of
 /// what is written now. Each queue's open file carries a lock, which the kernel keeps for as long as a
-/// request uses that open file.
+/// request uses that open file; a queue that has seen all its requests complete gives it up itself
+/// ([`nothing_in_flight`]).
 fn wait_for_earlier_writes(file: &File) -> io::Result<()> {
     let limit = Instant::now() + PATIENCE;
     loop {
@@ -323,6 +324,13 @@ fn lock_in_flight(file: &File, kind: locks::Kind) -> io::Result<()> {
         true => Ok(()),
         false => Err(io::ErrorKind::WouldBlock.into()),
     }
+}
+
+/// Gives up that lock: every request by this open file has completed. The kernel may still hold the file:
+/// what carried out a request (a thread of its own, for a flush) lets go of it after the completion, and an
+/// io_uring that is kept without being used notices that only when it is used again.
+fn nothing_in_flight(file: &File) {
+    locks::unlock(file, IN_FLIGHT);
 }
 
 /// The next run of bytes at or after `from` that the file may hold something in.
@@ -386,6 +394,23 @@ mod tests {
             opens.join().unwrap()
         });
         waiting.unwrap();
+    }
+
+    #[test]
+    fn a_queue_that_ends_has_no_writes_on_their_way_whoever_still_holds_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let backing = FileBacking::open(&path, false, 512, None).unwrap();
+        // The kernel may hold it like this for as long as an io_uring is kept and not used.
+        let held = Arc::new(backing.open_again().unwrap());
+        drop(backing);
+        let top = Reached { file: held.clone(), inline: false, memory: None, unit: 512 };
+        let queue = FileQueue::new(top, Vec::new(), 1).unwrap();
+        let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        assert!(lock_in_flight(&other, locks::Kind::Exclusive).is_err());
+        drop(queue);
+        lock_in_flight(&other, locks::Kind::Exclusive).unwrap();
     }
 
     #[test]

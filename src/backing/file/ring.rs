@@ -33,6 +33,8 @@ const NO_BUFFERS: u8 = 1;
 const FILES: u8 = 2;
 const NO_FILES: u8 = 3;
 const ENABLE: u8 = 12;
+/// `IORING_ENTER_GETEVENTS` of io_uring_enter(2): completions are looked for.
+const GET_EVENTS: u32 = 1;
 
 /// Entries of a ring that is made before its use is known: what a thread submits at a time.
 /// More waits in its queue.
@@ -118,6 +120,10 @@ impl Ring {
         let forgotten = submitter.unregister_files();
         let forgotten =
             forgotten.and_then(|()| if buffers { submitter.unregister_buffers() } else { Ok(()) });
+        // The kernel may let go of a request, and of the files it used, only when the ring is entered after
+        // its completion. Should it refuse that now, it does so with the next queue that has the ring.
+        // SAFETY: nothing is submitted, nothing is waited for, and there is no argument.
+        let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, GET_EVENTS, None) };
         match forgotten {
             Ok(()) => self.clean = true,
             Err(e) => log::error!("giving up an io_uring: {e}"),

@@ -6,6 +6,7 @@ mod rewrite;
 mod work;
 
 use crate::backing::file::memory::{FileMemory, User};
+use crate::backing::file::nothing_in_flight;
 use crate::backing::file::pool::{self, Pool};
 use crate::backing::file::prefetch::prefetch;
 use crate::backing::file::ring::{self, Ring};
@@ -472,6 +473,7 @@ impl Drop for FileQueue {
             }
             self.reap();
         }
+        nothing_in_flight(&self.file);
         // The ring may serve another queue of this thread.
         while let Some(watch) = self.watches.first() {
             self.unwatch(watch.token);
