@@ -137,7 +137,7 @@ impl Disk {
         }
         drop(session);
         // It may be about to end, and serve the next front-end until then.
-        let next = Session::open(self.socket(), &Options::default());
+        let next = Session::open(self.socket(), &Options { now_or_never: true, ..Options::default() });
         if next.and_then(|mut session| check_kept(&mut session.rings[0])).is_ok() && self.server.runs() {
             return;
         }

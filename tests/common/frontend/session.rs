@@ -79,6 +79,8 @@ pub struct Options {
     pub order: Order,
     /// Acknowledgements.
     pub acks: Acks,
+    /// Whether nobody is waited for who does not listen now: the back-end may have ended.
+    pub now_or_never: bool,
 }
 
 impl Default for Options {
@@ -92,6 +94,7 @@ impl Default for Options {
             layout: Layout::flat(16 << 20),
             order: Order::Qemu7,
             acks: Acks::All,
+            now_or_never: false,
         }
     }
 }
@@ -143,7 +146,7 @@ impl Session {
         mem: Arc<GuestMem>,
         rings: Vec<SplitRing>,
     ) -> Result<Session> {
-        let socket = connect(path)?;
+        let socket = if options.now_or_never { UnixStream::connect(path)? } else { connect(path)? };
         let front = Frontend::from_stream(socket.try_clone()?, options.queues as u64);
         let mut session = Session {
             mem,
