@@ -6,7 +6,7 @@
 //! | `volumes/vol-…/` | `volume.json` is read and replaced, the control socket's name removed | own |
 //! | `layers/<uuid>.img`, the top | each queue opens it again when its ring starts | write, or read if attached read-only |
 //! | `layers/<uuid>.img`, those below | likewise | read |
-//! | the folder of the VMM's socket | its name is removed at the end | remove |
+//! | the folder of the VMM's socket, unless the store or its keys lie below | its name is removed at the end | remove |
 //!
 //! The audit log and its mark (`audit.jsonl`, `audit-….plain`) are written at the end through descriptors
 //! that are open since the first record.
@@ -16,6 +16,7 @@
 //! folder, such as `layers/`, would let a taken-over process at every other volume's files; rather let a
 //! client pass what it has made.
 
+use crate::base::root::Root;
 use crate::catalog::{Catalog, Metadata};
 use crate::host::Options;
 use crate::sandbox::{Access, Rule};
@@ -35,7 +36,58 @@ pub(super) fn rules(
         let frozen = options.read_only || number > 0;
         Rule::new(catalog.layer_path(layer.id), if frozen { Access::Read } else { Access::Write })
     }));
-    // Landlock knows no single names: a folder of its own for each socket is best.
-    rules.extend(socket.and_then(Path::parent).map(|folder| Rule::new(folder, Access::Remove)));
+    rules.extend(socket_folder(catalog, metadata, socket).map(|folder| Rule::new(folder, Access::Remove)));
     rules
+}
+
+/// The folder of the VMM's socket, if the socket's name may be removed there at the end. Landlock knows no
+/// single names: whoever may remove this one may remove every file in the folder and below it. So it is not
+/// one that other volumes, or the root key, lie below; a folder of its own for each socket is best.
+pub(super) fn socket_folder<'a>(
+    catalog: &Catalog,
+    metadata: &Metadata,
+    socket: Option<&'a Path>,
+) -> Option<&'a Path> {
+    let folder = socket?.parent()?;
+    let real = folder.canonicalize().ok()?;
+    let of_store = [Some(catalog.root().path().to_owned()), Root::config_dir().ok()];
+    let holds_more = of_store.into_iter().flatten().any(|guarded| {
+        let guarded = guarded.canonicalize().unwrap_or(guarded);
+        guarded.starts_with(&real) || real.starts_with(&guarded)
+    });
+    (!holds_more || real.starts_with(catalog.folder(metadata.id()))).then_some(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::VolumeId;
+    use crate::catalog::metadata::Geometry;
+
+    #[test]
+    fn nothing_is_removed_below_a_folder_that_holds_more_than_the_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        let metadata = Metadata::new(
+            VolumeId::random(),
+            None,
+            Geometry::new(1 << 20, Default::default()).unwrap(),
+            None,
+        );
+        let catalog = Catalog::new(&Root::new(top.join("store")));
+        let own = catalog.folder(metadata.id());
+        let folders =
+            ["store/layers", "run", "store/volumes/vol-00000000000000000"].map(|name| top.join(name));
+        for folder in folders.iter().chain([&own]) {
+            std::fs::create_dir_all(folder).unwrap();
+        }
+        std::os::unix::fs::symlink(&top, top.join("run/link")).unwrap();
+        let may = |folder: &Path| socket_folder(&catalog, &metadata, Some(&folder.join("x.sock"))).is_some();
+        for no in [&top, &top.join("store"), &folders[0], &folders[2], &top.join("run/link"), Path::new("/")]
+        {
+            assert!(!may(no), "{}", no.display());
+        }
+        assert!(may(&folders[1]) && may(&own));
+        assert_eq!(socket_folder(&catalog, &metadata, None), None);
+    }
 }

@@ -17,12 +17,19 @@ use std::path::{Path, PathBuf};
 pub struct SocketName {
     path: PathBuf,
     inode: (u64, u64),
+    stays: bool,
 }
 
 impl SocketName {
     /// This name, seen from elsewhere: it was made while `folder` was the working folder.
     pub fn moved_to(mut self, folder: &Path) -> Self {
         self.path = folder.join(&self.path);
+        self
+    }
+
+    /// This name, which is left where it is: the process may not remove it.
+    pub fn staying(mut self) -> Self {
+        self.stays = true;
         self
     }
 
@@ -37,6 +44,9 @@ impl SocketName {
 
 impl Drop for SocketName {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode);
         if ours && let Err(e) = std::fs::remove_file(&self.path) {
             log::warn!("remove {}: {e}", self.path.display());
@@ -61,7 +71,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
         bound => bound.context(attempt)?,
     };
     let metadata = std::fs::symlink_metadata(path).context(attempt)?;
-    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) }))
+    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()), stays: false }))
 }
 
 fn remove_stale(path: &Path) -> Result<()> {

@@ -227,3 +227,24 @@ fn a_name_that_somebody_else_has_taken_meanwhile_is_not_removed() {
     host.end();
     assert_eq!(fs::read_to_string(place.socket()).unwrap(), "precious");
 }
+
+/// Whoever may remove one name in a folder may remove everything below it, as far as a confined
+/// process can be held to it.
+#[test]
+fn in_a_folder_that_holds_the_store_the_name_is_left() {
+    let place = Place::new(&[]);
+    let socket = place.folder().join("t.sock");
+    // The second finds the first one's.
+    for _ in 0..2 {
+        let mut command = place.store.command();
+        command.args(["attach", "t", "-v", "--socket-path"]).arg(&socket);
+        let host = place.start(command, vec![]);
+        host.says("t.sock stays when the volume is detached");
+        assert!(listens(&socket));
+        host.end();
+        assert!(socket.exists() && !listens(&socket));
+    }
+    let host = place.attach(&["-v"]);
+    host.end();
+    assert!(!place.socket().exists());
+}

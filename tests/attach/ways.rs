@@ -340,13 +340,14 @@ fn relative_paths_mean_the_same_to_every_process() {
         command.current_dir(folder).args(arguments);
         command
     };
-    let folder = place.folder();
-    let host = place
-        .start(here(&folder, &["--root", "root", "attach", "t", "--socket-path", "relative.sock"]), vec![]);
+    let folder = place.folder().join("run");
+    fs::create_dir(&folder).unwrap();
+    let arguments = ["--root", "../root", "attach", "t", "--socket-path", "relative.sock"];
+    let host = place.start(here(&folder, &arguments), vec![]);
     assert!(listens(&folder.join("relative.sock")));
     let shown: Value = serde_json::from_str(&place.store.ok(&["volume", "show", "t", "--json"])).unwrap();
     assert_eq!(shown["attached_by"]["socket"], json!(folder.join("relative.sock").display().to_string()));
-    let elsewhere = folder.join("elsewhere");
+    let elsewhere = place.folder().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     let detach = here(&elsewhere, &["--root", "../root", "detach", "t"]).output().unwrap();
     assert!(detach.status.success(), "{}", said(&detach));

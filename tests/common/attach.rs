@@ -77,7 +77,14 @@ impl Place {
 
     /// Where the host process listens unless it is told otherwise.
     pub fn socket(&self) -> PathBuf {
-        self.folder().join("t.sock")
+        self.socket_named("t")
+    }
+
+    /// A socket's path, in a folder that holds nothing but sockets: in that, its host process may remove it.
+    pub fn socket_named(&self, name: &str) -> PathBuf {
+        let folder = self.folder().join("run");
+        std::fs::create_dir_all(&folder).expect("make a folder for sockets");
+        folder.join(name).with_extension("sock")
     }
 
     /// The volumes of the store.

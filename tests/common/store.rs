@@ -111,7 +111,9 @@ impl Store {
     /// Attaches a volume as [`Store::attach`] does, with a socket of its own, called `name`.
     #[track_caller]
     pub fn attach_as(&self, name: &str, volume: &str, arguments: &[&str]) -> Attached<'_> {
-        let socket = self.folder.path().join(format!("{name}.sock"));
+        let run = self.folder.path().join("run");
+        std::fs::create_dir_all(&run).expect("make a folder for sockets");
+        let socket = run.join(format!("{name}.sock"));
         let log = self.folder.path().join(format!("{name}.log"));
         let notify = self.folder.path().join(format!("{name}.notify"));
         // Left by an earlier attach of the same volume.
