@@ -1,8 +1,15 @@
-//! Sizes as people write and read them: `20GiB`, `512 MB`, `1073741824`.
+//! Sizes as people write and read them: `20GiB`, `20G`, `1.5 TB`, `1073741824`.
 #![forbid(unsafe_code)]
 
-const UNITS: [(&str, u64); 11] = [
+/// A letter alone is a binary unit, as truncate(1), lvcreate(8) and qemu-img(1) have it.
+const UNITS: [(&str, u64); 17] = [
+    ("", 1),
     ("b", 1),
+    ("k", 1 << 10),
+    ("m", 1 << 20),
+    ("g", 1 << 30),
+    ("t", 1 << 40),
+    ("p", 1 << 50),
     ("kib", 1 << 10),
     ("mib", 1 << 20),
     ("gib", 1 << 30),
@@ -14,25 +21,36 @@ const UNITS: [(&str, u64); 11] = [
     ("tb", 1_000_000_000_000),
     ("pb", 1_000_000_000_000_000),
 ];
+/// More digits after a point say nothing: a byte is the 10¹⁵th part of the largest unit.
+const MAX_DECIMALS: usize = 15;
 
-/// Reads a size: a whole number and a unit, in any case; no unit means bytes. Returns in bytes.
+/// Reads a size: a number, which may have a decimal point, and a unit, in any case; no unit means bytes.
+/// Returns in bytes, without a part of one.
 ///
 /// # Errors
 /// A sentence that says what would be understood.
 pub fn parse(text: &str) -> Result<u64, String> {
-    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-    let (number, unit) = text.split_at(digits);
-    let example = "write a whole number and a unit, such as 20GiB (1024³ bytes) or 20GB (1000³ bytes)";
-    if number.is_empty() {
-        return Err(format!("{text:?} is not a size; {example}"));
+    let example = "write a number and a unit, such as 20GiB or 20G (1024³ bytes), 20GB (1000³ bytes), 0.5TiB";
+    let no_size = || format!("{text:?} is not a size; {example}");
+    let end = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+    let (number, unit) = text.split_at(end);
+    let (whole, decimals) = match number.split_once('.') {
+        Some((whole, decimals)) if !decimals.is_empty() => (whole, decimals),
+        Some(_) => return Err(no_size()),
+        None => (number, ""),
+    };
+    if whole.is_empty() || decimals.contains('.') || decimals.len() > MAX_DECIMALS {
+        return Err(no_size());
     }
     let unit = unit.trim_start().to_ascii_lowercase();
-    let factor = match UNITS.iter().find(|(name, _)| *name == unit) {
-        Some((_, factor)) => *factor,
-        None if unit.is_empty() => 1,
-        None => return Err(format!("{text:?} has an unknown unit; {example}")),
+    let Some((_, factor)) = UNITS.iter().find(|(name, _)| *name == unit) else {
+        return Err(format!("{text:?} has an unknown unit; {example}"));
     };
-    let size = number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+    // All digits are some 10^-n: 20 of them before the point, and 15 after, go into 128 bits.
+    let scale = 10_u128.pow(decimals.len() as u32);
+    let scaled = format!("{whole}{decimals}").parse::<u128>().ok();
+    let size = scaled.and_then(|n| n.checked_mul(u128::from(*factor))).map(|n| n / scale);
+    let size = size.and_then(|n| u64::try_from(n).ok());
     size.ok_or_else(|| format!("{text:?} is too large; 2⁶⁴ bytes and more have no address"))
 }
 
@@ -69,6 +87,14 @@ mod tests {
             ("1KB", 1000),
             ("2TB", 2_000_000_000_000),
             ("8191PiB", 8191 << 50),
+            ("10g", 10 << 30),
+            ("10 G", 10 << 30),
+            ("64k", 64 << 10),
+            ("1.5T", 3 << 39),
+            ("0.5TiB", 1 << 39),
+            ("0.001KB", 1),
+            ("0.0001KB", 0),
+            ("1.000000000000001PB", 1_000_000_000_000_001),
             ("18446744073709551615", u64::MAX),
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text}");
@@ -82,8 +108,12 @@ mod tests {
             "GiB",
             "-1",
             "+1",
-            "1.5GiB",
-            "20G",
+            "1.GiB",
+            ".5GiB",
+            "1.5.5GiB",
+            "1.0000000000000001PB",
+            "20Gi",
+            "20E",
             "20GiBs",
             " 1",
             "0x10",
