@@ -14,6 +14,7 @@ pub mod key_ref;
 pub mod kms_blob;
 pub mod kms_log;
 pub mod kms_records;
+pub mod ledger_entry;
 pub mod request;
 pub mod script;
 pub mod session;

@@ -9,7 +9,7 @@ pub mod id;
 pub mod layer_file;
 pub mod layout;
 pub mod leaving;
-pub(crate) mod ledger;
+pub mod ledger;
 pub mod lock;
 pub mod metadata;
 pub mod pending;
@@ -58,9 +58,10 @@ pub struct Entry {
     pub id: VolumeId,
     /// What is known of it, or why that cannot be read or is not believed.
     pub metadata: Result<Metadata>,
-    /// The name that its record claims, believed or not.
-    claimed: Option<VolumeName>,
 }
+
+/// What a volume's record says, whoever wrote it.
+type Claim = (VolumeId, Result<Metadata>);
 
 impl Catalog {
     /// The volumes of the store at `root`, which need not exist yet. What records say is taken as it is: this
@@ -115,12 +116,22 @@ impl Catalog {
 
     /// Every volume, sorted by id; a damaged one does not hide the others.
     pub fn list(&self) -> Result<Vec<Entry>> {
-        let entry = |id| {
-            let claimed = self.load_claim(id).ok().and_then(|m| m.name().cloned());
-            Entry { id, metadata: self.load(id), claimed }
-        };
+        let entry = |(id, claim): Claim| Entry { id, metadata: claim.and_then(|it| self.believe(id, it)) };
         let gone = |e: &Entry| matches!(&e.metadata, Err(err) if err.kind() == Kind::NotFound);
-        Ok(self.ids()?.into_iter().map(entry).filter(|e| !gone(e)).collect())
+        Ok(self.claims()?.into_iter().map(entry).filter(|e| !gone(e)).collect())
+    }
+
+    /// What the record of every volume says, believed or not; sorted by id.
+    fn claims(&self) -> Result<Vec<Claim>> {
+        let claim = |id| (id, self.load_claim(id));
+        let gone = |(_, claim): &Claim| claim.as_ref().is_err_and(|e| e.kind() == Kind::NotFound);
+        Ok(self.ids()?.into_iter().map(claim).filter(|it| !gone(it)).collect())
+    }
+
+    /// Some volume whose record claims this name, believed or not.
+    pub(crate) fn claimant(&self, name: &VolumeName) -> Result<Option<VolumeId>> {
+        let claims = |(_, claim): &Claim| claim.as_ref().is_ok_and(|it| it.name() == Some(name));
+        Ok(self.claims()?.into_iter().find(claims).map(|(id, _)| id))
     }
 
     /// Which volume `reference` means: a whole id, a name, or an id's first digits, with `vol-` or without.
@@ -133,35 +144,36 @@ impl Catalog {
         if let Some(id) = whole.filter(|&id| files::exists(&self.folder(id).join(FILE))) {
             return Ok(id);
         }
-        let entries = self.list()?;
-        let named: Vec<&Entry> = entries.iter().filter(|e| e.name() == Some(reference)).collect();
         let digits = reference.strip_prefix(VolumeId::PREFIX).unwrap_or(reference);
         let is_prefix = !digits.is_empty() && is_lower_hex(digits);
-        let begins = |e: &&Entry| is_prefix && e.id.to_string()[VolumeId::PREFIX.len()..].starts_with(digits);
-        let beginning: Vec<&Entry> = entries.iter().filter(begins).collect();
+        let begins = |id: VolumeId| is_prefix && id.to_string()[VolumeId::PREFIX.len()..].starts_with(digits);
+        // Of thousands, the ledger is asked about those alone that can be meant.
+        let claims = self.claims()?;
+        let is_claimed = |claim: &Result<Metadata>| {
+            claim.as_ref().is_ok_and(|it| it.name().is_some_and(|name| name.as_str() == reference))
+        };
+        let possible = claims.iter().filter(|(id, claim)| begins(*id) || is_claimed(claim));
+        let possible: Vec<Entry> = possible.map(|&(id, _)| Entry { id, metadata: self.load(id) }).collect();
+        let is_named = |e: &Entry| e.name() == Some(reference);
         // A name comes before a prefix: whether an id begins like it is chance. With so many digits it is
         // none: a host process could have given its volume the name by which another one is meant.
         let is_chance = digits.len() < DIGITS_BEYOND_CHANCE;
-        let candidates = match (named.is_empty(), is_chance) {
-            (true, _) => beginning,
-            (false, true) => named,
-            (false, false) => entries.iter().filter(|e| e.name() == Some(reference) || begins(e)).collect(),
-        };
-        match candidates[..] {
+        let only_named = is_chance && possible.iter().any(is_named);
+        let is_meant = |e: &&Entry| is_named(e) || (!only_named && begins(e.id));
+        match possible.iter().filter(is_meant).collect::<Vec<_>>()[..] {
             [] => {
                 // The one that was meant, perhaps, and what is wrong with it.
-                let claims = |e: &&Entry| reference.parse().is_ok_and(|name| e.claims(&name));
-                entries.iter().find(claims).map_or(Ok(()), |entry| self.load(entry.id).map(drop))?;
-                Err(self.no_such(reference, &entries))
+                possible.into_iter().find_map(|e| e.metadata.err()).map_or(Ok(()), Err)?;
+                Err(self.no_such(reference, &claims))
             }
             [entry] => Ok(entry.id),
-            _ => Err(ambiguous(reference, &candidates)),
+            ref several => Err(ambiguous(reference, several)),
         }
     }
 
-    fn no_such(&self, reference: &str, entries: &[Entry]) -> Error {
+    fn no_such(&self, reference: &str, claims: &[Claim]) -> Error {
         let mut message = format!("there is no volume {reference:?} in {}", self.root.path().display());
-        match entries.iter().filter(|e| e.metadata.is_err()).count() {
+        match claims.iter().filter(|(_, claim)| claim.is_err()).count() {
             0 => message.push_str("; \"sealblk volume list\" shows which there are"),
             n => message.push_str(&format!("; {n} of its volumes cannot be read, whose names are unknown")),
         }
@@ -174,7 +186,15 @@ impl Catalog {
     /// `NotFound`; `Corrupt` for a damaged, foreign or newer file, which the message names, and for one that
     /// says something else than the store's ledger.
     pub fn load(&self, id: VolumeId) -> Result<Metadata> {
-        let (metadata, doubt) = self.judged(&id, || self.load_claim(id), VolumeFacts::of)?;
+        self.believe(id, self.load_claim(id)?)
+    }
+
+    /// The metadata of which `claim` was read just now.
+    ///
+    /// # Errors
+    /// As for [`Catalog::load`].
+    fn believe(&self, id: VolumeId, claim: Metadata) -> Result<Metadata> {
+        let (metadata, doubt) = self.judged(&id, claim, || self.load_claim(id), VolumeFacts::of)?;
         doubt.map_or(Ok(metadata), |doubt| Err(doubt.refuse(&id)))
     }
 
@@ -183,17 +203,18 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn doubt(&self, id: VolumeId) -> Result<Option<Doubt>> {
-        Ok(self.judged(&id, || self.load_claim(id), VolumeFacts::of)?.1)
+        Ok(self.judged(&id, self.load_claim(id)?, || self.load_claim(id), VolumeFacts::of)?.1)
     }
 
-    /// What `read` returns of `id`, and why that is not believed; none: it is, or this process has no ledger.
+    /// What `read` returns of `id`, which was `claim` just now, and why that is not believed; none: it is, or
+    /// this process has no ledger.
     fn judged<T: PartialEq, F: Facts>(
         &self,
         id: &dyn Display,
+        mut claim: T,
         read: impl Fn() -> Result<T>,
         facts: impl Fn(&T) -> F,
     ) -> Result<(T, Option<Doubt>)> {
-        let mut claim = read()?;
         let Some(ledger) = &self.ledger else { return Ok((claim, None)) };
         let id = id.to_string();
         loop {
@@ -335,6 +356,14 @@ impl Catalog {
         Ok(ids.filter(|id| !is_volume(id) && !is_snapshot(id)).collect())
     }
 
+    /// Every layer that the ledger lets a volume's record name; none if this process has no ledger, or if
+    /// that has no entry that is believed.
+    pub(crate) fn layers_in_ledger(&self, id: VolumeId) -> Result<Option<Vec<LayerId>>> {
+        let Some(ledger) = &self.ledger else { return Ok(None) };
+        let states = ledger.accepted::<VolumeFacts>(&id.to_string())?;
+        Ok(states.map(|states| states.iter().flat_map(VolumeFacts::layers).collect()))
+    }
+
     /// Takes the entry of a volume or snapshot out that is not there any more.
     pub(crate) fn forget_entry(&self, id: &dyn Display) -> Result<()> {
         self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.forget(&id.to_string()))
@@ -413,11 +442,6 @@ fn settled(result: Result<()>) {
 }
 
 impl Entry {
-    /// Whether its record claims this name, believed or not.
-    pub(crate) fn claims(&self, name: &VolumeName) -> bool {
-        self.claimed.as_ref() == Some(name)
-    }
-
     /// The volume's name, where it has one and it can be read.
     pub fn name(&self) -> Option<&str> {
         self.metadata.as_ref().ok().and_then(|m| m.name()).map(|n| n.as_str())

@@ -105,7 +105,9 @@ pub(crate) fn check_top_is_own(catalog: &Catalog, volume: &Metadata) -> Result<(
             match catalog.read_record(&path, id) {
                 Ok(other) if other.layers().iter().any(|l| l.id == top) => return shared(top, &id),
                 Ok(other) if is_ours(other.top().id) => return shared(other.top().id, &id),
-                Err(_) if says(&path, top) => return shared(top, &path.display()),
+                Err(e) if e.kind() != Kind::NotFound && says(&path, top) => {
+                    return shared(top, &path.display());
+                }
                 Ok(_) | Err(_) => {}
             }
         }
@@ -137,7 +139,8 @@ fn layers_of_volume(catalog: &Catalog, id: VolumeId) -> Result<Vec<LayerId>> {
             Err(e) if e.kind() == Kind::NotFound => {}
             // Never to become a volume: whoever was at it is gone.
             Err(_) if name == CREATING && catalog.held(id)? == Held::Free => {}
-            Err(e) => return Err(e),
+            // The ledger knows all that commands have given it; its host process can only take some away.
+            Err(e) => return catalog.layers_in_ledger(id)?.ok_or(e),
         }
     }
     Ok(Vec::new())

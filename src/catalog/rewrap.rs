@@ -1,6 +1,7 @@
 //! A data key that is wrapped anew: the same key, so the data and the seal stay as they are.
 
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::Snapshot;
 use crate::catalog::metadata::{KeyRecord, Metadata};
 use crate::kms::WrappedKey;
 use base64::Engine;
@@ -9,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
 
-/// How one of a volume's data keys is wrapped from now on. Says nothing that `volume.json` would not.
+/// How one of the data keys of a volume or a snapshot is wrapped from now on. Says nothing
+/// that its record would not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rewrapped {
-    /// Which of the volume's keys.
+    /// Which of its keys.
     slot: usize,
     /// SHA-256 of the wrapped key that this replaces, hexadecimal.
     replaces: String,
@@ -24,7 +26,7 @@ pub struct Rewrapped {
 }
 
 impl Rewrapped {
-    /// `new`, by `provider`, in place of `old`, which is key `slot` of its volume. Whoever makes this has
+    /// `new`, by `provider`, in place of `old`, which is key `slot` of its record. Whoever makes this has
     /// seen that both unwrap to the same data key.
     pub fn new(slot: usize, old: &KeyRecord, provider: &str, new: &WrappedKey) -> Self {
         Rewrapped {
@@ -51,24 +53,50 @@ impl Metadata {
     /// not stand in `volume.json`.
     pub fn rewrap(&mut self, new: &Rewrapped) -> Result<()> {
         let mut changed = self.clone();
-        let key = changed.layout.keys.get_mut(new.slot);
-        let key = key.ok_or_else(|| Error::new(Kind::Usage, format!("it has no data key {}", new.slot)))?;
-        if digest(&key.wrapped.blob) != new.replaces {
+        new.replace_in(&mut changed.layout.keys, &format!("volume show {}", self.id))?;
+        *self = readable(Metadata::from_json(&changed.to_json()))?;
+        Ok(())
+    }
+}
+
+impl Snapshot {
+    /// Takes note of it. It counts once it is stored. What proves the snapshot's layers does not depend on
+    /// how its data keys are wrapped.
+    ///
+    /// # Errors
+    /// As for [`Metadata::rewrap`].
+    pub fn rewrap(&mut self, new: &Rewrapped) -> Result<()> {
+        let mut changed = self.clone();
+        new.replace_in(&mut changed.layout.keys, &format!("snapshot show {}", self.id))?;
+        *self = readable(Snapshot::from_json(&changed.to_json()))?;
+        Ok(())
+    }
+}
+
+impl Rewrapped {
+    /// Replaces the wrapped key among those of a record; `show` is the command that shows that.
+    fn replace_in(&self, keys: &mut [KeyRecord], show: &str) -> Result<()> {
+        let key = keys.get_mut(self.slot);
+        let key = key.ok_or_else(|| Error::new(Kind::Usage, format!("it has no data key {}", self.slot)))?;
+        if digest(&key.wrapped.blob) != self.replaces {
             let message = format!(
-                "data key {} was wrapped anew by somebody else meanwhile; look at \"sealblk volume show {}\" \
-                 and try again",
-                new.slot, self.id
+                "data key {} was wrapped anew by somebody else meanwhile; look at \"sealblk {show}\" and try \
+                 again",
+                self.slot
             );
             return Err(Error::new(Kind::Busy, message));
         }
-        let blob = BASE64.decode(&new.wrapped).map_err(|e| Error::of(Kind::Usage, e).context("wrapped"))?;
-        key.wrapped = WrappedKey { key_id: new.key_id.clone(), blob };
-        key.provider = new.provider.clone();
-        // What is written must be readable, whoever it came from.
-        let read = Metadata::from_json(&changed.to_json()).context(|| "the new wrapped key");
-        *self = read.map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
+        let blob = BASE64.decode(&self.wrapped).map_err(|e| Error::of(Kind::Usage, e).context("wrapped"))?;
+        key.wrapped = WrappedKey { key_id: self.key_id.clone(), blob };
+        key.provider = self.provider.clone();
         Ok(())
     }
+}
+
+/// What is written must be readable, whoever it came from.
+fn readable<T>(read: Result<T>) -> Result<T> {
+    let read = read.context(|| "the new wrapped key");
+    read.map_err(|e| Error::new(Kind::Usage, e.to_string()))
 }
 
 fn digest(blob: &[u8]) -> String {

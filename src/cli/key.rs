@@ -6,6 +6,7 @@ use crate::kms::KeyState;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
+use crate::ops::keys;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -109,7 +110,7 @@ pub struct AliasTarget {
 
 /// Runs one `sealblk key` command.
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
-    let kms = Embedded::open(&env.root, env.hardened)?;
+    let kms = keys::embedded(&env.root, env.hardened)?;
     let (text, json) = answer(&kms, command)?;
     let text = if env.json { format!("{json:#}\n") } else { text };
     output::print(&text).map(drop)

@@ -1,22 +1,29 @@
 //! `sealblk kms`: the embedded KMS as a server, and who may ask it.
 
-use crate::base::Result;
 use crate::base::hardened::Hardened;
-#[cfg(not(feature = "kms-server"))]
-use crate::base::{Error, Kind};
+use crate::base::root::{parent_of, sync_dir};
+use crate::base::{Context, Error, Kind, Result};
 use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
 use crate::crypt::wiping_allocator;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
+use crate::kms::embedded::root_key::Place;
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
 #[cfg(feature = "kms-server")]
 use crate::kms::server::{self, Address, tls::Files};
+use crate::ops::keys;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// More than a copy of a root key has, in bytes.
+const MAX_COPY: u64 = 4096;
 
 /// What can be done with the embedded KMS itself.
 #[derive(Debug, Subcommand)]
@@ -32,6 +39,23 @@ pub enum Command {
     /// as the systemd credential sealblk-kms-passphrase.
     #[command(after_help = "Example:\n  sealblk kms init --passphrase")]
     Init(InitArgs),
+    /// Show where the KMS lies, and where its root key is.
+    #[command(after_help = "Example:\n  sealblk kms show")]
+    Show,
+    /// Make a copy of the root key for bad days, under a passphrase.
+    ///
+    /// Whoever has the store's folder and the root key can read what is encrypted here; whoever has lost the
+    /// root key never can. A copy belongs where neither the store nor its backups are: on paper, in a safe.
+    /// It is two lines of text.
+    #[command(after_help = "Examples:\n  sealblk kms backup /media/usb/kms-root-key\n  \
+                            sealblk kms backup - | qrencode -o root-key.png")]
+    Backup(BackupArgs),
+    /// Put the root key back from a copy, where it is missing.
+    ///
+    /// The store's folder is restored before. The root key stays under the copy's passphrase, which whoever
+    /// needs a key is asked for; "sealblk kms passphrase remove" takes it off.
+    #[command(after_help = "Example:\n  sealblk kms restore /media/usb/kms-root-key")]
+    Restore(RestoreArgs),
     /// Put the root key under a passphrase, under another one, or under none.
     #[command(subcommand, after_help = "Example:\n  sealblk kms passphrase set")]
     Passphrase(PassphraseCommand),
@@ -48,6 +72,22 @@ pub struct InitArgs {
     passphrase: bool,
     #[command(flatten)]
     new: NewPassphraseArgs,
+}
+
+/// Arguments of `kms backup`.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// The file to write, which is not there yet; - is standard output.
+    file: PathBuf,
+    #[command(flatten)]
+    new: NewPassphraseArgs,
+}
+
+/// Arguments of `kms restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The copy; - is standard input.
+    file: PathBuf,
 }
 
 /// What can be done with the passphrase.
@@ -160,8 +200,11 @@ pub struct NameArg {
 pub fn run(env: &Env, command: Command) -> Result<()> {
     // Data keys, passphrases and the secrets of principals pass buffers of other people's code.
     wiping_allocator::wipe_from_now_on();
-    let kms = Embedded::open(&env.root, env.hardened)?;
+    let kms = keys::embedded(&env.root, env.hardened)?;
     match command {
+        Command::Show => show(env, &kms),
+        Command::Backup(args) => backup(env, &kms, &args),
+        Command::Restore(args) => restore(env, &kms, &args),
         Command::Serve(args) => serve(env, kms, args),
         Command::Init(args) => {
             let wanted = args.passphrase || args.new.new_passphrase_fd.is_some();
@@ -201,6 +244,77 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
                 true => print_json(&json!({ "Name": name })),
                 false => print(&format!("{name} deleted\n")).map(drop),
             }
+        }
+    }
+}
+
+fn show(env: &Env, kms: &Embedded) -> Result<()> {
+    let (store, place) = kms.root_key_place()?;
+    let folder = env.root.kms();
+    let (path, kept, words) = match &place {
+        Place::File(path) => (path, "file", "in the clear, for whoever can read the file"),
+        Place::UnderPassphrase(path) => (path, "passphrase", "under a passphrase"),
+        Place::Credential(path) => (path, "credential", "a systemd credential"),
+        Place::Missing(path) => (path, "missing", "MISSING: put it back from a backup"),
+    };
+    if env.json {
+        let root_key = json!({ "Path": path.display().to_string(), "Kept": kept });
+        return print_json(&json!({
+            "Store": store,
+            "Folder": folder.display().to_string(),
+            "RootKey": root_key,
+        }));
+    }
+    let rows = [
+        ["KMS:", &store.to_string()],
+        ["Folder:", &folder.display().to_string()],
+        ["Root key:", &format!("{} ({words})", path.display())],
+    ];
+    print(&table(&rows.map(|row| row.map(String::from).to_vec()))).map(drop)
+}
+
+fn backup(env: &Env, kms: &Embedded, args: &BackupArgs) -> Result<()> {
+    let to_file = args.file != Path::new("-");
+    if to_file && args.file.symlink_metadata().is_ok() {
+        let message = format!("there is something at {} already; choose another name", args.file.display());
+        return Err(Error::new(Kind::Busy, message));
+    }
+    // The old one first, as everywhere.
+    kms.unlock()?;
+    let copy = kms.back_up_root_key(&args.new.get(env.hardened)?)?;
+    if !to_file {
+        return print(&copy).map(drop);
+    }
+    let write = || -> std::io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&args.file)?;
+        file.write_all(copy.as_bytes())?;
+        file.sync_all()?;
+        sync_dir(parent_of(&args.file)).map_err(std::io::Error::other)
+    };
+    write().context(|| format!("write {}", args.file.display()))?;
+    let file = args.file.display().to_string();
+    match env.json {
+        true => print_json(&json!({ "File": file })),
+        false => print(&format!(
+            "{file} is a copy of the root key, under the passphrase. Keep it where neither the store nor its \
+             backups are\n"
+        ))
+        .map(drop),
+    }
+}
+
+fn restore(env: &Env, kms: &Embedded, args: &RestoreArgs) -> Result<()> {
+    let mut copy = Vec::new();
+    let read = match args.file == Path::new("-") {
+        true => std::io::stdin().lock().take(MAX_COPY).read_to_end(&mut copy),
+        false => File::open(&args.file).and_then(|file| file.take(MAX_COPY).read_to_end(&mut copy)),
+    };
+    read.context(|| format!("read {}", args.file.display()))?;
+    let path = kms.restore_root_key(&copy)?.display().to_string();
+    match env.json {
+        true => print_json(&json!({ "RootKey": path })),
+        false => {
+            print(&format!("{path} is the root key again, under the passphrase of the copy\n")).map(drop)
         }
     }
 }

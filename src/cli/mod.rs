@@ -21,6 +21,7 @@ mod meter;
 pub mod output;
 pub mod progress;
 mod receipt;
+mod rewrap;
 pub mod settings;
 pub mod snapshot;
 pub mod store;

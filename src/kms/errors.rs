@@ -104,6 +104,9 @@ pub enum KmsError {
     /// AccessDeniedException.
     #[error("{0}")]
     AccessDenied(String),
+    /// UnrecognizedClientException and its kin: the KMS does not believe who asks.
+    #[error("{0}")]
+    NotAuthenticated(String),
     /// InvalidCiphertextException: wrong context, tampered blob, garbage; AWS gives it no message.
     #[error("InvalidCiphertextException")]
     InvalidCiphertext,
@@ -154,6 +157,7 @@ impl KmsError {
             KmsError::NotFound(_) => "NotFoundException",
             KmsError::AlreadyExists(_) => "AlreadyExistsException",
             KmsError::AccessDenied(_) | KmsError::NotAllowed(_) => "AccessDeniedException",
+            KmsError::NotAuthenticated(_) => "UnrecognizedClientException",
             KmsError::InvalidCiphertext => "InvalidCiphertextException",
             KmsError::IncorrectKey(_) => "IncorrectKeyException",
             KmsError::Validation(_) => "ValidationException",
@@ -187,15 +191,13 @@ impl KmsError {
             "ValidationException" | "InvalidKeyUsageException" | "SerializationException" => {
                 KmsError::Validation(message)
             }
-            "AccessDeniedException"
-            | "ExpiredTokenException"
+            "AccessDeniedException" | "NotAuthorized" | "OptInRequired" => KmsError::AccessDenied(message),
+            "ExpiredTokenException"
             | "IncompleteSignatureException"
             | "InvalidClientTokenId"
             | "InvalidSignatureException"
             | "MissingAuthenticationTokenException"
-            | "NotAuthorized"
-            | "OptInRequired"
-            | "UnrecognizedClientException" => KmsError::AccessDenied(message),
+            | "UnrecognizedClientException" => KmsError::NotAuthenticated(message),
             other => match Exception::named(other) {
                 Some(exception) => KmsError::Other(exception, message),
                 None => KmsError::Internal(format!("{other}: {message}")),
@@ -252,6 +254,11 @@ impl KmsError {
             }
             KmsError::AccessDenied(_) => {
                 "look at the key's policy and at this host's credentials (docs/kms.md)".to_string()
+            }
+            KmsError::NotAuthenticated(_) => {
+                "look at this host's credentials, and at its clock: a signature holds for five minutes \
+                 (docs/kms.md)"
+                    .to_string()
             }
             _ => return None,
         })
@@ -344,6 +351,7 @@ mod tests {
             KmsError::NotFound(m()),
             KmsError::AlreadyExists(m()),
             KmsError::AccessDenied(m()),
+            KmsError::NotAuthenticated(m()),
             KmsError::InvalidCiphertext,
             KmsError::IncorrectKey(m()),
             KmsError::Validation(m()),
@@ -365,6 +373,8 @@ mod tests {
                 && words("aws").contains("aws kms enable-key --key-id arn:x")
         );
         assert!(words("embedded").contains("sealblk key enable arn:x"));
+        let expired = KmsError::of_wire("InvalidSignatureException", "Signature expired".into());
+        assert!(expired.with_advice_of("aws", "arn:x").to_string().contains("and at its clock"));
         assert_eq!(words("another"), "it is disabled.");
     }
 }

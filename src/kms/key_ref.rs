@@ -100,6 +100,18 @@ pub fn is_alias(name: &str) -> bool {
         && name.strip_prefix(ALIAS_PREFIX).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(allowed))
 }
 
+/// A key of the embedded KMS as it means the key wherever the KMS is said to be: an id in place of a key ARN.
+/// The ARNs in records have the region and the account that the settings had when they were written.
+pub fn anywhere(key: &str) -> &str {
+    let id = Arn::split(key).and_then(|arn| arn.resource.strip_prefix("key/"));
+    id.filter(|id| parse_id(id).is_some()).unwrap_or(key)
+}
+
+/// Whether two names that the provider of this name has given keys are one key's.
+pub fn is_same_key(provider: &str, one: &str, other: &str) -> bool {
+    one == other || (provider == ProviderName::Embedded.as_str() && anywhere(one) == anywhere(other))
+}
+
 /// The region that an ARN of a KMS names; `None` for what is no such ARN.
 pub fn arn_region(text: &str) -> Option<&str> {
     Arn::split(text).map(|arn| arn.region).filter(|region| !region.is_empty())
@@ -155,8 +167,10 @@ pub struct KeyRef {
 impl KeyRef {
     /// Parses `[embedded:]KEY`, `aws:KEY` or an ARN, where the embedded KMS is at `here`.
     ///
-    /// An ARN with another region or account than `here` means AWS. For the embedded KMS the key's form is
-    /// checked; AWS checks its own. Fails with NotFound or Validation.
+    /// An ARN with another region or account than `here` means AWS; one of this place is a key of the
+    /// embedded KMS, unless the settings have given that the account of somebody at AWS: then it has
+    /// to be said which. For the embedded KMS the key's form is checked; AWS checks its own. Fails
+    /// with NotFound or Validation.
     pub fn parse(text: &str, here: &Locality) -> Result<Self, KmsError> {
         if let Some(key) = text.strip_prefix("aws:") {
             return KeyRef::aws(key);
@@ -168,6 +182,13 @@ impl KeyRef {
         match Arn::split(key) {
             Some(arn) if !prefixed && (arn.region != here.region || arn.account != here.account) => {
                 KeyRef::aws(key)
+            }
+            // Whoever makes the account theirs has keys of both kinds with such ARNs.
+            Some(_) if !prefixed && here.account != Locality::default().account => {
+                Err(KmsError::Validation(format!(
+                    "{key} can be a key of AWS KMS, or one of the embedded KMS, which the settings (account, \
+                     region) have given the same place: write \"aws:{key}\" or \"embedded:{key}\""
+                )))
             }
             _ => {
                 here.parse(key)?;

@@ -13,6 +13,7 @@ use crate::catalog::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata, Origi
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Catalog, VolumeId};
 use crate::events::EventLog;
+use crate::kms::key_ref::is_same_key;
 use crate::kms::{EncryptionContext, Failure, KeyProvider, KmsError};
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
@@ -115,7 +116,8 @@ fn layout(
 pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
     let Some(top) = snapshot.top_key() else { return Ok(false) };
     match with.provider.describe(with.key) {
-        Ok(key) => Ok(top.provider == with.provider.name() && top.wrapped.key_id == key.key_id),
+        Ok(key) => Ok(top.provider == with.provider.name()
+            && is_same_key(&top.provider, &top.wrapped.key_id, &key.key_id)),
         // The default key is made at its first use.
         Err(KmsError::NotFound(_)) => Ok(false),
         Err(e) => Err(Failure::kms(e, with.provider.name(), with.key)),

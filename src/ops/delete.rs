@@ -3,10 +3,10 @@
 use crate::base::root::{files, replace_file, sync_dir};
 use crate::catalog::leaving;
 
-use crate::base::{Context, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{CREATING, DELETING, RecordsLock, remove_unnamed};
-use crate::catalog::{self, Catalog, Metadata, VolumeId, pending, tags};
+use crate::catalog::{self, Catalog, Metadata, SnapshotId, VolumeId, pending, tags};
 use crate::events::{Event, EventLog};
 use crate::ops::shred::{self, Receipt};
 use std::os::unix::fs::FileTypeExt;
@@ -41,6 +41,50 @@ pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Recei
     Ok(receipt)
 }
 
+/// Deletes a volume whose record cannot be read, and reports a `deleteVolume` event. Nobody knows
+/// its layers: they are left to [`crate::ops::gc`], which can do its work again where it is the
+/// record that was in the way.
+///
+/// # Errors
+/// `Usage` if the record can be read; `Busy`, naming the process that has the volume; `NotFound`.
+pub fn delete_unreadable(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
+    let delete = || {
+        let folder = catalog.folder(id);
+        let _lock = VolumeLock::acquire(&folder, id, &Holder::this_process(Purpose::Delete, None)?)?;
+        let _records = RecordsLock::acquire(catalog)?;
+        check_is_unreadable(catalog.load_claim(id).map(drop))?;
+        // With this it is not there any more; whatever keeps the rest, the next deletion clears away.
+        files::remove(&folder.join(catalog::FILE))?;
+        sync_dir(&folder)?;
+        events.record(&Event::delete_volume(id));
+        remove_folder(catalog, id)
+    };
+    delete().context(|| format!("delete {id}"))
+}
+
+/// As [`delete_unreadable`], for a snapshot.
+///
+/// # Errors
+/// `Usage` if the record can be read; `NotFound`.
+pub fn delete_unreadable_snapshot(catalog: &Catalog, id: SnapshotId) -> Result<()> {
+    let delete = || {
+        let _records = RecordsLock::acquire(catalog)?;
+        check_is_unreadable(catalog.load_snapshot_claim(id).map(drop))?;
+        files::remove(&catalog.snapshot_path(id))?;
+        sync_dir(&catalog.root().snapshots())?;
+        catalog.forget_entry(&id)
+    };
+    delete().context(|| format!("delete {id}"))
+}
+
+fn check_is_unreadable(read: Result<()>) -> Result<()> {
+    match read {
+        Ok(()) => Err(Error::new(Kind::Usage, "its record can be read; leave out --unreadable")),
+        Err(e) if e.kind() == Kind::Corrupt => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
 /// Deletes a volume; `let_go` renames its metadata, after which it is not there any more.
 fn delete_by<T>(
     catalog: &Catalog,
@@ -52,7 +96,8 @@ fn delete_by<T>(
     let holder = Holder::this_process(Purpose::Delete, None)?;
     let attempt = || format!("delete {id}");
     let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
-    let metadata = catalog.load(id).context(attempt)?;
+    let metadata =
+        catalog.load(id).map_err(|e| advised(catalog.load_claim(id).is_err(), e)).context(attempt)?;
     match catalog.check_top_is_own(&metadata) {
         Ok(()) => catalog.recover(&lock, &metadata).context(attempt)?,
         // What others name stays; nothing is undone in layers that may be theirs.
@@ -73,6 +118,15 @@ fn delete_by<T>(
     })?;
     clear_remains(catalog, &records);
     Ok(done)
+}
+
+/// What else can be done about a record that cannot be read.
+pub(crate) fn advised(is_unreadable: bool, e: Error) -> Error {
+    if !is_unreadable || e.kind() != Kind::Corrupt {
+        return e;
+    }
+    let message = format!("{e}, or give it up: \"delete --unreadable\" with its whole id");
+    e.reworded(message)
 }
 
 pub(super) fn rename_durably(folder: &Path, from: &str, to: &str) -> Result<()> {

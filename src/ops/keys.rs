@@ -1,9 +1,50 @@
 //! The KMS key that an operator names, and the ways to data keys that the use cases need.
 
 use crate::base::Error;
+use crate::base::hardened::Hardened;
+use crate::base::root::Root;
+use crate::catalog::Catalog;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::crypt::Dek;
+use crate::kms::embedded::Embedded;
+use crate::kms::key_ref::ProviderName;
 use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError};
+
+/// The embedded KMS of the store at `root`; the first key makes it.
+///
+/// # Errors
+/// `Corrupt` if it is gone: records name its keys, of which a new one could open none.
+pub fn embedded(root: &Root, hardened: Hardened) -> Result<Embedded, KmsError> {
+    check_kms_is_there(root)?;
+    Embedded::open(root, hardened)
+}
+
+/// Fails if records name keys of the embedded KMS of the store at `root`, and that is gone.
+pub(super) fn check_kms_is_there(root: &Root) -> Result<(), KmsError> {
+    if Embedded::is_at(root) {
+        return Ok(());
+    }
+    let catalog = Catalog::new(root);
+    let is_ours = |keys: &[KeyRecord]| keys.iter().any(|key| key.provider == ProviderName::Embedded.as_str());
+    let internal = |e: Error| KmsError::Internal(e.to_string());
+    let volumes = catalog.list().map_err(internal)?.into_iter().filter_map(|entry| entry.metadata.ok());
+    let volumes = volumes.filter(|it| is_ours(it.keys())).map(|it| it.id().to_string());
+    let snapshots =
+        catalog.snapshots().map_err(internal)?.into_iter().filter_map(|entry| entry.snapshot.ok());
+    let snapshots = snapshots.filter(|it| is_ours(it.keys())).map(|it| it.id().to_string());
+    let orphans: Vec<String> = volumes.chain(snapshots).collect();
+    let Some(first) = orphans.first() else { return Ok(()) };
+    let others = match orphans.len() - 1 {
+        0 => "is".to_owned(),
+        n => format!("and {n} more are"),
+    };
+    Err(KmsError::Corrupt(format!(
+        "the store's own KMS is gone: {first} {others} under its keys, and there is no {}. Put that folder \
+         back from a backup; a new KMS could open none of them. If it is lost for good, so is what they \
+         hold: delete them, and the next key makes a new KMS",
+        root.kms().display()
+    )))
+}
 
 /// A KMS key and the KMS that has it.
 pub struct NamedKey {

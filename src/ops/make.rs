@@ -142,10 +142,10 @@ fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
 /// `Busy` if a volume has that name.
 fn check_name_is_free(catalog: &Catalog, name: Option<&VolumeName>) -> Result<()> {
     let Some(name) = name else { return Ok(()) };
-    match catalog.list()?.iter().find(|e| e.claims(name)) {
+    match catalog.claimant(name)? {
         None => Ok(()),
-        Some(e) => {
-            let message = format!("{} has the name \"{name}\" already; choose another", e.id);
+        Some(id) => {
+            let message = format!("{id} has the name \"{name}\" already; choose another");
             Err(Error::new(Kind::Busy, message))
         }
     }

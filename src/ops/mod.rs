@@ -49,6 +49,7 @@ use crate::crypt::Dek;
 use crate::events::EventLog;
 use crate::helper::unwrap;
 use crate::image::lock::Access;
+use crate::kms::key_ref::ProviderName;
 use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
 use crate::volume::open::{Opening, Taken};
 use keys::NamedKey;
@@ -119,6 +120,9 @@ impl Store {
     /// # Errors
     /// `Unsupported` for a KMS that this version does not know; those of the KMS.
     pub fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+        if name == ProviderName::Embedded.as_str() {
+            keys::check_kms_is_there(&self.root)?;
+        }
         kms::open_provider(self.hardened, &self.root, name)
     }
 

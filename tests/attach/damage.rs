@@ -269,7 +269,7 @@ fn without_the_kms_and_its_root_key_there_is_no_data_key() {
 
     fs::remove_file(&root_key).unwrap();
     let words = format!("put {} back from a backup", root_key.display());
-    refused(&place, &id, &Case { what: "no root key", code: 1, words: &words, events: 1 });
+    refused(&place, &id, &Case { what: "no root key", code: 8, words: &words, events: 1 });
     let mut other = key_bytes.clone();
     other[30] = if other[30] == b'0' { b'1' } else { b'0' };
     let none = "is not a KMS root key; put it back from a backup";

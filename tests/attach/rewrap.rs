@@ -53,6 +53,12 @@ impl Two {
         said(&output)
     }
 
+    fn key_of_snapshot(&self, id: &str) -> String {
+        let shown = self.place.store.ok(&["snapshot", "show", id, "--json"]);
+        let shown: Value = serde_json::from_str(&shown).expect("JSON");
+        shown["keys"][0]["key_id"].as_str().expect("a key").to_owned()
+    }
+
     /// Nothing needs the old KMS key any more.
     fn assert_free_of_the_old(&self, written: bool) {
         self.place.store.ok(&["key", "disable", "alias/old"]);
@@ -191,10 +197,13 @@ fn a_fleet_moves_from_one_kms_key_to_another() {
     create("a", &["--key", "alias/old"]);
     create("b", &[]);
     create("c", &["--unencrypted"]);
+    let snapshot = |name: &str| two.place.store.ok(&["snapshot", "create", name]).trim().to_owned();
+    let (of_a, of_c) = (snapshot("a"), snapshot("c"));
     let host = two.place.attach(&[]);
     let all = ["volume", "rewrap", "--all", "--from", "alias/old", "--key", "alias/new", "--json"];
     let done: Value = serde_json::from_str(&two.place.store.ok(&all)).unwrap();
-    assert_eq!(done.as_array().unwrap().len(), 2, "{done}");
+    assert_eq!(done.as_array().unwrap().len(), 3, "{done}");
+    assert_eq!(done[2]["id"], json!(of_a));
     let keys = || {
         let catalog = two.place.catalog();
         let key = |name| {
@@ -206,6 +215,9 @@ fn a_fleet_moves_from_one_kms_key_to_another() {
     let [t, a, b] = keys();
     assert_eq!((&t, &a), (&two.new, &two.new));
     assert!(b != two.old && b != two.new);
+    assert_eq!(two.key_of_snapshot(&of_a), two.new);
+    let none = two.place.store.run(&["snapshot", "rewrap", &of_c]);
+    assert!(none.status.code() == Some(2) && said(&none).contains("it is not encrypted"), "{}", said(&none));
     // One that fails is named, and keeps no other from it.
     let broken = two.place.catalog();
     let broken = broken.folder(broken.resolve("a").unwrap()).join("volume.json");
@@ -213,9 +225,43 @@ fn a_fleet_moves_from_one_kms_key_to_another() {
     let all = ["volume", "rewrap", "--all", "--key", "alias/old"];
     let output = two.place.store.run(&all);
     assert_eq!(output.status.code(), Some(7));
-    assert!(said(&output).contains("2 volumes done, 1 not"), "{}", said(&output));
+    assert!(said(&output).contains("3 volumes and snapshots done, 1 not"), "{}", said(&output));
     assert_eq!(two.place.key(), two.old);
     host.end();
+}
+
+/// A snapshot, a copy of it, and what is made of them, under the new KMS key alone.
+#[test]
+fn a_snapshot_outlives_the_kms_key_that_it_was_made_under() {
+    let two = Two::new();
+    let store = &two.place.store;
+    two.fill();
+    let snapshot = store.ok(&["snapshot", "create", "t"]).trim().to_owned();
+    let copy = store.ok(&["snapshot", "copy", &snapshot, "--key", "alias/old"]).trim().to_owned();
+    let record = |id: &str| store.root().join("snapshots").join(format!("{id}.json"));
+    for id in [&snapshot, &copy] {
+        let before = fs::read(record(id)).unwrap();
+        // Neither by a key that is not there, nor from one that it is not under, is anything done.
+        for (code, arguments) in [(3, ["--key", "alias/none"]), (2, ["--from", "alias/new"])] {
+            let output = store.run(&[&["snapshot", "rewrap", id][..], &arguments].concat());
+            assert_eq!(output.status.code(), Some(code), "{}", said(&output));
+            assert!(fs::read(record(id)).unwrap() == before);
+        }
+        let done = store.ok(&["snapshot", "rewrap", id, "--key", "alias/new", "--json"]);
+        let done: Value = serde_json::from_str(&done).unwrap();
+        let [old, new] = [&two.old, &two.new].map(|arn| format!("embedded:{arn}"));
+        assert_eq!(done, json!({"id": id, "rewrapped": [{"key": 0, "from": old, "to": new}]}));
+        assert_eq!(two.key_of_snapshot(id), two.new);
+    }
+    store.ok(&["store", "check"]);
+    store.ok(&["volume", "rewrap", "t", "--key", "alias/new"]);
+    two.assert_free_of_the_old(true);
+    store.ok(&["volume", "delete", "t"]);
+    for id in [&snapshot, &copy] {
+        store.ok(&["volume", "create", "--snapshot", id, "--name", "t"]);
+        two.assert_free_of_the_old(true);
+        store.ok(&["volume", "delete", "t"]);
+    }
 }
 
 /// A rewrap that is killed at any moment leaves a volume that attaches.

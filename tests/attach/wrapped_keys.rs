@@ -2,6 +2,7 @@
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
+use crate::common::store::said;
 use crate::common::tree::Tree;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -223,4 +224,35 @@ fn a_kms_key_that_was_deleted_takes_its_volumes_with_it() {
     );
     assert!(kms.describe(&arn).is_err(), "it is gone");
     two.refused("a deleted KMS key", 3, &format!("Key '{arn}' does not exist"), 1, |_| {});
+}
+
+/// Where the KMS is said to be stands in the ARNs of its keys, in records as well, and may be changed.
+#[test]
+fn a_kms_that_is_said_to_be_elsewhere_opens_what_it_had() {
+    let place = Place::new(&[]);
+    place.store.ok(&["key", "create", "--alias", "alias/new"]);
+    let old = place.key();
+    place.store.configure("region = \"eu-central-1\"\naccount = \"123456789012\"\n");
+    place.attach(&[]).end();
+    place.store.ok(&["volume", "show", "t", "--check-key"]);
+    let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
+    place.store.ok(&["volume", "create", "--snapshot", &snapshot]);
+    // An ARN like those of AWS says neither the one nor the other.
+    let listed = place.store.ok(&["key", "show", "alias/new", "--json"]);
+    let new = serde_json::from_str::<Value>(&listed).unwrap()["Arn"].clone();
+    let new = new.as_str().unwrap_or_else(|| panic!("{listed}"));
+    assert!(new.starts_with("arn:aws:kms:eu-central-1:123456789012:key/"), "{new}");
+    let output = place.store.run(&["volume", "rewrap", "t", "--key", new]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(
+        said(&output).contains(&format!("write \"aws:{new}\" or \"embedded:{new}\"")),
+        "{}",
+        said(&output)
+    );
+    assert_eq!(place.key(), old);
+    let (from, to) = (old.rsplit('/').next().unwrap(), format!("embedded:{new}"));
+    place.store.ok(&["volume", "rewrap", "--all", "--from", from, "--key", &to]);
+    assert_eq!(place.key(), new);
+    place.store.configure("");
+    place.attach(&[]).end();
 }

@@ -10,6 +10,7 @@ use nix::pty::openpty;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -119,6 +120,117 @@ fn a_passphrase_is_set_changed_and_removed_and_the_store_stays_as_it_is() {
     }
 }
 
+#[test]
+fn the_first_key_says_what_must_not_be_lost_once() {
+    let store = Store::new();
+    let create = || {
+        let mut command = store.command();
+        command.args(["volume", "create", "--size", "1MiB"]);
+        let output = run(command);
+        assert!(output.status.success(), "{}", said(&output));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let first = create();
+    let file = root_key_file(&store);
+    assert!(first.contains(&format!("Its root key is {}", file.display())), "{first}");
+    assert!(first.contains("sealblk kms backup FILE"), "{first}");
+    assert_eq!(create(), "");
+}
+
+#[test]
+fn a_root_key_that_was_lost_comes_back_from_its_copy() {
+    let place = Place::new(&[]);
+    let (store, id) = (&place.store, place.id());
+    let show = || -> serde_json::Value {
+        serde_json::from_str(&store.ok(&["kms", "show", "--json"])).expect("JSON")
+    };
+    let file = root_key_file(store);
+    let plain = fs::read_to_string(&file).unwrap();
+    assert_eq!(show()["RootKey"]["Kept"], "file");
+    let copy = place.folder().join("copy");
+    let copied = copy.to_str().unwrap();
+    ok(set_passphrase(store, None, "for bad days", &["kms", "backup", copied]));
+    let text = fs::read_to_string(&copy).unwrap();
+    let digits = plain.trim_end().rsplit(':').next().unwrap();
+    assert!(!text.contains(digits) && text.lines().count() == 2, "{text}");
+    assert_eq!(fs::metadata(&copy).unwrap().permissions().mode() & 0o7777, 0o600);
+    let words = refused(4, set_passphrase(store, None, "x", &["kms", "backup", copied]));
+    assert!(words.contains("there is something at"), "{words}");
+    assert_eq!(fs::read_to_string(&copy).unwrap(), text);
+    let piped = ok(set_passphrase(store, None, "another", &["kms", "backup", "-"]));
+    assert!(piped.lines().count() == 2 && piped.lines().next() == text.lines().next(), "{piped}");
+    let there = refused(4, with_passphrase(store, "for bad days", &["kms", "restore", copied]));
+    assert!(there.contains("there is a root key already"), "{there}");
+    // It is lost, and the head of the KMS's log with it.
+    fs::remove_file(&file).unwrap();
+    fs::remove_file(file.with_extension("head")).unwrap();
+    assert_eq!(show()["RootKey"]["Kept"], "missing");
+    let words = place.refuse(8, &[]);
+    assert!(words.contains("sealblk kms restore"), "{words}");
+    // Neither another store's, nor with another passphrase, nor a part of it.
+    let other = Store::new();
+    other.ok(&["key", "create"]);
+    let foreign = ok(set_passphrase(&other, None, "for bad days", &["kms", "backup", "-"]));
+    let wrong = place.folder().join("wrong");
+    for (code, bytes, passphrase, expected) in [
+        (2, foreign.as_bytes(), "for bad days", "it is the root key of the KMS store"),
+        (5, text.as_bytes(), "guess", "is not the one of the KMS root key"),
+        (2, &text.as_bytes()[..text.len() / 2], "for bad days", "that is no backup"),
+        (2, plain.as_bytes(), "for bad days", "that is no backup"),
+        (2, b"", "for bad days", "that is no backup"),
+    ] {
+        fs::write(&wrong, bytes).unwrap();
+        let restore = ["kms", "restore", wrong.to_str().unwrap()];
+        let words = refused(code, with_passphrase(store, passphrase, &restore));
+        assert!(words.contains(expected), "{words}");
+        assert!(!file.exists(), "{words}");
+    }
+    // The other store's key under this one's name: what it would be put in the place of tells.
+    let claimed = format!("{}\n{}\n", text.lines().next().unwrap(), foreign.lines().nth(1).unwrap());
+    fs::write(&wrong, claimed).unwrap();
+    refused(5, with_passphrase(store, "for bad days", &["kms", "restore", wrong.to_str().unwrap()]));
+    assert!(!file.exists());
+    ok(with_passphrase(store, "for bad days", &["kms", "restore", copied]));
+    assert_eq!(show()["RootKey"]["Kept"], "passphrase");
+    ok(with_passphrase(store, "for bad days", &["kms", "passphrase", "remove"]));
+    assert_eq!(fs::read_to_string(&file).unwrap(), plain);
+    store.ok(&["volume", "show", &id, "--check-key"]);
+    place.attach(&[]).end();
+}
+
+#[test]
+fn where_the_kms_is_gone_no_other_takes_its_place() {
+    let place = Place::new(&[]);
+    let store = &place.store;
+    let snapshot = store.ok(&["snapshot", "create", "t"]);
+    let (kms, aside) = (store.root().join("kms"), place.folder().join("aside"));
+    fs::rename(&kms, &aside).unwrap();
+    for arguments in [
+        &["volume", "create", "--size", "1MiB"][..],
+        &["key", "create"],
+        &["kms", "init"],
+        &["kms", "principal", "create", "host"],
+    ] {
+        let mut command = store.command();
+        command.args(arguments);
+        let words = refused(7, command);
+        assert!(words.contains("the store's own KMS is gone"), "{words}");
+        assert!(words.contains(&place.id()) && words.contains("and 1 more are"), "{words}");
+        assert!(!kms.join("log").exists(), "{arguments:?}");
+    }
+    let words = place.refuse(3, &[]);
+    assert!(words.contains("restore the folder from a backup"), "{words}");
+    // Back in its place, it goes on as before.
+    let _ = fs::remove_dir_all(&kms);
+    fs::rename(&aside, &kms).unwrap();
+    place.attach(&[]).end();
+    // Lost for good, with all that was under its keys, the store can begin anew.
+    fs::remove_dir_all(&kms).unwrap();
+    store.ok(&["snapshot", "delete", snapshot.trim()]);
+    store.ok(&["volume", "delete", "t"]);
+    store.ok(&["volume", "create", "--size", "1MiB", "--name", "new"]);
+}
+
 /// Serves the volume to a VMM, and returns what the host process still has open.
 fn serve(place: &Place, command: Command, keep: Vec<OwnedFd>) -> Vec<PathBuf> {
     let host = place.start(command, keep);
@@ -173,7 +285,7 @@ fn a_root_key_can_be_a_credential_and_nothing_else() {
     let credential = credentials.join("sealblk-kms-root-key");
     fs::rename(&file, &credential).unwrap();
     let said = place.run(place.attach_command(&[]), vec![]);
-    assert!(said.code == 1 && said.err.contains("if it is a systemd credential"), "{}", said.err);
+    assert!(said.code == 8 && said.err.contains("if it is a systemd credential"), "{}", said.err);
     let attach = || {
         let mut command = place.attach_command(&[]);
         command.env("CREDENTIALS_DIRECTORY", &credentials);

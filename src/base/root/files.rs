@@ -131,8 +131,10 @@ fn words(kind: SFlag) -> &'static str {
 
 /// Reads a regular file whole, up to `max` bytes; a longer one is refused.
 pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    open(path)?.take(max + 1).read_to_end(&mut bytes)?;
+    let file = open(path)?;
+    // Two calls, if nobody lengthens it meanwhile.
+    let mut bytes = Vec::with_capacity(file.metadata()?.len().min(max) as usize + 32);
+    file.take(max + 1).read_to_end(&mut bytes)?;
     match bytes.len() as u64 <= max {
         true => Ok(bytes),
         false => Err(strange(format!("it is longer than {max} bytes"))),

@@ -66,6 +66,13 @@ impl VolumeFacts {
     }
 }
 
+impl VolumeFacts {
+    /// The layers that it names.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = LayerId> + '_ {
+        self.layout.layers().iter().map(|layer| layer.id)
+    }
+}
+
 /// Whether these may be the keys of whatever had `known`: whoever seals a volume notes their check values.
 fn are_keys_of(known: &[KeyRecord], found: &[KeyRecord]) -> bool {
     let same = |(known, found): (&KeyRecord, &KeyRecord)| {

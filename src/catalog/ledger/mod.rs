@@ -20,16 +20,17 @@
 //! leaves a record that the entry lists. The entry is written before its mark: a mark is behind by one
 //! change at most, and never ahead.
 
+pub mod entry;
 mod facts;
 
 pub(crate) use facts::{SnapshotFacts, VolumeFacts};
 
 use crate::base::root::{Root, create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks};
-use hmac::{Hmac, KeyInit, Mac};
+use entry::Entry;
 use nix::fcntl::OFlag;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fs::File;
@@ -38,14 +39,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-const FORMAT: u32 = 1;
-/// Bytes of the store's key.
-const KEY_LEN: usize = 32;
-/// What the MAC of an entry begins with, so that it is no MAC of anything else.
-const DOMAIN: &[u8] = b"sealblk ledger entry 1\0";
 /// Longer entries are refused unread, in bytes: a few states of the longest record that there is.
 const MAX_LEN: u64 = 64 << 20;
 /// More than a key, a mark or a path has, in bytes.
@@ -127,22 +122,7 @@ pub(crate) struct Ledger {
     config: Option<PathBuf>,
 }
 
-/// An entry as it is written.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Written<T> {
-    format: u32,
-    number: u64,
-    accepted: Vec<T>,
-}
-
-/// What an entry says.
-struct Entry<F> {
-    number: u64,
-    accepted: Vec<F>,
-}
-
-type Key = Zeroizing<[u8; KEY_LEN]>;
+type Key = Zeroizing<[u8; entry::KEY_LEN]>;
 
 impl Ledger {
     /// The ledger of the store at `root`, which need not exist yet.
@@ -175,7 +155,7 @@ impl Ledger {
         let config = self.config()?;
         create_dir_durable(&config.join("marks"))?;
         replace_file(&config.join("root"), self.root.as_os_str().as_bytes())?;
-        let mut key: Key = Zeroizing::new([0; KEY_LEN]);
+        let mut key: Key = Zeroizing::new([0; entry::KEY_LEN]);
         getrandom::fill(&mut *key).map_err(|e| Error::new(Kind::Other, format!("get random bytes: {e}")))?;
         let path = config.join("key");
         let made = if files::exists(&path) { Ok(()) } else { files::create_file(&path, &*key) };
@@ -260,6 +240,11 @@ impl Ledger {
         Ok(differences.map(|all| Doubt::Differs(what(all))))
     }
 
+    /// What the record of `id` may say; none for an entry that is not believed.
+    pub(crate) fn accepted<F: Facts>(&self, id: &str) -> Result<Option<Vec<F>>> {
+        Ok(self.entry::<F>(id)?.ok().map(|entry| entry.accepted))
+    }
+
     /// Takes the entry of a record out that is not there any more; without one, does nothing.
     pub(crate) fn forget(&self, id: &str) -> Result<()> {
         for path in [self.entry_path(id), self.mark_path(id)?] {
@@ -335,7 +320,7 @@ impl Ledger {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Err(Doubt::Unknown)),
             bytes => bytes.context(|| format!("read {}", path.display()))?,
         };
-        Ok(parse(&bytes, id, key).ok_or(Doubt::Forged))
+        Ok(Entry::parse(&bytes, id, key).ok_or(Doubt::Forged))
     }
 }
 
@@ -380,13 +365,10 @@ impl<F: Facts> Change<'_, F> {
         let number = self.number.checked_add(1).ok_or_else(|| {
             Error::new(Kind::Corrupt, format!("{}: the number {} has no next", self.id, self.number))
         })?;
-        let written =
-            Written { format: FORMAT, number, accepted: accepted.iter().map(F::to_written).collect() };
-        let mut bytes = serde_json::to_vec(&written).expect("strings, numbers and maps of strings");
-        let mac = hex::encode(mac(&key, &self.id, &bytes));
-        bytes.extend(format!("\n{mac}\n").bytes());
+        let next = Entry { number, accepted };
+        let bytes = next.to_bytes(&self.id, &key);
         replace_file(&self.ledger.entry_path(&self.id), &bytes)?;
-        (self.number, self.accepted) = (number, accepted);
+        (self.number, self.accepted) = (number, next.accepted);
         self.mark
             .write_all_at(format!("{number:020}\n").as_bytes(), 0)
             .and_then(|()| self.mark.sync_all())
@@ -417,30 +399,6 @@ fn read_mark(mark: &File) -> Result<u64> {
     }
     let damaged = |_| Error::new(Kind::Corrupt, "a mark in the configuration folder is damaged");
     text.parse().map_err(damaged)
-}
-
-/// The MAC of an entry. The id has its length before it, so that no two entries have the same bytes.
-fn mac(key: &Key, id: &str, body: &[u8]) -> [u8; 32] {
-    let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(&**key).expect("HMAC takes a key of any length");
-    mac.update(DOMAIN);
-    mac.update(&(id.len() as u64).to_le_bytes());
-    mac.update(id.as_bytes());
-    mac.update(body);
-    mac.finalize().into_bytes().into()
-}
-
-/// An entry's bytes; `None` for what was not written with this key for this id.
-fn parse<F: Facts>(bytes: &[u8], id: &str, key: &Key) -> Option<Entry<F>> {
-    let lines = bytes.strip_suffix(b"\n")?;
-    let (body, tag) = lines.split_at(lines.iter().rposition(|&b| b == b'\n')?);
-    let tag = hex::decode(&tag[1..]).ok()?;
-    if !bool::from(mac(key, id, body).as_slice().ct_eq(&tag)) {
-        return None;
-    }
-    let written: Written<F::Written> = serde_json::from_slice(body).ok()?;
-    let accepted = written.accepted.into_iter().map(|facts| F::from_written(facts, id));
-    let accepted = accepted.collect::<Result<_, _>>().ok()?;
-    (written.format == FORMAT).then_some(Entry { number: written.number, accepted })
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::catalog::id::is_lower_hex;
 use crate::catalog::ledger::{Doubt, SnapshotFacts};
 use crate::catalog::metadata::LayerRecord;
 use crate::catalog::references::{RecordsLock, remove_unnamed};
+use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, SnapshotId, read_bounded, settled};
@@ -109,7 +110,7 @@ impl Catalog {
     }
 
     fn believed_snapshot(&self, id: SnapshotId, read: impl Fn() -> Result<Snapshot>) -> Result<Snapshot> {
-        let (snapshot, doubt) = self.judged(&id, read, SnapshotFacts::of)?;
+        let (snapshot, doubt) = self.judged(&id, read()?, read, SnapshotFacts::of)?;
         doubt.map_or(Ok(snapshot), |doubt| Err(doubt.refuse(&id)))
     }
 
@@ -118,7 +119,8 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn doubt_of_snapshot(&self, id: SnapshotId) -> Result<Option<Doubt>> {
-        Ok(self.judged(&id, || self.load_snapshot_claim(id), SnapshotFacts::of)?.1)
+        let read = || self.load_snapshot_claim(id);
+        Ok(self.judged(&id, read()?, read, SnapshotFacts::of)?.1)
     }
 
     /// Reads a snapshot's record as it stands there, whoever wrote it.
@@ -220,6 +222,17 @@ impl Catalog {
         change(&mut snapshot.label.tags)?;
         self.save_snapshot(&snapshot)?;
         Ok(snapshot)
+    }
+
+    /// Replaces a wrapped data key of a snapshot.
+    ///
+    /// # Errors
+    /// Those of [`Snapshot::rewrap`] and of the file system. The record is as it was then.
+    pub(crate) fn rewrap_snapshot(&self, id: SnapshotId, new: &Rewrapped) -> Result<()> {
+        let _records = RecordsLock::acquire(self)?;
+        let mut snapshot = self.load_snapshot(id)?;
+        snapshot.rewrap(new)?;
+        self.save_snapshot(&snapshot)
     }
 
     /// Deletes a snapshot, and those of its layers that nothing else names.

@@ -1,4 +1,4 @@
-//! `sealblk snapshot`: make, list, show, tag and delete snapshots.
+//! `sealblk snapshot`: make, list, show, tag, rewrap and delete snapshots.
 #![forbid(unsafe_code)]
 
 mod copy;
@@ -10,7 +10,8 @@ use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
 use crate::cli::volume::export;
-use crate::cli::{Env, output};
+use crate::cli::{Env, output, rewrap};
+use crate::ops::delete;
 use crate::ops::export::What;
 use serde_json::{Value, json};
 
@@ -32,9 +33,11 @@ Examples:
     Copy(copy::CopyArgs),
     /// Write what a snapshot holds into a file, in the clear.
     Export(ExportArgs),
+    /// Wrap the data keys of a snapshot by another KMS key.
+    Rewrap(rewrap::RewrapSnapshotArgs),
     /// Delete a snapshot, and the data that nothing else uses.
     #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
-    Delete(OneSnapshot),
+    Delete(DeleteArgs),
     /// Give a snapshot tags.
     #[command(after_help = "Example:\n  sealblk snapshot tag snap-0a1b Name=nightly")]
     Tag(TagArgs),
@@ -57,6 +60,17 @@ pub struct ListArgs {
 pub struct OneSnapshot {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
     snapshot: String,
+}
+
+/// What `snapshot delete` takes.
+#[derive(clap::Args)]
+pub struct DeleteArgs {
+    #[command(flatten)]
+    snapshot: OneSnapshot,
+    /// Give up a snapshot whose record cannot be read; it is named by its whole id. "sealblk gc" removes
+    /// those of its layers that nothing else names.
+    #[arg(long)]
+    unreadable: bool,
 }
 
 /// What `snapshot export` takes.
@@ -106,7 +120,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             let id = env.catalog().resolve_snapshot(&args.snapshot)?;
             export::export(env, What::Snapshot(id), &args.to)
         }
-        Command::Delete(args) => delete(env, &args.snapshot),
+        Command::Rewrap(args) => rewrap::snapshot(env, &args),
+        Command::Delete(args) => remove(env, &args),
         Command::Tag(args) => retag(env, &args.snapshot, |tags| filter::set(tags, &args.tags)),
         Command::Untag(args) => retag(env, &args.snapshot, |tags| filter::remove(tags, &args.keys)),
     }
@@ -197,10 +212,15 @@ fn show(env: &Env, reference: &str) -> Result<()> {
     output::print(&output::table(&rows)).map(drop)
 }
 
-fn delete(env: &Env, reference: &str) -> Result<()> {
+fn remove(env: &Env, args: &DeleteArgs) -> Result<()> {
     let catalog = env.catalog();
-    let id = catalog.resolve_snapshot(reference)?;
-    catalog.delete_snapshot(id)?;
+    let id = catalog.resolve_snapshot(&args.snapshot.snapshot)?;
+    match args.unreadable {
+        true => delete::delete_unreadable_snapshot(&catalog, id)?,
+        false => catalog
+            .delete_snapshot(id)
+            .map_err(|e| delete::advised(catalog.load_snapshot_claim(id).is_err(), e))?,
+    }
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),

@@ -6,14 +6,13 @@ pub(super) mod export;
 mod import;
 mod rekey;
 pub(super) mod resize;
-mod rewrap;
 mod show;
 mod tag;
 
 use crate::base::{Result, size};
 use crate::catalog::{Catalog, Entry};
 use crate::cli::filter::{self, Filter};
-use crate::cli::{Env, output};
+use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
 use serde_json::{Value, json};
 
@@ -76,9 +75,14 @@ pub struct DeleteArgs {
     #[command(flatten)]
     volume: OneVolume,
     /// Overwrite every wrapped copy of its data key, and print a receipt.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "unreadable")]
     shred: bool,
+    /// Give up a volume whose record cannot be read; it is named by its whole id. "sealblk gc" removes those
+    /// of its layers that nothing else names.
+    #[arg(long)]
+    unreadable: bool,
 }
+
 /// The filters of volumes, except for those of tags.
 pub(super) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
 
@@ -97,7 +101,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Export(args) => export::run(env, &args),
         Command::List(args) => list(env, &args.filter),
         Command::Show(args) => show::show(env, &args),
-        Command::Rewrap(args) => rewrap::run(env, &args),
+        Command::Rewrap(args) => rewrap::volume(env, &args),
         Command::Rekey(args) => rekey::rekey(env, &args),
         Command::Flatten(args) => rekey::flatten(env, &args),
         Command::Delete(args) => delete(env, &args),
@@ -189,7 +193,10 @@ fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
         let receipt = delete::shred(&store.catalog(), &store.events(), id)?;
         return crate::cli::receipt::print(env, &receipt);
     }
-    delete::delete(&store.catalog(), &store.events(), id)?;
+    match args.unreadable {
+        true => delete::delete_unreadable(&store.catalog(), &store.events(), id)?,
+        false => delete::delete(&store.catalog(), &store.events(), id)?,
+    }
     match env.json {
         true => output::print_json(&json!({"id": id, "state": "deleted"})),
         false => output::print(&format!("{id} deleted\n")).map(drop),

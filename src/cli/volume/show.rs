@@ -301,6 +301,10 @@ fn plain(state: KeyState) -> &'static str {
 /// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
 pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
     let held = catalog.held(metadata.id())?;
+    let (tags, unreadable) = match catalog.tags(metadata.id()) {
+        Ok(tags) => (json!(tags), None),
+        Err(e) => (Value::Null, Some(e)),
+    };
     let keys: Vec<Value> = metadata
         .keys()
         .iter()
@@ -324,9 +328,9 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
         "layers": layers,
         "hydration": waiting(catalog, metadata),
         "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
-        "tags": catalog.tags(metadata.id())?,
+        "tags": tags,
         "generation": metadata.generation(),
-        "problem": catalog.check_layers(metadata).err().map(|e| e.to_string()),
+        "problem": catalog.check_layers(metadata).err().or(unreadable).map(|e| e.to_string()),
     }))
 }
 

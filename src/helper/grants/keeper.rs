@@ -331,7 +331,10 @@ fn retire_made_one(root: &Root, note: &Note, grant: &Grant) -> Result<()> {
 
 fn refusal(provider: &str, key: &str, e: KmsError) -> Failure {
     let hint = match &e {
-        KmsError::AccessDenied(_) | KmsError::Unsupported(_) | KmsError::Other(..) => format!(
+        KmsError::AccessDenied(_)
+        | KmsError::NotAuthenticated(_)
+        | KmsError::Unsupported(_)
+        | KmsError::Other(..) => format!(
             "; where this host may not make grants, set attach-grants = false in {}",
             shown_file().display()
         ),

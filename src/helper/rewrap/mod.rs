@@ -1,9 +1,9 @@
-//! Wrapping the data keys of a volume anew: under another KMS key, or under the newest
+//! Wrapping the data keys of a volume or a snapshot anew: under another KMS key, or under the newest
 //! version of the same one.
 //!
 //! A helper process asks the KMS and proves the new wrapped key before anybody relies on it: it must unwrap,
-//! and to the volume's data key. Only then is `volume.json` replaced, by whoever has the volume: this
-//! process if nobody has it attached, else its host process. Until that one replacement the old wrapped key
+//! and to the same data key. Only then is the record replaced: a volume's by whoever has the volume (this
+//! process if nobody has it attached, else its host process). Until that one replacement the old wrapped key
 //! is there, afterwards the new one.
 //!
 //! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
@@ -11,8 +11,7 @@
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result, wire};
-use crate::catalog::VolumeId;
-use crate::catalog::metadata::{KeyRecord, encryption_context};
+use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
@@ -26,11 +25,11 @@ pub const COMMAND: &str = "rewrap-key";
 /// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
 const MAX_LINE: usize = 32 << 10;
 
-/// What the helper is asked. The context is not in it: it follows from the volume.
+/// What the helper is asked. The context is not in it: it follows from the owner.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
-    volume: VolumeId,
+    owner: KeyOwner,
     provider: String,
     key_id: String,
     /// Hexadecimal.
@@ -53,9 +52,14 @@ enum Answer {
 }
 
 /// Has a helper process wrap `old` anew, which has ended when this returns.
-pub fn by_helper(root: &Root, volume: VolumeId, old: &KeyRecord, to: &KeyRef) -> Result<WrappedKey> {
+pub fn by_helper(
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    old: &KeyRecord,
+    to: &KeyRef,
+) -> Result<WrappedKey> {
     let request = Request {
-        volume,
+        owner: owner.into(),
         provider: old.provider.clone(),
         key_id: old.wrapped.key_id.clone(),
         blob: hex::encode(&old.wrapped.blob),
@@ -118,7 +122,7 @@ fn answer(hardened: Hardened, root: &Root, request: &Request) -> Result<WrappedK
         to: &*to,
         old: &old,
         key: &request.to_key,
-        context: &encryption_context(request.volume),
+        context: &encryption_context(request.owner),
     };
     let new = job.wrap()?;
     job.prove(&new, check.as_deref()).map(|()| new)

@@ -1,6 +1,7 @@
 //! What the helper does, with two KMSs of different root keys.
 
 use super::*;
+use crate::catalog::VolumeId;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::clock::SystemClock;
 

@@ -10,7 +10,7 @@ use crate::kms::embedded::page::{LIMIT, Piece};
 use crate::kms::embedded::records::{KeyEntry, material_id};
 use crate::kms::embedded::{Embedded, due};
 use crate::kms::errors::out_of_range;
-use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName};
+use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName, anywhere};
 use crate::kms::{
     Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, ListedGrant,
     WrappedKey,
@@ -208,7 +208,7 @@ impl KeyProvider for Embedded {
     }
 
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
-        let key = self.key(key)?;
+        let key = self.key(anywhere(key))?;
         Ok(KeyDescription { key_id: key.arn, state: key.state, description: key.description })
     }
 
@@ -218,6 +218,7 @@ impl KeyProvider for Embedded {
         len: usize,
         context: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError> {
+        let key = anywhere(key);
         Ok(self.generate("GenerateDataKeyWithoutPlaintext", key, len, context)?.0.into())
     }
 
@@ -226,7 +227,7 @@ impl KeyProvider for Embedded {
         wrapped: &WrappedKey,
         context: &EncryptionContext,
     ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
-        Ok(self.open_blob(Some(&wrapped.key_id), &wrapped.blob, context)?.plaintext)
+        Ok(self.open_blob(Some(anywhere(&wrapped.key_id)), &wrapped.blob, context)?.plaintext)
     }
 
     fn rewrap(
@@ -236,7 +237,10 @@ impl KeyProvider for Embedded {
         key: &str,
         to: &EncryptionContext,
     ) -> Result<WrappedKey, KmsError> {
-        Ok(self.re_encrypt(&wrapped.blob, Some(&wrapped.key_id), from, key, to)?.sealed.into())
+        Ok(self
+            .re_encrypt(&wrapped.blob, Some(anywhere(&wrapped.key_id)), from, anywhere(key), to)?
+            .sealed
+            .into())
     }
 
     fn audit_key(&self) -> Result<Option<AuditKey>, KmsError> {
@@ -244,7 +248,7 @@ impl KeyProvider for Embedded {
     }
 
     fn wrap(&self, key: &str, data_key: &[u8], context: &EncryptionContext) -> Result<WrappedKey, KmsError> {
-        Ok(self.encrypt(key, data_key, context)?.into())
+        Ok(self.encrypt(anywhere(key), data_key, context)?.into())
     }
 
     /// Whoever opens the store is its owner, who needs no grants: there is a grantee only
@@ -271,12 +275,12 @@ impl KeyProvider for Embedded {
             constraint: Constraint { subset: Some(request.context.pairs().clone()), equals: None },
             name: Some(request.name),
         };
-        let granted = Embedded::create_grant(self, &self.owner(), request.key, &new, false)?;
+        let granted = Embedded::create_grant(self, &self.owner(), anywhere(request.key), &new, false)?;
         Ok(Grant { key_id: request.key.to_owned(), id: granted.id, token: Some(granted.token) })
     }
 
     fn retire_grant(&self, grant: &Grant) -> Result<(), KmsError> {
-        let named = GrantRef::Id { key: &grant.key_id, grant: &grant.id };
+        let named = GrantRef::Id { key: anywhere(&grant.key_id), grant: &grant.id };
         Embedded::retire_grant(self, &self.owner(), named, false)
     }
 
@@ -285,7 +289,7 @@ impl KeyProvider for Embedded {
         let mut found = Vec::new();
         let mut next = Some(piece);
         while let Some(piece) = next {
-            let page = self.grants(key, None, Some(grantee), &piece)?;
+            let page = self.grants(anywhere(key), None, Some(grantee), &piece)?;
             let retirable = page.items.into_iter().filter(|grant| grant.retiring.as_deref() == Some(grantee));
             found.extend(retirable.map(|grant| ListedGrant { id: grant.id, name: grant.name }));
             next = page.next.map(|marker| Piece { marker: Some(marker), ..piece });

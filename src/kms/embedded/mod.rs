@@ -32,7 +32,7 @@ pub mod tags;
 
 use crate::audit::AuditLog;
 use crate::base::hardened::Hardened;
-use crate::base::root::Root;
+use crate::base::root::{Root, files};
 use crate::config::Settings;
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
@@ -41,6 +41,7 @@ use open_log::OpenLog;
 use root_key::passphrase::Passphrase;
 use shared_log::SharedLog;
 use std::path::PathBuf;
+use uuid::Uuid;
 
 /// A KMS in a folder.
 pub struct Embedded {
@@ -86,8 +87,10 @@ impl Embedded {
         let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
         let log = SharedLog::new(dir, config, clock, hardened);
         let kms = Embedded { log, place, audit, caller_records: false, grantee: None };
-        // Nobody is asked for a passphrase before anything is wanted; then it is done as well.
-        if kms.log.asks_for_passphrase() {
+        // Nobody is asked for a passphrase before anything is wanted; then it is done as well. Where the root
+        // key is missing, whoever wants anything is told.
+        let is_missing = || matches!(kms.root_key_place(), Ok((_, root_key::Place::Missing(_))));
+        if kms.log.asks_for_passphrase() || is_missing() {
             return kms;
         }
         if let Err(e) = kms.purge() {
@@ -124,6 +127,49 @@ impl Embedded {
     /// Nothing that it opens changes.
     pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
         self.log.protect_root_key(passphrase)
+    }
+
+    /// Whether the store at `root` has such a KMS.
+    pub fn is_at(root: &Root) -> bool {
+        files::exists(&root.kms().join(shared_log::FILE))
+    }
+
+    /// The store's id, and where its root key is. Nobody is asked for a passphrase.
+    ///
+    /// # Errors
+    /// `NotFound` if there is no store; `Corrupt` if its header cannot be read.
+    pub fn root_key_place(&self) -> Result<(Uuid, root_key::Place), KmsError> {
+        let store = self.id()?;
+        Ok((store, root_key::place(self.log.config(), store)?))
+    }
+
+    /// The root key, which is proved to open this store, as a copy under a passphrase: two lines of text.
+    pub fn back_up_root_key(&self, passphrase: &Passphrase) -> Result<String, KmsError> {
+        self.unlock()?;
+        root_key::backup(self.log.config(), self.id()?, passphrase, self.log.hardened())
+    }
+
+    /// Puts a copy of the root key, which is missing, in its place, once it is proved to open this store;
+    /// returns the file. It stays under the copy's passphrase.
+    ///
+    /// # Errors
+    /// `Validation` for what is no copy, or another store's; `AccessDenied` for a wrong passphrase;
+    /// `AlreadyExists` if there is a root key.
+    pub fn restore_root_key(&self, copy: &[u8]) -> Result<PathBuf, KmsError> {
+        let path = root_key::restore(self.log.config(), self.id()?, copy, self.log.hardened())?;
+        // A store whose header names another one's id could have led here.
+        self.unlock().inspect_err(|_| {
+            let _ = std::fs::remove_file(&path);
+        })?;
+        Ok(path)
+    }
+
+    fn id(&self) -> Result<Uuid, KmsError> {
+        if !self.log.exists()? {
+            return Err(self.log.absent());
+        }
+        let damaged = || KmsError::Corrupt(format!("the log in {} is damaged", self.log.dir().display()));
+        self.log.id().ok_or_else(damaged)
     }
 
     /// The region and account of its ARNs.

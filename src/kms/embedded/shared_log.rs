@@ -20,6 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
+/// The log's name in its folder.
+pub(super) const FILE: &str = "log";
+
 /// The log of one embedded KMS, in its folder; any number of processes may have it open.
 pub(super) struct SharedLog {
     dir: PathBuf,
@@ -145,12 +148,29 @@ impl SharedLog {
         // The root key first: a root key without a store is litter, a store without its root key is lost.
         let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
         replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)?).map_err(internal)?;
-        log::info!(
-            "made a KMS store in {}; back up its root key {}",
+        log::warn!(
+            "made a KMS for this store, in {}. Its root key is {}: without that file nobody can ever read \
+             what is encrypted here. Keep a copy elsewhere; \"sealblk kms backup FILE\" makes one under a \
+             passphrase",
             self.dir.display(),
             root_key::path(&self.config, header.store).display()
         );
         Ok(true)
+    }
+
+    /// The store's id, if there is one and its header can be read; nothing vouches for it.
+    pub(super) fn id(&self) -> Option<Uuid> {
+        OpenLog::id_at(&self.log_path())
+    }
+
+    /// Where root key and anchor lie.
+    pub(super) fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// For whoever may see keys.
+    pub(super) fn hardened(&self) -> Hardened {
+        self.hardened
     }
 
     /// Puts the root key under another passphrase, or under none; returns where it lies.
@@ -217,7 +237,7 @@ impl SharedLog {
         })
     }
 
-    fn absent(&self) -> KmsError {
+    pub(super) fn absent(&self) -> KmsError {
         KmsError::NotFound(format!(
             "there is no KMS store in {}: the first key makes one; if there was one, restore the folder from \
              a backup",
@@ -226,7 +246,7 @@ impl SharedLog {
     }
 
     fn log_path(&self) -> PathBuf {
-        self.dir.join("log")
+        self.dir.join(FILE)
     }
 
     fn lock_path(&self) -> PathBuf {

@@ -8,7 +8,7 @@ pub mod passphrase;
 pub mod wrapped;
 
 use crate::base::hardened::Hardened;
-use crate::base::root::{create_dir_durable, replace_file, sync_dir};
+use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::sync::Locked;
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
@@ -25,6 +25,8 @@ use wrapped::Wrapped;
 use zeroize::Zeroizing;
 
 const PREFIX: &str = "sealblk-kms-root-key-1:";
+/// What a copy of a root key begins with; the store's id follows.
+const BACKUP: &str = "sealblk-kms-root-key-backup-1:";
 /// Longer than any good file: what is longer is not a root key.
 const FILE_MAX: u64 = 512;
 /// The credential's name.
@@ -125,6 +127,69 @@ fn line(key: &RootKey, store: Uuid, passphrase: Option<&Passphrase>) -> Result<L
     Ok(line)
 }
 
+/// Where a root key is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The systemd credential at this path.
+    Credential(PathBuf),
+    /// This file, for whoever may read it.
+    File(PathBuf),
+    /// This file, under a passphrase.
+    UnderPassphrase(PathBuf),
+    /// It should be this file, which is not there.
+    Missing(PathBuf),
+}
+
+/// Where the root key of `store` is. Nobody is asked for a passphrase.
+pub fn place(config: &Path, store: Uuid) -> Result<Place, KmsError> {
+    if let Some((path, _)) = passphrase::credential(CREDENTIAL, FILE_MAX)? {
+        return Ok(Place::Credential(path));
+    }
+    let path = path(config, store);
+    if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
+        return Ok(Place::Missing(path));
+    }
+    let is_wrapped = Wrapped::parse(&read(&path, store)?).is_some();
+    Ok(if is_wrapped { Place::UnderPassphrase(path) } else { Place::File(path) })
+}
+
+/// The root key of `store` as a copy for bad days: a line that names the store, and the
+/// key under a passphrase.
+pub fn backup(
+    config: &Path,
+    store: Uuid,
+    passphrase: &Passphrase,
+    hardened: Hardened,
+) -> Result<String, KmsError> {
+    let key = load(config, store, hardened)?;
+    Ok(format!("{BACKUP}{store}\n{}", Wrapped::seal(&key, store, passphrase)?.line()))
+}
+
+/// Puts a copy that [`backup`] made in the place of the root key of `store`, which is missing: under the
+/// copy's passphrase, which is asked for. Durable when this returns; returns the file.
+pub fn restore(config: &Path, store: Uuid, copy: &[u8], hardened: Hardened) -> Result<PathBuf, KmsError> {
+    let path = path(config, store);
+    let no_copy = || KmsError::Validation("that is no backup of a KMS root key".into());
+    let text = std::str::from_utf8(copy).map_err(|_| no_copy())?;
+    let (of, line) = text.strip_prefix(BACKUP).and_then(|text| text.split_once('\n')).ok_or_else(no_copy)?;
+    let wrapped = Wrapped::parse(line.as_bytes()).ok_or_else(no_copy)?;
+    if of.parse() != Ok(store) {
+        return Err(KmsError::Validation(format!(
+            "it is the root key of the KMS store {of}, and this is the KMS store {store}"
+        )));
+    }
+    if files::exists(&path) {
+        return Err(KmsError::AlreadyExists(format!("there is a root key already: {}", path.display())));
+    }
+    let prompt = "Passphrase of the backup: ";
+    let key = passphrase::ask_until(prompt, hardened, |given| wrapped.open(store, given))?;
+    create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    files::create_file(&path, wrapped.line().as_bytes()).map_err(|e| KmsError::Internal(e.to_string()))?;
+    // Nobody is asked twice.
+    *UNWRAPPED.locked() = Some((wrapped.line().into_bytes(), key));
+    Ok(path)
+}
+
 fn write(path: &Path, line: &[u8]) -> std::io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(line)?;
@@ -155,10 +220,10 @@ fn damaged(path: &Path) -> KmsError {
 }
 
 fn missing(path: &Path, store: Uuid) -> KmsError {
-    KmsError::Internal(format!(
-        "the root key of the KMS store {store} is missing: put {} back from a backup (the store's folder is \
-         worthless without it; if the key lies in another folder, set SEALBLK_CONFIG_DIR; if it is a systemd \
-         credential, this was not started with it)",
+    KmsError::Unsupported(format!(
+        "the root key of the KMS store {store} is missing: put {} back from a backup, or have \"sealblk kms \
+         restore\" do so (the store's folder is worthless without it; if the key lies in another folder, set \
+         SEALBLK_CONFIG_DIR; if it is a systemd credential, this was not started with it)",
         path.display()
     ))
 }
