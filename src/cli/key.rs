@@ -1,12 +1,13 @@
 //! `sealblk key`: the keys and aliases of the embedded KMS.
 
+use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::kms::KeyState;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
-use crate::ops::keys;
+use crate::ops::keys::{self, Needs};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -111,13 +112,15 @@ pub struct AliasTarget {
 /// Runs one `sealblk key` command.
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
     let kms = keys::embedded(&env.root, env.hardened)?;
-    let (text, json) = answer(&kms, command)?;
+    let (text, json) = answer(&env.root, &kms, command)?;
     let text = if env.json { format!("{json:#}\n") } else { text };
     output::print(&text).map(drop)
 }
 
 /// The answer to a command, for people and for programs.
-fn answer(kms: &Embedded, command: KeyCommand) -> Result<(String, Value)> {
+fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, Value)> {
+    let tells_who_needs_it =
+        matches!(command, KeyCommand::Show(_) | KeyCommand::Disable(_) | KeyCommand::ScheduleDeletion(_));
     let key = |argument: &KeyArgument| resolve(kms, &argument.key);
     let metadata = match command {
         KeyCommand::List => return Ok(list(&kms.keys()?)),
@@ -129,7 +132,24 @@ fn answer(kms: &Embedded, command: KeyCommand) -> Result<(String, Value)> {
         KeyCommand::ScheduleDeletion(s) => kms.schedule_deletion(&key(&s.key)?, s.days)?,
         KeyCommand::CancelDeletion(argument) => kms.cancel_deletion(&key(&argument)?)?,
     };
-    Ok((describe(&metadata), key_json(&metadata)))
+    let (mut text, mut value) = (describe(&metadata), key_json(&metadata));
+    if tells_who_needs_it {
+        let needs = keys::who_needs(root, &metadata.arn)?;
+        text.push_str(&needs_text(&needs));
+        value["NeededBy"] = json!({
+            "Volumes": needs.volumes.iter().map(|(id, _)| id).collect::<Vec<_>>(),
+            "Attached": needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id).collect::<Vec<_>>(),
+            "Snapshots": needs.snapshots,
+        });
+    }
+    Ok((text, value))
+}
+
+/// A key that something needs is no matter of its own: without it, that is not opened any more.
+fn needs_text(needs: &Needs) -> String {
+    let attached = |is: bool| if is { " (attached: it goes on until it is detached)" } else { "" };
+    let volumes = needs.volumes.iter().map(|(id, is)| format!("needed by {id}{}\n", attached(*is)));
+    volumes.chain(needs.snapshots.iter().map(|id| format!("needed by {id}\n"))).collect()
 }
 
 fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
@@ -165,6 +185,10 @@ fn resolve(kms: &Embedded, text: &str) -> Result<String> {
         (1..36).contains(&prefix.len()) && prefix.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     if is_prefix {
         return unique(&kms.keys()?, &prefix.to_ascii_lowercase());
+    }
+    // Here an ARN of this place is the embedded KMS's, whoever else has such ones.
+    if kms.locality().parse(text).is_ok() {
+        return Ok(text.to_owned());
     }
     let reference = KeyRef::parse(text, kms.locality())?;
     match reference.provider {
@@ -297,7 +321,7 @@ mod tests {
 
     struct Shell {
         kms: Embedded,
-        _dir: tempfile::TempDir,
+        dir: tempfile::TempDir,
     }
 
     impl Shell {
@@ -309,12 +333,12 @@ mod tests {
                 Box::new(SystemClock),
                 harden().unwrap(),
             );
-            Shell { kms, _dir: dir }
+            Shell { kms, dir }
         }
 
         fn run(&self, line: &str) -> Result<(String, Value)> {
             let words = std::iter::once("key").chain(line.split(' '));
-            answer(&self.kms, Cli::try_parse_from(words).unwrap().command)
+            answer(&Root::new(self.dir.path()), &self.kms, Cli::try_parse_from(words).unwrap().command)
         }
 
         fn json(&self, line: &str) -> Value {
@@ -331,7 +355,10 @@ mod tests {
         let id = made["KeyId"].as_str().unwrap();
         let arn = made["Arn"].as_str().unwrap();
         for name in [id, arn, &id[..8], "alias/team-a", "arn:aws:kms:us-east-1:000000000000:alias/team-a"] {
-            assert_eq!(shell.json(&format!("show {name}")), made, "{name}");
+            let mut shown = shell.json(&format!("show {name}"));
+            let needed_by = shown.as_object_mut().unwrap().remove("NeededBy");
+            assert_eq!(needed_by, Some(json!({ "Volumes": [], "Attached": [], "Snapshots": [] })));
+            assert_eq!(shown, made, "{name}");
         }
         assert_eq!(shell.json("disable alias/team-a")["KeyState"], "Disabled");
         assert_eq!(shell.json("enable alias/team-a")["KeyState"], "Enabled");

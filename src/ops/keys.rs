@@ -3,11 +3,12 @@
 use crate::base::Error;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
-use crate::catalog::Catalog;
+use crate::catalog::lock::Held;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
+use crate::catalog::{Catalog, SnapshotId, VolumeId};
 use crate::crypt::Dek;
 use crate::kms::embedded::Embedded;
-use crate::kms::key_ref::ProviderName;
+use crate::kms::key_ref::{ProviderName, is_same_key};
 use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError};
 
 /// The embedded KMS of the store at `root`; the first key makes it.
@@ -44,6 +45,35 @@ pub(super) fn check_kms_is_there(root: &Root) -> Result<(), KmsError> {
          hold: delete them, and the next key makes a new KMS",
         root.kms().display()
     )))
+}
+
+/// What has data keys that a KMS key wraps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Volumes, and whether somebody has them attached now.
+    pub volumes: Vec<(VolumeId, bool)>,
+    /// Snapshots.
+    pub snapshots: Vec<SnapshotId>,
+}
+
+/// Which volumes and snapshots of the store at `root` need this key of the embedded KMS. Those whose records
+/// cannot be read are not among them.
+///
+/// # Errors
+/// Those of the file system.
+pub fn who_needs(root: &Root, key: &str) -> Result<Needs, Error> {
+    let catalog = Catalog::new(root);
+    let embedded = ProviderName::Embedded.as_str();
+    let is = |it: &KeyRecord| it.provider == embedded && is_same_key(embedded, &it.wrapped.key_id, key);
+    let mut needs = Needs::default();
+    for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
+        if metadata.keys().iter().any(is) {
+            needs.volumes.push((metadata.id(), catalog.held(metadata.id())? != Held::Free));
+        }
+    }
+    let snapshots = catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
+    needs.snapshots.extend(snapshots.filter(|it| it.keys().iter().any(is)).map(|it| it.id()));
+    Ok(needs)
 }
 
 /// A KMS key and the KMS that has it.

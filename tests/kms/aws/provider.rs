@@ -50,6 +50,6 @@ fn in_its_environment() {
             .unwrap();
     // The ARN's region is where the request goes; this KMS is not that region's.
     let message = "Credential should be scoped to a valid region, not 'mars-north-1'. ";
-    let elsewhere = KmsError::AccessDenied(message.into());
+    let elsewhere = Some(KmsError::NotAuthenticated(message.into()));
     suite::run(&Subject { provider: &provider, admin: &admin, grantee, elsewhere }, "aws-");
 }
