@@ -4,7 +4,7 @@
 use super::frontend::{Options, Request, Session, SplitRing, block};
 use super::patience::{Deadline, limit, wait_for};
 use super::process::{tie_to_test, wait_within};
-use super::store::Store;
+use super::store::{Store, sockets};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -82,9 +82,7 @@ impl Place {
 
     /// A socket's path, in a folder that holds nothing but sockets: in that, its host process may remove it.
     pub fn socket_named(&self, name: &str) -> PathBuf {
-        let folder = self.folder().join("run");
-        std::fs::create_dir_all(&folder).expect("make a folder for sockets");
-        folder.join(name).with_extension("sock")
+        sockets(&self.folder()).join(name).with_extension("sock")
     }
 
     /// The volumes of the store.

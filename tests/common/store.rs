@@ -3,6 +3,7 @@
 use super::patience::{Deadline, guest_limit, limit, wait_for_within};
 use super::process::{tie_to_test, wait_within};
 use std::fs::File;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -14,6 +15,16 @@ use tempfile::TempDir;
 pub struct Store {
     folder: TempDir,
     variables: Mutex<Vec<(String, String)>>,
+}
+
+/// A folder in `folder` that holds nothing but sockets: in that, a host process may remove its own. It
+/// belongs to whoever `folder` does, who may not be the test's own user.
+pub fn sockets(folder: &Path) -> PathBuf {
+    let run = folder.join("run");
+    std::fs::create_dir_all(&run).expect("make a folder for sockets");
+    let owner = std::fs::metadata(folder).expect("look at the folder");
+    chown(&run, Some(owner.uid()), Some(owner.gid())).expect("give it to whose the folder is");
+    run
 }
 
 impl Store {
@@ -111,8 +122,7 @@ impl Store {
     /// Attaches a volume as [`Store::attach`] does, with a socket of its own, called `name`.
     #[track_caller]
     pub fn attach_as(&self, name: &str, volume: &str, arguments: &[&str]) -> Attached<'_> {
-        let run = self.folder.path().join("run");
-        std::fs::create_dir_all(&run).expect("make a folder for sockets");
+        let run = sockets(self.folder.path());
         let socket = run.join(format!("{name}.sock"));
         let log = self.folder.path().join(format!("{name}.log"));
         let notify = self.folder.path().join(format!("{name}.notify"));
