@@ -1,4 +1,4 @@
-//! `sealblk kms`: the embedded KMS as a server, and who may ask it.
+//! `sealblk kms`: the embedded KMS as a server, its root key, and who may ask it.
 
 use crate::base::hardened::Hardened;
 use crate::base::root::{parent_of, sync_dir};
@@ -9,17 +9,16 @@ use crate::cli::output::{print, print_json, table};
 use crate::crypt::wiping_allocator;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
-use crate::kms::embedded::root_key::Place;
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
+use crate::kms::embedded::root_key::{self, Place};
 #[cfg(feature = "kms-server")]
 use crate::kms::server::{self, Address, tls::Files};
 use crate::ops::keys;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::Read;
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// More than a copy of a root key has, in bytes.
@@ -46,7 +45,7 @@ pub enum Command {
     ///
     /// Whoever has the store's folder and the root key can read what is encrypted here; whoever has lost the
     /// root key never can. A copy belongs where neither the store nor its backups are: on paper, in a safe.
-    /// It is two lines of text.
+    /// The copy is two lines of text.
     #[command(after_help = "Examples:\n  sealblk kms backup /media/usb/kms-root-key\n  \
                             sealblk kms backup - | qrencode -o root-key.png")]
     Backup(BackupArgs),
@@ -285,13 +284,8 @@ fn backup(env: &Env, kms: &Embedded, args: &BackupArgs) -> Result<()> {
     if !to_file {
         return print(&copy).map(drop);
     }
-    let write = || -> std::io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&args.file)?;
-        file.write_all(copy.as_bytes())?;
-        file.sync_all()?;
-        sync_dir(parent_of(&args.file)).map_err(std::io::Error::other)
-    };
-    write().context(|| format!("write {}", args.file.display()))?;
+    root_key::write(&args.file, copy.as_bytes()).context(|| format!("write {}", args.file.display()))?;
+    sync_dir(parent_of(&args.file))?;
     let file = args.file.display().to_string();
     match env.json {
         true => print_json(&json!({ "File": file })),

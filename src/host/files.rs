@@ -22,21 +22,21 @@ use crate::host::Options;
 use crate::sandbox::{Access, Rule};
 use std::path::Path;
 
-/// The rules for an attach of the volume of which `metadata` was checked, and whose socket is at
-/// `socket`, if it has a name. The file is not read again: who has the volume until a hand-over
-/// could have changed it since.
+/// The rules for an attach of the volume of which `metadata` was checked, and whose socket's name is removed
+/// at the end in the folder `removable`, if it may be ([`socket_folder`]). The file is not read again: who
+/// has the volume until a hand-over could have changed it since.
 pub(super) fn rules(
     catalog: &Catalog,
     metadata: &Metadata,
     options: &Options,
-    socket: Option<&Path>,
+    removable: Option<&Path>,
 ) -> Vec<Rule> {
     let mut rules = vec![Rule::new(catalog.folder(metadata.id()), Access::Own)];
     rules.extend(metadata.layers().iter().enumerate().map(|(number, layer)| {
         let frozen = options.read_only || number > 0;
         Rule::new(catalog.layer_path(layer.id), if frozen { Access::Read } else { Access::Write })
     }));
-    rules.extend(socket_folder(catalog, metadata, socket).map(|folder| Rule::new(folder, Access::Remove)));
+    rules.extend(removable.map(|folder| Rule::new(folder, Access::Remove)));
     rules
 }
 

@@ -138,16 +138,20 @@ pub fn attach(
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
-    let files = files::rules(catalog, &taken.metadata, options, path.as_deref());
-    let may_remove = files::socket_folder(catalog, &taken.metadata, path.as_deref()).is_some();
-    let name = name.map(|name| if may_remove || options.sandbox != Mode::On { name } else { name.staying() });
-    if let (Some(path), false) = (&path, may_remove) {
-        log::info!(
-            "{} stays when the volume is detached: the store or its keys lie below the socket's folder, in \
-             which a confined process may remove nothing. Give the socket a folder of its own",
-            path.display()
-        );
-    }
+    let removable = files::socket_folder(catalog, &taken.metadata, path.as_deref());
+    let files = files::rules(catalog, &taken.metadata, options, removable);
+    let name = match (name, &path) {
+        (Some(name), Some(path)) if removable.is_none() && options.sandbox == Mode::On => {
+            log::info!(
+                "{} stays when the volume is detached: the store or its keys lie below the socket's folder, \
+                 in which a confined process may remove nothing. Give the socket a folder of its own",
+                path.display()
+            );
+            name.leave();
+            None
+        }
+        (name, _) => name,
+    };
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
     log::info!("the host process is confined: {confinement}");
 

@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 pub struct SocketName {
     path: PathBuf,
     inode: (u64, u64),
-    stays: bool,
 }
 
 impl SocketName {
@@ -27,10 +26,9 @@ impl SocketName {
         self
     }
 
-    /// This name, which is left where it is: the process may not remove it.
-    pub fn staying(mut self) -> Self {
-        self.stays = true;
-        self
+    /// Leaves the name where it is, for whoever replaces it.
+    pub fn leave(self) {
+        std::mem::forget(self);
     }
 
     /// Gives the socket another name in its folder, instead of whoever has that.
@@ -44,9 +42,6 @@ impl SocketName {
 
 impl Drop for SocketName {
     fn drop(&mut self) {
-        if self.stays {
-            return;
-        }
         let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode);
         if ours && let Err(e) = std::fs::remove_file(&self.path) {
             log::warn!("remove {}: {e}", self.path.display());
@@ -71,7 +66,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
         bound => bound.context(attempt)?,
     };
     let metadata = std::fs::symlink_metadata(path).context(attempt)?;
-    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()), stays: false }))
+    Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) }))
 }
 
 fn remove_stale(path: &Path) -> Result<()> {

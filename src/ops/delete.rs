@@ -1,12 +1,10 @@
 //! Deleting volumes, and clearing away what interrupted makings and deletions left.
 
 use crate::base::root::{files, replace_file, sync_dir};
-use crate::catalog::leaving;
-
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{CREATING, DELETING, RecordsLock, remove_unnamed};
-use crate::catalog::{self, Catalog, Metadata, SnapshotId, VolumeId, pending, tags};
+use crate::catalog::{self, Catalog, Metadata, SnapshotId, VolumeId, leaving, pending, tags};
 use crate::events::{Event, EventLog};
 use crate::ops::shred::{self, Receipt};
 use std::os::unix::fs::FileTypeExt;

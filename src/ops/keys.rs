@@ -25,15 +25,9 @@ pub(super) fn check_kms_is_there(root: &Root) -> Result<(), KmsError> {
     if Embedded::is_at(root) {
         return Ok(());
     }
-    let catalog = Catalog::new(root);
-    let is_ours = |keys: &[KeyRecord]| keys.iter().any(|key| key.provider == ProviderName::Embedded.as_str());
-    let internal = |e: Error| KmsError::Internal(e.to_string());
-    let volumes = catalog.list().map_err(internal)?.into_iter().filter_map(|entry| entry.metadata.ok());
-    let volumes = volumes.filter(|it| is_ours(it.keys())).map(|it| it.id().to_string());
-    let snapshots =
-        catalog.snapshots().map_err(internal)?.into_iter().filter_map(|entry| entry.snapshot.ok());
-    let snapshots = snapshots.filter(|it| is_ours(it.keys())).map(|it| it.id().to_string());
-    let orphans: Vec<String> = volumes.chain(snapshots).collect();
+    let needs = needing(root, |_| true).map_err(|e| KmsError::Internal(e.to_string()))?;
+    let volumes = needs.volumes.iter().map(|(id, _)| id.to_string());
+    let orphans: Vec<String> = volumes.chain(needs.snapshots.iter().map(ToString::to_string)).collect();
     let Some(first) = orphans.first() else { return Ok(()) };
     let others = match orphans.len() - 1 {
         0 => "is".to_owned(),
@@ -62,17 +56,21 @@ pub struct Needs {
 /// # Errors
 /// Those of the file system.
 pub fn who_needs(root: &Root, key: &str) -> Result<Needs, Error> {
+    needing(root, |id| is_same_key(ProviderName::Embedded.as_str(), id, key))
+}
+
+/// What has data keys that keys of the embedded KMS wrap which `is` says yes to.
+fn needing(root: &Root, is: impl Fn(&str) -> bool) -> Result<Needs, Error> {
     let catalog = Catalog::new(root);
-    let embedded = ProviderName::Embedded.as_str();
-    let is = |it: &KeyRecord| it.provider == embedded && is_same_key(embedded, &it.wrapped.key_id, key);
+    let is = |it: &KeyRecord| it.provider == ProviderName::Embedded.as_str() && is(&it.wrapped.key_id);
     let mut needs = Needs::default();
     for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
-        if metadata.keys().iter().any(is) {
+        if metadata.keys().iter().any(&is) {
             needs.volumes.push((metadata.id(), catalog.held(metadata.id())? != Held::Free));
         }
     }
     let snapshots = catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
-    needs.snapshots.extend(snapshots.filter(|it| it.keys().iter().any(is)).map(|it| it.id()));
+    needs.snapshots.extend(snapshots.filter(|it| it.keys().iter().any(&is)).map(|it| it.id()));
     Ok(needs)
 }
 

@@ -77,12 +77,7 @@ impl Place {
 
     /// Where the host process listens unless it is told otherwise.
     pub fn socket(&self) -> PathBuf {
-        self.socket_named("t")
-    }
-
-    /// A socket's path, in a folder that holds nothing but sockets: in that, its host process may remove it.
-    pub fn socket_named(&self, name: &str) -> PathBuf {
-        sockets(&self.folder()).join(name).with_extension("sock")
+        sockets(&self.folder()).join("t.sock")
     }
 
     /// The volumes of the store.

@@ -89,8 +89,7 @@ impl Embedded {
         let kms = Embedded { log, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well. Where the root
         // key is missing, whoever wants anything is told.
-        let is_missing = || matches!(kms.root_key_place(), Ok((_, root_key::Place::Missing(_))));
-        if kms.log.asks_for_passphrase() || is_missing() {
+        if kms.log.is_out_of_reach() {
             return kms;
         }
         if let Err(e) = kms.purge() {

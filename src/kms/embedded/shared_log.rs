@@ -63,10 +63,11 @@ impl SharedLog {
         self.clock.now()
     }
 
-    /// Whether a passphrase is needed before the store can be read.
-    pub(super) fn asks_for_passphrase(&self) -> bool {
+    /// Whether a passphrase, or the root key itself, is needed before the store can be read.
+    pub(super) fn is_out_of_reach(&self) -> bool {
         self.cached().is_none()
-            && OpenLog::id_at(&self.log_path()).is_some_and(|store| root_key::asks(&self.config, store))
+            && OpenLog::id_at(&self.log_path())
+                .is_some_and(|store| root_key::is_out_of_reach(&self.config, store))
     }
 
     /// Asks the store: `f` sees every change that was answered before this call, and none is made meanwhile.

@@ -88,15 +88,17 @@ pub fn load(config: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, K
     }
 }
 
-/// Whether [`load`] would have to get a passphrase from somewhere.
-pub fn asks(config: &Path, store: Uuid) -> bool {
-    if !matches!(passphrase::credential(CREDENTIAL, FILE_MAX), Ok(None)) {
-        return false;
+/// Whether [`load`] would have to get a passphrase from somewhere, or would find no root key.
+pub fn is_out_of_reach(config: &Path, store: Uuid) -> bool {
+    match place(config, store) {
+        Ok(Place::Missing(_)) => true,
+        Ok(Place::UnderPassphrase(path)) => {
+            let unwrapped = UNWRAPPED.locked();
+            let known = |text: Line| unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
+            read(&path, store).is_ok_and(|text| !known(text))
+        }
+        Ok(Place::Credential(_) | Place::File(_)) | Err(_) => false,
     }
-    let Ok(text) = read(&path(config, store), store) else { return false };
-    let unwrapped = UNWRAPPED.locked();
-    let known = unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
-    !known && Wrapped::parse(&text).is_some()
 }
 
 fn from_file(path: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, KmsError> {
@@ -190,7 +192,8 @@ pub fn restore(config: &Path, store: Uuid, copy: &[u8], hardened: Hardened) -> R
     Ok(path)
 }
 
-fn write(path: &Path, line: &[u8]) -> std::io::Result<()> {
+/// Makes a file that only its owner can read. The file is durable, and its name once its folder is.
+pub(crate) fn write(path: &Path, line: &[u8]) -> std::io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(line)?;
     file.sync_all()
