@@ -6,7 +6,7 @@
 //! | room | what is in it | it uses |
 //! |---|---|---|
 //! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `image` `kms` `ops` `sandbox` `vhost` |
-//! | `ops` | the use cases, one file a verb | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `vhost` `volume` |
+//! | `ops` | the use cases, one file a verb | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `vhost` `virtio` `volume` |
 //! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
 //! | `helper` | processes that talk to a KMS for another: unwrap, rewrap, the keeper of grants | `audit` `base` `catalog` `config` `crypt` `kms` |

@@ -45,8 +45,8 @@ impl Freeze {
         if metadata.layers().len() >= MAX_LAYERS {
             let id = metadata.id();
             let message = format!(
-                "{id} has {MAX_LAYERS} layers, the most that a volume can have; \"sealblk volume flatten \
-                 {id}\" makes them one"
+                "{id} has {MAX_LAYERS} layers, the most that a volume can have; delete snapshots of it that \
+                 are needed no more, or make its layers one: \"sealblk volume flatten {id}\""
             );
             return Err(Error::new(Kind::Unsupported, message));
         }

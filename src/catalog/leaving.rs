@@ -1,5 +1,5 @@
-//! What becomes of a volume whose lower layers were copied up: they leave its chain, and
-//! nobody needs their keys.
+//! What becomes of a volume whose lower layers were copied up, or hold nothing any more: they leave its
+//! chain, and nobody needs their keys.
 //!
 //! `leaving.json` in the volume's folder names the layers that are about to leave, or have left, until their
 //! files are removed where nothing else names them. It is durable before `volume.json` is replaced, **which
@@ -8,6 +8,7 @@
 
 use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Kind, Result};
+use crate::catalog::layout::Layout;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{Metadata, written};
 use crate::catalog::references::{RecordsLock, remove_unnamed};
@@ -43,19 +44,53 @@ pub fn commit(
     key: Option<&SealKey>,
 ) -> Result<()> {
     let layout = metadata.layout();
-    let leaving = &layout.layers()[layout.layers().len() - layout.leaving()..];
+    let left: Vec<LayerId> =
+        layout.layers()[layout.layers().len() - layout.leaving()..].iter().map(|l| l.id).collect();
+    commit_without(catalog, lock, metadata, &left, metadata.layout().hydrated(), key)
+}
+
+/// Takes layers that hold nothing out of the volume's chain, durably; otherwise as [`commit`]. **Nobody ever
+/// writes to a frozen layer that holds nothing**, so they are needed no more.
+///
+/// # Errors
+/// As for [`commit`].
+pub fn commit_empty(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    metadata: &mut Metadata,
+    empty: &[LayerId],
+    key: Option<&SealKey>,
+) -> Result<()> {
+    commit_without(catalog, lock, metadata, empty, metadata.layout().without(empty), key)
+}
+
+fn commit_without(
+    catalog: &Catalog,
+    lock: &VolumeLock,
+    metadata: &mut Metadata,
+    left: &[LayerId],
+    layout: Layout,
+    key: Option<&SealKey>,
+) -> Result<()> {
     let mut layers = catalog.left_layers(lock.volume())?;
-    layers.extend(leaving.iter().map(|l| l.id));
+    layers.extend(left);
     layers.sort_unstable();
     layers.dedup();
     let path = catalog.leaving_path(lock.volume());
     replace_file(&path, &written::to_json(&Written { format: FORMAT, layers }))?;
     let mut next = metadata.clone();
-    next.layout = metadata.layout().hydrated();
+    next.layout = layout;
     next.reseal(key);
     catalog.save(lock, &mut next)?;
     *metadata = next;
     Ok(())
+}
+
+impl Metadata {
+    /// What becomes of the volume when these layers, which hold nothing, leave its chain.
+    pub(crate) fn without(&self, empty: &[LayerId]) -> Self {
+        Metadata { layout: self.layout().without(empty), ..self.clone() }
+    }
 }
 
 impl Catalog {

@@ -3,6 +3,7 @@
 //! A volume is a folder `volumes/<id>/` that holds a `volume.json`. A folder without one is a volume that is
 //! being made or deleted, or whose making or deleting was cut off (`ops::delete` clears those away).
 
+pub(crate) mod chains;
 pub mod freeze;
 pub mod grow;
 pub mod id;

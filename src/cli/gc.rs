@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Result, size};
+use crate::cli::space::{self, RateArgs};
 use crate::cli::{Env, output};
 use crate::helper::grants::Note;
 use crate::ops::gc::{self, Collected, LeftOver};
+use crate::ops::space::Given;
 use serde_json::{Value, json};
 
 /// Arguments of `gc`.
@@ -19,11 +21,15 @@ Examples:
 
 Removes layers that no volume and no snapshot names, temporary files, and what interrupted commands left. What somebody is
 just making or using stays. While a record cannot be read, no layer is removed: it might be its. Retires grants at the KMS
-of attaches that are over.")]
+of attaches that are over. Then gives back what of the layers is needed by no snapshot and no volume, and merges layers that
+nothing tells apart, in the direction that moves less; volumes stay attached meanwhile. With --dry-run it says how much it
+could give back without moving anything.")]
 pub struct Args {
     /// Say what would be done, and do nothing.
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    rate: RateArgs,
 }
 
 /// What became of one stale grant.
@@ -74,8 +80,12 @@ impl Swept {
 pub fn run(env: &Env, args: &Args) -> Result<()> {
     let store = env.store()?;
     let Collected { left_overs, grants } = if args.dry_run { gc::look(&store) } else { gc::clear(&store) }?;
+    let space = match args.dry_run {
+        true => Given { bytes: space::look(&store)?, ..Given::default() },
+        false => space::give_back(&store, None, &args.rate)?,
+    };
     let swept: Vec<Swept> = grants.into_iter().map(|(note, outcome)| Swept { note, outcome }).collect();
-    report(env, args, &left_overs, &swept)?;
+    report(env, args, &left_overs, &swept, &space)?;
     let left = swept.iter().filter_map(|one| one.outcome.as_ref()?.as_ref().err());
     match (left.clone().next(), left.count()) {
         (None, _) => Ok(()),
@@ -85,11 +95,13 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
     }
 }
 
-fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result<()> {
+fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept], given: &Given) -> Result<()> {
     if env.json {
         let left_overs: Vec<Value> = found.iter().map(description).collect();
         let grants: Vec<Value> = swept.iter().map(Swept::json).collect();
-        let all = json!({"dry_run": args.dry_run, "left_overs": left_overs, "grants": grants});
+        let space = space::json(given);
+        let all =
+            json!({"dry_run": args.dry_run, "left_overs": left_overs, "grants": grants, "space": space});
         return output::print_json(&all);
     }
     let mut rows = vec![["WHAT", "BYTES", "PATH"].map(String::from).to_vec()];
@@ -97,7 +109,15 @@ fn report(env: &Env, args: &Args, found: &[LeftOver], swept: &[Swept]) -> Result
         vec![left.what.name().to_string(), size::human(left.bytes), left.path.display().to_string()]
     }));
     let grants: String = swept.iter().map(Swept::text).collect();
-    output::print(&(output::table(&rows) + &grants)).map(drop)
+    let space = match (args.dry_run, given.bytes) {
+        (true, 0) => String::new(),
+        (true, bytes) => format!("layers: {} could be given back\n", size::about(bytes)),
+        (false, _) => match space::words(given) {
+            words if words.is_empty() => words,
+            words => format!("layers{}\n", words.replacen(';', ":", 1)),
+        },
+    };
+    output::print(&(output::table(&rows) + &grants + &space)).map(drop)
 }
 
 fn description(left: &LeftOver) -> Value {

@@ -24,6 +24,7 @@ mod receipt;
 mod rewrap;
 pub mod settings;
 pub mod snapshot;
+mod space;
 pub mod store;
 pub mod volume;
 

@@ -14,9 +14,10 @@
 //!    others. Marking adds a member. That is associative, commutative and idempotent, and each change of an
 //!    entry is one atomic exchange; so it does not matter in which order writers and the search come, and
 //!    none undoes another's mark.
-//! 4. A member is taken out only if it is frozen and was read and found all zero ([`LayerMap::lower`]).
-//!    Nobody can add to a frozen layer any more, so that stays true. It is one exchange as well, which fails
-//!    if the entry has changed meanwhile.
+//! 4. A member is taken out only if it is frozen and was read and found all zero ([`LayerMap::lower`]), and
+//!    no layer above it had anything either. A command that moves data into a frozen layer moves what the
+//!    layer right above has, and has that marked before it goes from there: so that stays true. It is one
+//!    exchange as well, which fails if the entry has changed meanwhile.
 //!
 //! Hence the orderings. Entries stand each for itself, so `Relaxed` keeps what 3 and 4 need. Whoever reads
 //! after a write has completed must see its mark: between the two lie the ring's indices (published with

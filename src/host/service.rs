@@ -98,6 +98,7 @@ impl Service {
             (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
         let (status, rate, rewrap, resize) = (record(), record(), record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
+        let (noted, moved, empty) = (record(), record(), record());
         Orders {
             detach: Box::new(move || stop.stop()),
             status: Box::new(move || Status {
@@ -118,6 +119,9 @@ impl Service {
             snapshot: Box::new(move |wanted, client| snapshot.snapshot(engine, wanted, client)),
             rekey: Box::new(move |key, layer, dek, client| rekey.rekey(engine, (key, layer), dek, client)),
             flatten: Box::new(move || flatten.flatten()),
+            noted: Box::new(move |snapshot| noted.noted(snapshot)),
+            move_down: Box::new(move |wanted, client| moved.move_down(wanted, client)),
+            let_go: Box::new(move |layers| empty.let_go_of_empty(layers)),
         }
     }
 

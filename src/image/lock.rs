@@ -84,8 +84,24 @@ impl ImageLock {
 
     /// Takes the lock by `file`, which was opened for this alone.
     fn on(file: File, path: &Path, access: Access) -> Result<Self> {
-        let attempt = || format!("lock {}", path.display());
         let lock = ImageLock { file };
+        lock.take(path, access)?;
+        Ok(lock)
+    }
+
+    /// Gives all up for a moment: others may do with the file what they like, until it is
+    /// [taken again](ImageLock::take).
+    pub fn give_way(&self) {
+        locks::unlock(&self.file, Bytes::ALL);
+    }
+
+    /// Takes the lock on the file that it is on; `path` is for messages.
+    ///
+    /// # Errors
+    /// As for [`ImageLock::acquire`].
+    pub fn take(&self, path: &Path, access: Access) -> Result<()> {
+        let attempt = || format!("lock {}", path.display());
+        let lock = self;
         let used = access.used().iter().map(|n| USED + n);
         let unshared = access.unshared().iter().map(|n| UNSHARED + n);
         for byte in used.chain(unshared) {
@@ -102,7 +118,7 @@ impl ImageLock {
                 return Err(in_use(path));
             }
         }
-        Ok(lock)
+        Ok(())
     }
 
     /// Looks whether anybody has the file open for writing; `path` is for messages. Returns whether that

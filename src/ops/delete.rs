@@ -4,20 +4,35 @@ use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
 use crate::catalog::references::{CREATING, DELETING, RecordsLock, remove_unnamed};
-use crate::catalog::{self, Catalog, Metadata, SnapshotId, VolumeId, leaving, pending, tags};
+use crate::catalog::{self, Catalog, LayerId, Metadata, SnapshotId, VolumeId, leaving, pending, tags};
 use crate::events::{Event, EventLog};
 use crate::ops::shred::{self, Receipt};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-/// Deletes a volume that nobody has attached, with those of its layers that nothing else names, and
-/// reports a `deleteVolume` event.
+/// Deletes a volume that nobody has attached, with those of its layers that nothing else names, and reports a
+/// `deleteVolume` event. Returns its layers; of those that are still there, some of what they hold may be
+/// needed no more ([`crate::ops::space`]).
 ///
 /// # Errors
 /// `Busy`, naming the process that has it; `NotFound`; `Corrupt` if its metadata cannot be read, since then
 /// nobody knows its layers. An error after the volume is gone says so.
-pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
-    delete_by(catalog, events, id, |folder, _| rename_durably(folder, catalog::FILE, DELETING))
+pub fn delete(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Vec<LayerId>> {
+    delete_by(catalog, events, id, |folder, metadata| {
+        rename_durably(folder, catalog::FILE, DELETING)?;
+        Ok(metadata.layers().iter().map(|layer| layer.id).collect())
+    })
+}
+
+/// Deletes a snapshot, with those of its layers that nothing else names. Returns its
+/// layers, as [`delete`] does.
+///
+/// # Errors
+/// As [`Catalog::delete_snapshot`].
+pub fn delete_snapshot(catalog: &Catalog, id: SnapshotId) -> Result<Vec<LayerId>> {
+    let deleted =
+        catalog.delete_snapshot(id).map_err(|e| advised(catalog.load_snapshot_claim(id).is_err(), e))?;
+    Ok(deleted.layers().iter().map(|layer| layer.id).collect())
 }
 
 /// As [`delete`], and overwrites the wrapped copies of the volume's data keys first.
@@ -119,7 +134,7 @@ fn delete_by<T>(
 }
 
 /// What else can be done about a record that cannot be read.
-pub(crate) fn advised(is_unreadable: bool, e: Error) -> Error {
+fn advised(is_unreadable: bool, e: Error) -> Error {
     if !is_unreadable || e.kind() != Kind::Corrupt {
         return e;
     }

@@ -12,7 +12,7 @@
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
-//! | the store as a whole | [`apply`], [`gc`], [`accept`] |
+//! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
 #![forbid(unsafe_code)]
 
 pub mod accept;
@@ -37,6 +37,7 @@ pub mod resize;
 pub mod rewrap;
 pub mod shred;
 pub mod snapshot;
+pub mod space;
 
 use crate::base::Result;
 use crate::base::hardened::Hardened;
@@ -128,7 +129,9 @@ impl Store {
 
     /// Opens a volume that was taken, to change it.
     fn open_taken(&self, lock: VolumeLock) -> Result<Taken, Failure> {
-        self.open_as(lock, Opening::Change, Access::ReadWrite)
+        let mut taken = self.open_as(lock, Opening::Change, Access::ReadWrite)?;
+        space::let_empty_layers_go(&self.catalog(), &mut taken)?;
+        Ok(taken)
     }
 
     /// Opens a volume that was taken.

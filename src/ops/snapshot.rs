@@ -8,16 +8,22 @@
 use super::Store;
 use super::new_top::NewTop;
 use super::reach::Reach;
+use super::space;
 use crate::base::root::create_dir_durable;
 use crate::base::{Error, Result, Timestamp};
 use crate::catalog::freeze;
+use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::Purpose;
 use crate::catalog::snapshot::Label;
-use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
+use crate::catalog::{Catalog, LayerId, Snapshot, SnapshotId, VolumeId};
 use crate::events::Event;
+use crate::host::control;
 use crate::host::control::conversation::Freezing;
 use crate::kms::Failure;
 use std::time::Duration;
+
+/// From so many layers on, a snapshot sees to it that there is room for more.
+const LONG_CHAIN: usize = MAX_LAYERS * 3 / 4;
 
 /// A snapshot that was made.
 pub struct Made {
@@ -56,6 +62,7 @@ enum Making<'a> {
 fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>, Failure> {
     let catalog = store.catalog();
     create_dir_durable(&catalog.root().snapshots())?;
+    volumes.iter().for_each(|&id| shorten_if_long(store, &catalog, id));
     let mut making = Vec::new();
     for &id in volumes {
         let begun = begin(store, &catalog, id, label);
@@ -68,7 +75,29 @@ fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>,
     each_attached(&mut making, Freezing::commit)?;
     let made = making.into_iter().map(|one| end(&catalog, one, label)).collect::<Result<Vec<_>, _>>()?;
     freeze::note(&catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
+    for one in made.iter().filter(|one| one.pause.is_some()) {
+        control::tell_noted(&catalog, one.snapshot.volume(), one.snapshot.id());
+    }
     Ok(made)
+}
+
+/// Makes a chain shorter that comes near its longest, as far as its layers are not needed by snapshots.
+fn shorten_if_long(store: &Store, catalog: &Catalog, id: VolumeId) {
+    let Ok(volume) = catalog.load(id) else { return };
+    if volume.layers().len() < LONG_CHAIN {
+        return;
+    }
+    let layers: Vec<LayerId> = volume.layers().iter().map(|layer| layer.id).collect();
+    let given = space::give_back(store, Some(&layers), 0, &mut |_, _, _| Ok(()));
+    let merged = given.as_ref().map_or(0, |given| given.merged);
+    log::warn!(
+        "{id} has {} layers, and {MAX_LAYERS} are the most: {merged} of them are merged now; every snapshot \
+         that is kept needs one",
+        layers.len()
+    );
+    if let Err(e) = given {
+        log::warn!("merging layers of {id}: {e}");
+    }
 }
 
 fn begin<'a>(

@@ -15,6 +15,12 @@ use std::borrow::Borrow;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a frozen layer may be locked by a command that moves data out of it or into it.
+const MOMENT: Duration = Duration::from_secs(5);
+/// How often to look whether that is over.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// One layer in a file or on a block device.
 #[derive(Clone)]
@@ -41,7 +47,7 @@ impl Layer {
         cipher: Cipher,
         near: Option<&Layer>,
     ) -> Result<Self> {
-        let image_lock = Arc::new(ImageLock::acquire(path, access)?);
+        let image_lock = Arc::new(lock(path, access)?);
         let near = near.map(|near| &*near.backing);
         let backing = FileBacking::open(path, access == Access::Read, block_size, near);
         let backing = backing.context(|| path.display().to_string())?;
@@ -58,6 +64,19 @@ impl Layer {
         let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
         Ok(Layer { backing: Arc::new(backing), ..self.clone() })
+    }
+}
+
+/// Takes QEMU's locks. A command that moves data between frozen layers has them to itself for moments.
+fn lock(path: &Path, access: Access) -> Result<ImageLock> {
+    let until = Instant::now() + MOMENT;
+    loop {
+        match ImageLock::acquire(path, access) {
+            Err(e) if access == Access::Read && e.kind() == Kind::Busy && Instant::now() < until => {
+                std::thread::sleep(LOOK);
+            }
+            locked => return locked,
+        }
     }
 }
 

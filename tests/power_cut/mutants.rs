@@ -128,6 +128,33 @@ fn a_program_that_removes_a_layer_before_the_deletion_is_durable_is_found_out() 
     is_found_out(&trace, place, "a volume is listed that is not whole");
 }
 
+fn makes_a_hole(line: &str) -> bool {
+    line.starts_with("zero ") && line.contains(".img")
+}
+
+/// By whichever of its names.
+fn syncs_a_layer(line: &str) -> bool {
+    line.starts_with("datasync ") && line.contains(".img")
+}
+
+#[test]
+fn a_merge_that_takes_data_away_before_it_is_durable_where_it_goes_is_found_out() {
+    let trace = traced(snapshots::deleted_while_attached);
+    let written = trace.find(trace.start, |line| line.starts_with("write ") && line.contains(".img"));
+    let (trace, place) = without(trace, written, syncs_a_layer);
+    is_found_out(&trace, place, "instead of one of the patterns");
+}
+
+#[test]
+fn space_that_is_given_back_before_what_covers_it_is_durable_is_found_out() {
+    let trace = traced(snapshots::deleted_while_attached);
+    // What the first snapshot alone needed; what was merged; and then what the volume's top covers.
+    let first = trace.find(trace.start, makes_a_hole);
+    let second = trace.find(first + 1, makes_a_hole);
+    let (trace, place) = without(trace, second, syncs_a_layer);
+    is_found_out(&trace, place, "holds zeros instead of one of the patterns");
+}
+
 #[test]
 fn a_program_that_does_not_sync_an_event_is_found_out() {
     let trace = traced(|script| volumes::create(script, &["--unencrypted"]));

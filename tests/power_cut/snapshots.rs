@@ -67,6 +67,44 @@ pub fn deleted(script: &mut Script) {
     script.delete_snapshot(&newer);
 }
 
+/// Snapshots are deleted while their volume is attached: what layers above have is given back, where it is
+/// not flushed yet as well, and layers that nothing tells apart become one.
+pub fn deleted_while_attached(script: &mut Script) {
+    let id = with_data(script, &[]);
+    let older = script.snapshot(&id);
+    let mut guest = script.attach(&id);
+    guest.write(8, 16);
+    let newer = script.snapshot(&id);
+    guest.write(0, 8);
+    script.start();
+    script.delete_snapshot(&older);
+    guest.write(16, 8);
+    script.delete_snapshot(&newer);
+    guest.flush();
+    guest.write(200, 8);
+    guest.detach(script);
+}
+
+/// The lower one of two layers, which is the smaller one, goes up, and the next snapshot
+/// takes it out of the chain.
+pub fn merged_upwards(script: &mut Script, arguments: &[&str]) {
+    let id = script.create(Content::zeros(SECTORS), arguments);
+    let mut guest = script.attach(&id);
+    guest.write(96, 8);
+    // A part of a block that the upper one has in part, too.
+    guest.write(120, 3);
+    guest.detach(script);
+    let older = script.snapshot(&id);
+    let mut guest = script.attach(&id);
+    guest.write(0, 64);
+    guest.write(124, 2);
+    guest.detach(script);
+    script.snapshot(&id);
+    script.start();
+    script.delete_snapshot(&older);
+    script.snapshot(&id);
+}
+
 /// A volume is made of a snapshot and written to.
 pub fn cloned(script: &mut Script, arguments: &[&str]) {
     let id = with_data(script, arguments);
@@ -104,6 +142,21 @@ fn snapshots_of_several_volumes_are_made_at_one_moment() {
 #[test]
 fn snapshots_and_their_volume_are_deleted() {
     survives(&traced(deleted));
+}
+
+#[test]
+fn snapshots_are_deleted_while_their_volume_is_attached() {
+    survives(&traced(deleted_while_attached));
+}
+
+#[test]
+fn a_layer_is_merged_into_the_one_above() {
+    survives(&traced(|script| merged_upwards(script, &[])));
+}
+
+#[test]
+fn a_layer_that_is_not_encrypted_is_merged_into_the_one_above() {
+    survives(&traced(|script| merged_upwards(script, &["--unencrypted"])));
 }
 
 #[test]

@@ -10,4 +10,5 @@ mod crash_attached;
 mod detached;
 mod gc;
 mod own_keys;
+mod space;
 mod tamper;

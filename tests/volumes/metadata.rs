@@ -86,7 +86,7 @@ impl Store {
     }
 
     fn delete(&self, id: VolumeId) -> Result<(), Error> {
-        delete::delete(&self.catalog, &self.events, id)
+        delete::delete(&self.catalog, &self.events, id).map(drop)
     }
 
     fn hold(&self, id: VolumeId) -> VolumeLock {

@@ -241,6 +241,19 @@ impl FileBacking {
         Ok(Box::new(queue.with_turns(self.way.turns.clone())?))
     }
 
+    /// Whether it is read from the file's memory.
+    pub fn is_memory(&self) -> bool {
+        self.memory.is_some()
+    }
+
+    /// Has nobody look at the memory of these bytes from now on: somebody else is going to make a hole there.
+    /// Nobody is looking at this moment.
+    pub fn forget_memory(&self, bytes: Range<u64>) {
+        if let Some(memory) = &self.memory {
+            memory.given_back(bytes.start, bytes.end - bytes.start);
+        }
+    }
+
     /// See [`Backing::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         next_data_of(&self.file, from)
@@ -333,8 +346,9 @@ fn nothing_in_flight(file: &File) {
     locks::unlock(file, IN_FLIGHT);
 }
 
-/// The next run of bytes at or after `from` that the file may hold something in.
-fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
+/// The next run of bytes at or after `from` that the file may hold something in; outside of such runs it
+/// holds nothing. `None`: nothing from there to its end.
+pub(crate) fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
     let start = match lseek64(file, from as i64, Whence::SeekData) {
         Ok(start) => start as u64,
         Err(Errno::ENXIO) => return Ok(None),

@@ -133,13 +133,27 @@ impl Layout {
         let mut next = self.clone();
         next.layers.truncate(self.layers.len() - self.leaving());
         next.hydrate = None;
-        let used = |n: &usize| next.layers.iter().any(|l| l.key == Some(*n));
+        next.drop_unused_keys();
+        next
+    }
+
+    /// This layout without those of `layers` that lie below its top, and without the keys that no other layer
+    /// has.
+    pub(crate) fn without(&self, layers: &[LayerId]) -> Self {
+        let mut next = self.clone();
+        let top = self.top().id;
+        next.layers.retain(|layer| layer.id == top || !layers.contains(&layer.id));
+        next.drop_unused_keys();
+        next
+    }
+
+    fn drop_unused_keys(&mut self) {
+        let used = |n: &usize| self.layers.iter().any(|l| l.key == Some(*n));
         let stay: Vec<usize> = (0..self.keys.len()).filter(used).collect();
-        next.keys = stay.iter().map(|&n| self.keys[n].clone()).collect();
-        for layer in &mut next.layers {
+        self.keys = stay.iter().map(|&n| self.keys[n].clone()).collect();
+        for layer in &mut self.layers {
             layer.key = layer.key.and_then(|old| stay.iter().position(|&n| n == old));
         }
-        next
     }
 
     /// The keys' check values; for a layout that is sealed or being sealed.

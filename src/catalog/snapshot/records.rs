@@ -235,12 +235,12 @@ impl Catalog {
         self.save_snapshot(&snapshot)
     }
 
-    /// Deletes a snapshot, and those of its layers that nothing else names.
+    /// Deletes a snapshot, and those of its layers that nothing else names. Returns what its record said.
     ///
     /// # Errors
     /// `NotFound`; `Corrupt` if its record cannot be read, since then nobody knows its layers. An error
     /// after it is gone says so.
-    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
+    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<Snapshot> {
         let attempt = || format!("delete {id}");
         let records = RecordsLock::acquire(self).context(attempt)?;
         let snapshot = self.load_snapshot(id).context(attempt)?;
@@ -249,7 +249,8 @@ impl Catalog {
         sync_dir(&self.root().snapshots())?;
         self.clear_snapshot(&snapshot, &records).context(|| {
             format!("{id} is deleted, but not its layers; \"sealblk gc\" and the next deletion try again")
-        })
+        })?;
+        Ok(snapshot)
     }
 
     fn clear_snapshot(&self, snapshot: &Snapshot, records: &RecordsLock) -> Result<()> {

@@ -10,7 +10,7 @@ use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
 use crate::cli::volume::export;
-use crate::cli::{Env, output, rewrap};
+use crate::cli::{Env, output, rewrap, space};
 use crate::ops::delete;
 use crate::ops::export::What;
 use serde_json::{Value, json};
@@ -35,8 +35,16 @@ Examples:
     Export(ExportArgs),
     /// Wrap the data keys of a snapshot by another KMS key.
     Rewrap(rewrap::RewrapSnapshotArgs),
-    /// Delete a snapshot, and the data that nothing else uses.
-    #[command(after_help = "Example:\n  sealblk snapshot delete snap-0a1b")]
+    /// Delete a snapshot, and give back the space that it alone needed.
+    #[command(after_help = "\
+Examples:
+  sealblk snapshot delete snap-0a1b
+  sealblk snapshot delete snap-0a1b --later
+
+What other snapshots and volumes need of it stays. What layers above have as well, wherever its layers are used, is given
+back; layers that nothing tells apart any more are merged, in the direction that moves less. Volumes stay attached
+meanwhile. It may be interrupted at any moment: the snapshot is deleted first, and \"sealblk gc\" goes on with the
+rest.")]
     Delete(DeleteArgs),
     /// Give a snapshot tags.
     #[command(after_help = "Example:\n  sealblk snapshot tag snap-0a1b Name=nightly")]
@@ -69,8 +77,10 @@ pub struct DeleteArgs {
     snapshot: OneSnapshot,
     /// Give up a snapshot whose record cannot be read; it is named by its whole id. "sealblk gc" removes
     /// those of its layers that nothing else names.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["later", "rate"])]
     unreadable: bool,
+    #[command(flatten)]
+    giving: space::GivingArgs,
 }
 
 /// What `snapshot export` takes.
@@ -215,16 +225,13 @@ fn show(env: &Env, reference: &str) -> Result<()> {
 fn remove(env: &Env, args: &DeleteArgs) -> Result<()> {
     let catalog = env.catalog();
     let id = catalog.resolve_snapshot(&args.snapshot.snapshot)?;
-    match args.unreadable {
-        true => delete::delete_unreadable_snapshot(&catalog, id)?,
-        false => catalog
-            .delete_snapshot(id)
-            .map_err(|e| delete::advised(catalog.load_snapshot_claim(id).is_err(), e))?,
+    if args.unreadable {
+        delete::delete_unreadable_snapshot(&catalog, id)?;
+        return space::report_deleted(env, &id, None);
     }
-    match env.json {
-        true => output::print_json(&json!({"id": id, "state": "deleted"})),
-        false => output::print(&format!("{id} deleted\n")).map(drop),
-    }
+    let store = env.store()?;
+    let layers = delete::delete_snapshot(&store.catalog(), id)?;
+    space::give_back_of_deleted(env, &store, &id, &layers, &args.giving)
 }
 
 fn retag(env: &Env, reference: &str, change: impl FnOnce(&mut Tags) -> Result<()>) -> Result<()> {

@@ -12,6 +12,7 @@ mod tag;
 use crate::base::{Result, size};
 use crate::catalog::{Catalog, Entry};
 use crate::cli::filter::{self, Filter};
+use crate::cli::space;
 use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
 use serde_json::{Value, json};
@@ -81,6 +82,8 @@ pub struct DeleteArgs {
     /// of its layers that nothing else names.
     #[arg(long)]
     unreadable: bool,
+    #[command(flatten)]
+    giving: space::GivingArgs,
 }
 
 /// The filters of volumes, except for those of tags.
@@ -193,12 +196,10 @@ fn delete(env: &Env, args: &DeleteArgs) -> Result<()> {
         let receipt = delete::shred(&store.catalog(), &store.events(), id)?;
         return crate::cli::receipt::print(env, &receipt);
     }
-    match args.unreadable {
-        true => delete::delete_unreadable(&store.catalog(), &store.events(), id)?,
-        false => delete::delete(&store.catalog(), &store.events(), id)?,
+    if args.unreadable {
+        delete::delete_unreadable(&store.catalog(), &store.events(), id)?;
+        return space::report_deleted(env, &id, None);
     }
-    match env.json {
-        true => output::print_json(&json!({"id": id, "state": "deleted"})),
-        false => output::print(&format!("{id} deleted\n")).map(drop),
-    }
+    let layers = delete::delete(&store.catalog(), &store.events(), id)?;
+    space::give_back_of_deleted(env, &store, &id, &layers, &args.giving)
 }

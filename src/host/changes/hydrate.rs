@@ -13,7 +13,9 @@ use super::switch;
 use crate::base::root::files;
 use crate::base::sync::Locked;
 use crate::base::{Context, Result};
-use crate::catalog::{Metadata, leaving};
+use crate::catalog::lock::VolumeLock;
+use crate::catalog::{Catalog, LayerId, Metadata, SnapshotId, leaving};
+use crate::crypt::SealKey;
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
 use crate::events::{Event, EventLog};
@@ -22,7 +24,7 @@ use crate::host::keyring::Keyring;
 use crate::host::keys_held::KeysHeld;
 use crate::host::state::{Record, State};
 use crate::host::status::{Progress, UsedKey};
-use crate::volume::layers;
+use crate::volume::layers::{self, Layer};
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -52,8 +54,8 @@ pub struct Hydrator {
     keys: Keys,
     events: EventLog,
     rate: AtomicU64,
-    /// Until when layers stay, for a snapshot that is being noted.
-    stay_until: Mutex<Option<Instant>>,
+    /// Snapshots that are being noted, and until when layers stay for each at most.
+    noting: Mutex<Vec<(SnapshotId, Instant)>>,
     current: Mutex<Option<Current>>,
     /// By which KMS keys the data keys were unwrapped, in the order of the volume's keys.
     unwrapped_by: Mutex<Vec<UsedKey>>,
@@ -67,8 +69,8 @@ struct Current {
 impl Hydrator {
     /// One that reports to `events`, at `rate` bytes a second (0: no limit).
     pub(crate) fn new(keys: Keys, events: EventLog, rate: u64) -> Self {
-        let (stay_until, current, unwrapped_by) = Default::default();
-        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), stay_until, current, unwrapped_by }
+        let (noting, current, unwrapped_by) = Default::default();
+        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), noting, current, unwrapped_by }
     }
 
     /// This hydrator, for the volume of this record.
@@ -76,12 +78,26 @@ impl Hydrator {
         Hydrator { record, ..self }
     }
 
-    /// Begins, if there is something to be copied up; none is at it. After a freeze,
-    /// layers stay a moment longer.
-    pub(crate) fn begin(&self, state: &State, frozen: bool) {
-        if frozen {
-            *self.stay_until() = Some(Instant::now() + GRACE);
-        }
+    /// Has layers stay until a snapshot is [noted](Hydrator::noted), or a moment has passed.
+    pub(crate) fn stay_for(&self, snapshot: SnapshotId) {
+        let now = Instant::now();
+        let mut noting = self.noting.locked();
+        noting.retain(|(_, until)| *until > now);
+        noting.push((snapshot, now + GRACE));
+    }
+
+    /// A snapshot is noted: layers need not stay for it.
+    pub(crate) fn noted(&self, snapshot: SnapshotId) {
+        self.noting.locked().retain(|(id, _)| *id != snapshot);
+    }
+
+    /// Until when layers stay in the chain.
+    fn stay_until(&self) -> Instant {
+        self.noting.locked().iter().map(|(_, until)| *until).max().unwrap_or_else(Instant::now)
+    }
+
+    /// Begins, if there is something to be copied up; none is at it.
+    pub(crate) fn begin(&self, state: &State) {
         if state.read_only || state.metadata.layout().leaving() == 0 {
             return;
         }
@@ -93,7 +109,7 @@ impl Hydrator {
     fn start(&self, state: &State) -> Result<()> {
         let disk = state.serving()?.disk();
         let hydration = Hydration::new(disk, self.rate.load(Ordering::Relaxed))?;
-        let until = self.stay_until().unwrap_or_else(Instant::now);
+        let until = self.stay_until();
         let job = Arc::new(Job::new(hydration));
         let (record, run) = (self.record.clone(), job.clone());
         let work = move || {
@@ -132,12 +148,13 @@ impl Hydrator {
         }
     }
 
-    fn is_current(&self, job: &Arc<Job>) -> bool {
-        self.current().as_ref().is_some_and(|current| Arc::ptr_eq(&current.job, job))
+    /// Whether a snapshot may still be being noted, which takes that its volume names all of its layers.
+    pub(super) fn is_noting(&self) -> bool {
+        self.stay_until() > Instant::now()
     }
 
-    fn stay_until(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.stay_until.locked()
+    fn is_current(&self, job: &Arc<Job>) -> bool {
+        self.current().as_ref().is_some_and(|current| Arc::ptr_eq(&current.job, job))
     }
 
     fn current(&self) -> MutexGuard<'_, Option<Current>> {
@@ -185,7 +202,7 @@ impl Record {
     /// Begins to copy up what is to be, if anything.
     pub(crate) fn begin_hydration(&self) {
         if let Some(state) = &*self.state() {
-            self.hydrator.begin(state, false);
+            self.hydrator.begin(state);
         }
     }
 
@@ -234,20 +251,38 @@ impl Record {
 
     fn let_layers_leave(&self, state: &mut State) -> Result<()> {
         let stay = state.layers.len() - state.metadata.layout().leaving();
-        let stays = |n| state.metadata.layers()[..stay].iter().any(|l| l.key == Some(n));
-        let keys: Vec<bool> = (0..state.metadata.keys().len()).map(stays).collect();
         let left: Vec<_> = state.metadata.layers()[stay..].iter().map(|l| l.id).collect();
+        self.take_out(state, &left, leaving::commit)
+    }
+
+    /// Has the queues go on without the layers `left`, which `commit` takes out of the record.
+    ///
+    /// # Errors
+    /// As [`switch`]; what `commit` says.
+    pub(super) fn take_out(
+        &self,
+        state: &mut State,
+        left: &[LayerId],
+        commit: impl FnOnce(&Catalog, &VolumeLock, &mut Metadata, Option<&SealKey>) -> Result<()>,
+    ) -> Result<()> {
+        let stays: Vec<bool> =
+            state.metadata.layers().iter().map(|layer| !left.contains(&layer.id)).collect();
+        let is_used = |n: usize| {
+            state.metadata.layers().iter().zip(&stays).any(|(layer, &stays)| stays && layer.key == Some(n))
+        };
+        let keys: Vec<bool> = (0..state.metadata.keys().len()).map(is_used).collect();
         let next = |disk: &Arc<Disk>, state: &State| {
-            let next = state.layers[..stay].to_vec();
+            let next = state.layers.iter().zip(&stays).filter(|(_, stays)| **stays);
+            let next: Vec<Layer> = next.map(|(layer, _)| layer.clone()).collect();
             let disk = disk.with_layers(disk.shape(), layers::chain(&next));
             Ok((disk.context(|| "open its layers")?, next))
         };
         let ((), pause) = switch(state, next, |state| {
-            leaving::commit(&self.catalog, &state.lock, &mut state.metadata, state.seal_key.as_ref())
+            commit(&self.catalog, &state.lock, &mut state.metadata, state.seal_key.as_ref())
         })?;
         let id = state.metadata.id();
         log::info!("{id}: {} layers have left its chain; the queues stood still for {pause:?}", left.len());
-        for layer in left {
+        for &layer in left {
             // Those that this process has made have a second name, in its own folder.
             let _ = files::remove(&self.catalog.own_layer_path(id, layer));
         }

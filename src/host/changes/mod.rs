@@ -15,6 +15,7 @@
 //! the change is removed.
 
 pub mod hydrate;
+mod moved;
 mod rekey;
 mod resize;
 mod snapshot;
@@ -30,29 +31,19 @@ use std::time::Duration;
 /// How long what is in flight may take to end, and a client to do its part.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// When hydration may take layers out of the chain again, once a change is over.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Leaving {
-    /// At once.
-    AtOnce,
-    /// A moment later: the command that makes a snapshot writes its record by then, which takes that the
-    /// volume still names the snapshot's layers.
-    AfterSnapshot,
-}
-
 impl Record {
     /// Has a served volume changed by `change`, while nothing of it is hydrated.
     ///
     /// # Errors
     /// `NotFound` if the volume was detached, or handed over; `Busy` if it is attached
     /// read-only; what `change` says.
-    fn change<T>(&self, leaving: Leaving, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         check_writable(state)?;
         self.hydrator.stop();
         let done = change(state);
-        self.hydrator.begin(state, done.is_ok() && leaving == Leaving::AfterSnapshot);
+        self.hydrator.begin(state);
         done
     }
 }

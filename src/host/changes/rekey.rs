@@ -6,7 +6,7 @@
 //! arrives in secret memory, by a descriptor, and goes into memory that is this process's alone.
 
 use super::top::NewTop;
-use super::{Leaving, check_writable, switch};
+use super::{check_writable, switch};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::metadata::LayerRecord;
@@ -38,7 +38,7 @@ impl Record {
         secret: SecretFd,
         client: &mut Conversation<'_>,
     ) -> Result<Duration> {
-        self.change(Leaving::AtOnce, |state| {
+        self.change(|state| {
             check_encrypted(&state.metadata)?;
             let key = key.parse(&state.metadata)?;
             let dek = self.take_new_key(secret, &key, layer, state)?;
@@ -100,7 +100,7 @@ impl Record {
         if let Some(is_any) = self.is_being_flattened()? {
             return Ok(is_any);
         }
-        self.change(Leaving::AtOnce, |state| {
+        self.change(|state| {
             let all = state.layers.len() - 1;
             let next = |disk: &Arc<Disk>, state: &State| {
                 let next = state.layers.clone();

@@ -1,7 +1,7 @@
 //! An attached volume is made larger: the top layer's file grows while the guest goes on, and the queues are
 //! paused only to go on with a disk of the new size.
 
-use super::{Leaving, switch};
+use super::switch;
 use crate::base::{Context, Result};
 use crate::catalog::grow::Growth;
 use crate::disk::Disk;
@@ -18,7 +18,7 @@ impl Record {
     /// # Errors
     /// As [`Growth::begin`], [`Record::change`] and [`switch`].
     pub fn resize(&self, size: u64) -> Result<()> {
-        self.change(Leaving::AtOnce, |state| self.grow(size, state))
+        self.change(|state| self.grow(size, state))
     }
 
     fn grow(&self, size: u64, state: &mut State) -> Result<()> {

@@ -1,9 +1,9 @@
 //! A snapshot of an attached volume: its top layer is frozen, and the queues go on with a new one. The
 //! command that asked for it writes the snapshot's record.
 
-use super::Leaving;
 use super::top::NewTop;
 use crate::base::Result;
+use crate::catalog::SnapshotId;
 use crate::catalog::metadata::LayerRecord;
 use crate::catalog::snapshot::Wanted;
 use crate::crypt::xts::Engine;
@@ -19,16 +19,27 @@ impl Record {
     /// # Errors
     /// As [`Record::change`] and [`Record::freeze_top`].
     pub fn snapshot(&self, engine: Engine, wanted: Wanted, client: &mut Conversation<'_>) -> Result<Frozen> {
-        self.change(Leaving::AfterSnapshot, |state| {
+        let id = wanted.id;
+        self.change(|state| {
             let cipher = |state: &State, layer: &LayerRecord| cipher(state, engine, layer);
             let new = NewTop { id: wanted.layer, cipher, leaving: state.metadata.layout().leaving() };
             let (snapshot, pause) = self.freeze_top(state, new, client, |freeze, state| {
                 let State { lock, metadata, seal_key, .. } = state;
                 freeze.commit(&self.catalog, lock, metadata, wanted.id, wanted.label, seal_key.as_ref())
             })?;
+            // The command that makes a snapshot writes its record now, which takes that the volume still
+            // names the snapshot's layers.
+            self.hydrator.stay_for(id);
             log::info!("{} is frozen; the queues stood still for {pause:?}", snapshot.id());
             Ok(Frozen::new(&snapshot, pause))
         })
+    }
+}
+
+impl Record {
+    /// The record of a snapshot is written: it needs the volume no more.
+    pub fn noted(&self, snapshot: SnapshotId) {
+        self.hydrator.noted(snapshot);
     }
 }
 

@@ -42,6 +42,8 @@ pub enum Step {
     },
     /// Freeze.
     Commit {},
+    /// The data is where it was to be moved ([`crate::host::control::moved`]).
+    Moved {},
 }
 
 /// How the freeze went.
@@ -82,7 +84,7 @@ impl<'a> Conversation<'a> {
     pub fn have_layer_linked(&mut self, patience: Duration) -> Result<bool> {
         match self.ask(&Answer::LayerMade, patience)? {
             Step::Pause { hold } => Ok(hold),
-            Step::Commit {} => Err(Error::new(Kind::Usage, "nothing is paused yet")),
+            _ => Err(Error::new(Kind::Usage, "nothing is paused yet")),
         }
     }
 
@@ -93,15 +95,26 @@ impl<'a> Conversation<'a> {
     pub fn hold(&mut self, patience: Duration) -> Result<()> {
         match self.ask(&Answer::Held, patience)? {
             Step::Commit {} => Ok(()),
-            Step::Pause { .. } => Err(Error::new(Kind::Usage, "it is paused already")),
+            _ => Err(Error::new(Kind::Usage, "it is paused already")),
+        }
+    }
+
+    /// Tells the client that data may be moved now, and waits until it is.
+    ///
+    /// # Errors
+    /// If it says anything else, or nothing in time.
+    pub fn have_moved(&mut self, patience: Duration) -> Result<()> {
+        match self.ask(&Answer::Moving, patience)? {
+            Step::Moved {} => Ok(()),
+            _ => Err(Error::new(Kind::Usage, "data is being moved")),
         }
     }
 
     fn ask(&mut self, answer: &Answer, patience: Duration) -> Result<Step> {
         self.client.set_read_timeout(Some(patience))?;
         wire::say(self.client, answer)?;
-        let heard = wire::hear(self.client, MAX_LINE).context(|| "wait for whoever makes the snapshot")?;
-        let line = heard.ok_or_else(|| Error::new(Kind::Other, "whoever was making the snapshot is gone"))?;
+        let heard = wire::hear(self.client, MAX_LINE).context(|| "wait for the client's next step")?;
+        let line = heard.ok_or_else(|| Error::new(Kind::Other, "whoever was changing the volume is gone"))?;
         serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e))
     }
 }

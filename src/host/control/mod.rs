@@ -5,6 +5,7 @@
 //! [`Control`] is the host process's.
 
 pub mod conversation;
+pub mod moved;
 mod peer;
 mod server;
 
@@ -22,6 +23,7 @@ use crate::host::status::Status;
 use crate::vhost::gate::Told;
 use crate::vhost::queue::qos::Limits;
 use conversation::Frozen;
+use moved::MoveDown;
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use std::os::unix::net::UnixStream;
@@ -68,6 +70,16 @@ enum Request {
         key: Box<WrittenNewKey>,
     },
     Flatten {},
+    /// The record of this snapshot is written.
+    Noted {
+        snapshot: SnapshotId,
+    },
+    /// The beginning of a third conversation: see [`moved`].
+    MoveDown(MoveDown),
+    /// Take these layers out of the chain, which hold nothing.
+    LetGo {
+        layers: Vec<LayerId>,
+    },
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -88,6 +100,13 @@ enum Answer {
     Flattening {
         is_any: bool,
     },
+    Noted,
+    /// Data may be moved now.
+    Moving,
+    /// It was.
+    Moved,
+    /// The layers are out of the chain.
+    LetGone,
     Failed {
         kind: String,
         message: String,
@@ -147,6 +166,27 @@ pub fn resize(catalog: &Catalog, volume: VolumeId, size: u64) -> Result<Told> {
     let expected = catalog.expect(volume, |now| now.resized(size))?;
     match ask(catalog, volume, &Request::Resize { size }, None)? {
         Answer::Resized(told) => expected.settle().map(|_| told),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// Tells the process that has `volume` attached that the record of a snapshot is written. Where it does not
+/// hear, it waits a moment longer.
+pub fn tell_noted(catalog: &Catalog, volume: VolumeId, snapshot: SnapshotId) {
+    if let Err(e) = ask(catalog, volume, &Request::Noted { snapshot }, Some(PATIENCE)) {
+        log::debug!("{volume} is not told of {snapshot}: {e}");
+    }
+}
+
+/// Has the process that has `volume` attached take layers that hold nothing out of its chain. When this
+/// returns, `volume.json` names them no more, durably.
+///
+/// # Errors
+/// `Busy` if they are needed for a moment longer.
+pub fn let_go(catalog: &Catalog, volume: VolumeId, layers: &[LayerId]) -> Result<()> {
+    let expected = catalog.expect(volume, |now| now.without(layers))?;
+    match ask(catalog, volume, &Request::LetGo { layers: layers.to_vec() }, None)? {
+        Answer::LetGone => expected.settle().map(drop),
         _ => Err(Error::new(Kind::Other, "its answer is to another question")),
     }
 }

@@ -5,12 +5,13 @@ use crate::base::root::files;
 use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
-use crate::catalog::LayerId;
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::{Label, Wanted};
+use crate::catalog::{LayerId, SnapshotId};
 use crate::crypt::secret_mem::SecretFd;
 use crate::host::control::conversation::{Conversation, Frozen};
+use crate::host::control::moved::MoveDown;
 use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status};
 use crate::host::socket::{self, SocketName};
 use crate::vhost::gate::Told;
@@ -42,6 +43,12 @@ pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Res
 pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
+/// Takes part in a move of data between two frozen layers.
+pub(super) type MoveOrder = Box<dyn Fn(&MoveDown, &mut Conversation<'_>) -> Result<()> + Send>;
+
+/// Takes layers that hold nothing out of the chain.
+pub(super) type LetGoOrder = Box<dyn Fn(&[LayerId]) -> Result<()> + Send>;
+
 /// Makes the volume so many bytes large, and tells the VMM.
 pub(super) type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
 
@@ -65,6 +72,12 @@ pub struct Orders {
     pub rekey: RekeyOrder,
     /// Copy up everything below the top; returns whether there is anything.
     pub flatten: Box<dyn Fn() -> Result<bool> + Send>,
+    /// The record of a snapshot is written.
+    pub noted: Box<dyn Fn(SnapshotId) + Send>,
+    /// Take part in a move of data between two frozen layers, in turns with the client.
+    pub move_down: MoveOrder,
+    /// Take layers that hold nothing out of the chain.
+    pub let_go: LetGoOrder,
 }
 
 /// The host process's end.
@@ -320,6 +333,20 @@ impl Server {
             Ok(Request::Flatten {}) => {
                 log::info!("a client has the volume flattened");
                 (self.orders.flatten)().map(|is_any| Answer::Flattening { is_any })
+            }
+            Ok(Request::Noted { snapshot }) => {
+                (self.orders.noted)(snapshot);
+                Ok(Answer::Noted)
+            }
+            Ok(Request::MoveDown(wanted)) => {
+                log::debug!("a client moves data: {wanted:?}");
+                let conversation = Conversation::with(&caller.stream);
+                let done = conversation.and_then(|mut client| (self.orders.move_down)(&wanted, &mut client));
+                done.map(|()| Answer::Moved)
+            }
+            Ok(Request::LetGo { layers }) => {
+                log::info!("a client takes {} layers out of the chain, which hold nothing", layers.len());
+                (self.orders.let_go)(&layers).map(|()| Answer::LetGone)
             }
             Err(e) => Err(e),
         };

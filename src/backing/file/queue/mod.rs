@@ -374,7 +374,8 @@ impl Queue for FileQueue {
             let (bytes, there) = self.memory.as_ref()?.bytes(offset, len)?;
             return Some(InMemory { bytes, _there: Some(there) });
         }
-        // Nobody makes holes in what is frozen.
+        // Who makes holes in what is frozen makes them where nobody looks: a layer above has it all, or
+        // the queues stood still for a moment and know that it has gone.
         let bytes = self.below[layer - 1].memory.as_ref()?.bytes(offset, len)?;
         Some(InMemory { bytes, _there: None })
     }
