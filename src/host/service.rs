@@ -4,7 +4,7 @@
 use crate::base::Result;
 use crate::base::sync::Locked;
 use crate::catalog::Catalog;
-use crate::catalog::lock::Announcements;
+use crate::catalog::lock::{Announcements, LockFile};
 use crate::helper::grants::Keeper;
 use crate::host::Options;
 use crate::host::changes::hydrate::{self, Hydrator};
@@ -37,6 +37,7 @@ pub(super) struct Service {
     shape: Arc<SharedShape>,
     channel: Arc<Channel>,
     writeback: Arc<AtomicBool>,
+    lock_file: LockFile,
     keeper: Arc<Keeper>,
     held: Arc<Mutex<Option<KeysHeld>>>,
 }
@@ -60,7 +61,7 @@ impl Service {
         let shape = opener.shape.clone();
         let parts = Parts {
             opener,
-            lock_file,
+            lock_file: lock_file.clone(),
             holder,
             record: record.clone(),
             channel: channel.clone(),
@@ -77,7 +78,7 @@ impl Service {
             (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
         }?;
         handover.heed(announcements)?;
-        Ok(Service { stop, record, handover, qos, shape, channel, writeback, keeper, held })
+        Ok(Service { stop, record, handover, qos, shape, channel, writeback, lock_file, keeper, held })
     }
 
     /// How the volume is reached, and by which cipher engine, for people.
@@ -100,6 +101,7 @@ impl Service {
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
         Orders {
+            lock: self.lock_file.clone(),
             detach: Box::new(move || stop.stop()),
             status: Box::new(move || Status {
                 access: access(),

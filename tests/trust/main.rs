@@ -10,6 +10,7 @@ mod import;
 mod impostor;
 mod keys;
 mod ledger;
+mod namespaces;
 mod owners;
 mod pending;
 mod printed;

@@ -2,6 +2,7 @@
 
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use serde::{Deserialize, Serialize};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::{fmt, io};
 
@@ -29,15 +30,29 @@ pub enum Purpose {
     Hydrate,
 }
 
+/// Where a process runs, as far as that can be told: in which PID namespace of which kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// The host's name, for people. A container may have its own.
+    pub name: String,
+    /// The kernel's boot id: another machine has another one.
+    pub boot: String,
+    /// The inode of the PID namespace: a process id means something else in another one.
+    pub pid_namespace: u64,
+}
+
 /// The process that holds a volume, as it says itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     /// What the process does with the volume.
     pub purpose: Purpose,
-    /// Its process id, in the pid namespace that it ran in.
+    /// Its process id, in the PID namespace that it ran in.
     pub pid: u32,
     /// When the process began, in clock ticks since boot: tells it from a later one with the same id.
     pub start_time: u64,
+    /// Where it runs; earlier versions do not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<Host>,
     /// Since when it has the volume.
     pub since: Timestamp,
     /// The vhost-user socket's path, where it has one, as text for people.
@@ -48,23 +63,52 @@ pub struct Holder {
     pub write_through: bool,
 }
 
+impl Host {
+    /// Where this process runs. None where /proc does not tell, as to a process that is confined.
+    fn of_this_process() -> Option<Self> {
+        let kernel = |name: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?;
+            Some(text.trim_end().to_owned())
+        };
+        let pid_namespace = std::fs::metadata("/proc/self/ns/pid").ok()?.ino();
+        Some(Host { name: kernel("hostname")?, boot: kernel("random/boot_id")?, pid_namespace })
+    }
+}
+
 impl Holder {
     /// This process, from now on.
     pub fn this_process(purpose: Purpose, socket: Option<&Path>) -> Result<Self> {
-        let pid = std::process::id();
-        let stat = read_stat(pid).context(|| "look at this process")?;
+        // Not by its id: /proc may be of another PID namespace.
+        let stat = read_stat("self").context(|| "look at this process")?;
         let start_time = start_time(&stat)
-            .ok_or_else(|| Error::new(Kind::Other, format!("/proc/{pid}/stat does not read as expected")))?;
+            .ok_or_else(|| Error::new(Kind::Other, "/proc/self/stat does not read as expected"))?;
         let socket = socket.map(|path| path.display().to_string());
-        Ok(Holder { purpose, pid, start_time, since: Timestamp::now(), socket, write_through: false })
+        let (pid, host) = (std::process::id(), Host::of_this_process());
+        Ok(Holder { purpose, pid, start_time, host, since: Timestamp::now(), socket, write_through: false })
     }
 
-    /// Whether that very process still runs. A confined process may not look: to it,
-    /// whoever the file names does.
-    pub fn is_alive(&self) -> bool {
-        match read_stat(self.pid) {
+    /// Whether that very process still runs, as far as can be seen from here: not in another PID namespace,
+    /// nor, for most users, where /proc hides the processes of others (hidepid). A confined process may not
+    /// look: to it, whoever the file names does.
+    pub(super) fn is_seen_alive(&self) -> bool {
+        match read_stat(&self.pid.to_string()) {
             Ok(stat) => start_time(&stat) == Some(self.start_time),
             Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
+        }
+    }
+
+    /// The process in words, and where it runs, unless that is here.
+    pub fn process(&self) -> String {
+        let here = Host::of_this_process();
+        let Holder { pid, .. } = self;
+        match (&self.host, &here) {
+            (Some(there), Some(here)) if there.boot != here.boot => {
+                format!("process {pid} on the host {}", there.name)
+            }
+            (Some(there), Some(here)) if there.pid_namespace != here.pid_namespace => {
+                format!("process {pid} of another PID namespace, on the host {}", there.name)
+            }
+            _ => format!("process {pid}"),
         }
     }
 }
@@ -82,7 +126,7 @@ impl fmt::Display for Holder {
             Purpose::Export => "is being exported",
             Purpose::Hydrate => "is being re-keyed or flattened",
         };
-        write!(f, "{doing} by process {} (since {}", self.pid, self.since)?;
+        write!(f, "{doing} by {} (since {}", self.process(), self.since)?;
         if let Some(socket) = &self.socket {
             write!(f, ", socket {socket}")?;
         }
@@ -97,6 +141,38 @@ fn start_time(stat: &str) -> Option<u64> {
     after.split_whitespace().nth(19)?.parse().ok()
 }
 
-fn read_stat(pid: u32) -> io::Result<String> {
+fn read_stat(pid: &str) -> io::Result<String> {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_elsewhere_is_said_to_be_there() {
+        let mut holder = Holder::this_process(Purpose::Attach, None).unwrap();
+        let pid = holder.pid;
+        assert_eq!(holder.process(), format!("process {pid}"));
+        let here = holder.host.clone().expect("/proc tells");
+        let name = here.name.clone();
+        holder.host = Some(Host { pid_namespace: here.pid_namespace + 1, ..here.clone() });
+        assert_eq!(holder.process(), format!("process {pid} of another PID namespace, on the host {name}"));
+        holder.host = Some(Host { boot: "another".into(), name: "b".into(), ..here });
+        assert_eq!(holder.process(), format!("process {pid} on the host b"));
+        assert!(
+            holder.to_string().starts_with(&format!("is attached by process {pid} on the host b (since "))
+        );
+        // An earlier version does not say it.
+        holder.host = None;
+        assert_eq!(holder.process(), format!("process {pid}"));
+    }
+
+    #[test]
+    fn what_earlier_versions_have_written_is_read() {
+        let text =
+            r#"{"purpose":"attach","pid":7,"start_time":1,"since":"2026-01-31T23:59:59Z","socket":null}"#;
+        let holder: Holder = serde_json::from_str(text).unwrap();
+        assert_eq!((holder.pid, holder.host), (7, None));
+    }
 }

@@ -5,11 +5,14 @@
 //! says who has the lock, for the reader of an error. Without the lock it means nothing, except for what the
 //! guest wants of whoever serves it next. The file is never replaced: a lock on a file that a path no longer
 //! leads to would protect nothing.
+//!
+//! Another lock says that the text is the present holder's, and not one that is left of somebody before. It
+//! is the kernel's as well, so that it is good in every PID namespace, and where /proc hides processes.
 
 mod holder;
 mod turn;
 
-pub use holder::{Holder, Purpose};
+pub use holder::{Holder, Host, Purpose};
 pub use turn::{Announcements, Turn};
 
 use crate::base::locks::{self, Bytes};
@@ -19,14 +22,22 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::VolumeId;
 use nix::fcntl::OFlag;
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The file's name in the volume's folder.
 pub const FILE: &str = "lock";
 /// Bytes of the file, from its beginning, whose lock says who has the volume.
 const HELD: Bytes = Bytes::range(0, 1 << 62);
+/// The byte of the lock file whose lock says that the file's text is of who has the volume. It is taken when
+/// the text is written, and let go of before the volume is; where a process ends, both go at once.
+const SAID: Bytes = Bytes::one((1 << 62) + 1);
+/// How often, and how many times, to look what a holder says of itself that is just writing it.
+const LOOK: Duration = Duration::from_millis(5);
+const LOOKS: u32 = 20;
 /// The most bytes of the file that are read.
 const MAX_HOLDER: usize = 64 << 10;
 
@@ -97,6 +108,11 @@ impl LockFile {
         Ok(lock)
     }
 
+    /// The open file. Who has the volume proves by it that it does: [`is_holders`].
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Locks these bytes of the file; `false` if somebody has them.
     fn lock(&self, bytes: Bytes) -> Result<bool> {
         Ok(locks::try_lock(&self.file, locks::Kind::Exclusive, bytes)?)
@@ -139,7 +155,14 @@ impl VolumeLock {
     fn write_holder(&self) {
         let text = serde_json::to_vec(&self.holder).expect("strings and numbers");
         let file = &self.file.file;
-        if let Err(e) = file.set_len(0).and_then(|()| file.write_all_at(&text, 0)) {
+        locks::unlock(file, SAID);
+        let write = || {
+            file.set_len(0)?;
+            file.write_all_at(&text, 0)?;
+            // Nobody else takes it: that is for who has the volume.
+            locks::try_lock(file, locks::Kind::Exclusive, SAID).map(drop)
+        };
+        if let Err(e) = write() {
             // The lock holds all the same, and on a full disk a volume must still be deleted.
             log::warn!("{}: {e}", self.file.path.display());
         }
@@ -148,6 +171,7 @@ impl VolumeLock {
 
 impl Drop for VolumeLock {
     fn drop(&mut self) {
+        locks::unlock(&self.file.file, SAID);
         // For whoever looks at the file by hand; but what the guest wants must not be lost.
         if !self.holder.write_through {
             let _ = self.file.file.set_len(0);
@@ -165,7 +189,29 @@ pub fn query(folder: &Path) -> Result<Held> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Held::Free),
         Err(e) => return Err(Error::from(e).context(attempt())),
     };
-    query_file(&file).context(attempt)
+    for _ in 0..LOOKS {
+        match query_file(&file).context(attempt)? {
+            Held::Unknown => std::thread::sleep(LOOK),
+            held => return Ok(held),
+        }
+    }
+    Ok(Held::Unknown)
+}
+
+/// Whether the open file `passed` is the one by which somebody has the volume whose folder is `folder`. Who
+/// has passed it is then that process, or one that it has given the open file. The kernel tells in every
+/// namespace.
+pub fn is_holders(folder: &Path, passed: &File) -> Result<bool> {
+    let path = folder.join(FILE);
+    let attempt = || format!("look at {}", path.display());
+    let ours = files::open(&path).context(attempt)?;
+    let is_locked = |file| locks::is_locked_against(file, locks::Kind::Shared, HELD);
+    let look = || {
+        let is_lock_file = files::is_same(&ours.metadata()?, &passed.metadata()?);
+        // A lock is in the way of every open file but its own. Twice, in case that one lets go in between.
+        Ok::<_, std::io::Error>(is_lock_file && is_locked(&ours)? && !is_locked(passed)? && is_locked(&ours)?)
+    };
+    look().context(attempt)
 }
 
 fn query_file(file: &File) -> Result<Held> {
@@ -173,8 +219,10 @@ fn query_file(file: &File) -> Result<Held> {
     if !locks::is_locked_against(file, locks::Kind::Shared, HELD)? {
         return Ok(Held::Free);
     }
-    // Between taking the lock and writing, the file says who had it before.
-    let holder = read_holder(file)?.filter(Holder::is_alive);
+    // Between taking the lock and writing, the file says who had it before. An earlier version leaves it at
+    // that; then the process itself is looked for.
+    let is_said = locks::is_locked_against(file, locks::Kind::Shared, SAID)?;
+    let holder = read_holder(file)?.filter(|holder| is_said || holder.is_seen_alive());
     Ok(holder.map_or(Held::Unknown, Held::By))
 }
 
@@ -189,7 +237,9 @@ fn read_holder(file: &File) -> std::io::Result<Option<Holder>> {
 pub fn busy(volume: VolumeId, held: &Held) -> Error {
     let message = match held {
         Held::By(holder) => format!("{volume} {holder}"),
-        Held::Unknown | Held::Free => format!("{volume} is in use by another process"),
+        Held::Unknown | Held::Free => {
+            format!("{volume} is in use by another process, which cannot be seen from here")
+        }
     };
     let hint = match held {
         Held::By(Holder { purpose: Purpose::Attach, .. }) => {
@@ -239,6 +289,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let id = VolumeId::random();
         let lock = VolumeLock::acquire(dir.path(), id, &attach(None)).unwrap();
+        // As in the moment before it does, or as earlier versions leave it.
+        locks::unlock(&lock.file.file, SAID);
         let mut gone = attach(None);
         gone.start_time += 1;
         for text in [serde_json::to_vec(&gone).unwrap(), b"{\"pid\"".to_vec(), Vec::new()] {
@@ -248,6 +300,49 @@ mod tests {
             assert!(e.kind() == Kind::Busy && e.to_string().contains("another process"), "{e}");
         }
         drop(lock);
+    }
+
+    #[test]
+    fn a_holder_that_cannot_be_seen_is_known_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let mut elsewhere = attach(None);
+        // No process has this id.
+        elsewhere.pid = u32::MAX;
+        let lock = VolumeLock::acquire(dir.path(), id, &elsewhere).unwrap();
+        assert_eq!(query(dir.path()).unwrap(), Held::By(elsewhere.clone()));
+        let mut lock = lock;
+        lock.note_write_through(true);
+        assert!(matches!(query(dir.path()).unwrap(), Held::By(holder) if holder.pid == u32::MAX));
+        // What it has left says nothing of the next one.
+        drop(lock);
+        let next = LockFile::open(dir.path(), id).unwrap();
+        assert!(next.lock(HELD).unwrap());
+        assert_eq!(query(dir.path()).unwrap(), Held::Unknown);
+    }
+
+    #[test]
+    fn who_has_the_volume_is_told_by_the_open_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let id = VolumeId::random();
+        let (file, next) = (LockFile::open(dir.path(), id).unwrap(), LockFile::open(dir.path(), id).unwrap());
+        let passed = |file: &LockFile| File::from(file.descriptor().try_clone_to_owned().unwrap());
+        let proves = |file: &LockFile| is_holders(dir.path(), &passed(file)).unwrap();
+        assert!(!proves(&file), "nobody has it");
+        let lock = file.acquire(&attach(None)).unwrap();
+        assert!(proves(&file) && !proves(&next));
+        let turn = next.announce().unwrap();
+        assert!(proves(&file) && !proves(&next), "who waits has nothing yet");
+        // Who has another volume.
+        let others = LockFile::open(other.path(), id).unwrap();
+        let _others = others.acquire(&attach(None)).unwrap();
+        assert!(!proves(&others));
+        drop(lock);
+        assert!(!proves(&file));
+        let _lock = next.acquire(&attach(None)).unwrap();
+        drop(turn);
+        assert!(proves(&next) && !proves(&file));
     }
 
     #[test]

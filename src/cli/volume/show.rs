@@ -142,7 +142,7 @@ impl Attached {
         let mut rows = Vec::new();
         match &self.held {
             Held::By(holder) if holder.purpose == Purpose::Attach => {
-                rows.push(pair("attached", format!("since {}, by process {}", holder.since, holder.pid)));
+                rows.push(pair("attached", format!("since {}, by {}", holder.since, holder.process())));
                 rows.extend(holder.socket.as_ref().map(|socket| pair("", format!("socket {socket}"))));
             }
             Held::By(holder) => rows.push(pair("", holder)),
@@ -212,7 +212,12 @@ impl Attached {
 
     fn json(&self) -> Value {
         let (Held::By(holder), Some(status)) = (&self.held, &self.status) else { return Value::Null };
-        let mut value = json!({"pid": holder.pid, "since": holder.since, "socket": holder.socket});
+        let mut value = json!({
+            "pid": holder.pid,
+            "host": holder.host,
+            "since": holder.since,
+            "socket": holder.socket,
+        });
         match status {
             Ok(status) => {
                 value["access"] = json!(status.access);

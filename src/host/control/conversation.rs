@@ -139,7 +139,7 @@ impl<'a> Freezing<'a> {
     /// # Errors
     /// `NotFound` if the volume is not attached (any more); the host process's; those of the file system.
     pub fn begin(catalog: &'a Catalog, volume: VolumeId, label: &Label) -> Result<Self> {
-        let client = connect(catalog, volume)?;
+        let client = connect(catalog, volume, PATIENCE)?;
         client.set_read_timeout(Some(PATIENCE))?;
         let wanted = Wanted { id: SnapshotId::random(), layer: LayerId::random(), label: label.clone() };
         let expected = catalog.expect(volume, |now| now.frozen(wanted.layer))?;
@@ -206,7 +206,7 @@ pub fn rekey(
     (key, layer): (&NewKey, LayerId),
     dek: SecretFd,
 ) -> Result<Duration> {
-    let client = connect(catalog, volume)?;
+    let client = connect(catalog, volume, PATIENCE)?;
     client.set_read_timeout(Some(PATIENCE))?;
     let expected = catalog.expect(volume, |now| now.rekeyed(layer, key))?;
     let before = catalog.load(volume)?;

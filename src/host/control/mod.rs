@@ -24,7 +24,6 @@ use crate::vhost::gate::Told;
 use crate::vhost::queue::qos::Limits;
 use conversation::Frozen;
 use moved::MoveDown;
-use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -38,12 +37,16 @@ const INCOMING_FILE: &str = "incoming.sock";
 const MAX_LINE: usize = 1 << 20;
 /// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a host process may hear nobody, since it does for another client what takes its time.
+const BUSY: Duration = Duration::from_secs(60);
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
     // With braces: serde would take unknown fields otherwise.
     Detach {},
+    /// Show the open file by which the process has the volume, to root. Another request may come after it.
+    ShowLock {},
     Status {},
     Throttle {
         iops: u64,
@@ -86,6 +89,8 @@ enum Request {
 #[serde(rename_all = "kebab-case")]
 enum Answer {
     Detached,
+    /// With it comes the open file.
+    Lock,
     Status(Status),
     Throttled,
     Rewrapped,
@@ -204,22 +209,24 @@ pub fn status(catalog: &Catalog, volume: VolumeId) -> Result<Status> {
 
 /// Sends a request and waits for the answer, as long as `patience` says; without one, as long as it takes.
 fn ask(catalog: &Catalog, volume: VolumeId, request: &Request, patience: Option<Duration>) -> Result<Answer> {
-    let client = connect(catalog, volume)?;
+    let client = connect(catalog, volume, patience.unwrap_or(BUSY))?;
     client.set_read_timeout(patience)?;
     exchange(&client, request)
 }
 
+/// Finds the process that has `volume` attached, which may take as long as `patience` to show that it has it.
+///
 /// # Errors
 /// `NotFound` if `volume` is not attached; if the process that has it does not listen, that.
-fn connect(catalog: &Catalog, volume: VolumeId) -> Result<UnixStream> {
+fn connect(catalog: &Catalog, volume: VolumeId, patience: Duration) -> Result<UnixStream> {
     let holder = match catalog.held(volume)? {
         Held::By(holder) if holder.purpose == Purpose::Attach => holder,
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
         other => return Err(crate::catalog::lock::busy(volume, &other)),
     };
     let client = files::connect(&catalog.folder(volume).join(FILE));
-    let client = client.map_err(|e| not_reached(&holder.pid.to_string(), &e.into()))?;
-    peer::check(&client, catalog, volume)?;
+    let client = client.map_err(|e| not_reached(&holder.process(), &e.into()))?;
+    peer::check(&client, catalog, volume, patience)?;
     Ok(client)
 }
 
@@ -230,10 +237,10 @@ fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
 
 fn receive(client: &UnixStream) -> Result<Answer> {
     // Who listens is not changed by anybody but the process that does.
-    let pid = getsockopt(client, sockopt::PeerCredentials).map_or("?".into(), |c| c.pid().to_string());
-    let line = wire::hear(client, MAX_LINE).map_err(|e| not_reached(&pid, &e.into()))?;
+    let process = peer::name(client);
+    let line = wire::hear(client, MAX_LINE).map_err(|e| not_reached(&process, &e.into()))?;
     let Some(line) = line else {
-        let message = format!("process {pid} ended without a word; look at its log");
+        let message = format!("{process} ended without a word; look at its log");
         return Err(Error::new(Kind::Other, message));
     };
     match serde_json::from_slice(&line) {
@@ -242,14 +249,14 @@ fn receive(client: &UnixStream) -> Result<Answer> {
         }
         Ok(answer) => Ok(answer),
         Err(_) => {
-            let message = format!("the answer of process {pid} is of another version of sealblk");
+            let message = format!("the answer of {process} is of another version of sealblk");
             Err(Error::new(Kind::Unsupported, message))
         }
     }
 }
 
-fn not_reached(pid: &str, e: &Error) -> Error {
+fn not_reached(process: &str, e: &Error) -> Error {
     let message =
-        format!("process {pid} has it, but its control socket does not answer ({e}); SIGTERM ends it too");
+        format!("{process} has it, but its control socket does not answer ({e}); SIGTERM ends it too");
     Error::new(Kind::Other, message)
 }

@@ -51,7 +51,7 @@ impl Moving {
         lower: LayerId,
         bytes: Range<u64>,
     ) -> Result<Self> {
-        let client = connect(catalog, volume)?;
+        let client = connect(catalog, volume, PATIENCE)?;
         client.set_read_timeout(Some(PATIENCE))?;
         let request = Request::MoveDown(MoveDown { upper, lower, start: bytes.start, end: bytes.end });
         match exchange(&client, &request)? {

@@ -5,6 +5,7 @@ use crate::base::root::files;
 use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::lock::LockFile;
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::{Label, Wanted};
@@ -19,6 +20,7 @@ use crate::vhost::listener::{SHORTAGE, is_shortage};
 use crate::vhost::queue::qos::Limits;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt};
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -54,6 +56,8 @@ pub(super) type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
 
 /// What clients can ask for. While one is carried out, no other is heard.
 pub struct Orders {
+    /// The open file that has the volume's lock, if any has: what proves to root who this process is.
+    pub lock: LockFile,
     /// End the attachment. Does not wait for that.
     pub detach: Box<dyn Fn() + Send>,
     /// Tell how the volume is attached.
@@ -291,6 +295,13 @@ impl Server {
             Ok(_) if self.end.answer.get().is_some() => {
                 Err(Error::new(Kind::NotFound, "it was detached just now"))
             }
+            Ok(Request::ShowLock {}) => match self.show_lock(&caller.stream) {
+                Ok(()) => {
+                    caller.until = Instant::now() + PATIENCE;
+                    return self.callers.push(caller);
+                }
+                Err(e) => Err(e),
+            },
             Ok(Request::Status {}) => Ok(Answer::Status((self.orders.status)())),
             Ok(Request::Throttle { iops, throughput, burst_ms }) => {
                 let limits = Limits { iops, throughput, burst: Duration::from_millis(burst_ms) };
@@ -351,6 +362,15 @@ impl Server {
             Err(e) => Err(e),
         };
         tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
+    }
+
+    /// Shows the open file that has the lock. Whoever has it can pass for this process, where that is looked
+    /// for, and could let go of the lock: so it is shown to nobody but root, who can do all of that anyway.
+    fn show_lock(&self, client: &UnixStream) -> Result<()> {
+        if getsockopt(client, sockopt::PeerCredentials)?.uid() != 0 {
+            return Err(Error::new(Kind::Usage, "the lock is shown to root alone"));
+        }
+        Ok(wire::say_with(client, &Answer::Lock, self.orders.lock.descriptor())?)
     }
 }
 
