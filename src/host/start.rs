@@ -82,7 +82,8 @@ impl Place {
     fn take(lock_file: &LockFile, holder: &Holder, incoming: bool) -> Result<Self> {
         match incoming {
             true => lock_file.announce().map(Place::Next),
-            false => lock_file.acquire(holder).map(Place::Holder),
+            // The command that makes the nightly snapshot, say.
+            false => lock_file.acquire_in_turn(holder).map(Place::Holder),
         }
     }
 }

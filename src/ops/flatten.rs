@@ -33,7 +33,7 @@ const ASK: Duration = Duration::from_millis(500);
 /// `Busy`, naming the command that has the volume; those of its host process and of the file system.
 pub fn flatten(store: &Store, id: VolumeId) -> Result<bool> {
     let catalog = store.catalog();
-    let mark = || match Reach::of(&catalog, id, Purpose::Hydrate)? {
+    let mark = || match Reach::of(&catalog, id, Purpose::Mark)? {
         // The host process reports the event.
         Reach::Host => control::flatten(&catalog, id),
         Reach::Mine(lock) => {
@@ -88,7 +88,7 @@ pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Prog
 fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
     let catalog = store.catalog();
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
-    let lock = VolumeLock::acquire(&catalog.folder(id), id, &holder)?;
+    let lock = VolumeLock::acquire_in_turn(&catalog.folder(id), id, &holder)?;
     let Taken { lock, opened } = store.open_taken(lock).map_err(|failure| failure.error)?;
     let Opened { mut metadata, seal_key, layers } = opened;
     let leaving = metadata.layout().leaving();

@@ -5,12 +5,9 @@
 use crate::base::{Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::{Catalog, VolumeId};
-use std::time::{Duration, Instant};
 
-/// How long another command is waited for that has a volume for a moment only.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How often to look whether it has let go: nothing tells.
-const LOOK: Duration = Duration::from_millis(20);
+/// How many times a volume is taken again that was attached, and is not any more.
+const TRIES: u32 = 10;
 
 /// Who can change a volume.
 pub enum Reach {
@@ -27,29 +24,22 @@ impl Reach {
     /// # Errors
     /// `Busy`, naming the holder, if another command has the volume for longer; `NotFound`.
     pub fn of(catalog: &Catalog, volume: VolumeId, purpose: Purpose) -> Result<Self> {
-        let until = Instant::now() + PATIENCE;
-        loop {
+        let take = || {
             let holder = Holder::this_process(purpose, None)?;
-            let busy = match VolumeLock::acquire(&catalog.folder(volume), volume, &holder) {
+            VolumeLock::acquire_in_turn(&catalog.folder(volume), volume, &holder)
+        };
+        for _ in 0..TRIES {
+            match take() {
                 Ok(lock) => return Ok(Reach::Mine(lock)),
-                Err(e) if e.kind() == Kind::Busy => e,
-                Err(e) => return Err(e),
-            };
-            match catalog.held(volume)? {
-                Held::By(Holder { purpose: Purpose::Attach, .. }) => return Ok(Reach::Host),
-                Held::By(holder) if !is_brief(holder.purpose) => return Err(busy),
-                _ if Instant::now() >= until => return Err(busy),
-                _ => std::thread::sleep(LOOK),
+                Err(e) if e.kind() != Kind::Busy => return Err(e),
+                Err(busy) => match catalog.held(volume)? {
+                    Held::By(Holder { purpose: Purpose::Attach, .. }) => return Ok(Reach::Host),
+                    Held::Free => {}
+                    Held::By(_) | Held::Unknown => return Err(busy),
+                },
             }
         }
-    }
-}
-
-/// Whether a command has a volume no longer than it takes to write a record and to ask a KMS.
-fn is_brief(purpose: Purpose) -> bool {
-    match purpose {
-        Purpose::Create | Purpose::Snapshot | Purpose::Resize | Purpose::Recover | Purpose::Rewrap => true,
-        Purpose::Attach | Purpose::Delete | Purpose::Export | Purpose::Hydrate => false,
+        take().map(Reach::Mine)
     }
 }
 

@@ -69,7 +69,7 @@ fn named_key(store: &Store, key: Option<&str>, metadata: &Metadata) -> Result<Na
 /// still, if it is attached.
 fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Failure> {
     let catalog = store.catalog();
-    match Reach::of(&catalog, id, Purpose::Hydrate)? {
+    match Reach::of(&catalog, id, Purpose::Mark)? {
         Reach::Mine(lock) => detached(store, lock, new).map(|()| None),
         Reach::Host => {
             let volume = catalog.load(id)?;

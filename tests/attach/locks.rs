@@ -2,11 +2,14 @@
 
 use crate::common::attach::{Place, listens, open, read, write};
 use crate::common::disk::pattern;
-use crate::common::process::tool;
+use crate::common::patience::{limit, wait_for};
+use crate::common::process::{tie_to_test, tool, wait_within};
 use crate::common::tree::Tree;
+use sealblk::catalog::lock::{Holder, Purpose, VolumeLock};
 use serde_json::Value;
+use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Runs one of QEMU's programs, the system's or that of `./ci/setup`, on the layer; whether it
 /// succeeded, and what it said.
@@ -113,4 +116,72 @@ fn an_attached_volume_is_not_deleted() {
     assert!(listens(&place.socket()));
     host.end();
     place.store.ok(&["volume", "delete", "t"]);
+}
+
+/// Of commands on one volume, each takes its turn.
+#[test]
+fn commands_at_one_time_are_done_one_after_the_other() {
+    let place = Place::new(&[]);
+    place.attach(&[]).end();
+    let commands: [&[&str]; 9] = [
+        &["snapshot", "create", "t"],
+        &["volume", "resize", "t", "16MiB"],
+        &["volume", "rewrap", "t", "--key", "alias/aws/ebs"],
+        &["volume", "rekey", "t"],
+        &["volume", "flatten", "t"],
+        &["volume", "tag", "t", "a=b"],
+        &["snapshot", "create", "t"],
+        &["volume", "rekey", "t"],
+        &["volume", "flatten", "t"],
+    ];
+    for (arguments, (code, said)) in commands.iter().zip(place.store.together(&commands)) {
+        assert_eq!(code, 0, "{arguments:?}: {said}");
+    }
+    let volume = place.metadata();
+    assert_eq!((volume.size(), volume.layers().len()), (16 << 20, 5));
+    place.attach(&[]).end();
+}
+
+/// Has the volume as a command does that makes a snapshot, until somebody who wants it has said in a log in
+/// `folder` that it waits.
+fn until_somebody_waits(place: &Place, folder: &Path) -> impl FnOnce() + Send + use<> {
+    let holder = Holder::this_process(Purpose::Snapshot, None).unwrap();
+    let lock = VolumeLock::acquire(&place.volume_folder(), place.metadata().id(), &holder).unwrap();
+    let folder = folder.to_owned();
+    move || {
+        wait_for("somebody says that it waits", || {
+            let logs = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+            let logs = logs.filter(|path| path.extension().is_some_and(|e| e == "log"));
+            let said = logs.map(|log| fs::read_to_string(log).unwrap()).collect::<String>();
+            if said.contains("is being made a snapshot of") && said.contains("waited for") {
+                Ok(())
+            } else {
+                Err(said)
+            }
+        });
+        drop(lock);
+    }
+}
+
+#[test]
+fn a_command_that_has_the_volume_for_a_moment_is_waited_for() {
+    let place = Place::new(&[]);
+    // An attach; its log is in the test's own folder.
+    let lets_go = until_somebody_waits(&place, &place.folder());
+    let host = std::thread::scope(|threads| {
+        threads.spawn(lets_go);
+        place.attach(&[])
+    });
+    host.end();
+    let logs = tempfile::tempdir().unwrap();
+    for arguments in [&["snapshot", "create", "t"][..], &["volume", "resize", "t", "16MiB"]] {
+        let lets_go = until_somebody_waits(&place, logs.path());
+        let log = fs::File::create(logs.path().join("it.log")).unwrap();
+        let mut command = place.store.command();
+        command.args(arguments).stdout(Stdio::null()).stderr(log);
+        tie_to_test(&mut command, vec![]);
+        let mut child = command.spawn().unwrap();
+        lets_go();
+        assert!(wait_within(&mut child, limit()).unwrap().success(), "{arguments:?}");
+    }
 }

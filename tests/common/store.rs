@@ -105,6 +105,29 @@ impl Store {
         self.run(&["store", "accept", "--all"]);
     }
 
+    /// Runs commands at one time, each to its end. Returns their exit codes, and what they said.
+    #[track_caller]
+    pub fn together(&self, commands: &[&[&str]]) -> Vec<(i32, String)> {
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        let start = |(n, arguments): (usize, &&[&str])| {
+            let file = folder.path().join(n.to_string());
+            let output = File::create(&file).expect("create a file");
+            let mut command = self.command();
+            command.args(*arguments).stdout(output.try_clone().expect("dup")).stderr(output);
+            tie_to_test(&mut command, vec![]);
+            (command.spawn().expect("start sealblk"), file)
+        };
+        let mut children: Vec<_> = commands.iter().enumerate().map(start).collect();
+        let ends = |(child, file): &mut (Child, PathBuf)| {
+            let ended = wait_within(child, limit());
+            let _ = child.kill();
+            let said = std::fs::read_to_string(file).expect("output in UTF-8");
+            let status = ended.unwrap_or_else(|e| panic!("a command does not end: {e}: {said}"));
+            (status.code().expect("no signal"), said)
+        };
+        children.iter_mut().map(ends).collect()
+    }
+
     /// The layer file of a store that has one volume.
     pub fn only_layer(&self) -> PathBuf {
         let layers = std::fs::read_dir(self.root().join("layers")).expect("list the layers");

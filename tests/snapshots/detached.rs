@@ -1,6 +1,6 @@
 //! Snapshots of volumes that nobody has attached: what they hold, what they leave, and what is refused.
 
-use crate::common::attach::Place;
+use crate::common::attach::{Host, Place};
 use crate::common::rig::Rig;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -184,4 +184,22 @@ fn while_a_record_cannot_be_read_no_layer_is_removed() {
     rig.place.store.ok(&["gc"]);
     assert_eq!(rig.files("layers").len(), 1);
     assert!(rig.reader().snapshot_content(&rig.reader().snapshot(&one)) == rig.data);
+}
+
+/// Whoever has the volume: nobody, or a host process.
+#[test]
+fn twenty_at_a_time_are_made_one_after_the_other() {
+    let rig = Rig::new(&[]);
+    let mut ids = BTreeSet::new();
+    for is_attached in [false, true] {
+        let host = is_attached.then(|| rig.attach("t").0);
+        for (code, said) in rig.place.store.together(&[&["snapshot", "create", "t"][..]; 20]) {
+            assert_eq!(code, 0, "{said}");
+            let id = said.lines().find(|line| line.starts_with("snap-")).expect("it prints the id");
+            assert!(ids.insert(id.to_owned()), "{id} twice");
+        }
+        host.into_iter().for_each(Host::end);
+    }
+    assert_eq!((ids.len(), rig.reader().volume("t").layers().len()), (40, 41));
+    rig.assert_layers_are_named();
 }

@@ -26,7 +26,9 @@ pub enum Purpose {
     Rewrap,
     /// The volume's data is being copied out of the store.
     Export,
-    /// The volume gets a new data key, or what lower layers hold is copied up.
+    /// A new data key is being given to the volume, or what is to be copied up is being noted.
+    Mark,
+    /// What lower layers hold is being copied up.
     Hydrate,
 }
 
@@ -124,6 +126,7 @@ impl fmt::Display for Holder {
             Purpose::Recover => "is being tidied up",
             Purpose::Rewrap => "is being rewrapped",
             Purpose::Export => "is being exported",
+            Purpose::Mark => "is being marked to be re-keyed or flattened",
             Purpose::Hydrate => "is being re-keyed or flattened",
         };
         write!(f, "{doing} by {} (since {}", self.process(), self.since)?;

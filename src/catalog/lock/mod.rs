@@ -10,6 +10,7 @@
 //! is the kernel's as well, so that it is good in every PID namespace, and where /proc hides processes.
 
 mod holder;
+mod in_turn;
 mod turn;
 
 pub use holder::{Holder, Host, Purpose};
