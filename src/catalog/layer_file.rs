@@ -3,18 +3,18 @@
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate};
 use std::path::Path;
 
 /// Makes a layer's file at `path`, where there must be none, without data; it is durable then.
-/// Something names it already.
+/// Something names it already. It belongs to the owner of the folder `owners`: the volume's, who is going to
+/// write it.
 ///
 /// # Errors
 /// Those of the file system; `Unsupported` if it cannot set space aside.
-pub fn make_layer(path: &Path, size: u64, preallocate: bool) -> Result<()> {
+pub fn make_layer(path: &Path, owners: &Path, size: u64, preallocate: bool) -> Result<()> {
     let attempt = || format!("make {} of {size} bytes", path.display());
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
-    let file = files::open_with(path, flags).context(attempt)?;
+    let file = files::make_for_owner_of(owners, path).context(attempt)?;
     if preallocate {
         let len = libc::off_t::try_from(size).expect("Geometry: below 2^63");
         fallocate(&file, FallocateFlags::empty(), 0, len).map_err(|e| match e {

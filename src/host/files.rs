@@ -31,7 +31,10 @@ pub(super) fn rules(
     options: &Options,
     removable: Option<&Path>,
 ) -> Vec<Rule> {
-    let mut rules = vec![Rule::new(catalog.folder(metadata.id()), Access::Own)];
+    let folder = catalog.folder(metadata.id());
+    // The folder's rule would do. By this one it is found out whether the user can read the file.
+    let record = Rule::new(folder.join(crate::catalog::FILE), Access::Read);
+    let mut rules = vec![Rule::new(folder, Access::Own), record];
     rules.extend(metadata.layers().iter().enumerate().map(|(number, layer)| {
         let frozen = options.read_only || number > 0;
         Rule::new(catalog.layer_path(layer.id), if frozen { Access::Read } else { Access::Write })

@@ -127,7 +127,8 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
-    make_layer(&catalog.layer_path(metadata.top().id), metadata.size(), wanted.preallocate)
+    let folder = catalog.folder(metadata.id());
+    make_layer(&catalog.layer_path(metadata.top().id), &folder, metadata.size(), wanted.preallocate)
 }
 
 /// The rename after which the volume is there.

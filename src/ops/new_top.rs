@@ -21,7 +21,7 @@ impl<'a> NewTop<'a> {
         let freeze = Freeze::begin(catalog, &taken.lock, &taken.opened.metadata, Maker::Command)?;
         let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
         let begun = NewTop { catalog, taken, freeze: Some(freeze) };
-        make_layer(&path, size, false)?;
+        make_layer(&path, &catalog.folder(begun.taken.lock.volume()), size, false)?;
         let top = begun.taken.opened.layers[0].backing.file();
         top.sync_data().context(|| "sync the top layer")?;
         Ok(begun)

@@ -2,15 +2,17 @@
 //! where the files allow it.
 
 use crate::base::{Context, Error, Kind, Result};
-use crate::sandbox::files::Rule;
+use crate::sandbox::files::{Access, Rule};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{
-    Gid, Group, Uid, User, faccessat, fchownat, initgroups, setegid, seteuid, setresgid, setresuid,
+    AccessFlags, Gid, Group, Uid, User, faccessat, fchownat, initgroups, setegid, seteuid, setfsgid,
+    setfsuid, setresgid, setresuid,
 };
 use std::ffi::CString;
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// A user and a group to become.
@@ -91,7 +93,8 @@ impl Identity {
 }
 
 /// Gives up all capabilities. Only root may keep one, the one to reach files of others, and only where a
-/// file of `rules` needs it.
+/// file of `rules` needs it. What root makes from here on belongs to the owner of the folder that `rules` say
+/// is the process's own: without capabilities it could not be given away.
 ///
 /// # Errors
 /// `Usage`, naming the first file that the user of this process cannot reach.
@@ -100,8 +103,14 @@ pub(super) fn drop_capabilities(rules: &[Rule]) -> Result<()> {
     const REACH_ALL_FILES: u32 = 1 << 1;
     let is_root = nix::unistd::geteuid().is_root();
     let may_keep = if is_root { REACH_ALL_FILES & permitted()? } else { 0 };
+    if is_root {
+        make_files_for_owner(rules)?;
+    }
     set(0, may_keep)?;
-    match first_unreachable(rules) {
+    let unreachable = first_unreachable(rules);
+    // A name that cannot be removed at the end is no reason to refuse, and one to keep what is had already.
+    let unreachable = unreachable.or_else(|| (may_keep != 0).then(|| first_unremovable(rules)).flatten());
+    match unreachable {
         None => set(0, 0),
         Some((rule, why)) if may_keep != 0 => {
             log::info!(
@@ -114,13 +123,40 @@ pub(super) fn drop_capabilities(rules: &[Rule]) -> Result<()> {
     }
 }
 
+/// Has the kernel take this process, whose user is root, for the owner of its own folder where it makes and
+/// reaches files. Root it is otherwise: nobody else can send it signals.
+fn make_files_for_owner(rules: &[Rule]) -> Result<()> {
+    let Some(own) = rules.iter().find(|rule| rule.access == Access::Own) else { return Ok(()) };
+    let attempt = || format!("look whose {} is", own.path.display());
+    let found = own.path.symlink_metadata().context(attempt)?;
+    if found.uid() != 0 {
+        // These calls return what was before, and never an error.
+        setfsgid(Gid::from_raw(found.gid()));
+        setfsuid(Uid::from_raw(found.uid()));
+        if setfsuid(Uid::from_raw(found.uid())).as_raw() != found.uid() {
+            return Err(
+                Error::new(Kind::Other, "the kernel refuses to make files for its owner").context(attempt())
+            );
+        }
+    }
+    Ok(())
+}
+
 /// The first file that the permissions keep from whoever this process is at the moment.
 fn first_unreachable(rules: &[Rule]) -> Option<(&Rule, Errno)> {
     let mut needed = rules.iter().filter(|rule| !rule.access.permissions().is_empty());
-    needed.find_map(|rule| {
-        let access = faccessat(AT_FDCWD, &rule.path, rule.access.permissions(), AtFlags::AT_EACCESS);
-        access.err().map(|why| (rule, why))
-    })
+    needed.find_map(|rule| refused(rule, rule.access.permissions()))
+}
+
+/// The first folder in which whoever this process is at the moment can remove nothing.
+fn first_unremovable(rules: &[Rule]) -> Option<(&Rule, Errno)> {
+    let mut removable = rules.iter().filter(|rule| rule.access == Access::Remove);
+    removable.find_map(|rule| refused(rule, AccessFlags::W_OK | AccessFlags::X_OK))
+}
+
+fn refused(rule: &Rule, access: AccessFlags) -> Option<(&Rule, Errno)> {
+    let why = faccessat(AT_FDCWD, &rule.path, access, AtFlags::AT_EACCESS).err()?;
+    Some((rule, why))
 }
 
 fn unreachable_error(rule: &Rule, why: Errno) -> Error {

@@ -1,12 +1,85 @@
-//! Whose folders a store is in.
+//! Whose folders a store is in, and whose what commands make there.
 
-use crate::common::attach::Place;
+use crate::common::attach::{Host, Place, flush, open, read, write};
+use crate::common::disk::pattern;
 use crate::{refused, run};
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 const NOBODY: u32 = 65534;
+
+/// Every path below `folder`, and the folder.
+fn all_below(folder: &Path) -> Vec<PathBuf> {
+    let (mut found, mut todo) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(path) = todo.pop() {
+        if fs::symlink_metadata(&path).is_ok_and(|it| it.is_dir()) {
+            todo.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+        found.push(path);
+    }
+    found
+}
+
+/// A volume in a store that belongs to the user nobody, whole, except for the root key.
+fn nobodys() -> Place {
+    let place = Place::with_settings("[[event-sink]]\nname = \"s\"\ncommand = [\"/bin/true\"]\n", &[]);
+    place.store.let_belong_to("nobody");
+    all_below(&place.store.root()).iter().for_each(|path| chown(path, Some(NOBODY), Some(NOBODY)).unwrap());
+    fs::set_permissions(place.folder(), fs::Permissions::from_mode(0o711)).unwrap();
+    place
+}
+
+/// Runs a command as root. Everything in the store is nobody's afterwards as well.
+#[track_caller]
+fn leaves_all_to_nobody(place: &Place, arguments: &[&str]) -> String {
+    let said = place.store.ok(arguments);
+    let is_not = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|it| it.uid() != NOBODY);
+    let others: Vec<_> = all_below(&place.store.root()).into_iter().filter(is_not).collect();
+    assert!(others.is_empty(), "{arguments:?} leaves {others:?} to root");
+    said.trim().to_owned()
+}
+
+/// Everything that can be asked for of the volume `t`, whether it is attached or not.
+fn change_everything(place: &Place) {
+    let done = |arguments: &[&str]| leaves_all_to_nobody(place, arguments);
+    let made = done(&["key", "create"]);
+    let key = made.split_whitespace().nth(1).expect("it prints the key's id").to_owned();
+    let nightly = done(&["snapshot", "create", "t"]);
+    done(&["volume", "tag", "t", "vm=web"]);
+    done(&["snapshot", "create", "--all-of", "tag:vm=web", "--name", "all"]);
+    done(&["snapshot", "tag", &nightly, "a=b"]);
+    done(&["snapshot", "rewrap", &nightly, "--key", &key]);
+    done(&["snapshot", "copy", &nightly]);
+    done(&["snapshot", "copy", &nightly, "--key", "alias/aws/ebs"]);
+    done(&["snapshot", "delete", "all"]);
+    done(&["volume", "tag", "t", "a=b"]);
+    done(&["volume", "untag", "t", "a"]);
+    done(&["volume", "rewrap", "t", "--key", &key]);
+    let larger = (place.metadata().size() + (1 << 20)).to_string();
+    done(&["volume", "resize", "t", &larger]);
+    done(&["volume", "rekey", "t", "--key", "alias/aws/ebs", "--follow"]);
+    done(&["snapshot", "create", "t"]);
+    done(&["volume", "flatten", "t", "--follow"]);
+    done(&["events", "deliver"]);
+    done(&["store", "accept", "--all"]);
+    done(&["gc"]);
+}
+
+/// Attaches the volume as this user, writes, and reads what was written before.
+#[track_caller]
+fn attaches(place: &Place, arguments: &[&str], round: u64) -> Host {
+    let host = place.attach(arguments);
+    let mut session = open(&place.socket());
+    if round > 0 {
+        assert!(read(&mut session.rings[0], 64, 8192) == pattern(round, 8192));
+    }
+    write(&mut session.rings[0], 64, &pattern(round + 1, 8192));
+    flush(&mut session.rings[0]);
+    host
+}
 
 fn folders(place: &Place) -> Vec<PathBuf> {
     let root = place.store.root();
@@ -82,4 +155,109 @@ fn the_users_that_may_have_a_store_are_named_beside_the_root_key() {
     fs::write(&users, "no-such-user\n").unwrap();
     let (code, said) = run(&place, &["volume", "list"]);
     assert!(code == 2 && said.contains("there is no user no-such-user"), "{said}");
+}
+
+#[test]
+fn what_root_makes_in_a_users_store_is_that_users() {
+    let place = nobodys();
+    attaches(&place, &["--user", "nobody"], 0).end();
+    change_everything(&place);
+    let host = attaches(&place, &["--user", "nobody"], 1);
+    change_everything(&place);
+    leaves_all_to_nobody(&place, &["detach", "t"]);
+    host.ends_well();
+    // What is made, imported and deleted beside it.
+    let done = |arguments: &[&str]| leaves_all_to_nobody(&place, arguments);
+    let snapshot = done(&["snapshot", "create", "t"]);
+    done(&["volume", "create", "--snapshot", &snapshot, "--own-data-key", "--name", "clone"]);
+    let images = [place.folder().join("a.img"), place.folder().join("b.img")];
+    images.iter().for_each(|image| fs::write(image, pattern(9, 1 << 20)).unwrap());
+    done(&["volume", "import", images[0].to_str().unwrap(), "--format", "raw", "--name", "a"]);
+    done(&["volume", "import", images[1].to_str().unwrap(), "--format", "raw", "--name", "b", "--in-place"]);
+    let file = place.folder().join("volumes.toml");
+    fs::write(&file, "[[volume]]\nname = \"applied\"\nsize = \"1MiB\"\ntags = { a = \"b\" }\n").unwrap();
+    done(&["apply", file.to_str().unwrap()]);
+    done(&["volume", "delete", "clone"]);
+    done(&["volume", "delete", "b", "--shred"]);
+    attaches(&place, &["--user", "nobody"], 2).end();
+}
+
+/// Without capabilities it could give nothing away.
+#[test]
+fn what_a_host_process_of_roots_makes_in_a_users_store_is_that_users() {
+    let place = nobodys();
+    let host = attaches(&place, &[], 0);
+    change_everything(&place);
+    leaves_all_to_nobody(&place, &["detach", "t"]);
+    host.ends_well();
+    assert!(!place.socket().exists(), "the socket's name was in root's folder");
+    attaches(&place, &["--user", "nobody"], 1).end();
+}
+
+/// Where volumes are several users', the folder of their layers is nobody's alone.
+#[test]
+fn a_volumes_new_layer_is_the_volumes_owners() {
+    let place = nobodys();
+    for folder in [place.store.root().to_owned(), place.store.root().join("layers")] {
+        chown(&folder, Some(0), Some(0)).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    place.store.ok(&["snapshot", "create", "t"]);
+    assert_eq!(fs::metadata(place.layer()).unwrap().uid(), NOBODY);
+    attaches(&place, &["--user", "nobody"], 0).end();
+}
+
+#[test]
+fn a_user_may_ask_the_host_process_that_root_has_started_for_the_user() {
+    let place = nobodys();
+    let host = attaches(&place, &["--user", "nobody"], 0);
+    let socket = place.volume_folder().join("control.sock");
+    let connect = |user| {
+        let mut python = Command::new("python3");
+        python.args(["-c", "import socket,sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"]);
+        python.arg(&socket).stderr(Stdio::null()).uid(user).gid(user).status().unwrap().success()
+    };
+    assert!(connect(NOBODY) && !connect(NOBODY - 1));
+    host.end();
+}
+
+/// Who has no right to give files away would leave some that their folder's owner cannot use.
+#[test]
+fn what_cannot_be_given_to_the_folders_owner_is_not_made() {
+    const DAEMON: u32 = 1;
+    let place = nobodys();
+    fs::write(place.store.config().join("store-users"), "nobody\ndaemon\n").unwrap();
+    let root = place.store.root();
+    all_below(&place.store.config()).iter().for_each(|path| chown(path, Some(DAEMON), Some(DAEMON)).unwrap());
+    // As far as the group goes, daemon may write here.
+    all_below(&root).iter().for_each(|path| chown(path, Some(NOBODY), Some(DAEMON)).unwrap());
+    for path in all_below(&root) {
+        let mode = if path.is_dir() { 0o770 } else { 0o660 };
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let before = all_below(&root);
+    let mut command = place.store.command();
+    command.args(["volume", "tag", "t", "a=b"]).uid(DAEMON).gid(DAEMON);
+    let (code, said) = crate::ends(command);
+    assert!(code == 1 && said.contains("belongs to nobody") && said.contains("as root"), "{code}: {said}");
+    assert_eq!(all_below(&root), before);
+}
+
+/// A file of root's could have been given a second name there.
+#[test]
+fn what_was_there_before_is_not_given_away() {
+    let place = nobodys();
+    let precious = place.folder().join("precious");
+    fs::write(&precious, "").unwrap();
+    for name in ["apply.lock", "event-sinks/s.lock"] {
+        let path = place.store.root().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        chown(path.parent().unwrap(), Some(NOBODY), Some(NOBODY)).unwrap();
+        fs::hard_link(&precious, path).unwrap();
+    }
+    let file = place.folder().join("volumes.toml");
+    fs::write(&file, "[[volume]]\nname = \"applied\"\nsize = \"1MiB\"\n").unwrap();
+    place.store.ok(&["apply", file.to_str().unwrap()]);
+    place.store.ok(&["events", "deliver"]);
+    assert_eq!(fs::metadata(&precious).unwrap().uid(), 0);
 }

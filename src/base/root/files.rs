@@ -10,13 +10,17 @@
 //! The kernel sees to the links (`openat2` with `RESOLVE_NO_SYMLINKS`). A process that is confined may not
 //! make that call, whose flags lie in memory where its filter cannot judge them; there, and on a kernel that
 //! does not have it, the last part of a path is guarded (`O_NOFOLLOW`), and the others by Landlock.
+//!
+//! What root makes in another user's folder is that user's: else a volume that root has changed could not be
+//! attached by `attach --user` any more.
 
 use crate::base::root::parent_of;
+use crate::base::root::users::name_of;
 use crate::base::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
-use nix::unistd::{LinkatFlags, UnlinkatFlags};
+use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat};
+use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fchownat, geteuid};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -25,6 +29,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+
+/// How often a name may come and go while it is opened.
+const TRIES: u32 = 16;
 
 /// What lies there is not what a store has there: a link, a pipe, a folder in place of a file. An
 /// [`io::Error`] can carry it; as an [`crate::base::Error`] it is of the kind `Corrupt`.
@@ -48,9 +55,16 @@ pub fn open(path: &Path) -> io::Result<File> {
     open_with(path, OFlag::O_RDONLY)
 }
 
-/// Opens a regular file; one that is made has mode 0600.
+/// Opens a regular file; one that is made has mode 0600, and the owner of the folder that it lies in.
 pub fn open_with(path: &Path, flags: OFlag) -> io::Result<File> {
     open_if(path, flags, |kind| kind == SFlag::S_IFREG, "a regular file")
+}
+
+/// Makes a regular file where there is none, with mode 0600. It belongs to whoever `owners` belongs to, a
+/// folder that may be another one than the file's own.
+pub fn make_for_owner_of(owners: &Path, path: &Path) -> io::Result<File> {
+    let owner = fstat(folder(owners)?)?;
+    Ok(Place::of(path)?.make(path, OFlag::O_WRONLY, &owner)?.into())
 }
 
 /// Opens what can hold a layer's bytes: a regular file, or a block device.
@@ -66,17 +80,17 @@ pub fn open_layer(path: &Path, flags: OFlag) -> io::Result<File> {
 /// `ResourceBusy` for a block device that is mounted, or that another program has for itself.
 pub(super) fn open_image(path: &Path) -> io::Result<File> {
     // Without O_CREAT, O_EXCL means nothing for anything but a block device.
-    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_EXCL)?.into())
+    Ok(open_guarded(AT_FDCWD, path, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_EXCL)?.into())
 }
 
 /// Opens a folder, to look names up in it, to list it, or to lock it.
 pub fn folder(path: &Path) -> io::Result<File> {
-    Ok(open_guarded(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?.into())
+    Ok(open_guarded(AT_FDCWD, path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?.into())
 }
 
 fn open_if(path: &Path, flags: OFlag, is_wanted: fn(SFlag) -> bool, wanted: &str) -> io::Result<File> {
     // A named pipe would wait for its other end.
-    let file = open_guarded(path, flags | OFlag::O_NONBLOCK)?;
+    let file = open_or_make(path, flags | OFlag::O_NONBLOCK)?;
     let kind = kind_of(&fstat(&file)?);
     if !is_wanted(kind) {
         return Err(strange(format!("it is {}, not {wanted}", words(kind))));
@@ -86,21 +100,49 @@ fn open_if(path: &Path, flags: OFlag, is_wanted: fn(SFlag) -> bool, wanted: &str
     Ok(file.into())
 }
 
-fn open_guarded(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+/// Opens what has the name, or makes it. Which of the two it was has to be known: only what this process has
+/// made is its to give away. A link to a file of root's could have the name as well.
+fn open_or_make(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
+    if !flags.contains(OFlag::O_CREAT) {
+        return open_guarded(AT_FDCWD, path, flags);
+    }
+    let there = flags - OFlag::O_CREAT - OFlag::O_EXCL;
+    let make = || {
+        let place = Place::of(path)?;
+        place.make(path, there, &fstat(&place.folder)?)
+    };
+    if flags.contains(OFlag::O_EXCL) {
+        return make();
+    }
+    for _ in 0..TRIES {
+        match open_guarded(AT_FDCWD, path, there) {
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        match make() {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+            made => return made,
+        }
+    }
+    Err(replaced())
+}
+
+/// `path` is relative to `folder`.
+fn open_guarded(folder: impl AsFd, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     // The kernel takes no other flag with O_PATH, which opens no terminal in any case.
     let flags = if flags.contains(OFlag::O_PATH) { flags } else { flags | OFlag::O_NOCTTY };
     let mode = if flags.contains(OFlag::O_CREAT) { Mode::from_bits_truncate(0o600) } else { Mode::empty() };
     let resolve = ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     let how = OpenHow::new().flags(flags).mode(mode).resolve(resolve);
-    let opened = match nix::fcntl::openat2(AT_FDCWD, path, how) {
+    let opened = match nix::fcntl::openat2(&folder, path, how) {
         // No such call here: of an old kernel, or of whatever keeps this process from it.
-        Err(Errno::ENOSYS | Errno::EPERM) => nix::fcntl::open(path, flags, mode),
+        Err(Errno::ENOSYS | Errno::EPERM) => nix::fcntl::openat(&folder, path, flags, mode),
         opened => opened,
     };
     opened.map_err(|e| match e {
         Errno::ELOOP => strange("it is a symbolic link, or lies below one, and none is followed here"),
-        Errno::ENOTDIR => match nix::sys::stat::lstat(path) {
+        Errno::ENOTDIR => match fstatat(&folder, path, AtFlags::AT_SYMLINK_NOFOLLOW) {
             // What O_NOFOLLOW with O_DIRECTORY says of a link.
             Ok(found) if kind_of(&found) == SFlag::S_IFLNK => {
                 strange("it is a symbolic link, and none is followed here")
@@ -203,6 +245,65 @@ impl<'a> Place<'a> {
     fn unlink(&self) -> io::Result<()> {
         Ok(nix::unistd::unlinkat(&self.folder, self.name, UnlinkatFlags::NoRemoveDir)?)
     }
+
+    /// Makes the file, where there is none, for the user that has what `owner` is about; `path` is its own.
+    fn make(&self, path: &Path, flags: OFlag, owner: &FileStat) -> io::Result<OwnedFd> {
+        let flags = flags | OFlag::O_CREAT | OFlag::O_EXCL;
+        let made = open_guarded(&self.folder, Path::new(self.name), flags)?;
+        give(&made, path, owner).inspect_err(|_| {
+            let _ = self.unlink();
+        })?;
+        Ok(made)
+    }
+}
+
+/// Gives what this process has just made at `path` to the user that has what `owner` is about. What is in a
+/// folder of root's may stay the caller's: root can use it.
+///
+/// # Errors
+/// `PermissionDenied` if this process cannot give anything away.
+fn give(made: &impl AsFd, path: &Path, owner: &FileStat) -> io::Result<()> {
+    let maker = fstat(made)?.st_uid;
+    if owner.st_uid == 0 || owner.st_uid == maker {
+        return Ok(());
+    }
+    // A confined process could not even ask.
+    if !geteuid().is_root() {
+        let message = format!(
+            "its folder, {}, belongs to {}, who could not use a file of {}'s: run this as that user, or as \
+             root",
+            parent_of(path).display(),
+            name_of(owner.st_uid),
+            name_of(maker)
+        );
+        return Err(io::Error::new(ErrorKind::PermissionDenied, message));
+    }
+    Ok(fchown(made, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?)
+}
+
+/// Gives the socket that this process has just made at `path` to this user and group, and these permissions,
+/// each as far as it is given.
+///
+/// # Errors
+/// [`Strange`] for what is no socket: another user may have put a file in its place.
+pub(crate) fn give_socket(
+    path: &Path,
+    user: Option<Uid>,
+    group: Option<Gid>,
+    mode: Option<Mode>,
+) -> io::Result<()> {
+    let socket = open_socket(path)?;
+    fchownat(&socket, c"", user, group, AtFlags::AT_EMPTY_PATH)?;
+    match mode {
+        // A descriptor that was opened as a path alone has no other way to this.
+        Some(mode) => Ok(fchmodat(AT_FDCWD, &*by_descriptor(&socket), mode, FchmodatFlags::FollowSymlink)?),
+        None => Ok(()),
+    }
+}
+
+/// The owner of a folder.
+pub(crate) fn owner_of(path: &Path) -> io::Result<Uid> {
+    Ok(Uid::from_raw(fstat(folder(path)?)?.st_uid))
 }
 
 fn replaced() -> io::Error {
@@ -272,17 +373,27 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process
 /// talked to in place of another.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = open_guarded(path, OFlag::O_PATH)?;
+    let socket = open_socket(path)?;
+    // The path of a socket is at most 107 bytes long, and the store's may be longer.
+    UnixStream::connect(by_descriptor(&socket))
+}
+
+fn by_descriptor(file: &impl AsRawFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+fn open_socket(path: &Path) -> io::Result<OwnedFd> {
+    let socket = open_guarded(AT_FDCWD, path, OFlag::O_PATH)?;
     // With these flags a symbolic link is opened itself.
     let kind = kind_of(&fstat(&socket)?);
     if kind != SFlag::S_IFSOCK {
         return Err(strange(format!("it is {}, not a socket", words(kind))));
     }
-    // The path of a socket is at most 107 bytes long, and the store's may be longer.
-    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+    Ok(socket)
 }
 
-/// Makes `dir` and its parents, mode 0700, and makes the new entries durable.
+/// Makes `dir` and its parents, mode 0700, each for the owner of the folder that it lies in, and makes the
+/// new entries durable.
 pub fn create_dir_durable(dir: &Path) -> Result<()> {
     let attempt = || format!("create folder {}", dir.display());
     match folder(dir) {
@@ -296,7 +407,12 @@ pub fn create_dir_durable(dir: &Path) -> Result<()> {
     }
     let Place { folder: inside, name } = Place::of(dir).context(attempt)?;
     match nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU) {
-        Ok(()) => inside.sync_all().context(|| format!("sync folder {}", parent.display())),
+        Ok(()) => {
+            let owner = fstat(&inside).context(attempt)?;
+            let made = open_guarded(&inside, Path::new(name), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
+            made.and_then(|made| give(&made, dir, &owner)).context(attempt)?;
+            inside.sync_all().context(|| format!("sync folder {}", parent.display()))
+        }
         Err(Errno::EEXIST) => folder(dir).map(drop).context(attempt),
         Err(e) => Err(e).context(attempt),
     }

@@ -3,6 +3,7 @@
 pub mod files;
 pub mod offered;
 pub mod owners;
+mod users;
 
 pub use files::{create_dir_durable, replace_file, sync_dir};
 

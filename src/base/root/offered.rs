@@ -6,7 +6,7 @@
 //! descriptor from then on.
 
 use crate::base::root::files::open_image;
-use crate::base::root::owners::name_of;
+use crate::base::root::users::name_of;
 use crate::base::{Context, Error, Kind, Result};
 use std::collections::VecDeque;
 use std::ffi::OsString;

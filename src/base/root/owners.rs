@@ -10,9 +10,10 @@
 //! nobody else's.
 
 use crate::base::root::offered::without_links;
+use crate::base::root::users::name_of;
 use crate::base::root::{Root, files};
 use crate::base::{Context, Error, Kind, Result};
-use nix::unistd::{Uid, User, getegid, geteuid};
+use nix::unistd::{User, getegid, geteuid};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -196,10 +197,4 @@ fn refused(path: &Path, why: &str, mend: impl FnOnce() -> String) -> Error {
     let message =
         format!("{} {why}, who could have commands do whatever he likes; {}", path.display(), mend());
     Error::new(Kind::Usage, message)
-}
-
-/// The user's name; where there is none, the number in words.
-pub(super) fn name_of(user: u32) -> String {
-    let known = User::from_uid(Uid::from_raw(user)).ok().flatten();
-    known.map_or_else(|| format!("the user {user}"), |user| user.name)
 }

@@ -84,7 +84,7 @@ fn open(
     client: &mut Conversation<'_>,
 ) -> Result<(Layer, bool)> {
     let path = catalog.own_layer_path(state.metadata.id(), new_top.id);
-    make_layer(&path, new_top.size, false)?;
+    make_layer(&path, &catalog.folder(state.metadata.id()), new_top.size, false)?;
     let hold = client.have_layer_linked(PATIENCE)?;
     let block_size = state.metadata.sector_size().bytes();
     is_linked(&path, &catalog.layer_path(new_top.id))?;

@@ -21,6 +21,7 @@ use crate::vhost::queue::qos::Limits;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::geteuid;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -159,6 +160,11 @@ impl Control {
         // from the folder it is short.
         let (listener, name) = files::inside(folder, || socket::listen(Path::new(file)))?;
         listener.set_nonblocking(true)?;
+        let owner = files::owner_of(folder)?;
+        if geteuid().is_root() && !owner.is_root() {
+            // Whose the volume is may ask its host process for something, as root may.
+            files::give_socket(&folder.join(file), Some(owner), None, None)?;
+        }
         let name = Arc::new(Name(Mutex::new(Some(name.moved_to(folder)))));
         Ok(Bound { listener, name })
     }

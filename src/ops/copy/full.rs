@@ -87,7 +87,7 @@ impl Copying {
             Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
             Err(_) => create_dir_durable(&catalog.root().layers())?,
         }
-        make_layer(&path, layer.size, false)
+        make_layer(&path, &catalog.root().layers(), layer.size, false)
     }
 
     /// With this the copy is there. **Its layer has everything, durably**, and nobody writes to it any more.
