@@ -31,6 +31,7 @@ use sealblk::base::root::owners::Owners;
 use sealblk::catalog::VolumeId;
 use sealblk::crypt::wiping_allocator::WipingAllocator;
 use sealblk::crypt::xts::Engine;
+use sealblk::host::socket::SocketAccess;
 use sealblk::host::{self, Endpoint, Options};
 use sealblk::ops::Store;
 use sealblk::ops::create::{self, NewVolume};
@@ -106,6 +107,8 @@ fn attach(folder: &str, socket: &str) -> Result<()> {
     let volume = volume(&store, folder)?;
     let options = Options {
         endpoint: Endpoint::Path(socket.into()),
+        // As the umask has it; or name the VMM's group.
+        access: SocketAccess::default(),
         // Each queue that a guest uses costs a thread and 4 MiB of buffers while it is used.
         queues: 2,
         queue_size: 1024,

@@ -5,10 +5,13 @@ use crate::cli::{Env, output};
 use crate::crypt::xts::Engine;
 use crate::helper::grants::keeper;
 use crate::helper::unwrap;
+use crate::host::socket::SocketAccess;
 use crate::host::{Endpoint, Options, control};
-use crate::sandbox::{Identity, Mode};
+use crate::sandbox::{self, Identity};
 use crate::vhost::queue::qos::Limits;
 use clap::Args;
+use nix::sys::stat::Mode;
+use nix::unistd::Gid;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,13 +34,23 @@ pub struct AttachArgs {
     #[arg(required_unless_present = "print_capabilities")]
     volume: Option<String>,
 
-    /// Listen for VMMs on a socket at this path.
+    /// Listen for VMMs on a socket at this path. Where systemd passes the socket of that path (a .socket
+    /// unit), that one is used, and stays when the volume is detached.
     #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
     socket_path: Option<PathBuf>,
 
     /// Use this inherited socket, listening or connected to a VMM.
     #[arg(long, value_name = "N")]
     fd: Option<i32>,
+
+    /// Let this group connect to the socket, the VMM's [default: the one of --user, or this process's].
+    #[arg(long, value_name = "NAME", conflicts_with = "fd", value_parser = group)]
+    socket_group: Option<Gid>,
+
+    /// The socket's permissions, in octal: who has the right to write may connect [default: 0660 with
+    /// --socket-group, else what the umask leaves].
+    #[arg(long, value_name = "MODE", conflicts_with = "fd", value_parser = socket_mode)]
+    socket_mode: Option<Mode>,
 
     /// Queues that the guest may use, each served by a thread while in use; no fewer than the VMM asks for
     /// [default: the host's CPUs].
@@ -88,14 +101,14 @@ pub struct AttachArgs {
     in_order: bool,
 
     /// Become this user once everything is open: the volume's files must be his, the root key need not. The
-    /// socket goes to the group [default: the user's own].
+    /// socket goes to the group [default: the user's own], or to --socket-group.
     #[arg(long, value_name = "NAME[:GROUP]")]
     user: Option<String>,
 
     /// Confine the process once it is ready: on, log (forbidden system calls are done, and
     /// reported by the kernel) or off.
-    #[arg(long, value_name = "MODE", default_value = "on", value_parser = sandbox)]
-    sandbox: Mode,
+    #[arg(long, value_name = "MODE", default_value = "on", value_parser = sandbox_mode)]
+    sandbox: sandbox::Mode,
 
     /// Print what this back-end can do, as QEMU's vhost-user conventions have it, and exit.
     #[arg(long)]
@@ -174,6 +187,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(64) as u16);
     let options = Options {
         endpoint,
+        access: SocketAccess { group: args.socket_group, mode: args.socket_mode },
         queues: args.queues.unwrap_or(cpus),
         queue_size: args.queue_size,
         read_only: args.read_only,
@@ -294,6 +308,15 @@ fn cpus(text: &str) -> Result<Cpus, String> {
     Ok(Cpus(ranges.into_iter().flatten().collect()))
 }
 
+fn group(text: &str) -> Result<Gid, String> {
+    sandbox::group_called(text).map_err(|e| e.to_string())
+}
+
+fn socket_mode(text: &str) -> Result<Mode, String> {
+    let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
+    bits.map(Mode::from_bits_truncate).ok_or_else(|| "permissions in octal, like 0660".into())
+}
+
 fn serial(text: &str) -> Result<String, String> {
     if text.len() <= 20 && text.bytes().all(|b| b.is_ascii_graphic()) {
         return Ok(text.into());
@@ -301,7 +324,7 @@ fn serial(text: &str) -> Result<String, String> {
     Err("at most 20 printable ASCII characters without spaces".into())
 }
 
-fn sandbox(text: &str) -> Result<Mode, String> {
+fn sandbox_mode(text: &str) -> Result<sandbox::Mode, String> {
     text.parse().map_err(|e: Error| e.to_string())
 }
 

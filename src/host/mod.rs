@@ -38,6 +38,7 @@ use notify::Notifier;
 use service::Service;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use socket::SocketAccess;
 use start::{Sockets, Taken};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -47,7 +48,8 @@ use std::time::Duration;
 /// Where VMMs connect.
 #[derive(Clone, Debug)]
 pub enum Endpoint {
-    /// A socket to be made at this path.
+    /// A socket at this path: to be made, unless a service manager has made it, and passes it (`LISTEN_FDS`,
+    /// sd_listen_fds(3)).
     Path(PathBuf),
     /// A listening or connected socket that this process was started with.
     Fd(RawFd),
@@ -58,6 +60,8 @@ pub enum Endpoint {
 pub struct Options {
     /// Where VMMs connect.
     pub endpoint: Endpoint,
+    /// Who may connect to a socket that is made for that.
+    pub access: SocketAccess,
     /// Queues that the guest may use, each with a thread, 1..=64.
     pub queues: u16,
     /// Most entries of a ring: a power of two, 4..=1024.
@@ -107,7 +111,7 @@ pub fn attach(
     // Before anything opens a descriptor that could have the same number.
     let inherited = match &options.endpoint {
         Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
-        Endpoint::Path(_) => None,
+        Endpoint::Path(path) => socket::of_service_manager(path)?,
     };
     // The helpers' affair, not this process's.
     let passphrase = passphrase::inherited_descriptor()?;
@@ -121,6 +125,8 @@ pub fn attach(
         Endpoint::Path(path) => Some(std::path::absolute(path)?),
         Endpoint::Fd(_) => None,
     };
+    // Where there is a socket already, no name is made.
+    let named = path.as_deref().filter(|_| inherited.is_none());
     let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
     let mut taken = taken.map_err(explained).context(attempt)?;
     drop(passphrase);
@@ -138,9 +144,9 @@ pub fn attach(
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
-    let removable = files::socket_folder(catalog, &taken.metadata, path.as_deref());
+    let removable = files::socket_folder(catalog, &taken.metadata, named);
     let files = files::rules(catalog, &taken.metadata, options, removable);
-    let name = match (name, &path) {
+    let name = match (name, named) {
         (Some(name), Some(path)) if removable.is_none() && options.sandbox == Mode::On => {
             log::info!(
                 "{} stays when the volume is detached: the store or its keys lie below the socket's folder, \

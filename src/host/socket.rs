@@ -1,17 +1,24 @@
 //! The vhost-user socket of an attached volume: made, taken over, or found already there.
 
+use crate::base::root::{files, parent_of};
 use crate::base::{Context, Error, Kind, Result};
+use crate::sandbox::Identity;
 use crate::vhost::listener::Socket;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getpeername, getsockname, getsockopt,
     sockopt,
 };
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::Gid;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+/// The first descriptor that a service manager passes (sd_listen_fds(3)).
+const FIRST_PASSED: RawFd = 3;
 
 /// A socket's name in the file system, removed at drop if it is still ours.
 pub struct SocketName {
@@ -67,6 +74,87 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
     };
     let metadata = std::fs::symlink_metadata(path).context(attempt)?;
     Ok((listener, SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) }))
+}
+
+/// Who may connect to a socket that is made at a path.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SocketAccess {
+    /// The group that it belongs to; without one, the group of the user that the process becomes, or its own.
+    pub group: Option<Gid>,
+    /// Its permissions; without them, what the umask leaves, or, where there is a group, 0660.
+    pub mode: Option<Mode>,
+}
+
+/// For the owner and the group alone.
+const FOR_GROUP: Mode = Mode::from_bits_truncate(0o660);
+
+impl SocketAccess {
+    /// Listens at `path`, as [`listen`] does, for a process that is going to be `user`. Only while the
+    /// process has one thread.
+    pub(super) fn listen(&self, path: &Path, user: Option<&Identity>) -> Result<(UnixListener, SocketName)> {
+        let mode = self.mode.or(self.group.map(|_| FOR_GROUP));
+        // Nobody can connect before the socket is whose it shall be.
+        let before = mode.map(|_| umask(Mode::from_bits_truncate(0o177)));
+        let listening = listen(path);
+        before.map(umask);
+        let (listener, name) = listening?;
+        let user = user.map(Identity::ids);
+        let group = self.group.or(user.map(|(_, group)| group));
+        if user.is_some() || group.is_some() || mode.is_some() {
+            // The folder is the operator's to choose, by whatever links lead there.
+            let folder = parent_of(path).canonicalize()?;
+            let path = folder.join(path.file_name().unwrap_or_default());
+            files::give_socket(&path, user.map(|(user, _)| user), group, mode).map_err(|e| {
+                let hint = match e.raw_os_error() {
+                    Some(libc::EPERM) => "; this user can give it to a group only that the user is in",
+                    _ => "",
+                };
+                let e = Error::from(e);
+                let message = format!("let others connect to {}: {e}{hint}", path.display());
+                e.reworded(message)
+            })?;
+        }
+        Ok((listener, name))
+    }
+}
+
+/// The socket at `path` that the service manager has made and passes; none if it passes none to this process.
+///
+/// # Errors
+/// `Usage` if it passes others only.
+pub fn of_service_manager(path: &Path) -> Result<Option<Socket>> {
+    let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
+    let count = match (number("LISTEN_PID"), number("LISTEN_FDS")) {
+        (Some(pid), Some(count)) if pid == std::process::id() && count > 0 => count,
+        _ => return Ok(None),
+    };
+    let mut found = None;
+    for fd in (FIRST_PASSED..).take(count as usize) {
+        // Those that are not wanted are closed.
+        match inherited(fd)? {
+            Socket::Listening(listener) if is_at(&listener, path) => {
+                found = Some(Socket::Listening(listener))
+            }
+            _ => {}
+        }
+    }
+    let none = || {
+        let message = format!(
+            "none of the sockets that the service manager passes listens at {}: name the same path here and \
+             in ListenStream= of the .socket unit",
+            path.display()
+        );
+        Error::new(Kind::Usage, message)
+    };
+    found.ok_or_else(none).map(Some)
+}
+
+/// Whether a listener was made at `path`, by whatever links that leads there.
+fn is_at(listener: &UnixListener, path: &Path) -> bool {
+    let place = |path: &Path| Some((parent_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
+    let address = listener.local_addr().ok();
+    let made_at = address.as_ref().and_then(|address| address.as_pathname());
+    made_at.and_then(place).is_some_and(|made_at| place(path) == Some(made_at))
 }
 
 fn remove_stale(path: &Path) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::host::Options;
 use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
-use crate::host::socket::{self, SocketName};
+use crate::host::socket::SocketName;
 use crate::kms::Failure;
 use crate::kms::patience::Patience;
 use crate::vhost::listener::Socket;
@@ -140,14 +140,11 @@ impl Sockets {
         let (socket, name) = match (inherited, path) {
             (Some(socket), _) => (socket, None),
             (None, Some(path)) => {
-                let (listener, name) = socket::listen(path)?;
+                let (listener, name) = options.access.listen(path, options.user.as_ref())?;
                 (Socket::Listening(listener), Some(name))
             }
             (None, None) => unreachable!("an endpoint is a path or a descriptor"),
         };
-        if let (Some(user), Some(path)) = (&options.user, path) {
-            user.give_socket(path)?;
-        }
         Ok(Sockets { control, inlet, socket, name })
     }
 }

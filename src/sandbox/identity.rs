@@ -4,16 +4,14 @@
 use crate::base::{Context, Error, Kind, Result};
 use crate::sandbox::files::{Access, Rule};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{
-    AccessFlags, Gid, Group, Uid, User, faccessat, fchownat, initgroups, setegid, seteuid, setfsgid,
-    setfsuid, setresgid, setresuid,
+    AccessFlags, Gid, Group, Uid, User, faccessat, initgroups, setegid, seteuid, setfsgid, setfsuid,
+    setresgid, setresuid,
 };
 use std::ffi::CString;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 /// A user and a group to become.
 #[derive(Clone, Debug)]
@@ -35,7 +33,6 @@ impl Identity {
     /// # Errors
     /// `Usage` if there is no such user or group, or if this process may not become it.
     pub fn parse(text: &str) -> Result<Self> {
-        let usage = |message: String| Error::new(Kind::Usage, message);
         let (name, group) = match text.split_once(':') {
             Some((name, group)) => (name, Some(group)),
             None => (text, None),
@@ -44,10 +41,7 @@ impl Identity {
         let user = user.ok_or_else(|| usage(format!("there is no user {name}")))?;
         let gid = match group {
             None => user.gid,
-            Some(group) => {
-                let found = Group::from_name(group).context(|| format!("look up the group {group}"))?;
-                found.ok_or_else(|| usage(format!("there is no group {group}")))?.gid
-            }
+            Some(group) => group_called(group)?,
         };
         if !nix::unistd::geteuid().is_root() {
             return Err(usage(format!("only root can become {name}; start it as that user instead")));
@@ -55,17 +49,9 @@ impl Identity {
         Ok(Identity { name: name.to_owned(), uid: user.uid, gid })
     }
 
-    /// Gives a socket that was just made at `path` to the user, so that the VMM's group can be let in by it.
-    pub fn give_socket(&self, path: &Path) -> Result<()> {
-        let attempt = || format!("give {} to {self}", path.display());
-        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = nix::fcntl::open(path, flags, Mode::empty()).context(attempt)?;
-        // Another user may have put a file in its place.
-        let kind = SFlag::from_bits_truncate(fstat(&file).context(attempt)?.st_mode & SFlag::S_IFMT.bits());
-        if kind != SFlag::S_IFSOCK {
-            return Err(Error::new(Kind::Busy, "it is not a socket any more").context(attempt()));
-        }
-        fchownat(&file, c"", Some(self.uid), Some(self.gid), AtFlags::AT_EMPTY_PATH).context(attempt)
+    /// The user's id and the group's.
+    pub(crate) fn ids(&self) -> (Uid, Gid) {
+        (self.uid, self.gid)
     }
 
     /// Becomes this user for good, unless he could not reach one of `files`: then this is still the one that
@@ -90,6 +76,19 @@ impl Identity {
         }
         Ok(())
     }
+}
+
+/// The group of this name.
+///
+/// # Errors
+/// `Usage` if there is none.
+pub fn group_called(name: &str) -> Result<Gid> {
+    let found = Group::from_name(name).context(|| format!("look up the group {name}"))?;
+    Ok(found.ok_or_else(|| usage(format!("there is no group {name}")))?.gid)
+}
+
+fn usage(message: String) -> Error {
+    Error::new(Kind::Usage, message)
 }
 
 /// Gives up all capabilities. Only root may keep one, the one to reach files of others, and only where a

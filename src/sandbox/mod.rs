@@ -17,7 +17,7 @@ pub mod violation;
 
 pub use calls::check_seccomp;
 pub use files::{Access, Rule, landlock_version};
-pub use identity::Identity;
+pub use identity::{Identity, group_called};
 
 use crate::base::hardened::{harden, harden_children};
 use crate::base::{Context, Error, Kind, Result};

@@ -4,13 +4,16 @@ use crate::common::attach::{Place, listens, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::raw::VERSION;
 use crate::common::frontend::{Options, RawSocket, Session};
+use crate::common::process::{INHERITED, inherit, repository};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::process::Command;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 /// `sealblk attach t --fd N` for this descriptor, and what the process must inherit for it.
 fn attach_fd(place: &Place, fd: impl Into<OwnedFd>, arguments: &[&str]) -> (Command, Vec<OwnedFd>) {
@@ -247,4 +250,129 @@ fn in_a_folder_that_holds_the_store_the_name_is_left() {
     let host = place.attach(&["-v"]);
     host.end();
     assert!(!place.socket().exists());
+}
+
+/// The group `daemon` and the user nobody are on every Debian.
+const DAEMON: u32 = 1;
+
+/// Whether a user of this group can connect.
+fn connects(path: &Path, group: u32) -> bool {
+    let mut python = Command::new("python3");
+    python.args(["-c", "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"]).arg(path);
+    python.uid(65534).gid(group).stderr(Stdio::null()).status().expect("start python").success()
+}
+
+#[test]
+fn the_vmms_group_may_connect() {
+    let place = Place::new(&[]);
+    fs::set_permissions(place.folder(), fs::Permissions::from_mode(0o711)).unwrap();
+    let socket = place.socket();
+    let cases: [(&[&str], u32, u32, [bool; 2]); 4] = [
+        (&["--socket-group", "daemon"], DAEMON, 0o660, [true, false]),
+        (&["--socket-group", "daemon", "--socket-mode", "0600"], DAEMON, 0o600, [false, false]),
+        (&["--socket-mode", "0666"], 0, 0o666, [true, true]),
+        (&["--socket-group", "daemon", "--socket-mode", "777"], DAEMON, 0o777, [true, true]),
+    ];
+    for (arguments, group, mode, connect) in cases {
+        let host = place.attach(arguments);
+        let found = fs::metadata(&socket).unwrap();
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777), (0, group, mode), "{arguments:?}");
+        assert_eq!([connects(&socket, DAEMON), connects(&socket, 65534)], connect, "{arguments:?}");
+        host.end();
+        assert!(!socket.exists(), "{arguments:?}");
+    }
+    for (arguments, words) in [
+        (&["--socket-group", "no-such-group"][..], "there is no group no-such-group"),
+        (&["--socket-mode", "rw"], "permissions in octal"),
+        (&["--socket-mode", "1777"], "permissions in octal"),
+    ] {
+        let said = place.refuse(2, arguments);
+        assert!(said.contains(words), "{arguments:?}: {said}");
+    }
+    let (command, keep) = attach_fd(
+        &place,
+        UnixListener::bind(place.folder().join("x")).unwrap(),
+        &["--socket-group", "daemon"],
+    );
+    assert_eq!(place.run(command, keep).code, 2, "who made the socket decides that");
+}
+
+#[test]
+fn the_group_is_the_vmms_where_the_process_is_another_users() {
+    let place = Place::new(&[]);
+    place.store.let_belong_to("nobody");
+    give(&place.store.root(), 65534);
+    fs::set_permissions(place.folder(), fs::Permissions::from_mode(0o711)).unwrap();
+    let host = place.attach(&["--user", "nobody", "--socket-group", "daemon"]);
+    let found = fs::metadata(place.socket()).unwrap();
+    assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (65534, DAEMON, 0o660));
+    host.end();
+}
+
+/// Makes `path` and all below it the user's.
+fn give(path: &Path, user: u32) {
+    chown(path, Some(user), Some(user)).unwrap();
+    if path.is_dir() {
+        fs::read_dir(path).unwrap().for_each(|entry| give(&entry.unwrap().path(), user));
+    }
+}
+
+/// The value of a setting in a shipped unit, where `%i` is `t`, and what is installed lies in this test.
+fn of_unit(place: &Place, unit: &str, setting: &str) -> String {
+    let text = fs::read_to_string(repository().join("resources").join(unit)).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(setting)?.strip_prefix('='));
+    let run = place.socket().parent().unwrap().display().to_string();
+    let value = value.unwrap_or_else(|| panic!("{unit} has no {setting}")).replace("%i", "t");
+    value.replace("/run/sealblk/t/vhost.sock", &format!("{run}/t.sock"))
+}
+
+/// `ExecStart=` of the shipped service, started as systemd starts it: with these sockets.
+fn as_systemd(place: &Place, sockets: &[&UnixListener]) -> Command {
+    let line = of_unit(place, "sealblk@.service", "ExecStart");
+    // Not every machine has the group kvm.
+    let line = line.replace("--socket-group kvm", "--socket-group daemon");
+    let arguments = line.strip_prefix("/usr/local/bin/sealblk ").expect("the program is installed there");
+    let store = place.store.command();
+    // By a shell, which has the process id that the program is going to have.
+    let mut command = Command::new("bash");
+    let passed = ["-c", "exec 3<&700; [ $LISTEN_FDS = 1 ] || exec 4<&701; LISTEN_PID=$$ exec \"$@\"", "bash"];
+    command.args(passed).arg(store.get_program()).args(store.get_args());
+    command.args(arguments.split_whitespace()).env("LISTEN_FDS", sockets.len().to_string());
+    command.envs(store.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    for (number, socket) in (INHERITED..).zip(sockets) {
+        inherit(&mut command, socket.try_clone().unwrap().into(), number);
+    }
+    command
+}
+
+/// The shipped units together: systemd has the socket, and the service comes and goes.
+#[test]
+fn a_vmm_waits_in_the_socket_of_the_shipped_unit() {
+    let place = Place::new(&[]);
+    let path = of_unit(&place, "sealblk@.socket", "ListenStream");
+    assert_eq!(path, place.socket().display().to_string());
+    assert_eq!(of_unit(&place, "sealblk@.service", "RuntimeDirectoryPreserve"), "yes", "or the socket goes");
+    assert_eq!(of_unit(&place, "sealblk@.socket", "SocketMode"), "0660");
+    assert_eq!(of_unit(&place, "sealblk@.socket", "SocketGroup"), "kvm");
+    assert!(of_unit(&place, "sealblk@.service", "ExecStart").ends_with("--socket-group kvm"));
+    let (kept, other) =
+        (UnixListener::bind(&path).unwrap(), UnixListener::bind(place.folder().join("other")).unwrap());
+    let host = place.start(as_systemd(&place, &[&other, &kept]), vec![]);
+    write(&mut open(&place.socket()).rings[0], 0, &pattern(1, 4096));
+    host.crash();
+    let vmm = UnixStream::connect(&path).expect("nobody is there, and it waits");
+    let host = place.start(as_systemd(&place, &[&kept]), vec![]);
+    RawSocket::new(vmm).ask(1, VERSION, &[], &[]).expect("it is served, without having connected again");
+    assert!(read(&mut open(&place.socket()).rings[0], 0, 4096) == pattern(1, 4096));
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    assert!(place.socket().exists(), "the name is systemd's to remove");
+    // None of them, or none for this process.
+    let said = place.run(as_systemd(&place, &[&other]), vec![]);
+    assert!(said.code == 2 && said.err.contains("ListenStream="), "{}", said.err);
+    drop(kept);
+    fs::remove_file(&path).unwrap();
+    let mut command = place.attach_command(&[]);
+    command.env("LISTEN_PID", "1").env("LISTEN_FDS", "1");
+    place.start(command, vec![]).end();
 }
