@@ -121,6 +121,7 @@ fn attach(folder: &str, socket: &str) -> Result<()> {
         // No limit; `sealblk throttle` sets one while the volume is attached.
         limits: Limits::default(),
         hydrate_rate: 64 << 20,
+        space_reserve: Default::default(),
         cpus: Vec::new(),
         // In production: nothing else. What the sandbox forbids ends the process with exit code 9.
         sandbox: Mode::On,

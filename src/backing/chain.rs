@@ -5,6 +5,7 @@
 
 use crate::backing::file::FileBacking;
 use crate::backing::{Backing, Caps, Queue};
+use crate::base::space::Space;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -52,5 +53,9 @@ impl Backing for Chain {
 
     fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
         self.layer(layer).next_data_from(from)
+    }
+
+    fn space(&self) -> io::Result<Option<Space>> {
+        self.top.space()
     }
 }

@@ -9,6 +9,7 @@
 pub mod chain;
 pub mod file;
 
+use crate::base::space::Space;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::MutexGuard;
@@ -187,6 +188,12 @@ pub trait Backing: Send + Sync {
     fn next_data(&self, layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
         let size = if layer == 0 { self.caps().size } else { self.below()[layer - 1] };
         Ok((from < size).then_some(from..size))
+    }
+
+    /// How much space there is for what the top layer does not have yet; none where that is not limited, or
+    /// not known.
+    fn space(&self) -> io::Result<Option<Space>> {
+        Ok(None)
     }
 }
 

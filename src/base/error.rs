@@ -31,6 +31,8 @@ pub enum Kind {
     Corrupt,
     /// The machine or the file lacks what is needed. Exit code 8.
     Unsupported,
+    /// The file system has too little space. Exit code 8, as for whatever else the machine lacks.
+    NoSpace,
 }
 
 impl Kind {
@@ -44,7 +46,7 @@ impl Kind {
             Kind::KmsRefused | Kind::Refused => 5,
             Kind::KmsUnavailable => 6,
             Kind::Corrupt => 7,
-            Kind::Unsupported => 8,
+            Kind::Unsupported | Kind::NoSpace => 8,
         }
     }
 
@@ -59,6 +61,7 @@ impl Kind {
             Kind::KmsUnavailable,
             Kind::Corrupt,
             Kind::Unsupported,
+            Kind::NoSpace,
         ];
         all.into_iter().find(|kind| kind.name() == name).unwrap_or(Kind::Other)
     }
@@ -75,6 +78,7 @@ impl Kind {
             Kind::KmsUnavailable => "kms-unavailable",
             Kind::Corrupt => "corrupt",
             Kind::Unsupported => "unsupported",
+            Kind::NoSpace => "no-space",
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod locks;
 pub mod printable;
 pub mod root;
 pub mod size;
+pub mod space;
 pub(crate) mod sync;
 mod timestamp;
 pub(crate) mod wait;

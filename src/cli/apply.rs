@@ -3,6 +3,7 @@
 
 use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::VolumeId;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::{Env, output};
 use crate::ops::apply::{self, Change, Plan, Planned, Wanted};
 use serde_json::{Value, json};
@@ -40,6 +41,8 @@ pub struct ApplyArgs {
     /// Only print what would be done.
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    space: SpaceArgs,
 }
 
 /// Applies a file, or prints what that would do.
@@ -51,7 +54,7 @@ pub fn run(env: &Env, args: &ApplyArgs) -> Result<()> {
         let plan = Plan::make(&store, &wanted).context(attempt)?;
         return print(env, &plan, &[], true);
     }
-    let (plan, ids) = apply::apply(&store, &wanted).context(attempt)?;
+    let (plan, ids) = apply::apply(&store, &wanted, args.space.budget(&store)).context(attempt)?;
     print(env, &plan, &ids, false)
 }
 

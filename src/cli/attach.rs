@@ -1,5 +1,6 @@
 //! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
+use crate::base::space::Reserve;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::crypt::xts::Engine;
@@ -95,6 +96,11 @@ pub struct AttachArgs {
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = crate::base::size::parse)]
     hydrate_rate: u64,
 
+    /// How much of the store's file system that leaves free, like 2GiB; below that it waits [default: the
+    /// settings' space-reserve, else a 20th of the file system, 4 GiB at most].
+    #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
+    space_reserve: Option<u64>,
+
     /// Answer requests in the order they came, so that a crash loses none in flight where the VMM does
     /// without in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
@@ -162,6 +168,10 @@ pub struct ThrottleArgs {
     /// Bytes a second at which what lower layers hold is copied up; 0: no limit [default: as it is].
     #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
     hydrate_rate: Option<u64>,
+
+    /// How much of the file system that leaves free [default: as it is].
+    #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
+    space_reserve: Option<u64>,
 }
 
 /// Arguments of `detach`.
@@ -184,6 +194,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         (None, Some(fd)) => Endpoint::Fd(fd),
         (None, None) => return Err(missing()),
     };
+    let settings = env.settings()?;
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(64) as u16);
     let options = Options {
         endpoint,
@@ -197,12 +208,13 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         in_order: args.in_order,
         limits: args.limits.limits(),
         hydrate_rate: args.hydrate_rate,
+        space_reserve: args.space_reserve.map_or(settings.space_reserve, Reserve::of),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
         incoming: args.incoming,
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
-    crate::host::attach(&env.catalog(), &env.settings()?, volume, &options, env.hardened, |attached| {
+    crate::host::attach(&env.catalog(), &settings, volume, &options, env.hardened, |attached| {
         if env.json {
             return output::print_json(&json!({
                 "VolumeId": attached.volume,
@@ -242,13 +254,17 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
 pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
     let catalog = env.catalog();
     let volume = catalog.resolve(&args.volume)?;
-    // Without a word about either, the guest's limits are lifted.
-    let limits = (args.limits.is_any() || args.hydrate_rate.is_none()).then(|| args.limits.limits());
+    // Without a word about anything, the guest's limits are lifted.
+    let is_of_copy = args.hydrate_rate.is_some() || args.space_reserve.is_some();
+    let limits = (args.limits.is_any() || !is_of_copy).then(|| args.limits.limits());
     if let Some(limits) = limits {
         control::throttle(&catalog, volume, limits)?;
     }
     if let Some(rate) = args.hydrate_rate {
         control::set_hydrate_rate(&catalog, volume, rate)?;
+    }
+    if let Some(reserve) = args.space_reserve {
+        control::set_space_reserve(&catalog, volume, reserve)?;
     }
     if env.json {
         let mut value = json!({"VolumeId": volume});
@@ -260,6 +276,9 @@ pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
         if let Some(rate) = args.hydrate_rate {
             value["HydrateRate"] = json!(rate);
         }
+        if let Some(reserve) = args.space_reserve {
+            value["SpaceReserve"] = json!(reserve);
+        }
         return output::print_json(&value);
     }
     let amount = |n: u64, unit: &str| if n == 0 { "unlimited".into() } else { format!("{n} {unit}") };
@@ -268,6 +287,7 @@ pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
         said.extend([amount(limits.iops, "requests/s"), amount(limits.throughput, "bytes/s")]);
     }
     said.extend(args.hydrate_rate.map(|rate| format!("copying up {}", amount(rate, "bytes/s"))));
+    said.extend(args.space_reserve.map(|bytes| format!("leaving {bytes} bytes free")));
     output::print(&format!("{volume}: {}\n", said.join(", "))).map(drop)
 }
 

@@ -10,6 +10,7 @@
 pub mod apply;
 pub mod attach;
 pub mod audit;
+mod budget;
 pub mod doctor;
 pub mod events;
 pub mod filter;

@@ -143,17 +143,20 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
             "require_encrypted": settings.require_encrypted,
             "kms_keys": kms_keys,
             "clone_data_key": settings.clone_data_key.name(),
+            "space_reserve": settings.space_reserve.given(),
             "region": settings.locality.region,
             "account": settings.locality.account,
         }));
     }
     let kms_keys = kms_keys.map_or_else(|| "every key".to_string(), |keys| keys.join(", "));
+    let reserve = settings.space_reserve.to_string();
     let rows = [
         ("default-key", settings.default_key.as_str()),
         ("encrypt-by-default", on_off(settings.encrypt_by_default)),
         ("require-encrypted", on_off(settings.require_encrypted)),
         ("kms-keys", &kms_keys),
         ("clone-data-key", settings.clone_data_key.name()),
+        ("space-reserve", &reserve),
         ("region", &settings.locality.region),
         ("account", &settings.locality.account),
     ];

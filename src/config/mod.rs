@@ -11,6 +11,7 @@
 //! account = "000000000000"         # likewise, 12 digits
 //! kms-patience = 60                # seconds for which a KMS that cannot be reached is asked again
 //! attach-grants = true             # each attach makes a grant, and retires it at detach
+//! space-reserve = "4GiB"           # what copies leave free of the store's file system
 //! grantee-principal = "arn:aws:…"  # whose grants at AWS KMS: the principal of this host
 //! ```
 //!
@@ -27,7 +28,8 @@ pub mod moving;
 pub mod sinks;
 
 use crate::base::root::{Root, owners};
-use crate::base::{Context, Error, Kind, Locality, Result};
+use crate::base::space::Reserve;
+use crate::base::{Context, Error, Kind, Locality, Result, size};
 use kms_keys::KmsKeys;
 use serde::Deserialize;
 use std::fmt;
@@ -84,6 +86,8 @@ pub struct Settings {
     pub locality: Locality,
     /// For how long a KMS that cannot be reached, or is overloaded, is asked again; at most an hour.
     pub kms_patience: Duration,
+    /// How much of the store's file system copies leave free.
+    pub space_reserve: Reserve,
     /// Whether an attach makes a grant for itself, where the KMS has grants and knows for whom.
     pub attach_grants: bool,
     /// The ARN of the principal as which this host asks AWS KMS; the grants are made for it.
@@ -102,6 +106,7 @@ impl Default for Settings {
             clone_data_key: CloneDataKey::default(),
             locality: Locality::default(),
             kms_patience: Duration::from_secs(60),
+            space_reserve: Reserve::default(),
             attach_grants: true,
             grantee_principal: None,
             event_sinks: Vec::new(),
@@ -190,6 +195,7 @@ struct Written {
     region: Option<String>,
     account: Option<String>,
     kms_patience: Option<u64>,
+    space_reserve: Option<String>,
     attach_grants: Option<bool>,
     grantee_principal: Option<String>,
     #[serde(default)]
@@ -212,6 +218,7 @@ impl TryFrom<Written> for Settings {
                 account: w.account.unwrap_or(default.locality.account),
             },
             kms_patience: w.kms_patience.map_or(default.kms_patience, Duration::from_secs),
+            space_reserve: w.space_reserve.map_or(Ok(default.space_reserve), reserve)?,
             attach_grants: w.attach_grants.unwrap_or(default.attach_grants),
             grantee_principal: w.grantee_principal,
             event_sinks: sinks::parse(w.event_sink)?,
@@ -246,6 +253,10 @@ impl TryFrom<Written> for Settings {
     }
 }
 
+fn reserve(text: String) -> Result<Reserve> {
+    size::parse(&text).map(Reserve::of).map_err(|e| usage(format!("space-reserve: {e}")))
+}
+
 fn usage(message: impl Into<String>) -> Error {
     Error::new(Kind::Usage, message)
 }
@@ -267,7 +278,7 @@ mod tests {
         let settings = Settings::parse(
             "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
              clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
-             kms-patience = 0\nattach-grants = false\ngrantee-principal = \
+             kms-patience = 0\nspace-reserve = '2GiB'\nattach-grants = false\ngrantee-principal = \
              'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
@@ -278,6 +289,7 @@ mod tests {
             clone_data_key: CloneDataKey::Own,
             locality: Locality { region: "eu-1".into(), account: "123456789012".into() },
             kms_patience: Duration::ZERO,
+            space_reserve: Reserve::of(2 << 30),
             attach_grants: false,
             grantee_principal: Some("arn:aws:iam::123456789012:role/host".into()),
             event_sinks: Vec::new(),
@@ -334,6 +346,8 @@ mod tests {
             ),
             ("kms-patience = 3601", "at most 3600"),
             ("kms-patience = -1", "kms-patience"),
+            ("space-reserve = 'much'", "is not a size"),
+            ("space-reserve = 5", "string"),
             ("attach-grants = 1", "boolean"),
             ("grantee-principal = 'host'", "ARN of a principal"),
         ] {

@@ -11,6 +11,9 @@
 //! [complete](End::Complete); then the caller may record the volume as having the other layers alone, and
 //! only then take these away from it.
 //!
+//! A copy leaves a part of the file system free for guests ([`Reserve`]): below that it waits, and goes on by
+//! itself when there is space again.
+//!
 //! There is no state to keep. One that was stopped or killed begins at the beginning and finds in the top
 //! what it had brought there. Whoever changes the disk's layers stops it first.
 //!
@@ -19,6 +22,7 @@
 //! in the top stays as it was.
 
 use crate::base::error::attempted;
+use crate::base::space::{Reserve, Shortage};
 use crate::base::sync::Locked;
 use crate::disk::map::LayerMap;
 use crate::disk::{Disk, WaitingQueue};
@@ -35,6 +39,14 @@ const CHUNK: u64 = 256 << 10;
 const DEPTH: u16 = 16;
 /// How often one that waits looks whether it was stopped or its rate changed.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often one that waits for space asks how much there is: nothing tells.
+const LOOK_FOR_SPACE: Duration = Duration::from_secs(1);
+/// What has to be free beyond the reserve before a copy that waits for space goes on: with less, it would
+/// wait again at once.
+const ENOUGH: u64 = 16 << 20;
+
+/// Who is told that a copy waits for space, and that it goes on.
+pub type TellOfSpace<'a> = &'a dyn Fn(Option<&Shortage>);
 
 /// How a hydration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +63,20 @@ pub struct Hydration {
     map: Arc<LayerMap>,
     /// Bytes a second; 0: no limit.
     rate: AtomicU64,
+    reserve: Mutex<Reserve>,
+    /// What it waits for.
+    shortage: Mutex<Option<Shortage>>,
     stop: AtomicBool,
     stopped: (Mutex<()>, Condvar),
     /// Bytes still to be looked at; `u64::MAX` until that is known.
     left: AtomicU64,
+    /// Where to begin: after a file system that was full, everything before this is in the top.
+    from: AtomicU64,
 }
 
 impl Hydration {
-    /// A hydration of `disk` at no more than `rate` bytes a second (0: no limit).
+    /// A hydration of `disk` at no more than `rate` bytes a second (0: no limit), which leaves nothing free
+    /// unless it [is told to](Hydration::set_reserve).
     ///
     /// # Errors
     /// `InvalidInput` unless the disk is made for it ([`Disk::hydrating`]).
@@ -71,9 +89,12 @@ impl Hydration {
             disk,
             map,
             rate: rate.into(),
+            reserve: Mutex::new(Reserve::NONE),
+            shortage: Mutex::default(),
             stop: false.into(),
             stopped: Default::default(),
             left: u64::MAX.into(),
+            from: 0.into(),
         }))
     }
 
@@ -93,10 +114,32 @@ impl Hydration {
         self.rate.store(rate, Ordering::Relaxed);
     }
 
+    /// How much of the file system it leaves free.
+    pub fn reserve(&self) -> Reserve {
+        *self.reserve.locked()
+    }
+
+    /// Changes how much of the file system it leaves free.
+    pub fn set_reserve(&self, reserve: Reserve) {
+        *self.reserve.locked() = reserve;
+        self.wake();
+    }
+
+    /// Has one that waits look again. Under the lock: it would not notice between its look and its wait.
+    fn wake(&self) {
+        let _guard = self.stopped.0.locked();
+        self.stopped.1.notify_all();
+    }
+
+    /// What it waits for; none if it has the space that it needs.
+    pub fn shortage(&self) -> Option<Shortage> {
+        *self.shortage.locked()
+    }
+
     /// Makes [`Hydration::run`] end soon.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.stopped.1.notify_all();
+        self.wake();
     }
 
     /// Does it, in the calling thread.
@@ -104,13 +147,23 @@ impl Hydration {
     /// # Errors
     /// `ResourceBusy` if another is at it; what the backing says, with the place. It can be run again then.
     pub fn run(&self) -> io::Result<End> {
+        self.run_telling(&|_| ())
+    }
+
+    /// As [`Hydration::run`]; `tell` is told each time that the copy begins to wait for space, and that it
+    /// goes on.
+    ///
+    /// # Errors
+    /// As for that.
+    pub fn run_telling(&self, tell: TellOfSpace<'_>) -> io::Result<End> {
         let Some(fence) = self.disk.fence().filter(|fence| fence.take()) else {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is being hydrated already"));
         };
-        let result = Copier::new(self).and_then(|mut copier| copier.copy_all());
+        let result = Copier::new(self).and_then(|mut copier| copier.copy_all(tell));
         // After an error, a write may have been in flight until the copier's queue was closed just now.
         fence.leave();
         fence.give_back();
+        *self.shortage.locked() = None;
         result
     }
 
@@ -140,6 +193,32 @@ impl Hydration {
     }
 }
 
+impl Hydration {
+    /// Waits until there is space for one more chunk. Returns whether there is: not if it was stopped.
+    fn wait_for_space(&self, tell: TellOfSpace<'_>) -> io::Result<bool> {
+        let mut more = CHUNK;
+        loop {
+            let (space, reserve) = (self.disk.space()?, self.reserve());
+            let short = space.and_then(|space| Shortage::of(&space, reserve, more));
+            let before = std::mem::replace(&mut *self.shortage.locked(), short);
+            if short.is_some() != before.is_some() {
+                tell(short.as_ref());
+            }
+            if short.is_none() {
+                return Ok(true);
+            }
+            more = ENOUGH.min(self.left().unwrap_or(ENOUGH).max(CHUNK));
+            let guard = self.stopped.0.locked();
+            if self.is_stopped() {
+                return Ok(false);
+            }
+            if self.reserve() == reserve {
+                drop(self.stopped.1.wait_timeout(guard, LOOK_FOR_SPACE));
+            }
+        }
+    }
+}
+
 /// What copies.
 struct Copier<'a> {
     hydration: &'a Hydration,
@@ -156,7 +235,7 @@ impl<'a> Copier<'a> {
         Ok(Copier { hydration, queue, copied: (Instant::now(), 0) })
     }
 
-    fn copy_all(&mut self) -> io::Result<End> {
+    fn copy_all(&mut self, tell: TellOfSpace<'_>) -> io::Result<End> {
         let Hydration { disk, map, left, .. } = self.hydration;
         let (size, stays) = (disk.shape().sectors * SECTOR_SIZE, disk.leaving() + 1);
         while !map.wait(LOOK) {
@@ -164,8 +243,8 @@ impl<'a> Copier<'a> {
                 return Ok(End::Stopped);
             }
         }
-        left.store(map.bytes_below(stays, 0..size), Ordering::Relaxed);
-        let mut at = 0;
+        let mut at = self.hydration.from.swap(0, Ordering::Relaxed);
+        left.store(map.bytes_below(stays, at..size), Ordering::Relaxed);
         while let Some(found) = map.next_below(stays, at).filter(|&found| found < size) {
             let start = found - found % CHUNK;
             at = start + CHUNK;
@@ -174,8 +253,18 @@ impl<'a> Copier<'a> {
             let (since, copied) = self.copied;
             let Some(now) = self.hydration.wait(since, copied) else { return Ok(End::Stopped) };
             self.copied = (now, bytes.end - bytes.start);
-            if !self.copy(bytes)? {
+            if !self.hydration.wait_for_space(tell)? {
                 return Ok(End::Stopped);
+            }
+            match self.copy(bytes) {
+                Ok(true) => {}
+                Ok(false) => return Ok(End::Stopped),
+                Err(e) => {
+                    if is_full(&e) {
+                        self.hydration.from.store(start, Ordering::Relaxed);
+                    }
+                    return Err(e);
+                }
             }
             let counted = |left: u64| Some(left.saturating_sub(below));
             let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted);
@@ -225,4 +314,9 @@ impl<'a> Copier<'a> {
         }
         Ok(runs)
     }
+}
+
+/// Whether there was no space, or none that this user may have.
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

@@ -23,6 +23,7 @@ pub(crate) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
 
 use crate::backing::Backing;
+use crate::base::space::Space;
 use crate::crypt::xts::SectorCipher;
 use crate::disk::map::{LayerMap, MAX_HEIGHT};
 use crate::image::lock::ImageLock;
@@ -249,6 +250,12 @@ impl Disk {
             0 => &self.cipher,
             n => &self.below[usize::from(n) - 1].cipher,
         }
+    }
+
+    /// How much space there is for what the top layer does not have yet; none where that is not limited, or
+    /// not known.
+    pub(crate) fn space(&self) -> io::Result<Option<Space>> {
+        self.backing.space()
     }
 
     /// Which layers may have what; none for a disk of one layer.

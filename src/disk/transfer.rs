@@ -36,11 +36,7 @@ pub(crate) fn each_chunk(
     copy: &mut dyn FnMut(u64, &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     // Also so that what is wrong with a source is found before much is copied.
-    let mut total = 0;
-    each_run(size, next_data, &mut |run| {
-        total += run.end - run.start;
-        Ok(())
-    })?;
+    let total = bytes_of(size, next_data)?;
     let mut room = Zeroizing::new(vec![0; CHUNK]);
     let mut done = 0;
     each_run(size, next_data, &mut |run| {
@@ -55,6 +51,16 @@ pub(crate) fn each_chunk(
         Ok(())
     })?;
     watch(done, total)
+}
+
+/// How many bytes of a disk of `size` bytes may hold data, in whole blocks of it.
+pub(crate) fn bytes_of(size: u64, next_data: NextData<'_>) -> Result<u64> {
+    let mut bytes = 0;
+    each_run(size, next_data, &mut |run| {
+        bytes += run.end - run.start;
+        Ok(())
+    })?;
+    Ok(bytes)
 }
 
 fn each_run(size: u64, next_data: NextData<'_>, f: &mut dyn FnMut(Range<u64>) -> Result<()>) -> Result<()> {

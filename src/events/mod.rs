@@ -112,6 +112,11 @@ impl Event {
         Event { cause: cause.into(), ..Self::hydrate_volume(volume, kms_key, "failed") }
     }
 
+    /// `hydrateVolume`: `waiting`, for space. It goes on by itself.
+    pub fn hydrate_waits(volume: VolumeId, kms_key: Option<&str>, cause: impl Into<String>) -> Self {
+        Event { cause: cause.into(), ..Self::hydrate_volume(volume, kms_key, "waiting") }
+    }
+
     /// `copySnapshot` of `source`, which is of `volume`: `succeeded`, or `failed` for a cause. `incremental`
     /// if the two share their data.
     pub fn copy_snapshot(

@@ -25,6 +25,7 @@ pub mod status;
 
 use crate::backing::file::ring;
 use crate::base::hardened::Hardened;
+use crate::base::space::Reserve;
 use crate::base::{Context, Result};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
@@ -80,6 +81,8 @@ pub struct Options {
     pub limits: Limits,
     /// Bytes a second at which what lower layers hold is copied up where that is to be done; 0: no limit.
     pub hydrate_rate: u64,
+    /// How much of the file system what is copied up leaves free.
+    pub space_reserve: Reserve,
     /// CPUs to bind the queues' threads to, one after the other and from the beginning again; none: unbound.
     pub cpus: Vec<usize>,
     /// How strictly the process is confined once it is ready.

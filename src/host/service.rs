@@ -55,7 +55,7 @@ impl Service {
         let (stop, qos) = (Stop::new()?, Arc::new(Qos::new(options.limits)));
         let (keeper, held) = (Arc::new(keeper), Arc::new(Mutex::new(held)));
         let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
-        let hydrator = Hydrator::new(keys, events.clone(), options.hydrate_rate);
+        let hydrator = Hydrator::new(keys, events.clone(), options.hydrate_rate, options.space_reserve);
         let record = Record::new(catalog.clone(), hydrator);
         let (writeback, channel) = (Arc::new(AtomicBool::new(true)), Arc::<Channel>::default());
         let shape = opener.shape.clone();
@@ -98,6 +98,7 @@ impl Service {
         let (stop, qos, shape, vmm) =
             (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
         let (status, rate, rewrap, resize) = (record(), record(), record(), record());
+        let reserve = record();
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
         Orders {
@@ -112,6 +113,7 @@ impl Service {
             }),
             throttle: Box::new(move |limits| qos.set(limits)),
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),
+            space_reserve: Box::new(move |bytes| reserve.set_space_reserve(bytes)),
             rewrap: Box::new(move |new| rewrap.rewrap(new)),
             resize: Box::new(move |size| {
                 resize.resize(size)?;

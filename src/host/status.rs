@@ -46,4 +46,10 @@ pub struct Progress {
     pub rate: u64,
     /// What went wrong last, if it did not go on since.
     pub problem: Option<String>,
+    /// Whether that is only that it waits for space.
+    #[serde(default)]
+    pub waits_for_space: bool,
+    /// What it leaves free of the file system, in bytes, where somebody has said so.
+    #[serde(default)]
+    pub reserve: Option<u64>,
 }

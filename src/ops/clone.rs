@@ -17,6 +17,7 @@ use crate::kms::key_ref::is_same_key;
 use crate::kms::{EncryptionContext, Failure, KeyProvider, KmsError};
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
+use crate::ops::need::{self, Budget};
 use crate::volume::open::Unwrap;
 
 /// How a KMS is reached, by the name of its provider.
@@ -59,11 +60,11 @@ pub(super) fn create(
     events: &EventLog,
     wanted: &Wanted,
     snapshot: &Snapshot,
-    top: TopKey<'_>,
+    (top, budget): (TopKey<'_>, Budget),
     keys: Keys<'_>,
 ) -> Result<Metadata> {
     make::create_with(catalog, events, wanted, |id| {
-        let layout = layout(id, wanted, snapshot, top, keys)?;
+        let layout = layout(catalog, id, wanted, snapshot, (top, budget), keys)?;
         let origin = Origin { snapshot: snapshot.id(), proof: snapshot.proof() };
         let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
         if metadata.is_encrypted() && !snapshot.is_encrypted() {
@@ -78,10 +79,11 @@ pub(super) fn create(
 }
 
 fn layout(
+    catalog: &Catalog,
     id: VolumeId,
     wanted: &Wanted,
     snapshot: &Snapshot,
-    top: TopKey<'_>,
+    (top, budget): (TopKey<'_>, Budget),
     ways: Keys<'_>,
 ) -> Result<Layout, Failure> {
     let (below, going_on) = (snapshot.layout().top(), snapshot.layout().hydrate());
@@ -93,6 +95,10 @@ fn layout(
             false => (Some(key), Some(below.id)),
         },
     };
+    if let Some(hydrate) = hydrate {
+        let above = snapshot.layers().iter().take_while(|layer| layer.id != hydrate).count();
+        budget.check(catalog, need::of_layers(catalog, &snapshot.layers()[above..])?)?;
+    }
     // First whether the key that was asked for can be had at all.
     let fresh = with.map(|key| key.generate(id)).transpose()?;
     let mut keys = rewrap_all(snapshot, &encryption_context(id), ways)?;

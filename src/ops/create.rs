@@ -4,6 +4,7 @@ use super::Store;
 use super::clone::{self, Keys, TopKey};
 use super::keys::NamedKey;
 use super::make::{self, Wanted};
+use super::need::Budget;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::metadata::{Geometry, KeyRecord, VolumeName};
@@ -31,12 +32,15 @@ pub struct NewVolume {
     pub tags: Tags,
     /// Whether the file system sets the whole size aside now.
     pub preallocate: bool,
+    /// What may be used for what is going to be copied up.
+    pub budget: Budget,
 }
 
 /// Makes a volume, from `snapshot` if there is one, and reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for what breaks a rule ([`check`]); `Busy` if the name is taken; those of the KMS and of the file
+/// `Usage` for what breaks a rule ([`check`]); `NoSpace` if the file system has too little for what is going
+/// to be copied up; `Busy` if the name is taken; those of the KMS and of the file
 /// system. Nothing of the volume is left then.
 pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Metadata> {
     let geometry = check(store, new, snapshot)?;
@@ -54,7 +58,7 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
     let open_provider = |name: &str| store.provider(name);
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
-    clone::create(&catalog, &events, &wanted, snapshot, top, keys)
+    clone::create(&catalog, &events, &wanted, snapshot, (top, new.budget), keys)
 }
 
 /// Whether such a volume can be made, as far as that can be known before; its size and sector size.

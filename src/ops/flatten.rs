@@ -5,7 +5,9 @@
 //! interrupted, the next attach, or the next [`follow`], goes on with it.
 
 use super::Store;
+use super::need::{self, Budget};
 use super::reach::{Reach, is_attached};
+use crate::base::space::{Reserve, Shortage};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::{Metadata, VolumeId, leaving, rekey};
@@ -18,6 +20,7 @@ use crate::host::status::Progress;
 use crate::volume::layers;
 use crate::volume::open::{Opened, Taken, shape};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
@@ -26,19 +29,41 @@ const TELL: Duration = Duration::from_millis(250);
 /// How often a host process is asked how far it has come.
 const ASK: Duration = Duration::from_millis(500);
 
+/// How fast a command copies, and what it leaves free.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// Bytes a second; 0: no limit.
+    pub rate: u64,
+    /// What it leaves free of the file system.
+    pub reserve: Reserve,
+}
+
 /// Marks everything below the top of a volume to be hydrated, and reports a `hydrateVolume` event. Returns
 /// whether there is anything to do.
 ///
 /// # Errors
-/// `Busy`, naming the command that has the volume; those of its host process and of the file system.
-pub fn flatten(store: &Store, id: VolumeId) -> Result<bool> {
+/// `NoSpace` if the file system has too little; `Busy`, naming the command that has the volume; those of its
+/// host process and of the file system.
+pub fn flatten(store: &Store, id: VolumeId, budget: Budget) -> Result<bool> {
     let catalog = store.catalog();
+    let check = |metadata: &Metadata| {
+        let layers = metadata.layers();
+        match metadata.layout().leaving() == layers.len() - 1 {
+            // It is marked already.
+            true => Ok(()),
+            false => budget.check(&catalog, need::of_layers_below(&catalog, &layers[1..], &layers[0])?),
+        }
+    };
     let mark = || match Reach::of(&catalog, id, Purpose::Mark)? {
         // The host process reports the event.
-        Reach::Host => control::flatten(&catalog, id),
+        Reach::Host => {
+            check(&catalog.load(id)?)?;
+            control::flatten(&catalog, id)
+        }
         Reach::Mine(lock) => {
             let mut metadata = catalog.load(id)?;
             catalog.recover(&lock, &metadata)?;
+            check(&metadata)?;
             let before = metadata.layout().hydrate();
             let is_any = rekey::mark_to_flatten(&catalog, &lock, &mut metadata)?;
             if is_any && metadata.layout().hydrate() != before {
@@ -51,13 +76,13 @@ pub fn flatten(store: &Store, id: VolumeId) -> Result<bool> {
 }
 
 /// Returns when nothing of the volume is to be hydrated any more, with what is known of it then. Of a volume
-/// that nobody has attached this process does it, at `rate` bytes a second (0: no limit), and reports a
-/// `hydrateVolume` event. `tell` is told now and then how far it has come.
+/// that nobody has attached this process does it, at this `pace`, and reports `hydrateVolume` events. `tell`
+/// is told now and then how far it has come.
 ///
 /// # Errors
 /// `Busy`, naming the command that has the volume; `Corrupt` for a volume that an attach would refuse; those
 /// of the KMS and of the file system.
-pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
+pub fn follow(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
     let catalog = store.catalog();
     loop {
         let metadata = catalog.load(id)?;
@@ -73,7 +98,7 @@ pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Prog
             std::thread::sleep(ASK);
             continue;
         }
-        match complete(store, id, rate, tell) {
+        match complete(store, id, pace, tell) {
             Err(e) if e.kind() == Kind::Busy && is_attached(&catalog, id)? => {}
             done => {
                 let volume = done.context(|| format!("copy up the lower layers of {id}"))?;
@@ -85,7 +110,7 @@ pub fn follow(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Prog
 }
 
 /// Hydrates a volume that nobody has attached, and takes the layers out of its chain.
-fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
+fn complete(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
     let catalog = store.catalog();
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
     let lock = VolumeLock::acquire_in_turn(&catalog.folder(id), id, &holder)?;
@@ -98,29 +123,43 @@ fn complete(store: &Store, id: VolumeId, rate: u64, tell: &mut dyn FnMut(&Progre
     let disk = Disk::layered(shape(metadata.geometry(), false), "", layers::chain(&layers));
     let disk = disk.context(|| "open its layers")?.hydrating_lowest(leaving);
     drop(layers);
-    hydrate(disk, rate, tell)?;
+    let waits = |short: &Shortage| {
+        store.events().record(&Event::hydrate_waits(id, kms_key(&metadata), short.to_string()));
+    };
+    hydrate(disk, pace, tell, &waits)?;
     leaving::commit(&catalog, &lock, &mut metadata, seal_key.as_ref())?;
     // With this their files go.
     catalog.recover(&lock, &metadata)?;
     Ok(metadata)
 }
 
-/// Hydrates a disk by a thread of its own, at `rate` bytes a second (0: no limit), until nothing is left.
-/// `tell` is told now and then how far it has come.
+/// Hydrates a disk by a thread of its own, at this `pace`, until nothing is left. `tell` is told now and then
+/// how far it has come, and `waits` once, if it has to wait for space.
 ///
 /// # Errors
 /// What the store says, with the place.
-pub(super) fn hydrate(disk: Disk, rate: u64, tell: &mut dyn FnMut(&Progress)) -> Result<()> {
-    let hydration = &*Hydration::new(Arc::new(disk), rate)?;
+pub(super) fn hydrate(
+    disk: Disk,
+    pace: Pace,
+    tell: &mut dyn FnMut(&Progress),
+    waits: &(dyn Fn(&Shortage) + Sync),
+) -> Result<()> {
+    let hydration = &*Hydration::new(Arc::new(disk), pace.rate)?;
+    hydration.set_reserve(pace.reserve);
+    let is_told = &AtomicBool::new(false);
+    let hear = move |short: Option<&Shortage>| {
+        if let Some(short) = short.filter(|_| !is_told.swap(true, Ordering::Relaxed)) {
+            log::warn!("the copy waits: {short}");
+            waits(short);
+        }
+    };
     let end = std::thread::scope(|threads| {
         let (over, wait) = sync_channel(1);
-        threads.spawn(move || over.send(hydration.run()));
+        threads.spawn(move || over.send(hydration.run_telling(&hear)));
         loop {
             match wait.recv_timeout(TELL) {
                 Ok(end) => return end,
-                Err(RecvTimeoutError::Timeout) => {
-                    tell(&Progress { left: hydration.left(), rate, problem: None })
-                }
+                Err(RecvTimeoutError::Timeout) => tell(&progress(hydration)),
                 Err(RecvTimeoutError::Disconnected) => return Err(std::io::Error::other("it panicked")),
             }
         }
@@ -128,6 +167,17 @@ pub(super) fn hydrate(disk: Disk, rate: u64, tell: &mut dyn FnMut(&Progress)) ->
     match end {
         End::Complete => Ok(()),
         End::Stopped => Err(Error::new(Kind::Other, "it was stopped")),
+    }
+}
+
+fn progress(hydration: &Hydration) -> Progress {
+    let short = hydration.shortage();
+    Progress {
+        left: hydration.left(),
+        rate: hydration.rate(),
+        problem: short.as_ref().map(ToString::to_string),
+        waits_for_space: short.is_some(),
+        reserve: hydration.reserve().given(),
     }
 }
 

@@ -5,11 +5,13 @@ use super::create::check_may_be_unencrypted;
 use super::import_copy::{self, Content, Key, size_of};
 use super::import_in_place::{self, Candidate};
 use super::make::Wanted;
+use super::need::{self, Budget, Gate};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::Metadata;
 use crate::catalog::metadata::{Geometry, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::crypt::SectorSize;
+use crate::disk::transfer;
 use crate::image::stream::Stream;
 use crate::image::{BackingFiles, Format, Image};
 use std::fmt;
@@ -58,15 +60,18 @@ pub struct Import {
     pub tags: Tags,
     /// Whether the file system sets the whole size aside now.
     pub preallocate: bool,
+    /// What may be used.
+    pub budget: Budget,
 }
 
 /// Makes a volume with what the image holds. `watch` is told how far it has come. Reports
 /// a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for an image that cannot be read, or a size that is too small for it, or that a pipe's image does
-/// not have; `Busy` for an image that somebody has open for writing, or that was changed meanwhile; as
-/// [`super::create::create`]; what `watch` says. Nothing of the volume is left then.
+/// `NoSpace` if the file system has too little; `Usage` for an image that cannot be read, or a size that
+/// is too small for it, or that a pipe's image does not have; `Busy` for an image that somebody has open
+/// for writing, or that was changed meanwhile; as [`super::create::create`]; what `watch` says. Nothing of
+/// the volume is left then.
 pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metadata> {
     let mut copy = || {
         if import.unencrypted {
@@ -77,6 +82,7 @@ pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metada
                 let image = Image::open(path, import.format, import.backing)?;
                 image.check_at_rest()?;
                 let wanted = wanted(import, image.size())?;
+                check_space(store, import, &wanted, &image)?;
                 copy_from(store, import, &wanted, Content::Image(&image), watch)
             }
             Input::StandardInput => {
@@ -101,6 +107,17 @@ pub fn copied(store: &Store, import: &Import, watch: Watch<'_>) -> Result<Metada
         }
     };
     copy().context(|| attempt(import))
+}
+
+/// # Errors
+/// `NoSpace` if the file system has too little for what the image may hold, or for all of it where that is to
+/// be set aside.
+fn check_space(store: &Store, import: &Import, wanted: &Wanted, image: &Image) -> Result<()> {
+    let need = match wanted.preallocate {
+        true => wanted.geometry.size(),
+        false => transfer::bytes_of(wanted.geometry.size(), &|from| image.next_data(from))?,
+    };
+    import.budget.check(&store.catalog(), need)
 }
 
 /// Whether it was said that the bytes are raw.
@@ -128,6 +145,13 @@ fn copy_from(
     watch: Watch<'_>,
 ) -> Result<Metadata> {
     let (catalog, events) = (store.catalog(), store.events());
+    let place = need::place(store.root());
+    let mut gate = Gate::new(&place, import.budget.reserve);
+    let watch = &mut |done, total| {
+        watch(done, total)?;
+        // What was set aside is there.
+        if done < total && !wanted.preallocate { gate.wait(&mut || watch(done, total)) } else { Ok(()) }
+    };
     if import.unencrypted {
         return import_copy::import(&catalog, &events, wanted, content, None, watch);
     }
@@ -141,7 +165,8 @@ fn copy_from(
 /// Reports a `createVolume` event.
 ///
 /// # Errors
-/// `Usage` for what is no raw image in a file of its own on the store's file system; `Busy` if somebody has
+/// `NoSpace` if the file system has too little for what is going to be encrypted in the background; `Usage`
+/// for what is no raw image in a file of its own on the store's file system; `Busy` if somebody has
 /// it open; as [`super::create::create`]. The file is as it was then.
 pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
     let take = || {
@@ -156,6 +181,7 @@ pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
         let offered = image.into_raw()?;
         let wanted = wanted(import, size)?;
         let candidate = Candidate::new(&store.catalog(), offered)?;
+        import.budget.check(&store.catalog(), candidate.need()?)?;
         let named = store.key(import.key.as_deref())?;
         let unwrap = |owner, key: &_| store.unwrap(owner, key);
         let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };

@@ -17,6 +17,7 @@ use crate::events::EventLog;
 use crate::image::lock::{Access, ImageLock};
 use crate::ops::import_copy::{Key, unwrap_all};
 use crate::ops::make::{self, Wanted};
+use crate::ops::need;
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
@@ -78,6 +79,11 @@ impl Candidate {
             );
         }
         Ok(Candidate { path, file, len: found.len(), lock })
+    }
+
+    /// How many bytes are going to be copied up.
+    pub(super) fn need(&self) -> Result<u64> {
+        need::of_file(&self.file).context(|| format!("look at {}", self.path.display()))
     }
 
     /// Gives the file its second name, durably, with all that was ever written to it.

@@ -12,6 +12,7 @@
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
+//! | space: what a copy needs | [`need`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
 #![forbid(unsafe_code)]
 
@@ -30,6 +31,7 @@ mod import_in_place;
 pub mod key_sharing;
 pub mod keys;
 pub mod make;
+pub mod need;
 mod new_top;
 pub mod reach;
 pub mod rekey;

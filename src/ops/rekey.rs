@@ -2,6 +2,7 @@
 //! the host process while the volume is attached, or by [`super::flatten::follow`].
 
 use super::keys::NamedKey;
+use super::need::{self, Budget};
 use super::new_top::NewTop;
 use super::reach::Reach;
 use super::{Store, flatten};
@@ -32,14 +33,16 @@ pub struct Rekeyed {
 /// is marked to be copied up.
 ///
 /// # Errors
-/// `Usage` for a volume without encryption; `Busy`, naming the command that has it; `Corrupt` for
-/// one that an attach would refuse; those of the KMS and of the file system. The volume has the
-/// data key that it had then.
-pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>) -> Result<Rekeyed> {
+/// `Usage` for a volume without encryption; `NoSpace` if the file system has too little; `Busy`, naming the
+/// command that has it; `Corrupt` for one that an attach would refuse; those of the KMS and of the file
+/// system. The volume has the data key that it had then.
+pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>, budget: Budget) -> Result<Rekeyed> {
     let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("re-key {id}");
     let metadata = catalog.load(id)?;
     check_encrypted(&metadata).context(attempt)?;
+    let need = need::of_layers(&catalog, metadata.layers()).context(attempt)?;
+    budget.check(&catalog, need).context(attempt)?;
     let key = named_key(store, key, &metadata).context(attempt)?;
     let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
         let pause = give(store, id, new.clone())?;

@@ -17,7 +17,11 @@ pub struct Rig {
 impl Rig {
     /// With these arguments of `volume create` besides.
     pub fn new(arguments: &[&str]) -> Self {
-        let place = Place::new(arguments);
+        Self::of(Place::new(arguments))
+    }
+
+    /// In a store that is there, whose volume is empty.
+    pub fn of(place: Place) -> Self {
         let mut data = vec![0; 8 << 20];
         let host = place.attach(&[]);
         let mut session = open(&place.socket());

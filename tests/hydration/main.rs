@@ -7,4 +7,5 @@ mod common;
 mod crash;
 mod flatten;
 mod rekey;
+mod space;
 mod watch;

@@ -13,7 +13,11 @@ pub const SLOW: &[&str] = &["--hydrate-rate", "1"];
 
 /// A rig whose volume is written almost everywhere.
 pub fn full(arguments: &[&str]) -> Rig {
-    let mut rig = Rig::new(arguments);
+    filled(Rig::new(arguments))
+}
+
+/// Writes almost everywhere into the volume of a rig.
+pub fn filled(mut rig: Rig) -> Rig {
     let (host, socket) = rig.attach("t");
     let mut session = open(&socket);
     for at in (1..7).map(|n| n << 20) {

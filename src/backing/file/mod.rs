@@ -22,6 +22,7 @@ mod write_cache;
 use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
+use crate::base::space::Space;
 use direct::{Found, SECTOR};
 use memory::FileMemory;
 use nix::errno::Errno;
@@ -307,6 +308,10 @@ impl Backing for FileBacking {
 
     fn next_data(&self, _layer: usize, from: u64) -> io::Result<Option<Range<u64>>> {
         self.next_data_from(from)
+    }
+
+    fn space(&self) -> io::Result<Option<Space>> {
+        Space::of(&self.file)
     }
 }
 

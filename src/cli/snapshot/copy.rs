@@ -5,10 +5,12 @@ use super::{description, tell_that_unproved};
 use crate::base::{Result, size};
 use crate::catalog::snapshot::Label;
 use crate::catalog::tags::Tags;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
 use crate::cli::meter::Meter;
 use crate::cli::{Env, output};
 use crate::ops::copy::{self, Way};
+use crate::ops::flatten::Pace;
 
 /// What `snapshot copy` takes.
 #[derive(clap::Args)]
@@ -30,6 +32,8 @@ pub struct CopyArgs {
     /// Where everything is copied: bytes a second; 0: no limit.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     rate: u64,
+    #[command(flatten)]
+    space: SpaceArgs,
     /// What it is for, in at most 255 characters [default: the snapshot's].
     #[arg(long)]
     description: Option<String>,
@@ -49,8 +53,10 @@ pub(super) fn run(env: &Env, args: CopyArgs) -> Result<()> {
     if matches!(way, Way::Full(_)) && !source.is_encrypted() {
         tell_that_unproved(&source);
     }
+    let budget = args.space.budget(&store);
+    let pace = Pace { rate: args.rate, reserve: args.space.reserve(&store) };
     let mut meter = Meter::new();
-    let made = copy::copy(&store, &source, label, &way, args.rate, &mut |progress| meter.show(progress));
+    let made = copy::copy(&store, &source, label, &way, (pace, budget), &mut |progress| meter.show(progress));
     meter.clear();
     let made = made?;
     match env.json {

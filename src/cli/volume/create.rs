@@ -4,6 +4,7 @@
 use crate::base::{Result, size};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
 use crate::cli::snapshot::tell_that_unproved;
 use crate::cli::volume::show::description;
@@ -57,6 +58,8 @@ pub struct CreateArgs {
     /// Set the whole size aside in the file system now.
     #[arg(long)]
     preallocate: bool,
+    #[command(flatten)]
+    space: SpaceArgs,
 }
 
 /// Makes a volume, and prints what it is.
@@ -73,6 +76,7 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,
+        budget: args.space.budget(&store),
     };
     let snapshot =
         args.snapshot.as_deref().map(|name| catalog.load_snapshot(catalog.resolve_snapshot(name)?));

@@ -3,6 +3,7 @@
 
 use crate::base::{Result, size};
 use crate::cli::Env;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::progress::Progress;
 use crate::cli::volume::output;
 use crate::image::Format;
@@ -41,6 +42,8 @@ pub(crate) struct To {
     /// Replace a file of that name, or overwrite the device.
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    space: SpaceArgs,
 }
 
 /// Exports a volume.
@@ -56,7 +59,9 @@ pub(crate) fn export(env: &Env, what: What, to: &To) -> Result<()> {
         true => Target::StandardOutput,
         false => Target::Path { path: &to.file, replace: to.force },
     };
-    let bytes = export::export(&env.store()?, what, target, &mut |done, total| progress.at(done, total))?;
+    let store = env.store()?;
+    let budget = to.space.budget(&store);
+    let bytes = export::export(&store, what, target, budget, &mut |done, total| progress.at(done, total))?;
     drop(progress);
     let (file, format) = (to.file.display(), to.format);
     if is_stream {

@@ -6,6 +6,7 @@ use super::show::description;
 use crate::base::{Result, size};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
@@ -40,8 +41,9 @@ An image that somebody has open for writing is refused, and so is a device that 
 machines, and whoever opens it later, are not seen before the copy is done; then it is refused if it was
 changed.
 
---in-place takes no time and no space: the raw image itself, which must lie on the store's file system,
-becomes the volume's lowest layer, and its own name goes. What the guest writes is encrypted from the
+--in-place takes no time: the raw image itself, which must lie on the store's file system, becomes the
+volume's lowest layer, and its own name goes. It takes no space at first either, but what the image holds has
+to fit once more: it is copied when it is encrypted. What the guest writes is encrypted from the
 beginning; the rest is encrypted in the background while the volume is attached. The image's old blocks are
 not overwritten on the medium: who must not leave plaintext there needs another medium, or one that was
 encrypted before.")]
@@ -79,12 +81,15 @@ pub struct ImportArgs {
     /// Do not copy a raw image, but take the file itself, which nobody has open for writing.
     #[arg(long, conflicts_with_all = ["unencrypted", "backing_files"])]
     in_place: bool,
+    #[command(flatten)]
+    space: SpaceArgs,
 }
 
 /// Makes a volume from an image.
 pub(super) fn run(env: &Env, args: &ImportArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
+    let store = env.store()?;
     let import = Import {
         input: match args.file.as_os_str() == "-" {
             true => Input::StandardInput,
@@ -99,8 +104,8 @@ pub(super) fn run(env: &Env, args: &ImportArgs) -> Result<()> {
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,
+        budget: args.space.budget(&store),
     };
-    let store = env.store()?;
     let made = if args.in_place {
         import::in_place(&store, &import)?
     } else {

@@ -4,8 +4,10 @@
 use super::show;
 use crate::base::{Result, size};
 use crate::catalog::VolumeId;
+use crate::cli::budget::SpaceArgs;
 use crate::cli::meter::Meter;
 use crate::cli::{Env, output};
+use crate::ops::flatten::Pace;
 use crate::ops::rekey::{self, Rekeyed};
 use crate::ops::{Store, flatten};
 use std::time::Duration;
@@ -60,12 +62,15 @@ struct FollowArgs {
     /// With --follow, of a volume that nobody has attached: bytes a second; 0: no limit.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse, requires = "follow")]
     rate: u64,
+    #[command(flatten)]
+    space: SpaceArgs,
 }
 
 /// Gives a volume a new data key.
 pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
-    let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref())?;
+    let Rekeyed { new, pause } =
+        rekey::rekey(&store, id, args.key.as_deref(), args.following.space.budget(&store))?;
     say_pause(env, id, pause);
     finish(env, &store, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
 }
@@ -73,7 +78,7 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
 /// Makes a volume's layers one.
 pub(super) fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
-    let said = match flatten::flatten(&store, id)? {
+    let said = match flatten::flatten(&store, id, args.following.space.budget(&store))? {
         true => format!("{id} is being flattened"),
         false => format!("{id} has one layer: there is nothing to do"),
     };
@@ -95,7 +100,8 @@ fn finish(env: &Env, store: &Store, id: VolumeId, following: &FollowArgs, said: 
     let mut now = catalog.load(id)?;
     if following.follow {
         let mut meter = Meter::new();
-        let followed = flatten::follow(store, id, following.rate, &mut |progress| meter.show(progress));
+        let pace = Pace { rate: following.rate, reserve: following.space.reserve(store) };
+        let followed = flatten::follow(store, id, pace, &mut |progress| meter.show(progress));
         meter.clear();
         now = followed?;
     }

@@ -191,7 +191,7 @@ impl Attached {
             Some(Ok(status)) => status.hydration.as_ref(),
             _ => None,
         };
-        let Some(Progress { left, rate, problem }) = progress else {
+        let Some(Progress { left, rate, problem, waits_for_space, reserve: _ }) = progress else {
             let most = size::about(allocated(catalog, metadata));
             return vec![pair(
                 "copied up",
@@ -206,7 +206,8 @@ impl Attached {
             format!("at {}/s at most", size::about(*rate))
         };
         let mut rows = vec![pair("copied up", format!("{left} still {what}; {rate}"))];
-        rows.extend(problem.as_ref().map(|problem| pair("", format!("it does not go on: {problem}"))));
+        let why = if *waits_for_space { "it waits" } else { "it does not go on" };
+        rows.extend(problem.as_ref().map(|problem| pair("", format!("{why}: {problem}"))));
         rows
     }
 

@@ -11,13 +11,14 @@
 
 use super::switch;
 use crate::base::root::files;
+use crate::base::space::{Reserve, Shortage};
 use crate::base::sync::Locked;
 use crate::base::{Context, Result};
 use crate::catalog::lock::VolumeLock;
-use crate::catalog::{Catalog, LayerId, Metadata, SnapshotId, leaving};
+use crate::catalog::{Catalog, LayerId, Metadata, SnapshotId, VolumeId, leaving};
 use crate::crypt::SealKey;
 use crate::disk::Disk;
-use crate::disk::hydrate::{End, Hydration};
+use crate::disk::hydrate::{End, Hydration, TellOfSpace};
 use crate::events::{Event, EventLog};
 use crate::helper::grants::Keeper;
 use crate::host::keyring::Keyring;
@@ -37,6 +38,9 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long to wait after a failure: at first, and at most.
 const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
+/// How long after an event that a copy waits for space there is no other: the guest may free and fill
+/// a little again and again.
+const QUIET: Duration = Duration::from_secs(600);
 
 /// What has to do with the data keys of an attached volume.
 pub(crate) struct Keys {
@@ -54,6 +58,10 @@ pub struct Hydrator {
     keys: Keys,
     events: EventLog,
     rate: AtomicU64,
+    /// What is left free of the file system.
+    reserve: Mutex<Reserve>,
+    /// When an event has told that the copy waits for space.
+    told_of_shortage: Mutex<Option<Instant>>,
     /// Snapshots that are being noted, and until when layers stay for each at most.
     noting: Mutex<Vec<(SnapshotId, Instant)>>,
     current: Mutex<Option<Current>>,
@@ -67,10 +75,19 @@ struct Current {
 }
 
 impl Hydrator {
-    /// One that reports to `events`, at `rate` bytes a second (0: no limit).
-    pub(crate) fn new(keys: Keys, events: EventLog, rate: u64) -> Self {
-        let (noting, current, unwrapped_by) = Default::default();
-        Hydrator { record: Weak::new(), keys, events, rate: rate.into(), noting, current, unwrapped_by }
+    /// One that reports to `events`, at `rate` bytes a second (0: no limit), and leaves `reserve` free.
+    pub(crate) fn new(keys: Keys, events: EventLog, rate: u64, reserve: Reserve) -> Self {
+        Hydrator {
+            record: Weak::new(),
+            keys,
+            events,
+            rate: rate.into(),
+            reserve: Mutex::new(reserve),
+            told_of_shortage: Mutex::default(),
+            noting: Mutex::default(),
+            current: Mutex::default(),
+            unwrapped_by: Mutex::default(),
+        }
     }
 
     /// This hydrator, for the volume of this record.
@@ -109,9 +126,11 @@ impl Hydrator {
     fn start(&self, state: &State) -> Result<()> {
         let disk = state.serving()?.disk();
         let hydration = Hydration::new(disk, self.rate.load(Ordering::Relaxed))?;
+        hydration.set_reserve(*self.reserve.locked());
         let until = self.stay_until();
         let job = Arc::new(Job::new(hydration));
         let (record, run) = (self.record.clone(), job.clone());
+        let (volume, key) = (state.metadata.id(), kms_key(&state.metadata).map(String::from));
         let work = move || {
             let finish = || record.upgrade()?.finish_hydration(&run);
             let failed = |cause: &str| {
@@ -119,7 +138,13 @@ impl Hydrator {
                     record.report_failed_hydration(&run, cause);
                 }
             };
-            run.work(until, finish, failed);
+            // Whoever stops the copy waits for this, and may have the record: the volume is known beforehand.
+            let told = |short: Option<&Shortage>| {
+                if let Some(record) = record.upgrade() {
+                    record.hydrator.tell_of_space(volume, key.as_deref(), short);
+                }
+            };
+            run.work(until, finish, failed, &told);
         };
         let thread = std::thread::Builder::new().name("hydration".into()).spawn(work)?;
         log::info!("{}: hydrating it from its lower layers", state.metadata.id());
@@ -187,6 +212,20 @@ impl Hydrator {
         self.unwrapped_by.locked()
     }
 
+    /// Says that the copy waits for space, or that it goes on; how often, the guest must not decide.
+    fn tell_of_space(&self, volume: VolumeId, key: Option<&str>, short: Option<&Shortage>) {
+        let mut told = self.told_of_shortage.locked();
+        let Some(short) = short else {
+            return log::info!("{volume}: there is space again: the copy from its lower layers goes on");
+        };
+        if told.is_some_and(|told| told.elapsed() < QUIET) {
+            return;
+        }
+        *told = Some(Instant::now());
+        log::warn!("{volume}: the copy from its lower layers waits: {short}");
+        self.events.record(&Event::hydrate_waits(volume, key, short.to_string()));
+    }
+
     /// Reports how far it has come.
     pub(crate) fn report(&self, volume: &Metadata, result: &'static str) {
         self.events.record(&Event::hydrate_volume(volume.id(), kms_key(volume), result));
@@ -213,7 +252,10 @@ impl Record {
         let slot = job.slot();
         let left = slot.hydration.as_ref()?.left();
         let rate = self.hydrator.rate.load(Ordering::Relaxed);
-        Some(Progress { left, rate, problem: slot.problem.clone() })
+        let short = slot.hydration.as_ref()?.shortage();
+        let problem = short.as_ref().map(ToString::to_string).or_else(|| slot.problem.clone());
+        let reserve = self.hydrator.reserve.locked().given();
+        Some(Progress { left, rate, problem, waits_for_space: short.is_some(), reserve })
     }
 
     /// Changes the rate, bytes a second, of what is being and will be copied up; 0: no limit.
@@ -223,6 +265,16 @@ impl Record {
             && let Some(hydration) = &current.job.slot().hydration
         {
             hydration.set_rate(rate);
+        }
+    }
+
+    /// Changes what is left free of the file system by what is being and will be copied up.
+    pub fn set_space_reserve(&self, reserve: Reserve) {
+        *self.hydrator.reserve.locked() = reserve;
+        if let Some(current) = &*self.hydrator.current()
+            && let Some(hydration) = &current.job.slot().hydration
+        {
+            hydration.set_reserve(reserve);
         }
     }
 
@@ -355,14 +407,14 @@ impl Job {
     }
 
     /// Copies, once.
-    fn copy(&self) -> std::io::Result<End> {
+    fn copy(&self, told: TellOfSpace<'_>) -> std::io::Result<End> {
         let hydration = {
             let mut slot = self.slot();
             let Some(hydration) = slot.hydration.clone() else { return Ok(End::Stopped) };
             slot.running = true;
             hydration
         };
-        let result = hydration.run();
+        let result = hydration.run_telling(told);
         drop(hydration);
         let mut slot = self.slot();
         slot.running = false;
@@ -373,11 +425,17 @@ impl Job {
 
     /// The thread: copies everything, and then has `finish` done, not before `until`; as often as it
     /// takes. `finish` returns nothing if there is nothing to finish any more. `failed` is told of each
-    /// reason for another try once.
-    fn work(&self, until: Instant, finish: impl Fn() -> Option<Result<()>>, failed: impl Fn(&str)) {
+    /// reason for another try once, and `told` of waiting for space.
+    fn work(
+        &self,
+        until: Instant,
+        finish: impl Fn() -> Option<Result<()>>,
+        failed: impl Fn(&str),
+        told: TellOfSpace<'_>,
+    ) {
         let (mut pause, mut reported, mut is_complete) = (RETRY, String::new(), false);
         loop {
-            let copied = if is_complete { Ok(End::Complete) } else { self.copy() };
+            let copied = if is_complete { Ok(End::Complete) } else { self.copy(told) };
             let cause = match copied {
                 Ok(End::Stopped) => return,
                 Ok(End::Complete) => {

@@ -56,6 +56,9 @@ enum Request {
     HydrateRate {
         rate: u64,
     },
+    SpaceReserve {
+        reserve: u64,
+    },
     Rewrap(Box<Rewrapped>),
     Resize {
         size: u64,
@@ -139,6 +142,12 @@ pub fn throttle(catalog: &Catalog, volume: VolumeId, limits: Limits) -> Result<(
 /// Has what the process copies up that has `volume` attached limited to `rate` bytes a second; 0: not at all.
 pub fn set_hydrate_rate(catalog: &Catalog, volume: VolumeId, rate: u64) -> Result<()> {
     let request = Request::HydrateRate { rate };
+    ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
+}
+
+/// Has what the process copies up that has `volume` attached leave so many bytes of the file system free.
+pub fn set_space_reserve(catalog: &Catalog, volume: VolumeId, reserve: u64) -> Result<()> {
+    let request = Request::SpaceReserve { reserve };
     ask(catalog, volume, &request, None).map(drop).context(|| format!("throttle {volume}"))
 }
 

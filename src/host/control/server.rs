@@ -2,6 +2,7 @@
 //! that is slow, silent or stuck keeps another waiting.
 
 use crate::base::root::files;
+use crate::base::space::Reserve;
 use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
@@ -67,6 +68,8 @@ pub struct Orders {
     pub throttle: Box<dyn Fn(Limits) + Send>,
     /// Put another limit on what is copied up in force, in bytes a second; 0: none.
     pub hydrate_rate: Box<dyn Fn(u64) + Send>,
+    /// Have what is copied up leave so much of the file system free.
+    pub space_reserve: Box<dyn Fn(Reserve) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
     /// Make the volume larger.
@@ -318,6 +321,11 @@ impl Server {
             Ok(Request::HydrateRate { rate }) => {
                 log::info!("a client has at most {rate} bytes a second copied up (0: any number)");
                 (self.orders.hydrate_rate)(rate);
+                Ok(Answer::Throttled)
+            }
+            Ok(Request::SpaceReserve { reserve }) => {
+                log::info!("a client has {reserve} bytes of the file system left free by what is copied up");
+                (self.orders.space_reserve)(Reserve::of(reserve));
                 Ok(Answer::Throttled)
             }
             Ok(Request::Rewrap(new)) => {

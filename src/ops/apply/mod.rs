@@ -11,6 +11,7 @@ pub use file::{Wanted, parse};
 pub use plan::{Change, Plan, Planned};
 
 use super::Store;
+use super::need::Budget;
 use crate::base::root::{create_dir_durable, files};
 use crate::base::{Context, Result, locks};
 use crate::catalog::VolumeId;
@@ -18,19 +19,19 @@ use nix::fcntl::{Flock, OFlag};
 use std::fs::File;
 
 /// Plans what has to be done and does it, in the file's order. Returns the plan, and the
-/// volume of each of its changes.
+/// volume of each of its changes. What is going to be copied up may use this `budget`.
 ///
 /// # Errors
 /// As [`Plan::make`], and then nothing was done; those of the first change that failed, with
 /// how many were made before.
-pub fn apply(store: &Store, wanted: &[Wanted]) -> Result<(Plan, Vec<VolumeId>)> {
+pub fn apply(store: &Store, wanted: &[Wanted], budget: Budget) -> Result<(Plan, Vec<VolumeId>)> {
     // Of two at once, the second finds what the first has done.
     let _lock = lock(store)?;
     let plan = Plan::make(store, wanted)?;
     let mut ids = Vec::new();
     let changes = plan.changes();
     for (done, planned) in changes.iter().enumerate() {
-        ids.push(planned.carry_out(store).map_err(|e| match done {
+        ids.push(planned.carry_out(store, budget).map_err(|e| match done {
             0 => e.context(&planned.name),
             n => e.context(format!("{n} of {} changes are done, then {}", changes.len(), planned.name)),
         })?);

@@ -7,6 +7,7 @@ use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
 use crate::config::DEFAULT_KEY;
 use crate::ops::create::{self, NewVolume};
+use crate::ops::need::Budget;
 use crate::ops::{Store, resize};
 
 /// What will be done, in order.
@@ -93,7 +94,7 @@ struct Look<'a> {
 
 impl Look<'_> {
     fn at_missing(&self) -> Result<()> {
-        let (new, snapshot) = (new_volume(self.wanted), self.made_from()?);
+        let (new, snapshot) = (new_volume(self.wanted, Budget::default()), self.made_from()?);
         create::check(self.store, &new, snapshot.as_ref())?;
         // A volume from a snapshot has the snapshot's key unless another is named.
         if !new.unencrypted && (new.key.is_some() || snapshot.is_none()) {
@@ -212,13 +213,14 @@ fn refuse<T>(message: String) -> Result<T> {
 
 impl Planned {
     /// Makes the change, and returns its volume.
-    pub(super) fn carry_out(&self, store: &Store) -> Result<VolumeId> {
+    pub(super) fn carry_out(&self, store: &Store, budget: Budget) -> Result<VolumeId> {
         match &self.change {
             Change::Create(wanted) => {
                 let catalog = store.catalog();
                 let snapshot = wanted.snapshot.as_deref();
                 let snapshot = snapshot.map(|name| catalog.load_snapshot(catalog.resolve_snapshot(name)?));
-                let made = create::create(store, &new_volume(wanted), snapshot.transpose()?.as_ref())?;
+                let made =
+                    create::create(store, &new_volume(wanted, budget), snapshot.transpose()?.as_ref())?;
                 Ok(made.id())
             }
             Change::Grow { id, to, .. } => resize::resize(store, *id, *to).map(|_| *id),
@@ -233,7 +235,7 @@ impl Planned {
     }
 }
 
-fn new_volume(wanted: &Wanted) -> NewVolume {
+fn new_volume(wanted: &Wanted, budget: Budget) -> NewVolume {
     NewVolume {
         size: wanted.size,
         sector_size: wanted.sector_size,
@@ -243,5 +245,6 @@ fn new_volume(wanted: &Wanted) -> NewVolume {
         name: Some(wanted.name.clone()),
         tags: wanted.tags.clone().unwrap_or_default(),
         preallocate: false,
+        budget,
     }
 }

@@ -15,6 +15,7 @@ use crate::crypt::Dek;
 use crate::kms::Failure;
 use crate::ops::clone::{Keys, is_key_of};
 use crate::ops::keys::WrappingKey;
+use crate::ops::need::{self, Budget};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -33,14 +34,15 @@ impl Copying {
     /// begun so and interrupted.
     ///
     /// # Errors
-    /// The KMS's; `Corrupt` if the source, or what was begun, is not what somebody who has its data keys
-    /// made; those of the file system.
+    /// The KMS's; `NoSpace` if the file system has too little; `Corrupt` if the source, or what was begun, is
+    /// not what somebody who has its data keys made; those of the file system.
     pub fn begin(
         catalog: &Catalog,
         source: &Snapshot,
         label: Label,
         key: &WrappingKey<'_>,
         keys: Keys<'_>,
+        budget: Budget,
     ) -> Result<Self, Failure> {
         catalog.check_snapshot(source)?;
         let unwrap =
@@ -54,8 +56,11 @@ impl Copying {
             log::info!("going on with {}, which was interrupted", copy.id());
             let copying = Copying { copy, source_deks, dek, _lock: lock };
             copying.make_layer(catalog)?;
+            let top = copying.copy.layout().top();
+            budget.check(catalog, need::of_layers_below(catalog, source.layers(), top)?)?;
             return Ok(copying);
         }
+        budget.check(catalog, need::of_layers(catalog, source.layers())?)?;
         let id = SnapshotId::random();
         let record = key.generate(id)?;
         let dek = Arc::new((keys.unwrap)(id.into(), &record)?);

@@ -9,8 +9,9 @@ pub mod full;
 
 use super::Store;
 use super::clone::{Keys, is_key_of, rewrap_all};
-use super::flatten::hydrate;
+use super::flatten::{Pace, hydrate};
 use super::keys::NamedKey;
+use super::need::Budget;
 use crate::base::{Context, Result, Timestamp};
 use crate::catalog::metadata::encryption_context;
 use crate::catalog::references::RecordsLock;
@@ -47,19 +48,18 @@ pub fn way(store: &Store, source: &Snapshot, key: Option<&str>) -> Result<Way> {
     }
 }
 
-/// Copies a snapshot, and reports a `copySnapshot` event. Where everything is copied, that is at most
-/// `rate` bytes a second (0: no limit), and `tell` is told now and then how far it has come; an
-/// interrupted copy is gone on with.
+/// Copies a snapshot, and reports a `copySnapshot` event. Where everything is copied, that is done at this
+/// `pace`, and `tell` is told now and then how far it has come; an interrupted copy is gone on with.
 ///
 /// # Errors
-/// `NotFound` if the snapshot was deleted meanwhile; `Corrupt` if it is not what whoever has its data keys
-/// made; those of the KMS and of the file system.
+/// `NotFound` if the snapshot was deleted meanwhile; `NoSpace` if the file system has too little; `Corrupt`
+/// if it is not what whoever has its data keys made; those of the KMS and of the file system.
 pub fn copy(
     store: &Store,
     source: &Snapshot,
     label: Label,
     way: &Way,
-    rate: u64,
+    (pace, budget): (Pace, Budget),
     tell: &mut dyn FnMut(&Progress),
 ) -> Result<Snapshot> {
     let (catalog, started) = (store.catalog(), Timestamp::now());
@@ -68,7 +68,10 @@ pub fn copy(
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
     let (made, is_incremental) = match way {
         Way::Shared => (make(&catalog, source, label, keys), true),
-        Way::Full(key) => (make_full(&catalog, source, label, key, keys, rate, tell), false),
+        Way::Full(key) => {
+            let begun = Copying::begin(&catalog, source, label, &key.wrapping(), keys, budget);
+            (begun.and_then(|begun| finish(&catalog, source, begun, pace, tell)), false)
+        }
     };
     let result = made.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
     let event = Event::copy_snapshot(source.id(), source.volume(), result, started, is_incremental);
@@ -76,17 +79,14 @@ pub fn copy(
     made.map_err(|failure| failure.error.context(format!("copy {}", source.id())))
 }
 
-fn make_full(
+fn finish(
     catalog: &Catalog,
     source: &Snapshot,
-    label: Label,
-    key: &NamedKey,
-    keys: Keys<'_>,
-    rate: u64,
+    copying: Copying,
+    pace: Pace,
     tell: &mut dyn FnMut(&Progress),
 ) -> Result<Snapshot, Failure> {
-    let copying = Copying::begin(catalog, source, label, &key.wrapping(), keys)?;
-    fill(catalog, source, &copying, rate, tell)?;
+    fill(catalog, source, &copying, pace, tell)?;
     Ok(copying.commit(catalog)?)
 }
 
@@ -95,7 +95,7 @@ fn fill(
     catalog: &Catalog,
     source: &Snapshot,
     copying: &Copying,
-    rate: u64,
+    pace: Pace,
     tell: &mut dyn FnMut(&Progress),
 ) -> Result<()> {
     let (dek, source_deks) = copying.deks();
@@ -111,7 +111,7 @@ fn fill(
     let disk = Disk::layered(shape(source.geometry(), false), "", layers::chain(&opened));
     let disk = disk.context(|| "open the layers")?.hydrating();
     drop(opened);
-    hydrate(disk, rate, tell)
+    hydrate(disk, pace, tell, &|_| ())
 }
 
 fn make(catalog: &Catalog, source: &Snapshot, label: Label, keys: Keys<'_>) -> Result<Snapshot, Failure> {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use crate::base::locks::{self, Bytes};
+use crate::base::root::parent_of;
 use crate::base::{Context, Error, Kind, Result};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat2};
@@ -51,9 +52,14 @@ impl<'a> NewFile<'a> {
         if !replace && path.symlink_metadata().is_ok() {
             return Err(is_there(path));
         }
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = parent_of(path);
         let folder = File::open(folder).context(|| format!("open {}", folder.display()))?;
         Ok(NewFile { path, replace, name, folder, made: None })
+    }
+
+    /// The folder that it is made in.
+    pub(super) fn folder(&self) -> &'a Path {
+        parent_of(self.path)
     }
 
     /// Makes it, empty, and so long.

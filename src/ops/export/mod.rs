@@ -12,9 +12,12 @@ use self::device::Device;
 use self::file::NewFile;
 use self::stream::Stream;
 use super::Store;
+use super::need::{self, Budget, Gate};
 use super::reach::Reach;
 use crate::audit::{AuditLog, Entry, Step};
 use crate::backing;
+use crate::base::root::parent_of;
+use crate::base::space::Reserve;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layout::Layout;
 use crate::catalog::lock::{self, Purpose, VolumeLock};
@@ -30,7 +33,7 @@ use crate::volume::layers;
 use crate::volume::open::{Opening, Taken, Unwrap, shape};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use zeroize::Zeroizing;
@@ -64,10 +67,17 @@ pub enum Target<'a> {
 /// standard output. Reports an `exportVolume` or `exportSnapshot` event; returns the size.
 ///
 /// # Errors
-/// `Busy` if there is such a file, the device is in use, or the volume is attached; `Usage` for what cannot
-/// be written to; `NotFound`; `Corrupt` for what an attach would refuse; the KMS's; those of the file system;
-/// what `watch` says. There is no new file then; a device or standard output can have a part of the data.
-pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -> Result<u64> {
+/// `Busy` if there is such a file, the device is in use, or the volume is attached; `NoSpace` if a file's
+/// file system has too little; `Usage` for what cannot be written to; `NotFound`; `Corrupt` for what an
+/// attach would refuse; the KMS's; those of the file system; what `watch` says. There is no new file then; a
+/// device or standard output can have a part of the data.
+pub fn export(
+    store: &Store,
+    what: What,
+    target: Target<'_>,
+    budget: Budget,
+    watch: Watch<'_>,
+) -> Result<u64> {
     let catalog = &store.catalog();
     let started = Timestamp::now();
     let attempt = || match what {
@@ -82,8 +92,13 @@ pub fn export(store: &Store, what: What, target: Target<'_>, watch: Watch<'_>) -
     let done = Source::open(store, what).and_then(|source| {
         let size = source.layout.geometry().size();
         sink.check_size(size)?;
+        let budget = budget_of(store, target, budget)?;
+        if let (Sink::File(_), Target::Path { path, .. }) = (&sink, target) {
+            let need = transfer::bytes_of(size, &|from| source.next_data(from))?;
+            budget.check_at(parent_of(path), need)?;
+        }
         source.record(catalog, snapshot, &sink.name(target))?;
-        source.copy(&mut sink, watch)?;
+        source.copy(&mut sink, budget.reserve, watch)?;
         Ok(size)
     });
     let result = done.as_ref().map(drop).map_err(|failure| failure.cause.clone());
@@ -231,17 +246,22 @@ impl Source {
     }
 
     /// Copies everything.
-    fn copy(&self, sink: &mut Sink<'_>, watch: Watch<'_>) -> Result<()> {
+    fn copy(&self, sink: &mut Sink<'_>, reserve: Reserve, watch: Watch<'_>) -> Result<()> {
         match sink {
-            Sink::File(file) => self.copy_to_file(file, watch),
+            Sink::File(file) => self.copy_to_file(file, reserve, watch),
             Sink::Device(device) => self.copy_whole(device, watch),
             Sink::Stream(stream) => self.copy_whole(stream, watch),
         }
     }
 
-    fn copy_to_file(&self, file: &mut NewFile<'_>, watch: Watch<'_>) -> Result<()> {
+    fn copy_to_file(&self, file: &mut NewFile<'_>, reserve: Reserve, watch: Watch<'_>) -> Result<()> {
         let size = self.layout.geometry().size();
         file.begin(size)?;
+        let mut gate = Gate::new(file.folder(), reserve);
+        let watch = &mut |done, total| {
+            watch(done, total)?;
+            if done < total { gate.wait(&mut || watch(done, total)) } else { Ok(()) }
+        };
         let mut transfer = Transfer::new(&self.disk)?;
         transfer::each_chunk(size, &|from| self.next_data(from), watch, &mut |at, chunk| {
             transfer.read(at, chunk)?;
@@ -297,6 +317,16 @@ impl Source {
         }
         Ok(next)
     }
+}
+
+/// What may be used where an export goes. The settings' reserve is for the guests of the store: elsewhere
+/// everything may be used.
+fn budget_of(store: &Store, target: Target<'_>, budget: Budget) -> Result<Budget> {
+    let Target::Path { path, .. } = target else { return Ok(budget) };
+    let folder = parent_of(path);
+    let device = folder.metadata().context(|| format!("look at {}", folder.display()))?.dev();
+    let is_the_store_s = need::place(store.root()).metadata().is_ok_and(|there| there.dev() == device);
+    Ok(if is_the_store_s { budget } else { Budget { reserve: Reserve::NONE, ..budget } })
 }
 
 fn unwrap_all(layout: &Layout, owner: KeyOwner, unwrap: Unwrap<'_>) -> Result<Vec<Dek>, Failure> {
