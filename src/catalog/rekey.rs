@@ -5,8 +5,9 @@
 //! it needs no new layer: what is below its top is marked to be copied up.
 
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::layout::Layout;
 use crate::catalog::lock::VolumeLock;
-use crate::catalog::metadata::{KeyRecord, Metadata};
+use crate::catalog::metadata::{KeyRecord, LayerRecord, Metadata};
 use crate::catalog::{Catalog, LayerId, VolumeId};
 use crate::crypt::Dek;
 use crate::kms::WrappedKey;
@@ -124,7 +125,59 @@ pub fn mark_to_flatten(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Meta
     Ok(true)
 }
 
+/// Takes the mark away, durably, by which lower layers are to be copied up; the caller has the volume. What
+/// was copied stays in the top. Returns whether there was one.
+///
+/// # Errors
+/// `Usage` for layers that cannot stay ([`check_may_stay`]); those of the file system. The
+/// volume is as it was then.
+pub fn unmark(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Metadata) -> Result<bool> {
+    if metadata.layout().leaving() == 0 {
+        return Ok(false);
+    }
+    check_may_stay(metadata)?;
+    let mut next = metadata.not_to_flatten();
+    // The seal is not over it.
+    catalog.save(lock, &mut next)?;
+    *metadata = next;
+    Ok(true)
+}
+
+/// Whether the layers that are marked to be copied up could as well stay for good: all of them are under the
+/// data key of the top. The mark of others is the only thing that says of an old data key that it is to go,
+/// or of data in the clear that it is going to be encrypted.
+///
+/// # Errors
+/// `Usage`, with what can be done instead.
+pub fn check_may_stay(volume: &Metadata) -> Result<()> {
+    let (layers, top, id) = (volume.layers(), volume.top(), volume.id());
+    let leaving = &layers[layers.len() - volume.layout().leaving()..];
+    let is_as_top = |layer: &LayerRecord| (layer.key, layer.masked) == (top.key, top.masked);
+    let Some(other) = leaving.iter().find(|layer| top.key.is_some() && !is_as_top(layer)) else {
+        return Ok(());
+    };
+    let what = match other.key {
+        Some(_) => "what was written before is under another data key, which it would need for ever, and",
+        None => "what was there before is not encrypted yet, would never be, and",
+    };
+    Err(Error::new(
+        Kind::Usage,
+        format!(
+            "{id} cannot do without this copy: {what} nothing would say so. It can be made to stand still: \
+             \"sealblk throttle {id} --hydrate-rate 1\", a byte a second, for as long as it is attached, \
+             and \"sealblk attach --hydrate-rate 1\"; or to wait, by a larger --space-reserve. A command \
+             with --follow can be interrupted; whatever comes next goes on"
+        ),
+    ))
+}
+
 impl Metadata {
+    /// What becomes of the volume when nothing is to be copied up any more.
+    pub(crate) fn not_to_flatten(&self) -> Self {
+        let layout = Layout { hydrate: None, ..self.layout().clone() };
+        Metadata { layout, ..self.clone() }
+    }
+
     /// What becomes of the volume when everything below its top is marked to be copied up;
     /// none if there is nothing.
     pub(crate) fn to_flatten(&self) -> Option<Self> {

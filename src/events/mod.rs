@@ -101,7 +101,8 @@ impl Event {
     }
 
     /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under
-    /// the data key that the KMS key `kms_key` wraps. How far it has come: `hydrating` or `completed`.
+    /// the data key that the KMS key `kms_key` wraps. How far it has come: `hydrating`,
+    /// `completed` or `cancelled`.
     pub fn hydrate_volume(volume: VolumeId, kms_key: Option<&str>, result: &'static str) -> Self {
         let kms_key = kms_key.map(Into::into);
         Event { name: "hydrateVolume", kms_key, ..Self::modify_volume(volume, result) }

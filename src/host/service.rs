@@ -98,7 +98,7 @@ impl Service {
         let (stop, qos, shape, vmm) =
             (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
         let (status, rate, rewrap, resize) = (record(), record(), record(), record());
-        let reserve = record();
+        let (reserve, cancel) = (record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
         Orders {
@@ -126,6 +126,7 @@ impl Service {
             noted: Box::new(move |snapshot| noted.noted(snapshot)),
             move_down: Box::new(move |wanted, client| moved.move_down(wanted, client)),
             let_go: Box::new(move |layers| empty.let_go_of_empty(layers)),
+            cancel_flatten: Box::new(move || cancel.cancel_flatten()),
         }
     }
 

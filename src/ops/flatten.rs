@@ -75,6 +75,33 @@ pub fn flatten(store: &Store, id: VolumeId, budget: Budget) -> Result<bool> {
     mark().context(|| format!("flatten {id}"))
 }
 
+/// Takes the mark away by which lower layers are to be hydrated from: they stay in the volume's chain, and
+/// what was copied up stays in its top. Reports a `hydrateVolume` event. Returns whether there was a mark.
+///
+/// # Errors
+/// `Usage` for layers under another data key than the top, or under none, which cannot stay; `Busy`, naming
+/// the command that has the volume; those of its host process and of the file system.
+pub fn cancel(store: &Store, id: VolumeId) -> Result<bool> {
+    let catalog = store.catalog();
+    let unmark = || match Reach::of(&catalog, id, Purpose::Hydrate)? {
+        // The host process reports the event.
+        Reach::Host => {
+            rekey::check_may_stay(&catalog.load(id)?)?;
+            control::cancel_flatten(&catalog, id)
+        }
+        Reach::Mine(lock) => {
+            let mut metadata = catalog.load(id)?;
+            catalog.recover(&lock, &metadata)?;
+            let was_any = rekey::unmark(&catalog, &lock, &mut metadata)?;
+            if was_any {
+                report(&store.events(), &metadata, "cancelled");
+            }
+            Ok(was_any)
+        }
+    };
+    unmark().context(|| format!("stop the copy from the lower layers of {id}"))
+}
+
 /// Returns when nothing of the volume is to be hydrated any more, with what is known of it then. Of a volume
 /// that nobody has attached this process does it, at this `pace`, and reports `hydrateVolume` events. `tell`
 /// is told now and then how far it has come.

@@ -100,3 +100,59 @@ fn layers_that_have_left_are_removed_by_who_comes_next() {
         assert!(left.iter().all(|p| p.ends_with("lock") || p.ends_with("volume.json")), "{what}: {left:?}");
     }
 }
+
+#[test]
+fn flattening_is_cancelled_and_taken_up_again() {
+    let (mut rig, snapshots) = chain(&[], 2);
+    // Attached: what was copied stays, and so do the layers.
+    let (host, socket) = attach(&rig, "t", SLOW);
+    let mut guest = Guest::on(&socket, 23);
+    rig.place.store.ok(&["volume", "flatten", "t"]);
+    wait_for_a_part(&rig, "t");
+    assert!(rig.place.store.ok(&["volume", "flatten", "t", "--cancel"]).contains("not flattened any more"));
+    let shown = rig.json(&["volume", "show", "t"]);
+    assert!(shown["hydration"].is_null() && shown["attachment"]["hydration"].is_null(), "{shown}");
+    assert!(rig.place.store.ok(&["volume", "flatten", "t", "--cancel"]).contains("nothing to cancel"));
+    guest.work(&mut rig.data, 50);
+    flush(&mut guest.session.rings[0]);
+    assert!(sees(&mut guest.session, 8 << 20) == rig.data);
+    drop(guest);
+    host.end();
+    assert_eq!(rig.reader().volume("t").layers().len(), 3);
+    // Not attached.
+    rig.place.store.ok(&["volume", "flatten", "t"]);
+    assert!(rig.reader().volume("t").layout().hydrate().is_some());
+    rig.place.store.ok(&["volume", "flatten", "t", "--cancel"]);
+    let volume = rig.reader().volume("t");
+    assert!(volume.layout().hydrate().is_none() && volume.layers().len() == 3);
+    assert!(rig.reader().volume_content(&volume) == rig.data);
+    assert_snapshots_are_whole(&rig, &snapshots);
+    let events = rig.place.events().into_iter().filter(|event| event["detail"]["result"] == "cancelled");
+    assert_eq!(events.count(), 2);
+    rig.place.store.ok(&["store", "check"]);
+    rig.place.store.ok(&["volume", "flatten", "t", "--follow"]);
+    let volume = rig.reader().volume("t");
+    assert!(volume.layers().len() == 1 && rig.reader().volume_content(&volume) == rig.data);
+}
+
+/// The mark is the only thing that says of an old data key that it is to go.
+#[test]
+fn what_another_data_key_encrypts_is_copied_to_the_end() {
+    let rig = full(&[]);
+    rig.place.store.ok(&["volume", "rekey", "t"]);
+    let marked = rig.reader().volume("t").layout().hydrate();
+    for command in [&["volume", "rekey", "t", "--cancel"][..], &["volume", "flatten", "t", "--cancel"]] {
+        let said = rig.refuse(2, command);
+        assert!(said.contains("another data key") && said.contains("--hydrate-rate 1"), "{said}");
+    }
+    let (host, _) = attach(&rig, "t", SLOW);
+    assert!(rig.refuse(2, &["volume", "rekey", "t", "--cancel"]).contains("another data key"));
+    host.end();
+    assert_eq!(rig.reader().volume("t").layout().hydrate(), marked);
+    let image = rig.place.folder().join("raw.img");
+    std::fs::write(&image, &rig.data).unwrap();
+    rig.place.store.ok(&["volume", "import", image.to_str().unwrap(), "--in-place", "--name", "i"]);
+    let said = rig.refuse(2, &["volume", "flatten", "i", "--cancel"]);
+    assert!(said.contains("not encrypted yet"), "{said}");
+    rig.place.store.ok(&["volume", "flatten", "t", "--follow"]);
+}

@@ -24,6 +24,12 @@ the volume is attached (see \"attach --hydrate-rate\"); with --follow on a volum
 When that is done the old data key is gone from the volume, and its KMS key is not needed any more. Whatever interrupts it,
 it goes on at the next attach. Snapshots keep the data key that they have. \"volume show\" says how far it has come.
 
+What was written since is under the new data key, so a re-keying cannot be taken back; and until everything was copied, the
+volume needs both keys, so it cannot be left half done for good. \"throttle\" with \"--hydrate-rate 1\" has the copy stand still.
+
+What is going to be copied has to fit: it is refused where the file system has not so much space beyond the reserve (exit
+code 8). A copy that comes to the reserve waits, and goes on by itself when there is space.
+
 To change only the KMS key that wraps the data key, which is done at once, see \"volume rewrap\".")]
 pub struct RekeyArgs {
     /// The volume: its id, the first digits of its id, or its name.
@@ -32,6 +38,9 @@ pub struct RekeyArgs {
     /// wraps the old one].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    /// Is refused: says why, and what can be done.
+    #[arg(long, hide = true)]
+    cancel: bool,
     #[command(flatten)]
     following: FollowArgs,
 }
@@ -42,13 +51,21 @@ pub struct RekeyArgs {
 Examples:
   sealblk volume flatten db --follow
   sealblk volume flatten clone       in the background, while it is attached
+  sealblk volume flatten clone --cancel
 
 What lower layers hold, which the volume shares with snapshots, is copied into its own layer: in the background while it is
 attached (see \"attach --hydrate-rate\"); with --follow on a volume that nobody has attached, by this command. Whatever
-interrupts it, it goes on at the next attach.")]
+interrupts it, it goes on at the next attach. Where the file system has too little space for it beyond the reserve, it is
+refused (exit code 8). A copy that comes to the reserve waits, and goes on by itself when there is space.
+
+--cancel takes it back: the layers stay in the volume's chain, and what was copied until then stays in its own layer, which
+takes space until it is flattened after all. Not of a volume that is being re-keyed or encrypted: it cannot be left so.")]
 pub struct FlattenArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
+    /// Do not flatten it any more: its layers stay as they are, and what was copied stays in its own.
+    #[arg(long, conflicts_with = "follow")]
+    cancel: bool,
     #[command(flatten)]
     following: FollowArgs,
 }
@@ -69,6 +86,9 @@ struct FollowArgs {
 /// Gives a volume a new data key.
 pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
+    if args.cancel {
+        return cancel(env, &store, id);
+    }
     let Rekeyed { new, pause } =
         rekey::rekey(&store, id, args.key.as_deref(), args.following.space.budget(&store))?;
     say_pause(env, id, pause);
@@ -78,11 +98,28 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
 /// Makes a volume's layers one.
 pub(super) fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
+    if args.cancel {
+        return cancel(env, &store, id);
+    }
     let said = match flatten::flatten(&store, id, args.following.space.budget(&store))? {
         true => format!("{id} is being flattened"),
         false => format!("{id} has one layer: there is nothing to do"),
     };
     finish(env, &store, id, &args.following, &said)
+}
+
+/// Has nothing copied up any more, where that can be.
+fn cancel(env: &Env, store: &Store, id: VolumeId) -> Result<()> {
+    let was_any = flatten::cancel(store, id)?;
+    if env.json {
+        let catalog = &store.catalog();
+        return output::print_json(&show::description(catalog, &catalog.load(id)?)?);
+    }
+    let said = match was_any {
+        true => "is not flattened any more; what was copied stays in its own layer",
+        false => "is not being flattened: there is nothing to cancel",
+    };
+    output::print(&format!("{id} {said}\n")).map(drop)
 }
 
 fn say_pause(env: &Env, id: VolumeId, pause: Option<Duration>) {

@@ -10,7 +10,9 @@ use super::{check_writable, switch};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::LayerId;
 use crate::catalog::metadata::LayerRecord;
-use crate::catalog::rekey::{NewKey, WrittenNewKey, check_encrypted, mark_to_flatten, passed_for};
+use crate::catalog::rekey::{
+    NewKey, WrittenNewKey, check_encrypted, check_may_stay, mark_to_flatten, passed_for, unmark,
+};
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
 use crate::crypt::xts::Engine;
@@ -109,6 +111,28 @@ impl Record {
             };
             switch(state, next, |state| mark_to_flatten(&self.catalog, &state.lock, &mut state.metadata))?;
             self.hydrator.report(&state.metadata, "hydrating");
+            Ok(true)
+        })
+    }
+
+    /// Has nothing copied up any more: the layers stay in the chain, and what was copied stays in the top.
+    /// Returns whether anything was to be copied.
+    ///
+    /// # Errors
+    /// `Usage` for layers that cannot stay; as [`Record::change`] and [`switch`].
+    pub fn cancel_flatten(&self) -> Result<bool> {
+        self.change(|state| {
+            if state.metadata.layout().leaving() == 0 {
+                return Ok(false);
+            }
+            check_may_stay(&state.metadata)?;
+            let next = |disk: &Arc<Disk>, state: &State| {
+                let next = state.layers.clone();
+                let disk = disk.with_leaving_layers(layers::chain(&next), 0);
+                Ok((disk.context(|| "open its layers")?, next))
+            };
+            switch(state, next, |state| unmark(&self.catalog, &state.lock, &mut state.metadata))?;
+            self.hydrator.report(&state.metadata, "cancelled");
             Ok(true)
         })
     }

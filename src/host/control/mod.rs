@@ -86,6 +86,7 @@ enum Request {
     LetGo {
         layers: Vec<LayerId>,
     },
+    CancelFlatten {},
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -104,7 +105,7 @@ enum Answer {
     Rekeyed {
         pause_us: u64,
     },
-    /// Whether there is anything to be copied up.
+    /// Whether there is anything to be copied up, or was.
     Flattening {
         is_any: bool,
     },
@@ -156,6 +157,15 @@ pub fn set_space_reserve(catalog: &Catalog, volume: VolumeId, reserve: u64) -> R
 pub fn flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
     let expected = catalog.expect(volume, |now| now.to_flatten().unwrap_or_else(|| now.clone()))?;
     match ask(catalog, volume, &Request::Flatten {}, None)? {
+        Answer::Flattening { is_any } => expected.settle().map(|_| is_any),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// Has the process that has `volume` attached copy nothing up any more. Returns whether anything was to be.
+pub fn cancel_flatten(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
+    let expected = catalog.expect(volume, Metadata::not_to_flatten)?;
+    match ask(catalog, volume, &Request::CancelFlatten {}, None)? {
         Answer::Flattening { is_any } => expected.settle().map(|_| is_any),
         _ => Err(Error::new(Kind::Other, "its answer is to another question")),
     }

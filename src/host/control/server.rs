@@ -86,6 +86,8 @@ pub struct Orders {
     pub move_down: MoveOrder,
     /// Take layers that hold nothing out of the chain.
     pub let_go: LetGoOrder,
+    /// Copy nothing up any more; returns whether anything was to be.
+    pub cancel_flatten: Box<dyn Fn() -> Result<bool> + Send>,
 }
 
 /// The host process's end.
@@ -372,6 +374,10 @@ impl Server {
             Ok(Request::LetGo { layers }) => {
                 log::info!("a client takes {} layers out of the chain, which hold nothing", layers.len());
                 (self.orders.let_go)(&layers).map(|()| Answer::LetGone)
+            }
+            Ok(Request::CancelFlatten {}) => {
+                log::info!("a client has the volume not flattened any more");
+                (self.orders.cancel_flatten)().map(|is_any| Answer::Flattening { is_any })
             }
             Err(e) => Err(e),
         };
