@@ -25,6 +25,7 @@ use crate::base::error::attempted;
 use crate::base::space::{Reserve, Shortage};
 use crate::base::sync::Locked;
 use crate::disk::map::LayerMap;
+use crate::disk::refusals::is_for_space;
 use crate::disk::{Disk, WaitingQueue};
 use crate::virtio::SECTOR_SIZE;
 use std::io;
@@ -260,7 +261,7 @@ impl<'a> Copier<'a> {
                 Ok(true) => {}
                 Ok(false) => return Ok(End::Stopped),
                 Err(e) => {
-                    if is_full(&e) {
+                    if is_for_space(&e) {
                         self.hydration.from.store(start, Ordering::Relaxed);
                     }
                     return Err(e);
@@ -314,9 +315,4 @@ impl<'a> Copier<'a> {
         }
         Ok(runs)
     }
-}
-
-/// Whether there was no space, or none that this user may have.
-fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

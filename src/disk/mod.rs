@@ -15,6 +15,7 @@ pub mod hydrate;
 mod layered;
 pub mod map;
 mod queue;
+mod refusals;
 pub mod transfer;
 
 pub(crate) use blocking::WaitingQueue;
@@ -23,6 +24,7 @@ pub(crate) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
 
 use crate::backing::Backing;
+use crate::base::Timestamp;
 use crate::base::space::Space;
 use crate::crypt::xts::SectorCipher;
 use crate::disk::map::{LayerMap, MAX_HEIGHT};
@@ -31,6 +33,7 @@ use crate::virtio::request::ID_BYTES;
 use crate::virtio::{SECTOR_SIZE, Shape};
 use durability::Durability;
 use fence::Fence;
+use refusals::Refusals;
 use std::io;
 use std::sync::Arc;
 
@@ -57,6 +60,7 @@ pub struct Disk {
     /// Keep others off the layers for as long as they are served.
     _image_locks: Vec<Arc<ImageLock>>,
     durability: Arc<Durability>,
+    refusals: Arc<Refusals>,
 }
 
 /// The layers of a volume as they were opened, and what goes with each, the top first.
@@ -67,6 +71,13 @@ pub struct Layers {
     pub ciphers: Vec<Cipher>,
     /// What keeps others off them.
     pub image_locks: Vec<Arc<ImageLock>>,
+}
+
+/// What went wrong so far, which the disk that takes this one's place has to know.
+#[derive(Default)]
+struct Told {
+    durability: Arc<Durability>,
+    refusals: Arc<Refusals>,
 }
 
 /// A frozen layer.
@@ -97,6 +108,7 @@ impl Disk {
             leaving: 0,
             _image_locks: vec![Arc::new(image_lock)],
             durability: Arc::default(),
+            refusals: Arc::default(),
         }
     }
 
@@ -106,7 +118,7 @@ impl Disk {
     /// `InvalidInput` if such layers cannot be served: more than [`MAX_HEIGHT`], one below the top that is
     /// not whole blocks long, or one without a cipher above another, in which zeros could not be kept.
     pub fn layered(shape: Shape, serial: &str, layers: Layers) -> io::Result<Self> {
-        Self::over(shape, padded(serial), layers, None, Arc::default())
+        Self::over(shape, padded(serial), layers, None, Told::default())
     }
 
     /// This volume when its top is frozen and `layers` has a new, empty one above it; nothing of it is
@@ -118,7 +130,7 @@ impl Disk {
     pub fn with_new_top(&self, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 2, "one layer is new");
-        Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone())
+        Self::over(self.shape(), self.serial, layers, self.map.clone(), self.told())
     }
 
     /// This volume with the same layers, of which the lowest so many are going to be
@@ -129,7 +141,7 @@ impl Disk {
     pub fn with_leaving_layers(&self, layers: Layers, leaving: usize) -> io::Result<Self> {
         self.check_not_hydrated()?;
         assert_eq!(layers.ciphers.len(), self.below.len() + 1, "the layers are the same");
-        let next = Self::over(self.shape(), self.serial, layers, self.map.clone(), self.durability.clone());
+        let next = Self::over(self.shape(), self.serial, layers, self.map.clone(), self.told());
         Ok(next?.hydrating_lowest(leaving))
     }
 
@@ -140,7 +152,7 @@ impl Disk {
     /// As for [`Disk::layered`], and if a hydration is still running.
     pub fn with_layers(&self, shape: Shape, layers: Layers) -> io::Result<Self> {
         self.check_not_hydrated()?;
-        Self::over(shape, self.serial, layers, None, self.durability.clone())
+        Self::over(shape, self.serial, layers, None, self.told())
     }
 
     fn over(
@@ -148,7 +160,7 @@ impl Disk {
         serial: [u8; ID_BYTES],
         layers: Layers,
         map: Option<Arc<LayerMap>>,
-        durability: Arc<Durability>,
+        Told { durability, refusals }: Told,
     ) -> io::Result<Self> {
         let Layers { backing, mut ciphers, image_locks } = layers;
         assert_eq!(ciphers.len(), backing.below().len() + 1, "every layer has its cipher, or none");
@@ -171,6 +183,7 @@ impl Disk {
             leaving: 0,
             _image_locks: image_locks,
             durability,
+            refusals,
         })
     }
 
@@ -183,6 +196,26 @@ impl Disk {
     /// Whether a flush has failed, after which none succeeds.
     pub fn has_failed_flush(&self) -> bool {
         self.durability.has_failed()
+    }
+
+    fn told(&self) -> Told {
+        Told { durability: self.durability.clone(), refusals: self.refusals.clone() }
+    }
+
+    /// Has `hear` called, by a queue's thread, when a request fails for want of space: of the first, and then
+    /// once in a while, with how many there were since the last time. It must not take long.
+    pub fn hear_of_refusals(&self, hear: impl Fn(u64, &io::Error) + Send + Sync + 'static) {
+        self.refusals.hear(Box::new(hear));
+    }
+
+    /// How many requests have failed for want of space, and when the last one did.
+    pub fn refusals(&self) -> Option<(u64, Timestamp)> {
+        self.refusals.known()
+    }
+
+    /// A request has failed.
+    pub(crate) fn note_failure(&self, e: &io::Error) {
+        self.refusals.note(e);
     }
 
     /// This disk, made to be [hydrated](crate::disk::hydrate) from all layers below the top. Call it

@@ -100,6 +100,18 @@ impl Event {
         Event { name: "flushVolume", ..Self::modify_failed(volume, cause) }
     }
 
+    /// `writeVolume`, which EBS does not have: `failed`. So many requests of the guest's failed for want of
+    /// space since the last such event.
+    pub fn write_refused(volume: VolumeId, requests: u64, cause: &impl std::fmt::Display) -> Self {
+        let requests = match requests {
+            1 => "1 request of the guest's was".into(),
+            n => format!("{n} requests of the guest's were"),
+        };
+        let cause =
+            format!("{cause}: {requests} answered with an I/O error; make space, and they succeed again");
+        Event { name: "writeVolume", ..Self::modify_failed(volume, cause) }
+    }
+
     /// `hydrateVolume`, which EBS does not have: what lower layers hold is hydrated into the top one, under
     /// the data key that the KMS key `kms_key` wraps. How far it has come: `hydrating`,
     /// `completed` or `cancelled`.

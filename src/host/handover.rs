@@ -15,7 +15,7 @@ use crate::disk::Disk;
 use crate::events::{Event, EventLog};
 use crate::host::opener::Opener;
 use crate::host::state::{Record, State as Held};
-use crate::host::status::UsedKey;
+use crate::host::status::{Refusals, UsedKey};
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
 use crate::vhost::queue::{Tuning, Worker};
@@ -171,6 +171,7 @@ impl Handover {
         let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
         let disk = Arc::new(disk.context(|| "open its layers")?.hydrating_lowest(leaving));
         disk.hear_of_failed_flush(self.tells_of_failed_flush());
+        disk.hear_of_refusals(self.tells_of_refusals());
         for worker in &*self.workers {
             worker.hold(Some(disk.clone()))?;
         }
@@ -188,16 +189,22 @@ impl Handover {
         Ok(serving)
     }
 
-    /// Reports a flush that failed. By a thread of its own: the disk is in trouble, and a guest waits.
+    /// Reports a flush that failed.
     fn tells_of_failed_flush(&self) -> impl Fn(&io::Error) + Send + Sync + 'static {
         let (events, volume) = (self.parts.events.clone(), self.parts.opener.volume);
-        move |e| {
-            let (events, event) = (events.clone(), Event::flush_failed(volume, e.to_string()));
-            let told = std::thread::Builder::new().name("event".into()).spawn(move || events.record(&event));
-            if let Err(e) = told {
-                log::error!("an event was lost: {e}");
-            }
-        }
+        move |e| report(&events, Event::flush_failed(volume, e.to_string()))
+    }
+
+    /// Reports requests that failed for want of space.
+    fn tells_of_refusals(&self) -> impl Fn(u64, &io::Error) + Send + Sync + 'static {
+        let (events, volume) = (self.parts.events.clone(), self.parts.opener.volume);
+        move |requests, e| report(&events, Event::write_refused(volume, requests, e))
+    }
+
+    /// How many requests have failed for want of space since this process has the volume.
+    pub(super) fn refusals(&self) -> Option<Refusals> {
+        let (requests, last) = self.serving()?.disk().refusals()?;
+        Some(Refusals { requests, last })
     }
 
     /// Whether a flush has failed since this process has the volume.
@@ -283,6 +290,15 @@ impl Handover {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.locked()
+    }
+}
+
+/// Reports an event by a thread of its own: the disk is in trouble, and a guest waits.
+fn report(events: &EventLog, event: Event) {
+    let events = events.clone();
+    let told = std::thread::Builder::new().name("event".into()).spawn(move || events.record(&event));
+    if let Err(e) = told {
+        log::error!("an event was lost: {e}");
     }
 }
 

@@ -93,6 +93,8 @@ impl Service {
         let handover = Arc::downgrade(&self.handover);
         let asked = handover.clone();
         let access = move || asked.upgrade().map_or_else(String::new, |handover| handover.describe());
+        let of_space = handover.clone();
+        let no_space = move || of_space.upgrade()?.refusals();
         let flush_failed = move || handover.upgrade().is_some_and(|handover| handover.has_failed_flush());
         let record = || self.record.clone();
         let (stop, qos, shape, vmm) =
@@ -110,6 +112,7 @@ impl Service {
                 unwrapped_by: status.hydrator.unwrapped_by().clone(),
                 hydration: status.hydration(),
                 flush_failed: flush_failed(),
+                no_space: no_space(),
             }),
             throttle: Box::new(move |limits| qos.set(limits)),
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),

@@ -1,5 +1,6 @@
 //! What a host process says of itself and of its volume.
 
+use crate::base::Timestamp;
 use crate::catalog::metadata::KeyRecord;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,19 @@ pub struct Status {
     /// A flush has failed: writes may be lost, and no flush succeeds any more.
     #[serde(default)]
     pub flush_failed: bool,
+    /// Requests that failed for want of space, if any did.
+    #[serde(default)]
+    pub no_space: Option<Refusals>,
+}
+
+/// Requests of the guest's that failed for want of space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refusals {
+    /// How many, since the volume is attached.
+    pub requests: u64,
+    /// When the last one did.
+    pub last: Timestamp,
 }
 
 /// A KMS key that unwrapped a data key.

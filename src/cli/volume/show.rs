@@ -6,7 +6,7 @@ use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata};
 use crate::cli::{Env, output};
 use crate::host::control;
-use crate::host::status::{Progress, Status, UsedKey};
+use crate::host::status::{Progress, Refusals, Status, UsedKey};
 use crate::kms::{self, KeyState};
 use crate::ops::key_sharing::{self, Holder};
 use serde_json::{Value, json};
@@ -160,6 +160,13 @@ impl Attached {
                                 systems";
                     rows.push(pair("", said));
                 }
+                rows.extend(status.no_space.as_ref().map(|Refusals { requests, last }| {
+                    let said = match requests {
+                        1 => "1 request of the guest's was".into(),
+                        n => format!("{n} requests of the guest's were"),
+                    };
+                    pair("", format!("{said} refused for want of space, the last one at {last}"))
+                }));
                 let used = |key: &UsedKey| {
                     pair("", format!("data key unwrapped by {}: {}", key.provider, key.key_id))
                 };
@@ -226,6 +233,7 @@ impl Attached {
                 value["unwrapped_by"] = json!(status.unwrapped_by);
                 value["hydration"] = json!(status.hydration);
                 value["flush_failed"] = json!(status.flush_failed);
+                value["no_space"] = json!(status.no_space);
             }
             Err(e) => value["problem"] = json!(e.to_string()),
         }

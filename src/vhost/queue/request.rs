@@ -1,5 +1,6 @@
 //! One chain between being taken and being answered.
 
+use crate::disk::Disk;
 use crate::virtio::{Op, SECTOR_SIZE, Segment, Status};
 use std::io;
 use vm_memory::GuestAddress;
@@ -57,9 +58,11 @@ impl Request {
         }
     }
 
-    pub(super) fn fail(&mut self, e: &io::Error) {
+    /// What `disk` has done of it did not work.
+    pub(super) fn fail(&mut self, e: &io::Error, disk: &Disk) {
         if !self.failed {
             log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
+            disk.note_failure(e);
         }
         // A file system without holes: told so, a guest's kernel writes the zeros itself,
         // and discards no more.

@@ -97,7 +97,7 @@ impl Server {
             match self.io.read_now(sector, request.data_len, guest) {
                 Ok(true) => return self.finish(slot, Status::Ok),
                 Ok(false) => {}
-                Err(e) => request.fail(&e),
+                Err(e) => request.fail(&e, self.io.disk()),
             }
         }
         while request.started < request.data_len && !request.failed {
@@ -115,7 +115,7 @@ impl Server {
                     GuestData { mem: &**self.setup.ring.mem(), segments: &request.segments, skip: at };
                 match self.io.write(tag, sector, buffer, request.durable, guest) {
                     Ok(()) => request.pieces += 1,
-                    Err(e) => request.fail(&e),
+                    Err(e) => request.fail(&e, self.io.disk()),
                 }
             } else {
                 self.io.read(tag, sector, buffer);
@@ -222,7 +222,7 @@ impl Server {
     fn settle(&mut self, slot: u16, result: io::Result<()>) {
         let request = &mut self.requests[usize::from(slot)];
         if let Err(e) = result {
-            request.fail(&e);
+            request.fail(&e, self.io.disk());
         }
         request.pieces -= 1;
         // What has more to hand over is in `stalled`, unless it failed there.
