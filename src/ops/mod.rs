@@ -12,7 +12,7 @@
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
-//! | space: what a copy needs | [`need`] |
+//! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
 #![forbid(unsafe_code)]
 
@@ -40,6 +40,7 @@ pub mod rewrap;
 pub mod shred;
 pub mod snapshot;
 pub mod space;
+pub mod usage;
 
 use crate::base::Result;
 use crate::base::hardened::Hardened;

@@ -1,5 +1,7 @@
 //! Volumes made from snapshots.
 
+use crate::common::attach::{flush, open, write};
+use crate::common::disk::pattern;
 use crate::common::rig::Rig;
 use sealblk::catalog::Seal;
 use serde_json::json;
@@ -163,6 +165,21 @@ fn volumes_are_found_by_tag_state_and_origin() {
     assert_eq!(names(&["tag:Name=web", "tag:env=prod"]), ["t"]);
     assert_eq!(names(&[&format!("snapshot-id={snapshot}")]), ["c"]);
     assert_eq!(names(&["status=in-use"]), [""; 0]);
+    // What is written since is a volume's own; what a snapshot names, too, it shares.
+    let listed = rig.json(&["volume", "list"]);
+    for volume in listed.as_array().unwrap() {
+        assert_eq!(volume["space"]["own"], 0, "{volume}");
+        assert!(volume["space"]["shared"].as_u64().unwrap() >= 3 * (64 << 10), "{volume}");
+    }
+    assert!(rig.place.store.ok(&["volume", "list"]).contains(" shared"));
+    let (host, socket) = rig.attach("c");
+    let mut session = open(&socket);
+    write(&mut session.rings[0], 0, &pattern(8, 64 << 10));
+    flush(&mut session.rings[0]);
+    drop(session);
+    host.end();
+    let listed = rig.json(&["volume", "list", "--filter", "name=c"]);
+    assert!(listed[0]["space"]["own"].as_u64().unwrap() >= 64 << 10, "{listed}");
     // Tags can be changed while the volume is attached.
     let host = rig.place.start(
         {

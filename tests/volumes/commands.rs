@@ -108,7 +108,14 @@ fn a_volume_is_made_shown_and_deleted() {
         assert_eq!(shared, Some(json!({"snapshots": [], "volumes": []})));
         assert_eq!(shown, made, "{reference}");
     }
-    assert_eq!(store.json(&["volume", "list"]), json!([made]));
+    let mut listed = store.json(&["volume", "list"]);
+    let more = ["space", "file_system"].map(|field| listed[0].as_object_mut().unwrap().remove(field));
+    assert!(more[0].as_ref().is_some_and(|space| space["shared"] == 0), "{more:?}");
+    assert!(
+        more[1].as_ref().is_some_and(|all| all["volumes"] == 1 << 20 && all["size"].is_u64()),
+        "{more:?}"
+    );
+    assert_eq!(listed, json!([made]));
     let deleted = store.json(&["volume", "delete", "db"]);
     assert_eq!(deleted, json!({"id": id, "state": "deleted"}));
     assert_eq!(store.json(&["volume", "list"]), json!([]));
@@ -123,7 +130,9 @@ fn people_read_text() {
     assert_eq!(made.out, format!("{id}\n"));
     let list = store.run(&["volume", "list"]).out;
     let lines: Vec<Vec<&str>> = list.lines().map(|l| l.split_whitespace().collect()).collect();
-    assert_eq!(lines[0], ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED"]);
+    let head = ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED", "ON", "DISK"];
+    assert_eq!(lines[0], head);
+    assert!(list.contains("20.0 MiB in all volumes") && !list.contains("overcommitted"), "{list}");
     assert_eq!(lines[1][..7], [id, "db", "20", "MiB", "512", "yes", "available"]);
     let show = store.run(&["volume", "show", "db"]).out;
     assert!(show.contains("20 MiB (20971520 bytes)") && show.contains("embedded: arn:aws:kms:"), "{show}");
@@ -131,6 +140,17 @@ fn people_read_text() {
     let events = store.run(&["events"]).out;
     let words: Vec<Vec<&str>> = events.lines().map(|l| l.split_whitespace().skip(1).collect()).collect();
     assert_eq!(words, [["createVolume", "available", id], ["deleteVolume", "deleted", id]]);
+}
+
+#[test]
+fn volumes_that_are_larger_than_the_disk_in_all_are_said_to_be() {
+    let store = Store::new();
+    for name in ["a", "b"] {
+        store.json(&["volume", "create", "--size", "15TiB", "--name", name]);
+    }
+    let list = store.run(&["volume", "list"]).out;
+    assert!(list.contains("30.0 TiB in all volumes") && list.contains("overcommitted"), "{list}");
+    assert_eq!(store.json(&["volume", "list"])[1]["file_system"]["volumes"], 30_u64 << 40);
 }
 
 #[test]

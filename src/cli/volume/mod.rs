@@ -10,11 +10,12 @@ mod show;
 mod tag;
 
 use crate::base::{Result, size};
-use crate::catalog::{Catalog, Entry};
+use crate::catalog::{Catalog, Entry, VolumeId};
 use crate::cli::filter::{self, Filter};
 use crate::cli::space;
 use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
+use crate::ops::usage::{Overview, Usage};
 use serde_json::{Value, json};
 
 /// The commands.
@@ -30,7 +31,11 @@ pub enum Command {
     #[command(after_help = "\
 Examples:
   sealblk volume list --json
-  sealblk volume list --filter tag:Name=db --filter status=available")]
+  sealblk volume list --filter tag:Name=db --filter status=available
+
+ON DISK is what a volume's layers take: those that nothing else names, and those that it shares with snapshots and other
+volumes. The last line holds the sizes of all volumes, which they may come to take, against the file system: where that is
+less, they are overcommitted. In JSON these are space and file_system.")]
     List(ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
     Show(show::ShowArgs),
@@ -118,6 +123,7 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
+    let overview = Overview::of(&catalog, &entries)?;
     if !filters.is_empty() {
         let mut wanted = Vec::new();
         for entry in entries {
@@ -129,7 +135,11 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
     }
     if env.json {
         let values = entries.iter().map(|e| match &e.metadata {
-            Ok(metadata) => show::description(&catalog, metadata),
+            Ok(metadata) => {
+                let mut value = show::description(&catalog, metadata)?;
+                add_space(&mut value, metadata.id(), &overview);
+                Ok(value)
+            }
             Err(error) => Ok(json!({
                 "id": e.id,
                 "state": "damaged",
@@ -138,12 +148,39 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
         });
         return output::print_json(&values.collect::<Result<Vec<Value>>>()?);
     }
-    let head = ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED"].map(String::from);
+    let head = ["ID", "NAME", "SIZE", "SECTOR", "ENCRYPTED", "STATE", "CREATED", "ON DISK"].map(String::from);
     let mut rows = vec![head.to_vec()];
     for entry in &entries {
-        rows.push(row(&catalog, entry)?);
+        rows.push(row(&catalog, entry, &overview)?);
     }
-    output::print(&output::table(&rows)).map(drop)
+    output::print(&(output::table(&rows) + &sum(&overview))).map(drop)
+}
+
+/// What all volumes take, and may come to take, against the file system; nothing where there is none.
+fn sum(overview: &Overview) -> String {
+    let Overview { sizes, used, space, .. } = overview;
+    let (Some(space), true) = (space, *sizes > 0) else { return String::new() };
+    let about = size::about;
+    let times = *sizes as f64 / space.size as f64;
+    let overcommitted = if times > 1.0 { format!("; overcommitted {times:.1} times") } else { String::new() };
+    format!(
+        "\n{} in all volumes, {} on disk with their snapshots; the file system has {}, {} \
+         free{overcommitted}\n",
+        about(*sizes),
+        about(*used),
+        about(space.size),
+        about(space.free),
+    )
+}
+
+fn add_space(value: &mut Value, id: VolumeId, overview: &Overview) {
+    let usage = overview.usage(id);
+    value["space"] = json!({"own": usage.own, "shared": usage.shared});
+    // Nothing that changes by itself: lists are compared.
+    value["file_system"] = match &overview.space {
+        Some(space) => json!({"size": space.size, "volumes": overview.sizes}),
+        None => Value::Null,
+    };
 }
 
 /// Whether a volume is one of those that `filters` mean.
@@ -165,15 +202,19 @@ pub(super) fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) ->
     Ok(filter::matches(filters, &fields, &tags))
 }
 
-fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
+fn row(catalog: &Catalog, entry: &Entry, overview: &Overview) -> Result<Vec<String>> {
     let id = entry.id.to_string();
     let none = || "-".to_string();
     let metadata = match &entry.metadata {
         Ok(metadata) => metadata,
         Err(e) => {
             log::warn!("{e}");
-            return Ok(vec![id, none(), none(), none(), none(), "damaged".into(), none()]);
+            return Ok(vec![id, none(), none(), none(), none(), "damaged".into(), none(), none()]);
         }
+    };
+    let usage = match overview.usage(entry.id) {
+        Usage { own, shared: 0 } => size::about(own),
+        Usage { own, shared } => format!("{} + {} shared", size::about(own), size::about(shared)),
     };
     Ok(vec![
         id,
@@ -183,6 +224,7 @@ fn row(catalog: &Catalog, entry: &Entry) -> Result<Vec<String>> {
         yes_or_no(metadata.is_encrypted()).to_string(),
         show::state(&catalog.held(entry.id)?).to_string(),
         metadata.created().to_string(),
+        usage,
     ])
 }
 

@@ -1,0 +1,73 @@
+//! What volumes take on disk, and what they may come to take: a volume is as large as it was made, and takes
+//! what was written. All of them together can be larger than the file system that they lie on.
+#![forbid(unsafe_code)]
+
+use crate::base::Result;
+use crate::base::space::Space;
+use crate::catalog::{Catalog, Entry, LayerId, VolumeId};
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+
+/// What the layers of a volume take on disk, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of the layers that nothing else names.
+    pub own: u64,
+    /// Of those that a snapshot or another volume names as well.
+    pub shared: u64,
+}
+
+/// All volumes against the file system that they lie on.
+pub struct Overview {
+    usage: HashMap<VolumeId, Usage>,
+    /// The sum of their sizes, in bytes.
+    pub sizes: u64,
+    /// What they take in all, each layer once, in bytes.
+    pub used: u64,
+    /// The file system; none where it does not say.
+    pub space: Option<Space>,
+}
+
+impl Overview {
+    /// Looks at these volumes, which are all that there are. What cannot be read, or
+    /// looked at, takes nothing.
+    ///
+    /// # Errors
+    /// Those of listing the snapshots.
+    pub fn of(catalog: &Catalog, volumes: &[Entry]) -> Result<Self> {
+        let volumes = || volumes.iter().filter_map(|entry| entry.metadata.as_ref().ok());
+        let mut names: HashMap<LayerId, (u32, u64)> = HashMap::new();
+        let mut note = |id: LayerId| match names.get_mut(&id) {
+            Some((count, _)) => *count += 1,
+            None => drop(names.insert(id, (1, on_disk(catalog, id)))),
+        };
+        volumes().flat_map(|volume| volume.layers()).for_each(|layer| note(layer.id));
+        for snapshot in catalog.snapshots()? {
+            let snapshot = snapshot.snapshot.iter();
+            snapshot.flat_map(|snapshot| snapshot.layers()).for_each(|layer| note(layer.id));
+        }
+        let usage = volumes().map(|volume| {
+            let mut usage = Usage::default();
+            for (count, bytes) in volume.layers().iter().filter_map(|layer| names.get(&layer.id)) {
+                *(if *count == 1 { &mut usage.own } else { &mut usage.shared }) += bytes;
+            }
+            (volume.id(), usage)
+        });
+        Ok(Overview {
+            usage: usage.collect(),
+            sizes: volumes().map(|volume| volume.size()).fold(0, u64::saturating_add),
+            used: names.values().map(|(_, bytes)| bytes).sum(),
+            space: Space::at(&catalog.root().layers()).ok().flatten(),
+        })
+    }
+
+    /// What a volume takes.
+    pub fn usage(&self, id: VolumeId) -> Usage {
+        self.usage.get(&id).copied().unwrap_or_default()
+    }
+}
+
+fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
+    // A block device takes none of the file system.
+    std::fs::symlink_metadata(catalog.layer_path(layer)).map_or(0, |found| found.blocks() * 512)
+}
