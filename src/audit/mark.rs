@@ -7,6 +7,7 @@
 
 use crate::audit::line::{AuditKey, Position, digits};
 use crate::base::root::{create_dir_durable, files};
+use crate::base::spare;
 use nix::fcntl::OFlag;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -188,7 +189,7 @@ impl Marks {
     /// Notes how far the log reaches now, durably.
     pub fn write(&self, mark: &Mark, key: Option<&AuditKey>) -> std::io::Result<()> {
         let Some(file) = &self.own else { return Ok(()) };
-        file.write_all_at(&mark.encode(key), 0)?;
+        spare::with(|| file.write_all_at(&mark.encode(key), 0))?;
         file.sync_data()
     }
 }

@@ -19,7 +19,7 @@ pub use line::{AuditKey, KMS_SOURCE, Position};
 
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};
 use crate::base::sync::Locked;
-use crate::base::{Context, Error, Kind, Result, locks};
+use crate::base::{Context, Error, Kind, Result, locks, spare};
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use mark::{Mark, Marks, folder_hash};
 use nix::fcntl::{Flock, OFlag};
@@ -184,16 +184,16 @@ impl AuditLog {
 fn write(file: &mut Flock<File>, torn: bool, line: &[u8]) -> Result<()> {
     let before = file.metadata()?.len();
     let bytes = if torn { [b"\n", line].concat() } else { line.to_vec() };
-    let written = match file.write(&bytes) {
-        Ok(written) if written == bytes.len() => file.sync_data(),
-        Ok(_) => Err(std::io::Error::new(ErrorKind::StorageFull, "the file system is full")),
-        Err(e) => Err(e),
-    };
-    written.map_err(|e| {
+    let append = || {
+        let written = match file.write(&bytes) {
+            Ok(written) if written == bytes.len() => file.sync_data(),
+            Ok(_) => Err(std::io::Error::new(ErrorKind::StorageFull, "the file system is full")),
+            Err(e) => Err(e),
+        };
         // Rather no record than half of one; what cannot be taken back is passed over by whoever reads.
-        let _ = file.set_len(before).and_then(|()| file.sync_data());
-        e.into()
-    })
+        written.inspect_err(|_| drop(file.set_len(before).and_then(|()| file.sync_data())))
+    };
+    Ok(spare::with(append)?)
 }
 
 /// Whether `path` leads to this file, as far as a process may look that has given up its

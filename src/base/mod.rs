@@ -10,6 +10,7 @@ pub mod printable;
 pub mod root;
 pub mod size;
 pub mod space;
+pub(crate) mod spare;
 pub(crate) mod sync;
 mod timestamp;
 pub(crate) mod wait;

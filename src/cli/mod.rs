@@ -197,6 +197,7 @@ pub fn main() -> ExitCode {
         // It reports what keeps all others from running.
         if !matches!(cli.command, Command::Doctor) {
             Owners::configured()?.check_root(&env.root)?;
+            env.root.keep_spare();
         }
         cli.command.run(&env)
     });

@@ -8,13 +8,13 @@ pub mod read;
 
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};
 use crate::base::sync::Locked;
-use crate::base::{Context, Error, Kind, Result, Timestamp, locks};
+use crate::base::{Context, Result, Timestamp, locks, spare};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::config::Settings;
 use nix::fcntl::OFlag;
 use serde::Serialize;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -341,12 +341,15 @@ impl EventLog {
             bytes.push(b'\n');
         }
         bytes.extend_from_slice(line);
-        let written = file.write(&bytes)?;
-        if written != bytes.len() {
-            // Rather no event than half of one.
-            file.set_len(before)?;
-            return Err(Error::new(Kind::Other, "the file system is full"));
-        }
+        let append = || match file.write(&bytes)? {
+            written if written == bytes.len() => Ok(()),
+            _ => {
+                // Rather no event than half of one.
+                file.set_len(before)?;
+                Err(io::Error::new(ErrorKind::StorageFull, "the file system is full"))
+            }
+        };
+        spare::with(append)?;
         Ok(file.sync_data()?)
     }
 }

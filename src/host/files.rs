@@ -9,7 +9,8 @@
 //! | the folder of the VMM's socket, unless the store or its keys lie below | its name is removed at the end | remove |
 //!
 //! The audit log and its mark (`audit.jsonl`, `audit-….plain`) are written at the end through descriptors
-//! that are open since the first record.
+//! that are open since the first record. `spare`, which gives its space to records on a full disk, is open
+//! since the process began.
 //!
 //! A line of this table is a line of [`rules`]. What is not there needs no rule if a descriptor of it came in
 //! time, by opening it before or from a control client: Landlock asks at opening. A rule for a whole shared

@@ -1,7 +1,7 @@
 //! The vhost-user socket of an attached volume: made, taken over, or found already there.
 
 use crate::base::root::{files, parent_of};
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, spare};
 use crate::sandbox::Identity;
 use crate::vhost::listener::Socket;
 use nix::errno::Errno;
@@ -65,10 +65,11 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketName)> {
                        to the working folder";
         return Err(Error::new(Kind::Usage, message).context(attempt()));
     }
-    let listener = match UnixListener::bind(path) {
+    let bind = || spare::with(|| UnixListener::bind(path));
+    let listener = match bind() {
         Err(e) if e.kind() == ErrorKind::AddrInUse => {
             remove_stale(path).map_err(|e| e.context(attempt()))?;
-            UnixListener::bind(path).context(attempt)?
+            bind().context(attempt)?
         }
         bound => bound.context(attempt)?,
     };

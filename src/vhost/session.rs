@@ -1,5 +1,6 @@
 //! One VMM's connection, from its first message to its last: a fresh daemon of the crate behind a fresh gate.
 
+use crate::base::spare;
 use crate::vhost::device::{Backend, Device};
 use crate::vhost::dirty::GuestMemory;
 use crate::vhost::gate::{Gate, Limits};
@@ -96,7 +97,7 @@ impl Inlet {
         let folder = open(libc::O_DIRECTORY, folder)?;
         let name = format!("{}/{name}", by_descriptor(&folder));
         let _ = std::fs::remove_file(&name);
-        let listener = UnixListener::bind(&name)?;
+        let listener = spare::with(|| UnixListener::bind(&name))?;
         let file = open(0, name.as_ref());
         // This process may become another user; nobody else finds what has no name.
         let permitted = std::fs::set_permissions(&name, Permissions::from_mode(0o666));

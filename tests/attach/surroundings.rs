@@ -1,21 +1,23 @@
 //! Attaching where the machine withholds something.
 
-use crate::common::attach::{Host, Place, open, read, write};
+use crate::common::attach::{Host, Place, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::hostile::{Answer, agreed, ask, memory_region};
 use crate::common::frontend::memory::{Seals, memfd};
-use crate::common::frontend::{Fault, Options, RawSocket, Request, Session};
-use crate::common::loop_disk::MemoryDisk;
-use crate::common::patience::limit as patience;
+use crate::common::frontend::{Fault, Options, RawSocket, Request, Segment, Session};
+use crate::common::loop_disk::{Kind, LoopDisk, MemoryDisk};
+use crate::common::patience::{limit as patience, wait_for};
 use crate::common::process::{forbid_io_uring, limit_resource, refuse_call, set_soft_limit};
 use crate::common::store::{Store, said};
 use nix::libc;
 use nix::sys::resource::Resource;
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use vhost::vhost_user::message::FrontendReq as Req;
 
@@ -269,14 +271,26 @@ fn a_store_that_cannot_be_written_to_is_said_to_be_one() {
     drop(disk);
 }
 
+/// Takes all of the space that there is.
+fn fill(file: &mut File) {
+    for len in [64 << 10, 4096, 1] {
+        while file.write(&vec![1; len]).is_ok_and(|n| n > 0) {}
+    }
+    // What is not durable yet may come to need more.
+    file.sync_all().unwrap();
+    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+}
+
 #[test]
 fn a_store_whose_disk_is_full_is_said_to_be_one() {
     let Some((disk, place)) = on_a_small_disk() else { return };
     // Everything that it writes is there already: what fails is the record of who has the key.
     place.attach(&[]).end();
+    // The store has no space of its own any more, either.
+    File::options().write(true).open(disk.folder().join("spare")).unwrap().set_len(0).unwrap();
     let filler = disk.folder().join("filler");
     let mut file = File::create(&filler).unwrap();
-    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+    fill(&mut file);
     let words = place.refuse(1, &["--read-only"]);
     assert!(
         words.contains("audit log") && words.contains("is full") && words.contains("make room"),
@@ -287,4 +301,79 @@ fn a_store_whose_disk_is_full_is_said_to_be_one() {
     place.attach(&[]).end();
     drop(place);
     drop(disk);
+}
+
+/// The guest's requests for more than there is fail, and everything else goes on.
+#[test]
+fn on_a_full_disk_volumes_are_attached_written_to_trimmed_detached_and_deleted() {
+    let Some((disk, place)) = on_a_small_disk() else { return };
+    on_a_full_disk(disk.folder(), &place);
+    drop(place);
+    drop(disk);
+    for file_system in ["ext4", "xfs"] {
+        let store = Store::new();
+        let Some(disk) = LoopDisk::mount(Kind { block: 512, file_system }, &store.root()) else { continue };
+        fs::set_permissions(store.root(), fs::Permissions::from_mode(0o700)).unwrap();
+        let (root, place) = (store.root(), Place::of(store, &[]));
+        on_a_full_disk(&root, &place);
+        drop(place);
+        drop(disk);
+    }
+}
+
+fn on_a_full_disk(root: &Path, place: &Place) {
+    let spare = || fs::metadata(root.join("spare")).unwrap().len();
+    place.store.ok(&["volume", "create", "--size", "4MiB", "--name", "other"]);
+    let host = place.attach(&[]);
+    let (half, data) = (4 << 20, pattern(3, 256 << 10));
+    let mut session = open(&place.socket());
+    write(&mut session.rings[0], 0, &data);
+    flush(&mut session.rings[0]);
+    drop(session);
+    host.end();
+    let before = spare();
+    assert!(before > 0);
+    let filler = root.join("filler");
+    let mut file = File::create(&filler).unwrap();
+    fill(&mut file);
+    let host = place.attach(&[]);
+    let mut session = open(&place.socket());
+    let ring = &mut session.rings[0];
+    assert!(read(ring, 0, data.len()) == data);
+    // What is there can be written over.
+    write(ring, 0, &pattern(4, 256 << 10));
+    flush(ring);
+    for n in 0..12 {
+        let write = Request::write(half / 512 + n * 512, &data);
+        assert_eq!(write.run(ring).unwrap().status, IOERR, "it is full");
+    }
+    let told = || -> Vec<Value> {
+        let events = place.events().into_iter().map(|event| event["detail"].clone());
+        events.filter(|detail| detail["event"] == "writeVolume").collect()
+    };
+    wait_for("it is told of", || if told().is_empty() { Err(host.output()) } else { Ok(()) });
+    assert_eq!(told().len(), 1, "once");
+    assert!(told()[0]["cause"].as_str().unwrap().contains("1 request of the guest's was"), "{:?}", told());
+    let shown = place.store.ok(&["volume", "show", "t"]);
+    assert!(shown.contains("12 requests of the guest's were refused for want of space"), "{shown}");
+    // The guest makes space, and has it.
+    let discard = Request::discard(&[Segment { sector: 0, count: 512, flags: 0 }]);
+    assert_eq!(discard.run(ring).unwrap().status, OK);
+    write(ring, half / 512, &pattern(5, 128 << 10));
+    flush(ring);
+    drop(session);
+    fill(&mut file);
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    fill(&mut file);
+    place.store.ok(&["volume", "delete", "other"]);
+    assert!(spare() < before, "{before}");
+    place.store.ok(&["audit", "verify"]);
+    place.store.ok(&["store", "check"]);
+    drop(file);
+    fs::remove_file(filler).unwrap();
+    let host = place.attach(&[]);
+    assert_eq!(spare(), before, "it is made again");
+    assert!(read(&mut open(&place.socket()).rings[0], half / 512, 128 << 10) == pattern(5, 128 << 10));
+    host.end();
 }

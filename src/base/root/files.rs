@@ -16,7 +16,7 @@
 
 use crate::base::root::parent_of;
 use crate::base::root::users::name_of;
-use crate::base::{Context, Result};
+use crate::base::{Context, Result, spare};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat};
@@ -135,23 +135,25 @@ fn open_guarded(folder: impl AsFd, path: &Path, flags: OFlag) -> io::Result<Owne
     let mode = if flags.contains(OFlag::O_CREAT) { Mode::from_bits_truncate(0o600) } else { Mode::empty() };
     let resolve = ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     let how = OpenHow::new().flags(flags).mode(mode).resolve(resolve);
-    let opened = match nix::fcntl::openat2(&folder, path, how) {
+    let open = || match nix::fcntl::openat2(&folder, path, how) {
         // No such call here: of an old kernel, or of whatever keeps this process from it.
         Err(Errno::ENOSYS | Errno::EPERM) => nix::fcntl::openat(&folder, path, flags, mode),
         opened => opened,
     };
-    opened.map_err(|e| match e {
-        Errno::ELOOP => strange("it is a symbolic link, or lies below one, and none is followed here"),
-        Errno::ENOTDIR => match fstatat(&folder, path, AtFlags::AT_SYMLINK_NOFOLLOW) {
+    // A new name can take a block of its folder.
+    let opened = spare::with(|| Ok(open()?));
+    opened.map_err(|e: io::Error| match e.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ELOOP) => strange("it is a symbolic link, or lies below one, and none is followed here"),
+        Some(Errno::ENOTDIR) => match fstatat(&folder, path, AtFlags::AT_SYMLINK_NOFOLLOW) {
             // What O_NOFOLLOW with O_DIRECTORY says of a link.
             Ok(found) if kind_of(&found) == SFlag::S_IFLNK => {
                 strange("it is a symbolic link, and none is followed here")
             }
-            _ => e.into(),
+            _ => e,
         },
         // A named pipe that nobody reads, or a socket.
-        Errno::ENXIO => strange("it is no file"),
-        e => e.into(),
+        Some(Errno::ENXIO) => strange("it is no file"),
+        _ => e,
     })
 }
 
@@ -345,7 +347,7 @@ pub fn remove_folder(path: &Path) -> io::Result<()> {
 /// Gives a file another name; one that has it loses it.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let (from, to) = (Place::of(from)?, Place::of(to)?);
-    Ok(nix::fcntl::renameat(&from.folder, from.name, &to.folder, to.name)?)
+    spare::with(|| Ok(nix::fcntl::renameat(&from.folder, from.name, &to.folder, to.name)?))
 }
 
 /// Gives the file that is open as `file`, and has the name `from`, the name `to` as well,
@@ -355,7 +357,8 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// `ResourceBusy` if `from` means another file by now: nothing has the name `to` then.
 pub fn link(file: &File, from: &Path, to: &Path) -> io::Result<()> {
     let (from, to) = (Place::of(from)?, Place::of(to)?);
-    nix::unistd::linkat(&from.folder, from.name, &to.folder, to.name, LinkatFlags::empty())?;
+    let link = || nix::unistd::linkat(&from.folder, from.name, &to.folder, to.name, LinkatFlags::empty());
+    spare::with(|| Ok(link()?))?;
     if to.means(file)? {
         return Ok(());
     }
@@ -406,14 +409,14 @@ pub fn create_dir_durable(dir: &Path) -> Result<()> {
         create_dir_durable(parent)?;
     }
     let Place { folder: inside, name } = Place::of(dir).context(attempt)?;
-    match nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU) {
+    match spare::with(|| Ok(nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU)?)) {
         Ok(()) => {
             let owner = fstat(&inside).context(attempt)?;
             let made = open_guarded(&inside, Path::new(name), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
             made.and_then(|made| give(&made, dir, &owner)).context(attempt)?;
             inside.sync_all().context(|| format!("sync folder {}", parent.display()))
         }
-        Err(Errno::EEXIST) => folder(dir).map(drop).context(attempt),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => folder(dir).map(drop).context(attempt),
         Err(e) => Err(e).context(attempt),
     }
 }
@@ -440,7 +443,7 @@ pub fn create_file(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
-fn write_and(path: &Path, bytes: &[u8], name: impl FnOnce(&Path, &Path) -> io::Result<()>) -> Result<()> {
+fn write_and(path: &Path, bytes: &[u8], name: impl Fn(&Path, &Path) -> io::Result<()>) -> Result<()> {
     let tmp = {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(format!(".{}.tmp", uuid::Uuid::new_v4().simple()));
@@ -452,11 +455,9 @@ fn write_and(path: &Path, bytes: &[u8], name: impl FnOnce(&Path, &Path) -> io::R
         file.sync_all()?;
         name(&tmp, path)
     };
-    if let Err(e) = write() {
-        // Best effort: the error that matters is the first one.
-        let _ = remove(&tmp);
-        return Err(e).context(|| format!("write {}", path.display()));
-    }
+    // Best effort: the error that matters is the first one.
+    let write = || write().inspect_err(|_| drop(remove(&tmp)));
+    spare::with(write).context(|| format!("write {}", path.display()))?;
     sync_dir(parent_of(path))
 }
 

@@ -7,7 +7,9 @@ mod users;
 
 pub use files::{create_dir_durable, replace_file, sync_dir};
 
-use crate::base::{Error, Kind, Result};
+use crate::base::space::Space;
+use crate::base::{Error, Kind, Result, spare};
+use nix::fcntl::OFlag;
 use std::path::{Path, PathBuf};
 
 /// The root folder of a sealblk store.
@@ -80,6 +82,33 @@ impl Root {
     /// `events.jsonl`.
     pub fn events(&self) -> PathBuf {
         self.0.join("events.jsonl")
+    }
+
+    /// `spare`, space for records on a full disk.
+    fn spare(&self) -> PathBuf {
+        self.0.join("spare")
+    }
+
+    /// Has this process use [`spare`] for what it writes down; makes that where there is space. Where it
+    /// cannot be had, records are written as long as there is space.
+    pub(crate) fn keep_spare(&self) {
+        let keep = || -> Result<()> {
+            let Some(space) = Space::at(&self.0)? else { return Ok(()) };
+            let is_there = files::exists(&self.spare());
+            if !is_there && !spare::may_be_made(&space) {
+                return Ok(());
+            }
+            let file = files::open_with(&self.spare(), OFlag::O_RDWR | OFlag::O_CREAT)?;
+            spare::keep(file, &space).inspect_err(|_| {
+                if !is_there {
+                    let _ = files::remove(&self.spare());
+                }
+            })?;
+            Ok(())
+        };
+        if let Err(e) = keep() {
+            log::debug!("no space is kept for records in {}: {e}", self.0.display());
+        }
     }
 
     /// `sealblk.toml`, where earlier versions had the settings. They are in the configuration folder now.

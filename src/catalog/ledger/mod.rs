@@ -26,7 +26,7 @@ mod facts;
 pub(crate) use facts::{SnapshotFacts, VolumeFacts};
 
 use crate::base::root::{Root, create_dir_durable, files, replace_file, sync_dir};
-use crate::base::{Context, Error, Kind, Result, locks};
+use crate::base::{Context, Error, Kind, Result, locks, spare};
 use entry::Entry;
 use nix::fcntl::OFlag;
 use serde::Serialize;
@@ -369,8 +369,7 @@ impl<F: Facts> Change<'_, F> {
         let bytes = next.to_bytes(&self.id, &key);
         replace_file(&self.ledger.entry_path(&self.id), &bytes)?;
         (self.number, self.accepted) = (number, next.accepted);
-        self.mark
-            .write_all_at(format!("{number:020}\n").as_bytes(), 0)
+        spare::with(|| self.mark.write_all_at(format!("{number:020}\n").as_bytes(), 0))
             .and_then(|()| self.mark.sync_all())
             .context(|| format!("write the mark of {}", self.id))
     }

@@ -19,7 +19,7 @@ pub use turn::{Announcements, Turn};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::root::owners::Owners;
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, spare};
 use crate::catalog::VolumeId;
 use nix::fcntl::OFlag;
 use std::fs::File;
@@ -163,7 +163,7 @@ impl VolumeLock {
             // Nobody else takes it: that is for who has the volume.
             locks::try_lock(file, locks::Kind::Exclusive, SAID).map(drop)
         };
-        if let Err(e) = write() {
+        if let Err(e) = spare::with(write) {
             // The lock holds all the same, and on a full disk a volume must still be deleted.
             log::warn!("{}: {e}", self.file.path.display());
         }

@@ -4,6 +4,7 @@
 
 use crate::base::hardened::Hardened;
 use crate::base::root::files;
+use crate::base::spare;
 use crate::kms::KmsError;
 use crate::kms::embedded::keys::{LogKeys, RootKey};
 use crate::kms::embedded::log::{BODY_MAX, HEADER_LEN, Header, Next, Position, encode_record, next_record};
@@ -206,7 +207,8 @@ impl OpenLog {
         }
         let (bytes, after) = encode_record(&self.position(), &body, &self.keys);
         let file = self.writable().map_err(|e| failed("change the KMS store", &self.path, &e))?;
-        if let Err(e) = file.write_all_at(&bytes, self.end).and_then(|()| file.sync_data()) {
+        let write = || file.write_all_at(&bytes, self.end).and_then(|()| file.sync_data());
+        if let Err(e) = spare::with(write) {
             // What cannot be taken back now is cut off by the next who opens the log: it was not answered.
             let _ = file.set_len(self.end).and_then(|()| file.sync_all());
             return Err(failed("change the KMS store", &self.path, &e));
