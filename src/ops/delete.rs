@@ -63,7 +63,7 @@ pub fn shred(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<Recei
 pub fn delete_unreadable(catalog: &Catalog, events: &EventLog, id: VolumeId) -> Result<()> {
     let delete = || {
         let folder = catalog.folder(id);
-        let _lock = VolumeLock::acquire(&folder, id, &Holder::this_process(Purpose::Delete, None)?)?;
+        let _lock = VolumeLock::acquire_in_turn(&folder, id, &Holder::this_process(Purpose::Delete, None)?)?;
         let _records = RecordsLock::acquire(catalog)?;
         check_is_unreadable(catalog.load_claim(id).map(drop))?;
         // With this it is not there any more; whatever keeps the rest, the next deletion clears away.
@@ -108,7 +108,7 @@ fn delete_by<T>(
     let folder = catalog.folder(id);
     let holder = Holder::this_process(Purpose::Delete, None)?;
     let attempt = || format!("delete {id}");
-    let lock = VolumeLock::acquire(&folder, id, &holder).context(attempt)?;
+    let lock = VolumeLock::acquire_in_turn(&folder, id, &holder).context(attempt)?;
     let metadata =
         catalog.load(id).map_err(|e| advised(catalog.load_claim(id).is_err(), e)).context(attempt)?;
     match catalog.check_top_is_own(&metadata) {
