@@ -64,6 +64,12 @@ impl Chain {
         Chain { volume, links: links.collect(), is_written, is_hydrating: layout.hydrate().is_some() }
     }
 
+    /// A layer of which nothing else is known than that it is needed.
+    fn of_one(id: LayerId) -> Self {
+        let link = Link { id, size: 0, unit: SectorSize::B512, secret: Secret::Unproved };
+        Chain { volume: None, links: vec![link], is_written: true, is_hydrating: true }
+    }
+
     /// Where in the chain a layer is, counted from the top.
     pub(crate) fn position(&self, layer: LayerId) -> Option<usize> {
         self.links.iter().position(|link| link.id == layer)
@@ -77,7 +83,8 @@ impl Chain {
 /// [`crate::catalog::references`] gives.
 ///
 /// # Errors
-/// `Corrupt`, naming the first record that cannot be read: then nobody knows what it needs.
+/// `Corrupt`, naming the first record that cannot be read, and of which the ledger knows nothing either: then
+/// nobody knows what it needs.
 pub(crate) fn chains(catalog: &Catalog, _records: &RecordsLock) -> Result<Vec<Chain>> {
     let mut all = Vec::new();
     for id in catalog.folders()? {
@@ -90,7 +97,8 @@ pub(crate) fn chains(catalog: &Catalog, _records: &RecordsLock) -> Result<Vec<Ch
                 Err(e) if e.kind() == Kind::NotFound => {}
                 // Never to become a volume: whoever was at it is gone.
                 Err(_) if name == CREATING && catalog.held(id)? == Held::Free => {}
-                Err(e) => return Err(e),
+                // What it names the ledger knows, and not in which order: all of that is needed.
+                Err(e) => all.extend(catalog.layers_in_ledger(id)?.ok_or(e)?.into_iter().map(Chain::of_one)),
             }
         }
     }

@@ -7,6 +7,7 @@ use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
 use crate::ops::Store;
 use crate::ops::space::{self, Given};
+use crate::ops::usage::OfLayer;
 use serde_json::{Value, json};
 use std::fmt::Display;
 
@@ -90,6 +91,28 @@ pub(super) fn report_deleted(env: &Env, deleted: &dyn Display, given: Option<Giv
     }
     let given = given.map_or(String::new(), |given| words(&given));
     output::print(&format!("{deleted} deleted{given}\n")).map(drop)
+}
+
+/// Most whose ids are shown, of those who need a layer as well; JSON has all.
+const SHOWN_MAX: usize = 4;
+
+/// What a layer takes, and who needs it, for people.
+pub(super) fn layer_words(layer: &OfLayer) -> String {
+    let bytes = size::about(layer.on_disk);
+    let (shown, more) = layer.shared_with.split_at(layer.shared_with.len().min(SHOWN_MAX));
+    match (shown, more.len()) {
+        ([], _) => format!("{bytes} on disk, which nothing else needs"),
+        (shown, 0) => format!("{bytes} on disk, shared with {}", shown.join(", ")),
+        (shown, more) => format!("{bytes} on disk, shared with {}, and {more} more", shown.join(", ")),
+    }
+}
+
+/// Adds what each layer takes, and who needs it, to the description of what has the layers.
+pub(super) fn add_layers(value: &mut Value, layers: &[OfLayer]) {
+    for (n, layer) in layers.iter().enumerate() {
+        value["layers"][n]["on_disk"] = json!(layer.on_disk);
+        value["layers"][n]["shared_with"] = json!(layer.shared_with);
+    }
 }
 
 /// What was given back, to follow after a word.

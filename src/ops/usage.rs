@@ -4,8 +4,10 @@
 
 use crate::base::Result;
 use crate::base::space::Space;
+use crate::catalog::metadata::LayerRecord;
 use crate::catalog::{Catalog, Entry, LayerId, VolumeId};
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::os::unix::fs::MetadataExt;
 
 /// What the layers of a volume take on disk, in bytes.
@@ -65,6 +67,43 @@ impl Overview {
     pub fn usage(&self, id: VolumeId) -> Usage {
         self.usage.get(&id).copied().unwrap_or_default()
     }
+}
+
+/// What one layer takes on disk, and who needs it.
+pub struct OfLayer {
+    /// Its file's blocks, in bytes.
+    pub on_disk: u64,
+    /// The ids of the other volumes and snapshots that name it.
+    pub shared_with: Vec<String>,
+}
+
+/// What each layer of a volume or snapshot takes, and who else names it; `whose` is its id. What cannot be
+/// read names nothing here.
+///
+/// # Errors
+/// Those of listing volumes and snapshots.
+pub fn of_layers(catalog: &Catalog, whose: &dyn Display, layers: &[LayerRecord]) -> Result<Vec<OfLayer>> {
+    let whose = whose.to_string();
+    let look = |layer: &LayerRecord| OfLayer { on_disk: on_disk(catalog, layer.id), shared_with: Vec::new() };
+    let mut found: Vec<OfLayer> = layers.iter().map(look).collect();
+    let mut note = |id: String, theirs: &[LayerRecord]| {
+        for (layer, found) in layers.iter().zip(&mut found) {
+            if id != whose && theirs.iter().any(|other| other.id == layer.id) {
+                found.shared_with.push(id.clone());
+            }
+        }
+    };
+    for id in catalog.ids()? {
+        if let Ok(volume) = catalog.load_claim(id) {
+            note(id.to_string(), volume.layers());
+        }
+    }
+    for id in catalog.snapshot_ids()? {
+        if let Ok(snapshot) = catalog.load_snapshot_claim(id) {
+            note(id.to_string(), snapshot.layers());
+        }
+    }
+    Ok(found)
 }
 
 fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {

@@ -89,6 +89,13 @@ fn what_is_covered_is_given_back_and_nothing_else() {
     put(&mut session, &mut data, 1 << 20, &pattern(51, 2048));
     flush(&mut session.rings[0]);
     let before = on_disk(&rig);
+    let shown = rig.json(&["volume", "show", "t"]);
+    assert_eq!(shown["layers"][0]["shared_with"], serde_json::json!([]));
+    assert_eq!(shown["layers"][1]["shared_with"], serde_json::json!([first]));
+    assert_eq!(shown["layers"][1]["on_disk"], 192 << 10);
+    let shown = rig.place.store.ok(&["snapshot", "show", &first]);
+    let t = rig.place.id();
+    assert!(shown.contains(&format!("192.0 KiB on disk, shared with {t}")), "{shown}");
     // The snapshot needs all of it.
     assert_eq!(rig.json(&["gc"])["space"]["given_back"], 0);
     let (clone, second) =

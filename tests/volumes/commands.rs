@@ -117,7 +117,9 @@ fn a_volume_is_made_shown_and_deleted() {
     );
     assert_eq!(listed, json!([made]));
     let deleted = store.json(&["volume", "delete", "db"]);
-    assert_eq!(deleted, json!({"id": id, "state": "deleted"}));
+    let nothing =
+        json!({"given_back": 0, "moved": 0, "merged_layers": 0, "left_for_later": 0, "is_busy": false});
+    assert_eq!(deleted, json!({"id": id, "state": "deleted", "space": nothing}));
     assert_eq!(store.json(&["volume", "list"]), json!([]));
     assert!(store.files().is_empty());
 }

@@ -13,6 +13,7 @@ use crate::cli::volume::export;
 use crate::cli::{Env, output, rewrap, space};
 use crate::ops::delete;
 use crate::ops::export::What;
+use crate::ops::usage;
 use serde_json::{Value, json};
 
 /// The commands.
@@ -195,8 +196,11 @@ fn row(entry: &Entry) -> Vec<String> {
 fn show(env: &Env, reference: &str) -> Result<()> {
     let catalog = env.catalog();
     let snapshot = catalog.load_snapshot(catalog.resolve_snapshot(reference)?)?;
+    let layers = usage::of_layers(&catalog, &snapshot.id(), snapshot.layers())?;
     if env.json {
-        return output::print_json(&description(&catalog, &snapshot));
+        let mut value = description(&catalog, &snapshot);
+        space::add_layers(&mut value, &layers);
+        return output::print_json(&value);
     }
     let pair = |name: &str, value: String| vec![name.to_string(), value];
     let bytes = snapshot.geometry().size();
@@ -213,9 +217,10 @@ fn show(env: &Env, reference: &str) -> Result<()> {
         pair("key", format!("{}: {}", key.provider, key.wrapped.key_id))
     };
     rows.extend(snapshot.keys().iter().map(key));
-    rows.extend(
-        snapshot.layers().iter().map(|l| pair("layer", catalog.layer_path(l.id).display().to_string())),
-    );
+    for (layer, usage) in snapshot.layers().iter().zip(&layers) {
+        rows.push(pair("layer", catalog.layer_path(layer.id).display().to_string()));
+        rows.push(pair("", space::layer_words(usage)));
+    }
     rows.extend(snapshot.label().tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}"))));
     rows.push(pair("created", snapshot.created().to_string()));
     rows.extend(catalog.check_snapshot(&snapshot).err().map(|problem| pair("problem", problem.to_string())));

@@ -4,11 +4,12 @@ use crate::base::{Error, Kind, Result, size};
 use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata};
-use crate::cli::{Env, output};
+use crate::cli::{Env, output, space};
 use crate::host::control;
 use crate::host::status::{Progress, Refusals, Status, UsedKey};
 use crate::kms::{self, KeyState};
 use crate::ops::key_sharing::{self, Holder};
+use crate::ops::usage::{self, OfLayer};
 use serde_json::{Value, json};
 use std::os::unix::fs::MetadataExt;
 
@@ -34,10 +35,12 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
     let checks: Option<Vec<Check>> =
         args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(env, key)).collect());
     let sharing = key_sharing::of(&catalog, &metadata)?;
+    let layers = usage::of_layers(&catalog, &metadata.id(), metadata.layers())?;
     if env.json {
         let mut value = description(&catalog, &metadata)?;
         value["attachment"] = attached.json();
         value["next_attach"] = json!(next_attach(env, &metadata));
+        space::add_layers(&mut value, &layers);
         for (n, holders) in sharing.iter().enumerate() {
             value["keys"][n]["shared_with"] = shared_json(holders);
         }
@@ -46,7 +49,7 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
         }
         output::print_json(&value)?;
     } else {
-        let rows = rows(env, &metadata, &attached, &sharing, checks.as_deref());
+        let rows = rows(env, &metadata, &attached, (&sharing, &layers), checks.as_deref());
         output::print(&output::table(&rows))?;
     }
     match checks.into_iter().flatten().find_map(|check| check.refusal) {
@@ -59,7 +62,7 @@ fn rows(
     env: &Env,
     metadata: &Metadata,
     attached: &Attached,
-    sharing: &[Vec<Holder>],
+    (sharing, layers): (&[Vec<Holder>], &[OfLayer]),
     checks: Option<&[Check]>,
 ) -> Vec<Vec<String>> {
     let catalog = &env.catalog();
@@ -77,8 +80,9 @@ fn rows(
             rows.push(pair("", check.words()));
         }
     }
-    for layer in metadata.layers() {
+    for (layer, usage) in metadata.layers().iter().zip(layers) {
         rows.push(pair("layer", catalog.layer_path(layer.id).display()));
+        rows.push(pair("", space::layer_words(usage)));
     }
     rows.extend(attached.hydration(catalog, metadata));
     rows.extend(metadata.origin().map(|origin| pair("made from", origin.snapshot)));
