@@ -7,10 +7,11 @@
 use super::Store;
 use super::need::{self, Budget};
 use super::reach::{Reach, is_attached};
+use super::space;
 use crate::base::space::{Reserve, Shortage};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
-use crate::catalog::{Metadata, VolumeId, leaving, rekey};
+use crate::catalog::{LayerId, Metadata, VolumeId, leaving, rekey};
 use crate::disk::Disk;
 use crate::disk::hydrate::{End, Hydration};
 use crate::events::{Event, EventLog};
@@ -26,6 +27,8 @@ use std::time::Duration;
 
 /// How often a caller is told how far this process has come.
 const TELL: Duration = Duration::from_millis(250);
+/// How much is copied, in bytes, before what it left below is given back.
+const STEP: u64 = 1 << 30;
 /// How often a host process is asked how far it has come.
 const ASK: Duration = Duration::from_millis(500);
 
@@ -111,6 +114,7 @@ pub fn cancel(store: &Store, id: VolumeId) -> Result<bool> {
 /// of the KMS and of the file system.
 pub fn follow(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progress)) -> Result<Metadata> {
     let catalog = store.catalog();
+    let mut behind = Behind::default();
     loop {
         let metadata = catalog.load(id)?;
         if metadata.layout().leaving() == 0 {
@@ -119,8 +123,10 @@ pub fn follow(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Pro
         }
         if is_attached(&catalog, id)? {
             // It may be let go of at any moment.
-            if let Ok(status) = control::status(&catalog, id) {
-                status.hydration.iter().for_each(&mut *tell);
+            let status = control::status(&catalog, id);
+            if let Some(progress) = status.iter().find_map(|status| status.hydration.as_ref()) {
+                behind.follow(store, &metadata, progress);
+                tell(progress);
             }
             std::thread::sleep(ASK);
             continue;
@@ -132,6 +138,41 @@ pub fn follow(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Pro
                 report(&store.events(), &volume, "completed");
                 return Ok(volume);
             }
+        }
+    }
+}
+
+/// Gives back behind a copy what it has brought up, where nothing else needs it: so it takes not much more
+/// space than what it copies has, once.
+#[derive(Default)]
+struct Behind {
+    /// How many bytes were left to be copied when space was given back last.
+    left: Option<u64>,
+}
+
+impl Behind {
+    /// The copy has come so far.
+    fn follow(&mut self, store: &Store, volume: &Metadata, progress: &Progress) {
+        let Some(left) = progress.left else { return };
+        // The first time, it may have waited for long.
+        let copied = self.left.map(|before| before.saturating_sub(left));
+        let is_due = match copied {
+            None => progress.waits_for_space,
+            Some(copied) => copied >= STEP || (progress.waits_for_space && copied > 0),
+        };
+        if copied.is_some() && !is_due {
+            return;
+        }
+        self.left = Some(left);
+        if !is_due {
+            return;
+        }
+        let layers = volume.layers();
+        let leaving = &layers[layers.len() - volume.layout().leaving()..];
+        let leaving: Vec<LayerId> = leaving.iter().map(|layer| layer.id).collect();
+        match space::give_back_covered(store, &leaving) {
+            Ok(bytes) => log::debug!("{}: {bytes} bytes were given back behind the copy", volume.id()),
+            Err(e) => log::warn!("nothing is given back behind the copy of {}: {e}", volume.id()),
         }
     }
 }
@@ -153,7 +194,12 @@ fn complete(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progr
     let waits = |short: &Shortage| {
         store.events().record(&Event::hydrate_waits(id, kms_key(&metadata), short.to_string()));
     };
-    hydrate(disk, pace, tell, &waits)?;
+    let mut behind = Behind::default();
+    let mut tell = |progress: &Progress| {
+        behind.follow(store, &metadata, progress);
+        tell(progress);
+    };
+    hydrate(disk, pace, &mut tell, &waits)?;
     leaving::commit(&catalog, &lock, &mut metadata, seal_key.as_ref())?;
     // With this their files go.
     catalog.recover(&lock, &metadata)?;

@@ -27,9 +27,9 @@ impl<'a> NewTop<'a> {
         Ok(begun)
     }
 
-    /// Has `commit` replace the record.
+    /// Has `commit` replace the record. The volume is this process's as long as this lives.
     pub(super) fn commit<T>(
-        mut self,
+        &mut self,
         commit: impl FnOnce(Freeze, &VolumeLock, &mut Opened) -> Result<T>,
     ) -> Result<T> {
         let freeze = self.freeze.take().expect("it is taken here alone, and by drop");

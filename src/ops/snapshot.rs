@@ -73,7 +73,8 @@ fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>,
         each_attached(&mut making, Freezing::hold)?;
     }
     each_attached(&mut making, Freezing::commit)?;
-    let made = making.into_iter().map(|one| end(&catalog, one, label)).collect::<Result<Vec<_>, _>>()?;
+    // Nobody else has a volume before the records are written: he could take layers out of its chain.
+    let made = making.iter_mut().map(|one| end(&catalog, one, label)).collect::<Result<Vec<_>, _>>()?;
     freeze::note(&catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
     for one in made.iter().filter(|one| one.pause.is_some()) {
         control::tell_noted(&catalog, one.snapshot.volume(), one.snapshot.id());
@@ -128,9 +129,9 @@ fn each_attached<'a>(
 }
 
 /// Freezes the old top. The snapshot is there once it is [noted](freeze::note).
-fn end(catalog: &Catalog, one: Making<'_>, label: &Label) -> Result<Made, Failure> {
+fn end(catalog: &Catalog, one: &mut Making<'_>, label: &Label) -> Result<Made, Failure> {
     match one {
-        Making::Attached(mut freezing) => {
+        Making::Attached(freezing) => {
             let (snapshot, pause) = freezing.frozen().map_err(|e| of(freezing.volume(), e))?;
             Ok(Made { snapshot, pause: Some(pause) })
         }
@@ -139,7 +140,7 @@ fn end(catalog: &Catalog, one: Making<'_>, label: &Label) -> Result<Made, Failur
                 let (key, id) = (opened.seal_key.as_ref(), SnapshotId::random());
                 freeze.commit(catalog, lock, &mut opened.metadata, id, label.clone(), key)
             });
-            let snapshot = snapshot.map_err(|e| of(id, e))?;
+            let snapshot = snapshot.map_err(|e| of(*id, e))?;
             Ok(Made { snapshot, pause: None })
         }
     }

@@ -104,6 +104,25 @@ fn a_copy_stops_at_the_reserve_and_goes_on_when_there_is_space() {
 }
 
 #[test]
+fn behind_a_copy_that_is_followed_space_is_given_back() {
+    for attached in [false, true] {
+        let Some(tight) = Tight::new(7 * MIB) else { return };
+        let rig = &tight.rig;
+        let host = attached.then(|| attach(rig, "t", &["--hydrate-rate", "0", "--space-reserve", "3MiB"]).0);
+        // Six mebibytes are copied, and there are four: what was copied makes room for what comes.
+        let rekey = ["volume", "rekey", "t", "--follow", "--space-reserve", "3MiB", "--skip-space-check"];
+        rig.place.store.ok(&rekey);
+        assert!(tight.free() >= 3 * MIB, "{}", tight.free());
+        if let Some(host) = host {
+            host.end();
+        }
+        let reader = rig.reader();
+        assert_eq!(reader.volume("t").layers().len(), 1);
+        assert!(reader.volume_content(&reader.volume("t")) == rig.data);
+    }
+}
+
+#[test]
 fn a_command_that_copies_waits_for_space_and_says_so() {
     let Some(tight) = Tight::new(7 * MIB) else { return };
     let rig = &tight.rig;

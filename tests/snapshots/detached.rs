@@ -27,7 +27,11 @@ fn a_snapshot_holds_what_the_volume_held() {
         let frozen = fs::metadata(rig.reader().catalog().layer_path(before.top().id)).unwrap();
         assert_eq!(frozen.permissions().mode() & 0o777, 0o444);
         assert!(!rig.place.volume_folder().join("pending.json").exists());
-        let shown = rig.json(&["snapshot", "show", &id]);
+        let mut shown = rig.json(&["snapshot", "show", &id]);
+        for layer in shown["layers"].as_array_mut().unwrap() {
+            // What a list does not look at.
+            layer.as_object_mut().unwrap().retain(|field, _| !["on_disk", "shared_with"].contains(&&**field));
+        }
         assert_eq!(shown, rig.json(&["snapshot", "list"])[0]);
         assert_eq!((&shown["volume_id"], &shown["size"]), (&json!(volume.id()), &json!(8 << 20)));
         assert_eq!((&shown["description"], &shown["tags"]), (&json!("nightly"), &json!({"env": "prod"})));
@@ -200,6 +204,9 @@ fn twenty_at_a_time_are_made_one_after_the_other() {
         }
         host.into_iter().for_each(Host::end);
     }
-    assert_eq!((ids.len(), rig.reader().volume("t").layers().len()), (40, 41));
+    assert_eq!(ids.len(), 40);
+    // Of those that were made while nobody had it attached, the empty layers have left the chain.
+    let layers = rig.reader().volume("t").layers().len();
+    assert!((22..=24).contains(&layers), "{layers}");
     rig.assert_layers_are_named();
 }

@@ -28,7 +28,8 @@ What was written since is under the new data key, so a re-keying cannot be taken
 volume needs both keys, so it cannot be left half done for good. \"throttle\" with \"--hydrate-rate 1\" has the copy stand still.
 
 What is going to be copied has to fit: it is refused where the file system has not so much space beyond the reserve (exit
-code 8). A copy that comes to the reserve waits, and goes on by itself when there is space.
+code 8). A copy that comes to the reserve waits, and goes on by itself when there is space. With --follow, what no snapshot
+needs is given back behind the copy, every GiB and whenever it waits: --skip-space-check begins with much less space.
 
 To change only the KMS key that wraps the data key, which is done at once, see \"volume rewrap\".")]
 pub struct RekeyArgs {

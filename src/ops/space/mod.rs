@@ -78,6 +78,21 @@ pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Te
     Ok(work.given)
 }
 
+/// Gives back what of these layers is covered, and moves nothing: behind a copy that brings up what they
+/// hold. Returns how many bytes that was.
+///
+/// # Errors
+/// As for [`give_back`].
+pub(super) fn give_back_covered(store: &Store, of: &[LayerId]) -> Result<u64> {
+    let catalog = store.catalog();
+    let Some(_turn) = Turn::take(&catalog)? else { return Ok(0) };
+    let tell: &mut Tell<'_> = &mut |_, _, _| Ok(());
+    let mut work =
+        Work { catalog: &catalog, of: Some(of), pace: Pace::new(0), tell, given: Given::default() };
+    work.give_back_covered(true)?;
+    Ok(work.given.bytes)
+}
+
 /// How many bytes [`give_back`] would give back of the whole store without moving any.
 ///
 /// # Errors
