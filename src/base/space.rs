@@ -55,6 +55,11 @@ impl Space {
     }
 }
 
+/// Whether something failed because there was no space, or none that this user may have.
+pub(crate) fn is_for_space(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// How much of a file system a copy leaves free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reserve(Option<u64>);

@@ -10,7 +10,7 @@
 //! take: hence the small pieces, each of which is a new chance.
 #![forbid(unsafe_code)]
 
-use crate::base::space::Space;
+use crate::base::space::{Space, is_for_space};
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -66,14 +66,10 @@ pub(crate) fn with<T>(attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 fn with_file<T>(kept: Option<&File>, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match attempt() {
-            Err(e) if is_full(&e) && kept.is_some_and(|file| give_up(file, &e).unwrap_or(false)) => {}
+            Err(e) if is_for_space(&e) && kept.is_some_and(|file| give_up(file, &e).unwrap_or(false)) => {}
             done => return done,
         }
     }
-}
-
-fn is_full(e: &io::Error) -> bool {
-    matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 /// Makes the file shorter by a piece. Returns whether that can have helped.

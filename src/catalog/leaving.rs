@@ -43,9 +43,7 @@ pub fn commit(
     metadata: &mut Metadata,
     key: Option<&SealKey>,
 ) -> Result<()> {
-    let layout = metadata.layout();
-    let left: Vec<LayerId> =
-        layout.layers()[layout.layers().len() - layout.leaving()..].iter().map(|l| l.id).collect();
+    let left: Vec<LayerId> = metadata.layout().leaving_layers().iter().map(|l| l.id).collect();
     commit_without(catalog, lock, metadata, &left, metadata.layout().hydrated(), key)
 }
 

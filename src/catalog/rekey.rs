@@ -150,8 +150,7 @@ pub fn unmark(catalog: &Catalog, lock: &VolumeLock, metadata: &mut Metadata) -> 
 /// # Errors
 /// `Usage`, with what can be done instead.
 pub fn check_may_stay(volume: &Metadata) -> Result<()> {
-    let (layers, top, id) = (volume.layers(), volume.top(), volume.id());
-    let leaving = &layers[layers.len() - volume.layout().leaving()..];
+    let (leaving, top, id) = (volume.layout().leaving_layers(), volume.top(), volume.id());
     let is_as_top = |layer: &LayerRecord| (layer.key, layer.masked) == (top.key, top.masked);
     let Some(other) = leaving.iter().find(|layer| top.key.is_some() && !is_as_top(layer)) else {
         return Ok(());

@@ -135,7 +135,7 @@ pub(super) fn words(given: &Given) -> String {
     parts.iter().map(|part| format!("; {part}")).collect()
 }
 
-/// The same, for programs.
+/// What was given back, for programs.
 pub(super) fn json(given: &Given) -> Value {
     json!({
         "given_back": given.bytes,

@@ -22,10 +22,9 @@
 //! in the top stays as it was.
 
 use crate::base::error::attempted;
-use crate::base::space::{Reserve, Shortage};
+use crate::base::space::{Reserve, Shortage, is_for_space};
 use crate::base::sync::Locked;
 use crate::disk::map::LayerMap;
-use crate::disk::refusals::is_for_space;
 use crate::disk::{Disk, WaitingQueue};
 use crate::virtio::SECTOR_SIZE;
 use std::io;

@@ -2,6 +2,7 @@
 //! and what wakes the thread.
 
 use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
+use crate::base::space::is_for_space;
 use crate::disk::Disk;
 use crate::disk::durability::Durability;
 use crate::disk::fence::{Fence, OpenLane};
@@ -257,10 +258,9 @@ impl DiskQueue {
     /// What a finished write means. A durable one syncs, and the kernel reports a write-back that failed once
     /// only, to whoever syncs next: the error may be that of writes which had completed before.
     pub fn written(&self, durable: bool, result: io::Result<()>) -> io::Result<()> {
-        use io::ErrorKind::{QuotaExceeded, StorageFull, WriteZero};
         match &result {
             // For want of room nothing else is lost.
-            Err(e) if matches!(e.kind(), QuotaExceeded | StorageFull | WriteZero) => result,
+            Err(e) if is_for_space(e) || e.kind() == io::ErrorKind::WriteZero => result,
             Err(e) if e.get_ref().is_some_and(|e| e.is::<NotBegun>()) => result,
             Err(_) if durable => self.flushed(result),
             _ => result,

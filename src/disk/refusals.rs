@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use crate::base::Timestamp;
+use crate::base::space::is_for_space;
 use crate::base::sync::Locked;
 use std::io;
 use std::sync::{Mutex, OnceLock};
@@ -66,11 +67,6 @@ impl Refusals {
             hear(more, e);
         }
     }
-}
-
-/// Whether there was no space, or none that this user may have.
-pub(super) fn is_for_space(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 #[cfg(test)]

@@ -167,9 +167,7 @@ impl Behind {
         if !is_due {
             return;
         }
-        let layers = volume.layers();
-        let leaving = &layers[layers.len() - volume.layout().leaving()..];
-        let leaving: Vec<LayerId> = leaving.iter().map(|layer| layer.id).collect();
+        let leaving: Vec<LayerId> = volume.layout().leaving_layers().iter().map(|layer| layer.id).collect();
         match space::give_back_covered(store, &leaving) {
             Ok(bytes) => log::debug!("{}: {bytes} bytes were given back behind the copy", volume.id()),
             Err(e) => log::warn!("nothing is given back behind the copy of {}: {e}", volume.id()),

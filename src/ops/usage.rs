@@ -106,7 +106,8 @@ pub fn of_layers(catalog: &Catalog, whose: &dyn Display, layers: &[LayerRecord])
     Ok(found)
 }
 
-fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
+/// What a layer's file takes on disk, in bytes; nothing if it cannot be looked at.
+pub fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
     // A block device takes none of the file system.
     std::fs::symlink_metadata(catalog.layer_path(layer)).map_or(0, |found| found.blocks() * 512)
 }

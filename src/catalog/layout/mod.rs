@@ -113,6 +113,11 @@ impl Layout {
         found.map_or(0, |position| self.layers.len() - position)
     }
 
+    /// The layers that are being copied up and will then leave the chain: the lowest ones.
+    pub(crate) fn leaving_layers(&self) -> &[LayerRecord] {
+        &self.layers[self.layers.len() - self.leaving()..]
+    }
+
     /// This layout with everything below the top to be copied up; `None` if there is nothing below.
     pub(crate) fn with_all_leaving(&self) -> Option<Self> {
         let hydrate = Some(self.layers.get(1)?.id);

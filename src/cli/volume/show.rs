@@ -11,7 +11,6 @@ use crate::kms::{self, KeyState};
 use crate::ops::key_sharing::{self, Holder};
 use crate::ops::usage::{self, OfLayer};
 use serde_json::{Value, json};
-use std::os::unix::fs::MetadataExt;
 
 /// What `volume show` takes.
 #[derive(clap::Args)]
@@ -184,12 +183,10 @@ impl Attached {
 
     /// What is still to be copied up from lower layers, under their keys.
     fn hydration(&self, catalog: &Catalog, metadata: &Metadata) -> Vec<Vec<String>> {
-        let leaving = metadata.layout().leaving();
-        if leaving == 0 {
+        if metadata.layout().leaving() == 0 {
             return Vec::new();
         }
-        let layers = metadata.layers();
-        let below = &layers[layers.len() - leaving..];
+        let below = metadata.layout().leaving_layers();
         let mut old: Vec<&str> =
             below.iter().filter_map(|l| l.key).map(|n| metadata.keys()[n].wrapped.key_id.as_str()).collect();
         old.dedup();
@@ -362,10 +359,8 @@ fn waiting(catalog: &Catalog, metadata: &Metadata) -> Value {
 
 /// What the leaving layers take on disk, in bytes: no more than that is left to be copied.
 fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
-    let layers = metadata.layers();
-    let leaving = layers[layers.len() - metadata.layout().leaving()..].iter();
     // What cannot be looked at is told of as the volume's problem.
-    leaving.filter_map(|l| std::fs::metadata(catalog.layer_path(l.id)).ok()).map(|m| m.blocks() * 512).sum()
+    metadata.layout().leaving_layers().iter().map(|layer| usage::on_disk(catalog, layer.id)).sum()
 }
 
 /// EBS's word for it.

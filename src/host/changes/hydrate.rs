@@ -302,8 +302,7 @@ impl Record {
     }
 
     fn let_layers_leave(&self, state: &mut State) -> Result<()> {
-        let stay = state.layers.len() - state.metadata.layout().leaving();
-        let left: Vec<_> = state.metadata.layers()[stay..].iter().map(|l| l.id).collect();
+        let left: Vec<_> = state.metadata.layout().leaving_layers().iter().map(|l| l.id).collect();
         self.take_out(state, &left, leaving::commit)
     }
 

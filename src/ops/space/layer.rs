@@ -8,6 +8,7 @@ use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::{Catalog, LayerId};
 use crate::disk::is_zero;
+use crate::ops::need;
 use crate::virtio::SECTOR_SIZE;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -72,19 +73,17 @@ impl LayerFile {
         next_data_of(&self.file, from).context(|| format!("look for data in {}", self.path.display()))
     }
 
-    /// Whether there is nothing in it, not even zeros.
-    pub(super) fn is_empty(&self) -> Result<bool> {
-        Ok(self.next_data(0)?.is_none())
+    /// Whether a layer is a regular file with nothing in it, not even zeros.
+    pub(super) fn is_empty(catalog: &Catalog, id: LayerId) -> Result<bool> {
+        match Self::look_at(catalog, id)? {
+            Some(file) => Ok(file.next_data(0)?.is_none()),
+            None => Ok(false),
+        }
     }
 
     /// In how many bytes there may be something.
     pub(super) fn data_bytes(&self) -> Result<u64> {
-        let (mut all, mut at) = (0, 0);
-        while let Some(data) = self.next_data(at)? {
-            all += data.end - data.start;
-            at = data.end;
-        }
-        Ok(all)
+        need::of_file(&self.file)
     }
 
     /// The bytes of the window at `at`, into `room`, which is as long as a window: zeros beyond its end.

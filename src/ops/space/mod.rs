@@ -119,17 +119,16 @@ pub(super) fn let_empty_layers_go(catalog: &Catalog, taken: &mut Taken) -> Resul
     }
     let mut empty = Vec::new();
     for layer in &opened.metadata.layers()[1..] {
-        if LayerFile::look_at(catalog, layer.id)?.map_or(Ok(false), |file| file.is_empty())? {
+        if LayerFile::is_empty(catalog, layer.id)? {
             empty.push(layer.id);
         }
     }
     if empty.is_empty() {
         return Ok(());
     }
-    let mut stays =
-        opened.metadata.layers().iter().map(|layer| !empty.contains(&layer.id)).collect::<Vec<_>>();
+    let stays: Vec<bool> = opened.metadata.layers().iter().map(|layer| !empty.contains(&layer.id)).collect();
     leaving::commit_empty(catalog, &taken.lock, &mut opened.metadata, &empty, opened.seal_key.as_ref())?;
-    let mut stays = stays.drain(..);
+    let mut stays = stays.into_iter();
     opened.layers.retain(|_| stays.next().unwrap_or(true));
     log::info!("{}: {} layers that hold nothing have left its chain", opened.metadata.id(), empty.len());
     // With this their files go, where nothing else names them.
@@ -277,7 +276,7 @@ impl Work<'_, '_> {
         frozen.dedup();
         let mut empty = HashSet::new();
         for id in frozen.into_iter().filter(|id| !written.contains(id)) {
-            if LayerFile::look_at(self.catalog, id)?.map_or(Ok(false), |file| file.is_empty())? {
+            if LayerFile::is_empty(self.catalog, id)? {
                 empty.insert(id);
             }
         }
