@@ -5,6 +5,7 @@ mod behind;
 use super::input::Input;
 use super::script::{Files, answers, send_all};
 use behind::Behind;
+use sealblk::vhost::boundary::Boundary;
 use sealblk::vhost::gate::{Gate, Limits};
 use sealblk::vhost::tenure::{Serving, Tenure};
 use sealblk::vhost::vring::Rings;
@@ -46,7 +47,9 @@ pub fn run(data: &[u8]) {
 
     let device = std::thread::spawn(move || Behind::new(behind, LIMITS).serve());
     let rings = Rings::new(Arc::new(Nobody), 0, Arc::default());
-    let passed = Gate::new(vmm, inner, LIMITS, rings, Arc::default()).and_then(|mut gate| gate.run());
+    let boundary = Boundary::new().expect("an event");
+    let gate = Gate::new(vmm, inner, LIMITS, rings, Arc::default());
+    let passed = gate.and_then(|mut gate| gate.run(&boundary));
     if let Err(panic) = device.join() {
         std::panic::resume_unwind(panic);
     }

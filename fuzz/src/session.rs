@@ -9,6 +9,7 @@ use sealblk::crypt::xts::{Engine, new_cipher};
 use sealblk::crypt::{Dek, SectorSize};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
+use sealblk::vhost::boundary::Boundary;
 use sealblk::vhost::device::Device;
 use sealblk::vhost::queue::{Tuning, Worker};
 use sealblk::vhost::session::{Inlet, serve};
@@ -34,7 +35,7 @@ pub fn run(data: &[u8]) {
 
     // One VMM at a time, as with the real one.
     let device = DEVICE.lock().expect("nobody panicked");
-    let _ = serve(&device, vmm);
+    let _ = serve(&device, vmm, None);
     assert!(answers(&ours) <= sent, "more answers than messages");
     drop(ours);
     assert!(closed.all(), "a descriptor stays open");
@@ -71,5 +72,6 @@ fn device() -> Device {
     let shape = Arc::new(SharedShape::new(shape));
     let (channel, queues, seg_max, writeback) = (Arc::default(), QUEUES, 126, Arc::new(true.into()));
     let (queue_size, memory_regions) = (256, 509);
-    Device { tenure, shape, inlet, channel, queues, seg_max, queue_size, memory_regions, writeback }
+    let boundary = Boundary::new().expect("an event");
+    Device { tenure, shape, inlet, channel, queues, seg_max, queue_size, memory_regions, boundary, writeback }
 }

@@ -6,6 +6,7 @@
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -17,15 +18,31 @@ pub(crate) fn say(mut socket: &UnixStream, what: &impl Serialize) -> io::Result<
 
 /// Sends `what` as one line, and `descriptor` with the first of its bytes.
 pub(crate) fn say_with(
-    mut socket: &UnixStream,
+    socket: &UnixStream,
     what: &impl Serialize,
     descriptor: BorrowedFd<'_>,
 ) -> io::Result<()> {
+    say_with_all(socket, what, &[descriptor])
+}
+
+/// Sends `what` as one line, and `descriptors`, at most [`MAX_DESCRIPTORS`], with the first of its bytes.
+pub(crate) fn say_with_all(
+    mut socket: &UnixStream,
+    what: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    assert!(descriptors.len() <= MAX_DESCRIPTORS, "as many as a reader makes room for");
     let line = line(what)?;
-    let fds = [descriptor.as_raw_fd()];
+    let fds: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[][..] } else { &control };
     let data = [IoSlice::new(&line)];
-    let sent = sendmsg::<()>(socket.as_raw_fd(), &data, &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    let sent = loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &data, control, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(nix::Error::EINTR) => {}
+            sent => break sent?,
+        }
+    };
     socket.write_all(&line[sent..])
 }
 
@@ -41,19 +58,31 @@ fn line(what: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
+/// The most descriptors that go with one line.
+pub(crate) const MAX_DESCRIPTORS: usize = 32;
+
 /// What one reads from a socket, line by line.
 pub(crate) struct Lines {
     /// The longest line in bytes.
     limit: usize,
     /// What has come and was not returned yet.
     come: Vec<u8>,
-    descriptor: Option<OwnedFd>,
+    /// The descriptors that came and were not taken yet, at most so many as are wanted; others are closed.
+    descriptors: VecDeque<OwnedFd>,
+    wanted: usize,
 }
 
 impl Lines {
     /// Lines of at most `limit` bytes. What is longer is cut there, and is then no JSON.
     pub(crate) fn of_at_most(limit: usize) -> Self {
-        Lines { limit, come: Vec::new(), descriptor: None }
+        Lines { limit, come: Vec::new(), descriptors: VecDeque::new(), wanted: 1 }
+    }
+
+    /// As many descriptors are wanted as go with one line, not one alone: they are to be taken after
+    /// each line that has some.
+    pub(crate) fn with_descriptors(self) -> Self {
+        // Those of the next line may have come with the end of this one.
+        Lines { wanted: 2 * MAX_DESCRIPTORS, ..self }
     }
 
     /// Waits for the next line and returns it without its end. A line may also end with the socket's end;
@@ -88,14 +117,14 @@ impl Lines {
         }
     }
 
-    /// The descriptor that came with what was read until now, the first if there were several.
+    /// The first descriptor that came with what was read until now, and was not taken yet.
     pub(crate) fn take_descriptor(&mut self) -> Option<OwnedFd> {
-        self.descriptor.take()
+        self.descriptors.pop_front()
     }
 
     /// Receives what there is, at most as much as fits into `bytes`, and the descriptors that came with it.
     fn receive(&mut self, socket: &UnixStream, bytes: &mut [u8]) -> io::Result<usize> {
-        let mut space = nix::cmsg_space!([RawFd; 1]);
+        let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
         let mut data = [IoSliceMut::new(bytes)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags)?;
@@ -104,7 +133,9 @@ impl Lines {
                 for fd in fds {
                     // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
                     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                    self.descriptor.get_or_insert(fd);
+                    if self.descriptors.len() < self.wanted {
+                        self.descriptors.push_back(fd);
+                    }
                 }
             }
         }
@@ -159,5 +190,28 @@ mod tests {
         assert!(lines.take_descriptor().is_none());
         say(&passed, &7).unwrap();
         assert_eq!(hear(&other, 10).unwrap().unwrap(), b"7");
+    }
+
+    #[test]
+    fn descriptors_are_told_apart_by_their_lines() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let pairs: Vec<_> = (0..MAX_DESCRIPTORS + 1).map(|_| UnixStream::pair().unwrap()).collect();
+        let fds: Vec<_> = pairs.iter().map(|(one, _)| one.as_fd()).collect();
+        say(&ours, &0).unwrap();
+        say_with_all(&ours, &1, &fds[..MAX_DESCRIPTORS]).unwrap();
+        say_with_all(&ours, &2, &fds[MAX_DESCRIPTORS..]).unwrap();
+        say_with_all(&ours, &3, &[]).unwrap();
+        let mut lines = Lines::of_at_most(100).with_descriptors();
+        let mut taken = Vec::new();
+        for (line, count) in [("0", 0), ("1", MAX_DESCRIPTORS), ("2", 1), ("3", 0)] {
+            assert_eq!(lines.next(&theirs).unwrap().unwrap(), line.as_bytes());
+            taken
+                .extend((0..count).map(|_| UnixStream::from(lines.take_descriptor().expect("a descriptor"))));
+        }
+        assert!(lines.take_descriptor().is_none());
+        for (passed, (_, other)) in taken.iter().zip(&pairs) {
+            say(passed, &7).unwrap();
+            assert_eq!(hear(other, 10).unwrap().unwrap(), b"7");
+        }
     }
 }

@@ -27,6 +27,7 @@ pub mod settings;
 pub mod snapshot;
 mod space;
 pub mod store;
+pub mod upgrade;
 pub mod volume;
 
 use crate::audit as audit_log;
@@ -115,6 +116,8 @@ enum Command {
     Attach(attach::AttachArgs),
     /// End the attachment of a volume: drain, flush, wipe the key.
     Detach(attach::DetachArgs),
+    /// Have this binary take attached volumes over from the processes that serve them; guests notice nothing.
+    Upgrade(upgrade::UpgradeArgs),
     /// Make, show and switch the keys of the embedded KMS.
     #[command(subcommand, after_help = "Example:\n  sealblk key disable alias/aws/ebs")]
     Key(key::KeyCommand),
@@ -148,6 +151,9 @@ enum Command {
     /// Make the grants of an attach for the process that started this one, and retire them after it.
     #[command(hide = true)]
     KeepGrants,
+    /// Serve a volume from now on, for the command "upgrade" that started this process.
+    #[command(hide = true)]
+    TakeOver(upgrade::TakeOverArgs),
 }
 
 impl Command {
@@ -158,6 +164,7 @@ impl Command {
             Command::Apply(args) => apply::run(env, &args),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
+            Command::Upgrade(args) => upgrade::run(env, &args),
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
@@ -170,6 +177,7 @@ impl Command {
             Command::Unwrap => attach::unwrap(env),
             Command::RewrapKey => crate::helper::rewrap::help(env.hardened, &env.root),
             Command::KeepGrants => attach::keep_grants(env),
+            Command::TakeOver(args) => upgrade::take_over(env, &args),
         }
     }
 }

@@ -10,9 +10,11 @@
 
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::VolumeId;
 use crate::catalog::lock::{Announcements, Holder, LockFile, Turn, VolumeLock};
 use crate::disk::Disk;
 use crate::events::{Event, EventLog};
+use crate::host::keyring::Keyring;
 use crate::host::opener::Opener;
 use crate::host::state::{Record, State as Held};
 use crate::host::status::{Refusals, UsedKey};
@@ -20,7 +22,7 @@ use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
 use crate::vhost::queue::{Tuning, Worker};
 use crate::vhost::tenure::{Serving, Tenure};
-use crate::volume::layers;
+use crate::volume::layers::{self, PassedLocks};
 use crate::volume::open::{Opened, shape};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,7 +111,65 @@ impl Handover {
     /// This process has the volume, opened so.
     pub(super) fn begin(&self, opened: Opened, lock: VolumeLock) -> Result<()> {
         *self.state() = State::Has { serving: self.serve(opened, lock)?, in_use: false };
+        self.parts.record.begin_hydration();
         Ok(())
+    }
+
+    /// This process goes on where `predecessor`, who has the volume by `lock`, has stopped: the volume is
+    /// opened, and `commit` makes it this process's. Returns once rings can run.
+    ///
+    /// # Errors
+    /// What keeps the volume from being opened; what `commit` says. The volume is the predecessor's still.
+    pub(super) fn succeed(
+        &self,
+        lock: VolumeLock,
+        passed: &PassedLocks,
+        commit: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let opened = self.parts.opener.open(&lock, passed)?;
+        let serving = self.serve(opened, lock)?;
+        if let Err(e) = commit() {
+            // The lock is the predecessor's, and nothing here lets go of it.
+            drop(self.parts.record.state().take());
+            drop(self.give_up(serving));
+            return Err(e);
+        }
+        for image_lock in &passed.image_locks {
+            image_lock.keep();
+        }
+        *self.state() = State::Has { serving, in_use: false };
+        Ok(())
+    }
+
+    /// What [`Handover::succeed`] leaves for when rings run: the volume says whose it is, and goes on being
+    /// hydrated.
+    pub(super) fn settle(&self) {
+        if let Some(state) = &mut *self.parts.record.state() {
+            state.lock.keep();
+        }
+        (self.parts.taken)();
+        self.parts.record.begin_hydration();
+    }
+
+    /// Another process has the volume from now on, with the locks by which this one has it: nothing is
+    /// written any more by this process, and no lock is let go of. The queues are drained.
+    pub(super) fn leave(&self, held: &mut Option<Held>) {
+        let state = std::mem::replace(&mut *self.state(), State::LetGo);
+        if let Some(mut held) = held.take() {
+            held.lock.leave();
+            held.layers.iter().for_each(|layer| layer.image_lock.leave());
+        }
+        drop(state);
+    }
+
+    /// The volume.
+    pub(super) fn volume(&self) -> VolumeId {
+        self.parts.opener.volume
+    }
+
+    /// What is kept of its data keys.
+    pub(super) fn keys(&self) -> Arc<Keyring> {
+        self.parts.opener.keys.clone()
     }
 
     /// This process is to have it next.
@@ -159,8 +219,10 @@ impl Handover {
         let lock = self.wait_for_lock()?;
         // Whoever had it may have changed all of it but what the data keys are: everything
         // is read and proved anew.
-        let opened = self.parts.opener.open(&lock)?;
-        self.serve(opened, lock)
+        let opened = self.parts.opener.open(&lock, &PassedLocks::default())?;
+        let serving = self.serve(opened, lock)?;
+        self.parts.record.begin_hydration();
+        Ok(serving)
     }
 
     fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
@@ -185,7 +247,6 @@ impl Handover {
         let read_only = shape.read_only;
         *record.hydrator.unwrapped_by() = metadata.keys().iter().map(UsedKey::of).collect();
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
-        record.begin_hydration();
         Ok(serving)
     }
 
@@ -210,6 +271,11 @@ impl Handover {
     /// Whether a flush has failed since this process has the volume.
     pub(super) fn has_failed_flush(&self) -> bool {
         self.serving().is_some_and(|serving| serving.disk().has_failed_flush())
+    }
+
+    /// Whether a queue's thread has died, which may have lost requests.
+    pub(super) fn has_dead_queue(&self) -> bool {
+        self.failure().is_some()
     }
 
     fn wait_for_lock(&self) -> Result<VolumeLock> {

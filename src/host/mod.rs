@@ -22,29 +22,33 @@ pub mod socket;
 mod start;
 mod state;
 pub mod status;
+pub mod upgrade;
 
 use crate::backing::file::ring;
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
-use crate::base::{Context, Result};
+use crate::base::{Context, Error, Result};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
 use crate::kms::embedded::root_key::passphrase;
 use crate::sandbox::{self, Identity, Mode};
-use crate::vhost::listener::{self, Stop};
+use crate::vhost::boundary::Next;
+use crate::vhost::listener::{self, Socket, Stop};
 use crate::vhost::queue::qos::Limits;
 use crate::volume::open::cannot_serve;
+use nix::unistd::Uid;
 use notify::Notifier;
-use service::Service;
+use service::{Leaves, Service};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket::SocketAccess;
 use start::{Sockets, Taken};
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use upgrade::Taking;
 
 /// Where VMMs connect.
 #[derive(Clone, Debug)]
@@ -128,22 +132,54 @@ pub fn attach(
         Endpoint::Path(path) => Some(std::path::absolute(path)?),
         Endpoint::Fd(_) => None,
     };
-    // Where there is a socket already, no name is made.
-    let named = path.as_deref().filter(|_| inherited.is_none());
+    let started_by = nix::unistd::geteuid();
     let taken = Taken::take(catalog, settings, volume, options, path.as_deref(), hardened);
-    let mut taken = taken.map_err(explained).context(attempt)?;
+    let taken = taken.map_err(explained).context(attempt)?;
     drop(passphrase);
     // From here on, what proves records is out of this process's reach.
     let catalog = &catalog.without_ledger();
-    let Sockets { control, inlet, socket, name } =
-        Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref())
-            .map_err(explained)
-            .context(attempt)?;
+    let sockets = Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref())
+        .map_err(explained)
+        .context(attempt)?;
+    let path = path.as_deref();
+    let manager = Notifier::connect();
+    let attaching =
+        Attaching { catalog, options, taken, sockets, path, memory_regions, started_by, manager, from: None };
+    run(attaching, ready)
+}
+
+/// A volume that is taken, or is to be taken over, with all that was got before the process is confined.
+struct Attaching<'a> {
+    /// Without the ledger.
+    catalog: &'a Catalog,
+    options: &'a Options,
+    taken: Taken,
+    sockets: Sockets,
+    /// Where VMMs connect, if that is a path.
+    path: Option<&'a Path>,
+    /// How many regions of memory a VMM may share.
+    memory_regions: u16,
+    /// Whose process this is before it becomes another user's.
+    started_by: Uid,
+    manager: Notifier,
+    /// The process that serves the volume until now.
+    from: Option<Taking>,
+}
+
+/// Confines the process, and serves the volume until it is detached, or another process takes over. `ready`
+/// is called when VMMs can connect.
+fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>) -> Result<()> {
+    let Attaching { catalog, options, mut taken, sockets, path, memory_regions, started_by, manager, from } =
+        attaching;
+    let volume = taken.metadata.id();
+    let attempt = || format!("attach {volume}");
+    let Sockets { control, inlet, socket, name } = sockets;
+    // Where there was a socket already, no name is removed.
+    let named = path.filter(|_| name.is_some());
     let announcements = taken.lock_file.announcements();
     if let Err(e) = taken.events.keep_open() {
         log::warn!("{e}; this process will report no events");
     }
-    let manager = Notifier::connect();
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
@@ -165,18 +201,41 @@ pub fn attach(
     log::info!("the host process is confined: {confinement}");
 
     let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
-    let control = control.serve(service.orders(options)).context(attempt)?;
     let device = Arc::new(service.device(options, inlet, memory_regions));
+    let manager = Arc::new(manager);
+    let leaves = Leaves {
+        listener: socket.as_ref().and_then(Socket::listener),
+        path,
+        is_name_ours: name.is_some(),
+        memory_regions,
+        started_by,
+        manager: manager.clone(),
+        boundary: device.boundary.clone(),
+    };
+    let predecessor = service.predecessor(options, leaves).context(attempt)?;
+    let control = control.serve(service.orders(options, predecessor)).context(attempt)?;
     stop_on_signals(signals, service.stop.clone()).context(attempt)?;
     let how = service.describe();
-    log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
-    ready(&Attached { volume, how: &how })?;
-    manager.ready();
-
-    let served = listener::serve(&device, socket, &service.stop).context(|| format!("serve {volume}"));
-    manager.stopping();
-    drop(name);
-    let (result, given_up) = service.end(device, served);
+    let served = match from {
+        None => {
+            log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
+            ready(&Attached { volume, how: &how })?;
+            manager.ready();
+            listener::serve(&device, socket, None, &service.stop).map_err(Error::from)
+        }
+        Some(taking) => taking
+            .take(&service)
+            .and_then(|inherited| Ok(listener::serve(&device, socket, inherited, &service.stop)?)),
+    };
+    let is_over = !matches!(served, Ok(Next::Successor)) && !service.is_anothers();
+    if is_over {
+        manager.stopping();
+        drop(name);
+    } else if let Some(name) = name {
+        // It is the other process's, as the socket is.
+        name.leave();
+    }
+    let (result, given_up) = service.end(device, served.map(drop).context(|| format!("serve {volume}")));
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
     let waiting = control.close();
     let had_it = given_up.release();

@@ -26,6 +26,21 @@ impl Notifier {
         }))
     }
 
+    /// The service manager by a socket that is connected to it, if there is one.
+    pub(crate) fn of(socket: Option<UnixDatagram>) -> Self {
+        Notifier(socket)
+    }
+
+    /// The socket, where there is a service manager.
+    pub(crate) fn socket(&self) -> Option<&UnixDatagram> {
+        self.0.as_ref()
+    }
+
+    /// Another process is the service from now on.
+    pub(crate) fn main_process(&self, pid: u32) {
+        self.tell(&format!("MAINPID={pid}\n"));
+    }
+
     /// VMMs can connect.
     pub(crate) fn ready(&self) {
         self.tell("READY=1\n");

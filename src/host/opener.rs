@@ -12,7 +12,7 @@ use crate::catalog::{Catalog, VolumeId};
 use crate::image::lock::Access;
 use crate::virtio::SharedShape;
 use crate::volume::kept::Kept;
-use crate::volume::layers::Layer;
+use crate::volume::layers::{Layer, PassedLocks};
 use crate::volume::open::{Deks, Opened, Opening, cannot_serve, open, open_again, shape};
 use std::sync::Arc;
 
@@ -78,14 +78,14 @@ impl Opener {
         Opener { catalog, volume, options, keys: Keyring::new(kept), shape, unsealed, how }
     }
 
-    /// Opens the volume anew, as it is now.
+    /// Opens the volume anew, as it is now, with the locks that another process has `passed`, if one has.
     ///
     /// # Errors
     /// Also if it has changed in a way that a guest, or a process that has these data keys, cannot follow.
-    pub(super) fn open(&self, lock: &VolumeLock) -> Result<Opened> {
+    pub(super) fn open(&self, lock: &VolumeLock, passed: &PassedLocks) -> Result<Opened> {
         let now = self.shape.now();
         let Options { read_only, engine, .. } = self.options;
-        let opened = open_again(&self.catalog, lock, access(read_only), engine, |metadata, top| {
+        let opened = open_again(&self.catalog, lock, access(read_only), engine, passed, |metadata, top| {
             let shape = shape(metadata.geometry(), read_only);
             if shape.block_size != now.block_size || shape.sectors < now.sectors {
                 return Err(self.changed("it has got a smaller size meanwhile"));

@@ -4,16 +4,19 @@
 use crate::base::Result;
 use crate::base::sync::Locked;
 use crate::catalog::Catalog;
-use crate::catalog::lock::{Announcements, LockFile};
+use crate::catalog::lock::{Announcements, LockFile, VolumeLock};
 use crate::helper::grants::Keeper;
 use crate::host::Options;
 use crate::host::changes::hydrate::{self, Hydrator};
 use crate::host::control::{Name, Orders};
 use crate::host::handover::{Handover, Parts};
 use crate::host::keys_held::KeysHeld;
+use crate::host::notify::Notifier;
 use crate::host::start::{Place, Taken};
 use crate::host::state::Record;
 use crate::host::status::Status;
+use crate::host::upgrade::Predecessor;
+use crate::vhost::boundary::Boundary;
 use crate::vhost::device::Device;
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
@@ -21,7 +24,12 @@ use crate::vhost::queue::Tuning;
 use crate::vhost::queue::qos::Qos;
 use crate::vhost::session::Inlet;
 use crate::virtio::{SECTOR_SIZE, SharedShape};
-use std::sync::atomic::AtomicBool;
+use crate::volume::layers::PassedLocks;
+use nix::unistd::Uid;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
@@ -40,6 +48,27 @@ pub(super) struct Service {
     lock_file: LockFile,
     keeper: Arc<Keeper>,
     held: Arc<Mutex<Option<KeysHeld>>>,
+    boundary: Arc<Boundary>,
+    /// The lock of the process that serves the volume until now, until it is taken.
+    passed: Mutex<Option<VolumeLock>>,
+    /// Whether that process has the volume still.
+    is_others: Arc<AtomicBool>,
+}
+
+/// What belongs to a successor beside what the service has.
+pub(super) struct Leaves<'a> {
+    /// The socket that VMMs connect to.
+    pub(super) listener: Option<std::io::Result<UnixListener>>,
+    /// Its path.
+    pub(super) path: Option<&'a Path>,
+    /// Whether its name is removed when the volume is detached.
+    pub(super) is_name_ours: bool,
+    /// How many regions of memory a VMM may share.
+    pub(super) memory_regions: u16,
+    /// Whose process this was.
+    pub(super) started_by: Uid,
+    pub(super) manager: Arc<Notifier>,
+    pub(super) boundary: Arc<Boundary>,
 }
 
 impl Service {
@@ -72,13 +101,31 @@ impl Service {
         };
         let tuning = Tuning { poll: options.poll, in_order: options.in_order, cpu: None, qos: qos.clone() };
         let handover = Handover::new(parts, options.queues, &options.cpus, &tuning)?;
+        let mut passed = None;
         match (place, opened) {
-            (Place::Holder(lock), Some(opened)) => handover.begin(opened, lock),
-            (Place::Next(turn), _) => handover.wait(turn),
+            (Place::Holder(lock), Some(opened)) => handover.begin(opened, lock)?,
+            (Place::Next(turn), _) => handover.wait(turn)?,
+            (Place::Successor(lock), _) => passed = Some(lock),
             (Place::Holder(_), None) => unreachable!("who has the volume has opened it"),
-        }?;
+        }
         handover.heed(announcements)?;
-        Ok(Service { stop, record, handover, qos, shape, channel, writeback, lock_file, keeper, held })
+        let is_others = Arc::new(AtomicBool::new(passed.is_some()));
+        let (passed, boundary) = (Mutex::new(passed), Boundary::new()?);
+        Ok(Service {
+            stop,
+            record,
+            handover,
+            qos,
+            shape,
+            channel,
+            writeback,
+            lock_file,
+            keeper,
+            held,
+            boundary,
+            passed,
+            is_others,
+        })
     }
 
     /// How the volume is reached, and by which cipher engine, for people.
@@ -86,8 +133,43 @@ impl Service {
         self.handover.describe()
     }
 
+    /// What takes the volume from the process that serves it until now.
+    pub(super) fn succession(&self) -> Succession {
+        let (handover, keeper, stop) = (self.handover.clone(), self.keeper.clone(), self.stop.clone());
+        let (is_others, lock) = (self.is_others.clone(), self.passed.locked().take());
+        Succession { handover, keeper, stop, is_others, lock }
+    }
+
+    /// Whether another process has the volume still, which this one was to take over from.
+    pub(super) fn is_anothers(&self) -> bool {
+        self.is_others.load(Ordering::Relaxed)
+    }
+
+    /// What hands the volume over to another process.
+    pub(super) fn predecessor(&self, options: &Options, leaves: Leaves<'_>) -> Result<Arc<Predecessor>> {
+        let Leaves { listener, path, is_name_ours, memory_regions, started_by, manager, boundary } = leaves;
+        Ok(Arc::new(Predecessor {
+            options: options.clone(),
+            volume: self.handover.volume(),
+            memory_regions,
+            started_by,
+            listener: listener.transpose()?.map(OwnedFd::from),
+            path: path.map(Path::to_owned),
+            is_name_ours,
+            manager,
+            lock: self.lock_file.descriptor().try_clone_to_owned()?,
+            handover: Arc::downgrade(&self.handover),
+            record: self.record.clone(),
+            keys: self.handover.keys(),
+            keeper: self.keeper.clone(),
+            qos: self.qos.clone(),
+            stop: self.stop.clone(),
+            boundary,
+        }))
+    }
+
     /// What clients can ask for.
-    pub(super) fn orders(&self, options: &Options) -> Orders {
+    pub(super) fn orders(&self, options: &Options, predecessor: Arc<Predecessor>) -> Orders {
         let (read_only, engine) = (options.read_only, options.engine);
         // Not kept: it has the data keys.
         let handover = Arc::downgrade(&self.handover);
@@ -130,6 +212,7 @@ impl Service {
             move_down: Box::new(move |wanted, client| moved.move_down(wanted, client)),
             let_go: Box::new(move |layers| empty.let_go_of_empty(layers)),
             cancel_flatten: Box::new(move || cancel.cancel_flatten()),
+            upgrade: Box::new(move |protocol, secret, client| predecessor.leave(protocol, secret, client)),
         }
     }
 
@@ -145,6 +228,7 @@ impl Service {
             seg_max: SEG_MAX.min(u32::from(options.queue_size) - 2),
             queue_size: options.queue_size,
             memory_regions,
+            boundary: self.boundary.clone(),
             writeback: self.writeback.clone(),
         }
     }
@@ -162,6 +246,39 @@ impl Service {
             held.ended(&result);
         }
         (result, GivenUp { record, keeper })
+    }
+}
+
+/// Takes a volume that another process serves until now.
+pub(super) struct Succession {
+    handover: Arc<Handover>,
+    keeper: Arc<Keeper>,
+    stop: Arc<Stop>,
+    is_others: Arc<AtomicBool>,
+    lock: Option<VolumeLock>,
+}
+
+impl Succession {
+    /// Opens the volume with the locks that were `passed`, and takes it, if `commit` succeeds.
+    ///
+    /// # Errors
+    /// Why it is the other process's still.
+    pub(super) fn take(&mut self, passed: &PassedLocks, commit: impl FnOnce() -> Result<()>) -> Result<()> {
+        let Some(lock) = self.lock.take() else { unreachable!("a volume is taken over once") };
+        self.handover.succeed(lock, passed, commit)?;
+        self.keeper.keep();
+        self.is_others.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Has the VMM's connection end with the attachment.
+    pub(super) fn end_with(&self, vmm: UnixStream) {
+        self.stop.serving(Some(vmm));
+    }
+
+    /// Sees to what can wait until rings run.
+    pub(super) fn settle(&self) {
+        self.handover.settle();
     }
 }
 

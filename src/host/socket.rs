@@ -27,6 +27,15 @@ pub struct SocketName {
 }
 
 impl SocketName {
+    /// The name of a socket that another process has made.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn of_another(path: &Path) -> std::io::Result<Self> {
+        let metadata = std::fs::symlink_metadata(path)?;
+        Ok(SocketName { path: path.into(), inode: (metadata.dev(), metadata.ino()) })
+    }
+
     /// This name, seen from elsewhere: it was made while `folder` was the working folder.
     pub fn moved_to(mut self, folder: &Path) -> Self {
         self.path = folder.join(&self.path);
@@ -151,7 +160,7 @@ pub fn of_service_manager(path: &Path) -> Result<Option<Socket>> {
 }
 
 /// Whether a listener was made at `path`, by whatever links that leads there.
-fn is_at(listener: &UnixListener, path: &Path) -> bool {
+pub(super) fn is_at(listener: &UnixListener, path: &Path) -> bool {
     let place = |path: &Path| Some((parent_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
     let address = listener.local_addr().ok();
     let made_at = address.as_ref().and_then(|address| address.as_pathname());
@@ -196,6 +205,15 @@ fn take(fd: RawFd) -> Result<Socket, String> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let failed = |e: Errno| e.desc().to_string();
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).map_err(failed)?;
+    of_descriptor(fd)
+}
+
+/// The vhost-user socket that a descriptor is: listening, or connected to a VMM.
+///
+/// # Errors
+/// What it is instead.
+pub(super) fn of_descriptor(fd: OwnedFd) -> Result<Socket, String> {
+    let failed = |e: Errno| e.desc().to_string();
     let kind = getsockopt(&fd, sockopt::SockType).map_err(|_| "it is not a socket")?;
     let address = getsockname::<SockaddrStorage>(fd.as_raw_fd()).map_err(failed)?;
     if kind != SockType::Stream || address.family() != Some(AddressFamily::Unix) {

@@ -64,7 +64,7 @@ impl Taken {
         };
         let (opener, opened) = match &place {
             Place::Holder(lock) => Opener::with_layers(catalog, lock, options, get_keys),
-            Place::Next(_) => Opener::without(catalog, volume, options, get_keys),
+            Place::Next(_) | Place::Successor(_) => Opener::without(catalog, volume, options, get_keys),
         }?;
         let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
         let held = KeysHeld::begin(catalog.root(), &metadata)?;
@@ -76,6 +76,8 @@ impl Taken {
 pub(super) enum Place {
     Holder(VolumeLock),
     Next(Turn),
+    /// Who serves the volume until now hands it over, with the lock.
+    Successor(VolumeLock),
 }
 
 impl Place {
@@ -121,7 +123,7 @@ fn unwrap_all(
 pub(super) struct Sockets {
     pub(super) control: Bound,
     pub(super) inlet: Inlet,
-    pub(super) socket: Socket,
+    pub(super) socket: Option<Socket>,
     /// Of `socket`, where this process has made it.
     pub(super) name: Option<SocketName>,
 }
@@ -145,6 +147,6 @@ impl Sockets {
             }
             (None, None) => unreachable!("an endpoint is a path or a descriptor"),
         };
-        Ok(Sockets { control, inlet, socket, name })
+        Ok(Sockets { control, inlet, socket: Some(socket), name })
     }
 }

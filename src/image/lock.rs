@@ -14,6 +14,7 @@ use nix::fcntl::OFlag;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const USED: i64 = 100;
@@ -59,6 +60,8 @@ impl Access {
 #[derive(Debug)]
 pub struct ImageLock {
     file: File,
+    /// Whether another process has the open file as well, and what becomes of the lock is its affair.
+    is_others: AtomicBool,
 }
 
 impl ImageLock {
@@ -84,9 +87,25 @@ impl ImageLock {
 
     /// Takes the lock by `file`, which was opened for this alone.
     fn on(file: File, path: &Path, access: Access) -> Result<Self> {
-        let lock = ImageLock { file };
+        let lock = ImageLock { file, is_others: AtomicBool::new(false) };
         lock.take(path, access)?;
         Ok(lock)
+    }
+
+    /// The lock of another process, which has passed its open `file`: that process's until
+    /// [`ImageLock::keep`].
+    pub(crate) fn of_another(file: File) -> Self {
+        ImageLock { file, is_others: AtomicBool::new(true) }
+    }
+
+    /// This process has the lock from now on, and no other.
+    pub(crate) fn keep(&self) {
+        self.is_others.store(false, Ordering::Relaxed);
+    }
+
+    /// Another process, to which the open file was passed, has the lock from now on.
+    pub(crate) fn leave(&self) {
+        self.is_others.store(true, Ordering::Relaxed);
     }
 
     /// Gives all up for a moment: others may do with the file what they like, until it is
@@ -147,7 +166,7 @@ impl ImageLock {
     }
 
     /// The file, open for reading.
-    pub(super) fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
@@ -172,7 +191,9 @@ impl ImageLock {
 
 impl Drop for ImageLock {
     fn drop(&mut self) {
-        locks::unlock(&self.file, Bytes::ALL);
+        if !*self.is_others.get_mut() {
+            locks::unlock(&self.file, Bytes::ALL);
+        }
     }
 }
 

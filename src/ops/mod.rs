@@ -9,6 +9,7 @@
 //! |---|---|
 //! | volumes: make, delete | [`create`], [`import`], [`delete`] |
 //! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
+//! | volumes: who serves them | [`upgrade`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
@@ -40,6 +41,7 @@ pub mod rewrap;
 pub mod shred;
 pub mod snapshot;
 pub mod space;
+pub mod upgrade;
 pub mod usage;
 
 use crate::base::Result;

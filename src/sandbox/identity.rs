@@ -49,6 +49,16 @@ impl Identity {
         Ok(Identity { name: name.to_owned(), uid: user.uid, gid })
     }
 
+    /// The user and group with these ids.
+    ///
+    /// # Errors
+    /// If it cannot be looked up who that is.
+    pub(crate) fn of(uid: Uid, gid: Gid) -> Result<Self> {
+        let user = User::from_uid(uid).context(|| format!("look up the user {uid}"))?;
+        let name = user.map_or_else(|| uid.to_string(), |user| user.name);
+        Ok(Identity { name, uid, gid })
+    }
+
     /// The user's id and the group's.
     pub(crate) fn ids(&self) -> (Uid, Gid) {
         (self.uid, self.gid)

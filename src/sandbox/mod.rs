@@ -40,6 +40,16 @@ pub enum Mode {
     Off,
 }
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mode::On => "on",
+            Mode::Log => "log",
+            Mode::Off => "off",
+        })
+    }
+}
+
 impl FromStr for Mode {
     type Err = Error;
 

@@ -1,6 +1,7 @@
 //! What vhost-user-backend asks of a device: its features, its configuration space, and to
 //! take note of changes.
 
+use crate::vhost::boundary::Boundary;
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::GuestMemory;
 use crate::vhost::gate::Channel;
@@ -39,6 +40,8 @@ pub struct Device {
     /// Most memory regions that a VMM may share, each with a descriptor of its own: at most
     /// [`MAX_MEMORY_REGIONS`].
     pub memory_regions: u16,
+    /// Where something is done with the session between two of the VMM's messages.
+    pub boundary: Arc<Boundary>,
     /// The `writeback` byte of the configuration space. It outlives connections: a VMM that comes back does
     /// not repeat what its guest chose, and a guest that chose write-through sends no flushes.
     pub writeback: Arc<AtomicBool>,

@@ -42,6 +42,12 @@ impl Bitmap {
         Ok(Bitmap { map: shared::map(WHAT, fd, offset, size)? })
     }
 
+    /// The file once more, where the bitmap begins in it, and how many bytes it has.
+    fn shared(&self) -> io::Result<(OwnedFd, u64, u64)> {
+        let (fd, offset) = shared::file_of(&self.map)?;
+        Ok((fd, offset, self.map.size() as u64))
+    }
+
     /// Whether it has a bit for every page below guest address `end`.
     pub fn covers(&self, end: u64) -> bool {
         end.div_ceil(PAGES_8) <= self.map.size() as u64
@@ -88,6 +94,11 @@ impl DirtyLog {
         self.read().bitmap.as_ref().is_none_or(|bitmap| bitmap.covers(end))
     }
 
+    /// The bitmap's file once more, where the bitmap begins in it, and its bytes; `None` without a bitmap.
+    pub fn shared(&self) -> io::Result<Option<(OwnedFd, u64, u64)>> {
+        self.read().bitmap.as_ref().map(Bitmap::shared).transpose()
+    }
+
     /// Whether it is in force.
     pub fn is_active(&self) -> bool {
         self.active.load(Ordering::Acquire)
@@ -130,6 +141,11 @@ impl RingLog {
     /// Where the used ring is logged from now on; `None` for nowhere.
     pub fn set_used(&self, addr: Option<u64>) {
         self.used.store(addr.unwrap_or(OFF), Ordering::Release);
+    }
+
+    /// Where the used ring is logged; `None` for nowhere.
+    pub fn used(&self) -> Option<u64> {
+        Some(self.used.load(Ordering::Acquire)).filter(|&addr| addr != OFF)
     }
 
     /// Marks `len` bytes of guest memory at `addr`.

@@ -1,8 +1,9 @@
 //! The listening socket of an attached volume: one VMM at a time, as often as they like.
 
 use crate::base::sync::Locked;
+use crate::vhost::boundary::Next;
 use crate::vhost::device::Device;
-use crate::vhost::session;
+use crate::vhost::session::{self, End, Resume};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -22,6 +23,24 @@ pub enum Socket {
     Listening(UnixListener),
     /// One VMM is connected; when it leaves, serving is over.
     Connected(UnixStream),
+}
+
+impl Socket {
+    /// The socket that VMMs connect to, once more.
+    pub(crate) fn listener(&self) -> Option<io::Result<UnixListener>> {
+        match self {
+            Socket::Listening(listener) => Some(listener.try_clone()),
+            Socket::Connected(_) => None,
+        }
+    }
+}
+
+/// The session that another process leaves to this one.
+pub struct Inherited {
+    /// Its VMM.
+    pub vmm: UnixStream,
+    /// What brings the session to where it was left.
+    pub resume: Resume,
 }
 
 /// Ends serving from another thread.
@@ -65,7 +84,7 @@ impl Stop {
     }
 
     /// Makes `vmm` the connection that [`Stop::stop`] ends.
-    fn serving(&self, vmm: Option<UnixStream>) {
+    pub(crate) fn serving(&self, vmm: Option<UnixStream>) {
         let mut current = self.current.locked();
         *current = vmm;
         if self.is_stopped()
@@ -76,64 +95,98 @@ impl Stop {
     }
 }
 
-/// Serves VMMs until [`Stop::stop`], until the only one has left, or until another process has the volume.
-pub fn serve(device: &Arc<Device>, socket: Socket, stop: &Stop) -> io::Result<()> {
-    match socket {
-        Socket::Connected(vmm) => {
-            one(device, vmm, None, stop);
-            if !stop.is_stopped() {
-                device.tenure.vmm_left();
-            }
-            Ok(())
+/// Serves the VMMs that come by `socket`, first the one of the session that was `inherited`,
+/// until [`Stop::stop`], until the only one has left, or until another process has the volume.
+/// Returns who serves them then.
+///
+/// # Errors
+/// Those of listening; why the session that was to be inherited is another process's still.
+pub fn serve(
+    device: &Arc<Device>,
+    socket: Option<Socket>,
+    inherited: Option<Inherited>,
+    stop: &Stop,
+) -> io::Result<Next> {
+    let (listener, first) = match socket {
+        Some(Socket::Connected(vmm)) => (None, Some((vmm, None))),
+        Some(Socket::Listening(listener)) => (Some(listener), None),
+        None => (None, None),
+    };
+    let first = inherited.map(|Inherited { vmm, resume }| (vmm, Some(resume))).or(first);
+    if let Some(listener) = &listener {
+        listener.set_nonblocking(true)?;
+    }
+    if let Some((vmm, resume)) = first
+        && let Some(next) = one(device, vmm, resume, listener.as_ref(), stop)?
+    {
+        return Ok(next);
+    }
+    let Some(listener) = listener else { return Ok(Next::ThisProcess) };
+    while !stop.is_stopped() {
+        wait_readable([listener.as_fd(), stop.event.as_fd(), device.boundary.event()])?;
+        if device.boundary.reach(None) == Next::Successor {
+            return Ok(Next::Successor);
         }
-        Socket::Listening(listener) => {
-            listener.set_nonblocking(true)?;
-            while !stop.is_stopped() {
-                wait_readable([listener.as_fd(), stop.event.as_fd()])?;
-                match listener.accept() {
-                    Ok((vmm, _)) => {
-                        one(device, vmm, Some(&listener), stop);
-                        if !stop.is_stopped() && !device.tenure.vmm_left() {
-                            return Ok(());
-                        }
-                    }
-                    Err(e) if is_passing(&e) => {}
-                    Err(e) if is_shortage(&e) => {
-                        log::error!("a VMM cannot be served yet: {e}");
-                        stop.wait(SHORTAGE)?;
-                    }
-                    Err(e) => return Err(e),
+        match listener.accept() {
+            Ok((vmm, _)) => {
+                if let Some(next) = one(device, vmm, None, Some(&listener), stop)? {
+                    return Ok(next);
                 }
             }
-            Ok(())
+            Err(e) if is_passing(&e) => {}
+            Err(e) if is_shortage(&e) => {
+                log::error!("a VMM cannot be served yet: {e}");
+                stop.wait(SHORTAGE)?;
+            }
+            Err(e) => return Err(e),
         }
     }
+    Ok(Next::ThisProcess)
 }
 
 /// Serves one VMM. What goes wrong between it and us is its own affair, and the next may have more luck.
-fn one(device: &Arc<Device>, vmm: UnixStream, listener: Option<&UnixListener>, stop: &Stop) {
+/// Returns who serves VMMs from now on, if it is over for this process.
+fn one(
+    device: &Arc<Device>,
+    vmm: UnixStream,
+    resume: Option<Resume>,
+    listener: Option<&UnixListener>,
+    stop: &Stop,
+) -> io::Result<Option<Next>> {
     device.tenure.vmm_came();
     let peer = peer(&vmm);
-    log::info!("a VMM has connected: {peer}");
-    match session(device, vmm, listener, &peer, stop) {
-        Ok(()) => log::info!("the VMM has disconnected"),
+    match resume {
+        None => log::info!("a VMM has connected: {peer}"),
+        Some(_) => log::info!("going on with the session of a VMM: {peer}"),
+    }
+    let ended = session(device, vmm, resume, listener, &peer, stop);
+    match ended {
+        Ok(End::Successor) => return Ok(Some(Next::Successor)),
+        Ok(End::NotResumed(e)) => return Err(e),
+        Ok(End::Left) => log::info!("the VMM has disconnected"),
         Err(_) if stop.is_stopped() => log::info!("the VMM was disconnected"),
         Err(e) => log::error!("the VMM was disconnected: {e}"),
     }
     stop.serving(None);
+    let is_over = !stop.is_stopped() && !device.tenure.vmm_left();
+    Ok(is_over.then_some(Next::ThisProcess))
 }
 
 /// The VMM's session, while others that come are looked at and have to wait.
 fn session(
     device: &Arc<Device>,
     vmm: UnixStream,
+    resume: Option<Resume>,
     listener: Option<&UnixListener>,
     peer: &str,
     stop: &Stop,
-) -> io::Result<()> {
-    vmm.set_nonblocking(false)?;
-    stop.serving(Some(vmm.try_clone()?));
-    let Some(listener) = listener else { return session::serve(device, vmm) };
+) -> io::Result<End> {
+    // An open file's flag, which the process that leaves the session has set.
+    if resume.is_none() {
+        vmm.set_nonblocking(false)?;
+        stop.serving(Some(vmm.try_clone()?));
+    }
+    let Some(listener) = listener else { return session::serve(device, vmm, resume) };
     let over = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     let connected = vmm.try_clone()?;
     std::thread::scope(|scope| {
@@ -143,7 +196,7 @@ fn session(
             log::warn!("nobody will tell of VMMs that wait while another is connected: {e}");
         }
         let _at_the_end = Over(&over);
-        session::serve(device, vmm)
+        session::serve(device, vmm, resume)
     })
 }
 

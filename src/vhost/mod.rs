@@ -7,6 +7,7 @@
 //! It knows a volume only as a [`Disk`](crate::disk::Disk). Both sides of the sockets are hostile: the
 //! gate checks what the VMM says, `virtio` what the guest writes.
 
+pub mod boundary;
 pub mod cache_mode;
 pub mod device;
 pub mod dirty;

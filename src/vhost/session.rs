@@ -1,9 +1,11 @@
 //! One VMM's connection, from its first message to its last: a fresh daemon of the crate behind a fresh gate.
 
 use crate::base::spare;
+use crate::vhost::boundary::Next;
 use crate::vhost::device::{Backend, Device};
 use crate::vhost::dirty::GuestMemory;
 use crate::vhost::gate::{Gate, Limits};
+use crate::vhost::vring::Rings;
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -17,38 +19,99 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::GuestMemoryAtomic;
 
-/// Serves the VMM on `vmm` until it leaves (`Ok`), is refused, or the socket is shut down by somebody else.
-/// When this returns, every request is drained, and nothing of the guest's is mapped any more.
-pub fn serve(device: &Arc<Device>, vmm: UnixStream) -> io::Result<()> {
-    let inner = device.inlet.connect()?;
-    let backend = Backend::new(device.clone(), Farewell(inner.try_clone()?));
+/// What brings a fresh session to where another process has left it, before the VMM is heard.
+pub type Resume = Box<dyn FnOnce(&mut Gate) -> Resumed>;
+
+/// How that went.
+pub enum Resumed {
+    /// The session is this process's, whether it goes on (`Ok`) or is over.
+    Here(io::Result<()>),
+    /// It is not: the other process has it still.
+    NotHere(io::Error),
+}
+
+/// How a session ended.
+pub enum End {
+    /// The VMM has left.
+    Left,
+    /// Another process has the session, and the VMM's connection.
+    Successor,
+    /// It was to be resumed, and is another process's still.
+    NotResumed(io::Error),
+}
+
+/// Serves the VMM on `vmm`, from the beginning or from where another process has left it, until the VMM
+/// leaves, is refused (an error), or the socket is shut down by somebody else. When this returns, every
+/// request is drained, and nothing of the guest's is mapped any more.
+pub fn serve(device: &Arc<Device>, vmm: UnixStream, resume: Option<Resume>) -> io::Result<End> {
+    let connected = || -> io::Result<_> {
+        let inner = device.inlet.connect()?;
+        let farewell = Farewell(inner.try_clone()?);
+        Ok((inner, farewell))
+    };
+    let (inner, farewell) = match connected() {
+        Err(e) if resume.is_some() => return Ok(End::NotResumed(e)),
+        connected => connected?,
+    };
+    let backend = Backend::new(device.clone(), farewell);
     let rings = backend.rings().clone();
-    let result = converse(device, backend, vmm, &inner);
+    let result = converse(device, backend, vmm, &inner, resume);
     device.channel.close();
     // Rings and what they belong to hold one another: also after an error this is what lets go of them.
     rings.end();
     result
 }
 
-fn converse(device: &Device, backend: Backend, vmm: UnixStream, inner: &UnixStream) -> io::Result<()> {
+fn converse(
+    device: &Device,
+    backend: Backend,
+    vmm: UnixStream,
+    inner: &UnixStream,
+    resume: Option<Resume>,
+) -> io::Result<End> {
     let rings = backend.rings().clone();
-    let memory = GuestMemoryAtomic::new(GuestMemory::new());
-    let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
-    let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
-    daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
+    let mut daemon = match start(device, backend, &rings) {
+        Err(e) if resume.is_some() => return Ok(End::NotResumed(e)),
+        started => started?,
+    };
     let limits = Limits {
         queues: device.queues.into(),
         queue_size: device.queue_size.into(),
         memory_regions: device.memory_regions,
     };
-    let gate = Gate::new(vmm, inner.try_clone()?, limits, rings, device.channel.clone());
-    let result = gate.and_then(|mut gate| gate.run());
+    let gate =
+        inner.try_clone().and_then(|inner| Gate::new(vmm, inner, limits, rings, device.channel.clone()));
+    let result = match (gate, resume) {
+        (Ok(mut gate), Some(resume)) => match resume(&mut gate) {
+            Resumed::Here(begun) => begun.and_then(|()| run(&mut gate, device)),
+            Resumed::NotHere(e) => Ok(End::NotResumed(e)),
+        },
+        (Ok(mut gate), None) => run(&mut gate, device),
+        (Err(e), Some(_)) => Ok(End::NotResumed(e)),
+        (Err(e), None) => Err(e),
+    };
     // The crate's thread ends with its socket; how it puts that does not matter.
     let _ = inner.shutdown(Shutdown::Both);
     if let Err(e) = daemon.wait() {
         log::debug!("the session's thread ended: {e}");
     }
     result
+}
+
+/// The crate's thread, which waits for what the gate passes on.
+fn start(device: &Device, backend: Backend, rings: &Arc<Rings>) -> io::Result<VhostUserDaemon<Backend>> {
+    let memory = GuestMemoryAtomic::new(GuestMemory::new());
+    let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
+    let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
+    daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(daemon)
+}
+
+fn run(gate: &mut Gate, device: &Device) -> io::Result<End> {
+    Ok(match gate.run(&device.boundary)? {
+        Next::ThisProcess => End::Left,
+        Next::Successor => End::Successor,
+    })
 }
 
 /// Ends the gate's connection to the crate together with the crate's thread. A thread that panics leaves its

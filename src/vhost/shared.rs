@@ -32,3 +32,9 @@ pub(super) fn map(what: &str, fd: OwnedFd, offset: u64, size: u64) -> io::Result
     let map = MmapRegion::from_file(FileOffset::new(file, offset), size as usize);
     map.map_err(|e| invalid(what, &e.to_string()))
 }
+
+/// The file of what [`map`] has mapped, once more, and where the mapping begins in it.
+pub(super) fn file_of(map: &MmapRegion<()>) -> io::Result<(OwnedFd, u64)> {
+    let Some(at) = map.file_offset() else { unreachable!("every mapping here is of a file") };
+    Ok((at.file().try_clone()?.into(), at.start()))
+}

@@ -7,13 +7,14 @@
 use crate::base::sync::Locked;
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
-use crate::vhost::queue::inflight::Inflight;
+use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::queue::ring::Ring;
 use crate::vhost::queue::{Awaited, Setup, Worker};
 use crate::vhost::tenure::{Serving, Tenure};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
@@ -136,6 +137,33 @@ impl Rings {
         self.rest_if_idle();
     }
 
+    /// The guest's memory, as it was given last.
+    pub fn memory(&self) -> Option<Arc<GuestMemory>> {
+        self.memory.locked().clone()
+    }
+
+    /// The in-flight region that the front-end gave, and its file once more.
+    pub fn inflight_shared(&self) -> io::Result<Option<(Description, OwnedFd)>> {
+        self.inflight.locked().as_ref().map(|inflight| inflight.shared()).transpose()
+    }
+
+    /// Every ring as the front-end has set it up, and where it stands, which is right while it is stopped.
+    pub fn states(&self) -> io::Result<Vec<RingState>> {
+        self.made.locked().iter().map(Vring::now).collect()
+    }
+
+    /// Drains and stops every ring. Nobody else gets the volume by this.
+    pub fn halt(&self) {
+        for vring in &*self.made.locked() {
+            vring.stop();
+        }
+    }
+
+    /// Starts again what [`Rings::halt`] has stopped.
+    pub fn go_on(&self) {
+        self.made.locked().iter().for_each(Vring::start_if_due);
+    }
+
     fn claim(&self) -> io::Result<Arc<Serving>> {
         let mut serving = self.serving.locked();
         if let Some(serving) = &*serving {
@@ -165,6 +193,27 @@ struct Seat {
     running: Option<Arc<Serving>>,
     /// Whether the ring was running until its addresses were given anew just now.
     moving: bool,
+}
+
+/// A ring as the front-end has set it up.
+pub struct RingState {
+    /// Entries.
+    pub size: u16,
+    /// Guest addresses of the descriptor table, the available ring and the used ring; `None` before they are
+    /// given.
+    pub addresses: Option<[u64; 3]>,
+    /// The next available index to look at.
+    pub next_avail: u16,
+    /// Where writes into the used ring are logged.
+    pub log_used: Option<u64>,
+    /// Whether it is enabled.
+    pub enabled: bool,
+    /// Kick, call and err, once more.
+    pub kick: Option<File>,
+    /// See `kick`.
+    pub call: Option<File>,
+    /// See `kick`.
+    pub err: Option<File>,
 }
 
 /// One ring, from the crate's side.
@@ -273,6 +322,24 @@ impl Vring {
 
     fn is_running(&self) -> bool {
         self.seat.locked().running.is_some()
+    }
+
+    fn now(&self) -> io::Result<RingState> {
+        let seat = self.seat.locked();
+        let state = self.state.get_ref();
+        let queue = state.get_queue();
+        let addresses = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+        let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+        Ok(RingState {
+            size: queue.size(),
+            addresses: (addresses[..2] != [0, 0]).then_some(addresses),
+            next_avail: queue.next_avail(),
+            log_used: self.log.used(),
+            enabled: state.is_enabled(),
+            kick: copy(&seat.kick)?,
+            call: copy(&seat.call)?,
+            err: copy(&seat.err)?,
+        })
     }
 }
 

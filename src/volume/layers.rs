@@ -1,7 +1,7 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
 use crate::backing::chain::Chain;
-use crate::backing::file::FileBacking;
+use crate::backing::file::{Earlier, FileBacking};
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
@@ -11,6 +11,7 @@ use crate::crypt::xts::{Engine, SectorCipher, new_cipher};
 use crate::crypt::{Dek, SectorSize};
 use crate::disk::{Cipher, Layers};
 use crate::image::lock::{Access, ImageLock};
+use nix::fcntl::OFlag;
 use std::borrow::Borrow;
 use std::collections::VecDeque;
 use std::path::Path;
@@ -47,9 +48,26 @@ impl Layer {
         cipher: Cipher,
         near: Option<&Layer>,
     ) -> Result<Self> {
-        let image_lock = Arc::new(lock(path, access)?);
+        Self::open_locked(path, access, block_size, cipher, near, &PassedLocks::default())
+    }
+
+    /// As [`Layer::open`], from a process that serves the layer until now.
+    fn open_locked(
+        path: &Path,
+        access: Access,
+        block_size: u32,
+        cipher: Cipher,
+        near: Option<&Layer>,
+        passed: &PassedLocks,
+    ) -> Result<Self> {
+        let theirs = passed.lock_of(path)?;
+        let earlier = if theirs.is_some() { Earlier::Done } else { Earlier::Awaited };
+        let image_lock = match theirs {
+            Some(lock) => lock,
+            None => Arc::new(lock(path, access)?),
+        };
         let near = near.map(|near| &*near.backing);
-        let backing = FileBacking::open(path, access == Access::Read, block_size, near);
+        let backing = FileBacking::open_after(path, access == Access::Read, block_size, near, earlier);
         let backing = backing.context(|| path.display().to_string())?;
         if !image_lock.is_on(backing.file())? {
             let message = format!("{} was replaced by another file just now", path.display());
@@ -64,6 +82,30 @@ impl Layer {
         let backing = self.backing.frozen().context(|| "open the layer for reading")?;
         self.image_lock.stop_writing();
         Ok(Layer { backing: Arc::new(backing), ..self.clone() })
+    }
+}
+
+/// What the process that serves a volume until now has passed of its layers: it has nothing in flight, and
+/// keeps its locks until they are this process's.
+#[derive(Default)]
+pub struct PassedLocks {
+    /// QEMU's locks on the layers, in any order.
+    pub image_locks: Vec<Arc<ImageLock>>,
+}
+
+impl PassedLocks {
+    /// Its lock on the file at `path`, if it has passed one.
+    fn lock_of(&self, path: &Path) -> Result<Option<Arc<ImageLock>>> {
+        if self.image_locks.is_empty() {
+            return Ok(None);
+        }
+        let file = files::open_layer(path, OFlag::O_RDONLY).context(|| path.display().to_string())?;
+        for lock in &self.image_locks {
+            if lock.is_on(&file)? {
+                return Ok(Some(lock.clone()));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -82,7 +124,7 @@ fn lock(path: &Path, access: Access) -> Result<ImageLock> {
 
 /// Opens the layers of `layout`, as yet without their ciphers; the top is the first of what it
 /// returns. `top` is what is going to be done with the top layer; those below it are read. `volume`
-/// is whose layers they are.
+/// is whose layers they are. Locks that were `passed` are not taken anew.
 ///
 /// # Errors
 /// As [`Layer::open`].
@@ -91,6 +133,7 @@ pub(super) fn open_without_ciphers(
     volume: VolumeId,
     layout: &Layout,
     top: Access,
+    passed: &PassedLocks,
 ) -> Result<Vec<Layer>> {
     let bytes = layout.geometry().sector_size().bytes();
     open_stack(layout.layers().len(), |number, near| {
@@ -99,7 +142,7 @@ pub(super) fn open_without_ciphers(
         // Made by a process that has not detached since: that name a confined process may open.
         let own = catalog.own_layer_path(volume, layer.id);
         let path = if files::exists(&own) { own } else { catalog.layer_path(layer.id) };
-        Layer::open(&path, access, bytes, None, near)
+        Layer::open_locked(&path, access, bytes, None, near, passed)
     })
 }
 

@@ -2,7 +2,7 @@
 //! opened, its data keys are got and prove the record right. Nothing else in the program opens a volume.
 
 use super::kept::Kept;
-use super::layers::{self, Layer};
+use super::layers::{self, Layer, PassedLocks};
 use crate::backing::Backing;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
@@ -69,15 +69,16 @@ pub fn open<E: From<Error>>(
     engine: Engine,
     keys: impl FnOnce(&Metadata) -> Result<Deks, E>,
 ) -> Result<(Opened, Vec<Kept>), E> {
-    open_proved(catalog, lock, opening, top, engine, |metadata, top| {
+    open_proved(catalog, lock, opening, top, engine, &PassedLocks::default(), |metadata, top| {
         let deks = keys(metadata)?;
         prove(catalog, lock, metadata, &deks, top, opening)?;
         Ok(Kept::of_all(&deks, metadata, engine)?)
     })
 }
 
-/// Opens a volume that comes (back) to a process which has proved it before and is confined already. `prove`
-/// gets its record and top layer, and returns what was kept of its data keys, in their order.
+/// Opens a volume that comes (back) to a process which has proved it before and is confined already, with the
+/// locks that were `passed` by the process that served it until now, if any were. `prove` gets its record and
+/// top layer, and returns what was kept of its data keys, in their order.
 ///
 /// # Errors
 /// As [`open`]; what `prove` says.
@@ -86,9 +87,10 @@ pub fn open_again(
     lock: &VolumeLock,
     top: Access,
     engine: Engine,
+    passed: &PassedLocks,
     prove: impl FnOnce(&mut Metadata, &Layer) -> Result<Vec<Kept>>,
 ) -> Result<Opened> {
-    open_proved(catalog, lock, Opening::Again, top, engine, prove).map(|(opened, _)| opened)
+    open_proved(catalog, lock, Opening::Again, top, engine, passed, prove).map(|(opened, _)| opened)
 }
 
 fn open_proved<E: From<Error>>(
@@ -97,6 +99,7 @@ fn open_proved<E: From<Error>>(
     opening: Opening,
     top: Access,
     engine: Engine,
+    passed: &PassedLocks,
     prove: impl FnOnce(&mut Metadata, &Layer) -> Result<Vec<Kept>, E>,
 ) -> Result<(Opened, Vec<Kept>), E> {
     let mut metadata = catalog.load(lock.volume())?;
@@ -105,7 +108,7 @@ fn open_proved<E: From<Error>>(
         _ => catalog.recover(lock, &metadata)?,
     }
     catalog.check_layers(&metadata)?;
-    let mut layers = layers::open_without_ciphers(catalog, metadata.id(), metadata.layout(), top)?;
+    let mut layers = layers::open_without_ciphers(catalog, metadata.id(), metadata.layout(), top, passed)?;
     if opening.serves() {
         // Before anybody is asked for a key; the queues' threads would find it out when a
         // guest waits for them already.

@@ -15,5 +15,6 @@ mod rewrap;
 mod show;
 mod sockets;
 mod surroundings;
+mod upgrade;
 mod ways;
 mod wrapped_keys;

@@ -125,6 +125,12 @@ impl Other {
     /// Waits until it has ended, however.
     #[track_caller]
     pub fn wait(self) {
+        self.waits();
+    }
+
+    /// As [`Other::wait`], for who needs it afterwards.
+    #[track_caller]
+    pub fn waits(&self) {
         assert!(ends_within(&self.0, limit()).expect("poll"), "the process still runs after {:?}", limit());
     }
 }

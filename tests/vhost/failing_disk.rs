@@ -8,6 +8,7 @@ use sealblk::backing::file::FileBacking;
 use sealblk::backing::{Backing, Event, InMemory, Op, Queue};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
+use sealblk::vhost::boundary::Boundary;
 use sealblk::vhost::device::Device;
 use sealblk::vhost::listener::{self, Socket, Stop};
 use sealblk::vhost::queue::{Tuning, Worker};
@@ -124,12 +125,15 @@ impl Rig {
             seg_max: 126,
             queue_size: 256,
             memory_regions: 32,
+            boundary: Boundary::new().unwrap(),
             writeback: Arc::new(true.into()),
         });
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let stop = Stop::new().unwrap();
         let until = stop.clone();
-        let serve = move || listener::serve(&device, Socket::Listening(listener), &until).unwrap();
+        let serve = move || {
+            listener::serve(&device, Some(Socket::Listening(listener)), None, &until).map(drop).unwrap()
+        };
         let server = Some(std::thread::spawn(serve));
         Rig { folder, script, stop, disk, server }
     }

@@ -66,6 +66,15 @@ impl Access {
     }
 }
 
+/// What is known of the writes of processes that had a layer before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Earlier {
+    /// Nothing: they are waited for.
+    Awaited,
+    /// None is on its way any more, though the process may have the layer open still.
+    Done,
+}
+
 /// How a layer is reached, as it was decided when it was opened.
 #[derive(Clone)]
 struct Way {
@@ -133,6 +142,17 @@ impl FileBacking {
         block_size: u32,
         near: Option<&FileBacking>,
     ) -> io::Result<Self> {
+        Self::open_after(path, read_only, block_size, near, Earlier::Awaited)
+    }
+
+    /// As [`FileBacking::open`], where it is known what became of the writes of earlier processes.
+    pub fn open_after(
+        path: &Path,
+        read_only: bool,
+        block_size: u32,
+        near: Option<&FileBacking>,
+        earlier: Earlier,
+    ) -> io::Result<Self> {
         let plain = files::open_layer(path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
         let kind = plain.metadata()?.file_type();
         let direct = || {
@@ -153,8 +173,10 @@ impl FileBacking {
         };
         let way = Way::to(found.as_ref(), size, block_size, read_only);
         let file = direct.filter(|_| way.access == Access::Direct).unwrap_or(plain);
-        if !read_only {
-            wait_for_earlier_writes(&file)?;
+        match earlier {
+            Earlier::Awaited if !read_only => wait_for_earlier_writes(&file)?,
+            Earlier::Done if !read_only => lock_in_flight(&file, locks::Kind::Shared)?,
+            _ => {}
         }
         let write_cache = match way.access {
             Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),

@@ -99,6 +99,14 @@ impl Holder {
         }
     }
 
+    /// Whether the process runs on this host, as far as it says.
+    pub fn is_on_this_host(&self) -> bool {
+        match (&self.host, Host::of_this_process()) {
+            (Some(there), Some(here)) => there.boot == here.boot,
+            _ => true,
+        }
+    }
+
     /// The process in words, and where it runs, unless that is here.
     pub fn process(&self) -> String {
         let here = Host::of_this_process();

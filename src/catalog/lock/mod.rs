@@ -101,12 +101,35 @@ impl LockFile {
         }
         let before = read_holder(&self.file).context(attempt)?;
         let write_through = before.is_some_and(|holder| holder.write_through);
-        let lock = VolumeLock { file: self.clone(), holder: Holder { write_through, ..holder.clone() } };
+        let holder = Holder { write_through, ..holder.clone() };
+        let lock = VolumeLock { file: self.clone(), holder, is_others: false };
         if !files::is_at(&self.file, &self.path).context(attempt)? {
             return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
         }
         lock.write_holder();
         Ok(lock)
+    }
+
+    /// The lock file of the volume whose folder is `folder`, by the open `file` of a process that has the
+    /// volume, and has passed the file.
+    ///
+    /// # Errors
+    /// `Busy` if nobody has the volume by that open file.
+    pub fn of_holder(folder: &Path, volume: VolumeId, file: File) -> Result<Self> {
+        if !is_holders(folder, &file)? {
+            let message = "what was passed as its lock is not the lock by which a process has it";
+            return Err(Error::new(Kind::Busy, message));
+        }
+        Ok(LockFile { file: Arc::new(file), path: folder.join(FILE), volume })
+    }
+
+    /// The volume as another process has it by this open file, which [`LockFile::of_holder`] is of; it is
+    /// that process's until [`VolumeLock::keep`].
+    pub fn of_another(&self, holder: &Holder) -> Result<VolumeLock> {
+        let before = read_holder(&self.file).context(|| format!("look at {}", self.path.display()))?;
+        let write_through = before.is_some_and(|holder| holder.write_through);
+        let holder = Holder { write_through, ..holder.clone() };
+        Ok(VolumeLock { file: self.clone(), holder, is_others: true })
     }
 
     /// The open file. Who has the volume proves by it that it does: [`is_holders`].
@@ -125,6 +148,8 @@ impl LockFile {
 pub struct VolumeLock {
     file: LockFile,
     holder: Holder,
+    /// Whether another process has the open file as well, and what becomes of the lock is its affair.
+    is_others: bool,
 }
 
 impl VolumeLock {
@@ -141,6 +166,17 @@ impl VolumeLock {
         self.file.volume
     }
 
+    /// This process has the volume from now on, and no other.
+    pub fn keep(&mut self) {
+        self.is_others = false;
+        self.write_holder();
+    }
+
+    /// Another process, to which the open file was passed, has the volume from now on.
+    pub fn leave(&mut self) {
+        self.is_others = true;
+    }
+
     /// Whether the guest wants writes to be durable when they complete, as far as this or
     /// an earlier process knows.
     pub fn write_through(&self) -> bool {
@@ -154,6 +190,9 @@ impl VolumeLock {
     }
 
     fn write_holder(&self) {
+        if self.is_others {
+            return;
+        }
         let text = serde_json::to_vec(&self.holder).expect("strings and numbers");
         let file = &self.file.file;
         locks::unlock(file, SAID);
@@ -172,6 +211,9 @@ impl VolumeLock {
 
 impl Drop for VolumeLock {
     fn drop(&mut self) {
+        if self.is_others {
+            return;
+        }
         locks::unlock(&self.file.file, SAID);
         // For whoever looks at the file by hand; but what the guest wants must not be lost.
         if !self.holder.write_through {

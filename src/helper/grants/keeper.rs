@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The hidden subcommand.
@@ -64,6 +65,8 @@ enum Answer {
 pub struct Keeper {
     socket: Option<UnixStream>,
     tokens: Vec<Option<String>>,
+    /// Whether another host process has the keeper now.
+    is_others: AtomicBool,
     asking: Mutex<()>,
 }
 
@@ -134,6 +137,33 @@ impl Keeper {
         }
     }
 
+    /// A keeper that another host process has started, by its end of the socket: that process's until
+    /// [`Keeper::keep`].
+    pub(crate) fn of_another(socket: UnixStream) -> Self {
+        let tokens = vec![Some(String::new())];
+        Keeper { socket: Some(socket), tokens, is_others: AtomicBool::new(true), ..Keeper::default() }
+    }
+
+    /// This process's end of the keeper's socket, if the keeper has grants to retire.
+    pub(crate) fn socket(&self) -> Option<&UnixStream> {
+        self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some))
+    }
+
+    /// Whether the keeper is another process's.
+    pub(crate) fn is_of_another(&self) -> bool {
+        self.is_others.load(Ordering::Relaxed)
+    }
+
+    /// The keeper is this process's from now on, and no other's.
+    pub(crate) fn keep(&self) {
+        self.is_others.store(false, Ordering::Relaxed);
+    }
+
+    /// The keeper, whose socket was passed to another host process, is that one's from now on.
+    pub(crate) fn leave(&self) {
+        self.is_others.store(true, Ordering::Relaxed);
+    }
+
     /// The token for the volume's key of that place, if there is one.
     pub fn token(&self, key: usize) -> Option<&str> {
         self.tokens.get(key)?.as_deref()
@@ -151,9 +181,10 @@ impl Keeper {
     }
 
     fn ask(&self, order: impl FnOnce(&UnixStream) -> std::io::Result<()>) {
-        let Some(socket) = self.socket.as_ref().filter(|_| self.tokens.iter().any(Option::is_some)) else {
+        if self.is_of_another() {
             return;
-        };
+        }
+        let Some(socket) = self.socket() else { return };
         // One question at a time: the answers do not say which they are to.
         let _one = self.asking.locked();
         let heard =

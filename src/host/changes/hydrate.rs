@@ -113,6 +113,16 @@ impl Hydrator {
         self.noting.locked().iter().map(|(_, until)| *until).max().unwrap_or_else(Instant::now)
     }
 
+    /// At most so many bytes a second are copied; 0: no limit.
+    pub(crate) fn rate(&self) -> u64 {
+        self.rate.load(Ordering::Relaxed)
+    }
+
+    /// What is left free of the file system.
+    pub(crate) fn reserve(&self) -> Reserve {
+        *self.reserve.locked()
+    }
+
     /// Begins, if there is something to be copied up; none is at it.
     pub(crate) fn begin(&self, state: &State) {
         if state.read_only || state.metadata.layout().leaving() == 0 {

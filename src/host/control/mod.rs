@@ -6,7 +6,7 @@
 
 pub mod conversation;
 pub mod moved;
-mod peer;
+pub(crate) mod peer;
 mod server;
 
 pub use server::{Bound, Control, Name, Orders, Waiting};
@@ -20,6 +20,7 @@ use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, LayerId, SnapshotId, VolumeId};
 use crate::host::status::Status;
+use crate::host::upgrade::Offer;
 use crate::vhost::gate::Told;
 use crate::vhost::queue::qos::Limits;
 use conversation::Frozen;
@@ -34,7 +35,7 @@ const FILE: &str = "control.sock";
 const INCOMING_FILE: &str = "incoming.sock";
 /// The longest line in bytes: a snapshot's record, with 64 layers, a few wrapped keys and
 /// 50 tags in any script.
-const MAX_LINE: usize = 1 << 20;
+pub(super) const MAX_LINE: usize = 1 << 20;
 /// How long a client may take to say what it wants, and a host process to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a host process may hear nobody, since it does for another client what takes its time.
@@ -42,7 +43,7 @@ const BUSY: Duration = Duration::from_secs(60);
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
-enum Request {
+pub(super) enum Request {
     // With braces: serde would take unknown fields otherwise.
     Detach {},
     /// Show the open file by which the process has the volume, to root. Another request may come after it.
@@ -87,11 +88,16 @@ enum Request {
         layers: Vec<LayerId>,
     },
     CancelFlatten {},
+    /// The beginning of another process's taking over ([`crate::host::upgrade`]), in this version of what is
+    /// said then. With it comes secret memory for the data keys.
+    Upgrade {
+        protocol: u32,
+    },
 }
 
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Answer {
+pub(super) enum Answer {
     Detached,
     /// With it comes the open file.
     Lock,
@@ -116,6 +122,10 @@ enum Answer {
     Moved,
     /// The layers are out of the chain.
     LetGone,
+    /// What another process needs to take over; descriptors come with it.
+    Offer(Box<Offer>),
+    /// Another process has taken over.
+    Left,
     Failed {
         kind: String,
         message: String,
@@ -123,7 +133,7 @@ enum Answer {
 }
 
 impl Answer {
-    fn failed(e: &Error) -> Self {
+    pub(super) fn failed(e: &Error) -> Self {
         Answer::Failed { kind: e.kind().name().into(), message: e.to_string() }
     }
 }
@@ -237,7 +247,7 @@ fn ask(catalog: &Catalog, volume: VolumeId, request: &Request, patience: Option<
 ///
 /// # Errors
 /// `NotFound` if `volume` is not attached; if the process that has it does not listen, that.
-fn connect(catalog: &Catalog, volume: VolumeId, patience: Duration) -> Result<UnixStream> {
+pub(crate) fn connect(catalog: &Catalog, volume: VolumeId, patience: Duration) -> Result<UnixStream> {
     let holder = match catalog.held(volume)? {
         Held::By(holder) if holder.purpose == Purpose::Attach => holder,
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
@@ -249,7 +259,7 @@ fn connect(catalog: &Catalog, volume: VolumeId, patience: Duration) -> Result<Un
     Ok(client)
 }
 
-fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
+pub(super) fn exchange(client: &UnixStream, what: &impl Serialize) -> Result<Answer> {
     wire::say(client, what)?;
     receive(client)
 }

@@ -67,6 +67,25 @@ pub(super) fn check(
     }
 }
 
+/// The id of the process at the other end, which has the volume whose folder is `folder`.
+///
+/// # Errors
+/// `Busy` if it does not have the volume, or not in a way that can be seen from here.
+pub(crate) fn holder_at(client: &UnixStream, folder: &std::path::Path) -> Result<u32> {
+    let pid = getsockopt(client, sockopt::PeerCredentials)?.pid();
+    match holds_lock(pid, &folder.join(lock::FILE)) {
+        Some(true) => Ok(pid as u32),
+        _ => Err(Error::new(
+            Kind::Busy,
+            format!(
+                "it cannot be seen from here that {} has the volume: run this where that process runs, as \
+                 root or as its user",
+                name(client)
+            ),
+        )),
+    }
+}
+
 /// The process at the other end, in words.
 pub(super) fn name(client: &UnixStream) -> String {
     match getsockopt(client, sockopt::PeerCredentials).map(|peer| peer.pid()) {

@@ -47,6 +47,10 @@ pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Res
 pub(super) type RekeyOrder =
     Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
 
+/// Has another process take over, which speaks this version of what is said then, and has brought secret
+/// memory for the data keys.
+pub(super) type UpgradeOrder = Box<dyn Fn(u32, SecretFd, &UnixStream) -> Result<()> + Send>;
+
 /// Takes part in a move of data between two frozen layers.
 pub(super) type MoveOrder = Box<dyn Fn(&MoveDown, &mut Conversation<'_>) -> Result<()> + Send>;
 
@@ -86,6 +90,8 @@ pub struct Orders {
     pub move_down: MoveOrder,
     /// Take layers that hold nothing out of the chain.
     pub let_go: LetGoOrder,
+    /// Have another process take over.
+    pub upgrade: UpgradeOrder,
     /// Copy nothing up any more; returns whether anything was to be.
     pub cancel_flatten: Box<dyn Fn() -> Result<bool> + Send>,
 }
@@ -378,6 +384,19 @@ impl Server {
             Ok(Request::CancelFlatten {}) => {
                 log::info!("a client has the volume not flattened any more");
                 (self.orders.cancel_flatten)().map(|is_any| Answer::Flattening { is_any })
+            }
+            Ok(Request::Upgrade { protocol }) => {
+                log::info!("a client has another process take over");
+                let secret = caller
+                    .lines
+                    .take_descriptor()
+                    .ok_or_else(|| Error::new(Kind::Usage, "no memory for the data keys came with it"));
+                let done = secret.and_then(SecretFd::from_fd).and_then(|secret| {
+                    caller.stream.set_nonblocking(false)?;
+                    (self.orders.upgrade)(protocol, secret, &caller.stream)
+                });
+                done.inspect_err(|e| log::warn!("no other process has taken over: {e}"))
+                    .map(|()| Answer::Left)
             }
             Err(e) => Err(e),
         };

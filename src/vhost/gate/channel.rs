@@ -63,6 +63,12 @@ impl Channel {
         Ok(())
     }
 
+    /// The VMM's socket once more, if it has given one.
+    pub(super) fn copy(&self) -> Result<Option<OwnedFd>> {
+        let line = self.lock().clone();
+        line.map(|line| line.locked().socket.try_clone()).transpose()
+    }
+
     /// Forgets it: its VMM has left.
     pub fn close(&self) {
         self.set(None);

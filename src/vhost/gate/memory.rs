@@ -78,6 +78,17 @@ impl MemoryTable {
         )
     }
 
+    /// The regions, each as the protocol says it: guest address, size, user address, offset in the file.
+    pub(super) fn regions(&self) -> Vec<[u64; 4]> {
+        self.regions.iter().map(|r| [r.guest, r.size, r.user, r.offset]).collect()
+    }
+
+    /// Where the VMM has what the guest has at `guest`; `None` if that is in no region.
+    pub(super) fn user_address(&self, guest: u64) -> Option<u64> {
+        let holds = |r: &&Region| (r.guest..r.guest + r.size).contains(&guest);
+        self.regions.iter().find(holds).map(|r| guest - r.guest + r.user)
+    }
+
     /// The first guest address behind all regions; 0 without any.
     pub(super) fn end(&self) -> u64 {
         self.regions.iter().map(|r| r.guest + r.size).max().unwrap_or(0)

@@ -10,10 +10,13 @@ mod expected;
 mod memory;
 mod message;
 mod state;
+mod transcript;
 
 pub use channel::{Channel, Told};
+pub use transcript::Said;
 
 use crate::base::error::attempted;
+use crate::vhost::boundary::{Boundary, Next};
 use crate::vhost::dirty::Bitmap;
 use crate::vhost::queue::inflight::{Description, Inflight};
 use crate::vhost::vring::Rings;
@@ -21,9 +24,10 @@ use event::check_event;
 use expected::{Expected, has_answer};
 use memory::MemoryTable;
 use message::{Message, invalid, no_room};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use state::Transfer;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq as Req, VhostUserProtocolFeatures as Protocol};
@@ -59,6 +63,8 @@ pub struct Gate {
     limits: Limits,
     /// Virtio features that the crate offers.
     features: u64,
+    /// Those that the VMM acknowledged, since the device was reset.
+    features_acked: Option<u64>,
     /// Protocol features that we offer, and those that the VMM acknowledged.
     offered: u64,
     acked: u64,
@@ -81,8 +87,19 @@ impl Gate {
     ) -> Result<Self> {
         let memory = MemoryTable::of_at_most(limits.memory_regions.into());
         let transfer = Transfer::default();
-        let mut gate =
-            Gate { vmm, inner, limits, features: 0, offered: 0, acked: 0, memory, transfer, rings, channel };
+        let mut gate = Gate {
+            vmm,
+            inner,
+            limits,
+            features: 0,
+            features_acked: None,
+            offered: 0,
+            acked: 0,
+            memory,
+            transfer,
+            rings,
+            channel,
+        };
         gate.features = gate.ask_u64(Req::GET_FEATURES)?;
         let inner = gate.ask_u64(Req::GET_PROTOCOL_FEATURES)?;
         let all = Message::request(Req::SET_PROTOCOL_FEATURES as u32, inner.to_ne_bytes().to_vec());
@@ -92,15 +109,18 @@ impl Gate {
         Ok(gate)
     }
 
-    /// Passes messages until the VMM closes the connection (`Ok`) or a message is refused.
-    pub fn run(&mut self) -> Result<()> {
-        while let Some(message) = Message::receive(&self.vmm)? {
+    /// Passes messages until the VMM closes the connection, a message is refused, or another process has the
+    /// session. Between two messages it does what was left at the `boundary`.
+    pub fn run(&mut self, boundary: &Boundary) -> Result<Next> {
+        loop {
+            if self.wait(boundary)? == Next::Successor {
+                return Ok(Next::Successor);
+            }
+            let Some(message) = Message::receive(&self.vmm)? else { return Ok(Next::ThisProcess) };
             let (request, wants_ack) = (message.request, message.needs_reply());
-            let name = request_name(request);
-            let answer = self.pass(message).map_err(|e| attempted(name, e));
             let own_answer = Req::try_from(request).is_ok_and(has_answer);
             let ack = wants_ack && !own_answer && self.acked & Protocol::REPLY_ACK.bits() != 0;
-            match answer {
+            match self.hear(message) {
                 Ok(Some(reply)) => reply.send(&self.vmm)?,
                 Ok(None) if ack => Message::reply_u64(request, 0).send(&self.vmm)?,
                 Ok(None) => {}
@@ -113,7 +133,32 @@ impl Gate {
                 }
             }
         }
-        Ok(())
+    }
+
+    /// Waits for the VMM's next message, or its end.
+    fn wait(&mut self, boundary: &Boundary) -> Result<Next> {
+        loop {
+            let (vmm, job) = (self.vmm.as_fd(), boundary.event());
+            let mut fds = [vmm, job].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            // Nothing is what it answers for a flag that it has no name for.
+            let [said, left] = fds.map(|fd| fd.revents() != Some(PollFlags::empty()));
+            if left && boundary.reach(Some(self)) == Next::Successor {
+                return Ok(Next::Successor);
+            }
+            if said {
+                return Ok(Next::ThisProcess);
+            }
+        }
+    }
+
+    /// Passes one message; an error says which request it was about.
+    fn hear(&mut self, message: Message) -> Result<Option<Message>> {
+        let name = request_name(message.request);
+        self.pass(message).map_err(|e| attempted(name, e))
     }
 
     /// Checks one message and returns what goes back, if its kind has an answer of its own.
@@ -197,6 +242,7 @@ impl Gate {
                 }
             }
             Req::SET_VRING_KICK | Req::SET_VRING_CALL | Req::SET_VRING_ERR => check_event(&message)?,
+            Req::RESET_DEVICE => self.features_acked = None,
             _ => {}
         }
         let answer = self.forward(message)?;
@@ -234,6 +280,7 @@ impl Gate {
         let features = subset(&message, self.features)?;
         message.body = (features & !LOG_ALL).to_ne_bytes().to_vec();
         accepted(&self.forward(message)?)?;
+        self.features_acked = Some(features);
         self.rings.log().set_wanted(features & LOG_ALL != 0);
         self.rings.settle()
     }
@@ -433,7 +480,8 @@ mod tests {
             let mut call = Message::request(Req::SET_VRING_CALL as u32, 0u64.to_ne_bytes().to_vec());
             call.fds.push(EventFd::new().unwrap().into());
             call.send(&vmm).unwrap();
-            let ended = Gate::new(ours, inner, limits, rings, Arc::default()).and_then(|mut gate| gate.run());
+            let ended = Gate::new(ours, inner, limits, rings, Arc::default())
+                .and_then(|mut gate| gate.run(&Boundary::new().unwrap()));
             crates.shutdown(std::net::Shutdown::Both).unwrap();
             ended
         });

@@ -51,6 +51,11 @@ impl Transfer {
         NO_FD
     }
 
+    /// Whether one was begun, and nobody has asked yet how it went.
+    pub(super) fn is_begun(&self) -> bool {
+        !matches!(self, Transfer::None)
+    }
+
     /// CHECK_DEVICE_STATE: the body of the answer, 0 if all is well.
     pub(super) fn check(&mut self) -> u64 {
         match std::mem::take(self) {

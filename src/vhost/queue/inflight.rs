@@ -82,6 +82,11 @@ impl Inflight {
         Ok(Arc::new(Inflight { map, description }))
     }
 
+    /// What it is, and its file once more.
+    pub fn shared(&self) -> io::Result<(Description, OwnedFd)> {
+        Ok((self.description, shared::file_of(&self.map)?.0))
+    }
+
     /// The part of queue `index`, for a ring of `size` entries, if there is one that is large enough.
     pub fn queue(self: &Arc<Self>, index: usize, size: u16) -> Option<InflightQueue> {
         let fits = index < usize::from(self.description.queues) && size <= self.description.queue_size;

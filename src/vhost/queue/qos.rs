@@ -42,6 +42,12 @@ impl Qos {
         self.set_at(self.begun.elapsed().as_nanos() as u64, limits);
     }
 
+    /// The limits in force.
+    pub fn limits(&self) -> Limits {
+        let burst = Duration::from_nanos(self.bytes.burst.load(Ordering::Relaxed));
+        Limits { iops: self.requests.rate(), throughput: self.bytes.rate(), burst }
+    }
+
     fn set_at(&self, now: u64, limits: Limits) {
         // A wait ends a little late: without some credit, every delay would be lost for good.
         let burst = limits.burst.max(MIN_BURST).as_nanos();
@@ -94,8 +100,12 @@ impl Bucket {
         self.rate.store(rate, Ordering::Relaxed);
     }
 
+    fn rate(&self) -> u64 {
+        self.rate.load(Ordering::Relaxed)
+    }
+
     fn is_limited(&self) -> bool {
-        self.rate.load(Ordering::Relaxed) != 0
+        self.rate() != 0
     }
 
     fn debt(&self, now: u64) -> u64 {
@@ -103,7 +113,7 @@ impl Bucket {
     }
 
     fn charge(&self, now: u64, units: u64) {
-        let rate = self.rate.load(Ordering::Relaxed);
+        let rate = self.rate();
         if rate == 0 {
             return;
         }

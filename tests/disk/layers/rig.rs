@@ -9,6 +9,7 @@ use sealblk::crypt::{Dek, SectorSize};
 use sealblk::disk::hydrate::{End, Hydration};
 use sealblk::disk::{Cipher, Disk, GuestData};
 use sealblk::image::lock::Access;
+use sealblk::vhost::boundary::Boundary;
 use sealblk::vhost::device::Device;
 use sealblk::vhost::listener::{self, Socket, Stop};
 use sealblk::vhost::queue::{Tuning, Worker};
@@ -135,6 +136,7 @@ impl Served {
             seg_max: 126,
             queue_size: 128,
             memory_regions: 32,
+            boundary: Boundary::new().unwrap(),
             writeback: Arc::new(true.into()),
         });
         let name = folder.join("s");
@@ -142,7 +144,9 @@ impl Served {
         let listener = UnixListener::bind(&name).unwrap();
         let stop = Stop::new().unwrap();
         let until = stop.clone();
-        let serve = move || listener::serve(&served, Socket::Listening(listener), &until).unwrap();
+        let serve = move || {
+            listener::serve(&served, Some(Socket::Listening(listener)), None, &until).map(drop).unwrap()
+        };
         let server = Serving { stop, thread: Some(std::thread::spawn(serve)) };
         let session = Session::open(&name, &Options { queues: QUEUES, ..Options::default() }).unwrap();
         let leaving = layers.len() - 1;
