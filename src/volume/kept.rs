@@ -1,24 +1,24 @@
 //! What is kept of a volume's data keys, once they have proved its record right and their round keys are
-//! made: the data keys themselves among it, for the process that may take this one's place. That gives
-//! nothing away: the first round keys of AES-256 are the key.
+//! made. The data keys themselves are wiped then.
 
 use super::layers;
 use crate::base::Result;
 use crate::catalog::VolumeId;
 use crate::catalog::metadata::Metadata;
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::xts::{Engine, SectorCipher};
 use crate::crypt::{Dek, PassKey, SealKey, SectorSize};
+use std::borrow::Borrow;
 use std::sync::Arc;
 
-/// What is kept of one data key: the key, by what it is known, what it seals records with, what it passes
-/// another data key under, and its round keys. Copies of this are the same memory.
+/// What is kept of one data key: by what it is known, what it seals records with, what it passes another data
+/// key under, and its round keys. Copies of this are the same memory.
 #[derive(Clone)]
 pub struct Kept {
     check: [u8; 16],
     seal_key: SealKey,
     pass_key: PassKey,
     cipher: Arc<dyn SectorCipher>,
-    dek: Arc<Dek>,
 }
 
 impl Kept {
@@ -26,24 +26,19 @@ impl Kept {
     ///
     /// # Errors
     /// `Unsupported` when this CPU cannot run `engine`, or when the memory cannot be locked.
-    pub fn of(dek: Arc<Dek>, volume: VolumeId, sector_size: SectorSize, engine: Engine) -> Result<Self> {
-        let cipher = layers::cipher(&dek, sector_size, engine)?;
+    pub fn of(dek: &Dek, volume: VolumeId, sector_size: SectorSize, engine: Engine) -> Result<Self> {
+        let cipher = layers::cipher(dek, sector_size, engine)?;
         let (seal_key, pass_key) = (dek.seal_key(&volume.to_string())?, dek.pass_key()?);
-        Ok(Kept { check: dek.check_value(), seal_key, pass_key, cipher, dek })
+        Ok(Kept { check: dek.check_value(), seal_key, pass_key, cipher })
     }
 
     /// What is kept of all data keys of `volume`, in the order of its keys.
     ///
     /// # Errors
     /// As for [`Kept::of`].
-    pub fn of_all(deks: &[Arc<Dek>], volume: &Metadata, engine: Engine) -> Result<Vec<Self>> {
-        let of = |dek: &Arc<Dek>| Kept::of(dek.clone(), volume.id(), volume.sector_size(), engine);
-        deks.iter().map(of).collect()
-    }
-
-    /// The data key.
-    pub(crate) fn dek(&self) -> &Dek {
-        &self.dek
+    pub fn of_all(deks: &[impl Borrow<Dek>], volume: &Metadata, engine: Engine) -> Result<Vec<Self>> {
+        let of = |dek: &Dek| Kept::of(dek, volume.id(), volume.sector_size(), engine);
+        deks.iter().map(|dek| of(dek.borrow())).collect()
     }
 
     /// The check value of the data key.
@@ -59,6 +54,14 @@ impl Kept {
     /// What another data key of the volume is passed under, where this is the key of its top layer.
     pub fn pass_key(&self) -> &PassKey {
         &self.pass_key
+    }
+
+    /// Puts the data key together, out of its round keys, for a process that takes this one's place.
+    ///
+    /// # Panics
+    /// Unless `out` has [`Dek::LEN`] bytes.
+    pub(crate) fn write_dek(&self, out: &mut [u8]) {
+        on_scrubbed_stack(|| self.cipher.write_key(out));
     }
 
     /// The cipher.

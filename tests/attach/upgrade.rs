@@ -7,17 +7,17 @@ use crate::common::frontend::Vmm;
 use crate::common::frontend::load::{Load, Random};
 use crate::common::frontend::vmm::Kind;
 use crate::common::patience::{AtEnd, limit, wait_for};
-use crate::common::process::{Other, ended};
 use crate::common::store::said;
-use nix::sys::signal::{Signal, kill};
+use crate::common::successor::Successor;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use nix::unistd::Pid;
 use sealblk::crypt::secret_mem::SecretFd;
 use serde_json::{Value, json};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
@@ -26,26 +26,6 @@ const QUEUES: usize = 2;
 /// A volume, attached.
 struct Rig {
     place: Place,
-}
-
-/// A process that serves the volume and is no child of ours. Killed at drop.
-struct Successor {
-    pid: Pid,
-    process: Other,
-}
-
-impl Successor {
-    fn of(pid: i64) -> Self {
-        let pid = Pid::from_raw(pid as i32);
-        Successor { pid, process: ended(pid) }
-    }
-}
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        // An error means that it has ended already.
-        let _ = kill(self.pid, Signal::SIGKILL);
-    }
 }
 
 impl Rig {
@@ -73,7 +53,7 @@ impl Rig {
     fn upgrade(&self) -> (Successor, Value) {
         let said: Value =
             serde_json::from_str(&self.place.store.ok(&["upgrade", "t", "--json"])).expect("JSON");
-        (Successor::of(said["Pid"].as_i64().expect("a process id")), said)
+        (Successor::of(&said), said)
     }
 
     /// The process that has the volume, as `volume show` tells.
@@ -89,8 +69,7 @@ impl Rig {
 
     fn detach(&self, successor: Successor) {
         self.place.store.ok(&["detach", "t"]);
-        let Successor { ref process, .. } = successor;
-        process.waits();
+        successor.ends();
         assert_eq!(self.holder(), None);
         assert!(!self.place.socket().exists() && !self.control().exists());
     }
@@ -162,13 +141,13 @@ fn a_vmm_with_requests_in_flight_notices_no_upgrade() {
                 upgraded
             });
             assert!(said["PauseMicroseconds"].as_u64().is_some(), "{said}");
-            assert_eq!(rig.holder(), Some(successor.pid.as_raw().into()));
+            assert_eq!(rig.holder(), Some(successor.pid().as_raw().into()));
             match (host.take(), serving.replace(successor)) {
                 (Some(mut first), None) => {
                     assert!(first.wait().success(), "{}", first.output());
-                    assert_eq!(first.told(), format!("MAINPID={}", serving.as_ref().unwrap().pid));
+                    assert_eq!(first.told(), format!("MAINPID={}", serving.as_ref().unwrap().pid()));
                 }
-                (_, Some(before)) => before.process.waits(),
+                (_, Some(before)) => before.ends(),
                 (None, None) => unreachable!(),
             }
             finish(&mut vmm, &mut loads);
@@ -206,12 +185,70 @@ fn a_volume_without_a_vmm_is_taken_over_as_well() {
     drop(vmm);
     let idle = Vmm::connect(&rig.place.socket(), Kind::Qemu10, QUEUES, 256, Protocol::empty()).unwrap();
     let (next, _) = rig.upgrade();
-    successor.process.waits();
+    successor.ends();
     let mut vmm = idle;
     vmm.start().and_then(|()| vmm.sync()).unwrap();
     finish(&mut vmm, &mut loads);
     drop(vmm);
     rig.detach(next);
+}
+
+/// How often a volume is taken over in [`one_after_the_other`]: `ci/upgrade` has it done a thousand times.
+const UPGRADES: &str = "SEALBLK_UPGRADES";
+/// The program of another version, which takes turns with this one: `ci/upgrade` gives one.
+const OTHER: &str = "SEALBLK_OTHER_VERSION";
+
+/// Under load, with everything else that happens to a volume between; where another version is given, from
+/// this one to that and back.
+#[test]
+fn one_after_the_other() {
+    let times: u32 = std::env::var(UPGRADES).map_or(8, |text| text.parse().expect("a number"));
+    let other = std::env::var_os(OTHER);
+    let rig = Rig::new();
+    let host = rig.attach();
+    let mut vmm = rig.connect(Kind::CloudHypervisor, QUEUES);
+    let mut loads = loads(QUEUES);
+    // What lies below would show through a hole.
+    loads.iter_mut().for_each(|load| load.discards_may_keep = true);
+    let mut pauses = Vec::new();
+    let last = under_load(&mut vmm, &mut loads, |count| {
+        let mut serving: Option<Successor> = None;
+        for n in 0..times {
+            let mut command = rig.place.store.command();
+            if let Some(other) = other.as_ref().filter(|_| n % 2 == 0) {
+                let own = std::mem::replace(&mut command, Command::new(other));
+                command.args(own.get_args());
+                command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            }
+            let output = command.args(["upgrade", "t", "--json"]).output().expect("start sealblk");
+            assert!(output.status.success(), "upgrade {n}: {}", said(&output));
+            let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            pauses.push(said["PauseMicroseconds"].as_u64().expect("a VMM is connected"));
+            if let Some(before) = serving.replace(Successor::of(&said)) {
+                before.ends();
+            }
+            wait_for_more(count, "requests are answered by the successor");
+            match n % 20 {
+                3 => drop(rig.place.store.ok(&["snapshot", "create", "t", "--name", "s"])),
+                7 => drop(rig.place.store.ok(&["volume", "rekey", "t"])),
+                13 => drop(rig.place.store.ok(&["volume", "flatten", "t", "--follow"])),
+                17 => drop(rig.place.store.ok(&["snapshot", "delete", "s"])),
+                _ => {}
+            }
+        }
+        serving.expect("a process serves it")
+    });
+    finish(&mut vmm, &mut loads);
+    pauses.sort_unstable();
+    let at = |part: usize| pauses[(pauses.len() - 1) * part / 100] as f64 / 1000.0;
+    eprintln!(
+        "{times} upgrades; requests stood still for {} ms (median), {} ms (90 %), {} ms (longest)",
+        at(50),
+        at(90),
+        at(100)
+    );
+    drop((vmm, host));
+    rig.detach(last);
 }
 
 /// Whoever may attach no more may be upgraded: the key was unwrapped when it could be.
@@ -248,10 +285,10 @@ fn a_successor_makes_snapshots_rekeys_and_grows_the_volume() {
         ok(&["snapshot", "create", "t"]);
         ok(&["volume", "rekey", "t"]);
         let (second, _) = rig.upgrade();
-        first.process.waits();
+        first.ends();
         ok(&["volume", "resize", "t", "9MiB"]);
         let (third, _) = rig.upgrade();
-        second.process.waits();
+        second.ends();
         ok(&["volume", "flatten", "t", "--follow"]);
         wait_for_more(count, "the last one answers requests");
         third
@@ -280,7 +317,7 @@ fn a_read_only_attach_stays_one() {
     assert_eq!(session.config().unwrap(), before);
     drop(session);
     let (next, _) = rig.upgrade();
-    successor.process.waits();
+    successor.ends();
     let refused = said(&rig.place.store.run(&["volume", "resize", "t", "9MiB"]));
     assert!(refused.contains("read-only"), "{refused}");
     rig.detach(next);
@@ -295,7 +332,7 @@ fn what_is_not_attached_is_not_upgraded() {
     assert_eq!(all, "no volume is attached on this host\n");
     let host = rig.attach();
     let all: Value = serde_json::from_str(&rig.place.store.ok(&["upgrade", "--all", "--json"])).unwrap();
-    let successor = Successor::of(all["Upgraded"][0]["Pid"].as_i64().expect("one was upgraded"));
+    let successor = Successor::of(&all["Upgraded"][0]);
     assert_eq!(all["Failed"], json!([]));
     drop(host);
     rig.detach(successor);
@@ -460,8 +497,8 @@ fn a_process_that_is_killed_meanwhile_loses_nothing() {
         });
         host.wait();
         let taken: Option<Value> = serde_json::from_slice(&upgraded.stdout).ok();
-        let successor = taken.as_ref().map(|said| Successor::of(said["Pid"].as_i64().expect("an id")));
-        assert_ne!(successor.as_ref().map(|s| s.pid), Some(before));
+        let successor = taken.as_ref().map(Successor::of);
+        assert_ne!(successor.as_ref().map(|s| s.pid()), Some(before));
         eprintln!("round {round}: {}", if successor.is_some() { "taken over" } else { "killed before" });
         if successor.is_none() {
             // Its VMM comes back to a process that was attached anew, as after any crash.
@@ -470,8 +507,7 @@ fn a_process_that_is_killed_meanwhile_loses_nothing() {
         }
         finish(&mut vmm, &mut loads);
         if let Some(successor) = successor {
-            kill(successor.pid, Signal::SIGKILL).expect("it runs");
-            successor.process.waits();
+            successor.crash();
             host = rig.attach();
             vmm = vmm.reconnect(&rig.place.socket()).unwrap();
             finish(&mut vmm, &mut loads);

@@ -18,5 +18,6 @@ pub mod process;
 pub mod qemu;
 pub mod rig;
 pub mod store;
+pub mod successor;
 pub mod trace;
 pub mod tree;

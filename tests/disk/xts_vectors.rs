@@ -215,6 +215,19 @@ fn compare(
 }
 
 #[test]
+fn every_engine_gives_its_key_back() {
+    let key: Vec<u8> = (0..64).map(|n| n * 3).collect();
+    for engine in Engine::available() {
+        for unit in [SectorSize::B512, SectorSize::B4096] {
+            let cipher = new_cipher(engine, &Dek::from_bytes(&key).unwrap(), unit).unwrap();
+            let mut back = [0; Dek::LEN];
+            cipher.write_key(&mut back);
+            assert_eq!(back[..], key[..], "{engine}");
+        }
+    }
+}
+
+#[test]
 fn every_engine_agrees_with_xts_mode_on_random_requests() {
     let seed = 0x5ea1_b10c;
     println!("seed {seed:#x}");

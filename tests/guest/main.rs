@@ -10,3 +10,4 @@ mod migration;
 mod recovery;
 mod resize;
 mod snapshots;
+mod upgrade;

@@ -2,13 +2,13 @@
 //! it likes. A guest that has broken into its host process can do that much.
 
 use crate::common::attach::Place;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use sealblk::catalog::VolumeId;
-use sealblk::catalog::lock::{Holder, Purpose, VolumeLock};
+use sealblk::catalog::lock::{Holder, LockFile, Purpose, VolumeLock};
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IoSliceMut, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,7 @@ pub struct Impostor {
     folder: PathBuf,
     size: u64,
     listener: UnixListener,
+    lock_file: LockFile,
     _lock: VolumeLock,
 }
 
@@ -26,6 +27,8 @@ pub struct Talk {
     pub folder: PathBuf,
     /// What the client asks for.
     pub request: Value,
+    /// The open file by which the volume is locked.
+    pub lock: OwnedFd,
     size: u64,
     lines: BufReader<UnixStream>,
 }
@@ -36,9 +39,10 @@ impl Impostor {
         let (folder, metadata) = (place.volume_folder(), place.metadata());
         let id: VolumeId = metadata.id();
         let holder = Holder::this_process(Purpose::Attach, None).unwrap();
-        let lock = VolumeLock::acquire(&folder, id, &holder).unwrap();
+        let lock_file = LockFile::open(&folder, id).unwrap();
+        let lock = lock_file.acquire(&holder).unwrap();
         let listener = UnixListener::bind(folder.join("control.sock")).unwrap();
-        Impostor { folder, size: metadata.size(), listener, _lock: lock }
+        Impostor { folder, size: metadata.size(), listener, lock_file, _lock: lock }
     }
 
     /// Has `talk` answer the one client that `act` sends.
@@ -46,6 +50,7 @@ impl Impostor {
         let result = std::thread::scope(|threads| {
             let (listener, folder, size) =
                 (self.listener.try_clone().unwrap(), self.folder.clone(), self.size);
+            let lock = self.lock_file.descriptor().try_clone_to_owned().unwrap();
             let server = threads.spawn(move || {
                 let (client, _) = listener.accept().unwrap();
                 let mut lines = BufReader::new(client);
@@ -53,7 +58,7 @@ impl Impostor {
                 lines.read_line(&mut line).unwrap();
                 // Whoever only looked whether somebody listens says nothing.
                 let Ok(request) = serde_json::from_str(&line) else { return };
-                talk(&mut Talk { folder, request, size, lines });
+                talk(&mut Talk { folder, request, lock, size, lines });
             });
             let result = act();
             // Where the client never came, nobody else does.
@@ -70,6 +75,15 @@ impl Talk {
     /// Says something to the client, who may have gone.
     pub fn say(&mut self, what: &Value) {
         let _ = self.lines.get_mut().write_all(format!("{what}\n").as_bytes());
+    }
+
+    /// Says something, and passes these descriptors with it.
+    pub fn say_with(&mut self, what: &Value, descriptors: &[BorrowedFd<'_>]) {
+        let line = format!("{what}\n");
+        let fds: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let (data, control) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
+        let socket = self.lines.get_ref().as_raw_fd();
+        let _ = sendmsg::<()>(socket, &data, &control, MsgFlags::MSG_NOSIGNAL, None);
     }
 
     /// What the client says next.

@@ -16,6 +16,7 @@ mod pending;
 mod printed;
 mod records;
 mod settings;
+mod upgrade;
 
 use common::attach;
 use common::patience::limit;

@@ -22,6 +22,10 @@ pub trait SectorCipher: Send + Sync {
     /// The size of a data unit: the sector size of the volume that it was made for.
     fn sector_size(&self) -> SectorSize;
 
+    /// Writes the data key into `out`, data key ‖ tweak key, 64 bytes; as secret as that. The first round
+    /// keys of AES-256 are the key, which is kept in no other form.
+    fn write_key(&self, out: &mut [u8]);
+
     /// Guest memory → buffer in one pass. `src` is read exactly once: the guest may change it meanwhile.
     /// Both have the same length.
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64);

@@ -73,7 +73,8 @@ impl Record {
         client: &mut Conversation<'_>,
     ) -> Result<Duration> {
         self.hydrator.note_new_key(&key.also_of(&state.metadata))?;
-        let kept = Kept::of(Arc::new(dek), state.metadata.id(), state.metadata.sector_size(), engine)?;
+        let kept = Kept::of(&dek, state.metadata.id(), state.metadata.sector_size(), engine)?;
+        drop(dek);
         let (seal_key, used) = (kept.seal_key().clone(), UsedKey::of(key.record()));
         let cipher = kept.cipher().clone();
         self.hydrator.keyring().add(kept);

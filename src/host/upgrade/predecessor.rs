@@ -133,7 +133,7 @@ impl Predecessor {
         }
         let mut memory = secret.map()?;
         for (kept, room) in data_keys.iter().zip(memory.as_mut_slice().chunks_mut(Dek::LEN)) {
-            room.copy_from_slice(kept.dek().expose());
+            kept.write_dek(room);
         }
         // It is the other process's to wipe.
         memory.hand_over();

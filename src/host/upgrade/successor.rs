@@ -9,7 +9,7 @@ use crate::catalog::lock::{Holder, LockFile, Purpose};
 use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::config::Settings;
 use crate::crypt::Dek;
-use crate::crypt::secret_mem::{SecretFd, SecretMem};
+use crate::crypt::secret_mem::{SecretFd, SecretMem, on_scrubbed_stack};
 use crate::events::EventLog;
 use crate::helper::grants::Keeper;
 use crate::host::control::{Answer, Control, Request, peer};
@@ -87,38 +87,52 @@ pub(crate) fn take_over(
     }
 }
 
-/// The way back to the command that has started this process.
+/// Who is to hear how it went, until that was said.
 #[derive(Clone)]
-struct Report(Arc<Mutex<Option<File>>>);
+struct Report(Arc<Mutex<Option<Hearers>>>);
+
+struct Hearers {
+    /// The command that has started this process.
+    command: File,
+    /// The process that serves the volume until now.
+    predecessor: UnixStream,
+}
 
 impl Report {
     /// Takes standard input and output for what they are used for, and leaves nothing there.
     fn begin() -> Result<(Self, UnixStream)> {
         let attempt = || "this command is started by \"sealblk upgrade\" alone";
         let client = std::io::stdin().as_fd().try_clone_to_owned().context(attempt)?;
-        let out = std::io::stdout().as_fd().try_clone_to_owned().context(attempt)?;
+        let command = std::io::stdout().as_fd().try_clone_to_owned().context(attempt)?.into();
         let nothing = OpenOptions::new().read(true).write(true).open("/dev/null").context(attempt)?;
         for standard in [libc::STDIN_FILENO, libc::STDOUT_FILENO] {
             replace(standard, &nothing).context(attempt)?;
         }
-        Ok((Report(Arc::new(Mutex::new(Some(out.into())))), client.into()))
+        let client = UnixStream::from(client);
+        let hearers = Hearers { command, predecessor: client.try_clone().context(attempt)? };
+        Ok((Report(Arc::new(Mutex::new(Some(hearers)))), client))
     }
 
-    /// Says how it went, if that was not said yet.
-    fn say(&self, outcome: &Outcome) -> bool {
-        let Some(mut out) = self.0.locked().take() else { return false };
+    fn say(&self, outcome: &Outcome) {
+        let Some(mut hearers) = self.0.locked().take() else { return };
         let line = serde_json::to_string(outcome).expect("strings and numbers");
-        if let Err(e) = writeln!(out, "{line}") {
+        if let Err(e) = writeln!(hearers.command, "{line}") {
             log::debug!("whoever asked for this is gone: {e}");
         }
-        true
+        if let Outcome::Failed { kind, message } = outcome {
+            let (kind, message) = (kind.clone(), message.clone());
+            // It finds the same out when this process has ended.
+            let _ = wire::say(&hearers.predecessor, &Answer::Failed { kind, message });
+        }
     }
 
     /// Says that it has failed, if it was not said yet how it went; returns whether it was not.
     fn failed(&self, e: Option<&Error>) -> bool {
+        let is_open = self.0.locked().is_some();
         let over = Error::new(Kind::Other, "it was detached just now");
         let e = e.unwrap_or(&over);
-        self.say(&Outcome::Failed { kind: e.kind().name().into(), message: e.to_string() })
+        self.say(&Outcome::Failed { kind: e.kind().name().into(), message: e.to_string() });
+        is_open
     }
 }
 
@@ -255,7 +269,7 @@ impl Heard {
         let memory = secret.map()?;
         let dek = |bytes: &[u8]| {
             let mut own = SecretMem::new(Dek::LEN)?;
-            own.as_mut_slice().copy_from_slice(bytes);
+            on_scrubbed_stack(|| own.as_mut_slice().copy_from_slice(bytes));
             Dek::from_secret(own)
         };
         let deks = memory.as_slice().chunks(Dek::LEN).take(keys).map(dek).collect::<Result<_>>()?;

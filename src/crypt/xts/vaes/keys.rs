@@ -32,6 +32,13 @@ impl Keys {
 }
 
 impl Schedule {
+    /// Writes the key that an encryption's schedule was expanded from, 32 bytes: its first two round keys.
+    pub(super) fn write_key(&self, out: &mut [u8]) {
+        let (first, second) = out.split_at_mut(16);
+        first.copy_from_slice(&self.0[0][..16]);
+        second.copy_from_slice(&self.0[1][..16]);
+    }
+
     #[target_feature(enable = "sse2")]
     fn new(round_keys: &[__m128i; ROUND_KEYS]) -> Schedule {
         let mut schedule = Schedule([[0; 64]; ROUND_KEYS]);

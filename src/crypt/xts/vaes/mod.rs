@@ -116,6 +116,12 @@ impl SectorCipher for Vaes {
         self.unit
     }
 
+    fn write_key(&self, out: &mut [u8]) {
+        let (data, tweak) = out.split_at_mut(Dek::LEN / 2);
+        self.keys.encrypt.write_key(data);
+        self.keys.tweak.write_key(tweak);
+    }
+
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64) {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let (guest, first) = (src.ptr_guard(), TweakInput::sector(first_sector));
