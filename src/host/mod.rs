@@ -42,9 +42,9 @@ use notify::Notifier;
 use service::{Leaves, Service};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use socket::SocketAccess;
+use socket::{Passed, SocketAccess};
 use start::{Sockets, Taken};
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,8 +116,8 @@ pub fn attach(
     ready: impl FnOnce(&Attached<'_>) -> Result<()>,
 ) -> Result<()> {
     // Before anything opens a descriptor that could have the same number.
-    let inherited = match &options.endpoint {
-        Endpoint::Fd(fd) => Some(socket::inherited(*fd)?),
+    let passed = match &options.endpoint {
+        Endpoint::Fd(fd) => Some(Passed { socket: socket::inherited(*fd)?, is_kept: false }),
         Endpoint::Path(path) => socket::of_service_manager(path)?,
     };
     // The helpers' affair, not this process's.
@@ -138,7 +138,7 @@ pub fn attach(
     drop(passphrase);
     // From here on, what proves records is out of this process's reach.
     let catalog = &catalog.without_ledger();
-    let sockets = Sockets::bind(&catalog.folder(volume), options, inherited, path.as_deref())
+    let sockets = Sockets::bind(&catalog.folder(volume), options, passed, path.as_deref())
         .map_err(explained)
         .context(attempt)?;
     let path = path.as_deref();
@@ -174,8 +174,9 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let volume = taken.metadata.id();
     let attempt = || format!("attach {volume}");
     let Sockets { control, inlet, socket, name } = sockets;
-    // Where there was a socket already, no name is removed.
+    // Where the socket is somebody else's, no name is removed.
     let named = path.filter(|_| name.is_some());
+    let is_kept = name.is_some();
     let announcements = taken.lock_file.announcements();
     if let Err(e) = taken.events.keep_open() {
         log::warn!("{e}; this process will report no events");
@@ -221,6 +222,9 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
             log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
             ready(&Attached { volume, how: &how })?;
             manager.ready();
+            if let Some(Socket::Listening(listener)) = socket.as_ref().filter(|_| is_kept) {
+                manager.keep(listener.as_fd());
+            }
             listener::serve(&device, socket, None, &service.stop).map_err(Error::from)
         }
         Some(taking) => taking
@@ -229,7 +233,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     };
     let is_over = !matches!(served, Ok(Next::Successor)) && !service.is_anothers();
     if is_over {
-        manager.stopping();
+        manager.stopping(is_kept);
         drop(name);
     } else if let Some(name) = name {
         // It is the other process's, as the socket is.

@@ -2,11 +2,16 @@
 //! confined and can make no more.
 
 use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::ffi::OsStr;
-use std::io;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+/// What a socket is called that the manager keeps.
+pub(crate) const KEPT: &str = "sealblk-vhost-user";
 
 /// Where the service manager listens, if there is one.
 pub(crate) struct Notifier(Option<UnixDatagram>);
@@ -46,8 +51,25 @@ impl Notifier {
         self.tell("READY=1\n");
     }
 
-    /// The end has begun.
-    pub(crate) fn stopping(&self) {
+    /// Gives the manager the socket that VMMs connect to, to keep it, and to pass it to the process that is
+    /// started should this one crash (`FDSTORE=1`): so no VMM that comes in between is turned away. A manager
+    /// that keeps nothing (`FileDescriptorStoreMax=` is not set) passes over it.
+    pub(crate) fn keep(&self, listener: BorrowedFd<'_>) {
+        let text = format!("FDSTORE=1\nFDNAME={KEPT}\n");
+        let fds = [listener.as_raw_fd()];
+        let (data, control) = ([IoSlice::new(text.as_bytes())], [ControlMessage::ScmRights(&fds)]);
+        if let Some(manager) = &self.0
+            && let Err(e) = sendmsg::<()>(manager.as_raw_fd(), &data, &control, MsgFlags::MSG_NOSIGNAL, None)
+        {
+            log::warn!("giving the service manager the socket to keep: {e}");
+        }
+    }
+
+    /// The end has begun. What the manager keeps of this process's is to go as well.
+    pub(crate) fn stopping(&self, is_kept: bool) {
+        if is_kept {
+            self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={KEPT}\n"));
+        }
         self.tell("STOPPING=1\n");
     }
 

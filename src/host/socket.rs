@@ -2,6 +2,7 @@
 
 use crate::base::root::{files, parent_of};
 use crate::base::{Context, Error, Kind, Result, spare};
+use crate::host::notify::KEPT;
 use crate::sandbox::Identity;
 use crate::vhost::listener::Socket;
 use nix::errno::Errno;
@@ -128,22 +129,34 @@ impl SocketAccess {
     }
 }
 
-/// The socket at `path` that the service manager has made and passes; none if it passes none to this process.
+/// A socket that the service manager passes.
+pub(super) struct Passed {
+    pub(super) socket: Socket,
+    /// Whether an earlier process of this service has made it, and given it to the manager to keep: the name
+    /// is this service's to remove.
+    pub(super) is_kept: bool,
+}
+
+/// The socket at `path` that the service manager passes, whoever has made it; none if it passes none to this
+/// process.
 ///
 /// # Errors
 /// `Usage` if it passes others only.
-pub fn of_service_manager(path: &Path) -> Result<Option<Socket>> {
+pub(super) fn of_service_manager(path: &Path) -> Result<Option<Passed>> {
     let number = |name| std::env::var(name).ok()?.parse::<u32>().ok();
     let count = match (number("LISTEN_PID"), number("LISTEN_FDS")) {
         (Some(pid), Some(count)) if pid == std::process::id() && count > 0 => count,
         _ => return Ok(None),
     };
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':');
     let mut found = None;
     for fd in (FIRST_PASSED..).take(count as usize) {
+        let is_kept = names.next() == Some(KEPT);
         // Those that are not wanted are closed.
         match inherited(fd)? {
             Socket::Listening(listener) if is_at(&listener, path) => {
-                found = Some(Socket::Listening(listener))
+                found = Some(Passed { socket: Socket::Listening(listener), is_kept });
             }
             _ => {}
         }

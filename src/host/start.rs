@@ -14,7 +14,7 @@ use crate::host::Options;
 use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
-use crate::host::socket::SocketName;
+use crate::host::socket::{Passed, SocketName};
 use crate::kms::Failure;
 use crate::kms::patience::Patience;
 use crate::vhost::listener::Socket;
@@ -129,18 +129,22 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    /// Makes them in the volume's `folder` and, unless one was `inherited`, at `path`.
+    /// Makes them in the volume's `folder` and, unless one was `passed`, at `path`.
     pub(super) fn bind(
         folder: &Path,
         options: &Options,
-        inherited: Option<Socket>,
+        passed: Option<Passed>,
         path: Option<&Path>,
     ) -> Result<Self> {
         let control = Control::bind(folder, options.incoming)?;
         let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
         let inlet = Inlet::new(folder, inlet).context(|| "make a socket in the volume's folder")?;
-        let (socket, name) = match (inherited, path) {
-            (Some(socket), _) => (socket, None),
+        let (socket, name) = match (passed, path) {
+            // A name that somebody has removed meanwhile nobody has to remove.
+            (Some(Passed { socket, is_kept: true }), Some(path)) => {
+                (socket, SocketName::of_another(path).ok())
+            }
+            (Some(Passed { socket, .. }), _) => (socket, None),
             (None, Some(path)) => {
                 let (listener, name) = options.access.listen(path, options.user.as_ref())?;
                 (Socket::Listening(listener), Some(name))

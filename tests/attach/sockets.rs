@@ -376,3 +376,32 @@ fn a_vmm_waits_in_the_socket_of_the_shipped_unit() {
     command.env("LISTEN_PID", "1").env("LISTEN_FDS", "1");
     place.start(command, vec![]).end();
 }
+
+/// The service alone: the manager keeps the socket that the service has made, and passes it to the process
+/// that it starts after a crash.
+#[test]
+fn a_vmm_waits_in_the_socket_that_the_manager_keeps() {
+    let place = Place::new(&[]);
+    let host = place.attach(&[]);
+    let (kept, name) = host.gives_to_keep();
+    host.crash();
+    let vmm = UnixStream::connect(place.socket()).expect("nobody is there, and it waits");
+    let command = || {
+        let mut command = as_systemd(&place, &[&kept]);
+        command.env("LISTEN_FDNAMES", &name);
+        command
+    };
+    let host = place.start(command(), vec![]);
+    RawSocket::new(vmm).ask(1, VERSION, &[], &[]).expect("it is served, without having connected again");
+    // It goes as it would have gone without a crash.
+    place.store.ok(&["detach", "t"]);
+    host.ends_well();
+    assert!(!place.socket().exists(), "the name is this service's to remove");
+    // Under that name came what was never made here: it stays.
+    let own = UnixListener::bind(place.socket()).unwrap();
+    let mut other = as_systemd(&place, &[&own]);
+    other.env("LISTEN_FDNAMES", "sealblk@t.socket");
+    let host = place.start(other, vec![]);
+    host.end();
+    assert!(place.socket().exists());
+}

@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 const QUEUES: usize = 2;
@@ -480,9 +481,15 @@ fn a_process_that_is_killed_meanwhile_loses_nothing() {
     let rig = Rig::new();
     let mut random = Random::new(3);
     let mut loads = loads(QUEUES);
+    let begun = Instant::now();
+    let (host, successor) = (rig.attach(), rig.upgrade().0);
+    // About what an upgrade takes here: which moment a process is killed in is chance, and all over that.
+    let took = begun.elapsed();
+    drop(host);
+    rig.detach(successor);
     let mut host = rig.attach();
     let mut vmm = rig.connect(Kind::CloudHypervisor, QUEUES);
-    for round in 0..8 {
+    for round in 0..12 {
         let before = host.pid();
         let upgraded = std::thread::scope(|scope| {
             let command = scope.spawn(|| rig.place.store.run(&["upgrade", "t", "--json"]));
@@ -490,12 +497,13 @@ fn a_process_that_is_killed_meanwhile_loses_nothing() {
                 while load.submit(ring).unwrap() {}
                 ring.kick_if_wanted();
             }
-            // What takes how long is the machine's affair: the moments are all over an upgrade.
-            (0..random.below(40_000_000)).for_each(|_| std::hint::spin_loop());
+            std::thread::sleep(took.mul_f64(random.below(100) as f64 / 100.0));
             host.signal(Signal::SIGKILL);
             command.join().expect("the command runs")
         });
         host.wait();
+        // Its service manager would keep its socket, and pass it to the next.
+        drop(host);
         let taken: Option<Value> = serde_json::from_slice(&upgraded.stdout).ok();
         let successor = taken.as_ref().map(Successor::of);
         assert_ne!(successor.as_ref().map(|s| s.pid()), Some(before));
@@ -504,14 +512,14 @@ fn a_process_that_is_killed_meanwhile_loses_nothing() {
             // Its VMM comes back to a process that was attached anew, as after any crash.
             host = rig.attach();
             vmm = vmm.reconnect(&rig.place.socket()).unwrap();
+            finish(&mut vmm, &mut loads);
+            continue;
         }
         finish(&mut vmm, &mut loads);
-        if let Some(successor) = successor {
-            successor.crash();
-            host = rig.attach();
-            vmm = vmm.reconnect(&rig.place.socket()).unwrap();
-            finish(&mut vmm, &mut loads);
-        }
+        successor.into_iter().for_each(Successor::crash);
+        host = rig.attach();
+        vmm = vmm.reconnect(&rig.place.socket()).unwrap();
+        finish(&mut vmm, &mut loads);
     }
     drop(vmm);
     host.end();

@@ -6,6 +6,7 @@ use super::patience::{Deadline, limit, wait_for};
 use super::process::{tie_to_test, wait_within};
 use super::store::{Store, sockets};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use sealblk::base::root::Root;
@@ -16,10 +17,10 @@ use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::Value;
 use std::cell::Cell;
 use std::fs::{self, File};
-use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::io::{ErrorKind, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -288,11 +289,36 @@ impl Host {
         self.wait();
     }
 
-    /// The next thing that it tells its service manager.
+    /// The next thing that it tells its service manager, beside what that is to keep for it.
     pub fn told(&self) -> String {
-        let mut message = [0; 4096];
-        let len = self.manager.recv(&mut message).expect("a message to the service manager");
-        String::from_utf8_lossy(&message[..len]).trim_end().to_owned()
+        loop {
+            let mut message = [0; 4096];
+            let len = self.manager.recv(&mut message).expect("a message to the service manager");
+            let said = String::from_utf8_lossy(&message[..len]).trim_end().to_owned();
+            if !said.starts_with("FDSTORE") {
+                return said;
+            }
+        }
+    }
+
+    /// The socket that it gives its service manager to keep, and what it is called.
+    pub fn gives_to_keep(&self) -> (UnixListener, String) {
+        let mut text = [0; 4096];
+        let mut space = nix::cmsg_space!([RawFd; 1]);
+        let mut data = [IoSliceMut::new(&mut text)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.manager.as_raw_fd(), &mut data, Some(&mut space), flags);
+        let message = message.expect("a message to the service manager");
+        let passed = message.cmsgs().expect("control messages").find_map(|control| match control {
+            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+            _ => None,
+        });
+        // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(passed.expect("a descriptor")) };
+        let len = message.bytes;
+        let said = String::from_utf8_lossy(&text[..len]).into_owned();
+        let name = said.strip_prefix("FDSTORE=1\nFDNAME=").expect("something to keep").trim_end();
+        (UnixListener::from(fd), name.to_owned())
     }
 
     #[track_caller]

@@ -2,6 +2,8 @@
 
 use crate::common::attach::{Host, Place, flush, open, read, write};
 use crate::common::disk::pattern;
+use crate::common::store::said;
+use crate::common::successor::Successor;
 use crate::{refused, run};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -219,6 +221,74 @@ fn a_user_may_ask_the_host_process_that_root_has_started_for_the_user() {
     };
     assert!(connect(NOBODY) && !connect(NOBODY - 1));
     host.end();
+}
+
+/// What the kernel says of a process, by the name of a line of its status.
+fn status_of(pid: nix::unistd::Pid, name: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {name}: {text}")).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_successor_is_who_the_process_before_was_and_as_confined() {
+    let place = nobodys();
+    let host = attaches(&place, &["--user", "nobody"], 0);
+    let said: serde_json::Value =
+        serde_json::from_str(&place.store.ok(&["upgrade", "t", "--json"])).expect("JSON");
+    let successor = Successor::of(&said);
+    drop(host);
+    for (name, expected) in [
+        ("Uid", "65534 65534 65534 65534"),
+        ("Gid", "65534 65534 65534 65534"),
+        ("Seccomp", "2"),
+        ("CapEff", "0000000000000000"),
+        ("NoNewPrivs", "1"),
+    ] {
+        assert_eq!(status_of(successor.pid(), name), expected, "{name}");
+    }
+    assert!(read(&mut open(&place.socket()).rings[0], 64, 8192) == pattern(1, 8192));
+    // The user whom it has become gets no data key: root has started it.
+    let ask = "import fcntl, json, os, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+fd = os.memfd_create('key', os.MFD_ALLOW_SEALING)
+os.ftruncate(fd, 64)
+fcntl.fcntl(fd, 1033, 7)
+socket.send_fds(s, [b'{\"op\": \"upgrade\", \"protocol\": 1}\\n'], [fd])
+said = json.loads(s.makefile().readline())
+assert 'data keys go to root' in said['failed']['message'], said
+assert os.pread(fd, 64, 0) == bytes(64)
+";
+    let mut python = Command::new("python3");
+    python.args(["-c", ask]).arg(place.volume_folder().join("control.sock"));
+    assert!(python.uid(NOBODY).gid(NOBODY).status().expect("start python").success());
+    place.store.ok(&["detach", "t"]);
+    successor.ends();
+}
+
+/// All of it is one user's, who is not root.
+#[test]
+fn a_user_upgrades_what_the_same_user_has_attached() {
+    let place = nobodys();
+    for path in all_below(&place.folder()) {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let own = |mut command: Command| {
+        command.uid(NOBODY).gid(NOBODY);
+        command
+    };
+    let host = place.start(own(place.attach_command(&["--queues", "1"])), vec![]);
+    let mut upgrade = own(place.store.command());
+    let output = upgrade.args(["upgrade", "t", "--json"]).output().expect("start sealblk");
+    assert!(output.status.success(), "{}", said(&output));
+    let successor = Successor::of(&serde_json::from_slice(&output.stdout).expect("JSON"));
+    drop(host);
+    assert_eq!(status_of(successor.pid(), "Seccomp"), "2");
+    write(&mut open(&place.socket()).rings[0], 0, &pattern(7, 4096));
+    let detached = own(place.store.command()).args(["detach", "t"]).output().expect("start sealblk");
+    assert!(detached.status.success(), "{}", said(&detached));
+    successor.ends();
 }
 
 /// Who has no right to give files away would leave some that their folder's owner cannot use.

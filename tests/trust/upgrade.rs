@@ -158,6 +158,7 @@ fn a_session_that_is_passed_goes_through_the_gate() {
         talk.say(&json!("that-is-all"));
         assert_eq!(talk.hear(), Some(json!("prepared")));
         talk.say(&json!({"failed": {"kind": "busy", "message": "not today"}}));
+        assert!(talk.hear().is_some_and(|said| said.get("failed").is_some()));
         // The end of the other side: it has let go of everything that it was passed.
         assert_eq!(talk.hear(), None);
         assert!(matches!(lock::query(&talk.folder), Ok(Held::By(_))), "the lock is gone");
