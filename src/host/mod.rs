@@ -241,7 +241,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     }
     let (result, given_up) = service.end(device, served.map(drop).context(|| format!("serve {volume}")));
     // Who is told that the volume is detached can attach it at once: nothing of ours is in the way.
-    let waiting = control.close();
+    let waiting = control.close(!given_up.has_volume());
     let had_it = given_up.release();
     log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
     waiting.tell(&result);

@@ -9,7 +9,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
 
+/// How long the manager may take to have room for what it is told.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// What a socket is called that the manager keeps.
 pub(crate) const KEPT: &str = "sealblk-vhost-user";
 
@@ -90,12 +93,27 @@ fn to(name: &OsStr) -> io::Result<UnixDatagram> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(&address)?;
+    // A manager that does not listen holds up neither a detach nor a hand-over.
+    socket.set_write_timeout(Some(PATIENCE))?;
     Ok(socket)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_manager_that_does_not_listen_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let _manager = UnixDatagram::bind(&path).unwrap();
+        let notifier = Notifier(Some(to(path.as_os_str()).unwrap()));
+        notifier.0.as_ref().unwrap().set_nonblocking(true).unwrap();
+        while notifier.0.as_ref().unwrap().send(b"x").is_ok() {}
+        notifier.0.as_ref().unwrap().set_nonblocking(false).unwrap();
+        notifier.0.as_ref().unwrap().set_write_timeout(Some(Duration::from_millis(1))).unwrap();
+        notifier.stopping(false);
+    }
 
     #[test]
     fn a_manager_is_told_wherever_it_listens() {

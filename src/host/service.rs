@@ -289,6 +289,11 @@ pub(super) struct GivenUp {
 }
 
 impl GivenUp {
+    /// Whether this process has the volume, and did not hand it over.
+    pub(super) fn has_volume(&self) -> bool {
+        self.record.has_volume()
+    }
+
     /// Lets the next have the volume, and ends the grants. Returns whether this process had it.
     pub(super) fn release(self) -> bool {
         let had_it = self.record.release();

@@ -43,6 +43,11 @@ impl SocketName {
         self
     }
 
+    /// Whether this is the socket's name in its folder.
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        self.path.file_name() == Some(name.as_ref())
+    }
+
     /// Leaves the name where it is, for whoever replaces it.
     pub fn leave(self) {
         std::mem::forget(self);

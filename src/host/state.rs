@@ -83,6 +83,11 @@ impl Record {
         self.hydrator.end();
     }
 
+    /// Whether this process has the volume.
+    pub fn has_volume(&self) -> bool {
+        self.state().is_some()
+    }
+
     /// Gives the volume up: the next may have it. Returns whether this process had it.
     pub fn release(&self) -> bool {
         let Some(State { lock, .. }) = self.state().take() else { return false };

@@ -8,7 +8,7 @@ use crate::base::sync::Locked;
 use crate::vhost::cache_mode::CacheMode;
 use crate::vhost::dirty::{DirtyLog, GuestMemory, RingLog};
 use crate::vhost::queue::inflight::{Description, Inflight};
-use crate::vhost::queue::ring::Ring;
+use crate::vhost::queue::ring::{Position, Ring};
 use crate::vhost::queue::{Awaited, Setup, Worker};
 use crate::vhost::tenure::{Serving, Tenure};
 use std::cell::RefCell;
@@ -152,16 +152,26 @@ impl Rings {
         self.made.locked().iter().map(Vring::now).collect()
     }
 
-    /// Drains and stops every ring. Nobody else gets the volume by this.
-    pub fn halt(&self) {
-        for vring in &*self.made.locked() {
-            vring.stop();
-        }
+    /// Drains every ring that runs, all at one time, and has it stand still until [`Rings::go_on`], or until it is
+    /// stopped for good. Nothing is given back that rings need to run.
+    ///
+    /// # Errors
+    /// Why one could not be halted.
+    pub fn halt(&self) -> io::Result<()> {
+        let made = self.made.locked();
+        let asked = made.iter().map(Vring::ask_to_halt).collect::<io::Result<Vec<_>>>()?;
+        made.iter().zip(asked).try_for_each(|(vring, asked)| vring.halted(asked))
     }
 
-    /// Starts again what [`Rings::halt`] has stopped.
+    /// Has the rings run on that were halted.
     pub fn go_on(&self) {
-        self.made.locked().iter().for_each(Vring::start_if_due);
+        for vring in &*self.made.locked() {
+            if let Some(serving) = vring.running()
+                && let Err(e) = serving.workers[vring.index].go_on()
+            {
+                log::error!("ring {}: {e}", vring.index);
+            }
+        }
     }
 
     fn claim(&self) -> io::Result<Arc<Serving>> {
@@ -280,16 +290,35 @@ impl Vring {
         let mut seat = self.seat.locked();
         let Some(serving) = seat.running.take() else { return false };
         match serving.workers[self.index].stop() {
-            Ok(Some(position)) => {
-                let mut state = self.state.get_mut();
-                state.get_queue_mut().set_next_avail(position.next_avail);
-                state.get_queue_mut().set_next_used(position.next_used);
-            }
+            Ok(Some(position)) => self.stands_at(position),
             Ok(None) => {}
             Err(e) => log::error!("ring {}: {e}", self.index),
         }
         log::debug!("ring {} is drained", self.index);
         true
+    }
+
+    fn ask_to_halt(&self) -> io::Result<Option<Awaited>> {
+        self.running().map(|serving| serving.workers[self.index].halt()).transpose()
+    }
+
+    /// Takes note of where it stands, once it does.
+    fn halted(&self, asked: Option<Awaited>) -> io::Result<()> {
+        let (Some(asked), Some(serving)) = (asked, self.running()) else { return Ok(()) };
+        if let Some(position) = serving.workers[self.index].position(asked)? {
+            self.stands_at(position);
+        }
+        Ok(())
+    }
+
+    fn running(&self) -> Option<Arc<Serving>> {
+        self.seat.locked().running.clone()
+    }
+
+    fn stands_at(&self, position: Position) {
+        let mut state = self.state.get_mut();
+        state.get_queue_mut().set_next_avail(position.next_avail);
+        state.get_queue_mut().set_next_used(position.next_used);
     }
 
     /// The VMM wants it stopped: if it was the last, another process may have the volume.
@@ -309,7 +338,7 @@ impl Vring {
     /// Hands the thread of a ring that runs memory which has all that the ring uses; nothing if it does not
     /// run.
     fn give_memory(&self, memory: &Arc<GuestMemory>) -> io::Result<Option<(Arc<Serving>, usize, Awaited)>> {
-        let Some(serving) = self.seat.locked().running.clone() else { return Ok(None) };
+        let Some(serving) = self.running() else { return Ok(None) };
         let answer = serving.workers[self.index].give_memory(memory.clone())?;
         Ok(Some((serving, self.index, answer)))
     }

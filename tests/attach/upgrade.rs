@@ -225,6 +225,7 @@ fn one_after_the_other() {
             assert!(output.status.success(), "upgrade {n}: {}", said(&output));
             let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
             pauses.push(said["PauseMicroseconds"].as_u64().expect("a VMM is connected"));
+            assert_eq!(host.told(), format!("MAINPID={}", said["Pid"]), "the service's manager knows");
             if let Some(before) = serving.replace(Successor::of(&said)) {
                 before.ends();
             }
@@ -350,7 +351,7 @@ impl Played {
     fn new(rig: &Rig, protocol: u32) -> Self {
         let stream = UnixStream::connect(rig.control()).expect("connect");
         stream.set_read_timeout(Some(limit())).expect("set a limit");
-        let secret = SecretFd::create(64).expect("secret memory");
+        let secret = SecretFd::create(4096).expect("secret memory");
         let request = format!("{}\n", json!({"op": "upgrade", "protocol": protocol}));
         let fds = [secret.as_fd().as_raw_fd()];
         let data = [IoSlice::new(request.as_bytes())];

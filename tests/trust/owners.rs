@@ -253,7 +253,7 @@ fn a_successor_is_who_the_process_before_was_and_as_confined() {
 s = socket.socket(socket.AF_UNIX)
 s.connect(sys.argv[1])
 fd = os.memfd_create('key', os.MFD_ALLOW_SEALING)
-os.ftruncate(fd, 64)
+os.ftruncate(fd, 4096)
 fcntl.fcntl(fd, 1033, 7)
 socket.send_fds(s, [b'{\"op\": \"upgrade\", \"protocol\": 1}\\n'], [fd])
 said = json.loads(s.makefile().readline())

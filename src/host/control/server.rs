@@ -180,9 +180,14 @@ impl Control {
         Ok(Bound { listener, name })
     }
 
-    /// Removes the socket's name, so that the next attach can have it, and returns who is to be told.
-    pub fn close(self) -> Waiting {
-        drop(self.name.lock().take());
+    /// Removes the socket's name, so that the next attach can have it, and returns who is to be told. Not
+    /// if another process has the volume: it gives its own socket that name, perhaps at this moment, and what
+    /// was looked at could be another's when it is removed.
+    pub fn close(self, another_has: bool) -> Waiting {
+        match self.name.lock().take() {
+            Some(name) if another_has && name.is_called(FILE) => name.leave(),
+            name => drop(name),
+        }
         self.waiting
     }
 }

@@ -73,6 +73,22 @@ impl Predecessor {
             return Err(Error::new(Kind::Unsupported, message));
         }
         self.check_asker(client)?;
+        // The record stays as it is until this is over: nobody else changes it while this client is heard, and what
+        // copies layers up, and lets them go with their keys, stands still.
+        match &*self.record.state() {
+            Some(_) => self.record.hydrator.stop(),
+            None => return Err(gone()),
+        }
+        let left = self.leave_at_boundary(secret, client);
+        if left.is_err()
+            && let Some(state) = &*self.record.state()
+        {
+            self.record.hydrator.begin(state);
+        }
+        left
+    }
+
+    fn leave_at_boundary(self: &Arc<Self>, secret: SecretFd, client: &UnixStream) -> Result<()> {
         let mut link = Link::new(client.try_clone()?);
         self.offer(secret, &link)?;
         match link.hear(PREPARING)? {
@@ -126,7 +142,7 @@ impl Predecessor {
             let top = state.layers.first().ok_or_else(gone)?;
             (self.keys.of(&state.metadata)?, top.backing.file().try_clone()?)
         };
-        if secret.len() != Dek::LEN * data_keys.len().max(1) {
+        if secret.len() < Dek::LEN * data_keys.len() {
             let message =
                 format!("the volume has {} data keys, and there is no room for so many", data_keys.len());
             return Err(Error::new(Kind::Unsupported, message));
@@ -182,11 +198,10 @@ impl Predecessor {
     /// Why not: the rings run on then.
     fn hand_over(&self, session: Option<&mut Gate>, link: &mut Link) -> Result<()> {
         let handover = self.handover.upgrade().ok_or_else(gone)?;
-        // No change of the layers begins until this is over, and what copies them stops.
+        // No change of the layers begins until this is over.
         let mut held = self.record.state();
         let state = held.as_ref().ok_or_else(gone)?;
         let mut attempt = || -> Result<u32> {
-            self.record.hydrator.stop();
             self.tell_session(session.as_deref(), link)?;
             for layer in &state.layers {
                 link.say_with(&Part::ImageLock, &[layer.image_lock.file().as_fd()])?;
@@ -201,7 +216,7 @@ impl Predecessor {
                 return Err(gone());
             }
             let begun = Instant::now();
-            session.iter().for_each(|gate| gate.halt());
+            session.as_deref().map_or(Ok(()), Gate::halt)?;
             match handover.has_dead_queue() {
                 false => self.give(session.as_deref(), begun, link),
                 true => Err(Error::new(Kind::Other, "a queue's thread died")),
@@ -219,7 +234,6 @@ impl Predecessor {
             }
             Err(e) => {
                 session.iter().for_each(|gate| gate.go_on());
-                self.record.hydrator.begin(state);
                 // It hears why, if it is still there.
                 let _ = wire::say(&link.stream, &Answer::failed(&e));
                 Err(e)

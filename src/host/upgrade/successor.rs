@@ -5,6 +5,7 @@ use super::{Link, MAX_PARTS, Offer, PREPARING, PROTOCOL, Part, STEP, Step};
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, wire};
+use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::{Holder, LockFile, Purpose};
 use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::config::Settings;
@@ -156,11 +157,17 @@ fn serve(
 ) -> Result<()> {
     let attempt = || format!("upgrade {volume}");
     sandbox::report_lost_memory()?;
-    let metadata = catalog.load(volume).context(attempt)?;
     let predecessor = Predecessor::at(&client, catalog, volume).context(attempt)?;
     let mut link = Link::new(client);
-    let heard = Heard::ask(hardened, &mut link, metadata.keys().len()).context(attempt)?;
+    let heard = Heard::ask(hardened, &mut link).context(attempt)?;
+    // It stays as it is from here on.
+    let metadata = catalog.load(volume).context(attempt)?;
     let Heard { offer, lock, top, stderr, listener, keeper, manager, deks } = heard;
+    let keys = metadata.keys().len();
+    if deks.len() != keys {
+        let message = format!("the volume's record has {keys} data keys, and {} came", deks.len());
+        return Err(Error::new(Kind::Busy, message).context(attempt()));
+    }
     predecessor.check_may_write(&offer, &top, catalog, &metadata).context(attempt)?;
     let sandbox = predecessor.sandbox(&offer)?;
     let path = offer.path.clone();
@@ -182,8 +189,8 @@ fn serve(
     let lock_file = LockFile::of_holder(&catalog.folder(volume), volume, lock.into()).context(attempt)?;
     let lock = lock_file.of_another(&holder)?;
     let events = EventLog::new(catalog.root(), settings);
-    let keys = |_: &Metadata| Ok(deks.into_iter().map(Arc::new).collect());
-    let (opener, _) = Opener::without(catalog, volume, &options, keys).context(attempt)?;
+    let give_keys = |_: &Metadata| Ok(deks.into_iter().map(Arc::new).collect());
+    let (opener, _) = Opener::without(catalog, volume, &options, give_keys).context(attempt)?;
     let held = KeysHeld::begin(catalog.root(), &metadata)?;
     let keeper = keeper.map_or_else(Keeper::default, Keeper::of_another);
     let place = Place::Successor(lock);
@@ -248,9 +255,10 @@ struct Heard {
 }
 
 impl Heard {
-    /// Asks for the volume, which has so many data keys.
-    fn ask(_: Hardened, link: &mut Link, keys: usize) -> Result<Self> {
-        let secret = SecretFd::create(Dek::LEN * keys.max(1))?;
+    /// Asks for the volume.
+    fn ask(_: Hardened, link: &mut Link) -> Result<Self> {
+        // A key for each layer, at most.
+        let secret = SecretFd::create(Dek::LEN * MAX_LAYERS)?;
         let request = Request::Upgrade { protocol: PROTOCOL };
         wire::say_with(&link.stream, &request, secret.as_fd())?;
         let offer = match link.hear::<Answer>(PREPARING).map_err(explained)? {
@@ -262,9 +270,9 @@ impl Heard {
         let listener = optional(offer.passes.listener)?;
         let keeper = optional(offer.passes.keeper)?.map(UnixStream::from);
         let manager = optional(offer.passes.manager)?.map(UnixDatagram::from);
-        if offer.data_keys != keys {
-            let message = format!("the volume's record has {keys} data keys, and {} came", offer.data_keys);
-            return Err(Error::new(Kind::Busy, message));
+        if offer.data_keys > MAX_LAYERS {
+            let message = format!("no volume has {} data keys", offer.data_keys);
+            return Err(Error::new(Kind::Unsupported, message));
         }
         let memory = secret.map()?;
         let dek = |bytes: &[u8]| {
@@ -272,7 +280,8 @@ impl Heard {
             on_scrubbed_stack(|| own.as_mut_slice().copy_from_slice(bytes));
             Dek::from_secret(own)
         };
-        let deks = memory.as_slice().chunks(Dek::LEN).take(keys).map(dek).collect::<Result<_>>()?;
+        let deks =
+            memory.as_slice().chunks(Dek::LEN).take(offer.data_keys).map(dek).collect::<Result<_>>()?;
         Ok(Heard { offer, lock, top, stderr, listener, keeper, manager, deks })
     }
 }

@@ -92,9 +92,12 @@ impl Gate {
         Ok(all)
     }
 
-    /// Stops all rings, drained, for a successor. No message is handled until [`Gate::go_on`].
-    pub fn halt(&self) {
-        self.rings.halt();
+    /// Has all rings stand still, drained, for a successor. No message is handled until [`Gate::go_on`].
+    ///
+    /// # Errors
+    /// Why one could not be halted.
+    pub fn halt(&self) -> Result<()> {
+        self.rings.halt()
     }
 
     /// Lets the rings run on that ran before [`Gate::halt`].

@@ -83,6 +83,10 @@ enum Command {
     /// Have another disk, or none, for the rings to come.
     Hold(Option<Arc<Disk>>),
     Stop,
+    /// Drain the ring, and answer where it stands; then obey nothing but the next one, and what ends the ring.
+    Halt,
+    /// Go on with a ring that is halted.
+    GoOn,
     /// Begin nothing more, and answer when no operation is in flight; then obey nothing but the next two.
     Pause,
     /// In a pause: get ready to go on with another disk.
@@ -145,10 +149,18 @@ impl Mailbox {
 
     /// Waits for a command about the pause. All others stay where they are until it is over.
     fn wait_in_pause(&self) -> (Command, Reply) {
+        self.wait_for(|c| matches!(c, Command::Prepare(_) | Command::Resume { .. }))
+    }
+
+    /// Waits for what becomes of a ring that is halted.
+    fn wait_halted(&self) -> (Command, Reply) {
+        self.wait_for(|c| matches!(c, Command::GoOn | Command::Stop | Command::Exit))
+    }
+
+    fn wait_for(&self, about: impl Fn(&Command) -> bool) -> (Command, Reply) {
         let mut commands = self.commands();
         loop {
             let list = commands.get_or_insert_default();
-            let about = |c: &Command| matches!(c, Command::Prepare(_) | Command::Resume { .. });
             let found = list.iter().position(|(command, _)| about(command));
             if let Some(command) = found.and_then(|index| list.remove(index)) {
                 return command;
@@ -282,6 +294,23 @@ impl Worker {
         self.ask(Command::Stop)
     }
 
+    /// Asks the thread to drain the ring, and to stand still then; [`Worker::position`] has the answer. Requests
+    /// go on with [`Worker::go_on`]; [`Worker::stop`] ends the ring as ever.
+    pub fn halt(&self) -> io::Result<Awaited> {
+        self.mailbox.send(Command::Halt).map(Awaited)
+    }
+
+    /// Where a ring stands that was asked to halt; `None` if there is none. As in [`Worker::ask`], a VMM cannot
+    /// hold it up.
+    pub fn position(&self, halted: Awaited) -> io::Result<Option<Position>> {
+        self.hear(halted)
+    }
+
+    /// Has a ring that is halted go on.
+    pub fn go_on(&self) -> io::Result<()> {
+        self.ask(Command::GoOn).map(drop)
+    }
+
     /// Asks the thread to begin nothing more; the answer comes when none of its operations is in
     /// flight. Requests that it has taken but not finished stay with it, and so do commands of others,
     /// until [`Worker::resume`].
@@ -381,6 +410,8 @@ fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tun
             Command::SetCall(_)
             | Command::Sync
             | Command::GiveMemory(_)
+            | Command::Halt
+            | Command::GoOn
             | Command::Stop
             | Command::Resume { .. } => drop(reply.send(Ok(None))),
             Command::Prepare(_) => drop(reply.send(Err(not_paused()))),

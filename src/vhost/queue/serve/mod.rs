@@ -56,8 +56,9 @@ pub(super) struct Server {
     broken: bool,
     /// Who waits for nothing to be in flight.
     pausing: Option<Reply>,
-    /// Who waits for the ring to be drained, and whether the thread ends then.
+    /// Who waits for the ring to be drained, whether it only halts then, and whether the thread ends then.
     draining: Option<Reply>,
+    halts: bool,
     exit: bool,
 }
 
@@ -95,6 +96,7 @@ impl Server {
             setup,
             pausing: None,
             draining: None,
+            halts: false,
             exit: false,
         };
         server.watch();
@@ -118,8 +120,18 @@ impl Server {
             // First the pause, which somebody waits for as well.
             let drained = drained && self.pausing.is_none();
             let still = self.pausing.is_some() && self.io.in_flight() == 0;
-            if let Some(reply) = self.draining.take_if(|_| drained) {
+            if let Some(mut reply) = self.draining.take_if(|_| drained) {
                 let position = self.setup.ring.position();
+                if std::mem::take(&mut self.halts) {
+                    let _ = reply.send(Ok(Some(position)));
+                    let (command, next) = self.mailbox.wait_halted();
+                    if matches!(command, Command::GoOn) {
+                        let _ = next.send(Ok(None));
+                        continue;
+                    }
+                    self.exit = matches!(command, Command::Exit);
+                    reply = next;
+                }
                 let exit = self.exit;
                 // The guest's memory and the buffers go before anybody hears that they are free.
                 drop(self);
@@ -303,6 +315,17 @@ impl Server {
                     let _ = reply.send(Ok(None));
                 }
                 Command::Stop => self.draining = Some(reply),
+                Command::Halt => {
+                    self.halts = true;
+                    self.draining = Some(reply);
+                }
+                // Whoever asked for a halt that was not answered yet does without it.
+                Command::GoOn => {
+                    if std::mem::take(&mut self.halts) {
+                        self.draining = None;
+                    }
+                    let _ = reply.send(Ok(None));
+                }
                 Command::Pause => self.pausing = Some(reply),
                 Command::Exit => {
                     self.exit = true;
