@@ -8,6 +8,7 @@
 //! reads as zeros; what several layers take is in [`layered`].
 
 mod blocking;
+pub mod cipher_time;
 mod durability;
 mod fence;
 mod guest;

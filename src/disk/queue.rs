@@ -4,6 +4,7 @@
 use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
 use crate::base::space::is_for_space;
 use crate::disk::Disk;
+use crate::disk::cipher_time::{CipherTime, Measured};
 use crate::disk::durability::Durability;
 use crate::disk::fence::{Fence, OpenLane};
 use crate::disk::guest::{GuestData, may_have_holes};
@@ -28,6 +29,7 @@ pub struct DiskQueue {
     layered: Option<Layered>,
     /// Where somebody may copy what is below into the top. It goes after the queue.
     lane: Option<OpenLane>,
+    cipher_time: CipherTime,
 }
 
 impl DiskQueue {
@@ -40,7 +42,7 @@ impl DiskQueue {
             queue.watch(LANE, lane.wake_fd());
         }
         let unit = disk.backing.caps().unit;
-        Ok(DiskQueue { disk: disk.clone(), queue, unit, layered, lane })
+        Ok(DiskQueue { disk: disk.clone(), queue, unit, layered, lane, cipher_time: CipherTime::default() })
     }
 
     /// The disk.
@@ -153,9 +155,9 @@ impl DiskQueue {
             // What looks like zeros may be in a layer below.
             None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
             Some(_) if may_have_holes(&bytes) => Ok(false),
-            Some(cipher) => {
+            Some(cipher) => self.cipher_time.of(len as usize, || {
                 guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.shape.block_size)
-            }
+            }),
             None => {
                 guest.each(bytes.len(), Permissions::Write, |slice, at| {
                     if let Ok(from) = bytes.subslice(at, slice.len()) {
@@ -183,7 +185,9 @@ impl DiskQueue {
     {
         let bytes = self.queue.bytes(&mut buffer);
         let taken = match &self.disk.cipher {
-            Some(cipher) => guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.shape.block_size),
+            Some(cipher) => self.cipher_time.of(bytes.len(), || {
+                guest.encrypt_into(cipher.as_ref(), bytes, sector, self.disk.shape.block_size)
+            }),
             None => guest.copy_into(bytes),
         };
         if let Err(e) = taken {
@@ -216,11 +220,13 @@ impl DiskQueue {
     {
         let bytes = self.queue.bytes(&mut buffer);
         let done = match (&mut self.layered, &self.disk.cipher) {
-            (Some(layered), _) => layered.deliver(&self.disk, bytes, buffer.place(), sector, guest),
-            (None, Some(cipher)) => {
+            (Some(layered), _) => self
+                .cipher_time
+                .of(bytes.len(), || layered.deliver(&self.disk, bytes, buffer.place(), sector, guest)),
+            (None, Some(cipher)) => self.cipher_time.of(bytes.len(), || {
                 let block = self.disk.shape.block_size;
                 guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
-            }
+            }),
             (None, None) => guest.copy_from(bytes).map(|()| true),
         };
         match (done, &mut self.layered) {
@@ -330,6 +336,12 @@ impl DiskQueue {
             Zeroing::Unmap | Zeroing::KeepSpace => Action::Clear,
         };
         Part { sectors, action }
+    }
+
+    /// How long the cipher took, of what was measured since the last call, if anything was.
+    #[inline]
+    pub fn take_cipher_time(&self) -> Option<Measured> {
+        self.cipher_time.take()
     }
 
     /// See [`Queue::watch`]. The tokens from `u32::MAX - 1` on are taken.

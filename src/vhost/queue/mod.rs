@@ -3,6 +3,7 @@
 //! It alone touches its ring, its requests and its io_uring (`serve`); others send commands through a mailbox
 //! that one event descriptor announces, and wait for the answer.
 
+pub mod counters;
 mod flushes;
 mod in_order;
 pub mod inflight;
@@ -23,6 +24,7 @@ mod tests;
 
 use crate::disk::Disk;
 use crate::vhost::dirty::GuestMemory;
+use crate::vhost::queue::counters::Counters;
 use crate::vhost::queue::inflight::InflightQueue;
 use crate::vhost::queue::qos::Qos;
 use crate::vhost::queue::ring::{Position, Ring};
@@ -211,6 +213,7 @@ impl Awaited {
 /// The others' side of a queue's thread. Dropping it stops the ring and ends the thread.
 pub struct Worker {
     mailbox: Arc<Mailbox>,
+    counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -225,11 +228,17 @@ impl Worker {
         died: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
         let mailbox = Mailbox::new()?;
-        let (inbox, disk) = (mailbox.clone(), disk.into());
+        let (inbox, disk, counters) = (mailbox.clone(), disk.into(), Counters::new());
         interrupt::prepare()?;
-        let run = move || live(index, &inbox, disk, &tuning, died);
+        let counted = counters.clone();
+        let run = move || live(index, (&inbox, &counted), disk, &tuning, died);
         let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(run)?;
-        Ok(Worker { mailbox, thread: Some(thread) })
+        Ok(Worker { mailbox, counters, thread: Some(thread) })
+    }
+
+    /// What the thread has done since it was started, whatever it does at this moment.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Has the thread do something, and waits for its answer. A VMM can make its call descriptor block, which
@@ -361,7 +370,7 @@ impl Drop for Worker {
 /// The thread's life.
 fn live(
     index: usize,
-    inbox: &Arc<Mailbox>,
+    (inbox, counters): (&Arc<Mailbox>, &Arc<Counters>),
     disk: Option<Arc<Disk>>,
     tuning: &Tuning,
     died: impl FnOnce(String),
@@ -372,7 +381,8 @@ fn live(
         log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
     }
     crate::backing::file::ring::claim();
-    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve_rings(inbox, disk, tuning)));
+    let serve = || serve_rings((inbox, counters), disk, tuning);
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(serve));
     inbox.close();
     match ended {
         Ok(Ok(())) => {}
@@ -383,7 +393,11 @@ fn live(
 
 /// The thread: waits for rings and serves them, one after the other. What a ring needs (an io_uring, buffers)
 /// is there only while it runs, so that a queue that no driver uses costs nothing.
-fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tuning) -> io::Result<()> {
+fn serve_rings(
+    (mailbox, counters): (&Arc<Mailbox>, &Arc<Counters>),
+    mut disk: Option<Arc<Disk>>,
+    tuning: &Tuning,
+) -> io::Result<()> {
     loop {
         let (command, reply) = mailbox.wait();
         match command {
@@ -394,7 +408,7 @@ fn serve_rings(mailbox: &Arc<Mailbox>, mut disk: Option<Arc<Disk>>, tuning: &Tun
                 };
                 match disk.open_queue(depth(&setup.ring)) {
                     Ok(queue) => {
-                        let server = Server::new(mailbox.clone(), queue, *setup, tuning);
+                        let server = Server::new((mailbox.clone(), counters.clone()), queue, *setup, tuning);
                         let _ = reply.send(Ok(None));
                         if server.run(disk)? {
                             return Ok(());

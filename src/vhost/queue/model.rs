@@ -20,11 +20,12 @@ const BEGIN: Position = Position { next_avail: 0, next_used: 0 };
 fn worker(control: &Arc<Control>) -> (Worker, loom::thread::JoinHandle<()>, Arc<AtomicBool>) {
     let mailbox = Mailbox::new().expect("an event descriptor");
     let (inbox, disk, died) = (mailbox.clone(), disk(control), Arc::new(AtomicBool::new(false)));
-    let note = died.clone();
+    let (note, counters) = (died.clone(), Counters::new());
+    let counted = counters.clone();
     let thread = loom::thread::spawn(move || {
-        live(0, &inbox, Some(disk), &Tuning::default(), |_| note.store(true, SeqCst));
+        live(0, (&inbox, &counted), Some(disk), &Tuning::default(), |_| note.store(true, SeqCst));
     });
-    (Worker { mailbox, thread: None }, thread, died)
+    (Worker { mailbox, counters, thread: None }, thread, died)
 }
 
 fn explore(check: impl Fn() + Sync + Send + 'static) {

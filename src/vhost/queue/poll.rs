@@ -34,36 +34,39 @@ impl BusyPoll {
         !self.window.is_zero()
     }
 
-    /// Calls `look` until it finds something or the window is over. Returns whether it did.
-    pub fn poll(&mut self, mut look: impl FnMut() -> bool) -> bool {
+    /// Calls `look` until it finds something or the window is over, which began at `begun`. Returns whether
+    /// it did, and what the clock said a few looks ago.
+    pub fn poll(&mut self, begun: Instant, mut look: impl FnMut() -> bool) -> (bool, Instant) {
+        let mut now = begun;
         if self.window.is_zero() {
-            return false;
+            return (false, now);
         }
-        let begun = Instant::now();
         loop {
             // Reading the clock costs as much as a few looks.
             for _ in 0..16 {
                 if look() {
                     self.trial = false;
-                    return true;
+                    return (true, now);
                 }
                 std::hint::spin_loop();
             }
-            if begun.elapsed() >= self.window {
+            now = Instant::now();
+            if now - begun >= self.window {
                 self.shrink();
-                return false;
+                return (false, now);
             }
         }
     }
 
-    /// Sleeps by `sleep`; if that was short, polling would have been better.
-    pub fn sleep<T>(&mut self, sleep: impl FnOnce() -> T) -> T {
+    /// Sleeps by `sleep` from `begun` on; if that was short, polling would have been better. Returns what the
+    /// clock said afterwards, where that was of interest.
+    pub fn sleep<T>(&mut self, begun: Instant, sleep: impl FnOnce() -> T) -> (T, Option<Instant>) {
         if self.limit.is_zero() {
-            return sleep();
+            return (sleep(), None);
         }
-        let begun = Instant::now();
         let result = sleep();
-        if begun.elapsed() < self.limit {
+        let now = Instant::now();
+        if now - begun < self.limit {
             self.window = (self.window * 2).clamp(self.limit / 8, self.limit);
             self.trial = false;
         } else if self.window.is_zero() {
@@ -72,7 +75,7 @@ impl BusyPoll {
                 (self.window, self.trial) = (self.limit.min(TRIAL), true);
             }
         }
-        result
+        (result, Some(now))
     }
 
     fn shrink(&mut self) {
@@ -87,49 +90,56 @@ impl BusyPoll {
 mod tests {
     use super::*;
 
+    fn poll(poll: &mut BusyPoll, look: impl FnMut() -> bool) -> bool {
+        poll.poll(Instant::now(), look).0
+    }
+
+    fn sleep(poll: &mut BusyPoll) {
+        poll.sleep(Instant::now(), || std::thread::sleep(Duration::from_micros(1)));
+    }
+
     #[test]
     fn an_idle_queue_soon_sleeps_at_once_and_a_short_sleep_brings_polling_back() {
-        let mut poll = BusyPoll::new(Duration::from_micros(8));
+        let mut it = BusyPoll::new(Duration::from_micros(8));
         let mut looks = 0;
-        while poll.poll(|| {
+        while poll(&mut it, || {
             looks += 1;
             false
-        }) || !poll.window.is_zero()
+        }) || !it.window.is_zero()
         {}
         let before = looks;
-        assert!(!poll.poll(|| unreachable!("nothing is looked for any more")));
+        assert!(!poll(&mut it, || unreachable!("nothing is looked for any more")));
         assert_eq!(looks, before);
-        poll.limit = Duration::MAX / 16;
-        poll.sleep(|| ());
-        assert!(poll.poll(|| true));
+        it.limit = Duration::MAX / 16;
+        sleep(&mut it);
+        assert!(poll(&mut it, || true));
     }
 
     #[test]
     fn where_no_sleep_is_short_polling_is_tried_again_once_in_a_while() {
-        let mut poll = BusyPoll::new(Duration::from_nanos(8));
-        let sleep = |poll: &mut BusyPoll| poll.sleep(|| std::thread::sleep(Duration::from_micros(1)));
-        while poll.is_on() {
-            poll.poll(|| false);
+        let mut it = BusyPoll::new(Duration::from_nanos(8));
+        while it.is_on() {
+            poll(&mut it, || false);
         }
         for _ in 1..TRY_AFTER {
-            sleep(&mut poll);
-            assert!(!poll.is_on());
+            sleep(&mut it);
+            assert!(!it.is_on());
         }
-        sleep(&mut poll);
-        assert!(!poll.poll(|| false) && !poll.is_on(), "it is given up at once");
+        sleep(&mut it);
+        assert!(!poll(&mut it, || false) && !it.is_on(), "it is given up at once");
         for _ in 0..TRY_AFTER {
-            sleep(&mut poll);
+            sleep(&mut it);
         }
-        assert!(poll.poll(|| true));
-        poll.poll(|| false);
-        assert!(poll.is_on(), "what has found something is not given up at once");
+        assert!(poll(&mut it, || true));
+        poll(&mut it, || false);
+        assert!(it.is_on(), "what has found something is not given up at once");
     }
 
     #[test]
     fn without_leave_nothing_is_polled() {
-        let mut poll = BusyPoll::new(Duration::ZERO);
-        assert!(!poll.poll(|| unreachable!("polling is off")));
-        poll.sleep(|| ());
-        assert!(!poll.poll(|| unreachable!("polling is off")));
+        let mut it = BusyPoll::new(Duration::ZERO);
+        assert!(!poll(&mut it, || unreachable!("polling is off")));
+        sleep(&mut it);
+        assert!(!poll(&mut it, || unreachable!("polling is off")));
     }
 }

@@ -1,6 +1,7 @@
 //! One chain between being taken and being answered.
 
 use crate::disk::Disk;
+use crate::vhost::queue::counters::{OpKind, Outcome, Stall};
 use crate::virtio::{Op, SECTOR_SIZE, Segment, Status};
 use std::io;
 use vm_memory::GuestAddress;
@@ -16,6 +17,12 @@ pub(super) struct Request {
     pub(super) data_len: u64,
     /// Bytes of the disk that are seen to: handed to the disk, or in need of nothing.
     pub(super) started: u64,
+    /// As what it is counted.
+    pub(super) kind: OpKind,
+    /// Why and since when it waits, if it is stalled.
+    pub(super) stall: Option<Stall>,
+    /// Nanoseconds for which it was stalled before.
+    pub(super) waited: u64,
     /// Operations that the disk has.
     pub(super) pieces: u32,
     /// Whether the volume's limits have let it in.
@@ -41,6 +48,9 @@ impl Request {
             data_len: 0,
             started: 0,
             pieces: 0,
+            kind: OpKind::Other,
+            stall: None,
+            waited: 0,
             admitted: false,
             durable: false,
             flushing: false,
@@ -70,6 +80,15 @@ impl Request {
         let unsupported = zeroing && e.raw_os_error() == Some(libc::EOPNOTSUPP);
         self.unsupported = unsupported && (self.unsupported || !self.failed);
         self.failed = true;
+    }
+
+    /// As what an answer is counted.
+    pub(super) fn counted(status: Status) -> Outcome {
+        match status {
+            Status::Ok => Outcome::Done,
+            Status::IoErr => Outcome::Failed,
+            Status::Unsupported => Outcome::Unsupported,
+        }
     }
 
     /// What it is answered when it is done.

@@ -11,7 +11,7 @@ const BEGIN: Position = Position { next_avail: 0, next_used: 0 };
 struct Rig {
     control: Arc<Control>,
     driver: Driver,
-    _worker: Worker,
+    worker: Worker,
 }
 
 impl Rig {
@@ -20,7 +20,7 @@ impl Rig {
         let driver = Driver::new(&control);
         let worker = Worker::spawn(0, disk(&control), Tuning::default(), |e| panic!("{e}")).unwrap();
         worker.start(*driver.setup(BEGIN)).unwrap();
-        let rig = Rig { control, driver, _worker: worker };
+        let rig = Rig { control, driver, worker };
         rig.taken(0);
         rig
     }
@@ -70,6 +70,24 @@ fn flushes_of_one_turn_are_one() {
     rig.put(1, 5);
     rig.answered(&[0; 5]);
     assert_eq!(rig.begun(), 2);
+}
+
+#[test]
+fn a_queue_whose_disk_hangs_is_seen_from_outside() {
+    let mut rig = Rig::new();
+    rig.put(3, 3);
+    let counted = || rig.worker.counters().read();
+    until(|| counted().depth == 3);
+    let first = counted().oldest_in_flight_ns.expect("a request is in flight");
+    let later = counted().oldest_in_flight_ns.expect("it still is");
+    assert!(first > 0 && later > first);
+    assert_eq!((counted().flush.requests, counted().ring_runs), (0, true));
+    rig.let_end(u32::MAX);
+    rig.answered(&[0; 3]);
+    until(|| rig.worker.counters().latencies().flush.count() == 3);
+    let counted = rig.worker.counters().read();
+    assert_eq!((counted.flush.requests, counted.depth_max, counted.oldest_in_flight_ns), (3, 3, None));
+    assert!(rig.worker.counters().latencies().flush.max_ns >= later);
 }
 
 #[test]

@@ -4,7 +4,9 @@
 mod requests;
 
 use crate::backing::{Event, Wait};
+use crate::disk::cipher_time::Measured;
 use crate::disk::{Disk, DiskQueue};
+use crate::vhost::queue::counters::{Counters, Tally};
 use crate::vhost::queue::flushes::Flushes;
 use crate::vhost::queue::in_order::InOrder;
 use crate::vhost::queue::poll::BusyPoll;
@@ -15,7 +17,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What wakes the thread beside completions.
 const WAKE: u32 = 0;
@@ -50,6 +52,7 @@ pub(super) struct Server {
     /// Whether the driver was answered since there was nothing to do last.
     answered: bool,
     qos: Arc<Qos>,
+    tally: Tally,
     /// The oldest stalled request may not begin before this time is over.
     throttled: Option<Duration>,
     /// The driver broke the rules: nothing more is taken until the ring is set up again.
@@ -63,7 +66,12 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn new(mailbox: Arc<Mailbox>, io: DiskQueue, mut setup: Setup, tuning: &Tuning) -> Self {
+    pub(super) fn new(
+        (mailbox, counters): (Arc<Mailbox>, Arc<Counters>),
+        io: DiskQueue,
+        mut setup: Setup,
+        tuning: &Tuning,
+    ) -> Self {
         // An interrupt that died with an earlier back-end would never come again.
         mailbox.signal(setup.call.as_ref());
         let size = setup.ring.size();
@@ -91,6 +99,7 @@ impl Server {
             polls: std::array::from_fn(|_| BusyPoll::new(tuning.poll)),
             answered: false,
             qos: tuning.qos.clone(),
+            tally: Tally::new(counters, size),
             throttled: None,
             broken: false,
             setup,
@@ -138,8 +147,11 @@ impl Server {
                 let _ = reply.send(Ok(Some(position)));
                 return Ok(exit);
             }
+            self.note_turn();
             if more || still {
+                self.tally.settle();
                 self.io.wait(Wait::Poll)?;
+                self.tally.waited();
             } else {
                 self.sleep()?;
             }
@@ -148,6 +160,14 @@ impl Server {
                 self.show();
             }
             self.publish();
+        }
+    }
+
+    /// Notes what is only of interest once a turn.
+    fn note_turn(&mut self) {
+        self.tally.note_depth();
+        if let Some(Measured { samples, bytes, time }) = self.io.take_cipher_time() {
+            self.tally.cipher(samples, bytes, time);
         }
     }
 
@@ -161,6 +181,7 @@ impl Server {
             *disk = next;
             self.watch();
         }
+        self.tally.pause_ends();
     }
 
     /// Lets commands and kicks wake the thread.
@@ -171,23 +192,38 @@ impl Server {
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
     fn sleep(&mut self) -> io::Result<()> {
+        // The one look at the clock before a wait: what polling needs to know, and latencies do.
+        let begun = Instant::now();
+        self.tally.clock(begun);
+        self.tally.waited();
         if let Some(wait) = self.throttled.take() {
+            self.tally.sleeps();
             // Not for long: the limits may change meanwhile.
             return self.io.wait(Wait::Until(wait.min(Duration::from_millis(100))));
         }
         let may_take = self.may_take();
         let which = usize::from(std::mem::take(&mut self.answered));
         let (poll, io, ring) = (&mut self.polls[which], &mut self.io, &self.setup.ring);
+        let mut now = begun;
         if poll.is_on() {
             io.wait(Wait::Poll)?;
-            if poll.poll(|| io.is_ready() || (may_take && ring.has_available())) {
+            let found;
+            (found, now) = poll.poll(begun, || io.is_ready() || (may_take && ring.has_available()));
+            self.tally.polled(found);
+            if found {
+                self.tally.clock(now);
                 return io.wait(Wait::Poll);
             }
         }
         if self.kick_missed() {
             return self.io.wait(Wait::Poll);
         }
-        self.polls[which].sleep(|| self.io.wait(Wait::Event))
+        self.tally.sleeps();
+        let (slept, woken) = self.polls[which].sleep(now, || self.io.wait(Wait::Event));
+        if let Some(woken) = woken {
+            self.tally.clock(woken);
+        }
+        slept
     }
 
     /// Whether chains may be taken: with requests stalled or no slot left, completions must come first.
@@ -285,6 +321,7 @@ impl Server {
     /// Lets the driver see what was answered.
     fn publish(&mut self) {
         let Some(interrupt) = self.setup.ring.publish() else { return };
+        self.tally.shown();
         self.answered = true;
         if let Some(inflight) = &mut self.setup.inflight {
             inflight.published(self.setup.ring.position().next_used);
@@ -326,7 +363,10 @@ impl Server {
                     }
                     let _ = reply.send(Ok(None));
                 }
-                Command::Pause => self.pausing = Some(reply),
+                Command::Pause => {
+                    self.tally.pause_begins();
+                    self.pausing = Some(reply);
+                }
                 Command::Exit => {
                     self.exit = true;
                     self.draining = Some(reply);
@@ -335,6 +375,7 @@ impl Server {
                 // Whoever asked for a pause that was not answered yet does without it.
                 Command::Resume { .. } => {
                     self.pausing = None;
+                    self.tally.pause_ends();
                     let _ = reply.send(Ok(None));
                 }
             }

@@ -3,6 +3,8 @@
 
 use crate::backing::Buffer;
 use crate::disk::{GuestData, Zeroing};
+use crate::vhost::queue::counters::{Cause, OpKind};
+use crate::vhost::queue::request::Request;
 use crate::vhost::queue::serve::{FLUSH, Server};
 use crate::virtio::{Op, Status, memory};
 use std::io;
@@ -21,6 +23,7 @@ impl Server {
         let request = &mut self.requests[usize::from(slot)];
         let Some(parsed) = self.setup.ring.parse(head, &self.io.disk().shape(), &mut request.segments) else {
             self.free.push(slot);
+            self.tally.malformed();
             self.answer(head, 0);
             return None;
         };
@@ -31,6 +34,10 @@ impl Server {
         request.started = 0;
         request.pieces = 0;
         request.admitted = false;
+        request.kind = parsed.op.as_ref().map_or(OpKind::Other, OpKind::of);
+        request.stall = None;
+        request.waited = 0;
+        self.tally.seen(slot);
         request.durable = self.setup.write_through.load(Ordering::Acquire);
         request.flushing = false;
         request.failed = false;
@@ -64,7 +71,18 @@ impl Server {
                 self.stalled.rotate_right(1);
                 return;
             }
+            let request = &mut self.requests[usize::from(slot)];
+            if let Some(stall) = request.stall.take() {
+                self.tally.goes_on(stall, &mut request.waited);
+            }
         }
+    }
+
+    /// Has a request wait.
+    fn stall(&mut self, slot: u16, cause: Cause) {
+        let request = &mut self.requests[usize::from(slot)];
+        request.stall = Some(self.tally.stalled(request.stall, cause, &mut request.waited));
+        self.stalled.push_back(slot);
     }
 
     /// Hands over as much of a request as there is room for.
@@ -74,7 +92,7 @@ impl Server {
         if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
             if let Err(wait) = self.qos.admit(request.data_len) {
                 self.throttled = Some(wait);
-                return self.stalled.push_back(slot);
+                return self.stall(slot, Cause::Limits);
             }
             request.admitted = true;
         }
@@ -83,7 +101,7 @@ impl Server {
             Op::Write { sector } => self.transfer(slot, sector, true),
             Op::GetId => self.get_id(slot),
             Op::Flush => self.ask_flush(slot),
-            _ if !self.io.has_room() => self.stalled.push_back(slot),
+            _ if !self.io.has_room() => self.stall(slot, Cause::Room),
             Op::Discard { sector, .. } => self.zero(slot, sector, Zeroing::Discard),
             Op::WriteZeroes { sector, unmap: true, .. } => self.zero(slot, sector, Zeroing::Unmap),
             Op::WriteZeroes { sector, .. } => self.zero(slot, sector, Zeroing::KeepSpace),
@@ -105,8 +123,7 @@ impl Server {
             let at = request.started;
             let len = self.io.piece(sector + at / 512, left);
             let Some(buffer) = self.io.alloc(sector + at / 512, len) else {
-                self.stalled.push_back(slot);
-                return;
+                return self.stall(slot, Cause::Room);
             };
             let (tag, sector) = (tag(slot, at), sector + at / 512);
             request.started += len as u64;
@@ -138,7 +155,7 @@ impl Server {
                     request.started += part.sectors * 512;
                     request.pieces += u32::from(part.submitted);
                 }
-                None => return self.stalled.push_back(slot),
+                None => return self.stall(slot, Cause::Room),
             }
         }
         if request.pieces == 0 {
@@ -240,7 +257,12 @@ impl Server {
 
     /// Answers a request: data marked, status written, used entry added.
     fn finish(&mut self, slot: u16, status: Status) {
-        let request = &self.requests[usize::from(slot)];
+        let request = &mut self.requests[usize::from(slot)];
+        if let Some(stall) = request.stall.take() {
+            self.tally.goes_on(stall, &mut request.waited);
+        }
+        let outcome = Request::counted(status);
+        self.tally.finished(slot, request.kind, request.total(), outcome, request.waited);
         let mem = self.setup.ring.mem();
         if matches!(request.op, Op::Read { .. }) {
             for segment in &request.segments {
