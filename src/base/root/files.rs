@@ -19,6 +19,7 @@ use crate::base::root::users::name_of;
 use crate::base::{Context, Result, spare};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag};
+use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat};
 use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fchownat, geteuid};
 use std::ffi::{OsStr, OsString};
@@ -29,6 +30,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 /// How often a name may come and go while it is opened.
 const TRIES: u32 = 16;
@@ -374,11 +376,25 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process
-/// talked to in place of another.
-pub fn connect(path: &Path) -> io::Result<UnixStream> {
+/// talked to in place of another. Where so many wait already that there is no room for one more, that is
+/// waited for as long as `patience`.
+pub fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = open_socket(path)?;
     // The path of a socket is at most 107 bytes long, and the store's may be longer.
-    UnixStream::connect(by_descriptor(&socket))
+    let address = UnixAddr::new(by_descriptor(&socket).as_str())?;
+    let client = net::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let client = UnixStream::from(client);
+    // The kernel waits so long in connect(2) as well.
+    client.set_write_timeout(Some(patience))?;
+    match net::connect(client.as_raw_fd(), &address) {
+        Ok(()) => client.set_write_timeout(None)?,
+        Err(Errno::EAGAIN) => {
+            let message = "so many clients wait there already that there is no room for one more";
+            return Err(io::Error::new(ErrorKind::TimedOut, message));
+        }
+        Err(e) => return Err(e.into()),
+    }
+    Ok(client)
 }
 
 fn by_descriptor(file: &impl AsRawFd) -> String {
@@ -577,8 +593,18 @@ mod tests {
         let long = top.join("long".repeat(30));
         create_dir_durable(&long).unwrap();
         let _listener = inside(&long, || Ok(std::os::unix::net::UnixListener::bind("s")?)).unwrap();
+        let connect = |path: &Path| super::connect(path, Duration::from_millis(50));
         connect(&long.join("s")).unwrap();
         symlink(long.join("s"), top.join("link")).unwrap();
         assert!(connect(&top.join("link")).is_err());
+        // Nobody takes them in: there is an end to how many may wait.
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match connect(&long.join("s")) {
+                Ok(client) => waiting.push(client),
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::TimedOut);
     }
 }

@@ -253,7 +253,7 @@ pub(crate) fn connect(catalog: &Catalog, volume: VolumeId, patience: Duration) -
         Held::Free => return Err(Error::new(Kind::NotFound, "it is not attached")),
         other => return Err(crate::catalog::lock::busy(volume, &other)),
     };
-    let client = files::connect(&catalog.folder(volume).join(FILE));
+    let client = files::connect(&catalog.folder(volume).join(FILE), patience);
     let client = client.map_err(|e| not_reached(&holder.process(), &e.into()))?;
     peer::check(&client, catalog, volume, patience)?;
     Ok(client)
