@@ -20,6 +20,7 @@ use crate::host::state::{Record, State as Held};
 use crate::host::status::{Refusals, UsedKey};
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
+use crate::vhost::queue::counters::Counters;
 use crate::vhost::queue::{Tuning, Worker};
 use crate::vhost::tenure::{Serving, Tenure};
 use crate::volume::layers::{self, PassedLocks};
@@ -276,6 +277,16 @@ impl Handover {
     /// Whether a queue's thread has died, which may have lost requests.
     pub(super) fn has_dead_queue(&self) -> bool {
         self.failure().is_some()
+    }
+
+    /// What each queue has counted.
+    pub(super) fn counters(&self) -> impl Iterator<Item = &Counters> {
+        self.workers.iter().map(Worker::counters)
+    }
+
+    /// Whether the queues stand still, for a change of layers.
+    pub(super) fn is_paused(&self) -> bool {
+        self.serving().is_some_and(|serving| serving.is_paused())
     }
 
     fn wait_for_lock(&self) -> Result<VolumeLock> {

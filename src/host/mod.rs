@@ -21,6 +21,7 @@ mod service;
 pub mod socket;
 mod start;
 mod state;
+pub mod stats;
 pub mod status;
 pub mod upgrade;
 

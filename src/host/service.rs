@@ -14,6 +14,7 @@ use crate::host::keys_held::KeysHeld;
 use crate::host::notify::Notifier;
 use crate::host::start::{Place, Taken};
 use crate::host::state::Record;
+use crate::host::stats::Stats;
 use crate::host::status::Status;
 use crate::host::upgrade::Predecessor;
 use crate::vhost::boundary::Boundary;
@@ -31,6 +32,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Most data segments in a request: what a ring of 128 entries, the smallest default of any VMM, can carry.
 const SEG_MAX: u32 = 126;
@@ -53,6 +55,7 @@ pub(super) struct Service {
     passed: Mutex<Option<VolumeLock>>,
     /// Whether that process has the volume still.
     is_others: Arc<AtomicBool>,
+    begun: Instant,
 }
 
 /// What belongs to a successor beside what the service has.
@@ -125,6 +128,7 @@ impl Service {
             boundary,
             passed,
             is_others,
+            begun: Instant::now(),
         })
     }
 
@@ -177,6 +181,7 @@ impl Service {
         let access = move || asked.upgrade().map_or_else(String::new, |handover| handover.describe());
         let of_space = handover.clone();
         let no_space = move || of_space.upgrade()?.refusals();
+        let (counted, counted_qos, begun) = (handover.clone(), self.qos.clone(), self.begun);
         let flush_failed = move || handover.upgrade().is_some_and(|handover| handover.has_failed_flush());
         let record = || self.record.clone();
         let (stop, qos, shape, vmm) =
@@ -185,16 +190,24 @@ impl Service {
         let (reserve, cancel) = (record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
+        let status = Arc::new(move || Status {
+            access: access(),
+            read_only,
+            unwrapped_by: status.hydrator.unwrapped_by().clone(),
+            hydration: status.hydration(),
+            flush_failed: flush_failed(),
+            no_space: no_space(),
+        });
+        let status_too = status.clone();
         Orders {
             lock: self.lock_file.clone(),
             detach: Box::new(move || stop.stop()),
-            status: Box::new(move || Status {
-                access: access(),
-                read_only,
-                unwrapped_by: status.hydrator.unwrapped_by().clone(),
-                hydration: status.hydration(),
-                flush_failed: flush_failed(),
-                no_space: no_space(),
+            status: Box::new(move || status()),
+            stats: Box::new(move || {
+                let Some(handover) = counted.upgrade() else { return Stats::default() };
+                // A status waits for the end of a pause.
+                let status = (!handover.is_paused()).then(|| status_too());
+                Stats::of(handover.counters(), begun.elapsed(), counted_qos.limits(), status)
             }),
             throttle: Box::new(move |limits| qos.set(limits)),
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),

@@ -12,13 +12,18 @@ use crate::disk::Disk;
 use crate::vhost::queue::Awaited;
 use crate::vhost::tenure::Serving;
 use std::io;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 impl Serving {
     /// The volume as its queues serve it. Waits while they are paused.
     pub fn disk(&self) -> Arc<Disk> {
         self.lock().clone()
+    }
+
+    /// Whether the queues are being paused, or stand still: [`Serving::disk`] would wait.
+    pub fn is_paused(&self) -> bool {
+        matches!(self.disk.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     fn lock(&self) -> MutexGuard<'_, Arc<Disk>> {

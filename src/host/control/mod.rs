@@ -19,6 +19,7 @@ use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, LayerId, SnapshotId, VolumeId};
+use crate::host::stats::Stats;
 use crate::host::status::Status;
 use crate::host::upgrade::Offer;
 use crate::vhost::gate::Told;
@@ -49,6 +50,7 @@ pub(super) enum Request {
     /// Show the open file by which the process has the volume, to root. Another request may come after it.
     ShowLock {},
     Status {},
+    Stats {},
     Throttle {
         iops: u64,
         throughput: u64,
@@ -102,6 +104,7 @@ pub(super) enum Answer {
     /// With it comes the open file.
     Lock,
     Status(Status),
+    Stats(Box<Stats>),
     Throttled,
     Rewrapped,
     Resized(Told),
@@ -232,6 +235,17 @@ pub fn let_go(catalog: &Catalog, volume: VolumeId, layers: &[LayerId]) -> Result
 pub fn status(catalog: &Catalog, volume: VolumeId) -> Result<Status> {
     match ask(catalog, volume, &Request::Status {}, Some(PATIENCE))? {
         Answer::Status(status) => Ok(status),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
+}
+
+/// What the process that has `volume` attached has counted.
+///
+/// # Errors
+/// `NotFound` if it is not attached; if the process does not answer within `patience`, that.
+pub fn stats(catalog: &Catalog, volume: VolumeId, patience: Duration) -> Result<Stats> {
+    match ask(catalog, volume, &Request::Stats {}, Some(patience))? {
+        Answer::Stats(stats) => Ok(*stats),
         _ => Err(Error::new(Kind::Other, "its answer is to another question")),
     }
 }

@@ -16,6 +16,7 @@ use crate::host::control::conversation::{Conversation, Frozen};
 use crate::host::control::moved::MoveDown;
 use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status};
 use crate::host::socket::{self, SocketName};
+use crate::host::stats::Stats;
 use crate::vhost::gate::Told;
 use crate::vhost::listener::{SHORTAGE, is_shortage};
 use crate::vhost::queue::qos::Limits;
@@ -68,6 +69,8 @@ pub struct Orders {
     pub detach: Box<dyn Fn() + Send>,
     /// Tell how the volume is attached.
     pub status: Box<dyn Fn() -> Status + Send>,
+    /// Tell what is counted.
+    pub stats: Box<dyn Fn() -> Stats + Send>,
     /// Put other limits in force.
     pub throttle: Box<dyn Fn(Limits) + Send>,
     /// Put another limit on what is copied up in force, in bytes a second; 0: none.
@@ -325,6 +328,7 @@ impl Server {
                 Err(e) => Err(e),
             },
             Ok(Request::Status {}) => Ok(Answer::Status((self.orders.status)())),
+            Ok(Request::Stats {}) => Ok(Answer::Stats(Box::new((self.orders.stats)()))),
             Ok(Request::Throttle { iops, throughput, burst_ms }) => {
                 let limits = Limits { iops, throughput, burst: Duration::from_millis(burst_ms) };
                 log::info!("a client sets {limits:?}");
