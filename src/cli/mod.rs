@@ -1,11 +1,11 @@
 //! The command line: one file a noun. A command takes its arguments and an [`Env`], prints what it has to say
 //! on standard output and returns an error or nothing.
 //!
-//! With `--json` standard output has one JSON value (for `events`: one a line), and an error is one
-//! object on standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output has nothing
-//! but results, so that a pipe never sees half a result followed by an error. The exit code tells the
-//! kind of error ([`crate::base::error::Kind`]). Arguments that make no sense at all are clap's, in
-//! plain text, exit code 2.
+//! With `--json` standard output has one JSON value (for `events`, and reports that go on: one a line), and
+//! an error is one object on standard error, `{"error":{"kind":"not-found","message":"…"}}`. Standard output
+//! has nothing but results, so that a pipe never sees half a result followed by an error. The exit code
+//! tells the kind of error ([`crate::base::error::Kind`]). Arguments that make no sense at all are clap's,
+//! in plain text, exit code 2.
 
 pub mod apply;
 pub mod attach;
@@ -26,6 +26,7 @@ mod rewrap;
 pub mod settings;
 pub mod snapshot;
 mod space;
+pub mod stats;
 pub mod store;
 pub mod upgrade;
 pub mod volume;
@@ -126,6 +127,8 @@ enum Command {
     Kms(kms::Command),
     /// Limit the requests and bytes a second of an attached volume.
     Throttle(attach::ThrottleArgs),
+    /// Show what attached volumes do: rates, latencies, errors.
+    Stats(stats::StatsArgs),
     /// Show and change the settings of the store.
     #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
     Settings(settings::Command),
@@ -168,6 +171,7 @@ impl Command {
             Command::Key(command) => key::run(env, command),
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
+            Command::Stats(args) => stats::run(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Audit(command) => audit::run(env, command),

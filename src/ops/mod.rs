@@ -14,6 +14,7 @@
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
 //! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
+//! | what attached volumes do | [`observe`], [`rates`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
 #![forbid(unsafe_code)]
 
@@ -34,6 +35,8 @@ pub mod keys;
 pub mod make;
 pub mod need;
 mod new_top;
+pub mod observe;
+pub mod rates;
 pub mod reach;
 pub mod rekey;
 pub mod resize;

@@ -14,6 +14,7 @@ mod resize;
 mod rewrap;
 mod show;
 mod sockets;
+mod stats;
 mod surroundings;
 mod upgrade;
 mod ways;
