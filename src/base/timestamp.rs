@@ -29,6 +29,12 @@ impl Timestamp {
         let then = time::Duration::try_from(duration).ok().and_then(|duration| now.checked_sub(duration));
         Timestamp(then.unwrap_or(PrimitiveDateTime::MIN).max(datetime!(0000-01-01 0:00)))
     }
+
+    /// How long ago that was by the clock; nothing for what is to come.
+    pub fn age(self) -> Duration {
+        let Timestamp(now) = Timestamp::now();
+        Duration::try_from(now - self.0).unwrap_or_default()
+    }
 }
 
 impl fmt::Display for Timestamp {

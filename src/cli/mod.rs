@@ -19,6 +19,7 @@ pub mod key;
 pub mod kms;
 mod log;
 mod meter;
+pub mod metrics;
 pub mod output;
 pub mod progress;
 mod receipt;
@@ -129,6 +130,8 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what attached volumes do: rates, latencies, errors.
     Stats(stats::StatsArgs),
+    /// Metrics of all volumes for Prometheus.
+    Metrics(metrics::MetricsArgs),
     /// Show and change the settings of the store.
     #[command(subcommand, after_help = "Example:\n  sealblk settings encrypt-by-default on")]
     Settings(settings::Command),
@@ -172,6 +175,7 @@ impl Command {
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Stats(args) => stats::run(env, &args),
+            Command::Metrics(args) => metrics::run(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Audit(command) => audit::run(env, command),

@@ -182,7 +182,7 @@ fn one(it: &Observed, rates: Option<&Rates>) -> Value {
 }
 
 /// Seconds, a tenth at least.
-fn interval(text: &str) -> Result<Duration, String> {
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
     let wrong = || "a number of seconds from 0.1 to 86400".to_string();
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     match (0.1..=86_400.0).contains(&seconds) {

@@ -14,7 +14,7 @@
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
 //! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
-//! | what attached volumes do | [`observe`], [`rates`] |
+//! | what attached volumes do | [`observe`], [`rates`], [`metrics`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
 #![forbid(unsafe_code)]
 
@@ -33,6 +33,7 @@ mod import_in_place;
 pub mod key_sharing;
 pub mod keys;
 pub mod make;
+pub mod metrics;
 pub mod need;
 mod new_top;
 pub mod observe;

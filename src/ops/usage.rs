@@ -36,8 +36,9 @@ impl Overview {
     ///
     /// # Errors
     /// Those of listing the snapshots.
-    pub fn of(catalog: &Catalog, volumes: &[Entry]) -> Result<Self> {
-        let volumes = || volumes.iter().filter_map(|entry| entry.metadata.as_ref().ok());
+    pub fn of<'a>(catalog: &Catalog, volumes: impl IntoIterator<Item = &'a Entry>) -> Result<Self> {
+        let volumes: Vec<_> = volumes.into_iter().filter_map(|entry| entry.metadata.as_ref().ok()).collect();
+        let volumes = || volumes.iter().copied();
         let mut names: HashMap<LayerId, (u32, u64)> = HashMap::new();
         let mut note = |id: LayerId| match names.get_mut(&id) {
             Some((count, _)) => *count += 1,

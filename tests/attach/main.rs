@@ -10,6 +10,7 @@ mod damage;
 mod handover;
 mod kms_states;
 mod locks;
+mod metrics;
 mod resize;
 mod rewrap;
 mod show;

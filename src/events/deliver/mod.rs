@@ -10,7 +10,7 @@ mod http;
 mod position;
 
 use crate::base::root::Root;
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Kind, Result, Timestamp};
 use crate::config::sinks::{Sink, Target};
 use crate::events::read::{Recorded, Want};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +22,29 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// And at most.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// What a sink is still to get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Behind {
+    /// How many events.
+    pub events: u64,
+    /// When the oldest of them happened.
+    pub oldest: Option<Timestamp>,
+}
+
+/// What the sink `name` is still to get. Whoever serves it is not disturbed.
+///
+/// # Errors
+/// Those of reading the log, and the sink's position.
+pub fn behind(root: &Root, name: &str) -> Result<Behind> {
+    let mut behind = Behind::default();
+    position::undelivered(root, name, |event| {
+        behind.events += 1;
+        let time = || event.event["time"].as_str()?.to_owned().try_into().ok();
+        behind.oldest = behind.oldest.or_else(time);
+    })?;
+    Ok(behind)
+}
 
 /// How a sink was served.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::events::read::{EventReader, Recorded, Want};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The longest position in bytes.
 const MAX_LEN: u64 = 4096;
@@ -21,6 +21,32 @@ struct Written {
     start: u64,
     /// Its id; none before the first.
     last: Option<String>,
+}
+
+/// The events that the sink `name` is still to get, as far as one can tell from outside: whoever serves the
+/// sink goes on meanwhile. `take` gets them, oldest first.
+pub(super) fn undelivered(root: &Root, name: &str, mut take: impl FnMut(&Recorded)) -> Result<()> {
+    let mut take = |event: &Recorded| {
+        take(event);
+        Ok(Want::More)
+    };
+    let written = read(&root.event_sinks().join(format!("{name}.json")))?;
+    let Some(Written { start, last: Some(id) }) = written else {
+        return EventReader::new(root).read(take).map(drop);
+    };
+    let mut found = false;
+    let behind = EventReader::at(root, start).read(|event| match found {
+        true => take(event),
+        false => {
+            found = event.id() == Some(&id);
+            Ok(if found { Want::More } else { Want::Enough })
+        }
+    })?;
+    match behind {
+        Want::More => Ok(()),
+        // The log was replaced: all of it is to be delivered.
+        Want::Enough => EventReader::new(root).read(take).map(drop),
+    }
 }
 
 /// A sink's place in the log, held by one process at a time.
@@ -103,16 +129,20 @@ impl Position {
     }
 
     fn read(&self) -> Result<Option<Written>> {
-        let attempt = || format!("read {}", self.path.display());
-        match files::read(&self.path, MAX_LEN) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            read => match serde_json::from_slice(&read.context(attempt)?) {
-                Ok(written) => Ok(Some(written)),
-                Err(e) => {
-                    let message = format!("{e}; remove the file to have every event delivered again");
-                    Err(Error::of(Kind::Corrupt, e).reworded(message).context(attempt()))
-                }
-            },
-        }
+        read(&self.path)
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Written>> {
+    let attempt = || format!("read {}", path.display());
+    match files::read(path, MAX_LEN) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => match serde_json::from_slice(&read.context(attempt)?) {
+            Ok(written) => Ok(Some(written)),
+            Err(e) => {
+                let message = format!("{e}; remove the file to have every event delivered again");
+                Err(Error::of(Kind::Corrupt, e).reworded(message).context(attempt()))
+            }
+        },
     }
 }

@@ -133,6 +133,21 @@ impl Embedded {
         files::exists(&root.kms().join(shared_log::FILE))
     }
 
+    /// Whether the root key of the store at `root` is where it should be, for a process that does not read
+    /// it; none where there is no such KMS.
+    ///
+    /// # Errors
+    /// `Corrupt` if its header cannot be read; those of the file system.
+    pub fn has_root_key(root: &Root, hardened: Hardened) -> Result<Option<bool>, KmsError> {
+        if !Self::is_at(root) {
+            return Ok(None);
+        }
+        let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
+        let log = SharedLog::new(root.kms(), config.clone(), Box::new(SystemClock), hardened);
+        let damaged = || KmsError::Corrupt(format!("the log in {} is damaged", log.dir().display()));
+        root_key::is_there(&config, log.id().ok_or_else(damaged)?).map(Some)
+    }
+
     /// The store's id, and where its root key is. Nobody is asked for a passphrase.
     ///
     /// # Errors

@@ -142,6 +142,13 @@ pub enum Place {
     Missing(PathBuf),
 }
 
+/// Whether there is a root key for `store`, in a file or as this process's credential. It is not read.
+pub(super) fn is_there(config: &Path, store: Uuid) -> Result<bool, KmsError> {
+    let path = path(config, store);
+    Ok(passphrase::credential(CREDENTIAL, FILE_MAX)?.is_some()
+        || path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))?)
+}
+
 /// Where the root key of `store` is. Nobody is asked for a passphrase.
 pub fn place(config: &Path, store: Uuid) -> Result<Place, KmsError> {
     if let Some((path, _)) = passphrase::credential(CREDENTIAL, FILE_MAX)? {
