@@ -29,6 +29,7 @@ pub mod snapshot;
 mod space;
 pub mod stats;
 pub mod store;
+pub mod top;
 pub mod upgrade;
 pub mod volume;
 
@@ -130,6 +131,8 @@ enum Command {
     Throttle(attach::ThrottleArgs),
     /// Show what attached volumes do: rates, latencies, errors.
     Stats(stats::StatsArgs),
+    /// Show what attached volumes do on a terminal, live.
+    Top(top::TopArgs),
     /// Metrics of all volumes for Prometheus.
     Metrics(metrics::MetricsArgs),
     /// Show and change the settings of the store.
@@ -175,6 +178,7 @@ impl Command {
             Command::Kms(command) => kms::run(env, command),
             Command::Throttle(args) => attach::throttle(env, &args),
             Command::Stats(args) => stats::run(env, &args),
+            Command::Top(args) => top::run(env, &args),
             Command::Metrics(args) => metrics::run(env, &args),
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),

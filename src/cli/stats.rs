@@ -139,7 +139,7 @@ fn table(reports: &[Report<'_>], again: bool) -> String {
 }
 
 /// The volume's name, else its id.
-fn shown_name(it: &Observed) -> String {
+pub(super) fn shown_name(it: &Observed) -> String {
     it.entry.name().map_or_else(|| it.entry.id.to_string(), String::from)
 }
 
@@ -148,7 +148,7 @@ fn fixed(n: f64, digits: usize) -> String {
 }
 
 /// Milliseconds, of which the fast ones are parts.
-fn milliseconds(ms: Option<f64>) -> String {
+pub(super) fn milliseconds(ms: Option<f64>) -> String {
     match ms {
         None => "-".into(),
         Some(ms) if ms < 10.0 => fixed(ms, 3),
