@@ -186,8 +186,12 @@ mod tests {
     #[test]
     fn what_was_added_and_taken_away_again_is_what_was_there() {
         let (first, second) = (Recorder::new(), Recorder::new());
-        [100, 5_000, 70_000, 70_001].map(|nanos| first.record(nanos));
-        [100, 900_000].map(|nanos| second.record(nanos));
+        for nanos in [100, 5_000, 70_000, 70_001] {
+            first.record(nanos);
+        }
+        for nanos in [100, 900_000] {
+            second.record(nanos);
+        }
         let mut both = first.read();
         both.add(&second.read());
         assert_eq!((both.count(), both.max_ns, both.below(1024)), (6, 900_000, 2));
