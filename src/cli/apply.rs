@@ -1,6 +1,7 @@
 //! `sealblk apply`: makes the store's volumes what a file says they are.
 #![forbid(unsafe_code)]
 
+use crate::base::plural::counted;
 use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::VolumeId;
 use crate::cli::budget::SpaceArgs;
@@ -92,8 +93,8 @@ fn print(env: &Env, plan: &Plan, ids: &[VolumeId], dry_run: bool) -> Result<()> 
     );
     let summary = match (plan.changes().len(), dry_run) {
         (0, _) => "nothing to do\n".to_string(),
-        (n, true) => format!("{n} changes would be made\n"),
-        (n, false) => format!("{n} changes were made\n"),
+        (n, true) => format!("{} would be made\n", counted(n, "change", "changes")),
+        (n, false) => format!("{} made\n", counted(n, "change was", "changes were")),
     };
     output::print(&(output::table(&rows) + &summary)).map(drop)
 }

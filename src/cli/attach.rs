@@ -1,5 +1,6 @@
 //! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
+use crate::base::plural::counted;
 use crate::base::space::Reserve;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
@@ -217,19 +218,16 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
     crate::host::attach(&env.catalog(), &settings, volume, &options, env.hardened, |attached| {
         if env.json {
             return output::print_json(&json!({
-                "VolumeId": attached.volume,
-                "State": if args.incoming { "incoming" } else { "attached" },
-                "SocketPath": args.socket_path.as_ref().map(|path| path.display().to_string()),
-                "Access": attached.how,
-                "Queues": options.queues,
+                "id": attached.volume,
+                "state": if args.incoming { "incoming" } else { "attached" },
+                "socket": args.socket_path.as_ref().map(|path| path.display().to_string()),
+                "access": attached.how,
+                "queues": options.queues,
             }));
         }
         let at = args.socket_path.as_ref().map_or("its socket".into(), |p| p.display().to_string());
         let is = if args.incoming { "is awaited" } else { "is attached" };
-        let queues = match options.queues {
-            1 => "1 queue".into(),
-            n => format!("{n} queues"),
-        };
+        let queues = counted(options.queues, "queue", "queues");
         let said = format!("{} {is} and listens on {at} ({}; {queues})\n", attached.volume, attached.how);
         output::print(&said).map(drop)
     })
@@ -245,7 +243,7 @@ pub fn detach(env: &Env, args: &DetachArgs) -> Result<()> {
         log::warn!("{e}; \"sealblk gc\" tries again");
     }
     if env.json {
-        return output::print_json(&json!({"VolumeId": volume, "State": "detached"}));
+        return output::print_json(&json!({"id": volume, "state": "detached"}));
     }
     output::print(&format!("{volume} is detached\n")).map(drop)
 }
@@ -267,17 +265,17 @@ pub fn throttle(env: &Env, args: &ThrottleArgs) -> Result<()> {
         control::set_space_reserve(&catalog, volume, reserve)?;
     }
     if env.json {
-        let mut value = json!({"VolumeId": volume});
+        let mut value = json!({"id": volume});
         if let Some(limits) = limits {
-            value["Iops"] = json!(limits.iops);
-            value["Throughput"] = json!(limits.throughput);
-            value["BurstSeconds"] = json!(limits.burst.as_secs_f64());
+            value["iops"] = json!(limits.iops);
+            value["throughput"] = json!(limits.throughput);
+            value["burst_seconds"] = json!(limits.burst.as_secs_f64());
         }
         if let Some(rate) = args.hydrate_rate {
-            value["HydrateRate"] = json!(rate);
+            value["hydrate_rate"] = json!(rate);
         }
         if let Some(reserve) = args.space_reserve {
-            value["SpaceReserve"] = json!(reserve);
+            value["space_reserve"] = json!(reserve);
         }
         return output::print_json(&value);
     }

@@ -3,6 +3,7 @@
 
 use crate::audit;
 use crate::audit::verify::{Report, each_line, verify};
+use crate::base::plural::counted;
 use crate::base::root::{Root, files};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
@@ -206,13 +207,15 @@ fn text(report: &Report) -> String {
     let Report { records, authenticated, unchecked, marked, unfinished, problem } = report;
     let mut lines = vec![match problem {
         None => format!(
-            "the audit log is whole: {records} records, {authenticated} of them with a MAC that is right"
+            "the audit log is whole: {}, {authenticated} of them with a MAC that is right",
+            counted(*records, "record", "records")
         ),
         Some(_) => format!("records 1 to {records} are as they were written; what follows them is not"),
     }];
     if *unchecked > 0 {
+        let macs = counted(*unchecked, "MAC was", "MACs were");
         lines.push(format!(
-            "{unchecked} MACs were not checked: this user cannot read the key, or another KMS store made them"
+            "{macs} not checked: this user cannot read the key, or another KMS store made them"
         ));
     }
     match marked {

@@ -1,6 +1,7 @@
 //! `sealblk events`: what happened to volumes, and who is told.
 #![forbid(unsafe_code)]
 
+use crate::base::plural::counted;
 use crate::base::{Context, Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::config;
@@ -121,7 +122,8 @@ fn report(env: &Env, outcomes: &[Outcome]) -> Result<()> {
         };
         return output::print_json(&outcomes.iter().map(outcome).collect::<Vec<_>>());
     }
-    let line = |outcome: &Outcome| format!("{}: {} events delivered\n", outcome.sink, outcome.delivered);
+    let events = |outcome: &Outcome| counted(outcome.delivered, "event", "events");
+    let line = |outcome: &Outcome| format!("{}: {} delivered\n", outcome.sink, events(outcome));
     output::print(&outcomes.iter().map(line).collect::<String>()).map(drop)
 }
 

@@ -4,6 +4,7 @@
 //! process was killed together with the keeper of its grants, or the KMS was out of reach at the detach.
 #![forbid(unsafe_code)]
 
+use crate::base::plural::counted;
 use crate::base::{Error, Result, size};
 use crate::cli::space::{self, RateArgs};
 use crate::cli::{Env, output};
@@ -90,7 +91,8 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
     match (left.clone().next(), left.count()) {
         (None, _) => Ok(()),
         (Some(first), count) => {
-            Err(Error::new(first.kind(), format!("{count} grants are not retired: {first}")))
+            let grants = counted(count, "grant is", "grants are");
+            Err(Error::new(first.kind(), format!("{grants} not retired: {first}")))
         }
     }
 }

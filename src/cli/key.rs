@@ -18,41 +18,41 @@ use time::format_description::well_known::Rfc3339;
 /// KEY is a key id or a unique beginning of one, a key ARN, an alias name or an alias ARN.
 #[derive(Debug, Subcommand)]
 pub enum KeyCommand {
-    /// Make a key
+    /// Make a key.
     #[command(
-        after_help = "Example: sealblk key create --description \"disks of team a\" --alias alias/team-a"
+        after_help = "Example:\n  sealblk key create --description \"disks of team a\" --alias alias/team-a"
     )]
     Create(Create),
-    /// List all keys
-    #[command(after_help = "Example: sealblk key list --json")]
+    /// List all keys.
+    #[command(visible_alias = "ls", after_help = "Example:\n  sealblk key list --json")]
     List,
-    /// Show a key, its state and its aliases
-    #[command(after_help = "Example: sealblk key show alias/aws/ebs")]
+    /// Show a key, its state and its aliases.
+    #[command(after_help = "Example:\n  sealblk key show alias/aws/ebs")]
     Show(KeyArgument),
-    /// Switch a key on
-    #[command(after_help = "Example: sealblk key enable alias/team-a")]
+    /// Switch a key on.
+    #[command(after_help = "Example:\n  sealblk key enable alias/team-a")]
     Enable(KeyArgument),
-    /// Switch a key off: what is attached goes on, the next attach is refused
-    #[command(after_help = "Example: sealblk key disable alias/team-a")]
+    /// Switch a key off: what is attached goes on, the next attach is refused.
+    #[command(after_help = "Example:\n  sealblk key disable alias/team-a")]
     Disable(KeyArgument),
-    /// Delete a key after a waiting window; every volume under it is lost then
-    #[command(after_help = "Example: sealblk key schedule-deletion 1234abcd --days 14")]
+    /// Delete a key after a waiting window; every volume under it is lost then.
+    #[command(after_help = "Example:\n  sealblk key schedule-deletion 1234abcd --days 14")]
     ScheduleDeletion(ScheduleDeletion),
-    /// Keep a key that waits for deletion; it is disabled afterwards
-    #[command(after_help = "Example: sealblk key cancel-deletion 1234abcd && sealblk key enable 1234abcd")]
+    /// Keep a key that waits for deletion; it is disabled afterwards.
+    #[command(after_help = "Example:\n  sealblk key cancel-deletion 1234abcd && sealblk key enable 1234abcd")]
     CancelDeletion(KeyArgument),
-    /// Names for keys
-    #[command(subcommand, after_help = "Example: sealblk key alias create alias/team-a 1234abcd")]
+    /// Names for keys.
+    #[command(subcommand, after_help = "Example:\n  sealblk key alias create alias/team-a 1234abcd")]
     Alias(AliasCommand),
 }
 
 /// Arguments of `key create`.
 #[derive(Debug, Args)]
 pub struct Create {
-    /// What the key is for, in your words
+    /// What the key is for, in your words.
     #[arg(long, value_name = "TEXT", default_value = "")]
     description: String,
-    /// A name for the key; "alias/" is put before it if it is not there
+    /// A name for the key; "alias/" is put before it if it is not there.
     #[arg(long, value_name = "NAME")]
     alias: Option<String>,
 }
@@ -70,7 +70,7 @@ pub struct KeyArgument {
 pub struct ScheduleDeletion {
     #[command(flatten)]
     key: KeyArgument,
-    /// How long the deletion can be cancelled, 7 to 30
+    /// How long the deletion can be cancelled, 7 to 30.
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     days: u32,
 }
@@ -78,24 +78,24 @@ pub struct ScheduleDeletion {
 /// What can be done with aliases.
 #[derive(Debug, Subcommand)]
 pub enum AliasCommand {
-    /// Make a name for a key
-    #[command(after_help = "Example: sealblk key alias create alias/team-a 1234abcd")]
+    /// Make a name for a key.
+    #[command(after_help = "Example:\n  sealblk key alias create alias/team-a 1234abcd")]
     Create(AliasTarget),
-    /// Point a name at another key; volumes keep the key they were made with
-    #[command(after_help = "Example: sealblk key alias update alias/team-a 5678abcd")]
+    /// Point a name at another key; volumes keep the key they were made with.
+    #[command(after_help = "Example:\n  sealblk key alias update alias/team-a 5678abcd")]
     Update(AliasTarget),
-    /// Remove a name; the key stays
-    #[command(after_help = "Example: sealblk key alias delete alias/team-a")]
+    /// Remove a name; the key stays.
+    #[command(visible_alias = "rm", after_help = "Example:\n  sealblk key alias delete alias/team-a")]
     Delete(AliasArgument),
-    /// List all names
-    #[command(after_help = "Example: sealblk key alias list")]
+    /// List all names.
+    #[command(visible_alias = "ls", after_help = "Example:\n  sealblk key alias list")]
     List,
 }
 
 /// The alias that a command is about.
 #[derive(Debug, Args)]
 pub struct AliasArgument {
-    /// The name; "alias/" is put before it if it is not there
+    /// The name; "alias/" is put before it if it is not there.
     #[arg(value_name = "ALIAS")]
     alias: String,
 }
@@ -123,7 +123,11 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
         matches!(command, KeyCommand::Show(_) | KeyCommand::Disable(_) | KeyCommand::ScheduleDeletion(_));
     let key = |argument: &KeyArgument| resolve(kms, &argument.key);
     let metadata = match command {
-        KeyCommand::List => return Ok(list(&kms.keys()?)),
+        KeyCommand::List => {
+            let mut keys = kms.keys()?;
+            keys.sort_by_cached_key(|key| (key.aliases.is_empty(), key.aliases.first().cloned(), key.id));
+            return Ok(list(&keys));
+        }
         KeyCommand::Alias(command) => return alias(kms, command),
         KeyCommand::Create(c) => kms.create_key(&c.description, c.alias.map(whole_alias).as_deref())?,
         KeyCommand::Show(argument) => kms.key(&key(&argument)?)?,
@@ -136,10 +140,10 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
     if tells_who_needs_it {
         let needs = keys::who_needs(root, &metadata.arn)?;
         text.push_str(&needs_text(&needs));
-        value["NeededBy"] = json!({
-            "Volumes": needs.volumes.iter().map(|(id, _)| id).collect::<Vec<_>>(),
-            "Attached": needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id).collect::<Vec<_>>(),
-            "Snapshots": needs.snapshots,
+        value["needed_by"] = json!({
+            "volumes": needs.volumes.iter().map(|(id, _)| id).collect::<Vec<_>>(),
+            "attached": needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id).collect::<Vec<_>>(),
+            "snapshots": needs.snapshots,
         });
     }
     Ok((text, value))
@@ -168,7 +172,7 @@ fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
         AliasCommand::Delete(argument) => {
             let name = whole_alias(argument.alias);
             kms.delete_alias(&name)?;
-            return Ok((format!("{name} deleted\n"), json!({ "AliasName": name })));
+            return Ok((format!("{name} deleted\n"), json!({ "alias": name })));
         }
     };
     let all = kms.aliases()?;
@@ -231,14 +235,14 @@ fn list(keys: &[KeyMetadata]) -> (String, Value) {
             printable(&k.description),
         ]
     }));
-    let json = json!({ "Keys": keys.iter().map(key_json).collect::<Vec<_>>() });
+    let json = json!({ "keys": keys.iter().map(key_json).collect::<Vec<_>>() });
     (table(&rows), json)
 }
 
 fn list_aliases(aliases: &[AliasMetadata]) -> (String, Value) {
     let mut rows = vec![["ALIAS", "KEY ID", "UPDATED"].map(String::from)];
     rows.extend(aliases.iter().map(|a| [a.name.clone(), a.key.to_string(), date(a.updated)]));
-    let json = json!({ "Aliases": aliases.iter().map(alias_json).collect::<Vec<_>>() });
+    let json = json!({ "aliases": aliases.iter().map(alias_json).collect::<Vec<_>>() });
     (table(&rows), json)
 }
 
@@ -258,27 +262,27 @@ fn describe(key: &KeyMetadata) -> String {
 
 fn key_json(key: &KeyMetadata) -> Value {
     let mut value = json!({
-        "KeyId": key.id.to_string(),
-        "Arn": key.arn,
-        "KeyState": key.state.name(),
-        "Enabled": key.state == KeyState::Enabled,
-        "Description": key.description,
-        "CreationDate": date(key.created),
-        "Aliases": key.aliases,
+        "key_id": key.id.to_string(),
+        "arn": key.arn,
+        "state": key.state.name(),
+        "enabled": key.state == KeyState::Enabled,
+        "description": key.description,
+        "created": date(key.created),
+        "aliases": key.aliases,
     });
     if let Some(at) = key.deletion {
-        value["DeletionDate"] = date(at).into();
+        value["deletion"] = date(at).into();
     }
     value
 }
 
 fn alias_json(alias: &AliasMetadata) -> Value {
     json!({
-        "AliasName": alias.name,
-        "AliasArn": alias.arn,
-        "TargetKeyId": alias.key.to_string(),
-        "CreationDate": date(alias.created),
-        "LastUpdatedDate": date(alias.updated),
+        "alias": alias.name,
+        "arn": alias.arn,
+        "key_id": alias.key.to_string(),
+        "created": date(alias.created),
+        "updated": date(alias.updated),
     })
 }
 
@@ -349,35 +353,35 @@ mod tests {
     #[test]
     fn a_key_goes_through_its_life() {
         let shell = Shell::new();
-        assert_eq!(shell.json("list"), json!({ "Keys": [] }));
+        assert_eq!(shell.json("list"), json!({ "keys": [] }));
         let made = shell.json("create --description disks --alias team-a");
-        assert_eq!(made["Aliases"], json!(["alias/team-a"]));
-        let id = made["KeyId"].as_str().unwrap();
-        let arn = made["Arn"].as_str().unwrap();
+        assert_eq!(made["aliases"], json!(["alias/team-a"]));
+        let id = made["key_id"].as_str().unwrap();
+        let arn = made["arn"].as_str().unwrap();
         for name in [id, arn, &id[..8], "alias/team-a", "arn:aws:kms:us-east-1:000000000000:alias/team-a"] {
             let mut shown = shell.json(&format!("show {name}"));
-            let needed_by = shown.as_object_mut().unwrap().remove("NeededBy");
-            assert_eq!(needed_by, Some(json!({ "Volumes": [], "Attached": [], "Snapshots": [] })));
+            let needed_by = shown.as_object_mut().unwrap().remove("needed_by");
+            assert_eq!(needed_by, Some(json!({ "volumes": [], "attached": [], "snapshots": [] })));
             assert_eq!(shown, made, "{name}");
         }
-        assert_eq!(shell.json("disable alias/team-a")["KeyState"], "Disabled");
-        assert_eq!(shell.json("enable alias/team-a")["KeyState"], "Enabled");
+        assert_eq!(shell.json("disable alias/team-a")["state"], "Disabled");
+        assert_eq!(shell.json("enable alias/team-a")["state"], "Enabled");
         let dying = shell.json(&format!("schedule-deletion {id} --days 7"));
-        assert_eq!(dying["KeyState"], "PendingDeletion");
-        assert!(dying["DeletionDate"].as_str().unwrap().ends_with('Z'));
+        assert_eq!(dying["state"], "PendingDeletion");
+        assert!(dying["deletion"].as_str().unwrap().ends_with('Z'));
         assert_eq!(shell.run(&format!("enable {id}")).unwrap_err().kind(), Kind::KmsRefused);
-        assert_eq!(shell.json(&format!("cancel-deletion {id}"))["KeyState"], "Disabled");
+        assert_eq!(shell.json(&format!("cancel-deletion {id}"))["state"], "Disabled");
     }
 
     #[test]
     fn aliases_are_made_moved_listed_and_deleted() {
         let shell = Shell::new();
-        let one = shell.json("create")["KeyId"].as_str().unwrap().to_owned();
-        let two = shell.json("create")["KeyId"].as_str().unwrap().to_owned();
-        assert_eq!(shell.json(&format!("alias create x {one}"))["TargetKeyId"], one);
-        assert_eq!(shell.json(&format!("alias update alias/x {two}"))["TargetKeyId"], two);
-        assert_eq!(shell.json("alias list")["Aliases"][0]["AliasName"], "alias/x");
-        assert_eq!(shell.json("alias delete x"), json!({ "AliasName": "alias/x" }));
+        let one = shell.json("create")["key_id"].as_str().unwrap().to_owned();
+        let two = shell.json("create")["key_id"].as_str().unwrap().to_owned();
+        assert_eq!(shell.json(&format!("alias create x {one}"))["key_id"], one);
+        assert_eq!(shell.json(&format!("alias update alias/x {two}"))["key_id"], two);
+        assert_eq!(shell.json("alias list")["aliases"][0]["alias"], "alias/x");
+        assert_eq!(shell.json("alias delete x"), json!({ "alias": "alias/x" }));
         assert_eq!(shell.run("alias delete x").unwrap_err().kind(), Kind::NotFound);
         assert_eq!(
             shell.run(&format!("alias create alias/aws/x {one}")).unwrap_err().kind(),
@@ -396,7 +400,7 @@ mod tests {
         let first = |id: &String| id[..1].to_owned();
         let twice = ids.iter().find(|id| ids.iter().filter(|o| first(o) == first(id)).count() > 1).unwrap();
         assert_eq!(shell.run(&format!("show {}", first(twice))).unwrap_err().kind(), Kind::Usage);
-        assert_eq!(shell.json(&format!("show {}", &ids[0][..20]))["KeyId"], ids[0]);
+        assert_eq!(shell.json(&format!("show {}", &ids[0][..20]))["key_id"], ids[0]);
         assert_eq!(shell.run("show aws:alias/x").unwrap_err().kind(), Kind::Unsupported);
     }
 

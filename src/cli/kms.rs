@@ -153,10 +153,10 @@ pub enum PrincipalCommand {
     #[command(after_help = "Example:\n  sealblk kms principal create root")]
     Create(CreateArgs),
     /// List all principals.
-    #[command(after_help = "Example:\n  sealblk kms principal list")]
+    #[command(visible_alias = "ls", after_help = "Example:\n  sealblk kms principal list")]
     List,
     /// Delete a principal, its access key and the grants that were made for it.
-    #[command(after_help = "Example:\n  sealblk kms principal delete host-1")]
+    #[command(visible_alias = "rm", after_help = "Example:\n  sealblk kms principal delete host-1")]
     Delete(NameArg),
     /// Give a principal a second access key, and show the secret this once: first replace the old key
     /// wherever it is used, then delete it.
@@ -232,7 +232,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Principal(PrincipalCommand::DeleteKey(args)) => {
             kms.delete_access_key(&args.name.name, &args.access_key)?;
             match env.json {
-                true => print_json(&json!({ "Name": args.name.name, "AccessKeyId": args.access_key })),
+                true => print_json(&json!({ "name": args.name.name, "access_key_id": args.access_key })),
                 false => print(&format!("{} deleted\n", args.access_key)).map(drop),
             }
         }
@@ -240,7 +240,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Principal(PrincipalCommand::Delete(NameArg { name })) => {
             kms.delete_principal(&name)?;
             match env.json {
-                true => print_json(&json!({ "Name": name })),
+                true => print_json(&json!({ "name": name })),
                 false => print(&format!("{name} deleted\n")).map(drop),
             }
         }
@@ -257,11 +257,11 @@ fn show(env: &Env, kms: &Embedded) -> Result<()> {
         Place::Missing(path) => (path, "missing", "MISSING: put it back from a backup"),
     };
     if env.json {
-        let root_key = json!({ "Path": path.display().to_string(), "Kept": kept });
+        let root_key = json!({ "path": path.display().to_string(), "kept": kept });
         return print_json(&json!({
-            "Store": store,
-            "Folder": folder.display().to_string(),
-            "RootKey": root_key,
+            "store": store,
+            "folder": folder.display().to_string(),
+            "root_key": root_key,
         }));
     }
     let rows = [
@@ -288,7 +288,7 @@ fn backup(env: &Env, kms: &Embedded, args: &BackupArgs) -> Result<()> {
     sync_dir(parent_of(&args.file))?;
     let file = args.file.display().to_string();
     match env.json {
-        true => print_json(&json!({ "File": file })),
+        true => print_json(&json!({ "file": file })),
         false => print(&format!(
             "{file} is a copy of the root key, under the passphrase. Keep it where neither the store nor its \
              backups are\n"
@@ -306,7 +306,7 @@ fn restore(env: &Env, kms: &Embedded, args: &RestoreArgs) -> Result<()> {
     read.context(|| format!("read {}", args.file.display()))?;
     let path = kms.restore_root_key(&copy)?.display().to_string();
     match env.json {
-        true => print_json(&json!({ "RootKey": path })),
+        true => print_json(&json!({ "root_key": path })),
         false => {
             print(&format!("{path} is the root key again, under the passphrase of the copy\n")).map(drop)
         }
@@ -315,7 +315,7 @@ fn restore(env: &Env, kms: &Embedded, args: &RestoreArgs) -> Result<()> {
 
 fn root_key_is(env: &Env, under_passphrase: bool, done: &str) -> Result<()> {
     match env.json {
-        true => print_json(&json!({ "RootKeyUnderPassphrase": under_passphrase })),
+        true => print_json(&json!({ "root_key_under_passphrase": under_passphrase })),
         false => print(&format!("{done}\n")).map(drop),
     }
 }
@@ -336,7 +336,7 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
     kms.unlock()?;
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
     server::serve(kms, &address, tls, |url| match env.json {
-        true => print_json(&json!({ "Url": url })),
+        true => print_json(&json!({ "url": url })),
         false => print(&format!("listening on {url}\n")).map(drop),
     })
 }
@@ -344,7 +344,7 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
 fn created(env: &Env, made: &PrincipalMetadata, secret: &SecretKey) -> Result<()> {
     if env.json {
         let mut shown = principal_json(made);
-        shown["SecretAccessKey"] = secret.as_str().into();
+        shown["secret_access_key"] = secret.as_str().into();
         return print_json(&shown);
     }
     print(&format!("{}\n\n{}", made.arn, access_key_text(&made.access_keys[0], secret))).map(drop)
@@ -353,7 +353,7 @@ fn created(env: &Env, made: &PrincipalMetadata, secret: &SecretKey) -> Result<()
 fn key_created(env: &Env, name: &str, access_key: &str, secret: &SecretKey) -> Result<()> {
     match env.json {
         true => print_json(
-            &json!({ "Name": name, "AccessKeyId": access_key, "SecretAccessKey": secret.as_str() }),
+            &json!({ "name": name, "access_key_id": access_key, "secret_access_key": secret.as_str() }),
         ),
         false => print(&access_key_text(access_key, secret)).map(drop),
     }
@@ -369,7 +369,7 @@ fn access_key_text(access_key: &str, secret: &SecretKey) -> String {
 fn list(env: &Env, principals: &[PrincipalMetadata]) -> Result<()> {
     if env.json {
         let all: Vec<Value> = principals.iter().map(principal_json).collect();
-        return print_json(&json!({ "Principals": all }));
+        return print_json(&json!({ "principals": all }));
     }
     let mut rows = vec![["NAME", "ACCESS KEYS", "MAY", "CREATED", "ARN"].map(String::from).to_vec()];
     rows.extend(principals.iter().map(|p| {
@@ -381,11 +381,11 @@ fn list(env: &Env, principals: &[PrincipalMetadata]) -> Result<()> {
 
 fn principal_json(principal: &PrincipalMetadata) -> Value {
     json!({
-        "Name": principal.name,
-        "Arn": principal.arn,
-        "Admin": principal.admin,
-        "AccessKeyId": principal.access_keys[0],
-        "AccessKeyIds": principal.access_keys,
-        "CreationDate": date(principal.created),
+        "name": principal.name,
+        "arn": principal.arn,
+        "admin": principal.admin,
+        "access_key_id": principal.access_keys[0],
+        "access_key_ids": principal.access_keys,
+        "created": date(principal.created),
     })
 }

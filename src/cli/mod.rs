@@ -15,6 +15,7 @@ pub mod doctor;
 pub mod events;
 pub mod filter;
 pub mod gc;
+mod help;
 pub mod key;
 pub mod kms;
 mod log;
@@ -26,6 +27,7 @@ mod receipt;
 mod rewrap;
 pub mod settings;
 pub mod snapshot;
+mod sort;
 mod space;
 pub mod stats;
 pub mod store;
@@ -41,7 +43,8 @@ use crate::base::{Context, Error, Result, printable};
 use crate::catalog::Catalog;
 use crate::config::Settings;
 use crate::ops::Store;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -80,11 +83,27 @@ impl Env {
 
 /// Encrypted disks for virtual machines, with a key for each volume and a KMS that wraps it.
 #[derive(Parser)]
-#[command(version, propagate_version = true, after_help = EXAMPLE, max_term_width = 110)]
+#[command(name = "sealblk", version, propagate_version = true, after_help = EXAMPLE, max_term_width = 110)]
 struct Cli {
-    /// Where the store lies [default: /var/lib/sealblk for root, else sealblk in the XDG data folder].
-    #[arg(long, global = true, help_heading = GENERAL, env = "SEALBLK_ROOT", value_name = "DIR", hide_env_values = true)]
+    #[command(flatten)]
+    general: General,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Args)]
+struct General {
+    /// Where the store lies: volumes, snapshots and wrapped keys [default: /var/lib/sealblk for root, else
+    /// sealblk in the XDG data folder] [env: SEALBLK_ROOT].
+    #[arg(long, global = true, help_heading = GENERAL, value_name = "DIR")]
     root: Option<PathBuf>,
+
+    /// Where the root keys and the settings lie, of every store that is used with this folder [default:
+    /// /etc/sealblk for root, else sealblk in the XDG configuration folder] [env: SEALBLK_CONFIG_DIR].
+    #[arg(long, global = true, help_heading = GENERAL, value_name = "DIR")]
+    config_dir: Option<PathBuf>,
 
     /// Print JSON instead of text.
     #[arg(long, global = true, help_heading = GENERAL)]
@@ -93,9 +112,18 @@ struct Cli {
     /// Say more on standard error; twice: still more. RUST_LOG, where it is set, decides instead.
     #[arg(short, long, global = true, help_heading = GENERAL, action = clap::ArgAction::Count)]
     verbose: u8,
+}
+
+/// What this program is started as by itself. It has a parser of its own, so that neither help nor an error
+/// tells users of it.
+#[derive(Parser)]
+#[command(name = "sealblk", disable_help_subcommand = true)]
+struct Helper {
+    #[command(flatten)]
+    general: General,
 
     #[command(subcommand)]
-    command: Command,
+    command: HelperCommand,
 }
 
 const GENERAL: &str = "General options";
@@ -151,18 +179,43 @@ enum Command {
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
+}
+
+#[derive(Subcommand)]
+enum HelperCommand {
     /// Unwrap a data key for the process that started this one.
-    #[command(hide = true)]
     Unwrap,
     /// Wrap a data key anew for the process that started this one.
-    #[command(hide = true)]
     RewrapKey,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
-    #[command(hide = true)]
     KeepGrants,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
-    #[command(hide = true)]
     TakeOver(upgrade::TakeOverArgs),
+}
+
+/// What this program was started for.
+enum Task {
+    /// By a user.
+    User(Box<Command>),
+    /// By itself.
+    Helper(HelperCommand),
+}
+
+impl Task {
+    /// Whether a user has started it, and `is` says yes to the command.
+    fn is_of_user(&self, is: impl FnOnce(&Command) -> bool) -> bool {
+        matches!(self, Task::User(command) if is(command))
+    }
+
+    fn run(self, env: &Env) -> Result<()> {
+        match self {
+            Task::User(command) => command.run(env),
+            Task::Helper(HelperCommand::Unwrap) => attach::unwrap(env),
+            Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
+            Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
+            Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
+        }
+    }
 }
 
 impl Command {
@@ -186,12 +239,13 @@ impl Command {
             Command::Store(command) => store::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
-            Command::Unwrap => attach::unwrap(env),
-            Command::RewrapKey => crate::helper::rewrap::help(env.hardened, &env.root),
-            Command::KeepGrants => attach::keep_grants(env),
-            Command::TakeOver(args) => upgrade::take_over(env, &args),
         }
     }
+}
+
+/// The whole command line, as help, completions and manual pages show it.
+pub fn command() -> clap::Command {
+    help::flowing(Cli::command())
 }
 
 /// Runs the command line and returns the exit code.
@@ -200,26 +254,24 @@ pub fn main() -> ExitCode {
     // Where a file may not become so large ("ulimit -f"), that is an error with words, and not the end of the
     // process.
     let too_large = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
-    let matches = Cli::command().get_matches_from(arguments());
-    audit_log::name_command(&command_words(&matches));
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    log::start(cli.verbose);
+    let (general, task) = parse(&arguments()).unwrap_or_else(|e| e.exit());
+    log::start(general.verbose);
     if let Err(e) = too_large {
         ::log::warn!("the limit on the size of files ends this process without a word: {e}");
     }
-    let json = cli.json;
+    let json = general.json;
     let ran = hardened.and_then(|hardened| {
         // An event sink is a program of the operator's, which may be one that gains privileges.
-        if !matches!(cli.command, Command::Events(_)) {
+        if !task.is_of_user(|command| matches!(command, Command::Events(_))) {
             harden_children()?;
         }
-        let env = env(cli.root, json, hardened)?;
+        let env = env(general, hardened)?;
         // It reports what keeps all others from running.
-        if !matches!(cli.command, Command::Doctor) {
+        if !task.is_of_user(|command| matches!(command, Command::Doctor)) {
             Owners::configured()?.check_root(&env.root)?;
             env.root.keep_spare();
         }
-        cli.command.run(&env)
+        task.run(&env)
     });
     log::end();
     match ran {
@@ -229,6 +281,24 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+/// What the arguments say, and the command's name in the audit log.
+fn parse(arguments: &[OsString]) -> Result<(General, Task), clap::Error> {
+    let mut users = command();
+    let of_user = users.try_get_matches_from_mut(arguments).and_then(|matches| {
+        audit_log::name_command(&command_words(&matches));
+        let Cli { general, command } = Cli::from_arg_matches(&matches)?;
+        Ok((general, Task::User(Box::new(command))))
+    });
+    let unknown = match of_user {
+        Err(e) if e.kind() == ErrorKind::InvalidSubcommand => e,
+        parsed => return parsed.map_err(|e| e.format(&mut users)),
+    };
+    let Ok(matches) = Helper::command().try_get_matches_from(arguments) else { return Err(unknown) };
+    audit_log::name_command(&command_words(&matches));
+    let Helper { general, command } = Helper::from_arg_matches(&matches)?;
+    Ok((general, Task::Helper(command)))
 }
 
 /// The words of the command that was given, without options and values: `volume create`.
@@ -253,11 +323,15 @@ fn arguments() -> Vec<OsString> {
     arguments
 }
 
-fn env(root: Option<PathBuf>, json: bool, hardened: Hardened) -> Result<Env> {
-    let root = root.map_or_else(Root::default_path, Ok)?;
+fn env(general: General, hardened: Hardened) -> Result<Env> {
+    if let Some(folder) = general.config_dir {
+        Root::use_config_dir(&folder)?;
+    }
+    let of_environment = || std::env::var_os("SEALBLK_ROOT").filter(|it| !it.is_empty()).map(PathBuf::from);
+    let root = general.root.or_else(of_environment).map_or_else(Root::default_path, Ok)?;
     // Sockets and messages name paths in it, which must mean the same elsewhere.
     let root = std::path::absolute(&root).context(|| root.display().to_string())?;
-    Ok(Env { root: Root::new(root), json, hardened })
+    Ok(Env { root: Root::new(root), json: general.json, hardened })
 }
 
 fn report(e: &Error, json: bool) {
@@ -274,14 +348,67 @@ fn report(e: &Error, json: bool) {
 mod tests {
     use super::*;
 
+    /// Calls `check` with every command that help shows, and its words.
+    fn each(command: &clap::Command, above: &str, check: &dyn Fn(&clap::Command, &str)) {
+        let words = format!("{above} {}", command.get_name());
+        check(command, &words);
+        let below = command.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help");
+        below.for_each(|c| each(c, &words, check));
+    }
+
     #[test]
     fn every_command_has_an_example() {
-        fn check(command: &clap::Command, path: &str) {
-            let path = format!("{path} {}", command.get_name());
-            assert!(command.get_after_help().is_some_and(|h| h.to_string().contains("sealblk ")), "{path}");
-            command.get_subcommands().filter(|c| !c.is_hide_set()).for_each(|c| check(c, &path));
+        command().debug_assert();
+        Helper::command().debug_assert();
+        each(&command(), "", &|command, words| {
+            assert!(command.get_after_help().is_some_and(|h| h.to_string().contains("sealblk ")), "{words}");
+        });
+    }
+
+    #[test]
+    fn helpers_are_shown_nowhere_and_understood_all_the_same() {
+        let arguments = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for (name, more) in [("unwrap", ""), ("rewrap-key", ""), ("keep-grants", ""), ("take-over", " x")] {
+            let words = format!("sealblk --root /x {name}{more}");
+            let (general, task) = parse(&arguments(&words)).ok().unwrap();
+            assert!(matches!(task, Task::Helper(_)) && general.root == Some("/x".into()), "{name}");
+            each(&command(), "", &|command, words| assert_ne!(command.get_name(), name, "{words}"));
+            // One that is nearly right is not told what would be.
+            let close = format!("sealblk {}{more}", &name[..name.len() - 1]);
+            let close = parse(&arguments(&close)).err().unwrap();
+            assert!(!close.to_string().contains(name), "{close}");
         }
-        Cli::command().debug_assert();
-        check(&Cli::command(), "");
+    }
+
+    #[test]
+    fn whoever_says_nothing_is_helped() {
+        for words in [&["sealblk"][..], &["sealblk", "volume"], &["sealblk", "kms", "principal"]] {
+            let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
+            let e = parse(&arguments).err().unwrap();
+            assert_eq!(e.kind(), ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand, "{words:?}");
+            assert_eq!(e.exit_code(), 2);
+            let help = e.to_string();
+            assert!(help.contains("Usage: ") && help.contains("Example"), "{help}");
+        }
+    }
+
+    /// Whatever the terminal's width, a line of a paragraph is as long as it can be.
+    #[test]
+    fn help_is_wrapped_by_the_terminal_alone() {
+        let mut whole = command().term_width(72);
+        whole.build();
+        each(&whole, "", &|command, words| {
+            let help = command.clone().render_long_help().to_string();
+            let lines: Vec<&str> = help.lines().collect();
+            for pair in lines.windows(2) {
+                let is_prose = |line: &str| line.starts_with(|c: char| !c.is_whitespace());
+                if !is_prose(pair[0]) || !is_prose(pair[1]) {
+                    continue;
+                }
+                let next = pair[1].split(' ').next().unwrap_or_default();
+                let longer = pair[0].chars().count() + 1 + next.chars().count();
+                assert!(longer > 72, "{words}: {:?} could go on with {next:?}", pair[0]);
+            }
+        });
     }
 }

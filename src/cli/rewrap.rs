@@ -1,5 +1,6 @@
 //! `sealblk volume rewrap` and `sealblk snapshot rewrap`: the same data key, wrapped by another KMS key.
 
+use crate::base::plural::counted;
 use crate::base::{Error, Result};
 use crate::catalog::snapshot;
 use crate::catalog::{self, SnapshotId};
@@ -126,7 +127,12 @@ fn all(env: &Env, store: &Store, wish: &Wish) -> Result<()> {
     }
     let Some(first) = failed.first() else { return Ok(()) };
     let rest: Vec<String> = failed.iter().map(ToString::to_string).collect();
-    let message = format!("{done} volumes and snapshots done, {} not: {}", failed.len(), rest.join("; "));
+    let message = format!(
+        "{} done, {} not: {}",
+        counted(done, "volume or snapshot", "volumes and snapshots"),
+        failed.len(),
+        rest.join("; ")
+    );
     Err(Error::new(first.kind(), message))
 }
 

@@ -1,6 +1,7 @@
 //! What is said of space that is given back, by whatever command does it.
 #![forbid(unsafe_code)]
 
+use crate::base::plural::counted;
 use crate::base::{Context, Kind, Result, size};
 use crate::catalog::LayerId;
 use crate::cli::progress::Progress;
@@ -126,8 +127,11 @@ pub(super) fn words(given: &Given) -> String {
     }
     match given.merged {
         0 => {}
-        1 => parts.push(format!("1 layer merged ({} moved)", size::about(given.moved))),
-        n => parts.push(format!("{n} layers merged ({} moved)", size::about(given.moved))),
+        n => parts.push(format!(
+            "{} merged ({} moved)",
+            counted(n, "layer", "layers"),
+            size::about(given.moved)
+        )),
     }
     if given.later > 0 {
         parts.push(format!("{} left to be merged later, by \"sealblk gc\"", given.later));

@@ -2,6 +2,7 @@
 //! host have made of them.
 #![forbid(unsafe_code)]
 
+use crate::base::plural::counted;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::ops::accept::{self, Finding, Problem, Subject};
@@ -51,10 +52,9 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             report(env, &found, "differs")?;
             let wrong = found.iter().filter(|one| one.problem.is_some()).count();
             refuse_if(wrong > 0, || {
-                format!(
-                    "{wrong} of {} records are not what commands of this host have made of them",
-                    found.len()
-                )
+                let records = counted(found.len(), "record", "records");
+                let verb = if wrong == 1 { "is" } else { "are" };
+                format!("{wrong} of {records} {verb} not what commands of this host have made of them")
             })
         }
         Command::Accept(args) => {
@@ -70,7 +70,10 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             let found = accept::accept(&store, &subjects)?;
             report(env, &found, "accepted")?;
             let damaged = found.iter().filter(|one| is_damaged(one)).count();
-            refuse_if(damaged > 0, || format!("{damaged} records cannot be read, and are not accepted"))
+            refuse_if(damaged > 0, || {
+                let records = counted(damaged, "record", "records");
+                format!("{records} cannot be read, and nothing of that is accepted")
+            })
         }
     }
 }

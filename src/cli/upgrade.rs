@@ -60,7 +60,7 @@ pub fn run(env: &Env, args: &UpgradeArgs) -> Result<()> {
     if env.json {
         let failed: Vec<_> = failed.iter().map(failure).collect();
         match args.all {
-            true => output::print_json(&json!({"Upgraded": done, "Failed": failed}))?,
+            true => output::print_json(&json!({"upgraded": done, "failed": failed}))?,
             false => output::print_json(&done[0])?,
         }
     }
@@ -100,14 +100,14 @@ fn text(upgraded: &Upgraded) -> String {
 
 fn json(upgraded: &Upgraded) -> serde_json::Value {
     json!({
-        "VolumeId": upgraded.volume,
-        "Pid": upgraded.pid,
-        "Version": env!("CARGO_PKG_VERSION"),
-        "VersionBefore": upgraded.from,
-        "PauseMicroseconds": upgraded.pause.map(|pause| pause.as_micros() as u64),
+        "id": upgraded.volume,
+        "pid": upgraded.pid,
+        "version": env!("CARGO_PKG_VERSION"),
+        "version_before": upgraded.from,
+        "pause_us": upgraded.pause.map(|pause| pause.as_micros() as u64),
     })
 }
 
 fn failure((volume, e): &(VolumeId, Error)) -> serde_json::Value {
-    json!({"VolumeId": volume, "Error": {"kind": e.kind().name(), "message": e.to_string()}})
+    json!({"id": volume, "error": {"kind": e.kind().name(), "message": e.to_string()}})
 }

@@ -6,6 +6,7 @@
 pub mod deliver;
 pub mod read;
 
+use crate::base::plural::counted;
 use crate::base::root::{Root, create_dir_durable, files, sync_dir};
 use crate::base::sync::Locked;
 use crate::base::{Context, Result, Timestamp, locks, spare};
@@ -103,10 +104,7 @@ impl Event {
     /// `writeVolume`, which EBS does not have: `failed`. So many requests of the guest's failed for want of
     /// space since the last such event.
     pub fn write_refused(volume: VolumeId, requests: u64, cause: &impl std::fmt::Display) -> Self {
-        let requests = match requests {
-            1 => "1 request of the guest's was".into(),
-            n => format!("{n} requests of the guest's were"),
-        };
+        let requests = counted(requests, "request of the guest's was", "requests of the guest's were");
         let cause =
             format!("{cause}: {requests} answered with an I/O error; make space, and they succeed again");
         Event { name: "writeVolume", ..Self::modify_failed(volume, cause) }

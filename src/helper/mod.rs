@@ -21,7 +21,9 @@ use std::process::{Child, Command, Stdio};
 pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
     let attempt = || format!("start the {command} helper");
     let (ours, theirs) = UnixStream::pair().context(attempt)?;
-    let child = Command::new("/proc/self/exe")
+    let mut program = Command::new("/proc/self/exe");
+    pass_general(&mut program);
+    let child = program
         .arg("--root")
         .arg(root.path())
         .arg(command)
@@ -30,6 +32,14 @@ pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
         .spawn()
         .context(attempt)?;
     Ok((ours, child))
+}
+
+/// Has this program, which is started once more, use the same configuration folder and the same form of the
+/// log.
+pub(crate) fn pass_general(program: &mut Command) {
+    if let Some(config) = Root::used_config_dir() {
+        program.arg("--config-dir").arg(config);
+    }
 }
 
 /// The helper's side of the beginning: gives up what it does not need, and takes its socket. It dies with the

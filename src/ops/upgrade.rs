@@ -4,6 +4,7 @@
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::catalog::VolumeId;
 use crate::catalog::lock::{Held, Purpose};
+use crate::helper;
 use crate::host::control;
 use crate::host::upgrade::{COMMAND, Outcome};
 use crate::ops::Store;
@@ -38,7 +39,9 @@ pub struct Upgraded {
 pub fn upgrade(store: &Store, volume: VolumeId) -> Result<Upgraded> {
     let attempt = || format!("upgrade {volume}");
     let client = control::connect(&store.catalog(), volume, PATIENCE).context(attempt)?;
-    let mut child = Command::new("/proc/self/exe")
+    let mut program = Command::new("/proc/self/exe");
+    helper::pass_general(&mut program);
+    let mut child = program
         .arg("--root")
         .arg(store.root().path())
         // How much it says is decided by the process that it takes over from.

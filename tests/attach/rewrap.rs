@@ -241,13 +241,13 @@ fn a_snapshot_outlives_the_kms_key_that_it_was_made_under() {
     let record = |id: &str| store.root().join("snapshots").join(format!("{id}.json"));
     let needed = |key: &str| -> Value {
         let shown = store.ok(&["key", "show", key, "--json"]);
-        serde_json::from_str::<Value>(&shown).unwrap()["NeededBy"].clone()
+        serde_json::from_str::<Value>(&shown).unwrap()["needed_by"].clone()
     };
     let host = two.place.attach(&[]);
     let mut snapshots = [&snapshot, &copy];
     snapshots.sort();
     let volume = [two.place.id()];
-    let all = json!({"Volumes": volume, "Attached": volume, "Snapshots": snapshots});
+    let all = json!({"volumes": volume, "attached": volume, "snapshots": snapshots});
     assert_eq!(needed("alias/old"), all);
     assert!(store.ok(&["key", "show", "alias/old"]).contains(&format!("needed by {} (attached", volume[0])));
     host.end();
@@ -267,7 +267,7 @@ fn a_snapshot_outlives_the_kms_key_that_it_was_made_under() {
     }
     store.ok(&["store", "check"]);
     store.ok(&["volume", "rewrap", "t", "--key", "alias/new"]);
-    assert_eq!(needed("alias/old"), json!({"Volumes": [], "Attached": [], "Snapshots": []}));
+    assert_eq!(needed("alias/old"), json!({"volumes": [], "attached": [], "snapshots": []}));
     two.assert_free_of_the_old(true);
     store.ok(&["volume", "delete", "t"]);
     for id in [&snapshot, &copy] {

@@ -141,7 +141,7 @@ fn a_vmm_with_requests_in_flight_notices_no_upgrade() {
                 wait_for_more(count, "requests are answered by the successor");
                 upgraded
             });
-            assert!(said["PauseMicroseconds"].as_u64().is_some(), "{said}");
+            assert!(said["pause_us"].as_u64().is_some(), "{said}");
             assert_eq!(rig.holder(), Some(successor.pid().as_raw().into()));
             match (host.take(), serving.replace(successor)) {
                 (Some(mut first), None) => {
@@ -177,7 +177,7 @@ fn a_volume_without_a_vmm_is_taken_over_as_well() {
     let mut host = rig.attach();
     let (successor, said) = rig.upgrade();
     assert!(host.wait().success(), "{}", host.output());
-    assert_eq!(said["PauseMicroseconds"], Value::Null);
+    assert_eq!(said["pause_us"], Value::Null);
     let mut vmm = rig.connect(Kind::Qemu10, QUEUES);
     let mut loads = loads(QUEUES);
     under_load(&mut vmm, &mut loads, |_| {});
@@ -224,8 +224,8 @@ fn one_after_the_other() {
             let output = command.args(["upgrade", "t", "--json"]).output().expect("start sealblk");
             assert!(output.status.success(), "upgrade {n}: {}", said(&output));
             let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-            pauses.push(said["PauseMicroseconds"].as_u64().expect("a VMM is connected"));
-            assert_eq!(host.told(), format!("MAINPID={}", said["Pid"]), "the service's manager knows");
+            pauses.push(said["pause_us"].as_u64().expect("a VMM is connected"));
+            assert_eq!(host.told(), format!("MAINPID={}", said["pid"]), "the service's manager knows");
             if let Some(before) = serving.replace(Successor::of(&said)) {
                 before.ends();
             }
@@ -334,8 +334,8 @@ fn what_is_not_attached_is_not_upgraded() {
     assert_eq!(all, "no volume is attached on this host\n");
     let host = rig.attach();
     let all: Value = serde_json::from_str(&rig.place.store.ok(&["upgrade", "--all", "--json"])).unwrap();
-    let successor = Successor::of(&all["Upgraded"][0]);
-    assert_eq!(all["Failed"], json!([]));
+    let successor = Successor::of(&all["upgraded"][0]);
+    assert_eq!(all["failed"], json!([]));
     drop(host);
     rig.detach(successor);
 }

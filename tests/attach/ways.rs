@@ -163,7 +163,7 @@ fn what_is_not_attached_cannot_be_detached() {
     let host = place.attach(&[]);
     let id = place.id();
     let told: Value = serde_json::from_str(&place.store.ok(&["detach", &id[..12], "--json"])).unwrap();
-    assert_eq!(told, json!({"VolumeId": id, "State": "detached"}));
+    assert_eq!(told, json!({"id": id, "state": "detached"}));
     host.ends_well();
 }
 
@@ -177,9 +177,9 @@ fn an_attach_says_what_it_serves_and_where() {
     host.end();
     let host = place.attach(&["--json"]);
     let told: Value = serde_json::from_str(&host.output()).expect("one JSON value");
-    assert_eq!((&told["VolumeId"], &told["State"]), (&json!(place.id()), &json!("attached")));
-    assert_eq!(told["SocketPath"], json!(socket));
-    assert!(told["Access"].as_str().expect("text").contains("XTS engine"));
+    assert_eq!((&told["id"], &told["state"]), (&json!(place.id()), &json!("attached")));
+    assert_eq!(told["socket"], json!(socket));
+    assert!(told["access"].as_str().expect("text").contains("XTS engine"));
     host.end();
 }
 

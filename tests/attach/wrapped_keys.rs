@@ -239,7 +239,7 @@ fn a_kms_that_is_said_to_be_elsewhere_opens_what_it_had() {
     place.store.ok(&["volume", "create", "--snapshot", &snapshot]);
     // An ARN like those of AWS says neither the one nor the other.
     let listed = place.store.ok(&["key", "show", "alias/new", "--json"]);
-    let new = serde_json::from_str::<Value>(&listed).unwrap()["Arn"].clone();
+    let new = serde_json::from_str::<Value>(&listed).unwrap()["arn"].clone();
     let new = new.as_str().unwrap_or_else(|| panic!("{listed}"));
     assert!(new.starts_with("arn:aws:kms:eu-central-1:123456789012:key/"), "{new}");
     let output = place.store.run(&["volume", "rewrap", "t", "--key", new]);

@@ -105,7 +105,7 @@ impl KmsServer {
     pub fn create_key(&self) -> String {
         let made = self.command().args(["--json", "key", "create"]).output().expect("start sealblk").stdout;
         let made: Value = serde_json::from_slice(&made).expect("JSON");
-        made["Arn"].as_str().expect("a text").to_owned()
+        made["arn"].as_str().expect("a text").to_owned()
     }
 
     /// The root key.
@@ -157,7 +157,7 @@ impl KmsServer {
         let made = self.command().args(["--json", "kms", "principal", "create", name]).output();
         let made: Value = serde_json::from_slice(&made.expect("start sealblk").stdout).expect("JSON");
         let text = |name: &str| made[name].as_str().expect("a text").to_owned();
-        Principal { arn: text("Arn"), access_key: text("AccessKeyId"), secret: text("SecretAccessKey") }
+        Principal { arn: text("arn"), access_key: text("access_key_id"), secret: text("secret_access_key") }
     }
 }
 

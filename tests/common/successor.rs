@@ -14,7 +14,7 @@ pub struct Successor {
 impl Successor {
     /// The one that `sealblk upgrade --json` names.
     pub fn of(said: &Value) -> Self {
-        let pid = Pid::from_raw(said["Pid"].as_i64().expect("a process id") as i32);
+        let pid = Pid::from_raw(said["pid"].as_i64().expect("a process id") as i32);
         Successor { pid, process: ended(pid) }
     }
 

@@ -26,7 +26,7 @@ fn a_guest_under_load_sees_nothing_of_an_upgrade() {
             _ => {}
         }
         let said: Value = serde_json::from_str(&store.ok(&["upgrade", "t", "--json"])).expect("JSON");
-        assert!(said["PauseMicroseconds"].as_u64().is_some_and(|us| us > 0), "{said}");
+        assert!(said["pause_us"].as_u64().is_some_and(|us| us > 0), "{said}");
         if let Some(before) = serving.replace(Successor::of(&said)) {
             before.ends();
         }

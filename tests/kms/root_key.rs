@@ -146,7 +146,7 @@ fn a_root_key_that_was_lost_comes_back_from_its_copy() {
     };
     let file = root_key_file(store);
     let plain = fs::read_to_string(&file).unwrap();
-    assert_eq!(show()["RootKey"]["Kept"], "file");
+    assert_eq!(show()["root_key"]["kept"], "file");
     let copy = place.folder().join("copy");
     let copied = copy.to_str().unwrap();
     ok(set_passphrase(store, None, "for bad days", &["kms", "backup", copied]));
@@ -164,7 +164,7 @@ fn a_root_key_that_was_lost_comes_back_from_its_copy() {
     // It is lost, and the head of the KMS's log with it.
     fs::remove_file(&file).unwrap();
     fs::remove_file(file.with_extension("head")).unwrap();
-    assert_eq!(show()["RootKey"]["Kept"], "missing");
+    assert_eq!(show()["root_key"]["kept"], "missing");
     let words = place.refuse(8, &[]);
     assert!(words.contains("sealblk kms restore"), "{words}");
     // Neither another store's, nor with another passphrase, nor a part of it.
@@ -191,7 +191,7 @@ fn a_root_key_that_was_lost_comes_back_from_its_copy() {
     refused(5, with_passphrase(store, "for bad days", &["kms", "restore", wrong.to_str().unwrap()]));
     assert!(!file.exists());
     ok(with_passphrase(store, "for bad days", &["kms", "restore", copied]));
-    assert_eq!(show()["RootKey"]["Kept"], "passphrase");
+    assert_eq!(show()["root_key"]["kept"], "passphrase");
     ok(with_passphrase(store, "for bad days", &["kms", "passphrase", "remove"]));
     assert_eq!(fs::read_to_string(&file).unwrap(), plain);
     store.ok(&["volume", "show", &id, "--check-key"]);

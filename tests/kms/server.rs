@@ -59,7 +59,7 @@ impl Store {
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let ready: String = lines.by_ref().map_while(Result::ok).take_while(|line| line != "}").collect();
         let ready: Value = serde_json::from_str(&(ready + "}")).expect("the server says where it listens");
-        let url = ready["Url"].as_str().expect("a URL").to_owned();
+        let url = ready["url"].as_str().expect("a URL").to_owned();
         Server { child, url }
     }
 }
@@ -93,10 +93,10 @@ fn boto3_finds_every_operation_with_awss_answers() {
     let output = Command::new(python())
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kms/server.py"))
         .env("KMS_URL", &server.url)
-        .env("ROOT_KEY", text(&root["AccessKeyId"]))
-        .env("ROOT_SECRET", text(&root["SecretAccessKey"]))
-        .env("HOST_KEY", text(&host["AccessKeyId"]))
-        .env("HOST_SECRET", text(&host["SecretAccessKey"]))
+        .env("ROOT_KEY", text(&root["access_key_id"]))
+        .env("ROOT_SECRET", text(&root["secret_access_key"]))
+        .env("HOST_KEY", text(&host["access_key_id"]))
+        .env("HOST_SECRET", text(&host["secret_access_key"]))
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("SEALBLK_TEST_LIMIT", limit().as_secs().to_string())
         .output()
@@ -110,14 +110,14 @@ fn boto3_finds_every_operation_with_awss_answers() {
 fn principals_are_made_listed_and_deleted() {
     let store = Store::new();
     let made = store.json(&["kms", "principal", "create", "host"]);
-    assert_eq!(text(&made["Arn"]), "arn:aws:iam::000000000000:user/host");
-    assert_eq!((made["Admin"].as_bool(), text(&made["SecretAccessKey"]).len()), (Some(false), 40));
+    assert_eq!(text(&made["arn"]), "arn:aws:iam::000000000000:user/host");
+    assert_eq!((made["admin"].as_bool(), text(&made["secret_access_key"]).len()), (Some(false), 40));
     let listed = store.json(&["kms", "principal", "list"]);
-    assert_eq!(listed["Principals"][0]["AccessKeyId"], made["AccessKeyId"]);
-    assert_eq!(listed["Principals"][0].get("SecretAccessKey"), None);
+    assert_eq!(listed["principals"][0]["access_key_id"], made["access_key_id"]);
+    assert_eq!(listed["principals"][0].get("secret_access_key"), None);
     assert!(!store.run(&["kms", "principal", "create", "host"]).status.success(), "there is one");
     store.json(&["kms", "principal", "delete", "host"]);
-    assert_eq!(store.json(&["kms", "principal", "list"])["Principals"], serde_json::json!([]));
+    assert_eq!(store.json(&["kms", "principal", "list"])["principals"], serde_json::json!([]));
     assert!(!store.run(&["kms", "principal", "delete", "host"]).status.success(), "there is none");
 }
 
@@ -134,7 +134,9 @@ fn client(server: &Server, root: &Value, what: &str) -> Command {
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kms/clients.py")).arg(what);
     command.env("KMS_URL", &server.url).env("PYTHONDONTWRITEBYTECODE", "1");
     command.env("SEALBLK_TEST_LIMIT", limit().as_secs().to_string());
-    command.env("ROOT_KEY", text(&root["AccessKeyId"])).env("ROOT_SECRET", text(&root["SecretAccessKey"]));
+    command
+        .env("ROOT_KEY", text(&root["access_key_id"]))
+        .env("ROOT_SECRET", text(&root["secret_access_key"]));
     command
 }
 
@@ -169,7 +171,7 @@ fn every_change_that_was_answered_survives_a_kill_of_the_server() {
         mutating.wait().expect("it ends");
         for (key, last) in &answered {
             let shown = store.json(&["key", "show", key]);
-            let enabled = shown["Enabled"].as_bool().expect("yes or no");
+            let enabled = shown["enabled"].as_bool().expect("yes or no");
             assert!(last != "disabled" || !enabled, "{key}: {shown}");
             if last != "key" {
                 store.json(&["key", "show", &format!("alias/{key}")]);
@@ -202,7 +204,7 @@ fn a_data_key_that_was_sent_is_not_kept() {
     let server_id = Pid::from_raw(server.child.id() as i32);
     kill(server_id, Signal::SIGSTOP).expect("stop the server");
     let seen = look_through(server_id, &Needles::of_key(&key));
-    let control = look_through(server_id, &Needles::words(text(&root["AccessKeyId"])));
+    let control = look_through(server_id, &Needles::words(text(&root["access_key_id"])));
     kill(server_id, Signal::SIGCONT).expect("let the server go on");
     assert!(!control.found.is_empty(), "the search does not find the access key either");
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
@@ -314,14 +316,14 @@ fn either_of_two_access_keys_signs_until_it_is_deleted() {
     let server = store.serve(&["--listen", "127.0.0.1:0"]);
     let ask = |key: &Value| client(&server, key, "once").output().expect("Python runs");
     assert_eq!((words(ask(&first)), words(ask(&second))), ("answered".into(), "answered".into()));
-    store.json(&["kms", "principal", "delete-key", "root", text(&first["AccessKeyId"])]);
+    store.json(&["kms", "principal", "delete-key", "root", text(&first["access_key_id"])]);
     assert!(!ask(&first).status.success());
     assert_eq!(words(ask(&second)), "answered");
     // Neither key's secret is the other's.
-    first["AccessKeyId"] = second["AccessKeyId"].clone();
+    first["access_key_id"] = second["access_key_id"].clone();
     assert!(!ask(&first).status.success());
     let listed = store.json(&["kms", "principal", "list"]);
-    assert_eq!(listed["Principals"][0]["AccessKeyIds"], serde_json::json!([second["AccessKeyId"]]));
+    assert_eq!(listed["principals"][0]["access_key_ids"], serde_json::json!([second["access_key_id"]]));
 }
 
 /// What is in the audit log of a store.
@@ -338,7 +340,7 @@ fn whoever_is_refused_fills_the_audit_log_neither_with_words_nor_with_trying() {
     let mut server = store.serve(&["--listen", "127.0.0.1:0"]);
     let before = audit_records(&store).len();
     let mut denied = client(&server, &host, "denied");
-    let said = words(denied.env("KEY", text(&key["Arn"])).output().expect("Python runs"));
+    let said = words(denied.env("KEY", text(&key["arn"])).output().expect("Python runs"));
     assert_eq!(said, "denied NotFoundException");
     // What is not yet told is told at the end.
     kill(Pid::from_raw(server.child.id() as i32), Signal::SIGTERM).expect("it runs");

@@ -202,8 +202,8 @@ fn keys(site: &Site, expect: &Expect) -> Result {
         return Ok(());
     }
     let mut found = BTreeMap::new();
-    for key in json(site, &["key", "list"])?["Keys"].as_array().ok_or("no list of keys")? {
-        found.insert(text(key, "KeyId")?.to_owned(), text(key, "KeyState")?.to_owned());
+    for key in json(site, &["key", "list"])?["keys"].as_array().ok_or("no list of keys")? {
+        found.insert(text(key, "key_id")?.to_owned(), text(key, "state")?.to_owned());
     }
     for (id, states) in &expect.keys {
         match found.get(id) {
@@ -273,7 +273,7 @@ fn next_commands(site: &Site, expect: &Expect, before: BTreeSet<String>) -> Resu
     if expect.key_being_made || !expect.keys.is_empty() {
         let key = json(site, &["key", "create"])?;
         let mut after = expect.clone();
-        after.key_is(text(&key, "KeyId")?, "Enabled");
+        after.key_is(text(&key, "key_id")?, "Enabled");
         keys(site, &after)?;
     }
     let probe = site.ok(&["volume", "create", "--size", "4KiB", "--unencrypted"])?;

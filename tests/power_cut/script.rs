@@ -286,7 +286,7 @@ impl Script {
         self.mark("a key is being made", |expect| expect.key_being_made = true);
         let out = self.run(&[&["key", "create", "--json"], arguments].concat());
         let key: Value = serde_json::from_str(&out).expect("JSON");
-        let id = key["KeyId"].as_str().expect("it has an id").to_owned();
+        let id = key["key_id"].as_str().expect("it has an id").to_owned();
         let told = id.clone();
         self.promise(&format!("key {id} was made"), move |expect| {
             expect.key_being_made = false;

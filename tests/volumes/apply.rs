@@ -78,7 +78,7 @@ fn what_is_missing_is_made_once_and_the_next_time_there_is_nothing_to_do() {
     let made = volumes(&store);
     assert_eq!(made.len(), 4);
     let key: Value = serde_json::from_str(&store.ok(&["key", "show", "alias/prod", "--json"])).unwrap();
-    assert_eq!(made["db"]["keys"][0]["key_id"], key["Arn"]);
+    assert_eq!(made["db"]["keys"][0]["key_id"], key["arn"]);
     assert_eq!((&made["db"]["size"], &made["db"]["sector_size"]), (&json!(20 << 20), &json!(4096)));
     assert_eq!(made["db"]["tags"], json!({"env": "prod", "Name": "db"}));
     assert_eq!((&made["scratch"]["encrypted"], &made["logs"]["encrypted"]), (&json!(false), &json!(true)));

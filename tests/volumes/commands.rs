@@ -467,3 +467,79 @@ fn an_empty_store_has_empty_lists_and_is_not_made_by_looking() {
     assert_eq!(store.run(&["events"]).code, 0);
     assert!(!store.root().exists());
 }
+
+/// The names of what is listed, in order; of what has none, "-".
+fn listed(store: &Store, arguments: &[&str]) -> Vec<String> {
+    let listed = store.json(arguments);
+    let name = |it: &Value| it["name"].as_str().or(it["tags"]["Name"].as_str()).unwrap_or("-").to_owned();
+    listed.as_array().unwrap().iter().map(name).collect()
+}
+
+#[test]
+fn lists_are_in_the_order_of_names_unless_another_is_asked_for() {
+    let store = Store::new();
+    for (name, size) in [("c", "1MiB"), ("a", "3MiB"), ("b", "2MiB")] {
+        store.json(&["volume", "create", "--unencrypted", "--size", size, "--name", name]);
+    }
+    store.create(&["--unencrypted"]);
+    assert_eq!(listed(&store, &["volume", "list"]), ["a", "b", "c", "-"]);
+    assert_eq!(listed(&store, &["volume", "ls", "--reverse"]), ["-", "c", "b", "a"]);
+    assert_eq!(
+        listed(&store, &["volume", "ls", "--sort", "size", "--filter", "name=c", "--filter", "name=b"]),
+        ["c", "b"]
+    );
+    let ids = store.json(&["volume", "list", "--sort", "id"]);
+    let ids: Vec<&str> = ids.as_array().unwrap().iter().map(|it| it["id"].as_str().unwrap()).collect();
+    assert!(ids.is_sorted(), "{ids:?}");
+    for name in ["z", "x", "y"] {
+        store.json(&["snapshot", "create", "a", "--name", name]);
+    }
+    assert_eq!(listed(&store, &["snapshot", "ls"]), ["x", "y", "z"]);
+    store.json(&["snapshot", "rm", "y"]);
+    store.json(&["volume", "rm", "c"]);
+    assert_eq!(listed(&store, &["snapshot", "list", "-r"]), ["z", "x"]);
+    let said = store.refuse(2, &["volume", "list", "--sort", "colour"]);
+    assert!(said.contains("name, id, size, created"), "{said}");
+}
+
+#[test]
+fn the_configuration_folder_can_be_named() {
+    let store = Store::new();
+    let config = store.dir.path().join("elsewhere");
+    let run = |arguments: &[&str]| {
+        let mut command = store.command(&["--config-dir", config.to_str().unwrap(), "--json"]);
+        let output = command.args(arguments).env_remove("SEALBLK_CONFIG_DIR").output().unwrap();
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        (
+            output.status.code().unwrap(),
+            serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default(),
+            said,
+        )
+    };
+    let image = store.dir.path().join("image");
+    // Its helper is given the data key by the KMS whose root key is there.
+    for arguments in [
+        &["volume", "create", "--size", "1MiB", "--name", "db"][..],
+        &["volume", "export", "db", image.to_str().unwrap()],
+    ] {
+        let (code, _, said) = run(arguments);
+        assert_eq!(code, 0, "{said}");
+    }
+    assert!(config.join("stores").is_dir() && !store.dir.path().join("config").exists());
+}
+
+#[test]
+fn whoever_gives_no_command_is_shown_which_there_are() {
+    let store = Store::new();
+    for words in [&[][..], &["volume"], &["--json", "volume"]] {
+        let said = store.run(words);
+        assert_eq!((said.code, said.out.as_str()), (2, ""), "{words:?}");
+        assert!(said.err.contains("Usage: sealblk"), "{}", said.err);
+        for hidden in ["rewrap-key", "keep-grants", "unwrap"] {
+            assert!(!said.err.contains(hidden), "{}", said.err);
+        }
+    }
+    let said = store.run(&["unwrapp"]);
+    assert!(said.code == 2 && !said.err.contains("'unwrap'"), "{}", said.err);
+}

@@ -11,6 +11,10 @@ use crate::base::space::Space;
 use crate::base::{Error, Kind, Result, spare};
 use nix::fcntl::OFlag;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// The configuration folder that `--config-dir` names.
+static CONFIG_DIR: OnceLock<PathBuf> = OnceLock::new();
 
 /// The root folder of a sealblk store.
 #[derive(Clone, Debug)]
@@ -30,13 +34,38 @@ impl Root {
     }
 
     /// Where secrets and settings that must not lie with the data go: `/etc/sealblk` for root, else
-    /// `$XDG_CONFIG_HOME/sealblk` or `~/.config/sealblk`; `SEALBLK_CONFIG_DIR` overrides.
+    /// `$XDG_CONFIG_HOME/sealblk` or `~/.config/sealblk`; `SEALBLK_CONFIG_DIR` overrides, and
+    /// [`Root::use_config_dir`] all of them.
     pub fn config_dir() -> Result<PathBuf> {
+        if let Some(dir) = CONFIG_DIR.get() {
+            return Ok(resolved(dir));
+        }
         match std::env::var_os("SEALBLK_CONFIG_DIR") {
             Some(dir) if !dir.is_empty() => Ok(dir.into()),
-            _ => xdg("/etc", "XDG_CONFIG_HOME", ".config", "set SEALBLK_CONFIG_DIR"),
+            _ => xdg("/etc", "XDG_CONFIG_HOME", ".config", "give --config-dir DIR"),
         }
         .map(|dir: PathBuf| resolved(&dir))
+    }
+
+    /// Has this whole process use the configuration folder at `path`.
+    ///
+    /// # Errors
+    /// `Usage` for an empty path, and where it uses another one already.
+    pub fn use_config_dir(path: &Path) -> Result<()> {
+        let usage = |message: String| Err(Error::new(Kind::Usage, message));
+        if path.as_os_str().is_empty() {
+            return usage("--config-dir is empty".into());
+        }
+        let path = std::path::absolute(path)?;
+        match CONFIG_DIR.get_or_init(|| path.clone()) {
+            used if *used == path => Ok(()),
+            used => usage(format!("the configuration folder is {} already", used.display())),
+        }
+    }
+
+    /// The folder that [`Root::use_config_dir`] was given, for processes that this one starts.
+    pub fn used_config_dir() -> Option<&'static Path> {
+        CONFIG_DIR.get().map(PathBuf::as_path)
     }
 
     /// The root folder itself.

@@ -139,9 +139,10 @@ impl Ledger {
     fn config(&self) -> Result<&Path> {
         match &self.config {
             Some(config) => Ok(config),
-            None => {
-                Err(Error::new(Kind::Usage, "neither XDG_CONFIG_HOME, HOME nor SEALBLK_CONFIG_DIR is set"))
-            }
+            None => Err(Error::new(
+                Kind::Usage,
+                "neither --config-dir, SEALBLK_CONFIG_DIR, XDG_CONFIG_HOME nor HOME is set",
+            )),
         }
     }
 

@@ -9,6 +9,7 @@ use crate::catalog::Catalog;
 use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
+use crate::cli::sort::{Place, SortArgs};
 use crate::cli::volume::export;
 use crate::cli::{Env, output, rewrap, space};
 use crate::ops::delete;
@@ -22,10 +23,14 @@ pub enum Command {
     /// Make a snapshot of a volume, which takes the same short time whatever the volume's size.
     Create(create::CreateArgs),
     /// List the snapshots.
-    #[command(after_help = "\
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
 Examples:
   sealblk snapshot list --json
-  sealblk snapshot list --filter volume-id=vol-0123456789abcdef0 --filter tag:Name=nightly")]
+  sealblk snapshot list --sort created --reverse
+  sealblk snapshot list --filter volume-id=vol-0123456789abcdef0 --filter tag:Name=nightly"
+    )]
     List(ListArgs),
     /// Show one snapshot.
     #[command(after_help = "Example:\n  sealblk snapshot show snap-0a1b")]
@@ -37,7 +42,9 @@ Examples:
     /// Wrap the data keys of a snapshot by another KMS key.
     Rewrap(rewrap::RewrapSnapshotArgs),
     /// Delete a snapshot, and give back the space that it alone needed.
-    #[command(after_help = "\
+    #[command(
+        visible_alias = "rm",
+        after_help = "\
 Examples:
   sealblk snapshot delete snap-0a1b
   sealblk snapshot delete snap-0a1b --later
@@ -45,7 +52,8 @@ Examples:
 What other snapshots and volumes need of it stays. What layers above have as well, wherever its layers are used, is given
 back; layers that nothing tells apart any more are merged, in the direction that moves less. Volumes stay attached
 meanwhile. It may be interrupted at any moment: the snapshot is deleted first, and \"sealblk gc\" goes on with the
-rest.")]
+rest."
+    )]
     Delete(DeleteArgs),
     /// Give a snapshot tags.
     #[command(after_help = "Example:\n  sealblk snapshot tag snap-0a1b Name=nightly")]
@@ -62,6 +70,8 @@ pub struct ListArgs {
     /// tag:KEY. Of filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]
     filter: Vec<Filter>,
+    #[command(flatten)]
+    sort: SortArgs,
 }
 
 /// A command on one snapshot.
@@ -125,7 +135,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::run(env, args),
         Command::Copy(args) => copy::run(env, args),
-        Command::List(args) => list(env, &args.filter),
+        Command::List(args) => list(env, &args),
         Command::Show(args) => show(env, &args.snapshot),
         Command::Export(args) => {
             let id = env.catalog().resolve_snapshot(&args.snapshot)?;
@@ -138,11 +148,17 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     }
 }
 
-fn list(env: &Env, filters: &[Filter]) -> Result<()> {
+fn list(env: &Env, args: &ListArgs) -> Result<()> {
+    let filters = args.filter.as_slice();
     filter::check(filters, &["id", "volume-id", "status", "encrypted", "description"])?;
     let catalog = env.catalog();
     let mut entries = catalog.snapshots()?;
     entries.retain(|entry| is_wanted(entry, filters));
+    args.sort.sort(&mut entries, |entry: &Entry| {
+        let known = entry.snapshot.as_ref().ok();
+        let (size, created) = (known.map(|it| it.geometry().size()), known.map(|it| it.created()));
+        Place { name: entry.name(), id: entry.id, size, created }
+    });
     if env.json {
         let values = entries.iter().map(|e| match &e.snapshot {
             Ok(snapshot) => description(&catalog, snapshot),

@@ -12,6 +12,7 @@ mod tag;
 use crate::base::{Result, size};
 use crate::catalog::{Catalog, Entry, VolumeId};
 use crate::cli::filter::{self, Filter};
+use crate::cli::sort::{Place, SortArgs};
 use crate::cli::space;
 use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
@@ -28,14 +29,18 @@ pub enum Command {
     /// Write what a volume holds into a file, in the clear.
     Export(export::ExportArgs),
     /// List the volumes.
-    #[command(after_help = "\
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
 Examples:
   sealblk volume list --json
+  sealblk volume list --sort size --reverse
   sealblk volume list --filter tag:Name=db --filter status=available
 
 ON DISK is what a volume's layers take: those that nothing else names, and those that it shares with snapshots and other
 volumes. The last line holds the sizes of all volumes, which they may come to take, against the file system: where that is
-less, they are overcommitted. In JSON these are space and file_system.")]
+less, they are overcommitted. In JSON these are space and file_system."
+    )]
     List(ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
     Show(show::ShowArgs),
@@ -46,7 +51,9 @@ less, they are overcommitted. In JSON these are space and file_system.")]
     /// Make a volume's layers one, attached or not: it needs no snapshot's data any more then.
     Flatten(rekey::FlattenArgs),
     /// Delete a volume and its data, unless it is attached.
-    #[command(after_help = "\
+    #[command(
+        visible_alias = "rm",
+        after_help = "\
 Examples:
   sealblk volume delete db
   sealblk volume delete db --shred --json > receipt.json
@@ -54,7 +61,8 @@ Examples:
 Without its data key a volume's data is noise. --shred overwrites every wrapped copy of the data key in the store before
 it removes it, and prints a receipt: what was destroyed, and what is outside its reach. Whoever kept a copy of
 volume.json and can ask the KMS can still read a copy of the data: the receipt names the KMS key, and whether anything
-else needs it.")]
+else needs it."
+    )]
     Delete(DeleteArgs),
     /// Make a volume larger.
     Resize(resize::ResizeArgs),
@@ -73,6 +81,8 @@ pub struct ListArgs {
     /// filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]
     filter: Vec<Filter>,
+    #[command(flatten)]
+    sort: SortArgs,
 }
 
 /// What `volume delete` takes.
@@ -107,7 +117,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Create(args) => create::run(env, &args),
         Command::Import(args) => import::run(env, &args),
         Command::Export(args) => export::run(env, &args),
-        Command::List(args) => list(env, &args.filter),
+        Command::List(args) => list(env, &args),
         Command::Show(args) => show::show(env, &args),
         Command::Rewrap(args) => rewrap::volume(env, &args),
         Command::Rekey(args) => rekey::rekey(env, &args),
@@ -119,7 +129,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     }
 }
 
-fn list(env: &Env, filters: &[Filter]) -> Result<()> {
+fn list(env: &Env, args: &ListArgs) -> Result<()> {
+    let filters = args.filter.as_slice();
     filter::check(filters, &FILTERS)?;
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
@@ -133,6 +144,11 @@ fn list(env: &Env, filters: &[Filter]) -> Result<()> {
         }
         entries = wanted;
     }
+    args.sort.sort(&mut entries, |entry: &Entry| {
+        let known = entry.metadata.as_ref().ok();
+        let (size, created) = (known.map(|it| it.size()), known.map(|it| it.created()));
+        Place { name: entry.name(), id: entry.id, size, created }
+    });
     if env.json {
         let values = entries.iter().map(|e| match &e.metadata {
             Ok(metadata) => {

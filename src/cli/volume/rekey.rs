@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::show;
+use crate::base::plural::counted;
 use crate::base::{Result, size};
 use crate::catalog::VolumeId;
 use crate::cli::budget::SpaceArgs;
@@ -147,8 +148,9 @@ fn finish(env: &Env, store: &Store, id: VolumeId, following: &FollowArgs, said: 
         return output::print_json(&show::description(catalog, &now)?);
     }
     let rest = match (now.layout().leaving(), now.layers().len()) {
-        (0, 1) if following.follow => "everything is in one layer\n".into(),
-        (0, layers) if following.follow => format!("everything is in {layers} layers\n"),
+        (0, layers) if following.follow => {
+            format!("everything is in {}\n", counted(layers, "layer", "layers"))
+        }
         (0, _) => String::new(),
         _ => format!(
             "what lower layers hold is copied up while it is attached; \"sealblk volume show {id}\" says how \

@@ -1,5 +1,6 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
+use crate::base::plural::counted;
 use crate::base::{Error, Kind, Result, size};
 use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
@@ -164,10 +165,8 @@ impl Attached {
                     rows.push(pair("", said));
                 }
                 rows.extend(status.no_space.as_ref().map(|Refusals { requests, last }| {
-                    let said = match requests {
-                        1 => "1 request of the guest's was".into(),
-                        n => format!("{n} requests of the guest's were"),
-                    };
+                    let said =
+                        counted(*requests, "request of the guest's was", "requests of the guest's were");
                     pair("", format!("{said} refused for want of space, the last one at {last}"))
                 }));
                 let used = |key: &UsedKey| {

@@ -12,6 +12,7 @@ pub use plan::{Change, Plan, Planned};
 
 use super::Store;
 use super::need::Budget;
+use crate::base::plural::counted;
 use crate::base::root::{create_dir_durable, files};
 use crate::base::{Context, Result, locks};
 use crate::catalog::VolumeId;
@@ -33,7 +34,11 @@ pub fn apply(store: &Store, wanted: &[Wanted], budget: Budget) -> Result<(Plan, 
     for (done, planned) in changes.iter().enumerate() {
         ids.push(planned.carry_out(store, budget).map_err(|e| match done {
             0 => e.context(&planned.name),
-            n => e.context(format!("{n} of {} changes are done, then {}", changes.len(), planned.name)),
+            n => {
+                let (all, verb) = (changes.len(), if n == 1 { "is" } else { "are" });
+                let all = counted(all, "change", "changes");
+                e.context(format!("{n} of {all} {verb} done, then {}", planned.name))
+            }
         })?);
     }
     Ok((plan, ids))

@@ -232,8 +232,8 @@ fn damaged(path: &Path) -> KmsError {
 fn missing(path: &Path, store: Uuid) -> KmsError {
     KmsError::Unsupported(format!(
         "the root key of the KMS store {store} is missing: put {} back from a backup, or have \"sealblk kms \
-         restore\" do so (the store's folder is worthless without it; if the key lies in another folder, set \
-         SEALBLK_CONFIG_DIR; if it is a systemd credential, this was not started with it)",
+         restore\" do so (the store's folder is worthless without it; if the key lies in another folder, \
+         name that by --config-dir; if it is a systemd credential, this was not started with it)",
         path.display()
     ))
 }
