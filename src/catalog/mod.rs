@@ -3,6 +3,7 @@
 //! A volume is a folder `volumes/<id>/` that holds a `volume.json`. A folder without one is a volume that is
 //! being made or deleted, or whose making or deleting was cut off (`ops::delete` clears those away).
 
+pub mod attach_settings;
 pub(crate) mod chains;
 pub mod freeze;
 pub mod grow;
@@ -129,9 +130,11 @@ impl Catalog {
         Ok(self.ids()?.into_iter().map(claim).filter(|it| !gone(it)).collect())
     }
 
-    /// Some volume whose record claims this name, believed or not.
-    pub(crate) fn claimant(&self, name: &VolumeName) -> Result<Option<VolumeId>> {
-        let claims = |(_, claim): &Claim| claim.as_ref().is_ok_and(|it| it.name() == Some(name));
+    /// Some volume whose record claims this name, believed or not, other than `except`.
+    pub(crate) fn claimant(&self, name: &VolumeName, except: Option<VolumeId>) -> Result<Option<VolumeId>> {
+        let claims = |(id, claim): &Claim| {
+            Some(*id) != except && claim.as_ref().is_ok_and(|it| it.name() == Some(name))
+        };
         Ok(self.claims()?.into_iter().find(claims).map(|(id, _)| id))
     }
 
@@ -204,7 +207,12 @@ impl Catalog {
     /// # Errors
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn doubt(&self, id: VolumeId) -> Result<Option<Doubt>> {
-        Ok(self.judged(&id, self.load_claim(id)?, || self.load_claim(id), VolumeFacts::of)?.1)
+        let (_, doubt) = self.judged(&id, self.load_claim(id)?, || self.load_claim(id), VolumeFacts::of)?;
+        if doubt.is_some() {
+            return Ok(doubt);
+        }
+        let of_settings = |doubt| Doubt::Differs(format!("the settings that are kept with it: {doubt}"));
+        Ok(self.kept(id)?.err().map(of_settings))
     }
 
     /// What `read` returns of `id`, which was `claim` just now, and why that is not believed; none: it is, or
@@ -334,7 +342,8 @@ impl Catalog {
     /// `NotFound`; `Corrupt` for a record that cannot be read; those of the file system.
     pub(crate) fn accept(&self, id: VolumeId) -> Result<()> {
         let facts = VolumeFacts::of(&self.load_claim(id)?);
-        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.accept(&id.to_string(), facts))
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.accept(&id.to_string(), facts))?;
+        self.accept_attach_settings(id)
     }
 
     /// Accepts a snapshot's record as it is, whatever the ledger says.
@@ -350,7 +359,10 @@ impl Catalog {
     /// first, so the caller has the store locked.
     pub(crate) fn entries_of_nothing(&self, _store: &references::RecordsLock) -> Result<Vec<String>> {
         let Some(ledger) = &self.ledger else { return Ok(Vec::new()) };
-        let is_volume = |id: &str| id.parse().is_ok_and(|id: VolumeId| files::exists(&self.folder(id)));
+        let is_volume = |entry: &str| {
+            let id = entry.parse().ok().or_else(|| attach_settings::owner_of_entry(entry));
+            id.is_some_and(|id| files::exists(&self.folder(id)))
+        };
         let is_snapshot =
             |id: &str| id.parse::<SnapshotId>().is_ok_and(|id| self.snapshot_is_there_or_begun(id));
         let ids = ledger.ids()?.into_iter();
@@ -368,6 +380,12 @@ impl Catalog {
     /// Takes the entry of a volume or snapshot out that is not there any more.
     pub(crate) fn forget_entry(&self, id: &dyn Display) -> Result<()> {
         self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.forget(&id.to_string()))
+    }
+
+    /// Takes everything of a volume out of the ledger, which is not there any more.
+    pub(crate) fn forget_volume(&self, id: VolumeId) -> Result<()> {
+        self.forget_entry(&attach_settings::entry_of(id))?;
+        self.forget_entry(&id)
     }
 
     /// Who has a volume.

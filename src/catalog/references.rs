@@ -12,7 +12,7 @@ use crate::catalog::metadata::Metadata;
 use crate::catalog::pending::Pending;
 use crate::catalog::{self, Catalog, LayerId, VolumeId, read_bounded};
 use crate::image::lock::{Access, ImageLock};
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, OFlag};
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::fs::File;
@@ -38,6 +38,25 @@ impl RecordsLock {
         let folder = files::folder(&path).context(attempt)?;
         let folder = locks::lock_whole(folder).context(attempt)?;
         Ok(RecordsLock { _folder: folder })
+    }
+}
+
+/// The lock of the names of all volumes of a store, for whoever gives a volume one: an flock on
+/// `names.lock`. It comes before the [`RecordsLock`]. Whoever has it may wait for the host process of an
+/// attached volume, whose clients may wait for the [`RecordsLock`].
+pub struct NamesLock {
+    _file: Flock<File>,
+}
+
+impl NamesLock {
+    /// Waits until nobody else has it.
+    pub(crate) fn acquire(catalog: &Catalog) -> Result<Self> {
+        let path = catalog.root().path().join("names.lock");
+        let attempt = || format!("lock {}", path.display());
+        create_dir_durable(catalog.root().path())?;
+        let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
+        let file = locks::lock_whole(file.context(attempt)?).context(attempt)?;
+        Ok(NamesLock { _file: file })
     }
 }
 

@@ -4,7 +4,9 @@
 use crate::base::plural::counted;
 use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::VolumeId;
+use crate::catalog::attach_settings::AttachSettings;
 use crate::cli::budget::SpaceArgs;
+use crate::cli::volume::{attach_json, kept_words};
 use crate::cli::{Env, output};
 use crate::ops::apply::{self, Change, Plan, Planned, Wanted};
 use serde_json::{Value, json};
@@ -32,9 +34,14 @@ A file in TOML (or JSON, of the same names):
   own-data-key = true         # with a snapshot: what it writes is under a data key of its own
   unencrypted = true          # not encrypted
   tags = { env = \"prod\" }     # exactly these; left out: whatever there is
+  iops = 3000                 # as \"sealblk volume modify\" keeps them; left out: whatever is kept
+  throughput = \"125MiB\"
+  burst = 1                   # seconds
+  serial = \"db-01\"
+  queues = 4
 
-What is missing is made, what is smaller is made larger, attached or not, and tags are set. Applied again, it changes
-nothing. A volume that the file does not name is left alone, and none is ever deleted. What cannot be changed (a smaller
+What is missing is made, what is smaller is made larger, attached or not, tags are set, and limits are kept and put in force.
+Applied again, it changes nothing. A volume that the file does not name is left alone, and none is ever deleted. What cannot be changed (a smaller
 size, another key, sector size, snapshot or encryption) is refused before anything is done.")]
 pub struct ApplyArgs {
     /// The file; - for standard input.
@@ -114,6 +121,7 @@ fn row(planned: &Planned) -> Vec<String> {
             let tags: Vec<String> = tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
             ("~", format!("tag {}", tags.join(" ")))
         }
+        Change::Modify { settings, .. } => ("~", format!("keep for its attaches: {}", kept_words(settings))),
     };
     vec![sign.into(), planned.name.clone(), what]
 }
@@ -125,12 +133,16 @@ fn json_of(planned: &Planned) -> Value {
             "name": planned.name, "action": "create", "size": volume.size, "key": volume.key,
             "sector_size": volume.sector_size, "snapshot": volume.snapshot,
             "encrypted": !volume.unencrypted, "tags": volume.tags,
+            "attach": attach_json(&volume.attach_settings(&AttachSettings::default())),
         }),
         Change::Grow { id, from, to } => {
             json!({"name": planned.name, "action": "grow", "id": id, "from": from, "to": to})
         }
         Change::Tag { id, tags } => {
             json!({"name": planned.name, "action": "tag", "id": id, "tags": tags})
+        }
+        Change::Modify { id, settings } => {
+            json!({"name": planned.name, "action": "modify", "id": id, "attach": attach_json(settings)})
         }
     }
 }

@@ -3,12 +3,14 @@
 use crate::base::plural::counted;
 use crate::base::space::Reserve;
 use crate::base::{Error, Kind, Result};
+use crate::catalog::attach_settings::{self, AttachSettings, MAX_QUEUES};
 use crate::cli::{Env, output};
 use crate::crypt::xts::Engine;
 use crate::helper::grants::keeper;
 use crate::helper::unwrap;
 use crate::host::socket::SocketAccess;
 use crate::host::{Endpoint, Options, control};
+use crate::ops::modify;
 use crate::sandbox::{self, Identity};
 use crate::vhost::queue::qos::Limits;
 use clap::Args;
@@ -55,8 +57,8 @@ pub struct AttachArgs {
     socket_mode: Option<Mode>,
 
     /// Queues that the guest may use, each served by a thread while in use; no fewer than the VMM asks for
-    /// [default: the host's CPUs].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    /// [default: what is kept with the volume, else the host's CPUs].
+    #[arg(long, value_name = "N", value_parser = queues())]
     queues: Option<u16>,
 
     /// The most entries that a queue may have: a power of two.
@@ -67,7 +69,8 @@ pub struct AttachArgs {
     #[arg(long)]
     read_only: bool,
 
-    /// The disk's serial as the guest sees it, at most 20 bytes [default: the volume's id as EBS writes it].
+    /// The disk's serial as the guest sees it, at most 20 bytes [default: what is kept with the volume, else
+    /// the volume's id as EBS writes it].
     #[arg(long, value_name = "S", value_parser = serial)]
     serial: Option<String>,
 
@@ -122,14 +125,15 @@ pub struct AttachArgs {
     print_capabilities: bool,
 }
 
-/// Limits on a volume's requests, for all its queues together.
+/// Limits on a volume's requests, for all its queues together. What is not said is kept with the volume
+/// ("sealblk volume modify"), or there is no limit.
 #[derive(Args)]
-struct LimitArgs {
-    /// Requests a second; 0: no limit [default: 0].
+pub(super) struct LimitArgs {
+    /// Requests a second; 0: no limit.
     #[arg(long, value_name = "N")]
     iops: Option<u64>,
 
-    /// Bytes a second, like 100MiB; 0: no limit [default: 0].
+    /// Bytes a second, like 100MiB; 0: no limit.
     #[arg(long, value_name = "SIZE", value_parser = crate::base::size::parse)]
     throughput: Option<u64>,
 
@@ -139,15 +143,27 @@ struct LimitArgs {
 }
 
 impl LimitArgs {
+    /// The limits that are said, and nothing else.
     fn limits(&self) -> Limits {
-        Limits {
-            iops: self.iops.unwrap_or(0),
-            throughput: self.throughput.unwrap_or(0),
-            burst: self.burst.unwrap_or(Duration::from_secs(1)),
-        }
+        self.limits_over(&AttachSettings::default())
     }
 
-    fn is_any(&self) -> bool {
+    /// The limits that are said, and of what is not said those that are kept.
+    fn limits_over(&self, kept: &AttachSettings) -> Limits {
+        let mut settings = kept.clone();
+        self.change(&mut settings);
+        modify::limits(&settings)
+    }
+
+    /// Notes what is said, to be kept.
+    pub(super) fn change(&self, kept: &mut AttachSettings) {
+        kept.iops = self.iops.or(kept.iops);
+        kept.throughput = self.throughput.or(kept.throughput);
+        let milliseconds = |burst: Duration| u64::try_from(burst.as_millis()).unwrap_or(u64::MAX);
+        kept.burst_ms = self.burst.map(milliseconds).or(kept.burst_ms);
+    }
+
+    pub(super) fn is_any(&self) -> bool {
         self.iops.is_some() || self.throughput.is_some() || self.burst.is_some()
     }
 }
@@ -158,7 +174,10 @@ impl LimitArgs {
 Example:
   sealblk throttle db --iops 3000 --throughput 125MiB
   sealblk throttle db                                   lifts all limits of the guest's
-  sealblk throttle db --hydrate-rate 200MiB             changes nothing else")]
+  sealblk throttle db --hydrate-rate 200MiB             changes nothing else
+
+It lasts until the volume is detached. \"sealblk volume modify\" keeps limits with the volume, for this attach and
+the next ones.")]
 pub struct ThrottleArgs {
     /// The volume: its id, a unique beginning of it, or its name.
     volume: String,
@@ -196,18 +215,20 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         (None, None) => return Err(missing()),
     };
     let settings = env.settings()?;
+    let catalog = env.catalog();
+    let kept = catalog.attach_settings(catalog.resolve(volume)?)?;
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(64) as u16);
     let options = Options {
         endpoint,
         access: SocketAccess { group: args.socket_group, mode: args.socket_mode },
-        queues: args.queues.unwrap_or(cpus),
+        queues: args.queues.or(kept.queues).unwrap_or(cpus),
         queue_size: args.queue_size,
         read_only: args.read_only,
-        serial: args.serial.clone(),
+        serial: args.serial.clone().or_else(|| kept.serial.clone()),
         engine: args.xts_engine,
         poll: Duration::from_micros(args.poll_us),
         in_order: args.in_order,
-        limits: args.limits.limits(),
+        limits: args.limits.limits_over(&kept),
         hydrate_rate: args.hydrate_rate,
         space_reserve: args.space_reserve.map_or(settings.space_reserve, Reserve::of),
         cpus: args.cpus.clone().map_or(Vec::new(), |cpus| cpus.0),
@@ -215,7 +236,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
     };
-    crate::host::attach(&env.catalog(), &settings, volume, &options, env.hardened, |attached| {
+    crate::host::attach(&catalog, &settings, volume, &options, env.hardened, |attached| {
         if env.json {
             return output::print_json(&json!({
                 "id": attached.volume,
@@ -335,11 +356,12 @@ fn socket_mode(text: &str) -> Result<Mode, String> {
     bits.map(Mode::from_bits_truncate).ok_or_else(|| "permissions in octal, like 0660".into())
 }
 
-fn serial(text: &str) -> Result<String, String> {
-    if text.len() <= 20 && text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Ok(text.into());
-    }
-    Err("at most 20 printable ASCII characters without spaces".into())
+pub(super) fn serial(text: &str) -> Result<String, String> {
+    attach_settings::check_serial(text).map(|()| text.into())
+}
+
+pub(super) fn queues() -> impl clap::builder::TypedValueParser<Value = u16> {
+    clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES))
 }
 
 fn sandbox_mode(text: &str) -> Result<sandbox::Mode, String> {

@@ -190,6 +190,8 @@ impl Service {
         let (reserve, cancel) = (record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
+        let rename = record();
+        let limits = self.qos.clone();
         let status = Arc::new(move || Status {
             access: access(),
             read_only,
@@ -197,6 +199,7 @@ impl Service {
             hydration: status.hydration(),
             flush_failed: flush_failed(),
             no_space: no_space(),
+            limits: Some(limits.limits().into()),
         });
         let status_too = status.clone();
         Orders {
@@ -226,6 +229,7 @@ impl Service {
             let_go: Box::new(move |layers| empty.let_go_of_empty(layers)),
             cancel_flatten: Box::new(move || cancel.cancel_flatten()),
             upgrade: Box::new(move |protocol, secret, client| predecessor.leave(protocol, secret, client)),
+            rename: Box::new(move |name| rename.rename(name)),
         }
     }
 

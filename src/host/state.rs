@@ -4,6 +4,7 @@
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::{Catalog, Metadata};
 use crate::crypt::SealKey;
@@ -68,6 +69,20 @@ impl Record {
         next.rewrap(new)?;
         let id = next.id();
         self.catalog.save(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
+        state.metadata = next;
+        Ok(())
+    }
+
+    /// Notes the volume's name, durably, or that it has none.
+    ///
+    /// # Errors
+    /// As [`Catalog::save`]; the file is as it was then.
+    pub fn rename(&self, name: Option<VolumeName>) -> Result<()> {
+        let mut state = self.state();
+        let state = state.as_mut().ok_or_else(gone)?;
+        let mut next = state.metadata.renamed(name);
+        let id = next.id();
+        self.catalog.save(&state.lock, &mut next).context(|| format!("rename {id}"))?;
         state.metadata = next;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::base::Timestamp;
 use crate::catalog::metadata::KeyRecord;
+use crate::vhost::queue::qos::Limits;
 use serde::{Deserialize, Serialize};
 
 /// What a host process says of itself.
@@ -22,6 +23,27 @@ pub struct Status {
     /// Requests that failed for want of space, if any did.
     #[serde(default)]
     pub no_space: Option<Refusals>,
+    /// The limits in force.
+    #[serde(default)]
+    pub limits: Option<InForce>,
+}
+
+/// Limits on a volume's requests that are in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InForce {
+    /// Requests a second; 0: no limit.
+    pub iops: u64,
+    /// Bytes a second; 0: no limit.
+    pub throughput: u64,
+    /// For how many milliseconds' worth of them an idle volume saves up.
+    pub burst_ms: u64,
+}
+
+impl From<Limits> for InForce {
+    fn from(Limits { iops, throughput, burst }: Limits) -> Self {
+        InForce { iops, throughput, burst_ms: u64::try_from(burst.as_millis()).unwrap_or(u64::MAX) }
+    }
 }
 
 /// Requests of the guest's that failed for want of space.

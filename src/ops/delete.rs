@@ -168,7 +168,7 @@ fn remove_folder(catalog: &Catalog, id: VolumeId) -> Result<()> {
     shred::finish(&folder)?;
     files::remove_folder(&folder).context(|| format!("remove {}", folder.display()))?;
     sync_dir(&catalog.root().volumes())?;
-    catalog.forget_entry(&id)
+    catalog.forget_volume(id)
 }
 
 /// Clears away what interrupted creates and deletes left. What cannot be understood stays, with a warning.

@@ -10,7 +10,7 @@ use crate::base::{Error, Kind, Result};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
-use crate::catalog::references::{CREATING, RecordsLock};
+use crate::catalog::references::{CREATING, NamesLock, RecordsLock};
 use crate::catalog::tags::{self, Tags};
 use crate::catalog::{self, Catalog, VolumeId};
 use crate::events::{Event, EventLog};
@@ -67,7 +67,7 @@ pub(crate) fn create_filled(
     prepare: impl FnOnce(VolumeId) -> Result<Metadata, Failure>,
     fill: impl FnOnce(&Metadata) -> Result<()>,
 ) -> Result<Metadata> {
-    check_name_is_free(catalog, wanted.name.as_ref())?;
+    check_name_is_free(catalog, wanted.name.as_ref(), None)?;
     let id = VolumeId::random();
     // First what can fail for reasons of others, while there is nothing to clear away.
     let made = prepare(id).and_then(|metadata| Ok(make(catalog, metadata, wanted, fill)?));
@@ -134,16 +134,21 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
 /// The rename after which the volume is there.
 fn commit(catalog: &Catalog, metadata: &Metadata) -> Result<()> {
     // Held over the look at the names and the rename: of two volumes of one name, one comes second.
+    let _names = metadata.name().map(|_| NamesLock::acquire(catalog)).transpose()?;
     let _records = RecordsLock::acquire(catalog)?;
-    check_name_is_free(catalog, metadata.name())?;
+    check_name_is_free(catalog, metadata.name(), None)?;
     rename_durably(&catalog.folder(metadata.id()), CREATING, catalog::FILE)
 }
 
 /// # Errors
-/// `Busy` if a volume has that name.
-fn check_name_is_free(catalog: &Catalog, name: Option<&VolumeName>) -> Result<()> {
+/// `Busy` if a volume has that name, other than `except`.
+pub(super) fn check_name_is_free(
+    catalog: &Catalog,
+    name: Option<&VolumeName>,
+    except: Option<VolumeId>,
+) -> Result<()> {
     let Some(name) = name else { return Ok(()) };
-    match catalog.claimant(name)? {
+    match catalog.claimant(name, except)? {
         None => Ok(()),
         Some(id) => {
             let message = format!("{id} has the name \"{name}\" already; choose another");

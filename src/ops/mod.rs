@@ -8,7 +8,7 @@
 //! | verbs | files |
 //! |---|---|
 //! | volumes: make, delete | [`create`], [`import`], [`delete`] |
-//! | volumes: change | [`resize`], [`rekey`], [`flatten`], [`rewrap`] |
+//! | volumes: change | [`resize`], [`rename`], [`modify`], [`rekey`], [`flatten`], [`rewrap`] |
 //! | volumes: who serves them | [`upgrade`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
@@ -34,12 +34,14 @@ pub mod key_sharing;
 pub mod keys;
 pub mod make;
 pub mod metrics;
+pub mod modify;
 pub mod need;
 mod new_top;
 pub mod observe;
 pub mod rates;
 pub mod reach;
 pub mod rekey;
+pub mod rename;
 pub mod resize;
 pub mod rewrap;
 pub mod shred;

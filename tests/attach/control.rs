@@ -1,8 +1,10 @@
 //! Clients of the control socket that are slow, silent, many, or late.
 
-use crate::common::attach::Place;
+use crate::common::attach::{Place, open};
+use crate::common::frontend::{Request, Session};
 use crate::common::patience::{AtEnd, limit};
-use serde_json::Value;
+use crate::common::store::said;
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,4 +90,68 @@ fn a_detach_that_is_asked_for_while_another_ends_is_answered_too() {
         }
         host.ends_well();
     }
+}
+
+#[test]
+fn an_attached_volume_is_renamed_by_its_host_process() {
+    let place = Place::new(&[]);
+    let id = place.id();
+    let host = place.attach(&[]);
+    let said = place.store.ok(&["volume", "rename", "t", "other"]);
+    assert_eq!(said, format!("{id} is called other\n"));
+    // What the process writes later has the name as well.
+    place.store.ok(&["snapshot", "create", "other"]);
+    place.store.ok(&["detach", "other"]);
+    host.ends_well();
+    place.store.ok(&["store", "check"]);
+    place.store.ok(&["volume", "rename", "other", "t"]);
+    let host = place.attach(&["--read-only"]);
+    place.store.ok(&["volume", "rename", "t", "--unnamed"]);
+    place.store.ok(&["detach", &id]);
+    host.ends_well();
+    place.store.ok(&["store", "check"]);
+}
+
+fn serial_of(session: &mut Session) -> String {
+    let outcome = Request::get_id(20).run(&mut session.rings[0]).expect("it completes");
+    String::from_utf8(outcome.data).expect("text").trim_end_matches('\0').to_owned()
+}
+
+#[test]
+fn what_is_kept_with_a_volume_is_in_force_at_once_and_at_the_next_attach() {
+    let place = Place::new(&[]);
+    let shown = || -> Value {
+        let shown: Value = serde_json::from_str(&place.store.ok(&["volume", "show", "t", "--json"])).unwrap();
+        shown["attachment"]["limits"].clone()
+    };
+    let limits = |iops: u64, throughput: u64, burst_ms: u64| json!({"iops": iops, "throughput": throughput, "burst_ms": burst_ms});
+    let host = place.attach(&[]);
+    assert_eq!(shown(), limits(0, 0, 1000));
+    let output =
+        place.store.run(&["volume", "modify", "t", "--iops", "3000", "--serial", "kept", "--queues", "3"]);
+    assert!(
+        said(&output).contains("the limits are in force") && said(&output).contains("attached again"),
+        "{}",
+        said(&output)
+    );
+    assert_eq!(shown(), limits(3000, 0, 1000));
+    // What a throttle says lasts until the detach.
+    place.store.ok(&["throttle", "t", "--throughput", "1MiB"]);
+    assert_eq!(shown(), limits(0, 1 << 20, 1000));
+    host.end();
+    let host = place.attach(&["--json"]);
+    let told: Value = serde_json::from_str(&host.output()).expect("one JSON value");
+    assert_eq!((&told["queues"], shown()), (&json!(3), limits(3000, 0, 1000)));
+    let mut session = open(&place.socket());
+    assert!(serial_of(&mut session) == "kept");
+    drop(session);
+    host.end();
+    // The attach's own arguments come first.
+    let host = place.attach(&["--json", "--iops", "5", "--serial", "mine", "--queues", "1", "--burst", "2"]);
+    let told: Value = serde_json::from_str(&host.output()).expect("one JSON value");
+    assert_eq!((&told["queues"], shown()), (&json!(1), limits(5, 0, 2000)));
+    let mut session = open(&place.socket());
+    assert!(serial_of(&mut session) == "mine");
+    drop(session);
+    host.end();
 }

@@ -48,6 +48,11 @@ fn used(place: &Place, snapshot: &str) -> Vec<(PathBuf, Vec<Vec<String>>)> {
         (root.join("kms/store"), list(&[&["key", "list"], &attach])),
         (root.join("kms/lock"), list(&[&["key", "list"], &attach])),
         (root.join("apply.lock"), list(&[&["apply", "/dev/null"]])),
+        (root.join("names.lock"), list(&[&["volume", "rename", &id, "t"]])),
+        (
+            root.join(format!("ledger/{id}.attach.json")),
+            list(&[&["volume", "modify", &id, "--iops", "1"], &["volume", "show", &id], &attach]),
+        ),
         (root.join("event-sinks/a.lock"), list(&[&["events", "deliver"]])),
         (root.join("event-sinks/a.json"), list(&[&["events", "deliver"]])),
     ]
@@ -60,6 +65,7 @@ fn with_each(lay: impl Fn(&Path)) {
     place.store.configure("[[event-sink]]\nname = 'a'\ncommand = ['/bin/true']\n");
     let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
     place.store.ok(&["events", "deliver"]);
+    place.store.ok(&["volume", "modify", "t", "--iops", "1"]);
     for (path, commands) in used(&place, &snapshot) {
         let aside = path.with_extension("aside");
         let was_there = fs::rename(&path, &aside).is_ok();
@@ -75,6 +81,7 @@ fn with_each(lay: impl Fn(&Path)) {
             fs::rename(&aside, &path).unwrap();
         }
     }
+    place.store.accept();
     place.attach(&[]).end();
 }
 

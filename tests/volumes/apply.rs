@@ -243,3 +243,33 @@ fn a_data_key_of_its_own_can_be_said_of_a_volume_from_a_snapshot() {
     apply(&store, "[[volume]]\nname = \"set\"\nsnapshot = \"golden\"\n", &[]);
     assert_eq!(keys("set"), 2);
 }
+
+#[test]
+fn what_is_kept_for_attaches_becomes_what_is_written() {
+    let store = prepared();
+    let limited =
+        "[[volume]]\nname = \"db\"\nsize = \"1MiB\"\niops = 3000\nthroughput = \"1MiB\"\nqueues = 2\n";
+    apply(&store, limited, &[]);
+    let attach = |volume: &Value| volume["attach"].clone();
+    let kept = json!({
+        "iops": 3000, "throughput": 1 << 20, "burst_seconds": null, "serial": null, "queues": 2
+    });
+    assert_eq!(attach(&volumes(&store)["db"]), kept);
+    assert_eq!(apply(&store, limited, &[])["changes"], json!([]));
+    // What the file does not speak of stays; what it says is in force at once.
+    let host = store.attach("db", &[]);
+    let other = "[[volume]]\nname = \"db\"\nsize = \"1MiB\"\niops = 500\nserial = \"s\"\n";
+    assert_eq!(actions(&apply(&store, other, &["--dry-run"])), [("db", "modify")]);
+    let path = write(&store, other);
+    let said = store.ok(&["apply", &path]);
+    assert!(
+        said.contains("500 requests/s, 1 MiB/s, serial s") && said.ends_with("1 change was made\n"),
+        "{said}"
+    );
+    let shown: Value = serde_json::from_str(&store.ok(&["volume", "show", "db", "--json"])).unwrap();
+    let in_force = &shown["attachment"]["limits"];
+    assert_eq!((&in_force["iops"], &in_force["throughput"]), (&json!(500), &json!(1 << 20)));
+    host.detach();
+    let said = refuse(&store, 2, "[[volume]]\nname = \"db\"\nsize = \"1MiB\"\nqueues = 0\n");
+    assert!(said.contains("1 to 64"), "{said}");
+}

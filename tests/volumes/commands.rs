@@ -503,6 +503,105 @@ fn lists_are_in_the_order_of_names_unless_another_is_asked_for() {
 }
 
 #[test]
+fn a_volume_is_called_what_it_is_renamed_to() {
+    let store = Store::new();
+    let (db, other) = (store.create(&["--name", "db"]), store.create(&["--name", "other"]));
+    let renamed = store.json(&["volume", "rename", "db", "db-old"]);
+    assert_eq!((&renamed["id"], &renamed["name"]), (&db["id"], &json!("db-old")));
+    assert_eq!(store.json(&["volume", "show", "db-old"])["id"], db["id"]);
+    store.refuse(3, &["volume", "show", "db"]);
+    let said = store.refuse(4, &["volume", "rename", "db-old", "other"]);
+    assert!(said.contains(other["id"].as_str().unwrap()), "{said}");
+    // The name that it has is nobody else's.
+    assert_eq!(store.json(&["volume", "rename", "db-old", "db-old"])["generation"], renamed["generation"]);
+    store.refuse(2, &["volume", "rename", "db-old", "vol-1"]);
+    store.refuse(2, &["volume", "rename", "db-old"]);
+    store.refuse(2, &["volume", "rename", "db-old", "x", "--unnamed"]);
+    assert_eq!(store.json(&["volume", "rename", "db-old", "--unnamed"])["name"], Value::Null);
+    // What was given up can be had by another.
+    assert_eq!(store.json(&["volume", "rename", "other", "db"])["name"], "db");
+    assert_eq!(store.run(&["store", "check"]).code, 0);
+}
+
+#[test]
+fn settings_are_kept_with_a_volume_until_it_is_deleted() {
+    let store = Store::new();
+    let id = store.create(&["--name", "db"])["id"].as_str().unwrap().to_owned();
+    let none =
+        json!({"iops": null, "throughput": null, "burst_seconds": null, "serial": null, "queues": null});
+    assert_eq!(store.json(&["volume", "show", "db"])["attach"], none);
+    assert!(!store.run(&["volume", "list"]).out.contains("LIMITS"));
+    let arguments =
+        ["--iops", "3000", "--throughput", "125MiB", "--burst", "2.5", "--serial", "db-01", "--queues", "4"];
+    let modified = store.json(&[&["volume", "modify", "db", "--tag", "env=prod"], &arguments[..]].concat());
+    let kept =
+        json!({"iops": 3000, "throughput": 125 << 20, "burst_seconds": 2.5, "serial": "db-01", "queues": 4});
+    assert_eq!((&modified["attach"], &modified["tags"]["env"]), (&kept, &json!("prod")));
+    assert_eq!(modified["in_force"], false);
+    assert_eq!(store.json(&["volume", "list"])[0]["attach"], kept);
+    let list = store.run(&["volume", "list"]).out;
+    assert!(list.contains("LIMITS") && list.contains("3000 requests/s, 125 MiB/s"), "{list}");
+    let show = store.run(&["volume", "show", "db"]).out;
+    assert!(show.contains("a burst of 2.5 s, serial db-01, 4 queues"), "{show}");
+    let events = store.run(&["events"]).out;
+    assert!(events.contains("modifyVolume  completed"), "{events}");
+    // What is not said stays, and what is reset goes.
+    let modified =
+        store.json(&["volume", "modify", "db", "--iops", "0", "--reset", "serial", "--reset", "queues"]);
+    let kept =
+        json!({"iops": 0, "throughput": 125 << 20, "burst_seconds": 2.5, "serial": null, "queues": null});
+    assert_eq!(modified["attach"], kept);
+    for arguments in
+        [&[][..], &["--serial", "a b"], &["--queues", "65"], &["--queues", "0"], &["--tag", "aws:x=1"]]
+    {
+        store.refuse(2, &[&["volume", "modify", "db"], arguments].concat());
+    }
+    store.refuse(3, &["volume", "modify", "db", "--untag", "none"]);
+    store.refuse(3, &["volume", "modify", "none", "--iops", "1"]);
+    assert_eq!(store.json(&["volume", "show", "db"])["attach"], kept);
+    // They go with the volume.
+    store.json(&["volume", "rename", "db", "other"]);
+    assert_eq!(store.json(&["volume", "show", "other"])["attach"], kept);
+    let entry = store.root().join(format!("ledger/{id}.attach.json"));
+    assert!(entry.exists());
+    store.json(&["volume", "delete", "other"]);
+    assert!(!entry.exists());
+}
+
+/// Whoever can write the store could lift the limits of a neighbour, or give it another serial.
+#[test]
+fn settings_that_no_command_has_kept_are_not_believed() {
+    let store = Store::new();
+    let id = store.create(&["--name", "db"])["id"].as_str().unwrap().to_owned();
+    store.json(&["volume", "modify", "db", "--iops", "10"]);
+    let entry = store.root().join(format!("ledger/{id}.attach.json"));
+    let first = fs::read(&entry).unwrap();
+    store.json(&["volume", "modify", "db", "--iops", "20"]);
+    let second = fs::read(&entry).unwrap();
+    let forged = String::from_utf8(second.clone()).unwrap().replace("20", "99");
+    let attach = ["attach", "db", "--socket-path", "/nonexistent/t.sock"];
+    for (bytes, accepted) in [(Some(forged.into_bytes()), Some(99)), (Some(first), Some(10)), (None, None)] {
+        match &bytes {
+            Some(bytes) => fs::write(&entry, bytes).unwrap(),
+            None => fs::remove_file(&entry).unwrap(),
+        }
+        for command in [&attach[..], &["volume", "modify", "db", "--iops", "1"]] {
+            let said = store.refuse(7, command);
+            assert!(
+                said.contains("settings") && said.contains(&format!("sealblk store accept {id}")),
+                "{said}"
+            );
+        }
+        assert_eq!(store.json(&["volume", "show", "db"])["attach"], Value::Null);
+        assert_eq!(store.run(&["store", "check"]).code, 7);
+        store.json(&["store", "accept", "db"]);
+        assert_eq!(store.run(&["store", "check"]).code, 0);
+        assert_eq!(store.json(&["volume", "show", "db"])["attach"]["iops"], json!(accepted));
+        store.json(&["volume", "modify", "db", "--iops", "20"]);
+    }
+}
+
+#[test]
 fn the_configuration_folder_can_be_named() {
     let store = Store::new();
     let config = store.dir.path().join("elsewhere");

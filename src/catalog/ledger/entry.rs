@@ -43,6 +43,15 @@ impl<F: Facts> Entry<F> {
         if !bool::from(mac(key, id, body).as_slice().ct_eq(&tag)) {
             return None;
         }
+        Self::of_body(body, id)
+    }
+
+    /// What these bytes say as an entry of this id, whoever wrote them.
+    pub(super) fn claim(bytes: &[u8], id: &str) -> Option<Self> {
+        Self::of_body(bytes.split(|&b| b == b'\n').next()?, id)
+    }
+
+    fn of_body(body: &[u8], id: &str) -> Option<Self> {
         let written: Written<F::Written> = serde_json::from_slice(body).ok()?;
         let accepted = written.accepted.into_iter().map(|facts| F::from_written(facts, id));
         let accepted = accepted.collect::<Result<_, _>>().ok()?;

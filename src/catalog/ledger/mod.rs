@@ -127,8 +127,7 @@ type Key = Zeroizing<[u8; entry::KEY_LEN]>;
 impl Ledger {
     /// The ledger of the store at `root`, which need not exist yet.
     pub(crate) fn of(root: &Root) -> Self {
-        let digest = hex::encode(Sha256::digest(root.path().as_os_str().as_bytes()));
-        let config = Root::config_dir().ok().map(|config| config.join("stores").join(&digest[..16]));
+        let config = Root::config_dir().ok().map(|config| config.join("stores").join(folder_name(root)));
         Ledger { root: root.path().to_owned(), entries: root.ledger(), config }
     }
 
@@ -246,6 +245,44 @@ impl Ledger {
         Ok(self.entry::<F>(id)?.ok().map(|entry| entry.accepted))
     }
 
+    /// What commands have set as `id`, which no record beside the entry says; none if they never have.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(crate) fn setting<F: Facts>(&self, id: &str) -> Result<Result<Option<F>, Doubt>> {
+        match self.entry::<F>(id)? {
+            Ok(mut entry) => Ok(Ok(entry.accepted.pop())),
+            Err(Doubt::Unknown) if self.was_never_set(id)? => Ok(Ok(None)),
+            Err(doubt) => Ok(Err(doubt)),
+        }
+    }
+
+    /// Whether there is neither an entry of this id nor a mark. An empty mark is of the moment before the
+    /// first entry.
+    fn was_never_set(&self, id: &str) -> Result<bool> {
+        let path = self.mark_path(id)?;
+        let number = match files::open(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => 0,
+            mark => read_mark(&mark.context(|| format!("open {}", path.display()))?)?,
+        };
+        Ok(number == 0 && !files::exists(&self.entry_path(id)))
+    }
+
+    /// What an entry says, whoever wrote it; none if there is no such thing.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(crate) fn claim<F: Facts>(&self, id: &str) -> Result<Option<F>> {
+        let path = self.entry_path(id);
+        match files::read(&path, MAX_LEN) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            bytes => {
+                let bytes = bytes.context(|| format!("read {}", path.display()))?;
+                Ok(Entry::claim(&bytes, id).and_then(|mut entry| entry.accepted.pop()))
+            }
+        }
+    }
+
     /// Takes the entry of a record out that is not there any more; without one, does nothing.
     pub(crate) fn forget(&self, id: &str) -> Result<()> {
         for path in [self.entry_path(id), self.mark_path(id)?] {
@@ -323,6 +360,12 @@ impl Ledger {
         };
         Ok(Entry::parse(&bytes, id, key).ok_or(Doubt::Forged))
     }
+}
+
+/// The name of a store's folder: a digest of its path.
+fn folder_name(root: &Root) -> String {
+    let digest = hex::encode(Sha256::digest(root.path().as_os_str().as_bytes()));
+    digest[..16].to_owned()
 }
 
 /// A record whose state is being changed: its entry is locked.

@@ -30,6 +30,8 @@ pub enum Purpose {
     Mark,
     /// What lower layers hold is being copied up.
     Hydrate,
+    /// The volume is given another name.
+    Rename,
 }
 
 /// Where a process runs, as far as that can be told: in which PID namespace of which kernel.
@@ -136,6 +138,7 @@ impl fmt::Display for Holder {
             Purpose::Export => "is being exported",
             Purpose::Mark => "is being marked to be re-keyed or flattened",
             Purpose::Hydrate => "is being re-keyed or flattened",
+            Purpose::Rename => "is being renamed",
         };
         write!(f, "{doing} by {} (since {}", self.process(), self.since)?;
         if let Some(socket) = &self.socket {

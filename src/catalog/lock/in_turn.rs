@@ -61,7 +61,12 @@ impl Purpose {
     /// Whether a command has a volume no longer than it takes to write a record and to ask a KMS.
     fn is_brief(self) -> bool {
         match self {
-            Purpose::Snapshot | Purpose::Resize | Purpose::Recover | Purpose::Rewrap | Purpose::Mark => true,
+            Purpose::Snapshot
+            | Purpose::Resize
+            | Purpose::Recover
+            | Purpose::Rewrap
+            | Purpose::Mark
+            | Purpose::Rename => true,
             Purpose::Attach | Purpose::Create | Purpose::Delete | Purpose::Export | Purpose::Hydrate => false,
         }
     }
@@ -126,7 +131,14 @@ mod tests {
             let _lock = acquire(purpose).unwrap();
             assert_eq!(acquire(Purpose::Snapshot).unwrap_err().kind(), Kind::Busy);
         }
-        let brief = [Purpose::Snapshot, Purpose::Resize, Purpose::Recover, Purpose::Rewrap, Purpose::Mark];
+        let brief = [
+            Purpose::Snapshot,
+            Purpose::Resize,
+            Purpose::Recover,
+            Purpose::Rewrap,
+            Purpose::Mark,
+            Purpose::Rename,
+        ];
         std::thread::scope(|threads| {
             let first = acquire(Purpose::Snapshot).unwrap();
             let others = brief.map(|purpose| threads.spawn(move || acquire(purpose).map(drop)));

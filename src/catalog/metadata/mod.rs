@@ -239,6 +239,11 @@ impl Metadata {
         self.generation
     }
 
+    /// This volume with this name, or with none.
+    pub(crate) fn renamed(&self, name: Option<VolumeName>) -> Self {
+        Metadata { name, ..self.clone() }
+    }
+
     /// This metadata as the next generation, to be written.
     ///
     /// # Errors

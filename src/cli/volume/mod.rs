@@ -4,10 +4,13 @@
 pub(super) mod create;
 pub(super) mod export;
 mod import;
+mod modify;
 mod rekey;
 pub(super) mod resize;
 mod show;
 mod tag;
+
+pub(super) use show::{attach_json, kept_words};
 
 use crate::base::{Result, size};
 use crate::catalog::{Catalog, Entry, VolumeId};
@@ -16,6 +19,7 @@ use crate::cli::sort::{Place, SortArgs};
 use crate::cli::space;
 use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
+use crate::ops::modify as kept;
 use crate::ops::usage::{Overview, Usage};
 use serde_json::{Value, json};
 
@@ -39,7 +43,7 @@ Examples:
 
 ON DISK is what a volume's layers take: those that nothing else names, and those that it shares with snapshots and other
 volumes. The last line holds the sizes of all volumes, which they may come to take, against the file system: where that is
-less, they are overcommitted. In JSON these are space and file_system."
+less, they are overcommitted. In JSON these are space and file_system. Where limits are kept with a volume, LIMITS are these."
     )]
     List(ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
@@ -66,6 +70,10 @@ else needs it."
     Delete(DeleteArgs),
     /// Make a volume larger.
     Resize(resize::ResizeArgs),
+    /// Change limits, serial, queues and tags, which are kept with the volume.
+    Modify(modify::ModifyArgs),
+    /// Give a volume another name, attached or not.
+    Rename(modify::RenameArgs),
     /// Give a volume tags.
     #[command(after_help = "Example:\n  sealblk volume tag db Name=db env=prod")]
     Tag(tag::TagArgs),
@@ -124,6 +132,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Flatten(args) => rekey::flatten(env, &args),
         Command::Delete(args) => delete(env, &args),
         Command::Resize(args) => resize::run(env, &args),
+        Command::Modify(args) => modify::modify(env, &args),
+        Command::Rename(args) => modify::rename(env, &args),
         Command::Tag(args) => tag::tag(env, &args),
         Command::Untag(args) => tag::untag(env, &args),
     }
@@ -169,7 +179,25 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
     for entry in &entries {
         rows.push(row(&catalog, entry, &overview)?);
     }
+    let metadata = || entries.iter().map(|entry| entry.metadata.as_ref().ok());
+    // Columns that are empty in most stores are not there in these.
+    let limits = |id| {
+        let kept = kept::limits(&catalog.attach_settings(id).ok()?);
+        modify::limit_words(kept.iops, kept.throughput)
+    };
+    let limits: Vec<Option<String>> = metadata().map(|metadata| limits(metadata?.id())).collect();
+    if limits.iter().any(Option::is_some) {
+        add_column(&mut rows, "LIMITS", limits.into_iter());
+    }
     output::print(&(output::table(&rows) + &sum(&overview))).map(drop)
+}
+
+/// Adds a column at the end: its head, and a cell for each row below.
+fn add_column(rows: &mut [Vec<String>], head: &str, cells: impl Iterator<Item = Option<String>>) {
+    let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".into()));
+    for (row, cell) in rows.iter_mut().zip(std::iter::once(head.to_owned()).chain(cells)) {
+        row.push(cell);
+    }
 }
 
 /// What all volumes take, and may come to take, against the file system; nothing where there is none.

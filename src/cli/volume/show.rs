@@ -2,14 +2,17 @@
 
 use crate::base::plural::counted;
 use crate::base::{Error, Kind, Result, size};
+use crate::catalog::attach_settings::AttachSettings;
 use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
-use crate::catalog::{Catalog, Metadata};
+use crate::catalog::{Catalog, Metadata, VolumeId};
+use crate::cli::volume::modify::limit_words;
 use crate::cli::{Env, output, space};
 use crate::host::control;
 use crate::host::status::{Progress, Refusals, Status, UsedKey};
 use crate::kms::{self, KeyState};
 use crate::ops::key_sharing::{self, Holder};
+use crate::ops::modify;
 use crate::ops::usage::{self, OfLayer};
 use serde_json::{Value, json};
 
@@ -18,7 +21,10 @@ use serde_json::{Value, json};
 #[command(after_help = "\
 Examples:
   sealblk volume show db
-  sealblk volume show db --check-key    asks the KMS; exit code 0 if the next attach would get its keys, else 3, 5 or 6")]
+  sealblk volume show db --check-key
+
+--check-key asks the KMS. The exit code is 0 if the next attach would get its keys; else it is that of the attach:
+3, 5, 6 or 7, and 8 where the root key is missing.")]
 pub struct ShowArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
@@ -90,6 +96,11 @@ fn rows(
         Ok(tags) => rows.extend(tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}")))),
         Err(e) => rows.push(pair("tag", e)),
     }
+    match catalog.attach_settings(metadata.id()) {
+        Ok(kept) if kept.is_empty() => {}
+        Ok(kept) => rows.push(pair("attach takes", kept_words(&kept))),
+        Err(e) => rows.push(pair("attach takes", e)),
+    }
     rows.push(pair("created", metadata.created()));
     rows.push(pair("state", state(&attached.held)));
     rows.extend(attached.rows());
@@ -158,6 +169,8 @@ impl Attached {
                 if status.read_only {
                     rows.push(pair("", "read-only"));
                 }
+                let limits = status.limits.as_ref().and_then(|it| limit_words(it.iops, it.throughput));
+                rows.extend(limits.map(|words| pair("", format!("limited to {words}"))));
                 if status.flush_failed {
                     let said = "a flush has failed: writes may be lost, and no flush succeeds until it is \
                                 detached and attached again; check its disk first, and then the guest's file \
@@ -234,6 +247,7 @@ impl Attached {
                 value["hydration"] = json!(status.hydration);
                 value["flush_failed"] = json!(status.flush_failed);
                 value["no_space"] = json!(status.no_space);
+                value["limits"] = json!(status.limits);
             }
             Err(e) => value["problem"] = json!(e.to_string()),
         }
@@ -344,8 +358,37 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
         "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
         "tags": tags,
         "generation": metadata.generation(),
+        "attach": kept_json(catalog, metadata.id()),
         "problem": catalog.check_layers(metadata).err().or(unreadable).map(|e| e.to_string()),
     }))
+}
+
+/// What is kept with a volume for its attaches, in words.
+pub(in crate::cli) fn kept_words(kept: &AttachSettings) -> String {
+    let limits = modify::limits(kept);
+    let mut words: Vec<String> = limit_words(limits.iops, limits.throughput).into_iter().collect();
+    if kept.burst_ms.is_some() {
+        words.push(format!("a burst of {} s", limits.burst.as_secs_f64()));
+    }
+    words.extend(kept.serial.as_ref().map(|serial| format!("serial {serial}")));
+    words.extend(kept.queues.map(|queues| counted(queues, "queue", "queues")));
+    if words.is_empty() { "nothing is kept for its attaches".into() } else { words.join(", ") }
+}
+
+/// What is kept with a volume for its attaches; null for what is not believed.
+fn kept_json(catalog: &Catalog, id: VolumeId) -> Value {
+    catalog.attach_settings(id).map_or(Value::Null, |kept| attach_json(&kept))
+}
+
+/// What is kept with a volume for its attaches, for programs.
+pub(in crate::cli) fn attach_json(kept: &AttachSettings) -> Value {
+    json!({
+        "iops": kept.iops,
+        "throughput": kept.throughput,
+        "burst_seconds": kept.burst_ms.map(|ms| ms as f64 / 1000.0),
+        "serial": kept.serial,
+        "queues": kept.queues,
+    })
 }
 
 /// What is to be copied up, whether anybody is at it or not.

@@ -15,6 +15,7 @@ use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result, printable, wire};
 use crate::catalog::Metadata;
 use crate::catalog::lock::{Held, Purpose};
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::tags::Tags;
@@ -95,6 +96,10 @@ pub(super) enum Request {
     Upgrade {
         protocol: u32,
     },
+    /// Note the volume's name, or that it has none.
+    Rename {
+        name: Option<VolumeName>,
+    },
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -129,6 +134,7 @@ pub(super) enum Answer {
     Offer(Box<Offer>),
     /// Another process has taken over.
     Left,
+    Renamed,
     Failed {
         kind: String,
         message: String,
@@ -195,6 +201,19 @@ pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()>
     let expected = catalog.expect(volume, rewrapped)?;
     ask(catalog, volume, &Request::Rewrap(Box::new(new)), None)?;
     expected.settle().map(drop)
+}
+
+/// Has the process that has `volume` attached note its name, or that it has none. When this returns,
+/// `volume.json` says so, durably.
+///
+/// # Errors
+/// As [`status`]; those of the process.
+pub fn rename(catalog: &Catalog, volume: VolumeId, name: Option<&VolumeName>) -> Result<()> {
+    let expected = catalog.expect(volume, |now| now.renamed(name.cloned()))?;
+    match ask(catalog, volume, &Request::Rename { name: name.cloned() }, Some(BUSY))? {
+        Answer::Renamed => expected.settle().map(drop),
+        _ => Err(Error::new(Kind::Other, "its answer is to another question")),
+    }
 }
 
 /// Has the process that has `volume` attached make it `size` bytes large, and returns whether the guest's VMM

@@ -7,6 +7,7 @@ use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::LockFile;
+use crate::catalog::metadata::VolumeName;
 use crate::catalog::rekey::WrittenNewKey;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::{Label, Wanted};
@@ -97,6 +98,8 @@ pub struct Orders {
     pub upgrade: UpgradeOrder,
     /// Copy nothing up any more; returns whether anything was to be.
     pub cancel_flatten: Box<dyn Fn() -> Result<bool> + Send>,
+    /// Note the volume's name, or that it has none.
+    pub rename: Box<dyn Fn(Option<VolumeName>) -> Result<()> + Send>,
 }
 
 /// The host process's end.
@@ -406,6 +409,10 @@ impl Server {
                 });
                 done.inspect_err(|e| log::warn!("no other process has taken over: {e}"))
                     .map(|()| Answer::Left)
+            }
+            Ok(Request::Rename { name }) => {
+                log::info!("a client renames the volume");
+                (self.orders.rename)(name).map(|()| Answer::Renamed)
             }
             Err(e) => Err(e),
         };

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Kind, Result, size};
+use crate::catalog::attach_settings::AttachSettings;
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
 use crate::crypt::SectorSize;
@@ -9,6 +10,7 @@ use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::HashSet;
 use std::fmt;
+use std::time::Duration;
 
 /// A volume as it shall be.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -34,6 +36,31 @@ pub struct Wanted {
     pub own_data_key: bool,
     /// Exactly its tags; without, whatever there are.
     pub tags: Option<Tags>,
+    /// Requests a second that an attach lets in, 0 for any number; without, whatever is kept.
+    pub iops: Option<u64>,
+    /// Bytes a second, likewise.
+    #[serde(default, deserialize_with = "bytes")]
+    pub throughput: Option<u64>,
+    /// For how many milliseconds' worth of these an idle volume saves up; in the file, seconds.
+    #[serde(default, rename = "burst", deserialize_with = "milliseconds")]
+    pub burst_ms: Option<u64>,
+    /// The disk's serial as the guest sees it; without, whatever is kept.
+    pub serial: Option<String>,
+    /// How many queues the guest may use; without, whatever is kept.
+    pub queues: Option<u16>,
+}
+
+impl Wanted {
+    /// What is kept with the volume for its attaches, where `kept` is now.
+    pub fn attach_settings(&self, kept: &AttachSettings) -> AttachSettings {
+        AttachSettings {
+            iops: self.iops.or(kept.iops),
+            throughput: self.throughput.or(kept.throughput),
+            burst_ms: self.burst_ms.or(kept.burst_ms),
+            serial: self.serial.clone().or_else(|| kept.serial.clone()),
+            queues: self.queues.or(kept.queues),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -64,6 +91,8 @@ pub fn parse(text: &str) -> Result<Vec<Wanted>> {
             "has own-data-key, which is of encrypted volumes that are made from a snapshot"
         } else if volume.unencrypted && volume.key.is_some() {
             "has a key, and is not to be encrypted"
+        } else if let Err(problem) = volume.attach_settings(&AttachSettings::default()).check() {
+            return Err(usage(format!("the volume \"{}\": {problem}", volume.name)));
         } else {
             continue;
         };
@@ -97,6 +126,13 @@ fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     from.deserialize_any(Bytes).map(Some)
 }
 
+/// A number of seconds.
+fn milliseconds<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let seconds = f64::deserialize(from)?;
+    let duration = Duration::try_from_secs_f64(seconds).map_err(de::Error::custom)?;
+    u64::try_from(duration.as_millis()).map(Some).map_err(de::Error::custom)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +147,22 @@ mod tests {
         assert_eq!(parsed, parse(json).unwrap());
         assert_eq!((parsed[0].size, parsed[1].size), (Some(20 << 30), None));
         assert_eq!(parse("").unwrap(), []);
+        let kept = parse(
+            "[[volume]]\nname = \"a\"\nsize = 1\niops = 0\nthroughput = \"1MiB\"\nburst = 2\nserial = \"s\"\n\
+             queues = 3\n[[volume]]\nname = \"b\"\nsize = 1\nburst = 0.25\n",
+        )
+        .unwrap();
+        let expected = AttachSettings {
+            iops: Some(0),
+            throughput: Some(1 << 20),
+            burst_ms: Some(2000),
+            serial: Some("s".into()),
+            queues: Some(3),
+        };
+        assert_eq!(kept[0].attach_settings(&AttachSettings::default()), expected);
+        // What is not said stays.
+        let expected = AttachSettings { burst_ms: Some(250), ..expected };
+        assert_eq!(kept[1].attach_settings(&kept[0].attach_settings(&AttachSettings::default())), expected);
     }
 
     #[test]
@@ -128,6 +180,9 @@ mod tests {
             ("[[volume]]\nname = \"a\"\n", "neither a size nor a snapshot"),
             ("[[volume]]\nname = \"a\"\nsize = 1\nunencrypted = true\nkey = \"k\"\n", "has a key"),
             ("[[volume]]\nname = \"a\"\nsize = 1\nown-data-key = true\n", "made from a snapshot"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nqueues = 65\n", "1 to 64"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nserial = \"a b\"\n", "without spaces"),
+            ("[[volume]]\nname = \"a\"\nsize = 1\nburst = -1\n", "line 4"),
             ("{\"volume\": [{\"name\": \"a\", \"size\": \"1x\"}]}", "line 1 column"),
             ("{\"volume\": [{\"name\": \"a\", \"size\": 1}, {\"name\": \"a\", \"size\": 1}]}", "twice"),
         ] {

@@ -2,13 +2,14 @@
 
 use super::file::Wanted;
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::attach_settings::AttachSettings;
 use crate::catalog::metadata::LayerRecord;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
 use crate::config::DEFAULT_KEY;
 use crate::ops::create::{self, NewVolume};
 use crate::ops::need::Budget;
-use crate::ops::{Store, resize};
+use crate::ops::{Store, modify, resize};
 
 /// What will be done, in order.
 pub struct Plan {
@@ -43,6 +44,13 @@ pub enum Change {
         id: VolumeId,
         /// The tags.
         tags: Tags,
+    },
+    /// This is kept with the volume for its attaches.
+    Modify {
+        /// The volume.
+        id: VolumeId,
+        /// What is kept.
+        settings: AttachSettings,
     },
 }
 
@@ -133,6 +141,11 @@ impl Look<'_> {
         {
             changes.push(Change::Tag { id, tags: tags.clone() });
         }
+        let kept = self.catalog.attach_settings(id)?;
+        let settings = wanted.attach_settings(&kept);
+        if settings != kept {
+            changes.push(Change::Modify { id, settings });
+        }
         Ok(changes)
     }
 
@@ -221,6 +234,10 @@ impl Planned {
                 let snapshot = snapshot.map(|name| catalog.load_snapshot(catalog.resolve_snapshot(name)?));
                 let made =
                     create::create(store, &new_volume(wanted, budget), snapshot.transpose()?.as_ref())?;
+                let settings = wanted.attach_settings(&AttachSettings::default());
+                if !settings.is_empty() {
+                    keep(store, made.id(), &settings)?;
+                }
                 Ok(made.id())
             }
             Change::Grow { id, to, .. } => resize::resize(store, *id, *to).map(|_| *id),
@@ -231,8 +248,17 @@ impl Planned {
                 })?;
                 Ok(*id)
             }
+            Change::Modify { id, settings } => keep(store, *id, settings).map(|()| *id),
         }
     }
+}
+
+fn keep(store: &Store, id: VolumeId, settings: &AttachSettings) -> Result<()> {
+    let change = |kept: &mut AttachSettings| {
+        kept.clone_from(settings);
+        Ok(())
+    };
+    modify::modify(store, id, change).map(drop)
 }
 
 fn new_volume(wanted: &Wanted, budget: Budget) -> NewVolume {
