@@ -177,7 +177,12 @@ impl KeyProvider for KeyFiles {
         let name = Self::name(key);
         self.cipher(name)?;
         let description = self.folder.display().to_string();
-        Ok(KeyDescription { key_id: format!("{ID_PREFIX}{name}"), state: KeyState::Enabled, description })
+        Ok(KeyDescription {
+            key_id: format!("{ID_PREFIX}{name}"),
+            state: KeyState::Enabled,
+            description,
+            deletion: None,
+        })
     }
 
     fn generate_wrapped(

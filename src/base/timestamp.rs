@@ -23,6 +23,14 @@ impl Timestamp {
         Timestamp(PrimitiveDateTime::new(whole.date(), whole.time()))
     }
 
+    /// So many seconds after 1970 began, or before; none outside of the years 0 to 9999.
+    pub fn of_unix(seconds: i64) -> Option<Self> {
+        let moment = OffsetDateTime::from_unix_timestamp(seconds).ok()?;
+        (0..=9999)
+            .contains(&moment.year())
+            .then(|| Timestamp(PrimitiveDateTime::new(moment.date(), moment.time())))
+    }
+
     /// The moment that was `duration` ago by the clock; no earlier than the year 0.
     pub fn ago(duration: Duration) -> Self {
         let Timestamp(now) = Timestamp::now();
@@ -78,6 +86,8 @@ mod tests {
     fn long_ago_is_still_a_time() {
         let now = Timestamp::now();
         assert!(Timestamp::ago(Duration::from_secs(60)) < now);
+        assert_eq!(Timestamp::of_unix(0).unwrap().to_string(), "1970-01-01T00:00:00Z");
+        assert_eq!((Timestamp::of_unix(i64::MAX), Timestamp::of_unix(-62_167_219_201)), (None, None));
         assert_eq!(Timestamp::ago(Duration::MAX).to_string(), "0000-01-01T00:00:00Z");
     }
 }

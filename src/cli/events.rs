@@ -85,7 +85,7 @@ pub fn run(env: &Env, args: &Args) -> Result<()> {
 }
 
 /// Becomes readable at SIGINT or SIGTERM.
-fn stop_on_signals() -> Result<UnixStream> {
+pub(super) fn stop_on_signals() -> Result<UnixStream> {
     let (stop, signalled) = UnixStream::pair().context(|| "make a socket pair")?;
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         let signalled = signalled.try_clone().context(|| "copy a file descriptor")?;

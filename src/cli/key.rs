@@ -34,7 +34,7 @@ pub enum KeyCommand {
     Enable(KeyArgument),
     /// Switch a key off: what is attached goes on, the next attach is refused.
     #[command(after_help = "Example:\n  sealblk key disable alias/team-a")]
-    Disable(KeyArgument),
+    Disable(Disable),
     /// Delete a key after a waiting window; every volume under it is lost then.
     #[command(after_help = "Example:\n  sealblk key schedule-deletion 1234abcd --days 14")]
     ScheduleDeletion(ScheduleDeletion),
@@ -65,6 +65,16 @@ pub struct KeyArgument {
     key: String,
 }
 
+/// Arguments of `key disable`.
+#[derive(Debug, Args)]
+pub struct Disable {
+    #[command(flatten)]
+    key: KeyArgument,
+    /// Do it though attached volumes need the key: they go on, and their next attach is refused.
+    #[arg(long)]
+    yes: bool,
+}
+
 /// Arguments of `key schedule-deletion`.
 #[derive(Debug, Args)]
 pub struct ScheduleDeletion {
@@ -73,6 +83,9 @@ pub struct ScheduleDeletion {
     /// How long the deletion can be cancelled, 7 to 30.
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     days: u32,
+    /// Do it though attached volumes need the key: they go on, and their next attach is refused.
+    #[arg(long)]
+    yes: bool,
 }
 
 /// What can be done with aliases.
@@ -122,6 +135,13 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
     let tells_who_needs_it =
         matches!(command, KeyCommand::Show(_) | KeyCommand::Disable(_) | KeyCommand::ScheduleDeletion(_));
     let key = |argument: &KeyArgument| resolve(kms, &argument.key);
+    let key_unless_needed = |argument: &KeyArgument, yes: bool| {
+        let key = key(argument)?;
+        if !yes {
+            refuse_if_attached(root, &kms.key(&key)?.arn)?;
+        }
+        Ok::<_, Error>(key)
+    };
     let metadata = match command {
         KeyCommand::List => {
             let mut keys = kms.keys()?;
@@ -132,8 +152,10 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
         KeyCommand::Create(c) => kms.create_key(&c.description, c.alias.map(whole_alias).as_deref())?,
         KeyCommand::Show(argument) => kms.key(&key(&argument)?)?,
         KeyCommand::Enable(argument) => kms.enable(&key(&argument)?)?,
-        KeyCommand::Disable(argument) => kms.disable(&key(&argument)?)?,
-        KeyCommand::ScheduleDeletion(s) => kms.schedule_deletion(&key(&s.key)?, s.days)?,
+        KeyCommand::Disable(d) => kms.disable(&key_unless_needed(&d.key, d.yes)?)?,
+        KeyCommand::ScheduleDeletion(s) => {
+            kms.schedule_deletion(&key_unless_needed(&s.key, s.yes)?, s.days)?
+        }
         KeyCommand::CancelDeletion(argument) => kms.cancel_deletion(&key(&argument)?)?,
     };
     let (mut text, mut value) = (describe(&metadata), key_json(&metadata));
@@ -147,6 +169,25 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
         });
     }
     Ok((text, value))
+}
+
+/// # Errors
+/// `Busy`, naming them and what else needs the key, if attached volumes need it.
+fn refuse_if_attached(root: &Root, arn: &str) -> Result<()> {
+    let needs = keys::who_needs(root, arn)?;
+    let attached = || needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id.to_string());
+    if attached().next().is_none() {
+        return Ok(());
+    }
+    let others = needs.volumes.iter().filter(|(_, is)| !*is).map(|(id, _)| id.to_string());
+    let others: Vec<String> = others.chain(needs.snapshots.iter().map(ToString::to_string)).collect();
+    let others = if others.is_empty() { String::new() } else { format!("; so do {}", others.join(", ")) };
+    let message = format!(
+        "{arn} is needed by what is attached: {}{others}. What is attached goes on, and its next attach is \
+         refused; --yes does it all the same",
+        attached().collect::<Vec<_>>().join(", ")
+    );
+    Err(Error::new(Kind::Busy, message))
 }
 
 /// A key that something needs is no matter of its own: without it, that is not opened any more.

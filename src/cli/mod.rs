@@ -34,6 +34,7 @@ pub mod store;
 pub mod top;
 pub mod upgrade;
 pub mod volume;
+pub mod watch;
 
 use crate::audit as audit_log;
 use crate::base::hardened::{Hardened, harden, harden_children};
@@ -171,6 +172,8 @@ enum Command {
     /// Show who used which key when, and check that the record of it is whole.
     #[command(subcommand, after_help = "Example:\n  sealblk audit show --since 24h\n  sealblk audit verify")]
     Audit(audit::Command),
+    /// Watch the KMS keys of all volumes, and tell when one cannot be used any more.
+    Watch(watch::Args),
     /// Hold records against what commands have made of them, and accept what differs.
     #[command(subcommand, after_help = "Example:\n  sealblk store check")]
     Store(store::Command),
@@ -236,6 +239,7 @@ impl Command {
             Command::Settings(command) => settings::run(env, command),
             Command::Events(args) => events::run(env, &args),
             Command::Audit(command) => audit::run(env, command),
+            Command::Watch(args) => watch::run(env, &args),
             Command::Store(command) => store::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),

@@ -21,6 +21,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 
+/// Most volumes that an event about a key names beside the first.
+const MAX_OTHERS: usize = 99;
+
 /// What happened to a volume or snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -31,6 +34,8 @@ pub struct Event {
     volume: VolumeId,
     kms_key: Option<String>,
     snapshot: Option<OfSnapshot>,
+    /// The other volumes that it is about.
+    others: Vec<VolumeId>,
 }
 
 /// What an event about a snapshot has besides.
@@ -53,7 +58,16 @@ impl Event {
             Err(cause) => ("failed", cause),
         };
         let request_id = Some(Uuid::new_v4());
-        Event { name: "createVolume", result, cause, request_id, volume, kms_key: None, snapshot: None }
+        Event {
+            name: "createVolume",
+            result,
+            cause,
+            request_id,
+            volume,
+            kms_key: None,
+            snapshot: None,
+            others: Vec::new(),
+        }
     }
 
     /// `deleteVolume`: `deleted`.
@@ -67,6 +81,7 @@ impl Event {
             volume,
             kms_key: None,
             snapshot: None,
+            others: Vec::new(),
         }
     }
 
@@ -80,19 +95,58 @@ impl Event {
     ) -> Self {
         let name = if reattach { "reattachVolume" } else { "attachVolume" };
         let (cause, kms_key) = (cause.into(), kms_key.map(Into::into));
-        Event { name, result: "failed", cause, request_id: None, volume, kms_key, snapshot: None }
+        Event {
+            name,
+            result: "failed",
+            cause,
+            request_id: None,
+            volume,
+            kms_key,
+            snapshot: None,
+            others: Vec::new(),
+        }
     }
 
     /// `modifyVolume`: how far it has come, `modifying`, `optimizing` or `completed`.
     pub fn modify_volume(volume: VolumeId, result: &'static str) -> Self {
         let request_id = Some(Uuid::new_v4());
         let cause = String::new();
-        Event { name: "modifyVolume", result, cause, request_id, volume, kms_key: None, snapshot: None }
+        Event {
+            name: "modifyVolume",
+            result,
+            cause,
+            request_id,
+            volume,
+            kms_key: None,
+            snapshot: None,
+            others: Vec::new(),
+        }
     }
 
     /// `modifyVolume`: `failed`, for a cause.
     pub fn modify_failed(volume: VolumeId, cause: impl Into<String>) -> Self {
         Event { cause: cause.into(), ..Self::modify_volume(volume, "failed") }
+    }
+
+    /// `watchKey`, which EBS does not have: the KMS key of these volumes is `usable`, `unusable`,
+    /// `unreachable` or `pending-deletion`, and was not before. There is one volume at least.
+    pub fn watch_key(
+        volumes: Vec<VolumeId>,
+        kms_key: &str,
+        result: &'static str,
+        cause: impl Into<String>,
+    ) -> Self {
+        let mut others = volumes;
+        let volume = others.remove(0);
+        others.truncate(MAX_OTHERS);
+        let kms_key = Some(kms_key.into());
+        Event {
+            name: "watchKey",
+            kms_key,
+            cause: cause.into(),
+            others,
+            ..Self::modify_volume(volume, result)
+        }
     }
 
     /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost,
@@ -168,6 +222,7 @@ impl Event {
             volume,
             kms_key: None,
             snapshot: snapshot.map(of),
+            others: Vec::new(),
         }
     }
 
@@ -186,7 +241,16 @@ impl Event {
         };
         let request_id = Some(Uuid::new_v4());
         let snapshot = Some(snapshot);
-        Event { name: "createSnapshot", result, cause, request_id, volume, kms_key: None, snapshot }
+        Event {
+            name: "createSnapshot",
+            result,
+            cause,
+            request_id,
+            volume,
+            kms_key: None,
+            snapshot,
+            others: Vec::new(),
+        }
     }
 }
 
@@ -296,6 +360,7 @@ impl EventLog {
         // A snapshot that was never made has no name.
         let snapshot = of_snapshot.and_then(|s| s.id).map(|id| self.arn("snapshot", id));
         let resource = snapshot.unwrap_or(volume);
+        let others = event.others.iter().map(|id| self.arn("volume", id));
         let written = Written {
             version: "0",
             id: Uuid::new_v4().to_string(),
@@ -307,7 +372,7 @@ impl EventLog {
             account: &self.account,
             time: Timestamp::now(),
             region: &self.region,
-            resources: std::iter::once(resource).chain(event.kms_key.clone()).collect(),
+            resources: std::iter::once(resource).chain(event.kms_key.clone()).chain(others).collect(),
             detail: Detail {
                 event: event.name,
                 result: event.result,

@@ -24,6 +24,7 @@ pub use grant::{Grant, GrantRequest, ListedGrant};
 pub use key_ref::{KeyRef, ProviderName};
 
 use crate::audit::AuditKey;
+use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::config::Settings;
@@ -85,6 +86,8 @@ pub struct KeyDescription {
     pub state: KeyState,
     /// The operator's words.
     pub description: String,
+    /// When it is deleted, if it waits for that and the KMS says when.
+    pub deletion: Option<Timestamp>,
 }
 
 /// One key management service.

@@ -13,6 +13,7 @@
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them | [`key_sharing`] |
+//! | KMS keys: who needs them, whether they can be used | [`keys`], [`watch`] |
 //! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
 //! | what attached volumes do | [`observe`], [`rates`], [`metrics`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
@@ -49,6 +50,7 @@ pub mod snapshot;
 pub mod space;
 pub mod upgrade;
 pub mod usage;
+pub mod watch;
 
 use crate::base::Result;
 use crate::base::hardened::Hardened;
@@ -62,6 +64,7 @@ use crate::events::EventLog;
 use crate::helper::unwrap;
 use crate::image::lock::Access;
 use crate::kms::key_ref::ProviderName;
+use crate::kms::patience::Patience;
 use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
 use crate::volume::open::{Opening, Taken};
 use keys::NamedKey;
@@ -132,10 +135,22 @@ impl Store {
     /// # Errors
     /// `Unsupported` for a KMS that this version does not know; those of the KMS.
     pub fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KmsError> {
+        self.provider_within(name, None)
+    }
+
+    /// As [`Store::provider`], with another patience than that of the settings, if one is given.
+    ///
+    /// # Errors
+    /// As [`Store::provider`].
+    fn provider_within(
+        &self,
+        name: &str,
+        patience: Option<Patience>,
+    ) -> Result<Box<dyn KeyProvider>, KmsError> {
         if name == ProviderName::Embedded.as_str() {
             keys::check_kms_is_there(&self.root)?;
         }
-        kms::open_provider(self.hardened, &self.root, name)
+        kms::open_patient_provider(self.hardened, &self.root, name, patience)
     }
 
     /// Opens a volume that was taken, to change it.

@@ -155,3 +155,23 @@ fn what_is_kept_with_a_volume_is_in_force_at_once_and_at_the_next_attach() {
     drop(session);
     host.end();
 }
+
+#[test]
+fn a_key_that_attached_volumes_need_is_not_switched_off_by_mistake() {
+    let place = Place::new(&[]);
+    let id = place.id();
+    let host = place.attach(&[]);
+    place.store.ok(&["snapshot", "create", "t", "--name", "s"]);
+    for arguments in [&["disable", "alias/aws/ebs"][..], &["schedule-deletion", "alias/aws/ebs"]] {
+        let output = place.store.run(&[&["key"], arguments].concat());
+        let words = said(&output);
+        assert_eq!(output.status.code(), Some(4), "{words}");
+        assert!(words.contains(&id) && words.contains("snap-") && words.contains("--yes"), "{words}");
+    }
+    place.store.ok(&["volume", "show", "t", "--check-key"]);
+    place.store.ok(&["key", "disable", "alias/aws/ebs", "--yes"]);
+    host.end();
+    // Of what is not attached it is said, and done.
+    place.store.ok(&["key", "enable", "alias/aws/ebs"]);
+    assert!(place.store.ok(&["key", "disable", "alias/aws/ebs"]).contains(&format!("needed by {id}")));
+}

@@ -43,7 +43,7 @@ fn a_disabled_key_lets_io_go_on_and_stops_the_next_attach() {
     let (first, second) = (pattern(1, 65536), pattern(2, 65536));
     let mut session = open(&place.socket());
     write(&mut session.rings[0], 8, &first);
-    place.store.ok(&["key", "disable", &arn]);
+    place.store.ok(&["key", "disable", "--yes", &arn]);
     write(&mut session.rings[0], 1000, &second);
     assert!(read(&mut session.rings[0], 8, first.len()) == first);
     // A VMM may also leave, and come back.
@@ -69,7 +69,7 @@ fn a_key_that_waits_for_its_deletion_stops_the_next_attach() {
     let arn = place.key();
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
-    place.store.ok(&["key", "schedule-deletion", &arn, "--days", "7"]);
+    place.store.ok(&["key", "schedule-deletion", "--yes", &arn, "--days", "7"]);
     write(&mut session.rings[0], 8, &pattern(1, 4096));
     host.end();
 
@@ -90,12 +90,12 @@ fn a_key_that_waits_for_its_deletion_stops_the_next_attach() {
 fn until_a_first_attach_has_worked_a_failure_is_no_reattach() {
     let place = Place::new(&[]);
     let cause = format!("{} is disabled.", place.key());
-    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     refused(&place, "attachVolume", &cause);
     refused(&place, "attachVolume", &cause);
     place.store.ok(&["key", "enable", "alias/aws/ebs"]);
     place.attach(&[]).end();
-    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     refused(&place, "reattachVolume", &cause);
 }
 
@@ -111,7 +111,7 @@ fn an_attach_that_works_is_no_event() {
 #[test]
 fn a_refusal_in_json_is_one_object_with_the_kms_words() {
     let place = Place::new(&[]);
-    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let said: Value = serde_json::from_str(&place.refuse(5, &["--json"])).expect("JSON");
     assert_eq!(said["error"]["kind"], "kms-refused");
     let message = said["error"]["message"].as_str().expect("text");
@@ -123,6 +123,6 @@ fn the_key_of_another_volume_makes_no_difference() {
     let place = Place::new(&[]);
     place.store.ok(&["key", "create", "--alias", "alias/other"]);
     place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "o", "--key", "alias/other"]);
-    place.store.ok(&["key", "disable", "alias/other"]);
+    place.store.ok(&["key", "disable", "--yes", "alias/other"]);
     place.attach(&[]).end();
 }

@@ -61,7 +61,7 @@ impl Two {
 
     /// Nothing needs the old KMS key any more.
     fn assert_free_of_the_old(&self, written: bool) {
-        self.place.store.ok(&["key", "disable", "alias/old"]);
+        self.place.store.ok(&["key", "disable", "--yes", "alias/old"]);
         assert_eq!(self.place.key(), self.new);
         let host = self.place.attach(&[]);
         let expected = if written { data() } else { vec![0; data().len()] };
@@ -112,7 +112,7 @@ fn an_attached_volume_is_rewrapped_by_its_host_process() {
     let used = json!([{"provider": "embedded", "key_id": two.old}]);
     assert_eq!(shown["attachment"]["unwrapped_by"], used);
     assert_eq!(shown["keys"][0]["key_id"], json!(two.new));
-    two.place.store.ok(&["key", "disable", "alias/old"]);
+    two.place.store.ok(&["key", "disable", "--yes", "alias/old"]);
     // Again, by the same key: the newest version.
     let blob = two.place.metadata().keys()[0].wrapped.blob.clone();
     two.rewrap(&[]);
@@ -149,13 +149,13 @@ fn without_a_key_the_newest_version_of_the_same_one_wraps() {
 fn what_cannot_be_done_changes_nothing() {
     let two = Two::new();
     two.fill();
-    two.place.store.ok(&["key", "disable", "alias/new"]);
+    two.place.store.ok(&["key", "disable", "--yes", "alias/new"]);
     let words = two.refused(5, &["t", "--key", "alias/new"]);
     assert!(
         words.contains(&format!("{} is disabled; enable it with \"sealblk key enable alias/new\"", two.new))
     );
     two.place.store.ok(&["key", "enable", "alias/new"]);
-    two.place.store.ok(&["key", "disable", "alias/old"]);
+    two.place.store.ok(&["key", "disable", "--yes", "alias/old"]);
     let words = two.refused(5, &["t", "--key", "alias/new"]);
     assert!(words.contains(&format!("\"sealblk key enable {}\"", two.old)), "{words}");
     two.place.store.ok(&["key", "enable", "alias/old"]);

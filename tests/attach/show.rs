@@ -67,7 +67,7 @@ fn the_state_of_the_key_is_the_one_of_now() {
     assert!(place.store.ok(&["volume", "show", "t", "--check-key"]).contains("usable now"));
 
     let host = place.attach(&[]);
-    place.store.ok(&["key", "disable", &arn]);
+    place.store.ok(&["key", "disable", "--yes", &arn]);
     let (code, shown) = show(&place, &["--check-key"]);
     assert_eq!((code, &shown["keys"][0]["check"]["state"]), (5, &json!("Disabled")));
     let message = shown["keys"][0]["check"]["message"].as_str().expect("text").to_owned();
@@ -79,7 +79,7 @@ fn the_state_of_the_key_is_the_one_of_now() {
         said(&output).contains(&format!("disabled: the next attach will be refused with: {arn} is disabled"))
     );
 
-    place.store.ok(&["key", "schedule-deletion", &arn, "--days", "7"]);
+    place.store.ok(&["key", "schedule-deletion", "--yes", &arn, "--days", "7"]);
     let (code, shown) = show(&place, &["--check-key"]);
     assert_eq!((code, &shown["keys"][0]["check"]["state"]), (5, &json!("PendingDeletion")));
     let message = shown["keys"][0]["check"]["message"].as_str().expect("text").to_owned();

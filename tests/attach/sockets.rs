@@ -77,7 +77,7 @@ fn a_vmm_waits_in_a_socket_that_somebody_keeps_until_the_volume_is_attached_agai
     write(&mut open(&place.socket()).rings[0], 0, &pattern(1, 4096));
     host.crash();
     let vmm = UnixStream::connect(place.socket()).expect("nobody is there, and it waits");
-    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let (command, keep) = attach_fd(&place, kept.try_clone().unwrap(), &[]);
     assert_eq!(place.run(command, keep).code, 5, "it is not attached without its key");
     place.store.ok(&["key", "enable", "alias/aws/ebs"]);

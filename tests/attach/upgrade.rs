@@ -259,7 +259,7 @@ fn no_kms_is_asked() {
     let rig = Rig::new();
     let host = rig.attach();
     let key = rig.place.key();
-    rig.place.store.ok(&["key", "disable", &key]);
+    rig.place.store.ok(&["key", "disable", "--yes", &key]);
     let mut vmm = rig.connect(Kind::Qemu10, QUEUES);
     let mut loads = loads(QUEUES);
     let (successor, _) = under_load(&mut vmm, &mut loads, |_| rig.upgrade());

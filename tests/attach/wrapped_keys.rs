@@ -193,7 +193,7 @@ fn the_same_data_key_under_another_kms_key_is_as_good() {
     value["keys"][0]["wrapped"] = wrapped(&blob);
     fs::write(two.place.volume_json(), serde_json::to_vec(&value).unwrap()).unwrap();
     two.place.store.accept();
-    two.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    two.place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     two.assert_whole();
 }
 
@@ -214,7 +214,7 @@ impl Clock for Later {
 fn a_kms_key_that_was_deleted_takes_its_volumes_with_it() {
     let two = Two::new();
     let arn = two.place.key();
-    two.place.store.ok(&["key", "schedule-deletion", &arn, "--days", "7"]);
+    two.place.store.ok(&["key", "schedule-deletion", "--yes", &arn, "--days", "7"]);
     let clock = Box::new(Later { days: 8 });
     let kms = Embedded::at(
         Root::new(two.place.store.root()).kms(),

@@ -34,7 +34,7 @@ fn the_life_of_a_volume_and_its_key_is_in_the_log_and_no_secret() {
         let shown: Value = serde_json::from_str(&store.ok(&["volume", "show", "v", "--json"])).unwrap();
         shown["keys"][0]["key_id"].as_str().unwrap().to_owned()
     };
-    store.ok(&["key", "disable", "alias/aws/ebs"]);
+    store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let refused = store.run(&["attach", "v", "--socket-path", "/nowhere/s"]);
     assert_eq!(refused.status.code(), Some(5), "{}", said(&refused));
     store.ok(&["volume", "delete", "v"]);
@@ -65,7 +65,7 @@ fn the_life_of_a_volume_and_its_key_is_in_the_log_and_no_secret() {
 fn verify_names_the_first_bad_record_and_says_so_by_its_exit_code() {
     let store = Store::new();
     store.ok(&["key", "create", "--alias", "a"]);
-    store.ok(&["key", "disable", "alias/a"]);
+    store.ok(&["key", "disable", "--yes", "alias/a"]);
     store.ok(&["key", "enable", "alias/a"]);
     let path = store.root().join("audit.jsonl");
     let text = fs::read_to_string(&path).unwrap();
@@ -127,7 +127,7 @@ fn a_change_that_cannot_be_recorded_is_said_to_be_so() {
     store.ok(&["key", "create", "--alias", "a"]);
     let path = store.root().join("audit.jsonl");
     let output = with_full_disk(&store, fs::metadata(&path).unwrap().len() + 50)
-        .args(["key", "disable", "alias/a"])
+        .args(["key", "disable", "--yes", "alias/a"])
         .output()
         .unwrap();
     assert!(!output.status.success());

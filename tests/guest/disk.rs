@@ -118,7 +118,7 @@ fn a_guest_goes_on_while_its_volume_is_rekeyed_again_and_again() {
     guest.shutdown();
     attached.detach();
     store.only_layer();
-    store.ok(&["key", "disable", "alias/aws/ebs"]);
+    store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
     guest.ok("e2fsck -fn /dev/vda; mount /dev/vda /mnt");

@@ -22,7 +22,7 @@ fn a_guest_under_load_sees_nothing_of_an_upgrade() {
         match n {
             2 => drop(store.ok(&["snapshot", "create", "t"])),
             3 => drop(store.ok(&["volume", "rekey", "t"])),
-            4 => drop(store.ok(&["key", "disable", "alias/aws/ebs"])),
+            4 => drop(store.ok(&["key", "disable", "--yes", "alias/aws/ebs"])),
             _ => {}
         }
         let said: Value = serde_json::from_str(&store.ok(&["upgrade", "t", "--json"])).expect("JSON");

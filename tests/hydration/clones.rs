@@ -35,7 +35,7 @@ fn a_clone_under_another_key_is_attached_at_once_and_ends_on_its_own() {
         rig.place.store.ok(&["volume", "delete", "t"]);
         rig.place.store.ok(&["snapshot", "delete", &snapshot]);
         if arguments.is_empty() {
-            rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+            rig.place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
         }
         let (host, socket) = rig.attach("c");
         assert!(sees(&mut crate::common::attach::open(&socket), 8 << 20) == data);

@@ -67,7 +67,7 @@ fn a_volume_in_use_is_rekeyed_and_needs_the_old_key_no_more() {
         assert_free_of(&rig, &old_dek, &rig.data);
         rig.assert_layers_are_named();
         assert_eq!(results(&rig), ["hydrating", "completed"]);
-        rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+        rig.place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
         let (host, socket) = rig.attach("t");
         assert!(sees(&mut open(&socket), 8 << 20) == rig.data);
         host.end();
@@ -233,7 +233,7 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     let rig = Rig::new(&[]);
     let before = fs::read(rig.place.volume_json()).unwrap();
     rig.place.store.ok(&["key", "create", "--alias", "alias/off"]);
-    rig.place.store.ok(&["key", "disable", "alias/off"]);
+    rig.place.store.ok(&["key", "disable", "--yes", "alias/off"]);
     assert!(rig.refuse(5, &["volume", "rekey", "t", "--key", "alias/off"]).contains("is disabled"));
     assert!(rig.refuse(3, &["volume", "rekey", "t", "--key", "alias/none"]).contains("alias/none"));
     let (host, _) = attach(&rig, "t", &["--read-only"]);

@@ -155,7 +155,7 @@ fn without_the_key_or_with_an_edited_record_nothing_comes_out() {
     let made = rig.import(&[&rig.path("disk.img"), "--name", "v"]);
     let snapshot = rig.store.ok(&["snapshot", "create", "v"]).trim().to_owned();
     let out = rig.path("out.img");
-    rig.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    rig.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let said = rig.refuse(5, &["volume", "export", "v", &out]);
     assert!(said.contains("is disabled"), "{said}");
     let failed = &rig.events("exportVolume")[0]["detail"];

@@ -120,7 +120,7 @@ fn a_kms_that_refuses_leaves_the_image_where_it_is() {
     let rig = Rig::new();
     let data = rig.raw("disk.img", LEN);
     rig.store.ok(&["key", "create", "--alias", "alias/k"]);
-    rig.store.ok(&["key", "disable", "alias/k"]);
+    rig.store.ok(&["key", "disable", "--yes", "alias/k"]);
     let said = rig.refuse(5, &["volume", "import", &rig.path("disk.img"), "--in-place", "--key", "alias/k"]);
     assert!(said.contains("is disabled"), "{said}");
     assert!(fs::read(rig.path("disk.img")).unwrap() == data);

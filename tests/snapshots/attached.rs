@@ -161,7 +161,7 @@ fn of_several_volumes_all_have_snapshots_or_none() {
     let create =
         ["volume", "create", "--size", "1MiB", "--name", "u", "--tag", "vm=web", "--key", "alias/gone"];
     rig.place.store.ok(&create);
-    rig.place.store.ok(&["key", "disable", "alias/gone"]);
+    rig.place.store.ok(&["key", "disable", "--yes", "alias/gone"]);
     let (host, socket) = rig.attach("t");
     let mut session = open(&socket);
     let layers = rig.files("layers");

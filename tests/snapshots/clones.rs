@@ -134,7 +134,7 @@ fn a_kms_key_that_is_disabled_makes_no_clone() {
     let rig = Rig::new(&[]);
     let snapshot = rig.id(&["snapshot", "create", "t"]);
     let key = rig.place.key();
-    rig.place.store.ok(&["key", "disable", &key]);
+    rig.place.store.ok(&["key", "disable", "--yes", &key]);
     let layers = rig.files("layers");
     let said = rig.refuse(5, &["volume", "create", "--snapshot", &snapshot]);
     assert!(said.contains("is disabled; enable it with"), "{said}");

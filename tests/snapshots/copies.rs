@@ -60,7 +60,7 @@ fn a_copy_needs_the_kms_and_knows_its_key() {
     let rig = Rig::new(&[]);
     let source = rig.id(&["snapshot", "create", "t"]);
     rig.place.store.ok(&["key", "create", "--alias", "alias/other"]);
-    rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    rig.place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let said = rig.refuse(5, &["snapshot", "copy", &source, "--key", "alias/other"]);
     assert!(said.contains("is disabled"), "{said}");
     let said = rig.refuse(5, &["snapshot", "copy", &source]);
@@ -117,7 +117,7 @@ fn a_copy_under_another_key_has_its_own_data_and_needs_nothing_of_the_original()
         }
         rig.place.store.ok(&["volume", "delete", "t"]);
         if arguments.is_empty() {
-            rig.place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+            rig.place.store.ok(&["key", "disable", "--yes", "alias/aws/ebs"]);
         }
         rig.place.store.ok(&["volume", "create", "--snapshot", &id, "--name", "c"]);
         let (host, _) = rig.attach("c");

@@ -66,7 +66,7 @@ fn a_volume_that_was_never_attached_is_sealed_by_its_snapshot() {
 fn without_its_kms_key_there_is_no_snapshot() {
     let rig = Rig::new(&[]);
     let key = rig.place.key();
-    rig.place.store.ok(&["key", "disable", &key]);
+    rig.place.store.ok(&["key", "disable", "--yes", &key]);
     let (layers, before) = (rig.files("layers"), fs::read(rig.place.volume_json()).unwrap());
     let said = rig.refuse(5, &["snapshot", "create", "t"]);
     assert!(said.contains(&format!("{key} is disabled; enable it with")), "{said}");

@@ -208,7 +208,7 @@ fn a_data_key_of_its_own_is_of_an_encrypted_clone() {
 fn a_kms_key_that_is_disabled_gives_no_data_key_for_a_clone() {
     let rig = Rig::new(&[]);
     let golden = rig.id(&["snapshot", "create", "t"]);
-    rig.place.store.ok(&["key", "disable", &rig.place.key()]);
+    rig.place.store.ok(&["key", "disable", "--yes", &rig.place.key()]);
     let layers = rig.files("layers");
     rig.refuse(5, &["volume", "create", "--snapshot", &golden, "--own-data-key"]);
     assert_eq!(rig.files("layers"), layers);

@@ -49,6 +49,8 @@ fn used(place: &Place, snapshot: &str) -> Vec<(PathBuf, Vec<Vec<String>>)> {
         (root.join("kms/lock"), list(&[&["key", "list"], &attach])),
         (root.join("apply.lock"), list(&[&["apply", "/dev/null"]])),
         (root.join("names.lock"), list(&[&["volume", "rename", &id, "t"]])),
+        (root.join("key-watch.lock"), list(&[&["watch", "--once"]])),
+        (root.join("key-watch.json"), list(&[&["watch", "--once"], &["volume", "list"]])),
         (
             root.join(format!("ledger/{id}.attach.json")),
             list(&[&["volume", "modify", &id, "--iops", "1"], &["volume", "show", &id], &attach]),
@@ -66,6 +68,7 @@ fn with_each(lay: impl Fn(&Path)) {
     let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
     place.store.ok(&["events", "deliver"]);
     place.store.ok(&["volume", "modify", "t", "--iops", "1"]);
+    place.store.ok(&["watch", "--once"]);
     for (path, commands) in used(&place, &snapshot) {
         let aside = path.with_extension("aside");
         let was_there = fs::rename(&path, &aside).is_ok();

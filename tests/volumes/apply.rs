@@ -151,7 +151,7 @@ fn what_could_not_be_made_is_refused_before_anything_is_done() {
     let store = prepared();
     store.ok(&["volume", "create", "--size", "8MiB", "--name", "source"]);
     store.ok(&["snapshot", "create", "source", "--name", "nightly"]);
-    store.ok(&["key", "disable", "alias/other"]);
+    store.ok(&["key", "disable", "--yes", "alias/other"]);
     for (code, volume, words) in [
         (2, "size = 1000", "whole sectors"),
         (3, "size = 1024\nkey = \"alias/gone\"", "alias/gone"),

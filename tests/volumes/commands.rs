@@ -174,7 +174,7 @@ fn the_default_key_is_made_once() {
 fn a_disabled_key_makes_no_volume() {
     let store = Store::new();
     let arn = store.create(&[])["keys"][0]["key_id"].as_str().unwrap().to_string();
-    store.json(&["key", "disable", "alias/aws/ebs"]);
+    store.json(&["key", "disable", "--yes", "alias/aws/ebs"]);
     let said = store.refuse(5, &["volume", "create", "--size", "1MiB"]);
     assert!(said.contains(&format!("{arn} is disabled; enable it with")), "{said}");
     let events = store.run(&["events", "--json"]).out;
@@ -641,4 +641,68 @@ fn whoever_gives_no_command_is_shown_which_there_are() {
     }
     let said = store.run(&["unwrapp"]);
     assert!(said.code == 2 && !said.err.contains("'unwrap'"), "{}", said.err);
+}
+
+#[test]
+fn a_key_that_cannot_be_used_is_heard_of_before_the_next_attach() {
+    let store = Store::new();
+    let ids = ["a", "b"].map(|name| store.create(&["--name", name])["id"].as_str().unwrap().to_owned());
+    store.json(&["volume", "create", "--size", "1MiB", "--name", "plain", "--unencrypted"]);
+    let key = store.json(&["volume", "show", "a"])["keys"][0]["key_id"].clone();
+    let watch = || {
+        let said = store.run(&["watch", "--once", "--json"]);
+        assert_eq!(said.code, 0, "{}", said.err);
+        said.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>()
+    };
+    let events = || {
+        let events = store.run(&["events", "--json"]).out;
+        let events = events.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.filter(|event| event["detail"]["event"] == "watchKey").collect::<Vec<Value>>()
+    };
+    let last_known = |name: &str| {
+        let listed = store.json(&["volume", "list", "--filter", &format!("name={name}")]);
+        listed[0]["keys"][0]["last_known"].clone()
+    };
+    assert_eq!(last_known("a"), Value::Null);
+    assert!(!store.run(&["volume", "list"]).out.contains("KEY"));
+    assert_eq!(watch(), [Value::Null; 0]);
+    assert_eq!((events().len(), &last_known("a")["state"]), (0, &json!("usable")));
+    store.json(&["key", "disable", "alias/aws/ebs"]);
+    let changed = watch();
+    assert_eq!((changed.len(), &changed[0]["key_id"], &changed[0]["state"]), (1, &key, &json!("disabled")));
+    assert_eq!(changed[0]["volumes"].as_array().unwrap().len(), 2);
+    // It is told once.
+    assert_eq!(watch(), [Value::Null; 0]);
+    let told = events();
+    assert_eq!((told.len(), &told[0]["detail"]["result"]), (1, &json!("unusable")));
+    assert!(told[0]["detail"]["cause"].as_str().unwrap().contains("is disabled"), "{}", told[0]);
+    let resources = told[0]["resources"].to_string();
+    assert!(
+        ids.iter().all(|id| resources.contains(id)) && resources.contains(key.as_str().unwrap()),
+        "{resources}"
+    );
+    let list = store.run(&["volume", "list"]).out;
+    let cell = |name: &str| list.lines().find(|line| line.contains(name)).unwrap().trim_end().to_owned();
+    assert!(
+        list.contains("KEY") && cell(" a ").ends_with("disabled") && cell(" plain ").ends_with('-'),
+        "{list}"
+    );
+    store.json(&["key", "schedule-deletion", "alias/aws/ebs", "--days", "7"]);
+    let dying = watch();
+    assert_eq!((&dying[0]["state"], dying[0]["deletion"].is_string()), (&json!("pending-deletion"), true));
+    let deletion = dying[0]["deletion"].as_str().unwrap();
+    let told = events();
+    assert_eq!(told[1]["detail"]["result"], "pending-deletion");
+    assert!(told[1]["detail"]["cause"].as_str().unwrap().contains(deletion), "{}", told[1]);
+    store.json(&["key", "cancel-deletion", "alias/aws/ebs"]);
+    store.json(&["key", "enable", "alias/aws/ebs"]);
+    assert_eq!(watch()[0]["state"], "usable");
+    assert_eq!(events()[2]["detail"]["result"], "usable");
+    // What lies in the file is believed for nothing but what was told: without it, a key that is usable is
+    // no news, and one that is not is told again.
+    fs::write(store.root().join("key-watch.json"), "{").unwrap();
+    assert_eq!(watch(), [Value::Null; 0]);
+    store.json(&["key", "disable", "alias/aws/ebs"]);
+    fs::remove_file(store.root().join("key-watch.json")).unwrap();
+    assert_eq!((watch().len(), events().len()), (1, 4));
 }

@@ -59,10 +59,10 @@ fn a_default_key_must_be_there_and_usable() {
     let words = refused(&store, 3, &["default-key", "alias/mine"]);
     assert!(words.contains("make alias/mine the default key"), "{words}");
     store.ok(&["key", "create", "--alias", "alias/mine"]);
-    store.ok(&["key", "disable", "alias/mine"]);
+    store.ok(&["key", "disable", "--yes", "alias/mine"]);
     let words = refused(&store, 5, &["default-key", "alias/mine"]);
     assert!(words.contains("is disabled; enable it with \"sealblk key enable alias/mine\""), "{words}");
-    store.ok(&["key", "schedule-deletion", "alias/mine"]);
+    store.ok(&["key", "schedule-deletion", "--yes", "alias/mine"]);
     refused(&store, 5, &["default-key", "alias/mine"]);
     refused(&store, 2, &["default-key"]);
     refused(&store, 2, &["default-key", "alias/mine", "--reset"]);

@@ -113,6 +113,11 @@ impl Root {
         self.0.join("events.jsonl")
     }
 
+    /// `key-watch.json`, what KMSs have said last of the keys of volumes.
+    pub fn key_watch(&self) -> PathBuf {
+        self.0.join("key-watch.json")
+    }
+
     /// `spare`, space for records on a full disk.
     fn spare(&self) -> PathBuf {
         self.0.join("spare")

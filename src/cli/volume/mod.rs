@@ -13,6 +13,7 @@ mod tag;
 pub(super) use show::{attach_json, kept_words};
 
 use crate::base::{Result, size};
+use crate::catalog::metadata::KeyRecord;
 use crate::catalog::{Catalog, Entry, VolumeId};
 use crate::cli::filter::{self, Filter};
 use crate::cli::sort::{Place, SortArgs};
@@ -21,7 +22,9 @@ use crate::cli::{Env, output, rewrap};
 use crate::ops::delete;
 use crate::ops::modify as kept;
 use crate::ops::usage::{Overview, Usage};
+use crate::ops::watch::{self, KeyName, Known};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// The commands.
 #[derive(clap::Subcommand)]
@@ -43,7 +46,8 @@ Examples:
 
 ON DISK is what a volume's layers take: those that nothing else names, and those that it shares with snapshots and other
 volumes. The last line holds the sizes of all volumes, which they may come to take, against the file system: where that is
-less, they are overcommitted. In JSON these are space and file_system. Where limits are kept with a volume, LIMITS are these."
+less, they are overcommitted. In JSON these are space and file_system. Where \"sealblk watch\" runs, KEY is what the KMS has
+said last of the volume's keys; where limits are kept with a volume, LIMITS are these."
     )]
     List(ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
@@ -145,6 +149,7 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
     let catalog = env.catalog();
     let mut entries = catalog.list()?;
     let overview = Overview::of(&catalog, &entries)?;
+    let keys = LastKnown(watch::last_known(&env.root));
     if !filters.is_empty() {
         let mut wanted = Vec::new();
         for entry in entries {
@@ -164,6 +169,10 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
             Ok(metadata) => {
                 let mut value = show::description(&catalog, metadata)?;
                 add_space(&mut value, metadata.id(), &overview);
+                // As with the column below, only where somebody has asked.
+                for (n, key) in metadata.keys().iter().enumerate().filter(|_| !keys.0.is_empty()) {
+                    value["keys"][n]["last_known"] = keys.json(key);
+                }
                 Ok(value)
             }
             Err(error) => Ok(json!({
@@ -181,6 +190,10 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
     }
     let metadata = || entries.iter().map(|entry| entry.metadata.as_ref().ok());
     // Columns that are empty in most stores are not there in these.
+    if !keys.0.is_empty() {
+        let cells = metadata().map(|metadata| metadata.map(|it| keys.words(it.keys())));
+        add_column(&mut rows, "KEY", cells);
+    }
     let limits = |id| {
         let kept = kept::limits(&catalog.attach_settings(id).ok()?);
         modify::limit_words(kept.iops, kept.throughput)
@@ -197,6 +210,37 @@ fn add_column(rows: &mut [Vec<String>], head: &str, cells: impl Iterator<Item = 
     let cells = cells.map(|cell| cell.unwrap_or_else(|| "-".into()));
     for (row, cell) in rows.iter_mut().zip(std::iter::once(head.to_owned()).chain(cells)) {
         row.push(cell);
+    }
+}
+
+/// What KMSs have said last of keys, as "sealblk watch" has asked them.
+struct LastKnown(BTreeMap<KeyName, Known>);
+
+impl LastKnown {
+    fn of(&self, key: &KeyRecord) -> Option<&Known> {
+        let (provider, key_id) = (key.provider.clone(), key.wrapped.key_id.clone());
+        self.0.get(&KeyName { provider, key_id })
+    }
+
+    fn json(&self, key: &KeyRecord) -> Value {
+        self.of(key).map_or(Value::Null, |known| {
+            json!({
+                "state": known.state,
+                "deletion": known.deletion,
+                "message": known.message,
+                "since": known.since,
+                "checked": known.checked,
+            })
+        })
+    }
+
+    /// The worst state that one of these keys is in.
+    fn words(&self, keys: &[KeyRecord]) -> String {
+        let known: Option<Vec<&Known>> = keys.iter().map(|key| self.of(key)).collect();
+        let Some(known) = known else { return "not asked yet".into() };
+        let Some(worst) = known.into_iter().max_by_key(|known| known.state) else { return "-".into() };
+        let deletion = worst.deletion.map_or(String::new(), |at| format!(", {at}"));
+        format!("{}{deletion}", worst.state.words())
     }
 }
 

@@ -12,6 +12,7 @@ mod client;
 mod failure;
 mod plain_http;
 
+use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;
 use crate::kms::grant::{Grant, GrantRequest, ListedGrant};
@@ -139,7 +140,8 @@ impl Aws {
                 return Err(KmsError::Unavailable(format!("{key_id} is in state {state}.")));
             }
         };
-        Ok(KeyDescription { key_id, state, description: metadata.description.unwrap_or_default() })
+        let deletion = metadata.deletion_date.and_then(|at| Timestamp::of_unix(at.secs()));
+        Ok(KeyDescription { key_id, state, description: metadata.description.unwrap_or_default(), deletion })
     }
 
     fn decrypt_with(

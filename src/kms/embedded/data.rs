@@ -1,6 +1,7 @@
 //! Encrypting and decrypting under the embedded KMS's keys, and the [`KeyProvider`] made of it.
 
 use crate::audit::AuditKey;
+use crate::base::Timestamp;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::{self, Blob, PLAINTEXT_MAX};
 use crate::kms::embedded::grant_records::{Constraint, GrantOperation};
@@ -209,7 +210,8 @@ impl KeyProvider for Embedded {
 
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
         let key = self.key(anywhere(key))?;
-        Ok(KeyDescription { key_id: key.arn, state: key.state, description: key.description })
+        let deletion = key.deletion.and_then(|at| Timestamp::of_unix(at.div_euclid(1000)));
+        Ok(KeyDescription { key_id: key.arn, state: key.state, description: key.description, deletion })
     }
 
     fn generate_wrapped(

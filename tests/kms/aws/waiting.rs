@@ -8,6 +8,7 @@ use crate::common::patience::limit;
 use crate::common::process::{tie_to_test, wait_within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 use std::os::unix::process::ExitStatusExt;
 
 const IMPATIENT: &str = "kms-patience = 1";
@@ -162,4 +163,35 @@ fn a_signal_ends_the_wait_of_a_command_and_nothing_is_left_of_it() {
     assert_eq!(volumes(), before);
     let left: Vec<_> = std::fs::read_dir(site.place.store.root().join("layers")).unwrap().collect();
     assert_eq!(left.len(), before, "{left:?}");
+}
+
+/// A watcher hears of it while the volume is attached, and before anybody attaches it again.
+#[test]
+fn a_key_of_a_kms_that_is_down_is_said_to_be_unreachable_and_then_usable_again() {
+    let site = Site::new(IMPATIENT);
+    let host = site.place.attach(&[]);
+    let watch = || {
+        let said = site.place.store.ok(&["watch", "--once", "--json"]);
+        said.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect::<Vec<Value>>()
+    };
+    let results = || {
+        let events = site.place.events().into_iter().filter(|event| event["detail"]["event"] == "watchKey");
+        events.map(|event| event["detail"]["result"].as_str().expect("text").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!((watch().len(), results().len()), (0, 0));
+    site.move_to(&nobody());
+    let changed = watch();
+    assert_eq!(
+        (&changed[0]["state"], &changed[0]["attached"]),
+        (&json!("unreachable"), &json!([site.place.id()]))
+    );
+    assert!(changed[0]["message"].as_str().expect("text").contains("could not reach"), "{}", changed[0]);
+    assert_eq!(watch().len(), 0, "it is told once");
+    site.move_to(&site.kms.url);
+    assert_eq!(watch()[0]["state"], "usable");
+    site.kms.admin().schedule_deletion(&site.key, 7).expect("schedule it");
+    let dying = watch();
+    assert!(dying[0]["state"] == "pending-deletion" && dying[0]["deletion"].is_string(), "{}", dying[0]);
+    assert_eq!(results(), ["unreachable", "usable", "pending-deletion"]);
+    host.end();
 }
