@@ -17,6 +17,7 @@
 //! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
 //! | what attached volumes do | [`observe`], [`rates`], [`metrics`] |
 //! | the store as a whole | [`apply`], [`gc`], [`space`], [`accept`] |
+//! | which stores there are | [`stores`] |
 #![forbid(unsafe_code)]
 
 pub mod accept;
@@ -48,6 +49,7 @@ pub mod rewrap;
 pub mod shred;
 pub mod snapshot;
 pub mod space;
+pub mod stores;
 pub mod upgrade;
 pub mod usage;
 pub mod watch;

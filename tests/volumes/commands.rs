@@ -602,7 +602,7 @@ fn settings_that_no_command_has_kept_are_not_believed() {
 }
 
 #[test]
-fn the_configuration_folder_can_be_named() {
+fn the_configuration_folder_can_be_named_and_is_left_clean_when_it_is_asked_for() {
     let store = Store::new();
     let config = store.dir.path().join("elsewhere");
     let run = |arguments: &[&str]| {
@@ -626,6 +626,32 @@ fn the_configuration_folder_can_be_named() {
         assert_eq!(code, 0, "{said}");
     }
     assert!(config.join("stores").is_dir() && !store.dir.path().join("config").exists());
+    let root = store.root().canonicalize().unwrap();
+    let root = root.to_str().unwrap();
+    let one = |state: &str| {
+        let (_, listed, said) = run(&["store", "list"]);
+        let stores = listed["stores"].as_array().unwrap_or_else(|| panic!("{said}")).clone();
+        assert_eq!(stores.len(), 1, "{said}");
+        assert_eq!((&stores[0]["root"], &stores[0]["state"]), (&json!(root), &json!(state)));
+        stores[0].clone()
+    };
+    let used = one("used");
+    let key = PathBuf::from(used["root_key"].as_str().unwrap());
+    assert!(
+        key.starts_with(&config) && key.exists() && used["records"] == 1 && used["made"].is_string(),
+        "{used}"
+    );
+    let (code, _, said) = run(&["store", "forget", root]);
+    assert!(code == 4 && said.contains("has volumes or snapshots"), "{said}");
+    fs::remove_dir_all(store.root()).unwrap();
+    one("gone");
+    assert_eq!(run(&["store", "forget", root]).1["root_key"], "kept");
+    // Of a store that is gone, the root key tells whose it is.
+    assert_eq!(one("gone")["root_key"], used["root_key"]);
+    assert_eq!(run(&["store", "forget", root, "--root-key"]).1["root_key"], "removed");
+    assert!(!key.exists());
+    assert_eq!(run(&["store", "list"]).1["stores"], json!([]));
+    assert_eq!(run(&["store", "forget", root]).0, 3);
 }
 
 #[test]

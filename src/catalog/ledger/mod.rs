@@ -35,7 +35,7 @@ use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -360,6 +360,45 @@ impl Ledger {
         };
         Ok(Entry::parse(&bytes, id, key).ok_or(Doubt::Forged))
     }
+}
+
+/// The stores that the configuration folder `config` has a ledger's key of: the path of each, and how many
+/// volumes and snapshots it has a mark of.
+///
+/// # Errors
+/// Those of listing the folder.
+pub fn stores(config: &Path) -> Result<Vec<(PathBuf, usize)>> {
+    let folder = config.join("stores");
+    let mut stores = Vec::new();
+    for name in files::names_if_there(&folder)? {
+        let of_store = folder.join(name);
+        let Ok(path) = files::read(&of_store.join("root"), MAX_SMALL) else { continue };
+        let is_record = |name: &std::ffi::OsString| !name.to_string_lossy().contains('.');
+        let marks = files::names_if_there(&of_store.join("marks"))?;
+        stores.push((
+            PathBuf::from(std::ffi::OsString::from_vec(path)),
+            marks.iter().filter(|it| is_record(it)).count(),
+        ));
+    }
+    Ok(stores)
+}
+
+/// Removes what `config` has of the ledger of the store at `root`. Returns whether there was anything.
+///
+/// # Errors
+/// Those of the file system.
+pub fn forget_store(config: &Path, root: &Root) -> Result<bool> {
+    let folder = config.join("stores").join(folder_name(root));
+    if !files::exists(&folder) {
+        return Ok(false);
+    }
+    let attempt = || format!("remove {}", folder.display());
+    for folder in [folder.join("marks"), folder.clone()] {
+        if files::exists(&folder) {
+            files::remove_folder(&folder).context(attempt)?;
+        }
+    }
+    Ok(true)
 }
 
 /// The name of a store's folder: a digest of its path.

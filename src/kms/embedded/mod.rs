@@ -148,6 +148,11 @@ impl Embedded {
         root_key::is_there(&config, log.id().ok_or_else(damaged)?).map(Some)
     }
 
+    /// The id that the KMS of the store at `root` has, if there is one; nothing vouches for it.
+    pub fn store_id_at(root: &Root) -> Option<Uuid> {
+        OpenLog::id_at(&root.kms().join(shared_log::FILE))
+    }
+
     /// The store's id, and where its root key is. Nobody is asked for a passphrase.
     ///
     /// # Errors

@@ -148,6 +148,7 @@ impl SharedLog {
         let header = Header { store: Uuid::new_v4(), base: Position { seq: 0, chain: [0; 32] } };
         // The root key first: a root key without a store is litter, a store without its root key is lost.
         let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
+        root_key::named::note(&self.config, header.store, &self.dir);
         replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)?).map_err(internal)?;
         log::warn!(
             "made a KMS for this store, in {}. Its root key is {}: without that file nobody can ever read \

@@ -4,6 +4,7 @@
 //! Credential and file have one line: the key itself, `sealblk-kms-root-key-1:` and 64 hex digits, or in the
 //! file the key under a passphrase ([`wrapped`]).
 
+pub mod named;
 pub mod passphrase;
 pub mod wrapped;
 
