@@ -1,7 +1,7 @@
 //! `sealblk doctor`: it says what the machine has, fails where volumes cannot be attached,
 //! and leaves nothing behind.
 
-use crate::common::process::{forbid_io_uring, tie_to_test};
+use crate::common::process::{forbid_io_uring, limit_resource, tie_to_test};
 use crate::common::store::{Store, said};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, setgid, setuid};
@@ -13,8 +13,16 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 /// What it looks at, in its order.
-const LOOKED_AT: [&str; 7] =
-    ["XTS engines", "memory for keys", "locked memory", "io_uring", "seccomp", "Landlock", "data folder"];
+const LOOKED_AT: [&str; 8] = [
+    "XTS engines",
+    "memory for keys",
+    "locked memory",
+    "io_uring",
+    "seccomp",
+    "Landlock",
+    "data folder",
+    "trial",
+];
 
 const NOBODY: u32 = 65534;
 
@@ -57,7 +65,7 @@ fn where_tests_run_volumes_can_be_attached() {
     let (verdict, found) = finding(&output, "XTS engines");
     assert!(found.starts_with(&engines.join(", ")), "{found}");
     assert_eq!(verdict, if engines.len() > 1 { "ok" } else { "note" });
-    for needed in ["memory for keys", "io_uring", "seccomp"] {
+    for needed in ["memory for keys", "io_uring", "seccomp", "trial"] {
         assert_ne!(finding(&output, needed).0, "bad", "{needed}");
     }
     // For people, there is a line for each.
@@ -156,4 +164,26 @@ fn an_ordinary_user_is_told_what_his_limits_cost_him() {
     if most >= 65536 {
         assert_eq!(finding(&doctor(65536), "locked memory"), ("ok".into(), "65536 KiB".into()));
     }
+}
+
+/// What an attach would meet, and nothing else looks at.
+#[test]
+fn what_keeps_an_attach_from_working_is_found_by_a_trial() {
+    let store = Store::new();
+    let temporary = tempfile::tempdir().expect("make a folder");
+    let doctor = |limit: Option<u64>| {
+        let mut command = store.command();
+        command.args(["doctor", "--json"]).env("TMPDIR", temporary.path());
+        if let Some(limit) = limit {
+            limit_resource(&mut command, Resource::RLIMIT_NOFILE, limit, limit);
+        }
+        command.output().expect("start sealblk")
+    };
+    let (verdict, found) = finding(&doctor(None), "trial");
+    assert!(verdict == "ok" && found.contains("XTS engine"), "{found}");
+    let output = doctor(Some(120));
+    assert_eq!(output.status.code(), Some(8), "{}", said(&output));
+    let (verdict, found) = finding(&output, "trial");
+    assert!(verdict == "bad" && found.contains("LimitNOFILE="), "{found}");
+    assert_eq!(fs::read_dir(temporary.path()).expect("list").count(), 0, "nothing is left of a trial");
 }
