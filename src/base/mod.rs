@@ -6,6 +6,7 @@ pub mod error;
 pub mod hardened;
 mod locality;
 pub mod locks;
+pub(crate) mod log_fields;
 pub mod plural;
 pub mod printable;
 pub mod root;

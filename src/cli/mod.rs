@@ -110,6 +110,11 @@ struct General {
     #[arg(long, global = true, help_heading = GENERAL)]
     json: bool,
 
+    /// How the log on standard error is written: "json" is an object a line; "journal" goes to systemd's
+    /// journal, with the volume, the queue and the VMM's connection as fields.
+    #[arg(long, global = true, help_heading = GENERAL, value_enum, value_name = "FORMAT", default_value_t)]
+    log_format: log::Format,
+
     /// Say more on standard error; twice: still more. RUST_LOG, where it is set, decides instead.
     #[arg(short, long, global = true, help_heading = GENERAL, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -259,7 +264,7 @@ pub fn main() -> ExitCode {
     // process.
     let too_large = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let (general, task) = parse(&arguments()).unwrap_or_else(|e| e.exit());
-    log::start(general.verbose);
+    log::start(general.log_format, general.verbose);
     if let Err(e) = too_large {
         ::log::warn!("the limit on the size of files ends this process without a word: {e}");
     }
@@ -280,6 +285,7 @@ pub fn main() -> ExitCode {
     log::end();
     match ran {
         Ok(()) => ExitCode::SUCCESS,
+        Err(e) if !json && log::tell_error(&e) => ExitCode::from(e.kind().exit_code()),
         Err(e) => {
             report(&e, json);
             ExitCode::from(e.kind().exit_code())

@@ -9,7 +9,7 @@ pub mod unwrap;
 
 use crate::base::hardened::harden_children;
 use crate::base::root::Root;
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result, log_fields};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -39,6 +39,9 @@ pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
 pub(crate) fn pass_general(program: &mut Command) {
     if let Some(config) = Root::used_config_dir() {
         program.arg("--config-dir").arg(config);
+    }
+    if let Some(format) = log_fields::format() {
+        program.arg("--log-format").arg(format);
     }
 }
 

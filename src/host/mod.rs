@@ -28,7 +28,7 @@ pub mod upgrade;
 use crate::backing::file::ring;
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
-use crate::base::{Context, Error, Result};
+use crate::base::{Context, Error, Result, log_fields};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
@@ -125,6 +125,7 @@ pub fn attach(
     let passphrase = passphrase::inherited_descriptor()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
+    log_fields::is_of_volume(volume);
     let attempt = || format!("attach {volume}");
     let memory_regions = descriptors::make_room(options.queues).context(attempt)?;
     file_system::check_writable(catalog.root()).context(attempt)?;
@@ -173,6 +174,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let Attaching { catalog, options, mut taken, sockets, path, memory_regions, started_by, manager, from } =
         attaching;
     let volume = taken.metadata.id();
+    log_fields::is_of_volume(volume);
     let attempt = || format!("attach {volume}");
     let Sockets { control, inlet, socket, name } = sockets;
     // Where the socket is somebody else's, no name is removed.

@@ -1,5 +1,6 @@
 //! The listening socket of an attached volume: one VMM at a time, as often as they like.
 
+use crate::base::log_fields;
 use crate::base::sync::Locked;
 use crate::vhost::boundary::Next;
 use crate::vhost::device::Device;
@@ -154,6 +155,7 @@ fn one(
     stop: &Stop,
 ) -> io::Result<Option<Next>> {
     device.tenure.vmm_came();
+    log_fields::vmm_came();
     let peer = peer(&vmm);
     match resume {
         None => log::info!("a VMM has connected: {peer}"),
@@ -167,6 +169,7 @@ fn one(
         Err(_) if stop.is_stopped() => log::info!("the VMM was disconnected"),
         Err(e) => log::error!("the VMM was disconnected: {e}"),
     }
+    log_fields::vmm_left();
     stop.serving(None);
     let is_over = !stop.is_stopped() && !device.tenure.vmm_left();
     Ok(is_over.then_some(Next::ThisProcess))

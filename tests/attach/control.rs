@@ -2,11 +2,12 @@
 
 use crate::common::attach::{Place, open};
 use crate::common::frontend::{Request, Session};
-use crate::common::patience::{AtEnd, limit};
+use crate::common::patience::{AtEnd, limit, wait_for};
 use crate::common::store::said;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const DETACH: &[u8] = b"{\"op\":\"detach\"}\n";
@@ -174,4 +175,48 @@ fn a_key_that_attached_volumes_need_is_not_switched_off_by_mistake() {
     // Of what is not attached it is said, and done.
     place.store.ok(&["key", "enable", "alias/aws/ebs"]);
     assert!(place.store.ok(&["key", "disable", "alias/aws/ebs"]).contains(&format!("needed by {id}")));
+}
+
+#[test]
+fn a_log_in_json_says_what_each_line_is_about() {
+    let place = Place::new(&[]);
+    let mut command = place.attach_command(&["-v", "--log-format", "json"]);
+    command.env_remove("RUST_LOG");
+    let host = place.start(command, vec![]);
+    drop(open(&place.socket()));
+    host.says("the VMM has disconnected");
+    drop(open(&place.socket()));
+    wait_for("the second VMM leaves", || match host.output().matches("the VMM has disconnected").count() {
+        2.. => Ok(()),
+        _ => Err(host.output()),
+    });
+    let output = host.output();
+    host.end();
+    let lines = output.lines().filter(|line| line.starts_with('{'));
+    let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(lines.len() + 1, output.lines().count(), "all but that it is attached: {output}");
+    let connections: Vec<_> = lines
+        .iter()
+        .filter(|line| line["message"].as_str().expect("text").contains("a VMM has connected"))
+        .map(|line| (line["connection"].as_u64(), line["level"].as_str(), line["volume"].as_str()))
+        .collect();
+    let id = place.id();
+    assert_eq!(connections, [1, 2].map(|n| (Some(n), Some("info"), Some(id.as_str()))));
+    // What ends it is a line like the others.
+    let mut command = place.attach_command(&["--log-format", "json"]);
+    command.env_remove("RUST_LOG");
+    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    let refused = place.run(command, vec![]);
+    assert_eq!(refused.code, 5);
+    for line in refused.err.lines() {
+        let line: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        assert!(line["time"].is_string() && line["level"].is_string(), "{line}");
+    }
+    assert!(refused.err.contains("is disabled"), "{}", refused.err);
+    // Where there is no journal, the level stands before each line, as journald reads it.
+    let mut command = place.attach_command(&["--log-format", "journal"]);
+    command.env("RUST_LOG", "");
+    let refused = place.run(command, vec![]);
+    let in_journal = Path::new("/run/systemd/journal/socket").exists();
+    assert!(in_journal || refused.err.lines().any(|line| line.starts_with("<3>")), "{}", refused.err);
 }
