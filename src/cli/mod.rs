@@ -11,6 +11,7 @@ pub mod apply;
 pub mod attach;
 pub mod audit;
 mod budget;
+pub mod completions;
 pub mod doctor;
 pub mod events;
 pub mod filter;
@@ -187,6 +188,8 @@ enum Command {
     /// Look at what this machine has of what attached volumes want.
     #[command(after_help = "Example:\n  sealblk doctor")]
     Doctor,
+    /// Print the script by which a shell completes this program's commands.
+    Completions(completions::Args),
 }
 
 #[derive(Subcommand)]
@@ -248,6 +251,7 @@ impl Command {
             Command::Store(command) => store::run(env, command),
             Command::Gc(args) => gc::run(env, &args),
             Command::Doctor => doctor::run(env),
+            Command::Completions(args) => completions::run(&args),
         }
     }
 }
@@ -275,8 +279,8 @@ pub fn main() -> ExitCode {
             harden_children()?;
         }
         let env = env(general, hardened)?;
-        // It reports what keeps all others from running.
-        if !task.is_of_user(|command| matches!(command, Command::Doctor)) {
+        // The first reports what keeps all others from running; the second asks for nothing of the machine.
+        if !task.is_of_user(|command| matches!(command, Command::Doctor | Command::Completions(_))) {
             Owners::configured()?.check_root(&env.root)?;
             env.root.keep_spare();
         }

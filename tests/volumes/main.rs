@@ -7,6 +7,7 @@ mod common;
 mod doctor;
 mod event_sinks;
 mod image_lock;
+mod installed;
 mod metadata;
 mod odd_arguments;
 mod settings;
