@@ -39,7 +39,7 @@ enum Command {
     /// Deliver events to the event sinks of the settings.
     #[command(after_help = "\
 Examples:
-  sealblk events deliver --follow        as a service: resources/sealblk-events.service
+  sealblk events deliver --follow        as a service: sealblk-events.service
   sealblk events deliver                 from a timer: what is there now; exit code 1 if a sink did not take all
 
 In sealblk.toml:

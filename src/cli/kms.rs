@@ -7,6 +7,8 @@ use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
 use crate::crypt::wiping_allocator;
+#[cfg(feature = "kms-server")]
+use crate::host::notify::Notifier;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::principals::{PrincipalMetadata, SecretKey};
 use crate::kms::embedded::root_key::passphrase::{self, Passphrase};
@@ -20,6 +22,8 @@ use std::fs::File;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "kms-server")]
+use std::sync::Arc;
 
 /// More than a copy of a root key has, in bytes.
 const MAX_COPY: u64 = 4096;
@@ -334,10 +338,17 @@ fn serve(env: &Env, kms: Embedded, args: ServeArgs) -> Result<()> {
         (None, None) => unreachable!("clap asks for one of them"),
     };
     kms.unlock()?;
+    // Who has no certificate has nothing to read again, and does not end by being told to.
+    let again = signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::default());
+    again.context(|| "wait for SIGHUP")?;
     let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Files { certificate, key });
-    server::serve(kms, &address, tls, |url| match env.json {
-        true => print_json(&json!({ "url": url })),
-        false => print(&format!("listening on {url}\n")).map(drop),
+    server::serve(kms, &address, tls, |url| {
+        match env.json {
+            true => print_json(&json!({ "url": url })),
+            false => print(&format!("listening on {url}\n")).map(drop),
+        }?;
+        Notifier::connect().ready();
+        Ok(())
     })
 }
 

@@ -27,7 +27,7 @@ impl Notifier {
             Ok(socket) => Some(socket),
             Err(e) => {
                 log::warn!(
-                    "the service manager's socket: {e}; it will not be told that the volume is attached"
+                    "the service manager's socket: {e}; it will not be told that this process is ready"
                 );
                 None
             }
@@ -49,7 +49,7 @@ impl Notifier {
         self.tell(&format!("MAINPID={pid}\n"));
     }
 
-    /// VMMs can connect.
+    /// Whoever is served can connect.
     pub(crate) fn ready(&self) {
         self.tell("READY=1\n");
     }
