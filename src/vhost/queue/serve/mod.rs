@@ -136,6 +136,7 @@ impl Server {
                     let (command, next) = self.mailbox.wait_halted();
                     if matches!(command, Command::GoOn) {
                         let _ = next.send(Ok(None));
+                        self.tally.waited();
                         continue;
                     }
                     self.exit = matches!(command, Command::Exit);
