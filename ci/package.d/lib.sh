@@ -147,6 +147,10 @@ within() {
 }
 
 stop_system() {
+    # A guest that is still there, outside of the container.
+    if [ -n "${qemu_pid:-}" ] && [ "$qemu_pid" != "$nspawn" ] && kill "$qemu_pid" 2>/dev/null; then
+        wait "$qemu_pid" || true
+    fi
     kill -TERM "$nspawn" 2>/dev/null || return 0
     wait "$nspawn" || true
 }
