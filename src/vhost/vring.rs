@@ -152,8 +152,8 @@ impl Rings {
         self.made.locked().iter().map(Vring::now).collect()
     }
 
-    /// Drains every ring that runs, all at one time, and has it stand still until [`Rings::go_on`], or until it is
-    /// stopped for good. Nothing is given back that rings need to run.
+    /// Drains every ring that runs, all at one time, and has it stand still until [`Rings::go_on`], or until
+    /// it is stopped for good. Nothing is given back that rings need to run.
     ///
     /// # Errors
     /// Why one could not be halted.

@@ -73,8 +73,8 @@ impl Predecessor {
             return Err(Error::new(Kind::Unsupported, message));
         }
         self.check_asker(client)?;
-        // The record stays as it is until this is over: nobody else changes it while this client is heard, and what
-        // copies layers up, and lets them go with their keys, stands still.
+        // The record stays as it is until this is over: nobody else changes it while this client is heard,
+        // and what copies layers up, and lets them go with their keys, stands still.
         match &*self.record.state() {
             Some(_) => self.record.hydrator.stop(),
             None => return Err(gone()),

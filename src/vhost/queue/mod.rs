@@ -85,7 +85,8 @@ enum Command {
     /// Have another disk, or none, for the rings to come.
     Hold(Option<Arc<Disk>>),
     Stop,
-    /// Drain the ring, and answer where it stands; then obey nothing but the next one, and what ends the ring.
+    /// Drain the ring, and answer where it stands; then obey nothing but the next one, and
+    /// what ends the ring.
     Halt,
     /// Go on with a ring that is halted.
     GoOn,
@@ -303,14 +304,14 @@ impl Worker {
         self.ask(Command::Stop)
     }
 
-    /// Asks the thread to drain the ring, and to stand still then; [`Worker::position`] has the answer. Requests
-    /// go on with [`Worker::go_on`]; [`Worker::stop`] ends the ring as ever.
+    /// Asks the thread to drain the ring, and to stand still then; [`Worker::position`] has the answer.
+    /// Requests go on with [`Worker::go_on`]; [`Worker::stop`] ends the ring as ever.
     pub fn halt(&self) -> io::Result<Awaited> {
         self.mailbox.send(Command::Halt).map(Awaited)
     }
 
-    /// Where a ring stands that was asked to halt; `None` if there is none. As in [`Worker::ask`], a VMM cannot
-    /// hold it up.
+    /// Where a ring stands that was asked to halt; `None` if there is none. As in [`Worker::ask`],
+    /// a VMM cannot hold it up.
     pub fn position(&self, halted: Awaited) -> io::Result<Option<Position>> {
         self.hear(halted)
     }
