@@ -31,6 +31,11 @@ impl Timestamp {
             .then(|| Timestamp(PrimitiveDateTime::new(moment.date(), moment.time())))
     }
 
+    /// How many seconds after 1970 began that is; negative before.
+    pub fn since_epoch(self) -> i64 {
+        self.0.assume_utc().unix_timestamp()
+    }
+
     /// The moment that was `duration` ago by the clock; no earlier than the year 0.
     pub fn ago(duration: Duration) -> Self {
         let Timestamp(now) = Timestamp::now();
@@ -87,6 +92,7 @@ mod tests {
         let now = Timestamp::now();
         assert!(Timestamp::ago(Duration::from_secs(60)) < now);
         assert_eq!(Timestamp::of_unix(0).unwrap().to_string(), "1970-01-01T00:00:00Z");
+        assert_eq!(Timestamp::of_unix(1_800_000_000).unwrap().since_epoch(), 1_800_000_000);
         assert_eq!((Timestamp::of_unix(i64::MAX), Timestamp::of_unix(-62_167_219_201)), (None, None));
         assert_eq!(Timestamp::ago(Duration::MAX).to_string(), "0000-01-01T00:00:00Z");
     }

@@ -58,6 +58,7 @@ fn everything(then: impl FnOnce(&Place, String)) {
     flush(ring);
     assert_eq!(Request::read(1 << 40, 512).run(ring).expect("an answer").status, IOERR);
     place.store.ok(&["volume", "rekey", "t"]);
+    place.store.ok(&["watch", "--once"]);
     let metrics = wait_for("all is counted", || {
         let metrics = place.store.ok(&["metrics"]);
         let count = of_t(&place, "sealblk_volume_request_duration_seconds_count", ",op=\"flush\"");

@@ -5,6 +5,7 @@
 //! lies in the store's folders.
 #![forbid(unsafe_code)]
 
+mod keys;
 mod serve;
 mod text;
 mod volumes;
@@ -22,6 +23,8 @@ use crate::kms::embedded::Embedded;
 use crate::ops::Store;
 use crate::ops::observe::{Observed, Observer};
 use crate::ops::usage::Overview;
+use crate::ops::watch::{self, KeyName, Known};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -49,6 +52,7 @@ struct Gathered {
     overview: Overview,
     has_root_key: Option<bool>,
     sinks: Vec<(String, deliver::Behind)>,
+    keys: BTreeMap<KeyName, Known>,
 }
 
 impl Metrics {
@@ -81,8 +85,16 @@ impl Metrics {
             log::warn!("whether the root key of the store's own KMS is there cannot be told: {e}");
             None
         });
-        let sinks = self.sinks();
-        Ok(Gathered { at: Instant::now(), took: begun.elapsed(), volumes, overview, has_root_key, sinks })
+        let (sinks, keys) = (self.sinks(), watch::last_known(&self.root));
+        Ok(Gathered {
+            at: Instant::now(),
+            took: begun.elapsed(),
+            volumes,
+            overview,
+            has_root_key,
+            sinks,
+            keys,
+        })
     }
 
     /// How far each event sink of the settings is behind. The settings may have changed.
@@ -135,6 +147,7 @@ impl Gathered {
         text.sample(&[], number(self.took.as_secs_f64()));
         self.store(&mut text);
         self.sinks(&mut text);
+        keys::write(&mut text, &self.volumes, &self.keys);
         volumes::write(&mut text, &self.volumes, &self.overview);
         text.end()
     }
