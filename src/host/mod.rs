@@ -176,10 +176,10 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let volume = taken.metadata.id();
     log_fields::is_of_volume(volume);
     let attempt = || format!("attach {volume}");
-    let Sockets { control, inlet, socket, name } = sockets;
+    let Sockets { control, inlet, socket, name, is_kept } = sockets;
     // Where the socket is somebody else's, no name is removed.
     let named = path.filter(|_| name.is_some());
-    let is_kept = name.is_some();
+    let is_ours = name.is_some();
     let announcements = taken.lock_file.announcements();
     if let Err(e) = taken.events.keep_open() {
         log::warn!("{e}; this process will report no events");
@@ -225,7 +225,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
             log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
             ready(&Attached { volume, how: &how })?;
             manager.ready();
-            if let Some(Socket::Listening(listener)) = socket.as_ref().filter(|_| is_kept) {
+            if let Some(Socket::Listening(listener)) = socket.as_ref().filter(|_| is_ours && !is_kept) {
                 manager.keep(listener.as_fd());
             }
             listener::serve(&device, socket, None, &service.stop).map_err(Error::from)
@@ -236,7 +236,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     };
     let is_over = !matches!(served, Ok(Next::Successor)) && !service.is_anothers();
     if is_over {
-        manager.stopping(is_kept);
+        manager.stopping(is_ours);
         drop(name);
     } else if let Some(name) = name {
         // It is the other process's, as the socket is.

@@ -124,8 +124,10 @@ pub(super) struct Sockets {
     pub(super) control: Bound,
     pub(super) inlet: Inlet,
     pub(super) socket: Option<Socket>,
-    /// Of `socket`, where this process has made it.
+    /// Of `socket`, where this process, or an earlier one of its service, has made it.
     pub(super) name: Option<SocketName>,
+    /// Whether the service manager keeps `socket` already.
+    pub(super) is_kept: bool,
 }
 
 impl Sockets {
@@ -139,6 +141,7 @@ impl Sockets {
         let control = Control::bind(folder, options.incoming)?;
         let inlet = if options.incoming { "inner-incoming.sock" } else { "inner.sock" };
         let inlet = Inlet::new(folder, inlet).context(|| "make a socket in the volume's folder")?;
+        let is_kept = passed.as_ref().is_some_and(|passed| passed.is_kept);
         let (socket, name) = match (passed, path) {
             // A name that somebody has removed meanwhile nobody has to remove.
             (Some(Passed { socket, is_kept: true }), Some(path)) => {
@@ -151,6 +154,6 @@ impl Sockets {
             }
             (None, None) => unreachable!("an endpoint is a path or a descriptor"),
         };
-        Ok(Sockets { control, inlet, socket: Some(socket), name })
+        Ok(Sockets { control, inlet, socket: Some(socket), name, is_kept })
     }
 }

@@ -199,7 +199,7 @@ fn serve(
     let control = Control::bind(&folder, true).context(attempt)?;
     let inlet =
         Inlet::new(&folder, "inner-incoming.sock").context(|| "make a socket in the volume's folder")?;
-    let sockets = Sockets { control, inlet, socket, name };
+    let sockets = Sockets { control, inlet, socket, name, is_kept: true };
     if let Ok(level) = offer.log_level.parse() {
         log::set_max_level(level);
     }
