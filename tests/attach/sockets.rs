@@ -329,9 +329,9 @@ fn of_unit(place: &Place, unit: &str, setting: &str) -> String {
 /// `ExecStart=` of the shipped service, started as systemd starts it: with these sockets.
 fn as_systemd(place: &Place, sockets: &[&UnixListener]) -> Command {
     let line = of_unit(place, "sealblk@.service", "ExecStart");
-    // Not every machine has the group kvm.
-    let line = line.replace("--socket-group kvm", "--socket-group daemon");
-    let arguments = line.strip_prefix("/usr/local/bin/sealblk ").expect("the program is installed there");
+    // Not every machine has the group kvm, and the user sealblk is the package's.
+    let line = line.replace("--socket-group kvm", "--socket-group daemon").replace(" --user sealblk", "");
+    let arguments = line.strip_prefix("/usr/bin/sealblk ").expect("the program is installed there");
     let store = place.store.command();
     // By a shell, which has the process id that the program is going to have.
     let mut command = Command::new("bash");
@@ -354,7 +354,8 @@ fn a_vmm_waits_in_the_socket_of_the_shipped_unit() {
     assert_eq!(of_unit(&place, "sealblk@.service", "RuntimeDirectoryPreserve"), "yes", "or the socket goes");
     assert_eq!(of_unit(&place, "sealblk@.socket", "SocketMode"), "0660");
     assert_eq!(of_unit(&place, "sealblk@.socket", "SocketGroup"), "kvm");
-    assert!(of_unit(&place, "sealblk@.service", "ExecStart").ends_with("--socket-group kvm"));
+    assert!(of_unit(&place, "sealblk@.service", "ExecStart").contains(" --socket-group kvm "));
+    assert_eq!(of_unit(&place, "sealblk@.service", "FileDescriptorStoreMax"), "1");
     let (kept, other) =
         (UnixListener::bind(&path).unwrap(), UnixListener::bind(place.folder().join("other")).unwrap());
     let host = place.start(as_systemd(&place, &[&other, &kept]), vec![]);
