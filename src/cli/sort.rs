@@ -8,7 +8,8 @@ use std::cmp::Ordering;
 /// In which order a list is.
 #[derive(Args)]
 pub(super) struct SortArgs {
-    /// In which order; whatever has no name comes after all that have one. Of equal ones, the id decides.
+    /// In which order; whatever has no name comes after all that have one. Of equal ones the older comes
+    /// first, then the lower id.
     #[arg(long, value_enum, value_name = "BY", default_value_t = By::Name)]
     sort: By,
     /// The other way round.
@@ -39,7 +40,7 @@ impl SortArgs {
             let (one, other) = (place(one), place(other));
             let by = match self.sort {
                 By::Name => last_without(&one.name, &other.name),
-                By::Id => Ordering::Equal,
+                By::Id => one.id.cmp(&other.id),
                 By::Size => last_without(&one.size, &other.size),
                 By::Created => last_without(&one.created, &other.created),
             };
