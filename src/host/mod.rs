@@ -38,6 +38,7 @@ use crate::vhost::boundary::Next;
 use crate::vhost::listener::{self, Socket, Stop};
 use crate::vhost::queue::qos::Limits;
 use crate::volume::open::cannot_serve;
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Uid;
 use notify::Notifier;
 use service::{Leaves, Service};
@@ -45,7 +46,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use socket::{Passed, SocketAccess};
 use start::{Sockets, Taken};
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -220,12 +221,16 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let control = control.serve(service.orders(options, predecessor)).context(attempt)?;
     stop_on_signals(signals, service.stop.clone()).context(attempt)?;
     let how = service.describe();
+    let kept = match socket.as_ref().filter(|_| is_ours).and_then(Socket::listener) {
+        Some(listener) => Some(listener.context(attempt)?),
+        None => None,
+    };
     let served = match from {
         None => {
             log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });
             ready(&Attached { volume, how: &how })?;
             manager.ready();
-            if let Some(Socket::Listening(listener)) = socket.as_ref().filter(|_| is_ours && !is_kept) {
+            if let Some(listener) = kept.as_ref().filter(|_| !is_kept) {
                 manager.keep(listener.as_fd());
             }
             listener::serve(&device, socket, None, &service.stop).map_err(Error::from)
@@ -237,6 +242,11 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let is_over = !matches!(served, Ok(Next::Successor)) && !service.is_anothers();
     if is_over {
         manager.stopping(is_ours);
+        if let Some(listener) = &kept {
+            // Nobody can connect any more, also while the manager has it still: the next
+            // attach finds the place free.
+            let _ = shutdown(listener.as_raw_fd(), Shutdown::Both);
+        }
         drop(name);
     } else if let Some(name) = name {
         // It is the other process's, as the socket is.
