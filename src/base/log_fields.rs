@@ -28,7 +28,7 @@ pub(crate) fn vmm_came() {
     CONNECTION.store(number, Ordering::Relaxed);
 }
 
-/// It is served no more.
+/// The VMM that had connected is served no more.
 pub(crate) fn vmm_left() {
     CONNECTION.store(0, Ordering::Relaxed);
 }

@@ -1,11 +1,11 @@
-//! Waiting for a descriptor for a moment, so that whoever waits can look at other things in between: signals,
-//! say.
+//! Waiting for a descriptor: for a moment, so that whoever waits can look at other things in between,
+//! signals, say; or for the first of several.
 #![forbid(unsafe_code)]
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Milliseconds.
 const MOMENT: u16 = 200;
@@ -27,4 +27,19 @@ fn ready(file: &impl AsFd, what: PollFlags) -> io::Result<bool> {
         Err(Errno::EINTR) => Ok(false),
         Err(e) => Err(e.into()),
     }
+}
+
+/// Waits until one of these can be read, or has ended, or a signal comes; returns which can or have.
+pub(crate) fn until_readable<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<[bool; N]> {
+    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => Ok(fds.map(|fd| has_event(&fd))),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether something was found of a descriptor that was waited for.
+pub(crate) fn has_event(fd: &PollFd<'_>) -> bool {
+    // Nothing is what it answers for a flag that it has no name for.
+    fd.revents() != Some(PollFlags::empty())
 }

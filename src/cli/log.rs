@@ -5,7 +5,7 @@
 //! further ones are counted, and the number is told with the next line of that place, or at the end of the
 //! process. What is said for those who look for a fault (debug and trace) is not bounded: it was asked for.
 //!
-//! It goes to standard error, as text or as JSON, an object a line; or to systemd's journal, by a socket
+//! The log goes to standard error, as text or as JSON, an object a line; or to systemd's journal, by a socket
 //! that is connected before a process is confined. What a line is about beside its words ([`log_fields`]) is
 //! told as fields of their own.
 #![forbid(unsafe_code)]

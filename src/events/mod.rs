@@ -51,18 +51,13 @@ struct OfSnapshot {
 }
 
 impl Event {
-    /// `createVolume`: `available`, or `failed` for a cause, which of a KMS is its message, word for word.
-    pub fn create_volume(volume: VolumeId, result: Result<(), String>) -> Self {
-        let (result, cause) = match result {
-            Ok(()) => ("available", String::new()),
-            Err(cause) => ("failed", cause),
-        };
-        let request_id = Some(Uuid::new_v4());
+    /// An event with a request of its own, and nothing besides.
+    fn new(name: &'static str, volume: VolumeId, result: &'static str) -> Self {
         Event {
-            name: "createVolume",
+            name,
             result,
-            cause,
-            request_id,
+            cause: String::new(),
+            request_id: Some(Uuid::new_v4()),
             volume,
             kms_key: None,
             snapshot: None,
@@ -70,19 +65,18 @@ impl Event {
         }
     }
 
+    /// `createVolume`: `available`, or `failed` for a cause, which of a KMS is its message, word for word.
+    pub fn create_volume(volume: VolumeId, result: Result<(), String>) -> Self {
+        let (result, cause) = match result {
+            Ok(()) => ("available", String::new()),
+            Err(cause) => ("failed", cause),
+        };
+        Event { cause, ..Self::new("createVolume", volume, result) }
+    }
+
     /// `deleteVolume`: `deleted`.
     pub fn delete_volume(volume: VolumeId) -> Self {
-        let (cause, request_id) = (String::new(), Some(Uuid::new_v4()));
-        Event {
-            name: "deleteVolume",
-            result: "deleted",
-            cause,
-            request_id,
-            volume,
-            kms_key: None,
-            snapshot: None,
-            others: Vec::new(),
-        }
+        Self::new("deleteVolume", volume, "deleted")
     }
 
     /// `attachVolume`, or `reattachVolume` for a volume that was attached before: `failed`. `cause` is the
@@ -95,32 +89,12 @@ impl Event {
     ) -> Self {
         let name = if reattach { "reattachVolume" } else { "attachVolume" };
         let (cause, kms_key) = (cause.into(), kms_key.map(Into::into));
-        Event {
-            name,
-            result: "failed",
-            cause,
-            request_id: None,
-            volume,
-            kms_key,
-            snapshot: None,
-            others: Vec::new(),
-        }
+        Event { cause, kms_key, request_id: None, ..Self::new(name, volume, "failed") }
     }
 
     /// `modifyVolume`: how far it has come, `modifying`, `optimizing` or `completed`.
     pub fn modify_volume(volume: VolumeId, result: &'static str) -> Self {
-        let request_id = Some(Uuid::new_v4());
-        let cause = String::new();
-        Event {
-            name: "modifyVolume",
-            result,
-            cause,
-            request_id,
-            volume,
-            kms_key: None,
-            snapshot: None,
-            others: Vec::new(),
-        }
+        Self::new("modifyVolume", volume, result)
     }
 
     /// `modifyVolume`: `failed`, for a cause.
@@ -214,16 +188,8 @@ impl Event {
         };
         let end = Timestamp::now();
         let of = |id| OfSnapshot { id: Some(id), source: None, start, end, incremental: None };
-        Event {
-            name: if snapshot.is_some() { "exportSnapshot" } else { "exportVolume" },
-            result,
-            cause,
-            request_id: Some(Uuid::new_v4()),
-            volume,
-            kms_key: None,
-            snapshot: snapshot.map(of),
-            others: Vec::new(),
-        }
+        let name = if snapshot.is_some() { "exportSnapshot" } else { "exportVolume" };
+        Event { cause, snapshot: snapshot.map(of), ..Self::new(name, volume, result) }
     }
 
     /// `createSnapshot`: `succeeded`, or `failed` for a cause.
@@ -239,18 +205,7 @@ impl Event {
             Ok(_) => ("succeeded", String::new()),
             Err(cause) => ("failed", cause),
         };
-        let request_id = Some(Uuid::new_v4());
-        let snapshot = Some(snapshot);
-        Event {
-            name: "createSnapshot",
-            result,
-            cause,
-            request_id,
-            volume,
-            kms_key: None,
-            snapshot,
-            others: Vec::new(),
-        }
+        Event { cause, snapshot: Some(snapshot), ..Self::new("createSnapshot", volume, result) }
     }
 }
 

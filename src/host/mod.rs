@@ -208,8 +208,9 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
     let device = Arc::new(service.device(options, inlet, memory_regions));
     let manager = Arc::new(manager);
+    let listener = socket.as_ref().and_then(Socket::listener).transpose().context(attempt)?.map(Arc::new);
     let leaves = Leaves {
-        listener: socket.as_ref().and_then(Socket::listener),
+        listener: listener.clone(),
         path,
         is_name_ours: name.is_some(),
         memory_regions,
@@ -221,10 +222,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let control = control.serve(service.orders(options, predecessor)).context(attempt)?;
     stop_on_signals(signals, service.stop.clone()).context(attempt)?;
     let how = service.describe();
-    let kept = match socket.as_ref().filter(|_| is_ours).and_then(Socket::listener) {
-        Some(listener) => Some(listener.context(attempt)?),
-        None => None,
-    };
+    let kept = listener.filter(|_| is_ours);
     let served = match from {
         None => {
             log::info!("{volume} is {}: {how}", if options.incoming { "awaited" } else { "attached" });

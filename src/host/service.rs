@@ -27,7 +27,6 @@ use crate::vhost::session::Inlet;
 use crate::virtio::{SECTOR_SIZE, SharedShape};
 use crate::volume::layers::PassedLocks;
 use nix::unistd::Uid;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,7 +60,7 @@ pub(super) struct Service {
 /// What belongs to a successor beside what the service has.
 pub(super) struct Leaves<'a> {
     /// The socket that VMMs connect to.
-    pub(super) listener: Option<std::io::Result<UnixListener>>,
+    pub(super) listener: Option<Arc<UnixListener>>,
     /// Its path.
     pub(super) path: Option<&'a Path>,
     /// Whether its name is removed when the volume is detached.
@@ -157,7 +156,7 @@ impl Service {
             volume: self.handover.volume(),
             memory_regions,
             started_by,
-            listener: listener.transpose()?.map(OwnedFd::from),
+            listener,
             path: path.map(Path::to_owned),
             is_name_ours,
             manager,

@@ -3,7 +3,7 @@
 
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
-use crate::catalog::lock::{Held, Holder, Purpose};
+use crate::catalog::lock::Holder;
 use crate::catalog::{Catalog, Entry, VolumeId};
 use crate::host::control;
 use crate::host::stats::Stats;
@@ -74,14 +74,8 @@ impl Observer {
     }
 
     fn holder(&self, volume: VolumeId) -> Option<Holder> {
-        match self.catalog.held(volume) {
-            Ok(Held::By(holder)) if holder.purpose == Purpose::Attach => Some(holder),
-            Ok(_) => None,
-            Err(e) => {
-                log::warn!("{volume}: {e}");
-                None
-            }
-        }
+        let held = self.catalog.held(volume).inspect_err(|e| log::warn!("{volume}: {e}"));
+        held.ok()?.attached()
     }
 
     /// What the host processes of these volumes answer; each has an answer or an error.

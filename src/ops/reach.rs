@@ -45,5 +45,5 @@ impl Reach {
 
 /// Whether a process has the volume attached now; a moment later that may be otherwise.
 pub fn is_attached(catalog: &Catalog, volume: VolumeId) -> Result<bool> {
-    Ok(matches!(catalog.held(volume)?, Held::By(Holder { purpose: Purpose::Attach, .. })))
+    Ok(catalog.held(volume)?.attached().is_some())
 }

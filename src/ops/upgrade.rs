@@ -3,7 +3,6 @@
 
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::catalog::VolumeId;
-use crate::catalog::lock::{Held, Purpose};
 use crate::helper;
 use crate::host::control;
 use crate::host::upgrade::{COMMAND, Outcome};
@@ -81,11 +80,8 @@ pub fn attached(store: &Store) -> Result<Vec<VolumeId>> {
     let catalog = store.catalog();
     let mut attached = Vec::new();
     for volume in catalog.ids()? {
-        match catalog.held(volume)? {
-            Held::By(holder) if holder.purpose == Purpose::Attach && holder.is_on_this_host() => {
-                attached.push(volume);
-            }
-            _ => {}
+        if catalog.held(volume)?.attached().is_some_and(|holder| holder.is_on_this_host()) {
+            attached.push(volume);
         }
     }
     Ok(attached)

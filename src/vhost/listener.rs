@@ -2,6 +2,7 @@
 
 use crate::base::log_fields;
 use crate::base::sync::Locked;
+use crate::base::wait::{has_event, until_readable};
 use crate::vhost::boundary::Next;
 use crate::vhost::device::Device;
 use crate::vhost::session::{self, End, Resume};
@@ -10,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -124,7 +125,7 @@ pub fn serve(
     }
     let Some(listener) = listener else { return Ok(Next::ThisProcess) };
     while !stop.is_stopped() {
-        wait_readable([listener.as_fd(), stop.event.as_fd(), device.boundary.event()])?;
+        until_readable([listener.as_fd(), stop.event.as_fd(), device.boundary.event()])?;
         if device.boundary.reach(None) == Next::Successor {
             return Ok(Next::Successor);
         }
@@ -221,8 +222,7 @@ fn tell_of_waiting(listener: &UnixListener, connected: &UnixStream, over: &Event
         PollFd::new(over.as_fd(), PollFlags::POLLIN),
     ];
     while matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {}
-    // Nothing is what it answers for a flag that it has no name for.
-    let [waits, left, is_over] = fds.map(|fd| fd.revents() != Some(PollFlags::empty()));
+    let [waits, left, is_over] = fds.map(|fd| has_event(&fd));
     if waits && !left && !is_over {
         log::warn!("a VMM has connected, and waits: a volume has one VMM at a time, and {peer} is connected");
     }
@@ -235,14 +235,6 @@ fn peer(vmm: &UnixStream) -> String {
         Ok(peer) if peer.pid() > 0 => format!("process {} of user {}", peer.pid(), peer.uid()),
         Ok(peer) => format!("a process of user {}", peer.uid()),
         Err(_) => "a process".into(),
-    }
-}
-
-fn wait_readable<const N: usize>(fds: [BorrowedFd<'_>; N]) -> io::Result<()> {
-    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-    match poll(&mut fds, PollTimeout::NONE) {
-        Ok(_) | Err(nix::Error::EINTR) => Ok(()),
-        Err(e) => Err(e.into()),
     }
 }
 

@@ -5,7 +5,6 @@ use crate::vhost::boundary::Next;
 use crate::vhost::device::{Backend, Device};
 use crate::vhost::dirty::GuestMemory;
 use crate::vhost::gate::{Gate, Limits};
-use crate::vhost::vring::Rings;
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -43,17 +42,18 @@ pub enum End {
 /// Serves the VMM on `vmm`, from the beginning or from where another process has left it, until the VMM
 /// leaves, is refused (an error), or the socket is shut down by somebody else. When this returns, every
 /// request is drained, and nothing of the guest's is mapped any more.
-pub fn serve(device: &Arc<Device>, vmm: UnixStream, resume: Option<Resume>) -> io::Result<End> {
-    let connected = || -> io::Result<_> {
-        let inner = device.inlet.connect()?;
-        let farewell = Farewell(inner.try_clone()?);
-        Ok((inner, farewell))
-    };
-    let (inner, farewell) = match connected() {
-        Err(e) if resume.is_some() => return Ok(End::NotResumed(e)),
-        connected => connected?,
-    };
-    let backend = Backend::new(device.clone(), farewell);
+pub fn serve(device: &Arc<Device>, vmm: UnixStream, mut resume: Option<Resume>) -> io::Result<End> {
+    match serve_or_resume(device, vmm, &mut resume) {
+        // It was not begun to resume it.
+        Err(e) if resume.is_some() => Ok(End::NotResumed(e)),
+        ended => ended,
+    }
+}
+
+/// As [`serve`]; what is to be done to resume the session is taken when it is done.
+fn serve_or_resume(device: &Arc<Device>, vmm: UnixStream, resume: &mut Option<Resume>) -> io::Result<End> {
+    let inner = device.inlet.connect()?;
+    let backend = Backend::new(device.clone(), Farewell(inner.try_clone()?));
     let rings = backend.rings().clone();
     let result = converse(device, backend, vmm, &inner, resume);
     device.channel.close();
@@ -67,13 +67,13 @@ fn converse(
     backend: Backend,
     vmm: UnixStream,
     inner: &UnixStream,
-    resume: Option<Resume>,
+    resume: &mut Option<Resume>,
 ) -> io::Result<End> {
     let rings = backend.rings().clone();
-    let mut daemon = match start(device, backend, &rings) {
-        Err(e) if resume.is_some() => return Ok(End::NotResumed(e)),
-        started => started?,
-    };
+    let memory = GuestMemoryAtomic::new(GuestMemory::new());
+    let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
+    let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
+    daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
     let limits = Limits {
         queues: device.queues.into(),
         queue_size: device.queue_size.into(),
@@ -81,30 +81,17 @@ fn converse(
     };
     let gate =
         inner.try_clone().and_then(|inner| Gate::new(vmm, inner, limits, rings, device.channel.clone()));
-    let result = match (gate, resume) {
-        (Ok(mut gate), Some(resume)) => match resume(&mut gate) {
-            Resumed::Here(begun) => begun.and_then(|()| run(&mut gate, device)),
-            Resumed::NotHere(e) => Ok(End::NotResumed(e)),
-        },
-        (Ok(mut gate), None) => run(&mut gate, device),
-        (Err(e), Some(_)) => Ok(End::NotResumed(e)),
-        (Err(e), None) => Err(e),
-    };
+    let result = gate.and_then(|mut gate| match resume.take().map(|resume| resume(&mut gate)) {
+        None => run(&mut gate, device),
+        Some(Resumed::Here(begun)) => begun.and_then(|()| run(&mut gate, device)),
+        Some(Resumed::NotHere(e)) => Ok(End::NotResumed(e)),
+    });
     // The crate's thread ends with its socket; how it puts that does not matter.
     let _ = inner.shutdown(Shutdown::Both);
     if let Err(e) = daemon.wait() {
         log::debug!("the session's thread ended: {e}");
     }
     result
-}
-
-/// The crate's thread, which waits for what the gate passes on.
-fn start(device: &Device, backend: Backend, rings: &Arc<Rings>) -> io::Result<VhostUserDaemon<Backend>> {
-    let memory = GuestMemoryAtomic::new(GuestMemory::new());
-    let daemon = rings.while_current(|| VhostUserDaemon::new("vhost-user".into(), backend, memory));
-    let mut daemon = daemon.map_err(|e| io::Error::other(e.to_string()))?;
-    daemon.start(&mut device.inlet.listener()?).map_err(|e| io::Error::other(e.to_string()))?;
-    Ok(daemon)
 }
 
 fn run(gate: &mut Gate, device: &Device) -> io::Result<End> {

@@ -218,11 +218,11 @@ pub struct RingState {
     pub log_used: Option<u64>,
     /// Whether it is enabled.
     pub enabled: bool,
-    /// Kick, call and err, once more.
+    /// Where the driver announces chains, once more.
     pub kick: Option<File>,
-    /// See `kick`.
+    /// Where used entries are announced, once more.
     pub call: Option<File>,
-    /// See `kick`.
+    /// Where a broken ring is announced, once more.
     pub err: Option<File>,
 }
 

@@ -53,6 +53,16 @@ pub enum Held {
     Unknown,
 }
 
+impl Held {
+    /// The process that has the volume attached, if that is what it is had for.
+    pub fn attached(self) -> Option<Holder> {
+        match self {
+            Held::By(holder) if holder.purpose == Purpose::Attach => Some(holder),
+            _ => None,
+        }
+    }
+}
+
 /// A volume's lock file, open. By itself it holds nothing.
 #[derive(Clone, Debug)]
 pub struct LockFile {
@@ -99,10 +109,7 @@ impl LockFile {
         if !self.lock(HELD).context(attempt)? {
             return Err(busy(self.volume, &query_file(&self.file).context(attempt)?));
         }
-        let before = read_holder(&self.file).context(attempt)?;
-        let write_through = before.is_some_and(|holder| holder.write_through);
-        let holder = Holder { write_through, ..holder.clone() };
-        let lock = VolumeLock { file: self.clone(), holder, is_others: false };
+        let lock = self.held_by(holder, false).context(attempt)?;
         if !files::is_at(&self.file, &self.path).context(attempt)? {
             return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
         }
@@ -126,10 +133,14 @@ impl LockFile {
     /// The volume as another process has it by this open file, which [`LockFile::of_holder`] is of; it is
     /// that process's until [`VolumeLock::keep`].
     pub fn of_another(&self, holder: &Holder) -> Result<VolumeLock> {
-        let before = read_holder(&self.file).context(|| format!("look at {}", self.path.display()))?;
-        let write_through = before.is_some_and(|holder| holder.write_through);
+        self.held_by(holder, true).context(|| format!("look at {}", self.path.display()))
+    }
+
+    /// The volume as `holder` has it. What the guest wanted of whoever had it before, it still wants.
+    fn held_by(&self, holder: &Holder, is_others: bool) -> std::io::Result<VolumeLock> {
+        let write_through = read_holder(&self.file)?.is_some_and(|before| before.write_through);
         let holder = Holder { write_through, ..holder.clone() };
-        Ok(VolumeLock { file: self.clone(), holder, is_others: true })
+        Ok(VolumeLock { file: self.clone(), holder, is_others })
     }
 
     /// The open file. Who has the volume proves by it that it does: [`is_holders`].

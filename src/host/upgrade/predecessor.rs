@@ -20,7 +20,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::Uid;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Weak};
@@ -39,7 +39,7 @@ pub(in crate::host) struct Predecessor {
     /// Who started this process, whoever it has become since.
     pub(in crate::host) started_by: Uid,
     /// The socket that VMMs connect to, its path, and whether its name is removed at the end.
-    pub(in crate::host) listener: Option<OwnedFd>,
+    pub(in crate::host) listener: Option<Arc<UnixListener>>,
     pub(in crate::host) path: Option<PathBuf>,
     pub(in crate::host) is_name_ours: bool,
     pub(in crate::host) manager: Arc<Notifier>,
@@ -184,7 +184,7 @@ impl Predecessor {
         };
         let stderr = std::io::stderr();
         let always = [self.lock.as_fd(), top.as_fd(), stderr.as_fd()];
-        let listener = self.listener.as_ref().map(AsFd::as_fd);
+        let listener = self.listener.as_ref().map(|listener| listener.as_fd());
         let others =
             [listener, self.keeper.socket().map(AsFd::as_fd), self.manager.socket().map(AsFd::as_fd)];
         let descriptors: Vec<BorrowedFd<'_>> =
@@ -240,9 +240,7 @@ impl Predecessor {
             }
         }
     }
-}
 
-impl Predecessor {
     /// Sends what can be said of the session while its rings run.
     fn tell_session(&self, session: Option<&Gate>, link: &Link) -> Result<()> {
         let Some(gate) = session else { return Ok(()) };

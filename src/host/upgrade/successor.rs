@@ -3,6 +3,7 @@
 
 use super::{Link, MAX_PARTS, Offer, PREPARING, PROTOCOL, Part, STEP, Step};
 use crate::base::hardened::Hardened;
+use crate::base::root::files;
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::layout::MAX_LAYERS;
@@ -33,7 +34,6 @@ use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -114,8 +114,9 @@ impl Report {
         Ok((Report(Arc::new(Mutex::new(Some(hearers)))), client))
     }
 
-    fn say(&self, outcome: &Outcome) {
-        let Some(mut hearers) = self.0.locked().take() else { return };
+    /// Says how it went, if that was not said yet; returns whether it was not.
+    fn say(&self, outcome: &Outcome) -> bool {
+        let Some(mut hearers) = self.0.locked().take() else { return false };
         let line = serde_json::to_string(outcome).expect("strings and numbers");
         if let Err(e) = writeln!(hearers.command, "{line}") {
             log::debug!("whoever asked for this is gone: {e}");
@@ -125,15 +126,14 @@ impl Report {
             // It finds the same out when this process has ended.
             let _ = wire::say(&hearers.predecessor, &Answer::Failed { kind, message });
         }
+        true
     }
 
-    /// Says that it has failed, if it was not said yet how it went; returns whether it was not.
+    /// As [`Report::say`]: that it has failed.
     fn failed(&self, e: Option<&Error>) -> bool {
-        let is_open = self.0.locked().is_some();
         let over = Error::new(Kind::Other, "it was detached just now");
         let e = e.unwrap_or(&over);
-        self.say(&Outcome::Failed { kind: e.kind().name().into(), message: e.to_string() });
-        is_open
+        self.say(&Outcome::Failed { kind: e.kind().name().into(), message: e.to_string() })
     }
 }
 
@@ -352,8 +352,7 @@ impl Predecessor {
         let (there, passed) = (path.symlink_metadata()?, top.metadata()?);
         let flags = OFlag::from_bits_retain(fcntl(top, FcntlArg::F_GETFL)?);
         let writes = flags & OFlag::O_ACCMODE == OFlag::O_RDWR;
-        let is_it = (there.dev(), there.ino()) == (passed.dev(), passed.ino());
-        match is_it && (offer.read_only || writes) {
+        match files::is_same(&there, &passed) && (offer.read_only || writes) {
             true => Ok(()),
             false => {
                 let message = format!("process {} does not have the top layer open as it says", self.pid);

@@ -16,6 +16,7 @@ pub use channel::{Channel, Told};
 pub use transcript::Said;
 
 use crate::base::error::attempted;
+use crate::base::wait::until_readable;
 use crate::vhost::boundary::{Boundary, Next};
 use crate::vhost::dirty::Bitmap;
 use crate::vhost::queue::inflight::{Description, Inflight};
@@ -24,7 +25,6 @@ use event::check_event;
 use expected::{Expected, has_answer};
 use memory::MemoryTable;
 use message::{Message, invalid, no_room};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use state::Transfer;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -138,14 +138,7 @@ impl Gate {
     /// Waits for the VMM's next message, or its end.
     fn wait(&mut self, boundary: &Boundary) -> Result<Next> {
         loop {
-            let (vmm, job) = (self.vmm.as_fd(), boundary.event());
-            let mut fds = [vmm, job].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-            // Nothing is what it answers for a flag that it has no name for.
-            let [said, left] = fds.map(|fd| fd.revents() != Some(PollFlags::empty()));
+            let [said, left] = until_readable([self.vmm.as_fd(), boundary.event()])?;
             if left && boundary.reach(Some(self)) == Next::Successor {
                 return Ok(Next::Successor);
             }
