@@ -84,6 +84,14 @@ fn loads(queues: usize) -> Vec<Load> {
     (0..queues as u64).map(load).collect()
 }
 
+/// A volume, the process that serves it, a VMM of this kind on it, and what its guest is going to ask for.
+fn begun(kind: Kind) -> (Rig, Host, Vmm, Vec<Load>) {
+    let rig = Rig::new();
+    let host = rig.attach();
+    let vmm = rig.connect(kind, QUEUES);
+    (rig, host, vmm, loads(QUEUES))
+}
+
 /// Keeps the rings full of requests while `f` runs, checks all answers, and reads in the end everything that
 /// was written. `f` is given a count of completions.
 fn under_load<T>(vmm: &mut Vmm, loads: &mut [Load], f: impl FnOnce(&AtomicU64) -> T) -> T {
@@ -205,10 +213,7 @@ const OTHER: &str = "SEALBLK_OTHER_VERSION";
 fn one_after_the_other() {
     let times: u32 = std::env::var(UPGRADES).map_or(8, |text| text.parse().expect("a number"));
     let other = std::env::var_os(OTHER);
-    let rig = Rig::new();
-    let host = rig.attach();
-    let mut vmm = rig.connect(Kind::CloudHypervisor, QUEUES);
-    let mut loads = loads(QUEUES);
+    let (rig, host, mut vmm, mut loads) = begun(Kind::CloudHypervisor);
     // What lies below would show through a hole.
     loads.iter_mut().for_each(|load| load.discards_may_keep = true);
     let mut pauses = Vec::new();
@@ -274,10 +279,7 @@ fn no_kms_is_asked() {
 /// that the first could.
 #[test]
 fn a_successor_makes_snapshots_rekeys_and_grows_the_volume() {
-    let rig = Rig::new();
-    let host = rig.attach();
-    let mut vmm = rig.connect(Kind::Qemu10, QUEUES);
-    let mut loads = loads(QUEUES);
+    let (rig, host, mut vmm, mut loads) = begun(Kind::Qemu10);
     // What lies below would show through a hole.
     loads.iter_mut().for_each(|load| load.discards_may_keep = true);
     let ok = |arguments: &[&str]| drop(rig.place.store.ok(arguments));
@@ -407,10 +409,7 @@ impl Played {
 
 #[test]
 fn a_successor_that_gives_up_leaves_the_volume_where_it_is() {
-    let rig = Rig::new();
-    let host = rig.attach();
-    let mut vmm = rig.connect(Kind::Qemu10, QUEUES);
-    let mut loads = loads(QUEUES);
+    let (rig, host, mut vmm, mut loads) = begun(Kind::Qemu10);
     under_load(&mut vmm, &mut loads, |count| {
         for steps in 0..=5 {
             let mut played = Played::new(&rig, 1);
@@ -446,10 +445,7 @@ fn a_successor_that_gives_up_leaves_the_volume_where_it_is() {
 /// It is asked for what it does not know, or told what makes no sense.
 #[test]
 fn a_successor_that_is_not_understood_gets_nothing() {
-    let rig = Rig::new();
-    let host = rig.attach();
-    let mut vmm = rig.connect(Kind::CloudHypervisor, QUEUES);
-    let mut loads = loads(QUEUES);
+    let (rig, host, mut vmm, mut loads) = begun(Kind::CloudHypervisor);
     under_load(&mut vmm, &mut loads, |_| {
         let mut played = Played::new(&rig, 2);
         let refused = played.hear();

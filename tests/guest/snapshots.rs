@@ -3,6 +3,7 @@
 
 use crate::common::guest::Guest;
 use crate::common::store::{Attached, Store};
+use crate::under_load;
 use serde_json::Value;
 
 /// How many snapshots are made under load.
@@ -22,11 +23,7 @@ fn expect_state(guest: &mut Guest, disk: &str, n: u32) {
 #[test]
 fn snapshots_under_load_and_a_clone_beside_the_original() {
     let store = Store::new();
-    store.ok(&["volume", "create", "--size", "192MiB", "--name", "t"]);
-    let attached = store.attach("t", &["--queues", "2"]);
-    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
-    guest.ok("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && mkdir /mnt/load");
-    guest.start_fio("/mnt/load");
+    let (attached, mut guest) = under_load(&store);
     for n in 1..=SNAPSHOTS {
         // Flushed before the snapshot begins: it is in it. What comes later is not.
         guest.ok(&format!(

@@ -1,9 +1,9 @@
 //! The process that serves a guest's disk is replaced while the guest writes, reads and verifies. It sees
 //! nothing: no error, no reset, no new device; nor does its QEMU, which is not told to connect again.
 
-use crate::common::guest::Guest;
 use crate::common::store::Store;
 use crate::common::successor::Successor;
+use crate::under_load;
 use serde_json::Value;
 
 /// How often it is replaced.
@@ -12,11 +12,7 @@ const UPGRADES: u32 = 6;
 #[test]
 fn a_guest_under_load_sees_nothing_of_an_upgrade() {
     let store = Store::new();
-    store.ok(&["volume", "create", "--size", "192MiB", "--name", "t"]);
-    let attached = store.attach("t", &["--queues", "2"]);
-    let mut guest = Guest::builder().disk(attached.socket()).queues(2).boot();
-    guest.ok("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && mkdir /mnt/load");
-    guest.start_fio("/mnt/load");
+    let (attached, mut guest) = under_load(&store);
     let mut serving: Option<Successor> = None;
     for n in 1..=UPGRADES {
         match n {

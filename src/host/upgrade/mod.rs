@@ -28,6 +28,7 @@
 //! the VMM's session passes the gate as if the VMM said it. The data keys go to root, or to the user that
 //! started the predecessor.
 
+mod incumbent;
 mod predecessor;
 mod successor;
 

@@ -1,9 +1,9 @@
 //! The side of the process that serves the volume from now on. Its life is an attach's, except that nothing
 //! is asked of a KMS, and that the volume comes from the process that has it.
 
+use super::incumbent::Incumbent;
 use super::{Link, MAX_PARTS, Offer, PREPARING, PROTOCOL, Part, STEP, Step};
 use crate::base::hardened::Hardened;
-use crate::base::root::files;
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::layout::MAX_LAYERS;
@@ -14,7 +14,7 @@ use crate::crypt::Dek;
 use crate::crypt::secret_mem::{SecretFd, SecretMem, on_scrubbed_stack};
 use crate::events::EventLog;
 use crate::helper::grants::Keeper;
-use crate::host::control::{Answer, Control, Request, peer};
+use crate::host::control::{Answer, Control, Request};
 use crate::host::keys_held::KeysHeld;
 use crate::host::notify::Notifier;
 use crate::host::opener::Opener;
@@ -23,13 +23,11 @@ use crate::host::socket::{self, SocketName};
 use crate::host::start::{Place, Sockets, Taken};
 use crate::host::{Attaching, Endpoint, descriptors, run};
 use crate::image::lock::ImageLock;
-use crate::sandbox::{self, Identity, Mode};
+use crate::sandbox;
 use crate::vhost::gate::{Gate, Said};
 use crate::vhost::listener::{Inherited, Socket};
 use crate::vhost::session::{Inlet, Resumed};
 use crate::volume::layers::PassedLocks;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -157,7 +155,7 @@ fn serve(
 ) -> Result<()> {
     let attempt = || format!("upgrade {volume}");
     sandbox::report_lost_memory()?;
-    let predecessor = Predecessor::at(&client, catalog, volume).context(attempt)?;
+    let incumbent = Incumbent::at(&client, catalog, volume).context(attempt)?;
     let mut link = Link::new(client);
     let heard = Heard::ask(hardened, &mut link).context(attempt)?;
     // It stays as it is from here on.
@@ -168,11 +166,11 @@ fn serve(
         let message = format!("the volume's record has {keys} data keys, and {} came", deks.len());
         return Err(Error::new(Kind::Busy, message).context(attempt()));
     }
-    predecessor.check_may_write(&offer, &top, catalog, &metadata).context(attempt)?;
-    let sandbox = predecessor.sandbox(&offer)?;
+    incumbent.check_may_write(&offer, &top, catalog, &metadata).context(attempt)?;
+    let sandbox = incumbent.sandbox(&offer)?;
     let path = offer.path.clone();
     let (endpoint, socket, name) = endpoint(&offer, listener).context(attempt)?;
-    let options = offer.options(endpoint, sandbox, predecessor.user()?).context(attempt)?;
+    let options = offer.options(endpoint, sandbox, incumbent.user()?).context(attempt)?;
     let memory_regions = descriptors::make_room(options.queues).context(attempt)?;
     if memory_regions < offer.memory_regions {
         let message = format!(
@@ -183,7 +181,7 @@ fn serve(
         return Err(Error::new(Kind::Unsupported, message).context(attempt()));
     }
     if manager.is_some() {
-        predecessor.join_group().context(attempt)?;
+        incumbent.join_group().context(attempt)?;
     }
     let holder = Holder::this_process(Purpose::Attach, path.as_deref())?;
     let lock_file = LockFile::of_holder(&catalog.folder(volume), volume, lock.into()).context(attempt)?;
@@ -295,92 +293,6 @@ fn explained(e: Error) -> Error {
              volume, and attach it with this version",
         ),
         _ => e,
-    }
-}
-
-/// The process that serves the volume, as the kernel knows it.
-struct Predecessor {
-    pid: u32,
-    uid: Uid,
-    gid: Gid,
-    is_filtered: bool,
-}
-
-impl Predecessor {
-    fn at(client: &UnixStream, catalog: &Catalog, volume: VolumeId) -> Result<Self> {
-        let pid = peer::holder_at(client, &catalog.folder(volume))?;
-        let attempt = || format!("look at process {pid}");
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context(attempt)?;
-        let field = |name: &str, n: usize| -> Result<u32> {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            let value = line.and_then(|line| line.split_whitespace().nth(n)?.parse().ok());
-            value.ok_or_else(|| Error::new(Kind::Other, format!("{name} cannot be read")).context(attempt()))
-        };
-        // The effective ids.
-        let (uid, gid) = (Uid::from_raw(field("Uid", 1)?), Gid::from_raw(field("Gid", 1)?));
-        let is_filtered = field("Seccomp", 0)? != 0;
-        // The status was of the process that has the volume, if that still is the one.
-        peer::holder_at(client, &catalog.folder(volume))?;
-        Ok(Predecessor { pid, uid, gid, is_filtered })
-    }
-
-    /// Whom this process has to become.
-    fn user(&self) -> Result<Option<Identity>> {
-        match self.uid == nix::unistd::geteuid() {
-            true => Ok(None),
-            false => Identity::of(self.uid, self.gid).map(Some),
-        }
-    }
-
-    /// A process that is confined leaves the volume to one that is.
-    fn sandbox(&self, offer: &Offer) -> Result<Mode> {
-        if self.is_filtered {
-            return Ok(Mode::On);
-        }
-        offer.sandbox.parse()
-    }
-
-    /// A process that has the layer for reading alone cannot say that it writes.
-    fn check_may_write(
-        &self,
-        offer: &Offer,
-        top: &File,
-        catalog: &Catalog,
-        metadata: &Metadata,
-    ) -> Result<()> {
-        let path = catalog.layer_path(metadata.top().id);
-        let (there, passed) = (path.symlink_metadata()?, top.metadata()?);
-        let flags = OFlag::from_bits_retain(fcntl(top, FcntlArg::F_GETFL)?);
-        let writes = flags & OFlag::O_ACCMODE == OFlag::O_RDWR;
-        match files::is_same(&there, &passed) && (offer.read_only || writes) {
-            true => Ok(()),
-            false => {
-                let message = format!("process {} does not have the top layer open as it says", self.pid);
-                Err(Error::new(Kind::Busy, message))
-            }
-        }
-    }
-
-    /// A service stays in its control group: otherwise its manager would take it for ended.
-    fn join_group(&self) -> Result<()> {
-        let group = |pid: &str| -> Result<String> {
-            let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
-                .context(|| "look at a control group")?;
-            let line = text.lines().find_map(|line| line.strip_prefix("0::"));
-            line.map(String::from).ok_or_else(|| Error::new(Kind::Unsupported, "there is no cgroup v2"))
-        };
-        let (theirs, ours) = (group(&self.pid.to_string())?, group("self")?);
-        if theirs == ours {
-            return Ok(());
-        }
-        let procs = format!("/sys/fs/cgroup{theirs}/cgroup.procs");
-        std::fs::write(&procs, std::process::id().to_string()).map_err(|e| {
-            let message = format!(
-                "the volume is a service's, and this process cannot join that ({procs}: {e}): have the \
-                 service manager do it (\"systemctl reload\")"
-            );
-            Error::new(Kind::Unsupported, message)
-        })
     }
 }
 

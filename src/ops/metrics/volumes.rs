@@ -30,25 +30,25 @@ pub(super) fn write(text: &mut Text, volumes: &[Observed], overview: &Overview) 
             text.sample(&labels(id, it), metadata.size());
         }
     }
-    text.family(
-        "sealblk_volume_disk_used_bytes",
-        Type::Gauge,
-        "What layers take that only this volume names.",
-    );
-    for (it, id) in named() {
-        text.sample(&labels(id, it), overview.usage(it.entry.id).own);
-    }
-    text.family(
-        "sealblk_volume_disk_shared_bytes",
-        Type::Gauge,
-        "What layers take that this volume shares with snapshots and other volumes.",
-    );
-    for (it, id) in named() {
-        text.sample(&labels(id, it), overview.usage(it.entry.id).shared);
-    }
-    text.family("sealblk_volume_attached", Type::Gauge, "Whether a process has the volume attached.");
-    for (it, id) in named() {
-        text.sample(&labels(id, it), u8::from(it.holder.is_some()));
+    type OfObserved = fn(&Observed, &Overview) -> u64;
+    let of_all: [(_, _, OfObserved); 3] = [
+        (
+            "sealblk_volume_disk_used_bytes",
+            "What layers take that only this volume names.",
+            |it, overview| overview.usage(it.entry.id).own,
+        ),
+        (
+            "sealblk_volume_disk_shared_bytes",
+            "What layers take that this volume shares with snapshots and other volumes.",
+            |it, overview| overview.usage(it.entry.id).shared,
+        ),
+        ("sealblk_volume_attached", "Whether a process has the volume attached.", |it, _| {
+            it.holder.is_some().into()
+        }),
+    ];
+    for (name, help, of) in of_all {
+        text.family(name, Type::Gauge, help);
+        named().for_each(|(it, id)| text.sample(&labels(id, it), of(it, overview)));
     }
     text.family(
         "sealblk_volume_up",
