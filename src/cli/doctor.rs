@@ -124,7 +124,14 @@ fn io_uring() -> Finding {
         Ok(Tried { no_buffers: Some(e), .. }) => {
             (Verdict::Note, format!("the kernel looks up the pages of bounce buffers for each request: {e}"))
         }
-        Ok(Tried { deferred: true, .. }) => (Verdict::Ok, "with DEFER_TASKRUN".into()),
+        Ok(Tried { huge_pages: false, .. }) => {
+            let found = "bounce buffers lie in pages of 4 KiB: large requests to a disk cost more (\"echo madvise \
+                         > /sys/kernel/mm/transparent_hugepage/enabled\", or memory is fragmented)";
+            (Verdict::Note, found.into())
+        }
+        Ok(Tried { deferred: true, .. }) => {
+            (Verdict::Ok, "with DEFER_TASKRUN; bounce buffers in huge pages".into())
+        }
         Ok(_) => (Verdict::Note, "without DEFER_TASKRUN (it came with Linux 6.1)".into()),
         Err(e) => (Verdict::Bad, e.to_string()),
     };

@@ -1,6 +1,9 @@
 //! The bounce buffers of one queue: a fixed run of pages, handed out in contiguous pieces.
 //!
 //! The size is the bound on what one queue can ever hold; whoever finds it empty waits for completions.
+//!
+//! The kernel is asked to make a pool out of huge pages. A buffer of many small pages is as many segments to a
+//! device, and on a virtual disk that takes one segment a request, as many requests; in a huge page it is one.
 
 use crate::backing::Buffer;
 use std::io;
@@ -12,6 +15,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub(super) const PAGE: usize = 4096;
 /// Pages in a pool: 4 MiB a queue, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
 pub(super) const PAGES: u32 = 1024;
+/// Bytes of a pool.
+const BYTES: usize = PAGES as usize * PAGE;
+/// Bytes of a huge page on x86-64, and on arm64 with small pages of 4096 bytes.
+const HUGE_PAGE: usize = 2 << 20;
+/// Pages of the pool in a huge page.
+const HUGE_PAGES: u32 = (HUGE_PAGE / PAGE) as u32;
 /// The most bytes in one buffer: larger transfers go in pieces.
 pub(super) const MAX_BUFFER: usize = 256 * 1024;
 
@@ -44,26 +53,51 @@ pub(super) struct Pool {
 unsafe impl Send for Pool {}
 
 impl Pool {
-    /// Maps the pages.
-    pub(super) fn new() -> io::Result<Self> {
-        use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
-        let len = NonZeroUsize::new(PAGES as usize * PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+    /// Maps the pages: out of huge ones, where the kernel has some and `huge`. A huge page is there as a whole
+    /// as soon as one byte of it is touched; so that is for a pool all of which will be there anyway.
+    pub(super) fn new(huge: bool) -> io::Result<Self> {
+        use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+        // Room enough to begin where a huge page can.
+        let room = NonZeroUsize::MIN.saturating_add(BYTES + HUGE_PAGE - 1);
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice
         // touches no other memory.
-        let base = unsafe {
-            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+        let mapped = unsafe {
+            mmap_anonymous(None, room, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
         }?;
-        // What passes through is the guest's plaintext: it has no place in a core file.
-        // SAFETY: the range is the mapping made above; DONTDUMP does not change its contents.
-        unsafe { madvise(base, len.get(), MmapAdvise::MADV_DONTDUMP) }?;
+        let before = mapped.cast::<u8>().align_offset(HUGE_PAGE);
+        // SAFETY: less than a huge page's length into the mapping, which is so much longer than the pool.
+        let base = unsafe { mapped.byte_add(before) };
         static POOLS: AtomicU32 = AtomicU32::new(0);
         let id = POOLS.fetch_add(1, Ordering::Relaxed);
-        Ok(Pool { id, base: base.cast(), free: [u64::MAX; _], hint: 0, free_pages: PAGES })
+        let pool = Pool { id, base: base.cast(), free: [u64::MAX; _], hint: 0, free_pages: PAGES };
+        // SAFETY: these are the parts of the mapping before and behind the pool, whole pages, that nobody
+        // has touched.
+        unsafe {
+            if before > 0 {
+                munmap(mapped, before)?;
+            }
+            munmap(base.byte_add(BYTES), HUGE_PAGE - before)?;
+        }
+        // What passes through is the guest's plaintext: it has no place in a core file.
+        // SAFETY: the range is the pool's; DONTDUMP does not change its contents.
+        unsafe { madvise(base, BYTES, MmapAdvise::MADV_DONTDUMP) }?;
+        if huge {
+            // A kernel without huge pages says that it knows no such advice, and the pool has small ones.
+            // SAFETY: as above.
+            let _ = unsafe { madvise(base, BYTES, MmapAdvise::MADV_HUGEPAGE) };
+        }
+        Ok(pool)
     }
 
     /// The whole pool as an iovec, for registration with io_uring.
     pub(super) fn iovec(&self) -> libc::iovec {
-        libc::iovec { iov_base: self.base.as_ptr().cast(), iov_len: PAGES as usize * PAGE }
+        libc::iovec { iov_base: self.base.as_ptr().cast(), iov_len: BYTES }
+    }
+
+    /// Whether all of the pool that is there lies in huge pages, as /proc/self/smaps says (proc(5)).
+    pub(super) fn is_huge(&self) -> bool {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+        in_huge_pages(&maps, self.base.as_ptr() as usize).is_some_and(|bytes| bytes >= BYTES)
     }
 
     /// A buffer of `len` bytes, 1..=[`MAX_BUFFER`], page-aligned.
@@ -100,7 +134,7 @@ impl Pool {
 
     /// Where the bytes of `span` are.
     pub(super) fn ptr(&self, span: Span) -> *mut u8 {
-        debug_assert!(span.start + span.len as usize <= PAGES as usize * PAGE);
+        debug_assert!(span.start + span.len as usize <= BYTES);
         // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do;
         // `Pool::span` saw to that.
         unsafe { self.base.as_ptr().add(span.start) }
@@ -130,12 +164,16 @@ impl Pool {
         })
     }
 
+    /// The first free run of so many pages in one huge page.
     fn find_run(&self, pages: u32) -> Option<u32> {
         let mut start = 0;
         while start + pages <= PAGES {
-            match (start..start + pages).rev().find(|&page| !self.is_free(page)) {
-                None => return Some(start),
+            let last = start + pages - 1;
+            match (start..=last).rev().find(|&page| !self.is_free(page)) {
                 Some(taken) => start = taken + 1,
+                // Within one huge page, or else it would be two segments.
+                None if start / HUGE_PAGES == last / HUGE_PAGES => return Some(start),
+                None => start = last / HUGE_PAGES * HUGE_PAGES,
             }
         }
         None
@@ -160,9 +198,21 @@ impl Drop for Pool {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` with this length; no buffer can be looked
         // into without the pool.
-        let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), PAGES as usize * PAGE) };
+        let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), BYTES) };
         debug_assert!(unmapped.is_ok());
     }
+}
+
+/// How many bytes of the mapping at `address` lie in huge pages, given what /proc/PID/smaps says.
+fn in_huge_pages(maps: &str, address: usize) -> Option<usize> {
+    let is_there = |line: &str| {
+        let (from, to) = line.split_whitespace().next()?.split_once('-')?;
+        let number = |hex| usize::from_str_radix(hex, 16).ok();
+        Some((number(from)?..number(to)?).contains(&address))
+    };
+    let of_mapping = maps.lines().skip_while(|line| is_there(line) != Some(true));
+    let huge = of_mapping.into_iter().find_map(|line| line.strip_prefix("AnonHugePages:"))?;
+    huge.trim().strip_suffix(" kB")?.parse::<usize>().ok().map(|kib| kib << 10)
 }
 
 #[cfg(test)]
@@ -170,8 +220,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_lies_in_huge_pages_is_found_by_the_mapping() {
+        let maps = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nSize: 4096 kB\nAnonHugePages:   2048 kB\n\
+                    7f0000400000-7f0000c00000 rw-p 00000000 00:00 0 \nSize: 8192 kB\nAnonHugePages:   4096 kB\n";
+        assert_eq!(in_huge_pages(maps, 0x7f00_0000_0000), Some(2 << 20));
+        assert_eq!(in_huge_pages(maps, 0x7f00_0080_0000), Some(4 << 20));
+        assert_eq!(in_huge_pages(maps, 0x7f00_00c0_0000), None);
+        assert_eq!(in_huge_pages("", 0x7f00_0000_0000), None);
+    }
+
+    #[test]
+    fn no_buffer_lies_in_two_huge_pages() {
+        let mut pool = Pool::new(true).unwrap();
+        assert!((pool.base.as_ptr() as usize).is_multiple_of(HUGE_PAGE));
+        let first = pool.alloc(10 * PAGE).unwrap();
+        let mut held = Vec::new();
+        while let Some(buffer) = pool.alloc(MAX_BUFFER - PAGE) {
+            assert_eq!(buffer.page / HUGE_PAGES, (buffer.page + buffer.pages - 1) / HUGE_PAGES);
+            held.push(buffer);
+        }
+        assert_eq!(held.len(), 7 + 8, "as many as each huge page has room for, beside the first buffer");
+        held.into_iter().for_each(|b| pool.free(b));
+        pool.free(first);
+    }
+
+    #[test]
     fn buffers_never_overlap_and_all_come_back() {
-        let mut pool = Pool::new().unwrap();
+        let mut pool = Pool::new(false).unwrap();
         let mut held: Vec<Buffer> = Vec::new();
         let mut seed = 1u64;
         for _ in 0..20_000 {

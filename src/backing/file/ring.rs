@@ -201,6 +201,8 @@ pub struct Tried {
     pub deferred: bool,
     /// Why the kernel looks up the bounce buffers' pages for each request, where it does.
     pub no_buffers: Option<io::Error>,
+    /// The bounce buffers lie in huge pages.
+    pub huge_pages: bool,
 }
 
 /// Makes one as a queue has it, and gives it up.
@@ -210,13 +212,14 @@ pub struct Tried {
 pub fn try_one() -> io::Result<Tried> {
     let made = build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), false)?;
     made.ring.submitter().register_enable_rings().map_err(explained)?;
-    let pool = Pool::new()?;
+    let pool = Pool::new(true)?;
     // SAFETY: the ring ends before the pool does: it is dropped first, at the end of this function, and
     // nothing is in flight.
     let registered = unsafe { made.ring.submitter().register_buffers(&[pool.iovec()]) };
     let deferred = made.deferred;
     drop(made);
-    Ok(Tried { deferred, no_buffers: registered.err().map(explained) })
+    let huge_pages = pool.is_huge();
+    Ok(Tried { deferred, no_buffers: registered.err().map(explained), huge_pages })
 }
 
 /// An error of the kernel's about an io_uring, with what is behind it, in words for who can change that.

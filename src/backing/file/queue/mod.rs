@@ -101,13 +101,14 @@ impl FileQueue {
         let Reached { file, inline, memory, unit } = top;
         let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
-        let pool = Pool::new()?;
+        let by_ring = !inline || below.iter().any(|b| !b.inline);
+        // What the kernel is to know is there from now on, all of it.
+        let pool = Pool::new(by_ring)?;
         // Room for watches and their removal beside the data.
         let ring = Ring::take(depth as u32 + 16)?;
         let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
         let files_of_ring = files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>();
         ring.submitter().register_files(&files_of_ring).map_err(ring::explained)?;
-        let by_ring = !inline || below.iter().any(|b| !b.inline);
         let registered = by_ring && register(&ring, &pool);
         Ok(FileQueue {
             ring,
