@@ -3,11 +3,14 @@
 //!
 //! Looking at a page of a hole would make that page, and a volume is mostly holes; where the file system is
 //! full, it would end the process (SIGBUS). So a bitmap says which pages are there, and nobody looks at
-//! another. Where it says no, the file is read instead, which is always right. Where it says yes, it must
-//! be so for as long as somebody looks: each queue is a [`User`] with a lock of its own, which it holds
-//! while it reads from the memory, and while it writes to the file and notes that in the bitmap. Who makes
-//! a hole holds the locks of all. So a read finds the bytes of before the hole or none, and no page of
-//! zeros that came between.
+//! another. Where it says no, the file is read instead, which is always right. At first it says no of all
+//! pages: a large file is not gone through before its first byte is read. A page is there that was written,
+//! or in which something was found that is not zero.
+//!
+//! Where the bitmap says yes, it must be so for as long as somebody looks: each queue is a [`User`] with a lock
+//! of its own, which it holds while it reads from the memory, and while it reads or writes the file and notes
+//! that in the bitmap. Who makes a hole holds the locks of all. So a read finds the bytes of before the hole or
+//! none, and no page of zeros that came between.
 //!
 //! To catch the signal and go on is no way out: the kernel would put the registers, with the keys that the
 //! cipher has in them, onto a stack in ordinary memory. What is left is somebody else who makes holes in an
@@ -17,8 +20,6 @@
 
 use crate::backing::file::pool::PAGE;
 use crate::base::sync::Locked;
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek64};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -66,6 +67,19 @@ impl User {
         self.memory.bytes(offset, len)
     }
 
+    /// Has `read` read from the range into `bytes`.
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        bytes: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let _busy = self.busy.locked();
+        read(bytes)?;
+        self.memory.found(offset, bytes);
+        Ok(())
+    }
+
     /// Has `write` write to the range.
     pub(super) fn write(
         &self,
@@ -106,7 +120,8 @@ impl Drop for User {
 }
 
 impl FileMemory {
-    /// Maps `file`, which is `size` bytes long; `None` if it is too large or cannot be mapped.
+    /// Maps `file`, which is `size` bytes long and of which nothing is known yet; `None` if it is too large or
+    /// cannot be mapped.
     pub(super) fn map(file: &File, size: u64) -> Option<Self> {
         if size == 0 || size > MAX_SIZE {
             return None;
@@ -121,26 +136,9 @@ impl FileMemory {
                 .map_err(io::Error::other)?;
             let words = size.div_ceil(64 * PAGE as u64);
             let there = (0..words).map(|_| AtomicU64::new(0)).collect();
-            let memory = FileMemory { region, there, users: Mutex::default() };
-            memory.look_around(file, size)?;
-            Ok(memory)
+            Ok(FileMemory { region, there, users: Mutex::default() })
         };
         mapped().inspect_err(|e| log::info!("the layer is read by system calls: {e}")).ok()
-    }
-
-    /// Notes what the file holds.
-    fn look_around(&self, file: &File, size: u64) -> io::Result<()> {
-        let mut from = 0;
-        while from < size as i64 {
-            let start = match lseek64(file, from, Whence::SeekData) {
-                Ok(start) => start,
-                Err(Errno::ENXIO) => return Ok(()),
-                Err(e) => return Err(e.into()),
-            };
-            from = lseek64(file, start, Whence::SeekHole)?;
-            self.written(start as u64, (from - start) as u64);
-        }
-        Ok(())
     }
 
     /// The bytes at `offset`, if all their pages are there.
@@ -160,6 +158,20 @@ impl FileMemory {
             if word.load(Ordering::Relaxed) & bit == 0 {
                 word.fetch_or(bit, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// Notes that these bytes were read at `offset`. Zeros may be those of a hole.
+    pub(super) fn found(&self, offset: u64, bytes: &[u8]) {
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (page, behind) = rest.split_at((PAGE - at as usize % PAGE).min(rest.len()));
+            if page.iter().any(|&byte| byte != 0) {
+                self.written(at, page.len() as u64);
+            }
+            at += page.len() as u64;
+            rest = behind;
         }
     }
 
@@ -204,7 +216,13 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[7; 8192], 65536).unwrap();
         let memory = FileMemory::map(&file, 1 << 20).unwrap();
-        assert!(memory.bytes(0, 512).is_none());
+        assert!(memory.bytes(65536, 8192).is_none(), "it is not known yet");
+        let user = User::of(Arc::new(memory));
+        let mut around = [0; 16384];
+        user.read(65536 - 4096 - 512, &mut around, |bytes| file.read_exact_at(bytes, 65536 - 4096 - 512))
+            .unwrap();
+        let memory = &user.memory;
+        assert!(memory.bytes(65536 - 4096, 512).is_none());
         assert!(memory.bytes(65536 - 512, 1024).is_none(), "half of it is a hole");
         let mut found = [0u8; 8192];
         memory.bytes(65536, 8192).unwrap().copy_to(&mut found[..]);
@@ -228,6 +246,7 @@ mod tests {
         file.set_len(size).unwrap();
         file.write_all_at(&[7; 4 * PAGE], 0).unwrap();
         let memory = Arc::new(FileMemory::map(&file, size).unwrap());
+        memory.written(0, size);
         let (reader, writer, puncher) =
             (User::of(memory.clone()), User::of(memory.clone()), User::of(memory.clone()));
         let busy = AtomicBool::new(true);

@@ -10,12 +10,22 @@ impl FileQueue {
     pub(super) fn run_inline(&mut self, tag: u64, op: Op) {
         let (buffer, result) = match op {
             Op::Read { offset, mut buffer } => {
-                let result = self.file.read_exact_at(self.pool.bytes(&mut buffer), offset);
+                let bytes = self.pool.bytes(&mut buffer);
+                let read = |bytes: &mut [u8]| self.file.read_exact_at(bytes, offset);
+                let result = match &self.memory {
+                    Some(memory) => memory.read(offset, bytes, read),
+                    None => read(bytes),
+                };
                 (Some(buffer), result)
             }
             Op::ReadBelow { layer, offset, part, mut buffer } => {
                 let bytes = &mut self.pool.bytes(&mut buffer)[part];
-                let result = self.below[layer - 1].file.read_exact_at(bytes, offset);
+                let below = &self.below[layer - 1];
+                let result = below.file.read_exact_at(bytes, offset);
+                // As with who looks at it: nobody makes a hole where somebody reads.
+                if let (Ok(()), Some(memory)) = (&result, &below.memory) {
+                    memory.found(offset, bytes);
+                }
                 (Some(buffer), result)
             }
             Op::Write { offset, mut buffer, durable } => {
