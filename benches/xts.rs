@@ -122,7 +122,7 @@ fn request(case: &Case, guest: &mut [u8], buffer: &mut [u8]) {
     if case.encrypt {
         case.cipher.encrypt(guest, black_box(buffer), 4096);
     } else {
-        case.cipher.decrypt(VolatileSlice::from(black_box(buffer)), guest, 4096);
+        case.cipher.decrypt_written(VolatileSlice::from(black_box(buffer)), guest, 4096);
     }
 }
 

@@ -19,17 +19,20 @@ mod base {
 
 use crypt::xts::{Engine, new_cipher};
 use crypt::{Dek, SectorSize};
+use vm_memory::VolatileSlice;
 
 fn main() -> base::Result<()> {
     let dek = Dek::from_bytes(&std::array::from_fn::<u8, 64, _>(|i| i as u8))?;
-    let mut data = vec![1; 1 << 16];
+    let (mut data, mut guest) = (vec![1; 1 << 16], vec![0; 1 << 16]);
     for unit in [SectorSize::B512, SectorSize::B4096] {
         for engine in Engine::available() {
             let cipher = new_cipher(engine, &dek, unit)?;
             cipher.encrypt_in_place(&mut data, 8);
             cipher.decrypt_in_place(&mut data, 16);
+            let (from, to) = (VolatileSlice::from(&mut data[..]), VolatileSlice::from(&mut guest[..]));
+            cipher.decrypt_written(from, to, 8);
         }
     }
-    std::hint::black_box(data);
+    std::hint::black_box((data, guest));
     Ok(())
 }

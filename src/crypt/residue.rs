@@ -58,7 +58,8 @@ fn own_stack() -> Vec<u8> {
 fn use_cipher(cipher: &dyn SectorCipher) {
     let (mut guest, mut disk) = (vec![1; 80 * 4096], vec![0; 80 * 4096]);
     cipher.encrypt(VolatileSlice::from(&mut guest[..]), &mut disk, 8);
-    cipher.decrypt(VolatileSlice::from(&mut disk[..]), VolatileSlice::from(&mut guest[..]), 8);
+    let (from, to) = (VolatileSlice::from(&mut disk[..]), VolatileSlice::from(&mut guest[..]));
+    assert_eq!(cipher.decrypt_written(from, to, 8), 80 * 4096);
     cipher.encrypt_in_place(&mut disk, 8);
     cipher.decrypt_in_place(&mut disk[..4096], 8);
 }

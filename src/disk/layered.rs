@@ -20,8 +20,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use vm_memory::GuestMemory;
 use vm_memory::bitmap::WithBitmapSlice;
+use vm_memory::{GuestMemory, VolatileSlice};
 
 /// Sectors for each of a buffer's places.
 const PLACE_SECTORS: usize = 8;
@@ -215,15 +215,21 @@ impl Layered {
         let part = usize::from(part.start)..usize::from(part.end);
         let (cipher, block) = (disk.cipher_at(height), disk.shape.block_size);
         let is_whole = part == (0..sectors) && fresh;
-        if is_whole && all_there(bytes) {
+        // All of it at once, as mostly. Where that ends at a hole, the same is delivered again below.
+        let is_all = is_whole
+            && match cipher {
+                Some(cipher) => {
+                    let ciphertext = VolatileSlice::from(&mut *bytes);
+                    guest.decrypt_written(cipher.as_ref(), ciphertext, sector, block)? == bytes.len()
+                }
+                None if all_there(bytes) => guest.copy_from(bytes).map(|()| true)?,
+                None => false,
+            };
+        if is_all {
             if height <= disk.leaving() {
                 self.from_leaving[places].fill(u8::MAX);
             }
-            return match cipher {
-                Some(cipher) => guest.decrypt_all_from(cipher.as_ref(), bytes, sector, block),
-                None => guest.copy_from(bytes),
-            }
-            .map(|()| true);
+            return Ok(true);
         }
         for (i, (found, missing)) in found.iter_mut().zip(&*missing).enumerate() {
             *found = missing & there(bytes, i, &part);

@@ -124,7 +124,7 @@ impl DiskQueue {
     }
 
     /// Reads `len` bytes from `sector` into guest memory at once, where one layer has all of them and is
-    /// memory; returns whether that was so. Otherwise nothing has happened, and [`DiskQueue::read`] does it.
+    /// memory; returns whether that was so. Otherwise [`DiskQueue::read`] has to do it.
     pub fn read_now<M>(&self, sector: u64, len: u64, guest: GuestData<'_, M>) -> io::Result<bool>
     where
         M: GuestMemory,
@@ -154,9 +154,10 @@ impl DiskQueue {
         match self.disk.cipher_at(height) {
             // What looks like zeros may be in a layer below.
             None if self.layered.is_some() && may_have_holes(&bytes) => Ok(false),
-            Some(_) if may_have_holes(&bytes) => Ok(false),
             Some(cipher) => self.cipher_time.of(len as usize, || {
-                guest.decrypt_directly(cipher.as_ref(), bytes, sector, self.disk.shape.block_size)
+                let block = self.disk.shape.block_size;
+                let done = guest.decrypt_written(cipher.as_ref(), bytes, sector, block)?;
+                Ok(done == len as usize)
             }),
             None => {
                 guest.each(bytes.len(), Permissions::Write, |slice, at| {

@@ -113,11 +113,8 @@ mod published {
                 cipher.encrypt(VolatileSlice::from(&mut guest[..]), &mut disk, sector);
                 assert_eq!(disk, vector.cipher, "{} {}", vector.name, cipher.engine());
                 guest.fill(0);
-                cipher.decrypt(
-                    VolatileSlice::from(&mut disk[..]),
-                    VolatileSlice::from(&mut guest[..]),
-                    sector,
-                );
+                let (from, to) = (VolatileSlice::from(&mut disk[..]), VolatileSlice::from(&mut guest[..]));
+                assert_eq!(cipher.decrypt_written(from, to, sector), 512);
                 assert_eq!(guest, vector.plain, "{} {}", vector.name, cipher.engine());
             }
         }
@@ -202,7 +199,8 @@ fn compare(
     assert!(disk.surroundings_are_untouched(), "encrypt wrote outside: {what}");
 
     let mut guest = Placed::new(misaligned[0], &zeros);
-    cipher.decrypt(VolatileSlice::from(disk.bytes()), VolatileSlice::from(guest.bytes()), first_sector);
+    let (from, to) = (VolatileSlice::from(disk.bytes()), VolatileSlice::from(guest.bytes()));
+    assert_eq!(cipher.decrypt_written(from, to, first_sector), plain.len(), "{what}");
     assert!(guest.bytes() == plain, "decrypt: {what}");
     assert!(disk.bytes() == expected, "decrypt changed its source: {what}");
     assert!(guest.surroundings_are_untouched(), "decrypt wrote outside: {what}");
@@ -248,6 +246,35 @@ fn every_engine_agrees_with_xts_mode_on_random_requests() {
     }
 }
 
+/// A hole is decrypted by no engine: what would come out, a guest has never written.
+#[test]
+fn what_was_not_written_ends_a_decryption() {
+    let key = Random(7).bytes(64);
+    for cipher in ciphers(&key) {
+        let unit = cipher.sector_size().bytes() as usize;
+        let plain = Random(8).bytes(24 * 4096);
+        let written = by_xts_mode(&key, cipher.sector_size(), &plain, 64);
+        let mut random = Random(9);
+        let holes = [(0, 512), (512, 512), (4096, 8), (8192 + 3584, 8), (plain.len() - 512, 512)];
+        let more = (0..40).map(|_| (random.below(plain.len() / 512) * 512, 8 + random.below(504)));
+        for (at, len) in holes.into_iter().chain(more.collect::<Vec<_>>()) {
+            let mut disk = written.clone();
+            disk[at..at + len].fill(0);
+            let mut guest = vec![0x77; plain.len()];
+            let (from, to) = (VolatileSlice::from(&mut disk[..]), VolatileSlice::from(&mut guest[..]));
+            let done = cipher.decrypt_written(from, to, 64);
+            let what = format!("{}: {len} bytes at {at}, {done} done", name(&*cipher));
+            assert!(done.is_multiple_of(unit) && done <= at && done + 4096 > at, "{what}");
+            assert!(guest[..done] == plain[..done], "{what}");
+            assert!(guest[at..].iter().all(|&byte| byte == 0x77), "{what}");
+            // Between the two there is nothing but the beginning of a data unit that is to be read otherwise.
+            let between = &guest[done..at];
+            let decrypted = between.iter().zip(&plain[done..at]).take_while(|(a, b)| a == b).count();
+            assert!(between[decrypted..].iter().all(|&byte| byte == 0x77), "{what}");
+        }
+    }
+}
+
 /// Each count up to more than what an engine takes at once, so that every kind of remainder comes up.
 #[test]
 fn every_number_of_data_units_works() {
@@ -280,7 +307,8 @@ fn requests_end_at_the_last_byte_of_mapped_memory() {
                 assert!(buffer == expected, "{}", name(&*cipher));
             }
             for at in [target.last(len), target.first(len)] {
-                cipher.decrypt(VolatileSlice::from(&mut expected[..]), at, 64);
+                let done = cipher.decrypt_written(VolatileSlice::from(&mut expected[..]), at, 64);
+                assert_eq!(done, len, "{}", name(&*cipher));
                 let mut found = vec![0; len];
                 at.copy_to(&mut found);
                 assert!(found == plain, "{}", name(&*cipher));
@@ -353,7 +381,11 @@ fn requests_that_are_not_whole_data_units_are_refused_before_anything_is_written
         }));
         assert!(refused.is_err() && long.iter().all(|b| *b == 7));
         let refused = catch_unwind(AssertUnwindSafe(|| {
-            cipher.decrypt(VolatileSlice::from(&mut long[..]), VolatileSlice::from(&mut short[..]), 0);
+            cipher.decrypt_written(
+                VolatileSlice::from(&mut long[..]),
+                VolatileSlice::from(&mut short[..]),
+                0,
+            );
         }));
         assert!(refused.is_err() && short.iter().all(|b| *b == 7));
     }

@@ -58,14 +58,21 @@ impl Portable {
     }
 
     /// Runs `len` bytes, whole data units, through the cipher: `each` is called for every batch in order,
-    /// with its offset, its length and the batch cipher, and brings the bytes to and from where they live.
+    /// with its offset, its length and the batch cipher, and brings the bytes to and from where they live; it
+    /// says whether to go on. Returns how many bytes are done.
     #[inline(always)]
-    fn for_each_batch(&self, len: usize, first: TweakInput, mut each: impl FnMut(usize, &mut Batch<'_>)) {
+    fn for_each_batch(
+        &self,
+        len: usize,
+        first: TweakInput,
+        mut each: impl FnMut(usize, &mut Batch<'_>) -> bool,
+    ) -> usize {
         let mut batch =
             Batch { keys: &self.keys, starts: [0; BATCH_GROUPS], tweaks: [0; BATCH_BLOCKS], len: 0 };
         let mut initial = [Block::default(); UNITS_AHEAD];
         let unit_bytes = self.unit.bytes() as usize;
-        for offset in (0..len).step_by(UNITS_AHEAD * unit_bytes) {
+        let mut done = 0;
+        'all: for offset in (0..len).step_by(UNITS_AHEAD * unit_bytes) {
             let ahead = (len - offset).min(UNITS_AHEAD * unit_bytes);
             let units = ahead / unit_bytes;
             let mut input = first.plus(offset as u64 / 512);
@@ -80,10 +87,14 @@ impl Portable {
                     SectorSize::B512 => batch.start_each_group(&initial[at / GROUP_BYTES..units]),
                     SectorSize::B4096 => batch.start_one_unit(&initial[at / BATCH_BYTES]),
                 }
-                each(offset + at, &mut batch);
+                if !each(offset + at, &mut batch) {
+                    break 'all;
+                }
+                done += batch.len;
             }
         }
         wipe_stack::<AES_STACK>();
+        done
     }
 }
 
@@ -108,24 +119,30 @@ impl SectorCipher for Portable {
             let chunk = &mut dst[at..at + batch.len];
             src.offset(at).expect("a batch lies inside the request").copy_to(chunk);
             batch.crypt(Direction::Encrypt, chunk);
+            true
         });
     }
 
-    fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) {
+    fn decrypt_written(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) -> usize {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let mut plain = [0; BATCH_BYTES];
         self.for_each_batch(src.len(), TweakInput::sector(first_sector), |at, batch| {
             let plain = &mut plain[..batch.len];
             src.offset(at).expect("a batch lies inside the request").copy_to(plain);
+            if plain.chunks_exact(512).any(|sector| sector[..8] == [0; 8]) {
+                return false;
+            }
             batch.crypt(Direction::Decrypt, plain);
             dst.offset(at).expect("a batch lies inside the request").copy_from(plain);
-        });
+            true
+        })
     }
 
     #[inline(never)]
     fn in_place(&self, direction: Direction, data: &mut [u8], first: TweakInput) {
         self.for_each_batch(data.len(), first, |at, batch| {
             batch.crypt(direction, &mut data[at..at + batch.len]);
+            true
         });
     }
 }

@@ -148,40 +148,33 @@ where
         sector: u64,
         block: u32,
     ) -> io::Result<()> {
-        if all_there(src) {
-            return self.decrypt_all_from(cipher, src, sector, block);
-        }
-        decrypt_with_holes(cipher, src, sector, block as usize);
-        self.copy_from(src)
-    }
-
-    /// As [`GuestData::decrypt_from`], where no sector of `src` is all zero.
-    pub(super) fn decrypt_all_from(
-        &self,
-        cipher: &dyn SectorCipher,
-        src: &mut [u8],
-        sector: u64,
-        block: u32,
-    ) -> io::Result<()> {
-        if self.decrypt_directly(cipher, VolatileSlice::from(&mut *src), sector, block)? {
+        let done = self.decrypt_written(cipher, VolatileSlice::from(&mut *src), sector, block)?;
+        let rest = &mut src[done..];
+        if rest.is_empty() {
             return Ok(());
         }
-        cipher.decrypt_in_place(src, sector);
-        self.copy_from(src)
+        decrypt_with_holes(cipher, rest, sector + (done / SECTOR) as u64, block as usize);
+        self.from(done).copy_from(rest)
     }
 
-    /// Decrypts `src`, all of which was written, if the runs are whole blocks; returns whether that is so.
-    pub(super) fn decrypt_directly(
+    /// Decrypts `src` as far as it was written for sure (see [`SectorCipher::decrypt_written`]), if the runs
+    /// are whole blocks. Returns how many bytes are done, from the first on.
+    pub(super) fn decrypt_written(
         &self,
         cipher: &dyn SectorCipher,
         src: VolatileSlice<'_>,
         sector: u64,
         block: u32,
-    ) -> io::Result<bool> {
+    ) -> io::Result<usize> {
+        let mut done = 0;
         self.each_of_whole_blocks(src.len(), block as usize, Permissions::Write, |slice, at| {
-            let from = src.subslice(at, slice.len()).expect("each stays within the length");
-            cipher.decrypt(from, slice, sector + (at / SECTOR) as u64);
-        })
+            // What comes behind a hole is left out, too.
+            if done == at {
+                let from = src.subslice(at, slice.len()).expect("each stays within the length");
+                done += cipher.decrypt_written(from, slice, sector + (at / SECTOR) as u64);
+            }
+        })?;
+        Ok(done)
     }
 }
 

@@ -8,9 +8,9 @@
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_ymm;
+use crate::crypt::xts::TweakInput;
 use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
-use crate::crypt::xts::vaes::{AHEAD, Kernel};
-use crate::crypt::xts::{Direction, TweakInput};
+use crate::crypt::xts::vaes::{AHEAD, Kernel, Task, begins_with_zeros};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -20,6 +20,7 @@ const WIDTH: usize = 4;
 /// Bytes of one register, and of one group.
 const REGISTER: usize = 32;
 const GROUP: usize = WIDTH * REGISTER;
+const GROUPS_OF_SECTOR: usize = SectorSize::B512.bytes() as usize / GROUP;
 /// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check
 /// in a kernel's loop keeps it from being unrolled.
 const PLACES: [usize; WIDTH] = {
@@ -52,13 +53,13 @@ kernels!("avx2,vaes,vpclmulqdq", clear_ymm);
 
 #[inline]
 #[target_feature(enable = "avx2,vaes,vpclmulqdq")]
-unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
+unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     keys: &Keys,
     mut src: *const u8,
     mut dst: *mut u8,
     units: usize,
     first: TweakInput,
-) {
+) -> usize {
     let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
     let mut input = first;
     let mut initial = encrypt_two::<GROUPS>(&keys.tweak, input);
@@ -77,12 +78,16 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
             }
             // SAFETY: both pointers have as many groups ahead of them as the unit has left.
             unsafe {
+                if WRITTEN && group % GROUPS_OF_SECTOR == 0 && begins_with_zeros(src) {
+                    return unit;
+                }
                 crypt::<DECRYPT>(data_keys, src, dst, &tweaks);
                 src = src.add(GROUP);
                 dst = dst.add(GROUP);
             }
         }
     }
+    units
 }
 
 /// Crypts a group.

@@ -12,15 +12,15 @@
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_zmm;
+use crate::crypt::xts::TweakInput;
 use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
-use crate::crypt::xts::vaes::{AHEAD, Kernel};
-use crate::crypt::xts::{Direction, TweakInput};
+use crate::crypt::xts::vaes::{AHEAD, Kernel, Task, begins_with_zeros};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
 /// Registers of four blocks in a group.
 const WIDTH: usize = 8;
-/// Bytes of one register, and of one group.
+/// Bytes of one register, and of one group, which is a sector.
 const REGISTER: usize = 64;
 const GROUP: usize = WIDTH * REGISTER;
 /// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check
@@ -57,13 +57,13 @@ kernels!("avx512f,avx512bw,vaes,vpclmulqdq", clear_zmm);
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
-unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
+unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     keys: &Keys,
     mut src: *const u8,
     mut dst: *mut u8,
     units: usize,
     first: TweakInput,
-) {
+) -> usize {
     let data_keys = if DECRYPT { &keys.decrypt } else { &keys.encrypt };
     let mut input = first;
     let mut initial = encrypt_four::<GROUPS>(&keys.tweak, input);
@@ -72,6 +72,9 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
         for _ in 1..GROUPS {
             // SAFETY: both pointers have a data unit ahead of them that begins GROUPS groups before its end.
             unsafe {
+                if WRITTEN && begins_with_zeros(src) {
+                    return unit;
+                }
                 tweaks = crypt_then_advance::<DECRYPT>(data_keys, src, dst, tweaks);
                 src = src.add(GROUP);
                 dst = dst.add(GROUP);
@@ -85,11 +88,15 @@ unsafe fn run<const DECRYPT: bool, const GROUPS: usize>(
         };
         // SAFETY: as above; this is the unit's last group.
         unsafe {
+            if WRITTEN && begins_with_zeros(src) {
+                return unit;
+            }
             tweaks = crypt_then_begin::<DECRYPT, GROUPS>(data_keys, src, dst, tweaks, initial);
             src = src.add(GROUP);
             dst = dst.add(GROUP);
         }
     }
+    units
 }
 
 /// Crypts a group, and gives the tweaks of the next group of the same data unit: each times α³².

@@ -24,12 +24,43 @@ const DEVELOPMENT_FRAMES: usize = 16 << 10;
 /// those bytes. The CPU does so by itself in a page, but not from one page to the next.
 const AHEAD: usize = 2048;
 
-/// A kernel: from, to, number of data units, tweak input of the first.
+/// What a kernel does.
+#[derive(Clone, Copy)]
+enum Task {
+    Encrypt,
+    Decrypt,
+    /// Decrypt until a sector begins with eight zero bytes.
+    DecryptWritten,
+}
+
+impl From<Direction> for Task {
+    fn from(way: Direction) -> Self {
+        match way {
+            Direction::Encrypt => Task::Encrypt,
+            Direction::Decrypt => Task::Decrypt,
+        }
+    }
+}
+
+/// A kernel: from, to, number of data units, tweak input of the first. It returns how many data units it has
+/// done from the first on, which are all of them but for [`Task::DecryptWritten`].
 ///
 /// Safe to call where the CPU has what its [`Width`] needs, the source is readable and the
 /// destination writable for all data units, and the two are the same or do not overlap. Each byte of
-/// the source is read once.
-type Kernel = unsafe fn(&Keys, *const u8, *mut u8, usize, TweakInput);
+/// the source is read once, except for the first eight of a sector that [`Task::DecryptWritten`] looks at.
+type Kernel = unsafe fn(&Keys, *const u8, *mut u8, usize, TweakInput) -> usize;
+
+/// Whether a sector at `at` begins with eight zero bytes.
+///
+/// # Safety
+/// There are eight readable bytes, which may change meanwhile.
+#[inline(always)]
+unsafe fn begins_with_zeros(at: *const u8) -> bool {
+    #[repr(C, packed)]
+    struct Unaligned(u64);
+    // SAFETY: the caller vouches for the bytes; Unaligned has alignment 1.
+    unsafe { at.cast::<Unaligned>().read_volatile().0 == 0 }
+}
 
 /// How wide the registers are that the kernels use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,10 +92,10 @@ impl Width {
         }
     }
 
-    fn kernel(self, way: Direction, unit: SectorSize) -> Kernel {
+    fn kernel(self, task: Task, unit: SectorSize) -> Kernel {
         match self {
-            Width::Bits256 => kernel256::kernel(way, unit),
-            Width::Bits512 => kernel512::kernel(way, unit),
+            Width::Bits256 => kernel256::kernel(task, unit),
+            Width::Bits512 => kernel512::kernel(task, unit),
         }
     }
 }
@@ -88,22 +119,23 @@ impl Vaes {
         Ok(Some(Vaes { keys, unit, width }))
     }
 
-    /// `len` bytes from `src` to `dst`, which may be the same.
+    /// `len` bytes from `src` to `dst`, which may be the same. Returns how many of them are done.
     ///
     /// # Safety
     /// `src` is readable and `dst` writable for `len` bytes, a multiple of the data unit, and they are
     /// equal or do not overlap. Others may change the memory meanwhile; nobody else holds a Rust
     /// reference to what is written.
-    unsafe fn run(&self, way: Direction, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) {
-        let run = self.width.kernel(way, self.unit);
+    unsafe fn run(&self, task: Task, src: *const u8, dst: *mut u8, len: usize, first: TweakInput) -> usize {
+        let (run, unit) = (self.width.kernel(task, self.unit), self.unit.bytes() as usize);
         // SAFETY: the constructor checked the CPU's features; the memory is as the caller promises.
-        unsafe { run(&self.keys, src, dst, len / self.unit.bytes() as usize, first) };
+        let done = unsafe { run(&self.keys, src, dst, len / unit, first) };
         // A development build does not inline all parts of a kernel (how many depends on the rest of the
         // program), and what is passed between them goes by the stack. `ci/check-spills` sees to it that a
         // release has no need of this.
         if cfg!(debug_assertions) {
             wipe_stack::<DEVELOPMENT_FRAMES>();
         }
+        done * unit
     }
 }
 
@@ -127,21 +159,21 @@ impl SectorCipher for Vaes {
         let (guest, first) = (src.ptr_guard(), TweakInput::sector(first_sector));
         // SAFETY: the guard keeps `src` mapped for its length, which is that of `dst`; a `&mut [u8]`
         // cannot overlap guest memory.
-        unsafe { self.run(Direction::Encrypt, guest.as_ptr(), dst.as_mut_ptr(), dst.len(), first) }
+        unsafe { self.run(Task::Encrypt, guest.as_ptr(), dst.as_mut_ptr(), dst.len(), first) };
     }
 
-    fn decrypt(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) {
+    fn decrypt_written(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) -> usize {
         check_request(self.unit, src.len(), dst.len(), first_sector);
         let (from, guest, first) = (src.ptr_guard(), dst.ptr_guard_mut(), TweakInput::sector(first_sector));
         // SAFETY: the guards keep both mapped for their length, which is the same; neither is a buffer of the
         // other's, and what either holds is nobody's Rust reference.
-        unsafe { self.run(Direction::Decrypt, from.as_ptr(), guest.as_ptr(), src.len(), first) }
+        unsafe { self.run(Task::DecryptWritten, from.as_ptr(), guest.as_ptr(), src.len(), first) }
     }
 
     fn in_place(&self, way: Direction, data: &mut [u8], first: TweakInput) {
         let at = data.as_mut_ptr();
         // SAFETY: `data` is exclusively ours. Only the trait's own methods can make a tweak input, and they
         // have checked that it is whole data units.
-        unsafe { self.run(way, at, at, data.len(), first) }
+        unsafe { self.run(way.into(), at, at, data.len(), first) };
     }
 }
