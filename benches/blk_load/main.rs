@@ -70,6 +70,13 @@ pub struct Args {
     /// Descriptors in the ring's own table instead of indirect ones.
     #[arg(long)]
     direct: bool,
+    /// Guest memory in huge pages, of 2 MiB; an error where the kernel has none for it (see
+    /// /sys/kernel/mm/transparent_hugepage/shmem_enabled).
+    #[arg(long)]
+    huge_pages: bool,
+    /// Of how many in a hundred requests --rw randrw makes reads.
+    #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(1..=99))]
+    reads: u8,
     /// First write random data over the range, unmeasured.
     #[arg(long)]
     fill: bool,
@@ -91,6 +98,7 @@ pub struct Args {
 }
 
 const PAGE: u64 = 4096;
+const HUGE_PAGE: u64 = 2 << 20;
 const FILL_BLOCK: u64 = 128 << 10;
 /// How long a back-end may stay awake after its last request before it counts as idle.
 const REST: Duration = Duration::from_secs(1);
@@ -103,6 +111,8 @@ pub enum Pattern {
     RandRead,
     /// Writes at random places.
     RandWrite,
+    /// Reads and writes at random places, mixed.
+    RandRw,
     /// Reads in order.
     Read,
     /// Writes in order.
@@ -110,12 +120,16 @@ pub enum Pattern {
 }
 
 impl Pattern {
+    fn reads(self) -> bool {
+        matches!(self, Pattern::RandRead | Pattern::Read | Pattern::RandRw)
+    }
+
     fn writes(self) -> bool {
-        matches!(self, Pattern::RandWrite | Pattern::Write)
+        matches!(self, Pattern::RandWrite | Pattern::Write | Pattern::RandRw)
     }
 
     fn random(self) -> bool {
-        matches!(self, Pattern::RandRead | Pattern::RandWrite)
+        matches!(self, Pattern::RandRead | Pattern::RandWrite | Pattern::RandRw)
     }
 }
 
@@ -202,6 +216,7 @@ fn work(args: &Args, session: &Session) -> Result<Work> {
     }
     Ok(Work {
         pattern: args.rw,
+        reads: args.reads,
         bs: args.bs,
         depth: args.qd,
         queues: args.queues,
@@ -217,21 +232,30 @@ fn work(args: &Args, session: &Session) -> Result<Work> {
 fn open(args: &Args) -> Result<Session> {
     let depth = u64::from(args.qd);
     let descriptors = 2 + args.segment.map_or(1, |s| args.bs.div_ceil(s));
-    let entries = if args.direct { depth * descriptors } else { depth }.next_power_of_two().max(128);
+    // A slot of a mixed load has a chain for each of the two.
+    let chains = depth * u64::from(1 + u8::from(args.rw == Pattern::RandRw));
+    let entries = if args.direct { chains * descriptors } else { chains }.next_power_of_two().max(128);
     if entries > 1024 {
         return Err(Fault::Protocol(format!("{entries} descriptors do not fit into a ring of 1024")));
     }
-    let slot = args.bs + 16 * descriptors + 3 * PAGE;
+    let slot = args.bs + 2 * 16 * descriptors + 4 * PAGE;
     let ram = (slot * depth + 64 * PAGE) * u64::from(args.queues) + (1 << 20);
     let features = !(F_LOG_ALL | if args.direct { F_INDIRECT } else { 0 });
     let options = Options {
         features,
         queues: usize::from(args.queues),
         queue_size: entries as u16,
-        layout: Layout::flat(ram.next_multiple_of(1 << 20)),
+        layout: Layout { huge: args.huge_pages, ..Layout::flat(ram.next_multiple_of(HUGE_PAGE)) },
         ..Options::default()
     };
-    Session::open(&args.socket, &options)
+    let before = process::memory_files_in_huge_pages()?;
+    let session = Session::open(&args.socket, &options)?;
+    if args.huge_pages && process::memory_files_in_huge_pages()? < before + ram.next_multiple_of(HUGE_PAGE) {
+        let message = "the kernel gives memory files no huge pages, or has none left: see \
+                       /sys/kernel/mm/transparent_hugepage/shmem_enabled, which should be \"advise\"";
+        return Err(Fault::Protocol(message.into()));
+    }
+    Ok(session)
 }
 
 /// Runs the threads; what they did while it was measured, for how long, and the server's CPU time.

@@ -45,3 +45,12 @@ impl Sleeps {
         self.0.iter().map(more).sum()
     }
 }
+
+/// How many bytes of all memory files of this machine lie in huge pages.
+pub fn memory_files_in_huge_pages() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("ShmemHugePages:")?.trim().strip_suffix(" kB")?.parse().ok());
+    Ok(kib.unwrap_or(0_u64) << 10)
+}

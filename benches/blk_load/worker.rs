@@ -21,6 +21,8 @@ pub const STOP: u8 = 2;
 pub struct Work {
     /// What is read or written where.
     pub pattern: Pattern,
+    /// How many in a hundred requests of a mixed load are reads.
+    pub reads: u8,
     /// Bytes of a request.
     pub bs: u64,
     /// Requests in flight on a queue.
@@ -64,10 +66,15 @@ impl Tally {
 
 /// One request's place in guest memory.
 struct Slot {
-    head: u16,
-    header: u64,
+    /// A chain that reads, and one that writes; either is there where the load has such requests.
+    chains: [Option<Chain>; 2],
     status: u64,
     since: Instant,
+}
+
+struct Chain {
+    head: u16,
+    header: u64,
 }
 
 /// Loads queues `first`, `first + 1`, … until the phase says stop (or one pass is done) and every request has
@@ -100,6 +107,7 @@ struct Load<'a> {
     by_head: Vec<usize>,
     ready: Vec<usize>,
     places: Places,
+    mix: Mix,
     /// When the device last completed something, and how long it may take to complete more.
     heard: Instant,
     limit: Duration,
@@ -110,11 +118,12 @@ impl<'a> Load<'a> {
         let slots = (0..work.depth).map(|_| Slot::new(ring, work)).collect::<Result<Vec<_>>>()?;
         let mut by_head = vec![usize::MAX; usize::from(ring.size)];
         for (index, slot) in slots.iter().enumerate() {
-            by_head[usize::from(slot.head)] = index;
+            slot.chains.iter().flatten().for_each(|chain| by_head[usize::from(chain.head)] = index);
         }
         let ready = (0..slots.len()).collect();
         let (places, heard, limit) = (Places::new(work, queue), Instant::now(), limit());
-        Ok(Load { ring, slots, by_head, ready, places, heard, limit })
+        let mix = Mix { random: Random(queue as u64), reads: u64::from(work.reads) };
+        Ok(Load { ring, slots, by_head, ready, places, mix, heard, limit })
     }
 
     /// Submits what is ready and takes what is done (waiting for an interrupt, if so wished). False when
@@ -154,9 +163,20 @@ impl<'a> Load<'a> {
             let Some(sector) = self.places.next() else { break };
             let slot = &mut self.slots[index];
             slot.since = now;
-            self.ring.mem.store(slot.header + 8, sector, Ordering::Relaxed);
+            let chain = match &slot.chains {
+                [Some(read), Some(write)] => {
+                    if self.mix.is_read() {
+                        read
+                    } else {
+                        write
+                    }
+                }
+                [Some(only), None] | [None, Some(only)] => only,
+                [None, None] => unreachable!("every pattern reads or writes"),
+            };
+            self.ring.mem.store(chain.header + 8, sector, Ordering::Relaxed);
             self.ring.mem.store(slot.status, UNTOUCHED, Ordering::Relaxed);
-            self.ring.put_head(start.wrapping_add(count), slot.head);
+            self.ring.put_head(start.wrapping_add(count), chain.head);
             count += 1;
         }
         self.ring.set_avail_idx(start.wrapping_add(count));
@@ -178,9 +198,6 @@ impl<'a> Load<'a> {
 impl Slot {
     fn new(ring: &mut SplitRing, work: &Work) -> Result<Slot> {
         let mem = ring.mem.clone();
-        let kind = if work.pattern.writes() { OUT } else { IN };
-        let header = mem.take(16, 16);
-        mem.write(header, &[kind.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat());
         let data = mem.take(work.bs as usize, 4096);
         if work.pattern.writes() {
             let mut random = Random(data ^ u64::from(std::process::id()));
@@ -188,17 +205,34 @@ impl Slot {
             mem.write(data, &bytes);
         }
         let status = mem.take(1, 1);
-        let piece = if work.pattern.writes() { Desc::readable } else { Desc::writable };
-        let mut chain = vec![Desc::readable(header, 16)];
-        let mut at = 0;
-        while at < work.bs {
-            let len = work.segment.min(work.bs - at);
-            chain.push(piece(data + at, len as u32));
-            at += len;
-        }
-        chain.push(Desc::writable(status, 1));
-        let head = place(ring, &chain, work.direct)?;
-        Ok(Slot { head, header, status, since: Instant::now() })
+        let mut chain = |kind: u32, piece: fn(u64, u32) -> Desc| -> Result<Chain> {
+            let header = mem.take(16, 16);
+            mem.write(header, &[kind.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat());
+            let mut chain = vec![Desc::readable(header, 16)];
+            let mut at = 0;
+            while at < work.bs {
+                let len = work.segment.min(work.bs - at);
+                chain.push(piece(data + at, len as u32));
+                at += len;
+            }
+            chain.push(Desc::writable(status, 1));
+            Ok(Chain { head: place(ring, &chain, work.direct)?, header })
+        };
+        let reads = work.pattern.reads().then(|| chain(IN, Desc::writable)).transpose()?;
+        let writes = work.pattern.writes().then(|| chain(OUT, Desc::readable)).transpose()?;
+        Ok(Slot { chains: [reads, writes], status, since: Instant::now() })
+    }
+}
+
+/// Which requests of a mixed load are reads.
+struct Mix {
+    random: Random,
+    reads: u64,
+}
+
+impl Mix {
+    fn is_read(&mut self) -> bool {
+        self.random.next() % 100 < self.reads
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Layout {
     pub one_file: bool,
     /// Whether the files can be shrunk.
     pub seals: Seals,
+    /// Whether the kernel is asked for huge pages, of 2 MiB.
+    pub huge: bool,
 }
 
 /// What may still be done to the size of a memory file.
@@ -62,7 +64,12 @@ pub enum Seals {
 impl Layout {
     /// One region at guest address 0.
     pub fn flat(size: u64) -> Self {
-        Layout { regions: vec![RegionSpec::at(0, size)], one_file: false, seals: Seals::Sealable }
+        Layout {
+            regions: vec![RegionSpec::at(0, size)],
+            one_file: false,
+            seals: Seals::Sealable,
+            huge: false,
+        }
     }
 
     /// As a PC's: 640 KiB, then from 768 KiB, then above 4 GiB, all in one file. `size` is the last one's.
@@ -70,13 +77,13 @@ impl Layout {
         let low = RegionSpec::at(0, 0xa_0000);
         let mid = RegionSpec { offset: 0xc_0000, ..RegionSpec::at(0xc_0000, 2 * MIB) };
         let high = RegionSpec { offset: 4 * MIB, ..RegionSpec::at(1 << 32, size) };
-        Layout { regions: vec![low, mid, high], one_file: true, seals: Seals::Sealable }
+        Layout { regions: vec![low, mid, high], one_file: true, seals: Seals::Sealable, huge: false }
     }
 
     /// Two files: the rings' and the request buffers'. The second can be shrunk without harming this process.
     pub fn rings_apart(size: u64) -> Self {
         let regions = vec![RegionSpec::at(0, MIB), RegionSpec::at(1 << 30, size)];
-        Layout { regions, one_file: false, seals: Seals::Sealable }
+        Layout { regions, one_file: false, seals: Seals::Sealable, huge: false }
     }
 }
 
@@ -101,6 +108,17 @@ pub struct GuestMem {
     arenas: Mutex<Vec<Arena>>,
 }
 
+/// Asks for huge pages, and has all of the memory there.
+fn ask_for_huge_pages(map: &MmapRegion) -> Result<(), Fault> {
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+        // SAFETY: the range is the mapping, and neither advice changes what is in it.
+        if unsafe { libc::madvise(map.as_ptr().cast(), map.size(), advice) } != 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+    }
+    Ok(())
+}
+
 impl GuestMem {
     /// RAM laid out as said.
     pub fn new(layout: &Layout) -> Result<Self, Fault> {
@@ -115,6 +133,9 @@ impl GuestMem {
             let place = FileOffset::new(file.try_clone()?, spec.offset);
             let map = MmapRegion::from_file(place, spec.size as usize)
                 .map_err(|e| Fault::Protocol(format!("map {spec:x?}: {e}")))?;
+            if layout.huge {
+                ask_for_huge_pages(&map)?;
+            }
             regions.push(Region { spec: *spec, file, map });
         }
         // The first page of every region stays unused, so that address 0 is never a buffer's.
