@@ -14,6 +14,7 @@ pub struct Report {
     bs: u64,
     qd: u16,
     queues: u16,
+    huge_pages: bool,
     seconds: f64,
     requests: u64,
     errors: u64,
@@ -41,6 +42,7 @@ impl Report {
             bs: args.bs,
             qd: args.qd,
             queues: args.queues,
+            huge_pages: args.huge_pages,
             seconds: time.as_secs_f64(),
             requests: tally.done,
             errors: tally.failed,
@@ -71,7 +73,8 @@ impl Report {
     /// One JSON object.
     pub fn json(&self) -> Value {
         json!({
-            "rw": self.rw, "bs": self.bs, "qd": self.qd, "queues": self.queues, "seconds": self.seconds,
+            "rw": self.rw, "bs": self.bs, "qd": self.qd, "queues": self.queues,
+            "huge_pages": self.huge_pages, "seconds": self.seconds,
             "requests": self.requests, "errors": self.errors, "kicks": self.kicks,
             "iops": self.iops(), "mib_per_second": self.mib_per_second(),
             "latency_us": { "p50": self.p50, "p99": self.p99, "p99_9": self.p999 },

@@ -25,17 +25,17 @@ BAR_WIDTH = PANEL_WIDTH - NAME_WIDTH - VALUE_WIDTH
 
 def panels(run):
     """Title, whether less is better, and a value for each server that has one."""
-    one = lambda rw, bs, qd: (1, rw, bs, qd)
+    one = lambda rw, bs, qd: results.Work(1, rw, bs, qd, True)
     iops, mib, p50, cpu = (lambda c: c.iops), (lambda c: c.mib), (lambda c: c.p50), (lambda c: c.cpu_us)
     wanted = [
-        ("tmpfs", one("randread", 4096, 32), "IOPS", iops, False),
-        ("tmpfs", one("randwrite", 4096, 32), "IOPS", iops, False),
-        ("tmpfs", one("read", 128 << 10, 8), "MiB/s", mib, False),
-        ("tmpfs", one("write", 128 << 10, 8), "MiB/s", mib, False),
         ("disk", one("randread", 4096, 32), "IOPS", iops, False),
         ("disk", one("randwrite", 4096, 32), "IOPS", iops, False),
-        ("tmpfs", one("randread", 4096, 1), "µs, median latency", p50, True),
+        ("disk", one("read", 128 << 10, 8), "MiB/s", mib, False),
+        ("disk", one("write", 128 << 10, 8), "MiB/s", mib, False),
         ("disk", one("randread", 4096, 32), "µs of server CPU a request", cpu, True),
+        ("tmpfs", one("randread", 4096, 1), "µs, median latency", p50, True),
+        ("tmpfs", one("randread", 4096, 32), "IOPS", iops, False),
+        ("tmpfs", one("read", 128 << 10, 8), "MiB/s", mib, False),
     ]
     for fs, work, unit, pick, less in wanted:
         cells = [(s, run.cell(fs, s, work)) for s in run.servers]

@@ -3,7 +3,12 @@
 import json
 import os
 import statistics
+from collections import namedtuple
 from pathlib import Path
+
+# One workload: queues, pattern, bytes of a request, requests in flight on each queue, and whether the guest's
+# memory is in huge pages.
+Work = namedtuple("Work", "queues rw bs qd huge")
 
 # A server's key in the measurements: two lines of a heading, and the name in prose.
 SERVERS = {
@@ -71,13 +76,13 @@ class Run:
                 self.idle[where] = row["idle"]
             else:
                 load = row["load"]
-                work = (load["queues"], load["rw"], load["bs"], load["qd"])
+                work = Work(load["queues"], load["rw"], load["bs"], load["qd"], load["huge_pages"])
                 loads.setdefault(work, {}).setdefault(where, []).append(load)
         self.works = list(loads)
         self.cells = {(w, *where): Cell(l) for w, all_of in loads.items() for where, l in all_of.items()}
         present = {server for _, _, server in self.cells}
         self.servers = [s for s in SERVERS if s in present]
-        self.systems = [fs for fs in ("tmpfs", "disk") if any(fs == f for _, f, _ in self.cells)]
+        self.systems = [fs for fs in ("disk", "tmpfs") if any(fs == f for _, f, _ in self.cells)]
         self.crypto = crypto(folder / "xts")
         self.layers = (folder / "layers").read_text().splitlines()
         self.failed = sum(cell.failed for cell in self.cells.values())
@@ -104,11 +109,11 @@ class Run:
 
     def most_resident(self, server, queues):
         """The most that a server held in memory under any load on so many queues, MiB."""
-        held = [c.rss_mib for (work, _, s), c in self.cells.items() if s == server and work[0] == queues]
+        held = [c.rss_mib for (work, _, s), c in self.cells.items() if s == server and work.queues == queues]
         return max(held, default=None)
 
     def fs_name(self, fs):
-        return "tmpfs" if fs == "tmpfs" else f"{self.facts['disk_fs']} on the disk"
+        return "memory (tmpfs)" if fs == "tmpfs" else f"{self.facts['disk_fs']} on the disk"
 
     def qemu(self):
         words = self.facts["qemu"].split()
@@ -121,10 +126,8 @@ class Run:
 
     def as_json(self):
         rows = []
-        for (queues, rw, bs, qd), fs, server in self.cells:
-            cell = self.cells[(queues, rw, bs, qd), fs, server]
-            where = {"fs": fs, "server": server, "rw": rw, "bs": bs, "qd": qd, "queues": queues}
-            rows.append({**where, **cell.as_json()})
+        for (work, fs, server), cell in self.cells.items():
+            rows.append({"fs": fs, "server": server, **work._asdict(), **cell.as_json()})
         return {
             "machine": self.machine,
             "run": {**self.facts, "stolen_cpu_share": self.stolen()},
@@ -154,12 +157,29 @@ class Aim:
         return {"what": self.what, "value": self.value, bound: self.limit, "unit": self.unit, "met": self.met()}
 
 
+PATTERNS = {
+    "randread": "random read",
+    "randwrite": "random write",
+    "randrw": "random read and write, 70/30",
+    "read": "sequential read",
+    "write": "sequential write",
+}
+
+
+def words(work):
+    """A workload in words, without what its guest's memory is made of."""
+    size = f"{work.bs >> 20} MiB" if work.bs >= 1 << 20 else f"{work.bs >> 10} KiB"
+    on = f" on {work.queues} queues" if work.queues > 1 else ""
+    return f"{size} {PATTERNS[work.rw]}, QD {work.qd}{on}"
+
+
 def aims(run):
     """The aims of the data plane's performance, in the order in which they were set."""
     least = lambda what, value, limit, unit: Aim(what, value, limit, True, unit)
     most = lambda what, value, limit, unit: Aim(what, value, limit, False, unit)
-    read, write, one = (1, "randread", 4096, 32), (1, "randwrite", 4096, 32), (1, "randread", 4096, 1)
-    in_order = (1, "read", 128 << 10, 8)
+    of_one = lambda rw, bs, qd: Work(1, rw, bs, qd, True)
+    read, write, one = of_one("randread", 4096, 32), of_one("randwrite", 4096, 32), of_one("randread", 4096, 1)
+    in_order = of_one("read", 128 << 10, 8)
     found = []
     for what, work, luks, raw in (
         ("4 KiB random read, QD 32", read, 6, 2),
@@ -172,13 +192,19 @@ def aims(run):
     found.append(most("4 KiB random read, QD 1, p50, tmpfs", quick("sealblk"), 5, "us"))
     found.append(most("4 KiB random read, QD 1, p50, tmpfs, without polling", quick("sealblk-sleeping"), 11, "us"))
     for size, limit in ((4096, 0.9), (128 << 10, 0.75)):
-        shares = [run.share_of_plain("tmpfs", w) for w in run.works if w[0] == 1 and w[2] == size]
+        shares = [run.share_of_plain("tmpfs", w) for w in run.works if w.queues == 1 and w.bs == size and w.huge]
         shares = [share for share in shares if share is not None]
         what = f"{size >> 10} KiB, tmpfs, encrypted to unencrypted: the least of all"
         found.append(least(what, min(shares, default=None), limit, "x"))
     for what, work, limit in (("read", read, 4.5), ("write", write, 6)):
         cpu = getattr(run.cell("disk", "sealblk", work), "cpu_us", None)
         found.append(most(f"4 KiB random {what}, QD 32, {run.fs_name('disk')}: server CPU a request", cpu, limit, "us"))
+    for work in run.works:
+        if work.queues == 1 and work.huge:
+            plain = run.peer("disk", "raw", work, lambda c: c.iops)
+            ours = run.cell("disk", "sealblk", work)
+            ratio = ours.iops / plain if ours and plain else None
+            found.append(least(f"{words(work)}, {run.fs_name('disk')}, to qsd raw", ratio, 0.95, "x"))
     fast = run.crypto.get("vaes512", {})
     slow = run.crypto.get("portable", {})
     speed = min(fast.values(), default=None)
@@ -194,10 +220,12 @@ def aims(run):
 
 
 def crypto(path):
-    """GB/s by engine, then by data unit and direction, out of what benches/xts prints."""
+    """GB/s by engine, then by data unit and direction, out of what benches/xts prints; and what bounds them."""
     speeds = {}
     for line in path.read_text().splitlines():
         words = line.split()
+        if line.startswith("ceiling: "):
+            speeds.setdefault(line.removeprefix("ceiling: ").rsplit(None, 2)[0], {})["ceiling"] = float(words[-2])
         if len(words) == 5 and words[1].isdigit():
             speeds.setdefault(words[0], {})[f"{words[1]} {words[2]}"] = float(words[3])
     return speeds

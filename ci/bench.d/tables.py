@@ -4,17 +4,8 @@ import statistics
 
 import results
 
-PATTERNS = {
-    "randread": "random read",
-    "randwrite": "random write",
-    "read": "sequential read",
-    "write": "sequential write",
-}
-
-
 def work_name(work):
-    queues, rw, bs, qd = work
-    return f"{bs >> 10} KiB {PATTERNS[rw]}, QD {qd}" + (f" on {queues} queues" if queues > 1 else "")
+    return results.words(work) + ("" if work.huge else ", small pages")
 
 
 def heading(run):
@@ -63,7 +54,7 @@ def number(value, digits=3):
 def speed(cell, work):
     if cell is None:
         return "-"
-    return number(cell.iops) if work[2] == 4096 else f"{cell.mib:.0f}"
+    return number(cell.iops) if work.bs == 4096 else f"{cell.mib:.0f}"
 
 
 def times(value):
@@ -78,7 +69,7 @@ def server_heads(run, title, more=()):
 def speeds(run, fs):
     rows = server_heads(run, f"{run.fs_name(fs)}", (("to qsd", "raw"), ("to qsd", "LUKS"), ("encr. to", "plain")))
     for work in run.works:
-        unit = "IOPS" if work[2] == 4096 else "MiB/s"
+        unit = "IOPS" if work.bs == 4096 else "MiB/s"
         cells = [speed(run.cell(fs, s, work), work) for s in run.servers]
         ratios = [run.ratio(fs, "raw", work), run.ratio(fs, "luks", work), run.share_of_plain(fs, work)]
         rows.append([f"{work_name(work)}, {unit}", *cells, *map(times, ratios)])
@@ -96,7 +87,7 @@ def per_server(run, fs, title, show):
 def at_rest(run):
     """Memory and wake-ups."""
     rows = server_heads(run, "")
-    for queues in sorted({w[0] for w in run.works}):
+    for queues in sorted({w.queues for w in run.works}):
         named = "one queue" if queues == 1 else f"{queues} queues"
         most = [run.most_resident(server, queues) for server in run.servers]
         rows.append([f"most resident under load, {named}, MiB", *map(number, most)])
@@ -139,7 +130,7 @@ def text(run):
     """The whole report."""
     lines = [""]
     block = lambda title, body: lines.extend([f"== {title}", *body, ""])
-    block("Machine and run", heading(run))
+    block("Machine and run", [*heading(run), "the guest's memory is in pages of 2 MiB, where nothing else is said"])
     for fs in run.systems:
         block("Speed (to qsd: whichever is better, with or without iothread)", speeds(run, fs))
     latency = lambda c: "/".join(f"{v:.0f}" if v >= 10 else f"{v:.1f}" for v in (c.p50, c.p99, c.p999))
@@ -157,13 +148,13 @@ def text(run):
 
 
 def markdown(run):
-    """One queue, for the README."""
+    """One queue and huge pages, for the README."""
     shown = [s for s in ("sealblk", "sealblk-plain", "qsd-raw", "qsd-luks") if s in run.servers]
     heads = {"sealblk": "sealblk", "sealblk-plain": "sealblk, unencrypted", "qsd-raw": "qsd raw", "qsd-luks": "qsd LUKS"}
     rows = [["", *(heads[s] for s in shown), "to raw", "to LUKS"]]
     for fs in run.systems:
-        for work in (w for w in run.works if w[0] == 1):
-            unit = "IOPS" if work[2] == 4096 else "MiB/s"
+        for work in (w for w in run.works if w.queues == 1 and w.huge):
+            unit = "IOPS" if work.bs == 4096 else "MiB/s"
             cells = [speed(run.cell(fs, s, work), work) for s in shown]
             ratios = [times(run.ratio(fs, kind, work)) for kind in ("raw", "luks")]
             rows.append([f"{run.fs_name(fs)}: {work_name(work)}, {unit}", *cells, *ratios])

@@ -4,7 +4,11 @@
 //! There are sixteen registers only, so a group is eight blocks: four registers of data and four
 //! of their tweaks. The CPU keeps its AES units busy by working on two or three groups at once,
 //! whose order in the code matters less therefore than with
-//! [`crate::crypt::xts::vaes::kernel512`], which this is otherwise like.
+//! [`crate::crypt::xts::vaes::kernel512`].
+//!
+//! Where registers are this wide, a carry-less multiplication keeps the AES units busy as well (two cycles of
+//! both on Zen 3, as long as four rounds). So tweaks are made by doubling, which takes none, one step at a time
+//! for two blocks at once that are half a sector apart: a group is four blocks of either half.
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_ymm;
@@ -21,13 +25,15 @@ const WIDTH: usize = 4;
 const REGISTER: usize = 32;
 const GROUP: usize = WIDTH * REGISTER;
 const GROUPS_OF_SECTOR: usize = SectorSize::B512.bytes() as usize / GROUP;
+/// Bytes of half a sector.
+const HALF: usize = SectorSize::B512.bytes() as usize / 2;
 /// Where the registers of a group begin. A table, since a release checks arithmetic for overflow, and a check
 /// in a kernel's loop keeps it from being unrolled.
 const PLACES: [usize; WIDTH] = {
     let mut places = [0; WIDTH];
     let mut i = 0;
     while i < WIDTH {
-        places[i] = i * REGISTER;
+        places[i] = i / 2 * HALF + i % 2 * REGISTER;
         i += 1;
     }
     places
@@ -42,9 +48,8 @@ struct Constant([u64; 4]);
 
 /// x⁷ + x² + x + 1: what x¹²⁸ is worth in XTS's field.
 static POLYNOMIAL: Constant = Constant([0x87; 4]);
-/// By how many bits to shift the halves of two blocks up, and their carries down, for α⁰ and α¹.
-static UP: Constant = Constant([0, 0, 1, 1]);
-static DOWN: Constant = Constant([64, 64, 63, 63]);
+/// What the carry out of the high half of a block, and that out of its low half, are worth.
+static CARRIES: Constant = Constant([0x87, 1, 0x87, 1]);
 /// What the tweak inputs of two data units, of 512 and of 4096 bytes, have over the first.
 static NEXT_512: Constant = Constant([0, 0, 1, 0]);
 static NEXT_4096: Constant = Constant([0, 0, 8, 0]);
@@ -64,7 +69,7 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     let mut input = first;
     let mut initial = encrypt_two::<GROUPS>(&keys.tweak, input);
     for unit in 0..units {
-        let mut tweaks = first_tweaks(initial);
+        let mut tweaks = of_both_halves(initial);
         // The next unit's, now, so that they are there when they are needed.
         input = input.plus((GROUPS * GROUP / 512) as u64);
         initial = if unit % 2 == 1 {
@@ -73,31 +78,39 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
             _mm256_permute4x64_epi64::<0b11_10_11_10>(initial)
         };
         for group in 0..GROUPS {
-            if group > 0 {
-                tweaks = tweaks.map(|tweak| times_alpha_8(tweak));
-            }
-            // SAFETY: both pointers have as many groups ahead of them as the unit has left.
+            let of_sector = group % GROUPS_OF_SECTOR;
+            // SAFETY: both pointers stand where a group of a sector begins that the data unit has left.
             unsafe {
-                if WRITTEN && group % GROUPS_OF_SECTOR == 0 && begins_with_zeros(src) {
-                    return unit;
+                if of_sector == 0 {
+                    if WRITTEN && begins_with_zeros(src) {
+                        return unit;
+                    }
+                    if group > 0 {
+                        // From the beginnings of this sector's second half and of the next sector.
+                        tweaks = times_alpha_16(tweaks);
+                    }
                 }
-                crypt::<DECRYPT>(data_keys, src, dst, &tweaks);
-                src = src.add(GROUP);
-                dst = dst.add(GROUP);
+                let group_tweaks;
+                (group_tweaks, tweaks) = four_doubled(tweaks);
+                crypt::<DECRYPT>(data_keys, src, dst, &group_tweaks);
+                // From half to half, or to the next sector.
+                let step = if of_sector == GROUPS_OF_SECTOR - 1 { GROUP / 2 + HALF } else { GROUP / 2 };
+                src = src.add(step);
+                dst = dst.add(step);
             }
         }
     }
     units
 }
 
-/// Crypts a group.
+/// Crypts a group: four blocks at `src`, and four half a sector further on.
 #[inline]
 #[target_feature(enable = "avx2,vaes")]
 unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut u8, tweaks: &Group) {
     let mut blocks = *tweaks;
     let key = keys.round_key_256(0);
     for (block, at) in blocks.iter_mut().zip(&PLACES) {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The
+        // SAFETY: the caller vouches for the group's readable bytes, of which this is one register. The
         // other is a hint, which never faults, also behind their end.
         let data = unsafe {
             _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
@@ -121,7 +134,7 @@ unsafe fn crypt<const DECRYPT: bool>(keys: &Schedule, src: *const u8, dst: *mut 
         } else {
             _mm256_aesenclast_epi128(*block, key)
         };
-        // SAFETY: the caller vouches for GROUP writable bytes at `dst`, of which this is one register.
+        // SAFETY: the caller vouches for the group's writable bytes, of which this is one register.
         unsafe { _mm256_storeu_si256(dst.add(*at).cast(), done) };
     }
 }
@@ -152,37 +165,51 @@ fn here_and_now(mut value: __m256i) -> __m256i {
     value
 }
 
-/// The tweaks of the first group of a data unit, whose initial tweak is the lower block of `initial`.
+/// The tweaks of the first block of either half of a data unit's first sector; its initial tweak is the lower
+/// block of `initial`.
 #[inline]
 #[target_feature(enable = "avx2,vpclmulqdq")]
-fn first_tweaks(initial: __m256i) -> Group {
+fn of_both_halves(initial: __m256i) -> __m256i {
     let same = _mm256_permute4x64_epi64::<0b01_00_01_00>(initial);
-    let carries = _mm256_srlv_epi64(same, constant(&DOWN));
-    let n0 = fold(_mm256_sllv_epi64(same, constant(&UP)), carries);
-    let n1 = fold(_mm256_slli_epi64::<2>(n0), _mm256_srli_epi64::<62>(n0));
-    let n2 = fold(_mm256_slli_epi64::<4>(n0), _mm256_srli_epi64::<60>(n0));
-    let n3 = fold(_mm256_slli_epi64::<4>(n1), _mm256_srli_epi64::<60>(n1));
-    [n0, n1, n2, n3]
+    _mm256_blend_epi32::<0b1111_0000>(same, times_alpha_16(same))
 }
 
-/// Puts the carries of both halves of a shifted block where they belong: the low half's into the high half,
-/// the high half's, times the polynomial, back in below.
+/// The tweaks of a group, in the order of [`PLACES`], the first of either half being `tweaks`; and those of the
+/// blocks that come after.
 #[inline]
-#[target_feature(enable = "avx2,vpclmulqdq")]
-fn fold(shifted: __m256i, carries: __m256i) -> __m256i {
-    let into_high = _mm256_bslli_epi128::<8>(carries);
-    let folded = _mm256_clmulepi64_epi128::<0x01>(carries, constant(&POLYNOMIAL));
-    _mm256_xor_si256(_mm256_xor_si256(shifted, into_high), folded)
+#[target_feature(enable = "avx2")]
+fn four_doubled(tweaks: __m256i) -> (Group, __m256i) {
+    let one = times_alpha(tweaks);
+    let two = times_alpha(one);
+    let three = times_alpha(two);
+    let group = [
+        _mm256_permute2x128_si256::<0x20>(tweaks, one),
+        _mm256_permute2x128_si256::<0x20>(two, three),
+        _mm256_permute2x128_si256::<0x31>(tweaks, one),
+        _mm256_permute2x128_si256::<0x31>(two, three),
+    ];
+    (group, times_alpha(three))
 }
 
-/// Each block times α⁸: a byte up, and what falls out at the top, times the polynomial, back in below (IEEE
-/// 1619 section 5.2, eight doublings at once).
+/// Each block times α: shifted up by a bit, and the carries of both halves put where they belong (IEEE 1619
+/// section 5.2).
+#[inline]
+#[target_feature(enable = "avx2")]
+fn times_alpha(tweak: __m256i) -> __m256i {
+    // All ones where a half's uppermost bit was set, beside the half that the carry goes to.
+    let carries = _mm256_shuffle_epi32::<0b00_01_00_11>(_mm256_srai_epi32::<31>(tweak));
+    let folded = _mm256_and_si256(carries, constant(&CARRIES));
+    _mm256_xor_si256(_mm256_add_epi64(tweak, tweak), folded)
+}
+
+/// Each block times α¹⁶: two bytes up, and what falls out at the top, times the polynomial, back in below
+/// (sixteen doublings at once).
 #[inline]
 #[target_feature(enable = "avx2,vpclmulqdq")]
-fn times_alpha_8(tweak: __m256i) -> __m256i {
-    let carry = _mm256_bsrli_epi128::<15>(tweak);
+fn times_alpha_16(tweak: __m256i) -> __m256i {
+    let carry = _mm256_bsrli_epi128::<14>(tweak);
     let folded = _mm256_clmulepi64_epi128::<0x00>(carry, constant(&POLYNOMIAL));
-    _mm256_xor_si256(_mm256_bslli_epi128::<1>(tweak), folded)
+    _mm256_xor_si256(_mm256_bslli_epi128::<2>(tweak), folded)
 }
 
 /// Reads a constant anew.

@@ -75,10 +75,14 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
                 if WRITTEN && begins_with_zeros(src) {
                     return unit;
                 }
-                tweaks = crypt_then_advance::<DECRYPT>(data_keys, src, dst, tweaks);
+                tweaks = crypt_then_advance::<DECRYPT, WRITTEN>(data_keys, src, dst, tweaks);
                 src = src.add(GROUP);
                 dst = dst.add(GROUP);
             }
+        }
+        // SAFETY: as above.
+        if WRITTEN && unsafe { begins_with_zeros(src) } {
+            return unit;
         }
         input = input.plus(GROUPS as u64);
         initial = if unit % 4 == 3 {
@@ -88,10 +92,7 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
         };
         // SAFETY: as above; this is the unit's last group.
         unsafe {
-            if WRITTEN && begins_with_zeros(src) {
-                return unit;
-            }
-            tweaks = crypt_then_begin::<DECRYPT, GROUPS>(data_keys, src, dst, tweaks, initial);
+            tweaks = crypt_then_begin::<DECRYPT, WRITTEN, GROUPS>(data_keys, src, dst, tweaks, initial);
             src = src.add(GROUP);
             dst = dst.add(GROUP);
         }
@@ -99,10 +100,12 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     units
 }
 
-/// Crypts a group, and gives the tweaks of the next group of the same data unit: each times α³².
+/// Crypts a group, and gives the tweaks of the next group of the same data unit: each times α³². WRITTEN only
+/// makes it a function of its own for each kernel: what is called from one place gets inlined, and a call would
+/// pass the groups on the stack.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
-unsafe fn crypt_then_advance<const DECRYPT: bool>(
+unsafe fn crypt_then_advance<const DECRYPT: bool, const WRITTEN: bool>(
     keys: &Schedule,
     src: *const u8,
     dst: *mut u8,
@@ -125,11 +128,10 @@ unsafe fn crypt_then_advance<const DECRYPT: bool>(
 }
 
 /// Crypts the last group of a data unit, and gives the first tweaks of the next, whose initial tweak is the
-/// lowest block of `initial`. GROUPS only makes it a function of its own for each kernel: what is called from
-/// one place gets inlined, and a call would pass the groups on the stack.
+/// lowest block of `initial`. WRITTEN and GROUPS are there as above.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
-unsafe fn crypt_then_begin<const DECRYPT: bool, const GROUPS: usize>(
+unsafe fn crypt_then_begin<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     keys: &Schedule,
     src: *const u8,
     dst: *mut u8,
@@ -221,9 +223,10 @@ unsafe fn finish<const DECRYPT: bool>(keys: &Schedule, blocks: &Group, dst: *mut
 #[inline]
 #[target_feature(enable = "avx512f,vaes")]
 fn encrypt_four<const GROUPS: usize>(keys: &Schedule, first: TweakInput) -> __m512i {
-    let low = _mm512_set1_epi64(first.low as i64);
     // black_box: it is always zero except for test vectors, and must not hold a register through the loop.
-    let first = _mm512_mask_set1_epi64(low, 0b1010_1010, black_box(first.high as i64));
+    let high = black_box(first.high as i64);
+    // One block in all four places, which takes no constant that would want a register.
+    let first = _mm512_broadcast_i32x4(_mm_set_epi64x(high, first.low as i64));
     let next = if GROUPS == 1 { &NEXT_512 } else { &NEXT_4096 };
     let mut tweaks = _mm512_xor_si512(_mm512_add_epi64(first, constant(next)), keys.round_key(0));
     for round in 1..LAST_ROUND {
