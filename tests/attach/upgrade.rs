@@ -207,6 +207,16 @@ const UPGRADES: &str = "SEALBLK_UPGRADES";
 /// The program of another version, which takes turns with this one: `ci/upgrade` gives one.
 const OTHER: &str = "SEALBLK_OTHER_VERSION";
 
+/// What `upgrade --json` says; the first versions that could spelled its keys otherwise.
+fn in_todays_words(mut said: Value) -> Value {
+    for (earlier, today) in [("Pid", "pid"), ("PauseMicroseconds", "pause_us")] {
+        if let Some(value) = said.get(earlier).cloned() {
+            said[today] = value;
+        }
+    }
+    said
+}
+
 /// Under load, with everything else that happens to a volume between; where another version is given, from
 /// this one to that and back.
 #[test]
@@ -228,7 +238,7 @@ fn one_after_the_other() {
             }
             let output = command.args(["upgrade", "t", "--json"]).output().expect("start sealblk");
             assert!(output.status.success(), "upgrade {n}: {}", said(&output));
-            let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            let said = in_todays_words(serde_json::from_slice(&output.stdout).expect("JSON"));
             pauses.push(said["pause_us"].as_u64().expect("a VMM is connected"));
             assert_eq!(host.told(), format!("MAINPID={}", said["pid"]), "the service's manager knows");
             if let Some(before) = serving.replace(Successor::of(&said)) {

@@ -25,15 +25,22 @@ pub(super) struct Request {
     pub(super) waited: u64,
     /// Operations that the disk has.
     pub(super) pieces: u32,
-    /// Whether the volume's limits have let it in.
-    pub(super) admitted: bool,
     /// Whether it must be durable when it completes.
     pub(super) durable: bool,
-    /// Whether everything is done except for the flush that makes the request durable.
-    pub(super) flushing: bool,
-    pub(super) failed: bool,
-    /// Whether it failed only because the disk cannot do such a thing.
-    pub(super) unsupported: bool,
+    pub(super) stage: Stage,
+    /// What it is answered, as far as is known: that it has failed stays so.
+    pub(super) outcome: Status,
+}
+
+/// How far a request has come. It goes from each to the next, and leaves out what it does not need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// The volume's limits have not let it in.
+    Outside,
+    /// The disk gets its pieces, and does them.
+    Moving,
+    /// All of it is done, except for the flush that makes it durable.
+    Flushing,
 }
 
 impl Request {
@@ -51,11 +58,9 @@ impl Request {
             kind: OpKind::Other,
             stall: None,
             waited: 0,
-            admitted: false,
             durable: false,
-            flushing: false,
-            failed: false,
-            unsupported: false,
+            stage: Stage::Outside,
+            outcome: Status::Ok,
         }
     }
 
@@ -70,7 +75,7 @@ impl Request {
 
     /// What `disk` has done of it did not work.
     pub(super) fn fail(&mut self, e: &io::Error, disk: &Disk) {
-        if !self.failed {
+        if !self.has_failed() {
             log::warn!("{:?} of {} bytes: {e}", self.op, self.data_len);
             disk.note_failure(e);
         }
@@ -78,8 +83,28 @@ impl Request {
         // and discards no more.
         let zeroing = matches!(self.op, Op::Discard { .. } | Op::WriteZeroes { .. });
         let unsupported = zeroing && e.raw_os_error() == Some(libc::EOPNOTSUPP);
-        self.unsupported = unsupported && (self.unsupported || !self.failed);
-        self.failed = true;
+        self.outcome = match self.outcome {
+            Status::Ok | Status::Unsupported if unsupported => Status::Unsupported,
+            _ => Status::IoErr,
+        };
+    }
+
+    /// Whether a part of it did not work.
+    pub(super) fn has_failed(&self) -> bool {
+        self.outcome != Status::Ok
+    }
+
+    /// Whether the disk gets no more of it.
+    pub(super) fn is_handed_over(&self) -> bool {
+        self.has_failed() || self.started == self.total()
+    }
+
+    /// Whether a flush has to make durable what was done: other durable requests are so by themselves.
+    pub(super) fn needs_flush(&self) -> bool {
+        self.durable
+            && self.stage == Stage::Moving
+            && matches!(self.op, Op::WriteZeroes { .. })
+            && !self.has_failed()
     }
 
     /// As what an answer is counted.
@@ -88,15 +113,6 @@ impl Request {
             Status::Ok => Outcome::Done,
             Status::IoErr => Outcome::Failed,
             Status::Unsupported => Outcome::Unsupported,
-        }
-    }
-
-    /// What it is answered when it is done.
-    pub(super) fn outcome(&self) -> Status {
-        match (self.failed, self.unsupported) {
-            (false, _) => Status::Ok,
-            (true, false) => Status::IoErr,
-            (true, true) => Status::Unsupported,
         }
     }
 }

@@ -4,7 +4,7 @@
 use crate::backing::Buffer;
 use crate::disk::{GuestData, Zeroing};
 use crate::vhost::queue::counters::{Cause, OpKind};
-use crate::vhost::queue::request::Request;
+use crate::vhost::queue::request::{Request, Stage};
 use crate::vhost::queue::serve::{FLUSH, Server};
 use crate::virtio::{Op, Status, memory};
 use std::io;
@@ -33,15 +33,13 @@ impl Server {
         request.data_len = parsed.data_len;
         request.started = 0;
         request.pieces = 0;
-        request.admitted = false;
         request.kind = parsed.op.as_ref().map_or(OpKind::Other, OpKind::of);
         request.stall = None;
         request.waited = 0;
         self.tally.seen(slot);
         request.durable = self.setup.write_through.load(Ordering::Acquire);
-        request.flushing = false;
-        request.failed = false;
-        request.unsupported = false;
+        request.stage = Stage::Outside;
+        request.outcome = Status::Ok;
         match parsed.op {
             Ok(op) => {
                 request.op = op;
@@ -88,13 +86,16 @@ impl Server {
     /// Hands over as much of a request as there is room for.
     pub(super) fn advance(&mut self, slot: u16) {
         let request = &mut self.requests[usize::from(slot)];
-        // A drain does not wait for the limits.
-        if !request.admitted && self.draining.is_none() && request.op != Op::Flush {
-            if let Err(wait) = self.qos.admit(request.data_len) {
+        if request.stage == Stage::Outside {
+            // A drain does not wait for the limits, nor does a flush.
+            if self.draining.is_none()
+                && request.op != Op::Flush
+                && let Err(wait) = self.qos.admit(request.data_len)
+            {
                 self.throttled = Some(wait);
                 return self.stall(slot, Cause::Limits);
             }
-            request.admitted = true;
+            request.stage = Stage::Moving;
         }
         match self.requests[usize::from(slot)].op {
             Op::Read { sector } => self.transfer(slot, sector, false),
@@ -118,7 +119,7 @@ impl Server {
                 Err(e) => request.fail(&e, self.io.disk()),
             }
         }
-        while request.started < request.data_len && !request.failed {
+        while !request.is_handed_over() {
             let left = request.data_len - request.started;
             let at = request.started;
             let len = self.io.piece(sector + at / 512, left);
@@ -140,17 +141,16 @@ impl Server {
             }
         }
         if request.pieces == 0 {
-            let status = request.outcome();
+            let status = request.outcome;
             self.finish(slot, status);
         }
     }
 
     fn zero(&mut self, slot: u16, sector: u64, how: Zeroing) {
         let request = &mut self.requests[usize::from(slot)];
-        let total = request.total();
-        while request.started < total && !request.failed {
-            let at = request.started;
-            match self.io.zero(tag(slot, at), sector + at / 512, (total - at) / 512, how) {
+        while !request.is_handed_over() {
+            let (at, left) = (request.started, request.total() - request.started);
+            match self.io.zero(tag(slot, at), sector + at / 512, left / 512, how) {
                 Some(part) => {
                     request.started += part.sectors * 512;
                     request.pieces += u32::from(part.submitted);
@@ -243,14 +243,14 @@ impl Server {
         }
         request.pieces -= 1;
         // What has more to hand over is in `stalled`, unless it failed there.
-        if request.pieces > 0 || !(request.failed || request.started == request.total()) {
+        if request.pieces > 0 || !request.is_handed_over() {
             return;
         }
-        let zeroed = matches!(request.op, Op::WriteZeroes { .. }) && !request.failed;
-        if zeroed && request.durable && !std::mem::replace(&mut request.flushing, true) {
+        if request.needs_flush() {
+            request.stage = Stage::Flushing;
             return self.ask_flush(slot);
         }
-        let status = request.outcome();
+        let status = request.outcome;
         self.stalled.retain(|&s| s != slot);
         self.finish(slot, status);
     }
