@@ -1,8 +1,9 @@
 //! Speed of the cipher engines: GB/s, and ns for a 4 KiB request, on one core.
 //!
-//! Engines and data units take turns in every round, so that a machine whose speed drifts slows all alike;
-//! what is printed is the best round of each, by the CPU time of this thread. Beside them stand two ceilings: how
-//! fast the CPU's AES units alone could be, and how fast it copies as many bytes from one place to the other.
+//! Engines and data units take turns in every round, so that a machine whose speed drifts slows all
+//! alike; what is printed is the best round of each, by the CPU time of this thread. Beside them stand
+//! two ceilings: how fast the CPU's AES units alone could be, and how fast it copies as many bytes
+//! from one place to the other.
 
 use sealblk::crypt::xts::{Engine, SectorCipher, new_cipher};
 use sealblk::crypt::{Dek, SectorSize};

@@ -125,8 +125,8 @@ fn io_uring() -> Finding {
             (Verdict::Note, format!("the kernel looks up the pages of bounce buffers for each request: {e}"))
         }
         Ok(Tried { huge_pages: false, .. }) => {
-            let found = "bounce buffers lie in pages of 4 KiB: large requests to a disk cost more (\"echo madvise \
-                         > /sys/kernel/mm/transparent_hugepage/enabled\", or memory is fragmented)";
+            let found = "bounce buffers lie in pages of 4 KiB: large requests to a disk cost more (\"echo \
+                         madvise > /sys/kernel/mm/transparent_hugepage/enabled\", or memory is fragmented)";
             (Verdict::Note, found.into())
         }
         Ok(Tried { deferred: true, .. }) => {

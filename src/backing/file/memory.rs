@@ -7,10 +7,10 @@
 //! pages: a large file is not gone through before its first byte is read. A page is there that was written,
 //! or in which something was found that is not zero.
 //!
-//! Where the bitmap says yes, it must be so for as long as somebody looks: each queue is a [`User`] with a lock
-//! of its own, which it holds while it reads from the memory, and while it reads or writes the file and notes
-//! that in the bitmap. Who makes a hole holds the locks of all. So a read finds the bytes of before the hole or
-//! none, and no page of zeros that came between.
+//! Where the bitmap says yes, it must be so for as long as somebody looks: each queue is a [`User`] with a
+//! lock of its own, which it holds while it reads from the memory, and while it reads or writes the file and
+//! notes that in the bitmap. Who makes a hole holds the locks of all. So a read finds the bytes of before the
+//! hole or none, and no page of zeros that came between.
 //!
 //! To catch the signal and go on is no way out: the kernel would put the registers, with the keys that the
 //! cipher has in them, onto a stack in ordinary memory. What is left is somebody else who makes holes in an
@@ -120,8 +120,8 @@ impl Drop for User {
 }
 
 impl FileMemory {
-    /// Maps `file`, which is `size` bytes long and of which nothing is known yet; `None` if it is too large or
-    /// cannot be mapped.
+    /// Maps `file`, which is `size` bytes long and of which nothing is known yet; `None` if it is too
+    /// large or cannot be mapped.
     pub(super) fn map(file: &File, size: u64) -> Option<Self> {
         if size == 0 || size > MAX_SIZE {
             return None;

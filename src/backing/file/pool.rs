@@ -2,8 +2,9 @@
 //!
 //! The size is the bound on what one queue can ever hold; whoever finds it empty waits for completions.
 //!
-//! The kernel is asked to make a pool out of huge pages. A buffer of many small pages is as many segments to a
-//! device, and on a virtual disk that takes one segment a request, as many requests; in a huge page it is one.
+//! The kernel is asked to make a pool out of huge pages. A buffer of many small pages is as many
+//! segments to a device, and on a virtual disk that takes one segment a request, as many requests;
+//! in a huge page it is one.
 
 use crate::backing::Buffer;
 use std::io;
@@ -53,8 +54,8 @@ pub(super) struct Pool {
 unsafe impl Send for Pool {}
 
 impl Pool {
-    /// Maps the pages: out of huge ones, where the kernel has some and `huge`. A huge page is there as a whole
-    /// as soon as one byte of it is touched; so that is for a pool all of which will be there anyway.
+    /// Maps the pages: out of huge ones, where the kernel has some and `huge`. A huge page is there as a
+    /// whole as soon as one byte of it is touched; so that is for a pool all of which will be there anyway.
     pub(super) fn new(huge: bool) -> io::Result<Self> {
         use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
         // Room enough to begin where a huge page can.
@@ -221,8 +222,10 @@ mod tests {
 
     #[test]
     fn what_lies_in_huge_pages_is_found_by_the_mapping() {
-        let maps = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nSize: 4096 kB\nAnonHugePages:   2048 kB\n\
-                    7f0000400000-7f0000c00000 rw-p 00000000 00:00 0 \nSize: 8192 kB\nAnonHugePages:   4096 kB\n";
+        let maps = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nSize: 4096 kB\nAnonHugePages:   2048 \
+                    kB\n\
+                    7f0000400000-7f0000c00000 rw-p 00000000 00:00 0 \nSize: 8192 kB\nAnonHugePages:   4096 \
+                    kB\n";
         assert_eq!(in_huge_pages(maps, 0x7f00_0000_0000), Some(2 << 20));
         assert_eq!(in_huge_pages(maps, 0x7f00_0080_0000), Some(4 << 20));
         assert_eq!(in_huge_pages(maps, 0x7f00_00c0_0000), None);

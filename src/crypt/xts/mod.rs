@@ -30,11 +30,12 @@ pub trait SectorCipher: Send + Sync {
     /// Both have the same length.
     fn encrypt(&self, src: VolatileSlice<'_>, dst: &mut [u8], first_sector: u64);
 
-    /// Buffer, or a file's memory, → guest memory, as far as `src` was written: up to a sector of 512 bytes
-    /// that begins with eight zero bytes, as hardly any ciphertext does and every unwritten sector. Returns how
-    /// many bytes are done from the first on, whole data units; behind them there may be anything in `dst`, but
-    /// for what a decryption makes of an unwritten sector. What is delivered of `src` is read exactly once, and
-    /// nothing is ever read back from `dst`. The two have the same length and do not overlap.
+    /// Buffer, or a file's memory, → guest memory, as far as `src` was written: up to a sector of 512
+    /// bytes that begins with eight zero bytes, as hardly any ciphertext does and every unwritten
+    /// sector. Returns how many bytes are done from the first on, whole data units; behind them there
+    /// may be anything in `dst`, but for what a decryption makes of an unwritten sector. What is
+    /// delivered of `src` is read exactly once, and nothing is ever read back from `dst`. The two have
+    /// the same length and do not overlap.
     fn decrypt_written(&self, src: VolatileSlice<'_>, dst: VolatileSlice<'_>, first_sector: u64) -> usize;
 
     /// Whole data units in place, for the methods below, which have checked that they are;

@@ -7,8 +7,8 @@
 //! [`crate::crypt::xts::vaes::kernel512`].
 //!
 //! Where registers are this wide, a carry-less multiplication keeps the AES units busy as well (two cycles of
-//! both on Zen 3, as long as four rounds). So tweaks are made by doubling, which takes none, one step at a time
-//! for two blocks at once that are half a sector apart: a group is four blocks of either half.
+//! both on Zen 3, as long as four rounds). So tweaks are made by doubling, which takes none, one step at a
+//! time for two blocks at once that are half a sector apart: a group is four blocks of either half.
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::clear_ymm;
@@ -174,8 +174,8 @@ fn of_both_halves(initial: __m256i) -> __m256i {
     _mm256_blend_epi32::<0b1111_0000>(same, times_alpha_16(same))
 }
 
-/// The tweaks of a group, in the order of [`PLACES`], the first of either half being `tweaks`; and those of the
-/// blocks that come after.
+/// The tweaks of a group, in the order of [`PLACES`], the first of either half being `tweaks`; and those of
+/// the blocks that come after.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn four_doubled(tweaks: __m256i) -> (Group, __m256i) {

@@ -101,8 +101,8 @@ unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
 }
 
 /// Crypts a group, and gives the tweaks of the next group of the same data unit: each times α³². WRITTEN only
-/// makes it a function of its own for each kernel: what is called from one place gets inlined, and a call would
-/// pass the groups on the stack.
+/// makes it a function of its own for each kernel: what is called from one place gets inlined, and a call
+/// would pass the groups on the stack.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
 unsafe fn crypt_then_advance<const DECRYPT: bool, const WRITTEN: bool>(
