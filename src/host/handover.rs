@@ -17,7 +17,7 @@ use crate::events::{Event, EventLog};
 use crate::host::keyring::Keyring;
 use crate::host::opener::Opener;
 use crate::host::state::{Record, State as Held};
-use crate::host::status::{Refusals, UsedKey};
+use crate::host::status::UsedKey;
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
 use crate::vhost::queue::counters::Counters;
@@ -179,9 +179,19 @@ impl Handover {
         Ok(())
     }
 
-    /// How the volume is reached, and by which cipher engine, for people.
-    pub fn describe(&self) -> String {
-        self.serving().map_or_else(|| self.parts.opener.how.clone(), |serving| serving.disk().describe())
+    /// How the volume is reached, and by which cipher engine, for people: by this disk, if there is one.
+    pub(super) fn describe(&self, disk: Option<&Disk>) -> String {
+        disk.map_or_else(|| self.parts.opener.how.clone(), Disk::describe)
+    }
+
+    /// What the queues serve, if this process has the volume. Waits while they stand still.
+    pub(super) fn disk(&self) -> Option<Arc<Disk>> {
+        self.serving().map(|serving| serving.disk())
+    }
+
+    /// As [`Handover::disk`], without waiting: `None` while the queues stand still.
+    pub(super) fn disk_at_once(&self) -> Option<Option<Arc<Disk>>> {
+        self.serving().map(|serving| serving.disk_at_once()).map_or(Some(None), |disk| disk.map(Some))
     }
 
     /// Lets go of the volume also if no ring ran any more when somebody came to wait for it: a guest that was
@@ -263,15 +273,9 @@ impl Handover {
         move |requests, e| report(&events, Event::write_refused(volume, requests, e))
     }
 
-    /// How many requests have failed for want of space since this process has the volume.
-    pub(super) fn refusals(&self) -> Option<Refusals> {
-        let (requests, last) = self.serving()?.disk().refusals()?;
-        Some(Refusals { requests, last })
-    }
-
     /// Whether a flush has failed since this process has the volume.
     pub(super) fn has_failed_flush(&self) -> bool {
-        self.serving().is_some_and(|serving| serving.disk().has_failed_flush())
+        self.disk().is_some_and(|disk| disk.has_failed_flush())
     }
 
     /// Whether a queue's thread has died, which may have lost requests.
@@ -282,11 +286,6 @@ impl Handover {
     /// What each queue has counted.
     pub(super) fn counters(&self) -> impl Iterator<Item = &Counters> {
         self.workers.iter().map(Worker::counters)
-    }
-
-    /// Whether the queues stand still, for a change of layers.
-    pub(super) fn is_paused(&self) -> bool {
-        self.serving().is_some_and(|serving| serving.is_paused())
     }
 
     fn wait_for_lock(&self) -> Result<VolumeLock> {

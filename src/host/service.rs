@@ -5,24 +5,25 @@ use crate::base::Result;
 use crate::base::sync::Locked;
 use crate::catalog::Catalog;
 use crate::catalog::lock::{Announcements, LockFile, VolumeLock};
+use crate::disk::Disk;
 use crate::helper::grants::Keeper;
 use crate::host::Options;
 use crate::host::changes::hydrate::{self, Hydrator};
-use crate::host::control::{Name, Orders};
+use crate::host::control::{AtOnce, InTurns, Name, Orders};
 use crate::host::handover::{Handover, Parts};
 use crate::host::keys_held::KeysHeld;
 use crate::host::notify::Notifier;
 use crate::host::start::{Place, Taken};
 use crate::host::state::Record;
 use crate::host::stats::Stats;
-use crate::host::status::Status;
+use crate::host::status::{Refusals, Status};
 use crate::host::upgrade::Predecessor;
 use crate::vhost::boundary::Boundary;
 use crate::vhost::device::Device;
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
 use crate::vhost::queue::Tuning;
-use crate::vhost::queue::qos::Qos;
+use crate::vhost::queue::qos::{Limits, Qos};
 use crate::vhost::session::Inlet;
 use crate::virtio::{SECTOR_SIZE, SharedShape};
 use crate::volume::layers::PassedLocks;
@@ -133,7 +134,7 @@ impl Service {
 
     /// How the volume is reached, and by which cipher engine, for people.
     pub(super) fn describe(&self) -> String {
-        self.handover.describe()
+        self.handover.describe(self.handover.disk().as_deref())
     }
 
     /// What takes the volume from the process that serves it until now.
@@ -176,41 +177,38 @@ impl Service {
         let (read_only, engine) = (options.read_only, options.engine);
         // Not kept: it has the data keys.
         let handover = Arc::downgrade(&self.handover);
-        let asked = handover.clone();
-        let access = move || asked.upgrade().map_or_else(String::new, |handover| handover.describe());
-        let of_space = handover.clone();
-        let no_space = move || of_space.upgrade()?.refusals();
-        let (counted, counted_qos, begun) = (handover.clone(), self.qos.clone(), self.begun);
-        let flush_failed = move || handover.upgrade().is_some_and(|handover| handover.has_failed_flush());
         let record = || self.record.clone();
         let (stop, qos, shape, vmm) =
             (self.stop.clone(), self.qos.clone(), self.shape.clone(), self.channel.clone());
-        let (status, rate, rewrap, resize) = (record(), record(), record(), record());
+        let (rate, rewrap, resize) = (record(), record(), record());
         let (reserve, cancel) = (record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
         let rename = record();
+        let (of_status, of_stats, limits, begun) = (record(), record(), self.qos.clone(), self.begun);
+        let asked = handover.clone();
+        let status = move || {
+            let handover = asked.upgrade();
+            let disk = handover.as_ref().and_then(|handover| handover.disk());
+            status_of(&of_status, handover.as_deref(), disk.as_deref(), read_only, limits.limits())
+        };
         let limits = self.qos.clone();
-        let status = Arc::new(move || Status {
-            access: access(),
-            read_only,
-            unwrapped_by: status.hydrator.unwrapped_by().clone(),
-            hydration: status.hydration(),
-            flush_failed: flush_failed(),
-            no_space: no_space(),
-            limits: Some(limits.limits().into()),
-        });
-        let status_too = status.clone();
-        Orders {
+        let stats = move || {
+            let (Some(handover), limits) = (handover.upgrade(), limits.limits()) else {
+                return Stats::default();
+            };
+            let status = handover
+                .disk_at_once()
+                .map(|disk| status_of(&of_stats, Some(&handover), disk.as_deref(), read_only, limits));
+            Stats::of(handover.counters(), begun.elapsed(), limits, status)
+        };
+        let at_once = AtOnce {
             lock: self.lock_file.clone(),
             detach: Box::new(move || stop.stop()),
-            status: Box::new(move || status()),
-            stats: Box::new(move || {
-                let Some(handover) = counted.upgrade() else { return Stats::default() };
-                // A status waits for the end of a pause.
-                let status = (!handover.is_paused()).then(|| status_too());
-                Stats::of(handover.counters(), begun.elapsed(), counted_qos.limits(), status)
-            }),
+            stats: Box::new(stats),
+        };
+        let in_turns = InTurns {
+            status: Box::new(status),
             throttle: Box::new(move |limits| qos.set(limits)),
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),
             space_reserve: Box::new(move |bytes| reserve.set_space_reserve(bytes)),
@@ -229,7 +227,8 @@ impl Service {
             cancel_flatten: Box::new(move || cancel.cancel_flatten()),
             upgrade: Box::new(move |protocol, secret, client| predecessor.leave(protocol, secret, client)),
             rename: Box::new(move |name| rename.rename(name)),
-        }
+        };
+        Orders { at_once, in_turns }
     }
 
     /// The device that VMMs see, which reaches the crate by way of `inlet`. They may share so many memory
@@ -263,6 +262,31 @@ impl Service {
         }
         (result, GivenUp { record, keeper })
     }
+}
+
+/// What this process says of itself, which serves this disk, if it has any. Nothing here is waited for.
+fn status_of(
+    record: &Record,
+    handover: Option<&Handover>,
+    disk: Option<&Disk>,
+    read_only: bool,
+    limits: Limits,
+) -> Status {
+    Status {
+        access: handover.map_or_else(String::new, |handover| handover.describe(disk)),
+        read_only,
+        unwrapped_by: record.hydrator.unwrapped_by().clone(),
+        hydration: record.hydration(),
+        flush_failed: disk.is_some_and(Disk::has_failed_flush),
+        no_space: disk.and_then(refusals),
+        limits: Some(limits.into()),
+    }
+}
+
+/// How many requests have failed for want of space since this process has the volume.
+fn refusals(disk: &Disk) -> Option<Refusals> {
+    let (requests, last) = disk.refusals()?;
+    Some(Refusals { requests, last })
 }
 
 /// Takes a volume that another process serves until now.

@@ -21,9 +21,14 @@ impl Serving {
         self.lock().clone()
     }
 
-    /// Whether the queues are being paused, or stand still: [`Serving::disk`] would wait.
-    pub fn is_paused(&self) -> bool {
-        matches!(self.disk.try_lock(), Err(TryLockError::WouldBlock))
+    /// As [`Serving::disk`], without waiting: `None` while the queues are being paused, or stand still.
+    pub fn disk_at_once(&self) -> Option<Arc<Disk>> {
+        match self.disk.try_lock() {
+            Ok(disk) => Some(disk.clone()),
+            // It is always a whole disk.
+            Err(TryLockError::Poisoned(disk)) => Some(disk.into_inner().clone()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Arc<Disk>> {

@@ -6,6 +6,7 @@ use crate::common::disk::pattern;
 use crate::common::frontend::{Request, Segment, Session, SplitRing, block};
 use crate::common::patience::AtEnd;
 use crate::common::rig::Rig;
+use sealblk::catalog::{LayerId, SnapshotId};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -199,6 +200,56 @@ impl Client {
         self.0.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap_or(Value::Null)
     }
+
+    /// Asks for a snapshot. Each client chooses its layer's name, which is returned.
+    fn begin(&mut self) -> LayerId {
+        let (id, layer) = (SnapshotId::random(), LayerId::random());
+        self.say(&json!({"op": "snapshot", "id": id, "layer": layer, "description": "", "tags": {}}));
+        layer
+    }
+
+    /// Asks for a snapshot, and links its layer to where layers lie.
+    fn make(&mut self, rig: &Rig) -> LayerId {
+        let layer = self.begin();
+        assert_eq!(self.hear(), "layer-made");
+        let made = rig.place.volume_folder().join(format!("{layer}.img"));
+        std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
+        layer
+    }
+}
+
+#[test]
+fn while_a_change_is_under_way_counters_are_told_and_another_change_waits() {
+    let rig = Rig::new(&[]);
+    let (host, socket) = rig.attach("t");
+    let session = open(&socket);
+    let counted = || -> Value {
+        let said = rig.place.store.ok(&["stats", "t", "--json"]);
+        let all: Value = serde_json::from_str(&said).expect("a list");
+        all[0].clone()
+    };
+    let mut client = Client::new(&rig);
+    client.make(&rig);
+    assert_eq!(counted()["status"]["read_only"], false);
+    let store = &rig.place.store;
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| store.ok(&["throttle", "t", "--iops", "77"]));
+        client.say(&json!({"step": "pause", "hold": true}));
+        assert_eq!(client.hear(), "held");
+        // The host process lets the queues go on after some seconds, however slow this test is.
+        let paused = counted();
+        let pauses = &paused["now"]["pauses"];
+        if pauses["now_ns"].is_number() {
+            assert_eq!((&paused["status"], &paused["limits"]["iops"]), (&Value::Null, &0.into()), "{paused}");
+        } else {
+            assert_eq!(pauses["count"], 1, "{paused}");
+        }
+        drop(client);
+        other.join().expect("the limits are set once the change is called off");
+    });
+    assert_eq!(counted()["limits"]["iops"], 77);
+    drop(session);
+    host.end();
 }
 
 #[test]
@@ -207,37 +258,29 @@ fn whoever_goes_away_in_the_middle_leaves_the_volume_as_it_was() {
     let (host, socket) = rig.attach("t");
     let mut session = open(&socket);
     let (layers, id) = (rig.files("layers"), rig.reader().volume("t"));
-    // Each client chooses its layer's name.
-    let begin = |client: &mut Client| {
-        let (id, layer) = (sealblk::catalog::SnapshotId::random(), sealblk::catalog::LayerId::random());
-        client.say(&json!({"op": "snapshot", "id": id, "layer": layer, "description": "", "tags": {}}));
-        layer
-    };
-    let made = |client: &mut Client| {
-        let layer = begin(client);
-        assert_eq!(client.hear(), "layer-made");
-        let made = rig.place.volume_folder().join(format!("{layer}.img"));
-        std::fs::hard_link(made, rig.place.store.root().join(format!("layers/{layer}.img"))).unwrap();
-    };
     let pause = json!({"step": "pause", "hold": true});
     type Script<'a> = (&'a str, &'a dyn Fn(&mut Client));
     let scripts: [Script<'_>; 6] = [
         ("says nothing", &|_| ()),
-        ("begins", &|c| drop(begin(c).to_string())),
-        ("links the layer", &|c| made(c)),
+        ("begins", &|c| {
+            c.begin();
+        }),
+        ("links the layer", &|c| {
+            c.make(&rig);
+        }),
         ("does not link it, and pauses", &|c| {
-            begin(c);
+            c.begin();
             c.hear();
             c.say(&pause);
             assert_eq!(c.hear()["failed"]["kind"], "not-found");
         }),
         ("commits before it has paused", &|c| {
-            made(c);
+            c.make(&rig);
             c.say(&json!({"step": "commit"}));
             assert_eq!(c.hear()["failed"]["kind"], "usage");
         }),
         ("pauses", &|c| {
-            made(c);
+            c.make(&rig);
             c.say(&pause);
             assert_eq!(c.hear(), "held");
         }),

@@ -20,9 +20,9 @@ fn a_host_process_that_is_killed_while_it_freezes_loses_nothing() {
             write(&mut session.rings[0], 8 * step as u64, &data);
             flush(&mut session.rings[0]);
             rig.data[4096 * step..][..4096].copy_from_slice(&data);
-            // Its control thread has begun when it has answered.
+            // The thread that makes changes has begun when it has answered.
             rig.place.store.ok(&["throttle", "t"]);
-            let stepper = Stepper::seize(wait_for_thread(host.pid(), "control"));
+            let stepper = Stepper::seize(wait_for_thread(host.pid(), "changes"));
             let mut command = rig.place.store.command();
             command.args(["snapshot", "create", "t"]).stdout(Stdio::null()).stderr(Stdio::null());
             let mut client = command.spawn().unwrap();

@@ -6,10 +6,12 @@
 
 pub mod conversation;
 pub mod moved;
+mod orders;
 pub(crate) mod peer;
 mod server;
 
-pub use server::{Bound, Control, Name, Orders, Waiting};
+pub use orders::{AtOnce, InTurns, Orders};
+pub use server::{Bound, Control, Name, Waiting};
 
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result, printable, wire};

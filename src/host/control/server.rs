@@ -1,26 +1,15 @@
-//! The host process's end of the control socket: one thread that waits for all clients at once, so that none
-//! that is slow, silent or stuck keeps another waiting.
+//! The host process's end of the control socket. One thread waits for all clients at once, so that none that
+//! is slow, silent or stuck keeps another waiting, and tells what needs no waiting for. Another thread does
+//! what clients want to have done, one after the other: a change may take as long as a disk or a client takes.
 
 use crate::base::root::files;
-use crate::base::space::Reserve;
 use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
-use crate::catalog::lock::LockFile;
-use crate::catalog::metadata::VolumeName;
-use crate::catalog::rekey::WrittenNewKey;
-use crate::catalog::rewrap::Rewrapped;
-use crate::catalog::snapshot::{Label, Wanted};
-use crate::catalog::{LayerId, SnapshotId};
-use crate::crypt::secret_mem::SecretFd;
-use crate::host::control::conversation::{Conversation, Frozen};
-use crate::host::control::moved::MoveDown;
-use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request, Status};
+use crate::host::control::orders::{AtOnce, InTurns, Orders};
+use crate::host::control::{Answer, FILE, INCOMING_FILE, MAX_LINE, PATIENCE, Request};
 use crate::host::socket::{self, SocketName};
-use crate::host::stats::Stats;
-use crate::vhost::gate::Told;
 use crate::vhost::listener::{SHORTAGE, is_shortage};
-use crate::vhost::queue::qos::Limits;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -29,78 +18,17 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Clients heard at a time; the oldest makes way for one more.
 const MAX_CALLERS: usize = 32;
+/// Requests that wait for their turn; one more is refused.
+const MAX_WAITING: usize = 32;
 /// How long a client may still take once everything is over.
 const LAST_PATIENCE: Duration = Duration::from_millis(500);
-
-/// Notes a data key that was wrapped anew.
-pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
-
-/// Makes a snapshot, in turns with the client.
-pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
-
-/// Gives the volume another data key, which came in secret memory, and a new top layer of this id, in turns
-/// with the client; returns how long the queues stood still.
-pub(super) type RekeyOrder =
-    Box<dyn Fn(WrittenNewKey, LayerId, SecretFd, &mut Conversation<'_>) -> Result<Duration> + Send>;
-
-/// Has another process take over, which speaks this version of what is said then, and has brought secret
-/// memory for the data keys.
-pub(super) type UpgradeOrder = Box<dyn Fn(u32, SecretFd, &UnixStream) -> Result<()> + Send>;
-
-/// Takes part in a move of data between two frozen layers.
-pub(super) type MoveOrder = Box<dyn Fn(&MoveDown, &mut Conversation<'_>) -> Result<()> + Send>;
-
-/// Takes layers that hold nothing out of the chain.
-pub(super) type LetGoOrder = Box<dyn Fn(&[LayerId]) -> Result<()> + Send>;
-
-/// Makes the volume so many bytes large, and tells the VMM.
-pub(super) type ResizeOrder = Box<dyn Fn(u64) -> Result<Told> + Send>;
-
-/// What clients can ask for. While one is carried out, no other is heard.
-pub struct Orders {
-    /// The open file that has the volume's lock, if any has: what proves to root who this process is.
-    pub lock: LockFile,
-    /// End the attachment. Does not wait for that.
-    pub detach: Box<dyn Fn() + Send>,
-    /// Tell how the volume is attached.
-    pub status: Box<dyn Fn() -> Status + Send>,
-    /// Tell what is counted.
-    pub stats: Box<dyn Fn() -> Stats + Send>,
-    /// Put other limits in force.
-    pub throttle: Box<dyn Fn(Limits) + Send>,
-    /// Put another limit on what is copied up in force, in bytes a second; 0: none.
-    pub hydrate_rate: Box<dyn Fn(u64) + Send>,
-    /// Have what is copied up leave so much of the file system free.
-    pub space_reserve: Box<dyn Fn(Reserve) + Send>,
-    /// Note how a data key is wrapped now.
-    pub rewrap: RewrapOrder,
-    /// Make the volume larger.
-    pub resize: ResizeOrder,
-    /// Make a snapshot.
-    pub snapshot: SnapshotOrder,
-    /// Give the volume another data key.
-    pub rekey: RekeyOrder,
-    /// Copy up everything below the top; returns whether there is anything.
-    pub flatten: Box<dyn Fn() -> Result<bool> + Send>,
-    /// The record of a snapshot is written.
-    pub noted: Box<dyn Fn(SnapshotId) + Send>,
-    /// Take part in a move of data between two frozen layers, in turns with the client.
-    pub move_down: MoveOrder,
-    /// Take layers that hold nothing out of the chain.
-    pub let_go: LetGoOrder,
-    /// Have another process take over.
-    pub upgrade: UpgradeOrder,
-    /// Copy nothing up any more; returns whether anything was to be.
-    pub cancel_flatten: Box<dyn Fn() -> Result<bool> + Send>,
-    /// Note the volume's name, or that it has none.
-    pub rename: Box<dyn Fn(Option<VolumeName>) -> Result<()> + Send>,
-}
 
 /// The host process's end.
 pub struct Control {
@@ -155,14 +83,27 @@ impl Bound {
     pub fn serve(self, orders: Orders) -> Result<Control> {
         let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let end = Arc::new(End { answer: OnceLock::new(), news });
+        let Orders { at_once, in_turns } = orders;
+        let (turns, waiting) = sync_channel(MAX_WAITING);
+        let changer = Changer { orders: in_turns, end: end.clone() };
+        let changes = std::thread::Builder::new().name("changes".into()).spawn(move || changer.run(&waiting));
         let server = Server {
             listener: self.listener,
-            orders,
+            orders: at_once,
+            turns,
             end: end.clone(),
             callers: Vec::new(),
             detaching: Vec::new(),
         };
-        let thread = std::thread::Builder::new().name("control".into()).spawn(move || server.run());
+        let changes = changes.context(|| "start the thread of changes")?;
+        let run = move || {
+            server.run();
+            // Nobody asks for anything any more; what was asked for before is answered.
+            if changes.join().is_err() {
+                log::error!("the thread of changes panicked");
+            }
+        };
+        let thread = std::thread::Builder::new().name("control".into()).spawn(run);
         let thread = thread.context(|| "start the control thread")?;
         Ok(Control { name: self.name, waiting: Waiting { end, thread } })
     }
@@ -220,7 +161,9 @@ struct Caller {
 
 struct Server {
     listener: UnixListener,
-    orders: Orders,
+    orders: AtOnce,
+    /// To the thread that does the rest.
+    turns: SyncSender<(Caller, Request)>,
     end: Arc<End>,
     /// Oldest first.
     callers: Vec<Caller>,
@@ -320,9 +263,7 @@ impl Server {
                 // Told with all the others.
                 return self.detaching.push(caller.stream);
             }
-            Ok(_) if self.end.answer.get().is_some() => {
-                Err(Error::new(Kind::NotFound, "it was detached just now"))
-            }
+            Ok(_) if self.end.answer.get().is_some() => Err(detached()),
             Ok(Request::ShowLock {}) => match self.show_lock(&caller.stream) {
                 Ok(()) => {
                     caller.until = Instant::now() + PATIENCE;
@@ -330,90 +271,21 @@ impl Server {
                 }
                 Err(e) => Err(e),
             },
-            Ok(Request::Status {}) => Ok(Answer::Status((self.orders.status)())),
             Ok(Request::Stats {}) => Ok(Answer::Stats(Box::new((self.orders.stats)()))),
-            Ok(Request::Throttle { iops, throughput, burst_ms }) => {
-                let limits = Limits { iops, throughput, burst: Duration::from_millis(burst_ms) };
-                log::info!("a client sets {limits:?}");
-                (self.orders.throttle)(limits);
-                Ok(Answer::Throttled)
-            }
-            Ok(Request::HydrateRate { rate }) => {
-                log::info!("a client has at most {rate} bytes a second copied up (0: any number)");
-                (self.orders.hydrate_rate)(rate);
-                Ok(Answer::Throttled)
-            }
-            Ok(Request::SpaceReserve { reserve }) => {
-                log::info!("a client has {reserve} bytes of the file system left free by what is copied up");
-                (self.orders.space_reserve)(Reserve::of(reserve));
-                Ok(Answer::Throttled)
-            }
-            Ok(Request::Rewrap(new)) => {
-                let done = (self.orders.rewrap)(&new);
-                done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
-            }
-            Ok(Request::Resize { size }) => {
-                log::info!("a client makes the volume {size} bytes large");
-                (self.orders.resize)(size).map(Answer::Resized)
-            }
-            Ok(Request::Snapshot { id, layer, description, tags }) => {
-                log::info!("a client makes a snapshot");
-                let label = Label::new(description, *tags);
-                let conversation = Conversation::with(&caller.stream);
-                let wanted = label.map(|label| Wanted { id, layer, label });
-                let made = wanted.and_then(|wanted| (self.orders.snapshot)(wanted, &mut conversation?));
-                made.map(Answer::Frozen)
-            }
-            Ok(Request::Rekey { layer, key }) => {
-                log::info!("a client gives the volume another data key");
-                let dek = caller
-                    .lines
-                    .take_descriptor()
-                    .ok_or_else(|| Error::new(Kind::Usage, "no data key came with it"));
-                let conversation = Conversation::with(&caller.stream);
-                let done = dek.and_then(SecretFd::from_fd);
-                let done = done.and_then(|dek| (self.orders.rekey)(*key, layer, dek, &mut conversation?));
-                done.map(|pause| Answer::Rekeyed { pause_us: pause.as_micros() as u64 })
-            }
-            Ok(Request::Flatten {}) => {
-                log::info!("a client has the volume flattened");
-                (self.orders.flatten)().map(|is_any| Answer::Flattening { is_any })
-            }
-            Ok(Request::Noted { snapshot }) => {
-                (self.orders.noted)(snapshot);
-                Ok(Answer::Noted)
-            }
-            Ok(Request::MoveDown(wanted)) => {
-                log::debug!("a client moves data: {wanted:?}");
-                let conversation = Conversation::with(&caller.stream);
-                let done = conversation.and_then(|mut client| (self.orders.move_down)(&wanted, &mut client));
-                done.map(|()| Answer::Moved)
-            }
-            Ok(Request::LetGo { layers }) => {
-                log::info!("a client takes {} layers out of the chain, which hold nothing", layers.len());
-                (self.orders.let_go)(&layers).map(|()| Answer::LetGone)
-            }
-            Ok(Request::CancelFlatten {}) => {
-                log::info!("a client has the volume not flattened any more");
-                (self.orders.cancel_flatten)().map(|is_any| Answer::Flattening { is_any })
-            }
-            Ok(Request::Upgrade { protocol }) => {
-                log::info!("a client has another process take over");
-                let secret = caller
-                    .lines
-                    .take_descriptor()
-                    .ok_or_else(|| Error::new(Kind::Usage, "no memory for the data keys came with it"));
-                let done = secret.and_then(SecretFd::from_fd).and_then(|secret| {
-                    caller.stream.set_nonblocking(false)?;
-                    (self.orders.upgrade)(protocol, secret, &caller.stream)
-                });
-                done.inspect_err(|e| log::warn!("no other process has taken over: {e}"))
-                    .map(|()| Answer::Left)
-            }
-            Ok(Request::Rename { name }) => {
-                log::info!("a client renames the volume");
-                (self.orders.rename)(name).map(|()| Answer::Renamed)
-            }
+            Ok(request) => match self.turns.try_send((caller, request)) {
+                Ok(()) => return,
+                Err(TrySendError::Full((refused, _))) => {
+                    caller = refused;
+                    Err(Error::new(
+                        Kind::Busy,
+                        "too many others wait for what they have asked for; try again",
+                    ))
+                }
+                Err(TrySendError::Disconnected((refused, _))) => {
+                    caller = refused;
+                    Err(Error::new(Kind::Other, "the thread of changes is gone; detach the volume"))
+                }
+            },
             Err(e) => Err(e),
         };
         tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
@@ -427,6 +299,29 @@ impl Server {
         }
         Ok(wire::say_with(client, &Answer::Lock, self.orders.lock.descriptor())?)
     }
+}
+
+/// Does what clients want to have done, one after the other.
+struct Changer {
+    orders: InTurns,
+    end: Arc<End>,
+}
+
+impl Changer {
+    /// Until nobody can ask any more.
+    fn run(self, waiting: &Receiver<(Caller, Request)>) {
+        while let Ok((mut caller, request)) = waiting.recv() {
+            let answer = match self.end.answer.get() {
+                Some(_) => Err(detached()),
+                None => self.orders.serve(&caller.stream, &mut caller.lines, request),
+            };
+            tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
+        }
+    }
+}
+
+fn detached() -> Error {
+    Error::new(Kind::NotFound, "it was detached just now")
 }
 
 impl Caller {
