@@ -201,11 +201,12 @@ impl Ledger {
         let path = self.mark_path(id)?;
         let mark = files::open_with(&path, OFlag::O_RDWR | OFlag::O_CREAT)
             .context(|| format!("open {}", path.display()))?;
+        // Before the entry: one without a mark is not believed.
+        sync_dir(&self.config()?.join("marks"))?;
         let mut change = self.lock(id, mark)?;
         let entry = self.read_entry::<F>(id, &self.known_key()?)?.ok();
         change.number = read_mark(&change.mark)?.max(entry.map_or(0, |entry| entry.number));
-        change.replace(vec![facts])?;
-        sync_dir(&self.config()?.join("marks"))
+        change.replace(vec![facts])
     }
 
     /// Begins to change the record of `id`: nobody else does until the answer is dropped.
