@@ -347,11 +347,11 @@ fn cpus(text: &str) -> Result<Cpus, String> {
     Ok(Cpus(ranges.into_iter().flatten().collect()))
 }
 
-fn group(text: &str) -> Result<Gid, String> {
+pub(super) fn group(text: &str) -> Result<Gid, String> {
     sandbox::group_called(text).map_err(|e| e.to_string())
 }
 
-fn socket_mode(text: &str) -> Result<Mode, String> {
+pub(super) fn socket_mode(text: &str) -> Result<Mode, String> {
     let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
     bits.map(Mode::from_bits_truncate).ok_or_else(|| "permissions in octal, like 0660".into())
 }

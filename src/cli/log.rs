@@ -50,6 +50,19 @@ pub(super) enum Format {
 }
 
 impl Format {
+    /// The form that `SEALBLK_LOG_FORMAT` asks for; an empty variable asks for none.
+    ///
+    /// # Errors
+    /// What is wrong with the variable.
+    pub(super) fn of_environment() -> Result<Self, String> {
+        const NAME: &str = "SEALBLK_LOG_FORMAT";
+        let Some(said) = std::env::var_os(NAME).filter(|said| !said.is_empty()) else {
+            return Ok(Format::default());
+        };
+        let said = said.to_string_lossy();
+        Format::from_str(&said, false).map_err(|_| format!("{NAME} is {said:?}: use text, json or journal"))
+    }
+
     fn name(self) -> &'static str {
         match self {
             Format::Text => "text",
@@ -76,9 +89,7 @@ pub(super) fn start(format: Format, verbose: u8) {
         2 => "debug",
         _ => "trace",
     };
-    if format != Format::Text {
-        log_fields::use_format(format.name());
-    }
+    log_fields::use_format(format.name());
     let journal = (format == Format::Journal).then(|| connect(Path::new(JOURNAL)).ok()).flatten();
     let output = OUTPUT.get_or_init(|| Output { format, journal, pid: std::process::id() });
     // An empty variable says nothing.

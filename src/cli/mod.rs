@@ -17,6 +17,7 @@ pub mod events;
 pub mod filter;
 pub mod gc;
 mod help;
+mod interval;
 pub mod key;
 pub mod kms;
 mod log;
@@ -112,9 +113,10 @@ struct General {
     json: bool,
 
     /// How the log on standard error is written: "json" is an object a line; "journal" goes to systemd's
-    /// journal, with the volume, the queue and the VMM's connection as fields.
-    #[arg(long, global = true, help_heading = GENERAL, value_enum, value_name = "FORMAT", default_value_t)]
-    log_format: log::Format,
+    /// journal, with the volume, the queue and the VMM's connection as fields [default: text] [env:
+    /// SEALBLK_LOG_FORMAT].
+    #[arg(long, global = true, help_heading = GENERAL, value_enum, value_name = "FORMAT")]
+    log_format: Option<log::Format>,
 
     /// Say more on standard error; twice: still more. RUST_LOG, where it is set, decides instead.
     #[arg(short, long, global = true, help_heading = GENERAL, action = clap::ArgAction::Count)]
@@ -268,7 +270,9 @@ pub fn main() -> ExitCode {
     // process.
     let too_large = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let (general, task) = parse(&arguments()).unwrap_or_else(|e| e.exit());
-    log::start(general.log_format, general.verbose);
+    let of_environment = || log::Format::of_environment().map_err(wrong_environment);
+    let format = general.log_format.map_or_else(of_environment, Ok).unwrap_or_else(|e| e.exit());
+    log::start(format, general.verbose);
     if let Err(e) = too_large {
         ::log::warn!("the limit on the size of files ends this process without a word: {e}");
     }
@@ -295,6 +299,10 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.kind().exit_code())
         }
     }
+}
+
+fn wrong_environment(message: String) -> clap::Error {
+    command().error(ErrorKind::InvalidValue, message)
 }
 
 /// What the arguments say, and the command's name in the audit log.

@@ -3,6 +3,7 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::VolumeId;
+use crate::cli::interval::{Reports, interval};
 use crate::cli::{Env, output};
 use crate::events::read::Want;
 use crate::host::stats::Stats;
@@ -10,7 +11,7 @@ use crate::ops::observe::{Observed, Observer, PATIENCE};
 use crate::ops::rates::{Rates, Took};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What `stats` takes.
 #[derive(clap::Args)]
@@ -50,12 +51,11 @@ pub fn run(env: &Env, args: &StatsArgs) -> Result<()> {
     let interval = args.interval.or(args.count.map(|_| Duration::from_secs(1)));
     let count = args.count.unwrap_or(if interval.is_some() { u64::MAX } else { 1 });
     let mut before: HashMap<VolumeId, Stats> = HashMap::new();
-    let mut due = Instant::now();
+    let mut reports = Reports::every(interval.unwrap_or_default());
     let mut failed = None;
     for n in 0..count {
         if n > 0 {
-            due += interval.unwrap_or_default();
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            reports.wait();
         }
         let mut observed = observer.look(only)?;
         if only.is_none() {
@@ -179,14 +179,4 @@ fn one(it: &Observed, rates: Option<&Rates>) -> Value {
         None => {}
     }
     value
-}
-
-/// Seconds, a tenth at least.
-pub(super) fn interval(text: &str) -> Result<Duration, String> {
-    let wrong = || "a number of seconds from 0.1 to 86400".to_string();
-    let seconds: f64 = text.parse().map_err(|_| wrong())?;
-    match (0.1..=86_400.0).contains(&seconds) {
-        true => Ok(Duration::from_secs_f64(seconds)),
-        false => Err(wrong()),
-    }
 }

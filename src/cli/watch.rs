@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  sealblk watch                     as a service: resources/sealblk-watch.service
+  sealblk watch                     as a service: sealblk-watch.service
   sealblk watch --once --json       from a timer
 
 It asks the KMS in what state the keys of all volumes are (DescribeKey), those of attached volumes first, five

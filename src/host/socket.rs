@@ -107,7 +107,7 @@ const FOR_GROUP: Mode = Mode::from_bits_truncate(0o660);
 impl SocketAccess {
     /// Listens at `path`, as [`listen`] does, for a process that is going to be `user`. Only while the
     /// process has one thread.
-    pub(super) fn listen(&self, path: &Path, user: Option<&Identity>) -> Result<(UnixListener, SocketName)> {
+    pub(crate) fn listen(&self, path: &Path, user: Option<&Identity>) -> Result<(UnixListener, SocketName)> {
         let mode = self.mode.or(self.group.map(|_| FOR_GROUP));
         // Nobody can connect before the socket is whose it shall be.
         let before = mode.map(|_| umask(Mode::from_bits_truncate(0o177)));

@@ -7,6 +7,7 @@ use crate::catalog::lock::Holder;
 use crate::catalog::{Catalog, Entry, VolumeId};
 use crate::host::control;
 use crate::host::stats::Stats;
+use crate::ops::rates::Rates;
 use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -71,6 +72,40 @@ impl Observer {
                 }
             })
             .collect())
+    }
+
+    /// What those of these volumes do that are attached, in the time between two looks. One that is attached
+    /// anew meanwhile has what it did since; one that is detached meanwhile has nothing.
+    ///
+    /// # Errors
+    /// Those of [`Observer::look`]. What keeps one volume from being looked at is its own.
+    pub fn rates(
+        &self,
+        volumes: &[VolumeId],
+        interval: Duration,
+    ) -> Result<HashMap<VolumeId, Result<Rates>>> {
+        let counted = |volumes: &[VolumeId]| -> Result<HashMap<VolumeId, Result<Stats>>> {
+            let observed = self.look(Some(volumes))?.into_iter();
+            Ok(observed.filter_map(|it| Some((it.entry.id, it.stats?))).collect())
+        };
+        let (mut before, mut found) = (HashMap::new(), HashMap::new());
+        for (id, stats) in counted(volumes)? {
+            match stats {
+                Ok(stats) => drop(before.insert(id, stats)),
+                // It is not asked a second time.
+                Err(e) => drop(found.insert(id, Err(e))),
+            }
+        }
+        // Nobody waits for nothing.
+        if !before.is_empty() {
+            std::thread::sleep(interval);
+            let ids: Vec<VolumeId> = before.keys().copied().collect();
+            let rates = |(id, now): (VolumeId, Result<Stats>)| {
+                (id, now.map(|now| Rates::between(before.get(&id), &now)))
+            };
+            found.extend(counted(&ids)?.into_iter().map(rates));
+        }
+        Ok(found)
     }
 
     fn holder(&self, volume: VolumeId) -> Option<Holder> {

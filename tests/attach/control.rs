@@ -202,9 +202,9 @@ fn a_log_in_json_says_what_each_line_is_about() {
         .collect();
     let id = place.id();
     assert_eq!(connections, [1, 2].map(|n| (Some(n), Some("info"), Some(id.as_str()))));
-    // What ends it is a line like the others.
-    let mut command = place.attach_command(&["--log-format", "json"]);
-    command.env_remove("RUST_LOG");
+    // What ends it is a line like the others; a variable asks for that as well.
+    let mut command = place.attach_command(&[]);
+    command.env_remove("RUST_LOG").env("SEALBLK_LOG_FORMAT", "json");
     place.store.ok(&["key", "disable", "alias/aws/ebs"]);
     let refused = place.run(command, vec![]);
     assert_eq!(refused.code, 5);
@@ -219,4 +219,27 @@ fn a_log_in_json_says_what_each_line_is_about() {
     let refused = place.run(command, vec![]);
     let in_journal = Path::new("/run/systemd/journal/socket").exists();
     assert!(in_journal || refused.err.lines().any(|line| line.starts_with("<3>")), "{}", refused.err);
+}
+
+#[test]
+fn an_argument_comes_before_the_variable_and_a_wrong_variable_is_refused() {
+    let place = Place::new(&[]);
+    let run = |format: &str, arguments: &[&str]| {
+        let mut command = place.attach_command(arguments);
+        command.env_remove("RUST_LOG").env("SEALBLK_LOG_FORMAT", format);
+        place.run(command, vec![])
+    };
+    place.store.ok(&["key", "disable", "alias/aws/ebs"]);
+    for (format, arguments) in [("json", &["--log-format", "text"][..]), ("", &[])] {
+        let refused = run(format, arguments);
+        assert_eq!(refused.code, 5);
+        assert!(!refused.err.contains('{') && refused.err.contains("sealblk: attach"), "{}", refused.err);
+    }
+    let refused = run("xml", &[]);
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.err.contains("SEALBLK_LOG_FORMAT is \"xml\": use text, json or journal"),
+        "{}",
+        refused.err
+    );
 }

@@ -17,6 +17,8 @@ mod show;
 mod sockets;
 mod stats;
 mod surroundings;
+#[cfg(feature = "top")]
+mod top;
 mod upgrade;
 mod ways;
 mod wrapped_keys;

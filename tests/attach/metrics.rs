@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
 /// Runs promtool, which must be content.
@@ -244,6 +245,50 @@ fn prometheus_is_served_in_the_form_that_it_asks_for() {
             _ => Err(metrics),
         }
     });
+}
+
+#[test]
+fn a_unix_socket_is_for_those_who_may_connect_to_it() {
+    let place = Place::new(&[]);
+    let path = place.folder().join("metrics.sock");
+    let serve = |arguments: &[&str]| {
+        let mut command: Command = place.store.command();
+        command.args(["metrics", "--unix"]).arg(&path).args(arguments).stdout(Stdio::piped());
+        tie_to_test(&mut command, vec![]);
+        let mut child = command.spawn().expect("start sealblk");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).expect("it says where it is");
+        assert_eq!(line, format!("metrics are at http+unix://{}\n", path.display()));
+        child
+    };
+    let ask = || {
+        let mut stream = UnixStream::connect(&path).expect("it listens");
+        stream.set_read_timeout(Some(limit())).unwrap();
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer.split_once("\r\n\r\n").expect("a head").1.to_owned()
+    };
+    let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    let mut first = serve(&["--socket-mode", "0606"]);
+    assert_eq!((value(&ask(), "sealblk_store_volumes"), mode()), (1.0, 0o606));
+    // Another one does not take its place while it is there.
+    let output = place.store.run(&["metrics", "--unix", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(4), "{}", said(&output));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let mut second = serve(&["--socket-group", "root"]);
+    assert_eq!((value(&ask(), "sealblk_store_volumes"), mode()), (1.0, 0o660));
+    second.kill().unwrap();
+    second.wait().unwrap();
+    for wrong in [
+        &["--socket-mode", "0600"][..],
+        &["--listen", "--unix", "/x"],
+        &["--unix", "/x", "--textfile", "/x.prom"],
+    ] {
+        let output = place.store.run(&[&["metrics"], wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    }
 }
 
 #[test]

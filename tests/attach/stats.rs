@@ -1,19 +1,13 @@
-//! What a host process counts, and what "sealblk stats" and "sealblk top" show of it.
+//! What a host process counts, and what "sealblk stats" shows of it.
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::Request;
 use crate::common::frontend::block::{IOERR, OK, Segment};
-use crate::common::patience::{AtEnd, Deadline, limit, wait_for};
-use crate::common::process::{tie_to_test, wait_within};
+use crate::common::patience::{AtEnd, wait_for};
 use crate::common::store::said;
-use nix::pty::{Winsize, openpty};
 use serde_json::Value;
-use std::fs::File;
-use std::io::{Read, Write};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// The one volume that "stats" reports of with these arguments.
 fn stats(place: &Place, arguments: &[&str]) -> Value {
@@ -188,45 +182,18 @@ fn a_process_that_does_not_answer_is_named_and_holds_up_no_other() {
 }
 
 #[test]
-fn top_shows_volumes_on_a_terminal_and_leaves_it_as_it_was() {
+fn a_list_says_what_attached_volumes_do_if_it_is_asked_to() {
     let place = Place::new(&[]);
+    place.store.ok(&["volume", "create", "--size", "8MiB", "--name", "u"]);
+    let listed = |arguments: &[&str]| -> Vec<Value> {
+        let said = place.store.ok(&[&["volume", "list", "--json"], arguments].concat());
+        serde_json::from_str(&said).expect("a list")
+    };
+    // Nobody waits where nothing is attached.
+    assert!(listed(&["--rates", "86400"]).iter().all(|it| it["rates"].is_null()));
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
-    write(&mut session.rings[0], 0, &pattern(1, 4096));
-    let refused = place.store.run(&["top"]);
-    assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
-
-    let size = Winsize { ws_row: 10, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-    let terminal = openpty(&size, None).expect("a pseudo-terminal");
-    let before = nix::sys::termios::tcgetattr(&terminal.slave).expect("its settings");
-    let mut command = place.store.command();
-    command.args(["top", "--interval", "0.1"]);
-    let slave = || Stdio::from(terminal.slave.try_clone().expect("dup"));
-    command.stdin(slave()).stdout(slave()).stderr(slave());
-    tie_to_test(&mut command, vec![]);
-    let mut top = command.spawn().expect("start sealblk");
-    drop(command);
-    nix::fcntl::fcntl(&terminal.master, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-        .expect("make it non-blocking");
-    let mut master = File::from(terminal.master);
-    let mut shown = String::new();
-    let mut until = |master: &mut File, what: &str| {
-        let deadline = Deadline::after(limit());
-        // What was shown before counts no more.
-        shown.clear();
-        let mut bytes = [0; 4096];
-        while !shown.contains(what) {
-            match master.read(&mut bytes) {
-                Ok(n) => shown.push_str(&String::from_utf8_lossy(&bytes[..n])),
-                Err(_) => std::thread::sleep(Duration::from_millis(5)),
-            }
-            deadline.check(&format!("top shows {what:?}"), || shown.clone());
-        }
-    };
-    until(&mut master, "\x1b[?1049h");
-    until(&mut master, "1 volume attached");
-    until(&mut master, "r/s\x1b[0m");
-    // A look after another is of the time in between: writes are seen as they come.
+    assert!(listed(&[]).iter().all(|it| it.get("rates").is_none()), "a plain list asks nobody");
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let _end = AtEnd(&over);
@@ -236,16 +203,25 @@ fn top_shows_volumes_on_a_terminal_and_leaves_it_as_it_was() {
                 write(ring, 0, &pattern(1, 4096));
             }
         });
-        until(&mut master, "iB/s written");
+        let rates = wait_for("writes are seen", || {
+            let listed = listed(&["--rates", "0.1"]);
+            let [t, u] = &listed[..] else { panic!("{listed:?}") };
+            assert!(u["rates"].is_null(), "{u}");
+            match t["rates"]["write"]["per_second"].as_f64() {
+                Some(rate) if rate > 0.0 => Ok(t["rates"].clone()),
+                _ => Err(t.to_string()),
+            }
+        });
+        assert_eq!((&rates["since_attach"], &rates["read"]["requests"]), (&false.into(), &0.into()));
         over.store(true, Ordering::Relaxed);
     });
-    master.write_all(b"\x1b[C").expect("press a key");
-    until(&mut master, "w/s\x1b[0m");
-    master.write_all(b"q").expect("press a key");
-    let status = wait_within(&mut top, limit()).expect("top ends");
-    assert!(status.success(), "{status}");
-    until(&mut master, "\x1b[?1049l");
-    let after = nix::sys::termios::tcgetattr(&terminal.slave).expect("its settings");
-    assert_eq!(after, before);
+    let text = place.store.ok(&["volume", "list", "--rates", "0.1"]);
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0][rows[0].len() - 4..], ["R/S", "W/S", "READ/S", "WRITTEN/S"], "{text}");
+    assert_eq!(rows[2][rows[2].len() - 4..], ["-"; 4], "{text}");
+    host.frozen(|| {
+        let output = place.store.run(&["volume", "list", "--rates", "0.1"]);
+        assert!(output.status.success() && said(&output).contains("does not answer"), "{}", said(&output));
+    });
     host.end();
 }

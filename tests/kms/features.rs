@@ -32,6 +32,12 @@ fn serving_the_kms_wants_a_feature() {
 }
 
 #[test]
+fn drawing_on_a_terminal_wants_a_feature() {
+    // Not a terminal.
+    says_what_is_missing(cfg!(feature = "top"), "top", &["top"]);
+}
+
+#[test]
 fn a_qcow2_image_wants_a_feature() {
     let file = tempfile::Builder::new().suffix(".qcow2").tempfile().expect("make a file");
     std::fs::write(file.path(), b"QFI\xfb\0\0\0\x03").expect("write a file");

@@ -71,7 +71,9 @@ fn volumes(site: &Site, expect: &Expect) -> Result<BTreeMap<String, Option<Conte
         if volume["state"] != "available" || !volume["problem"].is_null() {
             return Err(format!("a volume is listed that is not whole: {volume}"));
         }
-        wrapped_rightly(&json(site, &["volume", "show", id])?, expect.volumes.get(id))?;
+        let (shown, told) = (json(site, &["volume", "show", id])?, expect.volumes.get(id));
+        wrapped_rightly(&shown, told)?;
+        shows_what_it_may(&shown, told)?;
         found.insert(id.to_owned(), expect.volumes.get(id).map(|v| v.content.clone()));
     }
     right_ones_are_there(
@@ -91,6 +93,17 @@ fn wrapped_rightly(shown: &Value, told: Option<&Volume>) -> Result {
         true => Ok(()),
         false => Err(format!("the volume is wrapped by {by} and must be by one of {:?}", told.wrapped_by)),
     }
+}
+
+/// What was changed of a volume is as it was before or after.
+fn shows_what_it_may(shown: &Value, told: Option<&Volume>) -> Result {
+    for (place, may) in told.iter().flat_map(|volume| &volume.shows) {
+        let found = shown.pointer(place).ok_or_else(|| format!("no {place} in {shown}"))?.to_string();
+        if !may.contains(&found) {
+            return Err(format!("the volume shows {found} at {place} and must show one of {may:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// Compares what is listed with what was told; `more` says how many more may be there, being made.

@@ -36,12 +36,14 @@ pub struct Volume {
     pub content: Content,
     /// The ids of the KMS keys of which one wraps its data key; none: whichever.
     pub wrapped_by: BTreeSet<String>,
+    /// What "volume show" may say at some places of its JSON.
+    pub shows: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
 impl Volume {
     /// One that is there and holds this.
     pub fn with(content: Content) -> Self {
-        Volume { presence: Presence::Must, content, wrapped_by: BTreeSet::new() }
+        Volume { presence: Presence::Must, content, wrapped_by: BTreeSet::new(), shows: BTreeMap::new() }
     }
 }
 
@@ -170,6 +172,13 @@ impl Expect {
         let keys = &mut self.volumes.get_mut(id).expect("the volume was made").wrapped_by;
         keys.retain(|_| !alone);
         keys.insert(key.into());
+    }
+
+    /// A volume may show this at a place, too, or shows this alone.
+    pub fn shows(&mut self, id: &str, place: &'static str, what: &str, alone: bool) {
+        let shown = self.volumes.get_mut(id).expect("the volume was made").shows.entry(place).or_default();
+        shown.retain(|_| !alone);
+        shown.insert(what.into());
     }
 
     /// A snapshot comes to be so.

@@ -273,7 +273,7 @@ impl Recorded {
 
 fn all(made: Made) {
     type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
-    let scenarios: [Scenario<'_>; 11] = [
+    let scenarios: [Scenario<'_>; 12] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),
@@ -282,6 +282,7 @@ fn all(made: Made) {
         ("snapshot while attached", &|script| snapshots::of_attached(script, &[])),
         ("snapshots deleted", &snapshots::deleted),
         ("rewrap", &volumes::rewrapped),
+        ("rename and modify", &volumes::renamed_and_modified),
         ("rekey while attached", &|script| hydration::rekeyed_attached(script, &[])),
         ("flatten", &hydration::flattened),
         ("copy under another key", &hydration::copied),

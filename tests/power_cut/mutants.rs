@@ -276,3 +276,23 @@ fn a_copy_of_a_snapshot_that_is_not_synced_before_it_is_there_is_found_out() {
     assert!(place > trace.start);
     is_found_out(&trace.without(place), place, "instead of one of the patterns");
 }
+
+#[test]
+fn a_name_that_is_not_durable_when_it_is_promised_is_found_out() {
+    let trace = traced(volumes::renamed_and_modified);
+    let renamed =
+        trace.find(trace.start, |line| line.starts_with("rename") && line.ends_with(" to volume.json"));
+    let (trace, _) = without(trace, renamed, syncs_volume_folder);
+    // By the ledger, which has heard of it.
+    is_found_out(&trace, renamed, "a volume is listed that is not whole");
+}
+
+#[test]
+fn settings_of_a_volume_whose_mark_is_not_durable_before_their_entry_are_found_out() {
+    let trace = traced(volumes::renamed_and_modified);
+    let made =
+        trace.find(trace.start, |line| line.starts_with("make File config/") && line.ends_with(".attach"));
+    let is_sync = |line: &str| line.starts_with("sync config/") && line.ends_with("/marks");
+    let (trace, _) = without(trace, made, is_sync);
+    is_found_out(&trace, made, "no /attach/iops");
+}

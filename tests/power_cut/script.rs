@@ -318,6 +318,21 @@ impl Script {
         });
     }
 
+    /// Runs a command that changes what "volume show" says of a volume at a place of its JSON, from `old` to
+    /// `new`.
+    #[track_caller]
+    pub fn change(&self, id: &str, command: &[&str], place: &'static str, (old, new): (Value, Value)) {
+        let (volume, may) = (id.to_owned(), [old.to_string(), new.to_string()]);
+        self.mark(&format!("{id} may show {new} at {place}"), move |expect| {
+            may.iter().for_each(|value| expect.shows(&volume, place, value, false));
+        });
+        self.run(command);
+        let (volume, new) = (id.to_owned(), new.to_string());
+        self.promise(&format!("{id} shows {new} at {place}"), move |expect| {
+            expect.shows(&volume, place, &new, true)
+        });
+    }
+
     /// Attaches a volume.
     #[track_caller]
     pub fn attach(&mut self, id: &str) -> Guest {

@@ -4,6 +4,7 @@ use super::expect::Content;
 use super::explore::{explore, time_by_chance};
 use super::script::{Script, traced};
 use super::trace::Trace;
+use serde_json::{Value, json};
 
 /// A volume's sectors: enough for several pages, few enough to be read often.
 pub const SECTORS: usize = 256;
@@ -74,6 +75,34 @@ pub fn rewrapped(script: &mut Script) {
     guest.write(4, 8);
     guest.detach(script);
     script.rewrap(&id, &keys[1], &keys[0]);
+}
+
+/// A volume gets another name, and other limits are kept with it, while it is attached and while it is not.
+pub fn renamed_and_modified(script: &mut Script) {
+    let id = script.create(Content::zeros(SECTORS), &["--name", "a"]);
+    let rename = |script: &Script, from: &str, to: &str| {
+        let change = (json!(from), json!(to));
+        script.change(&id, &["volume", "rename", &id, to], "/name", change);
+    };
+    let modify = |script: &Script, from: Value, to: u64| {
+        let iops = to.to_string();
+        let change = (from, json!(to));
+        script.change(&id, &["volume", "modify", &id, "--iops", &iops], "/attach/iops", change);
+    };
+    script.start();
+    rename(script, "a", "b");
+    modify(script, Value::Null, 1000);
+    let mut guest = script.attach(&id);
+    guest.write(0, 8);
+    rename(script, "b", "c");
+    modify(script, json!(1000), 2000);
+    guest.write(4, 8);
+    guest.detach(script);
+}
+
+#[test]
+fn a_volume_gets_another_name_and_other_limits() {
+    survives(&traced(renamed_and_modified));
 }
 
 /// An image is imported, with these arguments besides, and the volume written to.

@@ -127,22 +127,38 @@ fn a_machine_where_volumes_cannot_be_attached_is_said_to_be_one() {
     assert!(table.lines().any(|line| line.starts_with("BAD") && line.contains("io_uring")), "{table}");
 }
 
-/// As a user whose memory limit is what most systems give.
-#[test]
-fn an_ordinary_user_is_told_what_his_limits_cost_him() {
-    let store = Store::new();
-    // Where he can reach it, whoever built it.
-    let folder = tempfile::tempdir().expect("make a folder");
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("let him in");
-    let program = folder.path().join("sealblk");
-    // Not by fs::copy: a descriptor for writing that another test's child inherits would
-    // keep it from being run.
-    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program).status();
-    assert!(copied.expect("start cp").success());
-    let doctor = |kib: u64| {
-        let mut command = Command::new(&program);
-        command.args(["doctor", "--json", "--root"]).arg(folder.path().join("root")).stdin(Stdio::null());
-        command.env("SEALBLK_CONFIG_DIR", store.config());
+/// An ordinary user, who runs a copy of the program in a folder that he can reach, whoever built it.
+struct Nobody {
+    folder: tempfile::TempDir,
+}
+
+impl Nobody {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("make a folder");
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("let him in");
+        // Not by fs::copy: a descriptor for writing that another test's child inherits would
+        // keep it from being run.
+        let program = folder.path().join("sealblk");
+        let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_sealblk")).arg(&program).status();
+        assert!(copied.expect("start cp").success());
+        let his = folder.path().join("his");
+        fs::create_dir(&his).expect("make a folder");
+        std::os::unix::fs::chown(&his, Some(NOBODY), Some(NOBODY)).expect("give it to him");
+        Nobody { folder }
+    }
+
+    /// A folder of his.
+    fn his(&self) -> std::path::PathBuf {
+        self.folder.path().join("his")
+    }
+
+    /// A command of his, who may lock so many KiB of memory.
+    fn command(&self, kib: u64, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.folder.path().join("sealblk"));
+        command.args(arguments).stdin(Stdio::null());
+        command
+            .env("SEALBLK_ROOT", self.his().join("root"))
+            .env("SEALBLK_CONFIG_DIR", self.his().join("config"));
         // SAFETY: between fork and exec the closure makes system calls (setrlimit, setgid, setuid) on values.
         unsafe {
             command.pre_exec(move || {
@@ -152,18 +168,85 @@ fn an_ordinary_user_is_told_what_his_limits_cost_him() {
             });
         }
         tie_to_test(&mut command, vec![]);
-        command.output().expect("start sealblk")
-    };
+        command
+    }
+
+    fn run(&self, kib: u64, arguments: &[&str]) -> Output {
+        self.command(kib, arguments).output().expect("start sealblk")
+    }
+}
+
+/// As a user whose memory limit is what most systems give.
+#[test]
+fn an_ordinary_user_is_told_what_his_limits_cost_him() {
+    let nobody = Nobody::new();
     // Not every root may raise it.
     let most = getrlimit(Resource::RLIMIT_MEMLOCK).expect("there is such a limit").1 >> 10;
     let kib = most.min(4096);
-    let output = doctor(kib);
+    let output = nobody.run(kib, &["doctor", "--json"]);
     assert!(output.status.success(), "{}", said(&output));
     let (verdict, found) = finding(&output, "locked memory");
     assert!(verdict == "note" && found.starts_with(&format!("{kib} KiB: ")), "{found}");
     if most >= 65536 {
-        assert_eq!(finding(&doctor(65536), "locked memory"), ("ok".into(), "65536 KiB".into()));
+        let output = nobody.run(65536, &["doctor", "--json"]);
+        assert_eq!(finding(&output, "locked memory"), ("ok".into(), "65536 KiB".into()));
     }
+}
+
+/// With 64 KiB a key can be locked, and an io_uring cannot be had; with nothing, no volume is made at all.
+#[test]
+fn where_too_little_memory_can_be_locked_doctor_says_what_the_command_says() {
+    let nobody = Nobody::new();
+    // Not every root may raise it.
+    let most = getrlimit(Resource::RLIMIT_MEMLOCK).expect("there is such a limit").1 >> 10;
+    let made = nobody.run(most.min(65536), &["volume", "create", "--size", "1MiB", "--name", "t"]);
+    assert!(made.status.success(), "{}", said(&made));
+    let socket = nobody.his().join("s");
+    let attach = ["attach", "t", "--socket-path", socket.to_str().expect("UTF-8")];
+    let create = ["volume", "create", "--size", "1MiB", "--name", "u"];
+    // Without the ids of the volumes.
+    let reason =
+        |words: &str| words.rsplit_once("vol-").map_or(words, |(_, rest)| &rest[18..]).trim().to_owned();
+    let cases: [(u64, &[&str], &str); 2] =
+        [(64, &attach, "attach a volume: "), (0, &create, "make a volume: create a volume: ")];
+    for (kib, command, step) in cases {
+        let output = nobody.run(kib, command);
+        assert_eq!(output.status.code(), Some(8), "{}", said(&output));
+        let words = String::from_utf8(output.stderr).expect("UTF-8");
+        let words = words.lines().last().expect("it says why");
+        let doctor = nobody.run(kib, &["doctor", "--json"]);
+        assert_eq!(doctor.status.code(), Some(8), "{}", said(&doctor));
+        let (verdict, found) = finding(&doctor, "trial");
+        assert!(verdict == "bad" && found.contains("LimitMEMLOCK="), "{found}");
+        let found = found.strip_prefix(step).unwrap_or_else(|| panic!("{found}"));
+        let words = words.strip_prefix("sealblk: ").expect("the program's name");
+        let words = words.strip_prefix("create a volume: ").unwrap_or(words);
+        assert_eq!(reason(found), reason(words));
+    }
+}
+
+/// As root of a user namespace in which no other can be made.
+#[test]
+fn a_user_namespace_is_looked_at_as_an_attach_finds_it() {
+    let store = Store::new();
+    let run = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        let forbid =
+            "echo 0 >/proc/sys/user/max_user_namespaces && ! unshare --user true 2>&- && exec \"$@\"";
+        command.args(["--user", "--map-root-user", "sh", "-c", forbid, "sh", program]).args(arguments);
+        command.env("SEALBLK_ROOT", store.root()).env("SEALBLK_CONFIG_DIR", store.config());
+        limit_resource(&mut command, Resource::RLIMIT_MEMLOCK, 8 << 20, 8 << 20);
+        tie_to_test(&mut command, vec![]);
+        command.output().expect("start unshare")
+    };
+    let program = env!("CARGO_BIN_EXE_sealblk");
+    let output = run(program, &["doctor", "--json"]);
+    assert!(output.status.success(), "{}", said(&output));
+    // Root of the host has no such limit.
+    let (verdict, found) = finding(&output, "locked memory");
+    assert!(verdict == "note" && found.starts_with("8192 KiB: "), "{found}");
+    let (verdict, found) = finding(&output, "trial");
+    assert!(verdict == "ok" && found.contains("XTS engine"), "{found}");
 }
 
 /// What an attach would meet, and nothing else looks at.

@@ -4,8 +4,8 @@
 use crate::base::{Result, size};
 use crate::cli::Env;
 use crate::cli::budget::SpaceArgs;
+use crate::cli::output;
 use crate::cli::progress::Progress;
-use crate::cli::volume::output;
 use crate::image::Format;
 use crate::ops::export::{self, Target, What};
 use serde_json::json;

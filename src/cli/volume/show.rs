@@ -77,7 +77,7 @@ fn rows(
         pair("name", metadata.name().map_or("-", VolumeName::as_str)),
         pair("size", format!("{} ({} bytes)", size::human(metadata.size()), metadata.size())),
         pair("sector size", format!("{} bytes", metadata.sector_size().bytes())),
-        pair("encrypted", crate::cli::volume::yes_or_no(metadata.is_encrypted())),
+        pair("encrypted", yes_or_no(metadata.is_encrypted())),
     ];
     for (n, (key, holders)) in metadata.keys().iter().zip(sharing).enumerate() {
         rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
@@ -417,4 +417,8 @@ pub(super) fn state(held: &Held) -> &'static str {
 
 fn pair(name: &str, value: impl ToString) -> Vec<String> {
     vec![name.to_string(), value.to_string()]
+}
+
+pub(super) fn yes_or_no(it: bool) -> &'static str {
+    if it { "yes" } else { "no" }
 }

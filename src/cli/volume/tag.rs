@@ -5,7 +5,7 @@ use crate::base::{Context, Result};
 use crate::catalog::tags::Tags;
 use crate::cli::Env;
 use crate::cli::filter::{self, Tag};
-use crate::cli::volume::output;
+use crate::cli::output;
 use serde_json::json;
 
 /// What `volume tag` takes.

@@ -10,7 +10,7 @@ mod serve;
 mod text;
 mod volumes;
 
-pub use serve::serve;
+pub use serve::{Address, serve};
 pub use text::Form;
 
 use crate::base::hardened::Hardened;

@@ -1,8 +1,9 @@
-//! `/metrics` over HTTP. Nothing secret is there, and nobody is asked who he is: what listens
-//! elsewhere than on a loopback address tells everybody who can reach it how the store's volumes are
-//! called and what they do.
+//! `/metrics` over HTTP. Nothing secret is there, and nobody is asked who he is: what listens elsewhere than
+//! on a loopback address tells everybody who can reach it how the store's volumes are called and what they
+//! do. Who can reach a Unix socket, its permissions say.
 
 use crate::base::{Context, Error, Kind, Result};
+use crate::host::socket::SocketAccess;
 use crate::ops::metrics::{Form, Metrics};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -13,9 +14,11 @@ use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 
 /// Connections at a time; more wait to be accepted.
@@ -29,12 +32,26 @@ const HEAD_MAX: usize = 16 << 10;
 
 const HOME: &str = "sealblk: GET /metrics\n";
 
-/// Serves the metrics at `address` until the process is ended. `ready` hears the URL once requests are
+/// Where metrics are served.
+#[derive(Clone, Debug)]
+pub enum Address {
+    /// At an address and port.
+    Tcp(SocketAddr),
+    /// At a Unix socket of this path, for those who may connect to it.
+    Unix(PathBuf, SocketAccess),
+}
+
+/// Serves the metrics at `address` until the process is ended. `ready` hears where they are once requests are
 /// accepted.
 ///
 /// # Errors
 /// Those of listening there, and of `ready`.
-pub fn serve(metrics: Metrics, address: SocketAddr, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+pub fn serve(metrics: Metrics, address: Address, ready: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+    // While the process has one thread.
+    let unix = match &address {
+        Address::Unix(path, access) => Some(access.listen(path, None)?),
+        Address::Tcp(_) => None,
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -42,23 +59,40 @@ pub fn serve(metrics: Metrics, address: SocketAddr, ready: impl FnOnce(&str) -> 
         .max_blocking_threads(4)
         .build()
         .context(|| "start the metrics server")?;
-    runtime.block_on(listen(Arc::new(metrics), address, ready))
+    let attempt = || match &address {
+        Address::Tcp(address) => format!("listen on {address}"),
+        Address::Unix(path, _) => format!("listen on {}", path.display()),
+    };
+    let metrics = Arc::new(metrics);
+    runtime.block_on(async {
+        match (&address, unix) {
+            (Address::Unix(path, _), Some((listener, _name))) => {
+                listener.set_nonblocking(true).context(attempt)?;
+                let listener = UnixListener::from_std(listener).context(attempt)?;
+                ready(&format!("http+unix://{}", path.display()))?;
+                accept(metrics, async || listener.accept().await.map(|(stream, _)| stream)).await
+            }
+            (Address::Tcp(address), _) => {
+                let listener = TcpListener::bind(address).await.context(attempt)?;
+                ready(&format!("http://{}/metrics", listener.local_addr().context(attempt)?))?;
+                accept(metrics, async || listener.accept().await.map(|(stream, _)| stream)).await
+            }
+            (Address::Unix(..), None) => unreachable!("it was made above"),
+        }
+    })
 }
 
-async fn listen(
+/// Answers whoever connects.
+async fn accept<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     metrics: Arc<Metrics>,
-    address: SocketAddr,
-    ready: impl FnOnce(&str) -> Result<()>,
+    next: impl AsyncFn() -> std::io::Result<S>,
 ) -> Result<()> {
-    let attempt = || format!("listen on {address}");
-    let listener = TcpListener::bind(address).await.context(attempt)?;
-    ready(&format!("http://{}/metrics", listener.local_addr().context(attempt)?))?;
     let places = Arc::new(Semaphore::new(AT_A_TIME));
     loop {
         let place = places.clone().acquire_owned().await;
         let place = place.map_err(|_| Error::new(Kind::Other, "the metrics server is over"))?;
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match next().await {
+            Ok(stream) => {
                 let metrics = metrics.clone();
                 tokio::spawn(async move {
                     let _place = place;
@@ -76,7 +110,7 @@ async fn listen(
     }
 }
 
-async fn connection(metrics: Arc<Metrics>, stream: TcpStream) {
+async fn connection(metrics: Arc<Metrics>, stream: impl AsyncRead + AsyncWrite + Unpin) {
     let service = service_fn(move |request| {
         let metrics = metrics.clone();
         async move { Ok::<_, Infallible>(respond(metrics, request).await) }
