@@ -6,7 +6,7 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::ledger::{Doubt, Facts};
-use crate::catalog::references::RecordsLock;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, VolumeId};
 use serde::{Deserialize, Serialize};
 

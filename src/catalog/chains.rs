@@ -3,11 +3,11 @@
 //! A sector of a layer is seen by those records alone that name the layer and have nothing of that sector
 //! in a layer above it. So what all of them cover is needed by nobody.
 
-use crate::base::{Kind, Result};
+use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::{KeyRecord, Layout};
 use crate::catalog::lock::Held;
-use crate::catalog::references::{CREATING, RecordsLock};
-use crate::catalog::{self, Catalog, LayerId, VolumeId};
+use crate::catalog::store_locks::RecordsLock;
+use crate::catalog::{self, CREATING, Catalog, LayerId, VolumeId};
 use crate::crypt::SectorSize;
 
 /// The layers of one record.
@@ -79,7 +79,8 @@ impl Chain {
 /// The chains of all volumes and snapshots, also of those that are being made.
 ///
 /// Records are read as they stand there, whoever wrote them: one that says more than it may only makes more
-/// of a layer needed. All volumes are read before the snapshots, for the reason that
+/// of a layer needed. What a record names that cannot be read, the ledger knows, and not in which order: all
+/// of those layers are needed. All volumes are read before the snapshots, for the reason that
 /// [`crate::catalog::references`] gives.
 ///
 /// # Errors
@@ -97,26 +98,33 @@ pub(crate) fn chains(catalog: &Catalog, _records: &RecordsLock) -> Result<Vec<Ch
                 Err(e) if e.kind() == Kind::NotFound => {}
                 // Never to become a volume: whoever was at it is gone.
                 Err(_) if name == CREATING && catalog.held(id)? == Held::Free => {}
-                // What it names the ledger knows, and not in which order: all of that is needed.
-                Err(e) => all.extend(catalog.layers_in_ledger(id)?.ok_or(e)?.into_iter().map(Chain::of_one)),
+                Err(e) => all.extend(needed(catalog.layers_in_ledger(id)?, e)?),
             }
         }
     }
     for (id, _) in catalog.copies_in_the_making()? {
-        match catalog.load_copying(id) {
-            Ok(copy) => all.push(Chain::of(None, copy.layout(), true)),
-            Err(e) if e.kind() == Kind::NotFound => {}
-            Err(e) => return Err(e),
+        match (catalog.load_copying(id), catalog.load_copying_claim(id)) {
+            (Ok(copy), _) => all.push(Chain::of(None, copy.layout(), true)),
+            (_, Err(e)) if e.kind() == Kind::NotFound => {}
+            // Believed or not, what it names is needed.
+            (Err(_), Ok(copy)) => all.extend(copy.layers().iter().map(|layer| Chain::of_one(layer.id))),
+            (Err(_), Err(e)) => all.extend(needed(catalog.snapshot_layers_in_ledger(id)?, e)?),
         }
     }
     for id in catalog.snapshot_ids()? {
         match catalog.load_snapshot_claim(id) {
             Ok(snapshot) => all.push(Chain::of(None, snapshot.layout(), false)),
             Err(e) if e.kind() == Kind::NotFound => {}
-            Err(e) => return Err(e),
+            Err(e) => all.extend(needed(catalog.snapshot_layers_in_ledger(id)?, e)?),
         }
     }
     Ok(all)
+}
+
+/// Layers of a record that cannot be read, for the reason `e`, as the ledger knows them.
+fn needed(known: Option<Vec<LayerId>>, e: Error) -> Result<impl Iterator<Item = Chain>> {
+    let layers = known.ok_or(e)?;
+    Ok(layers.into_iter().map(Chain::of_one))
 }
 
 /// What lies above a layer in each chain that has it, the nearest first, as far as one does not follow from

@@ -11,9 +11,9 @@ use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{LayerRecord, Metadata};
 use crate::catalog::pending::Pending;
-use crate::catalog::references::RecordsLock;
 use crate::catalog::rekey::NewKey;
 use crate::catalog::snapshot::{Label, Snapshot};
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, LayerId, SnapshotId};
 use crate::crypt::SealKey;
 

@@ -20,6 +20,7 @@ pub mod rekey;
 pub mod rewrap;
 pub mod seal;
 pub mod snapshot;
+pub(crate) mod store_locks;
 pub mod tags;
 
 pub use id::{LayerId, SnapshotId, VolumeId};
@@ -44,6 +45,10 @@ const DIGITS_BEYOND_CHANCE: usize = 6;
 
 /// The metadata's file name in a volume's folder.
 pub const FILE: &str = "volume.json";
+/// The metadata's name until a volume is there.
+pub(crate) const CREATING: &str = "creating.json";
+/// The metadata's name once a volume is not there any more.
+pub(crate) const DELETING: &str = "deleting.json";
 
 /// The volumes of one store. Holds nothing but paths: every question is asked of the disk.
 #[derive(Clone, Debug)]
@@ -357,7 +362,7 @@ impl Catalog {
 
     /// The ids for which there is an entry and no record, in no order. Whoever makes a record enters it
     /// first, so the caller has the store locked.
-    pub(crate) fn entries_of_nothing(&self, _store: &references::RecordsLock) -> Result<Vec<String>> {
+    pub(crate) fn entries_of_nothing(&self, _store: &store_locks::RecordsLock) -> Result<Vec<String>> {
         let Some(ledger) = &self.ledger else { return Ok(Vec::new()) };
         let is_volume = |entry: &str| {
             let id = entry.parse().ok().or_else(|| attach_settings::owner_of_entry(entry));
@@ -375,6 +380,16 @@ impl Catalog {
         let Some(ledger) = &self.ledger else { return Ok(None) };
         let states = ledger.accepted::<VolumeFacts>(&id.to_string())?;
         Ok(states.map(|states| states.iter().flat_map(VolumeFacts::layers).collect()))
+    }
+
+    /// As [`Catalog::layers_in_ledger`], of a snapshot, or of a copy in the making. Entries of earlier
+    /// versions do not say it.
+    pub(crate) fn snapshot_layers_in_ledger(&self, id: SnapshotId) -> Result<Option<Vec<LayerId>>> {
+        let Some(ledger) = &self.ledger else { return Ok(None) };
+        let states = ledger.accepted::<SnapshotFacts>(&id.to_string())?;
+        let layers =
+            states.map(|states| states.iter().map(SnapshotFacts::layers).collect::<Option<Vec<_>>>());
+        Ok(layers.flatten().map(|layers| layers.concat()))
     }
 
     /// Takes the entry of a volume or snapshot out that is not there any more.

@@ -5,70 +5,27 @@
 //! that has a volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock
 //! alone. The order in which the records are read makes up for it; see [`named_layers`].
 
-use crate::base::root::{create_dir_durable, files, sync_dir};
-use crate::base::{Context, Error, Kind, Result, locks};
-use crate::catalog::lock::Held;
+use crate::base::root::{files, sync_dir};
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::chains::chains;
 use crate::catalog::metadata::Metadata;
 use crate::catalog::pending::Pending;
-use crate::catalog::{self, Catalog, LayerId, VolumeId, read_bounded};
+use crate::catalog::store_locks::RecordsLock;
+use crate::catalog::{self, CREATING, Catalog, LayerId, VolumeId, read_bounded};
 use crate::image::lock::{Access, ImageLock};
-use nix::fcntl::{Flock, OFlag};
 use std::collections::HashSet;
 use std::fmt::Display;
-use std::fs::File;
 use std::path::Path;
-
-/// The metadata's name until a volume is there.
-pub(crate) const CREATING: &str = "creating.json";
-/// The metadata's name once a volume is not there any more.
-pub(crate) const DELETING: &str = "deleting.json";
-
-/// The lock of all records of a store, for whoever makes, deletes or clears away some, for short
-/// moments: an flock on `volumes/`.
-pub struct RecordsLock {
-    _folder: Flock<File>,
-}
-
-impl RecordsLock {
-    /// Waits until nobody else has it.
-    pub(crate) fn acquire(catalog: &Catalog) -> Result<Self> {
-        let path = catalog.root().volumes();
-        let attempt = || format!("lock {}", path.display());
-        create_dir_durable(&path)?;
-        let folder = files::folder(&path).context(attempt)?;
-        let folder = locks::lock_whole(folder).context(attempt)?;
-        Ok(RecordsLock { _folder: folder })
-    }
-}
-
-/// The lock of the names of all volumes of a store, for whoever gives a volume one: an flock on
-/// `names.lock`. It comes before the [`RecordsLock`]. Whoever has it may wait for the host process of an
-/// attached volume, whose clients may wait for the [`RecordsLock`].
-pub struct NamesLock {
-    _file: Flock<File>,
-}
-
-impl NamesLock {
-    /// Waits until nobody else has it.
-    pub(crate) fn acquire(catalog: &Catalog) -> Result<Self> {
-        let path = catalog.root().path().join("names.lock");
-        let attempt = || format!("lock {}", path.display());
-        create_dir_durable(catalog.root().path())?;
-        let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
-        let file = locks::lock_whole(file.context(attempt)?).context(attempt)?;
-        Ok(NamesLock { _file: file })
-    }
-}
 
 /// Every layer that a volume, a snapshot, or a command that is at work names.
 ///
-/// Of each volume, `pending.json` is read before `volume.json`, and all volumes before the snapshots: a layer
-/// that changes hands meanwhile goes from the one to the other in this direction only (a new top is pending
+/// Each volume's `pending.json` is read before its `volume.json`, and [all volumes](chains) before the
+/// snapshots: a layer that changes hands meanwhile goes from the one to the other in this direction only (a new top is pending
 /// until `volume.json` names it; what leaves a volume's chain was noted in its snapshots' records long
 /// before), so that it is found in at least one of them.
 ///
 /// # Errors
-/// `Corrupt`, naming the first record that cannot be read: then nobody knows what it names.
+/// As [`chains`].
 pub(crate) fn named_layers(catalog: &Catalog, records: &RecordsLock) -> Result<HashSet<LayerId>> {
     named_beside_pending_of(catalog, None, records)
 }
@@ -77,22 +34,14 @@ pub(crate) fn named_layers(catalog: &Catalog, records: &RecordsLock) -> Result<H
 fn named_beside_pending_of(
     catalog: &Catalog,
     undone: Option<VolumeId>,
-    _records: &RecordsLock,
+    records: &RecordsLock,
 ) -> Result<HashSet<LayerId>> {
     let mut named = HashSet::new();
-    for id in catalog.folders()? {
-        if undone != Some(id) {
-            named.extend(Pending::load(catalog, id)?.and_then(|pending| pending.new_layer()));
-        }
-        named.extend(layers_of_volume(catalog, id)?);
+    for id in catalog.folders()?.into_iter().filter(|id| undone != Some(*id)) {
+        named.extend(Pending::load(catalog, id)?.and_then(|pending| pending.new_layer()));
     }
-    named.extend(catalog.layers_of_copies()?.iter().map(|l| l.id));
-    for id in catalog.snapshot_ids()? {
-        match catalog.load_snapshot_claim(id) {
-            Err(e) if e.kind() == Kind::NotFound => {}
-            read => named.extend(read?.layers().iter().map(|l| l.id)),
-        }
-    }
+    let chains = chains(catalog, records)?;
+    named.extend(chains.iter().flat_map(|chain| &chain.links).map(|link| link.id));
     Ok(named)
 }
 
@@ -149,20 +98,6 @@ fn says(path: &Path, layer: LayerId) -> bool {
     let text = layer.to_string();
     let has = |bytes: Vec<u8>| bytes.windows(text.len()).any(|part| part == text.as_bytes());
     read_bounded(path).is_ok_and(has)
-}
-
-fn layers_of_volume(catalog: &Catalog, id: VolumeId) -> Result<Vec<LayerId>> {
-    for name in [CREATING, catalog::FILE] {
-        match catalog.read_record(&catalog.folder(id).join(name), id) {
-            Ok(metadata) => return Ok(metadata.layers().iter().map(|l| l.id).collect()),
-            Err(e) if e.kind() == Kind::NotFound => {}
-            // Never to become a volume: whoever was at it is gone.
-            Err(_) if name == CREATING && catalog.held(id)? == Held::Free => {}
-            // The ledger knows all that commands have given it; its host process can only take some away.
-            Err(e) => return catalog.layers_in_ledger(id)?.ok_or(e),
-        }
-    }
-    Ok(Vec::new())
 }
 
 /// Removes the file of a layer that was pending of `volume`, and that no record names: what is pending is

@@ -6,7 +6,7 @@
 use crate::base::root::replace_file;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::written;
-use crate::catalog::references::RecordsLock;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, VolumeId, read_bounded};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

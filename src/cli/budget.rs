@@ -22,7 +22,8 @@ pub(super) struct SpaceArgs {
 impl SpaceArgs {
     /// What may be used.
     pub(super) fn budget(&self, store: &Store) -> Budget {
-        Budget { reserve: self.reserve(store), unchecked: self.skip_space_check }
+        let (reserve, unchecked) = (self.reserve(store), self.skip_space_check);
+        Budget { reserve, unchecked, ..Budget::default() }
     }
 
     /// What is to be left free.

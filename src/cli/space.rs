@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::base::plural::counted;
-use crate::base::{Context, Kind, Result, size};
+use crate::base::{Context, Result, size};
 use crate::catalog::LayerId;
 use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
@@ -59,14 +59,7 @@ pub(super) fn give_back_of_deleted(
 /// As [`space::give_back`]; if a signal came.
 pub(super) fn give_back(store: &Store, of: Option<&[LayerId]>, rate: &RateArgs) -> Result<Given> {
     let mut progress = Progress::new()?;
-    match space::give_back(store, of, rate.rate, &mut |_, done, total| progress.at(done, total)) {
-        // Such a file system has nothing to be given back.
-        Err(e) if e.kind() == Kind::Unsupported => {
-            log::info!("{e}");
-            Ok(Given::default())
-        }
-        given => given,
-    }
+    space::give_back(store, of, rate.rate, &mut |_, done, total| progress.at(done, total))
 }
 
 /// How many bytes could be given back without moving any.
@@ -121,6 +114,11 @@ pub(super) fn words(given: &Given) -> String {
     if given.is_busy {
         return "; another command is giving space back".into();
     }
+    if given.has_no_holes {
+        return "; its file system makes no holes, so what layers hold that nothing needs takes space until \
+                the layers go"
+            .into();
+    }
     let mut parts = Vec::new();
     if given.bytes > 0 {
         parts.push(format!("{} given back", size::about(given.bytes)));
@@ -147,5 +145,6 @@ pub(super) fn json(given: &Given) -> Value {
         "merged_layers": given.merged,
         "left_for_later": given.later,
         "is_busy": given.is_busy,
+        "has_no_holes": given.has_no_holes,
     })
 }

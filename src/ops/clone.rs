@@ -97,7 +97,7 @@ fn layout(
     };
     if let Some(hydrate) = hydrate {
         let above = snapshot.layers().iter().take_while(|layer| layer.id != hydrate).count();
-        budget.check(catalog, need::of_layers(catalog, &snapshot.layers()[above..])?)?;
+        budget.check(catalog, need::of_layers(catalog, &snapshot.layers()[above..], None)?)?;
     }
     // First whether the key that was asked for can be had at all.
     let fresh = with.map(|key| key.generate(id)).transpose()?;

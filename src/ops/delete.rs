@@ -3,8 +3,10 @@
 use crate::base::root::{files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{self, Holder, Purpose, VolumeLock};
-use crate::catalog::references::{CREATING, DELETING, RecordsLock, remove_unnamed};
+use crate::catalog::references::remove_unnamed;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{self, Catalog, LayerId, Metadata, SnapshotId, VolumeId, leaving, pending, tags};
+use crate::catalog::{CREATING, DELETING};
 use crate::events::{Event, EventLog};
 use crate::ops::shred::{self, Receipt};
 use std::os::unix::fs::FileTypeExt;

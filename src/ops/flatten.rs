@@ -5,7 +5,7 @@
 //! interrupted, the next attach, or the next [`follow`], goes on with it.
 
 use super::Store;
-use super::need::{self, Budget};
+use super::need::Budget;
 use super::reach::{Reach, is_attached};
 use super::space;
 use crate::base::space::{Reserve, Shortage};
@@ -54,7 +54,7 @@ pub fn flatten(store: &Store, id: VolumeId, budget: Budget) -> Result<bool> {
         match metadata.layout().leaving() == layers.len() - 1 {
             // It is marked already.
             true => Ok(()),
-            false => budget.check(&catalog, need::of_layers_below(&catalog, &layers[1..], &layers[0])?),
+            false => budget.check_layers(&catalog, id, &layers[1..], layers.first()),
         }
     };
     let mark = || match Reach::of(&catalog, id, Purpose::Mark)? {

@@ -7,7 +7,8 @@
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
-use crate::catalog::references::{RecordsLock, named_layers};
+use crate::catalog::references::named_layers;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{self, Catalog, LayerId, VolumeId, leaving, pending};
 use crate::helper::grants::{self, Note, notes};
 use crate::image::lock::{Access, ImageLock};

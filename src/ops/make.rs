@@ -7,10 +7,11 @@
 
 use crate::base::root::{create_dir_durable, files, replace_file};
 use crate::base::{Error, Kind, Result};
+use crate::catalog::CREATING;
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
-use crate::catalog::references::{CREATING, NamesLock, RecordsLock};
+use crate::catalog::store_locks::{NamesLock, RecordsLock};
 use crate::catalog::tags::{self, Tags};
 use crate::catalog::{self, Catalog, VolumeId};
 use crate::events::{Event, EventLog};

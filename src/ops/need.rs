@@ -10,9 +10,10 @@ use crate::backing::file::next_data_of;
 use crate::base::root::{Root, files};
 use crate::base::space::{Reserve, Shortage, Space};
 use crate::base::{Context, Error, Kind, Result, size};
-use crate::catalog::Catalog;
 use crate::catalog::layout::LayerRecord;
+use crate::catalog::{Catalog, VolumeId};
 use crate::disk::transfer::CHUNK;
+use crate::ops::{space, usage};
 use nix::fcntl::OFlag;
 use std::fs::File;
 use std::ops::Range;
@@ -22,6 +23,10 @@ use std::time::Duration;
 /// How often a copy that waits asks how much space there is: nothing tells.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How much there has to be room for, in bytes, of what is given back behind a copy: the copy waits again and
+/// again where that is less, and gets on slowly.
+const BEHIND: u64 = 64 << 20;
+
 /// What a copy may use of a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Budget {
@@ -29,6 +34,9 @@ pub struct Budget {
     pub reserve: Reserve,
     /// Whether it begins also where there may be too little.
     pub unchecked: bool,
+    /// Whether somebody [follows](crate::ops::flatten::follow) it, and gives back behind it what nothing else
+    /// needs.
+    pub gives_back: bool,
 }
 
 impl Budget {
@@ -38,6 +46,29 @@ impl Budget {
     /// `NoSpace`, with the numbers.
     pub(super) fn check(self, catalog: &Catalog, need: u64) -> Result<()> {
         self.check_at(&place(catalog.root()), need)
+    }
+
+    /// Looks whether a copy of what these layers of the volume `id` hold into `top` fits, or into a new layer:
+    /// of layers that nothing else names no more than [`BEHIND`] is there twice where space is given back.
+    ///
+    /// # Errors
+    /// As for [`Budget::check`]; those of the file system.
+    pub(super) fn check_layers(
+        self,
+        catalog: &Catalog,
+        id: VolumeId,
+        layers: &[LayerRecord],
+        top: Option<&LayerRecord>,
+    ) -> Result<()> {
+        let need = of_layers(catalog, layers, top)?;
+        if !self.gives_back || need == 0 || !space::can_have_holes(catalog, layers.iter().map(|it| it.id))? {
+            return self.check(catalog, need);
+        }
+        let others = usage::of_layers(catalog, &id, layers)?;
+        let shared = layers.iter().zip(others).filter(|(_, layer)| !layer.shared_with.is_empty());
+        let shared: Vec<LayerRecord> = shared.map(|(layer, _)| *layer).collect();
+        let stays = of_layers(catalog, &shared, top)?;
+        self.check(catalog, stays.saturating_add(need.saturating_sub(stays).min(BEHIND)))
     }
 
     /// As [`Budget::check`], for the file system at `path`.
@@ -106,21 +137,15 @@ fn refusal(path: &Path, need: u64, Shortage { free, reserve }: Shortage) -> Stri
     )
 }
 
-/// How many bytes have to be written into a new layer when everything comes up that these layers hold.
+/// How many bytes have to be written into `top`, or into a new layer, when everything comes up that these
+/// layers hold.
 ///
 /// # Errors
 /// Those of the file system.
-pub(super) fn of_layers(catalog: &Catalog, layers: &[LayerRecord]) -> Result<u64> {
-    Ok(bytes_of(&mut open(catalog, layers)?, None)?)
-}
-
-/// How many bytes of what these layers hold `top` does not have yet.
-///
-/// # Errors
-/// Those of the file system.
-pub(super) fn of_layers_below(catalog: &Catalog, layers: &[LayerRecord], top: &LayerRecord) -> Result<u64> {
-    let mut above = open(catalog, std::slice::from_ref(top))?;
-    Ok(bytes_of(&mut open(catalog, layers)?, above.first_mut())?)
+pub(super) fn of_layers(catalog: &Catalog, layers: &[LayerRecord], top: Option<&LayerRecord>) -> Result<u64> {
+    let mut above = top.map(|top| open(catalog, std::slice::from_ref(top))).transpose()?;
+    let above = above.as_mut().and_then(|above| above.first_mut());
+    Ok(bytes_of(&mut open(catalog, layers)?, above)?)
 }
 
 /// How many bytes of an open file may hold data.
@@ -218,7 +243,7 @@ mod tests {
     fn what_does_not_fit_is_refused_with_the_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let free = Space::at(folder.path()).unwrap().unwrap().free;
-        let budget = Budget { reserve: Reserve::of(free * 2), unchecked: false };
+        let budget = Budget { reserve: Reserve::of(free * 2), ..Budget::default() };
         assert!(budget.check_at(folder.path(), 0).is_ok(), "nothing always fits");
         let e = budget.check_at(folder.path(), 4096).unwrap_err();
         assert_eq!(e.kind(), Kind::NoSpace);
@@ -227,6 +252,6 @@ mod tests {
             "{e}"
         );
         assert!(Budget { unchecked: true, ..budget }.check_at(folder.path(), 4096).is_ok());
-        assert!(Budget { reserve: Reserve::NONE, unchecked: false }.check_at(folder.path(), 1).is_ok());
+        assert!(Budget { reserve: Reserve::NONE, ..Budget::default() }.check_at(folder.path(), 1).is_ok());
     }
 }

@@ -2,7 +2,7 @@
 //! the host process while the volume is attached, or by [`super::flatten::follow`].
 
 use super::keys::NamedKey;
-use super::need::{self, Budget};
+use super::need::Budget;
 use super::new_top::NewTop;
 use super::reach::Reach;
 use super::{Store, flatten};
@@ -41,8 +41,7 @@ pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>, budget: Budget) -> 
     let attempt = || format!("re-key {id}");
     let metadata = catalog.load(id)?;
     check_encrypted(&metadata).context(attempt)?;
-    let need = need::of_layers(&catalog, metadata.layers()).context(attempt)?;
-    budget.check(&catalog, need).context(attempt)?;
+    budget.check_layers(&catalog, id, metadata.layers(), None).context(attempt)?;
     let key = named_key(store, key, &metadata).context(attempt)?;
     let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
         let pause = give(store, id, new.clone())?;

@@ -7,7 +7,7 @@ use super::reach::Reach;
 use crate::base::{Context, Result};
 use crate::catalog::lock::Purpose;
 use crate::catalog::metadata::VolumeName;
-use crate::catalog::references::NamesLock;
+use crate::catalog::store_locks::NamesLock;
 use crate::catalog::{Metadata, VolumeId};
 use crate::host::control;
 

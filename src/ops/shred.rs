@@ -6,8 +6,8 @@
 use crate::audit::{AuditLog, Entry, Step};
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp, printable};
+use crate::catalog::DELETING;
 use crate::catalog::metadata::{KeyRecord, Metadata};
-use crate::catalog::references::DELETING;
 use crate::catalog::{Catalog, VolumeId, leaving, lock};
 use nix::fcntl::OFlag;
 use nix::sys::statfs;

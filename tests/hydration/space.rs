@@ -122,6 +122,32 @@ fn behind_a_copy_that_is_followed_space_is_given_back() {
     }
 }
 
+/// What nothing else needs is not there twice, if somebody gives it back; what a snapshot needs is.
+#[test]
+fn a_copy_that_is_followed_begins_with_less_room_than_what_it_copies() {
+    let store = Store::new();
+    let Some(disk) = MemoryDisk::mount(256 * MIB, store.root().parent().unwrap()) else { return };
+    let tight = Tight { rig: Rig::of(Place::of(store, &[])), disk };
+    let (rig, elsewhere) = (&tight.rig, tempfile::tempdir().unwrap());
+    let image = elsewhere.path().join("i.img");
+    let data = pattern(4, 96 << 20);
+    fs::write(&image, &data).unwrap();
+    let import = ["volume", "import", image.to_str().unwrap(), "--format", "raw", "--name", "i"];
+    rig.place.store.ok(&[&import[..], &["--space-reserve", "0"]].concat());
+    tight.leave(72 * MIB);
+    let copy = ["volume", "rekey", "i", "--space-reserve", "2MiB"];
+    assert!(rig.refuse(8, &copy).contains("are lacking"));
+    let followed = [&copy[..], &["--follow"]].concat();
+    let snapshot = rig.id(&["snapshot", "create", "i"]);
+    assert!(rig.refuse(8, &followed).contains("are lacking"), "the snapshot keeps what it has");
+    rig.place.store.ok(&["snapshot", "delete", &snapshot]);
+    rig.place.store.ok(&followed);
+    assert!(tight.free() >= 2 * MIB, "{}", tight.free());
+    let reader = rig.reader();
+    assert!(reader.volume_content(&reader.volume("i")) == data);
+    rig.assert_layers_are_named();
+}
+
 #[test]
 fn a_command_that_copies_waits_for_space_and_says_so() {
     let Some(tight) = Tight::new(7 * MIB) else { return };

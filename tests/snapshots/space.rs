@@ -5,7 +5,9 @@ use crate::common::attach::{flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Request, Segment, Session, block};
+use crate::common::process::refuse_call;
 use crate::common::rig::Rig;
+use crate::common::store::said;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -188,6 +190,39 @@ fn layers_that_somebody_reads_are_not_moved_under_him() {
     assert_eq!(rig.json(&["gc"])["space"]["merged_layers"], 1);
     assert!(rig.reader().snapshot_content(&rig.reader().snapshot(&second)) == data);
     assert!(rig.reader().volume_content(&rig.reader().volume("t")) == data);
+}
+
+#[test]
+fn where_a_file_system_makes_no_holes_nothing_is_moved_and_that_is_said() {
+    let rig = Rig::new(&[]);
+    let mut data = rig.data.clone();
+    let first = rig.id(&["snapshot", "create", "t"]);
+    let host = rig.place.attach(&[]);
+    let mut session = open(&rig.place.socket());
+    put(&mut session, &mut data, 2 << 20, &pattern(50, 1 << 20));
+    flush(&mut session.rings[0]);
+    drop(session);
+    host.end();
+    let second = rig.id(&["snapshot", "create", "t"]);
+    let before = on_disk(&rig);
+    let without_holes = |arguments: &[&str]| {
+        let mut command = rig.place.store.command();
+        command.args(arguments);
+        refuse_call(&mut command, libc::SYS_fallocate, libc::EOPNOTSUPP);
+        let output = command.output().expect("start sealblk");
+        assert!(output.status.success(), "{}", said(&output));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let told = without_holes(&["snapshot", "delete", &first]);
+    assert!(told.contains("deleted; its file system makes no holes"), "{told}");
+    assert!(without_holes(&["gc"]).contains("layers: its file system makes no holes"));
+    let space: Value = serde_json::from_str(&without_holes(&["gc", "--json"])).expect("JSON");
+    assert_eq!((&space["space"]["has_no_holes"], &space["space"]["moved"]), (&true.into(), &0.into()));
+    assert_eq!(on_disk(&rig), before, "nothing was copied to and fro");
+    assert!(rig.reader().snapshot_content(&rig.reader().snapshot(&second)) == data);
+    let given = rig.json(&["gc"])["space"].clone();
+    assert_eq!((&given["has_no_holes"], &given["merged_layers"]), (&false.into(), &1.into()), "{given}");
+    assert!(rig.reader().snapshot_content(&rig.reader().snapshot(&second)) == data);
 }
 
 /// What should be in the store, beside it.

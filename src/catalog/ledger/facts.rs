@@ -159,29 +159,89 @@ impl Facts for VolumeFacts {
     }
 }
 
-/// What commands have made of a snapshot, whose record nobody else writes: the SHA-256 of the record.
+/// What commands have made of a snapshot, whose record nobody else writes: the SHA-256 of the record, and the
+/// layers that it names, so that these are known where the record cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SnapshotFacts(String);
+pub(crate) struct SnapshotFacts {
+    record: String,
+    /// None in an entry of a version that did not note them.
+    layers: Option<Vec<LayerId>>,
+}
+
+/// The facts as they are written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum WrittenSnapshot {
+    /// Of a version that did not note the layers.
+    Record(String),
+    Whole(WrittenWhole),
+}
+
+/// The facts as this version writes them.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WrittenWhole {
+    record: String,
+    layers: Vec<LayerId>,
+}
 
 impl SnapshotFacts {
     /// What this record says.
     pub(crate) fn of(snapshot: &Snapshot) -> Self {
-        SnapshotFacts(hex::encode(Sha256::digest(snapshot.to_json())))
+        let layers = snapshot.layers().iter().map(|layer| layer.id).collect();
+        SnapshotFacts { record: hex::encode(Sha256::digest(snapshot.to_json())), layers: Some(layers) }
+    }
+
+    /// The layers that the record names, if that is known.
+    pub(crate) fn layers(&self) -> Option<Vec<LayerId>> {
+        self.layers.clone()
     }
 }
 
 impl Facts for SnapshotFacts {
-    type Written = String;
+    type Written = WrittenSnapshot;
 
-    fn to_written(&self) -> String {
-        self.0.clone()
+    fn to_written(&self) -> WrittenSnapshot {
+        let record = self.record.clone();
+        match self.layers.clone() {
+            None => WrittenSnapshot::Record(record),
+            Some(layers) => WrittenSnapshot::Whole(WrittenWhole { record, layers }),
+        }
     }
 
-    fn from_written(written: String, _id: &str) -> Result<Self, String> {
-        Ok(SnapshotFacts(written))
+    fn from_written(written: WrittenSnapshot, _id: &str) -> Result<Self, String> {
+        Ok(match written {
+            WrittenSnapshot::Record(record) => SnapshotFacts { record, layers: None },
+            WrittenSnapshot::Whole(WrittenWhole { record, layers }) => {
+                SnapshotFacts { record, layers: Some(layers) }
+            }
+        })
     }
 
     fn difference(&self, found: &Self) -> Option<String> {
-        (self != found).then(|| "its record is not the one that it had".into())
+        (self.record != found.record).then(|| "its record is not the one that it had".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_s_entry_of_an_earlier_version_is_understood_and_knows_no_layers() {
+        let written: WrittenSnapshot = serde_json::from_str("\"0123\"").unwrap();
+        let before = SnapshotFacts::from_written(written, "").unwrap();
+        assert_eq!(before, SnapshotFacts { record: "0123".into(), layers: None });
+        assert_eq!(serde_json::to_string(&before.to_written()).unwrap(), "\"0123\"");
+        let now = SnapshotFacts { layers: Some(vec![LayerId::random()]), ..before.clone() };
+        assert_eq!((before.difference(&now), now.difference(&before)), (None, None));
+        let text = serde_json::to_string(&now.to_written()).unwrap();
+        let read = SnapshotFacts::from_written(serde_json::from_str(&text).unwrap(), "").unwrap();
+        assert_eq!(read, now);
+        let other = SnapshotFacts { record: "4567".into(), ..now };
+        assert!(before.difference(&other).is_some());
+        for wrong in ["{}", "7", "{\"record\":\"\",\"layers\":[],\"x\":1}", "{\"record\":\"\"}"] {
+            assert!(serde_json::from_str::<WrittenSnapshot>(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -6,10 +6,10 @@ use crate::base::root::{create_dir_durable, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::id::is_lower_hex;
 use crate::catalog::ledger::{Doubt, SnapshotFacts};
-use crate::catalog::metadata::LayerRecord;
-use crate::catalog::references::{RecordsLock, remove_unnamed};
+use crate::catalog::references::remove_unnamed;
 use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::Snapshot;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, SnapshotId, read_bounded, settled};
 use std::path::{Path, PathBuf};
@@ -50,25 +50,20 @@ impl Catalog {
         Ok(self.snapshot_files(COPYING)?.into_iter().map(|id| (id, self.copying_path(id))).collect())
     }
 
-    /// The layers of copies in the making.
-    pub(crate) fn layers_of_copies(&self) -> Result<Vec<LayerRecord>> {
-        let mut layers = Vec::new();
-        for (id, _) in self.copies_in_the_making()? {
-            // Believed or not: what it names is not removed.
-            match read_snapshot(&self.copying_path(id), id) {
-                Err(e) if e.kind() == Kind::NotFound => {}
-                read => layers.extend(read?.layers()),
-            }
-        }
-        Ok(layers)
-    }
-
     /// Reads what will be the record of a copy.
     ///
     /// # Errors
     /// As for [`Catalog::load_snapshot`].
     pub(crate) fn load_copying(&self, id: SnapshotId) -> Result<Snapshot> {
-        self.believed_snapshot(id, || read_snapshot(&self.copying_path(id), id))
+        self.believed_snapshot(id, || self.load_copying_claim(id))
+    }
+
+    /// As [`Catalog::load_copying`], as it stands there, whoever wrote it.
+    ///
+    /// # Errors
+    /// `NotFound`; `Corrupt` for a damaged, foreign or newer record, which the message names.
+    pub(crate) fn load_copying_claim(&self, id: SnapshotId) -> Result<Snapshot> {
+        read_snapshot(&self.copying_path(id), id)
     }
 
     /// Whether there is anything of a snapshot: its record, or that of a copy or deletion

@@ -9,6 +9,7 @@ use crate::cli::budget::SpaceArgs;
 use crate::cli::meter::Meter;
 use crate::cli::{Env, output};
 use crate::ops::flatten::Pace;
+use crate::ops::need::Budget;
 use crate::ops::rekey::{self, Rekeyed};
 use crate::ops::{Store, flatten};
 use std::time::Duration;
@@ -29,8 +30,9 @@ What was written since is under the new data key, so a re-keying cannot be taken
 volume needs both keys, so it cannot be left half done for good. \"throttle\" with \"--hydrate-rate 1\" has the copy stand still.
 
 What is going to be copied has to fit: it is refused where the file system has not so much space beyond the reserve (exit
-code 8). A copy that comes to the reserve waits, and goes on by itself when there is space. With --follow, what no snapshot
-needs is given back behind the copy, every GiB and whenever it waits: --skip-space-check begins with much less space.
+code 8). A copy that comes to the reserve waits, and goes on by itself when there is space. With --follow, what nothing
+else needs is given back behind the copy, every GiB and whenever it waits, and no more than 64 MiB of that has to fit. Without
+--follow, \"sealblk gc\" gives it back at any time: the process that copies cannot know what others need.
 
 To change only the KMS key that wraps the data key, which is done at once, see \"volume rewrap\".")]
 pub struct RekeyArgs {
@@ -85,6 +87,12 @@ struct FollowArgs {
     space: SpaceArgs,
 }
 
+impl FollowArgs {
+    fn budget(&self, store: &Store) -> Budget {
+        Budget { gives_back: self.follow, ..self.space.budget(store) }
+    }
+}
+
 /// Gives a volume a new data key.
 pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
@@ -92,7 +100,7 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
         return cancel(env, &store, id);
     }
     let Rekeyed { new, pause } =
-        rekey::rekey(&store, id, args.key.as_deref(), args.following.space.budget(&store))?;
+        rekey::rekey(&store, id, args.key.as_deref(), args.following.budget(&store))?;
     say_pause(env, id, pause);
     finish(env, &store, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
 }
@@ -103,7 +111,7 @@ pub(super) fn flatten(env: &Env, args: &FlattenArgs) -> Result<()> {
     if args.cancel {
         return cancel(env, &store, id);
     }
-    let said = match flatten::flatten(&store, id, args.following.space.budget(&store))? {
+    let said = match flatten::flatten(&store, id, args.following.budget(&store))? {
         true => format!("{id} is being flattened"),
         false => format!("{id} has one layer: there is nothing to do"),
     };

@@ -8,8 +8,8 @@ use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
-use crate::catalog::references::RecordsLock;
 use crate::catalog::snapshot::{Label, Snapshot};
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, SnapshotId};
 use crate::crypt::Dek;
 use crate::kms::Failure;
@@ -57,10 +57,10 @@ impl Copying {
             let copying = Copying { copy, source_deks, dek, _lock: lock };
             copying.make_layer(catalog)?;
             let top = copying.copy.layout().top();
-            budget.check(catalog, need::of_layers_below(catalog, source.layers(), top)?)?;
+            budget.check(catalog, need::of_layers(catalog, source.layers(), Some(top))?)?;
             return Ok(copying);
         }
-        budget.check(catalog, need::of_layers(catalog, source.layers())?)?;
+        budget.check(catalog, need::of_layers(catalog, source.layers(), None)?)?;
         let id = SnapshotId::random();
         let record = key.generate(id)?;
         let dek = Arc::new((keys.unwrap)(id.into(), &record)?);

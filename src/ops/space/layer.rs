@@ -124,21 +124,35 @@ impl LayerFile {
         self.file.sync_data().context(|| format!("sync {}", self.path.display()))
     }
 
+    /// Whether its file system makes holes: tried behind the file's end, where it changes nothing.
+    pub(super) fn can_have_holes(&self) -> Result<bool> {
+        match self.make_hole(self.size..self.size + self.block) {
+            Err(Errno::EOPNOTSUPP) => Ok(false),
+            done => done.map(|()| true).context(|| format!("try to make a hole in {}", self.path.display())),
+        }
+    }
+
     /// Gives these bytes back: they read as zeros from now on. Nobody needs them.
     ///
     /// # Errors
     /// `Unsupported` where the file system has no holes.
     pub(super) fn punch(&self, bytes: Range<u64>) -> Result<()> {
+        match self.make_hole(bytes) {
+            Err(Errno::EOPNOTSUPP) => {
+                let message = "this file system makes no holes: nothing can be given back";
+                Err(Error::new(Kind::Unsupported, message))
+            }
+            done => done.context(|| format!("make a hole in {}", self.path.display())),
+        }
+    }
+
+    fn make_hole(&self, bytes: Range<u64>) -> Result<(), Errno> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (start, len) = (bytes.start as libc::off_t, (bytes.end - bytes.start) as libc::off_t);
         loop {
             match fallocate(&self.file, flags, start, len) {
                 Err(Errno::EINTR) => {}
-                Err(Errno::EOPNOTSUPP) => {
-                    let message = "this file system makes no holes: nothing can be given back";
-                    return Err(Error::new(Kind::Unsupported, message));
-                }
-                done => return done.context(|| format!("make a hole in {}", self.path.display())),
+                done => return done,
             }
         }
     }

@@ -20,7 +20,7 @@ use super::reach::is_attached;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::chains::{Chain, above, chains};
-use crate::catalog::references::RecordsLock;
+use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, LayerId, VolumeId, leaving};
 use crate::host::control;
 use crate::volume::open::Taken;
@@ -51,6 +51,8 @@ pub struct Given {
     pub later: usize,
     /// Whether another command was at it, so that nothing was done.
     pub is_busy: bool,
+    /// Whether the file system makes no holes, so that nothing was done.
+    pub has_no_holes: bool,
 }
 
 /// How far it has come: what it does, and how many bytes of how many are done.
@@ -60,9 +62,8 @@ pub type Tell<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 /// `rate` bytes a second are moved; 0: no limit. `tell` ends it with an error.
 ///
 /// # Errors
-/// `Corrupt` if a record cannot be read: then nobody knows what it needs, and nothing is done.
-/// `Unsupported` on a file system that makes no holes. Those of the file system and of `tell`: what
-/// was given back by then is.
+/// `Corrupt` if a record cannot be read, and the ledger does not know its layers: then nobody knows what it
+/// needs, and nothing is done. Those of the file system and of `tell`: what was given back by then is.
 pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Tell<'_>) -> Result<Given> {
     let catalog = store.catalog();
     if !files::exists(&catalog.root().layers()) {
@@ -72,6 +73,9 @@ pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Te
         return Ok(Given { is_busy: true, ..Given::default() });
     };
     let mut work = Work { catalog: &catalog, of, pace: Pace::new(rate), tell, given: Given::default() };
+    if !work.can_have_holes()? {
+        return Ok(Given { has_no_holes: true, ..Given::default() });
+    }
     work.give_back_covered(true)?;
     work.merge_all()?;
     work.let_empty_go()?;
@@ -82,7 +86,7 @@ pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Te
 /// hold. Returns how many bytes that was.
 ///
 /// # Errors
-/// As for [`give_back`].
+/// As for [`give_back`]; `Unsupported` on a file system that makes no holes.
 pub(super) fn give_back_covered(store: &Store, of: &[LayerId]) -> Result<u64> {
     let catalog = store.catalog();
     let Some(_turn) = Turn::take(&catalog)? else { return Ok(0) };
@@ -91,6 +95,20 @@ pub(super) fn give_back_covered(store: &Store, of: &[LayerId]) -> Result<u64> {
         Work { catalog: &catalog, of: Some(of), pace: Pace::new(0), tell, given: Given::default() };
     work.give_back_covered(true)?;
     Ok(work.given.bytes)
+}
+
+/// Whether the file system of these layers makes holes, so that any of it can be given back.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn can_have_holes(catalog: &Catalog, layers: impl IntoIterator<Item = LayerId>) -> Result<bool> {
+    for layer in layers {
+        // A block device has none to give back.
+        if let Some(layer) = LayerFile::change(catalog, layer)? {
+            return layer.can_have_holes();
+        }
+    }
+    Ok(true)
 }
 
 /// How many bytes [`give_back`] would give back of the whole store without moving any.
@@ -187,6 +205,11 @@ impl Work<'_, '_> {
         chains(self.catalog, &RecordsLock::acquire(self.catalog)?).map_err(|e| {
             e.context("nothing is given back, since it is not known which layers are still needed")
         })
+    }
+
+    fn can_have_holes(&self) -> Result<bool> {
+        let chains = self.chains()?;
+        can_have_holes(self.catalog, chains.iter().flat_map(|chain| &chain.links).map(|link| link.id))
     }
 
     fn is_wanted(&self, layer: LayerId) -> bool {
