@@ -7,11 +7,9 @@ use crate::catalog::VolumeId;
 use crate::catalog::attach_settings::AttachSettings;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::volume::{attach_json, kept_words};
-use crate::cli::{Env, output};
+use crate::cli::{Env, input, output};
 use crate::ops::apply::{self, Change, Plan, Planned, Wanted};
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The longest file in bytes.
@@ -67,16 +65,7 @@ pub fn run(env: &Env, args: &ApplyArgs) -> Result<()> {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let mut text = String::new();
-    let mut read = |from: &mut dyn Read| from.take(MAX_LEN + 1).read_to_string(&mut text);
-    match path.to_str() {
-        Some("-") => read(&mut std::io::stdin().lock())?,
-        _ => read(&mut File::open(path)?)?,
-    };
-    match text.len() as u64 > MAX_LEN {
-        true => Err(Error::new(Kind::Usage, format!("it is longer than {MAX_LEN} bytes"))),
-        false => Ok(text),
-    }
+    String::from_utf8(input::read(path, MAX_LEN)?).map_err(|e| Error::of(Kind::Usage, e))
 }
 
 fn print(env: &Env, plan: &Plan, ids: &[VolumeId], dry_run: bool) -> Result<()> {

@@ -3,9 +3,9 @@
 use crate::base::hardened::Hardened;
 use crate::base::root::{parent_of, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
-use crate::cli::Env;
 use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
+use crate::cli::{Env, input};
 use crate::crypt::wiping_allocator;
 #[cfg(feature = "kms-server")]
 use crate::host::notify::Notifier;
@@ -18,8 +18,6 @@ use crate::kms::server::{self, Address, tls::Files};
 use crate::ops::keys;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 #[cfg(feature = "kms-server")]
@@ -302,12 +300,7 @@ fn backup(env: &Env, kms: &Embedded, args: &BackupArgs) -> Result<()> {
 }
 
 fn restore(env: &Env, kms: &Embedded, args: &RestoreArgs) -> Result<()> {
-    let mut copy = Vec::new();
-    let read = match args.file == Path::new("-") {
-        true => std::io::stdin().lock().take(MAX_COPY).read_to_end(&mut copy),
-        false => File::open(&args.file).and_then(|file| file.take(MAX_COPY).read_to_end(&mut copy)),
-    };
-    read.context(|| format!("read {}", args.file.display()))?;
+    let copy = input::read(&args.file, MAX_COPY).context(|| format!("read {}", args.file.display()))?;
     let path = kms.restore_root_key(&copy)?.display().to_string();
     match env.json {
         true => print_json(&json!({ "root_key": path })),

@@ -17,6 +17,7 @@ pub mod events;
 pub mod filter;
 pub mod gc;
 mod help;
+mod input;
 mod interval;
 pub mod key;
 pub mod kms;

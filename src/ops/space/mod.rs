@@ -72,7 +72,7 @@ pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Te
     let Some(_turn) = Turn::take(&catalog)? else {
         return Ok(Given { is_busy: true, ..Given::default() });
     };
-    let mut work = Work { catalog: &catalog, of, pace: Pace::new(rate), tell, given: Given::default() };
+    let mut work = Work { catalog: &catalog, of, brake: Brake::new(rate), tell, given: Given::default() };
     if !work.can_have_holes()? {
         return Ok(Given { has_no_holes: true, ..Given::default() });
     }
@@ -92,7 +92,7 @@ pub(super) fn give_back_covered(store: &Store, of: &[LayerId]) -> Result<u64> {
     let Some(_turn) = Turn::take(&catalog)? else { return Ok(0) };
     let tell: &mut Tell<'_> = &mut |_, _, _| Ok(());
     let mut work =
-        Work { catalog: &catalog, of: Some(of), pace: Pace::new(0), tell, given: Given::default() };
+        Work { catalog: &catalog, of: Some(of), brake: Brake::new(0), tell, given: Given::default() };
     work.give_back_covered(true)?;
     Ok(work.given.bytes)
 }
@@ -120,7 +120,7 @@ pub fn look(store: &Store, tell: &mut Tell<'_>) -> Result<u64> {
     if !files::exists(&catalog.root().layers()) {
         return Ok(0);
     }
-    let mut work = Work { catalog: &catalog, of: None, pace: Pace::new(0), tell, given: Given::default() };
+    let mut work = Work { catalog: &catalog, of: None, brake: Brake::new(0), tell, given: Given::default() };
     work.give_back_covered(false)?;
     Ok(work.given.bytes)
 }
@@ -173,15 +173,15 @@ impl Turn {
 }
 
 /// Not more than so many bytes a second.
-struct Pace {
+struct Brake {
     rate: u64,
     begun: Instant,
     bytes: u64,
 }
 
-impl Pace {
+impl Brake {
     fn new(rate: u64) -> Self {
-        Pace { rate, begun: Instant::now(), bytes: 0 }
+        Brake { rate, begun: Instant::now(), bytes: 0 }
     }
 
     fn wait(&mut self, bytes: u64) {
@@ -195,7 +195,7 @@ impl Pace {
 struct Work<'a, 'b> {
     catalog: &'a Catalog,
     of: Option<&'a [LayerId]>,
-    pace: Pace,
+    brake: Brake,
     tell: &'a mut Tell<'b>,
     given: Given,
 }
@@ -323,10 +323,10 @@ impl Work<'_, '_> {
         }
         let (way, total) = cheaper(&upper, &lower, !served.is_empty(), is_pressing)?;
         let merge = Merge { catalog, pair, upper: &upper, lower: &lower, served: &served };
-        let (mut done, tell, pace) = (0, &mut *self.tell, &mut self.pace);
+        let (mut done, tell, brake) = (0, &mut *self.tell, &mut self.brake);
         let mut step = |bytes| {
             done += bytes;
-            pace.wait(bytes);
+            brake.wait(bytes);
             tell("merging layers", done, total.max(done))
         };
         let merged = match way {

@@ -14,23 +14,29 @@
 //! What root makes in another user's folder is that user's: else a volume that root has changed could not be
 //! attached by `attach --user` any more.
 
+mod durable;
+mod sockets;
+#[cfg(test)]
+mod tests;
+
+pub use durable::{create_dir_durable, create_file, replace_file, sync_dir};
+pub use sockets::connect;
+pub(crate) use sockets::give_socket;
+
 use crate::base::root::parent_of;
 use crate::base::root::users::name_of;
 use crate::base::{Context, Result, spare};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag};
-use nix::sys::socket::{self as net, AddressFamily, SockFlag, SockType, UnixAddr};
-use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat};
-use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fchownat, geteuid};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, geteuid};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{File, Metadata};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 /// How often a name may come and go while it is opened.
 const TRIES: u32 = 16;
@@ -285,26 +291,6 @@ fn give(made: &impl AsFd, path: &Path, owner: &FileStat) -> io::Result<()> {
     Ok(fchown(made, Some(Uid::from_raw(owner.st_uid)), Some(Gid::from_raw(owner.st_gid)))?)
 }
 
-/// Gives the socket that this process has just made at `path` to this user and group, and these permissions,
-/// each as far as it is given.
-///
-/// # Errors
-/// [`Strange`] for what is no socket: another user may have put a file in its place.
-pub(crate) fn give_socket(
-    path: &Path,
-    user: Option<Uid>,
-    group: Option<Gid>,
-    mode: Option<Mode>,
-) -> io::Result<()> {
-    let socket = open_socket(path)?;
-    fchownat(&socket, c"", user, group, AtFlags::AT_EMPTY_PATH)?;
-    match mode {
-        // A descriptor that was opened as a path alone has no other way to this.
-        Some(mode) => Ok(fchmodat(AT_FDCWD, &*by_descriptor(&socket), mode, FchmodatFlags::FollowSymlink)?),
-        None => Ok(()),
-    }
-}
-
 /// The owner of a folder.
 pub(crate) fn owner_of(path: &Path) -> io::Result<Uid> {
     Ok(Uid::from_raw(fstat(folder(path)?)?.st_uid))
@@ -375,108 +361,6 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))
 }
 
-/// Connects to the socket of that name, which is no symbolic link's: else somebody could have one process
-/// talked to in place of another. Where so many wait already that there is no room for one more, that is
-/// waited for as long as `patience`.
-pub fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
-    let socket = open_socket(path)?;
-    // The path of a socket is at most 107 bytes long, and the store's may be longer.
-    let address = UnixAddr::new(by_descriptor(&socket).as_str())?;
-    let client = net::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let client = UnixStream::from(client);
-    // The kernel waits so long in connect(2) as well.
-    client.set_write_timeout(Some(patience))?;
-    match net::connect(client.as_raw_fd(), &address) {
-        Ok(()) => client.set_write_timeout(None)?,
-        Err(Errno::EAGAIN) => {
-            let message = "so many clients wait there already that there is no room for one more";
-            return Err(io::Error::new(ErrorKind::TimedOut, message));
-        }
-        Err(e) => return Err(e.into()),
-    }
-    Ok(client)
-}
-
-fn by_descriptor(file: &impl AsRawFd) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
-}
-
-fn open_socket(path: &Path) -> io::Result<OwnedFd> {
-    let socket = open_guarded(AT_FDCWD, path, OFlag::O_PATH)?;
-    // With these flags a symbolic link is opened itself.
-    let kind = kind_of(&fstat(&socket)?);
-    if kind != SFlag::S_IFSOCK {
-        return Err(strange(format!("it is {}, not a socket", words(kind))));
-    }
-    Ok(socket)
-}
-
-/// Makes `dir` and its parents, mode 0700, each for the owner of the folder that it lies in, and makes the
-/// new entries durable.
-pub fn create_dir_durable(dir: &Path) -> Result<()> {
-    let attempt = || format!("create folder {}", dir.display());
-    match folder(dir) {
-        Ok(_) => return Ok(()),
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e).context(attempt),
-    }
-    let parent = parent_of(dir);
-    if parent != dir {
-        create_dir_durable(parent)?;
-    }
-    let Place { folder: inside, name } = Place::of(dir).context(attempt)?;
-    match spare::with(|| Ok(nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU)?)) {
-        Ok(()) => {
-            let owner = fstat(&inside).context(attempt)?;
-            let made = open_guarded(&inside, Path::new(name), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
-            made.and_then(|made| give(&made, dir, &owner)).context(attempt)?;
-            inside.sync_all().context(|| format!("sync folder {}", parent.display()))
-        }
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => folder(dir).map(drop).context(attempt),
-        Err(e) => Err(e).context(attempt),
-    }
-}
-
-/// fsyncs a folder, so that names made, renamed or removed in it survive a power cut.
-pub fn sync_dir(dir: &Path) -> Result<()> {
-    folder(dir).and_then(|d| d.sync_all()).context(|| format!("sync folder {}", dir.display()))
-}
-
-/// Replaces `path` with `bytes`, mode 0600, atomically and durably: temporary file, fsync, rename,
-/// fsync of the folder. After a power cut the file holds the old bytes or the new, never a mixture.
-pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_and(path, bytes, rename)
-}
-
-/// As [`replace_file`], where there is no such file yet.
-///
-/// # Errors
-/// `Other`, if there is one: it stays as it is.
-pub fn create_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_and(path, bytes, |tmp, path| {
-        link(&open(tmp)?, tmp, path)?;
-        remove(tmp)
-    })
-}
-
-fn write_and(path: &Path, bytes: &[u8], name: impl Fn(&Path, &Path) -> io::Result<()>) -> Result<()> {
-    let tmp = {
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.tmp", uuid::Uuid::new_v4().simple()));
-        path.with_file_name(name)
-    };
-    let write = || -> io::Result<()> {
-        let mut file = open_with(&tmp, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        name(&tmp, path)
-    };
-    // Best effort: the error that matters is the first one.
-    let write = || write().inspect_err(|_| drop(remove(&tmp)));
-    spare::with(write).context(|| format!("write {}", path.display()))?;
-    sync_dir(parent_of(path))
-}
-
 /// Runs `f` with `path` as the working folder. Only while the process has one thread.
 pub fn inside<T>(path: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = File::open(".").context(|| "find the working folder")?;
@@ -485,126 +369,4 @@ pub fn inside<T>(path: &Path, f: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = f();
     nix::unistd::fchdir(before.as_fd()).context(|| "go back to the working folder")?;
     result
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::symlink;
-
-    fn place() -> (tempfile::TempDir, std::path::PathBuf) {
-        let dir = tempfile::tempdir().unwrap();
-        let top = dir.path().canonicalize().unwrap();
-        (dir, top)
-    }
-
-    #[test]
-    fn no_part_of_a_path_is_a_link() {
-        let (_dir, top) = place();
-        std::fs::create_dir(top.join("real")).unwrap();
-        std::fs::write(top.join("real/file"), "x").unwrap();
-        symlink("real", top.join("link")).unwrap();
-        symlink("real/file", top.join("name")).unwrap();
-        assert_eq!(read(&top.join("real/file"), 1).unwrap(), b"x");
-        for path in ["link/file", "name"].map(|path| top.join(path)) {
-            let e = open(&path).unwrap_err();
-            assert_eq!(crate::base::Error::from(e).kind(), crate::base::Kind::Corrupt, "{}", path.display());
-        }
-        assert!(folder(&top.join("link")).is_err() && names(&top.join("link")).is_err());
-        assert!(
-            remove(&top.join("link/file")).is_err()
-                && rename(&top.join("link/file"), &top.join("x")).is_err()
-        );
-        assert!(
-            set_mode(&top.join("name"), 0o777).is_err() && create_dir_durable(&top.join("link/new")).is_err()
-        );
-        assert!(remove_folder(&top.join("link")).is_err() && top.join("real/file").exists());
-        assert!(replace_file(&top.join("link/file"), b"y").is_err());
-        // A link that has the name is what is replaced or removed, and not what it leads to.
-        replace_file(&top.join("name"), b"z").unwrap();
-        assert_eq!(
-            (read(&top.join("name"), 1).unwrap(), read(&top.join("real/file"), 1).unwrap()),
-            (b"z".into(), b"x".into())
-        );
-        symlink("real/file", top.join("again")).unwrap();
-        remove(&top.join("again")).unwrap();
-        assert!(top.join("real/file").exists());
-    }
-
-    #[test]
-    fn the_last_part_is_guarded_where_the_kernel_lacks_the_call() {
-        let (_dir, top) = place();
-        std::fs::write(top.join("file"), "x").unwrap();
-        symlink("file", top.join("link")).unwrap();
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        assert_eq!(nix::fcntl::open(&top.join("link"), flags, Mode::empty()).unwrap_err(), Errno::ELOOP);
-    }
-
-    #[test]
-    fn what_is_opened_is_what_was_asked_for() {
-        let (_dir, top) = place();
-        nix::unistd::mkfifo(&top.join("pipe"), Mode::S_IRWXU).unwrap();
-        std::os::unix::net::UnixListener::bind(top.join("socket")).unwrap();
-        std::fs::create_dir(top.join("folder")).unwrap();
-        for name in ["pipe", "socket", "folder"] {
-            for flags in [OFlag::O_RDONLY, OFlag::O_WRONLY, OFlag::O_RDWR] {
-                assert!(open_with(&top.join(name), flags).is_err(), "{name}");
-                assert!(open_layer(&top.join(name), flags).is_err(), "{name}");
-            }
-        }
-        std::fs::write(top.join("file"), "four").unwrap();
-        let file = open_with(&top.join("file"), OFlag::O_RDWR | OFlag::O_APPEND).unwrap();
-        let flags = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
-        let flags = OFlag::from_bits_retain(flags);
-        assert!(flags.contains(OFlag::O_APPEND) && !flags.contains(OFlag::O_NONBLOCK));
-        assert!(read(&top.join("file"), 3).is_err() && read(&top.join("file"), 4).is_ok());
-    }
-
-    #[test]
-    fn a_file_that_is_there_is_not_created_again() {
-        let (_dir, top) = place();
-        let path = top.join("record");
-        create_file(&path, b"first").unwrap();
-        let e = create_file(&path, b"second").unwrap_err();
-        assert!(e.to_string().contains("exists"), "{e}");
-        assert_eq!(read(&path, 100).unwrap(), b"first");
-        assert_eq!(names(&top).unwrap(), ["record"], "no temporary file is left");
-    }
-
-    #[test]
-    fn a_name_is_given_and_taken_for_the_file_that_is_open_alone() {
-        let (_dir, top) = place();
-        let (a, b, c) = (top.join("a"), top.join("b"), top.join("c"));
-        std::fs::write(&a, "a").unwrap();
-        std::fs::write(&b, "b").unwrap();
-        let file = open(&a).unwrap();
-        assert!(link(&file, &b, &c).is_err() && !c.exists(), "it is another file's name");
-        link(&file, &a, &c).unwrap();
-        assert!(is_at(&file, &c).unwrap());
-        assert!(link(&file, &a, &b).is_err(), "the name is in use");
-        assert!(remove_name_of(&file, &b).is_err() && b.exists());
-        remove_name_of(&file, &c).unwrap();
-        assert!(a.exists() && !c.exists());
-    }
-
-    #[test]
-    fn a_socket_is_connected_to_by_its_own_name() {
-        let (_dir, top) = place();
-        let long = top.join("long".repeat(30));
-        create_dir_durable(&long).unwrap();
-        let _listener = inside(&long, || Ok(std::os::unix::net::UnixListener::bind("s")?)).unwrap();
-        let connect = |path: &Path| super::connect(path, Duration::from_millis(50));
-        connect(&long.join("s")).unwrap();
-        symlink(long.join("s"), top.join("link")).unwrap();
-        assert!(connect(&top.join("link")).is_err());
-        // Nobody takes them in: there is an end to how many may wait.
-        let mut waiting = Vec::new();
-        let refused = loop {
-            match connect(&long.join("s")) {
-                Ok(client) => waiting.push(client),
-                Err(e) => break e,
-            }
-        };
-        assert_eq!(refused.kind(), ErrorKind::TimedOut);
-    }
 }
