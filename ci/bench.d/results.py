@@ -65,11 +65,17 @@ class Run:
         self.idle = {}
         loads = {}
         self.snapshots = {}
+        self.deletions = {}
         for line in (folder / "measurements").read_text().splitlines():
             row = json.loads(line)
             if "snapshot" in row:
                 took = {"pause_us": row["snapshot"]["pause_us"], "took_us": row["took_us"]}
                 self.snapshots.setdefault(row["snapshot_of_gib"], []).append(took)
+                continue
+            if "deleted" in row:
+                space = row["deleted"]["space"]
+                done = {"took_us": row["took_us"], "given_back": space["given_back"], "moved": space["moved"]}
+                self.deletions.setdefault(row["deletion_after_mib"], []).append(done)
                 continue
             where = (row["fs"], row["server"])
             if "idle" in row:
@@ -134,6 +140,7 @@ class Run:
             "results": rows,
             "idle": [{"fs": fs, "server": server, **v} for (fs, server), v in self.idle.items()],
             "crypto": self.crypto,
+            "deletions": {f"{mib} MiB": done for mib, done in self.deletions.items()},
             "snapshots": {f"{gib} GiB": taken for gib, taken in self.snapshots.items()},
             "layers": self.layers,
             "aims": [aim.as_json() for aim in aims(self)],

@@ -117,6 +117,16 @@ def snapshots(run):
     return grid(rows)
 
 
+def deletions(run):
+    rows = [["MiB written since", "deletions", "command, ms: median", "most", "given back, MiB", "moved, MiB"]]
+    for mib, done in run.deletions.items():
+        took = [d["took_us"] / 1000 for d in done]
+        space = [statistics.median(d[what] for d in done) / (1 << 20) for what in ("given_back", "moved")]
+        shown = [f"{value:.1f}" for value in (statistics.median(took), max(took), *space)]
+        rows.append([str(mib), str(len(done)), *shown])
+    return grid(rows)
+
+
 def aims(run):
     rows = [["", "measured", "aim", ""]]
     for aim in results.aims(run):
@@ -141,6 +151,7 @@ def text(run):
     block("Memory, and rest", at_rest(run))
     block("The cipher alone", crypto(run))
     block("Snapshots under load", snapshots(run))
+    block("Deletions of snapshots", deletions(run))
     block("Chains of layers", run.layers)
     block("Aims (one queue, where nothing else is said)", aims(run))
     lines.append(f"{run.failed} requests failed; measured in {run.facts['took']} s")

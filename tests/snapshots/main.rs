@@ -9,6 +9,7 @@ mod crash;
 mod crash_attached;
 mod detached;
 mod gc;
+mod nearly_full;
 mod own_keys;
 mod space;
 mod tamper;
