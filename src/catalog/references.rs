@@ -20,9 +20,9 @@ use std::path::Path;
 /// Every layer that a volume, a snapshot, or a command that is at work names.
 ///
 /// Each volume's `pending.json` is read before its `volume.json`, and [all volumes](chains) before the
-/// snapshots: a layer that changes hands meanwhile goes from the one to the other in this direction only (a new top is pending
-/// until `volume.json` names it; what leaves a volume's chain was noted in its snapshots' records long
-/// before), so that it is found in at least one of them.
+/// snapshots: a layer that changes hands meanwhile goes from the one to the other in this direction only (a
+/// new top is pending until `volume.json` names it; what leaves a volume's chain was noted in its snapshots'
+/// records long before), so that it is found in at least one of them.
 ///
 /// # Errors
 /// As [`chains`].

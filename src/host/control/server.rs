@@ -18,6 +18,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
@@ -64,7 +65,17 @@ pub struct Waiting {
 /// How it ended, once it has.
 struct End {
     answer: OnceLock<Answer>,
+    /// Whether another process takes over, or has.
+    leaves: AtomicBool,
+    /// That one of these has changed.
     news: EventFd,
+}
+
+impl End {
+    fn tell_news(&self) {
+        // An event counter has room for one.
+        let _ = self.news.write(1);
+    }
 }
 
 /// A control socket that nobody answers yet.
@@ -82,7 +93,7 @@ impl Bound {
     /// Passes on what clients ask for.
     pub fn serve(self, orders: Orders) -> Result<Control> {
         let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let end = Arc::new(End { answer: OnceLock::new(), news });
+        let end = Arc::new(End { answer: OnceLock::new(), leaves: AtomicBool::new(false), news });
         let Orders { at_once, in_turns } = orders;
         let (turns, waiting) = sync_channel(MAX_WAITING);
         let changer = Changer { orders: in_turns, end: end.clone() };
@@ -93,6 +104,7 @@ impl Bound {
             turns,
             end: end.clone(),
             callers: Vec::new(),
+            later: Vec::new(),
             detaching: Vec::new(),
         };
         let changes = changes.context(|| "start the thread of changes")?;
@@ -144,8 +156,7 @@ impl Waiting {
     pub fn tell(self, result: &Result<()>) {
         let answer = result.as_ref().map_or_else(Answer::failed, |()| Answer::Detached);
         let _ = self.end.answer.set(answer);
-        // An event counter has room for one.
-        let _ = self.end.news.write(1);
+        self.end.tell_news();
         if self.thread.join().is_err() {
             log::error!("the control thread panicked");
         }
@@ -167,6 +178,8 @@ struct Server {
     end: Arc<End>,
     /// Oldest first.
     callers: Vec<Caller>,
+    /// Clients that asked for the detach while another process takes over: whose it is then is not known yet.
+    later: Vec<UnixStream>,
     /// Clients that asked for the detach.
     detaching: Vec<UnixStream>,
 }
@@ -174,14 +187,21 @@ struct Server {
 impl Server {
     fn run(mut self) {
         loop {
+            // Before it is looked at what is new.
+            let _ = self.end.news.read();
             // Before clients are taken in: those that come later find no name to connect to.
             let end = self.end.answer.get().cloned();
             if let Err(e) = self.accept_all() {
                 return log::error!("the control socket: {e}; signals still work");
             }
             self.hear_all();
+            if !self.end.leaves.load(Ordering::Acquire) {
+                std::mem::take(&mut self.later).into_iter().for_each(|client| self.detach(client));
+            }
             let ended = end.is_some();
             if let Some(answer) = end {
+                let gone = Error::new(Kind::Busy, "another process has taken it over just now; try again");
+                self.later.drain(..).for_each(|client| tell(&client, &Answer::failed(&gone)));
                 self.detaching.drain(..).for_each(|client| tell(&client, &answer));
                 let limit = Instant::now() + LAST_PATIENCE;
                 self.callers.iter_mut().for_each(|c| c.until = c.until.min(limit));
@@ -257,12 +277,10 @@ impl Server {
     fn serve(&mut self, mut caller: Caller, line: &[u8]) {
         let request = serde_json::from_slice(line);
         let answer = match request.map_err(|e| Error::of(Kind::Usage, e)) {
-            Ok(Request::Detach {}) => {
-                log::info!("a client asks for the detach");
-                (self.orders.detach)();
-                // Told with all the others.
-                return self.detaching.push(caller.stream);
+            Ok(Request::Detach {}) if self.end.leaves.load(Ordering::Acquire) => {
+                return self.later.push(caller.stream);
             }
+            Ok(Request::Detach {}) => return self.detach(caller.stream),
             Ok(_) if self.end.answer.get().is_some() => Err(detached()),
             Ok(Request::ShowLock {}) => match self.show_lock(&caller.stream) {
                 Ok(()) => {
@@ -291,6 +309,13 @@ impl Server {
         tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
     }
 
+    fn detach(&mut self, client: UnixStream) {
+        log::info!("a client asks for the detach");
+        (self.orders.detach)();
+        // Told with all the others.
+        self.detaching.push(client);
+    }
+
     /// Shows the open file that has the lock. Whoever has it can pass for this process, where that is looked
     /// for, and could let go of the lock: so it is shown to nobody but root, who can do all of that anyway.
     fn show_lock(&self, client: &UnixStream) -> Result<()> {
@@ -311,10 +336,18 @@ impl Changer {
     /// Until nobody can ask any more.
     fn run(self, waiting: &Receiver<(Caller, Request)>) {
         while let Ok((mut caller, request)) = waiting.recv() {
+            let is_upgrade = matches!(request, Request::Upgrade { .. });
+            if is_upgrade {
+                self.end.leaves.store(true, Ordering::Release);
+            }
             let answer = match self.end.answer.get() {
                 Some(_) => Err(detached()),
                 None => self.orders.serve(&caller.stream, &mut caller.lines, request),
             };
+            if is_upgrade && answer.is_err() {
+                self.end.leaves.store(false, Ordering::Release);
+                self.end.tell_news();
+            }
             tell(&caller.stream, &answer.unwrap_or_else(|e| Answer::failed(&e)));
         }
     }
