@@ -226,6 +226,42 @@ impl Facts for SnapshotFacts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::metadata::Geometry;
+    use crate::kms::WrappedKey;
+
+    fn volume() -> Metadata {
+        let wrapped = WrappedKey { key_id: "arn:aws:kms:us-east-1:0:key/1".into(), blob: vec![1; 141] };
+        let key = KeyRecord { provider: "embedded".into(), wrapped, check: None };
+        Metadata::new(VolumeId::random(), None, Geometry::new(1 << 20, SectorSize::B512).unwrap(), Some(key))
+    }
+
+    #[test]
+    fn which_layers_are_to_leave_is_what_a_command_has_said() {
+        let two = volume().frozen(LayerId::random());
+        let marked = two.to_flatten().unwrap();
+        let (two, marked) = (VolumeFacts::of(&two), VolumeFacts::of(&marked));
+        assert_eq!(two.layout.layers, marked.layout.layers);
+        for (known, found) in [(&two, &marked), (&marked, &two)] {
+            assert_eq!(known.difference(found).as_deref(), Some("its layers are not those that it had"));
+        }
+        assert_eq!((two.difference(&two), marked.difference(&marked)), (None, None));
+    }
+
+    #[test]
+    fn a_check_value_is_noted_once_by_whoever_seals_and_stays() {
+        let unknown = VolumeFacts::of(&volume());
+        let with = |check| {
+            let mut facts = unknown.clone();
+            facts.layout.keys[0].check = Some(check);
+            facts
+        };
+        let (one, other) = (with([1; 16]), with([2; 16]));
+        assert_eq!(unknown.difference(&one), None);
+        for (known, found) in [(&one, &other), (&one, &unknown)] {
+            let what = known.difference(found);
+            assert_eq!(what.as_deref(), Some("its wrapped data keys are not those that it had"));
+        }
+    }
 
     #[test]
     fn a_snapshot_s_entry_of_an_earlier_version_is_understood_and_knows_no_layers() {
