@@ -31,6 +31,7 @@ use sealblk::base::root::Root;
 use sealblk::base::root::owners::Owners;
 use sealblk::catalog::lock::Purpose;
 use sealblk::catalog::metadata::{Geometry, KeyOwner, KeyRecord, encryption_context};
+use sealblk::catalog::slots::Unwrapped;
 use sealblk::catalog::tags::Tags;
 use sealblk::catalog::{Catalog, VolumeId};
 use sealblk::crypt::secret_mem::{SecretBytes, on_scrubbed_stack};
@@ -46,6 +47,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use zeroize::Zeroizing;
 
 /// The provider's name, as it stands in the records of volumes: 1 to 32 printable characters, and the same
@@ -273,11 +275,11 @@ fn run(store: &str, keys: &str) -> Result<()> {
         &catalog,
         &store.events(),
         &wanted,
-        Some(WrappingKey { provider: &provider, key: KEY }),
+        Some(WrappingKey { provider: &provider, key: KEY, also: None }),
     )?;
     let key = &made.keys()[0];
     record(&log, Step::Generate, KeyOwner::Volume(made.id()), key)?;
-    println!("{} is made; its data key is wrapped by {}", made.id(), key.wrapped.key_id);
+    println!("{} is made; its data key is wrapped by {}", made.id(), key.first().wrapped.key_id);
 
     // The first time, the data key seals the volume's record: whoever opens it after that proves that nobody
     // has changed its layers, or its key.
@@ -288,7 +290,7 @@ fn run(store: &str, keys: &str) -> Result<()> {
 
     // A wrapped key that somebody moved to another volume's record is worth nothing there.
     let elsewhere = encryption_context(VolumeId::random());
-    match provider.decrypt(&key.wrapped, &elsewhere) {
+    match provider.decrypt(&key.first().wrapped, &elsewhere) {
         Err(KmsError::InvalidCiphertext) => println!("its wrapped key opens for no other volume"),
         Err(e) => return Err(e.into()),
         Ok(_) => return Err(Error::new(Kind::Other, "its wrapped key opens for another volume")),
@@ -306,20 +308,22 @@ fn open(
     volume: VolumeId,
 ) -> Result<sealblk::catalog::Metadata> {
     let unwrap = |owner: KeyOwner, key: &KeyRecord| {
-        let refused = |e| Failure::kms(e, PROVIDER, &key.wrapped.key_id);
-        let plain = provider.decrypt(&key.wrapped, &encryption_context(owner)).map_err(refused)?;
+        let refused = |e| Failure::kms(e, PROVIDER, &key.first().wrapped.key_id);
+        let plain = provider.decrypt(&key.first().wrapped, &encryption_context(owner)).map_err(refused)?;
         // On record before anything has an effect: no data key is released that the audit log does not know
         // of.
         record(log, Step::Unwrap, owner, key)?;
         // Into secret memory; `plain` is wiped at the end of this.
-        Ok::<Dek, Failure>(Dek::from_bytes(&plain)?)
+        let dek = Arc::new(Dek::from_bytes(&plain)?);
+        Ok::<Unwrapped, Failure>(Unwrapped { dek, by: key.first().kms_key() })
     };
     let taken = Taken::take(catalog, volume, Purpose::Recover, &unwrap).map_err(|failure| failure.error)?;
     Ok(taken.opened.metadata)
 }
 
 fn record(log: &AuditLog, step: Step, owner: KeyOwner, key: &KeyRecord) -> Result<()> {
-    let entry = Entry::dek(step, encryption_context(owner).pairs(), &key.provider, &key.wrapped.key_id);
+    let by = key.first().kms_key();
+    let entry = Entry::dek(step, encryption_context(owner).pairs(), &by.provider, &by.key_id);
     // Without the KMS's audit key, which a provider of one's own does not have, a record has no MAC.
     log.append(&entry, None)
 }

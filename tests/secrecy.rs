@@ -214,7 +214,7 @@ fn the_data_key_goes_as_soon_as_its_schedules_are_made() {
         rekey.args(["volume", "rekey", "t"]);
         assert!(run(rekey).status().expect("start sealblk").success());
         let metadata = place.metadata();
-        let top = &metadata.keys()[metadata.top().key.expect("it is encrypted")].wrapped;
+        let top = &metadata.keys()[metadata.top().key.expect("it is encrypted")].first().wrapped;
         let new = place.kms().decrypt(top, &metadata.encryption_context()).expect("unwrap the data key");
         assert!(old != new, "it has another data key");
         secret.extend([look(&old, "the old key"), look(&new, "the new key")]);
@@ -355,7 +355,7 @@ fn the_keeper_of_the_grants_has_no_key() {
 fn the_helper_puts_the_key_into_no_file() {
     let place = Place::new(&[]);
     let metadata = place.metadata();
-    let wrapped = &metadata.keys()[0].wrapped;
+    let wrapped = &metadata.keys()[0].first().wrapped;
     let request = serde_json::json!({
         "owner": {"volume": metadata.id()}, "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
     });
@@ -403,7 +403,7 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let key = kms.admin().create_key("", None).expect("make a key").arn;
     let place = Place::of(store, &["--key", &format!("aws:{key}")]);
     let metadata = place.metadata();
-    let wrapped = &metadata.keys()[0].wrapped;
+    let wrapped = &metadata.keys()[0].first().wrapped;
     let dek = kms.admin().decrypt(wrapped, &metadata.encryption_context()).expect("unwrap the data key");
     let request = serde_json::json!({
         "owner": {"volume": metadata.id()}, "provider": "aws", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),

@@ -19,6 +19,7 @@ pub mod request;
 pub mod script;
 pub mod session;
 pub mod sigv4;
+pub mod slot_change;
 pub mod snapshot_record;
 pub mod volume_metadata;
 pub mod wire;

@@ -20,7 +20,9 @@ pub fn run(data: &[u8]) {
     assert!(metadata.layers().iter().all(|layer| layer.key.is_none_or(|key| key < keys.len())));
     assert_eq!(metadata.is_encrypted(), metadata.top().key.is_some());
     assert!(metadata.is_encrypted() || keys.is_empty());
-    assert!(keys.iter().all(|key| (1..=6144).contains(&key.wrapped.blob.len())));
+    assert!(
+        keys.iter().all(|key| key.slots().iter().all(|slot| (1..=6144).contains(&slot.wrapped.blob.len())))
+    );
 
     // What is read is written so that it is read alike.
     let again = Metadata::from_json(&metadata.to_json()).expect("reads what it writes");

@@ -19,6 +19,7 @@ pub mod references;
 pub mod rekey;
 pub mod rewrap;
 pub mod seal;
+pub mod slots;
 pub mod snapshot;
 pub(crate) mod store_locks;
 pub mod tags;

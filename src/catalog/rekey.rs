@@ -6,8 +6,10 @@
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
+use crate::catalog::layout::written::WrittenSlot;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyRecord, LayerRecord, Metadata};
+use crate::catalog::slots::KeySlot;
 use crate::catalog::{Catalog, LayerId, VolumeId};
 use crate::crypt::Dek;
 use crate::kms::WrappedKey;
@@ -17,13 +19,16 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What a new data key is for, that is [passed](crate::crypt::PassKey::pass) to the process that has
-/// `volume`: this volume, the layer that it makes for it, and the wrapped key that is going to be noted. Each
-/// part has its length before it.
-pub fn passed_for(volume: VolumeId, layer: LayerId, provider: &str, wrapped: &WrappedKey) -> Vec<u8> {
+/// `volume`: this volume, the layer that it makes for it, and the wrapped copies that are going to be noted.
+/// Each part has its length before it.
+pub fn passed_for(volume: VolumeId, layer: LayerId, slots: &[KeySlot]) -> Vec<u8> {
     let (volume, layer) = (volume.to_string(), layer.to_string());
-    let parts =
-        [volume.as_bytes(), layer.as_bytes(), provider.as_bytes(), wrapped.key_id.as_bytes(), &wrapped.blob];
-    parts.iter().flat_map(|part| [&(part.len() as u64).to_le_bytes()[..], part].concat()).collect()
+    let of_slot = |slot: &KeySlot| {
+        let KeySlot { provider, wrapped } = slot;
+        [provider.as_bytes().to_vec(), wrapped.key_id.as_bytes().to_vec(), wrapped.blob.clone()]
+    };
+    let parts = [volume.into_bytes(), layer.into_bytes()].into_iter().chain(slots.iter().flat_map(of_slot));
+    parts.flat_map(|part| [&(part.len() as u64).to_le_bytes()[..], &part].concat()).collect()
 }
 
 /// A data key that a volume is going to have, wrapped for it by a KMS. Nobody may have seen it yet.
@@ -42,9 +47,8 @@ impl NewKey {
     }
 
     /// Notes what tells the data key from others.
-    pub fn checked(mut self, dek: &Dek) -> Self {
-        self.0.check = Some(dek.check_value());
-        self
+    pub fn checked(self, dek: &Dek) -> Self {
+        NewKey(self.0.checked(dek))
     }
 }
 
@@ -59,7 +63,8 @@ impl NewKey {
 
 impl fmt::Display for NewKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.0.provider, self.0.wrapped.key_id)
+        let keys: Vec<String> = self.0.slots().iter().map(|slot| slot.kms_key().to_string()).collect();
+        f.write_str(&keys.join(" and by "))
     }
 }
 
@@ -71,13 +76,20 @@ pub struct WrittenNewKey {
     key_id: String,
     /// Base64.
     wrapped: String,
+    /// Its other slots. A host process of an earlier version knows of none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    also: Vec<WrittenSlot>,
 }
 
 impl From<&NewKey> for WrittenNewKey {
     fn from(key: &NewKey) -> Self {
-        let KeyRecord { provider, wrapped, .. } = &key.0;
-        let blob = BASE64.encode(&wrapped.blob);
-        WrittenNewKey { provider: provider.clone(), key_id: wrapped.key_id.clone(), wrapped: blob }
+        let KeySlot { provider, wrapped } = key.0.first();
+        WrittenNewKey {
+            provider: provider.clone(),
+            key_id: wrapped.key_id.clone(),
+            wrapped: BASE64.encode(&wrapped.blob),
+            also: key.0.slots()[1..].iter().map(WrittenSlot::from).collect(),
+        }
     }
 }
 
@@ -90,7 +102,11 @@ impl WrittenNewKey {
         let attempt = || "the new data key";
         let blob = BASE64.decode(&self.wrapped).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)?;
         let wrapped = WrappedKey { key_id: self.key_id, blob };
-        let record = KeyRecord { provider: self.provider, wrapped, check: None };
+        let mut record = KeyRecord::new(KeySlot { provider: self.provider, wrapped });
+        for slot in self.also {
+            let slot = KeySlot::try_from(slot).map_err(|problem| Error::new(Kind::Usage, problem));
+            record = record.and(slot.context(attempt)?);
+        }
         let alone = Metadata::new(volume.id(), None, volume.geometry(), Some(record));
         let read =
             Metadata::from_json(&alone.to_json()).map_err(|e| Error::of(Kind::Usage, e)).context(attempt)?;

@@ -243,6 +243,7 @@ mod tests {
     use crate::catalog::VolumeId;
     use crate::catalog::id::LayerId;
     use crate::catalog::metadata::KeyRecord;
+    use crate::catalog::slots::KeySlot;
     use crate::kms::WrappedKey;
 
     fn dek(first: u8) -> Dek {
@@ -252,7 +253,7 @@ mod tests {
 
     fn key() -> KeyRecord {
         let wrapped = WrappedKey { key_id: "arn:aws:kms:us-east-1:0:key/1".into(), blob: vec![1; 141] };
-        KeyRecord { provider: "embedded".into(), wrapped, check: None }
+        KeyRecord::new(KeySlot::new("embedded", wrapped))
     }
 
     fn new(key: Option<KeyRecord>) -> Metadata {
@@ -335,9 +336,8 @@ mod tests {
     #[test]
     fn rewrapping_and_renaming_need_no_new_seal() {
         let mut m = sealed();
-        m.layout.keys[0].wrapped.blob = vec![9; 200];
-        m.layout.keys[0].wrapped.key_id = "arn:aws:kms:us-east-1:0:key/2".into();
-        m.layout.keys[0].provider = "aws".into();
+        let key_id = "arn:aws:kms:us-east-1:0:key/2".into();
+        m.layout.keys[0].slots[0] = KeySlot::new("aws", WrappedKey { key_id, blob: vec![9; 200] });
         m.name = Some("db".parse().unwrap());
         m.generation += 7;
         m.attached_before = true;

@@ -27,6 +27,7 @@ A file in TOML (or JSON, of the same names):
   name = \"db\"                 # which volume it is; the rest is what it shall be
   size = \"20GiB\"              # or a number of bytes; may be left out with a snapshot
   key = \"alias/prod\"          # KMS key; without it the settings' default
+  also-keys = [\"alias/far\"]   # further KMS keys that wrap its data key; without it the settings'
   sector-size = 4096          # 512 if left out
   snapshot = \"nightly\"        # made from this; id or tag Name
   own-data-key = true         # with a snapshot: what it writes is under a data key of its own

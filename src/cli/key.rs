@@ -3,13 +3,14 @@
 use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
-use crate::kms::KeyState;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
+use crate::kms::{KeyState, KmsKey};
 use crate::ops::keys::{self, Needs};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -125,20 +126,31 @@ pub struct AliasTarget {
 /// Runs one `sealblk key` command.
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
     let kms = keys::embedded(&env.root, env.hardened)?;
-    let (text, json) = answer(&env.root, &kms, command)?;
+    // Of another KMS key that wraps the same data key.
+    let mut asked: BTreeMap<KmsKey, bool> = BTreeMap::new();
+    let mut is_usable = |key: &KmsKey| {
+        let ask = || env.store().is_ok_and(|store| keys::is_usable_now(&store, key));
+        *asked.entry(key.clone()).or_insert_with(ask)
+    };
+    let (text, json) = answer(&env.root, &kms, command, &mut is_usable)?;
     let text = if env.json { format!("{json:#}\n") } else { text };
     output::print(&text).map(drop)
 }
 
 /// The answer to a command, for people and for programs.
-fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, Value)> {
+fn answer(
+    root: &Root,
+    kms: &Embedded,
+    command: KeyCommand,
+    is_usable: &mut dyn FnMut(&KmsKey) -> bool,
+) -> Result<(String, Value)> {
     let tells_who_needs_it =
         matches!(command, KeyCommand::Show(_) | KeyCommand::Disable(_) | KeyCommand::ScheduleDeletion(_));
     let key = |argument: &KeyArgument| resolve(kms, &argument.key);
-    let key_unless_needed = |argument: &KeyArgument, yes: bool| {
+    let mut key_unless_needed = |argument: &KeyArgument, yes: bool| {
         let key = key(argument)?;
         if !yes {
-            refuse_if_attached(root, &kms.key(&key)?.arn)?;
+            refuse_if_attached(root, &kms.key(&key)?.arn, is_usable)?;
         }
         Ok::<_, Error>(key)
     };
@@ -160,27 +172,30 @@ fn answer(root: &Root, kms: &Embedded, command: KeyCommand) -> Result<(String, V
     };
     let (mut text, mut value) = (describe(&metadata), key_json(&metadata));
     if tells_who_needs_it {
-        let needs = keys::who_needs(root, &metadata.arn)?;
+        let needs = keys::who_needs(root, &metadata.arn, is_usable)?;
         text.push_str(&needs_text(&needs));
         value["needed_by"] = json!({
-            "volumes": needs.volumes.iter().map(|(id, _)| id).collect::<Vec<_>>(),
-            "attached": needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id).collect::<Vec<_>>(),
-            "snapshots": needs.snapshots,
+            "volumes": needs.volumes.iter().map(|it| it.id).collect::<Vec<_>>(),
+            "attached": needs.volumes.iter().filter(|it| it.is_attached).map(|it| it.id).collect::<Vec<_>>(),
+            "snapshots": needs.snapshots.iter().map(|(id, _)| id).collect::<Vec<_>>(),
+            "without_another_key": needs.without_another(),
         });
     }
     Ok((text, value))
 }
 
 /// # Errors
-/// `Busy`, naming them and what else needs the key, if attached volumes need it.
-fn refuse_if_attached(root: &Root, arn: &str) -> Result<()> {
-    let needs = keys::who_needs(root, arn)?;
-    let attached = || needs.volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id.to_string());
+/// `Busy`, naming them and what else needs the key, if attached volumes need it, and have no other KMS key.
+fn refuse_if_attached(root: &Root, arn: &str, is_usable: &mut dyn FnMut(&KmsKey) -> bool) -> Result<()> {
+    let needs = keys::who_needs(root, arn, is_usable)?;
+    let attached =
+        || needs.volumes.iter().filter(|it| it.is_attached && !it.has_another).map(|it| it.id.to_string());
     if attached().next().is_none() {
         return Ok(());
     }
-    let others = needs.volumes.iter().filter(|(_, is)| !*is).map(|(id, _)| id.to_string());
-    let others: Vec<String> = others.chain(needs.snapshots.iter().map(ToString::to_string)).collect();
+    let attached_ids: Vec<String> = attached().collect();
+    let others: Vec<String> =
+        needs.without_another().into_iter().filter(|id| !attached_ids.contains(id)).collect();
     let others = if others.is_empty() { String::new() } else { format!("; so do {}", others.join(", ")) };
     let message = format!(
         "{arn} is needed by what is attached: {}{others}. What is attached goes on, and its next attach is \
@@ -193,8 +208,14 @@ fn refuse_if_attached(root: &Root, arn: &str) -> Result<()> {
 /// A key that something needs is no matter of its own: without it, that is not opened any more.
 fn needs_text(needs: &Needs) -> String {
     let attached = |is: bool| if is { " (attached: it goes on until it is detached)" } else { "" };
-    let volumes = needs.volumes.iter().map(|(id, is)| format!("needed by {id}{}\n", attached(*is)));
-    volumes.chain(needs.snapshots.iter().map(|id| format!("needed by {id}\n"))).collect()
+    let other = |has: bool| if has { ", which has another key that can be used" } else { "" };
+    let volumes = needs
+        .volumes
+        .iter()
+        .map(|it| format!("needed by {}{}{}\n", it.id, other(it.has_another), attached(it.is_attached)));
+    volumes
+        .chain(needs.snapshots.iter().map(|(id, has)| format!("needed by {id}{}\n", other(*has))))
+        .collect()
 }
 
 fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
@@ -383,7 +404,8 @@ mod tests {
 
         fn run(&self, line: &str) -> Result<(String, Value)> {
             let words = std::iter::once("key").chain(line.split(' '));
-            answer(&Root::new(self.dir.path()), &self.kms, Cli::try_parse_from(words).unwrap().command)
+            let command = Cli::try_parse_from(words).unwrap().command;
+            answer(&Root::new(self.dir.path()), &self.kms, command, &mut |_| false)
         }
 
         fn json(&self, line: &str) -> Value {
@@ -402,7 +424,8 @@ mod tests {
         for name in [id, arn, &id[..8], "alias/team-a", "arn:aws:kms:us-east-1:000000000000:alias/team-a"] {
             let mut shown = shell.json(&format!("show {name}"));
             let needed_by = shown.as_object_mut().unwrap().remove("needed_by");
-            assert_eq!(needed_by, Some(json!({ "volumes": [], "attached": [], "snapshots": [] })));
+            let nobody = json!({ "volumes": [], "attached": [], "snapshots": [], "without_another_key": [] });
+            assert_eq!(needed_by, Some(nobody));
             assert_eq!(shown, made, "{name}");
         }
         assert_eq!(shell.json("disable alias/team-a")["state"], "Disabled");

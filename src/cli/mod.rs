@@ -29,6 +29,7 @@ pub mod progress;
 mod receipt;
 mod rewrap;
 pub mod settings;
+mod slots;
 pub mod snapshot;
 mod sort;
 mod space;

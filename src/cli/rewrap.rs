@@ -145,6 +145,6 @@ fn print(env: &Env, id: impl Display, changes: &[Change]) -> Result<()> {
 }
 
 fn text(id: &str, changes: &[Change]) -> String {
-    let line = |c: &Change| format!("{id}: data key {} is wrapped by {} (was {})\n", c.slot, c.to, c.from);
+    let line = |c: &Change| format!("{id}: data key {} is wrapped by {} (was {})\n", c.key, c.to, c.from);
     changes.iter().map(line).collect()
 }

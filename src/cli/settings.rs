@@ -135,10 +135,13 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
     let file = config::file()?;
     let kms_keys: Option<Vec<String>> =
         settings.kms_keys.entries().map(|entries| entries.iter().map(ToString::to_string).collect());
+    let key_order: Vec<String> = settings.key_order.entries().iter().map(ToString::to_string).collect();
     if env.json {
         return output::print_json(&json!({
             "file": file.display().to_string(),
             "default_key": settings.default_key,
+            "also_keys": settings.also_keys,
+            "key_order": key_order,
             "encrypt_by_default": settings.encrypt_by_default,
             "require_encrypted": settings.require_encrypted,
             "kms_keys": kms_keys,
@@ -150,8 +153,12 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
     }
     let kms_keys = kms_keys.map_or_else(|| "every key".to_string(), |keys| keys.join(", "));
     let reserve = settings.space_reserve.to_string();
+    let none = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let (also_keys, key_order) = (none(&settings.also_keys), none(&key_order));
     let rows = [
         ("default-key", settings.default_key.as_str()),
+        ("also-keys", &also_keys),
+        ("key-order", &key_order),
         ("encrypt-by-default", on_off(settings.encrypt_by_default)),
         ("require-encrypted", on_off(settings.require_encrypted)),
         ("kms-keys", &kms_keys),

@@ -82,20 +82,24 @@ fn is_told_to_stop(stop: &impl AsFd, time: Duration) -> Result<bool> {
 }
 
 fn print(env: &Env, changed: &[Changed]) -> Result<()> {
-    for Changed { now, volumes } in changed {
+    for it in changed {
+        let Changed { now, volumes, without_another } = it;
         let attached: Vec<_> = volumes.iter().filter(|(_, is)| *is).map(|(id, _)| id).collect();
         if env.json {
             let mut value = json!(now);
             value["volumes"] = volumes.iter().map(|(id, _)| json!(id)).collect::<Vec<Value>>().into();
             value["attached"] = json!(attached);
+            value["without_another_key"] = json!(without_another);
             // One a line: whoever reads takes each as it comes.
             output::print(&format!("{value}\n"))?;
             continue;
         }
         let deletion = now.deletion.map_or(String::new(), |at| format!(", to be deleted at {at}"));
         let why = now.message.as_ref().map_or(String::new(), |message| format!(" ({message})"));
+        let others = it.others().map_or(String::new(), |others| format!("; {others}"));
         output::print(&format!(
-            "{}  {}: {} is {}{deletion}{why}; {} of its volumes attached, {} in all\n",
+            "{}  {}: {} is {}{deletion}{why}; {} of its volumes attached, {} in \
+             all{others}\n",
             now.checked,
             now.key.provider,
             now.key.key_id,

@@ -33,11 +33,11 @@ pub enum Entry {
 }
 
 /// The names of the providers.
-const PROVIDERS: [&str; 2] = ["embedded", "aws"];
+pub(super) const PROVIDERS: [&str; 2] = ["embedded", "aws"];
 /// The end of the ARN of every key in a place.
-const ANY_KEY: &str = ":key/*";
+pub(super) const ANY_KEY: &str = ":key/*";
 /// The longest entry in bytes.
-const MAX_LEN: usize = 2048;
+pub(super) const MAX_LEN: usize = 2048;
 
 impl KmsKeys {
     /// # Errors
@@ -53,6 +53,25 @@ impl KmsKeys {
     pub fn entries(&self) -> Option<&[Entry]> {
         self.0.as_deref()
     }
+}
+
+/// `also-keys` in `sealblk.toml`: the KMS keys that wrap every new data key besides, by their references.
+///
+/// # Errors
+/// `Usage` for what cannot name one key, and for one that is there twice.
+pub(super) fn parse_also(written: Vec<String>) -> Result<Vec<String>> {
+    for (n, text) in written.iter().enumerate() {
+        if written[..n].contains(text) {
+            return Err(usage(format!("also-keys has {text:?} twice")));
+        }
+        if !matches!(Entry::try_from(text.clone()), Ok(Entry::Key(_))) {
+            return Err(usage(format!(
+                "also-keys: {text:?} names no key; write \"alias/NAME\", a key's id or ARN, or \
+                 \"aws:alias/NAME\""
+            )));
+        }
+    }
+    Ok(written)
 }
 
 impl fmt::Display for Entry {

@@ -5,6 +5,8 @@
 //! default-key = "alias/aws/ebs"    # the KMS key of volumes made without --key
 //! encrypt-by-default = false       # true: no unencrypted volume can be made
 //! require-encrypted = false        # true: no unencrypted volume can be attached, or opened otherwise
+//! also-keys = ["aws:alias/far"]    # further KMS keys that wrap each new data key
+//! key-order = ["eu-central-1"]     # which KMS keys are asked first, where several wrap a data key
 //! kms-keys = ["embedded"]          # which KMS keys may be asked for data keys; without it, all
 //! clone-data-key = "snapshot"      # "own": a volume made from a snapshot writes under a data key of its own
 //! region = "us-east-1"             # in events and in the ARNs of the embedded KMS
@@ -23,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 pub mod edit;
+pub mod key_order;
 pub mod kms_keys;
 pub mod moving;
 pub mod sinks;
@@ -30,6 +33,7 @@ pub mod sinks;
 use crate::base::root::{Root, owners};
 use crate::base::space::Reserve;
 use crate::base::{Context, Error, Kind, Locality, Result, size};
+use key_order::KeyOrder;
 use kms_keys::KmsKeys;
 use serde::Deserialize;
 use std::fmt;
@@ -74,6 +78,10 @@ impl CloneDataKey {
 pub struct Settings {
     /// The KMS key, as its provider takes it, of volumes that are made without `--key`.
     pub default_key: String,
+    /// The KMS keys, as their providers take them, that wrap every new data key besides.
+    pub also_keys: Vec<String>,
+    /// Which KMS keys are asked first, where several wrap a data key.
+    pub key_order: KeyOrder,
     /// Whether making an unencrypted volume is refused, as EBS's encryption by default does.
     pub encrypt_by_default: bool,
     /// Whether no unencrypted volume may be opened, or made.
@@ -100,6 +108,8 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             default_key: DEFAULT_KEY.into(),
+            also_keys: Vec::new(),
+            key_order: KeyOrder::default(),
             encrypt_by_default: false,
             require_encrypted: false,
             kms_keys: KmsKeys::default(),
@@ -156,7 +166,7 @@ impl Settings {
         Err(Error::new(Kind::Refused, message))
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let written: Written = toml::from_str(text).map_err(|e| {
             let message = e.to_string().trim_end().to_owned();
             Error::of(Kind::Usage, e).reworded(message)
@@ -188,6 +198,8 @@ fn find(config: &Path) -> Result<Option<PathBuf>> {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Written {
     default_key: Option<String>,
+    also_keys: Option<Vec<String>>,
+    key_order: Option<Vec<String>>,
     encrypt_by_default: Option<bool>,
     require_encrypted: Option<bool>,
     kms_keys: Option<Vec<String>>,
@@ -209,6 +221,8 @@ impl TryFrom<Written> for Settings {
         let default = Settings::default();
         let settings = Settings {
             default_key: w.default_key.unwrap_or(default.default_key),
+            also_keys: w.also_keys.map_or(Ok(default.also_keys), kms_keys::parse_also)?,
+            key_order: w.key_order.map_or(Ok(default.key_order), KeyOrder::parse)?,
             encrypt_by_default: w.encrypt_by_default.unwrap_or(default.encrypt_by_default),
             require_encrypted: w.require_encrypted.unwrap_or(default.require_encrypted),
             clone_data_key: w.clone_data_key.unwrap_or(default.clone_data_key),
@@ -278,11 +292,13 @@ mod tests {
         let settings = Settings::parse(
             "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
              clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
-             kms-patience = 0\nspace-reserve = '2GiB'\nattach-grants = false\ngrantee-principal = \
+             also-keys = ['aws:alias/far']\nkey-order = ['eu-1', 'aws']\nkms-patience = 0\nspace-reserve = '2GiB'\nattach-grants = false\ngrantee-principal = \
              'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
             default_key: "alias/prod".into(),
+            also_keys: vec!["aws:alias/far".into()],
+            key_order: KeyOrder::parse(vec!["eu-1".into(), "aws".into()]).unwrap(),
             encrypt_by_default: true,
             require_encrypted: true,
             kms_keys: KmsKeys::parse(vec!["embedded".into()]).unwrap(),
@@ -327,6 +343,10 @@ mod tests {
             ("kms-keys = 'embedded'", "sequence"),
             ("clone-data-key = 'mine'", "expected `snapshot` or `own`"),
             ("kms-keys = ['alais/prod']", "alais/prod"),
+            ("also-keys = ['embedded']", "names no key"),
+            ("also-keys = ['alias/a', 'alias/a']", "twice"),
+            ("also-keys = 'alias/a'", "sequence"),
+            ("key-order = ['nowhere']", "is no region"),
             ("default-key = ' '", "default-key is empty"),
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),

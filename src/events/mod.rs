@@ -123,6 +123,13 @@ impl Event {
         }
     }
 
+    /// `unwrapKey`, which EBS does not have: `by-another`. The KMS keys that were asked first for a data key of
+    /// the volume have not given it, for this cause; `kms_key` has.
+    pub fn unwrapped_by_another(volume: VolumeId, kms_key: &str, cause: impl Into<String>) -> Self {
+        let (cause, kms_key) = (cause.into(), Some(kms_key.into()));
+        Event { cause, kms_key, ..Self::new("unwrapKey", volume, "by-another") }
+    }
+
     /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost,
     /// and no flush succeeds until the volume is attached again.
     pub fn flush_failed(volume: VolumeId, cause: impl Into<String>) -> Self {

@@ -5,6 +5,7 @@
 mod failure;
 pub mod grants;
 pub mod rewrap;
+pub mod slots;
 pub mod unwrap;
 
 use crate::base::hardened::harden_children;

@@ -9,26 +9,30 @@ use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::layout::written::WrittenSlot;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, encryption_context};
 use crate::catalog::rekey::passed_for;
+use crate::catalog::slots::{KeySlot, Unwrapped};
 use crate::catalog::{LayerId, VolumeId};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
 use crate::helper::failure::WrittenFailure;
+use crate::helper::slots::{Refused, ask_each};
 use crate::kms::patience::Patience;
-use crate::kms::{self, EncryptionContext, Failure, KmsError, WrappedKey};
+use crate::kms::{self, EncryptionContext, Failure, KmsError, KmsKey, order};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 use zeroize::Zeroizing;
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
-/// The longest request or answer in bytes: a blob of 6144 bytes in hexadecimal and some words.
-const MAX_LINE: usize = 32 << 10;
+/// The longest request or answer in bytes: all slots of a data key and one of another, as long as they can be.
+const MAX_LINE: usize = 256 << 10;
 /// How long the helper may take beside the KMS's time before it is given up.
 const MARGIN: Duration = Duration::from_secs(30);
 
@@ -37,10 +41,7 @@ const MARGIN: Duration = Duration::from_secs(30);
 #[serde(deny_unknown_fields)]
 struct Request {
     owner: KeyOwner,
-    provider: String,
-    key_id: String,
-    /// Hexadecimal.
-    blob: String,
+    wrapped: WrittenSlot,
     /// Of the grant to decrypt by.
     grant_token: Option<String>,
     /// For how long a KMS that cannot be reached is asked again; the settings' patience if nothing is said.
@@ -53,14 +54,13 @@ struct Request {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Under {
-    provider: String,
-    key_id: String,
-    /// Hexadecimal.
-    blob: String,
+    wrapped: WrittenSlot,
     /// That data key's check value, hexadecimal, if it is known.
     check: Option<String>,
     /// The layer that is made for the new key.
     layer: LayerId,
+    /// The other slots that the new key is going to have.
+    also: Vec<WrittenSlot>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -73,58 +73,55 @@ enum Answer {
 }
 
 /// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without
-/// a grant, with the settings' patience.
+/// a grant, with the settings' patience. Where several KMS keys wrap it, the next one is asked if one does not
+/// give it.
 ///
 /// # Errors
-/// The KMS's refusal, or what went wrong on the way to it.
+/// The KMS's refusal, or what went wrong on the way to it; of several, the answer of each.
 pub fn unwrap(
     hardened: Hardened,
     root: &Root,
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
-) -> Result<Dek, Failure> {
-    let patience = Patience(Settings::load(root)?.kms_patience);
-    unwrap_granted(hardened, root, owner, key, None, patience)
+) -> Result<Unwrapped, Failure> {
+    let (settings, owner) = (Settings::load(root)?, owner.into());
+    let patience = Patience(settings.kms_patience);
+    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
+    let given =
+        ask_each(&owner, &keys, order::asked(&keys, &settings.key_order), patience, |slot, patience| {
+            Ok(unwrap_slot(hardened, root, owner, (key, slot), None, patience)?)
+        })?;
+    Ok(Unwrapped { dek: Arc::new(given.what), by: keys[given.slot].clone() })
 }
 
-/// Unwraps a data key of a volume or snapshot by a helper process, by the grant whose token
-/// this is, if there is one.
+/// Unwraps one slot of a data key of a volume or snapshot by a helper process, by the grant whose token this
+/// is, if there is one.
 ///
 /// # Errors
-/// As for [`unwrap`].
-pub fn unwrap_granted(
-    hardened: Hardened,
-    root: &Root,
-    owner: impl Into<KeyOwner>,
-    key: &KeyRecord,
-    token: Option<&str>,
-    patience: Patience,
-) -> Result<Dek, Failure> {
-    let secret = SecretFd::create(Dek::LEN)?;
-    unwrap_into(hardened, root, owner, key, token, patience, &secret)?;
-    Ok(Dek::from_secret(secret.map()?)?)
-}
-
-/// Unwraps a data key by a helper process into secret memory that is there, of the length of a data key. This
-/// process need not look into it.
-///
-/// # Errors
-/// As for [`unwrap`].
-pub fn unwrap_into(
+/// As for [`unwrap`]; `Corrupt` where another slot could be right, and this one unwraps to another data key.
+pub fn unwrap_slot(
     _: Hardened,
     root: &Root,
-    owner: impl Into<KeyOwner>,
-    key: &KeyRecord,
+    owner: KeyOwner,
+    (key, slot): (&KeyRecord, usize),
     token: Option<&str>,
     patience: Patience,
-    secret: &SecretFd,
-) -> Result<(), Failure> {
-    let request = Request::new(owner.into(), key, token, patience);
-    fill_by_helper(root, secret, &request, patience.longest_call())
+) -> Result<Dek, Failure> {
+    let (slot, secret) = (&key.slots()[slot], SecretFd::create(Dek::LEN)?);
+    let request = Request::new(owner, slot, token, patience);
+    fill_by_helper(root, &secret, &request, patience.longest_call())?;
+    let dek = Dek::from_secret(secret.map()?)?;
+    let is_another = key.check().is_some_and(|check| check != dek.check_value());
+    // Of a data key's only slot, the seal says so.
+    if is_another && key.slots().len() > 1 {
+        let e = Error::new(Kind::Corrupt, "this wrapped copy unwraps to another data key; it was replaced");
+        return Err(Failure { key_id: Some(slot.wrapped.key_id.clone()), ..e.into() });
+    }
+    Ok(dek)
 }
 
 /// Unwraps the `new` data key of a volume into `secret`, [`Dek::PASSED_LEN`] bytes, so that only a process
-/// can read it there that has the data key which `present` wraps. Neither is ever in this process.
+/// can read it there that has the data key which `present` is. Neither is ever in this process.
 ///
 /// # Errors
 /// As for [`unwrap`].
@@ -134,28 +131,37 @@ pub fn unwrap_for_holder(
     volume: VolumeId,
     new: (&KeyRecord, LayerId),
     present: &KeyRecord,
-    patience: Patience,
     secret: &SecretFd,
 ) -> Result<(), Failure> {
-    let (new, layer) = new;
-    let under = Under {
-        provider: present.provider.clone(),
-        key_id: present.wrapped.key_id.clone(),
-        blob: hex::encode(&present.wrapped.blob),
-        check: present.check().map(hex::encode),
-        layer,
+    let (settings, (new, layer)) = (Settings::load(root)?, new);
+    // Its first KMS key has just made it.
+    let (first, also) = (new.first(), &new.slots()[1..]);
+    let keys: Vec<KmsKey> = present.slots().iter().map(KeySlot::kms_key).collect();
+    let patience = Patience(settings.kms_patience);
+    let ask = |slot: usize, patience: Patience| {
+        let present_slot = &present.slots()[slot];
+        let under = Under {
+            wrapped: present_slot.into(),
+            check: present.check().map(hex::encode),
+            layer,
+            also: also.iter().map(WrittenSlot::from).collect(),
+        };
+        let request = Request { under: Some(under), ..Request::new(volume.into(), first, None, patience) };
+        fill_by_helper(root, secret, &request, 2 * patience.longest_call()).map_err(|e| {
+            let is_of_new =
+                e.key_id.as_ref() == Some(&first.wrapped.key_id) && !present_slot.is_by(&first.kms_key());
+            if is_of_new { Refused::Everywhere(e) } else { Refused::Here(e) }
+        })
     };
-    let request = Request { under: Some(under), ..Request::new(volume.into(), new, None, patience) };
-    fill_by_helper(root, secret, &request, 2 * patience.longest_call())
+    let order = order::asked(&keys, &settings.key_order);
+    ask_each(&volume.into(), &keys, order, patience, ask).map(drop)
 }
 
 impl Request {
-    fn new(owner: KeyOwner, key: &KeyRecord, token: Option<&str>, patience: Patience) -> Self {
+    fn new(owner: KeyOwner, slot: &KeySlot, token: Option<&str>, patience: Patience) -> Self {
         Request {
             owner,
-            provider: key.provider.clone(),
-            key_id: key.wrapped.key_id.clone(),
-            blob: hex::encode(&key.wrapped.blob),
+            wrapped: slot.into(),
             grant_token: token.map(str::to_owned),
             patience_ms: Some(patience.0.as_millis() as u64),
             under: None,
@@ -222,12 +228,11 @@ fn receive(socket: &UnixStream) -> Result<(Request, SecretFd)> {
 }
 
 fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> Result<(), Failure> {
-    let wrapped = wrapped(&request.key_id, &request.blob)?;
+    let slot = parse(&request.wrapped)?;
     let patience = request.patience_ms.map(|ms| Patience(Duration::from_millis(ms)));
-    let decrypt = |provider: &str, wrapped: &WrappedKey, token: Option<&str>| {
-        decrypt(hardened, root, request.owner, (provider, wrapped), token, patience)
-    };
-    let key = decrypt(&request.provider, &wrapped, request.grant_token.as_deref())?;
+    let decrypt =
+        |slot: &KeySlot, token: Option<&str>| decrypt(hardened, root, request.owner, slot, token, patience);
+    let key = decrypt(&slot, request.grant_token.as_deref())?;
     let (expected, room) = match &request.under {
         None => (secret.len(), secret.len()),
         Some(_) => (Dek::LEN, Dek::PASSED_LEN),
@@ -239,21 +244,23 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
     let present = match &request.under {
         None => None,
         Some(under) => {
-            let wrapped = self::wrapped(&under.key_id, &under.blob)?;
-            let present = Dek::from_bytes(&decrypt(&under.provider, &wrapped, None)?)?;
+            let slot = parse(&under.wrapped)?;
+            let present = Dek::from_bytes(&decrypt(&slot, None)?)?;
             if under.check.as_ref().is_some_and(|check| *check != hex::encode(present.check_value())) {
                 let message = "the wrapped data key of the volume unwraps to another key than the one that \
                                it was written with; it was replaced";
                 return Err(Error::new(Kind::Corrupt, message).into());
             }
-            Some((present, under.layer))
+            Some((present, under))
         }
     };
     let mut memory = secret.map()?;
     match (present, request.owner) {
         (None, _) => memory.as_mut_slice().copy_from_slice(&key),
-        (Some((present, layer)), KeyOwner::Volume(volume)) => {
-            let context = passed_for(volume, layer, &request.provider, &wrapped);
+        (Some((present, under)), KeyOwner::Volume(volume)) => {
+            let also = under.also.iter().map(parse);
+            let slots: Vec<KeySlot> = std::iter::once(Ok(slot)).chain(also).collect::<Result<_>>()?;
+            let context = passed_for(volume, under.layer, &slots);
             present.pass_key()?.pass(&key, &context, memory.as_mut_slice());
         }
         (Some(_), KeyOwner::Snapshot(_)) => {
@@ -264,16 +271,15 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
     Ok(())
 }
 
-fn wrapped(key_id: &str, blob: &str) -> Result<WrappedKey> {
-    let blob = hex::decode(blob).map_err(|e| Error::of(Kind::Corrupt, e).context("wrapped key"))?;
-    Ok(WrappedKey { key_id: key_id.to_owned(), blob })
+fn parse(written: &WrittenSlot) -> Result<KeySlot> {
+    KeySlot::try_from(written.clone()).map_err(|problem| Error::new(Kind::Corrupt, problem))
 }
 
 fn decrypt(
     hardened: Hardened,
     root: &Root,
     owner: KeyOwner,
-    (provider, wrapped): (&str, &WrappedKey),
+    KeySlot { provider, wrapped }: &KeySlot,
     token: Option<&str>,
     patience: Option<Patience>,
 ) -> Result<Zeroizing<Vec<u8>>, Failure> {

@@ -17,7 +17,6 @@ use crate::events::{Event, EventLog};
 use crate::host::keyring::Keyring;
 use crate::host::opener::Opener;
 use crate::host::state::{Record, State as Held};
-use crate::host::status::UsedKey;
 use crate::vhost::gate::Channel;
 use crate::vhost::listener::Stop;
 use crate::vhost::queue::counters::Counters;
@@ -238,7 +237,7 @@ impl Handover {
 
     fn serve(&self, opened: Opened, lock: VolumeLock) -> Result<Arc<Serving>> {
         let Parts { opener, record, channel, writeback, .. } = &self.parts;
-        let Opened { metadata, seal_key, layers } = opened;
+        let Opened { metadata, seal_key, layers, unwrapped_by } = opened;
         let shape = shape(metadata.geometry(), opener.options.read_only);
         let disk = Disk::layered(shape, &opener.serial(), layers::chain(&layers));
         let leaving = if shape.read_only { 0 } else { metadata.layout().leaving() };
@@ -256,7 +255,7 @@ impl Handover {
         let serving = Serving::new(disk, self.workers.clone());
         *self.serving.locked() = Arc::downgrade(&serving);
         let read_only = shape.read_only;
-        *record.hydrator.unwrapped_by() = metadata.keys().iter().map(UsedKey::of).collect();
+        *record.hydrator.unwrapped_by() = unwrapped_by;
         record.hold(Held { lock, metadata, read_only, seal_key, layers, serving: Arc::downgrade(&serving) });
         Ok(serving)
     }

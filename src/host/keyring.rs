@@ -4,6 +4,7 @@
 use crate::base::sync::Locked;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::Metadata;
+use crate::kms::KmsKey;
 use crate::volume::kept::Kept;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -40,6 +41,12 @@ impl Keyring {
     pub(super) fn of(&self, volume: &Metadata) -> Result<Vec<Kept>> {
         let message = || format!("{} has got other data keys meanwhile; attach it anew", volume.id());
         self.find(volume).ok_or_else(|| Error::new(Kind::Busy, message()))
+    }
+
+    /// The KMS keys that have given the volume's data keys, in the order of its keys.
+    pub(super) fn used(&self, volume: &Metadata) -> Vec<KmsKey> {
+        let kept = self.find(volume).unwrap_or_default();
+        kept.iter().map(|kept| kept.by().clone()).collect()
     }
 
     fn find(&self, volume: &Metadata) -> Option<Vec<Kept>> {

@@ -8,22 +8,27 @@ use crate::base::root::Root;
 use crate::base::{Error, Result};
 use crate::catalog::Metadata;
 use crate::catalog::metadata::KeyRecord;
+use crate::kms::KmsKey;
 
 /// Stands for the data keys of a volume that this process has. Drop it when the keys are
 /// wiped: dropping records that.
 pub(crate) struct KeysHeld {
     log: AuditLog,
     volume: Metadata,
+    /// Of the data keys that this process has: the KMS key that has given each.
+    used: Vec<(KeyRecord, KmsKey)>,
     failure: Option<(&'static str, String)>,
 }
 
 impl KeysHeld {
-    /// Records that this process has the data keys of `volume`; `None` if it has none.
-    pub(crate) fn begin(root: &Root, volume: &Metadata) -> Result<Option<Self>> {
+    /// Records that this process has the data keys of `volume`, which these KMS keys have given, in the order
+    /// of its keys; `None` if it has none.
+    pub(crate) fn begin(root: &Root, volume: &Metadata, used: Vec<KmsKey>) -> Result<Option<Self>> {
         if volume.keys().is_empty() {
             return Ok(None);
         }
-        let held = KeysHeld { log: AuditLog::new(root)?, volume: volume.clone(), failure: None };
+        let used = volume.keys().iter().cloned().zip(used).collect();
+        let held = KeysHeld { log: AuditLog::new(root)?, volume: volume.clone(), used, failure: None };
         for entry in held.entries(Step::Attach) {
             held.log.append(&entry, None)?;
         }
@@ -55,8 +60,12 @@ impl KeysHeld {
 
     fn some_entries(&self, step: Step, which: impl Fn(&KeyRecord) -> bool) -> impl Iterator<Item = Entry> {
         let context = self.volume.encryption_context();
-        let entry =
-            move |key: &KeyRecord| Entry::dek(step, context.pairs(), &key.provider, &key.wrapped.key_id);
+        let entry = move |key: &KeyRecord| {
+            // One that came later was given by the KMS key that has made it.
+            let used = self.used.iter().find(|(known, _)| is_same(known, key)).map(|(_, used)| used.clone());
+            let KmsKey { provider, key_id } = used.unwrap_or_else(|| key.first().kms_key());
+            Entry::dek(step, context.pairs(), &provider, &key_id)
+        };
         self.volume.keys().iter().filter(move |key| which(key)).map(entry)
     }
 }
@@ -77,6 +86,6 @@ impl Drop for KeysHeld {
 fn is_same(a: &KeyRecord, b: &KeyRecord) -> bool {
     match (a.check(), b.check()) {
         (Some(a), Some(b)) => a == b,
-        _ => a.wrapped == b.wrapped,
+        _ => a.slots().iter().any(|slot| b.slots().contains(slot)),
     }
 }

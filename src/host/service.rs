@@ -184,7 +184,7 @@ impl Service {
         let (reserve, cancel) = (record(), record());
         let (snapshot, rekey, flatten) = (record(), record(), record());
         let (noted, moved, empty) = (record(), record(), record());
-        let rename = record();
+        let (rename, slots) = (record(), record());
         let (of_status, of_stats, limits, begun) = (record(), record(), self.qos.clone(), self.begun);
         let asked = handover.clone();
         let status = move || {
@@ -213,6 +213,7 @@ impl Service {
             hydrate_rate: Box::new(move |bytes| rate.set_hydrate_rate(bytes)),
             space_reserve: Box::new(move |bytes| reserve.set_space_reserve(bytes)),
             rewrap: Box::new(move |new| rewrap.rewrap(new)),
+            change_slot: Box::new(move |change| slots.change_slot(change)),
             resize: Box::new(move |size| {
                 resize.resize(size)?;
                 shape.grow(size / SECTOR_SIZE);

@@ -2,21 +2,24 @@
 //! keys, and makes the sockets.
 
 use crate::base::hardened::Hardened;
+use crate::base::root::Root;
 use crate::base::{Context, Result};
 use crate::catalog::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
-use crate::catalog::metadata::Metadata;
+use crate::catalog::metadata::{KeyOwner, KeyRecord, Metadata};
+use crate::catalog::slots::{KeySlot, Unwrapped};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
-use crate::helper::grants::Keeper;
-use crate::helper::unwrap;
+use crate::helper::grants::{Granting, Keeper};
+use crate::helper::slots::ask_each;
+use crate::helper::unwrap::unwrap_slot;
 use crate::host::Options;
 use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
 use crate::host::socket::{Passed, SocketName};
-use crate::kms::Failure;
 use crate::kms::patience::Patience;
+use crate::kms::{Failure, KmsKey, order};
 use crate::vhost::listener::Socket;
 use crate::vhost::session::Inlet;
 use crate::volume::open::{Deks, Opened};
@@ -67,7 +70,7 @@ impl Taken {
             Place::Next(_) | Place::Successor(_) => Opener::without(catalog, volume, options, get_keys),
         }?;
         let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
-        let held = KeysHeld::begin(catalog.root(), &metadata)?;
+        let held = KeysHeld::begin(catalog.root(), &metadata, opener.keys.used(&metadata))?;
         Ok(Taken { place, lock_file, holder, opened, opener, metadata, events, keeper, held })
     }
 }
@@ -91,7 +94,8 @@ impl Place {
 }
 
 /// The data keys, in the order of the volume's keys, and who keeps the grants. A refusal is an event, with
-/// the KMS's words as its cause.
+/// the KMS's words as its cause; so is a data key that another KMS key has given than the one that was asked
+/// first.
 fn unwrap_all(
     catalog: &Catalog,
     metadata: &Metadata,
@@ -100,23 +104,70 @@ fn unwrap_all(
     alone: bool,
     hardened: Hardened,
 ) -> Result<(Deks, Keeper)> {
-    let until = Instant::now() + settings.kms_patience;
-    let patience = || Patience(until.saturating_duration_since(Instant::now()));
-    let first = metadata.keys().first().map(|key| key.wrapped.key_id.as_str());
+    let first = metadata.keys().first().map(|key| key.first().wrapped.key_id.as_str());
     let refused = |failure: Failure| {
         let (key, cause) = (failure.key_id.as_deref().or(first), failure.cause.as_str());
         events.record(&Event::attach_failed(metadata.id(), key, cause, metadata.attached_before()));
         failure.error
     };
     settings.check_encrypted("it", metadata.is_encrypted()).map_err(|e| refused(e.into()))?;
-    let keeper = Keeper::start(catalog.root(), settings, metadata, patience(), alone).map_err(refused)?;
-    let mut deks = Deks::new();
-    for (n, key) in metadata.keys().iter().enumerate() {
-        let (root, token) = (catalog.root(), keeper.token(n));
-        let dek = unwrap::unwrap_granted(hardened, root, metadata.id(), key, token, patience());
-        deks.push(Arc::new(dek.map_err(refused)?));
+    let granting = Granting::begin(catalog.root(), settings, metadata, alone);
+    let mut asking = Asking {
+        root: catalog.root(),
+        volume: metadata.id(),
+        settings,
+        events,
+        hardened,
+        until: Instant::now() + settings.kms_patience,
+        granting: granting.map_err(|e| refused(e.into()))?,
+        failed: Vec::new(),
+    };
+    match metadata.keys().iter().map(|key| asking.unwrap(key)).collect::<Result<Deks, Failure>>() {
+        Ok(deks) => {
+            let used: Vec<KmsKey> = deks.iter().map(|dek| dek.by.clone()).collect();
+            let keeper = asking.granting.end(&used).map_err(|e| refused(e.into()))?;
+            Ok((deks, keeper))
+        }
+        Err(failure) => {
+            asking.granting.cancel();
+            Err(refused(failure))
+        }
     }
-    Ok((deks, keeper))
+}
+
+/// Asking for the data keys of a volume, each at a KMS that gives it.
+struct Asking<'a> {
+    root: &'a Root,
+    volume: VolumeId,
+    settings: &'a Settings,
+    events: &'a EventLog,
+    hardened: Hardened,
+    /// When patience ends.
+    until: Instant,
+    granting: Granting,
+    /// KMS keys that have not given a data key of the volume: they are asked last for the next one.
+    failed: Vec<KmsKey>,
+}
+
+impl Asking<'_> {
+    fn unwrap(&mut self, key: &KeyRecord) -> Result<Unwrapped, Failure> {
+        let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
+        let mut order = order::asked(&keys, &self.settings.key_order);
+        order.sort_by_key(|&slot| self.failed.contains(&keys[slot]));
+        let patience = Patience(self.until.saturating_duration_since(Instant::now()));
+        let owner = KeyOwner::Volume(self.volume);
+        let given = ask_each(&owner, &keys, order, patience, |slot, patience| {
+            let token = self.granting.grant(&keys[slot], patience)?;
+            Ok(unwrap_slot(self.hardened, self.root, owner, (key, slot), token.as_deref(), patience)?)
+        })?;
+        let by = keys[given.slot].clone();
+        if let Some(detour) = given.detour() {
+            log::warn!("{}: {by} has given the data key instead", self.volume);
+            self.events.record(&Event::unwrapped_by_another(self.volume, &by.key_id, detour));
+        }
+        self.failed.extend(given.others.into_iter().map(|(key, _)| key));
+        Ok(Unwrapped { dek: Arc::new(given.what), by })
+    }
 }
 
 /// What clients and VMMs connect to.

@@ -5,7 +5,7 @@ use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::VolumeName;
-use crate::catalog::rewrap::Rewrapped;
+use crate::catalog::rewrap::{Rewrapped, SlotChange};
 use crate::catalog::{Catalog, Metadata};
 use crate::crypt::SealKey;
 use crate::host::changes::hydrate::Hydrator;
@@ -63,10 +63,22 @@ impl Record {
     /// # Errors
     /// As [`Metadata::rewrap`] and [`Catalog::save`]; the file is as it was then.
     pub fn rewrap(&self, new: &Rewrapped) -> Result<()> {
+        self.change_wrapping(|next| next.rewrap(new))
+    }
+
+    /// Notes, durably, that a data key has one slot more, or less.
+    ///
+    /// # Errors
+    /// As [`Metadata::change_slot`] and [`Catalog::save`]; the file is as it was then.
+    pub fn change_slot(&self, change: &SlotChange) -> Result<()> {
+        self.change_wrapping(|next| next.change_slot(change))
+    }
+
+    fn change_wrapping(&self, change: impl FnOnce(&mut Metadata) -> Result<()>) -> Result<()> {
         let mut state = self.state();
         let state = state.as_mut().ok_or_else(gone)?;
         let mut next = state.metadata.clone();
-        next.rewrap(new)?;
+        change(&mut next)?;
         let id = next.id();
         self.catalog.save(&state.lock, &mut next).context(|| format!("rewrap {id}"))?;
         state.metadata = next;

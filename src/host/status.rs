@@ -1,7 +1,7 @@
 //! What a host process says of itself and of its volume.
 
 use crate::base::Timestamp;
-use crate::catalog::metadata::KeyRecord;
+use crate::kms::KmsKey;
 use crate::vhost::queue::qos::Limits;
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ pub struct Status {
     /// Whether it refuses writes.
     pub read_only: bool,
     /// Which KMS keys its data keys were unwrapped by, in the order of the volume's keys.
-    pub unwrapped_by: Vec<UsedKey>,
+    pub unwrapped_by: Vec<KmsKey>,
     /// How far it has come with copying up what lower layers hold, if it does.
     #[serde(default)]
     pub hydration: Option<Progress>,
@@ -54,22 +54,6 @@ pub struct Refusals {
     pub requests: u64,
     /// When the last one did.
     pub last: Timestamp,
-}
-
-/// A KMS key that unwrapped a data key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UsedKey {
-    /// The provider's name.
-    pub provider: String,
-    /// The key's canonical id.
-    pub key_id: String,
-}
-
-impl UsedKey {
-    /// The key that wraps a data key.
-    pub fn of(key: &KeyRecord) -> Self {
-        UsedKey { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() }
-    }
 }
 
 /// How far a hydration has come.

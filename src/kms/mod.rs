@@ -12,6 +12,8 @@ pub mod errors;
 mod failure;
 pub mod grant;
 pub mod key_ref;
+mod kms_key;
+pub mod order;
 pub mod patience;
 mod recorded;
 #[cfg(feature = "kms-server")]
@@ -22,6 +24,7 @@ pub use errors::{Exception, KmsError};
 pub use failure::Failure;
 pub use grant::{Grant, GrantRequest, ListedGrant};
 pub use key_ref::{KeyRef, ProviderName};
+pub use kms_key::KmsKey;
 
 use crate::audit::AuditKey;
 use crate::base::Timestamp;

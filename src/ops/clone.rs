@@ -1,8 +1,8 @@
 //! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become
 //! the volume's lower ones.
 //!
-//! Under the KMS key of the snapshot the volume has the same data key, which the KMS wraps anew for the
-//! volume (ReEncrypt), so that nobody sees it. If it is to have a data key of its own, the new top layer is
+//! Under the KMS keys of the snapshot the volume has the same data key, which each KMS wraps anew for the
+//! volume (ReEncrypt), so that nobody sees it; if one of them is named, under that one alone. If it is to have a data key of its own, the new top layer is
 //! under that, and the layers below stay under the snapshot's, which the volume has as well. Under another
 //! KMS key, and where an unencrypted snapshot is to be encrypted, the new top layer has a data key of its
 //! own, and the layers below are marked to be copied up.
@@ -10,11 +10,12 @@
 use crate::base::Result;
 use crate::catalog::layout::Layout;
 use crate::catalog::metadata::{KeyOwner, KeyRecord, LayerRecord, Metadata, Origin, encryption_context};
+use crate::catalog::slots::KeySlot;
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Catalog, VolumeId};
 use crate::events::EventLog;
-use crate::kms::key_ref::is_same_key;
-use crate::kms::{EncryptionContext, Failure, KeyProvider, KmsError};
+use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError, KmsKey};
+use crate::ops::also_keys::Also;
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
 use crate::ops::need::{self, Budget};
@@ -30,6 +31,8 @@ pub struct Keys<'a> {
     pub open_provider: OpenProvider<'a>,
     /// Unwraps a data key where that cannot be avoided.
     pub unwrap: Unwrap<'a>,
+    /// The KMS keys that wrap data keys besides, which it has from the snapshot.
+    pub(super) also: &'a Also,
 }
 
 /// Which data key the top layer of a clone is under.
@@ -87,12 +90,17 @@ fn layout(
     ways: Keys<'_>,
 ) -> Result<Layout, Failure> {
     let (below, going_on) = (snapshot.layout().top(), snapshot.layout().hydrate());
+    let mut only = None;
     let (with, hydrate) = match top {
         TopKey::Snapshots => (None, going_on),
         TopKey::Own(key) => (Some(key), going_on),
         TopKey::Under { key, own } => match is_key_of(&key, snapshot)? {
-            true => (own.then_some(key), going_on),
-            false => (Some(key), Some(below.id)),
+            Some(_) if own => (Some(key), going_on),
+            Some(named) => {
+                only = Some(named);
+                (None, going_on)
+            }
+            None => (Some(key), Some(below.id)),
         },
     };
     if let Some(hydrate) = hydrate {
@@ -101,7 +109,7 @@ fn layout(
     }
     // First whether the key that was asked for can be had at all.
     let fresh = with.map(|key| key.generate(id)).transpose()?;
-    let mut keys = rewrap_all(snapshot, &encryption_context(id), ways)?;
+    let mut keys = rewrap_all(snapshot, id.into(), only.as_ref(), ways)?;
     let top_key = match fresh {
         Some(fresh) => {
             // After the snapshot's: what proves its layers goes by the numbers that their keys have there.
@@ -115,36 +123,65 @@ fn layout(
     Ok(Layout { geometry: wanted.geometry, keys, layers, hydrate })
 }
 
-/// Whether `with` is the KMS key that the snapshot's top layer is under.
+/// The KMS key that `with` means, if it wraps the data key of the snapshot's top layer.
 ///
 /// # Errors
 /// The KMS's.
-pub fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<bool, Failure> {
-    let Some(top) = snapshot.top_key() else { return Ok(false) };
+pub(super) fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<Option<KmsKey>, Failure> {
+    let Some(top) = snapshot.top_key() else { return Ok(None) };
     match with.provider.describe(with.key) {
-        Ok(key) => Ok(top.provider == with.provider.name()
-            && is_same_key(&top.provider, &top.wrapped.key_id, &key.key_id)),
+        Ok(KeyDescription { key_id, .. }) => {
+            let named = KmsKey { provider: with.provider.name().into(), key_id };
+            Ok(top.slot_by(&named).is_some().then_some(named))
+        }
         // The default key is made at its first use.
-        Err(KmsError::NotFound(_)) => Ok(false),
+        Err(KmsError::NotFound(_)) => Ok(None),
         Err(e) => Err(Failure::kms(e, with.provider.name(), with.key)),
     }
 }
 
-/// The snapshot's data keys, each wrapped by the same KMS key as before, for another context.
+/// The snapshot's data keys for another `owner`: each slot wrapped by the same KMS key as before, and those of
+/// `ways.also` besides. Of a data key that `only` wraps, that slot alone. A slot whose KMS key cannot be used
+/// is left out, with a warning, as long as the data key has another one.
+///
+/// # Errors
+/// Those of the KMS; where a data key has no slot that can be used, the answer of each.
 pub(crate) fn rewrap_all(
     snapshot: &Snapshot,
-    to: &EncryptionContext,
+    owner: KeyOwner,
+    only: Option<&KmsKey>,
     ways: Keys<'_>,
 ) -> Result<Vec<KeyRecord>, Failure> {
-    let from = snapshot.encryption_context();
-    let rewrap = |key: &KeyRecord| {
-        let kms_key = &key.wrapped.key_id;
-        let provider =
-            (ways.open_provider)(&key.provider).map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
-        let wrapped = provider
-            .rewrap(&key.wrapped, &from, kms_key, to)
-            .map_err(|e| Failure::kms(e, &key.provider, kms_key))?;
-        Ok(KeyRecord { provider: key.provider.clone(), wrapped, check: None })
+    let (from, to) = (snapshot.encryption_context(), encryption_context(owner));
+    let rewrap = |slot: &KeySlot| {
+        let (by, wrapped) = (&slot.provider, &slot.wrapped);
+        let refused = |e: KmsError| Failure::kms(e, by, &wrapped.key_id);
+        let provider = (ways.open_provider)(by).map_err(refused)?;
+        let wrapped = provider.rewrap(wrapped, &from, &wrapped.key_id, &to).map_err(refused)?;
+        Ok::<_, Failure>(KeySlot::new(&**by, wrapped))
     };
-    snapshot.keys().iter().map(rewrap).collect()
+    let each = |key: &KeyRecord| {
+        let wanted: Vec<&KeySlot> = match only.and_then(|only| key.slot_by(only)) {
+            Some(slot) => vec![slot],
+            None => key.slots().iter().collect(),
+        };
+        let (mut slots, mut refusals) = (Vec::new(), Vec::new());
+        for slot in wanted {
+            match rewrap(slot) {
+                Ok(slot) => slots.push(slot),
+                Err(e) => refusals.push((slot.kms_key(), e)),
+            }
+        }
+        let Some(record) = KeyRecord::of_slots(slots) else { return Err(Failure::of_all(refusals)) };
+        for (by, e) in refusals {
+            log::warn!(
+                "{owner} is made without {by}, which wraps the data key of {}, and cannot now: {}; when it can, \
+                 \"key add\" adds it",
+                snapshot.id(),
+                e.cause
+            );
+        }
+        ways.also.wrap(owner, record)
+    };
+    snapshot.keys().iter().map(each).collect()
 }

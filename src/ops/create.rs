@@ -1,13 +1,14 @@
 //! Making a volume, empty or from a snapshot; and the rules of that, which other verbs ask about beforehand.
 
 use super::Store;
+use super::also_keys::{Also, AlsoKeys};
 use super::clone::{self, Keys, TopKey};
 use super::keys::NamedKey;
 use super::make::{self, Wanted};
 use super::need::Budget;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
-use crate::catalog::metadata::{Geometry, KeyRecord, VolumeName};
+use crate::catalog::metadata::{Geometry, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
 use crate::config::{CloneDataKey, shown_file};
@@ -22,6 +23,8 @@ pub struct NewVolume {
     pub sector_size: Option<SectorSize>,
     /// The KMS key, by id, ARN or alias; without one, the snapshot's, or the default key of the settings.
     pub key: Option<String>,
+    /// The KMS keys that wrap its data key besides.
+    pub also: AlsoKeys,
     /// Whether it is not encrypted.
     pub unencrypted: bool,
     /// Whether, made from a snapshot, it has a data key of its own; without, the settings say.
@@ -57,7 +60,8 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
     };
     let open_provider = |name: &str| store.provider(name);
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
-    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
+    let also = Also::named(store, &new.also)?;
+    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap, also: &also };
     clone::create(&catalog, &events, &wanted, snapshot, (top, new.budget), keys)
 }
 
@@ -81,6 +85,9 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
             }
             Some(it) => format!("{} is not encrypted, and so is what is made from it without --key", it.id()),
         });
+    }
+    if matches!(&new.also, AlsoKeys::These(keys) if !keys.is_empty()) && !is_encrypted {
+        return refuse("it is not encrypted, so no KMS key wraps a data key of it".into());
     }
     let Some(snapshot) = snapshot else {
         return Geometry::new(new.size.unwrap_or(0), new.sector_size.unwrap_or_default());
@@ -140,11 +147,10 @@ fn wants_own_data_key(store: &Store, new: &NewVolume) -> bool {
 /// The KMS key that a new data key is made under; none where there is no new data key.
 fn key(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Option<NamedKey>> {
     if has_own_key(store, new, snapshot) {
-        return store.key(new.key.as_deref()).map(Some);
+        return store.keys(new.key.as_deref(), &new.also).map(Some);
     }
     let top = snapshot.filter(|_| wants_own_data_key(store, new)).and_then(Snapshot::top_key);
-    let provider = |top: &KeyRecord| store.provider(&top.provider);
-    Ok(top.map(|top| provider(top).map(|it| NamedKey::new(it, top.wrapped.key_id.clone()))).transpose()?)
+    top.map(|top| store.keys_as_of(top, &new.also)).transpose()
 }
 
 fn refuse<T>(message: String) -> Result<T> {

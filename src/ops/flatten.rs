@@ -181,7 +181,7 @@ fn complete(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progr
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
     let lock = VolumeLock::acquire_in_turn(&catalog.folder(id), id, &holder)?;
     let Taken { lock, opened } = store.open_taken(lock).map_err(|failure| failure.error)?;
-    let Opened { mut metadata, seal_key, layers } = opened;
+    let Opened { mut metadata, seal_key, layers, .. } = opened;
     let leaving = metadata.layout().leaving();
     if leaving == 0 {
         return Ok(metadata);

@@ -1,6 +1,7 @@
 //! Making a volume from a disk image: its data copied in, or the file itself taken where it lies.
 
 use super::Store;
+use super::also_keys::AlsoKeys;
 use super::create::check_may_be_unencrypted;
 use super::import_copy::{self, Content, Key, size_of};
 use super::import_in_place::{self, Candidate};
@@ -52,6 +53,8 @@ pub struct Import {
     pub sector_size: Option<SectorSize>,
     /// The KMS key, by id, ARN or alias; without one, the default key of the settings.
     pub key: Option<String>,
+    /// The KMS keys that wrap its data key besides.
+    pub also: AlsoKeys,
     /// Whether the volume is not encrypted.
     pub unencrypted: bool,
     /// Its name; no other volume may have it.
@@ -155,7 +158,7 @@ fn copy_from(
     if import.unencrypted {
         return import_copy::import(&catalog, &events, wanted, content, None, watch);
     }
-    let named = store.key(import.key.as_deref())?;
+    let named = store.keys(import.key.as_deref(), &import.also)?;
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
     import_copy::import(&catalog, &events, wanted, content, Some(key), watch)
@@ -182,7 +185,7 @@ pub fn in_place(store: &Store, import: &Import) -> Result<Metadata> {
         let wanted = wanted(import, size)?;
         let candidate = Candidate::new(&store.catalog(), offered)?;
         import.budget.check(&store.catalog(), candidate.need()?)?;
-        let named = store.key(import.key.as_deref())?;
+        let named = store.keys(import.key.as_deref(), &import.also)?;
         let unwrap = |owner, key: &_| store.unwrap(owner, key);
         let key = Key { wrapping: named.wrapping(), unwrap: &unwrap };
         import_in_place::import(&store.catalog(), &store.events(), &wanted, &candidate, key)

@@ -8,7 +8,8 @@
 use crate::base::{Context, Result};
 use crate::catalog::Catalog;
 use crate::catalog::metadata::{KeyOwner, Metadata};
-use crate::crypt::{Dek, SectorSize};
+use crate::catalog::slots::Unwrapped;
+use crate::crypt::SectorSize;
 use crate::disk::Disk;
 use crate::disk::transfer::{self, Transfer};
 use crate::events::EventLog;
@@ -19,7 +20,7 @@ use crate::kms::Failure;
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
 use crate::volume::layers;
-use crate::volume::open::{Unwrap, shape};
+use crate::volume::open::{Deks, Unwrap, shape};
 use std::cell::OnceCell;
 use std::sync::Arc;
 use zeroize::Zeroizing;
@@ -84,7 +85,7 @@ pub(super) fn import(
 }
 
 /// The data keys of a new volume.
-pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Vec<Dek>, Failure> {
+pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Deks, Failure> {
     let Some(Key { unwrap, .. }) = key else { return Ok(Vec::new()) };
     metadata.keys().iter().map(|record| unwrap(KeyOwner::Volume(metadata.id()), record)).collect()
 }
@@ -93,7 +94,7 @@ pub(crate) fn unwrap_all(metadata: &Metadata, key: Option<Key<'_>>) -> Result<Ve
 fn fill(
     catalog: &Catalog,
     metadata: &Metadata,
-    deks: &[Dek],
+    deks: &[Unwrapped],
     content: Content<'_>,
     watch: Watch<'_>,
 ) -> Result<()> {

@@ -83,12 +83,15 @@ fn sharing<'a>(
 mod tests {
     use super::*;
     use crate::catalog::metadata::{Geometry, KeyRecord, LayerRecord};
+    use crate::catalog::slots::KeySlot;
     use crate::crypt::SectorSize;
     use crate::kms::WrappedKey;
 
     fn key(check: Option<u8>) -> KeyRecord {
         let wrapped = WrappedKey { key_id: "arn:1".into(), blob: vec![1] };
-        KeyRecord { provider: "embedded".into(), wrapped, check: check.map(|n| [n; 16]) }
+        let mut key = KeyRecord::new(KeySlot::new("embedded", wrapped));
+        key.check = check.map(|n| [n; 16]);
+        key
     }
 
     fn layout(keys: &[Option<u8>], layers: &[(LayerId, usize)]) -> Layout {

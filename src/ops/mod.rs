@@ -8,11 +8,11 @@
 //! | verbs | files |
 //! |---|---|
 //! | volumes: make, delete | [`create`], [`import`], [`delete`] |
-//! | volumes: change | [`resize`], [`rename`], [`modify`], [`rekey`], [`flatten`], [`rewrap`] |
+//! | volumes: change | [`resize`], [`rename`], [`modify`], [`rekey`], [`flatten`], [`rewrap`], [`slots`] |
 //! | volumes: who serves them | [`upgrade`] |
 //! | snapshots | [`snapshot`], [`copy`] |
 //! | data, in the clear | [`export`] |
-//! | data keys: who else has them | [`key_sharing`] |
+//! | data keys: who else has them, which KMS keys wrap them | [`key_sharing`], [`also_keys`] |
 //! | KMS keys: who needs them, whether they can be used | [`keys`], [`watch`] |
 //! | space: what a copy needs, what volumes take | [`need`], [`usage`] |
 //! | what attached volumes do | [`observe`], [`rates`], [`metrics`] |
@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+pub mod also_keys;
 pub mod apply;
 pub mod clone;
 pub mod copy;
@@ -47,6 +48,7 @@ pub mod rename;
 pub mod resize;
 pub mod rewrap;
 pub mod shred;
+pub mod slots;
 pub mod snapshot;
 pub mod space;
 pub mod stores;
@@ -60,15 +62,16 @@ use crate::base::root::Root;
 use crate::catalog::Catalog;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyOwner, KeyRecord};
+use crate::catalog::slots::{KeySlot, Unwrapped};
 use crate::config::Settings;
-use crate::crypt::Dek;
 use crate::events::EventLog;
 use crate::helper::unwrap;
 use crate::image::lock::Access;
 use crate::kms::key_ref::ProviderName;
 use crate::kms::patience::Patience;
-use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
+use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError, KmsKey, order};
 use crate::volume::open::{Opening, Taken};
+use also_keys::{Also, AlsoKeys};
 use keys::NamedKey;
 
 /// A store, as the use cases see it: where it lies, its settings, and the proof that this
@@ -121,6 +124,28 @@ impl Store {
         let text = reference.unwrap_or(&self.settings.default_key);
         let reference = KeyRef::of_operator(text, &self.settings.locality)?;
         self.key_of(reference)
+    }
+
+    /// The KMS keys that a new data key is made and wrapped by: the one that `reference` names, without one the
+    /// default key of the settings, and besides those that `also` means.
+    ///
+    /// # Errors
+    /// `Usage` for what names no key; those of the KMS.
+    pub fn keys(&self, reference: Option<&str>, also: &AlsoKeys) -> Result<NamedKey> {
+        Ok(self.key(reference)?.and(Also::new(self, also)?))
+    }
+
+    /// The KMS keys that a new data key is made and wrapped by which takes the place of `record`: those of
+    /// that one, the one first that is asked first, except where `also` means others.
+    ///
+    /// # Errors
+    /// `Unsupported` for a KMS that this version does not have; those of the KMS.
+    fn keys_as_of(&self, record: &KeyRecord, also: &AlsoKeys) -> Result<NamedKey> {
+        let keys: Vec<KmsKey> = record.slots().iter().map(KeySlot::kms_key).collect();
+        let asked = order::asked(&keys, &self.settings.key_order);
+        let first = asked.first().map_or_else(|| record.first().kms_key(), |&n| keys[n].clone());
+        let named = NamedKey::new(self.provider(&first.provider)?, first.key_id.clone());
+        Ok(named.and(Also::as_of(self, also, record, &first)?))
     }
 
     /// This KMS key.
@@ -176,7 +201,7 @@ impl Store {
     }
 
     /// Unwraps a data key by a helper process, as an attach does.
-    fn unwrap(&self, owner: KeyOwner, key: &KeyRecord) -> Result<Dek, Failure> {
+    fn unwrap(&self, owner: KeyOwner, key: &KeyRecord) -> Result<Unwrapped, Failure> {
         unwrap::unwrap(self.hardened, &self.root, owner, key)
     }
 }

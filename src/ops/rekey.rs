@@ -1,6 +1,7 @@
 //! Giving a volume another data key, attached or not. What the old key encrypted is copied up afterwards: by
 //! the host process while the volume is attached, or by [`super::flatten::follow`].
 
+use super::also_keys::AlsoKeys;
 use super::keys::NamedKey;
 use super::need::Budget;
 use super::new_top::NewTop;
@@ -16,8 +17,7 @@ use crate::crypt::secret_mem::SecretFd;
 use crate::events::Event;
 use crate::helper::unwrap;
 use crate::host::control::conversation;
-use crate::kms::patience::Patience;
-use crate::kms::{Failure, KeyRef};
+use crate::kms::Failure;
 use std::time::Duration;
 
 /// What came of giving a volume another data key.
@@ -28,21 +28,27 @@ pub struct Rekeyed {
     pub pause: Option<Duration>,
 }
 
-/// Gives a volume a new data key, wrapped by the KMS key that `key` names, or by the one that wraps the
-/// old one. Reports `hydrateVolume` events. What was written before is still under the old data key: it
+/// Gives a volume a new data key, wrapped by the KMS key that `key` names and by those that `also` means, or by
+/// all of those that wrap the old one. Reports `hydrateVolume` events. What was written before is still under the old data key: it
 /// is marked to be copied up.
 ///
 /// # Errors
 /// `Usage` for a volume without encryption; `NoSpace` if the file system has too little; `Busy`, naming the
 /// command that has it; `Corrupt` for one that an attach would refuse; those of the KMS and of the file
 /// system. The volume has the data key that it had then.
-pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>, budget: Budget) -> Result<Rekeyed> {
+pub fn rekey(
+    store: &Store,
+    id: VolumeId,
+    key: Option<&str>,
+    also: &AlsoKeys,
+    budget: Budget,
+) -> Result<Rekeyed> {
     let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("re-key {id}");
     let metadata = catalog.load(id)?;
     check_encrypted(&metadata).context(attempt)?;
     budget.check_layers(&catalog, id, metadata.layers(), None).context(attempt)?;
-    let key = named_key(store, key, &metadata).context(attempt)?;
+    let key = named_key(store, key, also, &metadata).context(attempt)?;
     let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
         let pause = give(store, id, new.clone())?;
         Ok(Rekeyed { new, pause })
@@ -58,13 +64,12 @@ pub fn rekey(store: &Store, id: VolumeId, key: Option<&str>, budget: Budget) -> 
     Ok(done)
 }
 
-fn named_key(store: &Store, key: Option<&str>, metadata: &Metadata) -> Result<NamedKey> {
-    if key.is_some() {
-        return store.key(key);
-    }
+fn named_key(store: &Store, key: Option<&str>, also: &AlsoKeys, metadata: &Metadata) -> Result<NamedKey> {
     let top = metadata.top().key.map(|n| &metadata.keys()[n]);
-    let same = top.and_then(|key| KeyRef::of_provider(&key.provider, &key.wrapped.key_id));
-    store.key_of(same.ok_or_else(|| Error::new(Kind::Usage, "name a KMS key with --key"))?)
+    match (key, top) {
+        (None, Some(top)) => store.keys_as_of(top, also),
+        _ => store.keys(key, also),
+    }
 }
 
 /// Gives the volume a data key that the KMS has made. Returns how long its queues stood
@@ -79,17 +84,9 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
             let present = present.ok_or_else(|| Error::new(Kind::Usage, "it is not encrypted"))?;
             // The helper fills this, for nobody but who has the present data key: nobody here can read it.
             let secret = SecretFd::create(Dek::PASSED_LEN)?;
-            let (patience, layer) = (Patience(store.settings().kms_patience), LayerId::random());
+            let layer = LayerId::random();
             let new_top = (new.record(), layer);
-            unwrap::unwrap_for_holder(
-                store.hardened(),
-                store.root(),
-                id,
-                new_top,
-                present,
-                patience,
-                &secret,
-            )?;
+            unwrap::unwrap_for_holder(store.hardened(), store.root(), id, new_top, present, &secret)?;
             Ok(Some(conversation::rekey(&catalog, id, (&new, layer), secret)?))
         }
     }
@@ -102,7 +99,7 @@ fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure>
     let taken = store.open_taken(lock)?;
     check_encrypted(&taken.opened.metadata)?;
     let volume = taken.lock.volume();
-    let dek = store.unwrap(KeyOwner::Volume(volume), key.record())?;
+    let dek = store.unwrap(KeyOwner::Volume(volume), key.record())?.dek;
     let seal_key = dek.seal_key(&volume.to_string())?;
     NewTop::begin(&catalog, taken)?.commit(|freeze, lock, opened| {
         freeze.commit_rekeyed(&catalog, lock, &mut opened.metadata, key.checked(&dek), &seal_key)?;

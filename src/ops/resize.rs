@@ -62,7 +62,7 @@ fn grow(store: &Store, id: VolumeId, size: u64) -> Result<Option<Told>, Failure>
 fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
     let catalog = store.catalog();
     let mut taken = store.open_taken(lock)?;
-    let Opened { metadata, seal_key, layers } = &mut taken.opened;
+    let Opened { metadata, seal_key, layers, .. } = &mut taken.opened;
     let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].backing.file())?;
     Ok(growth.commit(&catalog, &taken.lock, metadata, seal_key.as_ref())?)
 }

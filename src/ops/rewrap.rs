@@ -11,22 +11,21 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::{KeyOwner, KeyRecord};
 use crate::catalog::rewrap::Rewrapped;
+use crate::catalog::slots::KeySlot;
 use crate::catalog::{Catalog, Metadata, SnapshotId, VolumeId};
 use crate::helper::rewrap::by_helper;
 use crate::host::control;
-use crate::kms::KeyRef;
-use crate::kms::key_ref::is_same_key;
+use crate::kms::{KeyRef, KmsKey};
 use serde::Serialize;
 
 /// A data key that was wrapped anew.
 #[derive(Clone, Debug, Serialize)]
 pub struct Change {
     /// Which of its keys.
-    #[serde(rename = "key")]
-    pub slot: usize,
-    /// The KMS key that it was wrapped by, as `provider:arn`.
+    pub key: usize,
+    /// The KMS key that wrapped it, as `provider:arn`.
     pub from: String,
-    /// The KMS key that it is wrapped by now.
+    /// The KMS key that wraps it now in place of that one.
     pub to: String,
 }
 
@@ -34,13 +33,13 @@ pub struct Change {
 pub struct Wish {
     /// The KMS key that shall wrap them; without one, the one that wraps each now.
     to: Option<KeyRef>,
-    /// Only those that this KMS key wraps: provider and canonical id.
-    from: Option<(String, String)>,
+    /// Only the copies that this KMS key wraps.
+    from: Option<KmsKey>,
 }
 
 impl Wish {
-    /// All data keys, or only those that the KMS key wraps which `from` names, are wrapped by the
-    /// KMS key which `to` names.
+    /// All wrapped copies of data keys, or only those that the KMS key wraps which `from` names, are wrapped by
+    /// the KMS key which `to` names.
     ///
     /// # Errors
     /// `Usage` for what names no key; those of the KMS.
@@ -50,29 +49,25 @@ impl Wish {
         let canonical = |key: KeyRef| {
             let key = store.key_of(key)?;
             let described = key.describe().map_err(|e| key.advise(e))?;
-            Ok::<_, Error>((key.provider_name().into(), described.key_id))
+            Ok::<_, Error>(KmsKey { provider: key.provider_name().into(), key_id: described.key_id })
         };
         let to = to.map(parse).transpose()?;
         let from = from.map(|text| canonical(parse(text)?)).transpose()?;
         Ok(Wish { to, from })
     }
 
-    /// The KMS key that shall wrap the data key of this record; none if it stays as it is.
-    fn target(&self, key: &KeyRecord) -> Option<KeyRef> {
-        let from = self.from.as_ref();
-        let is = |(provider, arn): &(String, String)| {
-            *provider == key.provider && is_same_key(provider, arn, &key.wrapped.key_id)
-        };
-        if !from.is_none_or(is) {
+    /// The KMS key that shall wrap this copy of a data key; none if it stays as it is.
+    fn target(&self, slot: &KeySlot) -> Option<KeyRef> {
+        if !self.from.as_ref().is_none_or(|from| slot.is_by(from)) {
             return None;
         }
         // A provider of another version has no name here; its key is left to that version.
-        self.to.clone().or_else(|| KeyRef::of_provider(&key.provider, &key.wrapped.key_id))
+        self.to.clone().or_else(|| KeyRef::of_provider(&slot.provider, &slot.wrapped.key_id))
     }
 
     /// Whether there is anything to do where these are the keys.
     pub fn concerns(&self, keys: &[KeyRecord]) -> bool {
-        keys.iter().any(|key| self.target(key).is_some())
+        keys.iter().flat_map(KeyRecord::slots).any(|slot| self.target(slot).is_some())
     }
 }
 
@@ -96,8 +91,8 @@ pub fn rewrap_snapshot(store: &Store, id: SnapshotId, wish: &Wish) -> Result<Vec
     let rewrap = || {
         let snapshot = catalog.load_snapshot(id)?;
         check(snapshot.keys(), wish)?;
-        let replace = |note: Rewrapped| catalog.rewrap_snapshot(id, &note);
-        each(&catalog, snapshot.key_owner(), snapshot.keys(), wish, replace)
+        let replace = |note: Rewrapped| catalog.change_wrapping(id, |snapshot| snapshot.rewrap(&note));
+        each(store, snapshot.key_owner(), snapshot.keys(), wish, replace)
     };
     rewrap().context(|| format!("rewrap {id}"))
 }
@@ -106,43 +101,65 @@ fn check(keys: &[KeyRecord], wish: &Wish) -> Result<()> {
     let message = if keys.is_empty() {
         "it is not encrypted, so there is no key to wrap".to_string()
     } else if !wish.concerns(keys) {
-        let by: Vec<_> = keys.iter().map(|k| format!("{}:{}", k.provider, k.wrapped.key_id)).collect();
-        format!("its data keys are wrapped by {}, which is not asked for", by.join(", "))
+        format!("its data keys are wrapped by {}, which is not asked for", names(keys.iter()))
+    } else if let Some(several) = keys.iter().find(|key| key.slots().len() > 1)
+        && wish.to.is_some()
+        && wish.from.is_none()
+    {
+        format!(
+            "a data key of it is wrapped by {}: say with --from which one the new one takes the place of, or add \
+             the new one (\"key add\")",
+            names(std::iter::once(several))
+        )
     } else {
         return Ok(());
     };
     Err(Error::new(Kind::Usage, message))
 }
 
+fn names<'a>(keys: impl Iterator<Item = &'a KeyRecord>) -> String {
+    let by: Vec<String> = keys.flat_map(KeyRecord::slots).map(|slot| slot.kms_key().to_string()).collect();
+    by.join(", ")
+}
+
 fn change(store: &Store, id: VolumeId, wish: &Wish) -> Result<Vec<Change>> {
     let catalog = store.catalog();
     let reach = Reach::of(&catalog, id, Purpose::Rewrap)?;
     let metadata = catalog.load(id)?;
-    each(&catalog, id.into(), metadata.keys(), wish, |note| match &reach {
+    each(store, id.into(), metadata.keys(), wish, |note| match &reach {
         Reach::Mine(lock) => replace(&catalog, lock, &note),
         Reach::Host => control::rewrap(&catalog, id, note),
     })
 }
 
-/// Wraps each of the owner's keys that the wish means, and has it replaced in the record.
+/// Wraps each copy of the owner's keys anew that the wish means, and has it replaced in the record.
 fn each(
-    catalog: &Catalog,
+    store: &Store,
     owner: KeyOwner,
     keys: &[KeyRecord],
     wish: &Wish,
     replace: impl Fn(Rewrapped) -> Result<()>,
 ) -> Result<Vec<Change>> {
-    let name = |provider: &str, key: &str| format!("{provider}:{key}");
     let mut changes = Vec::new();
-    for (slot, old) in keys.iter().enumerate() {
-        let Some(to) = wish.target(old) else { continue };
-        let new = by_helper(catalog.root(), owner, old, &to)?;
-        replace(Rewrapped::new(slot, old, to.provider.as_str(), &new))?;
-        changes.push(Change {
-            slot,
-            from: name(&old.provider, &old.wrapped.key_id),
-            to: name(to.provider.as_str(), &new.key_id),
-        });
+    for (n, key) in keys.iter().enumerate() {
+        // As they are once those before are replaced.
+        let mut now = key.clone();
+        for (slot, old) in key.slots().iter().enumerate() {
+            let Some(to) = wish.target(old) else { continue };
+            let new = by_helper(store.root(), store.settings(), owner, &now, Some(slot), &to);
+            let new = new.map_err(|failure| failure.error)?;
+            if now.slots().iter().enumerate().any(|(other, it)| other != slot && it.is_by(&new.kms_key())) {
+                let message = format!(
+                    "data key {n} is wrapped by {} already; \"key remove\" takes {} away",
+                    new.kms_key(),
+                    old.kms_key()
+                );
+                return Err(Error::new(Kind::Usage, message));
+            }
+            replace(Rewrapped::new(n, old, &new))?;
+            changes.push(Change { key: n, from: old.kms_key().to_string(), to: new.kms_key().to_string() });
+            now = now.with_slot(slot, new);
+        }
     }
     Ok(changes)
 }

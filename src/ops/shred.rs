@@ -8,7 +8,9 @@ use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp, printable};
 use crate::catalog::DELETING;
 use crate::catalog::metadata::{KeyRecord, Metadata};
+use crate::catalog::slots::KeySlot;
 use crate::catalog::{Catalog, VolumeId, leaving, lock};
+use crate::kms::KmsKey;
 use nix::fcntl::OFlag;
 use nix::sys::statfs;
 use serde::Serialize;
@@ -78,14 +80,13 @@ impl Receipt {
     /// What will be destroyed with the volume, except for the copies themselves.
     pub fn new(catalog: &Catalog, metadata: &Metadata) -> Result<Self> {
         let others = others(catalog, metadata)?;
-        let wrapped_by = metadata.keys().iter().map(|key| WrappedBy {
-            provider: key.provider.clone(),
-            key_id: key.wrapped.key_id.clone(),
-            used_by: others
-                .iter()
-                .filter(|o| o.keys.contains(&key.wrapped.key_id))
-                .map(|other| other.name.clone())
-                .collect(),
+        let mut kms_keys: Vec<KmsKey> = kms_keys(metadata.keys()).collect();
+        kms_keys.sort();
+        kms_keys.dedup();
+        let wrapped_by = kms_keys.into_iter().map(|KmsKey { provider, key_id }| {
+            let users = others.iter().filter(|o| o.keys.iter().any(|it| it.key_id == key_id));
+            let used_by = users.map(|other| other.name.clone()).collect();
+            WrappedBy { provider, key_id, used_by }
         });
         let left = catalog.left_layers(metadata.id())?;
         let layers = metadata.layers().iter().map(|layer| layer.id).chain(left);
@@ -170,7 +171,7 @@ impl FileSystem {
 /// Something else in the store that has data keys.
 struct Holder {
     name: String,
-    keys: Vec<String>,
+    keys: Vec<KmsKey>,
     same_data_key: bool,
 }
 
@@ -179,7 +180,7 @@ fn others(catalog: &Catalog, metadata: &Metadata) -> Result<Vec<Holder>> {
     let mine = checks(metadata.keys());
     let holder = |name: String, keys: &[KeyRecord]| Holder {
         name,
-        keys: keys.iter().map(|key| key.wrapped.key_id.clone()).collect(),
+        keys: kms_keys(keys).collect(),
         same_data_key: checks(keys).iter().any(|check| mine.contains(check)),
     };
     let volumes = catalog.list()?.into_iter().filter(|entry| entry.id != metadata.id());
@@ -190,6 +191,11 @@ fn others(catalog: &Catalog, metadata: &Metadata) -> Result<Vec<Holder>> {
         snapshots.map(|entry| entry.snapshot.map(|other| holder(other.id().to_string(), other.keys())));
     let unreadable = |e: &Error| log::warn!("{e}; whether it is under the same key is not known");
     Ok(volumes.chain(snapshots).filter_map(|other| other.inspect_err(unreadable).ok()).collect())
+}
+
+/// The KMS keys that wrap these data keys.
+fn kms_keys(keys: &[KeyRecord]) -> impl Iterator<Item = KmsKey> {
+    keys.iter().flat_map(KeyRecord::slots).map(KeySlot::kms_key)
 }
 
 /// What tells data keys apart, as far as it is known: check values are noted at the first attach.
@@ -203,7 +209,10 @@ pub fn without_wrapped_keys(metadata: &Metadata) -> Result<Vec<u8>> {
     let mut value: Value = serde_json::from_slice(&metadata.to_json()).map_err(unreadable)?;
     for key in value["keys"].as_array_mut().into_iter().flatten() {
         // One byte, since none is not possible.
-        key["wrapped"] = "AA==".into();
+        match key.get_mut("slots").and_then(Value::as_array_mut) {
+            Some(slots) => slots.iter_mut().for_each(|slot| slot["wrapped"] = "AA==".into()),
+            None => key["wrapped"] = "AA==".into(),
+        }
     }
     serde_json::to_vec_pretty(&value).map_err(unreadable)
 }
@@ -260,8 +269,8 @@ pub fn record_destroyed<T>(catalog: &Catalog, metadata: &Metadata, outcome: &Res
         Err(e) => return log::error!("an audit record was lost: {e}"),
     };
     let context = metadata.encryption_context();
-    for key in metadata.keys() {
-        let entry = Entry::dek(Step::Destroy, context.pairs(), &key.provider, &key.wrapped.key_id);
+    for KmsKey { provider, key_id } in kms_keys(metadata.keys()) {
+        let entry = Entry::dek(Step::Destroy, context.pairs(), &provider, &key_id);
         log.record(&match outcome {
             Ok(_) => entry,
             Err(e) => entry.failed(e.kind().name(), &e.to_string()),

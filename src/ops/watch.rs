@@ -11,10 +11,12 @@ use super::Store;
 use crate::base::root::{Root, create_dir_durable, files, replace_file};
 use crate::base::{Context, Result, Timestamp, locks, printable};
 use crate::catalog::lock::Held;
+use crate::catalog::metadata::KeyRecord;
+use crate::catalog::slots::KeySlot;
 use crate::catalog::{Catalog, VolumeId};
 use crate::events::Event;
 use crate::kms::patience::Patience;
-use crate::kms::{KeyProvider, KeyState, KmsError};
+use crate::kms::{KeyProvider, KeyState, KmsError, KmsKey};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -76,21 +78,12 @@ impl Health {
     }
 }
 
-/// A KMS key, as records name it: its KMS, and its canonical id.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct KeyName {
-    /// The name of its KMS.
-    pub provider: String,
-    /// Its ARN.
-    pub key_id: String,
-}
-
 /// What is known of a key from the last time that it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
     /// Which key.
     #[serde(flatten)]
-    pub key: KeyName,
+    pub key: KmsKey,
     /// In what state it was.
     pub state: Health,
     /// When it is deleted, if it waits for that and the KMS says so.
@@ -116,12 +109,88 @@ pub type NeededBy = Vec<(VolumeId, bool)>;
 pub struct Changed {
     /// What is known of it now.
     pub now: Known,
-    /// Who needs it.
+    /// Who has data keys that it wraps.
     pub volumes: NeededBy,
+    /// Those of them that have a data key which no other KMS key gives, as far as is known.
+    pub without_another: Vec<VolumeId>,
+}
+
+impl Changed {
+    /// Whether the key cannot be used, and every volume has another one that can.
+    fn is_spared(&self) -> bool {
+        self.now.state != Health::Usable && self.without_another.is_empty()
+    }
+
+    /// What it means for those who need it, where some have another key; none where it goes without saying.
+    pub fn others(&self) -> Option<String> {
+        let (all, without) = (self.volumes.len(), self.without_another.len());
+        match without {
+            _ if self.now.state == Health::Usable || without == all => None,
+            0 => Some("each volume that it is of has another key that can be used".into()),
+            _ => Some(format!(
+                "{without} of the {all} volumes that it is of have no other key that can be used"
+            )),
+        }
+    }
+}
+
+/// What a volume's data keys can be had by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outlook {
+    /// For the data key that is worst off: the state of the KMS key that is best; none: nobody has asked.
+    pub worst: Option<Health>,
+    /// When that one is deleted, if it waits for that.
+    pub deletion: Option<Timestamp>,
+    /// Whether all KMS keys that wrap its data keys can be used.
+    pub all_usable: bool,
+}
+
+impl Outlook {
+    /// Of these data keys, with what is known of KMS keys; none for no data key.
+    pub fn of(keys: &[KeyRecord], known: &BTreeMap<KmsKey, Known>) -> Option<Self> {
+        let best = |key: &KeyRecord| {
+            let known: Vec<Option<&Known>> =
+                key.slots().iter().map(|slot| known.get(&slot.kms_key())).collect();
+            let best = known.iter().copied().flatten().min_by_key(|known| known.state);
+            // One that nobody has asked may be better than the best of the others.
+            match best {
+                Some(best) if best.state != Health::Usable && known.contains(&None) => None,
+                best => best,
+            }
+        };
+        let best: Vec<Option<&Known>> = keys.iter().map(best).collect();
+        let worst = match best.contains(&None) {
+            true => None,
+            false => best.iter().copied().flatten().max_by_key(|known| known.state),
+        };
+        let is_usable =
+            |slot: &KeySlot| known.get(&slot.kms_key()).is_some_and(|it| it.state == Health::Usable);
+        let all_usable = keys.iter().flat_map(KeyRecord::slots).all(is_usable);
+        let outlook = Outlook {
+            worst: worst.map(|it| it.state),
+            deletion: worst.and_then(|it| it.deletion),
+            all_usable,
+        };
+        (!keys.is_empty()).then_some(outlook)
+    }
+}
+
+/// Those of `volumes` that have a data key which `key` wraps, and which no KMS key gives that is usable now.
+fn without_another(catalog: &Catalog, key: &KmsKey, volumes: &NeededBy, known: &[Known]) -> Vec<VolumeId> {
+    let is_usable = |slot: &KeySlot| known.iter().any(|it| slot.is_by(&it.key) && it.state == Health::Usable);
+    let has_another =
+        |record: &KeyRecord| record.slots().iter().any(|slot| !slot.is_by(key) && is_usable(slot));
+    let is_without = |id: &VolumeId| match catalog.load(*id) {
+        Ok(volume) => {
+            volume.keys().iter().any(|record| record.slot_by(key).is_some() && !has_another(record))
+        }
+        Err(_) => true,
+    };
+    volumes.iter().map(|(id, _)| *id).filter(is_without).collect()
 }
 
 /// What was known of each key when it was asked for last; nothing where nobody has ever asked.
-pub fn last_known(root: &Root) -> BTreeMap<KeyName, Known> {
+pub fn last_known(root: &Root) -> BTreeMap<KmsKey, Known> {
     let bytes = files::read(&root.key_watch(), MAX_LEN).unwrap_or_default();
     let written = serde_json::from_slice::<Written>(&bytes).ok().filter(|it| it.format == FORMAT);
     written.into_iter().flat_map(|it| it.keys).map(|known| (known.key.clone(), known)).collect()
@@ -131,16 +200,15 @@ pub fn last_known(root: &Root) -> BTreeMap<KeyName, Known> {
 ///
 /// # Errors
 /// Those of listing the volumes. One whose record cannot be read needs nothing here.
-pub fn needed(catalog: &Catalog) -> Result<Vec<(KeyName, NeededBy)>> {
-    let mut needed: BTreeMap<KeyName, NeededBy> = BTreeMap::new();
+pub fn needed(catalog: &Catalog) -> Result<Vec<(KmsKey, NeededBy)>> {
+    let mut needed: BTreeMap<KmsKey, NeededBy> = BTreeMap::new();
     for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
         if metadata.keys().is_empty() {
             continue;
         }
         let volume = (metadata.id(), catalog.held(metadata.id())? != Held::Free);
-        for key in metadata.keys() {
-            let (provider, key_id) = (key.provider.clone(), key.wrapped.key_id.clone());
-            let volumes = needed.entry(KeyName { provider, key_id }).or_default();
+        for slot in metadata.keys().iter().flat_map(KeyRecord::slots) {
+            let volumes = needed.entry(slot.kms_key()).or_default();
             if volumes.last() != Some(&volume) {
                 volumes.push(volume);
             }
@@ -169,7 +237,7 @@ pub fn round(store: &Store, pause: &mut dyn FnMut(Duration) -> bool) -> Result<V
         return Ok(Vec::new());
     }
     let before = last_known(root);
-    let (mut known, mut changed) = (Vec::new(), Vec::new());
+    let (mut known, mut news) = (Vec::new(), Vec::new());
     let mut providers = Providers { store, opened: BTreeMap::new(), unreachable: BTreeMap::new() };
     let mut goes_on = true;
     for (n, (key, volumes)) in needed(&catalog)?.into_iter().enumerate() {
@@ -187,12 +255,18 @@ pub fn round(store: &Store, pause: &mut dyn FnMut(Duration) -> bool) -> Result<V
             (was.state, was.deletion) != (now.state, now.deletion)
         });
         if is_news {
-            // Told first, and noted as told then: rather twice than never.
-            let volumes_of_event: Vec<VolumeId> = volumes.iter().map(|(id, _)| *id).collect();
-            events.append(&event(&now, volumes_of_event))?;
-            changed.push(Changed { now: now.clone(), volumes });
+            news.push((now.clone(), volumes));
         }
         known.push(now);
+    }
+    let mut changed = Vec::new();
+    for (now, volumes) in news {
+        // By now it is known how it is with their other keys.
+        let without_another = without_another(&catalog, &now.key, &volumes, &known);
+        let it = Changed { now, volumes, without_another };
+        // Told first, and noted as told then: rather twice than never.
+        events.append(&event(&it))?;
+        changed.push(it);
     }
     let written = Written { format: FORMAT, keys: known };
     let bytes = serde_json::to_vec_pretty(&written).expect("strings, numbers and lists of them");
@@ -200,7 +274,8 @@ pub fn round(store: &Store, pause: &mut dyn FnMut(Duration) -> bool) -> Result<V
     Ok(changed)
 }
 
-fn event(now: &Known, volumes: Vec<VolumeId>) -> Event {
+fn event(changed: &Changed) -> Event {
+    let now = &changed.now;
     let mut cause = match now.state {
         Health::Usable => "the key can be used again".to_owned(),
         _ => now.message.clone().unwrap_or_else(|| now.state.words().to_owned()),
@@ -208,7 +283,14 @@ fn event(now: &Known, volumes: Vec<VolumeId>) -> Event {
     if let Some(deletion) = now.deletion {
         cause.push_str(&format!(" It is deleted at {deletion}."));
     }
-    Event::watch_key(volumes, &now.key.key_id, now.state.result(), cause)
+    if let Some(others) = changed.others() {
+        cause.push_str(&format!(" ({others})"));
+    }
+    // Those first that nothing else helps: an event names no more than it has room for.
+    let without = changed.without_another.iter().copied();
+    let others = changed.volumes.iter().map(|(id, _)| *id).filter(|id| !changed.without_another.contains(id));
+    let result = if changed.is_spared() { "degraded" } else { now.state.result() };
+    Event::watch_key(without.chain(others).collect(), &now.key.key_id, result, cause)
 }
 
 /// The KMSs that a round has asked, or why one cannot be asked.
@@ -221,7 +303,7 @@ struct Providers<'a> {
 
 impl Providers<'_> {
     /// What is known of a key now; none if the KMS was too busy to say.
-    fn ask(&mut self, key: &KeyName, was: Option<&Known>) -> Option<Known> {
+    fn ask(&mut self, key: &KmsKey, was: Option<&Known>) -> Option<Known> {
         // arn:aws:kms:REGION:…
         let region = key.key_id.split(':').nth(3).unwrap_or_default();
         let place = (key.provider.clone(), region.to_owned());
@@ -289,7 +371,7 @@ mod tests {
             std::fs::write(root.key_watch(), text).unwrap();
             assert!(last_known(&root).is_empty(), "{text}");
         }
-        let key = KeyName { provider: "embedded".into(), key_id: "arn:x".into() };
+        let key = KmsKey { provider: "embedded".into(), key_id: "arn:x".into() };
         let now = Timestamp::now();
         let known = Known {
             key: key.clone(),
@@ -310,5 +392,43 @@ mod tests {
         assert_eq!(health_of(&KmsError::NotFound(String::new())), Health::Missing);
         assert_eq!(health_of(&KmsError::NotAllowed(String::new())), Health::Refused);
         assert_eq!(health_of(&KmsError::Corrupt(String::new())), Health::Broken);
+    }
+
+    fn slot(id: &str) -> KeySlot {
+        KeySlot::new("aws", crate::kms::WrappedKey { key_id: id.into(), blob: vec![1] })
+    }
+
+    #[test]
+    fn a_volume_is_as_well_off_as_the_best_key_of_its_worst_data_key() {
+        let now = Timestamp::now();
+        let known = |states: &[(&str, Health)]| -> BTreeMap<KmsKey, Known> {
+            let known = |(id, state): &(&str, Health)| {
+                let key = slot(id).kms_key();
+                let (deletion, message) = (None, None);
+                (key.clone(), Known { key, state: *state, deletion, message, since: now, checked: now })
+            };
+            states.iter().map(known).collect()
+        };
+        let (a, b, c) =
+            (KeyRecord::new(slot("a")), KeyRecord::new(slot("a")).and(slot("b")), KeyRecord::new(slot("c")));
+        let outlook = |keys: &[KeyRecord], states: &[(&str, Health)]| {
+            let outlook = Outlook::of(keys, &known(states)).unwrap();
+            (outlook.worst, outlook.all_usable)
+        };
+        use Health::{Disabled, Unreachable, Usable};
+        assert_eq!(Outlook::of(&[], &known(&[])), None);
+        assert_eq!(outlook(std::slice::from_ref(&a), &[("a", Disabled)]), (Some(Disabled), false));
+        assert_eq!(
+            outlook(std::slice::from_ref(&b), &[("a", Disabled), ("b", Usable)]),
+            (Some(Usable), false)
+        );
+        assert_eq!(outlook(std::slice::from_ref(&b), &[("a", Usable)]), (Some(Usable), false));
+        assert_eq!(outlook(std::slice::from_ref(&b), &[("a", Disabled)]), (None, false), "b may be usable");
+        let both = [("a", Disabled), ("b", Unreachable)];
+        assert_eq!(outlook(std::slice::from_ref(&b), &both), (Some(Unreachable), false));
+        let all = [("a", Usable), ("b", Usable), ("c", Disabled)];
+        assert_eq!(outlook(&[b.clone(), c.clone()], &all), (Some(Disabled), false));
+        assert_eq!(outlook(&[a, b], &all), (Some(Usable), true));
+        assert_eq!(outlook(&[c], &[]), (None, false));
     }
 }

@@ -7,21 +7,21 @@ use crate::backing::Backing;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, KeyOwner, KeyRecord, Metadata};
+use crate::catalog::slots::Unwrapped;
 use crate::catalog::{Catalog, VolumeId};
+use crate::crypt::SealKey;
 use crate::crypt::xts::Engine;
-use crate::crypt::{Dek, SealKey};
 use crate::disk::Layers;
 use crate::image::lock::Access;
-use crate::kms::Failure;
+use crate::kms::{Failure, KmsKey};
 use crate::virtio::{SECTOR_SIZE, Shape};
 use std::io;
-use std::sync::Arc;
 
 /// A volume's data keys, in the order of its keys.
-pub type Deks = Vec<Arc<Dek>>;
+pub type Deks = Vec<Unwrapped>;
 
 /// How a data key is unwrapped for the moment; the error's cause is the KMS's own words.
-pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Dek, Failure>;
+pub type Unwrap<'a> = &'a dyn Fn(KeyOwner, &KeyRecord) -> Result<Unwrapped, Failure>;
 
 /// What a volume is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Opened {
     pub seal_key: Option<SealKey>,
     /// Its layers with their ciphers, the top first. There is at least one.
     pub layers: Vec<Layer>,
+    /// The KMS keys that have given its data keys, in the order of its keys.
+    pub unwrapped_by: Vec<KmsKey>,
 }
 
 /// Opens the volume that `lock` is on; `top` is what is going to be done with its top layer, and those
@@ -126,7 +128,8 @@ fn open_proved<E: From<Error>>(
         layer.cipher = cipher;
     }
     let seal_key = metadata.top().key.map(|top| kept[top].seal_key().clone());
-    Ok((Opened { metadata, seal_key, layers }, kept))
+    let unwrapped_by = kept.iter().map(|key| key.by().clone()).collect();
+    Ok((Opened { metadata, seal_key, layers, unwrapped_by }, kept))
 }
 
 /// Checks the record's seal, or sets it if nobody had the keys before, and notes the first attach.
@@ -134,7 +137,7 @@ fn prove(
     catalog: &Catalog,
     lock: &VolumeLock,
     metadata: &mut Metadata,
-    deks: &[Arc<Dek>],
+    deks: &[Unwrapped],
     top: &Layer,
     opening: Opening,
 ) -> Result<()> {
@@ -186,7 +189,7 @@ impl Taken {
         unwrap: Unwrap<'_>,
     ) -> Result<Self, Failure> {
         let owner = KeyOwner::Volume(lock.volume());
-        let unwrap = |key: &KeyRecord| unwrap(owner, key).map(Arc::new);
+        let unwrap = |key: &KeyRecord| unwrap(owner, key);
         let keys =
             |metadata: &Metadata| metadata.keys().iter().map(unwrap).collect::<Result<Deks, Failure>>();
         let (opened, _) = open(catalog, &lock, opening, top, Engine::Auto, keys)?;

@@ -14,6 +14,7 @@ mod metrics;
 mod resize;
 mod rewrap;
 mod show;
+mod slots;
 mod sockets;
 mod stats;
 mod surroundings;

@@ -114,11 +114,11 @@ fn an_attached_volume_is_rewrapped_by_its_host_process() {
     assert_eq!(shown["keys"][0]["key_id"], json!(two.new));
     two.place.store.ok(&["key", "disable", "--yes", "alias/old"]);
     // Again, by the same key: the newest version.
-    let blob = two.place.metadata().keys()[0].wrapped.blob.clone();
+    let blob = two.place.metadata().keys()[0].first().wrapped.blob.clone();
     two.rewrap(&[]);
     let again = two.place.metadata();
-    assert_eq!(again.keys()[0].wrapped.key_id, two.new);
-    assert_ne!(again.keys()[0].wrapped.blob, blob);
+    assert_eq!(again.keys()[0].first().wrapped.key_id, two.new);
+    assert_ne!(again.keys()[0].first().wrapped.blob, blob);
     flush(&mut session.rings[0]);
     host.end();
     two.assert_free_of_the_old(true);
@@ -131,7 +131,7 @@ fn without_a_key_the_newest_version_of_the_same_one_wraps() {
     let kms = two.place.kms();
     let material = |two: &Two| {
         let metadata = two.place.metadata();
-        let blob = &metadata.keys()[0].wrapped.blob;
+        let blob = &metadata.keys()[0].first().wrapped.blob;
         kms.open_blob(None, blob, &metadata.encryption_context()).expect("it unwraps").material
     };
     let before = material(&two);
@@ -208,7 +208,7 @@ fn a_fleet_moves_from_one_kms_key_to_another() {
         let catalog = two.place.catalog();
         let key = |name| {
             let metadata = catalog.load(catalog.resolve(name).unwrap()).unwrap();
-            metadata.keys()[0].wrapped.key_id.clone()
+            metadata.keys()[0].first().wrapped.key_id.clone()
         };
         ["t", "a", "b"].map(key)
     };
@@ -247,7 +247,10 @@ fn a_snapshot_outlives_the_kms_key_that_it_was_made_under() {
     let mut snapshots = [&snapshot, &copy];
     snapshots.sort();
     let volume = [two.place.id()];
-    let all = json!({"volumes": volume, "attached": volume, "snapshots": snapshots});
+    let without = [&volume[0], snapshots[0], snapshots[1]];
+    let all = json!({
+        "volumes": volume, "attached": volume, "snapshots": snapshots, "without_another_key": without
+    });
     assert_eq!(needed("alias/old"), all);
     assert!(store.ok(&["key", "show", "alias/old"]).contains(&format!("needed by {} (attached", volume[0])));
     host.end();
@@ -267,7 +270,8 @@ fn a_snapshot_outlives_the_kms_key_that_it_was_made_under() {
     }
     store.ok(&["store", "check"]);
     store.ok(&["volume", "rewrap", "t", "--key", "alias/new"]);
-    assert_eq!(needed("alias/old"), json!({"volumes": [], "attached": [], "snapshots": []}));
+    let nobody = json!({"volumes": [], "attached": [], "snapshots": [], "without_another_key": []});
+    assert_eq!(needed("alias/old"), nobody);
     two.assert_free_of_the_old(true);
     store.ok(&["volume", "delete", "t"]);
     for id in [&snapshot, &copy] {

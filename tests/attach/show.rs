@@ -88,6 +88,7 @@ fn the_state_of_the_key_is_the_one_of_now() {
 
 fn with_check(place: &Place, check: Value) -> Value {
     let mut shown = show(place, &[]).1;
+    shown["keys"][0]["slots"][0]["check"] = check.clone();
     shown["keys"][0]["check"] = check;
     shown
 }

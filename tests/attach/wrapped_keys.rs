@@ -84,7 +84,7 @@ fn wrapped(blob: &[u8]) -> Value {
 #[test]
 fn another_volumes_wrapped_key_is_refused() {
     let two = Two::new();
-    let theirs = &two.other.keys()[0].wrapped;
+    let theirs = &two.other.keys()[0].first().wrapped;
     let words = "InvalidCiphertextException; the wrapped data key is damaged, or was made for another volume";
     two.refused("their wrapped key", 5, words, 1, |v| {
         v["keys"][0]["wrapped"] = wrapped(&theirs.blob);
@@ -113,7 +113,7 @@ fn another_data_key_for_the_same_volume_is_refused() {
     let words = "unwraps to another key than the one the volume was written with";
     let fresh = kms.generate_wrapped(&key, 64, &context).unwrap();
     two.refused("a fresh data key", 7, words, 0, |v| v["keys"][0]["wrapped"] = wrapped(&fresh.blob));
-    let theirs = &two.other.keys()[0].wrapped;
+    let theirs = &two.other.keys()[0].first().wrapped;
     let moved = kms.rewrap(theirs, &two.other.encryption_context(), &key, &context).unwrap();
     two.refused("their data key, wrapped for us", 7, words, 0, |v| {
         v["keys"][0]["wrapped"] = wrapped(&moved.blob)
@@ -151,7 +151,7 @@ fn data_keys_of_a_wrong_shape_are_refused() {
 #[test]
 fn a_wrapped_key_that_was_changed_is_refused() {
     let two = Two::new();
-    let blob = two.place.metadata().keys()[0].wrapped.blob.clone();
+    let blob = two.place.metadata().keys()[0].first().wrapped.blob.clone();
     for at in [0, 4, 37, 61, 100, blob.len() - 1] {
         let mut changed = blob.clone();
         changed[at] ^= 1;
@@ -186,8 +186,11 @@ fn the_same_data_key_under_another_kms_key_is_as_good() {
     two.place.store.ok(&["key", "create", "--alias", "alias/other"]);
     let metadata = two.place.metadata();
     let context = metadata.encryption_context();
-    let WrappedKey { key_id, blob } =
-        two.place.kms().rewrap(&metadata.keys()[0].wrapped, &context, "alias/other", &context).unwrap();
+    let WrappedKey { key_id, blob } = two
+        .place
+        .kms()
+        .rewrap(&metadata.keys()[0].first().wrapped, &context, "alias/other", &context)
+        .unwrap();
     let mut value: Value = serde_json::from_slice(&two.whole).unwrap();
     value["keys"][0]["key_id"] = json!(key_id);
     value["keys"][0]["wrapped"] = wrapped(&blob);

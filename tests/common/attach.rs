@@ -99,7 +99,7 @@ impl Place {
 
     /// The ARN of the KMS key.
     pub fn key(&self) -> String {
-        self.metadata().keys()[0].wrapped.key_id.clone()
+        self.metadata().keys()[0].first().wrapped.key_id.clone()
     }
 
     /// The volume's folder.
@@ -131,7 +131,7 @@ impl Place {
     pub fn dek(&self) -> Zeroizing<Vec<u8>> {
         let metadata = self.metadata();
         let context = metadata.encryption_context();
-        self.kms().decrypt(&metadata.keys()[0].wrapped, &context).expect("unwrap the data key")
+        self.kms().decrypt(&metadata.keys()[0].first().wrapped, &context).expect("unwrap the data key")
     }
 
     /// Every event so far.

@@ -67,7 +67,7 @@ impl Reader {
     /// A layout's data keys.
     pub fn deks(&self, layout: &Layout, context: &EncryptionContext) -> Vec<Vec<u8>> {
         let open = |key: &sealblk::catalog::layout::KeyRecord| {
-            self.kms.decrypt(&key.wrapped, context).expect("unwrap a data key").to_vec()
+            self.kms.decrypt(&key.first().wrapped, context).expect("unwrap a data key").to_vec()
         };
         layout.keys().iter().map(open).collect()
     }

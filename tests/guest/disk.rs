@@ -274,7 +274,8 @@ fn data_key(store: &Store) -> String {
         Box::new(SystemClock),
         sealblk::base::hardened::harden().unwrap(),
     );
-    let dek = kms.decrypt(&volume.keys()[0].wrapped, &volume.encryption_context()).expect("unwrap the key");
+    let dek =
+        kms.decrypt(&volume.keys()[0].first().wrapped, &volume.encryption_context()).expect("unwrap the key");
     assert_eq!(dek.len(), 64);
     base64::engine::general_purpose::STANDARD.encode(&*dek)
 }

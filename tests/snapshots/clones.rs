@@ -16,7 +16,7 @@ fn a_clone_under_the_same_kms_key_has_the_same_data_key_wrapped_for_itself() {
     let (source, clone, snapshot) = (reader.volume("t"), reader.volume("c"), reader.snapshot(&snapshot));
     let keys = |m: &sealblk::catalog::Metadata| reader.deks(m.layout(), &m.encryption_context());
     assert!(keys(&source) == keys(&clone) && clone.keys().len() == 1);
-    assert_ne!(clone.keys()[0].wrapped.blob, source.keys()[0].wrapped.blob);
+    assert_ne!(clone.keys()[0].first().wrapped.blob, source.keys()[0].first().wrapped.blob);
     assert!(!clone.is_sealed() && clone.layout().hydrate().is_none());
     assert_eq!(&clone.layers()[1..], snapshot.layers());
     assert!(reader.volume_content(&clone) == rig.data);
@@ -63,7 +63,7 @@ fn another_kms_key_gives_the_top_layer_a_data_key_of_its_own() {
     rig.place.store.ok(&create);
     let (clone, old) = (rig.reader().volume("c"), rig.reader().snapshot(&snapshot));
     assert_eq!((clone.keys().len(), clone.top().key, clone.layers()[1].key), (2, Some(1), Some(0)));
-    assert_ne!(clone.keys()[1].wrapped.key_id, clone.keys()[0].wrapped.key_id);
+    assert_ne!(clone.keys()[1].first().wrapped.key_id, clone.keys()[0].first().wrapped.key_id);
     assert_eq!(clone.layout().hydrate(), Some(old.layout().top().id));
     assert!(!clone.is_sealed());
     assert!(rig.reader().volume_content(&clone) == rig.data);

@@ -20,7 +20,7 @@ fn a_copy_has_the_same_data_key_wrapped_for_itself_and_shares_the_data() {
     let deks = |s: &sealblk::catalog::Snapshot| reader.deks(s.layout(), &s.encryption_context());
     assert!(deks(&copy) == deks(&original));
     assert_ne!(copy.encryption_context(), original.encryption_context());
-    assert_ne!(copy.keys()[0].wrapped.blob, original.keys()[0].wrapped.blob);
+    assert_ne!(copy.keys()[0].first().wrapped.blob, original.keys()[0].first().wrapped.blob);
     let event = rig.last_event();
     let detail = &event["detail"];
     assert_eq!((&detail["event"], &detail["result"]), (&json!("copySnapshot"), &json!("succeeded")));

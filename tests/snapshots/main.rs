@@ -11,5 +11,6 @@ mod detached;
 mod gc;
 mod nearly_full;
 mod own_keys;
+mod slots;
 mod space;
 mod tamper;

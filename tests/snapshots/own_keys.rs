@@ -92,7 +92,11 @@ fn a_clone_with_its_own_data_key_shares_the_layers_below_and_copies_nothing() {
     let made = clone(&rig, &golden, "c", &["--own-data-key"]);
     let below = rig.reader().snapshot(&golden);
     assert_eq!((made.keys().len(), made.top().key, made.layers()[1].key), (2, Some(1), Some(0)));
-    assert_eq!(made.keys()[0].wrapped.key_id, made.keys()[1].wrapped.key_id, "it is the same KMS key");
+    assert_eq!(
+        made.keys()[0].first().wrapped.key_id,
+        made.keys()[1].first().wrapped.key_id,
+        "it is the same KMS key"
+    );
     assert_eq!((&made.layers()[1..], made.layout().hydrate()), (below.layers(), None));
     let keys = deks(&rig, &made);
     assert!(keys[0] == deks(&rig, &rig.reader().volume("t"))[0] && keys[0] != keys[1]);
@@ -158,7 +162,7 @@ fn what_is_made_of_such_a_clone_works_as_of_any_other() {
     // Wrapped anew, each of its data keys; another data key; on its own.
     rig.place.store.ok(&["volume", "rewrap", "own", "--key", "alias/other"]);
     let kms_keys: Vec<String> =
-        rig.reader().volume("own").keys().iter().map(|key| key.wrapped.key_id.clone()).collect();
+        rig.reader().volume("own").keys().iter().map(|key| key.first().wrapped.key_id.clone()).collect();
     assert!(kms_keys.iter().all(|key| *key == kms_keys[0] && *key != rig.place.key()), "{kms_keys:?}");
     holds("own");
     rig.place.store.ok(&["volume", "rekey", "named", "--follow"]);

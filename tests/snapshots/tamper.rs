@@ -201,15 +201,20 @@ fn a_clone_with_anothers_wrapped_key_is_refused() {
         edit(&two.rig.place.store, &path, |v| v["keys"][0]["wrapped"] = json!(blob))
     };
     for theirs in [&source, &other] {
-        let whole = plant(&theirs.keys()[0].wrapped.blob);
+        let whole = plant(&theirs.keys()[0].first().wrapped.blob);
         two.refused("c", 5, "InvalidCiphertextException");
         put(&two.rig.place.store, &path, &whole);
     }
     // Who may use the KMS can wrap another data key for the clone, and then the proof does not hold.
-    let key = &clone.keys()[0].wrapped.key_id;
+    let key = &clone.keys()[0].first().wrapped.key_id;
     let fresh = kms.generate_wrapped(key, 64, &clone.encryption_context()).unwrap();
     let moved = kms
-        .rewrap(&other.keys()[0].wrapped, &other.encryption_context(), key, &clone.encryption_context())
+        .rewrap(
+            &other.keys()[0].first().wrapped,
+            &other.encryption_context(),
+            key,
+            &clone.encryption_context(),
+        )
         .unwrap();
     for blob in [fresh.blob, moved.blob] {
         let whole = plant(&blob);

@@ -6,6 +6,7 @@ use crate::impostor::Impostor;
 use crate::{refused, run};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use sealblk::catalog::rekey::passed_for;
+use sealblk::catalog::slots::KeySlot;
 use sealblk::crypt::{Dek, SecretFd};
 use sealblk::kms::{EncryptionContext, KeyProvider, WrappedKey};
 use serde_json::Value;
@@ -122,7 +123,8 @@ fn whoever_has_the_lock_and_not_the_data_key_gets_no_new_one() {
         assert!(!found.windows(8).any(|other| other == part), "a part of the new data key is there");
     }
     // With the present data key it would be read: so this is the key that was to be passed.
-    let context = passed_for(id, text(&request["layer"]).parse().unwrap(), "embedded", &wrapped);
+    let slots = [KeySlot::new("embedded", wrapped)];
+    let context = passed_for(id, text(&request["layer"]).parse().unwrap(), &slots);
     assert!(present.pass_key().unwrap().take(found, &context).unwrap().expose()[..] == new[..]);
 }
 

@@ -161,6 +161,56 @@ fn a_data_key_that_was_planted_is_not_used() {
 }
 
 /// What was written after a re-keying does not go under the old data key again.
+/// Each wrapped copy of a data key is what a command has made, and there are no more, and no fewer.
+#[test]
+fn a_slot_that_no_command_has_made_is_not_asked() {
+    let place = Place::new(&[]);
+    place.attach(&[]).end();
+    for alias in ["alias/second", "alias/theirs"] {
+        place.store.ok(&["key", "create", "--alias", alias]);
+    }
+    let alone = fs::read(place.volume_json()).unwrap();
+    place.store.ok(&["volume", "key", "add", "t", "--key", "alias/second"]);
+    place.attach(&[]).end();
+    let id = place.id();
+    let whole = fs::read(place.volume_json()).unwrap();
+    let metadata = place.metadata();
+    let (kms, context) = (place.kms(), metadata.encryption_context());
+    // Also one that unwraps to the very data key.
+    let theirs = kms.rewrap(&metadata.keys()[0].first().wrapped, &context, "alias/theirs", &context).unwrap();
+    use base64::Engine;
+    let blob = base64::engine::general_purpose::STANDARD.encode(&theirs.blob);
+    let theirs = json!({"provider": "embedded", "key_id": theirs.key_id, "wrapped": blob});
+    type Edit<'a> = &'a dyn Fn(&mut Vec<Value>);
+    let edits: [Edit<'_>; 4] = [
+        &|slots| slots.push(theirs.clone()),
+        &|slots| slots[0] = theirs.clone(),
+        &|slots| slots[1] = theirs.clone(),
+        &|slots| slots.reverse(),
+    ];
+    for change in edits {
+        edit(&place.volume_json(), |volume| change(volume["keys"][0]["slots"].as_array_mut().unwrap()));
+        all_refuse(&place, &id, "its wrapped data keys are not those that it had");
+        refused(&place, &["volume", "key", "list", "t"], 7, "its wrapped data keys");
+        refused(&place, &["volume", "key", "add", &id, "--key", "alias/theirs"], 7, "its wrapped data keys");
+        refused(
+            &place,
+            &["volume", "key", "remove", &id, "--key", "alias/second"],
+            7,
+            "its wrapped data keys",
+        );
+        fs::write(place.volume_json(), &whole).unwrap();
+    }
+    place.attach(&[]).end();
+    // What was there before the slot was added, and after it is removed, is no more what there is.
+    fs::write(place.volume_json(), &alone).unwrap();
+    all_refuse(&place, &id, "its wrapped data keys are not those that it had");
+    fs::write(place.volume_json(), &whole).unwrap();
+    place.store.ok(&["volume", "key", "remove", "t", "--key", "alias/second"]);
+    fs::write(place.volume_json(), &whole).unwrap();
+    all_refuse(&place, &id, "its wrapped data keys are not those that it had");
+}
+
 #[test]
 fn a_record_from_before_is_refused() {
     let place = Place::new(&[]);

@@ -273,3 +273,35 @@ fn what_is_kept_for_attaches_becomes_what_is_written() {
     let said = refuse(&store, 2, "[[volume]]\nname = \"db\"\nsize = \"1MiB\"\nqueues = 0\n");
     assert!(said.contains("1 to 64"), "{said}");
 }
+
+#[test]
+fn the_keys_that_open_a_volume_besides_are_made_and_looked_at() {
+    let store = prepared();
+    let slots = |name: &str| volumes(&store)[name]["keys"][0]["slots"].as_array().map(Vec::len);
+    let two =
+        "[[volume]]\nname = \"db\"\nsize = \"1MiB\"\nkey = \"alias/prod\"\nalso-keys = [\"alias/other\"]\n";
+    apply(&store, two, &[]);
+    assert_eq!(slots("db"), Some(2));
+    assert_eq!(apply(&store, two, &[])["changes"], json!([]));
+    store.ok(&["key", "create", "--alias", "alias/third"]);
+    let said = refuse(&store, 2, &two.replace("alias/other", "alias/third"));
+    assert!(said.contains("\"sealblk volume key add\" changes that"), "{said}");
+    store.ok(&["volume", "key", "add", "db", "--key", "alias/third"]);
+    assert_eq!(apply(&store, &two.replace("alias/other", "alias/third"), &[])["changes"], json!([]));
+    // Before anything is made, it is seen that they can be used.
+    store.ok(&["key", "disable", "alias/third"]);
+    let new = two.replace("\"db\"", "\"new\"").replace("alias/other", "alias/third");
+    assert!(refuse(&store, 5, &new).contains("is disabled"));
+    refuse(
+        &store,
+        2,
+        "[[volume]]\nname = \"x\"\nsize = 1024\nunencrypted = true\nalso-keys = [\"alias/prod\"]\n",
+    );
+    store.configure("also-keys = [\"alias/other\"]\n");
+    apply(
+        &store,
+        "[[volume]]\nname = \"usual\"\nsize = \"1MiB\"\n[[volume]]\nname = \"lone\"\nsize = \"1MiB\"\nalso-keys = []\n",
+        &[],
+    );
+    assert_eq!((slots("usual"), slots("lone")), (Some(2), Some(1)));
+}

@@ -81,7 +81,7 @@ impl Store {
 
     fn create(&self, name: Option<&str>) -> Result<Metadata, Error> {
         let kms = OneKey { enabled: true };
-        let key = WrappingKey { provider: &kms, key: "alias/one" };
+        let key = WrappingKey { provider: &kms, key: "alias/one", also: None };
         make::create(&self.catalog, &self.events, &wanted(name), Some(key))
     }
 
@@ -147,7 +147,7 @@ fn a_new_volume_is_private_sparse_and_unsealed() {
     assert_eq!(made.generation(), 1);
     let context = EncryptionContext::pair("aws:ebs:id", made.id().to_string());
     assert_eq!(made.encryption_context(), context);
-    assert_eq!(made.keys()[0].wrapped.blob, format!("{:?}", context.pairs()).into_bytes());
+    assert_eq!(made.keys()[0].first().wrapped.blob, format!("{:?}", context.pairs()).into_bytes());
     let layer = fs::metadata(store.layer(&made)).unwrap();
     assert_eq!((layer.len(), layer.blocks()), (1 << 20, 0));
     assert_eq!(mode(&store.layer(&made)), 0o600);
@@ -173,7 +173,7 @@ fn preallocation_sets_the_space_aside() {
 fn a_kms_that_refuses_leaves_nothing_but_the_event() {
     let store = Store::new();
     let kms = OneKey { enabled: false };
-    let key = WrappingKey { provider: &kms, key: "alias/one" };
+    let key = WrappingKey { provider: &kms, key: "alias/one", also: None };
     let e = make::create(&store.catalog, &store.events, &wanted(None), Some(key)).unwrap_err();
     assert_eq!(e.kind(), Kind::KmsRefused);
     // Of a KMS that sealblk does not know it names no commands.

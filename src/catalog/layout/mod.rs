@@ -8,34 +8,17 @@ pub(crate) mod written;
 
 use crate::catalog::LayerId;
 use crate::catalog::metadata::Geometry;
-use crate::kms::WrappedKey;
 use std::collections::HashSet;
+
+pub use crate::catalog::slots::KeyRecord;
 
 /// The most layers that a volume may have. A read may have to look into every one of them.
 pub const MAX_LAYERS: usize = 64;
-
-/// A data key as a volume has it: wrapped, and with what tells whether an unwrapped one is the right one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeyRecord {
-    /// The provider that wrapped it: `embedded`, …
-    pub provider: String,
-    /// The KMS key's canonical id and the wrapped data key.
-    pub wrapped: WrappedKey,
-    /// [`crate::crypt::Dek::check_value`] of the data key; none until the first attach.
-    pub(crate) check: Option<[u8; 16]>,
-}
 
 impl LayerRecord {
     /// A new layer above others, `size` bytes long.
     pub(crate) fn new_top(key: Option<usize>, size: u64) -> Self {
         LayerRecord { id: LayerId::random(), key, masked: key.is_none(), size }
-    }
-}
-
-impl KeyRecord {
-    /// The data key's check value, once an attach has noted it.
-    pub fn check(&self) -> Option<[u8; 16]> {
-        self.check
     }
 }
 
@@ -78,6 +61,11 @@ impl Layout {
     /// The data keys of the layers, none if nothing is encrypted.
     pub fn keys(&self) -> &[KeyRecord] {
         &self.keys
+    }
+
+    /// Whether any of its data keys has several slots: records without say nothing of slots.
+    pub(crate) fn has_slots(&self) -> bool {
+        self.keys.iter().any(|key| key.slots().len() > 1)
     }
 
     /// The layers, the top one first.

@@ -4,23 +4,39 @@
 use crate::catalog::LayerId;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
 use crate::catalog::metadata::Geometry;
+use crate::catalog::slots::{KeySlot, MAX_SLOTS};
 use crate::crypt::SectorSize;
-use crate::kms::{EncryptionContext, WrappedKey};
+use crate::kms::{EncryptionContext, KmsKey, WrappedKey};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 
-/// A data key.
+/// A data key: with `provider`, `key_id` and `wrapped` if it has one slot, with `slots` if it has several.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct WrittenKey {
-    provider: String,
-    key_id: String,
-    wrapped: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    provider: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    wrapped: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    slots: Option<Vec<WrittenSlot>>,
     context: BTreeMap<String, String>,
     #[serde(deserialize_with = "required")]
     check: Option<String>,
+}
+
+/// One wrapped copy of a data key that has several.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WrittenSlot {
+    provider: String,
+    key_id: String,
+    /// Base64.
+    wrapped: String,
 }
 
 /// A layer.
@@ -47,13 +63,7 @@ pub(crate) struct WrittenLayout {
 impl WrittenLayout {
     /// As it is written where the keys are bound to `context`.
     pub(crate) fn of(layout: &Layout, context: &EncryptionContext) -> Self {
-        let key = |key: &KeyRecord| WrittenKey {
-            provider: key.provider.clone(),
-            key_id: key.wrapped.key_id.clone(),
-            wrapped: BASE64.encode(&key.wrapped.blob),
-            context: context.pairs().clone(),
-            check: key.check.map(hex::encode),
-        };
+        let key = |key: &KeyRecord| WrittenKey::of(key, context);
         let layer = |l: &LayerRecord| WrittenLayer { id: l.id, key: l.key, masked: l.masked, size: l.size };
         WrittenLayout {
             size: layout.geometry.size(),
@@ -90,23 +100,77 @@ impl WrittenLayout {
 }
 
 impl WrittenKey {
+    fn of(key: &KeyRecord, context: &EncryptionContext) -> Self {
+        let several = key.slots().len() > 1;
+        let WrittenSlot { provider, key_id, wrapped } = key.first().into();
+        let alone = |text: String| (!several).then_some(text);
+        WrittenKey {
+            provider: alone(provider),
+            key_id: alone(key_id),
+            wrapped: alone(wrapped),
+            slots: several.then(|| key.slots().iter().map(WrittenSlot::from).collect()),
+            context: context.pairs().clone(),
+            check: key.check.map(hex::encode),
+        }
+    }
+
     fn parse(self, context: &EncryptionContext) -> Result<KeyRecord, String> {
         if self.context != *context.pairs() {
             let ours: Vec<&str> = context.pairs().values().map(String::as_str).collect();
             return Err(format!("its context is {:?}, which is not that of {}", self.context, ours.concat()));
         }
-        if !plain(&self.provider, 32) {
+        let written = match (self.provider, self.key_id, self.wrapped, self.slots) {
+            (Some(provider), Some(key_id), Some(wrapped), None) => {
+                vec![WrittenSlot { provider, key_id, wrapped }]
+            }
+            (None, None, None, Some(slots)) if (2..=MAX_SLOTS).contains(&slots.len()) => slots,
+            (None, None, None, Some(slots)) => {
+                let have = slots.len();
+                return Err(format!(
+                    "it has {have} wrapped copies in \"slots\"; 2 to {MAX_SLOTS} are possible"
+                ));
+            }
+            _ => return Err("it needs \"provider\", \"key_id\" and \"wrapped\", or \"slots\"".into()),
+        };
+        let slots = written.into_iter().map(KeySlot::try_from).collect::<Result<Vec<_>, _>>()?;
+        check_slots(&slots)?;
+        let check = self.check.map(|check| fixed_hex("check", &check)).transpose()?;
+        Ok(KeyRecord { slots, check })
+    }
+}
+
+/// # Errors
+/// A sentence, for two slots that one KMS key wraps.
+pub(crate) fn check_slots(slots: &[KeySlot]) -> Result<(), String> {
+    let twice = |(n, slot): &(usize, &KeySlot)| slots[..*n].iter().any(|other| other.is_by(&slot.kms_key()));
+    match slots.iter().enumerate().find(twice) {
+        None => Ok(()),
+        Some((_, slot)) => Err(format!("the KMS key {} wraps it twice", slot.kms_key())),
+    }
+}
+
+impl From<&KeySlot> for WrittenSlot {
+    fn from(slot: &KeySlot) -> Self {
+        let KmsKey { provider, key_id } = slot.kms_key();
+        WrittenSlot { provider, key_id, wrapped: BASE64.encode(&slot.wrapped.blob) }
+    }
+}
+
+impl TryFrom<WrittenSlot> for KeySlot {
+    type Error = String;
+
+    fn try_from(w: WrittenSlot) -> Result<Self, String> {
+        if !plain(&w.provider, 32) {
             return Err("the provider's name is not one".into());
         }
-        if !plain(&self.key_id, 2048) {
+        if !plain(&w.key_id, 2048) {
             return Err("the KMS key's id is not one".into());
         }
-        let blob = BASE64.decode(&self.wrapped).map_err(|e| format!("the wrapped key is not base64: {e}"))?;
+        let blob = BASE64.decode(&w.wrapped).map_err(|e| format!("the wrapped key is not base64: {e}"))?;
         if !(1..=6144).contains(&blob.len()) {
             return Err(format!("the wrapped key has {} bytes; 1 to 6144 are possible", blob.len()));
         }
-        let check = self.check.map(|check| fixed_hex("check", &check)).transpose()?;
-        Ok(KeyRecord { provider: self.provider, wrapped: WrappedKey { key_id: self.key_id, blob }, check })
+        Ok(KeySlot { provider: w.provider, wrapped: WrappedKey { key_id: w.key_id, blob } })
     }
 }
 

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
-const FORMAT: u32 = 1;
 /// Bytes of the store's key.
 pub const KEY_LEN: usize = 32;
 /// What the MAC of an entry begins with, so that it is no MAC of anything else.
@@ -31,7 +30,7 @@ impl<F: Facts> Entry<F> {
     /// The entry of `id`, with its MAC.
     pub(super) fn to_bytes(&self, id: &str, key: &[u8; KEY_LEN]) -> Vec<u8> {
         let accepted = self.accepted.iter().map(F::to_written).collect();
-        let written = Written { format: FORMAT, number: self.number, accepted };
+        let written = Written { format: self.format(), number: self.number, accepted };
         signed(serde_json::to_vec(&written).expect("strings, numbers and maps of strings"), id, key)
     }
 
@@ -54,8 +53,13 @@ impl<F: Facts> Entry<F> {
     fn of_body(body: &[u8], id: &str) -> Option<Self> {
         let written: Written<F::Written> = serde_json::from_slice(body).ok()?;
         let accepted = written.accepted.into_iter().map(|facts| F::from_written(facts, id));
-        let accepted = accepted.collect::<Result<_, _>>().ok()?;
-        (written.format == FORMAT).then_some(Entry { number: written.number, accepted })
+        let entry = Entry { number: written.number, accepted: accepted.collect::<Result<_, _>>().ok()? };
+        (written.format == entry.format()).then_some(entry)
+    }
+
+    /// The version that says all that is in it.
+    fn format(&self) -> u32 {
+        self.accepted.iter().map(F::format).max().unwrap_or(1)
     }
 }
 

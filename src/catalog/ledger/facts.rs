@@ -53,7 +53,9 @@ impl VolumeFacts {
         let mut layout = volume.layout().clone();
         for key in &mut layout.keys {
             // A digest stands for the wrapped key: of that, no copy stays behind when the volume is shredded.
-            key.wrapped.blob = Sha256::digest(&key.wrapped.blob).to_vec();
+            for slot in &mut key.slots {
+                slot.wrapped.blob = Sha256::digest(&slot.wrapped.blob).to_vec();
+            }
         }
         VolumeFacts {
             id: volume.id(),
@@ -77,13 +79,17 @@ impl VolumeFacts {
 fn are_keys_of(known: &[KeyRecord], found: &[KeyRecord]) -> bool {
     let same = |(known, found): (&KeyRecord, &KeyRecord)| {
         let is_check = known.check.is_none() || known.check == found.check;
-        is_check && known.provider == found.provider && known.wrapped == found.wrapped
+        is_check && known.slots() == found.slots()
     };
     known.len() == found.len() && known.iter().zip(found).all(same)
 }
 
 impl Facts for VolumeFacts {
     type Written = WrittenVolume;
+
+    fn format(&self) -> u32 {
+        if self.layout.has_slots() { 2 } else { 1 }
+    }
 
     fn to_written(&self) -> WrittenVolume {
         let layout = WrittenLayout::of(&self.layout, &encryption_context(self.id));

@@ -64,6 +64,11 @@ pub(crate) trait Facts: Sized + PartialEq {
     /// A sentence, for what does not fit together.
     fn from_written(written: Self::Written, id: &str) -> Result<Self, String>;
 
+    /// The format version of an entry that says this.
+    fn format(&self) -> u32 {
+        1
+    }
+
     /// What is different in `found`, in words for the operator; none if `found` is this, or what may become
     /// of this without a command.
     fn difference(&self, found: &Self) -> Option<String>;

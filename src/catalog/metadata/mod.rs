@@ -6,7 +6,7 @@
 
 pub(crate) mod written;
 
-pub use written::{FORMAT, MAX_FILE_LEN};
+pub use written::MAX_FILE_LEN;
 
 pub use crate::catalog::layout::{KeyRecord, LayerRecord};
 

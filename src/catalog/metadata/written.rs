@@ -4,19 +4,22 @@
 //! edited, is refused rather than half understood. The version is looked at first, on its own.
 
 use crate::base::{Error, Kind, Result, Timestamp};
-use crate::catalog::layout::SealVersion;
 use crate::catalog::layout::written::{
     WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
 };
+use crate::catalog::layout::{Layout, SealVersion};
 use crate::catalog::metadata::{Metadata, Origin, Proof, VolumeName, encryption_context};
 use crate::catalog::{LayerId, SnapshotId, VolumeId};
 use crate::crypt::SectorSize;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// The format version that is written. Version 1, which sealblk wrote before there were
-/// snapshots, is read as well.
-pub const FORMAT: u32 = 2;
+/// The format version that is written where no data key has several slots. Version 1, which sealblk wrote
+/// before there were snapshots, is read as well.
+const FORMAT: u32 = 2;
+
+/// The format version that is written where a data key has several slots.
+const FORMAT_WITH_SLOTS: u32 = 3;
 
 /// Longer files are refused unread, in bytes: a thousand layers with their keys fit in.
 pub const MAX_FILE_LEN: u64 = 16 << 20;
@@ -102,13 +105,13 @@ impl Metadata {
     /// Reads `volume.json`.
     ///
     /// # Errors
-    /// `Corrupt` for anything but a complete, consistent file of version 1 or 2. The
+    /// `Corrupt` for anything but a complete, consistent file of version 1 to 3. The
     /// caller adds which file it was.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let written: Written = match version(bytes)? {
             1 => read::<WrittenV1>(bytes)?.into(),
-            2 => read(bytes)?,
-            other => return Err(unknown_version(other, "versions 1 and 2")),
+            2 | 3 => read(bytes)?,
+            other => return Err(unknown_version(other, "versions 1 to 3")),
         };
         written.try_into().map_err(corrupt)
     }
@@ -153,6 +156,22 @@ pub(crate) fn corrupt(problem: String) -> Error {
     Error::new(Kind::Corrupt, problem)
 }
 
+/// The format version that says all of this layout.
+fn format_of(layout: &Layout) -> u32 {
+    if layout.has_slots() { FORMAT_WITH_SLOTS } else { FORMAT }
+}
+
+/// # Errors
+/// A sentence, for a record of another version than sealblk writes for what it says.
+pub(crate) fn check_format(written: u32, expected: u32) -> Result<(), String> {
+    match written == expected {
+        true => Ok(()),
+        false => Err(format!(
+            "it has format version {written}, and its data keys are such that version {expected} says all"
+        )),
+    }
+}
+
 impl From<WrittenV1> for Written {
     fn from(w: WrittenV1) -> Self {
         // The layers were as long as the volume, and the MAC is over a message that did not say so.
@@ -181,7 +200,7 @@ impl From<&Metadata> for Written {
     fn from(m: &Metadata) -> Self {
         let layout = WrittenLayout::of(&m.layout, &m.encryption_context());
         Written {
-            format: FORMAT,
+            format: format_of(&m.layout),
             id: m.id,
             name: m.name.clone(),
             size: layout.size,
@@ -213,6 +232,7 @@ impl TryFrom<Written> for Metadata {
             hydrate: w.hydrate,
         };
         let layout = layout.parse(&encryption_context(w.id))?;
+        check_format(w.format, format_of(&layout))?;
         let mac = w.mac.map(|mac| fixed_hex("mac", &mac)).transpose()?;
         check_seal(&layout, mac.is_some())?;
         let seal_version = match w.seal {
@@ -266,6 +286,7 @@ impl TryFrom<WrittenOrigin> for Origin {
 mod tests {
     use super::*;
     use crate::catalog::metadata::{Geometry, KeyRecord};
+    use crate::catalog::slots::KeySlot;
     use crate::kms::WrappedKey;
     use base64::Engine;
     use base64::engine::general_purpose::STANDARD as BASE64;
@@ -274,7 +295,7 @@ mod tests {
     fn encrypted() -> Metadata {
         let wrapped =
             WrappedKey { key_id: "arn:aws:kms:local:000000000000:key/1".into(), blob: vec![7; 141] };
-        let key = KeyRecord { provider: "embedded".into(), wrapped, check: None };
+        let key = KeyRecord::new(KeySlot::new("embedded", wrapped));
         let name = Some("db".parse().unwrap());
         let geometry = Geometry::new(1 << 20, SectorSize::B4096).unwrap();
         Metadata::new(VolumeId::random(), name, geometry, Some(key))
@@ -331,7 +352,7 @@ mod tests {
 
     #[test]
     fn other_versions_are_named_before_their_fields_are_looked_at() {
-        for version in [0, 3, 4294967297_u64] {
+        for version in [0, 4, 4294967297_u64] {
             let words = refusal(&encrypted(), |v| {
                 v["format"] = json!(version);
                 v["news"] = json!([]);

@@ -7,7 +7,6 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::id::is_lower_hex;
 use crate::catalog::ledger::{Doubt, SnapshotFacts};
 use crate::catalog::references::remove_unnamed;
-use crate::catalog::rewrap::Rewrapped;
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::tags::Tags;
@@ -219,14 +218,18 @@ impl Catalog {
         Ok(snapshot)
     }
 
-    /// Replaces a wrapped data key of a snapshot.
+    /// Changes how a snapshot's data keys are wrapped, by `change`.
     ///
     /// # Errors
-    /// Those of [`Snapshot::rewrap`] and of the file system. The record is as it was then.
-    pub(crate) fn rewrap_snapshot(&self, id: SnapshotId, new: &Rewrapped) -> Result<()> {
+    /// Those of `change` and of the file system. The record is as it was then.
+    pub(crate) fn change_wrapping(
+        &self,
+        id: SnapshotId,
+        change: impl FnOnce(&mut Snapshot) -> Result<()>,
+    ) -> Result<()> {
         let _records = RecordsLock::acquire(self)?;
         let mut snapshot = self.load_snapshot(id)?;
-        snapshot.rewrap(new)?;
+        change(&mut snapshot)?;
         self.save_snapshot(&snapshot)
     }
 

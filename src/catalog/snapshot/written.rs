@@ -1,6 +1,7 @@
 //! A snapshot's record: what is written, and its way to what is meant. As strict as `volume.json`.
 
 use crate::base::{Result, Timestamp};
+use crate::catalog::layout::Layout;
 use crate::catalog::layout::written::{
     WrittenKey, WrittenLayer, WrittenLayout, check_seal, fixed_hex, required,
 };
@@ -12,6 +13,9 @@ use crate::crypt::SectorSize;
 use serde::{Deserialize, Serialize};
 
 const FORMAT: u32 = 1;
+
+/// The version where a data key has several slots.
+const FORMAT_WITH_SLOTS: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,12 +44,12 @@ impl Snapshot {
     /// Reads a snapshot's record.
     ///
     /// # Errors
-    /// `Corrupt` for anything but a complete, consistent record of version 1. The caller
+    /// `Corrupt` for anything but a complete, consistent record of version 1 or 2. The caller
     /// adds which file it was.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         match written::version(bytes)? {
-            1 => written::read::<Written>(bytes)?.try_into().map_err(written::corrupt),
-            other => Err(written::unknown_version(other, "version 1")),
+            1 | 2 => written::read::<Written>(bytes)?.try_into().map_err(written::corrupt),
+            other => Err(written::unknown_version(other, "versions 1 and 2")),
         }
     }
 
@@ -55,11 +59,16 @@ impl Snapshot {
     }
 }
 
+/// The version that says all of this layout.
+fn format_of(layout: &Layout) -> u32 {
+    if layout.has_slots() { FORMAT_WITH_SLOTS } else { FORMAT }
+}
+
 impl From<&Snapshot> for Written {
     fn from(s: &Snapshot) -> Self {
         let layout = WrittenLayout::of(&s.layout, &s.encryption_context());
         Written {
-            format: FORMAT,
+            format: format_of(&s.layout),
             id: s.id,
             volume: s.volume,
             copy_of: s.copy_of,
@@ -98,6 +107,7 @@ impl TryFrom<Written> for Snapshot {
             hydrate: w.hydrate,
         };
         let layout = layout.parse(&encryption_context(owner))?;
+        written::check_format(w.format, format_of(&layout))?;
         let mac = w.mac.map(|mac| fixed_hex("mac", &mac)).transpose()?;
         check_seal(&layout, mac.is_some())?;
         if layout.is_encrypted() && mac.is_none() {

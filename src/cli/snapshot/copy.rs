@@ -8,6 +8,7 @@ use crate::catalog::tags::Tags;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
 use crate::cli::meter::Meter;
+use crate::cli::slots::AlsoArgs;
 use crate::cli::{Env, output};
 use crate::ops::copy::{self, Way};
 use crate::ops::flatten::Pace;
@@ -20,8 +21,9 @@ Examples:
 
   sealblk snapshot copy nightly --key alias/other
 
-The copy has the same data key, which the KMS wraps for the copy's own id, and shares the data. Under another KMS key, and of
-a snapshot that is not encrypted, everything is copied under a new data key: that takes a while, and, if it is interrupted, the
+The copy has the same data key, which each of the snapshot's KMS keys wraps for the copy's own id, and shares the data. If
+--key names one of them, that one alone. With --also-key another wraps it besides, so that the copy can be used without the
+first: in another region, say. Under another --key, and of a snapshot that is not encrypted, everything is copied under a new data key: that takes a while, and, if it is interrupted, the
 same command goes on with it, until \"sealblk gc\" clears away what there is. Prints the copy's id.")]
 pub struct CopyArgs {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
@@ -29,6 +31,8 @@ pub struct CopyArgs {
     /// The KMS key, by id, ARN or alias [default: the snapshot's].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    #[command(flatten)]
+    also: AlsoArgs,
     /// Where everything is copied: bytes a second; 0: no limit.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     rate: u64,
@@ -49,7 +53,7 @@ pub(super) fn run(env: &Env, args: CopyArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
     let label = Label::new(args.description.unwrap_or_else(|| source.label().description.clone()), tags)?;
-    let way = copy::way(&store, &source, args.key.as_deref())?;
+    let way = copy::way(&store, &source, args.key.as_deref(), &args.also.wanted())?;
     if matches!(way, Way::Full(_)) && !source.is_encrypted() {
         tell_that_unproved(&source);
     }

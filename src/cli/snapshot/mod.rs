@@ -11,7 +11,7 @@ use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
 use crate::cli::sort::{Place, SortArgs};
 use crate::cli::volume::export;
-use crate::cli::{Env, output, rewrap, space};
+use crate::cli::{Env, output, rewrap, slots, space};
 use crate::ops::delete;
 use crate::ops::export::What;
 use crate::ops::usage;
@@ -39,6 +39,9 @@ Examples:
     Copy(copy::CopyArgs),
     /// Write what a snapshot holds into a file, in the clear.
     Export(ExportArgs),
+    /// The KMS keys that wrap a snapshot's data keys, any of which gives them: add, remove, list.
+    #[command(subcommand, after_help = "Example:\n  sealblk snapshot key add snap-0a1b --key alias/spare")]
+    Key(slots::SnapshotCommand),
     /// Wrap the data keys of a snapshot by another KMS key.
     Rewrap(rewrap::RewrapSnapshotArgs),
     /// Delete a snapshot, and give back the space that it alone needed.
@@ -141,6 +144,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             let id = env.catalog().resolve_snapshot(&args.snapshot)?;
             export::export(env, What::Snapshot(id), &args.to)
         }
+        Command::Key(command) => slots::snapshot(env, command),
         Command::Rewrap(args) => rewrap::snapshot(env, &args),
         Command::Delete(args) => remove(env, &args),
         Command::Tag(args) => retag(env, &args.snapshot, |tags| filter::set(tags, &args.tags)),
@@ -229,10 +233,12 @@ fn show(env: &Env, reference: &str) -> Result<()> {
         pair("encrypted", if snapshot.is_encrypted() { "yes" } else { "no" }.to_string()),
     ];
     rows.extend(snapshot.copy_of().map(|id| pair("copy of", id.to_string())));
-    let key = |key: &crate::catalog::metadata::KeyRecord| {
-        pair("key", format!("{}: {}", key.provider, key.wrapped.key_id))
-    };
-    rows.extend(snapshot.keys().iter().map(key));
+    for key in snapshot.keys() {
+        for (m, slot) in key.slots().iter().enumerate() {
+            let name = if m == 0 { "key" } else { "also" };
+            rows.push(pair(name, format!("{}: {}", slot.provider, slot.wrapped.key_id)));
+        }
+    }
     for (layer, usage) in snapshot.layers().iter().zip(&layers) {
         rows.push(pair("layer", catalog.layer_path(layer.id).display().to_string()));
         rows.push(pair("", space::layer_words(usage)));
@@ -275,9 +281,7 @@ pub(super) fn tell_that_unproved(snapshot: &Snapshot) {
 }
 
 fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
-    let keys = snapshot.keys().iter();
-    let keys: Vec<Value> =
-        keys.map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id})).collect();
+    let keys: Vec<Value> = snapshot.keys().iter().map(slots::key_json).collect();
     let layers = snapshot.layers().iter().map(|layer| {
         let path = catalog.layer_path(layer.id).display().to_string();
         json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": path})

@@ -6,6 +6,7 @@ use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
+use crate::cli::slots::AlsoArgs;
 use crate::cli::snapshot::tell_that_unproved;
 use crate::cli::volume::show::description;
 use crate::cli::{Env, output};
@@ -18,10 +19,12 @@ use crate::ops::create::{self, NewVolume};
 Examples:
   sealblk volume create --size 20GiB --name db
   sealblk volume create --size 100GiB --key alias/prod --sector-size 4096
+  sealblk volume create --size 20GiB --key alias/near --also-key aws:alias/far
   sealblk volume create --snapshot snap-0a1b --size 40GiB
   sealblk volume create --snapshot snap-0a1b --own-data-key
 
-The data key is made and wrapped by the KMS key; nobody sees it. Prints the new volume's id. A volume from a
+The data key is made and wrapped by the KMS key; nobody sees it. With --also-key other KMS keys wrap it as well, and any
+of them gives it: a KMS that is down stops no attach. Prints the new volume's id. A volume from a
 snapshot is there at once, whatever its size. Under the snapshot's KMS key it has the same data key; with
 --own-data-key, or clone-data-key = \"own\" in the settings, what it writes is under one of its own, which no
 other volume made from that snapshot has. With another --key it gets one of its own as well, and what the
@@ -42,12 +45,14 @@ pub struct CreateArgs {
     /// default-key, else alias/aws/ebs].
     #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
     key: Option<String>,
+    #[command(flatten)]
+    also: AlsoArgs,
     /// Of a volume from a snapshot: encrypt what it writes under a data key of its own, and not the
     /// snapshot's.
     #[arg(long, requires = "snapshot", conflicts_with = "unencrypted")]
     own_data_key: bool,
     /// Do not encrypt it. That never changes in the volume's life.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "also_key")]
     unencrypted: bool,
     /// A name, to be used in place of the id.
     #[arg(long)]
@@ -71,6 +76,7 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         size: args.size,
         sector_size: args.sector_size,
         key: args.key.clone(),
+        also: args.also.wanted(),
         unencrypted: args.unencrypted,
         own_data_key: args.own_data_key,
         name: args.name.clone(),

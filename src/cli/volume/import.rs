@@ -9,6 +9,7 @@ use crate::catalog::tags::Tags;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
 use crate::cli::progress::Progress;
+use crate::cli::slots::AlsoArgs;
 use crate::cli::{Env, output};
 use crate::crypt::SectorSize;
 use crate::image::{BackingFiles, Format};
@@ -66,8 +67,10 @@ pub struct ImportArgs {
     /// The KMS key, by id, ARN or alias [default: the settings' default-key, else alias/aws/ebs].
     #[arg(long, value_name = "KEYREF", conflicts_with = "unencrypted")]
     key: Option<String>,
+    #[command(flatten)]
+    also: AlsoArgs,
     /// Do not encrypt it. That never changes in the volume's life.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "also_key")]
     unencrypted: bool,
     /// A name, to be used in place of the id.
     #[arg(long)]
@@ -100,6 +103,7 @@ pub(super) fn run(env: &Env, args: &ImportArgs) -> Result<()> {
         size: args.size,
         sector_size: args.sector_size,
         key: args.key.clone(),
+        also: args.also.wanted(),
         unencrypted: args.unencrypted,
         name: args.name.clone(),
         tags,

@@ -9,11 +9,12 @@ use crate::cli::filter::{self, Filter};
 use crate::cli::interval::interval;
 use crate::cli::sort::{Place, SortArgs};
 use crate::cli::{Env, output};
+use crate::kms::KmsKey;
 use crate::ops::modify as kept;
 use crate::ops::observe::{Observer, PATIENCE};
 use crate::ops::rates::Rates;
 use crate::ops::usage::{Overview, Usage};
-use crate::ops::watch::{self, KeyName, Known};
+use crate::ops::watch::{self, Health, Known, Outlook};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -72,7 +73,10 @@ pub(super) fn list(env: &Env, args: &ListArgs) -> Result<()> {
                 }
                 // As with the column below, only where somebody has asked.
                 for (n, key) in metadata.keys().iter().enumerate().filter(|_| !keys.0.is_empty()) {
-                    value["keys"][n]["last_known"] = keys.json(key);
+                    value["keys"][n]["last_known"] = keys.json(&key.first().kms_key());
+                    for (m, slot) in key.slots().iter().enumerate() {
+                        value["keys"][n]["slots"][m]["last_known"] = keys.json(&slot.kms_key());
+                    }
                 }
                 Ok(value)
             }
@@ -146,16 +150,11 @@ fn add_column(rows: &mut [Vec<String>], head: &str, cells: impl Iterator<Item = 
 }
 
 /// What KMSs have said last of keys, as "sealblk watch" has asked them.
-struct LastKnown(BTreeMap<KeyName, Known>);
+struct LastKnown(BTreeMap<KmsKey, Known>);
 
 impl LastKnown {
-    fn of(&self, key: &KeyRecord) -> Option<&Known> {
-        let (provider, key_id) = (key.provider.clone(), key.wrapped.key_id.clone());
-        self.0.get(&KeyName { provider, key_id })
-    }
-
-    fn json(&self, key: &KeyRecord) -> Value {
-        self.of(key).map_or(Value::Null, |known| {
+    fn json(&self, key: &KmsKey) -> Value {
+        self.0.get(key).map_or(Value::Null, |known| {
             json!({
                 "state": known.state,
                 "deletion": known.deletion,
@@ -166,13 +165,18 @@ impl LastKnown {
         })
     }
 
-    /// The worst state that one of these keys is in.
+    /// How it is with these data keys.
     fn words(&self, keys: &[KeyRecord]) -> String {
-        let known: Option<Vec<&Known>> = keys.iter().map(|key| self.of(key)).collect();
-        let Some(known) = known else { return "not asked yet".into() };
-        let Some(worst) = known.into_iter().max_by_key(|known| known.state) else { return "-".into() };
-        let deletion = worst.deletion.map_or(String::new(), |at| format!(", {at}"));
-        format!("{}{deletion}", worst.state.words())
+        let Some(Outlook { worst, deletion, all_usable }) = Outlook::of(keys, &self.0) else {
+            return "-".into();
+        };
+        match worst {
+            None => "not asked yet".into(),
+            Some(Health::Usable) if !all_usable => "usable, not by every key".into(),
+            Some(state) => {
+                format!("{}{}", state.words(), deletion.map_or(String::new(), |at| format!(", {at}")))
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ pub(super) use show::{attach_json, kept_words};
 
 use crate::base::Result;
 use crate::cli::space;
-use crate::cli::{Env, rewrap};
+use crate::cli::{Env, rewrap, slots};
 use crate::ops::delete;
 
 /// The commands.
@@ -47,6 +47,9 @@ requests a second, READ/S and WRITTEN/S bytes a second, of attached volumes whos
     List(list::ListArgs),
     /// Show one volume: what it is, who has it attached, and what its next attach needs.
     Show(show::ShowArgs),
+    /// The KMS keys that wrap a volume's data keys, any of which gives them: add, remove, list.
+    #[command(subcommand, after_help = "Example:\n  sealblk volume key add db --key alias/spare")]
+    Key(slots::VolumeCommand),
     /// Wrap a volume's data key by another KMS key, or by the newest version of the same one.
     Rewrap(rewrap::RewrapArgs),
     /// Give a volume a new data key, attached or not, and encrypt everything anew under it.
@@ -112,6 +115,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Export(args) => export::run(env, &args),
         Command::List(args) => list::list(env, &args),
         Command::Show(args) => show::show(env, &args),
+        Command::Key(command) => slots::volume(env, command),
         Command::Rewrap(args) => rewrap::volume(env, &args),
         Command::Rekey(args) => rekey::rekey(env, &args),
         Command::Flatten(args) => rekey::flatten(env, &args),

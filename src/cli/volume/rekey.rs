@@ -7,6 +7,7 @@ use crate::base::{Result, size};
 use crate::catalog::VolumeId;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::meter::Meter;
+use crate::cli::slots::AlsoArgs;
 use crate::cli::{Env, output};
 use crate::ops::flatten::Pace;
 use crate::ops::need::Budget;
@@ -38,10 +39,11 @@ To change only the KMS key that wraps the data key, which is done at once, see \
 pub struct RekeyArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
-    /// The KMS key that wraps the new data key, by id, ARN or alias [default: the one that
-    /// wraps the old one].
+    /// The KMS key that wraps the new data key, by id, ARN or alias [default: those that wrap the old one].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    #[command(flatten)]
+    also: AlsoArgs,
     /// Is refused: says why, and what can be done.
     #[arg(long, hide = true)]
     cancel: bool,
@@ -99,8 +101,8 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
     if args.cancel {
         return cancel(env, &store, id);
     }
-    let Rekeyed { new, pause } =
-        rekey::rekey(&store, id, args.key.as_deref(), args.following.budget(&store))?;
+    let (also, budget) = (args.also.wanted(), args.following.budget(&store));
+    let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref(), &also, budget)?;
     say_pause(env, id, pause);
     finish(env, &store, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
 }

@@ -1,16 +1,17 @@
 //! `sealblk volume show`: what a volume is, who has it, and what the next attach would meet.
 
 use crate::base::plural::counted;
-use crate::base::{Error, Kind, Result, size};
+use crate::base::{Result, size};
 use crate::catalog::attach_settings::AttachSettings;
 use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata, VolumeId};
+use crate::cli::slots::{Check, key_json};
 use crate::cli::volume::modify::limit_words;
 use crate::cli::{Env, output, space};
 use crate::host::control;
-use crate::host::status::{Progress, Refusals, Status, UsedKey};
-use crate::kms::{self, KeyState};
+use crate::host::status::{Progress, Refusals, Status};
+use crate::kms::KmsKey;
 use crate::ops::key_sharing::{self, Holder};
 use crate::ops::modify;
 use crate::ops::usage::{self, OfLayer};
@@ -38,8 +39,8 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
     let catalog = env.catalog();
     let metadata = catalog.load(catalog.resolve(&args.volume)?)?;
     let attached = Attached::look(&catalog, &metadata)?;
-    let checks: Option<Vec<Check>> =
-        args.check_key.then(|| metadata.keys().iter().map(|key| Check::make(env, key)).collect());
+    let check = |key: &KeyRecord| key.slots().iter().map(|slot| Check::make(env, &slot.kms_key())).collect();
+    let checks: Option<Vec<Vec<Check>>> = args.check_key.then(|| metadata.keys().iter().map(check).collect());
     let sharing = key_sharing::of(&catalog, &metadata)?;
     let layers = usage::of_layers(&catalog, &metadata.id(), metadata.layers())?;
     if env.json {
@@ -50,15 +51,20 @@ pub(super) fn show(env: &Env, args: &ShowArgs) -> Result<()> {
         for (n, holders) in sharing.iter().enumerate() {
             value["keys"][n]["shared_with"] = shared_json(holders);
         }
-        for (n, check) in checks.iter().flatten().enumerate() {
-            value["keys"][n]["check"] = check.json();
+        for (n, checks) in checks.iter().flatten().enumerate() {
+            // Of the whole data key: that of a KMS key which gives it, if there is one.
+            let best = checks.iter().find(|check| check.is_usable()).or(checks.first());
+            value["keys"][n]["check"] = best.map_or(Value::Null, Check::json);
+            for (m, check) in checks.iter().enumerate() {
+                value["keys"][n]["slots"][m]["check"] = check.json();
+            }
         }
         output::print_json(&value)?;
     } else {
         let rows = rows(env, &metadata, &attached, (&sharing, &layers), checks.as_deref());
         output::print(&output::table(&rows))?;
     }
-    match checks.into_iter().flatten().find_map(|check| check.refusal) {
+    match checks.into_iter().flatten().find_map(Check::refusal_of) {
         Some(e) => Err(e.context(format!("the next attach of {} would be refused", metadata.id()))),
         None => Ok(()),
     }
@@ -69,7 +75,7 @@ fn rows(
     metadata: &Metadata,
     attached: &Attached,
     (sharing, layers): (&[Vec<Holder>], &[OfLayer]),
-    checks: Option<&[Check]>,
+    checks: Option<&[Vec<Check>]>,
 ) -> Vec<Vec<String>> {
     let catalog = &env.catalog();
     let mut rows = vec![
@@ -80,9 +86,15 @@ fn rows(
         pair("encrypted", yes_or_no(metadata.is_encrypted())),
     ];
     for (n, (key, holders)) in metadata.keys().iter().zip(sharing).enumerate() {
-        rows.push(pair("key", format!("{}: {}", key.provider, key.wrapped.key_id)));
+        for (m, slot) in key.slots().iter().enumerate() {
+            let name = if m == 0 { "key" } else { "also" };
+            rows.push(pair(name, format!("{}: {}", slot.provider, slot.wrapped.key_id)));
+            if let Some(check) = checks.and_then(|all| all.get(n)?.get(m)).filter(|_| key.slots().len() > 1) {
+                rows.push(pair("", check.words()));
+            }
+        }
         rows.push(pair("", shared(metadata.top().key == Some(n), holders)));
-        if let Some(check) = checks.and_then(|all| all.get(n)) {
+        if let Some([check]) = checks.and_then(|all| all.get(n)).map(Vec::as_slice) {
             rows.push(pair("", check.words()));
         }
     }
@@ -182,7 +194,7 @@ impl Attached {
                         counted(*requests, "request of the guest's was", "requests of the guest's were");
                     pair("", format!("{said} refused for want of space, the last one at {last}"))
                 }));
-                let used = |key: &UsedKey| {
+                let used = |key: &KmsKey| {
                     pair("", format!("data key unwrapped by {}: {}", key.provider, key.key_id))
                 };
                 rows.extend(status.unwrapped_by.iter().map(used));
@@ -199,8 +211,8 @@ impl Attached {
             return Vec::new();
         }
         let below = metadata.layout().leaving_layers();
-        let mut old: Vec<&str> =
-            below.iter().filter_map(|l| l.key).map(|n| metadata.keys()[n].wrapped.key_id.as_str()).collect();
+        let keys = below.iter().filter_map(|layer| layer.key).map(|n| &metadata.keys()[n]);
+        let mut old: Vec<&str> = keys.map(|key| key.first().wrapped.key_id.as_str()).collect();
         old.dedup();
         let what = match (below.iter().any(|l| l.key != metadata.top().key), old.is_empty()) {
             (false, _) => "in lower layers".to_string(),
@@ -263,7 +275,8 @@ fn next_attach(env: &Env, metadata: &Metadata) -> String {
     }
     let mut asked: Vec<String> = Vec::new();
     for key in metadata.keys() {
-        let name = format!("{}: {}", key.provider, key.wrapped.key_id);
+        let slots = key.slots().iter().map(|slot| format!("{}: {}", slot.provider, slot.wrapped.key_id));
+        let name = slots.collect::<Vec<String>>().join(", or by ");
         if !asked.contains(&name) {
             asked.push(name);
         }
@@ -274,58 +287,6 @@ fn next_attach(env: &Env, metadata: &Metadata) -> String {
     }
 }
 
-/// What the KMS says of a key now.
-struct Check {
-    /// `None` if the KMS could not be asked, or knows no such key.
-    state: Option<KeyState>,
-    reachable: bool,
-    /// Why the next attach would be refused; none if it would not.
-    refusal: Option<Error>,
-}
-
-impl Check {
-    fn make(env: &Env, key: &KeyRecord) -> Self {
-        let arn = &key.wrapped.key_id;
-        let described =
-            kms::open_provider(env.hardened, &env.root, &key.provider).and_then(|kms| kms.describe(arn));
-        let state = described.as_ref().map(|d| d.state).ok();
-        let refusal = match (described, state) {
-            (Err(e), _) => Some(e.with_advice_of(&key.provider, arn)),
-            (_, Some(state)) => state.refusal(arn).map(|e| e.with_advice_of(&key.provider, arn)),
-            (Ok(_), None) => None,
-        };
-        let reachable = refusal.as_ref().is_none_or(|e| e.kind() != Kind::KmsUnavailable);
-        Check { state, reachable, refusal }
-    }
-
-    fn words(&self) -> String {
-        match (&self.refusal, self.state) {
-            (None, _) => "usable now".into(),
-            (Some(e), None) if self.reachable => format!("not usable: {e}"),
-            (Some(e), None) => format!("could not be asked: {e}"),
-            (Some(e), Some(state)) => format!("{}: the next attach will be refused with: {e}", plain(state)),
-        }
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "reachable": self.reachable,
-            "state": self.state.map(KeyState::name),
-            "usable": self.refusal.is_none(),
-            "message": self.refusal.as_ref().map(ToString::to_string),
-        })
-    }
-}
-
-fn plain(state: KeyState) -> &'static str {
-    match state {
-        KeyState::Enabled => "enabled",
-        KeyState::Disabled => "disabled",
-        KeyState::PendingDeletion => "pending deletion",
-        KeyState::PendingImport => "pending import",
-    }
-}
-
 /// A volume in JSON; nothing in it is secret, and the wrapped keys are left out all the same.
 pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Value> {
     let held = catalog.held(metadata.id())?;
@@ -333,11 +294,7 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
         Ok(tags) => (json!(tags), None),
         Err(e) => (Value::Null, Some(e)),
     };
-    let keys: Vec<Value> = metadata
-        .keys()
-        .iter()
-        .map(|key| json!({"provider": key.provider, "key_id": key.wrapped.key_id}))
-        .collect();
+    let keys: Vec<Value> = metadata.keys().iter().map(key_json).collect();
     let layers: Vec<Value> = metadata
         .layers()
         .iter()

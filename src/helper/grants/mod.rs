@@ -12,7 +12,7 @@
 pub mod keeper;
 pub mod notes;
 
-pub use keeper::Keeper;
+pub use keeper::{Granting, Keeper};
 pub use notes::{Note, Notes};
 
 use crate::base::hardened::harden;

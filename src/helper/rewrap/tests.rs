@@ -69,7 +69,7 @@ fn another_data_key_is_no_proof() {
     let fresh = two.one.generate_wrapped("alias/b", Dek::LEN, &two.context).unwrap();
     let check = two.check();
     for check in [Some(&check[..]), None] {
-        let e = two.within("alias/b").prove(&fresh, check).unwrap_err();
+        let e = two.within("alias/b").prove(&fresh, check).unwrap_err().error;
         assert_eq!(e.kind(), Kind::Corrupt);
         assert!(e.to_string().contains("nothing was changed"), "{e}");
     }
@@ -86,11 +86,11 @@ fn what_does_not_unwrap_is_no_proof() {
     *broken.blob.last_mut().unwrap() ^= 1;
     let short = WrappedKey::from(two.one.encrypt("alias/b", &[7; 32], &two.context).unwrap());
     for bad in [foreign, broken, short] {
-        let e = job.prove(&bad, Some(&two.check())).unwrap_err();
+        let e = job.prove(&bad, Some(&two.check())).unwrap_err().error;
         assert!(e.to_string().contains("does not unwrap; the old one stays in place"), "{e}");
     }
     two.one.disable("alias/b").unwrap();
-    let e = job.prove(&good, Some(&two.check())).unwrap_err();
+    let e = job.prove(&good, Some(&two.check())).unwrap_err().error;
     assert_eq!(e.kind(), Kind::KmsRefused);
 }
 
@@ -101,7 +101,7 @@ fn a_refusal_names_the_key_that_it_is_about() {
     two.one.disable("alias/a").unwrap();
     let old = format!("\"sealblk key enable {}\"", two.old.key_id);
     for job in [two.within("alias/b"), two.across("alias/b")] {
-        let e = job.wrap().unwrap_err();
+        let e = job.wrap().unwrap_err().error;
         assert_eq!(e.kind(), Kind::KmsRefused);
         assert!(e.to_string().contains(&old), "{e}");
     }
@@ -110,7 +110,7 @@ fn a_refusal_names_the_key_that_it_is_about() {
         kms.disable("alias/b").unwrap();
     }
     for job in [two.within("alias/b"), two.across("alias/b")] {
-        let e = job.wrap().unwrap_err();
+        let e = job.wrap().unwrap_err().error;
         assert!(e.to_string().contains("\"sealblk key enable alias/b\""), "{e}");
     }
 }

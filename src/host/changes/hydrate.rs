@@ -24,7 +24,8 @@ use crate::helper::grants::Keeper;
 use crate::host::keyring::Keyring;
 use crate::host::keys_held::KeysHeld;
 use crate::host::state::{Record, State};
-use crate::host::status::{Progress, UsedKey};
+use crate::host::status::Progress;
+use crate::kms::KmsKey;
 use crate::volume::layers::{self, Layer};
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,7 +67,7 @@ pub struct Hydrator {
     noting: Mutex<Vec<(SnapshotId, Instant)>>,
     current: Mutex<Option<Current>>,
     /// By which KMS keys the data keys were unwrapped, in the order of the volume's keys.
-    unwrapped_by: Mutex<Vec<UsedKey>>,
+    unwrapped_by: Mutex<Vec<KmsKey>>,
 }
 
 struct Current {
@@ -218,7 +219,7 @@ impl Hydrator {
     }
 
     /// By which KMS keys the volume's data keys were unwrapped, in its order.
-    pub(crate) fn unwrapped_by(&self) -> MutexGuard<'_, Vec<UsedKey>> {
+    pub(crate) fn unwrapped_by(&self) -> MutexGuard<'_, Vec<KmsKey>> {
         self.unwrapped_by.locked()
     }
 
@@ -244,7 +245,7 @@ impl Hydrator {
 
 /// The KMS key under which everything is going to be.
 pub(crate) fn kms_key(volume: &Metadata) -> Option<&str> {
-    volume.top().key.map(|n| volume.keys()[n].wrapped.key_id.as_str())
+    volume.top().key.map(|n| volume.keys()[n].first().wrapped.key_id.as_str())
 }
 
 impl Record {

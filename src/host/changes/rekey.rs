@@ -19,7 +19,6 @@ use crate::crypt::xts::Engine;
 use crate::disk::Disk;
 use crate::host::control::conversation::Conversation;
 use crate::host::state::{Record, State, gone};
-use crate::host::status::UsedKey;
 use crate::volume::kept::Kept;
 use crate::volume::layers;
 use std::sync::Arc;
@@ -60,7 +59,7 @@ impl Record {
         let present = state.metadata.top().key.and_then(|n| kept.get(n));
         let present = present.ok_or_else(|| Error::new(Kind::Usage, "the volume is not encrypted"))?;
         let (shared, record) = (secret.map()?, new.record());
-        let context = passed_for(state.metadata.id(), layer, &record.provider, &record.wrapped);
+        let context = passed_for(state.metadata.id(), layer, record.slots());
         present.pass_key().take(shared.as_slice(), &context)
     }
 
@@ -73,9 +72,12 @@ impl Record {
         client: &mut Conversation<'_>,
     ) -> Result<Duration> {
         self.hydrator.note_new_key(&key.also_of(&state.metadata))?;
-        let kept = Kept::of(&dek, state.metadata.id(), state.metadata.sector_size(), engine)?;
+        // The helper that has passed it on had it from this one.
+        let used = key.record().first().kms_key();
+        let (id, unit) = (state.metadata.id(), state.metadata.sector_size());
+        let kept = Kept::of(&dek, used.clone(), id, unit, engine)?;
         drop(dek);
-        let (seal_key, used) = (kept.seal_key().clone(), UsedKey::of(key.record()));
+        let seal_key = kept.seal_key().clone();
         let cipher = kept.cipher().clone();
         self.hydrator.keyring().add(kept);
         let new = NewTop {

@@ -19,7 +19,7 @@ use crate::catalog::Metadata;
 use crate::catalog::lock::{Held, Purpose};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::rekey::WrittenNewKey;
-use crate::catalog::rewrap::Rewrapped;
+use crate::catalog::rewrap::{Rewrapped, SlotChange};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, LayerId, SnapshotId, VolumeId};
 use crate::host::stats::Stats;
@@ -66,6 +66,7 @@ pub(super) enum Request {
         reserve: u64,
     },
     Rewrap(Box<Rewrapped>),
+    ChangeSlot(Box<SlotChange>),
     Resize {
         size: u64,
     },
@@ -114,6 +115,7 @@ pub(super) enum Answer {
     Stats(Box<Stats>),
     Throttled,
     Rewrapped,
+    SlotChanged,
     Resized(Told),
     LayerMade,
     Held,
@@ -203,6 +205,29 @@ pub fn rewrap(catalog: &Catalog, volume: VolumeId, new: Rewrapped) -> Result<()>
     let expected = catalog.expect(volume, rewrapped)?;
     ask(catalog, volume, &Request::Rewrap(Box::new(new)), None)?;
     expected.settle().map(drop)
+}
+
+/// Has the process that has `volume` attached note that a data key has one slot more, or less. When this
+/// returns, `volume.json` says so, durably.
+///
+/// # Errors
+/// `Unsupported` for a process of an earlier version, which knows one slot alone; those of the process.
+pub fn change_slot(catalog: &Catalog, volume: VolumeId, change: SlotChange) -> Result<()> {
+    let changed = |now: &Metadata| {
+        let mut next = now.clone();
+        next.change_slot(&change).map_or_else(|_| now.clone(), |()| next)
+    };
+    let expected = catalog.expect(volume, changed)?;
+    match ask(catalog, volume, &Request::ChangeSlot(Box::new(change)), None) {
+        Ok(Answer::SlotChanged) => expected.settle().map(drop),
+        Ok(_) => Err(Error::new(Kind::Other, "its answer is to another question")),
+        Err(e) if e.kind() == Kind::Usage && e.to_string().contains("unknown variant") => {
+            let message = "the process that has it attached is of an earlier version, which knows one KMS key for \
+                           each data key; \"sealblk upgrade\" puts this version in its place";
+            Err(Error::new(Kind::Unsupported, message))
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// Has the process that has `volume` attached note its name, or that it has none. When this returns,

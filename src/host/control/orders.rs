@@ -6,7 +6,7 @@ use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::LockFile;
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::rekey::WrittenNewKey;
-use crate::catalog::rewrap::Rewrapped;
+use crate::catalog::rewrap::{Rewrapped, SlotChange};
 use crate::catalog::snapshot::{Label, Wanted};
 use crate::catalog::{LayerId, SnapshotId};
 use crate::crypt::secret_mem::SecretFd;
@@ -22,6 +22,9 @@ use std::time::Duration;
 
 /// Notes a data key that was wrapped anew.
 pub(super) type RewrapOrder = Box<dyn Fn(&Rewrapped) -> Result<()> + Send>;
+
+/// Notes that a data key has one slot more, or less.
+pub(super) type SlotOrder = Box<dyn Fn(&SlotChange) -> Result<()> + Send>;
 
 /// Makes a snapshot, in turns with the client.
 pub(super) type SnapshotOrder = Box<dyn Fn(Wanted, &mut Conversation<'_>) -> Result<Frozen> + Send>;
@@ -74,6 +77,8 @@ pub struct InTurns {
     pub space_reserve: Box<dyn Fn(Reserve) + Send>,
     /// Note how a data key is wrapped now.
     pub rewrap: RewrapOrder,
+    /// Note that a data key has one slot more, or less.
+    pub change_slot: SlotOrder,
     /// Make the volume larger.
     pub resize: ResizeOrder,
     /// Make a snapshot.
@@ -121,6 +126,10 @@ impl InTurns {
             Request::Rewrap(new) => {
                 let done = (self.rewrap)(&new);
                 done.inspect(|()| log::info!("data key {new} is wrapped anew")).map(|()| Answer::Rewrapped)
+            }
+            Request::ChangeSlot(change) => {
+                let done = (self.change_slot)(&change);
+                done.inspect(|()| log::info!("{change}")).map(|()| Answer::SlotChanged)
             }
             Request::Resize { size } => {
                 log::info!("a client makes the volume {size} bytes large");

@@ -41,6 +41,7 @@ use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::host::control::{Answer, MAX_LINE};
 use crate::host::{Endpoint, Options};
+use crate::kms::KmsKey;
 use crate::sandbox::{Identity, Mode};
 use crate::vhost::gate::Said;
 use crate::vhost::queue::qos::Limits;
@@ -89,6 +90,9 @@ pub struct Offer {
     is_name_ours: bool,
     /// How many data keys are in the secret memory.
     data_keys: usize,
+    /// Which KMS keys have given them, in their order, where that is not the first one of each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    unwrapped_by: Vec<KmsKey>,
     /// Which descriptors come with this, after those that always do.
     passes: Passes,
 }

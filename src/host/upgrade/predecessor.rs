@@ -130,7 +130,7 @@ impl Predecessor {
     }
 
     fn offer(&self, secret: SecretFd, link: &Link) -> Result<()> {
-        let (data_keys, top) = {
+        let (data_keys, unwrapped_by, top) = {
             let state = self.record.state();
             let state = state.as_ref().ok_or_else(gone)?;
             let handover = self.handover.upgrade().ok_or_else(gone)?;
@@ -140,7 +140,10 @@ impl Predecessor {
                 return Err(Error::new(Kind::Busy, message));
             }
             let top = state.layers.first().ok_or_else(gone)?;
-            (self.keys.of(&state.metadata)?, top.backing.file().try_clone()?)
+            let used = self.keys.used(&state.metadata);
+            let first = state.metadata.keys().iter().map(|key| key.first().kms_key());
+            let used = if first.eq(used.iter().cloned()) { Vec::new() } else { used };
+            (self.keys.of(&state.metadata)?, used, top.backing.file().try_clone()?)
         };
         if secret.len() < Dek::LEN * data_keys.len() {
             let message =
@@ -176,6 +179,7 @@ impl Predecessor {
             path: self.path.clone(),
             is_name_ours: self.is_name_ours,
             data_keys: data_keys.len(),
+            unwrapped_by,
             passes: Passes {
                 listener: self.listener.is_some(),
                 keeper: self.keeper.socket().is_some(),

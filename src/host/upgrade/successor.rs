@@ -8,6 +8,8 @@ use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::lock::{Holder, LockFile, Purpose};
+use crate::catalog::metadata::KeyRecord;
+use crate::catalog::slots::Unwrapped;
 use crate::catalog::{Catalog, Metadata, VolumeId};
 use crate::config::Settings;
 use crate::crypt::Dek;
@@ -23,6 +25,7 @@ use crate::host::socket::{self, SocketName};
 use crate::host::start::{Place, Sockets, Taken};
 use crate::host::{Attaching, Endpoint, descriptors, run};
 use crate::image::lock::ImageLock;
+use crate::kms::KmsKey;
 use crate::sandbox;
 use crate::vhost::gate::{Gate, Said};
 use crate::vhost::listener::{Inherited, Socket};
@@ -187,9 +190,17 @@ fn serve(
     let lock_file = LockFile::of_holder(&catalog.folder(volume), volume, lock.into()).context(attempt)?;
     let lock = lock_file.of_another(&holder)?;
     let events = EventLog::new(catalog.root(), settings);
-    let give_keys = |_: &Metadata| Ok(deks.into_iter().map(Arc::new).collect());
+    let by = |n: usize, key: &KeyRecord| {
+        let said = offer.unwrapped_by.get(n).filter(|said| key.slot_by(said).is_some());
+        said.cloned().unwrap_or_else(|| key.first().kms_key())
+    };
+    let used: Vec<KmsKey> = metadata.keys().iter().enumerate().map(|(n, key)| by(n, key)).collect();
+    let give_keys = |_: &Metadata| {
+        let unwrapped = deks.into_iter().zip(used.iter().cloned());
+        Ok(unwrapped.map(|(dek, by)| Unwrapped { dek: Arc::new(dek), by }).collect())
+    };
     let (opener, _) = Opener::without(catalog, volume, &options, give_keys).context(attempt)?;
-    let held = KeysHeld::begin(catalog.root(), &metadata)?;
+    let held = KeysHeld::begin(catalog.root(), &metadata, used)?;
     let keeper = keeper.map_or_else(Keeper::default, Keeper::of_another);
     let place = Place::Successor(lock);
     let taken = Taken { place, lock_file, holder, opened: None, opener, metadata, events, keeper, held };

@@ -23,6 +23,8 @@ pub struct Wanted {
     pub size: Option<u64>,
     /// The KMS key, by id, ARN or alias.
     pub key: Option<String>,
+    /// The KMS keys that wrap its data key besides; without, the settings say when it is made.
+    pub also_keys: Option<Vec<String>>,
     /// Its sector size.
     pub sector_size: Option<SectorSize>,
     /// The snapshot that it is made from: its id or its tag Name.
@@ -89,7 +91,7 @@ pub fn parse(text: &str) -> Result<Vec<Wanted>> {
             "has neither a size nor a snapshot"
         } else if volume.own_data_key && (volume.snapshot.is_none() || volume.unencrypted) {
             "has own-data-key, which is of encrypted volumes that are made from a snapshot"
-        } else if volume.unencrypted && volume.key.is_some() {
+        } else if volume.unencrypted && (volume.key.is_some() || volume.also_keys.is_some()) {
             "has a key, and is not to be encrypted"
         } else if let Err(problem) = volume.attach_settings(&AttachSettings::default()).check() {
             return Err(usage(format!("the volume \"{}\": {problem}", volume.name)));

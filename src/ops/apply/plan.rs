@@ -7,6 +7,8 @@ use crate::catalog::metadata::LayerRecord;
 use crate::catalog::tags::Tags;
 use crate::catalog::{Catalog, Metadata, Snapshot, SnapshotId, VolumeId, grow};
 use crate::config::DEFAULT_KEY;
+use crate::kms::KmsKey;
+use crate::ops::also_keys::AlsoKeys;
 use crate::ops::create::{self, NewVolume};
 use crate::ops::need::Budget;
 use crate::ops::{Store, modify, resize};
@@ -122,7 +124,9 @@ impl Look<'_> {
     fn check_key_is_usable(&self) -> Result<()> {
         let key = self.wanted.key.as_deref();
         let name = key.unwrap_or(&self.store.settings().default_key);
-        self.store.key(key)?.check_usable(name == DEFAULT_KEY)
+        self.store.key(key)?.check_usable(name == DEFAULT_KEY)?;
+        let also = self.wanted.also_keys.as_ref().unwrap_or(&self.store.settings().also_keys);
+        also.iter().try_for_each(|name| self.store.key(Some(name))?.check_usable(false))
     }
 
     fn at_existing(&self, there: &Metadata) -> Result<Vec<Change>> {
@@ -170,10 +174,11 @@ impl Look<'_> {
         if wanted.own_data_key {
             self.check_own_data_key(there)?;
         }
-        match &wanted.key {
-            Some(key) => self.check_key(there, key),
-            None => Ok(()),
+        if let Some(key) = &wanted.key {
+            self.check_key(there, key, "rewrap")?;
         }
+        let also = wanted.also_keys.iter().flatten();
+        also.into_iter().try_for_each(|key| self.check_key(there, key, "key add"))
     }
 
     fn check_snapshot(&self, there: &Metadata, reference: &str) -> Result<()> {
@@ -205,18 +210,23 @@ impl Look<'_> {
         ))
     }
 
-    fn check_key(&self, there: &Metadata, name: &str) -> Result<()> {
+    /// Whether this KMS key is one of those that wrap the data key of what the volume writes; `verb` is the
+    /// command that has it do so.
+    fn check_key(&self, there: &Metadata, name: &str, verb: &str) -> Result<()> {
         let named = self.store.key(Some(name))?;
         let key_id = named.describe().map_err(|e| named.advise(e))?.key_id;
-        let top = there.top().key.map(|n| &there.keys()[n]);
-        match top.map(|key| (key.provider.as_str(), &key.wrapped.key_id)) {
-            Some(now) if now == (named.provider_name(), &key_id) => Ok(()),
-            now => refuse(format!(
-                "{} is under the key {}, not {key_id}; \"sealblk volume rewrap\" changes that",
-                there.id(),
-                now.map_or("-", |(_, id)| id)
-            )),
+        let wanted = KmsKey { provider: named.provider_name().into(), key_id };
+        let slots = there.top().key.map_or(&[][..], |n| there.keys()[n].slots());
+        if slots.iter().any(|slot| slot.is_by(&wanted)) {
+            return Ok(());
         }
+        let now: Vec<&str> = slots.iter().map(|slot| slot.wrapped.key_id.as_str()).collect();
+        let now = if now.is_empty() { "-".to_owned() } else { now.join(" and ") };
+        refuse(format!(
+            "{} is under the key {now}, not {}; \"sealblk volume {verb}\" changes that",
+            there.id(),
+            wanted.key_id
+        ))
     }
 }
 
@@ -266,6 +276,7 @@ fn new_volume(wanted: &Wanted, budget: Budget) -> NewVolume {
         size: wanted.size,
         sector_size: wanted.sector_size,
         key: wanted.key.clone(),
+        also: wanted.also_keys.clone().map_or(AlsoKeys::Usual, AlsoKeys::These),
         unencrypted: wanted.unencrypted,
         own_data_key: wanted.own_data_key,
         name: Some(wanted.name.clone()),

@@ -8,24 +8,25 @@ use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::layout::{KeyRecord, LayerRecord, Layout};
+use crate::catalog::slots::Unwrapped;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, SnapshotId};
 use crate::crypt::Dek;
 use crate::kms::Failure;
-use crate::ops::clone::{Keys, is_key_of};
+use crate::ops::clone::is_key_of;
 use crate::ops::keys::WrappingKey;
 use crate::ops::need::{self, Budget};
+use crate::volume::open::{Deks, Unwrap};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// A copy in the making, and the data keys that it takes.
 pub struct Copying {
     copy: Snapshot,
-    source_deks: Vec<Arc<Dek>>,
-    dek: Arc<Dek>,
+    source_deks: Deks,
+    dek: Unwrapped,
     _lock: Flock<File>,
 }
 
@@ -41,17 +42,15 @@ impl Copying {
         source: &Snapshot,
         label: Label,
         key: &WrappingKey<'_>,
-        keys: Keys<'_>,
+        unwrap: Unwrap<'_>,
         budget: Budget,
     ) -> Result<Self, Failure> {
         catalog.check_snapshot(source)?;
-        let unwrap =
-            |of: &Snapshot, key: &KeyRecord| Ok::<_, Failure>(Arc::new((keys.unwrap)(of.key_owner(), key)?));
         let source_deks =
-            source.keys().iter().map(|key| unwrap(source, key)).collect::<Result<Vec<_>, _>>()?;
+            source.keys().iter().map(|key| unwrap(source.key_owner(), key)).collect::<Result<Deks, _>>()?;
         source.verify(&source_deks)?;
         if let Some((copy, lock)) = interrupted(catalog, source, &label, key)? {
-            let dek = unwrap(&copy, &copy.keys()[0])?;
+            let dek = unwrap(copy.key_owner(), &copy.keys()[0])?;
             copy.verify(std::slice::from_ref(&dek))?;
             log::info!("going on with {}, which was interrupted", copy.id());
             let copying = Copying { copy, source_deks, dek, _lock: lock };
@@ -63,8 +62,8 @@ impl Copying {
         budget.check(catalog, need::of_layers(catalog, source.layers(), None)?)?;
         let id = SnapshotId::random();
         let record = key.generate(id)?;
-        let dek = Arc::new((keys.unwrap)(id.into(), &record)?);
-        let copy = Snapshot::under_another_key(source, id, label, record, &dek)?;
+        let dek = unwrap(id.into(), &record)?;
+        let copy = Snapshot::under_another_key(source, id, label, record, &dek.dek)?;
         let lock = note(catalog, &copy)?;
         let copying = Copying { copy, source_deks, dek, _lock: lock };
         copying.make_layer(catalog)?;
@@ -77,7 +76,7 @@ impl Copying {
     }
 
     /// The data keys: of its one layer, and of the source's keys in their order.
-    pub fn deks(&self) -> (&Arc<Dek>, &[Arc<Dek>]) {
+    pub(super) fn deks(&self) -> (&Unwrapped, &[Unwrapped]) {
         (&self.dek, &self.source_deks)
     }
 
@@ -133,7 +132,7 @@ fn interrupted(
         let same = copy.copy_of() == Some(source.id()) && copy.label() == label;
         if same
             && copy.geometry() == source.geometry()
-            && is_key_of(key, &copy)?
+            && is_key_of(key, &copy)?.is_some()
             && let Some(lock) = lock(&path)?
         {
             return Ok(Some((copy, lock)));
@@ -166,7 +165,7 @@ impl Snapshot {
         dek: &Dek,
     ) -> Result<Self> {
         let geometry = source.geometry();
-        let key = KeyRecord { check: Some(dek.check_value()), ..key };
+        let key = key.checked(dek);
         let layers = vec![LayerRecord::new_top(Some(0), geometry.size())];
         let layout = Layout { geometry, keys: vec![key], layers, hydrate: None };
         let mut copy = Snapshot {

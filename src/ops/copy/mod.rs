@@ -8,12 +8,12 @@
 pub mod full;
 
 use super::Store;
+use super::also_keys::{Also, AlsoKeys};
 use super::clone::{Keys, is_key_of, rewrap_all};
 use super::flatten::{Pace, hydrate};
 use super::keys::NamedKey;
 use super::need::Budget;
-use crate::base::{Context, Result, Timestamp};
-use crate::catalog::metadata::encryption_context;
+use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::store_locks::RecordsLock;
 use crate::catalog::{Catalog, SnapshotId};
@@ -22,7 +22,7 @@ use crate::disk::Disk;
 use crate::events::Event;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
-use crate::kms::Failure;
+use crate::kms::{Failure, KmsKey};
 use crate::volume::layers::{self, Layer};
 use crate::volume::open::shape;
 use full::Copying;
@@ -30,21 +30,34 @@ use full::Copying;
 /// How a copy is made.
 pub enum Way {
     /// The copy has the data keys of the original, and its layers.
-    Shared,
+    Shared {
+        /// The KMS key that alone wraps them, if one was named.
+        only: Option<KmsKey>,
+        /// Those that wrap them besides.
+        also: Also,
+    },
     /// Everything is copied under a data key that this KMS key wraps.
     Full(NamedKey),
 }
 
-/// How a copy of `source` is made under the KMS key that `key` names; without one, under those of the source.
+/// How a copy of `source` is made under the KMS key that `key` names; without one, under those of the source;
+/// and in either case under those besides that `also` means.
 ///
 /// # Errors
 /// `Usage` for what names no key; those of the KMS.
-pub fn way(store: &Store, source: &Snapshot, key: Option<&str>) -> Result<Way> {
-    let Some(key) = key else { return Ok(Way::Shared) };
-    let key = store.key(Some(key))?;
+pub fn way(store: &Store, source: &Snapshot, key: Option<&str>, also: &AlsoKeys) -> Result<Way> {
+    let shared = |only: Option<KmsKey>| Ok(Way::Shared { only, also: Also::named(store, also)? });
+    let Some(key) = key else {
+        if matches!(also, AlsoKeys::These(keys) if !keys.is_empty()) && !source.is_encrypted() {
+            let message = format!("{} is not encrypted; name a KMS key for its copy with --key", source.id());
+            return Err(Error::new(Kind::Usage, message));
+        }
+        return shared(None);
+    };
+    let key = store.keys(Some(key), also)?;
     match is_key_of(&key.wrapping(), source).map_err(|failure| failure.error)? {
-        true => Ok(Way::Shared),
-        false => Ok(Way::Full(key)),
+        Some(only) => shared(Some(only)),
+        None => Ok(Way::Full(key)),
     }
 }
 
@@ -65,11 +78,13 @@ pub fn copy(
     let (catalog, started) = (store.catalog(), Timestamp::now());
     let open_provider = |name: &str| store.provider(name);
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
-    let keys = Keys { open_provider: &open_provider, unwrap: &unwrap };
     let (made, is_incremental) = match way {
-        Way::Shared => (make(&catalog, source, label, keys), true),
+        Way::Shared { only, also } => {
+            let keys = Keys { open_provider: &open_provider, unwrap: &unwrap, also };
+            (make(&catalog, source, label, only.as_ref(), keys), true)
+        }
         Way::Full(key) => {
-            let begun = Copying::begin(&catalog, source, label, &key.wrapping(), keys, budget);
+            let begun = Copying::begin(&catalog, source, label, &key.wrapping(), &unwrap, budget);
             (begun.and_then(|begun| finish(&catalog, source, begun, pace, tell)), false)
         }
     };
@@ -114,9 +129,15 @@ fn fill(
     hydrate(disk, pace, tell, &|_| ())
 }
 
-fn make(catalog: &Catalog, source: &Snapshot, label: Label, keys: Keys<'_>) -> Result<Snapshot, Failure> {
+fn make(
+    catalog: &Catalog,
+    source: &Snapshot,
+    label: Label,
+    only: Option<&KmsKey>,
+    keys: Keys<'_>,
+) -> Result<Snapshot, Failure> {
     let id = SnapshotId::random();
-    let mut rewrapped = rewrap_all(source, &encryption_context(id), keys)?;
+    let mut rewrapped = rewrap_all(source, id.into(), only, keys)?;
     for (new, old) in rewrapped.iter_mut().zip(source.keys()) {
         new.check = old.check;
     }

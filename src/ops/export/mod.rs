@@ -23,14 +23,13 @@ use crate::catalog::layout::Layout;
 use crate::catalog::lock::{self, Purpose, VolumeLock};
 use crate::catalog::metadata::{KeyOwner, encryption_context};
 use crate::catalog::{Catalog, SnapshotId, VolumeId};
-use crate::crypt::Dek;
 use crate::disk::Disk;
 use crate::disk::transfer::{self, Transfer};
 use crate::events::Event;
 use crate::image::lock::Access;
-use crate::kms::Failure;
+use crate::kms::{Failure, KmsKey};
 use crate::volume::layers;
-use crate::volume::open::{Opening, Taken, Unwrap, shape};
+use crate::volume::open::{Deks, Opening, Taken, Unwrap, shape};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -181,6 +180,8 @@ impl<'a> Sink<'a> {
 struct Source {
     layout: Layout,
     owner: KeyOwner,
+    /// The KMS keys that have given its data keys.
+    unwrapped_by: Vec<KmsKey>,
     backing: Arc<dyn backing::Backing>,
     disk: Arc<Disk>,
     /// The volume's; a snapshot's layers do not change.
@@ -202,7 +203,7 @@ impl Source {
         };
         let Taken { lock, opened } = store.open_as(lock, Opening::Read, Access::Read)?;
         let layout = opened.metadata.layout().clone();
-        Ok(Self::over(layout, KeyOwner::Volume(id), &opened.layers, Some(lock))?)
+        Ok(Self::over(layout, (KeyOwner::Volume(id), opened.unwrapped_by), &opened.layers, Some(lock))?)
     }
 
     fn snapshot(store: &Store, id: SnapshotId) -> Result<Self, Failure> {
@@ -214,27 +215,28 @@ impl Source {
         let deks = unwrap_all(snapshot.layout(), snapshot.key_owner(), &unwrap)?;
         snapshot.verify(&deks)?;
         let layers = layers::open_all(&catalog, snapshot.layout(), &deks, Access::Read)?;
-        Ok(Self::over(snapshot.layout().clone(), snapshot.key_owner(), &layers, None)?)
+        let unwrapped_by = deks.into_iter().map(|dek| dek.by).collect();
+        Ok(Self::over(snapshot.layout().clone(), (snapshot.key_owner(), unwrapped_by), &layers, None)?)
     }
 
     fn over(
         layout: Layout,
-        owner: KeyOwner,
+        (owner, unwrapped_by): (KeyOwner, Vec<KmsKey>),
         layers: &[layers::Layer],
         lock: Option<VolumeLock>,
     ) -> Result<Self> {
         let chain = layers::chain(layers);
         let backing = chain.backing.clone();
         let disk = Disk::layered(shape(layout.geometry(), true), "", chain).context(|| "open its layers")?;
-        Ok(Source { layout, owner, backing, disk: Arc::new(disk), _lock: lock })
+        Ok(Source { layout, owner, unwrapped_by, backing, disk: Arc::new(disk), _lock: lock })
     }
 
     /// Notes for each data key, durably, what it is going to be used for.
     fn record(&self, catalog: &Catalog, snapshot: Option<SnapshotId>, file: &str) -> Result<()> {
         let log = AuditLog::new(catalog.root())?;
         let context = encryption_context(self.owner);
-        for key in self.layout.keys() {
-            let entry = Entry::dek(Step::Export, context.pairs(), &key.provider, &key.wrapped.key_id);
+        for KmsKey { provider, key_id } in &self.unwrapped_by {
+            let entry = Entry::dek(Step::Export, context.pairs(), provider, key_id);
             let entry = entry.with("file", file);
             let entry = match snapshot {
                 Some(id) => entry.with("snapshotId", id.to_string()),
@@ -329,7 +331,7 @@ fn budget_of(store: &Store, target: Target<'_>, budget: Budget) -> Result<Budget
     Ok(if is_the_store_s { budget } else { Budget { reserve: Reserve::NONE, ..budget } })
 }
 
-fn unwrap_all(layout: &Layout, owner: KeyOwner, unwrap: Unwrap<'_>) -> Result<Vec<Dek>, Failure> {
+fn unwrap_all(layout: &Layout, owner: KeyOwner, unwrap: Unwrap<'_>) -> Result<Deks, Failure> {
     layout.keys().iter().map(|key| unwrap(owner, key)).collect()
 }
 

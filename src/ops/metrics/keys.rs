@@ -1,12 +1,15 @@
 //! The metrics of KMS keys: what "sealblk watch" has heard of those that volumes need. Nobody is asked here.
 
+use crate::catalog::metadata::KeyRecord;
+use crate::catalog::slots::KeySlot;
+use crate::kms::KmsKey;
 use crate::ops::metrics::text::{Text, Type};
 use crate::ops::observe::Observed;
-use crate::ops::watch::{Health, KeyName, Known};
+use crate::ops::watch::{Health, Known, Outlook};
 use std::collections::BTreeMap;
 
 /// Writes all of them; nothing where "sealblk watch" has never run.
-pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KeyName, Known>) {
+pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KmsKey, Known>) {
     if known.is_empty() {
         return;
     }
@@ -18,11 +21,8 @@ pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KeyN
     for it in volumes {
         let Ok(metadata) = &it.entry.metadata else { continue };
         let id = metadata.id().to_string();
-        let mut keys: Vec<KeyName> = metadata
-            .keys()
-            .iter()
-            .map(|key| KeyName { provider: key.provider.clone(), key_id: key.wrapped.key_id.clone() })
-            .collect();
+        let slots = metadata.keys().iter().flat_map(KeyRecord::slots);
+        let mut keys: Vec<KmsKey> = slots.map(KeySlot::kms_key).collect();
         keys.sort();
         keys.dedup();
         // Of one that was not reached, nothing is known.
@@ -34,6 +34,21 @@ pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KeyN
                 ("provider", &*key.provider),
                 ("key_id", &*key.key_id),
             ];
+            text.sample(&labels, u8::from(state == Health::Usable));
+        }
+    }
+    text.family(
+        "sealblk_volume_attachable",
+        Type::Gauge,
+        "Whether a KMS would let the next attach have each of the volume's data keys, by one KMS key or another.",
+    );
+    for it in volumes {
+        let Ok(metadata) = &it.entry.metadata else { continue };
+        let outlook = Outlook::of(metadata.keys(), known);
+        let worst = outlook.and_then(|outlook| outlook.worst).filter(|state| *state != Health::Unreachable);
+        if let Some(state) = worst {
+            let id = metadata.id().to_string();
+            let labels = [("volume", &*id), ("name", it.entry.name().unwrap_or(""))];
             text.sample(&labels, u8::from(state == Health::Usable));
         }
     }
@@ -61,6 +76,6 @@ pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KeyN
     }
 }
 
-fn labels(key: &KeyName) -> [(&str, &str); 2] {
+fn labels(key: &KmsKey) -> [(&str, &str); 2] {
     [("provider", &key.provider), ("key_id", &key.key_id)]
 }

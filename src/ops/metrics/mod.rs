@@ -19,11 +19,12 @@ use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
 use crate::config::Settings;
 use crate::events::deliver;
+use crate::kms::KmsKey;
 use crate::kms::embedded::Embedded;
 use crate::ops::Store;
 use crate::ops::observe::{Observed, Observer};
 use crate::ops::usage::Overview;
-use crate::ops::watch::{self, KeyName, Known};
+use crate::ops::watch::{self, Known};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -52,7 +53,7 @@ struct Gathered {
     overview: Overview,
     has_root_key: Option<bool>,
     sinks: Vec<(String, deliver::Behind)>,
-    keys: BTreeMap<KeyName, Known>,
+    keys: BTreeMap<KmsKey, Known>,
 }
 
 impl Metrics {

@@ -426,7 +426,11 @@ fn a_clone_with_its_own_data_key_is_attached_by_one_grant() {
     let volume = || catalog.load(catalog.resolve("c").expect("find it")).expect("read it");
     let made = volume();
     assert_eq!((made.keys().len(), made.layout().hydrate()), (2, None));
-    assert!(made.keys().iter().all(|key| key.provider == "aws" && key.wrapped.key_id == site.place.key()));
+    assert!(
+        made.keys()
+            .iter()
+            .all(|key| key.first().provider == "aws" && key.first().wrapped.key_id == site.place.key())
+    );
     let host = store.attach("c", &[]);
     assert_eq!(grants(&site).len(), 1);
     assert!(volume().is_sealed());

@@ -8,4 +8,5 @@ mod grants;
 mod provider;
 mod refusals;
 mod site;
+mod slots;
 mod waiting;

@@ -21,9 +21,9 @@ fn a_volume_lives_under_a_key_of_a_kms_elsewhere() {
     let place = &site.place;
     place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "o", "--key", "aws:alias/disks"]);
     let metadata = place.metadata();
-    assert_eq!((metadata.keys()[0].provider.as_str(), place.key()), ("aws", site.key.clone()));
+    assert_eq!((metadata.keys()[0].first().provider.as_str(), place.key()), ("aws", site.key.clone()));
     let other = place.catalog().load(place.catalog().resolve("o").unwrap()).unwrap();
-    assert_eq!(other.keys()[0].wrapped.key_id, site.key, "the ARN, not the alias");
+    assert_eq!(other.keys()[0].first().wrapped.key_id, site.key, "the ARN, not the alias");
     assert!(!place.store.root().join("kms").exists(), "the host has no KMS of its own");
 
     let host = place.attach(&[]);
