@@ -5,7 +5,6 @@
 use crate::base::{Error, Result};
 use crate::cli::{Env, output};
 use crate::config::{self, DEFAULT_KEY, Settings, edit, moving};
-use crate::kms::KeyRef;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
@@ -126,9 +125,10 @@ fn move_old(env: &Env, args: &Move) -> Result<()> {
 /// first use may mean none yet.
 fn check(env: &Env, key: &str) -> Result<()> {
     let unchanged = |e: Error| e.context(format!("make {key} the default key"));
-    let reference = KeyRef::of_operator(key, &env.settings()?.locality).map_err(unchanged)?;
+    let store = env.store()?;
+    let reference = store.reference(key).map_err(unchanged)?;
     let is_default = reference.key == DEFAULT_KEY;
-    env.store()?.key_of(reference)?.check_usable(is_default).map_err(unchanged)
+    store.key_of(reference)?.check_usable(is_default).map_err(unchanged)
 }
 
 fn show(env: &Env, settings: &Settings) -> Result<()> {

@@ -30,6 +30,8 @@ enum Rule {
     Place(&'static str, String),
     /// One, or what an alias means.
     Key(KeyRef),
+    /// The one of this ARN, whichever KMS has it: there are no two.
+    Arn(String),
 }
 
 impl Rules {
@@ -67,6 +69,8 @@ impl Rule {
                 let prefix = any.key.strip_suffix(&nil).unwrap_or_default().to_owned();
                 Rule::Place(any.provider.as_str(), prefix)
             }
+            // Whose it is does not matter: no two KMSs have keys of one id.
+            Entry::Key(text) if is_key_arn(text) => Rule::Arn(text.clone()),
             Entry::Key(text) => Rule::Key(KeyRef::parse(text, here)?),
         })
     }
@@ -126,6 +130,7 @@ impl Allowed {
         self.rules.iter().any(|rule| match rule {
             Rule::Provider(name) => name == self.inner.name(),
             Rule::Place(name, prefix) => *name == self.inner.name() && key.starts_with(prefix.as_str()),
+            Rule::Arn(arn) => arn == key,
             Rule::Key(named) => self.is_here(named) && self.plain(&named.key) == key,
         })
     }

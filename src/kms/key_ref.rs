@@ -169,9 +169,23 @@ impl KeyRef {
     ///
     /// An ARN with another region or account than `here` means AWS; one of this place is a key of the
     /// embedded KMS, unless the settings have given that the account of somebody at AWS: then it has
-    /// to be said which. For the embedded KMS the key's form is checked; AWS checks its own. Fails
-    /// with NotFound or Validation.
+    /// to be said which, or looked up ([`KeyRef::parse_by`]). For the embedded KMS the key's form is
+    /// checked; AWS checks its own. Fails with NotFound or Validation.
     pub fn parse(text: &str, here: &Locality) -> Result<Self, KmsError> {
+        Self::parse_by(text, here, |_| Ok(None))
+    }
+
+    /// As [`KeyRef::parse`]. Where the ARN of a key has the place of both the embedded KMS and an account at AWS,
+    /// `has` tells whether the embedded KMS has a key of this id: ids are random, and so nobody else's. If it has
+    /// not, the key is AWS's. Where it returns nothing, nobody knows.
+    ///
+    /// # Errors
+    /// As [`KeyRef::parse`]; what `has` says.
+    pub fn parse_by(
+        text: &str,
+        here: &Locality,
+        has: impl FnOnce(Uuid) -> Result<Option<bool>, KmsError>,
+    ) -> Result<Self, KmsError> {
         if let Some(key) = text.strip_prefix("aws:") {
             return KeyRef::aws(key);
         }
@@ -185,6 +199,19 @@ impl KeyRef {
             }
             // Whoever makes the account theirs has keys of both kinds with such ARNs.
             Some(_) if !prefixed && here.account != Locality::default().account => {
+                let known = match here.parse(key) {
+                    Ok(KeyName::Id(id)) => has(id)?,
+                    // What an alias is called, both can have chosen. A key of several regions is AWS's.
+                    Ok(KeyName::Alias(_)) => None,
+                    Err(_) => return KeyRef::aws(key),
+                };
+                match known {
+                    Some(true) => {
+                        return Ok(KeyRef { provider: ProviderName::Embedded, key: key.to_owned() });
+                    }
+                    Some(false) => return KeyRef::aws(key),
+                    None => {}
+                }
                 Err(KmsError::Validation(format!(
                     "{key} can be a key of AWS KMS, or one of the embedded KMS, which the settings (account, \
                      region) have given the same place: write \"aws:{key}\" or \"embedded:{key}\""
@@ -203,7 +230,7 @@ impl KeyRef {
     /// # Errors
     /// NotFound or Usage.
     pub fn of_operator(text: &str, here: &Locality) -> Result<Self, Error> {
-        Self::parse(text, here).map_err(|e| e.with_advice_of(ProviderName::Embedded.as_str(), text))
+        Self::parse(text, here).map_err(|e| advised(e, text))
     }
 
     /// The key `key` of the provider of that name; `None` if this version has no such provider.
@@ -211,6 +238,18 @@ impl KeyRef {
         let all = [ProviderName::Embedded, ProviderName::Aws];
         let provider = all.into_iter().find(|provider| provider.as_str() == name)?;
         Some(KeyRef { provider, key: key.to_owned() })
+    }
+
+    /// As [`KeyRef::parse_by`], with what to do for the operator who wrote it.
+    ///
+    /// # Errors
+    /// As [`KeyRef::of_operator`].
+    pub fn of_operator_by(
+        text: &str,
+        here: &Locality,
+        has: impl FnOnce(Uuid) -> Result<Option<bool>, KmsError>,
+    ) -> Result<Self, Error> {
+        Self::parse_by(text, here, has).map_err(|e| advised(e, text))
     }
 
     fn aws(key: &str) -> Result<Self, KmsError> {
@@ -221,6 +260,10 @@ impl KeyRef {
         }
         Ok(KeyRef { provider: ProviderName::Aws, key: key.to_owned() })
     }
+}
+
+fn advised(e: KmsError, text: &str) -> Error {
+    e.with_advice_of(ProviderName::Embedded.as_str(), text)
 }
 
 impl fmt::Display for KeyRef {
@@ -265,6 +308,36 @@ mod tests {
         assert_eq!(parse("aws:alias/x").unwrap().provider, ProviderName::Aws);
         assert!(matches!(parse("aws:"), Err(KmsError::Validation(_))));
         assert!(matches!(parse("aws:a b"), Err(KmsError::Validation(_))));
+    }
+
+    #[test]
+    fn an_arn_that_both_could_have_is_whose_key_it_is() {
+        let here = Locality { region: "eu-west-1".into(), account: "111122223333".into() };
+        let arn = format!("arn:aws:kms:eu-west-1:111122223333:key/{ID}");
+        let by = |text: &str, known: Option<bool>| KeyRef::parse_by(text, &here, |_| Ok(known));
+        assert_eq!(by(&arn, Some(true)).unwrap().provider, ProviderName::Embedded);
+        assert_eq!(by(&arn, Some(false)).unwrap().provider, ProviderName::Aws);
+        let alias = "arn:aws:kms:eu-west-1:111122223333:alias/x";
+        for (text, known) in [(&*arn, None), (alias, None), (alias, Some(true)), (alias, Some(false))] {
+            let e = by(text, known).unwrap_err();
+            assert!(
+                matches!(&e, KmsError::Validation(words) if words.contains("write \"aws:")),
+                "{text}: {e}"
+            );
+        }
+        let multi = "arn:aws:kms:eu-west-1:111122223333:key/mrk-1234abcd12ab44cd92ef1234567890ab";
+        assert_eq!(by(multi, None).unwrap().provider, ProviderName::Aws);
+        for prefixed in ["aws", "embedded"] {
+            assert_eq!(
+                by(&format!("{prefixed}:{arn}"), Some(prefixed == "aws")).unwrap().provider.as_str(),
+                prefixed
+            );
+        }
+        // Without an account of one's own there is nobody at AWS who could have it.
+        let nobody = |_| -> Result<Option<bool>, KmsError> { unreachable!("nobody is asked") };
+        let default = format!("arn:aws:kms:us-east-1:000000000000:key/{ID}");
+        let reference = KeyRef::parse_by(&default, &Locality::default(), nobody).unwrap();
+        assert_eq!(reference.provider, ProviderName::Embedded);
     }
 
     #[test]

@@ -46,8 +46,7 @@ impl Also {
             AlsoKeys::Usual => (&store.settings().also_keys, From::Settings),
             AlsoKeys::These(names) => (names, From::Command),
         };
-        let parse = |name: &String| KeyRef::of_operator(name, &store.settings().locality);
-        let keys = names.iter().map(parse).collect::<Result<Vec<_>>>();
+        let keys = names.iter().map(|name| store.reference(name)).collect::<Result<Vec<_>>>();
         let keys = keys.context(|| match from {
             From::Settings => format!("also-keys in {}", shown_file().display()),
             From::Command | From::Record => "--also-key".to_owned(),

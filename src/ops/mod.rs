@@ -67,12 +67,14 @@ use crate::config::Settings;
 use crate::events::EventLog;
 use crate::helper::unwrap;
 use crate::image::lock::Access;
+use crate::kms::embedded::Embedded;
 use crate::kms::key_ref::ProviderName;
 use crate::kms::patience::Patience;
 use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError, KmsKey, order};
 use crate::volume::open::{Opening, Taken};
 use also_keys::{Also, AlsoKeys};
 use keys::NamedKey;
+use uuid::Uuid;
 
 /// A store, as the use cases see it: where it lies, its settings, and the proof that this
 /// process may see keys.
@@ -121,9 +123,28 @@ impl Store {
     /// # Errors
     /// `Usage` for what names no key; those of its KMS.
     pub fn key(&self, reference: Option<&str>) -> Result<NamedKey> {
-        let text = reference.unwrap_or(&self.settings.default_key);
-        let reference = KeyRef::of_operator(text, &self.settings.locality)?;
-        self.key_of(reference)
+        self.key_of(self.reference(reference.unwrap_or(&self.settings.default_key))?)
+    }
+
+    /// Which KMS's key `text` means. An ARN whose place both the embedded KMS and an account at AWS have, since
+    /// the settings say so, is the embedded KMS's if that has a key of this id, and else AWS's.
+    ///
+    /// # Errors
+    /// `Usage` for what names no key, and for the ARN of an alias that both could have; those of the embedded
+    /// KMS, where it is to be looked into.
+    pub fn reference(&self, text: &str) -> Result<KeyRef> {
+        let has = |id: Uuid| {
+            keys::check_kms_is_there(&self.root)?;
+            if !Embedded::is_at(&self.root) {
+                return Ok(Some(false));
+            }
+            match self.provider(ProviderName::Embedded.as_str())?.describe(&id.to_string()) {
+                Ok(_) => Ok(Some(true)),
+                Err(KmsError::NotFound(_) | KmsError::NotAllowed(_)) => Ok(Some(false)),
+                Err(e) => Err(e),
+            }
+        };
+        KeyRef::of_operator_by(text, &self.settings.locality, has)
     }
 
     /// The KMS keys that a new data key is made and wrapped by: the one that `reference` names, without one the

@@ -44,8 +44,7 @@ impl Wish {
     /// # Errors
     /// `Usage` for what names no key; those of the KMS.
     pub fn new(store: &Store, to: Option<&str>, from: Option<&str>) -> Result<Self> {
-        let locality = &store.settings().locality;
-        let parse = |text: &str| KeyRef::of_operator(text, locality);
+        let parse = |text: &str| store.reference(text);
         let canonical = |key: KeyRef| {
             let key = store.key_of(key)?;
             let described = key.describe().map_err(|e| key.advise(e))?;

@@ -165,7 +165,7 @@ fn note(catalog: &Catalog, lock: &VolumeLock, change: &SlotChange) -> Result<()>
 /// The KMS keys of these names, each as its KMS takes it, and as records have it.
 fn parse(store: &Store, names: &[String]) -> Result<Vec<(KeyRef, KmsKey)>> {
     let parse = |name: &String| {
-        let reference = KeyRef::of_operator(name, &store.settings().locality)?;
+        let reference = store.reference(name)?;
         let key = store.key_of(reference.clone())?;
         let described = key.describe().map_err(|e| key.advise(e))?;
         Ok((reference, KmsKey { provider: key.provider_name().into(), key_id: described.key_id }))
@@ -182,7 +182,7 @@ fn wanted(store: &Store, whose: Whose, names: &[String]) -> Result<Vec<KmsKey>> 
         Whose::Snapshot(id) => catalog.load_snapshot(id)?.keys().to_vec(),
     };
     let wanted = |name: &String| {
-        let reference = KeyRef::of_operator(name, &store.settings().locality)?;
+        let reference = store.reference(name)?;
         let named = KmsKey { provider: reference.provider.as_str().into(), key_id: reference.key };
         let slots = || keys.iter().flat_map(KeyRecord::slots);
         match slots().find(|slot| slot.is_by(&named)) {

@@ -1,10 +1,11 @@
 //! Credentials, regions and endpoints are found where users of AWS are used to put them.
 
-use crate::aws::faults::{Answer, Faults, Seen, exception};
+use crate::aws::faults::{Answer, Faults, Seen, exception, nobody};
 use crate::aws::site::Site;
 use crate::common::kms_server::{self, KmsServer, Variables, environment};
 use crate::common::store::{Store, said};
 use crate::suite::Admin;
+use serde_json::Value;
 use std::fs;
 use std::process::Output;
 
@@ -306,4 +307,44 @@ fn a_kms_is_asked_for_a_data_key_only_by_a_key_that_the_settings_allow() {
     site.place.store.configure("kms-patience = 0\nkms-keys = ['aws:alias/none']\n");
     site.place.refuse(5, &[]);
     assert_eq!(targets(&kms), ["describekey"]);
+}
+
+/// Where the settings give the embedded KMS the place of an account at AWS: an ARN is whose key it is.
+#[test]
+fn an_arn_of_ones_own_account_is_aws_s_unless_the_embedded_kms_has_the_key() {
+    let store = Store::new();
+    let place = "region = 'eu-west-1'\naccount = '111122223333'\nkms-patience = 0\n";
+    store.configure(place);
+    // Who asks AWS has no credentials, and so hears that before anything else.
+    store.set_environment(environment(&nobody()));
+    let asked_aws = "there are no AWS credentials";
+    let made: Value =
+        serde_json::from_str(&store.ok(&["key", "create", "--alias", "alias/x", "--json"])).unwrap();
+    let own = made["arn"].as_str().unwrap().to_owned();
+    assert!(own.starts_with("arn:aws:kms:eu-west-1:111122223333:key/"), "{own}");
+    let theirs = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-44cd-92ef-1234567890ab";
+    let alias = "arn:aws:kms:eu-west-1:111122223333:alias/x";
+    let create = |key: &str| store.run(&["volume", "create", "--size", "1MiB", "--key", key]);
+    let made = create(&own);
+    assert!(made.status.success(), "{}", said(&made));
+    for (key, code, words) in [
+        (theirs, 5, asked_aws),
+        (&*format!("aws:{own}"), 5, asked_aws),
+        (&format!("embedded:{theirs}"), 3, "does not exist"),
+        (alias, 2, "write \"aws:"),
+    ] {
+        let output = create(key);
+        assert_eq!(output.status.code(), Some(code), "{key}: {}", said(&output));
+        assert!(said(&output).contains(words), "{key}: {}", said(&output));
+    }
+    // In the list of keys that may be asked, too.
+    store.configure(&format!("{place}kms-keys = ['{theirs}', '{own}']"));
+    assert!(create(&own).status.success());
+    assert!(said(&create(theirs)).contains(asked_aws));
+    store.configure(&format!("{place}kms-keys = ['{theirs}']"));
+    for key in [&own, "alias/x"] {
+        let output = create(key);
+        assert_eq!(output.status.code(), Some(5), "{key}: {}", said(&output));
+        assert!(said(&output).contains("is not one of the kms-keys"), "{key}: {}", said(&output));
+    }
 }
