@@ -240,10 +240,12 @@ impl Proof {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::VolumeId;
     use crate::catalog::id::LayerId;
     use crate::catalog::metadata::KeyRecord;
     use crate::catalog::slots::KeySlot;
+    use crate::catalog::snapshot::Label;
+    use crate::catalog::tags::Tags;
+    use crate::catalog::{SnapshotId, VolumeId};
     use crate::kms::WrappedKey;
 
     fn dek(first: u8) -> Dek {
@@ -384,5 +386,31 @@ mod tests {
         read.reseal(key.as_ref());
         assert_eq!(read.seal_version, SealVersion::V2);
         assert_eq!(read.verify(&[dek(0)]).unwrap(), Seal::Sealed);
+    }
+
+    #[test]
+    fn what_is_sealed_later_must_have_no_data_either() {
+        let mut m = new(Some(key()));
+        let seal_key = m.seal_key(&[dek(0)]).unwrap().unwrap();
+        let checks = [dek(0).check_value()];
+        let refused = m.seal_later(&checks, &seal_key, || Ok(true)).unwrap_err();
+        assert_eq!((refused.kind(), m.is_sealed()), (Kind::Corrupt, false));
+        m.seal_later(&checks, &seal_key, || Ok(false)).unwrap();
+        m.verify_again(Some(&seal_key)).unwrap();
+        assert_eq!(m.verify(&[dek(0)]).unwrap(), Seal::Sealed);
+    }
+
+    #[test]
+    fn a_snapshot_s_record_that_was_edited_or_unwraps_to_another_key_is_refused() {
+        let volume = sealed();
+        let seal_key = volume.seal_key(&[dek(0)]).unwrap();
+        let label = Label::new(String::new(), Tags::default()).unwrap();
+        let snapshot = Snapshot::of(&volume, SnapshotId::random(), label, seal_key.as_ref());
+        snapshot.verify(&[dek(0)]).unwrap();
+        assert_eq!(snapshot.verify(&[dek(1)]).unwrap_err().kind(), Kind::Corrupt);
+        let text = String::from_utf8(snapshot.to_json()).unwrap();
+        let edited = text.replace(&volume.top().id.to_string(), &LayerId::random().to_string());
+        let edited = Snapshot::from_json(edited.as_bytes()).unwrap();
+        assert_eq!(edited.verify(&[dek(0)]).unwrap_err().kind(), Kind::Corrupt);
     }
 }
