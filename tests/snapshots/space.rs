@@ -11,7 +11,9 @@ use crate::common::store::said;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
+use std::process::Stdio;
 
 const SIZE: usize = 8 << 20;
 
@@ -359,4 +361,23 @@ fn whatever_is_made_and_deleted_everything_keeps_what_it_holds() {
         }
         model.check();
     }
+}
+
+/// What of it only this snapshot showed may be given back before it is read.
+#[test]
+fn a_snapshot_that_is_deleted_while_it_is_exported_is_not_taken_for_whole() {
+    let rig = Rig::new(&[]);
+    let id = rig.id(&["snapshot", "create", "t"]);
+    let mut command = rig.place.store.command();
+    command.args(["snapshot", "export", &id, "-"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("start sealblk");
+    let mut out = child.stdout.take().expect("piped");
+    // The pipe takes a part, and the rest waits.
+    out.read_exact(&mut [0; 4096]).expect("it has begun");
+    rig.place.store.ok(&["snapshot", "delete", &id]);
+    std::io::copy(&mut out, &mut std::io::sink()).expect("read to the end");
+    let mut said = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut said).expect("UTF-8");
+    assert_eq!(child.wait().expect("it ends").code(), Some(3), "{said}");
+    assert!(said.contains(&format!("there is no snapshot {id}")), "{said}");
 }

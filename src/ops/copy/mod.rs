@@ -102,6 +102,8 @@ fn finish(
     tell: &mut dyn FnMut(&Progress),
 ) -> Result<Snapshot, Failure> {
     fill(catalog, source, &copying, pace, tell)?;
+    // Of one that was deleted meanwhile, a part may have been given back before it was read.
+    catalog.load_snapshot(source.id())?;
     Ok(copying.commit(catalog)?)
 }
 

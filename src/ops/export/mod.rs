@@ -184,8 +184,9 @@ struct Source {
     unwrapped_by: Vec<KmsKey>,
     backing: Arc<dyn backing::Backing>,
     disk: Arc<Disk>,
-    /// The volume's; a snapshot's layers do not change.
+    /// The volume's; a snapshot's layers do not change as long as its record is there.
     _lock: Option<VolumeLock>,
+    snapshot: Option<(Catalog, SnapshotId)>,
 }
 
 impl Source {
@@ -216,7 +217,9 @@ impl Source {
         snapshot.verify(&deks)?;
         let layers = layers::open_all(&catalog, snapshot.layout(), &deks, Access::Read)?;
         let unwrapped_by = deks.into_iter().map(|dek| dek.by).collect();
-        Ok(Self::over(snapshot.layout().clone(), (snapshot.key_owner(), unwrapped_by), &layers, None)?)
+        let keys = (snapshot.key_owner(), unwrapped_by);
+        let source = Self::over(snapshot.layout().clone(), keys, &layers, None)?;
+        Ok(Source { snapshot: Some((catalog, id)), ..source })
     }
 
     fn over(
@@ -228,7 +231,7 @@ impl Source {
         let chain = layers::chain(layers);
         let backing = chain.backing.clone();
         let disk = Disk::layered(shape(layout.geometry(), true), "", chain).context(|| "open its layers")?;
-        Ok(Source { layout, owner, unwrapped_by, backing, disk: Arc::new(disk), _lock: lock })
+        Ok(Source { layout, owner, unwrapped_by, backing, disk: Arc::new(disk), _lock: lock, snapshot: None })
     }
 
     /// Notes for each data key, durably, what it is going to be used for.
@@ -271,7 +274,17 @@ impl Source {
                 .into_iter()
                 .try_for_each(|(start, len)| file.write(at + start as u64, &chunk[start..start + len]))
         })?;
+        self.check_still_there()?;
         file.finish()
+    }
+
+    /// Of a snapshot that was deleted meanwhile, a part may have been given back before it was read.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    fn check_still_there(&self) -> Result<()> {
+        let Some((catalog, id)) = &self.snapshot else { return Ok(()) };
+        catalog.load_snapshot(*id).map(drop)
     }
 
     fn copy_whole(&self, out: &mut dyn Whole, watch: Watch<'_>) -> Result<()> {
@@ -307,6 +320,7 @@ impl Source {
             at = end;
         }
         watch(size, size)?;
+        self.check_still_there()?;
         out.finish()
     }
 
