@@ -5,13 +5,15 @@
 //!
 //! | room | what is in it | it uses |
 //! |---|---|---|
-//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `image` `kms` `ops` `sandbox` `vhost` |
-//! | `ops` | the use cases, one file a verb | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `vhost` `virtio` `volume` |
+//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `image` `kms` `ops` `place` `sandbox` `vhost` |
+//! | `ops` | the use cases, one file a verb | `audit` `backing` `backup` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `place` `sandbox` `vhost` `virtio` `volume` |
 //! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
-//! | `helper` | processes that talk to a KMS for another: unwrap, rewrap, the keeper of grants | `audit` `base` `catalog` `config` `crypt` `kms` |
+//! | `helper` | processes that talk to a KMS or to a place outside for another: unwrap, rewrap, the keeper of grants, the carrier | `audit` `base` `catalog` `config` `crypt` `kms` `place` `sandbox` |
+//! | `backup` | a snapshot as it lies in a place outside: manifests, pages and blocks, and what this host knows of them | `base` `catalog` `crypt` `place` |
 //! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
 //! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `image` `kms` |
+//! | `place` | places outside for ciphertext: folders and object stores | `base` `kms` |
 //! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` |
 //! | `audit` | the log of every use of a key | `base` `crypt` |
 //! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `base` `disk` `virtio` |
@@ -28,6 +30,7 @@
 
 pub mod audit;
 pub mod backing;
+pub mod backup;
 pub mod base;
 pub mod catalog;
 pub mod cli;
@@ -40,6 +43,7 @@ pub mod host;
 pub mod image;
 pub mod kms;
 pub mod ops;
+pub mod place;
 pub mod sandbox;
 pub mod vhost;
 pub mod virtio;

@@ -43,6 +43,22 @@ impl Timestamp {
         Timestamp(then.unwrap_or(PrimitiveDateTime::MIN).max(datetime!(0000-01-01 0:00)))
     }
 
+    /// Which day it is, counted from one that does not matter.
+    pub(crate) fn day_number(self) -> u32 {
+        self.0.date().to_julian_day().unsigned_abs()
+    }
+
+    /// Which week it is, counted from one that does not matter. Weeks begin on Mondays.
+    pub(crate) fn week_number(self) -> u32 {
+        // Julian day 0 was a Monday.
+        self.day_number() / 7
+    }
+
+    /// The year, and the month, 1 to 12.
+    pub(crate) fn month(self) -> (i32, u32) {
+        (self.0.year(), u32::from(u8::from(self.0.month())))
+    }
+
     /// How long ago that was by the clock; nothing for what is to come.
     pub fn age(self) -> Duration {
         let Timestamp(now) = Timestamp::now();

@@ -202,6 +202,8 @@ enum HelperCommand {
     Unwrap,
     /// Wrap a data key anew for the process that started this one.
     RewrapKey,
+    /// Bring ciphertext to a place outside, and back, for the process that started this one.
+    Carry,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
     KeepGrants,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
@@ -227,6 +229,7 @@ impl Task {
             Task::User(command) => command.run(env),
             Task::Helper(HelperCommand::Unwrap) => attach::unwrap(env),
             Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
+            Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }

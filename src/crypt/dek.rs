@@ -108,6 +108,21 @@ impl Dek {
         Ok(PassKey(Arc::new(key)))
     }
 
+    /// Writes into `out` what [`BackupKeys`] of the volume `volume_id` are made of.
+    ///
+    /// # Panics
+    /// Unless `out` has [`BackupKeys::LEN`] bytes.
+    pub fn write_backup_keys(&self, volume_id: &str, out: &mut [u8]) {
+        assert_eq!(out.len(), BackupKeys::LEN, "room for three keys");
+        on_scrubbed_stack(|| {
+            let (names, rest) = out.split_at_mut(BackupKeys::KEY);
+            let (manifests, seal) = rest.split_at_mut(BackupKeys::KEY);
+            expand(self.bytes(), None, BackupKeys::NAMES, names);
+            expand(self.bytes(), None, BackupKeys::MANIFESTS, manifests);
+            expand(self.bytes(), Some(volume_id.as_bytes()), SealKey::INFO, seal);
+        });
+    }
+
     /// The key itself, data key ‖ tweak key. For tests that decrypt a layer with other software, and for a
     /// user who takes his data elsewhere; the program itself has no use for it.
     pub fn expose(&self) -> &[u8; Self::LEN] {
@@ -138,6 +153,51 @@ impl SealKey {
         let mut tag = [0; 32];
         on_scrubbed_stack(|| tag = hmac(self.0.as_slice(), message));
         tag
+    }
+}
+
+/// What is derived from a data key for those who carry ciphertext to another place and back: the key of the
+/// names of objects, that of the MAC over manifests, and that of the volume's seal. They open no data, and
+/// nothing of the data key follows from them.
+pub struct BackupKeys(SecretMem);
+
+impl BackupKeys {
+    const KEY: usize = 32;
+    /// Length in bytes.
+    pub const LEN: usize = 3 * Self::KEY;
+    const NAMES: &[u8] = b"sealblk backup names v1";
+    const MANIFESTS: &[u8] = b"sealblk backup manifests v1";
+
+    /// Takes the keys that `mem` holds, as [`Dek::write_backup_keys`] wrote them.
+    ///
+    /// # Errors
+    /// `Corrupt` for another length.
+    pub fn from_secret(mem: SecretMem) -> Result<Self> {
+        match mem.len() == Self::LEN {
+            true => Ok(BackupKeys(mem)),
+            false => Err(Error::new(Kind::Corrupt, "the keys of names and manifests did not come whole")),
+        }
+    }
+
+    /// The name of an object with these bytes: HMAC-SHA256 under HKDF-SHA256 of the data key (no salt, info
+    /// `sealblk backup names v1`).
+    pub fn name(&self, bytes: &[u8]) -> [u8; 32] {
+        hmac(self.key(0), bytes)
+    }
+
+    /// The MAC of a manifest: HMAC-SHA256 under HKDF-SHA256 of the data key (no salt, info
+    /// `sealblk backup manifests v1`). Compare it in constant time.
+    pub fn manifest_mac(&self, message: &[u8]) -> [u8; 32] {
+        hmac(self.key(1), message)
+    }
+
+    /// What [`Dek::metadata_mac`] returns for the data key and volume that these keys are from.
+    pub fn seal(&self, message: &[u8]) -> [u8; 32] {
+        hmac(self.key(2), message)
+    }
+
+    fn key(&self, n: usize) -> &[u8] {
+        &self.0.as_slice()[n * Self::KEY..][..Self::KEY]
     }
 }
 
@@ -298,5 +358,24 @@ mod tests {
         assert_ne!(mac, dek.metadata_mac("vol-0123456789abcdef1", b"metadata"));
         assert_ne!(mac, dek.metadata_mac("vol-0123456789abcdef0", b"metadatb"));
         assert_eq!(mac, dek.seal_key("vol-0123456789abcdef0").unwrap().mac(b"metadata"));
+    }
+
+    // Expected values computed with Python's hmac and hashlib.
+    #[test]
+    fn backup_keys_are_the_documented_ones() {
+        let dek = Dek::from_bytes(&key()).unwrap();
+        let mut mem = SecretMem::new(BackupKeys::LEN).unwrap();
+        dek.write_backup_keys("vol-0123456789abcdef0", mem.as_mut_slice());
+        let keys = BackupKeys::from_secret(mem).unwrap();
+        assert_eq!(
+            hex::encode(keys.name(b"block")),
+            "5b2e5902436013b6ab1a6eef70c4cee9aa4b7003cea09cded67b7e028121cede"
+        );
+        assert_eq!(
+            hex::encode(keys.manifest_mac(b"line")),
+            "db874d029d37813dfded25801a21091b457b52769a3a833db35c1587c16c5fa7"
+        );
+        assert_eq!(keys.seal(b"metadata"), dek.metadata_mac("vol-0123456789abcdef0", b"metadata"));
+        assert!(BackupKeys::from_secret(SecretMem::new(64).unwrap()).is_err());
     }
 }

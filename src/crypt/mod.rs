@@ -10,6 +10,6 @@ mod sector_size;
 pub mod wiping_allocator;
 pub mod xts;
 
-pub use dek::{Dek, PassKey, SealKey};
+pub use dek::{BackupKeys, Dek, PassKey, SealKey};
 pub use secret_mem::{Secret, SecretFd, SecretKind, SecretMem};
 pub use sector_size::SectorSize;

@@ -181,6 +181,35 @@ impl Event {
         event
     }
 
+    /// `pushSnapshot`, which EBS does not have: a snapshot of `volume` is in a place outside, `succeeded`, or
+    /// `failed` for a cause. `incremental` if the place had some of its data already.
+    pub fn push_snapshot(
+        snapshot: SnapshotId,
+        volume: VolumeId,
+        result: Result<bool, String>,
+        start: Timestamp,
+    ) -> Self {
+        let incremental = result.as_ref().ok().copied();
+        let mut event = Self::create_snapshot(volume, result.map(|_| snapshot), start);
+        event.name = "pushSnapshot";
+        if let Some(of) = &mut event.snapshot {
+            (of.id, of.incremental) = (Some(snapshot), incremental);
+        }
+        event
+    }
+
+    /// `pullSnapshot`, which EBS does not have: a snapshot was made of what a place outside has of `source`,
+    /// which is of `volume`: `succeeded`, or `failed` for a cause.
+    pub fn pull_snapshot(
+        source: SnapshotId,
+        volume: VolumeId,
+        result: Result<SnapshotId, String>,
+        start: Timestamp,
+    ) -> Self {
+        let event = Self::copy_snapshot(source, volume, result, start, false);
+        Event { name: "pullSnapshot", ..event }
+    }
+
     /// `exportVolume`, or of a snapshot of it `exportSnapshot`: `succeeded`, or `failed` for a
     /// cause. EBS has no such event.
     pub fn export(

@@ -2,6 +2,7 @@
 //!
 //! What needs a network, credentials or the KMS's store happens in them, never in the host process.
 
+pub mod carry;
 mod failure;
 pub mod grants;
 pub mod rewrap;

@@ -16,7 +16,7 @@ use crate::catalog::slots::{KeySlot, Unwrapped};
 use crate::catalog::{LayerId, VolumeId};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
-use crate::crypt::{Dek, wiping_allocator};
+use crate::crypt::{BackupKeys, Dek, wiping_allocator};
 use crate::helper;
 use crate::helper::failure::WrittenFailure;
 use crate::helper::slots::{Refused, ask_each};
@@ -48,6 +48,18 @@ struct Request {
     patience_ms: Option<u64>,
     /// Whom it is passed on to; without it, the memory is to hold the key as it is.
     under: Option<Under>,
+    /// What is wanted in place of the key.
+    derive: Option<Derive>,
+}
+
+/// The memory is to hold not the data key, but what [`BackupKeys`] are made of.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Derive {
+    /// The volume whose seal key is among them.
+    volume: VolumeId,
+    /// The data key's check value, hexadecimal.
+    check: Option<String>,
 }
 
 /// Who may read a data key that is passed on: who has another data key of the volume.
@@ -157,6 +169,36 @@ pub fn unwrap_for_holder(
     ask_each(&volume.into(), &keys, order, patience, ask).map(drop)
 }
 
+/// The keys of names and manifests that follow from a data key of a volume or snapshot, whose record says
+/// which `volume` it is of. A helper process unwraps the data key, which is never in this process. Where several
+/// KMS keys wrap it, the next one is asked if one does not give it.
+///
+/// # Errors
+/// As for [`unwrap`]; `Corrupt` for a data key that is not the one that the record was sealed with.
+pub fn backup_keys(
+    _: Hardened,
+    root: &Root,
+    owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    volume: VolumeId,
+) -> Result<BackupKeys, Failure> {
+    let (settings, owner) = (Settings::load(root)?, owner.into());
+    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
+    let ask = |slot: usize, patience: Patience| {
+        let derive = Derive { volume, check: key.check().map(hex::encode) };
+        let request =
+            Request { derive: Some(derive), ..Request::new(owner, &key.slots()[slot], None, patience) };
+        let derived = || -> Result<BackupKeys, Failure> {
+            let secret = SecretFd::create(BackupKeys::LEN)?;
+            fill_by_helper(root, &secret, &request, patience.longest_call())?;
+            Ok(BackupKeys::from_secret(secret.map()?)?)
+        };
+        derived().map_err(Refused::Here)
+    };
+    let order = order::asked(&keys, &settings.key_order);
+    Ok(ask_each(&owner, &keys, order, Patience(settings.kms_patience), ask)?.what)
+}
+
 impl Request {
     fn new(owner: KeyOwner, slot: &KeySlot, token: Option<&str>, patience: Patience) -> Self {
         Request {
@@ -165,6 +207,7 @@ impl Request {
             grant_token: token.map(str::to_owned),
             patience_ms: Some(patience.0.as_millis() as u64),
             under: None,
+            derive: None,
         }
     }
 }
@@ -233,24 +276,29 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
     let decrypt =
         |slot: &KeySlot, token: Option<&str>| decrypt(hardened, root, request.owner, slot, token, patience);
     let key = decrypt(&slot, request.grant_token.as_deref())?;
-    let (expected, room) = match &request.under {
-        None => (secret.len(), secret.len()),
-        Some(_) => (Dek::LEN, Dek::PASSED_LEN),
+    let (expected, room) = match (&request.under, &request.derive) {
+        (None, None) => (secret.len(), secret.len()),
+        (Some(_), _) => (Dek::LEN, Dek::PASSED_LEN),
+        (None, Some(_)) => (Dek::LEN, BackupKeys::LEN),
     };
     if (key.len(), secret.len()) != (expected, room) {
         let message = format!("the wrapped data key has {} bytes instead of {expected}", key.len());
         return Err(Error::new(Kind::Corrupt, message).into());
+    }
+    if let Some(Derive { volume, check }) = &request.derive {
+        let dek = Dek::from_bytes(&key)?;
+        check_is(&dek, check.as_ref(), "the snapshot")?;
+        let mut memory = secret.map()?;
+        dek.write_backup_keys(&volume.to_string(), memory.as_mut_slice());
+        memory.hand_over();
+        return Ok(());
     }
     let present = match &request.under {
         None => None,
         Some(under) => {
             let slot = parse(&under.wrapped)?;
             let present = Dek::from_bytes(&decrypt(&slot, None)?)?;
-            if under.check.as_ref().is_some_and(|check| *check != hex::encode(present.check_value())) {
-                let message = "the wrapped data key of the volume unwraps to another key than the one that \
-                               it was written with; it was replaced";
-                return Err(Error::new(Kind::Corrupt, message).into());
-            }
+            check_is(&present, under.check.as_ref(), "the volume")?;
             Some((present, under))
         }
     };
@@ -269,6 +317,20 @@ fn fill(hardened: Hardened, root: &Root, request: Request, secret: SecretFd) -> 
     }
     memory.hand_over();
     Ok(())
+}
+
+/// Fails unless this is the data key with the check value that is known of it, if one is.
+fn check_is(dek: &Dek, check: Option<&String>, whose: &str) -> Result<()> {
+    match check {
+        Some(check) if *check != hex::encode(dek.check_value()) => Err(Error::new(
+            Kind::Corrupt,
+            format!(
+                "the wrapped data key of {whose} unwraps to another key than the one that it was written \
+                 with; it was replaced"
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn parse(written: &WrittenSlot) -> Result<KeySlot> {

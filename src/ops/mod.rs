@@ -11,6 +11,7 @@
 //! | volumes: change | [`resize`], [`rename`], [`modify`], [`rekey`], [`flatten`], [`rewrap`], [`slots`] |
 //! | volumes: who serves them | [`upgrade`] |
 //! | snapshots | [`snapshot`], [`copy`] |
+//! | snapshots outside, as ciphertext | [`backup`] |
 //! | data, in the clear | [`export`] |
 //! | data keys: who else has them, which KMS keys wrap them | [`key_sharing`], [`also_keys`] |
 //! | KMS keys: who needs them, whether they can be used | [`keys`], [`watch`] |
@@ -23,6 +24,7 @@
 pub mod accept;
 pub mod also_keys;
 pub mod apply;
+pub mod backup;
 pub mod clone;
 pub mod copy;
 pub mod create;

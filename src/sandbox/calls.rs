@@ -68,6 +68,32 @@ const ALLOWED_BY_OLD_NAMES: &[Group] = &[(
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_BY_OLD_NAMES: &[Group] = &[];
 
+/// Allowed to a carrier besides, which has no key: files and folders of a place, and its network.
+const ALLOWED_TO_CARRIERS: &[Group] = &[
+    ("folders of a place, and what makes all of it durable", calls! { SYS_mkdirat SYS_linkat SYS_syncfs }),
+    (
+        "the network: names are looked up, and stores are connected to",
+        calls! { SYS_socket SYS_connect SYS_bind SYS_sendto SYS_sendmmsg SYS_setsockopt SYS_pipe2 },
+    ),
+];
+
+/// As [`ALLOWED_BY_OLD_NAMES`], of [`ALLOWED_TO_CARRIERS`].
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_TO_CARRIERS_BY_OLD_NAMES: &[Group] = &[("folders", calls! { SYS_mkdir SYS_link })];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_TO_CARRIERS_BY_OLD_NAMES: &[Group] = &[];
+
+/// What a carrier does without: io_uring, which asks no filter.
+const DENIED_TO_CARRIERS: &[c_long] =
+    &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_memfd_secret, libc::SYS_memfd_create];
+
+/// Calls that start a program: libraries that look for credentials may want to, and are
+/// told that they may not.
+#[cfg(target_arch = "x86_64")]
+const PROGRAMS: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat, libc::SYS_fork, libc::SYS_vfork];
+#[cfg(not(target_arch = "x86_64"))]
+const PROGRAMS: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat];
+
 /// The longest name that `connect` takes: a family and up to three characters, which in
 /// [`crate::sandbox::WORKING_FOLDER`] can only name a descriptor.
 const ADDRESS_LEN_MAX: u64 = size_of::<libc::sa_family_t>() as u64 + 4;
@@ -183,7 +209,53 @@ fn said_not_to_exist() -> Result<BpfProgram> {
     compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
 }
 
+/// Puts the filter of a carrier in force, for this thread and those that it starts. Without `network`, it has
+/// none.
+pub(super) fn filter_carrier(network: bool) -> Result<()> {
+    let mut rules = allowed()?;
+    DENIED_TO_CARRIERS.iter().for_each(|call| drop(rules.remove(call)));
+    let more = if network { ALLOWED_TO_CARRIERS } else { &ALLOWED_TO_CARRIERS[..1] };
+    let more = more.iter().chain(ALLOWED_TO_CARRIERS_BY_OLD_NAMES);
+    rules.extend(more.flat_map(|(_, calls)| calls.iter()).map(|&call| (call, Vec::new())));
+    let programs = PROGRAMS.iter().map(|&call| (call, Vec::new()));
+    // A process that is no thread would be one that starts a program.
+    let clone = SeccompCondition::new(0, Qword, MaskedEq(libc::CLONE_THREAD as u64), 0)
+        .and_then(|no_thread| SeccompRule::new(vec![no_thread]))
+        .map_err(refused)?;
+    let programs = programs.chain([(libc::SYS_clone, vec![clone])]).collect();
+    let filters = [
+        said_not_to_exist()?,
+        compile(programs, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))?,
+        compile(with_programs(rules), SeccompAction::Trap, SeccompAction::Allow)?,
+    ];
+    filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
+}
+
+/// The rules of a carrier, in whose allow-list the calls are that another filter refuses without ending the
+/// process: of several filters, the strictest answer counts.
+fn with_programs(mut rules: BTreeMap<c_long, Vec<SeccompRule>>) -> BTreeMap<c_long, Vec<SeccompRule>> {
+    rules.extend(PROGRAMS.iter().map(|&call| (call, Vec::new())));
+    rules.insert(libc::SYS_clone, Vec::new());
+    rules
+}
+
+/// Takes the network from all threads of this process, and from whatever they start: they are
+/// given no sockets but those of this machine, and no io_uring, which would make some without
+/// asking. What is open stays.
+pub(super) fn filter_network() -> Result<()> {
+    let other = SeccompCondition::new(0, Dword, SeccompCmpOp::Ne, libc::AF_UNIX as u64)
+        .and_then(|other| SeccompRule::new(vec![other]))
+        .map_err(refused)?;
+    let rules = BTreeMap::from([(libc::SYS_socket, vec![other]), (libc::SYS_io_uring_setup, Vec::new())]);
+    let program = compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))?;
+    seccompiler::apply_filter_all_threads(&program).map_err(refused)
+}
+
 fn allow_list(forbidden: SeccompAction) -> Result<BpfProgram> {
+    compile(allowed()?, forbidden, SeccompAction::Allow)
+}
+
+fn allowed() -> Result<BTreeMap<c_long, Vec<SeccompRule>>> {
     let groups = ALLOWED.iter().chain(ALLOWED_BY_OLD_NAMES);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         groups.flat_map(|(_, calls)| calls.iter()).map(|&call| (call, Vec::new())).collect();
@@ -194,7 +266,7 @@ fn allow_list(forbidden: SeccompAction) -> Result<BpfProgram> {
         });
         rules.insert(call, alternatives.collect::<Result<_, _>>().map_err(refused)?);
     }
-    compile(rules, forbidden, SeccompAction::Allow)
+    Ok(rules)
 }
 
 fn compile(

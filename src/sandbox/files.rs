@@ -25,6 +25,10 @@ pub enum Access {
     Write,
     /// List a folder; make, write, rename, replace and remove files in it, and rename sockets.
     Own,
+    /// List a folder and all below it, and read files there.
+    ReadTree,
+    /// List a folder and all below it; read, write, make, replace and remove files and folders there.
+    Tree,
     /// Remove names in a folder. Whether that can be done is not checked beforehand.
     Remove,
 }
@@ -37,6 +41,10 @@ impl Access {
             Access::Own => {
                 make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | MakeSock | RemoveFile})
             }
+            Access::ReadTree => make_bitflags!(AccessFs::{ReadDir | ReadFile}),
+            Access::Tree => {
+                make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | MakeDir | RemoveFile | RemoveDir})
+            }
             Access::Remove => make_bitflags!(AccessFs::{RemoveFile}),
         }
     }
@@ -46,7 +54,8 @@ impl Access {
         match self {
             Access::Read => AccessFlags::R_OK,
             Access::Write => AccessFlags::R_OK | AccessFlags::W_OK,
-            Access::Own => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
+            Access::ReadTree => AccessFlags::R_OK | AccessFlags::X_OK,
+            Access::Own | Access::Tree => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
             Access::Remove => AccessFlags::empty(),
         }
     }
@@ -69,12 +78,15 @@ impl Rule {
 }
 
 /// Puts the rules in force, and returns what the kernel made of them.
-pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
+/// With `network`, TCP connections can be made.
+pub(super) fn restrict(rules: &[Rule], network: bool) -> Result<String> {
     let attempt = || "set the Landlock rules";
+    let tcp = AccessNet::BindTcp | AccessNet::ConnectTcp;
+    let tcp = if network { AccessNet::BindTcp.into() } else { tcp };
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_read(NEWEST) | AccessFs::from_write(NEWEST))
-        .and_then(|set| set.handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp))
+        .and_then(|set| set.handle_access(tcp))
         .and_then(|set| set.scope(Scope::AbstractUnixSocket | Scope::Signal))
         .and_then(Ruleset::create)
         .map_err(|e| failed(e).context(attempt()))?;
@@ -93,8 +105,8 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<String> {
         }
         RulesetStatus::NotEnforced => {
             log::warn!(
-                "this kernel has no Landlock, or it is switched off: the host process can open every file of \
-                 its user"
+                "this kernel has no Landlock, or it is switched off: this process can open every file of its \
+                 user"
             );
             "no Landlock".into()
         }

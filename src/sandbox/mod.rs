@@ -81,13 +81,7 @@ impl fmt::Display for Confinement {
 /// naming the file, if the user of `identity` could not reach one of `files`. A kernel without Landlock
 /// is no error, but logged.
 pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Result<Confinement> {
-    // Landlock's rules are for the thread that asks for them and its children.
-    if std::fs::read_dir("/proc/self/task").context(|| "count the threads")?.count() != 1 {
-        return Err(Error::new(
-            Kind::Other,
-            "the process has several threads already and cannot be confined",
-        ));
-    }
+    check_one_thread()?;
     let mut done = Vec::new();
     std::env::set_current_dir(WORKING_FOLDER).context(|| format!("enter {WORKING_FOLDER}"))?;
     if let Some(identity) = identity {
@@ -105,13 +99,49 @@ pub fn confine(mode: Mode, identity: Option<&Identity>, files: &[Rule]) -> Resul
             done.push("forbidden system calls are logged, not refused".into());
         }
         Mode::On => {
-            done.push(files::restrict(files)?);
+            done.push(files::restrict(files, false)?);
             violation::report()?;
             calls::filter(Mode::On)?;
             done.push("seccomp".into());
         }
     }
     Ok(Confinement(done))
+}
+
+/// Gives up what a carrier does not need, which brings ciphertext to another place and has no key: it reaches
+/// `files` and no other, makes the calls that this takes, starts no program, and has no `network` unless that
+/// is said. Otherwise as [`confine`].
+///
+/// # Errors
+/// As for [`confine`].
+pub(crate) fn confine_carrier(files: &[Rule], network: bool) -> Result<Confinement> {
+    check_one_thread()?;
+    std::env::set_current_dir(WORKING_FOLDER).context(|| format!("enter {WORKING_FOLDER}"))?;
+    identity::drop_capabilities(files)?;
+    harden()?;
+    harden_children()?;
+    let landlock = files::restrict(files, network)?;
+    violation::report()?;
+    calls::filter_carrier(network)?;
+    Ok(Confinement(vec![landlock, "seccomp".into()]))
+}
+
+/// Takes the network from this process, and from those that it starts, for good: it has keys from now on, or
+/// what follows from them. Sockets that are open stay so.
+///
+/// # Errors
+/// `Unsupported` where the kernel, or the container that this runs in, refuses the filter.
+pub(crate) fn give_up_network() -> Result<()> {
+    harden_children()?;
+    calls::filter_network()
+}
+
+/// Landlock's rules are for the thread that asks for them and its children.
+fn check_one_thread() -> Result<()> {
+    match std::fs::read_dir("/proc/self/task").context(|| "count the threads")?.count() {
+        1 => Ok(()),
+        _ => Err(Error::new(Kind::Other, "the process has several threads already and cannot be confined")),
+    }
 }
 
 /// Ends the process with a word if memory that it shares is taken away (SIGBUS): the VMM has truncated a file

@@ -45,11 +45,13 @@ extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_vo
         line.add(" (");
         line.add_number(info.call.unsigned_abs());
         line.add(
-            "), which a host process may not use: a mistake in sealblk, or an attack. The volume is \
-             detached.\n",
+            "), which a confined process may not use: a mistake in sealblk, or an attack. A volume that it \
+             served is detached.\n",
         );
     } else {
-        line.add("sealblk: ended by SIGSYS, which somebody sent. The volume is detached.\n");
+        line.add(
+            "sealblk: ended by SIGSYS, which somebody sent. A volume that this process served is detached.\n",
+        );
     }
     // SAFETY: the bytes are there. Standard error may be closed; the exit code says the
     // same. Nothing comes after.

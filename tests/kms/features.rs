@@ -44,3 +44,9 @@ fn a_qcow2_image_wants_a_feature() {
     let path = file.path().to_str().expect("UTF-8");
     says_what_is_missing(cfg!(feature = "qcow2"), "qcow2", &["volume", "import", path, "--unencrypted"]);
 }
+
+#[test]
+fn an_object_store_wants_a_feature() {
+    let list = ["snapshot", "list", "s3://bucket", "--endpoint", "nowhere"];
+    says_what_is_missing(cfg!(feature = "object-store"), "object-store", &list);
+}

@@ -88,6 +88,8 @@ pub fn plan(thread: Pid, call: &Call, ledger: &Ledger) -> Plan {
         libc::SYS_fdatasync => operations(known(a).map(|ino| Op::Sync { ino, all: false })),
         // It promises nothing that survives a power cut (sync_file_range(2)).
         libc::SYS_sync_file_range => Plan::Nothing,
+        // Of a place outside, which no cut hits. What is recorded is not taken for synced by it.
+        libc::SYS_syncfs => Plan::Nothing,
         libc::SYS_rename => rename(place(CWD, a), place(CWD, b), 0),
         libc::SYS_renameat => rename(place(a, b), place(c, d), 0),
         libc::SYS_renameat2 => rename(place(a, b), place(c, d), e),

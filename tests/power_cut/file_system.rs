@@ -273,7 +273,7 @@ impl Recorded {
 
 fn all(made: Made) {
     type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
-    let scenarios: [Scenario<'_>; 12] = [
+    let scenarios: [Scenario<'_>; 13] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),
@@ -286,6 +286,7 @@ fn all(made: Made) {
         ("rekey while attached", &|script| hydration::rekeyed_attached(script, &[])),
         ("flatten", &hydration::flattened),
         ("copy under another key", &hydration::copied),
+        ("pull from a place outside", &hydration::pulled),
     ];
     for (name, scenario) in scenarios {
         let tried =

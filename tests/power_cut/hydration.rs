@@ -92,6 +92,23 @@ pub fn copied(script: &mut Script) {
     script.delete_snapshot(&snapshot);
 }
 
+/// A snapshot comes from a place outside, which the cut does not hit, and the original is deleted.
+pub fn pulled(script: &mut Script) {
+    let outside = tempfile::tempdir().expect("make a temporary folder");
+    let url = format!("file://{}", outside.path().display());
+    let id = with_data(script, &[]);
+    let snapshot = script.snapshot(&id);
+    script.run(&["snapshot", "push", &snapshot, &url]);
+    script.start();
+    script.pull(&url, &snapshot);
+    script.delete_snapshot(&snapshot);
+}
+
+#[test]
+fn a_snapshot_is_pulled_from_a_place_outside() {
+    survives(&traced(pulled));
+}
+
 #[test]
 fn a_snapshot_is_copied_under_another_data_key() {
     survives(&traced(copied));

@@ -10,6 +10,9 @@ mod crash_attached;
 mod detached;
 mod gc;
 mod nearly_full;
+#[cfg(feature = "object-store")]
+mod object_store;
+mod outside;
 mod own_keys;
 mod slots;
 mod space;

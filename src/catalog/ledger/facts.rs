@@ -237,7 +237,7 @@ mod tests {
 
     fn volume() -> Metadata {
         let wrapped = WrappedKey { key_id: "arn:aws:kms:us-east-1:0:key/1".into(), blob: vec![1; 141] };
-        let key = KeyRecord { provider: "embedded".into(), wrapped, check: None };
+        let key = KeyRecord::new(crate::catalog::slots::KeySlot::new("embedded", wrapped));
         Metadata::new(VolumeId::random(), None, Geometry::new(1 << 20, SectorSize::B512).unwrap(), Some(key))
     }
 

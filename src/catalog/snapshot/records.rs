@@ -259,6 +259,18 @@ impl Catalog {
         self.forget_entry(&snapshot.id)
     }
 
+    /// Takes a copy back that is not there yet, with those of its layers that nothing else names.
+    ///
+    /// # Errors
+    /// Those of the file system: what is left is cleared away like what an interrupted deletion leaves.
+    pub(crate) fn abandon_copy(&self, id: SnapshotId, records: &RecordsLock) -> Result<()> {
+        let (from, to) = (self.copying_path(id), self.snapshot_file(id, DELETING));
+        let copy = read_snapshot(&from, id)?;
+        files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+        sync_dir(&self.root().snapshots())?;
+        self.clear_snapshot(&copy, records)
+    }
+
     /// The records of snapshots whose deletion was interrupted.
     pub(crate) fn deleted_snapshots(&self) -> Result<Vec<PathBuf>> {
         Ok(self.snapshot_files(DELETING)?.into_iter().map(|id| self.snapshot_file(id, DELETING)).collect())

@@ -1,10 +1,11 @@
-//! `sealblk snapshot`: make, list, show, tag, rewrap and delete snapshots.
+//! `sealblk snapshot`: make, list, show, tag, rewrap and delete snapshots, and have them in places outside.
 #![forbid(unsafe_code)]
 
 mod copy;
 mod create;
+mod outside;
 
-use crate::base::{Context, Result, size};
+use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::Catalog;
 use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
@@ -22,14 +23,18 @@ use serde_json::{Value, json};
 pub enum Command {
     /// Make a snapshot of a volume, which takes the same short time whatever the volume's size.
     Create(create::CreateArgs),
-    /// List the snapshots.
+    /// List the snapshots, or those of a place outside.
     #[command(
         visible_alias = "ls",
         after_help = "\
 Examples:
   sealblk snapshot list --json
   sealblk snapshot list --sort created --reverse
-  sealblk snapshot list --filter volume-id=vol-0123456789abcdef0 --filter tag:Name=nightly"
+  sealblk snapshot list --filter volume-id=vol-0123456789abcdef0 --filter tag:Name=nightly
+  sealblk snapshot list s3://bucket/prefix
+
+What a place outside says is not proved by this: \"known\" is what this host has pushed, pulled or verified there, \"claimed\" is
+what it has not seen, and \"missing\" what it has seen and is not listed. \"snapshot verify\" proves it."
     )]
     List(ListArgs),
     /// Show one snapshot.
@@ -37,6 +42,14 @@ Examples:
     Show(OneSnapshot),
     /// Copy a snapshot.
     Copy(copy::CopyArgs),
+    /// Bring a snapshot to a place outside, as ciphertext: a folder or an object store.
+    Push(outside::PushArgs),
+    /// Make a snapshot of what a place outside has.
+    Pull(outside::PullArgs),
+    /// Read the snapshots of a place outside back, and prove every block.
+    Verify(outside::VerifyArgs),
+    /// Remove snapshots from a place outside.
+    Remove(outside::RemoveArgs),
     /// Write what a snapshot holds into a file, in the clear.
     Export(ExportArgs),
     /// The KMS keys that wrap a snapshot's data keys, any of which gives them: add, remove, list.
@@ -69,6 +82,11 @@ rest."
 /// What `snapshot list` takes.
 #[derive(clap::Args)]
 pub struct ListArgs {
+    /// A place outside: file:///FOLDER or s3://BUCKET/PREFIX [default: this store].
+    #[arg(value_name = "PLACE", conflicts_with_all = ["filter", "sort", "reverse"])]
+    place: Option<String>,
+    #[command(flatten)]
+    how: outside::PlaceArgs,
     /// Only snapshots of which this is so: id, volume-id, status, encrypted, description, tag-key, or
     /// tag:KEY. Of filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]
@@ -138,6 +156,10 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {
         Command::Create(args) => create::run(env, args),
         Command::Copy(args) => copy::run(env, args),
+        Command::Push(args) => outside::push(env, &args),
+        Command::Pull(args) => outside::pull(env, &args),
+        Command::Verify(args) => outside::verify(env, &args),
+        Command::Remove(args) => outside::remove(env, &args),
         Command::List(args) => list(env, &args),
         Command::Show(args) => show(env, &args.snapshot),
         Command::Export(args) => {
@@ -153,6 +175,14 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
 }
 
 fn list(env: &Env, args: &ListArgs) -> Result<()> {
+    match &args.place {
+        Some(place) => return outside::list(env, place, &args.how),
+        None if args.how.are_given() => {
+            let message = "--endpoint and --region go with a place outside: s3://BUCKET/PREFIX";
+            return Err(Error::new(Kind::Usage, message));
+        }
+        None => {}
+    }
     let filters = args.filter.as_slice();
     filter::check(filters, &["id", "volume-id", "status", "encrypted", "description"])?;
     let catalog = env.catalog();

@@ -40,6 +40,8 @@ const MAX_LINE: usize = 32 << 10;
 #[serde(deny_unknown_fields)]
 struct Request {
     owner: KeyOwner,
+    /// Whose key it is going to be; the same one's, if nothing is said.
+    to_owner: Option<KeyOwner>,
     /// The wrapped copy of the data key that there is.
     old: WrittenSlot,
     /// The data key's check value, hexadecimal, if it is known.
@@ -79,6 +81,32 @@ pub fn by_helper(
     replaced: Option<usize>,
     to: &KeyRef,
 ) -> Result<KeySlot, Failure> {
+    wrap_by_helper(root, settings, (owner.into(), None), key, replaced, to)
+}
+
+/// As [`by_helper`], for `to_owner`: a data key of `owner`'s that becomes another's as well.
+///
+/// # Errors
+/// As [`by_helper`].
+pub fn for_another_by_helper(
+    root: &Root,
+    settings: &Settings,
+    owner: impl Into<KeyOwner>,
+    to_owner: impl Into<KeyOwner>,
+    key: &KeyRecord,
+    to: &KeyRef,
+) -> Result<KeySlot, Failure> {
+    wrap_by_helper(root, settings, (owner.into(), Some(to_owner.into())), key, None, to)
+}
+
+fn wrap_by_helper(
+    root: &Root,
+    settings: &Settings,
+    owners: (KeyOwner, Option<KeyOwner>),
+    key: &KeyRecord,
+    replaced: Option<usize>,
+    to: &KeyRef,
+) -> Result<KeySlot, Failure> {
     let target = || Target { provider: to.provider.as_str().into(), key: to.key.clone() };
     let is_near = |slot: &KeySlot| {
         let KmsKey { provider, key_id } = slot.kms_key();
@@ -86,7 +114,7 @@ pub fn by_helper(
     };
     let mut order = asked(key, settings);
     order.sort_by_key(|&n| (replaced != Some(n), !is_near(&key.slots()[n])));
-    each_slot(root, settings, owner.into(), key, order, target)
+    each_slot(root, settings, owners, key, order, target)
 }
 
 /// Has helper processes look whether a data key can be unwrapped by one of its slots, and is the right one.
@@ -116,14 +144,14 @@ fn asked(key: &KeyRecord, settings: &Settings) -> Vec<usize> {
 fn each_slot(
     root: &Root,
     settings: &Settings,
-    owner: KeyOwner,
+    (owner, to_owner): (KeyOwner, Option<KeyOwner>),
     key: &KeyRecord,
     order: Vec<usize>,
     target: impl Fn() -> Target,
 ) -> Result<KeySlot, Failure> {
     let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
     let ask = |slot: usize, patience: Patience| {
-        let request = Request::new(owner, key, slot, Some(target()), patience);
+        let request = Request { to_owner, ..Request::new(owner, key, slot, Some(target()), patience) };
         run_helper(root, &request).map_err(|e| {
             // What is in the way of the new KMS key, no other slot removes. One that was not reached is asked
             // again.
@@ -142,6 +170,7 @@ impl Request {
         let check = key.check().map(hex::encode);
         Request {
             owner,
+            to_owner: None,
             old: (&key.slots()[slot]).into(),
             check,
             to,
@@ -209,9 +238,11 @@ fn answer(hardened: Hardened, root: &Root, request: Request) -> Result<KeySlot, 
         opened.map_err(|e| Failure::kms(e, provider, key))
     };
     let context = &encryption_context(request.owner);
+    let to_context = &encryption_context(request.to_owner.unwrap_or(request.owner));
     let Some(Target { provider, key }) = request.to else {
         let at = open(&old.provider, &old.wrapped.key_id)?;
-        let job = Job { from: None, to: &*at, old: &old.wrapped, key: &old.wrapped.key_id, context };
+        let job =
+            Job { from: None, to: &*at, old: &old.wrapped, key: &old.wrapped.key_id, context, to_context };
         let data_key = at.decrypt(&old.wrapped, context).map_err(|e| job.refused_old(e))?;
         let found = check_value(&data_key)?;
         return if check.is_none_or(|check| check == found) {
@@ -229,7 +260,7 @@ fn answer(hardened: Hardened, root: &Root, request: Request) -> Result<KeySlot, 
         is_one_kms(&provider, &old.wrapped.key_id, &key)
     };
     let elsewhere = (!is_one_kms).then(|| open(&old.provider, &old.wrapped.key_id)).transpose()?;
-    let job = Job { from: elsewhere.as_deref(), to: &*to, old: &old.wrapped, key: &key, context };
+    let job = Job { from: elsewhere.as_deref(), to: &*to, old: &old.wrapped, key: &key, context, to_context };
     let new = job.wrap()?;
     job.prove(&new, check.as_deref())?;
     Ok(KeySlot::new(provider, new))
@@ -242,16 +273,18 @@ struct Job<'a> {
     old: &'a WrappedKey,
     key: &'a str,
     context: &'a EncryptionContext,
+    /// That of the new wrapped key.
+    to_context: &'a EncryptionContext,
 }
 
 impl Job<'_> {
     fn wrap(&self) -> Result<WrappedKey, Failure> {
         let Some(from) = self.from else {
-            let new = self.to.rewrap(self.old, self.context, self.key, self.context);
+            let new = self.to.rewrap(self.old, self.context, self.key, self.to_context);
             return new.map_err(|e| self.refused(e));
         };
         let data_key = from.decrypt(self.old, self.context).map_err(|e| self.refused_old(e))?;
-        self.to.wrap(self.key, &data_key, self.context).map_err(|e| self.refused_new(e))
+        self.to.wrap(self.key, &data_key, self.to_context).map_err(|e| self.refused_new(e))
     }
 
     /// Fails unless the new wrapped key unwraps to the data key whose check value is `check`; without one, to
@@ -259,7 +292,8 @@ impl Job<'_> {
     fn prove(&self, new: &WrappedKey, check: Option<&[u8]>) -> Result<(), Failure> {
         let attempt =
             || format!("the new wrapped key, by {}, does not unwrap; the old one stays in place", new.key_id);
-        let found = self.to.decrypt(new, self.context).map_err(|e| self.refused_new(e).context(attempt()))?;
+        let found =
+            self.to.decrypt(new, self.to_context).map_err(|e| self.refused_new(e).context(attempt()))?;
         let found = check_value(&found).context(attempt)?;
         let same = match check {
             Some(check) => check == found,

@@ -35,7 +35,14 @@ impl Two {
     }
 
     fn within<'a>(&'a self, key: &'a str) -> Job<'a> {
-        Job { from: None, to: &self.one, old: &self.old, key, context: &self.context }
+        Job {
+            from: None,
+            to: &self.one,
+            old: &self.old,
+            key,
+            context: &self.context,
+            to_context: &self.context,
+        }
     }
 
     fn across<'a>(&'a self, key: &'a str) -> Job<'a> {

@@ -71,6 +71,27 @@ fn http_client(trusted: TlsContext) -> SharedHttpClient {
     plain_http::refuse_elsewhere(client)
 }
 
+/// HTTPS by rustls as for a KMS, and HTTP: for whoever sends nothing but ciphertext.
+///
+/// # Errors
+/// As for [`trusted`].
+#[cfg(feature = "object-store")]
+pub(crate) fn connector_for_ciphertext() -> Result<Connector, KmsError> {
+    let connector = Connector::builder().proxy_config(ProxyConfig::from_env());
+    Ok(connector.tls_provider(tls::Provider::rustls(CryptoMode::Ring)).tls_context(trusted()?).build())
+}
+
+/// What environment and profile say of this machine: region and credentials, for whoever asks another service
+/// than the KMS.
+///
+/// # Errors
+/// As for [`trusted`].
+#[cfg(feature = "object-store")]
+pub(crate) async fn environment() -> Result<aws_config::SdkConfig, KmsError> {
+    let http = http_client(trusted()?);
+    Ok(aws_config::defaults(BehaviorVersion::latest()).http_client(http).load().await)
+}
+
 /// Whose certificates are believed: those of the file that `AWS_CA_BUNDLE` names, as AWS's other tools have
 /// it, else the platform's roots (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others).
 ///

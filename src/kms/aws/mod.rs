@@ -12,6 +12,9 @@ mod client;
 mod failure;
 mod plain_http;
 
+#[cfg(feature = "object-store")]
+pub(crate) use client::{connector_for_ciphertext, environment};
+
 use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;

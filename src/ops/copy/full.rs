@@ -80,18 +80,8 @@ impl Copying {
         (&self.dek, &self.source_deks)
     }
 
-    /// The layer, empty; unless it is there already, and whole.
     fn make_layer(&self, catalog: &Catalog) -> Result<()> {
-        let layer = self.copy.layout().top();
-        let path = catalog.layer_path(layer.id);
-        match path.symlink_metadata() {
-            // Whoever made it may have been cut off before its name was durable.
-            Ok(found) if found.len() == layer.size => return sync_dir(&catalog.root().layers()),
-            // Cut off in its making: nothing was written to it.
-            Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
-            Err(_) => create_dir_durable(&catalog.root().layers())?,
-        }
-        make_layer(&path, &catalog.root().layers(), layer.size, false)
+        make_empty(catalog, self.copy.layout().top())
     }
 
     /// With this the copy is there. **Its layer has everything, durably**, and nobody writes to it any more.
@@ -99,17 +89,36 @@ impl Copying {
     /// # Errors
     /// Those of the file system.
     pub fn commit(self, catalog: &Catalog) -> Result<Snapshot> {
-        let _records = RecordsLock::acquire(catalog)?;
-        catalog.mark_frozen(self.copy.layers());
-        let (from, to) = (catalog.copying_path(self.copy.id()), catalog.snapshot_path(self.copy.id()));
-        files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
-        sync_dir(&catalog.root().snapshots())?;
+        commit(catalog, &self.copy)?;
         Ok(self.copy)
     }
 }
 
+/// Makes a layer of a copy, empty; unless it is there already, and whole.
+pub(in crate::ops) fn make_empty(catalog: &Catalog, layer: &LayerRecord) -> Result<()> {
+    let path = catalog.layer_path(layer.id);
+    match path.symlink_metadata() {
+        // Whoever made it may have been cut off before its name was durable.
+        Ok(found) if found.len() == layer.size => return sync_dir(&catalog.root().layers()),
+        // Cut off in its making: nothing was written to it.
+        Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
+        Err(_) => create_dir_durable(&catalog.root().layers())?,
+    }
+    make_layer(&path, &catalog.root().layers(), layer.size, false)
+}
+
+/// With this a copy is there that was [noted](note). **Its layers have everything, durably**, and nobody
+/// writes to them any more.
+pub(in crate::ops) fn commit(catalog: &Catalog, copy: &Snapshot) -> Result<()> {
+    let _records = RecordsLock::acquire(catalog)?;
+    catalog.mark_frozen(copy.layers());
+    let (from, to) = (catalog.copying_path(copy.id()), catalog.snapshot_path(copy.id()));
+    files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
+    sync_dir(&catalog.root().snapshots())
+}
+
 /// Writes down what is going to be made, and locks it.
-fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<File>> {
+pub(in crate::ops) fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<File>> {
     let _records = RecordsLock::acquire(catalog)?;
     create_dir_durable(&catalog.root().snapshots())?;
     let path = catalog.copying_path(copy.id());
@@ -129,7 +138,9 @@ fn interrupted(
     for (id, path) in catalog.copies_in_the_making()? {
         let read = catalog.load_copying(id);
         let Ok(copy) = read.inspect_err(|e| log::warn!("left as it is: {e}")) else { continue };
-        let same = copy.copy_of() == Some(source.id()) && copy.label() == label;
+        // What is being pulled from a place may have several layers, and another process
+        // is at it in another way.
+        let same = copy.copy_of() == Some(source.id()) && copy.label() == label && copy.layers().len() == 1;
         if same
             && copy.geometry() == source.geometry()
             && is_key_of(key, &copy)?.is_some()
@@ -141,8 +152,8 @@ fn interrupted(
     Ok(None)
 }
 
-/// Locks the record at `path`; `None` if somebody else has it, or it is gone.
-fn lock(path: &Path) -> Result<Option<Flock<File>>> {
+/// Locks the record of a copy at `path`; `None` if somebody else has it, or it is gone.
+pub(in crate::ops) fn lock(path: &Path) -> Result<Option<Flock<File>>> {
     let file = match files::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),

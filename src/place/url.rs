@@ -1,0 +1,123 @@
+//! Where a place is.
+
+use crate::base::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::{Component, PathBuf};
+use std::str::FromStr;
+
+/// The URL of a place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum PlaceUrl {
+    /// `file:///mnt/backup`: a folder.
+    Folder(PathBuf),
+    /// `s3://bucket/prefix`: what begins with the prefix in a bucket.
+    Bucket {
+        /// The bucket's name.
+        bucket: String,
+        /// The prefix, without `/` at either end; may be empty.
+        prefix: String,
+    },
+}
+
+impl FromStr for PlaceUrl {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let usage = |problem: &str| Err(Error::new(Kind::Usage, format!("{text:?} {problem}")));
+        if let Some(path) = text.strip_prefix("file://") {
+            let path = PathBuf::from(path);
+            let is_plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
+            return match path.is_absolute() && path.components().all(is_plain) {
+                true => Ok(PlaceUrl::Folder(path.components().collect())),
+                false => usage("names no folder from the root on, as file:///mnt/backup does"),
+            };
+        }
+        let Some(rest) = text.strip_prefix("s3://") else {
+            return usage("is no place: file:///FOLDER and s3://BUCKET/PREFIX are");
+        };
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let of_bucket =
+            |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._".contains(&byte);
+        if !(3..=63).contains(&bucket.len()) || !bucket.bytes().all(of_bucket) {
+            return usage(
+                "has no bucket's name after s3://: 3 to 63 lower-case letters, digits, \"-\" and \".\"",
+            );
+        }
+        let prefix = prefix.trim_end_matches('/');
+        let of_prefix = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+        let is_plain = |part: &str| !part.is_empty() && !part.starts_with('.') && part.bytes().all(of_prefix);
+        if !prefix.is_empty() && !prefix.split('/').all(is_plain) {
+            return usage(
+                "has a prefix with other characters than letters, digits, \"-\", \"_\", \".\" and \"/\"",
+            );
+        }
+        Ok(PlaceUrl::Bucket { bucket: bucket.into(), prefix: prefix.into() })
+    }
+}
+
+impl fmt::Display for PlaceUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PlaceUrl::Folder(path) => write!(f, "file://{}", path.display()),
+            PlaceUrl::Bucket { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
+            PlaceUrl::Bucket { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+        }
+    }
+}
+
+impl TryFrom<String> for PlaceUrl {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map_err(|e: Error| e.to_string())
+    }
+}
+
+impl From<PlaceUrl> for String {
+    fn from(url: PlaceUrl) -> String {
+        url.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_has_one_spelling() {
+        for (text, shown) in [
+            ("file:///mnt/backup", "file:///mnt/backup"),
+            ("file:///mnt//backup/", "file:///mnt/backup"),
+            ("s3://bucket", "s3://bucket"),
+            ("s3://bucket/", "s3://bucket"),
+            ("s3://my.bucket-1/a/B_c/", "s3://my.bucket-1/a/B_c"),
+        ] {
+            let url: PlaceUrl = text.parse().unwrap();
+            assert_eq!(url.to_string(), shown);
+            assert_eq!(shown.parse::<PlaceUrl>().unwrap(), url);
+        }
+    }
+
+    #[test]
+    fn what_is_no_place_is_refused() {
+        for text in [
+            "",
+            "/mnt/backup",
+            "file://backup",
+            "file:///mnt/../etc",
+            "file:backup",
+            "http://x/y",
+            "s3://",
+            "s3://B",
+            "s3://ab",
+            "s3://bucket/a//b",
+            "s3://bucket/../x",
+            "s3://bucket/a b",
+            "s3://bucket/a?b",
+        ] {
+            assert_eq!(text.parse::<PlaceUrl>().unwrap_err().kind(), Kind::Usage, "{text}");
+        }
+    }
+}
