@@ -1,5 +1,5 @@
-//! How a data key is wrapped, changed: one of its slots is wrapped anew, one is added, one is removed. The data
-//! key is the same, so the data and the seal stay as they are.
+//! How a data key is wrapped, changed: one of its slots is wrapped anew, one is added, one is removed. The
+//! data key is the same, so the data and the seal stay as they are.
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::Snapshot;

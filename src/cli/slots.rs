@@ -1,4 +1,5 @@
-//! The KMS keys that wrap data keys: `volume key` and `snapshot key`, `--also-key`, and what a KMS says of one.
+//! The KMS keys that wrap data keys: `volume key` and `snapshot key`, `--also-key`, and
+//! what a KMS says of one.
 #![forbid(unsafe_code)]
 
 use crate::base::{Error, Kind, Result};
@@ -14,8 +15,8 @@ use serde_json::{Value, json};
 /// Which KMS keys wrap a new data key besides.
 #[derive(Args)]
 pub(super) struct AlsoArgs {
-    /// Another KMS key that wraps the data key as well, by id, ARN or alias; may be given several times. Any of
-    /// them gives the data key [default: the settings' also-keys].
+    /// Another KMS key that wraps the data key as well, by id, ARN or alias; may be given several times. Any
+    /// of them gives the data key [default: the settings' also-keys].
     #[arg(long, value_name = "KEYREF")]
     also_key: Vec<String>,
     /// Have no other KMS key wrap it, whatever the settings say.

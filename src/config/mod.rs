@@ -292,8 +292,8 @@ mod tests {
         let settings = Settings::parse(
             "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
              clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
-             also-keys = ['aws:alias/far']\nkey-order = ['eu-1', 'aws']\nkms-patience = 0\nspace-reserve = '2GiB'\nattach-grants = false\ngrantee-principal = \
-             'arn:aws:iam::123456789012:role/host'\n",
+             also-keys = ['aws:alias/far']\nkey-order = ['eu-1', 'aws']\nkms-patience = 0\nspace-reserve = \
+             '2GiB'\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
             default_key: "alias/prod".into(),

@@ -123,8 +123,8 @@ impl Event {
         }
     }
 
-    /// `unwrapKey`, which EBS does not have: `by-another`. The KMS keys that were asked first for a data key of
-    /// the volume have not given it, for this cause; `kms_key` has.
+    /// `unwrapKey`, which EBS does not have: `by-another`. The KMS keys that were asked first for a data key
+    /// of the volume have not given it, for this cause; `kms_key` has.
     pub fn unwrapped_by_another(volume: VolumeId, kms_key: &str, cause: impl Into<String>) -> Self {
         let (cause, kms_key) = (cause.into(), Some(kms_key.into()));
         Event { cause, kms_key, ..Self::new("unwrapKey", volume, "by-another") }

@@ -31,7 +31,8 @@ use zeroize::Zeroizing;
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "unwrap";
-/// The longest request or answer in bytes: all slots of a data key and one of another, as long as they can be.
+/// The longest request or answer in bytes: all slots of a data key and one of another, as
+/// long as they can be.
 const MAX_LINE: usize = 256 << 10;
 /// How long the helper may take beside the KMS's time before it is given up.
 const MARGIN: Duration = Duration::from_secs(30);
@@ -84,9 +85,9 @@ enum Answer {
     Refused(WrittenFailure),
 }
 
-/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns; without
-/// a grant, with the settings' patience. Where several KMS keys wrap it, the next one is asked if one does not
-/// give it.
+/// Unwraps a data key of a volume or snapshot by a helper process, which has ended when this returns;
+/// without a grant, with the settings' patience. Where several KMS keys wrap it, the next one is asked
+/// if one does not give it.
 ///
 /// # Errors
 /// The KMS's refusal, or what went wrong on the way to it; of several, the answer of each.
@@ -170,8 +171,8 @@ pub fn unwrap_for_holder(
 }
 
 /// The keys of names and manifests that follow from a data key of a volume or snapshot, whose record says
-/// which `volume` it is of. A helper process unwraps the data key, which is never in this process. Where several
-/// KMS keys wrap it, the next one is asked if one does not give it.
+/// which `volume` it is of. A helper process unwraps the data key, which is never in this process. Where
+/// several KMS keys wrap it, the next one is asked if one does not give it.
 ///
 /// # Errors
 /// As for [`unwrap`]; `Corrupt` for a data key that is not the one that the record was sealed with.

@@ -175,9 +175,9 @@ impl KeyRef {
         Self::parse_by(text, here, |_| Ok(None))
     }
 
-    /// As [`KeyRef::parse`]. Where the ARN of a key has the place of both the embedded KMS and an account at AWS,
-    /// `has` tells whether the embedded KMS has a key of this id: ids are random, and so nobody else's. If it has
-    /// not, the key is AWS's. Where it returns nothing, nobody knows.
+    /// As [`KeyRef::parse`]. Where the ARN of a key has the place of both the embedded KMS and an account at
+    /// AWS, `has` tells whether the embedded KMS has a key of this id: ids are random, and so nobody else's.
+    /// If it has not, the key is AWS's. Where it returns nothing, nobody knows.
     ///
     /// # Errors
     /// As [`KeyRef::parse`]; what `has` says.

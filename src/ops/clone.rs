@@ -1,11 +1,12 @@
 //! Volumes made from snapshots: at once, whatever the size, since the snapshot's layers become
 //! the volume's lower ones.
 //!
-//! Under the KMS keys of the snapshot the volume has the same data key, which each KMS wraps anew for the
-//! volume (ReEncrypt), so that nobody sees it; if one of them is named, under that one alone. If it is to have a data key of its own, the new top layer is
-//! under that, and the layers below stay under the snapshot's, which the volume has as well. Under another
-//! KMS key, and where an unencrypted snapshot is to be encrypted, the new top layer has a data key of its
-//! own, and the layers below are marked to be copied up.
+//! Under the KMS keys of the snapshot the volume has the same data key, which each KMS wraps anew for
+//! the volume (ReEncrypt), so that nobody sees it; if one of them is named, under that one alone. If
+//! it is to have a data key of its own, the new top layer is under that, and the layers below stay
+//! under the snapshot's, which the volume has as well. Under another KMS key, and where an
+//! unencrypted snapshot is to be encrypted, the new top layer has a data key of its own, and the
+//! layers below are marked to be copied up.
 
 use crate::base::Result;
 use crate::catalog::layout::Layout;
@@ -140,9 +141,9 @@ pub(super) fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<O
     }
 }
 
-/// The snapshot's data keys for another `owner`: each slot wrapped by the same KMS key as before, and those of
-/// `ways.also` besides. Of a data key that `only` wraps, that slot alone. A slot whose KMS key cannot be used
-/// is left out, with a warning, as long as the data key has another one.
+/// The snapshot's data keys for another `owner`: each slot wrapped by the same KMS key as before, and those
+/// of `ways.also` besides. Of a data key that `only` wraps, that slot alone. A slot whose KMS key cannot be
+/// used is left out, with a warning, as long as the data key has another one.
 ///
 /// # Errors
 /// Those of the KMS; where a data key has no slot that can be used, the answer of each.
@@ -175,8 +176,8 @@ pub(crate) fn rewrap_all(
         let Some(record) = KeyRecord::of_slots(slots) else { return Err(Failure::of_all(refusals)) };
         for (by, e) in refusals {
             log::warn!(
-                "{owner} is made without {by}, which wraps the data key of {}, and cannot now: {}; when it can, \
-                 \"key add\" adds it",
+                "{owner} is made without {by}, which wraps the data key of {}, and cannot now: {}; when it \
+                 can, \"key add\" adds it",
                 snapshot.id(),
                 e.cause
             );

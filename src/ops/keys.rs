@@ -188,8 +188,8 @@ pub struct WrappingKey<'a> {
 }
 
 impl WrappingKey<'_> {
-    /// A new data key for `owner`, which the KMS makes and nobody sees outside of it, and of the helper that has
-    /// it wrapped by another KMS.
+    /// A new data key for `owner`, which the KMS makes and nobody sees outside of it, and of the helper that
+    /// has it wrapped by another KMS.
     ///
     /// # Errors
     /// Those of the KMSs.

@@ -128,8 +128,8 @@ impl Store {
         self.key_of(self.reference(reference.unwrap_or(&self.settings.default_key))?)
     }
 
-    /// Which KMS's key `text` means. An ARN whose place both the embedded KMS and an account at AWS have, since
-    /// the settings say so, is the embedded KMS's if that has a key of this id, and else AWS's.
+    /// Which KMS's key `text` means. An ARN whose place both the embedded KMS and an account at AWS have,
+    /// since the settings say so, is the embedded KMS's if that has a key of this id, and else AWS's.
     ///
     /// # Errors
     /// `Usage` for what names no key, and for the ARN of an alias that both could have; those of the embedded
@@ -149,8 +149,8 @@ impl Store {
         KeyRef::of_operator_by(text, &self.settings.locality, has)
     }
 
-    /// The KMS keys that a new data key is made and wrapped by: the one that `reference` names, without one the
-    /// default key of the settings, and besides those that `also` means.
+    /// The KMS keys that a new data key is made and wrapped by: the one that `reference` names, without one
+    /// the default key of the settings, and besides those that `also` means.
     ///
     /// # Errors
     /// `Usage` for what names no key; those of the KMS.

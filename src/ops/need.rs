@@ -48,8 +48,9 @@ impl Budget {
         self.check_at(&place(catalog.root()), need)
     }
 
-    /// Looks whether a copy of what these layers of the volume `id` hold into `top` fits, or into a new layer:
-    /// of layers that nothing else names no more than [`BEHIND`] is there twice where space is given back.
+    /// Looks whether a copy of what these layers of the volume `id` hold into `top` fits, or into
+    /// a new layer: of layers that nothing else names no more than [`BEHIND`] is there twice
+    /// where space is given back.
     ///
     /// # Errors
     /// As for [`Budget::check`]; those of the file system.

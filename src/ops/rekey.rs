@@ -28,9 +28,9 @@ pub struct Rekeyed {
     pub pause: Option<Duration>,
 }
 
-/// Gives a volume a new data key, wrapped by the KMS key that `key` names and by those that `also` means, or by
-/// all of those that wrap the old one. Reports `hydrateVolume` events. What was written before is still under the old data key: it
-/// is marked to be copied up.
+/// Gives a volume a new data key, wrapped by the KMS key that `key` names and by those that `also` means, or
+/// by all of those that wrap the old one. Reports `hydrateVolume` events. What was written before is still
+/// under the old data key: it is marked to be copied up.
 ///
 /// # Errors
 /// `Usage` for a volume without encryption; `NoSpace` if the file system has too little; `Busy`, naming the

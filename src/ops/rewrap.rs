@@ -38,8 +38,8 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// All wrapped copies of data keys, or only those that the KMS key wraps which `from` names, are wrapped by
-    /// the KMS key which `to` names.
+    /// All wrapped copies of data keys, or only those that the KMS key wraps which `from` names, are wrapped
+    /// by the KMS key which `to` names.
     ///
     /// # Errors
     /// `Usage` for what names no key; those of the KMS.
@@ -106,8 +106,8 @@ fn check(keys: &[KeyRecord], wish: &Wish) -> Result<()> {
         && wish.from.is_none()
     {
         format!(
-            "a data key of it is wrapped by {}: say with --from which one the new one takes the place of, or add \
-             the new one (\"key add\")",
+            "a data key of it is wrapped by {}: say with --from which one the new one takes the place of, or \
+             add the new one (\"key add\")",
             names(std::iter::once(several))
         )
     } else {

@@ -12,8 +12,8 @@ use crate::crypt::{Dek, PassKey, SealKey, SectorSize};
 use crate::kms::KmsKey;
 use std::sync::Arc;
 
-/// What is kept of one data key: who gave it, by what it is known, what it seals records with, what it passes another data
-/// key under, and its round keys. Copies of this are the same memory.
+/// What is kept of one data key: who gave it, by what it is known, what it seals records with, what it passes
+/// another data key under, and its round keys. Copies of this are the same memory.
 #[derive(Clone)]
 pub struct Kept {
     by: KmsKey,

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use std::fs;
 use std::process::Stdio;
 
-/// The volume `t` with data under the KMS keys `alias/a`, `alias/b` and, if there are so many, `alias/c`, all of
-/// the embedded KMS; and `alias/other`, which wraps nothing.
+/// The volume `t` with data under the KMS keys `alias/a`, `alias/b` and, if there are so many, `alias/c`, all
+/// of the embedded KMS; and `alias/other`, which wraps nothing.
 struct Several {
     place: Place,
 }
@@ -89,8 +89,8 @@ impl Several {
         said(&output)
     }
 
-    /// Edits the record as somebody would who can write the store, and accepts it as an operator would who does
-    /// not look.
+    /// Edits the record as somebody would who can write the store, and accepts it as an operator
+    /// would who does not look.
     fn edit(&self, edit: impl FnOnce(&mut Value)) {
         let mut record: Value = serde_json::from_slice(&fs::read(self.place.volume_json()).unwrap()).unwrap();
         edit(&mut record);

@@ -27,7 +27,8 @@ const DISK: u64 = 32 << 20;
 const MOST: usize = 6;
 const SECTOR: usize = 512;
 
-/// What each block of a disk may hold: after a write that failed, each sector of it is the old one or the new.
+/// What each block of a disk may hold: after a write that failed, each sector of it is the
+/// old one or the new.
 #[derive(Clone)]
 struct Allowed(Vec<Vec<u64>>);
 

@@ -454,7 +454,7 @@ fn what_the_kms_refuses_names_the_key() {
     rig.json(&["snapshot", "push", &id, &outside.url()]);
     // Of another host, which has a KMS of its own.
     let other = Rig::new(&[]);
-    let key = rig.reader().snapshot(&id).keys()[0].wrapped.key_id.clone();
+    let key = rig.reader().snapshot(&id).keys()[0].first().wrapped.key_id.clone();
     let said = other.refuse(3, &["snapshot", "pull", &outside.of(&id)]);
     assert!(said.contains(&key) && said.contains("of the KMS \"embedded\""), "{said}");
     let detail = other.last_event()["detail"].clone();

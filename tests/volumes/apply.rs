@@ -300,7 +300,8 @@ fn the_keys_that_open_a_volume_besides_are_made_and_looked_at() {
     store.configure("also-keys = [\"alias/other\"]\n");
     apply(
         &store,
-        "[[volume]]\nname = \"usual\"\nsize = \"1MiB\"\n[[volume]]\nname = \"lone\"\nsize = \"1MiB\"\nalso-keys = []\n",
+        "[[volume]]\nname = \"usual\"\nsize = \"1MiB\"\n[[volume]]\nname = \"lone\"\nsize = \
+         \"1MiB\"\nalso-keys = []\n",
         &[],
     );
     assert_eq!((slots("usual"), slots("lone")), (Some(2), Some(1)));

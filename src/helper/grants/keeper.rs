@@ -1,12 +1,12 @@
 //! The keeper: a helper process that makes an attach's grants and retires them when the attach is over.
 //!
-//! It never sees a data key. The host process sends one line that says for which volume. Then, for each KMS key
-//! that it is going to ask, one at a time, it sends a line and gets one with the grant's token, or the KMS's
-//! refusal: where several KMS keys wrap a data key, a grant is made on those alone that are asked. Another
-//! line says which keys the volume still needs, and is answered when the grants on others are retired; the
-//! first such line ends the making. An empty one means the end of the attach, and is answered when all are
-//! retired; the socket's end means the same where nobody is left to answer. So it needs nothing of the host
-//! process, which is confined by then, and may be killed.
+//! It never sees a data key. The host process sends one line that says for which volume. Then, for each KMS
+//! key that it is going to ask, one at a time, it sends a line and gets one with the grant's token, or the
+//! KMS's refusal: where several KMS keys wrap a data key, a grant is made on those alone that are asked.
+//! Another line says which keys the volume still needs, and is answered when the grants on others are
+//! retired; the first such line ends the making. An empty one means the end of the attach, and is answered
+//! when all are retired; the socket's end means the same where nobody is left to answer. So it needs nothing
+//! of the host process, which is confined by then, and may be killed.
 
 use crate::base::hardened::harden;
 use crate::base::root::Root;
@@ -93,8 +93,8 @@ pub struct Granting {
 }
 
 impl Granting {
-    /// Begins for an attach of the volume, where the settings want grants, or earlier attaches have left some.
-    /// Whoever calls it has the volume, and is `alone`, or is to have it next.
+    /// Begins for an attach of the volume, where the settings want grants, or earlier attaches have left
+    /// some. Whoever calls it has the volume, and is `alone`, or is to have it next.
     ///
     /// # Errors
     /// What keeps the keeper from being started.

@@ -222,8 +222,8 @@ pub fn change_slot(catalog: &Catalog, volume: VolumeId, change: SlotChange) -> R
         Ok(Answer::SlotChanged) => expected.settle().map(drop),
         Ok(_) => Err(Error::new(Kind::Other, "its answer is to another question")),
         Err(e) if e.kind() == Kind::Usage && e.to_string().contains("unknown variant") => {
-            let message = "the process that has it attached is of an earlier version, which knows one KMS key for \
-                           each data key; \"sealblk upgrade\" puts this version in its place";
+            let message = "the process that has it attached is of an earlier version, which knows one KMS \
+                           key for each data key; \"sealblk upgrade\" puts this version in its place";
             Err(Error::new(Kind::Unsupported, message))
         }
         Err(e) => Err(e),

@@ -1,6 +1,7 @@
-//! The host process's end of the control socket. One thread waits for all clients at once, so that none that
-//! is slow, silent or stuck keeps another waiting, and tells what needs no waiting for. Another thread does
-//! what clients want to have done, one after the other: a change may take as long as a disk or a client takes.
+//! The host process's end of the control socket. One thread waits for all clients at once, so that
+//! none that is slow, silent or stuck keeps another waiting, and tells what needs no waiting for.
+//! Another thread does what clients want to have done, one after the other: a change may take as long
+//! as a disk or a client takes.
 
 use crate::base::root::files;
 use crate::base::sync::Locked;

@@ -174,8 +174,8 @@ fn wrapped_for(
     Ok(copy)
 }
 
-/// Where no KMS key was named, each slot is wrapped by the same one as before; one that cannot be used is left
-/// out, with a warning, as long as there is another.
+/// Where no KMS key was named, each slot is wrapped by the same one as before; one that cannot be used is
+/// left out, with a warning, as long as there is another.
 fn wrap(
     store: &Store,
     from: &Snapshot,

@@ -40,7 +40,8 @@ pub(super) fn write(text: &mut Text, volumes: &[Observed], known: &BTreeMap<KmsK
     text.family(
         "sealblk_volume_attachable",
         Type::Gauge,
-        "Whether a KMS would let the next attach have each of the volume's data keys, by one KMS key or another.",
+        "Whether a KMS would let the next attach have each of the volume's data keys, by one KMS key or \
+         another.",
     );
     for it in volumes {
         let Ok(metadata) = &it.entry.metadata else { continue };
