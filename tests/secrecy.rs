@@ -14,6 +14,8 @@ use crate::common::patience::{limit, wait_for};
 use crate::common::process::{INHERITED, inherit, tie_to_test, wait_within};
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::signal::{self, Signal};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -357,7 +359,8 @@ fn the_helper_puts_the_key_into_no_file() {
     let metadata = place.metadata();
     let wrapped = &metadata.keys()[0].first().wrapped;
     let request = serde_json::json!({
-        "owner": {"volume": metadata.id()}, "provider": "embedded", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+        "owner": {"volume": metadata.id()},
+        "wrapped": {"provider": "embedded", "key_id": wrapped.key_id, "wrapped": BASE64_STANDARD.encode(&wrapped.blob)},
     });
     let path = place.folder().join("trap");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
@@ -406,7 +409,8 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     let wrapped = &metadata.keys()[0].first().wrapped;
     let dek = kms.admin().decrypt(wrapped, &metadata.encryption_context()).expect("unwrap the data key");
     let request = serde_json::json!({
-        "owner": {"volume": metadata.id()}, "provider": "aws", "key_id": wrapped.key_id, "blob": hex::encode(&wrapped.blob),
+        "owner": {"volume": metadata.id()},
+        "wrapped": {"provider": "aws", "key_id": wrapped.key_id, "wrapped": BASE64_STANDARD.encode(&wrapped.blob)},
     });
     let secret = SecretFd::create(64).expect("memory for a key");
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -81,9 +81,10 @@ fn a_damaged_or_foreign_volume_json_is_refused() {
         ("much too long", "longer than 16777216 bytes", vec![b' '; (16 << 20) + 1]),
         (
             "a future version",
-            "format version 3, and this sealblk knows only versions 1 and 2",
-            edit(|v| v["format"] = json!(3)),
+            "format version 4, and this sealblk knows only versions 1 to 3",
+            edit(|v| v["format"] = json!(4)),
         ),
+        ("the version of several slots, with one", "version 2 says all", edit(|v| v["format"] = json!(3))),
         ("an unknown field", "unknown field `colour`", edit(|v| v["colour"] = json!("red"))),
         ("an unknown field of a key", "unknown field `colour`", edit(|v| v["keys"][0]["colour"] = json!(1))),
         (
