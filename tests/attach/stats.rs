@@ -2,8 +2,8 @@
 
 use crate::common::attach::{Place, flush, open, read, write};
 use crate::common::disk::pattern;
-use crate::common::frontend::Request;
 use crate::common::frontend::block::{IOERR, OK, Segment};
+use crate::common::frontend::{Request, Session};
 use crate::common::patience::{AtEnd, wait_for};
 use crate::common::store::said;
 use serde_json::Value;
@@ -181,6 +181,21 @@ fn a_process_that_does_not_answer_is_named_and_holds_up_no_other() {
     host.end();
 }
 
+/// Does `what` while the first block of the disk is written again and again.
+pub fn while_written(session: &mut Session, what: impl FnOnce()) {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = AtEnd(&over);
+        let (over, ring) = (&over, &mut session.rings[0]);
+        scope.spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                write(ring, 0, &pattern(1, 4096));
+            }
+        });
+        what();
+    });
+}
+
 #[test]
 fn a_list_says_what_attached_volumes_do_if_it_is_asked_to() {
     let place = Place::new(&[]);
@@ -194,15 +209,7 @@ fn a_list_says_what_attached_volumes_do_if_it_is_asked_to() {
     let host = place.attach(&[]);
     let mut session = open(&place.socket());
     assert!(listed(&[]).iter().all(|it| it.get("rates").is_none()), "a plain list asks nobody");
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let _end = AtEnd(&over);
-        let (over, ring) = (&over, &mut session.rings[0]);
-        scope.spawn(move || {
-            while !over.load(Ordering::Relaxed) {
-                write(ring, 0, &pattern(1, 4096));
-            }
-        });
+    while_written(&mut session, || {
         let rates = wait_for("writes are seen", || {
             let listed = listed(&["--rates", "0.1"]);
             let [t, u] = &listed[..] else { panic!("{listed:?}") };
@@ -213,7 +220,6 @@ fn a_list_says_what_attached_volumes_do_if_it_is_asked_to() {
             }
         });
         assert_eq!((&rates["since_attach"], &rates["read"]["requests"]), (&false.into(), &0.into()));
-        over.store(true, Ordering::Relaxed);
     });
     let text = place.store.ok(&["volume", "list", "--rates", "0.1"]);
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -2,14 +2,14 @@
 
 use crate::common::attach::{Place, open, write};
 use crate::common::disk::pattern;
-use crate::common::patience::{AtEnd, Deadline, limit};
+use crate::common::patience::{Deadline, limit};
 use crate::common::process::{tie_to_test, wait_within};
 use crate::common::store::said;
+use crate::stats::while_written;
 use nix::pty::{Winsize, openpty};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The words of the head that are shown the other way round: the column that volumes are sorted by.
@@ -59,17 +59,8 @@ fn top_shows_volumes_on_a_terminal_and_leaves_it_as_it_was() {
     });
     until(&mut master, "the column", &|screen| marked(screen) == "r/s");
     // A look after another is of the time in between: writes are seen as they come.
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let _end = AtEnd(&over);
-        let (over, ring) = (&over, &mut session.rings[0]);
-        scope.spawn(move || {
-            while !over.load(Ordering::Relaxed) {
-                write(ring, 0, &pattern(1, 4096));
-            }
-        });
+    while_written(&mut session, || {
         until(&mut master, "what is written", &|screen| screen.contents().contains("iB/s written"));
-        over.store(true, Ordering::Relaxed);
     });
     master.write_all(b"\x1b[C").expect("press a key");
     until(&mut master, "the next column", &|screen| marked(screen) == "w/s");

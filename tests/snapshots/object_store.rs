@@ -1,13 +1,13 @@
 //! Snapshots in an object store: moto's S3 server, a real process of its own, which fails as it is told to.
 //! What a folder does as well is tested there.
 
-use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
 use crate::common::kms_server::{environment, set};
 use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::wait_for;
 use crate::common::process::tie_to_test;
 use crate::common::rig::Rig;
+use crate::outside::{content, write_to};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sealblk::crypt::secret_mem::SecretMem;
@@ -80,20 +80,6 @@ impl Drop for S3 {
 }
 
 const PLACE: &str = "s3://bucket/some/prefix";
-
-fn write_to(rig: &mut Rig, at: usize, bytes: &[u8]) {
-    let host = rig.place.attach(&[]);
-    let mut session = open(&rig.place.socket());
-    write(&mut session.rings[0], at as u64 / 512, bytes);
-    flush(&mut session.rings[0]);
-    drop(session);
-    host.end();
-    rig.data[at..at + bytes.len()].copy_from_slice(bytes);
-}
-
-fn content(rig: &Rig, snapshot: &str) -> Vec<u8> {
-    rig.reader().snapshot_content(&rig.reader().snapshot(snapshot))
-}
 
 #[test]
 fn a_bucket_takes_snapshots_and_gives_them_back() {

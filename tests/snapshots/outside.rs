@@ -65,7 +65,7 @@ impl Outside {
 }
 
 /// Writes into the attached volume `t`.
-fn write_to(rig: &mut Rig, at: usize, bytes: &[u8]) {
+pub fn write_to(rig: &mut Rig, at: usize, bytes: &[u8]) {
     let host = rig.place.attach(&[]);
     let mut session = open(&rig.place.socket());
     write(&mut session.rings[0], at as u64 / 512, bytes);
@@ -75,7 +75,8 @@ fn write_to(rig: &mut Rig, at: usize, bytes: &[u8]) {
     rig.data[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-fn content(rig: &Rig, snapshot: &str) -> Vec<u8> {
+/// What a snapshot holds.
+pub fn content(rig: &Rig, snapshot: &str) -> Vec<u8> {
     rig.reader().snapshot_content(&rig.reader().snapshot(snapshot))
 }
 

@@ -503,21 +503,25 @@ fn lists_are_in_the_order_of_names_unless_another_is_asked_for() {
 #[test]
 fn a_volume_is_called_what_it_is_renamed_to() {
     let store = Store::new();
-    let (db, other) = (store.create(&["--name", "db"]), store.create(&["--name", "other"]));
-    let renamed = store.json(&["volume", "rename", "db", "db-old"]);
-    assert_eq!((&renamed["id"], &renamed["name"]), (&db["id"], &json!("db-old")));
-    assert_eq!(store.json(&["volume", "show", "db-old"])["id"], db["id"]);
-    store.refuse(3, &["volume", "show", "db"]);
-    let said = store.refuse(4, &["volume", "rename", "db-old", "other"]);
+    // A name that could not be the beginning of an id.
+    let (mail, other) = (store.create(&["--name", "mail"]), store.create(&["--name", "other"]));
+    let renamed = store.json(&["volume", "rename", "mail", "mail-old"]);
+    assert_eq!((&renamed["id"], &renamed["name"]), (&mail["id"], &json!("mail-old")));
+    assert_eq!(store.json(&["volume", "show", "mail-old"])["id"], mail["id"]);
+    store.refuse(3, &["volume", "show", "mail"]);
+    let said = store.refuse(4, &["volume", "rename", "mail-old", "other"]);
     assert!(said.contains(other["id"].as_str().unwrap()), "{said}");
     // The name that it has is nobody else's.
-    assert_eq!(store.json(&["volume", "rename", "db-old", "db-old"])["generation"], renamed["generation"]);
-    store.refuse(2, &["volume", "rename", "db-old", "vol-1"]);
-    store.refuse(2, &["volume", "rename", "db-old"]);
-    store.refuse(2, &["volume", "rename", "db-old", "x", "--unnamed"]);
-    assert_eq!(store.json(&["volume", "rename", "db-old", "--unnamed"])["name"], Value::Null);
+    assert_eq!(
+        store.json(&["volume", "rename", "mail-old", "mail-old"])["generation"],
+        renamed["generation"]
+    );
+    store.refuse(2, &["volume", "rename", "mail-old", "vol-1"]);
+    store.refuse(2, &["volume", "rename", "mail-old"]);
+    store.refuse(2, &["volume", "rename", "mail-old", "x", "--unnamed"]);
+    assert_eq!(store.json(&["volume", "rename", "mail-old", "--unnamed"])["name"], Value::Null);
     // What was given up can be had by another.
-    assert_eq!(store.json(&["volume", "rename", "other", "db"])["name"], "db");
+    assert_eq!(store.json(&["volume", "rename", "other", "mail"])["name"], "mail");
     assert_eq!(store.run(&["store", "check"]).code, 0);
 }
 
