@@ -7,6 +7,7 @@
 
 use super::corrupt;
 use crate::base::Result;
+use crate::base::zeros::is_zero;
 
 /// What is there or not, as a whole, in bytes.
 pub(crate) const SECTOR: usize = 512;
@@ -18,11 +19,6 @@ pub(crate) const SECTORS: usize = BLOCK / SECTOR;
 const BITS: usize = SECTORS / 8;
 /// The longest object of a block, in bytes.
 pub(crate) const MAX: usize = BITS + BLOCK;
-
-/// Whether nothing was written to a sector.
-pub(crate) fn is_zero(sector: &[u8]) -> bool {
-    sector.iter().all(|&byte| byte == 0)
-}
 
 /// The object of a block; none if all of it is zero. The last block of a snapshot may be shorter than others.
 pub(crate) fn encode(bytes: &[u8]) -> Option<Vec<u8>> {

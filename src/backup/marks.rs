@@ -49,9 +49,9 @@ pub(crate) struct Mark {
 pub(crate) enum Standing {
     /// This host has not seen one of this snapshot there.
     Unknown,
-    /// It is the newest that this host has seen.
+    /// The manifest is the newest that this host has seen.
     Newest,
-    /// It is newer than what this host has seen.
+    /// The manifest is newer than what this host has seen.
     Newer,
     /// This host has seen a newer one, with this number.
     PutBack(u64),

@@ -17,6 +17,7 @@ pub(crate) mod sync;
 mod timestamp;
 pub(crate) mod wait;
 pub(crate) mod wire;
+pub(crate) mod zeros;
 
 pub use error::{Context, Error, Kind, Result};
 pub use locality::Locality;

@@ -89,6 +89,11 @@ impl KeyRecord {
         &self.slots
     }
 
+    /// The KMS keys that wrap it, in the order of its slots.
+    pub fn kms_keys(&self) -> Vec<KmsKey> {
+        self.slots.iter().map(KeySlot::kms_key).collect()
+    }
+
     /// The slot that it had first of those that it has.
     pub fn first(&self) -> &KeySlot {
         self.slots.first().expect("there is one: new() makes one, and nobody removes the last one")

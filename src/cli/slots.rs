@@ -4,9 +4,9 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::metadata::KeyRecord;
-use crate::catalog::slots::KeySlot;
 use crate::cli::{Env, output};
-use crate::kms::{self, KeyState, KmsKey, order};
+use crate::helper::slots::asked as order_of;
+use crate::kms::{self, KeyState, KmsKey};
 use crate::ops::also_keys::AlsoKeys;
 use crate::ops::slots::{self, Changed, Whose};
 use clap::{Args, Subcommand};
@@ -179,10 +179,9 @@ fn print_changed(env: &Env, whose: Whose, verb: &str, changed: &[Changed], words
 /// Lists them in the order in which they are asked. With `check` it fails, after printing everything, if a
 /// data key would come by none of them.
 fn list(env: &Env, id: &str, keys: &[KeyRecord], check: bool) -> Result<()> {
-    let order = env.settings()?.key_order;
+    let settings = env.settings()?;
     let asked = |key: &KeyRecord| -> Vec<KmsKey> {
-        let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-        order::asked(&keys, &order).into_iter().map(|n| keys[n].clone()).collect()
+        order_of(key, &settings).into_iter().map(|n| key.slots()[n].kms_key()).collect()
     };
     let all: Vec<Vec<KmsKey>> = keys.iter().map(asked).collect();
     let checks: Option<Vec<Vec<Check>>> = check
@@ -300,6 +299,5 @@ fn plain(state: KeyState) -> &'static str {
 /// A data key in JSON: its first KMS key, and all of them.
 pub(super) fn key_json(key: &KeyRecord) -> Value {
     let KmsKey { provider, key_id } = key.first().kms_key();
-    let slots: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-    json!({"provider": provider, "key_id": key_id, "slots": slots})
+    json!({"provider": provider, "key_id": key_id, "slots": key.kms_keys()})
 }

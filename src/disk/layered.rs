@@ -11,8 +11,9 @@
 //! having been to the backing.
 
 use crate::backing::{Buffer, Event, Op, Queue};
+use crate::base::zeros::is_zero;
 use crate::crypt::xts::SectorCipher;
-use crate::disk::guest::{all_there, is_zero};
+use crate::disk::guest::all_there;
 use crate::disk::map::{Entry, LayerMap};
 use crate::disk::{Disk, GuestData, SECTOR, Zeroing};
 use crate::virtio::SECTOR_SIZE;

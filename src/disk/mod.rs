@@ -21,7 +21,6 @@ pub mod transfer;
 
 pub(crate) use blocking::WaitingQueue;
 pub use guest::GuestData;
-pub(crate) use guest::is_zero;
 pub use queue::{DiskQueue, Zeroed, Zeroing};
 
 use crate::backing::Backing;

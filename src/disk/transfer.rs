@@ -5,8 +5,9 @@
 //! buffers, both of which are wiped at the end.
 #![forbid(unsafe_code)]
 
+use crate::base::zeros::is_zero;
 use crate::base::{Context, Error, Kind, Result};
-use crate::disk::{Disk, WaitingQueue, is_zero};
+use crate::disk::{Disk, WaitingQueue};
 use crate::virtio::SECTOR_SIZE;
 use std::io;
 use std::ops::Range;

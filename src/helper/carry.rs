@@ -1,9 +1,9 @@
 //! The carrier: a process of its own that brings ciphertext to a place outside and back ([`crate::place`]).
 //!
-//! It has no key: no store's, no data key, no root key, and nothing that follows from one. It handles bytes
-//! and opaque names. Once it knows how the place is reached it is confined: to the folder of the place, or to
-//! the network and the files that names and credentials are looked up in. Whoever started it, and knows what
-//! the bytes are, has no network by then.
+//! The carrier has no key: no store's, no data key, no root key, and nothing that follows from one. It
+//! handles bytes and opaque names. Once it knows how the place is reached it is confined: to the folder of
+//! the place, or to the network and the files that names and credentials are looked up in. Whoever started
+//! it, and knows what the bytes are, has no network by then.
 //!
 //! The two sides share a socket, the carrier's standard input. A message is two numbers, four bytes
 //! each, least significant first: how long its JSON is, and how many bytes follow that. Requests have a

@@ -1,9 +1,10 @@
 //! Asking for a data key where several KMS keys wrap it: one after the other, until one gives it.
 
 use crate::base::Kind;
-use crate::catalog::metadata::KeyOwner;
+use crate::catalog::metadata::{KeyOwner, KeyRecord};
+use crate::config::Settings;
 use crate::kms::patience::Patience;
-use crate::kms::{Failure, KmsKey};
+use crate::kms::{Failure, KmsKey, order};
 use std::time::{Duration, Instant};
 
 /// For how long each KMS is asked again in the second round, and in those after it.
@@ -97,6 +98,25 @@ pub fn ask_each<T>(
         // Whoever is asked again has a moment, also where its refusal took none.
         std::thread::sleep(left.min(PAUSE));
     }
+}
+
+/// The numbers of a data key's slots in the order in which the settings have their KMS keys asked.
+pub fn asked(key: &KeyRecord, settings: &Settings) -> Vec<usize> {
+    order::asked(&key.kms_keys(), &settings.key_order)
+}
+
+/// As [`ask_each`], in the order and with the patience of the settings.
+///
+/// # Errors
+/// As [`ask_each`].
+pub(super) fn ask_slots<T>(
+    settings: &Settings,
+    owner: KeyOwner,
+    key: &KeyRecord,
+    ask: impl FnMut(usize, Patience) -> Result<T, Refused>,
+) -> Result<Given<T>, Failure> {
+    let patience = Patience(settings.kms_patience);
+    ask_each(&owner, &key.kms_keys(), asked(key, settings), patience, ask)
 }
 
 #[cfg(test)]

@@ -19,9 +19,9 @@ use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{BackupKeys, Dek, wiping_allocator};
 use crate::helper;
 use crate::helper::failure::WrittenFailure;
-use crate::helper::slots::{Refused, ask_each};
+use crate::helper::slots::{Refused, ask_slots};
 use crate::kms::patience::Patience;
-use crate::kms::{self, EncryptionContext, Failure, KmsError, KmsKey, order};
+use crate::kms::{self, EncryptionContext, Failure, KmsError};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -98,13 +98,10 @@ pub fn unwrap(
     key: &KeyRecord,
 ) -> Result<Unwrapped, Failure> {
     let (settings, owner) = (Settings::load(root)?, owner.into());
-    let patience = Patience(settings.kms_patience);
-    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-    let given =
-        ask_each(&owner, &keys, order::asked(&keys, &settings.key_order), patience, |slot, patience| {
-            Ok(unwrap_slot(hardened, root, owner, (key, slot), None, patience)?)
-        })?;
-    Ok(Unwrapped { dek: Arc::new(given.what), by: keys[given.slot].clone() })
+    let given = ask_slots(&settings, owner, key, |slot, patience| {
+        Ok(unwrap_slot(hardened, root, owner, (key, slot), None, patience)?)
+    })?;
+    Ok(Unwrapped { dek: Arc::new(given.what), by: key.slots()[given.slot].kms_key() })
 }
 
 /// Unwraps one slot of a data key of a volume or snapshot by a helper process, by the grant whose token this
@@ -149,8 +146,6 @@ pub fn unwrap_for_holder(
     let (settings, (new, layer)) = (Settings::load(root)?, new);
     // Its first KMS key has just made it.
     let (first, also) = (new.first(), &new.slots()[1..]);
-    let keys: Vec<KmsKey> = present.slots().iter().map(KeySlot::kms_key).collect();
-    let patience = Patience(settings.kms_patience);
     let ask = |slot: usize, patience: Patience| {
         let present_slot = &present.slots()[slot];
         let under = Under {
@@ -166,8 +161,7 @@ pub fn unwrap_for_holder(
             if is_of_new { Refused::Everywhere(e) } else { Refused::Here(e) }
         })
     };
-    let order = order::asked(&keys, &settings.key_order);
-    ask_each(&volume.into(), &keys, order, patience, ask).map(drop)
+    ask_slots(&settings, volume.into(), present, ask).map(drop)
 }
 
 /// The keys of names and manifests that follow from a data key of a volume or snapshot, whose record says
@@ -184,20 +178,15 @@ pub fn backup_keys(
     volume: VolumeId,
 ) -> Result<BackupKeys, Failure> {
     let (settings, owner) = (Settings::load(root)?, owner.into());
-    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-    let ask = |slot: usize, patience: Patience| {
+    let given = ask_slots(&settings, owner, key, |slot, patience| {
         let derive = Derive { volume, check: key.check().map(hex::encode) };
         let request =
             Request { derive: Some(derive), ..Request::new(owner, &key.slots()[slot], None, patience) };
-        let derived = || -> Result<BackupKeys, Failure> {
-            let secret = SecretFd::create(BackupKeys::LEN)?;
-            fill_by_helper(root, &secret, &request, patience.longest_call())?;
-            Ok(BackupKeys::from_secret(secret.map()?)?)
-        };
-        derived().map_err(Refused::Here)
-    };
-    let order = order::asked(&keys, &settings.key_order);
-    Ok(ask_each(&owner, &keys, order, Patience(settings.kms_patience), ask)?.what)
+        let secret = SecretFd::create(BackupKeys::LEN)?;
+        fill_by_helper(root, &secret, &request, patience.longest_call())?;
+        Ok(BackupKeys::from_secret(secret.map()?)?)
+    })?;
+    Ok(given.what)
 }
 
 impl Request {

@@ -6,12 +6,12 @@ use crate::base::root::Root;
 use crate::base::{Context, Result};
 use crate::catalog::lock::{Holder, LockFile, Purpose, Turn, VolumeLock};
 use crate::catalog::metadata::{KeyOwner, KeyRecord, Metadata};
-use crate::catalog::slots::{KeySlot, Unwrapped};
+use crate::catalog::slots::Unwrapped;
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
 use crate::helper::grants::{Granting, Keeper};
-use crate::helper::slots::ask_each;
+use crate::helper::slots::{ask_each, asked};
 use crate::helper::unwrap::unwrap_slot;
 use crate::host::Options;
 use crate::host::control::{Bound, Control};
@@ -19,7 +19,7 @@ use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
 use crate::host::socket::{Passed, SocketName};
 use crate::kms::patience::Patience;
-use crate::kms::{Failure, KmsKey, order};
+use crate::kms::{Failure, KmsKey};
 use crate::vhost::listener::Socket;
 use crate::vhost::session::Inlet;
 use crate::volume::open::{Deks, Opened};
@@ -151,8 +151,8 @@ struct Asking<'a> {
 
 impl Asking<'_> {
     fn unwrap(&mut self, key: &KeyRecord) -> Result<Unwrapped, Failure> {
-        let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-        let mut order = order::asked(&keys, &self.settings.key_order);
+        let keys = key.kms_keys();
+        let mut order = asked(key, self.settings);
         order.sort_by_key(|&slot| self.failed.contains(&keys[slot]));
         let patience = Patience(self.until.saturating_duration_since(Instant::now()));
         let owner = KeyOwner::Volume(self.volume);

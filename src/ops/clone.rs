@@ -153,36 +153,50 @@ pub(crate) fn rewrap_all(
     only: Option<&KmsKey>,
     ways: Keys<'_>,
 ) -> Result<Vec<KeyRecord>, Failure> {
+    let each = |key: &KeyRecord| {
+        ways.also.wrap(owner, rewrap_slots(snapshot, key, owner, only, ways.open_provider)?)
+    };
+    snapshot.keys().iter().map(each).collect()
+}
+
+/// One of the snapshot's data keys for another `owner`, as [`rewrap_all`] says.
+///
+/// # Errors
+/// As [`rewrap_all`].
+pub(in crate::ops) fn rewrap_slots(
+    snapshot: &Snapshot,
+    key: &KeyRecord,
+    owner: KeyOwner,
+    only: Option<&KmsKey>,
+    open_provider: OpenProvider<'_>,
+) -> Result<KeyRecord, Failure> {
     let (from, to) = (snapshot.encryption_context(), encryption_context(owner));
     let rewrap = |slot: &KeySlot| {
         let (by, wrapped) = (&slot.provider, &slot.wrapped);
         let refused = |e: KmsError| Failure::kms(e, by, &wrapped.key_id);
-        let provider = (ways.open_provider)(by).map_err(refused)?;
+        let provider = open_provider(by).map_err(refused)?;
         let wrapped = provider.rewrap(wrapped, &from, &wrapped.key_id, &to).map_err(refused)?;
         Ok::<_, Failure>(KeySlot::new(&**by, wrapped))
     };
-    let each = |key: &KeyRecord| {
-        let wanted: Vec<&KeySlot> = match only.and_then(|only| key.slot_by(only)) {
-            Some(slot) => vec![slot],
-            None => key.slots().iter().collect(),
-        };
-        let (mut slots, mut refusals) = (Vec::new(), Vec::new());
-        for slot in wanted {
-            match rewrap(slot) {
-                Ok(slot) => slots.push(slot),
-                Err(e) => refusals.push((slot.kms_key(), e)),
-            }
-        }
-        let Some(record) = KeyRecord::of_slots(slots) else { return Err(Failure::of_all(refusals)) };
-        for (by, e) in refusals {
-            log::warn!(
-                "{owner} is made without {by}, which wraps the data key of {}, and cannot now: {}; when it \
-                 can, \"key add\" adds it",
-                snapshot.id(),
-                e.cause
-            );
-        }
-        ways.also.wrap(owner, record)
+    let wanted: Vec<&KeySlot> = match only.and_then(|only| key.slot_by(only)) {
+        Some(slot) => vec![slot],
+        None => key.slots().iter().collect(),
     };
-    snapshot.keys().iter().map(each).collect()
+    let (mut slots, mut refusals) = (Vec::new(), Vec::new());
+    for slot in wanted {
+        match rewrap(slot) {
+            Ok(slot) => slots.push(slot),
+            Err(e) => refusals.push((slot.kms_key(), e)),
+        }
+    }
+    let Some(record) = KeyRecord::of_slots(slots) else { return Err(Failure::of_all(refusals)) };
+    for (by, e) in refusals {
+        log::warn!(
+            "{owner} is made without {by}, which wraps the data key of {}, and cannot now: {}; when it can, \
+             \"key add\" adds it",
+            snapshot.id(),
+            e.cause
+        );
+    }
+    Ok(record)
 }

@@ -25,6 +25,7 @@ pub mod accept;
 pub mod also_keys;
 pub mod apply;
 pub mod backup;
+mod brake;
 pub mod clone;
 pub mod copy;
 pub mod create;
@@ -64,15 +65,16 @@ use crate::base::root::Root;
 use crate::catalog::Catalog;
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::{KeyOwner, KeyRecord};
-use crate::catalog::slots::{KeySlot, Unwrapped};
+use crate::catalog::slots::Unwrapped;
 use crate::config::Settings;
 use crate::events::EventLog;
+use crate::helper::slots::asked;
 use crate::helper::unwrap;
 use crate::image::lock::Access;
 use crate::kms::embedded::Embedded;
 use crate::kms::key_ref::ProviderName;
 use crate::kms::patience::Patience;
-use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError, KmsKey, order};
+use crate::kms::{self, Failure, KeyProvider, KeyRef, KmsError};
 use crate::volume::open::{Opening, Taken};
 use also_keys::{Also, AlsoKeys};
 use keys::NamedKey;
@@ -164,9 +166,8 @@ impl Store {
     /// # Errors
     /// `Unsupported` for a KMS that this version does not have; those of the KMS.
     fn keys_as_of(&self, record: &KeyRecord, also: &AlsoKeys) -> Result<NamedKey> {
-        let keys: Vec<KmsKey> = record.slots().iter().map(KeySlot::kms_key).collect();
-        let asked = order::asked(&keys, &self.settings.key_order);
-        let first = asked.first().map_or_else(|| record.first().kms_key(), |&n| keys[n].clone());
+        let order = asked(record, &self.settings);
+        let first = order.first().map_or(record.first(), |&n| &record.slots()[n]).kms_key();
         let named = NamedKey::new(self.provider(&first.provider)?, first.key_id.clone());
         Ok(named.and(Also::as_of(self, also, record, &first)?))
     }

@@ -20,6 +20,7 @@
 
 use crate::backing::file::pool::PAGE;
 use crate::base::sync::Locked;
+use crate::base::zeros::is_zero;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -167,7 +168,7 @@ impl FileMemory {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (page, behind) = rest.split_at((PAGE - at as usize % PAGE).min(rest.len()));
-            if page.iter().any(|&byte| byte != 0) {
+            if !is_zero(page) {
                 self.written(at, page.len() as u64);
             }
             at += page.len() as u64;

@@ -23,6 +23,7 @@ use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::space::Space;
+use crate::base::zeros::is_zero;
 use direct::{Found, SECTOR};
 use memory::FileMemory;
 use nix::errno::Errno;
@@ -315,7 +316,7 @@ impl Backing for FileBacking {
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     read => read?,
                 };
-                if room.bytes(n).iter().any(|&byte| byte != 0) {
+                if !is_zero(room.bytes(n)) {
                     return Ok(true);
                 }
                 match n - n % pool::PAGE {

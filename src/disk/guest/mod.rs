@@ -1,5 +1,6 @@
 //! A request's data in guest memory, and how it passes through the cipher: in one pass where it can.
 
+use crate::base::zeros::is_zero;
 use crate::crypt::xts::SectorCipher;
 use crate::disk::SECTOR;
 use crate::virtio::Segment;
@@ -218,14 +219,6 @@ pub(super) fn may_have_holes(bytes: &VolatileSlice<'_>) -> bool {
 /// Whether none of its sectors is all zero.
 pub(super) fn all_there(bytes: &[u8]) -> bool {
     !bytes.chunks_exact(SECTOR).any(is_zero)
-}
-
-/// Whether all bytes of a sector are zero; quick to say no, since ciphertext hardly ever begins with eight
-/// zero bytes, and quick to say yes, a word at a time.
-pub(crate) fn is_zero(sector: &[u8]) -> bool {
-    let (words, _) = sector.as_chunks::<8>();
-    let word = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes);
-    words.first().is_none_or(|first| word(first) == 0) && words.iter().fold(0, |all, w| all | word(w)) == 0
 }
 
 #[cfg(test)]

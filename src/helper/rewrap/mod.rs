@@ -19,12 +19,12 @@ use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
 use crate::helper;
 use crate::helper::failure::WrittenFailure;
-use crate::helper::slots::{Refused, ask_each};
+use crate::helper::slots::{Refused, ask_each, ask_slots, asked};
 use crate::kms::key_ref::arn_region;
 use crate::kms::patience::Patience;
 use crate::kms::{
     self, EncryptionContext, Failure, KeyProvider, KeyRef, KeyState, KmsError, KmsKey, ProviderName,
-    WrappedKey, order,
+    WrappedKey,
 };
 use serde::{Deserialize, Serialize};
 use std::os::unix::net::UnixStream;
@@ -128,17 +128,11 @@ pub fn prove_by_helper(
     owner: impl Into<KeyOwner>,
     key: &KeyRecord,
 ) -> Result<(), Failure> {
-    let (owner, order) = (owner.into(), asked(key, settings));
-    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
+    let owner = owner.into();
     let ask = |slot: usize, patience: Patience| {
         run_helper(root, &Request::new(owner, key, slot, None, patience)).map_err(Refused::Here)
     };
-    ask_each(&owner, &keys, order, Patience(settings.kms_patience), ask).map(drop)
-}
-
-fn asked(key: &KeyRecord, settings: &Settings) -> Vec<usize> {
-    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
-    order::asked(&keys, &settings.key_order)
+    ask_slots(settings, owner, key, ask).map(drop)
 }
 
 fn each_slot(
@@ -149,7 +143,7 @@ fn each_slot(
     order: Vec<usize>,
     target: impl Fn() -> Target,
 ) -> Result<KeySlot, Failure> {
-    let keys: Vec<KmsKey> = key.slots().iter().map(KeySlot::kms_key).collect();
+    let keys = key.kms_keys();
     let ask = |slot: usize, patience: Patience| {
         let request = Request { to_owner, ..Request::new(owner, key, slot, Some(target()), patience) };
         run_helper(root, &request).map_err(|e| {

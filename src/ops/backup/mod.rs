@@ -14,6 +14,7 @@ mod source;
 pub mod verify;
 
 use super::Store;
+use super::brake::Brake;
 use crate::backup::manifest::{self, Claim};
 use crate::backup::marks::{Mark, Marks};
 use crate::backup::page::{self, Page};
@@ -26,7 +27,6 @@ use crate::helper::carry::Carrier;
 use crate::helper::unwrap;
 use crate::kms::Failure;
 use crate::place::{Access, PlaceUrl, Put};
-use std::time::{Duration, Instant};
 
 /// A place, and how it is used.
 #[derive(Clone, Debug)]
@@ -62,7 +62,7 @@ struct Session {
     url: PlaceUrl,
     id: PlaceId,
     marks: Marks,
-    pace: Pace,
+    brake: Brake,
 }
 
 /// What a place is opened for.
@@ -94,7 +94,7 @@ impl Session {
         };
         let id = PlaceId::from_json(&bytes)?;
         marks.check_place(id, what_for == For::Pushing)?;
-        Ok(Session { carrier, url: target.url.clone(), id, marks, pace: Pace::new(target.rate) })
+        Ok(Session { carrier, url: target.url.clone(), id, marks, brake: Brake::new(target.rate) })
     }
 
     /// The snapshots that the place lists, sorted.
@@ -150,7 +150,7 @@ impl Session {
     /// The page of this name, proved; none if it is not there.
     fn page(&mut self, name: ContentName, keys: &BackupKeys) -> Result<Option<Page>> {
         let Some(bytes) = self.carrier.get(&name.object(PAGES), page::MAX)? else { return Ok(None) };
-        self.pace.wait(bytes.len() as u64);
+        self.brake.wait(bytes.len() as u64);
         check_name(name, &bytes, keys, PAGES)?;
         Page::decode(&bytes).map(Some)
     }
@@ -204,26 +204,6 @@ fn choose(session: &mut Session, named: Option<SnapshotId>) -> Result<SnapshotId
             );
             Err(Error::new(Kind::Usage, message))
         }
-    }
-}
-
-/// Not more than so many bytes a second.
-struct Pace {
-    rate: u64,
-    begun: Instant,
-    bytes: u64,
-}
-
-impl Pace {
-    fn new(rate: u64) -> Self {
-        Pace { rate, begun: Instant::now(), bytes: 0 }
-    }
-
-    fn wait(&mut self, bytes: u64) {
-        self.bytes += bytes;
-        let nanos = (u128::from(self.bytes) * 1_000_000_000).checked_div(u128::from(self.rate));
-        let due = Duration::from_nanos(nanos.unwrap_or(0).min(u128::from(u64::MAX)) as u64);
-        std::thread::sleep(due.saturating_sub(self.begun.elapsed()));
     }
 }
 

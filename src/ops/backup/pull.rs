@@ -6,14 +6,14 @@
 //! What was interrupted is gone on with by the same command, and cleared away by "sealblk gc".
 
 use super::{For, Session, Target, check_name, choose, keys_of, mark_of, missing};
-use crate::backup::block::{self, BLOCK, SECTOR, is_zero};
+use crate::backup::block::{self, BLOCK, SECTOR};
 use crate::backup::manifest::{self, Claim, Manifest};
 use crate::backup::page::RUN;
 use crate::backup::{BLOCKS, ContentName, PAGES};
 use crate::base::root::files;
+use crate::base::zeros::is_zero;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layout::{KeyRecord, LayerRecord};
-use crate::catalog::metadata::encryption_context;
 use crate::catalog::slots::KeySlot;
 use crate::catalog::snapshot::{Label, Snapshot};
 use crate::catalog::store_locks::RecordsLock;
@@ -26,6 +26,7 @@ use crate::helper::rewrap;
 use crate::kms::Failure;
 use crate::kms::key_ref::{KeyRef, is_same_key};
 use crate::ops::Store;
+use crate::ops::clone::rewrap_slots;
 use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
 use crate::sandbox;
@@ -174,8 +175,6 @@ fn wrapped_for(
     Ok(copy)
 }
 
-/// Where no KMS key was named, each slot is wrapped by the same one as before; one that cannot be used is
-/// left out, with a warning, as long as there is another.
 fn wrap(
     store: &Store,
     from: &Snapshot,
@@ -183,37 +182,17 @@ fn wrap(
     old: &KeyRecord,
     to: Option<&TargetKey>,
 ) -> Result<KeyRecord, Failure> {
-    let (owner, check) = (from.key_owner(), old.check());
-    if let Some(to) = to {
+    let mut new = match to {
         // The data key is in a helper's memory for the moment, if at all.
-        let (root, settings) = (store.root(), store.settings());
-        let slot = rewrap::for_another_by_helper(root, settings, owner, id, old, &to.reference)?;
-        let mut new = KeyRecord::new(slot);
-        new.check = check;
-        return Ok(new);
-    }
-    let (before, after) = (encryption_context(owner), encryption_context(id));
-    let (mut slots, mut refused) = (Vec::new(), None);
-    for slot in old.slots() {
-        let key = &slot.wrapped.key_id;
-        let wrapped = store.provider(&slot.provider);
-        match wrapped.and_then(|provider| provider.rewrap(&slot.wrapped, &before, key, &after)) {
-            Ok(wrapped) => slots.push(KeySlot::new(slot.provider.clone(), wrapped)),
-            Err(e) => {
-                let failure = Failure::kms(e, &slot.provider, key);
-                log::warn!("{key} of the KMS \"{}\" is left out: {}", slot.provider, failure.error);
-                refused.get_or_insert(failure);
-            }
+        Some(to) => {
+            let (root, settings, owner) = (store.root(), store.settings(), from.key_owner());
+            let slot = rewrap::for_another_by_helper(root, settings, owner, id, old, &to.reference)?;
+            KeyRecord::new(slot)
         }
-    }
-    match (KeyRecord::of_slots(slots), refused) {
-        (Some(mut new), _) => {
-            new.check = check;
-            Ok(new)
-        }
-        (None, Some(failure)) => Err(failure),
-        (None, None) => Err(Error::new(Kind::Corrupt, "a data key that nothing wraps").into()),
-    }
+        None => rewrap_slots(from, old, id.into(), None, &|name| store.provider(name))?,
+    };
+    new.check = old.check();
+    Ok(new)
 }
 
 /// A pull of the same snapshot in the same way that was begun, and that nobody is at.
@@ -336,7 +315,7 @@ impl Pull<'_> {
     ) -> Result<()> {
         let Some(Coming { under_way, number, name }) = coming.pop_front() else { return Ok(()) };
         let object = session.carrier.got(under_way)?.ok_or_else(|| missing(name, BLOCKS))?;
-        session.pace.wait(object.len() as u64);
+        session.brake.wait(object.len() as u64);
         check_name(name, &object, keys, BLOCKS)?;
         into.write(number, &object).context(|| format!("write a block of {}", self.copy.id()))
     }

@@ -504,7 +504,7 @@ impl<'a> Way<'a> {
         {
             session.carrier.done(first)?;
         }
-        session.pace.wait(bytes.len() as u64);
+        session.brake.wait(bytes.len() as u64);
         // One that has the name has the same bytes, or is damaged.
         self.under_way.push_back(session.carrier.begin_put(&object, bytes, Put::Replace)?);
         self.put_bytes += bytes.len() as u64;

@@ -11,9 +11,10 @@
 //! its record is still there.
 
 use crate::backing::file::next_data_of;
-use crate::backup::block::{BLOCK, SECTOR, encode, is_zero};
+use crate::backup::block::{BLOCK, SECTOR, encode};
 use crate::backup::manifest::Planes;
 use crate::base::root::files;
+use crate::base::zeros::is_zero;
 use crate::base::{Context, Result};
 use crate::catalog::layout::LayerRecord;
 use crate::catalog::{Catalog, LayerId};

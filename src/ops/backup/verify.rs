@@ -188,7 +188,7 @@ impl Walk<'_> {
         let Some((under_way, name)) = coming.pop_front() else { return Ok(()) };
         let proved = self.session.carrier.got(under_way).and_then(|object| {
             let object = object.ok_or_else(|| missing(name, BLOCKS))?;
-            self.session.pace.wait(object.len() as u64);
+            self.session.brake.wait(object.len() as u64);
             check_name(name, &object, keys, BLOCKS)
         });
         // Another snapshot that has it is no better.

@@ -5,9 +5,9 @@
 
 use crate::backing::file::next_data_of;
 use crate::base::root::files;
+use crate::base::zeros::is_zero;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::{Catalog, LayerId};
-use crate::disk::is_zero;
 use crate::ops::need;
 use crate::virtio::SECTOR_SIZE;
 use nix::errno::Errno;

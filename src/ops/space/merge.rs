@@ -15,12 +15,13 @@
 //! again: so whoever finds one empty may rely on it.
 
 use super::layer::{LayerFile, WINDOW, WINDOW_SECTORS};
+use crate::base::zeros::is_zero;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::chains::{Chain, Link, Secret};
 use crate::catalog::metadata::LayerRecord;
 use crate::catalog::{Catalog, LayerId, VolumeId};
 use crate::crypt::xts::Engine;
-use crate::disk::{Cipher, is_zero};
+use crate::disk::Cipher;
 use crate::host::control::moved::Moving;
 use crate::image::lock::{Access, ImageLock};
 use crate::virtio::SECTOR_SIZE;

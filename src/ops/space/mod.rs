@@ -16,6 +16,7 @@ mod layer;
 mod merge;
 
 use super::Store;
+use super::brake::Brake;
 use super::reach::is_attached;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
@@ -32,7 +33,6 @@ use nix::fcntl::{Flock, FlockArg};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 /// From so many layers with data on, a chain is made shorter whatever that moves.
 const LONG_CHAIN: usize = 32;
@@ -169,26 +169,6 @@ impl Turn {
             Err((_, Errno::EWOULDBLOCK)) => Ok(None),
             Err((_, e)) => Err(Error::from(e).context(attempt())),
         }
-    }
-}
-
-/// Not more than so many bytes a second.
-struct Brake {
-    rate: u64,
-    begun: Instant,
-    bytes: u64,
-}
-
-impl Brake {
-    fn new(rate: u64) -> Self {
-        Brake { rate, begun: Instant::now(), bytes: 0 }
-    }
-
-    fn wait(&mut self, bytes: u64) {
-        self.bytes += bytes;
-        let nanos = (u128::from(self.bytes) * 1_000_000_000).checked_div(u128::from(self.rate));
-        let due = Duration::from_nanos(nanos.unwrap_or(0).min(u128::from(u64::MAX)) as u64);
-        std::thread::sleep(due.saturating_sub(self.begun.elapsed()));
     }
 }
 

@@ -1,0 +1,25 @@
+//! What keeps a command's reading and writing to a rate.
+
+use std::time::{Duration, Instant};
+
+/// Not more than so many bytes a second, from when it was made.
+pub(super) struct Brake {
+    /// 0: no limit.
+    rate: u64,
+    begun: Instant,
+    bytes: u64,
+}
+
+impl Brake {
+    pub(super) fn new(rate: u64) -> Self {
+        Brake { rate, begun: Instant::now(), bytes: 0 }
+    }
+
+    /// Waits until so many more bytes are allowed.
+    pub(super) fn wait(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        let nanos = (u128::from(self.bytes) * 1_000_000_000).checked_div(u128::from(self.rate));
+        let due = Duration::from_nanos(nanos.unwrap_or(0).min(u128::from(u64::MAX)) as u64);
+        std::thread::sleep(due.saturating_sub(self.begun.elapsed()));
+    }
+}
