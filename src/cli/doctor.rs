@@ -78,7 +78,10 @@ fn engines() -> Finding {
         verdict: if fast { Verdict::Ok } else { Verdict::Note },
         found: match fast {
             true => format!("{} (the first is used)", names.join(", ")),
-            false => format!("{} (this CPU has no VAES, or it is off)", names.join(", ")),
+            false => format!(
+                "{} (this CPU has no AES instructions that they use, or they are off)",
+                names.join(", ")
+            ),
         },
     }
 }

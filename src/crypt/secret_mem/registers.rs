@@ -77,6 +77,23 @@ pub(crate) fn clear_ymm() {
     }
 }
 
+/// Zeroes the general registers that a function need not leave as they were; the others are restored by
+/// whoever has used them.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn clear_general() {
+    // SAFETY: writes registers that are declared as clobbered; no memory.
+    unsafe {
+        std::arch::asm!(
+            "xor eax, eax", "xor ecx, ecx", "xor edx, edx", "xor esi, esi", "xor edi, edi",
+            "xor r8d, r8d", "xor r9d, r9d", "xor r10d, r10d", "xor r11d, r11d",
+            out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            options(nomem, nostack),
+        );
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 fn clear_xmm() {
     // SAFETY: writes registers that are declared as clobbered; no memory.

@@ -5,7 +5,7 @@
 use crate::base::{Error, Kind, Result};
 use crate::crypt::xts::SectorCipher;
 use crate::crypt::xts::portable::Portable;
-use crate::crypt::xts::vaes::{Vaes, Width};
+use crate::crypt::xts::x86::{Width, X86};
 use crate::crypt::{Dek, SectorSize};
 use std::fmt;
 use std::str::FromStr;
@@ -18,7 +18,9 @@ pub enum Engine {
     Auto,
     /// Safe Rust over the `aes` crate: runs everywhere.
     Portable,
-    /// VAES and VPCLMULQDQ with AVX2 (x86-64: AMD since Zen 3, Intel's Alder Lake and later without AVX-512).
+    /// AES-NI with AVX (x86-64: Intel since Sandy Bridge, AMD since Bulldozer).
+    AesNi,
+    /// VAES with AVX2 (x86-64: AMD since Zen 3, Intel's Alder Lake and later without AVX-512).
     Vaes256,
     /// VAES and VPCLMULQDQ with AVX-512 (x86-64: Intel since Ice Lake, AMD since Zen 4).
     Vaes512,
@@ -27,7 +29,8 @@ pub enum Engine {
 impl Engine {
     /// The engines that this CPU can run, fastest first; without `Auto`.
     pub fn available() -> Vec<Engine> {
-        [Engine::Vaes512, Engine::Vaes256, Engine::Portable].into_iter().filter(|e| e.runs_here()).collect()
+        let all = [Engine::Vaes512, Engine::Vaes256, Engine::AesNi, Engine::Portable];
+        all.into_iter().filter(|e| e.runs_here()).collect()
     }
 
     /// Its name, as in the configuration.
@@ -35,6 +38,7 @@ impl Engine {
         match self {
             Engine::Auto => "auto",
             Engine::Portable => "portable",
+            Engine::AesNi => "aesni",
             Engine::Vaes256 => "vaes256",
             Engine::Vaes512 => "vaes512",
         }
@@ -44,11 +48,13 @@ impl Engine {
         match self {
             Engine::Auto | Engine::Portable => true,
             #[cfg(target_arch = "x86_64")]
+            Engine::AesNi => Width::Bits128.is_available(),
+            #[cfg(target_arch = "x86_64")]
             Engine::Vaes256 => Width::Bits256.is_available(),
             #[cfg(target_arch = "x86_64")]
             Engine::Vaes512 => Width::Bits512.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Engine::Vaes256 | Engine::Vaes512 => false,
+            Engine::AesNi | Engine::Vaes256 | Engine::Vaes512 => false,
         }
     }
 }
@@ -63,7 +69,7 @@ impl FromStr for Engine {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let all = [Engine::Auto, Engine::Portable, Engine::Vaes256, Engine::Vaes512];
+        let all = [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512];
         all.into_iter().find(|e| e.name() == name).ok_or_else(|| {
             let names = all.map(Engine::name).join(", ");
             Error::new(Kind::Usage, format!("no cipher engine \"{name}\"; there are {names}"))
@@ -80,27 +86,27 @@ pub fn new_cipher(engine: Engine, dek: &Dek, unit: SectorSize) -> Result<Box<dyn
         Engine::Auto => new_cipher(Engine::available()[0], dek, unit),
         Engine::Portable => Ok(Box::new(Portable::new(dek, unit)?)),
         #[cfg(target_arch = "x86_64")]
-        Engine::Vaes256 => vaes(Width::Bits256, "AVX2", dek, unit),
+        Engine::AesNi => x86(Width::Bits128, dek, unit),
         #[cfg(target_arch = "x86_64")]
-        Engine::Vaes512 => vaes(Width::Bits512, "AVX-512 F and BW", dek, unit),
+        Engine::Vaes256 => x86(Width::Bits256, dek, unit),
+        #[cfg(target_arch = "x86_64")]
+        Engine::Vaes512 => x86(Width::Bits512, dek, unit),
         #[cfg(not(target_arch = "x86_64"))]
-        Engine::Vaes256 | Engine::Vaes512 => Err(lacking(engine.name(), "x86-64")),
+        Engine::AesNi | Engine::Vaes256 | Engine::Vaes512 => Err(lacking(engine.name(), "x86-64")),
     }
 }
 
-/// A VAES engine, whose registers are said to be `registers`.
+/// The engine with registers of this width.
 #[cfg(target_arch = "x86_64")]
-fn vaes(width: Width, registers: &str, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
-    match Vaes::new(width, dek, unit)? {
+fn x86(width: Width, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
+    match X86::new(width, dek, unit)? {
         Some(cipher) => Ok(Box::new(cipher)),
-        None => Err(lacking(width.engine().name(), registers)),
+        None => Err(lacking(width.engine().name(), width.needs())),
     }
 }
 
 fn lacking(engine: &str, what: &str) -> Error {
-    let message = format!(
-        "this CPU cannot run the cipher engine {engine} (it needs {what}, VAES and VPCLMULQDQ); use auto or \
-         portable"
-    );
+    let message =
+        format!("this CPU cannot run the cipher engine {engine}, which needs {what}; use auto or portable");
     Error::new(Kind::Unsupported, message)
 }

@@ -6,7 +6,7 @@
 mod engine;
 mod portable;
 #[cfg(target_arch = "x86_64")]
-mod vaes;
+mod x86;
 
 pub use engine::{Engine, new_cipher};
 

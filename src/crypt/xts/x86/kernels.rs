@@ -1,7 +1,7 @@
-//! What is alike in the kernels of either width: which there are, and how they end.
+//! What is alike in the kernels of every width: which there are, and how they end.
 
-/// Makes the four kernels out of a module's `run`, for CPUs with these features, and the function that
-/// chooses one. `$clear` zeroes the registers that they use.
+/// Makes the six kernels out of a module's `run`, for CPUs with these features, and the function that
+/// chooses one. `$clear` zeroes the vector registers that they use.
 macro_rules! kernels {
     ($features:literal, $clear:path) => {
         /// The kernel for a task and a data unit.
@@ -28,13 +28,21 @@ macro_rules! kernels {
         // `ci/check-spills` finds it by its name.
         #[inline(never)]
         #[target_feature(enable = $features)]
-        unsafe fn $name(keys: &Keys, src: *const u8, dst: *mut u8, units: usize, first: TweakInput) -> usize {
+        unsafe fn $name(
+            keys: &Keys,
+            scratch: *mut Scratch,
+            src: *const u8,
+            dst: *mut u8,
+            units: usize,
+            first: TweakInput,
+        ) -> usize {
             const DECRYPT: bool = !matches!(Task::$task, Task::Encrypt);
             const WRITTEN: bool = matches!(Task::$task, Task::DecryptWritten);
-            const GROUPS: usize = $unit.bytes() as usize / GROUP;
+            const SECTORS: usize = ($unit.bytes() / SectorSize::B512.bytes()) as usize;
             // SAFETY: the caller's promise (see `Kernel`) is what `run` asks for.
-            let done = unsafe { run::<DECRYPT, WRITTEN, GROUPS>(keys, src, dst, units, first) };
+            let done = unsafe { run::<DECRYPT, WRITTEN, SECTORS>(keys, scratch, src, dst, units, first) };
             $clear();
+            clear_general();
             done
         }
     };

@@ -11,10 +11,11 @@
 //! are used, for the same reason.
 
 use crate::crypt::SectorSize;
-use crate::crypt::secret_mem::registers::clear_zmm;
+use crate::crypt::secret_mem::registers::{clear_general, clear_zmm};
 use crate::crypt::xts::TweakInput;
-use crate::crypt::xts::vaes::keys::{Keys, LAST_ROUND, Schedule};
-use crate::crypt::xts::vaes::{AHEAD, Kernel, Task, begins_with_zeros};
+use crate::crypt::xts::x86::keys::{Keys, LAST_ROUND, Schedule};
+use crate::crypt::xts::x86::narrow::Scratch;
+use crate::crypt::xts::x86::{AHEAD, Kernel, Task, begins_with_zeros};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -59,6 +60,7 @@ kernels!("avx512f,avx512bw,vaes,vpclmulqdq", clear_zmm);
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
 unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const GROUPS: usize>(
     keys: &Keys,
+    _: *mut Scratch,
     mut src: *const u8,
     mut dst: *mut u8,
     units: usize,

@@ -70,6 +70,15 @@ impl Schedule {
         // SAFETY: as above, of which this is the first half.
         unsafe { wide.read_volatile() }
     }
+
+    /// The round key for one block.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub(super) fn round_key_128(&self, round: usize) -> __m128i {
+        let block: *const __m128i = self.0[round].as_ptr().cast();
+        // SAFETY: as above, of which this is the first quarter.
+        unsafe { block.read_volatile() }
+    }
 }
 
 #[target_feature(enable = "aes")]
