@@ -11,6 +11,8 @@ use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use sealblk::kms::{EncryptionContext, KeyProvider};
 use sha2::Sha256;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +22,9 @@ const SECTOR: usize = 512;
 pub struct Reader {
     catalog: Catalog,
     kms: Embedded,
+    /// Data keys that were unwrapped, by their wrapped copy: each unwrapping is one more record in the audit
+    /// log, for which there may be no space later.
+    known: RefCell<HashMap<Vec<u8>, Vec<u8>>>,
 }
 
 impl Reader {
@@ -34,6 +39,7 @@ impl Reader {
                 sealblk::base::hardened::harden().unwrap(),
             ),
             catalog: Catalog::new(&root),
+            known: RefCell::default(),
         }
     }
 
@@ -67,7 +73,9 @@ impl Reader {
     /// A layout's data keys.
     pub fn deks(&self, layout: &Layout, context: &EncryptionContext) -> Vec<Vec<u8>> {
         let open = |key: &sealblk::catalog::layout::KeyRecord| {
-            self.kms.decrypt(&key.first().wrapped, context).expect("unwrap a data key").to_vec()
+            let wrapped = &key.first().wrapped;
+            let unwrap = || self.kms.decrypt(wrapped, context).expect("unwrap a data key").to_vec();
+            self.known.borrow_mut().entry(wrapped.blob.clone()).or_insert_with(unwrap).clone()
         };
         layout.keys().iter().map(open).collect()
     }

@@ -5,6 +5,7 @@
 //! SEALBLK_SOAK_SECONDS says how long, SEALBLK_TEST_SEED repeats what was done.
 
 use crate::common::attach::{Place, open, read};
+use crate::common::content::Reader;
 use crate::common::disk::pattern;
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Request, Session, block};
@@ -56,6 +57,7 @@ impl Allowed {
 
 struct Life {
     rig: Rig,
+    reader: Reader,
     disk: MemoryDisk,
     random: Random,
     now: Allowed,
@@ -141,9 +143,8 @@ impl Life {
         let bytes: Vec<u8> =
             (0..SIZE).step_by(1 << 20).flat_map(|at| read(ring, (at / SECTOR) as u64, 1 << 20)).collect();
         self.now.check(&bytes, "the volume");
-        let reader = self.rig.reader();
         for (id, allowed) in &self.snapshots {
-            allowed.check(&reader.snapshot_content(&reader.snapshot(id)), id);
+            allowed.check(&self.reader.snapshot_content(&self.reader.snapshot(id)), id);
         }
     }
 }
@@ -159,8 +160,12 @@ fn snapshots_come_and_go_on_a_nearly_full_file_system() {
     let Some(disk) = MemoryDisk::mount(DISK, store.root().parent().expect("a folder")) else { return };
     let rig = Rig::of(Place::of(store, &[]));
     let now = Allowed(vec![vec![0]; SIZE / BLOCK]);
+    let reader = rig.reader();
+    // It asks the KMS for the data key, the only one, while there is space for the record of that.
+    reader.volume_content(&reader.volume("t"));
     let mut life = Life {
         rig,
+        reader,
         disk,
         random: Random::new(seed),
         now,
