@@ -8,6 +8,7 @@
 //! | `<config>/places/<place>/host` | a number of this host's own, for its leases there |
 //! | `<config>/places/<place>/snapshots/<id>` | the number and the SHA-256 of the newest manifest that it has seen |
 //! | `<config>/places/<place>/pushes/<id>` | locked while this host pushes that snapshot |
+//! | `<config>/places/<place>/stores/<store>` | the id by which backups of that store are known there; `<store>` is a digest of its path. Locked while it is backed up there |
 //!
 //! A manifest with a lower number than its mark was put back, and one that has a mark and is not there was
 //! taken away, or is not listed.
@@ -21,7 +22,7 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 /// More than a note has, in bytes.
@@ -191,17 +192,34 @@ impl Marks {
         let attempt = || path.display().to_string();
         let busy = || Error::new(Kind::Busy, format!("{snapshot} is being pushed to {} already", self.url));
         for _ in 0..TRIES {
-            let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT).context(attempt)?;
-            let held = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-                nix::Error::EWOULDBLOCK => busy(),
-                e => Error::from(e).context(attempt()),
-            })?;
+            let held = lock_file(&path, busy)?;
             // Whoever had it may have removed the file just now.
             if files::is_at(&held, &path).context(attempt)? {
                 return Ok(held);
             }
         }
         Err(busy())
+    }
+
+    /// The id by which backups of the store at `root` are known there, which is made with the first one; and
+    /// a lock that keeps other backups of that store to that place away.
+    ///
+    /// # Errors
+    /// `Busy` if there is one at this moment.
+    pub(crate) fn store(&self, root: &Root) -> Result<(Uuid, Flock<File>)> {
+        create_dir_durable(&self.folder.join("stores"))?;
+        let digest = hex::encode(Sha256::digest(root.path().as_os_str().as_encoded_bytes()));
+        let name = format!("stores/{}", &digest[..16]);
+        let store = root.path().display();
+        let busy = || Error::new(Kind::Busy, format!("{store} is being backed up to {} already", self.url));
+        // A lock of its own, since the note is replaced.
+        let held = lock_file(&self.folder.join(format!("{name}.lock")), busy)?;
+        if let Some(id) = self.read(&name)?.and_then(|text| text.trim_end().parse().ok()) {
+            return Ok((id, held));
+        }
+        let id = Uuid::new_v4();
+        replace_file(&self.folder.join(&name), format!("{id}\n").as_bytes())?;
+        Ok((id, held))
     }
 
     /// Removes the file by which a push was locked, whose lock is `held`.
@@ -218,6 +236,16 @@ impl Marks {
             Err(e) => Err(e).context(|| format!("read {}", path.display())),
         }
     }
+}
+
+/// Locks the file at `path`, which is made if it is not there; `busy` is said where somebody has it.
+fn lock_file(path: &Path, busy: impl Fn() -> Error) -> Result<Flock<File>> {
+    let attempt = || path.display().to_string();
+    let file = files::open_with(path, OFlag::O_WRONLY | OFlag::O_CREAT).context(attempt)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+        nix::Error::EWOULDBLOCK => busy(),
+        e => Error::from(e).context(attempt()),
+    })
 }
 
 #[cfg(test)]
@@ -258,6 +286,17 @@ mod tests {
         marks.check_place(other, false).unwrap();
         assert_eq!(marks.check_place(one, true).unwrap_err().kind(), Kind::Corrupt);
         assert_eq!(marks.host().unwrap(), marks.host().unwrap());
+    }
+
+    #[test]
+    fn a_store_keeps_its_id_and_is_backed_up_once_at_a_time() {
+        let (_dir, marks) = marks();
+        let (one, other) = (Root::new("/one"), Root::new("/other"));
+        let (id, held) = marks.store(&one).unwrap();
+        assert_eq!(marks.store(&one).unwrap_err().kind(), Kind::Busy);
+        assert_ne!(marks.store(&other).unwrap().0, id);
+        drop(held);
+        assert_eq!(marks.store(&one).unwrap().0, id);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | `pages/<xx>/<name>` | which blocks there are, of a run of 8192 ([`page`]) |
 //! | `blocks/<xx>/<name>` | 512 KiB of ciphertext ([`block`]) |
 //! | `leases/<kind>-<id>` | that somebody is at work ([`lease`]) |
+//! | `kms/<id>.log` | the log of the embedded KMS of a store that is backed up there, as it lies at home |
 //!
 //! Pages and blocks are named by a keyed hash of their bytes, under a key that follows from a data key:
 //! who has no data key learns nothing from a name, and who has the key proves each object by its name.
@@ -21,6 +22,7 @@ pub(crate) mod lease;
 pub(crate) mod manifest;
 pub(crate) mod marks;
 pub(crate) mod page;
+pub(crate) mod saved;
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::SnapshotId;
@@ -93,6 +95,11 @@ pub(crate) fn snapshot_of(manifest: &ObjectName) -> Option<SnapshotId> {
 /// What tells one place from another.
 pub(crate) fn place_file() -> ObjectName {
     object("place.json")
+}
+
+/// The log of an embedded KMS.
+pub(crate) fn kms_log_of(kms: Uuid) -> ObjectName {
+    object(&format!("kms/{kms}.log"))
 }
 
 /// A name that is made here, of words and digits.

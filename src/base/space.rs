@@ -6,6 +6,7 @@
 
 use super::{Context, Result, size};
 use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -61,7 +62,7 @@ pub(crate) fn is_for_space(e: &io::Error) -> bool {
 }
 
 /// How much of a file system a copy leaves free.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reserve(Option<u64>);
 
 impl Reserve {

@@ -7,6 +7,7 @@ use crate::cli::key::date;
 use crate::cli::output::{print, print_json, table};
 use crate::cli::{Env, input};
 use crate::crypt::wiping_allocator;
+use crate::events::read::Want;
 #[cfg(feature = "kms-server")]
 use crate::host::notify::Notifier;
 use crate::kms::embedded::Embedded;
@@ -284,10 +285,15 @@ fn backup(env: &Env, kms: &Embedded, args: &BackupArgs) -> Result<()> {
     kms.unlock()?;
     let copy = kms.back_up_root_key(&args.new.get(env.hardened)?)?;
     if !to_file {
-        return print(&copy).map(drop);
+        // A reader that has gone away has no copy.
+        return match print(&copy)? {
+            Want::More => Ok(kms.note_root_key_copied()?),
+            Want::Enough => Ok(()),
+        };
     }
     root_key::write(&args.file, copy.as_bytes()).context(|| format!("write {}", args.file.display()))?;
     sync_dir(parent_of(&args.file))?;
+    kms.note_root_key_copied()?;
     let file = args.file.display().to_string();
     match env.json {
         true => print_json(&json!({ "file": file })),

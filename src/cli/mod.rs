@@ -10,6 +10,7 @@
 pub mod apply;
 pub mod attach;
 pub mod audit;
+pub mod backup;
 mod budget;
 pub mod completions;
 pub mod doctor;
@@ -25,8 +26,10 @@ mod log;
 mod meter;
 pub mod metrics;
 pub mod output;
+mod place;
 pub mod progress;
 mod receipt;
+pub mod restore;
 mod rewrap;
 pub mod settings;
 mod slots;
@@ -152,6 +155,10 @@ enum Command {
     /// Make, show, copy and delete snapshots of volumes.
     #[command(subcommand, after_help = "Example:\n  sealblk snapshot create db --description nightly")]
     Snapshot(snapshot::Command),
+    /// Back volumes up to a place outside, as ciphertext: a folder or an object store.
+    Backup(backup::BackupArgs),
+    /// Make the volumes again that a place outside has backups of, or try whether that can be done.
+    Restore(restore::RestoreArgs),
     /// Make the volumes what a file says they are.
     Apply(apply::ApplyArgs),
     /// Serve a volume to VMMs, in the foreground, until it is detached.
@@ -204,6 +211,8 @@ enum HelperCommand {
     RewrapKey,
     /// Bring ciphertext to a place outside, and back, for the process that started this one.
     Carry,
+    /// Do a step of a backup or restore for the process that started this one.
+    BackupStep,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
     KeepGrants,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
@@ -230,6 +239,7 @@ impl Task {
             Task::Helper(HelperCommand::Unwrap) => attach::unwrap(env),
             Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
+            Task::Helper(HelperCommand::BackupStep) => crate::ops::backup::worker::help(&env.store()?),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }
@@ -241,6 +251,8 @@ impl Command {
         match self {
             Command::Volume(command) => volume::run(env, command),
             Command::Snapshot(command) => snapshot::run(env, command),
+            Command::Backup(args) => backup::run(env, &args),
+            Command::Restore(args) => restore::run(env, &args),
             Command::Apply(args) => apply::run(env, &args),
             Command::Attach(args) => attach::attach(env, &args),
             Command::Detach(args) => attach::detach(env, &args),
@@ -395,7 +407,14 @@ mod tests {
     #[test]
     fn helpers_are_shown_nowhere_and_understood_all_the_same() {
         let arguments = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
-        for (name, more) in [("unwrap", ""), ("rewrap-key", ""), ("keep-grants", ""), ("take-over", " x")] {
+        for (name, more) in [
+            ("unwrap", ""),
+            ("rewrap-key", ""),
+            ("carry", ""),
+            ("backup-step", ""),
+            ("keep-grants", ""),
+            ("take-over", " x"),
+        ] {
             let words = format!("sealblk --root /x {name}{more}");
             let (general, task) = parse(&arguments(&words)).ok().unwrap();
             assert!(matches!(task, Task::Helper(_)) && general.root == Some("/x".into()), "{name}");

@@ -17,14 +17,20 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// Starts `sealblk COMMAND` for the store at `root`; returns our end of its socket.
 pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
+    spawn_with(root, None, command)
+}
+
+/// As [`spawn`], with another configuration folder than this process's, if one is named.
+pub(crate) fn spawn_with(root: &Root, config: Option<&Path>, command: &str) -> Result<(UnixStream, Child)> {
     let attempt = || format!("start the {command} helper");
     let (ours, theirs) = UnixStream::pair().context(attempt)?;
     let mut program = Command::new("/proc/self/exe");
-    pass_general(&mut program);
+    pass_general_with(&mut program, config);
     let child = program
         .arg("--root")
         .arg(root.path())
@@ -39,7 +45,11 @@ pub fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
 /// Has this program, which is started once more, use the same configuration folder and the same form of the
 /// log.
 pub(crate) fn pass_general(program: &mut Command) {
-    if let Some(config) = Root::used_config_dir() {
+    pass_general_with(program, None);
+}
+
+fn pass_general_with(program: &mut Command, config: Option<&Path>) {
+    if let Some(config) = config.or(Root::used_config_dir()) {
         program.arg("--config-dir").arg(config);
     }
     if let Some(format) = log_fields::format() {

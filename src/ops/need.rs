@@ -15,6 +15,7 @@ use crate::catalog::{Catalog, VolumeId};
 use crate::disk::transfer::CHUNK;
 use crate::ops::{space, usage};
 use nix::fcntl::OFlag;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,7 +29,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const BEHIND: u64 = 64 << 20;
 
 /// What a copy may use of a file system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Budget {
     /// What it leaves free.
     pub reserve: Reserve,

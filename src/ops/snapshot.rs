@@ -33,22 +33,23 @@ pub struct Made {
     pub pause: Option<Duration>,
 }
 
-/// Makes a snapshot of each of `volumes`, all of one moment, and reports a `createSnapshot` event for each.
+/// Makes a snapshot of each of `volumes`, all of one moment, with what is said of each, and reports a
+/// `createSnapshot` event for each.
 ///
 /// # Errors
 /// `Busy`, naming the command that has a volume; `Corrupt` for a volume that an attach would refuse; those
 /// of the KMS, of host processes and of the file system. There is none of the snapshots then, unless the
 /// records could not be written.
-pub fn create(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>> {
+pub fn create(store: &Store, volumes: &[(VolumeId, Label)]) -> Result<Vec<Made>> {
     let (events, started) = (store.events(), Timestamp::now());
-    let made = make(store, volumes, label);
+    let made = make(store, volumes);
     match &made {
         Ok(made) => made.iter().for_each(|m| {
             events.record(&Event::create_snapshot(m.snapshot.volume(), Ok(m.snapshot.id()), started))
         }),
-        Err(failed) => volumes
-            .iter()
-            .for_each(|id| events.record(&Event::create_snapshot(*id, Err(failed.cause.clone()), started))),
+        Err(failed) => volumes.iter().for_each(|(id, _)| {
+            events.record(&Event::create_snapshot(*id, Err(failed.cause.clone()), started))
+        }),
     }
     made.map_err(|failed| failed.error)
 }
@@ -59,13 +60,13 @@ enum Making<'a> {
     Detached(VolumeId, Box<NewTop<'a>>),
 }
 
-fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>, Failure> {
+fn make(store: &Store, volumes: &[(VolumeId, Label)]) -> Result<Vec<Made>, Failure> {
     let catalog = store.catalog();
     create_dir_durable(&catalog.root().snapshots())?;
-    volumes.iter().for_each(|&id| shorten_if_long(store, &catalog, id));
+    volumes.iter().for_each(|(id, _)| shorten_if_long(store, &catalog, *id));
     let mut making = Vec::new();
-    for &id in volumes {
-        let begun = begin(store, &catalog, id, label);
+    for (id, label) in volumes {
+        let begun = begin(store, &catalog, *id, label);
         making.push(begun.map_err(|failure| failure.context(format!("make a snapshot of {id}")))?);
     }
     // All stand still before any is frozen.
@@ -74,7 +75,8 @@ fn make(store: &Store, volumes: &[VolumeId], label: &Label) -> Result<Vec<Made>,
     }
     each_attached(&mut making, Freezing::commit)?;
     // Nobody else has a volume before the records are written: he could take layers out of its chain.
-    let made = making.iter_mut().map(|one| end(&catalog, one, label)).collect::<Result<Vec<_>, _>>()?;
+    let ends = making.iter_mut().zip(volumes).map(|(one, (_, label))| end(&catalog, one, label));
+    let made = ends.collect::<Result<Vec<_>, _>>()?;
     freeze::note(&catalog, &made.iter().map(|m| &m.snapshot).collect::<Vec<_>>())?;
     for one in made.iter().filter(|one| one.pause.is_some()) {
         control::tell_noted(&catalog, one.snapshot.volume(), one.snapshot.id());

@@ -1,6 +1,7 @@
 //! Snapshots and what is made of them, from outside: through the program, and by the files that it leaves.
 
 mod attached;
+mod backup;
 mod clones;
 #[path = "../common/mod.rs"]
 mod common;

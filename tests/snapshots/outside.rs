@@ -17,33 +17,33 @@ use std::process::{Command, Stdio};
 const BLOCK: usize = 512 << 10;
 
 /// A folder outside, and its URL.
-struct Outside {
+pub struct Outside {
     folder: tempfile::TempDir,
 }
 
 impl Outside {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Outside { folder: tempfile::tempdir().expect("make a temporary folder") }
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    fn url(&self) -> String {
+    pub fn url(&self) -> String {
         format!("file://{}", self.path().display())
     }
 
-    fn of(&self, snapshot: &str) -> String {
+    pub fn of(&self, snapshot: &str) -> String {
         format!("{}/{snapshot}", self.url())
     }
 
-    fn manifest(&self, snapshot: &str) -> PathBuf {
+    pub fn manifest(&self, snapshot: &str) -> PathBuf {
         self.path().join(format!("snapshots/{snapshot}.json"))
     }
 
     /// Every file in it, with what it holds.
-    fn all(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+    pub fn all(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut all = BTreeMap::new();
         let mut folders = vec![self.path().to_owned()];
         while let Some(folder) = folders.pop() {
@@ -58,7 +58,7 @@ impl Outside {
     }
 
     /// The files of blocks or pages.
-    fn objects(&self, folder: &str) -> Vec<PathBuf> {
+    pub fn objects(&self, folder: &str) -> Vec<PathBuf> {
         let of = self.path().join(folder);
         self.all().into_keys().filter(|path| path.starts_with(&of)).collect()
     }

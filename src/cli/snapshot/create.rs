@@ -48,7 +48,8 @@ pub(super) fn run(env: &Env, args: CreateArgs) -> Result<()> {
         Some(reference) => vec![catalog.resolve(reference)?],
         None => all_of(&catalog, &args.all_of)?,
     };
-    let made = snapshot::create(&store, &volumes, &label)?;
+    let volumes: Vec<_> = volumes.into_iter().map(|id| (id, label.clone())).collect();
+    let made = snapshot::create(&store, &volumes)?;
     print(env, &catalog, &made, args.volume.is_some())
 }
 

@@ -10,6 +10,7 @@ use crate::catalog::Catalog;
 use crate::catalog::snapshot::{Entry, Snapshot};
 use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
+use crate::cli::place::PlaceArgs;
 use crate::cli::sort::{Place, SortArgs};
 use crate::cli::volume::export;
 use crate::cli::{Env, output, rewrap, slots, space};
@@ -86,7 +87,7 @@ pub struct ListArgs {
     #[arg(value_name = "PLACE", conflicts_with_all = ["filter", "sort", "reverse"])]
     place: Option<String>,
     #[command(flatten)]
-    how: outside::PlaceArgs,
+    how: PlaceArgs,
     /// Only snapshots of which this is so: id, volume-id, status, encrypted, description, tag-key, or
     /// tag:KEY. Of filters with one name any must be so, of others all.
     #[arg(long, value_name = "NAME=VALUE")]

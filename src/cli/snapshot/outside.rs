@@ -7,47 +7,16 @@ use crate::base::{Error, Kind, Result, size};
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::cli::budget::SpaceArgs;
+use crate::cli::place::{KeepArgs, LimitArgs, PlaceArgs};
 use crate::cli::progress::Progress;
 use crate::cli::slots::key_json;
 use crate::cli::{Env, output};
 use crate::ops::backup::list::{self, Said};
 use crate::ops::backup::pull::{self, Wanted};
-use crate::ops::backup::remove::{self, Keep, What};
+use crate::ops::backup::push;
+use crate::ops::backup::remove::{self, What};
 use crate::ops::backup::verify::{self, One};
-use crate::ops::backup::{Target, push};
-use crate::place::Access;
 use serde_json::{Value, json};
-
-/// How a place is reached.
-#[derive(clap::Args, Clone)]
-pub(super) struct PlaceArgs {
-    /// Of s3://: where the store listens, like https://s3.example:9000 [default: AWS] [env:
-    /// AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL].
-    #[arg(long, value_name = "URL")]
-    endpoint: Option<String>,
-    /// Of s3://: the store's region [env: AWS_REGION].
-    #[arg(long, value_name = "REGION")]
-    region: Option<String>,
-}
-
-impl PlaceArgs {
-    fn target(&self, url: &str, limit: u64) -> Result<(Target, Option<SnapshotId>)> {
-        Target::parse(url, Access { endpoint: self.endpoint.clone(), region: self.region.clone() }, limit)
-    }
-
-    /// Whether anything of it was given.
-    pub(super) fn are_given(&self) -> bool {
-        self.endpoint.is_some() || self.region.is_some()
-    }
-}
-
-/// How much it may use.
-#[derive(clap::Args)]
-struct LimitArgs {
-    /// At most so many bytes a second, like 20MiB; 0: no limit.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
-    limit: u64,
-}
 
 /// What `snapshot push` takes.
 #[derive(clap::Args)]
@@ -151,21 +120,8 @@ pub struct RemoveArgs {
     /// Snapshots that go, by their ids.
     #[arg(value_name = "SNAPSHOT")]
     snapshots: Vec<SnapshotId>,
-    /// Keep the last so many.
-    #[arg(long, value_name = "N")]
-    keep_last: Option<usize>,
-    /// Keep the newest of each of the last so many days that have one.
-    #[arg(long, value_name = "N")]
-    keep_daily: Option<usize>,
-    /// Keep the newest of each of the last so many weeks that have one.
-    #[arg(long, value_name = "N")]
-    keep_weekly: Option<usize>,
-    /// Keep the newest of each of the last so many months that have one.
-    #[arg(long, value_name = "N")]
-    keep_monthly: Option<usize>,
-    /// Keep the newest of each of the last so many years that have one.
-    #[arg(long, value_name = "N")]
-    keep_yearly: Option<usize>,
+    #[command(flatten)]
+    keep: KeepArgs,
     /// With --keep options: only of this volume, by its id.
     #[arg(long, value_name = "VOLUME")]
     volume: Option<VolumeId>,
@@ -178,7 +134,7 @@ pub struct RemoveArgs {
 
 /// Pushes a snapshot.
 pub(super) fn push(env: &Env, args: &PushArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.limit)?;
+    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
     if named.is_some() {
         let message = "the place's URL ends with a snapshot's id; leave that out: the snapshot keeps its own";
         return Err(Error::new(Kind::Usage, message));
@@ -217,9 +173,14 @@ fn goes_on(e: Error) -> Error {
 
 /// Pulls a snapshot.
 pub(super) fn pull(env: &Env, args: &PullArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.limit)?;
+    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
     let store = env.store()?;
-    let wanted = Wanted { key: args.key.clone(), name: args.name.clone(), budget: args.space.budget(&store) };
+    let wanted = Wanted {
+        key: args.key.clone(),
+        name: args.name.clone(),
+        tags: Vec::new(),
+        budget: args.space.budget(&store),
+    };
     let mut progress = Progress::new()?;
     let watch = &mut |done, total| progress.at(done, total).map_err(goes_on);
     let pulled = pull::pull(&store, named, &target, &wanted, watch)?;
@@ -232,7 +193,7 @@ pub(super) fn pull(env: &Env, args: &PullArgs) -> Result<()> {
 
 /// Verifies a place.
 pub(super) fn verify(env: &Env, args: &VerifyArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.limit)?;
+    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
     let mut progress = Progress::new()?;
     let ended = |e: Error| e.reworded("it was interrupted");
     let watch = &mut |done, total| progress.at(done, total).map_err(ended);
@@ -264,9 +225,7 @@ pub(super) fn verify(env: &Env, args: &VerifyArgs) -> Result<()> {
 /// Removes snapshots from a place.
 pub(super) fn remove(env: &Env, args: &RemoveArgs) -> Result<()> {
     let (target, named) = args.how.target(&args.place, 0)?;
-    let all = [args.keep_last, args.keep_daily, args.keep_weekly, args.keep_monthly, args.keep_yearly];
-    let [last, daily, weekly, monthly, yearly] = all.map(Option::unwrap_or_default);
-    let keep = all.iter().any(Option::is_some).then_some(Keep { last, daily, weekly, monthly, yearly });
+    let keep = args.keep.keep();
     let named: Vec<SnapshotId> = named.into_iter().chain(args.snapshots.iter().copied()).collect();
     let usage = |message: &str| Err(Error::new(Kind::Usage, message));
     if keep.is_some() && !named.is_empty() {
@@ -275,7 +234,7 @@ pub(super) fn remove(env: &Env, args: &RemoveArgs) -> Result<()> {
     if args.volume.is_some() && keep.is_none() {
         return usage("--volume goes with --keep options: say how many of its snapshots are kept");
     }
-    let what = What { named, keep, volume: args.volume, dry_run: args.dry_run };
+    let what = What { named, keep, volume: args.volume, store: None, dry_run: args.dry_run };
     let removed = remove::remove(&env.store()?, &target, &what)?;
     if env.json {
         return output::print_json(&json!({

@@ -31,6 +31,7 @@ mod state;
 pub mod tags;
 
 use crate::audit::AuditLog;
+use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::root::{Root, files};
 use crate::config::Settings;
@@ -181,6 +182,76 @@ impl Embedded {
             let _ = std::fs::remove_file(&path);
         })?;
         Ok(path)
+    }
+
+    /// Notes that a copy of the root key was made and given to somebody, for [`Embedded::root_key_copied`].
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn note_root_key_copied(&self) -> Result<(), KmsError> {
+        let noted = root_key::named::note_copied(self.log.config(), self.id()?);
+        noted.map_err(|e| KmsError::Internal(e.to_string()))
+    }
+
+    /// When a copy of the root key of the KMS `store` was made last, as far as this host knows.
+    ///
+    /// # Errors
+    /// Where nothing says where the configuration folder is.
+    pub fn root_key_copied(store: Uuid) -> Result<Option<Timestamp>, crate::Error> {
+        Ok(root_key::named::copied(&Root::config_dir()?, store))
+    }
+
+    /// The log of the KMS of the store at `root`, of at most `max` bytes, to be kept elsewhere; none if there
+    /// is no such KMS. What it says of keys' names can be read; keys cannot, without the root key.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn copy_of_log(root: &Root, max: u64, hardened: Hardened) -> Result<Option<Vec<u8>>, KmsError> {
+        let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
+        SharedLog::new(root.kms(), config, Box::new(SystemClock), hardened).bytes(max)
+    }
+
+    /// Makes the KMS `store` of the store at `root` out of a copy of its log, where there is none. Its root
+    /// key is in its place, or comes out of `root_key`, a copy that [`Embedded::back_up_root_key`] made.
+    /// Nothing is left of it if the two do not go together.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is a KMS; `NotFound` if there is no root key for it; `Corrupt` for a log that
+    /// is none, or whose root key is another one; `AccessDenied` for a wrong passphrase.
+    pub fn put_back(
+        root: &Root,
+        store: Uuid,
+        log: &[u8],
+        root_key: Option<&[u8]>,
+        hardened: Hardened,
+    ) -> Result<(), KmsError> {
+        let config = Root::config_dir().map_err(|e| KmsError::Internal(e.to_string()))?;
+        let found = log::Header::parse(log)?.store;
+        if found != store {
+            let message = format!("what is said to be the log of the KMS {store} is that of {found}");
+            return Err(KmsError::Corrupt(message));
+        }
+        if root_key.is_none() && !root_key::is_there(&config, store)? {
+            let message = format!(
+                "the root key of the KMS {store} is not here: put {} back (mode 0600), or name a copy that \
+                 \"sealblk kms backup\" has made",
+                root_key::path(&config, store).display()
+            );
+            return Err(KmsError::NotFound(message));
+        }
+        let kms = Self::in_place(root.kms(), config, Box::new(SystemClock), Locality::default(), hardened);
+        kms.log.put_back(log)?;
+        let opened = match root_key {
+            Some(copy) => kms.restore_root_key(copy).map(drop),
+            None => kms.unlock(),
+        };
+        if let Err(e) = opened {
+            if let Err(left) = kms.log.take_back() {
+                ::log::warn!("{left}");
+            }
+            return Err(e);
+        }
+        Ok(())
     }
 
     fn id(&self) -> Result<Uuid, KmsError> {

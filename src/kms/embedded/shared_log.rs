@@ -160,6 +160,37 @@ impl SharedLog {
         Ok(true)
     }
 
+    /// The log's bytes, of at most `max`, as they are between two changes; none if there is no log. It takes
+    /// no root key: what they are worth shows when they are opened.
+    pub(super) fn bytes(&self, max: u64) -> Result<Option<Vec<u8>>, KmsError> {
+        let Some(_lock) = Lock::shared(&self.lock_path())? else { return Ok(None) };
+        if !self.exists()? {
+            return Ok(None);
+        }
+        let path = self.log_path();
+        files::read(&path, max).map(Some).map_err(|e| failed("read the KMS store", &path, &e))
+    }
+
+    /// Makes the store out of the log of another time, `bytes`, where there is none.
+    pub(super) fn put_back(&self, bytes: &[u8]) -> Result<(), KmsError> {
+        create_dir_durable(&self.dir).map_err(internal)?;
+        let _lock = Lock::exclusive(&self.lock_path())?;
+        if self.exists()? {
+            let message = format!("there is a KMS store in {} already", self.dir.display());
+            return Err(KmsError::AlreadyExists(message));
+        }
+        replace_file(&self.log_path(), bytes).map_err(internal)
+    }
+
+    /// Takes back what [`SharedLog::put_back`] has made.
+    pub(super) fn take_back(&self) -> Result<(), KmsError> {
+        let _lock = Lock::exclusive(&self.lock_path())?;
+        *self.cached() = None;
+        let path = self.log_path();
+        files::remove_if_there(&path).map_err(|e| failed("remove", &path, &e))?;
+        sync_dir(&self.dir).map_err(internal)
+    }
+
     /// The store's id, if there is one and its header can be read; nothing vouches for it.
     pub(super) fn id(&self) -> Option<Uuid> {
         OpenLog::id_at(&self.log_path())

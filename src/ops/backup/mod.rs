@@ -5,13 +5,19 @@
 //! network. The other one, the carrier, has a network and no key ([`crate::helper::carry`]). What comes from
 //! a place is a claim: it is proved here by its name or its MAC before anything is done with it.
 
+pub mod all;
+mod drill;
+mod kms_log;
 mod leases;
 pub mod list;
 pub mod pull;
 pub mod push;
 pub mod remove;
+pub mod restore;
 mod source;
+pub(crate) mod step;
 pub mod verify;
+pub mod worker;
 
 use super::Store;
 use super::brake::Brake;
@@ -27,9 +33,11 @@ use crate::helper::carry::Carrier;
 use crate::helper::unwrap;
 use crate::kms::Failure;
 use crate::place::{Access, PlaceUrl, Put};
+use serde::{Deserialize, Serialize};
 
 /// A place, and how it is used.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Target {
     /// Where it is.
     pub url: PlaceUrl,

@@ -31,6 +31,7 @@ use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
 use crate::sandbox;
 use nix::fcntl::{Flock, OFlag};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
@@ -40,12 +41,15 @@ use std::os::unix::fs::FileExt;
 const WINDOW: usize = 12;
 
 /// How a snapshot is to come.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Wanted {
     /// The KMS key that is to wrap its data keys; without one, those that wrap them in the place.
     pub key: Option<String>,
     /// Its tag `Name`; without one, that of the snapshot in the place.
     pub name: Option<String>,
+    /// Further tags, in place of those with the same keys.
+    pub tags: Vec<(String, String)>,
     /// What may be used of the file system.
     pub budget: Budget,
 }
@@ -136,6 +140,9 @@ fn label(manifest: &Manifest, wanted: &Wanted) -> Result<Label> {
     let mut label = manifest.snapshot.label().clone();
     if let Some(name) = &wanted.name {
         label.tags.set("Name", name)?;
+    }
+    for (key, value) in &wanted.tags {
+        label.tags.set(key, value)?;
     }
     Ok(label)
 }

@@ -10,6 +10,7 @@ use super::leases::Held;
 use super::{For, Session, Target, missing};
 use crate::backup::lease::Lease;
 use crate::backup::page::{self, Page};
+use crate::backup::saved::SavedVolume;
 use crate::backup::{self as place, BLOCKS, ContentName, PAGES};
 use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::snapshot::Snapshot;
@@ -48,6 +49,8 @@ pub struct What {
     pub keep: Option<Keep>,
     /// Of this volume alone.
     pub volume: Option<VolumeId>,
+    /// Of those alone that backups of this store have made, by the id that the place knows it by.
+    pub store: Option<Uuid>,
     /// Whether only to tell what would be removed.
     pub dry_run: bool,
 }
@@ -77,7 +80,7 @@ pub fn remove(store: &Store, target: &Target, what: &What) -> Result<Removed> {
         what.named.iter().copied().filter(|id| listed.contains(id)).collect();
     let gone = what.named.iter().copied().filter(|id| !listed.contains(id)).collect();
     if let Some(keep) = &what.keep {
-        removed.extend(by_age(&mut session, &listed, keep, what.volume)?);
+        removed.extend(by_age(&mut session, &listed, keep, what)?);
     }
     let kept = listed.iter().copied().filter(|id| !removed.contains(id)).collect();
     let mut done = Removed { removed: removed.into_iter().collect(), gone, kept, swept: None };
@@ -103,34 +106,42 @@ pub fn remove(store: &Store, target: &Target, what: &What) -> Result<Removed> {
 }
 
 /// The snapshots that do not stay.
-fn by_age(
-    session: &mut Session,
-    listed: &[SnapshotId],
-    keep: &Keep,
-    volume: Option<VolumeId>,
-) -> Result<Vec<SnapshotId>> {
-    if *keep == Keep::default() {
-        let message = "nothing would stay: say how many snapshots are kept, more than none";
-        return Err(Error::new(Kind::Usage, message));
-    }
+fn by_age(session: &mut Session, listed: &[SnapshotId], keep: &Keep, what: &What) -> Result<Vec<SnapshotId>> {
+    keep.check()?;
+    let is_of_store = |snapshot: &Snapshot| {
+        let saved = what.store.is_some().then(|| SavedVolume::of(snapshot.label()));
+        saved.is_none_or(|saved| saved.is_some_and(|saved| Some(saved.store) == what.store))
+    };
     let mut of_volumes: BTreeMap<VolumeId, Vec<(Timestamp, SnapshotId)>> = BTreeMap::new();
     for &id in listed {
         match session.claim(id) {
-            Ok(Some(claim)) => {
-                let snapshot: &Snapshot = &claim.claimed().snapshot;
+            Ok(Some(claim)) if is_of_store(&claim.claimed().snapshot) => {
+                let snapshot = &claim.claimed().snapshot;
                 of_volumes.entry(snapshot.volume()).or_default().push((snapshot.created(), id));
             }
-            Ok(None) => {}
+            Ok(_) => {}
             // Nobody knows how old it is: it stays.
             Err(e) if e.kind() == Kind::Corrupt => log::warn!("it stays: {e}"),
             Err(e) => return Err(e),
         }
     }
-    let wanted = of_volumes.into_iter().filter(|(id, _)| volume.is_none_or(|volume| volume == *id));
+    let wanted = of_volumes.into_iter().filter(|(id, _)| what.volume.is_none_or(|volume| volume == *id));
     Ok(wanted.flat_map(|(_, snapshots)| keep.goes(snapshots)).collect())
 }
 
 impl Keep {
+    /// # Errors
+    /// `Usage` if nothing would stay.
+    pub(super) fn check(&self) -> Result<()> {
+        match *self == Keep::default() {
+            false => Ok(()),
+            true => {
+                let message = "nothing would stay: say how many snapshots are kept, more than none";
+                Err(Error::new(Kind::Usage, message))
+            }
+        }
+    }
+
     /// Of snapshots of one volume, those that do not stay.
     fn goes(&self, mut snapshots: Vec<(Timestamp, SnapshotId)>) -> Vec<SnapshotId> {
         snapshots.sort_unstable_by(|a, b| b.cmp(a));

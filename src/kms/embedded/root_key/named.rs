@@ -1,5 +1,7 @@
 //! Which KMS store a root key is of: `kms-<store id>.store` beside the key names the store's folder and when
-//! it was made. It is for people, who find a key there and wonder: nothing is decided by it.
+//! it was made. It is for people, who find a key there and wonder: nothing is decided by it. And
+//! `kms-<store id>.copied`: when a copy of the root key was made last, without which "sealblk backup" asks
+//! whether there is one.
 #![forbid(unsafe_code)]
 
 use crate::base::root::{files, replace_file};
@@ -39,6 +41,24 @@ pub(crate) fn note(config: &Path, store: Uuid, folder: &Path) {
     }
 }
 
+/// Notes that a copy of the root key of `store` was made now.
+///
+/// # Errors
+/// Those of the file system.
+pub(crate) fn note_copied(config: &Path, store: Uuid) -> Result<()> {
+    replace_file(&copied_path(config, store), format!("{}\n", Timestamp::now()).as_bytes())
+}
+
+/// When a copy of the root key of `store` was made last, where that was noted.
+pub(crate) fn copied(config: &Path, store: Uuid) -> Option<Timestamp> {
+    let bytes = files::read(&copied_path(config, store), MAX_LEN).ok()?;
+    String::from_utf8(bytes).ok()?.trim_end().to_owned().try_into().ok()
+}
+
+fn copied_path(config: &Path, store: Uuid) -> PathBuf {
+    config.join(format!("kms-{store}.copied"))
+}
+
 fn note_path(config: &Path, store: Uuid) -> PathBuf {
     config.join(format!("kms-{store}.store"))
 }
@@ -67,7 +87,7 @@ pub fn key_files(config: &Path) -> Result<Vec<KeyFile>> {
 /// Those of the file system.
 pub(crate) fn remove(config: &Path, store: Uuid) -> Result<()> {
     let head = config.join(format!("kms-{store}.head"));
-    for path in [note_path(config, store), head, super::path(config, store)] {
+    for path in [note_path(config, store), copied_path(config, store), head, super::path(config, store)] {
         files::remove_if_there(&path)?;
     }
     Ok(())

@@ -25,10 +25,12 @@ use crate::ops::Store;
 use crate::place::{PlaceUrl, Put};
 use crate::sandbox;
 use base::is_as;
+use serde::{Deserialize, Serialize};
 use way::Way;
 
 /// What a push has done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pushed {
     /// The snapshot.
     pub snapshot: SnapshotId,
