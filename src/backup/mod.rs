@@ -7,6 +7,7 @@
 //! | `pages/<xx>/<name>` | which blocks there are, of a run of 8192 ([`page`]) |
 //! | `blocks/<xx>/<name>` | 512 KiB of ciphertext ([`block`]) |
 //! | `leases/<kind>-<id>` | that somebody is at work ([`lease`]) |
+//! | `moves/<snapshot>` | whether the volume has come whose last snapshot that is ([`moved`]) |
 //! | `kms/<id>.log` | the log of the embedded KMS of a store that is backed up there, as it lies at home |
 //!
 //! Pages and blocks are named by a keyed hash of their bytes, under a key that follows from a data key:
@@ -21,6 +22,7 @@ pub(crate) mod block;
 pub(crate) mod lease;
 pub(crate) mod manifest;
 pub(crate) mod marks;
+pub(crate) mod moved;
 pub(crate) mod page;
 pub(crate) mod saved;
 
@@ -70,6 +72,34 @@ impl fmt::Display for ContentName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex::encode(self.0))
     }
+}
+
+/// Reads the bytes of a manifest, whoever wrote them, as that of `snapshot`; returns its number and how many
+/// blocks it says it has. Like [`page_again`] and [`block_again`], for whoever tries what a place could send.
+///
+/// # Errors
+/// `Corrupt` for what is none.
+pub fn manifest_says(bytes: &[u8], snapshot: SnapshotId) -> Result<(u64, u64)> {
+    let claim = manifest::Claim::parse(bytes, snapshot)?;
+    Ok((claim.claimed().number, claim.claimed().blocks()))
+}
+
+/// Reads the bytes of a page, whoever wrote them, and writes them again.
+///
+/// # Errors
+/// `Corrupt` for what is none.
+pub fn page_again(bytes: &[u8]) -> Result<Option<Vec<u8>>> {
+    page::Page::decode(bytes).map(|page| page.encode())
+}
+
+/// Reads the bytes of a block of `len` bytes, 512 KiB at most, whoever wrote them, and writes them again.
+///
+/// # Errors
+/// `Corrupt` for what is none.
+pub fn block_again(bytes: &[u8], len: usize) -> Result<Option<Vec<u8>>> {
+    let mut room = vec![0; len.min(block::BLOCK)];
+    block::decode(bytes, &mut room)?;
+    Ok(block::encode(&room))
 }
 
 /// The folder of the blocks.

@@ -25,10 +25,12 @@ const NAME: &str = "sealblk:name";
 const ATTACH: &str = "sealblk:attach";
 /// The embedded KMS of the store.
 const KMS: &str = "sealblk:kms";
+/// That it is being sent, and which snapshot of it this is.
+const SENT: &str = "sealblk:sent";
 /// On a snapshot that was pulled to be made a volume of, and on that volume: the snapshot in the place.
 pub(crate) const RESTORED: &str = "sealblk:restored";
 /// So many tags of a volume go with it: the others make room for those of this.
-const MOST: usize = Tags::MAX - 7;
+const MOST: usize = Tags::MAX - 8;
 
 /// What is said of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +49,17 @@ pub(crate) struct SavedVolume {
     pub(crate) attach: AttachSettings,
     /// The embedded KMS of the store.
     pub(crate) kms: Option<Uuid>,
+    /// That it is no backup: the volume is being sent to another host.
+    pub(crate) sent: Option<Sent>,
+}
+
+/// Which snapshot of a volume that is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// One of a volume that is still used.
+    First,
+    /// That of which the other host makes the volume.
+    Last,
 }
 
 impl SavedVolume {
@@ -69,10 +82,17 @@ impl SavedVolume {
         if let Some(kms) = self.kms {
             all.set(KMS, &kms.to_string())?;
         }
-        Ok((Label::new("made by sealblk backup".into(), all)?, own.len().saturating_sub(MOST)))
+        let description = match self.sent {
+            None => "made by sealblk backup",
+            Some(sent) => {
+                all.set(SENT, if sent == Sent::Last { "last" } else { "first" })?;
+                "made by sealblk volume send"
+            }
+        };
+        Ok((Label::new(description.into(), all)?, own.len().saturating_sub(MOST)))
     }
 
-    /// What a snapshot's label says; none if no backup has made it.
+    /// What a snapshot's label says; none if neither a backup nor a sending has made it.
     pub(crate) fn of(label: &Label) -> Option<Self> {
         let id = |key| label.tags.get(key)?.parse().ok();
         let (moment, of_moment) = label.tags.get(MOMENT)?.split_once(' ')?;
@@ -85,7 +105,17 @@ impl SavedVolume {
             name: label.tags.get(NAME).map(str::to_owned),
             attach: attach.and_then(Result::ok).filter(|it| it.check().is_ok()).unwrap_or_default(),
             kms: id(KMS),
+            sent: match label.tags.get(SENT) {
+                None => None,
+                Some("last") => Some(Sent::Last),
+                Some(_) => Some(Sent::First),
+            },
         })
+    }
+
+    /// As [`SavedVolume::of`], of a backup's snapshot alone.
+    pub(crate) fn of_backup(label: &Label) -> Option<Self> {
+        Self::of(label).filter(|saved| saved.sent.is_none())
     }
 
     /// The volume's own tags, in the label of a snapshot of it.
@@ -100,7 +130,7 @@ impl SavedVolume {
     /// Whether a backup of this store to this place has made the snapshot here, of this volume if one is
     /// named. One that came back from the place says the same, and is none.
     pub(crate) fn is_own(snapshot: &Snapshot, place: Uuid, store: Uuid, volume: Option<VolumeId>) -> bool {
-        let saved = Self::of(snapshot.label());
+        let saved = Self::of_backup(snapshot.label());
         saved.is_some_and(|saved| (saved.place, saved.store) == (place, store))
             && snapshot.copy_of().is_none()
             && volume.is_none_or(|id| id == snapshot.volume())
@@ -128,19 +158,21 @@ mod tests {
             name: Some("db".into()),
             attach,
             kms: Some(Uuid::new_v4()),
+            sent: Some(Sent::Last),
         };
         let mut tags = Tags::default();
         (0..Tags::MAX - 1).for_each(|n| tags.set(&format!("{n:02}"), "x").unwrap());
         tags.set("sealblk:name", "another").unwrap();
         let (mut label, left_out) = saved.label(&tags).unwrap();
         assert_eq!(left_out, Tags::MAX - 1 - MOST);
-        assert_eq!(SavedVolume::of(&label), Some(saved.clone()));
+        assert_eq!((SavedVolume::of(&label), SavedVolume::of_backup(&label)), (Some(saved.clone()), None));
         assert_eq!(SavedVolume::tags(&label).unwrap().iter().count(), MOST);
         // There is room for what a restore adds.
         label.tags.set(RESTORED, "snap-0123456789abcdef0").unwrap();
-        let bare = SavedVolume { name: None, attach: AttachSettings::default(), kms: None, ..saved };
+        let attach = AttachSettings::default();
+        let bare = SavedVolume { name: None, attach, kms: None, sent: None, ..saved };
         let (label, _) = bare.label(&Tags::default()).unwrap();
-        assert_eq!((SavedVolume::of(&label), label.tags.iter().count()), (Some(bare), 3));
+        assert_eq!((SavedVolume::of_backup(&label), label.tags.iter().count()), (Some(bare), 3));
         assert_eq!(SavedVolume::of(&Label::default()), None);
     }
 }

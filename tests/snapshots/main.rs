@@ -10,6 +10,7 @@ mod crash;
 mod crash_attached;
 mod detached;
 mod gc;
+mod moves;
 mod nearly_full;
 #[cfg(feature = "object-store")]
 mod object_store;

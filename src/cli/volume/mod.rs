@@ -8,6 +8,7 @@ mod list;
 mod modify;
 mod rekey;
 pub(super) mod resize;
+mod send;
 mod show;
 mod tag;
 
@@ -56,6 +57,10 @@ requests a second, READ/S and WRITTEN/S bytes a second, of attached volumes whos
     Rekey(rekey::RekeyArgs),
     /// Make a volume's layers one, attached or not: it needs no snapshot's data any more then.
     Flatten(rekey::FlattenArgs),
+    /// Send a volume to another host by a place that both reach, and delete it here when it has come.
+    Send(send::SendArgs),
+    /// Receive a volume that another host sends by a place.
+    Receive(send::ReceiveArgs),
     /// Delete a volume and its data, unless it is attached.
     #[command(
         visible_alias = "rm",
@@ -119,6 +124,8 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Rewrap(args) => rewrap::volume(env, &args),
         Command::Rekey(args) => rekey::rekey(env, &args),
         Command::Flatten(args) => rekey::flatten(env, &args),
+        Command::Send(args) => send::send(env, &args),
+        Command::Receive(args) => send::receive(env, &args),
         Command::Delete(args) => delete(env, &args),
         Command::Resize(args) => resize::run(env, &args),
         Command::Modify(args) => modify::modify(env, &args),

@@ -191,7 +191,8 @@ pub fn back_up(
     Ok(BackedUp { store: store_id, volumes, needed, removed })
 }
 
-fn copy_of(e: &Error) -> Error {
+/// The same error once more.
+pub(super) fn copy_of(e: &Error) -> Error {
     Error::new(e.kind(), e.to_string())
 }
 
@@ -199,19 +200,25 @@ fn copy_of(e: &Error) -> Error {
 fn loaded(store: &Store, catalog: &Catalog, id: VolumeId) -> Result<Metadata> {
     let metadata = catalog.load(id)?;
     store.settings().check_encrypted(id, metadata.is_encrypted())?;
-    match Planes::of(metadata.layout()) {
-        Some(_) => Ok(metadata),
+    check_can_be_pushed(&metadata)?;
+    Ok(metadata)
+}
+
+/// # Errors
+/// `Unsupported` for a volume of which anything is in the clear.
+pub(super) fn check_can_be_pushed(metadata: &Metadata) -> Result<()> {
+    let message = match Planes::of(metadata.layout()) {
+        Some(_) => return Ok(()),
         None if metadata.is_encrypted() => {
-            let message = "a part of it is in the clear, from before it was encrypted, and nothing leaves \
-                           so: \"sealblk volume show\" says how far that is";
-            Err(Error::new(Kind::Unsupported, message))
+            "a part of it is in the clear, from before it was encrypted, and nothing leaves so: \"sealblk \
+             volume show\" says how far that is"
         }
         None => {
-            let message = "it is not encrypted, and nothing leaves in the clear; --filter encrypted=true \
-                           leaves such volumes out";
-            Err(Error::new(Kind::Unsupported, message))
+            "it is not encrypted, and nothing leaves in the clear; --filter encrypted=true leaves such \
+             volumes out of a backup"
         }
-    }
+    };
+    Err(Error::new(Kind::Unsupported, message))
 }
 
 /// How a store's own backups are known.
@@ -297,6 +304,7 @@ impl Backup<'_> {
                 name: metadata.name().map(ToString::to_string),
                 attach: self.catalog.attach_settings(id)?,
                 kms: self.kms,
+                sent: None,
             };
             let (label, left) = saved.label(&self.catalog.tags(id)?)?;
             if left > 0 {

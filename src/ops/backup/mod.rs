@@ -12,8 +12,10 @@ mod leases;
 pub mod list;
 pub mod pull;
 pub mod push;
+pub mod receive;
 pub mod remove;
 pub mod restore;
+pub mod send;
 mod source;
 pub(crate) mod step;
 pub mod verify;
@@ -86,6 +88,14 @@ enum For {
 
 impl Session {
     fn open(store: &Store, target: &Target, what_for: For) -> Result<Self> {
+        Self::open_if_begun(store, target, what_for)?.ok_or_else(|| {
+            let message = format!("{} has no snapshots of sealblk's: there is no place.json", target.url);
+            Error::new(Kind::NotFound, message)
+        })
+    }
+
+    /// As [`Session::open`]; none for a place that can be reached, and that nothing was ever pushed to.
+    fn open_if_begun(store: &Store, target: &Target, what_for: For) -> Result<Option<Self>> {
         let writes = what_for != For::Reading;
         let mut carrier = Carrier::start(store.root(), &target.url, &target.access, writes)?;
         let marks = Marks::of(&target.url)?;
@@ -96,13 +106,10 @@ impl Session {
             // Another host may have been faster.
             found = carrier.get(&file, place::PLACE_MAX)?;
         }
-        let Some(bytes) = found else {
-            let message = format!("{} has no snapshots of sealblk's: there is no place.json", target.url);
-            return Err(Error::new(Kind::NotFound, message));
-        };
+        let Some(bytes) = found else { return Ok(None) };
         let id = PlaceId::from_json(&bytes)?;
         marks.check_place(id, what_for == For::Pushing)?;
-        Ok(Session { carrier, url: target.url.clone(), id, marks, brake: Brake::new(target.rate) })
+        Ok(Some(Session { carrier, url: target.url.clone(), id, marks, brake: Brake::new(target.rate) }))
     }
 
     /// The snapshots that the place lists, sorted.

@@ -9,6 +9,7 @@
 use super::leases::Held;
 use super::{For, Session, Target, missing};
 use crate::backup::lease::Lease;
+use crate::backup::moved;
 use crate::backup::page::{self, Page};
 use crate::backup::saved::SavedVolume;
 use crate::backup::{self as place, BLOCKS, ContentName, PAGES};
@@ -89,6 +90,7 @@ pub fn remove(store: &Store, target: &Target, what: &What) -> Result<Removed> {
     }
     for &id in &done.removed {
         session.carrier.remove(&place::manifest_of(id))?;
+        session.carrier.remove(&moved::moved_of(id))?;
     }
     // A manifest that came back after a cut would name what is not there.
     session.carrier.sync()?;
@@ -109,7 +111,7 @@ pub fn remove(store: &Store, target: &Target, what: &What) -> Result<Removed> {
 fn by_age(session: &mut Session, listed: &[SnapshotId], keep: &Keep, what: &What) -> Result<Vec<SnapshotId>> {
     keep.check()?;
     let is_of_store = |snapshot: &Snapshot| {
-        let saved = what.store.is_some().then(|| SavedVolume::of(snapshot.label()));
+        let saved = what.store.is_some().then(|| SavedVolume::of_backup(snapshot.label()));
         saved.is_none_or(|saved| saved.is_some_and(|saved| Some(saved.store) == what.store))
     };
     let mut of_volumes: BTreeMap<VolumeId, Vec<(Timestamp, SnapshotId)>> = BTreeMap::new();

@@ -168,7 +168,7 @@ fn choose(session: &mut Session, wanted: &WantedRestore) -> Result<(Uuid, Vec<Ch
             Err(e) => return Err(e),
         };
         let snapshot = &claim.claimed().snapshot;
-        let Some(saved) = SavedVolume::of(snapshot.label()) else { continue };
+        let Some(saved) = SavedVolume::of_backup(snapshot.label()) else { continue };
         let (volume, created) = (snapshot.volume(), snapshot.created());
         let kms = saved.kms.filter(|_| snapshot.keys().iter().any(is_by_embedded));
         found.push(Found { id, volume, created, saved, kms });
@@ -254,13 +254,7 @@ impl One<'_> {
             if let Some(made) = made_before(&catalog, &mark)? {
                 return Ok(made);
             }
-            let name = chosen.name.as_ref().and_then(|name| name.parse::<VolumeName>().ok());
-            if let Some(name) = &name
-                && let Some(id) = catalog.claimant(name, None)?
-            {
-                let message = format!("{id} has its name already; rename or delete that one");
-                return Err(Error::new(Kind::Busy, message));
-            }
+            check_name(&catalog, chosen.name.as_deref())?;
             pulled = pulled_before(&catalog, &mark)?;
         }
         let pulled = match pulled {
@@ -289,6 +283,19 @@ impl One<'_> {
     }
 }
 
+/// # Errors
+/// `Busy` if a volume has the name that one is going to get.
+pub(super) fn check_name(catalog: &Catalog, name: Option<&str>) -> Result<()> {
+    let name = name.and_then(|name| name.parse::<VolumeName>().ok());
+    match name.map_or(Ok(None), |name| catalog.claimant(&name, None))? {
+        None => Ok(()),
+        Some(id) => {
+            let message = format!("{id} has its name already; rename or delete that one");
+            Err(Error::new(Kind::Busy, message))
+        }
+    }
+}
+
 /// The volume that an earlier restore has made of this snapshot in the place.
 fn made_before(catalog: &Catalog, mark: &str) -> Result<Option<Made>> {
     for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
@@ -300,7 +307,7 @@ fn made_before(catalog: &Catalog, mark: &str) -> Result<Option<Made>> {
 }
 
 /// What an earlier restore has pulled of this snapshot in the place, and was interrupted after.
-fn pulled_before(catalog: &Catalog, mark: &str) -> Result<Option<SnapshotId>> {
+pub(super) fn pulled_before(catalog: &Catalog, mark: &str) -> Result<Option<SnapshotId>> {
     let all = catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
     let is_it = |it: &crate::catalog::Snapshot| {
         it.label().tags.get(RESTORED) == Some(mark) && it.copy_of().is_some_and(|id| id.to_string() == mark)

@@ -38,6 +38,11 @@ pub(super) enum Step {
     Make(SnapshotId),
     /// Opens a volume as an attach does, and deletes it.
     Try(VolumeId),
+    /// Says in a place that the volume has come of which the first snapshot was pulled as
+    /// the second one there.
+    Accept(SnapshotId, SnapshotId, Target),
+    /// Looks whether another host says so, of the last snapshot of a volume that is sent.
+    Received(SnapshotId, Target),
     /// Puts the KMS of this id back out of a place, and its root key out of a copy, if there is one.
     Kms(Uuid, Target, Option<Vec<u8>>),
 }

@@ -1,7 +1,7 @@
 //! The process of a step: what it is told to do, and how it says what came of it ([`super::step`]).
 
 use super::step::{Came, LOOK, MAX_LINE, Said, Step};
-use super::{kms_log, pull, push, restore};
+use super::{kms_log, pull, push, receive, restore};
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::crypt::wiping_allocator;
@@ -43,6 +43,14 @@ fn run(store: &Store, step: Step, watch: Watch<'_>) -> Result<Came> {
         Step::Make(snapshot) => Came::Made(restore::make(store, snapshot)?),
         Step::Try(volume) => {
             restore::open_and_delete(store, volume)?;
+            Came::Done
+        }
+        Step::Accept(pulled, source, target) => {
+            receive::accept(store, pulled, source, &target)?;
+            Came::Done
+        }
+        Step::Received(last, target) => {
+            receive::check_received(store, last, &target)?;
             Came::Done
         }
         Step::Kms(kms, target, root_key) => {
