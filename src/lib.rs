@@ -5,7 +5,7 @@
 //!
 //! | room | what is in it | it uses |
 //! |---|---|---|
-//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `image` `kms` `ops` `place` `sandbox` `vhost` |
+//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `hsm` `image` `kms` `ops` `place` `sandbox` `vhost` |
 //! | `ops` | the use cases, one file a verb | `audit` `backing` `backup` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `place` `sandbox` `vhost` `virtio` `volume` |
 //! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
@@ -14,7 +14,8 @@
 //! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
 //! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `image` `kms` |
 //! | `place` | places outside for ciphertext: folders and object stores | `base` `kms` |
-//! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` |
+//! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` `hsm` |
+//! | `hsm` | tokens of HSMs by PKCS#11, whose modules are loaded by a process of its own | `base` `crypt` `sandbox` |
 //! | `audit` | the log of every use of a key | `base` `crypt` |
 //! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `base` `disk` `virtio` |
 //! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
@@ -40,6 +41,7 @@ pub mod disk;
 pub mod events;
 pub mod helper;
 pub mod host;
+pub mod hsm;
 pub mod image;
 pub mod kms;
 pub mod ops;

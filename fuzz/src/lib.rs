@@ -21,5 +21,6 @@ pub mod session;
 pub mod sigv4;
 pub mod slot_change;
 pub mod snapshot_record;
+pub mod token_answer;
 pub mod volume_metadata;
 pub mod wire;

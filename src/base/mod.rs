@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of what the other modules are about.
 
+pub(crate) mod child;
 pub mod error;
 pub mod hardened;
 mod locality;

@@ -4,7 +4,7 @@ use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::kms::embedded::Embedded;
-use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata};
+use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata, NewKey};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
 use crate::kms::{KeyState, KmsKey};
 use crate::ops::keys::{self, Needs};
@@ -56,6 +56,9 @@ pub struct Create {
     /// A name for the key; "alias/" is put before it if it is not there.
     #[arg(long, value_name = "NAME")]
     alias: Option<String>,
+    /// Make the key in the token of this custom key store, by its name or id, which it never leaves.
+    #[arg(long, value_name = "NAME")]
+    key_store: Option<String>,
 }
 
 /// The key that a command is about.
@@ -161,7 +164,15 @@ fn answer(
             return Ok(list(&keys));
         }
         KeyCommand::Alias(command) => return alias(kms, command),
-        KeyCommand::Create(c) => kms.create_key(&c.description, c.alias.map(whole_alias).as_deref())?,
+        KeyCommand::Create(c) => {
+            let alias = c.alias.map(whole_alias);
+            kms.create(&NewKey {
+                description: &c.description,
+                alias: alias.as_deref(),
+                key_store: c.key_store.as_deref(),
+                ..NewKey::default()
+            })?
+        }
         KeyCommand::Show(argument) => kms.key(&key(&argument)?)?,
         KeyCommand::Enable(argument) => kms.enable(&key(&argument)?)?,
         KeyCommand::Disable(d) => kms.disable(&key_unless_needed(&d.key, d.yes)?)?,
@@ -316,6 +327,7 @@ fn describe(key: &KeyMetadata) -> String {
         ["Created".into(), date(key.created)],
         ["Aliases".into(), key.aliases.join(", ")],
         ["Description".into(), printable(&key.description)],
+        ["Key store".into(), key.key_store.as_ref().map_or(String::new(), |(id, _)| id.clone())],
     ];
     rows.extend(key.deletion.map(|at| ["Deletion".into(), format!("{}, or up to a day later", date(at))]));
     rows.retain(|[_, value]| !value.is_empty());
@@ -332,6 +344,9 @@ fn key_json(key: &KeyMetadata) -> Value {
         "created": date(key.created),
         "aliases": key.aliases,
     });
+    if let Some((id, _)) = &key.key_store {
+        value["key_store"] = id.as_str().into();
+    }
     if let Some(at) = key.deletion {
         value["deletion"] = date(at).into();
     }

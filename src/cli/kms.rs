@@ -4,8 +4,9 @@ use crate::base::hardened::Hardened;
 use crate::base::root::{parent_of, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::cli::key::date;
+use crate::cli::key_stores::StoreCommand;
 use crate::cli::output::{print, print_json, table};
-use crate::cli::{Env, input};
+use crate::cli::{Env, input, key_stores};
 use crate::crypt::wiping_allocator;
 use crate::events::read::Want;
 #[cfg(feature = "kms-server")]
@@ -61,6 +62,13 @@ pub enum Command {
     /// Put the root key under a passphrase, under another one, or under none.
     #[command(subcommand, after_help = "Example:\n  sealblk kms passphrase set")]
     Passphrase(PassphraseCommand),
+    /// Keep keys in HSMs: make a token a key store, connect it, disconnect it.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  sealblk kms store add --pkcs11 /usr/lib/softhsm/libsofthsm2.so --token \
+                      volumes"
+    )]
+    Store(StoreCommand),
     /// Make, show and delete those who may ask the server.
     #[command(subcommand, after_help = "Example:\n  sealblk kms principal create host-1")]
     Principal(PrincipalCommand),
@@ -224,6 +232,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             kms.protect_root_key(None)?;
             root_key_is(env, false, "the passphrase is removed")
         }
+        Command::Store(command) => key_stores::run(env, &kms, command),
         Command::Principal(PrincipalCommand::Create(args)) => {
             let (made, secret) = kms.create_principal(&args.name.name, args.admin)?;
             created(env, &made, &secret)

@@ -21,6 +21,7 @@ mod help;
 mod input;
 mod interval;
 pub mod key;
+pub mod key_stores;
 pub mod kms;
 mod log;
 mod meter;
@@ -213,6 +214,8 @@ enum HelperCommand {
     Carry,
     /// Do a step of a backup or restore for the process that started this one.
     BackupStep,
+    /// Load a PKCS#11 module for the process that started this one.
+    Pkcs11,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
     KeepGrants,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
@@ -240,6 +243,7 @@ impl Task {
             Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::BackupStep) => crate::ops::backup::worker::help(&env.store()?),
+            Task::Helper(HelperCommand::Pkcs11) => crate::hsm::module::help(env.hardened),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }
@@ -413,6 +417,7 @@ mod tests {
             ("carry", ""),
             ("backup-step", ""),
             ("keep-grants", ""),
+            ("pkcs11", ""),
             ("take-over", " x"),
         ] {
             let words = format!("sealblk --root /x {name}{more}");

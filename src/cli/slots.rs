@@ -293,6 +293,7 @@ fn plain(state: KeyState) -> &'static str {
         KeyState::Disabled => "disabled",
         KeyState::PendingDeletion => "pending deletion",
         KeyState::PendingImport => "pending import",
+        KeyState::Unavailable => "unavailable",
     }
 }
 

@@ -17,7 +17,7 @@
 //! grantee-principal = "arn:aws:…"  # whose grants at AWS KMS: the principal of this host
 //! ```
 //!
-//! and `[[event-sink]]` tables ([`sinks`]).
+//! and `[[event-sink]]` ([`sinks`]) and `[[pkcs11-token]]` tables ([`tokens`]).
 //!
 //! What stands there has consequences: a command that is run, a key that is used. So it does not lie in the
 //! store, with the ciphertext, where whoever can write the store could change it. A store with a
@@ -29,6 +29,7 @@ pub mod key_order;
 pub mod kms_keys;
 pub mod moving;
 pub mod sinks;
+pub mod tokens;
 
 use crate::base::root::{Root, owners};
 use crate::base::space::Reserve;
@@ -102,6 +103,8 @@ pub struct Settings {
     pub grantee_principal: Option<String>,
     /// To whom events are delivered.
     pub event_sinks: Vec<sinks::Sink>,
+    /// Tokens of HSMs that the wire may name.
+    pub pkcs11_tokens: Vec<tokens::Pkcs11Token>,
 }
 
 impl Default for Settings {
@@ -120,6 +123,7 @@ impl Default for Settings {
             attach_grants: true,
             grantee_principal: None,
             event_sinks: Vec::new(),
+            pkcs11_tokens: Vec::new(),
         }
     }
 }
@@ -212,6 +216,8 @@ struct Written {
     grantee_principal: Option<String>,
     #[serde(default)]
     event_sink: Vec<sinks::WrittenSink>,
+    #[serde(default)]
+    pkcs11_token: Vec<tokens::WrittenToken>,
 }
 
 impl TryFrom<Written> for Settings {
@@ -236,6 +242,7 @@ impl TryFrom<Written> for Settings {
             attach_grants: w.attach_grants.unwrap_or(default.attach_grants),
             grantee_principal: w.grantee_principal,
             event_sinks: sinks::parse(w.event_sink)?,
+            pkcs11_tokens: tokens::parse(w.pkcs11_token)?,
         };
         if settings.default_key.trim().is_empty() {
             return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
@@ -309,6 +316,7 @@ mod tests {
             attach_grants: false,
             grantee_principal: Some("arn:aws:iam::123456789012:role/host".into()),
             event_sinks: Vec::new(),
+            pkcs11_tokens: Vec::new(),
         };
         assert_eq!(settings.unwrap(), expected);
     }

@@ -11,11 +11,11 @@
 //! and requests for what is got: so neither side waits for the other to read, as long as the two kinds
 //! are not under way together.
 
+use crate::base::child;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result};
-use crate::helper;
 use crate::place::{Access, Listed, MAX_LEN, ObjectName, Objects, Place, PlaceUrl, Put};
 use crate::sandbox::{self, Rule};
 use nix::unistd::{AccessFlags, access};
@@ -119,7 +119,7 @@ impl Carrier {
     /// # Errors
     /// Those of reaching the place; `NotFound` for a folder that is not there.
     pub fn start(root: &Root, url: &PlaceUrl, access: &Access, writes: bool) -> Result<Self> {
-        let (socket, child) = helper::spawn(root, COMMAND)?;
+        let (socket, child) = child::spawn(root, COMMAND)?;
         let mut carrier = Carrier { socket, child, next: 0, under_way: 0, come: HashMap::new() };
         carrier.socket.set_read_timeout(Some(TIME))?;
         let begin = Begin { url: url.clone(), access: access.clone(), writes };
@@ -252,7 +252,7 @@ impl Drop for Carrier {
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn help(_: Hardened, _: &Root) -> Result<()> {
-    let socket = helper::begin()?;
+    let socket = child::begin()?;
     let begun = begin(&socket);
     let (outcome, place) = match begun {
         Ok(place) => (Outcome::Done(true), Some(place)),

@@ -5,6 +5,7 @@
 //! credentials are in the helper's memory only, and the host process has no part in what becomes of it. What
 //! the helper frees is zeroed, by its allocator.
 
+use crate::base::child;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::wire::{self, Lines};
@@ -17,7 +18,6 @@ use crate::catalog::{LayerId, VolumeId};
 use crate::config::Settings;
 use crate::crypt::secret_mem::{SecretFd, on_scrubbed_stack};
 use crate::crypt::{BackupKeys, Dek, wiping_allocator};
-use crate::helper;
 use crate::helper::failure::WrittenFailure;
 use crate::helper::slots::{Refused, ask_slots};
 use crate::kms::patience::Patience;
@@ -211,7 +211,7 @@ fn fill_by_helper(root: &Root, secret: &SecretFd, request: &Request, time: Durat
 }
 
 fn run_helper(root: &Root, secret: &SecretFd, request: &Request, time: Duration) -> Result<Answer> {
-    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let (socket, mut child) = child::spawn(root, COMMAND)?;
     let answer = socket.set_read_timeout(Some(time)).map_err(Error::from);
     let answer = answer.and_then(|()| ask(&socket, secret, request));
     if answer.is_err() {
@@ -235,7 +235,7 @@ fn ask(socket: &UnixStream, secret: &SecretFd, request: &Request) -> Result<Answ
 /// Only when the other side could not even be told.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let socket = helper::begin()?;
+    let socket = child::begin()?;
     let request = receive(&socket).map_err(Failure::from);
     // The key passes the stack too, in other people's frames.
     let filled =

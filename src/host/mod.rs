@@ -123,7 +123,7 @@ pub fn attach(
         Endpoint::Path(path) => socket::of_service_manager(path)?,
     };
     // The helpers' affair, not this process's.
-    let passphrase = passphrase::inherited_descriptor()?;
+    let passphrase = passphrase::inherited_descriptors()?;
     sandbox::report_lost_memory()?;
     let volume = catalog.resolve(reference)?;
     log_fields::is_of_volume(volume);

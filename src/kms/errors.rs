@@ -7,8 +7,24 @@ use crate::kms::KeyState;
 /// Exceptions of AWS KMS that only users of the whole KMS meet, never those of a [`crate::kms::KeyProvider`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exception {
+    /// CloudHsmClusterInUseException: another key store has the token.
+    CloudHsmClusterInUse,
+    /// CloudHsmClusterInvalidConfigurationException: the token lacks what keys need.
+    CloudHsmClusterInvalidConfiguration,
+    /// CloudHsmClusterNotFoundException.
+    CloudHsmClusterNotFound,
+    /// CloudHsmClusterNotRelatedException: the token does not have the keys of the one before.
+    CloudHsmClusterNotRelated,
     /// ConflictException.
     Conflict,
+    /// CustomKeyStoreHasCMKsException.
+    CustomKeyStoreHasKeys,
+    /// CustomKeyStoreInvalidStateException.
+    CustomKeyStoreInvalidState,
+    /// CustomKeyStoreNameInUseException.
+    CustomKeyStoreNameInUse,
+    /// CustomKeyStoreNotFoundException.
+    CustomKeyStoreNotFound,
     /// DryRunOperationException: it would have been done.
     DryRun,
     /// ExpiredImportTokenException.
@@ -36,8 +52,16 @@ pub enum Exception {
 }
 
 impl Exception {
-    const ALL: [Exception; 13] = [
+    const ALL: [Exception; 21] = [
+        Exception::CloudHsmClusterInUse,
+        Exception::CloudHsmClusterInvalidConfiguration,
+        Exception::CloudHsmClusterNotFound,
+        Exception::CloudHsmClusterNotRelated,
         Exception::Conflict,
+        Exception::CustomKeyStoreHasKeys,
+        Exception::CustomKeyStoreInvalidState,
+        Exception::CustomKeyStoreNameInUse,
+        Exception::CustomKeyStoreNotFound,
         Exception::DryRun,
         Exception::ExpiredImportToken,
         Exception::IncorrectKeyMaterial,
@@ -60,7 +84,15 @@ impl Exception {
     /// Its name on the wire.
     pub fn name(self) -> &'static str {
         match self {
+            Exception::CloudHsmClusterInUse => "CloudHsmClusterInUseException",
+            Exception::CloudHsmClusterInvalidConfiguration => "CloudHsmClusterInvalidConfigurationException",
+            Exception::CloudHsmClusterNotFound => "CloudHsmClusterNotFoundException",
+            Exception::CloudHsmClusterNotRelated => "CloudHsmClusterNotRelatedException",
             Exception::Conflict => "ConflictException",
+            Exception::CustomKeyStoreHasKeys => "CustomKeyStoreHasCMKsException",
+            Exception::CustomKeyStoreInvalidState => "CustomKeyStoreInvalidStateException",
+            Exception::CustomKeyStoreNameInUse => "CustomKeyStoreNameInUseException",
+            Exception::CustomKeyStoreNotFound => "CustomKeyStoreNotFoundException",
             Exception::DryRun => "DryRunOperationException",
             Exception::ExpiredImportToken => "ExpiredImportTokenException",
             Exception::IncorrectKeyMaterial => "IncorrectKeyMaterialException",
@@ -89,6 +121,9 @@ pub enum KmsError {
     /// KMSInvalidStateException, the key has no material yet.
     #[error("{0}")]
     PendingImport(String),
+    /// KMSInvalidStateException, the key store that has the key is not connected.
+    #[error("{0}")]
+    KeyStoreDisconnected(String),
     /// KMSInvalidStateException of another sort, such as cancelling a deletion that nobody asked for.
     #[error("{0}")]
     InvalidState(String),
@@ -150,9 +185,10 @@ impl KmsError {
     pub fn type_name(&self) -> &'static str {
         match self {
             KmsError::Disabled(_) => "DisabledException",
-            KmsError::PendingDeletion(_) | KmsError::PendingImport(_) | KmsError::InvalidState(_) => {
-                "KMSInvalidStateException"
-            }
+            KmsError::PendingDeletion(_)
+            | KmsError::PendingImport(_)
+            | KmsError::KeyStoreDisconnected(_)
+            | KmsError::InvalidState(_) => "KMSInvalidStateException",
             KmsError::Unavailable(_) => "KeyUnavailableException",
             KmsError::NotFound(_) => "NotFoundException",
             KmsError::AlreadyExists(_) => "AlreadyExistsException",
@@ -213,6 +249,9 @@ impl KmsError {
                 KmsError::PendingDeletion(message)
             }
             (KmsError::InvalidState(message), KeyState::PendingImport) => KmsError::PendingImport(message),
+            (KmsError::InvalidState(message), KeyState::Unavailable) => {
+                KmsError::KeyStoreDisconnected(message)
+            }
             (error, _) => error,
         }
     }
@@ -252,6 +291,9 @@ impl KmsError {
             KmsError::PendingImport(_) => {
                 "import its key material again (\"aws kms import-key-material …\") and try again".to_string()
             }
+            KmsError::KeyStoreDisconnected(_) => {
+                "\"aws kms connect-custom-key-store\" connects the key store that has it".to_string()
+            }
             KmsError::AccessDenied(_) => {
                 "look at the key's policy and at this host's credentials (docs/kms.md)".to_string()
             }
@@ -276,6 +318,11 @@ impl KmsError {
             KmsError::PendingDeletion(_) => format!(
                 "\"sealblk key cancel-deletion {key}\" and \"sealblk key enable {key}\" make it usable again"
             ),
+            KmsError::KeyStoreDisconnected(_) => {
+                "\"sealblk kms store list\" shows the key store that has it, and \"sealblk kms store \
+                 connect\" connects it"
+                    .to_string()
+            }
             KmsError::NotFound(_) => "\"sealblk key list\" shows which keys there are".to_string(),
             _ => return None,
         })
@@ -295,6 +342,15 @@ impl From<KmsError> for Error {
             KmsError::Corrupt(_) => Kind::Corrupt,
             KmsError::Internal(_) => Kind::Other,
             KmsError::NotAllowed(_) => Kind::Refused,
+            KmsError::Other(Exception::CloudHsmClusterNotFound | Exception::CustomKeyStoreNotFound, _) => {
+                Kind::NotFound
+            }
+            KmsError::Other(
+                Exception::CloudHsmClusterInUse
+                | Exception::CustomKeyStoreHasKeys
+                | Exception::CustomKeyStoreNameInUse,
+                _,
+            ) => Kind::Busy,
             KmsError::Other(Exception::InvalidAliasName | Exception::Tag, _) => Kind::Usage,
             KmsError::Other(Exception::MalformedPolicyDocument, _) => Kind::Usage,
             _ => Kind::KmsRefused,

@@ -54,6 +54,8 @@ pub enum KeyState {
     PendingDeletion,
     /// EXTERNAL origin, without key material.
     PendingImport,
+    /// In a custom key store that is not connected.
+    Unavailable,
 }
 
 impl KeyState {
@@ -64,6 +66,7 @@ impl KeyState {
             KeyState::Disabled => "Disabled",
             KeyState::PendingDeletion => "PendingDeletion",
             KeyState::PendingImport => "PendingImport",
+            KeyState::Unavailable => "Unavailable",
         }
     }
 
@@ -76,6 +79,7 @@ impl KeyState {
                 Some(KmsError::PendingDeletion(format!("{arn} is pending deletion.")))
             }
             KeyState::PendingImport => Some(KmsError::PendingImport(format!("{arn} is pending import."))),
+            KeyState::Unavailable => Some(KmsError::KeyStoreDisconnected(format!("{arn} is unavailable."))),
         }
     }
 }
@@ -207,7 +211,7 @@ pub fn open_patient_provider(
     let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
     let rules = allowed::Rules::new(&settings)?;
     let provider: Box<dyn KeyProvider> = match name {
-        "embedded" => Box::new(embedded::Embedded::open(root, hardened)?),
+        "embedded" => Box::new(embedded::Embedded::open(root, hardened)?.patient(patience)),
         #[cfg(feature = "aws")]
         "aws" => {
             let patience = patience.unwrap_or(Patience(settings.kms_patience));
@@ -215,7 +219,6 @@ pub fn open_patient_provider(
         }
         #[cfg(not(feature = "aws"))]
         "aws" => {
-            let _ = patience;
             return Err(KmsError::Unsupported(
                 "keys of AWS KMS are used by the feature aws, without which this sealblk was built".into(),
             ));

@@ -1,9 +1,9 @@
 //! The installed binary takes an attached volume over from the process that serves it
 //! ([`crate::host::upgrade`]): guest and VMM notice a short pause at most, and no KMS is asked.
 
+use crate::base::child;
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::catalog::VolumeId;
-use crate::helper;
 use crate::host::control;
 use crate::host::upgrade::{COMMAND, Outcome};
 use crate::ops::Store;
@@ -39,7 +39,7 @@ pub fn upgrade(store: &Store, volume: VolumeId) -> Result<Upgraded> {
     let attempt = || format!("upgrade {volume}");
     let client = control::connect(&store.catalog(), volume, PATIENCE).context(attempt)?;
     let mut program = Command::new("/proc/self/exe");
-    helper::pass_general(&mut program);
+    child::pass_general(&mut program);
     let mut child = program
         .arg("--root")
         .arg(store.root().path())

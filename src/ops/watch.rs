@@ -44,6 +44,8 @@ pub enum Health {
     PendingDeletion,
     /// It has no key material.
     PendingImport,
+    /// The key store that has it is not connected.
+    Unavailable,
     /// The KMS has no such key.
     Missing,
     /// The KMS, or the settings, do not let this host use it.
@@ -61,6 +63,7 @@ impl Health {
             Health::Disabled => "disabled",
             Health::PendingDeletion => "pending deletion",
             Health::PendingImport => "pending import",
+            Health::Unavailable => "unavailable",
             Health::Missing => "missing",
             Health::Refused => "refused",
             Health::Broken => "broken",
@@ -339,6 +342,7 @@ fn health(state: KeyState) -> Health {
         KeyState::Disabled => Health::Disabled,
         KeyState::PendingDeletion => Health::PendingDeletion,
         KeyState::PendingImport => Health::PendingImport,
+        KeyState::Unavailable => Health::Unavailable,
     }
 }
 
@@ -348,6 +352,7 @@ fn health_of(e: &KmsError) -> Health {
         KmsError::Disabled(_) => Health::Disabled,
         KmsError::PendingDeletion(_) => Health::PendingDeletion,
         KmsError::PendingImport(_) => Health::PendingImport,
+        KmsError::KeyStoreDisconnected(_) => Health::Unavailable,
         KmsError::NotFound(_) => Health::Missing,
         KmsError::AccessDenied(_) | KmsError::NotAuthenticated(_) | KmsError::NotAllowed(_) => {
             Health::Refused

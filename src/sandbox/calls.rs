@@ -87,6 +87,29 @@ const ALLOWED_TO_CARRIERS_BY_OLD_NAMES: &[Group] = &[];
 const DENIED_TO_CARRIERS: &[c_long] =
     &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_memfd_secret, libc::SYS_memfd_create];
 
+/// Allowed besides to a process that loads a stranger's library: its code, its locks and folders, its
+/// devices. The network stands in [`ALLOWED_TO_CARRIERS`].
+const ALLOWED_TO_MODULES: &[Group] = &[
+    ("code that is loaded, and what it does with devices", calls! { SYS_mmap SYS_mprotect SYS_ioctl }),
+    (
+        "files and folders of its own",
+        calls! { SYS_openat SYS_mkdirat SYS_linkat SYS_fchmod SYS_fchmodat SYS_umask SYS_utimensat SYS_msync
+        SYS_fadvise64 },
+    ),
+    (
+        "what libraries ask",
+        calls! { SYS_getppid SYS_sysinfo SYS_getgroups SYS_getresuid SYS_getresgid SYS_getpriority
+        SYS_sched_getparam SYS_sched_getscheduler SYS_clock_nanosleep SYS_times },
+    ),
+];
+
+/// As [`ALLOWED_BY_OLD_NAMES`], of [`ALLOWED_TO_MODULES`].
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_TO_MODULES_BY_OLD_NAMES: &[Group] =
+    &[("files and folders", calls! { SYS_open SYS_mkdir SYS_rmdir SYS_chmod SYS_dup2 SYS_pipe SYS_select })];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_TO_MODULES_BY_OLD_NAMES: &[Group] = &[];
+
 /// Calls that start a program: libraries that look for credentials may want to, and are
 /// told that they may not.
 #[cfg(target_arch = "x86_64")]
@@ -228,6 +251,28 @@ pub(super) fn filter_carrier(network: bool) -> Result<()> {
         compile(programs, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))?,
         compile(with_programs(rules), SeccompAction::Trap, SeccompAction::Allow)?,
     ];
+    filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
+}
+
+/// Puts the filter of a process in force that loads a stranger's library, for this thread and those that it
+/// starts. Without `network`, it can make no socket.
+pub(super) fn filter_module(network: bool) -> Result<()> {
+    let mut rules = allowed()?;
+    DENIED_TO_CARRIERS.iter().for_each(|call| drop(rules.remove(call)));
+    let groups = ALLOWED_TO_MODULES.iter().chain(ALLOWED_TO_MODULES_BY_OLD_NAMES);
+    let groups = groups.chain(if network { &ALLOWED_TO_CARRIERS[1..] } else { &[] });
+    rules.extend(groups.flat_map(|(_, calls)| calls.iter()).map(|&call| (call, Vec::new())));
+    // Locks of processes as well: but nobody to send signals to when something can be read.
+    let locks = [libc::F_DUPFD, libc::F_GETLK, libc::F_SETLK, libc::F_SETLKW].map(|command| command as u64);
+    for command in locks {
+        let is_it = SeccompCondition::new(1, Dword, Eq, command).and_then(|it| SeccompRule::new(vec![it]));
+        rules.entry(libc::SYS_fcntl).or_default().push(is_it.map_err(refused)?);
+    }
+    if !network {
+        [libc::SYS_socket, libc::SYS_connect].iter().for_each(|call| drop(rules.remove(call)));
+    }
+    let refused_softly = SeccompAction::Errno(libc::EPERM as u32);
+    let filters = [said_not_to_exist()?, compile(rules, refused_softly, SeccompAction::Allow)?];
     filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
 }
 

@@ -29,6 +29,8 @@ pub enum Access {
     ReadTree,
     /// List a folder and all below it; read, write, make, replace and remove files and folders there.
     Tree,
+    /// Read, write and steer a device.
+    Device,
     /// Remove names in a folder. Whether that can be done is not checked beforehand.
     Remove,
 }
@@ -38,6 +40,7 @@ impl Access {
         match self {
             Access::Read => make_bitflags!(AccessFs::{ReadFile}),
             Access::Write => make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate}),
+            Access::Device => make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}),
             Access::Own => {
                 make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | MakeSock | RemoveFile})
             }
@@ -53,7 +56,7 @@ impl Access {
     pub(super) fn permissions(self) -> AccessFlags {
         match self {
             Access::Read => AccessFlags::R_OK,
-            Access::Write => AccessFlags::R_OK | AccessFlags::W_OK,
+            Access::Write | Access::Device => AccessFlags::R_OK | AccessFlags::W_OK,
             Access::ReadTree => AccessFlags::R_OK | AccessFlags::X_OK,
             Access::Own | Access::Tree => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
             Access::Remove => AccessFlags::empty(),

@@ -126,6 +126,23 @@ pub(crate) fn confine_carrier(files: &[Rule], network: bool) -> Result<Confineme
     Ok(Confinement(vec![landlock, "seccomp".into()]))
 }
 
+/// Gives up what a stranger's library does not need, before it is loaded: the process reaches `files`
+/// and no other, and starts no program. Without `network` it has none, and no socket of this machine. A
+/// call that it may not make fails; the process does not end by it, since a library may do without.
+/// Otherwise as [`confine`].
+///
+/// # Errors
+/// As for [`confine`].
+pub(crate) fn confine_module(files: &[Rule], network: bool) -> Result<()> {
+    check_one_thread()?;
+    std::env::set_current_dir("/").context(|| "enter /")?;
+    identity::drop_capabilities(files)?;
+    harden()?;
+    harden_children()?;
+    files::restrict(files, network)?;
+    calls::filter_module(network)
+}
+
 /// Takes the network from this process, and from those that it starts, for good: it has keys from now on, or
 /// what follows from them. Sockets that are open stay so.
 ///

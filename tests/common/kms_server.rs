@@ -47,6 +47,17 @@ impl KmsServer {
         Self::spawn(folder, command)
     }
 
+    /// Starts a server of a new KMS with these settings, after `prepare` had its say on its process.
+    pub fn start_prepared(settings: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        fs::create_dir(folders(&folder).1).expect("make a folder");
+        fs::write(folders(&folder).1.join("sealblk.toml"), settings).expect("write the settings");
+        let mut command = command(&folder);
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]);
+        prepare(&mut command);
+        Self::spawn(folder, command)
+    }
+
     fn spawn(folder: tempfile::TempDir, mut command: Command) -> Self {
         command.stdout(Stdio::piped());
         tie_to_test(&mut command, vec![]);

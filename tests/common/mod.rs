@@ -17,6 +17,7 @@ pub mod patience;
 pub mod process;
 pub mod qemu;
 pub mod rig;
+pub mod softhsm;
 pub mod store;
 pub mod successor;
 pub mod trace;

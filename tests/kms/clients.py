@@ -47,6 +47,24 @@ def hold():
     sys.stdin.readline()
 
 
+def decrypt_in_token():
+    """Decrypts by a key in a token, each time that a line comes, and says what came of it."""
+    kms = client()
+    store = kms.create_custom_key_store(CustomKeyStoreName="one", CloudHsmClusterId="cluster-of-token-one",
+                                        TrustAnchorCertificate="-", KeyStorePassword=os.environ["PIN_ONE"])
+    store = store["CustomKeyStoreId"]
+    kms.connect_custom_key_store(CustomKeyStoreId=store)
+    key = kms.create_key(Origin="AWS_CLOUDHSM", CustomKeyStoreId=store)["KeyMetadata"]["Arn"]
+    blob = kms.encrypt(KeyId=key, Plaintext=b"x", EncryptionContext={"a": "b"})["CiphertextBlob"]
+    say("ready")
+    for _ in sys.stdin:
+        try:
+            assert kms.decrypt(CiphertextBlob=blob, EncryptionContext={"a": "b"})["Plaintext"] == b"x"
+            say("opened")
+        except ClientError as e:
+            say("refused", e.response["Error"]["Code"], e.response["Error"].get("Message", ""))
+
+
 def mutate():
     """Changes as fast as they are answered; each is told once it is. Ends with the server."""
     kms = client()
@@ -125,4 +143,4 @@ def denied():
     say("denied", code)
 
 
-{"once": once, "denied": denied, "hold": hold, "mutate": mutate, "race": race}[sys.argv[1]]()
+{"once": once, "decrypt_in_token": decrypt_in_token, "denied": denied, "hold": hold, "mutate": mutate, "race": race}[sys.argv[1]]()

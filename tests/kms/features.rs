@@ -32,6 +32,14 @@ fn serving_the_kms_wants_a_feature() {
 }
 
 #[test]
+fn a_key_in_an_hsm_wants_a_feature() {
+    // A label that no token has.
+    let label = "x".repeat(33);
+    let add = ["kms", "store", "add", "--pkcs11", "/nowhere", "--token", &label];
+    says_what_is_missing(cfg!(feature = "pkcs11"), "pkcs11", &add);
+}
+
+#[test]
 fn drawing_on_a_terminal_wants_a_feature() {
     // Not a terminal.
     says_what_is_missing(cfg!(feature = "top"), "top", &["top"]);

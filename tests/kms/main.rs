@@ -7,6 +7,8 @@ mod aws;
 mod common;
 mod embedded;
 mod features;
+#[cfg(all(feature = "pkcs11", feature = "kms-server"))]
+mod hsm;
 mod root_key;
 #[cfg(feature = "kms-server")]
 mod server;

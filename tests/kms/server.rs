@@ -72,7 +72,7 @@ impl Drop for Server {
 }
 
 /// The Python that ci/setup has put boto3 into.
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let cache = std::env::var_os("SEALBLK_CACHE").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/ci"));
     let python = cache.join("python/bin/python");

@@ -8,6 +8,7 @@
 //! when all are retired; the socket's end means the same where nobody is left to answer. So it needs nothing
 //! of the host process, which is confined by then, and may be killed.
 
+use crate::base::child;
 use crate::base::hardened::harden;
 use crate::base::root::Root;
 use crate::base::sync::Locked;
@@ -17,7 +18,6 @@ use crate::catalog::VolumeId;
 use crate::catalog::metadata::{KeyRecord, Metadata};
 use crate::catalog::slots::KeySlot;
 use crate::config::{Settings, shown_file};
-use crate::helper;
 use crate::helper::failure::WrittenFailure;
 use crate::helper::grants::notes::{self, Note, Notes};
 use crate::helper::grants::{create, retire, settle};
@@ -112,7 +112,7 @@ impl Granting {
         let left_behind = alone && !Notes::of(root)?.of_volume(metadata.id())?.is_empty();
         let is_needed = left_behind || (is_wanted && !metadata.keys().is_empty());
         let keeper = is_needed.then(|| {
-            let (socket, child) = helper::spawn(root, COMMAND)?;
+            let (socket, child) = child::spawn(root, COMMAND)?;
             wire::say(&socket, &Order { volume: metadata.id(), alone })?;
             Ok::<_, Error>((socket, child))
         });
@@ -278,7 +278,7 @@ impl Keeper {
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn keep(root: &Root) -> Result<()> {
-    let socket = helper::begin()?;
+    let socket = child::begin()?;
     let mut lines = Lines::of_at_most(MAX_LINE);
     let alone = "this command is started by \"sealblk attach\" alone";
     let order = hear(&mut lines, &socket).context(|| alone)?;
@@ -324,7 +324,7 @@ pub fn keep(root: &Root) -> Result<()> {
 fn outlive() -> Result<()> {
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
     signals.thread_block().context(|| "block signals")?;
-    helper::outlive_parent()
+    child::outlive_parent()
 }
 
 /// KMS keys that the volume needs: provider and ARN.

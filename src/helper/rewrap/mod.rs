@@ -8,6 +8,7 @@
 //!
 //! A data key is in the helper's memory alone, and where one KMS has both keys, for the proof alone.
 
+use crate::base::child;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::{Context, Error, Kind, Result, wire};
@@ -17,7 +18,6 @@ use crate::catalog::slots::KeySlot;
 use crate::config::Settings;
 use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::crypt::{Dek, wiping_allocator};
-use crate::helper;
 use crate::helper::failure::WrittenFailure;
 use crate::helper::slots::{Refused, ask_each, ask_slots, asked};
 use crate::kms::key_ref::arn_region;
@@ -174,7 +174,7 @@ impl Request {
 }
 
 fn run_helper(root: &Root, request: &Request) -> Result<KeySlot, Failure> {
-    let (socket, mut child) = helper::spawn(root, COMMAND)?;
+    let (socket, mut child) = child::spawn(root, COMMAND)?;
     let said = ask(&socket, request);
     drop(socket);
     let status = child.wait().context(|| "wait for the rewrap helper")?;
@@ -208,7 +208,7 @@ fn ask(socket: &UnixStream, request: &Request) -> Result<Answer> {
 /// Only when the answer could not be given.
 pub fn help(hardened: Hardened, root: &Root) -> Result<()> {
     wiping_allocator::wipe_from_now_on();
-    let socket = helper::begin()?;
+    let socket = child::begin()?;
     // The key passes the stack too, in other people's frames.
     let new = on_scrubbed_stack(|| answer(hardened, root, receive(&socket)?));
     let answer = match new {

@@ -138,6 +138,7 @@ impl Aws {
                 KeyState::PendingDeletion
             }
             Some(types::KeyState::PendingImport) => KeyState::PendingImport,
+            Some(types::KeyState::Unavailable) => KeyState::Unavailable,
             other => {
                 let state = other.map_or("unknown".to_owned(), |state| state.as_str().to_owned());
                 return Err(KmsError::Unavailable(format!("{key_id} is in state {state}.")));

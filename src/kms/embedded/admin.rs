@@ -3,7 +3,7 @@
 use crate::kms::embedded::audit::{Call, Due};
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::records::{
-    AliasEntry, AliasName, Change, Deletion, External, KeyEntry, material_id,
+    AliasEntry, AliasName, Change, Deletion, External, InKeyStore, KeyEntry, material_id,
 };
 use crate::kms::embedded::rotation::first_version;
 use crate::kms::embedded::shared_log::Now;
@@ -36,8 +36,10 @@ pub struct KeyMetadata {
     pub deletion: Option<i64>,
     /// The days of that window.
     pub deletion_days: Option<u32>,
-    /// Whether its material is imported: origin EXTERNAL.
-    pub external: bool,
+    /// Where its material comes from, as the wire names it: `AWS_KMS`, `EXTERNAL` or `AWS_CLOUDHSM`.
+    pub origin: &'static str,
+    /// The ids of the custom key store that has it, and of its token, if one has.
+    pub key_store: Option<(String, String)>,
     /// When imported material is forgotten, if ever: milliseconds since 1970.
     pub expires: Option<i64>,
     /// KeyMaterialId of the version that encrypts, if there is one.
@@ -70,6 +72,8 @@ pub struct NewKey<'a> {
     pub alias: Option<&'a str>,
     /// Whether its material is to be imported: origin EXTERNAL.
     pub external: bool,
+    /// The id or the name of the custom key store in whose token it is to be made: origin AWS_CLOUDHSM.
+    pub key_store: Option<&'a str>,
     /// Its tags.
     pub tags: &'a [(String, String)],
     /// Its policy, if not the one that every key is made with.
@@ -90,12 +94,20 @@ impl Embedded {
         new.policy.map_or(Ok(()), tags::check_policy)?;
         tags::check_tags(new.tags)?;
         self.log.create_if_absent()?;
-        let made = self.log.write(|log, now| {
+        let make = |log: &OpenLog, now: &Now, key_store: Option<InKeyStore>| {
             new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
-            new_key(log, now, new)
-        });
+            new_key(log, now, new, key_store)
+        };
+        let made = match new.key_store {
+            None => self.log.write(|log, now| make(log, now, None)),
+            Some(which) => self.make_in_hsm(which, |log, now, of| make(log, now, Some(of))),
+        };
         let id = made.as_ref().map(Uuid::to_string).unwrap_or_default();
-        let origin = if new.external { "EXTERNAL" } else { "AWS_KMS" };
+        let origin = match (new.key_store, new.external) {
+            (Some(_), _) => "AWS_CLOUDHSM",
+            (None, true) => "EXTERNAL",
+            (None, false) => "AWS_KMS",
+        };
         let call = Call::new("CreateKey").about(&id).with("description", new.description);
         self.record(call.with("origin", origin), made)?;
         if let Some(name) = new.alias {
@@ -251,6 +263,7 @@ impl Embedded {
             Ok((changes, done))
         })?;
         self.record_due(&done);
+        self.destroy_what_was_deleted();
         Ok(())
     }
 
@@ -266,7 +279,7 @@ impl Embedded {
             }
             let description = "Default key that protects volumes when no other key is named";
             let new = NewKey { description, alias: Some(DEFAULT_KEY_ALIAS), ..NewKey::default() };
-            let (changes, id) = new_key(log, now, &new)?;
+            let (changes, id) = new_key(log, now, &new, None)?;
             Ok((changes, Some(id)))
         })?;
         self.record_due(&made.map(Due::default_key).into_iter().collect::<Vec<_>>());
@@ -291,14 +304,23 @@ impl Embedded {
         KeyMetadata {
             id: key.id,
             arn: self.place.key_arn(key.id),
-            state: key.state(),
+            state: log.state().state_of(key),
             description: key.description.clone(),
             created: key.created,
             deletion: key.deletion.as_ref().map(|d| d.at),
             deletion_days: key.deletion.as_ref().map(|d| d.days),
-            external: key.external.is_some(),
+            origin: key.origin(),
+            key_store: key.key_store.as_ref().map(|of| {
+                let cluster = log.state().key_store(&of.id).map(|store| store.cluster.clone());
+                (of.id.clone(), cluster.unwrap_or_default())
+            }),
             expires: key.external.as_ref().and_then(|external| external.expires),
-            material: key.versions.last().map(|version| material_id(key.id, version.id)),
+            material: key
+                .versions
+                .last()
+                .map(|version| version.id)
+                .or(key.key_store.as_ref().map(|of| of.version))
+                .map(|version| material_id(key.id, version)),
             aliases: log.state().aliases_of(key.id).map(|a| a.name.clone()).collect(),
         }
     }
@@ -313,10 +335,16 @@ impl Embedded {
 }
 
 /// A new key, and an alias for it.
-fn new_key(log: &OpenLog, now: &Now, new: &NewKey<'_>) -> Result<(Vec<Change>, Uuid), KmsError> {
+fn new_key(
+    log: &OpenLog,
+    now: &Now,
+    new: &NewKey<'_>,
+    key_store: Option<InKeyStore>,
+) -> Result<(Vec<Change>, Uuid), KmsError> {
     let id = Uuid::new_v4();
     let external = External { version: Uuid::new_v4(), check: None, expires: None };
-    let versions = if new.external { Vec::new() } else { vec![first_version(log, id, now.time)?] };
+    let is_elsewhere = new.external || key_store.is_some();
+    let versions = if is_elsewhere { Vec::new() } else { vec![first_version(log, id, now.time)?] };
     let mut changes = vec![Change::Key(KeyEntry {
         id,
         created: now.time,
@@ -327,6 +355,7 @@ fn new_key(log: &OpenLog, now: &Now, new: &NewKey<'_>) -> Result<(Vec<Change>, U
         external: new.external.then_some(external),
         tags: new.tags.iter().cloned().collect(),
         policy: new.policy.map(str::to_owned),
+        key_store,
         versions,
     })];
     changes.extend(new.alias.map(|name| new_alias(name, id, now)));

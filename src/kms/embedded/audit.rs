@@ -66,7 +66,7 @@ impl<'a> Call<'a> {
 impl Embedded {
     /// This KMS, for a caller that records calls by itself ([`Embedded::record_call`]).
     pub fn recorded_by_caller(self) -> Self {
-        Embedded { caller_records: true, ..self }
+        Embedded { caller_records: true, waiting: self.waiting.once(), ..self }
     }
 
     /// The store's audit key; `None` if there is no store.

@@ -50,6 +50,12 @@ pub const PLAINTEXT_MAX: usize = 4096;
 const MAGIC: [u8; 4] = *b"SBLK";
 /// AES-256-GCM under a key and IV that KBKDF-HMAC-SHA256 makes from the version's material and the nonce.
 const ALGORITHM: u8 = 1;
+/// AES-256-GCM in an HSM, under the key itself. The nonce is the IV and zeros.
+const ALGORITHM_OF_HSM: u8 = 2;
+/// Bytes of the header before the nonce.
+const HEAD_LEN: usize = 37;
+/// Bytes of an IV.
+pub const IV_LEN: usize = 12;
 const LABEL: &[u8] = b"sealblk kms blob key";
 
 /// A blob whose form is right; whether it is authentic only [`open`] tells.
@@ -59,6 +65,8 @@ pub struct Blob<'a> {
     pub key: Uuid,
     /// The version of that key.
     pub version: Uuid,
+    /// Whether it was made in an HSM, by a key that is nowhere else.
+    pub is_of_hsm: bool,
     header: &'a [u8; HEADER_LEN],
     ciphertext: &'a [u8],
     tag: &'a [u8; TAG_LEN],
@@ -73,12 +81,24 @@ impl<'a> Blob<'a> {
     fn split(bytes: &'a [u8]) -> Option<Self> {
         let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>()?;
         let (ciphertext, tag) = rest.split_last_chunk::<TAG_LEN>()?;
-        let known = header[..4] == MAGIC && header[4] == ALGORITHM;
+        let is_of_hsm = header[4] == ALGORITHM_OF_HSM;
+        let is_padded = header[HEAD_LEN + IV_LEN..].iter().all(|byte| *byte == 0);
+        let known = header[..4] == MAGIC && (header[4] == ALGORITHM || (is_of_hsm && is_padded));
         if !known || ciphertext.is_empty() || ciphertext.len() > PLAINTEXT_MAX {
             return None;
         }
         let id = |at: usize| Uuid::from_slice(&header[at..at + 16]).ok();
-        Some(Blob { key: id(5)?, version: id(21)?, header, ciphertext, tag })
+        Some(Blob { key: id(5)?, version: id(21)?, is_of_hsm, header, ciphertext, tag })
+    }
+
+    /// The IV that an HSM has used.
+    pub fn iv(&self) -> &'a [u8] {
+        &self.header[HEAD_LEN..HEAD_LEN + IV_LEN]
+    }
+
+    /// Ciphertext and tag, as an HSM takes them.
+    pub fn text(&self) -> Vec<u8> {
+        [self.ciphertext, self.tag].concat()
     }
 }
 
@@ -91,11 +111,8 @@ pub fn seal(
     context: &EncryptionContext,
 ) -> Result<Vec<u8>, KmsError> {
     let mut header = [0; HEADER_LEN];
-    header[..4].copy_from_slice(&MAGIC);
-    header[4] = ALGORITHM;
-    header[5..21].copy_from_slice(key.as_bytes());
-    header[21..37].copy_from_slice(version.as_bytes());
-    random(&mut header[37..])?;
+    header[..HEAD_LEN].copy_from_slice(&head(ALGORITHM, key, version));
+    random(&mut header[HEAD_LEN..])?;
 
     // The room is there from the start: growing would leave a copy of the plaintext behind.
     let mut blob = Vec::with_capacity(HEADER_LEN + plaintext.len() + TAG_LEN);
@@ -109,12 +126,37 @@ pub fn seal(
     Ok(blob)
 }
 
+/// A blob of what an HSM has encrypted by a key, with this IV and the additional data of
+/// [`hsm_aad`]: ciphertext and tag.
+pub fn of_hsm(key: Uuid, version: Uuid, iv: &[u8; IV_LEN], text: &[u8]) -> Vec<u8> {
+    let head = head(ALGORITHM_OF_HSM, key, version);
+    [&head[..], iv, &[0; HEADER_LEN - HEAD_LEN - IV_LEN], text].concat()
+}
+
+/// The additional data that an HSM is given, for a key and a context. The IV is not in it: an HSM may choose
+/// that only then.
+pub fn hsm_aad(key: Uuid, version: Uuid, context: &EncryptionContext) -> Vec<u8> {
+    aad(&head(ALGORITHM_OF_HSM, key, version), context)
+}
+
+fn head(algorithm: u8, key: Uuid, version: Uuid) -> [u8; HEAD_LEN] {
+    let mut head = [0; HEAD_LEN];
+    head[..4].copy_from_slice(&MAGIC);
+    head[4] = algorithm;
+    head[5..21].copy_from_slice(key.as_bytes());
+    head[21..].copy_from_slice(version.as_bytes());
+    head
+}
+
 /// Decrypts a blob. A wrong context, a changed byte and a wrong key are one answer: InvalidCiphertext.
 pub fn open(
     material: &Material,
     blob: &Blob<'_>,
     context: &EncryptionContext,
 ) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    if blob.is_of_hsm {
+        return Err(KmsError::InvalidCiphertext);
+    }
     let mut plaintext = Zeroizing::new(blob.ciphertext.to_vec());
     let (cipher, iv) = blob_cipher(material, blob.header);
     cipher
@@ -138,7 +180,7 @@ fn blob_cipher(
     header: &[u8; HEADER_LEN],
 ) -> (Aes256Gcm, Nonce<aes_gcm::aead::consts::U12>) {
     let mut derived = Zeroizing::new([0; 44]);
-    kbkdf::derive(material.bytes(), LABEL, &header[37..], &mut derived[..]);
+    kbkdf::derive(material.bytes(), LABEL, &header[HEAD_LEN..], &mut derived[..]);
     let (key, iv) = derived.split_at(32);
     let cipher = Aes256Gcm::new_from_slice(key).expect("the slice has 32 bytes");
     (cipher, Nonce::try_from(iv).expect("the slice has 12 bytes"))
@@ -146,7 +188,7 @@ fn blob_cipher(
 
 /// Header, number of pairs, and the pairs sorted by key with each string's length before it: two different
 /// contexts never give the same bytes.
-fn aad(header: &[u8; HEADER_LEN], context: &EncryptionContext) -> Vec<u8> {
+fn aad(header: &[u8], context: &EncryptionContext) -> Vec<u8> {
     let mut aad = header.to_vec();
     aad.extend_from_slice(&(context.pairs().len() as u32).to_be_bytes());
     for text in context.pairs().iter().flat_map(|(key, value)| [key, value]) {
@@ -201,6 +243,28 @@ mod tests {
             let opened = Blob::parse(&changed).and_then(|b| open(&material, &b, &context));
             assert_eq!(opened, Err(KmsError::InvalidCiphertext), "byte {at}");
         }
+    }
+
+    #[test]
+    fn a_blob_of_an_hsm_is_not_opened_here_and_its_additional_data_is_its_own() {
+        let (key, version) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let bytes = of_hsm(key, version, &[3; IV_LEN], &[4; 80]);
+        let blob = Blob::parse(&bytes).unwrap();
+        assert_eq!((bytes.len(), blob.iv(), blob.text()), (141, &[3; IV_LEN][..], vec![4; 80]));
+        let context = EncryptionContext::default();
+        let material = Material::copy_of(&[7; 32]).unwrap();
+        assert_eq!(open(&material, &blob, &context), Err(KmsError::InvalidCiphertext));
+        for at in HEAD_LEN + IV_LEN..HEADER_LEN {
+            let mut changed = bytes.clone();
+            changed[at] = 1;
+            assert_eq!(Blob::parse(&changed), Err(KmsError::InvalidCiphertext), "byte {at}");
+        }
+        let of = |key, context: &EncryptionContext| hsm_aad(key, version, context);
+        assert_ne!(of(key, &context), of(Uuid::from_u128(3), &context));
+        assert_ne!(
+            of(key, &EncryptionContext::pair("ab", "c")),
+            of(key, &EncryptionContext::pair("a", "bc"))
+        );
     }
 
     #[test]

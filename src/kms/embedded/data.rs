@@ -6,6 +6,7 @@ use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::{self, Blob, PLAINTEXT_MAX};
 use crate::kms::embedded::grant_records::{Constraint, GrantOperation};
 use crate::kms::embedded::grants::{GrantRef, NewGrant};
+use crate::kms::embedded::hsm_keys::KeyInHsm;
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::page::{LIMIT, Piece};
 use crate::kms::embedded::records::{KeyEntry, material_id};
@@ -57,6 +58,12 @@ pub struct ReEncrypted {
     pub sealed: Sealed,
 }
 
+/// What was done, or has to be done in an HSM.
+enum Done<T> {
+    Here(T),
+    InHsm(Box<KeyInHsm>),
+}
+
 impl Embedded {
     /// Encrypt: `plaintext` (1..=4096 bytes) under `key`, bound to `context`.
     pub fn encrypt(
@@ -74,7 +81,7 @@ impl Embedded {
             )));
         }
         self.make_default_key_for(key)?;
-        let sealed = self.current(|log| self.seal(log, key, plaintext, context));
+        let sealed = self.seal(key, plaintext, context);
         self.record(Call::new("Encrypt").on(key).under(CONTEXT, context), sealed)
     }
 
@@ -97,7 +104,7 @@ impl Embedded {
     ) -> Result<(Sealed, Zeroizing<Vec<u8>>), KmsError> {
         let plaintext = self.generate_random(len)?;
         self.make_default_key_for(key)?;
-        let sealed = self.current(|log| self.seal(log, key, &plaintext, context));
+        let sealed = self.seal(key, &plaintext, context);
         let call = Call::new(operation).on(key).under(CONTEXT, context).with("numberOfBytes", len);
         Ok((self.record(call, sealed)?, plaintext))
     }
@@ -119,7 +126,7 @@ impl Embedded {
         blob: &[u8],
         context: &EncryptionContext,
     ) -> Result<Opened, KmsError> {
-        let opened = self.current(|log| self.unseal(log, key, blob, context));
+        let opened = self.unseal(key, blob, context);
         let call = Call::new("Decrypt").under(CONTEXT, context);
         let call = match key {
             Some(key) => call.on(key),
@@ -138,9 +145,8 @@ impl Embedded {
         to: &EncryptionContext,
     ) -> Result<ReEncrypted, KmsError> {
         self.make_default_key_for(key)?;
-        let done = self.current(|log| {
-            let opened = self.unseal(log, source, blob, from)?;
-            let sealed = self.seal(log, key, &opened.plaintext, to)?;
+        let done = self.unseal(source, blob, from).and_then(|opened| {
+            let sealed = self.seal(key, &opened.plaintext, to)?;
             Ok(ReEncrypted { source_key: opened.key, source_material: opened.material, sealed })
         });
         let call = Call::new("ReEncrypt").about(&key_in(blob)).about(key);
@@ -148,31 +154,57 @@ impl Embedded {
         self.record(call.under("destinationEncryptionContext", to), done)
     }
 
-    fn seal(
+    fn seal(&self, key: &str, plaintext: &[u8], context: &EncryptionContext) -> Result<Sealed, KmsError> {
+        match self.current(|log| self.seal_here(log, key, plaintext, context))? {
+            Done::Here(sealed) => Ok(sealed),
+            Done::InHsm(key) => self.seal_in_hsm(&key, plaintext, context),
+        }
+    }
+
+    fn seal_here(
         &self,
         log: &OpenLog,
         key: &str,
         plaintext: &[u8],
         context: &EncryptionContext,
-    ) -> Result<Sealed, KmsError> {
+    ) -> Result<Done<Sealed>, KmsError> {
         let key = log.state().key(key, &self.place)?;
-        self.check_usable(key)?;
+        self.check_usable(log, key)?;
+        if let Some(key) = self.in_hsm(log, key)? {
+            return Ok(Done::InHsm(key));
+        }
         let version = key.versions.last().ok_or_else(|| no_material(key))?;
         let material = log.keys().open(key.id, version.id, &version.sealed)?;
         let blob = blob::seal(&material, key.id, version.id, plaintext, context)?;
-        Ok(Sealed { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), blob })
+        Ok(Done::Here(Sealed {
+            key: self.place.key_arn(key.id),
+            material: material_id(key.id, version.id),
+            blob,
+        }))
     }
 
     /// Answers in AWS's order: the blob's form, the key that was asked for, the key in the blob, its state,
     /// and only then whether the blob is authentic.
     fn unseal(
         &self,
-        log: &OpenLog,
         asked: Option<&str>,
         blob: &[u8],
         context: &EncryptionContext,
     ) -> Result<Opened, KmsError> {
         let blob = Blob::parse(blob)?;
+        match self.current(|log| self.unseal_here(log, asked, &blob, context))? {
+            Done::Here(opened) => Ok(opened),
+            Done::InHsm(key) => self.unseal_in_hsm(&key, &blob, context),
+        }
+    }
+
+    fn unseal_here(
+        &self,
+        log: &OpenLog,
+        asked: Option<&str>,
+        blob: &Blob<'_>,
+        context: &EncryptionContext,
+    ) -> Result<Done<Opened>, KmsError> {
         let asked = asked.map(|key| log.state().key(key, &self.place)).transpose()?;
         let key = log.state().key_by_id(blob.key).ok_or_else(unknown_key)?;
         if asked.is_some_and(|asked| asked.id != key.id) {
@@ -180,17 +212,30 @@ impl Embedded {
                 "The key ID in the request does not identify a CMK that can perform this operation.".into(),
             ));
         }
-        self.check_usable(key)?;
+        self.check_usable(log, key)?;
+        if let Some(key) = self.in_hsm(log, key)? {
+            return Ok(Done::InHsm(key));
+        }
         let version =
             key.versions.iter().find(|v| v.id == blob.version).ok_or(KmsError::InvalidCiphertext)?;
         let material = log.keys().open(key.id, version.id, &version.sealed)?;
-        let plaintext = blob::open(&material, &blob, context)?;
-        Ok(Opened { key: self.place.key_arn(key.id), material: material_id(key.id, version.id), plaintext })
+        let plaintext = blob::open(&material, blob, context)?;
+        Ok(Done::Here(Opened {
+            key: self.place.key_arn(key.id),
+            material: material_id(key.id, version.id),
+            plaintext,
+        }))
     }
 
     /// Material that has expired is not used even where it could not be removed.
-    fn check_usable(&self, key: &KeyEntry) -> Result<(), KmsError> {
-        key.check_usable(&self.place)?;
+    fn check_usable(&self, log: &OpenLog, key: &KeyEntry) -> Result<(), KmsError> {
+        if let Some(refusal) = log.state().state_of(key).refusal(&self.place.key_arn(key.id)) {
+            // Another process may have disconnected the key store: this one's session ends as well.
+            if let (KmsError::KeyStoreDisconnected(_), Some(of)) = (&refusal, &key.key_store) {
+                self.forget_token(&of.id);
+            }
+            return Err(refusal);
+        }
         let expired = key.external.is_some() && due::material_is_due(key, &self.log.now());
         if expired { Err(key.pending_import(&self.place)) } else { Ok(()) }
     }

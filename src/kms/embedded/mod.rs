@@ -14,8 +14,10 @@ mod deletion;
 mod due;
 pub mod grant_records;
 pub mod grants;
+mod hsm_keys;
 pub mod import;
 mod kbkdf;
+pub mod key_stores;
 pub mod keys;
 mod lock;
 pub mod log;
@@ -37,7 +39,9 @@ use crate::base::root::{Root, files};
 use crate::config::Settings;
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
+use crate::kms::patience::Patience;
 use clock::{Clock, SystemClock};
+use hsm_keys::{Tokens, Waiting};
 use open_log::OpenLog;
 use root_key::passphrase::Passphrase;
 use shared_log::SharedLog;
@@ -46,7 +50,11 @@ use uuid::Uuid;
 
 /// A KMS in a folder.
 pub struct Embedded {
+    root: Root,
     log: SharedLog,
+    /// Those that this process has sessions with.
+    tokens: Tokens,
+    waiting: Waiting,
     place: Locality,
     audit: AuditLog,
     /// Whether the caller writes the audit record of a call by itself, since it knows more of the call.
@@ -66,6 +74,7 @@ impl Embedded {
         let settings = Settings::load(root).map_err(|e| KmsError::Validation(e.to_string()))?;
         let place = settings.locality;
         let mut kms = Self::in_place(root.kms(), config, Box::new(SystemClock), place, hardened);
+        kms.waiting = Waiting::of(Patience(settings.kms_patience));
         // Another account's is for keys of AWS KMS.
         kms.grantee =
             settings.grantee_principal.filter(|arn| arn.split(':').nth(4) == Some(&kms.place.account));
@@ -86,8 +95,10 @@ impl Embedded {
         hardened: Hardened,
     ) -> Self {
         let audit = AuditLog::at(dir.parent().unwrap_or(&dir), &config);
+        let root = Root::new(dir.parent().unwrap_or(&dir));
         let log = SharedLog::new(dir, config, clock, hardened);
-        let kms = Embedded { log, place, audit, caller_records: false, grantee: None };
+        let (tokens, waiting) = (Tokens::default(), Waiting::default().once());
+        let kms = Embedded { root, log, tokens, waiting, place, audit, caller_records: false, grantee: None };
         // Nobody is asked for a passphrase before anything is wanted; then it is done as well. Where the root
         // key is missing, whoever wants anything is told.
         if kms.log.is_out_of_reach() {
@@ -100,6 +111,11 @@ impl Embedded {
             );
         }
         kms
+    }
+
+    /// This KMS, with another patience for its HSMs than that of the settings, if one is given.
+    pub(in crate::kms) fn patient(self, patience: Option<Patience>) -> Self {
+        Embedded { waiting: patience.map_or(self.waiting, Waiting::of), ..self }
     }
 
     /// Makes the store now, with its root key under a passphrase if there is one. The

@@ -5,6 +5,7 @@
 //! New kinds of things (grants, principals, policies) are new kinds of changes; a version that does not
 //! know one refuses the log.
 
+use crate::hsm::Place;
 use crate::kms::KmsError;
 use crate::kms::embedded::clock::Moment;
 use crate::kms::embedded::grant_records::{GrantEntry, GrantName};
@@ -40,6 +41,14 @@ pub enum Change {
     Grant(GrantEntry),
     /// A grant is gone.
     GrantDeleted(GrantName),
+    /// A custom key store is now as stated.
+    KeyStore(KeyStoreEntry),
+    /// A custom key store is gone.
+    KeyStoreDeleted(KeyStoreId),
+    /// A key that an HSM may have, and that nothing here needs (any more), is to be destroyed there.
+    Orphan(Orphan),
+    /// It was destroyed, or is needed now.
+    OrphanGone(Orphan),
     /// A principal is now as stated.
     Principal(PrincipalEntry),
     /// A principal is gone.
@@ -73,7 +82,11 @@ pub struct KeyEntry {
     /// Its policy, JSON; absent while it is the one that every key is made with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
-    /// Its versions, oldest first; the last one encrypts. Empty only while material is to be imported.
+    /// There if the key is in an HSM: its origin is AWS_CLOUDHSM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_store: Option<InKeyStore>,
+    /// Its versions, oldest first; the last one encrypts. Empty while material is to be imported,
+    /// and for a key in an HSM.
     pub versions: Vec<VersionEntry>,
 }
 
@@ -89,6 +102,73 @@ pub struct External {
     /// When the material is to be forgotten: milliseconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<i64>,
+}
+
+/// In which HSM a key is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InKeyStore {
+    /// The id of its custom key store.
+    pub id: String,
+    /// The id of its one version, named in each blob.
+    pub version: Uuid,
+}
+
+/// A custom key store: a token of an HSM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyStoreEntry {
+    /// Its id: `cks-` and 17 hex digits, random.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// What the wire names the token by.
+    pub cluster: String,
+    /// When it was made: milliseconds since 1970.
+    pub created: i64,
+    /// Where the token is.
+    pub place: Place,
+    /// Whether its keys can be used.
+    pub connection: Connection,
+    /// The token's PIN, sealed under the store key, base64; absent where whoever needs it has to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<String>,
+}
+
+/// Whether the keys of a custom key store can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connection {
+    /// They can.
+    Connected,
+    /// They cannot, until it is connected.
+    Disconnected,
+    /// Connecting it has failed: the PIN was another one.
+    FailedByPin,
+    /// Connecting it has failed: the PIN is locked.
+    FailedByLockedPin,
+    /// Connecting it has failed: there was no such token.
+    FailedByToken,
+    /// Connecting it has failed for another reason.
+    Failed,
+}
+
+/// Names a custom key store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyStoreId {
+    /// Its id.
+    pub id: String,
+}
+
+/// A key that an HSM may have, and that is no KMS key.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Orphan {
+    /// The id of the custom key store.
+    pub store: String,
+    /// The id of the version, by which the HSM knows it.
+    pub version: Uuid,
 }
 
 /// When a key is rotated by itself.
@@ -232,8 +312,9 @@ impl Transaction {
             ))
         };
         let transaction: Transaction = serde_json::from_slice(body).map_err(|e| newer(&e.to_string()))?;
-        let empty =
-            |c: &Change| matches!(c, Change::Key(key) if key.versions.is_empty() && key.external.is_none());
+        let is_empty =
+            |key: &KeyEntry| key.versions.is_empty() && key.external.is_none() && key.key_store.is_none();
+        let empty = |c: &Change| matches!(c, Change::Key(key) if is_empty(key));
         if transaction.changes.iter().any(empty) {
             return Err(newer("a key without material"));
         }
@@ -299,6 +380,7 @@ mod tests {
             external: Some(External { version: Uuid::from_u128(2), check: Some("c".into()), expires: None }),
             tags: BTreeMap::from([("a".into(), "b".into())]),
             policy: Some("{}".into()),
+            key_store: Some(InKeyStore { id: "cks-1".into(), version: Uuid::from_u128(2) }),
             versions: vec![VersionEntry {
                 id: Uuid::from_u128(2),
                 created: 4,
@@ -307,7 +389,22 @@ mod tests {
             }],
         };
         let alias = AliasEntry { name: "alias/x".into(), key: key.id, created: 1, updated: 2 };
+        let place = Place { module: "/m.so".into(), token: "t".into(), paths: Vec::new(), network: true };
+        let store = KeyStoreEntry {
+            id: "cks-1".into(),
+            name: "n".into(),
+            cluster: "cluster-1".into(),
+            created: 1,
+            place,
+            connection: Connection::FailedByPin,
+            pin: Some("cA==".into()),
+        };
+        let orphan = Orphan { store: "cks-1".into(), version: key.id };
         let changes = vec![
+            Change::KeyStore(store),
+            Change::KeyStoreDeleted(KeyStoreId { id: "cks-1".into() }),
+            Change::Orphan(orphan.clone()),
+            Change::OrphanGone(orphan),
             Change::Alias(alias),
             Change::AliasDeleted(AliasName { name: "alias/x".into() }),
             Change::KeyDeleted(KeyId { id: key.id }),

@@ -3,10 +3,12 @@
 //! Pure. It answers lookups and state questions in AWS's words and does not know how changes become durable.
 
 use crate::kms::embedded::grant_records::GrantEntry;
-use crate::kms::embedded::records::{AliasEntry, Change, KeyEntry, PrincipalEntry, Transaction};
+use crate::kms::embedded::records::{
+    AliasEntry, Change, Connection, InKeyStore, KeyEntry, KeyStoreEntry, Orphan, PrincipalEntry, Transaction,
+};
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{KeyState, KmsError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
 /// The sum of a log's records.
@@ -16,6 +18,8 @@ pub struct State {
     aliases: BTreeMap<String, AliasEntry>,
     grants: BTreeMap<Uuid, BTreeMap<String, GrantEntry>>,
     principals: BTreeMap<String, PrincipalEntry>,
+    key_stores: BTreeMap<String, KeyStoreEntry>,
+    orphans: BTreeSet<Orphan>,
     time: i64,
     holds_deleted: bool,
 }
@@ -32,7 +36,8 @@ impl State {
                     self.holds_deleted |= before.is_some_and(|key| key.versions.len() > versions);
                 }
                 Change::KeyDeleted(key) => {
-                    self.keys.remove(&key.id);
+                    let removed = self.keys.remove(&key.id);
+                    self.orphans.extend(removed.and_then(|key| key.key_store).map(InKeyStore::as_orphan));
                     self.grants.remove(&key.id);
                     self.holds_deleted = true;
                 }
@@ -44,6 +49,13 @@ impl State {
                 Change::GrantDeleted(grant) => {
                     self.grants.get_mut(&grant.key).and_then(|grants| grants.remove(&grant.id));
                 }
+                Change::KeyStore(store) => drop(self.key_stores.insert(store.id.clone(), store)),
+                Change::KeyStoreDeleted(store) => {
+                    self.key_stores.remove(&store.id);
+                    self.orphans.retain(|orphan| orphan.store != store.id);
+                }
+                Change::Orphan(orphan) => drop(self.orphans.insert(orphan)),
+                Change::OrphanGone(orphan) => drop(self.orphans.remove(&orphan)),
                 Change::Principal(principal) => {
                     self.principals.insert(principal.name.clone(), principal);
                 }
@@ -55,7 +67,11 @@ impl State {
     /// The changes that lead from nothing to here.
     pub fn live(&self) -> Vec<Change> {
         let keys = self.keys.values().cloned().map(Change::Key);
-        keys.chain(self.aliases.values().cloned().map(Change::Alias))
+        let stores = self.key_stores.values().cloned().map(Change::KeyStore);
+        let orphans = self.orphans.iter().cloned().map(Change::Orphan);
+        keys.chain(stores)
+            .chain(orphans)
+            .chain(self.aliases.values().cloned().map(Change::Alias))
             .chain(self.principals.values().cloned().map(Change::Principal))
             .chain(self.grants().cloned().map(Change::Grant))
             .collect()
@@ -64,7 +80,8 @@ impl State {
     /// The number of things that live.
     pub fn len(&self) -> usize {
         let grants: usize = self.grants.values().map(BTreeMap::len).sum();
-        self.keys.len() + self.aliases.len() + self.principals.len() + grants
+        let stores = self.key_stores.len() + self.orphans.len();
+        self.keys.len() + self.aliases.len() + self.principals.len() + stores + grants
     }
 
     /// The highest time of any record: milliseconds since 1970.
@@ -108,6 +125,34 @@ impl State {
         self.principals.get(name)
     }
 
+    /// All custom key stores, by id.
+    pub fn key_stores(&self) -> impl Iterator<Item = &KeyStoreEntry> {
+        self.key_stores.values()
+    }
+
+    /// The custom key store of this id.
+    pub fn key_store(&self, id: &str) -> Option<&KeyStoreEntry> {
+        self.key_stores.get(id)
+    }
+
+    /// The keys that the token of this custom key store may have for nothing.
+    pub fn orphans_of(&self, store: &str) -> impl Iterator<Item = &Orphan> {
+        self.orphans.iter().filter(move |orphan| orphan.store == store)
+    }
+
+    /// The state that AWS would name: a key in a custom key store that is not connected is unavailable,
+    /// unless it waits for its deletion.
+    pub fn state_of(&self, key: &KeyEntry) -> KeyState {
+        let is_connected = |of: &InKeyStore| {
+            self.key_store(&of.id).is_some_and(|store| store.connection == Connection::Connected)
+        };
+        match key.state() {
+            KeyState::PendingDeletion => KeyState::PendingDeletion,
+            _ if key.key_store.as_ref().is_some_and(|of| !is_connected(of)) => KeyState::Unavailable,
+            state => state,
+        }
+    }
+
     /// The names that mean `key`.
     pub fn aliases_of(&self, key: Uuid) -> impl Iterator<Item = &AliasEntry> {
         self.aliases().filter(move |alias| alias.key == key)
@@ -140,12 +185,28 @@ impl State {
     }
 }
 
+impl InKeyStore {
+    /// The key in the HSM, as one that is not needed any more.
+    pub fn as_orphan(self) -> Orphan {
+        Orphan { store: self.id, version: self.version }
+    }
+}
+
 impl KeyEntry {
-    /// The state that AWS would name.
+    /// Where its material comes from, as the wire names it.
+    pub fn origin(&self) -> &'static str {
+        match (&self.external, &self.key_store) {
+            (_, Some(_)) => "AWS_CLOUDHSM",
+            (Some(_), None) => "EXTERNAL",
+            (None, None) => "AWS_KMS",
+        }
+    }
+
+    /// The state that AWS would name, except for custom key stores ([`State::state_of`]).
     pub fn state(&self) -> KeyState {
         match (&self.deletion, self.enabled) {
             (Some(_), _) => KeyState::PendingDeletion,
-            (None, _) if self.versions.is_empty() => KeyState::PendingImport,
+            (None, _) if self.versions.is_empty() && self.key_store.is_none() => KeyState::PendingImport,
             (None, true) => KeyState::Enabled,
             (None, false) => KeyState::Disabled,
         }
@@ -185,10 +246,10 @@ impl KeyEntry {
 
     /// Fails unless the key's material is imported, or is the KMS's own, as `external` says.
     pub fn check_origin(&self, external: bool, place: &Locality) -> Result<(), KmsError> {
-        if self.external.is_some() == external {
+        let origin = self.origin();
+        if origin == if external { "EXTERNAL" } else { "AWS_KMS" } {
             return Ok(());
         }
-        let origin = if external { "AWS_KMS" } else { "EXTERNAL" };
         let arn = place.key_arn(self.id);
         Err(KmsError::Unsupported(format!("{arn} origin is {origin} which is not valid for this operation.")))
     }

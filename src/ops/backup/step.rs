@@ -6,12 +6,12 @@
 
 use super::push::Pushed;
 use super::{Target, pull};
+use crate::base::child;
 use crate::base::root::Root;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::disk::transfer::Watch;
-use crate::helper;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
@@ -91,7 +91,7 @@ impl Site {
     /// # Errors
     /// Those of the step, and of `watch`.
     pub(super) fn run(&self, step: &Step, watch: Watch<'_>) -> Result<Came> {
-        let (socket, mut child) = helper::spawn_with(&self.root, self.config.as_deref(), COMMAND)?;
+        let (socket, mut child) = child::spawn_with(&self.root, self.config.as_deref(), COMMAND, |_| {})?;
         let ended = hear(&socket, step, watch);
         if !matches!(ended, Ok(Some(_))) {
             // It did not keep to the protocol, or is not wanted any more.

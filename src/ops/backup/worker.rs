@@ -2,11 +2,11 @@
 
 use super::step::{Came, LOOK, MAX_LINE, Said, Step};
 use super::{kms_log, pull, push, receive, restore};
+use crate::base::child;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::crypt::wiping_allocator;
 use crate::disk::transfer::Watch;
-use crate::helper;
 use crate::ops::Store;
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use std::time::Instant;
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn help(store: &Store) -> Result<()> {
-    let socket = helper::begin()?;
+    let socket = child::begin()?;
     let attempt = || "take a request: this command is started by \"sealblk backup\" and its kin alone";
     let line = Lines::of_at_most(MAX_LINE).next(&socket).context(attempt)?.unwrap_or_default();
     let step = serde_json::from_slice(&line).map_err(|e| Error::of(Kind::Usage, e).context(attempt()))?;

@@ -4,7 +4,7 @@
 mod damage;
 mod deletion;
 mod grants;
-mod hands;
+pub(crate) mod hands;
 mod import;
 mod processes;
 mod rotation;

@@ -8,6 +8,7 @@
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;
 use crate::crypt::SecretMem;
+use crate::hsm::Pin;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
 use nix::errno::Errno;
@@ -24,6 +25,8 @@ use zeroize::Zeroizing;
 
 /// Names the number of a descriptor that a passphrase can be read from.
 pub const DESCRIPTOR: &str = "SEALBLK_PASSPHRASE_FD";
+/// Names the number of a descriptor that the PIN of an HSM can be read from.
+pub const PIN_DESCRIPTOR: &str = "SEALBLK_PIN_FD";
 /// The name of the credential that holds one.
 const CREDENTIAL: &str = "sealblk-kms-passphrase";
 /// Bytes of the longest one.
@@ -33,6 +36,8 @@ const TRIES: u32 = 3;
 
 /// What a pipe has given: it gives it once.
 static GIVEN: Mutex<Option<Passphrase>> = Mutex::new(None);
+/// As [`GIVEN`], of the pipe with a PIN.
+static GIVEN_PIN: Mutex<Option<Pin>> = Mutex::new(None);
 
 /// A passphrase, in secret memory. Has no Debug.
 pub struct Passphrase(SecretMem);
@@ -53,25 +58,8 @@ impl Passphrase {
     }
 
     /// Reads one from an open descriptor.
-    pub fn from_descriptor(number: RawFd, _: Hardened) -> Result<Self, KmsError> {
-        let attempt = |e: &dyn std::fmt::Display| {
-            KmsError::Validation(format!("read a passphrase from descriptor {number}: {e}"))
-        };
-        if (0..=libc::STDERR_FILENO).contains(&number) || !is_open(number) {
-            return Err(attempt(
-                &"it must be one that this process was started with, and no standard stream",
-            ));
-        }
-        // SAFETY: it is open, and whoever started us gave it to us for this. It is borrowed for as long as
-        // it takes to make a copy.
-        let copy = unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned();
-        let mut file = File::from(copy.map_err(|e| attempt(&e))?);
-        // A file is read from its beginning by whoever needs it; a pipe gives what it has to the first.
-        match file.rewind() {
-            Err(e) if e.raw_os_error() != Some(libc::ESPIPE) => return Err(attempt(&e)),
-            _ => {}
-        }
-        Self::new(&read_line(file).map_err(|e| attempt(&e))?)
+    pub fn from_descriptor(number: RawFd, hardened: Hardened) -> Result<Self, KmsError> {
+        Self::new(&line_of_descriptor(number, "a passphrase", hardened)?)
     }
 
     /// Whether both are the same bytes.
@@ -84,12 +72,74 @@ impl Passphrase {
     }
 }
 
-/// The descriptor that a passphrase may be read from, for a process that lives on and must not keep it, but
-/// has helpers that need it. What is in a pipe is put into a memory file for them, by the kernel alone.
+/// Reads a line from an open descriptor that this process was started with.
+fn line_of_descriptor(number: RawFd, what: &str, _: Hardened) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    let attempt = |e: &dyn std::fmt::Display| {
+        KmsError::Validation(format!("read {what} from descriptor {number}: {e}"))
+    };
+    if (0..=libc::STDERR_FILENO).contains(&number) || !is_open(number) {
+        return Err(attempt(&"it must be one that this process was started with, and no standard stream"));
+    }
+    // SAFETY: it is open, and whoever started us gave it to us for this. It is borrowed for as long as
+    // it takes to make a copy.
+    let copy = unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned();
+    let mut file = File::from(copy.map_err(|e| attempt(&e))?);
+    // A file is read from its beginning by whoever needs it; a pipe gives what it has to the first.
+    match file.rewind() {
+        Err(e) if e.raw_os_error() != Some(libc::ESPIPE) => return Err(attempt(&e)),
+        _ => {}
+    }
+    read_line(file).map_err(|e| attempt(&e))
+}
+
+/// The PIN of the token that the custom key store of this id, and this name, is: from the descriptor that
+/// [`PIN_DESCRIPTOR`] names, from the systemd credential `sealblk-pin-` and the id, or from whoever sits at
+/// the terminal. A wrong one is not asked for again: a token counts, and locks itself.
+pub fn pin(id: Option<&str>, name: &str, hardened: Hardened) -> Result<Pin, KmsError> {
+    let made = |line: &[u8]| {
+        let line = line.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
+        Pin::copy_of(line).map_err(|e| KmsError::Validation(e.to_string()))
+    };
+    if let Some(number) = named_descriptor(PIN_DESCRIPTOR)? {
+        let mut given = GIVEN_PIN.locked();
+        return Ok(match &mut *given {
+            Some(given) => given,
+            none => none.insert(made(&line_of_descriptor(number, "a PIN", hardened)?)?),
+        }
+        .clone());
+    }
+    let named = id.map(|id| format!("sealblk-pin-{id}"));
+    if let Some(named) = &named
+        && let Some((_, text)) = credential(named, Pin::MAX as u64 + 2)?
+    {
+        return made(&text);
+    }
+    let named = named.map_or_else(String::new, |named| format!(", or as the systemd credential {named}"));
+    let or_else = |e: &std::io::Error| {
+        format!(
+            "the key store \"{name}\" needs the PIN of its token, and there is no terminal to ask for it \
+             ({e}): give it by {PIN_DESCRIPTOR}=N, a descriptor to read it from{named}"
+        )
+    };
+    made(&line_at_terminal(&format!("PIN of the key store \"{name}\": "), or_else)?)
+}
+
+/// The descriptors that a passphrase and a PIN may be read from, for a process that lives on and must
+/// not keep them, but has helpers that need them. What is in a pipe is put into a memory file for
+/// them, by the kernel alone.
 ///
 /// To be called before anything opens a descriptor that could have its number.
-pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
-    let Some(number) = named_descriptor()? else { return Ok(None) };
+pub fn inherited_descriptors() -> Result<Vec<OwnedFd>, KmsError> {
+    let mut names = vec![DESCRIPTOR, PIN_DESCRIPTOR];
+    if named_descriptor(DESCRIPTOR)? == named_descriptor(PIN_DESCRIPTOR)? {
+        names.pop();
+    }
+    let found: Vec<Option<OwnedFd>> = names.into_iter().map(inherited).collect::<Result<_, _>>()?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+fn inherited(variable: &str) -> Result<Option<OwnedFd>, KmsError> {
+    let Some(number) = named_descriptor(variable)? else { return Ok(None) };
     if number <= libc::STDERR_FILENO || !is_open(number) {
         // Whoever needs it says so.
         return Ok(None);
@@ -98,7 +148,7 @@ pub fn inherited_descriptor() -> Result<Option<OwnedFd>, KmsError> {
     // in this process owns it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     for_many(&descriptor).map_err(|e| {
-        KmsError::Validation(format!("read a passphrase from descriptor {number}: {}", e.desc()))
+        KmsError::Validation(format!("read the secret of {variable} from descriptor {number}: {}", e.desc()))
     })?;
     Ok(Some(descriptor))
 }
@@ -129,10 +179,10 @@ fn is_open(number: RawFd) -> bool {
     (unsafe { libc::fcntl(number, libc::F_GETFD) }) >= 0
 }
 
-fn named_descriptor() -> Result<Option<RawFd>, KmsError> {
-    let Some(text) = std::env::var_os(DESCRIPTOR).filter(|text| !text.is_empty()) else { return Ok(None) };
+fn named_descriptor(variable: &str) -> Result<Option<RawFd>, KmsError> {
+    let Some(text) = std::env::var_os(variable).filter(|text| !text.is_empty()) else { return Ok(None) };
     let number = text.to_str().and_then(|text| text.parse().ok());
-    number.map(Some).ok_or_else(|| KmsError::Validation(format!("{DESCRIPTOR} is not a number")))
+    number.map(Some).ok_or_else(|| KmsError::Validation(format!("{variable} is not a number")))
 }
 
 /// Gets a passphrase and tries it with `open`, which returns `None` for a wrong one. Somebody at a terminal,
@@ -147,7 +197,7 @@ pub(super) fn ask_until<T>(
             "the passphrase {whence} is not the one of the KMS root key, or that is damaged"
         ))
     };
-    if let Some(number) = named_descriptor()? {
+    if let Some(number) = named_descriptor(DESCRIPTOR)? {
         let mut given = GIVEN.locked();
         let given = match &mut *given {
             Some(given) => given,
@@ -195,19 +245,30 @@ pub(super) fn credential(name: &str, longest: u64) -> Result<Option<Credential>,
 }
 
 fn at_terminal(prompt: &str) -> Result<Passphrase, KmsError> {
-    let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty").map_err(|e| {
-        KmsError::Validation(format!(
+    let or_else = |e: &std::io::Error| {
+        format!(
             "the KMS root key is under a passphrase, and there is no terminal to ask for it ({e}): give it \
              by {DESCRIPTOR}=N, a descriptor to read it from, or as the systemd credential {CREDENTIAL}"
-        ))
-    })?;
+        )
+    };
+    Passphrase::new(&line_at_terminal(prompt, or_else)?)
+}
+
+/// What somebody types at the terminal, who does not see it; where there is none, an error in the words of
+/// `or_else`.
+fn line_at_terminal(
+    prompt: &str,
+    or_else: impl FnOnce(&std::io::Error) -> String,
+) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty");
+    let terminal = terminal.map_err(|e| KmsError::Validation(or_else(&e)))?;
     let failed = |e: std::io::Error| KmsError::Internal(format!("ask at the terminal: {e}"));
     let quiet = Quiet::new(&terminal).map_err(|e| failed(e.into()))?;
     (&terminal).write_all(prompt.as_bytes()).map_err(failed)?;
     let line = read_line(&terminal);
     drop(quiet);
     (&terminal).write_all(b"\n").map_err(failed)?;
-    Passphrase::new(&line.map_err(failed)?)
+    line.map_err(failed)
 }
 
 /// Reads to the end of the line, byte by byte: what follows is not ours.

@@ -107,12 +107,12 @@ pub(super) fn generate_random(request: &Request<'_>) -> Answer {
     request.admin("GenerateRandom")?;
     let fields = &request.fields;
     no_recipient(fields)?;
-    if fields.maybe_text("CustomKeyStoreId")?.is_some() {
-        return Err(WireError::unsupported("There are no custom key stores here."));
-    }
     let len = fields.maybe_number("NumberOfBytes")?;
     let len = length(len.ok_or_else(|| missing("NumberOfBytes"))?)?;
-    let bytes = request.kms.generate_random(len)?;
+    let bytes = match fields.maybe_text("CustomKeyStoreId")? {
+        Some(which) => request.kms.generate_random_in(which, len)?,
+        None => request.kms.generate_random(len)?,
+    };
     Ok(json!({ "Plaintext": &*secret_text(&bytes) }))
 }
 

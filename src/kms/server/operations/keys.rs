@@ -16,11 +16,14 @@ pub(super) fn create(request: &Request<'_>) -> Answer {
     fields.one_of("KeyUsage", &["ENCRYPT_DECRYPT"], "ENCRYPT_DECRYPT")?;
     fields.one_of("KeySpec", &["SYMMETRIC_DEFAULT"], "SYMMETRIC_DEFAULT")?;
     fields.one_of("CustomerMasterKeySpec", &["SYMMETRIC_DEFAULT"], "SYMMETRIC_DEFAULT")?;
-    let origin = fields.one_of("Origin", &["AWS_KMS", "EXTERNAL"], "AWS_KMS")?;
-    let elsewhere = fields.maybe_text("CustomKeyStoreId")?.or(fields.maybe_text("XksKeyId")?);
-    if fields.flag("MultiRegion")? || elsewhere.is_some() {
-        return Err(WireError::unsupported(
-            "Keys of several regions and custom key stores are not supported.",
+    let origin = fields.one_of("Origin", &["AWS_KMS", "EXTERNAL", "AWS_CLOUDHSM"], "AWS_KMS")?;
+    let key_store = fields.maybe_text("CustomKeyStoreId")?;
+    if fields.flag("MultiRegion")? || fields.maybe_text("XksKeyId")?.is_some() {
+        return Err(WireError::unsupported("Keys of several regions and external keys are not supported."));
+    }
+    if (origin == "AWS_CLOUDHSM") != key_store.is_some() {
+        return Err(WireError::validation(
+            "A key in a custom key store has the origin AWS_CLOUDHSM, and needs the CustomKeyStoreId.",
         ));
     }
     let tags = tags(fields)?;
@@ -28,6 +31,7 @@ pub(super) fn create(request: &Request<'_>) -> Answer {
         description: fields.maybe_text("Description")?.unwrap_or(""),
         alias: None,
         external: origin == "EXTERNAL",
+        key_store,
         tags: &tags,
         policy: fields.maybe_text("Policy")?,
     };
@@ -151,19 +155,23 @@ fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
         "Description": key.description,
         "KeyUsage": "ENCRYPT_DECRYPT",
         "KeyState": key.state.name(),
-        "Origin": if key.external { "EXTERNAL" } else { "AWS_KMS" },
+        "Origin": key.origin,
         "KeyManager": "CUSTOMER",
         "CustomerMasterKeySpec": "SYMMETRIC_DEFAULT",
         "KeySpec": "SYMMETRIC_DEFAULT",
         "EncryptionAlgorithms": ["SYMMETRIC_DEFAULT"],
         "MultiRegion": false,
     });
+    if let Some((store, cluster)) = &key.key_store {
+        metadata["CustomKeyStoreId"] = store.as_str().into();
+        metadata["CloudHsmClusterId"] = cluster.as_str().into();
+    }
     if let Some(at) = key.deletion {
         metadata["DeletionDate"] = seconds(at);
     }
     if let Some(material) = &key.material {
         metadata["CurrentKeyMaterialId"] = material.as_str().into();
-        if key.external {
+        if key.origin == "EXTERNAL" {
             let expires =
                 if key.expires.is_some() { "KEY_MATERIAL_EXPIRES" } else { "KEY_MATERIAL_DOES_NOT_EXPIRE" };
             metadata["ExpirationModel"] = expires.into();

@@ -7,6 +7,7 @@ mod data;
 mod form;
 mod grants;
 mod import;
+mod key_stores;
 mod keys;
 mod notes;
 mod trail;
@@ -80,6 +81,12 @@ fn perform(request: &Request<'_>, operation: &str) -> Answer {
         "ScheduleKeyDeletion" => keys::schedule_deletion(request),
         "CancelKeyDeletion" => keys::cancel_deletion(request),
         "UpdateKeyDescription" => keys::update_description(request),
+        "CreateCustomKeyStore" => key_stores::create(request),
+        "DescribeCustomKeyStores" => key_stores::describe(request),
+        "ConnectCustomKeyStore" => key_stores::connect(request),
+        "DisconnectCustomKeyStore" => key_stores::disconnect(request),
+        "UpdateCustomKeyStore" => key_stores::update(request),
+        "DeleteCustomKeyStore" => key_stores::delete(request),
         "CreateAlias" => keys::create_alias(request),
         "UpdateAlias" => keys::update_alias(request),
         "DeleteAlias" => keys::delete_alias(request),

@@ -1,0 +1,81 @@
+//! A process that this program starts as itself: once more the same program, with a socket as its standard
+//! input and a hidden command. What the two say to each other is theirs to know.
+
+use crate::base::hardened::harden_children;
+use crate::base::root::Root;
+use crate::base::{Context, Error, Kind, Result, log_fields};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// Starts `sealblk COMMAND` for the store at `root`; returns our end of its socket.
+pub(crate) fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
+    spawn_with(root, None, command, |_| {})
+}
+
+/// As [`spawn`], with another configuration folder than this process's, if one is named, and once `change` has
+/// had its say on how the program is started.
+pub(crate) fn spawn_with(
+    root: &Root,
+    config: Option<&Path>,
+    command: &str,
+    change: impl FnOnce(&mut Command),
+) -> Result<(UnixStream, Child)> {
+    let attempt = || format!("start the {command} helper");
+    let (ours, theirs) = UnixStream::pair().context(attempt)?;
+    let mut program = Command::new("/proc/self/exe");
+    pass_general_with(&mut program, config);
+    change(&mut program);
+    let child = program
+        .arg("--root")
+        .arg(root.path())
+        .arg(command)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()
+        .context(attempt)?;
+    Ok((ours, child))
+}
+
+/// Has this program, which is started once more, use the same configuration folder and the same form of the
+/// log.
+pub(crate) fn pass_general(program: &mut Command) {
+    pass_general_with(program, None);
+}
+
+fn pass_general_with(program: &mut Command, config: Option<&Path>) {
+    if let Some(config) = config.or(Root::used_config_dir()) {
+        program.arg("--config-dir").arg(config);
+    }
+    if let Some(format) = log_fields::format() {
+        program.arg("--log-format").arg(format);
+    }
+}
+
+/// The helper's side of the beginning: gives up what it does not need, and takes its socket. It dies with the
+/// process that started it, until [`outlive_parent`].
+///
+/// # Errors
+/// `Usage` where that process is gone already.
+pub(crate) fn begin() -> Result<UnixStream> {
+    harden_children()?;
+    prctl::set_pdeathsig(Signal::SIGKILL).context(|| "tie this process to the one that started it")?;
+    // SAFETY: whoever started us made standard input for us, and nobody else in this process uses it.
+    let socket = unsafe { UnixStream::from_raw_fd(libc::STDIN_FILENO) };
+    // It may have died before the line above that ties us to it; then its end of the socket is closed.
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).context(|| "look at the socket")?;
+    if fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)) {
+        return Err(Error::new(Kind::Usage, "whoever started this process is gone"));
+    }
+    Ok(socket)
+}
+
+/// Lets this process go on when the one that started it has ended.
+pub(crate) fn outlive_parent() -> Result<()> {
+    prctl::set_pdeathsig(None).context(|| "untie this process from the one that started it")
+}
