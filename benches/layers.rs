@@ -9,6 +9,7 @@
 //! is the best round of each. Run it on an otherwise idle machine, once in a folder on a disk and once
 //! on a memory file system.
 
+use sealblk::backing::file::Place;
 use sealblk::backing::{Event, Wait};
 use sealblk::crypt::xts::{Engine, new_cipher};
 use sealblk::crypt::{Dek, SectorSize};
@@ -125,7 +126,7 @@ fn case(
         }
         file.sync_all()?;
         let access = if layer == 0 { Access::ReadWrite } else { Access::Read };
-        opened.push(Layer::open(&path, access, 512, cipher.clone(), None)?);
+        opened.push(Layer::open(&Place::whole(&path), access, 512, cipher.clone(), None)?);
     }
     let shape = Shape { sectors: options.size / 512, block_size: 512, read_only: false };
     let disk = Disk::layered(shape, "bench", chain(&opened))?;

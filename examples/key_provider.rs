@@ -270,6 +270,7 @@ fn run(store: &str, keys: &str) -> Result<()> {
         name: None,
         tags: Tags::default(),
         preallocate: false,
+        device: None,
     };
     let made = make::create(
         &catalog,

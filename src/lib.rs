@@ -12,7 +12,7 @@
 //! | `helper` | processes that talk to a KMS or to a place outside for another: unwrap, rewrap, the keeper of grants, the carrier | `audit` `base` `catalog` `config` `crypt` `kms` `place` `sandbox` |
 //! | `backup` | a snapshot as it lies in a place outside: manifests, pages and blocks, and what this host knows of them | `base` `catalog` `crypt` `place` |
 //! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
-//! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `base` `crypt` `image` `kms` |
+//! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `backing` `base` `crypt` `image` `kms` |
 //! | `place` | places outside for ciphertext: folders and object stores | `base` `kms` |
 //! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` `hsm` |
 //! | `hsm` | tokens of HSMs by PKCS#11, whose modules are loaded by a process of its own | `base` `crypt` `sandbox` |

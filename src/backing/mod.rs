@@ -7,6 +7,7 @@
 //! completion, so that nothing can touch it while the kernel does.
 
 pub mod chain;
+pub mod device;
 pub mod file;
 
 use crate::base::space::Space;
@@ -27,6 +28,9 @@ pub struct Caps {
     /// What the offsets and lengths of [`Op::Zero`] are multiples of, and what transfers are best
     /// made of: a power of two.
     pub unit: u64,
+    /// Whether [`Op::Zero`] can give space back. Where it cannot, it writes zeros, and nobody is helped by
+    /// that who only has no use for the bytes any more.
+    pub gives_back: bool,
 }
 
 /// A run of bytes, owned by whoever holds it. It cannot be copied, and only the queue that made it can look

@@ -109,6 +109,24 @@ impl Freeze {
         self.save(catalog, lock, metadata, next)
     }
 
+    /// Gives the volume its new top layer, which lies elsewhere, and marks all below to be copied up;
+    /// otherwise as [`Freeze::commit`], but that no snapshot is made.
+    ///
+    /// # Errors
+    /// As for [`Freeze::commit`].
+    pub fn commit_moved(
+        self,
+        catalog: &Catalog,
+        lock: &VolumeLock,
+        metadata: &mut Metadata,
+        key: Option<&SealKey>,
+    ) -> Result<()> {
+        let mut next = metadata.frozen(self.new_top.id);
+        next.layout = next.layout.with_all_leaving().expect("there is a layer below the new one");
+        next.reseal(key);
+        self.save(catalog, lock, metadata, next)
+    }
+
     fn save(
         self,
         catalog: &Catalog,

@@ -1,11 +1,13 @@
 //! A volume's new size, as its record has it.
 
-use crate::base::{Error, Kind, Result};
+use crate::backing::device::{self, DATA_START};
+use crate::base::{Error, Kind, Result, size as sizes};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::Geometry;
 use crate::catalog::{Catalog, Metadata, Pending};
 use crate::crypt::SealKey;
 use std::fs::File;
+use std::path::Path;
 
 /// The size that a volume is going to have.
 ///
@@ -39,10 +41,12 @@ impl Metadata {
 pub struct Growth<'a> {
     geometry: Geometry,
     top: &'a File,
+    is_device: bool,
 }
 
 impl<'a> Growth<'a> {
-    /// Makes the file of the top layer longer, durably. The volume may be written to meanwhile.
+    /// Makes the file of the top layer longer, durably; of a device, makes zeros of what comes to the layer.
+    /// The volume may be written to meanwhile.
     ///
     /// # Errors
     /// `Usage`, as for [`check`]; those of the file system. The volume is as it was.
@@ -55,9 +59,20 @@ impl<'a> Growth<'a> {
     ) -> Result<Self> {
         // As it is now that nobody else can change it.
         let geometry = check(metadata, size)?;
+        let is_device = device::is_device(top)?;
+        if is_device {
+            check_fits(top, &catalog.shown_place(metadata.top().id), size)?;
+        }
         Pending::Resize(size).note(catalog, lock, metadata)?;
-        let growth = Growth { geometry, top };
-        match top.set_len(size).and_then(|()| top.sync_all()) {
+        let growth = Growth { geometry, top, is_device };
+        let make_longer = || match is_device {
+            // Whatever was there behind the layer is to read as nothing.
+            true => device::wipe(top, DATA_START + metadata.size()..DATA_START + size, &mut |_, _| {
+                Ok::<_, std::io::Error>(())
+            }),
+            false => top.set_len(size).and_then(|()| top.sync_all()),
+        };
+        match make_longer() {
             Ok(()) => Ok(growth),
             Err(e) => {
                 growth.cancel(catalog, lock);
@@ -96,8 +111,10 @@ impl<'a> Growth<'a> {
         let undo = || {
             let size = catalog.load(lock.volume())?.size();
             if size < self.geometry.size() {
-                self.top.set_len(size)?;
-                self.top.sync_all()?;
+                if !self.is_device {
+                    self.top.set_len(size)?;
+                    self.top.sync_all()?;
+                }
                 catalog.forget_pending(lock)?;
             }
             Ok::<_, Error>(())
@@ -106,4 +123,20 @@ impl<'a> Growth<'a> {
             log::warn!("{e}; the next command that has {} tries again", lock.volume());
         }
     }
+}
+
+/// # Errors
+/// `Usage` for a volume that the device has no room for.
+fn check_fits(device: &File, name: &Path, size: u64) -> Result<()> {
+    let room = device::room(device)?;
+    if size <= room && size.is_multiple_of(device::BLOCK) {
+        return Ok(());
+    }
+    let message = format!(
+        "{} has room for a volume of {room} bytes ({}), in multiples of {}; make the device larger first",
+        name.display(),
+        sizes::about(room),
+        device::BLOCK
+    );
+    Err(Error::new(Kind::Usage, message))
 }

@@ -5,6 +5,7 @@
 
 pub mod attach_settings;
 pub(crate) mod chains;
+pub mod device;
 pub mod freeze;
 pub mod grow;
 pub mod id;
@@ -38,7 +39,6 @@ use lock::{Held, VolumeLock};
 use metadata::{LayerRecord, MAX_FILE_LEN, VolumeName};
 use pending::Pending;
 use std::fmt::Display;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// Digits of an id that no name is like by chance.
@@ -99,7 +99,7 @@ impl Catalog {
         self.root.volumes().join(id.to_string())
     }
 
-    /// A layer's file.
+    /// A layer's file. Of a layer on a device there is none: see [`Catalog::place`].
     pub fn layer_path(&self, layer: LayerId) -> PathBuf {
         self.root.layers().join(format!("{layer}.img"))
     }
@@ -282,6 +282,7 @@ impl Catalog {
         let next = metadata.next_generation()?;
         let replace = || replace_file(&folder.join(FILE), &next.to_json());
         self.replaced(&next.id(), || VolumeFacts::of(&next), replace)?;
+        self.copy_to_devices(&next);
         *metadata = next;
         Ok(())
     }
@@ -428,9 +429,12 @@ impl Catalog {
 
     pub(crate) fn check_files(&self, whose: &dyn Display, layers: &[LayerRecord]) -> Result<()> {
         for layer in layers {
+            if self.on_device(layer.id)?.is_some() {
+                self.check_device(layer).map_err(|e| e.context(whose))?;
+                continue;
+            }
             let path = self.layer_path(layer.id);
             let problem = match path.symlink_metadata() {
-                Ok(m) if m.file_type().is_block_device() => continue,
                 Ok(m) if !m.is_file() => "is not a file".to_string(),
                 Ok(m) if m.len() != layer.size => {
                     format!("has {} bytes instead of {}", m.len(), layer.size)

@@ -96,6 +96,8 @@ impl Pending {
                 removed.unwrap_or_else(|e| log::warn!("{e}"));
                 Ok(())
             }
+            // A device is as long as it is.
+            Pending::Resize(_) if catalog.on_device(metadata.top().id)?.is_some() => Ok(()),
             Pending::Resize(_) => {
                 let (layer, own) =
                     (metadata.top().id, catalog.own_layer_path(metadata.id(), metadata.top().id));
@@ -264,6 +266,10 @@ impl Catalog {
     pub(crate) fn mark_frozen(&self, layers: &[LayerRecord]) {
         for layer in layers {
             let path = self.layer_path(layer.id);
+            if matches!(self.on_device(layer.id), Ok(Some(_))) {
+                // The permissions of a device are not ours, and are those of whatever is there next.
+                continue;
+            }
             if let Err(e) = files::set_mode(&path, 0o444) {
                 log::warn!("chmod 0444 {}: {e}", path.display());
             }

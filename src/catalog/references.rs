@@ -5,8 +5,8 @@
 //! that has a volume gives it a new top layer, or takes lower ones out of its chain, under the volume's lock
 //! alone. The order in which the records are read makes up for it; see [`named_layers`].
 
-use crate::base::root::{files, sync_dir};
-use crate::base::{Context, Error, Kind, Result};
+use crate::base::root::sync_dir;
+use crate::base::{Error, Kind, Result};
 use crate::catalog::chains::chains;
 use crate::catalog::metadata::Metadata;
 use crate::catalog::pending::Pending;
@@ -121,10 +121,13 @@ pub(crate) fn remove_pending(
     }
     let path = catalog.layer_path(layer);
     let in_use = match ImageLock::acquire(&path, Access::ReadWrite) {
-        Err(e) if e.kind() == Kind::NotFound => return Ok(()),
-        lock => lock?,
+        // It lies on a device, or is gone.
+        Err(e) if e.kind() == Kind::NotFound => None,
+        lock => Some(lock?),
     };
-    files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+    if !catalog.remove_layer(layer)? {
+        return Ok(());
+    }
     drop(in_use);
     sync_dir(&catalog.root().layers())
 }
@@ -142,12 +145,7 @@ pub(crate) fn remove_unnamed(
         .map_err(|e| e.context("nothing is removed, since it is not known which layers are still in use"))?;
     let mut removed = 0;
     for layer in layers.into_iter().filter(|layer| !named.contains(layer)) {
-        let path = catalog.layer_path(layer);
-        match files::remove(&path) {
-            Ok(()) => removed += 1,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::from(e).context(format!("remove {}", path.display()))),
-        }
+        removed += usize::from(catalog.remove_layer(layer)?);
     }
     if removed > 0 {
         sync_dir(&catalog.root().layers())?;

@@ -92,12 +92,15 @@ const SHOWN_MAX: usize = 4;
 
 /// What a layer takes, and who needs it, for people.
 pub(super) fn layer_words(layer: &OfLayer) -> String {
-    let bytes = size::about(layer.on_disk);
+    let takes = match layer.on_device {
+        Some(len) => format!("{} of a block device", size::about(len)),
+        None => format!("{} on disk", size::about(layer.on_disk)),
+    };
     let (shown, more) = layer.shared_with.split_at(layer.shared_with.len().min(SHOWN_MAX));
     match (shown, more.len()) {
-        ([], _) => format!("{bytes} on disk, which nothing else needs"),
-        (shown, 0) => format!("{bytes} on disk, shared with {}", shown.join(", ")),
-        (shown, more) => format!("{bytes} on disk, shared with {}, and {more} more", shown.join(", ")),
+        ([], _) => format!("{takes}, which nothing else needs"),
+        (shown, 0) => format!("{takes}, shared with {}", shown.join(", ")),
+        (shown, more) => format!("{takes}, shared with {}, and {more} more", shown.join(", ")),
     }
 }
 
@@ -105,6 +108,7 @@ pub(super) fn layer_words(layer: &OfLayer) -> String {
 pub(super) fn add_layers(value: &mut Value, layers: &[OfLayer]) {
     for (n, layer) in layers.iter().enumerate() {
         value["layers"][n]["on_disk"] = json!(layer.on_disk);
+        value["layers"][n]["on_device"] = json!(layer.on_device.is_some());
         value["layers"][n]["shared_with"] = json!(layer.shared_with);
     }
 }

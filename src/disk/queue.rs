@@ -291,7 +291,10 @@ impl DiskQueue {
             None => Part { sectors: count, action: Action::Punch },
             Some(layered) => layered.first_part(&self.disk, sector, count, most, how),
         };
-        let part = self.whole_units(sector, part, how);
+        let mut part = self.whole_units(sector, part, how);
+        if how == Zeroing::Discard && part.action == Action::Punch && !self.disk.backing.caps().gives_back {
+            part.action = Action::Nothing;
+        }
         let (offset, len) = (sector * SECTOR_SIZE, part.sectors * SECTOR_SIZE);
         match part.action {
             Action::Nothing => return Some(Zeroed { sectors: part.sectors, submitted: false }),

@@ -6,6 +6,8 @@
 //! | `volumes/vol-…/` | `volume.json` is read and replaced, the control socket's name removed | own |
 //! | `layers/<uuid>.img`, the top | each queue opens it again when its ring starts | write, or read if attached read-only |
 //! | `layers/<uuid>.img`, those below | likewise | read |
+//! | the block device of a layer that lies on one | likewise; the top's header is written | as of a file |
+//! | `layers/<uuid>.device` | says which device that is | read |
 //! | the folder of the VMM's socket, unless the store or its keys lie below | its name is removed at the end | remove |
 //!
 //! The audit log and its mark (`audit.jsonl`, `audit-….plain`) are written at the end through descriptors
@@ -17,6 +19,7 @@
 //! folder, such as `layers/`, would let a taken-over process at every other volume's files; rather let a
 //! client pass what it has made.
 
+use crate::base::Result;
 use crate::base::root::Root;
 use crate::catalog::{Catalog, Metadata};
 use crate::host::Options;
@@ -31,17 +34,21 @@ pub(super) fn rules(
     metadata: &Metadata,
     options: &Options,
     removable: Option<&Path>,
-) -> Vec<Rule> {
+) -> Result<Vec<Rule>> {
     let folder = catalog.folder(metadata.id());
     // The folder's rule would do. By this one it is found out whether the user can read the file.
     let record = Rule::new(folder.join(crate::catalog::FILE), Access::Read);
     let mut rules = vec![Rule::new(folder, Access::Own), record];
-    rules.extend(metadata.layers().iter().enumerate().map(|(number, layer)| {
+    for (number, layer) in metadata.layers().iter().enumerate() {
         let frozen = options.read_only || number > 0;
-        Rule::new(catalog.layer_path(layer.id), if frozen { Access::Read } else { Access::Write })
-    }));
+        let place = catalog.place(layer)?;
+        rules.push(Rule::new(place.path, if frozen { Access::Read } else { Access::Write }));
+        if place.on_device.is_some() {
+            rules.push(Rule::new(catalog.device_file(layer.id), Access::Read));
+        }
+    }
     rules.extend(removable.map(|folder| Rule::new(folder, Access::Remove)));
-    rules
+    Ok(rules)
 }
 
 /// The folder of the VMM's socket, if the socket's name may be removed there at the end. Landlock knows no

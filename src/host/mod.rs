@@ -189,7 +189,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
     let removable = files::socket_folder(catalog, &taken.metadata, named);
-    let files = files::rules(catalog, &taken.metadata, options, removable);
+    let files = files::rules(catalog, &taken.metadata, options, removable)?;
     let name = match (name, named) {
         (Some(name), Some(path)) if removable.is_none() && options.sandbox == Mode::On => {
             log::info!(

@@ -4,7 +4,7 @@
 use super::Options;
 use super::keyring::Keyring;
 use crate::backing::Backing;
-use crate::backing::file::FileBacking;
+use crate::backing::file::{Earlier, FileBacking};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::Metadata;
@@ -54,9 +54,10 @@ impl Opener {
         let metadata = catalog.load(volume)?;
         catalog.check_top_is_own(&metadata)?;
         catalog.check_layers(&metadata)?;
-        let path = catalog.layer_path(metadata.top().id);
-        let top = FileBacking::open(&path, true, metadata.sector_size().bytes(), None);
-        let top = top.context(|| path.display().to_string())?;
+        let place = catalog.place(metadata.top())?;
+        let block_size = metadata.sector_size().bytes();
+        let top = FileBacking::open_after(&place, true, block_size, None, Earlier::Done);
+        let top = top.context(|| place.path.display().to_string())?;
         top.open_queue(1).map_err(cannot_serve)?;
         let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.

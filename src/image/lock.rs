@@ -12,6 +12,7 @@ use crate::base::{Context, Error, Kind, Result};
 use crate::image::writers::{self, Writers};
 use nix::fcntl::OFlag;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,14 +66,21 @@ pub struct ImageLock {
 }
 
 impl ImageLock {
-    /// Locks the file at `path` for `access`.
+    /// Locks the file at `path` for `access`. A block device that is going to be written is claimed besides,
+    /// for as long as the lock lives: nobody can mount it, nor make it a part of LVM or RAID, meanwhile.
     ///
     /// # Errors
     /// `Busy` if QEMU, or another program that keeps its rules, has the file open in a way that does not go
-    /// together with `access`.
+    /// together with `access`; and if a device is claimed already.
     pub fn acquire(path: &Path, access: Access) -> Result<Self> {
         let attempt = || format!("lock {}", path.display());
-        Self::on(files::open_layer(path, OFlag::O_RDONLY).context(attempt)?, path, access)
+        // Without O_CREAT, O_EXCL means nothing for anything but a block device.
+        let claim = if access == Access::ReadWrite { OFlag::O_EXCL } else { OFlag::empty() };
+        let file = files::open_layer(path, OFlag::O_RDONLY | claim).map_err(|e| match e.kind() {
+            ErrorKind::ResourceBusy => claimed(path),
+            _ => e.into(),
+        });
+        Self::on(file.context(attempt)?, path, access)
     }
 
     /// Locks a file that is open, and that `path` meant, for messages.
@@ -195,6 +203,16 @@ impl Drop for ImageLock {
             locks::unlock(&self.file, Bytes::ALL);
         }
     }
+}
+
+/// The error for a device that somebody has claimed.
+fn claimed(path: &Path) -> Error {
+    let message = format!(
+        "{} is mounted, in part or as a whole, or another program has it for itself (LVM, RAID, swap, \
+         another sealblk); end that first (\"lsblk\" shows who has it)",
+        path.display()
+    );
+    Error::new(Kind::Busy, message)
 }
 
 fn in_use(path: &Path) -> Error {

@@ -71,12 +71,17 @@ pub(super) fn create(
         let layout = layout(catalog, id, wanted, snapshot, (top, budget), keys)?;
         let origin = Origin { snapshot: snapshot.id(), proof: snapshot.proof() };
         let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
-        if metadata.is_encrypted() && !snapshot.is_encrypted() {
-            // Nothing else could prove layers that anyone can write: such a volume is never without a seal.
+        // Nothing else could prove layers that anyone can write: such a volume is never without a seal.
+        let must_be_sealed = metadata.is_encrypted() && !snapshot.is_encrypted();
+        if must_be_sealed || wanted.device.is_some() {
             let owner = KeyOwner::Volume(id);
             let deks = metadata.keys().iter().map(|key| (keys.unwrap)(owner, key));
             let deks = deks.collect::<Result<Vec<_>, _>>()?;
-            metadata.seal(&deks);
+            match must_be_sealed {
+                true => metadata.seal(&deks),
+                // As its first attach would, which would have to read all of the device for that.
+                false => metadata.prove(&deks, || Ok(false))?,
+            }
         }
         Ok(metadata)
     })
@@ -104,7 +109,8 @@ fn layout(
             None => (Some(key), Some(below.id)),
         },
     };
-    if let Some(hydrate) = hydrate {
+    // A device has the room that it needs.
+    if let Some(hydrate) = hydrate.filter(|_| wanted.device.is_none()) {
         let above = snapshot.layers().iter().take_while(|layer| layer.id != hydrate).count();
         budget.check(catalog, need::of_layers(catalog, &snapshot.layers()[above..], None)?)?;
     }

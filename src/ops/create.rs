@@ -3,23 +3,26 @@
 use super::Store;
 use super::also_keys::{Also, AlsoKeys};
 use super::clone::{self, Keys, TopKey};
-use super::keys::NamedKey;
+use super::device::Candidate;
+use super::keys::{NamedKey, WrappingKey};
 use super::make::{self, Wanted};
 use super::need::Budget;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
-use crate::catalog::metadata::{Geometry, VolumeName};
+use crate::catalog::metadata::{Geometry, KeyOwner, VolumeName};
 use crate::catalog::tags::Tags;
 use crate::catalog::{Metadata, Snapshot};
 use crate::config::{CloneDataKey, shown_file};
 use crate::crypt::SectorSize;
+use crate::virtio::SECTOR_SIZE;
+use std::sync::Arc;
 
 /// A volume that somebody wants made.
 #[derive(Clone, Debug, Default)]
 pub struct NewVolume {
-    /// Its size in bytes; without one, the snapshot's.
+    /// Its size in bytes; without one, what its device has room for, or the snapshot's.
     pub size: Option<u64>,
-    /// Its sector size; without one, the snapshot's, or 512 bytes.
+    /// Its sector size; without one, the snapshot's, its device's, or 512 bytes.
     pub sector_size: Option<SectorSize>,
     /// The KMS key, by id, ARN or alias; without one, the snapshot's, or the default key of the settings.
     pub key: Option<String>,
@@ -35,6 +38,8 @@ pub struct NewVolume {
     pub tags: Tags,
     /// Whether the file system sets the whole size aside now.
     pub preallocate: bool,
+    /// The block device that it lies on, or its top layer; without, that is a file of the store.
+    pub device: Option<Arc<Candidate>>,
     /// What may be used for what is going to be copied up.
     pub budget: Budget,
 }
@@ -47,12 +52,22 @@ pub struct NewVolume {
 /// system. Nothing of the volume is left then.
 pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Result<Metadata> {
     let geometry = check(store, new, snapshot)?;
-    let wanted =
-        Wanted { geometry, name: new.name.clone(), tags: new.tags.clone(), preallocate: new.preallocate };
+    let wanted = Wanted {
+        geometry,
+        name: new.name.clone(),
+        tags: new.tags.clone(),
+        preallocate: new.preallocate,
+        device: new.device.clone(),
+    };
     let key = key(store, new, snapshot)?;
     let key = key.as_ref().map(NamedKey::wrapping);
     let (catalog, events) = (store.catalog(), store.events());
-    let Some(snapshot) = snapshot else { return make::create(&catalog, &events, &wanted, key) };
+    let Some(snapshot) = snapshot else {
+        return match wanted.device {
+            None => make::create(&catalog, &events, &wanted, key),
+            Some(_) => on_device(store, &wanted, key),
+        };
+    };
     let top = match (key, has_own_key(store, new, Some(snapshot))) {
         (None, _) => TopKey::Snapshots,
         (Some(key), true) => TopKey::Under { key, own: wants_own_data_key(store, new) },
@@ -63,6 +78,21 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
     let also = Also::named(store, &new.also)?;
     let keys = Keys { open_provider: &open_provider, unwrap: &unwrap, also: &also };
     clone::create(&catalog, &events, &wanted, snapshot, (top, new.budget), keys)
+}
+
+/// Makes a volume on a device. It has its seal from the beginning: the first attach of one without would have
+/// to look whether there is nothing in it, and to read all of the device for that. The device can be taken to
+/// another host at once, besides.
+fn on_device(store: &Store, wanted: &Wanted, key: Option<WrappingKey<'_>>) -> Result<Metadata> {
+    make::create_with(&store.catalog(), &store.events(), wanted, |id| {
+        let fresh = key.map(|with| with.generate(id)).transpose()?;
+        let mut metadata = Metadata::new(id, wanted.name.clone(), wanted.geometry, fresh);
+        let unwrap = |owner, key: &_| store.unwrap(owner, key);
+        let deks = metadata.keys().iter().map(|record| unwrap(KeyOwner::Volume(id), record));
+        let deks = deks.collect::<Result<Vec<_>, _>>()?;
+        metadata.prove(&deks, || Ok(false))?;
+        Ok(metadata)
+    })
 }
 
 /// Whether such a volume can be made, as far as that can be known before; its size and sector size.
@@ -89,8 +119,18 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
     if matches!(&new.also, AlsoKeys::These(keys) if !keys.is_empty()) && !is_encrypted {
         return refuse("it is not encrypted, so no KMS key wraps a data key of it".into());
     }
+    if let Some(device) = &new.device {
+        let least = snapshot.map_or(0, |it| it.geometry().size());
+        device.check_size(new.size.unwrap_or(device.room().max(least)))?;
+        // Making the device zeros may take hours.
+        make::check_name_is_free(&store.catalog(), new.name.as_ref(), None)?;
+    }
     let Some(snapshot) = snapshot else {
-        return Geometry::new(new.size.unwrap_or(0), new.sector_size.unwrap_or_default());
+        let device = new.device.as_ref();
+        let size = new.size.or(device.map(|device| device.room()));
+        let own = device.filter(|device| device.logical_block() > SECTOR_SIZE).map(|_| SectorSize::B4096);
+        let sector_size = new.sector_size.or(own).unwrap_or_default();
+        return Geometry::new(size.unwrap_or(0), sector_size);
     };
     let (id, of) = (snapshot.id(), snapshot.geometry());
     if new.unencrypted && snapshot.is_encrypted() {
@@ -110,7 +150,8 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
             "{id} has {MAX_LAYERS} layers, the most that a volume can have; copy or flatten it first"
         ));
     }
-    Geometry::new(new.size.unwrap_or(of.size()), of.sector_size())
+    let device = new.device.as_ref().map(|device| device.room());
+    Geometry::new(new.size.or(device).unwrap_or(of.size()), of.sector_size())
 }
 
 /// # Errors

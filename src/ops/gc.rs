@@ -6,6 +6,7 @@
 
 use crate::base::root::{files, sync_dir};
 use crate::base::{Context, Kind, Result};
+use crate::catalog::device::layer_of_name;
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::references::named_layers;
 use crate::catalog::store_locks::RecordsLock;
@@ -144,12 +145,17 @@ fn collect(catalog: &Catalog) -> Result<Vec<LeftOver>> {
     found.extend(unnamed_layers(catalog, &records)?);
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
-    let snapshots = catalog.root().snapshots();
+    let (snapshots, layers) = (catalog.root().snapshots(), catalog.root().layers());
     for left in &found {
         // What lies in a volume's folder is its next holder's, who may already be waiting for it.
-        let is_temporary = left.what == What::Temporary && left.path.parent() == Some(&*snapshots);
-        if left.what == What::Layer || is_temporary {
-            remove(&left.path)?;
+        let parent = left.path.parent();
+        let is_temporary =
+            left.what == What::Temporary && [Some(&*snapshots), Some(&*layers)].contains(&parent);
+        let name = left.path.file_name().and_then(|name| name.to_str());
+        match name.and_then(layer_of_name).filter(|_| left.what == What::Layer) {
+            Some(layer) => drop(catalog.remove_layer(layer)?),
+            None if is_temporary => remove(&left.path)?,
+            None => {}
         }
     }
     for folder in [catalog.root().layers(), catalog.root().snapshots()].iter().filter(|f| files::exists(f)) {
@@ -193,14 +199,34 @@ fn find(catalog: &Catalog, records: &RecordsLock) -> Result<Vec<LeftOver>> {
 /// meanwhile is not among them, and one that was made before was named before.
 fn unnamed_layers(catalog: &Catalog, records: &RecordsLock) -> Result<Vec<LeftOver>> {
     let folder = catalog.root().layers();
-    let id = |name: OsString| name.to_str()?.strip_suffix(".img")?.parse::<LayerId>().ok();
-    let mut layers: Vec<LayerId> = files::names_if_there(&folder)?.into_iter().filter_map(id).collect();
+    let names = files::names_if_there(&folder)?;
+    let mut layers: Vec<LayerId> = names.iter().filter_map(|name| layer_of_name(name.to_str()?)).collect();
     layers.sort_unstable();
+    layers.dedup();
     let named = named_layers(catalog, records)?;
-    let unnamed = layers.into_iter().filter(|layer| !named.contains(layer)).map(|l| catalog.layer_path(l));
-    // A file that somebody serves is in use, whatever the records say.
-    let unused = unnamed.filter(|path| ImageLock::acquire(path, Access::ReadWrite).is_ok());
-    Ok(unused.filter_map(|path| LeftOver::at(What::Layer, path)).collect())
+    let unnamed = layers.into_iter().filter(|layer| !named.contains(layer));
+    let mut found: Vec<LeftOver> = unnamed.filter_map(|layer| unused(catalog, layer)).collect();
+    // What says on which device a layer lies never came to its name: nobody makes the layer any more.
+    let never_named =
+        names.iter().filter(|name| layer_of_temporary(name).is_some_and(|layer| !named.contains(&layer)));
+    found.extend(never_named.filter_map(|name| LeftOver::at(What::Temporary, folder.join(name))));
+    Ok(found)
+}
+
+/// The layer that a temporary file in `layers/` was going to say something of.
+fn layer_of_temporary(name: &OsString) -> Option<LayerId> {
+    layer_of_name(name.to_str()?.strip_suffix(".tmp")?.rsplit_once('.')?.0)
+}
+
+/// A layer that nothing names, unless somebody serves it: then it is in use, whatever the records say.
+fn unused(catalog: &Catalog, layer: LayerId) -> Option<LeftOver> {
+    let (path, lies_at) = match catalog.on_device(layer).ok()? {
+        Some(on) => (catalog.device_file(layer), on.name.canonicalize().ok()),
+        None => (catalog.layer_path(layer), Some(catalog.layer_path(layer))),
+    };
+    // A device that is not there is served by nobody.
+    let is_unused = lies_at.is_none_or(|path| ImageLock::acquire(&path, Access::ReadWrite).is_ok());
+    is_unused.then(|| LeftOver::at(What::Layer, path)).flatten()
 }
 
 /// Undoes what an interrupted command left in the folder of a volume, unless somebody has the volume.

@@ -210,5 +210,5 @@ fn wanted(import: &Import, len: u64) -> Result<Wanted> {
         log::warn!("the image has {len} bytes; the volume has {size}, whole sectors, with zeros at its end");
     }
     let (name, tags) = (import.name.clone(), import.tags.clone());
-    Ok(Wanted { geometry, name, tags, preallocate: import.preallocate })
+    Ok(Wanted { geometry, name, tags, preallocate: import.preallocate, device: None })
 }

@@ -6,7 +6,7 @@
 //! them, a layer that something else names stays. `docs/format.md` argues it step by step.
 
 use crate::base::root::{create_dir_durable, files, replace_file};
-use crate::base::{Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::CREATING;
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
@@ -17,7 +17,9 @@ use crate::catalog::{self, Catalog, VolumeId};
 use crate::events::{Event, EventLog};
 use crate::kms::Failure;
 use crate::ops::delete::{abandon, clear_remains, rename_durably};
+use crate::ops::device::Candidate;
 use crate::ops::keys::WrappingKey;
+use std::sync::Arc;
 
 /// A volume to be made.
 #[derive(Clone, Debug)]
@@ -30,6 +32,8 @@ pub struct Wanted {
     pub tags: Tags,
     /// Whether the file system sets the whole size aside now.
     pub preallocate: bool,
+    /// The block device that its top layer lies on, every byte of which is zero; without, that is a file.
+    pub device: Option<Arc<Candidate>>,
 }
 
 /// Makes a volume, encrypted under a data key that the KMS makes and nobody sees; without a `key`,
@@ -99,6 +103,41 @@ fn make(
     Ok(metadata)
 }
 
+/// Takes a volume in that lies on a device and was proved: its record comes into the store, and then the
+/// device is the store's. Reports a `createVolume` event.
+///
+/// # Errors
+/// `Busy` if the name is taken; those of the file system: then nothing of the volume is left, and the device
+/// is as it was. Those of the device: then the volume is there, and the error says how to go on.
+pub(crate) fn adopt(
+    catalog: &Catalog,
+    events: &EventLog,
+    metadata: Metadata,
+    device: &Candidate,
+) -> Result<Metadata> {
+    check_name_is_free(catalog, metadata.name(), None)?;
+    create_dir_durable(&catalog.root().layers())?;
+    let metadata = metadata.next_generation()?;
+    let _lock = begin(catalog, &metadata)?;
+    // The device still has the token of another store, so whatever clears this away leaves its header alone.
+    let noted = catalog.note_device_of(metadata.top().id, device.name().path());
+    if let Err(e) = noted.and_then(|()| commit(catalog, &metadata)) {
+        let cleared = catalog
+            .forget_device_of(metadata.top().id)
+            .and_then(|()| RecordsLock::acquire(catalog))
+            .and_then(|records| abandon(catalog, &metadata, &records));
+        if let Err(left) = cleared {
+            log::warn!("{left}; the next \"sealblk volume create\" or \"delete\" tries again");
+        }
+        return Err(e);
+    }
+    events.record(&Event::create_volume(metadata.id(), Ok(())));
+    catalog.take_device(&metadata, device.file()).context(|| {
+        format!("{} is in the store, and the device not yet; the same command again goes on", metadata.id())
+    })?;
+    Ok(metadata)
+}
+
 /// Makes the volume's folder, takes the volume, and writes down what is going to be made.
 fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
     let records = RecordsLock::acquire(catalog)?;
@@ -127,6 +166,9 @@ fn begin(catalog: &Catalog, metadata: &Metadata) -> Result<VolumeLock> {
 fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()> {
     if !wanted.tags.is_empty() {
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
+    }
+    if let Some(device) = &wanted.device {
+        return catalog.make_device_layer(metadata, device.name().path(), device.file());
     }
     let folder = catalog.folder(metadata.id());
     make_layer(&catalog.layer_path(metadata.top().id), &folder, metadata.size(), wanted.preallocate)

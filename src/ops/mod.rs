@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+pub mod adopt;
 pub mod also_keys;
 pub mod apply;
 pub mod backup;
@@ -30,6 +31,7 @@ pub mod clone;
 pub mod copy;
 pub mod create;
 pub mod delete;
+pub mod device;
 pub mod export;
 pub mod flatten;
 pub mod gc;
@@ -41,6 +43,7 @@ pub mod keys;
 pub mod make;
 pub mod metrics;
 pub mod modify;
+pub mod move_to;
 pub mod need;
 mod new_top;
 pub mod observe;

@@ -63,6 +63,12 @@ impl Budget {
         layers: &[LayerRecord],
         top: Option<&LayerRecord>,
     ) -> Result<()> {
+        if let Some(top) = top
+            && catalog.is_on_a_device(top.id)?
+        {
+            // It has the room that it needs.
+            return Ok(());
+        }
         let need = of_layers(catalog, layers, top)?;
         if !self.gives_back || need == 0 || !space::can_have_holes(catalog, layers.iter().map(|it| it.id))? {
             return self.check(catalog, need);
@@ -161,29 +167,38 @@ pub(super) fn of_file(file: &File) -> Result<u64> {
 
 fn open(catalog: &Catalog, layers: &[LayerRecord]) -> Result<Vec<Runs>> {
     let open = |layer: &LayerRecord| {
-        let path = catalog.layer_path(layer.id);
-        let file = files::open_layer(&path, OFlag::O_RDONLY);
-        file.map(Runs::of).context(|| format!("look at {}", path.display()))
+        let place = catalog.place(layer)?;
+        if place.on_device.is_some() {
+            return Ok(Runs::all(layer.size));
+        }
+        let file = files::open_layer(&place.path, OFlag::O_RDONLY);
+        file.map(Runs::of).context(|| format!("look at {}", place.path.display()))
     };
     layers.iter().map(open).collect()
 }
 
 /// Where a file may hold data, asked from the beginning to the end.
 struct Runs {
-    file: File,
+    /// None of a device, which does not tell.
+    file: Option<File>,
     /// The run that was found last; none after the last one.
     found: Option<Range<u64>>,
 }
 
 impl Runs {
     fn of(file: File) -> Self {
-        Runs { file, found: Some(0..0) }
+        Runs { file: Some(file), found: Some(0..0) }
+    }
+
+    /// Of something that may hold data everywhere.
+    fn all(size: u64) -> Self {
+        Runs { file: None, found: Some(0..size) }
     }
 
     /// What is left at or after `at` of the next run that ends after it.
     fn after(&mut self, at: u64) -> std::io::Result<Option<Range<u64>>> {
         if self.found.as_ref().is_some_and(|run| run.end <= at) {
-            self.found = next_data_of(&self.file, at)?;
+            self.found = self.file.as_ref().map(|file| next_data_of(file, at)).transpose()?.flatten();
         }
         Ok(self.found.as_ref().map(|run| run.start.max(at)..run.end))
     }

@@ -6,6 +6,7 @@ use crate::catalog::Catalog;
 use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::VolumeLock;
+use crate::ops::device::Candidate;
 use crate::volume::open::{Opened, Taken};
 
 /// A new top that is being made. Dropped before the commit, it is none.
@@ -16,12 +17,20 @@ pub(super) struct NewTop<'a> {
 }
 
 impl<'a> NewTop<'a> {
-    /// Makes the new layer and syncs the old one.
-    pub(super) fn begin(catalog: &'a Catalog, taken: Taken) -> Result<Self> {
+    /// Makes the new layer, on `device` or in a file, and syncs the old one.
+    pub(super) fn begin(catalog: &'a Catalog, taken: Taken, device: Option<&Candidate>) -> Result<Self> {
         let freeze = Freeze::begin(catalog, &taken.lock, &taken.opened.metadata, Maker::Command)?;
-        let (path, size) = (catalog.layer_path(freeze.new_top().id), freeze.new_top().size);
+        let (id, size) = (freeze.new_top().id, freeze.new_top().size);
+        let path = catalog.layer_path(id);
         let begun = NewTop { catalog, taken, freeze: Some(freeze) };
-        make_layer(&path, &catalog.folder(begun.taken.lock.volume()), size, false)?;
+        match device {
+            None => make_layer(&path, &catalog.folder(begun.taken.lock.volume()), size, false)?,
+            Some(device) => {
+                device.check_size(size)?;
+                let next = begun.taken.opened.metadata.frozen(id);
+                catalog.make_device_layer(&next, device.name().path(), device.file())?;
+            }
+        }
         let top = begun.taken.opened.layers[0].backing.file();
         top.sync_data().context(|| "sync the top layer")?;
         Ok(begun)

@@ -2,11 +2,12 @@
 //! the host process while the volume is attached, or by [`super::flatten::follow`].
 
 use super::also_keys::AlsoKeys;
+use super::device::Candidate;
 use super::keys::NamedKey;
 use super::need::Budget;
 use super::new_top::NewTop;
 use super::reach::Reach;
-use super::{Store, flatten};
+use super::{Store, flatten, move_to};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Purpose, VolumeLock};
 use crate::catalog::metadata::KeyOwner;
@@ -28,9 +29,10 @@ pub struct Rekeyed {
     pub pause: Option<Duration>,
 }
 
-/// Gives a volume a new data key, wrapped by the KMS key that `key` names and by those that `also` means, or
-/// by all of those that wrap the old one. Reports `hydrateVolume` events. What was written before is still
-/// under the old data key: it is marked to be copied up.
+/// Gives a volume a new data key, wrapped by the KMS key that `key` names and by those that `also`
+/// means, or by all of those that wrap the old one. Its new top lies on the device `onto`, or in a
+/// file. Reports `hydrateVolume` events. What was written before is still under the old data key: it
+/// is marked to be copied up.
 ///
 /// # Errors
 /// `Usage` for a volume without encryption; `NoSpace` if the file system has too little; `Busy`, naming the
@@ -42,15 +44,20 @@ pub fn rekey(
     key: Option<&str>,
     also: &AlsoKeys,
     budget: Budget,
+    onto: Option<&Candidate>,
 ) -> Result<Rekeyed> {
     let (catalog, events) = (store.catalog(), store.events());
     let attempt = || format!("re-key {id}");
     let metadata = catalog.load(id)?;
     check_encrypted(&metadata).context(attempt)?;
-    budget.check_layers(&catalog, id, metadata.layers(), None).context(attempt)?;
+    match onto {
+        Some(device) => device.check_size(metadata.size()),
+        None => budget.check_layers(&catalog, id, metadata.layers(), None),
+    }
+    .context(attempt)?;
     let key = named_key(store, key, also, &metadata).context(attempt)?;
     let done = key.wrapping().generate(id).map(NewKey::new).and_then(|new| {
-        let pause = give(store, id, new.clone())?;
+        let pause = give(store, id, new.clone(), onto)?;
         Ok(Rekeyed { new, pause })
     });
     let done = done.map_err(|Failure { cause, error, .. }| {
@@ -74,10 +81,16 @@ fn named_key(store: &Store, key: Option<&str>, also: &AlsoKeys, metadata: &Metad
 
 /// Gives the volume a data key that the KMS has made. Returns how long its queues stood
 /// still, if it is attached.
-fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Failure> {
+fn give(
+    store: &Store,
+    id: VolumeId,
+    new: NewKey,
+    onto: Option<&Candidate>,
+) -> Result<Option<Duration>, Failure> {
     let catalog = store.catalog();
     match Reach::of(&catalog, id, Purpose::Mark)? {
-        Reach::Mine(lock) => detached(store, lock, new).map(|()| None),
+        Reach::Mine(lock) => detached(store, lock, new, onto).map(|()| None),
+        Reach::Host if onto.is_some() => Err(move_to::attached().into()),
         Reach::Host => {
             let volume = catalog.load(id)?;
             let present = volume.top().key.map(|n| &volume.keys()[n]);
@@ -94,14 +107,14 @@ fn give(store: &Store, id: VolumeId, new: NewKey) -> Result<Option<Duration>, Fa
 
 /// Gives a volume that nobody has attached a new top layer under the new data key, and marks
 /// all below to be copied up.
-fn detached(store: &Store, lock: VolumeLock, key: NewKey) -> Result<(), Failure> {
+fn detached(store: &Store, lock: VolumeLock, key: NewKey, onto: Option<&Candidate>) -> Result<(), Failure> {
     let catalog = store.catalog();
     let taken = store.open_taken(lock)?;
     check_encrypted(&taken.opened.metadata)?;
     let volume = taken.lock.volume();
     let dek = store.unwrap(KeyOwner::Volume(volume), key.record())?.dek;
     let seal_key = dek.seal_key(&volume.to_string())?;
-    NewTop::begin(&catalog, taken)?.commit(|freeze, lock, opened| {
+    NewTop::begin(&catalog, taken, onto)?.commit(|freeze, lock, opened| {
         freeze.commit_rekeyed(&catalog, lock, &mut opened.metadata, key.checked(&dek), &seal_key)?;
         catalog.mark_frozen(&opened.metadata.layers()[1..]);
         Ok(())

@@ -94,7 +94,12 @@ impl Receipt {
             volume: metadata.id(),
             time: Timestamp::now(),
             destroyed: Vec::new(),
-            layers: layers.map(|layer| catalog.layer_path(layer)).collect(),
+            layers: layers
+                .map(|layer| match catalog.on_device(layer) {
+                    Ok(Some(_)) => catalog.device_file(layer),
+                    _ => catalog.layer_path(layer),
+                })
+                .collect(),
             wrapped_by: wrapped_by.collect(),
             same_data_key: others
                 .iter()

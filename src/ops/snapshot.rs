@@ -113,7 +113,7 @@ fn begin<'a>(
         Reach::Host => Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?))),
         Reach::Mine(lock) => {
             let taken = store.open_taken(lock)?;
-            Ok(Making::Detached(id, Box::new(NewTop::begin(catalog, taken)?)))
+            Ok(Making::Detached(id, Box::new(NewTop::begin(catalog, taken, None)?)))
         }
     }
 }

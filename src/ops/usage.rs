@@ -17,12 +17,14 @@ pub struct Usage {
     pub own: u64,
     /// Of those that a snapshot or another volume names as well.
     pub shared: u64,
+    /// How long those are that lie on block devices, and take nothing of the file system.
+    pub on_devices: u64,
 }
 
 /// All volumes against the file system that they lie on.
 pub struct Overview {
     usage: HashMap<VolumeId, Usage>,
-    /// The sum of their sizes, in bytes.
+    /// The sum of the sizes of those that write into the file system, in bytes.
     pub sizes: u64,
     /// What they take in all, each layer once, in bytes.
     pub used: u64,
@@ -51,6 +53,8 @@ impl Overview {
         }
         let usage = volumes().map(|volume| {
             let mut usage = Usage::default();
+            let on_device = volume.layers().iter().filter(|layer| is_on_device(catalog, layer.id));
+            usage.on_devices = on_device.map(|layer| layer.size).fold(0, u64::saturating_add);
             for (count, bytes) in volume.layers().iter().filter_map(|layer| names.get(&layer.id)) {
                 *(if *count == 1 { &mut usage.own } else { &mut usage.shared }) += bytes;
             }
@@ -58,7 +62,10 @@ impl Overview {
         });
         Ok(Overview {
             usage: usage.collect(),
-            sizes: volumes().map(|volume| volume.size()).fold(0, u64::saturating_add),
+            sizes: volumes()
+                .filter(|volume| !is_on_device(catalog, volume.top().id))
+                .map(|volume| volume.size())
+                .fold(0, u64::saturating_add),
             used: names.values().map(|(_, bytes)| bytes).sum(),
             space: Space::at(&catalog.root().layers()).ok().flatten(),
         })
@@ -72,8 +79,10 @@ impl Overview {
 
 /// What one layer takes on disk, and who needs it.
 pub struct OfLayer {
-    /// Its file's blocks, in bytes.
+    /// Its file's blocks, in bytes; nothing of a layer on a device.
     pub on_disk: u64,
+    /// How long it is, if it lies on a block device.
+    pub on_device: Option<u64>,
     /// The ids of the other volumes and snapshots that name it.
     pub shared_with: Vec<String>,
 }
@@ -85,7 +94,11 @@ pub struct OfLayer {
 /// Those of listing volumes and snapshots.
 pub fn of_layers(catalog: &Catalog, whose: &dyn Display, layers: &[LayerRecord]) -> Result<Vec<OfLayer>> {
     let whose = whose.to_string();
-    let look = |layer: &LayerRecord| OfLayer { on_disk: on_disk(catalog, layer.id), shared_with: Vec::new() };
+    let look = |layer: &LayerRecord| OfLayer {
+        on_disk: on_disk(catalog, layer.id),
+        on_device: is_on_device(catalog, layer.id).then_some(layer.size),
+        shared_with: Vec::new(),
+    };
     let mut found: Vec<OfLayer> = layers.iter().map(look).collect();
     let mut note = |id: String, theirs: &[LayerRecord]| {
         for (layer, found) in layers.iter().zip(&mut found) {
@@ -107,8 +120,17 @@ pub fn of_layers(catalog: &Catalog, whose: &dyn Display, layers: &[LayerRecord])
     Ok(found)
 }
 
-/// What a layer's file takes on disk, in bytes; nothing if it cannot be looked at.
-pub fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
-    // A block device takes none of the file system.
+/// Whether a layer lies on a block device; where that cannot be told, it does not.
+fn is_on_device(catalog: &Catalog, layer: LayerId) -> bool {
+    matches!(catalog.on_device(layer), Ok(Some(_)))
+}
+
+/// In how many bytes a layer may have something: its file's blocks; all of a device.
+pub fn most_in(catalog: &Catalog, layer: &LayerRecord) -> u64 {
+    if is_on_device(catalog, layer.id) { layer.size } else { on_disk(catalog, layer.id) }
+}
+
+/// What a layer's file takes on disk, in bytes; nothing if it cannot be looked at, and of one on a device.
+fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
     std::fs::symlink_metadata(catalog.layer_path(layer)).map_or(0, |found| found.blocks() * 512)
 }

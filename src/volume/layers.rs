@@ -1,7 +1,7 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
 use crate::backing::chain::Chain;
-use crate::backing::file::{Earlier, FileBacking};
+use crate::backing::file::{Earlier, FileBacking, Place};
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::layout::Layout;
@@ -35,31 +35,32 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Opens the layer at `path` for transfers in multiples of `block_size` bytes (512 or 4096), and takes
+    /// Opens the layer at `place` for transfers in multiples of `block_size` bytes (512 or 4096), and takes
     /// QEMU's locks. `near` is another layer of the volume, if one is open: see [`FileBacking::open`].
     ///
     /// # Errors
     /// `Busy` if somebody has it open in a way that does not go together with `access`; as
     /// [`FileBacking::open`].
     pub fn open(
-        path: &Path,
+        place: &Place,
         access: Access,
         block_size: u32,
         cipher: Cipher,
         near: Option<&Layer>,
     ) -> Result<Self> {
-        Self::open_locked(path, access, block_size, cipher, near, &PassedLocks::default())
+        Self::open_locked(place, access, block_size, cipher, near, &PassedLocks::default())
     }
 
     /// As [`Layer::open`], from a process that serves the layer until now.
     fn open_locked(
-        path: &Path,
+        place: &Place,
         access: Access,
         block_size: u32,
         cipher: Cipher,
         near: Option<&Layer>,
         passed: &PassedLocks,
     ) -> Result<Self> {
+        let path = &*place.path;
         let theirs = passed.lock_of(path)?;
         let earlier = if theirs.is_some() { Earlier::Done } else { Earlier::Awaited };
         let image_lock = match theirs {
@@ -67,7 +68,7 @@ impl Layer {
             None => Arc::new(lock(path, access)?),
         };
         let near = near.map(|near| &*near.backing);
-        let backing = FileBacking::open_after(path, access == Access::Read, block_size, near, earlier);
+        let backing = FileBacking::open_after(place, access == Access::Read, block_size, near, earlier);
         let backing = backing.context(|| path.display().to_string())?;
         if !image_lock.is_on(backing.file())? {
             let message = format!("{} was replaced by another file just now", path.display());
@@ -141,8 +142,10 @@ pub(super) fn open_without_ciphers(
         let access = if number == 0 { top } else { Access::Read };
         // Made by a process that has not detached since: that name a confined process may open.
         let own = catalog.own_layer_path(volume, layer.id);
-        let path = if files::exists(&own) { own } else { catalog.layer_path(layer.id) };
-        Layer::open_locked(&path, access, bytes, None, near, passed)
+        let place = if files::exists(&own) { Place::whole(own) } else { catalog.place(layer)? };
+        let opened = Layer::open_locked(&place, access, bytes, None, near, passed)?;
+        catalog.check_is_layers(layer.id, opened.backing.file())?;
+        Ok(opened)
     })
 }
 
@@ -162,9 +165,25 @@ pub fn open_all(
     let ciphers = ciphers(deks, layout, Engine::Auto)?;
     open_stack(layout.layers().len(), |number, near| {
         let access = if number == 0 { top } else { Access::Read };
-        let path = catalog.layer_path(layout.layers()[number].id);
-        Layer::open(&path, access, bytes, ciphers[number].clone(), near)
+        open_one(catalog, &layout.layers()[number], access, bytes, ciphers[number].clone(), near)
     })
+}
+
+/// Opens a layer of the store as [`Layer::open`] does, wherever it lies.
+///
+/// # Errors
+/// As for that; `Corrupt` for a device that is not the layer's.
+pub fn open_one(
+    catalog: &Catalog,
+    layer: &LayerRecord,
+    access: Access,
+    block_size: u32,
+    cipher: Cipher,
+    near: Option<&Layer>,
+) -> Result<Layer> {
+    let opened = Layer::open(&catalog.place(layer)?, access, block_size, cipher, near)?;
+    catalog.check_is_layers(layer.id, opened.backing.file())?;
+    Ok(opened)
 }
 
 /// Opens `count` layers with `open`, which is told the number of each (0: the top) and the one below it; the

@@ -122,6 +122,10 @@ fn open_proved<E: From<Error>>(
         // What its host process has done since the last command holds from now on.
         catalog.settle(&metadata);
     }
+    if matches!(opening, Opening::Attach | Opening::Change) && top == Access::ReadWrite {
+        // Whoever wrote the record last may have been cut off in between.
+        catalog.copy_to_devices(&metadata);
+    }
     let of_keys: Vec<_> = kept.iter().map(|key| key.cipher().clone()).collect();
     let ciphers = layers::ciphers_of_layers(&of_keys, metadata.layout(), engine)?;
     for (layer, cipher) in layers.iter_mut().zip(ciphers) {

@@ -89,7 +89,12 @@ impl Reader {
         let mut content = vec![0; layout.geometry().size() as usize];
         // From the lowest up: what is in a layer covers what is below it.
         for layer in layout.layers().iter().rev() {
-            let bytes = fs::read(self.catalog.layer_path(layer.id)).expect("read a layer");
+            let place = self.catalog.place(layer).expect("find a layer");
+            let mut bytes = fs::read(place.path).expect("read a layer");
+            if let Some(len) = place.on_device {
+                // Behind the header.
+                bytes = bytes[1 << 20..(1 << 20) + len as usize].to_vec();
+            }
             assert_eq!(bytes.len() as u64, layer.size, "the layer is as long as the record says");
             let mut plain = bytes.clone();
             match layer.key {

@@ -21,6 +21,7 @@ use std::process::Command;
 
 const GET_FREE: libc::c_ulong = 0x4c82;
 const CONFIGURE: libc::c_ulong = 0x4c0a;
+const SET_CAPACITY: libc::c_ulong = 0x4c07;
 /// The device is let go when nobody has it open.
 const AUTOCLEAR: u32 = 4;
 
@@ -102,6 +103,7 @@ pub struct BareDisk {
     /// Its block device.
     pub device: PathBuf,
     in_use: File,
+    bytes: File,
 }
 
 impl BareDisk {
@@ -111,14 +113,57 @@ impl BareDisk {
         for _ in 0..len / 4096 {
             bytes.write_all(&[0xff; 4096]).expect("fill it");
         }
+        Self::of(bytes, block)
+    }
+
+    /// Makes one of so many bytes, all of them zero, with blocks of a size.
+    pub fn zeros(len: u64, block: u32) -> Option<Self> {
+        let bytes = tempfile::tempfile().expect("a temporary file");
+        bytes.set_len(len).expect("make it longer");
+        Self::of(bytes, block)
+    }
+
+    fn of(bytes: File, block: u32) -> Option<Self> {
         match attach(&bytes, block) {
-            Ok((in_use, device)) => Some(BareDisk { device, in_use }),
+            Ok((in_use, device)) => Some(BareDisk { device, in_use, bytes }),
             Err(why) => {
                 let _ =
                     writeln!(io::stderr(), "NOT TESTED on a block device, which cannot be had here: {why}");
                 None
             }
         }
+    }
+
+    /// Its block device, as an argument.
+    pub fn name(&self) -> &str {
+        self.device.to_str().expect("UTF-8")
+    }
+
+    /// Makes it longer, or shorter, as a volume manager does.
+    pub fn set_len(&self, len: u64) {
+        self.bytes.set_len(len).expect("give it another length");
+        // SAFETY: this request has no argument.
+        let done = unsafe { libc::ioctl(self.in_use.as_raw_fd(), SET_CAPACITY, 0) };
+        Errno::result(done).expect("tell the device of its length");
+    }
+
+    /// Takes its bytes away behind the first so many, without the device's knowing: reads there fail.
+    pub fn lose_behind(&self, len: u64) {
+        self.bytes.set_len(len).expect("give it another length");
+    }
+
+    /// Overwrites bytes, past all caches.
+    pub fn overwrite(&self, at: u64, bytes: &[u8]) {
+        let device = OpenOptions::new().write(true).open(&self.device).expect("open the device");
+        device.write_all_at(bytes, at).expect("write to the device");
+        device.sync_all().expect("sync the device");
+    }
+
+    /// How much of its bytes' file is allocated.
+    pub fn allocated(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.bytes.sync_all().expect("sync it");
+        self.bytes.metadata().expect("look at it").blocks() * 512
     }
 
     /// What it holds.

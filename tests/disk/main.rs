@@ -3,6 +3,7 @@
 mod ciphertext;
 #[path = "../common/mod.rs"]
 mod common;
+mod devices;
 mod host_disks;
 mod layers;
 mod xts_vectors;

@@ -1,6 +1,7 @@
 //! Encrypted volumes under a real Linux guest, which must take them for ordinary disks.
 
 use crate::common::guest::Guest;
+use crate::common::loop_disk::BareDisk;
 use crate::common::patience::AtEnd;
 use crate::common::store::Store;
 use base64::Engine;
@@ -10,6 +11,7 @@ use sealblk::kms::KeyProvider;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// A store with one volume called `t`.
@@ -283,6 +285,11 @@ fn data_key(store: &Store) -> String {
 /// Whoever has the data key needs no sealblk: the layer is what dm-crypt itself would have written.
 fn cryptsetup_reads_the_layer(sector_size: u32) {
     let store = store_with_volume(sector_size);
+    cryptsetup_reads(&store, sector_size, "", || store.only_layer());
+}
+
+/// What lies where `place` says is what dm-crypt would have written, read with these options besides.
+fn cryptsetup_reads(store: &Store, sector_size: u32, options: &str, place: impl FnOnce() -> PathBuf) {
     let attached = store.attach("t", &["--queues", "2"]);
     let mut guest = Guest::builder().disk(attached.socket()).boot();
     let files = guest.ok(MAKE_FILES);
@@ -290,14 +297,14 @@ fn cryptsetup_reads_the_layer(sector_size: u32) {
     guest.shutdown();
     attached.detach();
 
-    let mut guest = Guest::builder().plain_read_only_disk(store.only_layer()).boot();
+    let mut guest = Guest::builder().plain_read_only_disk(place()).boot();
     guest.refused("mount -o ro /dev/vda /mnt");
     guest.ok(&format!(
         "echo {} | base64 -d >/tmp/key
          cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --sector-size {sector_size} \\
-             --key-file /tmp/key --readonly /dev/vda clear
+             {options} --key-file /tmp/key --readonly /dev/vda clear
          mount -o ro /dev/mapper/clear /mnt",
-        data_key(&store)
+        data_key(store)
     ));
     assert_eq!(guest.ok(CHECK_FILES), files);
 }
@@ -305,6 +312,18 @@ fn cryptsetup_reads_the_layer(sector_size: u32) {
 #[test]
 fn cryptsetup_reads_a_layer_of_512_byte_sectors() {
     cryptsetup_reads_the_layer(512);
+}
+
+#[test]
+fn cryptsetup_reads_a_device_behind_its_header() {
+    let Some(disk) = BareDisk::zeros(257 << 20, 512) else { return };
+    let store = Store::new();
+    store.ok(&["volume", "create", "--device", disk.name(), "--name", "t"]);
+    let copy = store.root().parent().expect("it lies in a folder").join("device.img");
+    cryptsetup_reads(&store, 512, "--offset 2048", || {
+        std::fs::write(&copy, disk.content()).expect("copy the device");
+        copy
+    });
 }
 
 #[test]

@@ -131,7 +131,13 @@ impl Store {
 
 fn wanted(name: Option<&str>) -> Wanted {
     let geometry = Geometry::new(1 << 20, SectorSize::B512).unwrap();
-    Wanted { geometry, name: name.map(|n| n.parse().unwrap()), tags: Tags::default(), preallocate: false }
+    Wanted {
+        geometry,
+        name: name.map(|n| n.parse().unwrap()),
+        tags: Tags::default(),
+        preallocate: false,
+        device: None,
+    }
 }
 
 fn mode(path: &Path) -> u32 {

@@ -19,6 +19,7 @@ pub mod ring;
 mod turns;
 mod write_cache;
 
+use crate::backing::device::{self, DATA_START};
 use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
@@ -36,7 +37,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use turns::Turns;
@@ -118,9 +119,29 @@ impl Way {
     }
 }
 
+/// Where a layer's bytes lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Of a block device with a header: how many bytes of it are the layer's, from [`DATA_START`] on. None
+    /// where everything is the layer's, from the first byte on.
+    pub on_device: Option<u64>,
+}
+
+impl Place {
+    /// All of a file or device.
+    pub fn whole(path: impl Into<PathBuf>) -> Self {
+        Place { path: path.into(), on_device: None }
+    }
+}
+
 /// A file or block device that holds one layer.
 pub struct FileBacking {
     file: Arc<File>,
+    /// Where in the file the layer begins.
+    start: u64,
+    is_device: bool,
     /// What is known of O_DIRECT there; nothing of a file that is memory.
     found: Option<Found>,
     block_size: u32,
@@ -143,31 +164,43 @@ impl FileBacking {
         block_size: u32,
         near: Option<&FileBacking>,
     ) -> io::Result<Self> {
-        Self::open_after(path, read_only, block_size, near, Earlier::Awaited)
+        Self::open_after(&Place::whole(path), read_only, block_size, near, Earlier::Awaited)
     }
 
-    /// As [`FileBacking::open`], where it is known what became of the writes of earlier processes.
+    /// As [`FileBacking::open`], of what lies at `place`, and where it is known what became of the writes of
+    /// earlier processes.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if a device is not as long as the layer on it.
     pub fn open_after(
-        path: &Path,
+        place: &Place,
         read_only: bool,
         block_size: u32,
         near: Option<&FileBacking>,
         earlier: Earlier,
     ) -> io::Result<Self> {
-        let plain = files::open_layer(path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
-        let kind = plain.metadata()?.file_type();
+        let plain = files::open_layer(&place.path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
+        let is_device = plain.metadata()?.file_type().is_block_device();
         let direct = || {
             let mut how = OpenOptions::new();
             let how = how.read(true).write(!read_only).custom_flags(libc::O_DIRECT);
             // The file that was looked at, whatever its name means by now.
             how.open(format!("/proc/self/fd/{}", plain.as_raw_fd()))
         };
-        let size = lseek64(&plain, 0, Whence::SeekEnd)? as u64;
-        let (direct, found) = if fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
+        let len = lseek64(&plain, 0, Whence::SeekEnd)? as u64;
+        let (start, size) = match place.on_device {
+            Some(size) => (DATA_START, size),
+            None => (0, len),
+        };
+        if start.checked_add(size).is_none_or(|end| end > len) {
+            return Err(device::too_short(len, size));
+        }
+        // Device nodes lie on a file system that is memory.
+        let (direct, found) = if !is_device && fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
             (None, None)
         } else {
             let direct = direct().ok();
-            let data = next_data_of(&plain, 0)?;
+            let data = if is_device { Some(0..len) } else { next_data_of(&plain, 0)? };
             let near = near.and_then(|near| near.found.as_ref());
             let found = Found::of(direct.as_ref().unwrap_or(&plain), direct.is_some(), data, near)?;
             (direct, Some(found))
@@ -180,23 +213,40 @@ impl FileBacking {
             _ => {}
         }
         let write_cache = match way.access {
-            Access::Direct if kind.is_block_device() => WriteCache::of(&file).map(Arc::new),
+            Access::Direct if is_device => WriteCache::of(&file).map(Arc::new),
             _ => None,
         };
-        Ok(FileBacking { write_cache, ..Self::of(Arc::new(file), found, block_size, way, read_only, size) })
+        let opened = Self::of(Arc::new(file), start, is_device, found, block_size, way, read_only, size);
+        Ok(FileBacking { write_cache, ..opened })
     }
 
+    #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn of(
         file: Arc<File>,
+        start: u64,
+        is_device: bool,
         found: Option<Found>,
         block_size: u32,
         way: Way,
         read_only: bool,
         size: u64,
     ) -> Self {
-        let caps = Caps { access: way.words(found.as_ref()), size, unit: way.unit };
+        // A process that is confined could not ask any more.
+        let gives_back = !is_device || device::gives_back(&file);
+        let caps = Caps { access: way.words(found.as_ref()), size, unit: way.unit, gives_back };
         let memory = way.access.memory_of(&file, size);
-        FileBacking { file, found, block_size, way, read_only, caps, memory, write_cache: None }
+        FileBacking {
+            file,
+            start,
+            is_device,
+            found,
+            block_size,
+            way,
+            read_only,
+            caps,
+            memory,
+            write_cache: None,
+        }
     }
 
     /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once:
@@ -231,9 +281,14 @@ impl FileBacking {
         })
     }
 
-    /// This layer after its file was made longer. Nothing may be in flight when what is returned is used.
-    pub fn lengthened(&self) -> io::Result<Self> {
-        let size = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
+    /// This layer after it was made longer: `size` bytes, if it lies on a device with a header. Nothing may
+    /// be in flight when what is returned is used.
+    pub fn lengthened(&self, size: u64) -> io::Result<Self> {
+        let len = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
+        let size = if self.start == 0 { len } else { size };
+        if self.start.checked_add(size).is_none_or(|end| end > len) {
+            return Err(device::too_short(len, size));
+        }
         let mut way = Way::to(self.found.as_ref(), size, self.block_size, self.read_only);
         let file = if way.access == self.way.access {
             way = self.way.clone();
@@ -242,7 +297,10 @@ impl FileBacking {
             Arc::new(self.open_as(way.access)?)
         };
         let write_cache = self.write_cache.clone();
-        let same = Self::of(file, self.found, self.block_size, way, self.read_only, size);
+        let (start, is_device) = (self.start, self.is_device);
+        let mut same =
+            Self::of(file, start, is_device, self.found, self.block_size, way, self.read_only, size);
+        same.caps.gives_back = self.caps.gives_back;
         Ok(FileBacking { write_cache, ..same })
     }
 
@@ -254,6 +312,8 @@ impl FileBacking {
     ) -> io::Result<Box<dyn Queue>> {
         let reached = |layer: &FileBacking, file| Reached {
             file,
+            start: layer.start,
+            is_device: layer.is_device,
             inline: layer.way.access == Access::Inline,
             memory: layer.memory.clone(),
             unit: layer.way.unit as u32,
@@ -280,6 +340,10 @@ impl FileBacking {
 
     /// See [`Backing::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        if self.is_device {
+            // Only reading all of it would tell more.
+            return Ok((from < self.caps.size).then_some(from..self.caps.size));
+        }
         next_data_of(&self.file, from)
     }
 
@@ -312,10 +376,12 @@ impl Backing for FileBacking {
             while at < data.end {
                 // Whole blocks; the file may end within one.
                 let len = (data.end - at).next_multiple_of(pool::PAGE as u64).min(1 << 20) as usize;
-                let n = match self.file.read_at(room.bytes(len), at) {
+                let n = match self.file.read_at(room.bytes(len), self.start + at) {
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     read => read?,
                 };
+                // A device may go on behind the layer.
+                let n = n.min((self.caps.size - at.min(self.caps.size)) as usize);
                 if !is_zero(room.bytes(n)) {
                     return Ok(true);
                 }
@@ -386,20 +452,21 @@ pub(crate) fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u6
 }
 
 /// Page-aligned bytes, as O_DIRECT wants them.
-struct Aligned {
+pub(crate) struct Aligned {
     room: Vec<u8>,
     skip: usize,
 }
 
 impl Aligned {
-    fn new(len: usize) -> Self {
+    /// Zeros.
+    pub(crate) fn new(len: usize) -> Self {
         let room = vec![0; len + pool::PAGE];
         let skip = room.as_ptr().align_offset(pool::PAGE);
         Aligned { room, skip }
     }
 
     /// The first `len` of them, at most as many as there are.
-    fn bytes(&mut self, len: usize) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self, len: usize) -> &mut [u8] {
         &mut self.room[self.skip..self.skip + len]
     }
 }
@@ -447,7 +514,14 @@ mod tests {
         // The kernel may hold it like this for as long as an io_uring is kept and not used.
         let held = Arc::new(backing.open_again().unwrap());
         drop(backing);
-        let top = Reached { file: held.clone(), inline: false, memory: None, unit: 512 };
+        let top = Reached {
+            file: held.clone(),
+            start: 0,
+            is_device: false,
+            inline: false,
+            memory: None,
+            unit: 512,
+        };
         let queue = FileQueue::new(top, Vec::new(), 1).unwrap();
         let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         assert!(lock_in_flight(&other, locks::Kind::Exclusive).is_err());

@@ -271,7 +271,7 @@ fn show(env: &Env, reference: &str) -> Result<()> {
         }
     }
     for (layer, usage) in snapshot.layers().iter().zip(&layers) {
-        rows.push(pair("layer", catalog.layer_path(layer.id).display().to_string()));
+        rows.push(pair("layer", catalog.shown_place(layer.id).display().to_string()));
         rows.push(pair("", space::layer_words(usage)));
     }
     rows.extend(snapshot.label().tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}"))));
@@ -314,7 +314,7 @@ pub(super) fn tell_that_unproved(snapshot: &Snapshot) {
 fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
     let keys: Vec<Value> = snapshot.keys().iter().map(slots::key_json).collect();
     let layers = snapshot.layers().iter().map(|layer| {
-        let path = catalog.layer_path(layer.id).display().to_string();
+        let path = catalog.shown_place(layer.id).display().to_string();
         json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": path})
     });
     json!({

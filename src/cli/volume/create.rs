@@ -1,17 +1,22 @@
 //! `sealblk volume create`.
 #![forbid(unsafe_code)]
 
-use crate::base::{Result, size};
+use crate::base::{Error, Kind, Result, size};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::filter::{self, Tag};
+use crate::cli::progress::Progress;
 use crate::cli::slots::AlsoArgs;
 use crate::cli::snapshot::tell_that_unproved;
 use crate::cli::volume::show::description;
 use crate::cli::{Env, output};
 use crate::crypt::SectorSize;
+use crate::ops::Store;
 use crate::ops::create::{self, NewVolume};
+use crate::ops::device::Candidate;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What `volume create` takes.
 #[derive(clap::Args)]
@@ -22,23 +27,29 @@ Examples:
   sealblk volume create --size 20GiB --key alias/near --also-key aws:alias/far
   sealblk volume create --snapshot snap-0a1b --size 40GiB
   sealblk volume create --snapshot snap-0a1b --own-data-key
+  sealblk volume create --device /dev/disk/by-id/nvme-X --name fast
+  sealblk volume create --device /dev/vg/db --wipe --name db
 
 The data key is made and wrapped by the KMS key; nobody sees it. With --also-key other KMS keys wrap it as well, and any
 of them gives it: a KMS that is down stops no attach. Prints the new volume's id. A volume from a
 snapshot is there at once, whatever its size. Under the snapshot's KMS key it has the same data key; with
 --own-data-key, or clone-data-key = \"own\" in the settings, what it writes is under one of its own, which no
 other volume made from that snapshot has. With another --key it gets one of its own as well, and what the
-snapshot holds is encrypted anew in the background while the volume is attached.")]
+snapshot holds is encrypted anew in the background while the volume is attached.
+
+With --device the volume, or the top layer of one from a snapshot, lies on a block device and not in a file. It has to
+be zeros, every byte of it, and is read to see that; --wipe makes it zeros. A device that is in use is refused in any
+case. The first MiB holds a header, which makes the device complete in itself; docs/storage.md tells more.")]
 pub struct CreateArgs {
     /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB
-    /// [default: the snapshot's].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present = "snapshot")]
+    /// [default: what the device has room for, or the snapshot's].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present_any = ["snapshot", "device"])]
     size: Option<u64>,
     /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
     #[arg(long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
-    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default:
-    /// 512, or the snapshot's].
+    /// Bytes in a sector, of the guest's disk and of the cipher: 512 or 4096 [default: the snapshot's; 4096
+    /// on a device with blocks of so many; else 512].
     #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
     sector_size: Option<SectorSize>,
     /// The KMS key, by id, ARN or alias [default: the snapshot's, else the settings'
@@ -63,6 +74,13 @@ pub struct CreateArgs {
     /// Set the whole size aside in the file system now.
     #[arg(long)]
     preallocate: bool,
+    /// The block device that it lies on, all of which is taken: a logical volume, a partition, a disk. Best
+    /// by a name that lasts, as those in /dev/disk/by-id.
+    #[arg(long, value_name = "DEVICE", conflicts_with = "preallocate")]
+    device: Option<PathBuf>,
+    /// Make the device zeros first: whatever it holds is lost. Interrupted and given again, it goes on.
+    #[arg(long, requires = "device")]
+    wipe: bool,
     #[command(flatten)]
     space: SpaceArgs,
 }
@@ -82,6 +100,7 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,
+        device: args.device.as_deref().map(Candidate::open).transpose()?.map(Arc::new),
         budget: args.space.budget(&store),
     };
     let snapshot =
@@ -94,11 +113,35 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
     {
         tell_that_unproved(snapshot);
     }
+    if let Some(device) = &new.device {
+        take(&store, device, args.wipe)?;
+    }
     let made = create::create(&store, &new, snapshot.as_ref())?;
     match env.json {
         true => output::print_json(&description(&catalog, &made)?),
         false => output::print(&format!("{}\n", made.id())).map(drop),
     }
+}
+
+/// Sees to it that a device is zeros, with progress on a terminal.
+pub(super) fn take(store: &Store, device: &Candidate, wipe: bool) -> Result<()> {
+    let mut progress = Progress::new()?;
+    let stopped = if wipe { "the same command goes on with it" } else { "nothing was changed" };
+    let mut watch = |done, total| {
+        let at = progress.at(done, total);
+        at.map_err(|_| Error::new(Kind::Other, format!("it was interrupted; {stopped}")))
+    };
+    let done = device.make_zeros(&store.catalog(), wipe, &mut watch);
+    drop(progress);
+    done?;
+    if !device.name().lasts() {
+        output::tell(&format!(
+            "{} may have another name after the next boot, and no name that lasts was found in /dev/disk: \
+             the volume is attached only while that name means this device",
+            device.name().path().display()
+        ));
+    }
+    Ok(())
 }
 
 pub(super) fn parse_sector_size(text: &str) -> Result<SectorSize, String> {

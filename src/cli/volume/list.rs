@@ -99,6 +99,12 @@ pub(super) fn list(env: &Env, args: &ListArgs) -> Result<()> {
         let cells = metadata().map(|metadata| metadata.map(|it| keys.words(it.keys())));
         add_column(&mut rows, "KEY", cells);
     }
+    let device = |metadata: &crate::catalog::Metadata| catalog.on_device(metadata.top().id).ok().flatten();
+    let devices: Vec<Option<String>> =
+        metadata().map(|metadata| device(metadata?).map(|on| on.name.display().to_string())).collect();
+    if devices.iter().any(Option::is_some) {
+        add_column(&mut rows, "DEVICE", devices.into_iter());
+    }
     let limits = |id| {
         let kept = kept::limits(&catalog.attach_settings(id).ok()?);
         modify::limit_words(kept.iops, kept.throughput)
@@ -199,7 +205,7 @@ fn sum(overview: &Overview) -> String {
 
 fn add_space(value: &mut Value, id: VolumeId, overview: &Overview) {
     let usage = overview.usage(id);
-    value["space"] = json!({"own": usage.own, "shared": usage.shared});
+    value["space"] = json!({"own": usage.own, "shared": usage.shared, "on_devices": usage.on_devices});
     // Nothing that changes by itself: lists are compared.
     value["file_system"] = match &overview.space {
         Some(space) => json!({"size": space.size, "volumes": overview.sizes}),
@@ -236,10 +242,14 @@ fn row(catalog: &Catalog, entry: &Entry, overview: &Overview) -> Result<Vec<Stri
             return Ok(vec![id, none(), none(), none(), none(), "damaged".into(), none(), none()]);
         }
     };
-    let usage = match overview.usage(entry.id) {
-        Usage { own, shared: 0 } => size::about(own),
-        Usage { own, shared } => format!("{} + {} shared", size::about(own), size::about(shared)),
-    };
+    let Usage { own, shared, on_devices } = overview.usage(entry.id);
+    let mut usage = size::about(own);
+    if shared > 0 {
+        usage += &format!(" + {} shared", size::about(shared));
+    }
+    if on_devices > 0 {
+        usage += &format!(" + {} of devices", size::about(on_devices));
+    }
     Ok(vec![
         id,
         metadata.name().map_or_else(none, ToString::to_string),

@@ -1,6 +1,7 @@
 //! `sealblk volume`: make, list, show, tag, rewrap and delete volumes.
 #![forbid(unsafe_code)]
 
+mod adopt;
 pub(super) mod create;
 pub(super) mod export;
 mod import;
@@ -29,6 +30,8 @@ pub enum Command {
     Import(import::ImportArgs),
     /// Write what a volume holds into a file, in the clear.
     Export(export::ExportArgs),
+    /// Take a volume in that lies on a block device, from another host or another store.
+    Adopt(adopt::AdoptArgs),
     /// List the volumes.
     #[command(
         visible_alias = "ls",
@@ -55,6 +58,8 @@ requests a second, READ/S and WRITTEN/S bytes a second, of attached volumes whos
     Rewrap(rewrap::RewrapArgs),
     /// Give a volume a new data key, attached or not, and encrypt everything anew under it.
     Rekey(rekey::RekeyArgs),
+    /// Move a volume onto a block device, or into a file, while it is in use.
+    Move(rekey::MoveArgs),
     /// Make a volume's layers one, attached or not: it needs no snapshot's data any more then.
     Flatten(rekey::FlattenArgs),
     /// Send a volume to another host by a place that both reach, and delete it here when it has come.
@@ -118,11 +123,13 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Create(args) => create::run(env, &args),
         Command::Import(args) => import::run(env, &args),
         Command::Export(args) => export::run(env, &args),
+        Command::Adopt(args) => adopt::run(env, &args),
         Command::List(args) => list::list(env, &args),
         Command::Show(args) => show::show(env, &args),
         Command::Key(command) => slots::volume(env, command),
         Command::Rewrap(args) => rewrap::volume(env, &args),
         Command::Rekey(args) => rekey::rekey(env, &args),
+        Command::Move(args) => rekey::move_to(env, &args),
         Command::Flatten(args) => rekey::flatten(env, &args),
         Command::Send(args) => send::send(env, &args),
         Command::Receive(args) => send::receive(env, &args),

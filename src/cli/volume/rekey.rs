@@ -1,18 +1,22 @@
 //! `sealblk volume rekey` and `sealblk volume flatten`.
 #![forbid(unsafe_code)]
 
+use super::create::take;
 use super::show;
 use crate::base::plural::counted;
-use crate::base::{Result, size};
+use crate::base::{Error, Kind, Result, size};
 use crate::catalog::VolumeId;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::meter::Meter;
 use crate::cli::slots::AlsoArgs;
 use crate::cli::{Env, output};
+use crate::ops::device::Candidate;
 use crate::ops::flatten::Pace;
+use crate::ops::move_to::{self, Target};
 use crate::ops::need::Budget;
 use crate::ops::rekey::{self, Rekeyed};
 use crate::ops::{Store, flatten};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What `volume rekey` takes.
@@ -44,9 +48,41 @@ pub struct RekeyArgs {
     key: Option<String>,
     #[command(flatten)]
     also: AlsoArgs,
+    /// The block device that what is encrypted anew shall lie on. The volume has to be
+    /// detached for that moment.
+    #[arg(long, value_name = "DEVICE")]
+    onto: Option<PathBuf>,
+    /// With --onto: make the device zeros first: whatever it holds is lost.
+    #[arg(long, requires = "onto")]
+    wipe: bool,
     /// Is refused: says why, and what can be done.
     #[arg(long, hide = true)]
     cancel: bool,
+    #[command(flatten)]
+    following: FollowArgs,
+}
+
+/// What `volume move` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk volume move db --to /dev/vg/db --wipe --follow
+  sealblk volume move db --to file
+
+Puts an empty top layer there, which takes what is written from now on, and has everything else copied into it: in the
+background while the volume is attached (see \"attach --hydrate-rate\"); with --follow on a volume that nobody has
+attached, by this command. When that is done, what lay elsewhere goes, unless a snapshot needs it; a device that the
+volume lay on is free then. Whatever interrupts it, it goes on at the next attach. The volume has to be detached for
+the moment in which it gets its new top, and not for the copying. Id, name and keys stay what they are.")]
+pub struct MoveArgs {
+    /// The volume: its id, the first digits of its id, or its name.
+    volume: String,
+    /// Where: a block device, or \"file\" for a file of the store.
+    #[arg(long, value_name = "DEVICE|file")]
+    to: PathBuf,
+    /// Make the device zeros first: whatever it holds is lost.
+    #[arg(long)]
+    wipe: bool,
     #[command(flatten)]
     following: FollowArgs,
 }
@@ -102,9 +138,37 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
         return cancel(env, &store, id);
     }
     let (also, budget) = (args.also.wanted(), args.following.budget(&store));
-    let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref(), &also, budget)?;
+    let onto = args.onto.as_deref().map(Candidate::open).transpose()?;
+    if let Some(device) = &onto {
+        device.check_size(env.catalog().load(id)?.size())?;
+        take(&store, device, args.wipe)?;
+    }
+    let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref(), &also, budget, onto.as_ref())?;
+    // Whoever follows has it for himself.
+    drop(onto);
     say_pause(env, id, pause);
     finish(env, &store, id, &args.following, &format!("{id} has a new data key, wrapped by {new}"))
+}
+
+/// Moves a volume to another place.
+pub(super) fn move_to(env: &Env, args: &MoveArgs) -> Result<()> {
+    let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
+    let target = match args.to.as_os_str() == "file" {
+        true => Target::File,
+        false => Target::Device(Candidate::open(&args.to)?),
+    };
+    move_to::check(&store, id, &target, args.following.budget(&store))?;
+    match &target {
+        Target::Device(device) => take(&store, device, args.wipe)?,
+        Target::File if args.wipe => {
+            return Err(Error::new(Kind::Usage, "a file is made; leave out --wipe"));
+        }
+        Target::File => {}
+    }
+    move_to::start(&store, id, &target)?;
+    // Whoever follows has the device for himself.
+    drop(target);
+    finish(env, &store, id, &args.following, &format!("{id} is being moved to {}", args.to.display()))
 }
 
 /// Makes a volume's layers one.

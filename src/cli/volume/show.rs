@@ -99,7 +99,7 @@ fn rows(
         }
     }
     for (layer, usage) in metadata.layers().iter().zip(layers) {
-        rows.push(pair("layer", catalog.layer_path(layer.id).display()));
+        rows.push(pair("layer", catalog.shown_place(layer.id).display()));
         rows.push(pair("", space::layer_words(usage)));
     }
     rows.extend(attached.hydration(catalog, metadata));
@@ -298,7 +298,7 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
     let layers: Vec<Value> = metadata
         .layers()
         .iter()
-        .map(|layer| json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": catalog.layer_path(layer.id).display().to_string()}))
+        .map(|layer| json!({"id": layer.id, "key": layer.key, "masked": layer.masked, "size": layer.size, "path": catalog.shown_place(layer.id).display().to_string()}))
         .collect();
     Ok(json!({
         "id": metadata.id(),
@@ -356,10 +356,10 @@ fn waiting(catalog: &Catalog, metadata: &Metadata) -> Value {
     }
 }
 
-/// What the leaving layers take on disk, in bytes: no more than that is left to be copied.
+/// In how many bytes the leaving layers may have something: no more than that is left to be copied.
 fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
     // What cannot be looked at is told of as the volume's problem.
-    metadata.layout().leaving_layers().iter().map(|layer| usage::on_disk(catalog, layer.id)).sum()
+    metadata.layout().leaving_layers().iter().map(|layer| usage::most_in(catalog, layer)).sum()
 }
 
 /// EBS's word for it.

@@ -27,7 +27,7 @@ impl Record {
         locks.iter().for_each(|(_, lock)| lock.give_way());
         let done = client.have_moved(PATIENCE);
         for (layer, lock) in locks {
-            if let Err(e) = lock.take(&self.catalog.layer_path(layer), Access::Read) {
+            if let Err(e) = lock.take(&self.catalog.shown_place(layer), Access::Read) {
                 log::error!("{e}: it is served all the same");
             }
         }

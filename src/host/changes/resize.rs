@@ -25,7 +25,7 @@ impl Record {
         let top = state.layers.first().ok_or_else(gone)?.clone();
         let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, top.backing.file())?;
         let mut growth = Some(growth);
-        let longer = top.backing.lengthened().context(|| "open the top layer anew");
+        let longer = top.backing.lengthened(size).context(|| "open the top layer anew");
         let done = longer.and_then(|backing| {
             let next = |disk: &Arc<Disk>, state: &State| {
                 let mut next = state.layers.clone();

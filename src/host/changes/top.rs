@@ -4,6 +4,7 @@
 //! the layer there, and the command that asked links that to where layers lie.
 
 use super::{PATIENCE, switch};
+use crate::backing::file::Place;
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::freeze::{Freeze, Maker};
@@ -90,7 +91,7 @@ fn open(
     is_linked(&path, &catalog.layer_path(new_top.id))?;
     let top = state.layers.first().ok_or_else(gone)?;
     // By the name that it has in the volume's folder: the other one is not this process's to open.
-    let layer = Layer::open(&path, Access::ReadWrite, block_size, cipher, Some(top))?;
+    let layer = Layer::open(&Place::whole(path), Access::ReadWrite, block_size, cipher, Some(top))?;
     top.backing.file().sync_data().context(|| "sync the top layer")?;
     Ok((layer, hold))
 }

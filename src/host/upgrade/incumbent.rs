@@ -67,7 +67,7 @@ impl Incumbent {
         catalog: &Catalog,
         metadata: &Metadata,
     ) -> Result<()> {
-        let path = catalog.layer_path(metadata.top().id);
+        let path = catalog.place(metadata.top())?.path;
         let (there, passed) = (path.symlink_metadata()?, top.metadata()?);
         let flags = OFlag::from_bits_retain(fcntl(top, FcntlArg::F_GETFL)?);
         let writes = flags & OFlag::O_ACCMODE == OFlag::O_RDWR;

@@ -282,6 +282,7 @@ fn new_volume(wanted: &Wanted, budget: Budget) -> NewVolume {
         name: Some(wanted.name.clone()),
         tags: wanted.tags.clone().unwrap_or_default(),
         preallocate: false,
+        device: None,
         budget,
     }
 }

@@ -10,7 +10,8 @@
 //! there, nothing of what it shows is given back. So whoever has read a snapshot looks in the end whether
 //! its record is still there.
 
-use crate::backing::file::next_data_of;
+use crate::backing::device::DATA_START;
+use crate::backing::file::{Place, next_data_of};
 use crate::backup::block::{BLOCK, SECTOR, encode};
 use crate::backup::manifest::Planes;
 use crate::base::root::files;
@@ -29,6 +30,8 @@ use std::path::PathBuf;
 struct LayerFile {
     path: PathBuf,
     file: File,
+    /// Where in the file the layer begins.
+    start: u64,
     size: u64,
     _lock: ImageLock,
     /// The run of data that was found last; none after the last one.
@@ -37,17 +40,21 @@ struct LayerFile {
 
 impl LayerFile {
     fn open(catalog: &Catalog, layer: &LayerRecord) -> Result<Self> {
-        let path = catalog.layer_path(layer.id);
+        let Place { path, on_device } = catalog.place(layer)?;
         let lock = ImageLock::acquire(&path, Access::Read)?;
         let file =
             files::open_layer(&path, OFlag::O_RDONLY).context(|| format!("open {}", path.display()))?;
-        Ok(LayerFile { path, file, size: layer.size, _lock: lock, found: Some(0..0) })
+        catalog.check_is_layers(layer.id, &file)?;
+        // A device does not tell where it has data.
+        let (start, found) = if on_device.is_some() { (DATA_START, 0..layer.size) } else { (0, 0..0) };
+        Ok(LayerFile { path, file, start, size: layer.size, _lock: lock, found: Some(found) })
     }
 
     /// What is left at or after `at`, which never goes back, of the next run that ends after it.
     fn data_after(&mut self, at: u64) -> Result<Option<Range<u64>>> {
         if self.found.as_ref().is_some_and(|run| run.end <= at) {
-            let found = next_data_of(&self.file, at);
+            let is_file = self.start == 0;
+            let found = if is_file { next_data_of(&self.file, at) } else { Ok(None) };
             self.found = found.context(|| format!("look for data in {}", self.path.display()))?;
         }
         Ok(self.found.as_ref().map(|run| run.start.max(at)..run.end))
@@ -61,11 +68,11 @@ impl LayerFile {
         }
         let there = self.size.saturating_sub(at).min(room.len() as u64) as usize;
         let (there, beyond) = room.split_at_mut(there);
-        let read = self.file.read_exact_at(there, at);
+        let read = self.file.read_exact_at(there, self.start + at);
         read.context(|| format!("read {} at {at}", self.path.display()))?;
         beyond.fill(0);
         // Guests may need the memory more than whoever reads this next.
-        let (at, len) = (at as libc::off_t, there.len() as libc::off_t);
+        let (at, len) = ((self.start + at) as libc::off_t, there.len() as libc::off_t);
         let _ = posix_fadvise(&self.file, at, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         Ok(true)
     }

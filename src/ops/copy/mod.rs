@@ -23,7 +23,7 @@ use crate::events::Event;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
 use crate::kms::{Failure, KmsKey};
-use crate::volume::layers::{self, Layer};
+use crate::volume::layers;
 use crate::volume::open::shape;
 use full::Copying;
 
@@ -123,7 +123,7 @@ fn fill(
     let ciphers: Vec<_> = top.into_iter().chain(below).collect();
     let opened = layers::open_stack(records.len(), |n, near| {
         let access = if n == 0 { Access::ReadWrite } else { Access::Read };
-        Layer::open(&catalog.layer_path(records[n].id), access, block_size, ciphers[n].clone(), near)
+        layers::open_one(catalog, records[n], access, block_size, ciphers[n].clone(), near)
     })?;
     let disk = Disk::layered(shape(source.geometry(), false), "", layers::chain(&opened));
     let disk = disk.context(|| "open the layers")?.hydrating();

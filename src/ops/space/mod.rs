@@ -250,10 +250,17 @@ impl Work<'_, '_> {
             let empty = self.empty_layers(&chains)?;
             let is_wanted = |id| self.is_wanted(id);
             let found = pairs(&chains, &empty, is_wanted);
-            let Some(pair) = found.into_iter().find(|pair| !left.contains(&(pair.upper.id, pair.lower.id)))
-            else {
-                return Ok(());
-            };
+            let mut found = found.into_iter().filter(|pair| !left.contains(&(pair.upper.id, pair.lower.id)));
+            // A layer on a device takes the device, merged or not.
+            let is_file = |id| Ok::<_, Error>(self.catalog.on_device(id)?.is_none());
+            let is_of_files =
+                |pair: &Pair| Ok::<_, Error>(is_file(pair.upper.id)? && is_file(pair.lower.id)?);
+            let next = found.find_map(|pair| match is_of_files(&pair) {
+                Ok(true) => Some(Ok(pair)),
+                Ok(false) => None,
+                Err(e) => Some(Err(e)),
+            });
+            let Some(pair) = next.transpose()? else { return Ok(()) };
             let is_pressing = chains.iter().any(|chain| {
                 let full = chain.links.iter().filter(|link| !empty.contains(&link.id));
                 chain.position(pair.upper.id).is_some() && full.count() >= LONG_CHAIN

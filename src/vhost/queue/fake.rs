@@ -73,7 +73,7 @@ pub(super) fn disk(control: &Arc<Control>) -> Arc<Disk> {
     let shape = Shape { sectors: 2048, block_size: 512, read_only: false };
     let backing = FakeBacking {
         control: control.clone(),
-        caps: Caps { access: "fake".into(), size: 1 << 20, unit: 512 },
+        caps: Caps { access: "fake".into(), size: 1 << 20, unit: 512, gives_back: true },
     };
     Arc::new(Disk::new(shape, "", Box::new(backing), None, lock))
 }

@@ -5,5 +5,5 @@
 mod images;
 mod linux;
 mod memory;
-mod rig;
+pub mod rig;
 mod tops;

@@ -3,6 +3,7 @@
 use crate::common::frontend::{Options, Session};
 use crate::common::loop_disk::{Kind, LoopDisk};
 use crate::common::patience::limit;
+use sealblk::backing::file::Place;
 use sealblk::backing::{Event, Wait};
 use sealblk::crypt::xts::{Engine, new_cipher};
 use sealblk::crypt::{Dek, SectorSize};
@@ -93,7 +94,7 @@ impl Keys {
 
     pub fn open(&self, file: &LayerFile, access: Access, block: u32) -> Layer {
         let cipher = file.key.and_then(|key| self.0[key].clone());
-        Layer::open(&file.path, access, block, cipher, None).unwrap()
+        Layer::open(&Place::whole(&file.path), access, block, cipher, None).unwrap()
     }
 
     /// All layers, the top first.

@@ -57,6 +57,10 @@ pub(super) struct Reached {
     /// Its file. The top's is the queue's own; of those below all queues share one, since nothing is written
     /// through it, and so no error is told to one of them only.
     pub file: Arc<File>,
+    /// Where in the file the layer begins.
+    pub start: u64,
+    /// Whether it is a block device.
+    pub is_device: bool,
     /// Whether it is read and written by the queue's thread on the spot.
     pub inline: bool,
     /// Where the file is memory.
@@ -73,6 +77,8 @@ pub(super) struct FileQueue {
     /// Whether the pool is registered as fixed buffer 0.
     registered: bool,
     file: Arc<File>,
+    start: u64,
+    is_device: bool,
     inline: bool,
     memory: Option<User>,
     unit: u32,
@@ -98,7 +104,7 @@ pub(super) struct FileQueue {
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
     pub(super) fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
-        let Reached { file, inline, memory, unit } = top;
+        let Reached { file, start, is_device, inline, memory, unit } = top;
         let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
         let by_ring = !inline || below.iter().any(|b| !b.inline);
@@ -115,6 +121,8 @@ impl FileQueue {
             pool,
             registered,
             file,
+            start,
+            is_device,
             inline,
             memory: memory.map(User::of),
             unit,
@@ -248,10 +256,13 @@ impl FileQueue {
             pending.tries += 1;
             return self.submit_again(slot, pending);
         }
-        if let (libc::EOPNOTSUPP, Work::Zero { mode: mode @ ZERO, .. }) = (-result, &mut pending.work) {
-            // The file system cannot keep the space.
-            *mode = PUNCH;
-            return self.submit_again(slot, pending);
+        if let (libc::EOPNOTSUPP, Work::Zero { mode, .. }) = (-result, &mut pending.work) {
+            // A file system may not be able to keep the space; a device, to give it back.
+            let (first, then) = if self.is_device { (PUNCH, ZERO) } else { (ZERO, PUNCH) };
+            if *mode == first {
+                *mode = then;
+                return self.submit_again(slot, pending);
+            }
         }
         let result = match u32::try_from(result) {
             Err(_) => Err(io::Error::from_raw_os_error(-result)),
@@ -287,7 +298,11 @@ impl FileQueue {
     }
 
     fn submit_again(&mut self, slot: u32, pending: Pending) {
-        let entry = pending.work.entry(&self.pool, self.registered);
+        let start = match pending.work.file() {
+            TOP => self.start,
+            below => self.below[below as usize - 1].start,
+        };
+        let entry = pending.work.entry(&self.pool, self.registered, start);
         self.push(entry.user_data(u64::from(slot)));
         self.pending[slot as usize] = Some(pending);
     }

@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 fn queue() -> FileQueue {
     let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     file.set_len(1 << 20).unwrap();
-    let layer = Reached { file: Arc::new(file), inline: false, memory: None, unit: 512 };
+    let layer =
+        Reached { file: Arc::new(file), start: 0, is_device: false, inline: false, memory: None, unit: 512 };
     FileQueue::new(layer, vec![], 4).unwrap()
 }
 
@@ -16,7 +17,8 @@ fn in_units(unit: u32, queues: usize) -> Vec<FileQueue> {
     file.set_len(1 << 20).unwrap();
     let turns = Arc::new(Turns::new());
     let queue = |_| {
-        let layer = Reached { file: file.clone(), inline: false, memory: None, unit };
+        let layer =
+            Reached { file: file.clone(), start: 0, is_device: false, inline: false, memory: None, unit };
         FileQueue::new(layer, vec![], 4).unwrap().with_turns(Some(turns.clone())).unwrap()
     };
     (0..queues).map(queue).collect()

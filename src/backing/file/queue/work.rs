@@ -56,6 +56,14 @@ impl Work {
         }
     }
 
+    /// Which layer it is about.
+    pub(super) fn file(&self) -> u32 {
+        match self {
+            Work::Move(moving) => moving.file,
+            Work::Sync | Work::Zero { .. } => TOP,
+        }
+    }
+
     /// What is left when the kernel has moved `moved` bytes.
     pub(super) fn after(&self, moved: u32) -> Left {
         let Work::Move(moving) = *self else { return Left::Nothing };
@@ -81,15 +89,16 @@ impl Work {
         }
     }
 
-    /// What the kernel is told. `registered`: it knows the pool as fixed buffer 0.
-    pub(super) fn entry(&self, pool: &Pool, registered: bool) -> squeue::Entry {
+    /// What the kernel is told. `registered`: it knows the pool as fixed buffer 0. `start`: where in its file
+    /// the layer begins.
+    pub(super) fn entry(&self, pool: &Pool, registered: bool, start: u64) -> squeue::Entry {
         match *self {
             Work::Sync => opcode::Fsync::new(types::Fixed(TOP)).flags(types::FsyncFlags::DATASYNC).build(),
             Work::Zero { offset, len, mode } => {
-                opcode::Fallocate::new(types::Fixed(TOP), len).offset(offset).mode(mode).build()
+                opcode::Fallocate::new(types::Fixed(TOP), len).offset(start + offset).mode(mode).build()
             }
             Work::Move(Move { way, file, offset, span, .. }) => {
-                let (file, ptr) = (types::Fixed(file), pool.ptr(span));
+                let (file, ptr, offset) = (types::Fixed(file), pool.ptr(span), start + offset);
                 match (way, registered) {
                     (Way::Read, true) => {
                         opcode::ReadFixed::new(file, ptr, span.len, 0).offset(offset).build()

@@ -1,0 +1,319 @@
+//! Layers on block devices: where each one lies, and whether what lies there is that layer.
+//!
+//! In `layers/`, such a layer has a `<uuid>.device` in place of a `<uuid>.img`. That file names the device,
+//! and is a claim, like everything that lies with the ciphertext. What proves it is the device's own
+//! [header], which names the layer, and has the token that the file has: whoever can write the store alone
+//! can make no other device pass for the layer.
+
+pub(crate) mod header;
+
+use crate::backing::device::{self, DATA_START};
+use crate::backing::file::Place;
+use crate::base::root::{files, replace_file};
+use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::metadata::{LayerRecord, Metadata, written};
+use crate::catalog::{Catalog, LayerId, read_bounded};
+use header::{Found, Header, Token};
+use nix::fcntl::OFlag;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+const FORMAT: u32 = 1;
+const ENDING: &str = ".device";
+
+/// A device that holds a layer of the store, as the store has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OnDevice {
+    /// The name by which the device is known.
+    pub name: PathBuf,
+    token: Token,
+    layer: LayerId,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    format: u32,
+    device: PathBuf,
+    token: String,
+}
+
+impl OnDevice {
+    /// The device's own path, without links.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is not there, or is no block device.
+    fn path(&self) -> Result<PathBuf> {
+        let name = self.name.display();
+        let path = self.name.canonicalize().map_err(|e| match e.kind() {
+            ErrorKind::NotFound => {
+                let message = format!(
+                    "the device {name}, on which layer {} lies, is not there; connect it, or start what \
+                     provides it",
+                    self.layer
+                );
+                Error::new(Kind::Corrupt, message)
+            }
+            _ => Error::from(e).context(format!("look at {name}")),
+        })?;
+        match path.symlink_metadata()?.file_type().is_block_device() {
+            true => Ok(path),
+            false => Err(Error::new(Kind::Corrupt, format!("{name} is no block device any more"))),
+        }
+    }
+
+    /// Opens the device, past the page cache: what another host has written may be there.
+    fn open(&self, flags: OFlag) -> Result<File> {
+        let path = self.path()?;
+        files::open_layer(&path, flags | OFlag::O_DIRECT).context(|| format!("open {}", path.display()))
+    }
+
+    /// What the device's header says, if it is that of this layer in this store.
+    ///
+    /// # Errors
+    /// `Corrupt` for a device with another header, or with none; those of the device.
+    fn found(&self, device: &File) -> Result<Found> {
+        let name = self.name.display();
+        let problem = match Found::read(device).context(|| format!("look at {name}"))? {
+            None => format!(
+                "{name} has no header of sealblk's: it is another device by now, or was overwritten; give \
+                 the right device that name, or restore it from a backup"
+            ),
+            Some(Found { header, .. }) if header.layer != self.layer => format!(
+                "{name} holds layer {}{}, and not {}: it is another device by now; give the right device \
+                 that name",
+                header.layer,
+                header.volume_id().map_or(String::new(), |id| format!(" of {id}")),
+                self.layer
+            ),
+            Some(Found { header, .. }) if header.token != self.token => format!(
+                "{name} was taken over by another store (\"sealblk volume adopt\"), or its header was put \
+                 back from before this store took it over; only one store may have it"
+            ),
+            Some(found) => return Ok(found),
+        };
+        Err(Error::new(Kind::Corrupt, problem))
+    }
+}
+
+impl Catalog {
+    /// What says on which device a layer lies, if it lies on one.
+    pub fn device_file(&self, layer: LayerId) -> PathBuf {
+        self.root().layers().join(format!("{layer}{ENDING}"))
+    }
+
+    /// The device that a layer lies on; none if it is a file of the store.
+    ///
+    /// # Errors
+    /// `Corrupt` for a `<uuid>.device` that sealblk has not written.
+    pub fn on_device(&self, layer: LayerId) -> Result<Option<OnDevice>> {
+        let path = self.device_file(layer);
+        if !files::exists(&path) {
+            return Ok(None);
+        }
+        let attempt = || format!("read {}", path.display());
+        let bytes = match read_bounded(&path) {
+            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+            bytes => bytes.context(attempt)?,
+        };
+        let read = || match written::version(&bytes)? {
+            1 => {
+                let Written { device, token, .. } = written::read(&bytes)?;
+                Ok(OnDevice { name: device, token: Token::parse(&token)?, layer })
+            }
+            other => Err(written::unknown_version(other, "version 1")),
+        };
+        read().context(attempt).map(Some)
+    }
+
+    /// Where a layer's bytes lie.
+    ///
+    /// # Errors
+    /// As [`Catalog::on_device`]; `Corrupt` if the device is not there.
+    pub fn place(&self, layer: &LayerRecord) -> Result<Place> {
+        match self.on_device(layer.id)? {
+            None => Ok(Place::whole(self.layer_path(layer.id))),
+            Some(on) => Ok(Place { path: on.path()?, on_device: Some(layer.size) }),
+        }
+    }
+
+    /// The name by which people know where a layer lies.
+    pub fn shown_place(&self, layer: LayerId) -> PathBuf {
+        match self.on_device(layer) {
+            Ok(Some(on)) => on.name,
+            Ok(None) | Err(_) => self.layer_path(layer),
+        }
+    }
+
+    /// Looks whether `file`, which was opened where the layer lies, is the layer's device. A file of the
+    /// store is taken as it is.
+    ///
+    /// # Errors
+    /// `Corrupt` for another device.
+    pub fn check_is_layers(&self, layer: LayerId, file: &File) -> Result<()> {
+        match self.on_device(layer)? {
+            Some(on) => on.found(file).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Why a layer on a device cannot be used; none if it can, or is a file.
+    pub(super) fn check_device(&self, layer: &LayerRecord) -> Result<()> {
+        let Some(on) = self.on_device(layer.id)? else { return Ok(()) };
+        let device = on.open(OFlag::O_RDONLY)?;
+        on.found(&device)?;
+        let len = device::len(&device)?;
+        if len.saturating_sub(DATA_START) < layer.size {
+            let message = format!(
+                "{} has {len} bytes, and layer {} needs {}: it has shrunk; make it as long as it was",
+                on.name.display(),
+                layer.id,
+                layer.size.saturating_add(DATA_START)
+            );
+            return Err(Error::new(Kind::Corrupt, message));
+        }
+        Ok(())
+    }
+
+    /// Makes the top layer of a volume that is being made on a device, of which the data are zeros. The
+    /// record that names the layer is there. `name` is how the device is known.
+    ///
+    /// # Errors
+    /// Those of the device and of the file system.
+    pub(crate) fn make_device_layer(&self, volume: &Metadata, name: &Path, device: &File) -> Result<()> {
+        let token = Token::random();
+        let header = Header::of_top(volume, token)?;
+        // First what leads to the device, so that whoever clears up finds the header.
+        self.note_device(volume.top().id, name, token)?;
+        header.write(device, None).context(|| format!("write the header of {}", name.display()))
+    }
+
+    /// Notes that a layer lies on a device, which does not know of that yet.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(crate) fn note_device_of(&self, layer: LayerId, name: &Path) -> Result<()> {
+        self.note_device(layer, name, Token::random())
+    }
+
+    /// Takes the note away again.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(crate) fn forget_device_of(&self, layer: LayerId) -> Result<()> {
+        let path = self.device_file(layer);
+        files::remove_if_there(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// Whether a layer lies on a device.
+    ///
+    /// # Errors
+    /// As [`Catalog::on_device`].
+    pub(crate) fn is_on_a_device(&self, layer: LayerId) -> Result<bool> {
+        Ok(self.on_device(layer)?.is_some())
+    }
+
+    /// Makes `device`, which holds the top layer of `volume`, this store's: from now on no
+    /// other store takes it.
+    ///
+    /// # Errors
+    /// `Corrupt` for a device that holds another layer; those of the device.
+    pub(crate) fn take_device(&self, volume: &Metadata, device: &File) -> Result<()> {
+        let layer = volume.top().id;
+        let on = self.on_device(layer)?.ok_or_else(|| {
+            Error::new(Kind::Corrupt, format!("{} is missing", self.device_file(layer).display()))
+        })?;
+        let found = Found::read(device)?.filter(|found| found.header.layer == layer);
+        let found =
+            found.ok_or_else(|| Error::new(Kind::Corrupt, "the device holds another layer by now"))?;
+        Header::of_top(volume, on.token)?.write(device, Some(&found))
+    }
+
+    fn note_device(&self, layer: LayerId, name: &Path, token: Token) -> Result<()> {
+        let written = Written { format: FORMAT, device: name.to_owned(), token: token.to_string() };
+        replace_file(&self.device_file(layer), &written::to_json(&written))
+    }
+
+    /// Copies the record of a volume to the header of the device that its top lies on, and notes on those of
+    /// its other layers that they are frozen. Nothing in this store depends on that: what fails is made up
+    /// for by the next who writes the record, or attaches the volume.
+    pub fn copy_to_devices(&self, volume: &Metadata) {
+        for (n, layer) in volume.layers().iter().enumerate() {
+            if let Err(e) = self.copy_to_device(volume, layer.id, n == 0) {
+                log::warn!("{}: the copy of its record on its device is behind: {e}", volume.id());
+            }
+        }
+    }
+
+    fn copy_to_device(&self, volume: &Metadata, layer: LayerId, is_top: bool) -> Result<()> {
+        let Some(on) = self.on_device(layer)? else { return Ok(()) };
+        let found = on.found(&on.open(OFlag::O_RDONLY)?)?;
+        let next = match is_top {
+            true => Header::of_top(volume, on.token)?,
+            false => Header { frozen: true, ..found.header.clone() },
+        };
+        if next == found.header {
+            return Ok(());
+        }
+        let device = on.open(OFlag::O_RDWR)?;
+        next.write(&device, Some(&found)).context(|| format!("write the header of {}", on.name.display()))
+    }
+
+    /// Removes a layer that nothing names: its file; or of one on a device, the device's header, and with it
+    /// the copies of its wrapped keys. What else is on the device stays. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// Those of the device and of the file system.
+    pub(crate) fn remove_layer(&self, layer: LayerId) -> Result<bool> {
+        let on = match self.on_device(layer) {
+            // It leads nowhere.
+            Err(e) if e.kind() == Kind::Corrupt => Some(Err(e)),
+            on => on?.map(Ok),
+        };
+        if let Some(on) = on {
+            match on.and_then(|on| on.erase_header()) {
+                Ok(()) => {}
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    log::warn!("{e}; the header of layer {layer} is not erased, wherever its device is");
+                }
+                Err(e) => return Err(e),
+            }
+            let path = self.device_file(layer);
+            files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+            return Ok(true);
+        }
+        let path = self.layer_path(layer);
+        match files::remove(&path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Error::from(e).context(format!("remove {}", path.display()))),
+        }
+    }
+}
+
+impl OnDevice {
+    /// Makes the header zeros, durably; a device without a header is as good.
+    fn erase_header(&self) -> Result<()> {
+        let device = self.open(OFlag::O_RDWR)?;
+        match Found::read(&device) {
+            Ok(None) => return Ok(()),
+            // One that is damaged is nobody's any more, and this store has led here.
+            Err(e) if e.kind() == Kind::Corrupt => {}
+            Err(e) => return Err(e),
+            Ok(Some(_)) => drop(self.found(&device)?),
+        }
+        let erase = || {
+            device::write_pages(&device, 0, &vec![0; DATA_START as usize])?;
+            device.sync_all()
+        };
+        erase().context(|| format!("erase the header of {}", self.name.display()))
+    }
+}
+
+/// The layer whose file has this name in `layers/`; whether it is on a device does not matter.
+pub(crate) fn layer_of_name(name: &str) -> Option<LayerId> {
+    name.strip_suffix(".img").or_else(|| name.strip_suffix(ENDING))?.parse().ok()
+}
