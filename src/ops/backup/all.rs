@@ -139,7 +139,7 @@ pub fn back_up(
     wanted: &WantedBackup,
     watch: &mut dyn FnMut(VolumeId, u64, u64) -> Result<()>,
 ) -> Result<BackedUp> {
-    let _passphrase = passphrase::inherited_descriptor().map_err(Error::from)?;
+    let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     wanted.keep.as_ref().map_or(Ok(()), Keep::check)?;
     let catalog = store.catalog();
     let loaded: Vec<_> = wanted.volumes.iter().map(|&id| (id, loaded(store, &catalog, id))).collect();

@@ -52,7 +52,7 @@ pub struct Received {
 /// or if it was called off; those of the place and the KMS. It is still with whoever has sent it then, unless
 /// the error says otherwise.
 pub fn receive(store: &Store, target: &Target, wanted: &WantedReceive, watch: Watch<'_>) -> Result<Received> {
-    let _passphrase = passphrase::inherited_descriptor().map_err(Error::from)?;
+    let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     let catalog = store.catalog();
     let found = find(store, target, wanted, watch)?;
     let Found { snapshot, volume, name, .. } = found;

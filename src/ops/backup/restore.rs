@@ -112,7 +112,7 @@ pub fn restore(
     wanted: &WantedRestore,
     watch: &mut dyn FnMut(&Chosen, u64, u64) -> Result<()>,
 ) -> Result<Restored> {
-    let _passphrase = passphrase::inherited_descriptor().map_err(Error::from)?;
+    let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     let mut session = Session::open(store, target, For::Reading)?;
     let (of, chosen) = choose(&mut session, wanted)?;
     drop(session);

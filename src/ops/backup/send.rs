@@ -63,7 +63,7 @@ pub fn send(
     tell: &mut dyn FnMut(&str),
     watch: Watch<'_>,
 ) -> Result<SentVolume> {
-    let _passphrase = passphrase::inherited_descriptor().map_err(Error::from)?;
+    let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     let attempt = || format!("send {id} by {}", target.url);
     let catalog = store.catalog();
     let metadata = catalog.load(id)?;
