@@ -115,11 +115,7 @@ pub struct NameArg {
 /// Runs one `sealblk kms store` command.
 pub(super) fn run(env: &Env, kms: &Embedded, command: StoreCommand) -> Result<()> {
     match command {
-        StoreCommand::Add(_) if !cfg!(feature = "pkcs11") => {
-            let message = "keys in HSMs are used by the feature pkcs11, without which this sealblk was built";
-            Err(Error::new(Kind::Unsupported, message))
-        }
-        StoreCommand::Add(args) => add(env, kms, args),
+        StoreCommand::Add(args) => check_built().and_then(|()| add(env, kms, args)),
         StoreCommand::List => list(env, &kms.key_stores()?),
         StoreCommand::Connect(NameArg { name }) => {
             // What has failed is disconnected first, as on the wire.
@@ -145,10 +141,20 @@ pub(super) fn run(env: &Env, kms: &Embedded, command: StoreCommand) -> Result<()
     }
 }
 
+/// # Errors
+/// `Unsupported` where this program has no PKCS#11.
+pub(super) fn check_built() -> Result<()> {
+    if cfg!(feature = "pkcs11") {
+        return Ok(());
+    }
+    let message = "keys in HSMs are used by the feature pkcs11, without which this sealblk was built";
+    Err(Error::new(Kind::Unsupported, message))
+}
+
 fn add(env: &Env, kms: &Embedded, args: AddArgs) -> Result<()> {
-    let place = place(args.token.pkcs11, args.token.token, args.token.reach)?;
+    let place = args.token.place()?;
     let name = args.name.unwrap_or_else(|| place.token.clone());
-    let pin = passphrase::pin(None, &name, env.hardened)?;
+    let pin = passphrase::pin(None, &passphrase::of_key_store(&name), env.hardened)?;
     let kept = args.keep_pin.then(|| pin.clone());
     let id = kms.create_key_store(&NewKeyStore { name: &name, place, cluster: None, pin: kept })?;
     if let Err(e) = kms.connect_key_store(&id, Some(pin)) {
@@ -169,9 +175,19 @@ fn update(env: &Env, kms: &Embedded, args: UpdateArgs) -> Result<()> {
         _ => None,
     };
     let id = kms.key_store(name)?.id;
-    let pin = args.keep_pin.then(|| passphrase::pin(Some(&id), name, env.hardened)).transpose()?;
+    let pin = args
+        .keep_pin
+        .then(|| passphrase::pin(Some(&id), &passphrase::of_key_store(name), env.hardened))
+        .transpose()?;
     kms.update_key_store(&id, &KeyStoreChanges { name: args.new_name.as_deref(), pin, place })?;
     tell(env, &kms.key_store(&id)?, "updated")
+}
+
+impl TokenArgs {
+    /// Where it is.
+    pub(super) fn place(self) -> Result<Place> {
+        place(self.pkcs11, self.token, self.reach)
+    }
 }
 
 fn place(module: PathBuf, token: String, reach: ReachArgs) -> Result<Place> {

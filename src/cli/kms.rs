@@ -4,7 +4,7 @@ use crate::base::hardened::Hardened;
 use crate::base::root::{parent_of, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::cli::key::date;
-use crate::cli::key_stores::StoreCommand;
+use crate::cli::key_stores::{StoreCommand, TokenArgs};
 use crate::cli::output::{print, print_json, table};
 use crate::cli::{Env, input, key_stores};
 use crate::crypt::wiping_allocator;
@@ -62,6 +62,13 @@ pub enum Command {
     /// Put the root key under a passphrase, under another one, or under none.
     #[command(subcommand, after_help = "Example:\n  sealblk kms passphrase set")]
     Passphrase(PassphraseCommand),
+    /// Have a token of an HSM wrap the root key, or take it out again.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  sealblk kms root-key wrap --pkcs11 /usr/lib/softhsm/libsofthsm2.so --token \
+                      volumes"
+    )]
+    RootKey(RootKeyCommand),
     /// Keep keys in HSMs: make a token a key store, connect it, disconnect it.
     #[command(
         subcommand,
@@ -109,6 +116,24 @@ pub enum PassphraseCommand {
     /// Keep the root key without a passphrase, for whoever can read its file.
     #[command(after_help = "Example:\n  sealblk kms passphrase remove")]
     Remove,
+}
+
+/// What can be done with the root key and a token.
+#[derive(Debug, Subcommand)]
+pub enum RootKeyCommand {
+    /// Wrap the root key by a key that the token makes for it and never gives out. Nothing is encrypted anew.
+    ///
+    /// Whoever opens the KMS needs the token and its PIN from then on: by the descriptor that SEALBLK_PIN_FD
+    /// names, by the systemd credential sealblk-pin-root-key, or at the terminal. Make a copy first ("sealblk
+    /// kms backup"): without the token, nothing else opens the KMS.
+    #[command(
+        after_help = "Example:\n  sealblk kms root-key wrap --pkcs11 /usr/lib/softhsm/libsofthsm2.so --token \
+                      volumes"
+    )]
+    Wrap(TokenArgs),
+    /// Keep the root key without the token, for whoever can read its file. The token's key stays there.
+    #[command(after_help = "Example:\n  sealblk kms root-key unwrap")]
+    Unwrap,
 }
 
 /// A new passphrase.
@@ -232,6 +257,22 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
             kms.protect_root_key(None)?;
             root_key_is(env, false, "the passphrase is removed")
         }
+        Command::RootKey(RootKeyCommand::Wrap(args)) => {
+            key_stores::check_built()?;
+            let place = args.place()?;
+            // The old one first, as everywhere.
+            kms.unlock()?;
+            kms.wrap_root_key(place, passphrase::pin(None, "the KMS root key", env.hardened)?)?;
+            root_key_is_wrapped(env, true, "the root key is wrapped by the token")
+        }
+        Command::RootKey(RootKeyCommand::Unwrap) => {
+            let (_, place) = kms.root_key_place()?;
+            if !matches!(place, Place::InHsm(_)) {
+                return Err(Error::new(Kind::Usage, "the root key is not wrapped by an HSM"));
+            }
+            kms.protect_root_key(None)?;
+            root_key_is_wrapped(env, false, "the root key is in its file again")
+        }
         Command::Store(command) => key_stores::run(env, &kms, command),
         Command::Principal(PrincipalCommand::Create(args)) => {
             let (made, secret) = kms.create_principal(&args.name.name, args.admin)?;
@@ -265,6 +306,7 @@ fn show(env: &Env, kms: &Embedded) -> Result<()> {
     let (path, kept, words) = match &place {
         Place::File(path) => (path, "file", "in the clear, for whoever can read the file"),
         Place::UnderPassphrase(path) => (path, "passphrase", "under a passphrase"),
+        Place::InHsm(path) => (path, "hsm", "wrapped by an HSM"),
         Place::Credential(path) => (path, "credential", "a systemd credential"),
         Place::Missing(path) => (path, "missing", "MISSING: put it back from a backup"),
     };
@@ -328,6 +370,13 @@ fn restore(env: &Env, kms: &Embedded, args: &RestoreArgs) -> Result<()> {
 fn root_key_is(env: &Env, under_passphrase: bool, done: &str) -> Result<()> {
     match env.json {
         true => print_json(&json!({ "root_key_under_passphrase": under_passphrase })),
+        false => print(&format!("{done}\n")).map(drop),
+    }
+}
+
+fn root_key_is_wrapped(env: &Env, by_hsm: bool, done: &str) -> Result<()> {
+    match env.json {
+        true => print_json(&json!({ "root_key_wrapped_by_hsm": by_hsm })),
         false => print(&format!("{done}\n")).map(drop),
     }
 }

@@ -305,7 +305,10 @@ pub fn main() -> ExitCode {
         }
         let env = env(general, hardened)?;
         // The first reports what keeps all others from running; the second asks for nothing of the machine.
-        if !task.is_of_user(|command| matches!(command, Command::Doctor | Command::Completions(_))) {
+        // What loads a stranger's module knows no store.
+        let has_no_store = matches!(task, Task::Helper(HelperCommand::Pkcs11))
+            || task.is_of_user(|command| matches!(command, Command::Doctor | Command::Completions(_)));
+        if !has_no_store {
             Owners::configured()?.check_root(&env.root)?;
             env.root.keep_spare();
         }

@@ -54,7 +54,6 @@ impl Pin {
 /// A token, and the PIN that opens it. Its process has one question at a time; who asks
 /// while it is busy waits.
 pub struct Token {
-    root: Root,
     place: Place,
     pin: Pin,
     state: Mutex<State>,
@@ -77,8 +76,8 @@ pub struct Reply {
 
 impl Token {
     /// The token there. No process is started before something is asked.
-    pub fn new(root: &Root, place: Place, pin: Pin) -> Self {
-        Token { root: root.clone(), place, pin, state: Mutex::default(), is_free: Condvar::new() }
+    pub fn new(place: Place, pin: Pin) -> Self {
+        Token { place, pin, state: Mutex::default(), is_free: Condvar::new() }
     }
 
     /// Where it is.
@@ -103,8 +102,7 @@ impl Token {
         loop {
             let process = match turn.process.take() {
                 Some(process) => process,
-                None => Process::start(&self.root, &self.place, &self.pin, until)
-                    .map_err(|e| e.unwrap_or_else(late))?,
+                None => Process::start(&self.place, &self.pin, until).map_err(|e| e.unwrap_or_else(late))?,
             };
             let process = turn.process.insert(process);
             let refusal = match process.ask(question, secret, until) {
@@ -163,12 +161,13 @@ struct Process {
 type Broken = Option<Refusal>;
 
 impl Process {
-    fn start(root: &Root, place: &Place, pin: &Pin, until: Instant) -> std::result::Result<Self, Broken> {
+    fn start(place: &Place, pin: &Pin, until: Instant) -> std::result::Result<Self, Broken> {
         let attempt = |e: &dyn Display| Some(lost(format!("start a process for {place}: {e}")));
         let secret = SecretFd::create(TEXT_MAX).map_err(|e| attempt(&e))?;
         let shared = secret.as_fd().try_clone_to_owned().map_err(|e| attempt(&e))?;
         let memory = secret.map().map_err(|e| attempt(&e))?;
-        let (socket, child) = child::spawn_with(root, None, COMMAND, keep_back).map_err(|e| attempt(&e))?;
+        let (socket, child) =
+            child::spawn_with(&Root::new("/"), None, COMMAND, keep_back).map_err(|e| attempt(&e))?;
         let mut process = Process { socket, child, memory };
         let question = Question::Begin { place: place.clone(), pin: pin.bytes().len() };
         process.memory.as_mut_slice()[..pin.bytes().len()].copy_from_slice(pin.bytes());

@@ -281,6 +281,53 @@ fn a_kept_pin_that_is_wrong_by_now_is_tried_once() {
 }
 
 #[test]
+fn a_root_key_that_a_token_wraps_opens_the_kms_with_the_token_alone() {
+    let site = Site::new("kms-patience = 1");
+    let store = site.store();
+    let with_pin = |arguments: &[&str], pin: &str| {
+        let mut command = store.command();
+        give_pin(command.args(arguments), pin);
+        command.output().expect("start sealblk")
+    };
+    let module = SoftHsm::module();
+    let wrap = ["kms", "root-key", "wrap", "--token", "two", "--pkcs11", module.to_str().expect("UTF-8")];
+    assert!(!with_pin(&wrap, "not-the-pin").status.success());
+    site.opens();
+    let (pin, keys) = (SoftHsm::pin("two"), site.hsm.keys());
+    let output = with_pin(&wrap, &pin);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(site.hsm.keys(), keys + 1);
+    let shown = with_pin(&["--json", "kms", "show"], &pin);
+    let shown: Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+    assert_eq!(shown["root_key"]["kept"], "hsm");
+    // What opens the KMS is in no file, and nobody without the PIN opens it.
+    let credentials = tempfile::tempdir().expect("make a temporary folder");
+    let file = credentials.path().join("sealblk-pin-root-key");
+    let attach = |pin: &str| {
+        fs::write(&file, pin).expect("write a file");
+        let mut command = site.place.attach_command(&[]);
+        command.env("CREDENTIALS_DIRECTORY", credentials.path());
+        command
+    };
+    let said_of = |command: Command| site.place.run(command, vec![]);
+    let refused = said_of(attach("another-pin"));
+    assert!(refused.code == 5 && refused.err.contains("CKR_PIN_INCORRECT"), "{}", refused.err);
+    site.place.start(attach(&pin), vec![]).end();
+    let away = site.hsm.tokens().with_extension("away");
+    fs::rename(site.hsm.tokens(), &away).expect("rename a folder");
+    fs::create_dir(site.hsm.tokens()).expect("make a folder");
+    let refused = said_of(attach(&pin));
+    assert!(refused.code == 6 && refused.err.contains("there is no such token"), "{}", refused.err);
+    fs::remove_dir(site.hsm.tokens()).expect("remove a folder");
+    fs::rename(&away, site.hsm.tokens()).expect("rename a folder");
+    // The line of another store's root key is of no use.
+    let output = with_pin(&["kms", "root-key", "unwrap"], &pin);
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(!with_pin(&["kms", "root-key", "unwrap"], &pin).status.success(), "it is not wrapped");
+    site.opens();
+}
+
+#[test]
 fn a_key_that_was_deleted_is_destroyed_in_its_token() {
     let site = Site::new("");
     let (root, config) = (site.store().root(), site.store().config());

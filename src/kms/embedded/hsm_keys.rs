@@ -199,7 +199,7 @@ impl Embedded {
 
     /// Has the next question to the token of this key store asked with this PIN.
     pub(super) fn use_pin(&self, store: &KeyStoreEntry, pin: Pin) {
-        let token = Arc::new(Token::new(&self.root, store.place.clone(), pin));
+        let token = Arc::new(Token::new(store.place.clone(), pin));
         self.tokens.all().insert(store.id.clone(), Known { token, pin: store.pin.clone() });
     }
 
@@ -277,6 +277,10 @@ impl Embedded {
         }
     }
 
+    fn pin_of(&self, id: &str, name: &str) -> Result<Pin, KmsError> {
+        passphrase::pin(Some(id), &passphrase::of_key_store(name), self.log.hardened())
+    }
+
     /// The token of a key store, with the PIN that is kept, or that somebody gives.
     fn token(&self, store: &KeyStoreEntry) -> Result<Arc<Token>, KmsError> {
         let mut all = self.tokens.all();
@@ -286,9 +290,9 @@ impl Embedded {
         }
         let pin = match self.kept_pin(store)? {
             Some(pin) => pin,
-            None => passphrase::pin(Some(&store.id), &store.name, self.log.hardened())?,
+            None => self.pin_of(&store.id, &store.name)?,
         };
-        let token = Arc::new(Token::new(&self.root, store.place.clone(), pin));
+        let token = Arc::new(Token::new(store.place.clone(), pin));
         all.insert(store.id.clone(), Known { token: token.clone(), pin: store.pin.clone() });
         Ok(token)
     }

@@ -37,6 +37,7 @@ use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::root::{Root, files};
 use crate::config::Settings;
+use crate::hsm::{Pin, Place};
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
 use crate::kms::patience::Patience;
@@ -142,7 +143,13 @@ impl Embedded {
     /// Puts the root key under another passphrase, or under none; returns where it lies.
     /// Nothing that it opens changes.
     pub fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
-        self.log.protect_root_key(passphrase)
+        self.log.protect_root_key(passphrase.map_or(root_key::Kept::Plain, root_key::Kept::Under))
+    }
+
+    /// Has the token there wrap the root key; returns where its file lies, which is of no use without the
+    /// token from now on. Nothing that it opens changes.
+    pub fn wrap_root_key(&self, place: Place, pin: Pin) -> Result<PathBuf, KmsError> {
+        self.log.protect_root_key(root_key::Kept::InHsm(place, pin))
     }
 
     /// Whether the store at `root` has such a KMS.

@@ -206,9 +206,8 @@ impl SharedLog {
         self.hardened
     }
 
-    /// Puts the root key under another passphrase, or under none; returns where it lies.
-    /// The store stays as it is.
-    pub(super) fn protect_root_key(&self, passphrase: Option<&Passphrase>) -> Result<PathBuf, KmsError> {
+    /// Has the root key kept so from now on; returns where it lies. The store stays as it is.
+    pub(super) fn protect_root_key(&self, kept: root_key::Kept<'_>) -> Result<PathBuf, KmsError> {
         let mut cached = self.cached();
         if !self.exists()? {
             return Err(self.absent());
@@ -216,7 +215,7 @@ impl SharedLog {
         let _lock = Lock::exclusive(&self.lock_path())?;
         // Opened with the root key that there is, which is therefore the right one.
         let store = self.refresh(&mut cached)?.0.id();
-        root_key::protect(&self.config, store, passphrase, self.hardened)?;
+        root_key::protect(&self.config, store, kept, self.hardened)?;
         Ok(root_key::path(&self.config, store))
     }
 

@@ -2,8 +2,9 @@
 //! one, else the file `<config>/kms-<store id>.key`, mode 0600, never in the store's own folder.
 //!
 //! Credential and file have one line: the key itself, `sealblk-kms-root-key-1:` and 64 hex digits, or in the
-//! file the key under a passphrase ([`wrapped`]).
+//! file the key under a passphrase ([`wrapped`]) or wrapped by an HSM ([`in_hsm`]).
 
+pub mod in_hsm;
 pub mod named;
 pub mod passphrase;
 pub mod wrapped;
@@ -11,10 +12,12 @@ pub mod wrapped;
 use crate::base::hardened::Hardened;
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::sync::Locked;
+use crate::hsm::Pin;
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
-use crate::kms::embedded::keys::RootKey;
+use crate::kms::embedded::keys::{RootKey, same};
 use crate::kms::embedded::plain::failed;
+use in_hsm::InHsm;
 use passphrase::Passphrase;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -29,9 +32,12 @@ const PREFIX: &str = "sealblk-kms-root-key-1:";
 /// What a copy of a root key begins with; the store's id follows.
 const BACKUP: &str = "sealblk-kms-root-key-backup-1:";
 /// Longer than any good file: what is longer is not a root key.
-const FILE_MAX: u64 = 512;
+const FILE_MAX: u64 = 8192;
 /// The credential's name.
 const CREDENTIAL: &str = "sealblk-kms-root-key";
+
+/// What names the credential with the PIN of the token that a root key is wrapped by.
+const PIN_OF: &str = "root-key";
 
 /// The line of a file. Has no Debug.
 type Line = Zeroizing<Vec<u8>>;
@@ -61,23 +67,40 @@ pub fn create(
     Ok(key)
 }
 
-/// Puts the root key of `store` under `passphrase`, or under none. The key stays the same, and with it
+/// How a root key is kept in its file.
+pub enum Kept<'a> {
+    /// As it is.
+    Plain,
+    /// Under a passphrase.
+    Under(&'a Passphrase),
+    /// Wrapped by a key that the token there makes for it.
+    InHsm(crate::hsm::Place, Pin),
+}
+
+/// Has the root key of `store` kept so from now on. The key stays the same, and with it
 /// everything that it opens. Durable when this returns.
-pub fn protect(
-    config: &Path,
-    store: Uuid,
-    passphrase: Option<&Passphrase>,
-    hardened: Hardened,
-) -> Result<(), KmsError> {
+pub fn protect(config: &Path, store: Uuid, kept: Kept<'_>, hardened: Hardened) -> Result<(), KmsError> {
     let path = path(config, store);
     if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
         return Err(KmsError::Unsupported(format!(
-            "there is no {}: the root key comes from a credential, which is not kept under a passphrase",
+            "there is no {}: the root key comes from a credential, and is kept as that says",
             path.display()
         )));
     }
     let key = from_file(&path, store, hardened)?;
-    replace_file(&path, &line(&key, store, passphrase)?).map_err(|e| KmsError::Internal(e.to_string()))
+    let line = match kept {
+        Kept::Plain => line(&key, store, None)?,
+        Kept::Under(passphrase) => line(&key, store, Some(passphrase))?,
+        Kept::InHsm(place, pin) => {
+            let sealed = InHsm::seal(&key, store, place, pin.clone())?;
+            // Nothing is replaced by what does not open.
+            if !same(sealed.open(store, pin)?.bytes(), key.bytes()) {
+                return Err(KmsError::Internal("the token has not given back what it was given".into()));
+            }
+            Zeroizing::new(sealed.line().into_bytes())
+        }
+    };
+    replace_file(&path, &line).map_err(|e| KmsError::Internal(e.to_string()))
 }
 
 /// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than
@@ -93,7 +116,7 @@ pub fn load(config: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, K
 pub fn is_out_of_reach(config: &Path, store: Uuid) -> bool {
     match place(config, store) {
         Ok(Place::Missing(_)) => true,
-        Ok(Place::UnderPassphrase(path)) => {
+        Ok(Place::UnderPassphrase(path) | Place::InHsm(path)) => {
             let unwrapped = UNWRAPPED.locked();
             let known = |text: Line| unwrapped.as_ref().is_some_and(|(line, _)| line[..] == text[..]);
             read(&path, store).is_ok_and(|text| !known(text))
@@ -107,15 +130,19 @@ fn from_file(path: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, Km
     if let Some(key) = parse(&text)? {
         return Ok(key);
     }
-    let wrapped = Wrapped::parse(&text).ok_or_else(|| damaged(path))?;
     let mut unwrapped = UNWRAPPED.locked();
     if let Some((line, key)) = &*unwrapped
         && line[..] == text[..]
     {
         return Ok(key.clone());
     }
-    let prompt = format!("Passphrase of the KMS root key {}: ", path.display());
-    let key = passphrase::ask_until(&prompt, hardened, |given| wrapped.open(store, given))?;
+    let key = if let Some(in_hsm) = InHsm::parse(&text) {
+        in_hsm.open(store, passphrase::pin(Some(PIN_OF), "the KMS root key", hardened)?)?
+    } else {
+        let wrapped = Wrapped::parse(&text).ok_or_else(|| damaged(path))?;
+        let prompt = format!("Passphrase of the KMS root key {}: ", path.display());
+        passphrase::ask_until(&prompt, hardened, |given| wrapped.open(store, given))?
+    };
     *unwrapped = Some((text.to_vec(), key.clone()));
     Ok(key)
 }
@@ -139,6 +166,8 @@ pub enum Place {
     File(PathBuf),
     /// This file, under a passphrase.
     UnderPassphrase(PathBuf),
+    /// This file, wrapped by an HSM.
+    InHsm(PathBuf),
     /// It should be this file, which is not there.
     Missing(PathBuf),
 }
@@ -159,8 +188,12 @@ pub fn place(config: &Path, store: Uuid) -> Result<Place, KmsError> {
     if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
         return Ok(Place::Missing(path));
     }
-    let is_wrapped = Wrapped::parse(&read(&path, store)?).is_some();
-    Ok(if is_wrapped { Place::UnderPassphrase(path) } else { Place::File(path) })
+    let text = read(&path, store)?;
+    Ok(match Wrapped::parse(&text) {
+        Some(_) => Place::UnderPassphrase(path),
+        None if InHsm::parse(&text).is_some() => Place::InHsm(path),
+        None => Place::File(path),
+    })
 }
 
 /// The root key of `store` as a copy for bad days: a line that names the store, and the

@@ -92,10 +92,15 @@ fn line_of_descriptor(number: RawFd, what: &str, _: Hardened) -> Result<Zeroizin
     read_line(file).map_err(|e| attempt(&e))
 }
 
-/// The PIN of the token that the custom key store of this id, and this name, is: from the descriptor that
-/// [`PIN_DESCRIPTOR`] names, from the systemd credential `sealblk-pin-` and the id, or from whoever sits at
-/// the terminal. A wrong one is not asked for again: a token counts, and locks itself.
-pub fn pin(id: Option<&str>, name: &str, hardened: Hardened) -> Result<Pin, KmsError> {
+/// A custom key store, as whoever is asked for its PIN is told.
+pub fn of_key_store(name: &str) -> String {
+    format!("the key store \"{name}\"")
+}
+
+/// The PIN of the token of what is called so: from the descriptor that [`PIN_DESCRIPTOR`] names, from the
+/// systemd credential `sealblk-pin-` and the id, if there is one, or from whoever sits at the terminal. A
+/// wrong one is not asked for again: a token counts, and locks itself.
+pub fn pin(id: Option<&str>, what: &str, hardened: Hardened) -> Result<Pin, KmsError> {
     let made = |line: &[u8]| {
         let line = line.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
         Pin::copy_of(line).map_err(|e| KmsError::Validation(e.to_string()))
@@ -117,11 +122,11 @@ pub fn pin(id: Option<&str>, name: &str, hardened: Hardened) -> Result<Pin, KmsE
     let named = named.map_or_else(String::new, |named| format!(", or as the systemd credential {named}"));
     let or_else = |e: &std::io::Error| {
         format!(
-            "the key store \"{name}\" needs the PIN of its token, and there is no terminal to ask for it \
+            "{what} needs the PIN of its token, and there is no terminal to ask for it \
              ({e}): give it by {PIN_DESCRIPTOR}=N, a descriptor to read it from{named}"
         )
     };
-    made(&line_at_terminal(&format!("PIN of the key store \"{name}\": "), or_else)?)
+    made(&line_at_terminal(&format!("PIN for {what}: "), or_else)?)
 }
 
 /// The descriptors that a passphrase and a PIN may be read from, for a process that lives on and must
