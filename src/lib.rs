@@ -21,7 +21,7 @@
 //! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
 //! | `image` | disk images of others: raw, qcow2, QEMU's locks | `base` |
 //! | `sandbox` | what a process gives up: system calls, files, its user | `backing` `base` |
-//! | `backing` | where ciphertext lies: files, and io_uring | `base` |
+//! | `backing` | where ciphertext lies: files, block devices, and io_uring | `base` |
 //! | `virtio` | requests of a guest, pure | - |
 //! | `crypt` | data keys in secret memory, AES-XTS | `base` |
 //! | `config` | the settings: what an operator decides | `base` |

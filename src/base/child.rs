@@ -17,8 +17,8 @@ pub(crate) fn spawn(root: &Root, command: &str) -> Result<(UnixStream, Child)> {
     spawn_with(root, None, command, |_| {})
 }
 
-/// As [`spawn`], with another configuration folder than this process's, if one is named, and once `change` has
-/// had its say on how the program is started.
+/// As [`spawn`], with another configuration folder than this process's, if one is named, and once `change`
+/// has had its say on how the program is started.
 pub(crate) fn spawn_with(
     root: &Root,
     config: Option<&Path>,

@@ -107,8 +107,8 @@ fn a_volume_is_made_shown_and_deleted() {
         let shared = shown["keys"][0].as_object_mut().unwrap().remove("shared_with");
         assert_eq!(shared, Some(json!({"snapshots": [], "volumes": []})));
         let layer = shown["layers"][0].as_object_mut().unwrap();
-        let usage = ["on_disk", "shared_with"].map(|field| layer.remove(field));
-        assert_eq!(usage, [Some(json!(0)), Some(json!([]))]);
+        let usage = ["on_disk", "on_device", "shared_with"].map(|field| layer.remove(field));
+        assert_eq!(usage, [Some(json!(0)), Some(json!(false)), Some(json!([]))]);
         assert_eq!(shown, made, "{reference}");
     }
     let mut listed = store.json(&["volume", "list"]);

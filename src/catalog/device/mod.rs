@@ -295,15 +295,18 @@ impl Catalog {
 }
 
 impl OnDevice {
-    /// Makes the header zeros, durably; a device without a header is as good.
+    /// Makes the header zeros, durably; a device without a header is as good. One with another header is not
+    /// even opened for writing.
     fn erase_header(&self) -> Result<()> {
+        let looked_at = self.open(OFlag::O_RDONLY)?;
+        if Found::read(&looked_at)?.is_none() {
+            return Ok(());
+        }
+        self.found(&looked_at)?;
         let device = self.open(OFlag::O_RDWR)?;
-        match Found::read(&device) {
-            Ok(None) => return Ok(()),
-            // One that is damaged is nobody's any more, and this store has led here.
-            Err(e) if e.kind() == Kind::Corrupt => {}
-            Err(e) => return Err(e),
-            Ok(Some(_)) => drop(self.found(&device)?),
+        if !files::is_same(&looked_at.metadata()?, &device.metadata()?) {
+            let message = format!("{} has come to mean another device just now", self.name.display());
+            return Err(Error::new(Kind::Corrupt, message));
         }
         let erase = || {
             device::write_pages(&device, 0, &vec![0; DATA_START as usize])?;
