@@ -324,12 +324,8 @@ impl Backup<'_> {
     fn push(&mut self, volume: VolumeId, snapshot: SnapshotId) -> Result<Result<Pushed>> {
         (self.watch)(volume, 0, 0)?;
         let mut interrupted = None;
-        let mut watch = |done, total| {
-            (self.watch)(volume, done, total).map_err(|e| {
-                interrupted = Some(copy_of(&e));
-                e
-            })
-        };
+        let mut watch =
+            |done, total| (self.watch)(volume, done, total).inspect_err(|e| interrupted = Some(copy_of(e)));
         let came = self.site.run(&Step::Push(snapshot, self.target.clone()), &mut watch);
         match interrupted {
             Some(e) => Err(e),

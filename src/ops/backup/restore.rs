@@ -5,7 +5,7 @@
 //! whose moment is whole in the place. What the manifests say is proved when they are pulled; before, it only
 //! serves to choose by.
 
-use super::all::is_by_embedded;
+use super::all::{copy_of, is_by_embedded};
 use super::drill::Scratch;
 use super::step::{self, Came, Made, Site, Step};
 use super::{For, Session, Target, pull};
@@ -130,12 +130,8 @@ pub fn restore(
     for chosen in chosen {
         watch(&chosen, 0, 0)?;
         let mut interrupted = None;
-        let mut told = |done, total| {
-            watch(&chosen, done, total).map_err(|e| {
-                interrupted = Some(Error::new(e.kind(), e.to_string()));
-                e
-            })
-        };
+        let mut told =
+            |done, total| watch(&chosen, done, total).inspect_err(|e| interrupted = Some(copy_of(e)));
         let one = One { store, site: &site, target, wanted };
         let outcome = one.bring(&chosen, &mut told);
         match interrupted {
