@@ -39,7 +39,7 @@ pub(crate) struct SavedVolume {
     pub(crate) place: Uuid,
     /// The store, by the id that this place knows it by.
     pub(crate) store: Uuid,
-    /// The moment that the snapshot is of.
+    /// The moment that the snapshot is of. Of version 7, so that of two in one second the later one is known.
     pub(crate) moment: Uuid,
     /// How many volumes have a snapshot of that moment.
     pub(crate) of_moment: usize,
@@ -111,6 +111,12 @@ impl SavedVolume {
                 Some(_) => Some(Sent::First),
             },
         })
+    }
+
+    /// What tells snapshots of one second apart: the later one of a host has the greater. Nil of those that
+    /// neither a backup nor a sending has made.
+    pub(crate) fn moment_of(label: &Label) -> Uuid {
+        Self::of(label).map_or(Uuid::nil(), |saved| saved.moment)
     }
 
     /// As [`SavedVolume::of`], of a backup's snapshot alone.

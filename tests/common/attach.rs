@@ -363,6 +363,13 @@ pub fn listens(socket: &Path) -> bool {
     UnixStream::connect(socket).is_ok()
 }
 
+/// Waits until nobody listens. A program that another test starts has all that this process has, until it is
+/// that program: also what the service manager of a host process was given to keep.
+#[track_caller]
+pub fn is_left(socket: &Path) {
+    wait_for("nobody listens any more", || if listens(socket) { Err("somebody does") } else { Ok(()) });
+}
+
 /// Writes, successfully.
 #[track_caller]
 pub fn write(ring: &mut SplitRing, sector: u64, data: &[u8]) {

@@ -251,7 +251,7 @@ impl Backup<'_> {
         let all = self.catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
         let is_own = |it: &Snapshot| SavedVolume::is_own(it, self.own.place, self.own.store, volume);
         let mut own: Vec<Snapshot> = all.filter(is_own).collect();
-        own.sort_by_key(|it| std::cmp::Reverse((it.created(), it.id())));
+        own.sort_by_key(|it| std::cmp::Reverse((it.created(), SavedVolume::moment_of(it.label()), it.id())));
         Ok(own)
     }
 
@@ -292,7 +292,7 @@ impl Backup<'_> {
     }
 
     fn moment(&self, group: &[Metadata]) -> Result<Vec<(VolumeId, Begun)>> {
-        let moment = Uuid::new_v4();
+        let moment = Uuid::now_v7();
         let (mut labelled, mut left_out) = (Vec::new(), Vec::new());
         for metadata in group {
             let id = metadata.id();

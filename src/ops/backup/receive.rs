@@ -13,6 +13,7 @@ use crate::ops::need::Budget;
 use crate::ops::{Store, delete};
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// How often it is looked whether something was sent.
 const LOOK: Duration = Duration::from_millis(500);
@@ -94,6 +95,7 @@ struct Found {
     volume: VolumeId,
     name: Option<String>,
     created: Timestamp,
+    moment: Uuid,
 }
 
 /// Waits for a volume that was sent.
@@ -124,7 +126,7 @@ fn find(store: &Store, target: &Target, wanted: &WantedReceive, watch: Watch<'_>
         let count = sent.len();
         match sent.into_values().next() {
             Some(of_volume) if count == 1 => {
-                if let Some(found) = of_volume.into_iter().max_by_key(|it| it.created) {
+                if let Some(found) = of_volume.into_iter().max_by_key(|it| (it.created, it.moment)) {
                     return Ok(found);
                 }
             }
@@ -165,6 +167,7 @@ fn look(
     let snapshot = &claim.claimed().snapshot;
     let Some(saved) = SavedVolume::of(snapshot.label()) else { return Ok(None) };
     let (volume, name, created) = (snapshot.volume(), saved.name, snapshot.created());
+    let moment = saved.moment;
     let is_meant = |text: &String| name.as_ref() == Some(text) || volume.to_string() == *text;
     if saved.sent != Some(Sent::Last) || !wanted.volume.as_ref().is_none_or(is_meant) {
         return Ok(None);
@@ -174,7 +177,7 @@ fn look(
     if is_decided && pulled_before(&store.catalog(), &id.to_string())?.is_none() {
         return Ok(None);
     }
-    Ok(Some(Found { snapshot: id, volume, name, created }))
+    Ok(Some(Found { snapshot: id, volume, name, created, moment }))
 }
 
 /// Says in the place that the volume has come of which `pulled` was pulled from there as `source`.

@@ -114,12 +114,16 @@ fn by_age(session: &mut Session, listed: &[SnapshotId], keep: &Keep, what: &What
         let saved = what.store.is_some().then(|| SavedVolume::of_backup(snapshot.label()));
         saved.is_none_or(|saved| saved.is_some_and(|saved| Some(saved.store) == what.store))
     };
-    let mut of_volumes: BTreeMap<VolumeId, Vec<(Timestamp, SnapshotId)>> = BTreeMap::new();
+    let mut of_volumes: BTreeMap<VolumeId, Vec<(Timestamp, Uuid, SnapshotId)>> = BTreeMap::new();
     for &id in listed {
         match session.claim(id) {
             Ok(Some(claim)) if is_of_store(&claim.claimed().snapshot) => {
                 let snapshot = &claim.claimed().snapshot;
-                of_volumes.entry(snapshot.volume()).or_default().push((snapshot.created(), id));
+                of_volumes.entry(snapshot.volume()).or_default().push((
+                    snapshot.created(),
+                    SavedVolume::moment_of(snapshot.label()),
+                    id,
+                ));
             }
             Ok(_) => {}
             // Nobody knows how old it is: it stays.
@@ -145,9 +149,9 @@ impl Keep {
     }
 
     /// Of snapshots of one volume, those that do not stay.
-    fn goes(&self, mut snapshots: Vec<(Timestamp, SnapshotId)>) -> Vec<SnapshotId> {
+    fn goes(&self, mut snapshots: Vec<(Timestamp, Uuid, SnapshotId)>) -> Vec<SnapshotId> {
         snapshots.sort_unstable_by(|a, b| b.cmp(a));
-        let mut stays: HashSet<SnapshotId> = snapshots.iter().take(self.last).map(|(_, id)| *id).collect();
+        let mut stays: HashSet<SnapshotId> = snapshots.iter().take(self.last).map(|(.., id)| *id).collect();
         type Period = fn(Timestamp) -> (i32, u32);
         let periods: [(usize, Period); 4] = [
             (self.daily, |at| (0, at.day_number())),
@@ -158,10 +162,10 @@ impl Keep {
         for (count, period) in periods {
             let mut last = None;
             // The newest of each, for so many that have one.
-            let firsts = snapshots.iter().filter(|(at, _)| last.replace(period(*at)) != Some(period(*at)));
-            stays.extend(firsts.take(count).map(|(_, id)| *id));
+            let firsts = snapshots.iter().filter(|(at, ..)| last.replace(period(*at)) != Some(period(*at)));
+            stays.extend(firsts.take(count).map(|(.., id)| *id));
         }
-        snapshots.iter().map(|(_, id)| *id).filter(|id| !stays.contains(id)).collect()
+        snapshots.iter().map(|(.., id)| *id).filter(|id| !stays.contains(id)).collect()
     }
 }
 
@@ -248,9 +252,9 @@ mod tests {
 
     /// What stays of snapshots that were made at these times, by their numbers.
     fn stays(keep: Keep, times: &[&str]) -> Vec<usize> {
-        let all: Vec<_> = times.iter().map(|time| (at(time), SnapshotId::random())).collect();
+        let all: Vec<_> = times.iter().map(|time| (at(time), Uuid::nil(), SnapshotId::random())).collect();
         let goes = keep.goes(all.clone());
-        (0..all.len()).filter(|&n| !goes.contains(&all[n].1)).collect()
+        (0..all.len()).filter(|&n| !goes.contains(&all[n].2)).collect()
     }
 
     #[test]
@@ -273,5 +277,14 @@ mod tests {
         assert_eq!(stays(Keep { last: 1, daily: 1, monthly: 3, ..none }, &times), [0, 3, 6]);
         assert_eq!(stays(Keep { last: 9, ..none }, &times).len(), times.len());
         assert!(stays(Keep { daily: 1, ..none }, &[]).is_empty());
+    }
+
+    #[test]
+    fn of_two_that_were_made_in_one_second_the_later_one_stays() {
+        let now = at("2026-01-01T00:00:00Z");
+        for _ in 0..20 {
+            let [earlier, later] = [(); 2].map(|()| (now, Uuid::now_v7(), SnapshotId::random()));
+            assert_eq!(Keep { last: 1, ..Keep::default() }.goes(vec![later, earlier]), [earlier.2]);
+        }
     }
 }

@@ -174,7 +174,7 @@ fn choose(session: &mut Session, wanted: &WantedRestore) -> Result<(Uuid, Vec<Ch
     found.retain(|it| it.saved.store == of && wanted.at.is_none_or(|at| it.created <= at));
     let mut members: HashMap<Uuid, usize> = HashMap::new();
     found.iter().for_each(|it| *members.entry(it.saved.moment).or_default() += 1);
-    found.sort_by_key(|it| std::cmp::Reverse((it.created, it.id)));
+    found.sort_by_key(|it| std::cmp::Reverse((it.created, it.saved.moment, it.id)));
     let mut of_volumes: BTreeMap<VolumeId, Vec<&Found>> = BTreeMap::new();
     found.iter().for_each(|it| of_volumes.entry(it.volume).or_default().push(it));
     let is_whole = |it: &&&Found| members.get(&it.saved.moment).is_some_and(|n| *n >= it.saved.of_moment);

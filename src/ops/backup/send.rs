@@ -74,7 +74,7 @@ pub fn send(
     let saved = SavedVolume {
         place: session.id.0,
         store: store_id,
-        moment: Uuid::new_v4(),
+        moment: Uuid::now_v7(),
         of_moment: 1,
         name: metadata.name().map(ToString::to_string),
         attach: catalog.attach_settings(id)?,
