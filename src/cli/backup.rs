@@ -60,8 +60,14 @@ pub fn run(env: &Env, args: &BackupArgs) -> Result<()> {
     }
     filter::check(&args.filter, &volume::FILTERS)?;
     let catalog = env.catalog();
+    let mut entries = catalog.list()?;
+    // In the order of "volume list", which is also that of what is reported.
+    entries.sort_by_cached_key(|entry| {
+        let name = entry.metadata.as_ref().ok().and_then(|it| it.name()).map(ToString::to_string);
+        (name.is_none(), name, entry.id)
+    });
     let mut volumes: Vec<VolumeId> = Vec::new();
-    for entry in catalog.list()? {
+    for entry in entries {
         if volume::is_wanted(&catalog, &entry, &args.filter)? {
             volumes.push(entry.id);
         }
