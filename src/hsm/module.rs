@@ -42,7 +42,7 @@ const OF_THE_NETWORK: [&str; 6] = [
     "/etc/services",
 ];
 
-/// What has the token; tests put something else there than PKCS#11.
+/// What has the token; without the feature `pkcs11`, nothing is one.
 trait Module {
     fn answer(
         &mut self,

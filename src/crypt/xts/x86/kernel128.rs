@@ -52,12 +52,6 @@ impl Register for __m128i {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a hint, which never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-    }
-
-    #[inline(always)]
     unsafe fn round_key(keys: &Schedule, round: usize) -> Self {
         // SAFETY: the CPU has the instruction, says the caller.
         unsafe { keys.round_key_128(round) }

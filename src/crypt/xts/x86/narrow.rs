@@ -16,6 +16,7 @@ use crate::crypt::xts::TweakInput;
 use crate::crypt::xts::x86::keys::{Keys, LAST_ROUND, Schedule};
 use crate::crypt::xts::x86::{AHEAD, begins_with_zeros};
 use std::arch::asm;
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::hint::black_box;
 use zeroize::Zeroize;
 
@@ -71,8 +72,6 @@ pub(super) trait Register: Copy {
     unsafe fn read(at: *const u8) -> Self;
     /// Writes it, at any address.
     unsafe fn write(self, at: *mut u8);
-    /// Has the CPU fetch what is at an address, or nothing where there is nothing.
-    unsafe fn prefetch(at: *const u8);
     /// Reads a round key anew.
     unsafe fn round_key(keys: &Schedule, round: usize) -> Self;
     /// Has all of these computed before any is used: else the compiler takes one after the other through all
@@ -107,8 +106,7 @@ pub(super) unsafe fn run<R: Register, const DECRYPT: bool, const WRITTEN: bool, 
     // Later, what is ahead is asked for in time; what a request begins with, only here. It comes while
     // the first tweaks are made.
     for at in (0..(units * SECTORS * SECTOR).min(AHEAD)).step_by(64) {
-        // SAFETY: a hint, which never faults.
-        unsafe { R::prefetch(src.wrapping_add(at)) };
+        prefetch(src.wrapping_add(at));
     }
     let mut input = first;
     // SAFETY: as above: each has room for what is written.
@@ -135,7 +133,7 @@ pub(super) unsafe fn run<R: Register, const DECRYPT: bool, const WRITTEN: bool, 
                 }
                 let (mut tweaks, mut to) = (here, there);
                 for _ in 0..BLOCKS / (WIDTH * R::BLOCKS) {
-                    crypt::<R, DECRYPT, WRITTEN>(data_keys, src, dst, tweaks.cast(), Made { from, to, next });
+                    crypt::<R, DECRYPT>(data_keys, src, dst, tweaks.cast(), Made { from, to, next });
                     src = src.add(WIDTH * R::BLOCKS * 16);
                     dst = dst.add(WIDTH * R::BLOCKS * 16);
                     tweaks = tweaks.add(WIDTH * R::BLOCKS);
@@ -149,6 +147,13 @@ pub(super) unsafe fn run<R: Register, const DECRYPT: bool, const WRITTEN: bool, 
     units
 }
 
+/// Has the CPU fetch what is at an address, or nothing where there is nothing.
+#[inline(always)]
+fn prefetch(at: *const u8) {
+    // SAFETY: a hint, which never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+}
+
 /// Where a group's worth of tweaks is made from, and where they are put; and the one after them.
 struct Made {
     from: *const Block,
@@ -156,10 +161,9 @@ struct Made {
     next: *mut Block,
 }
 
-/// Crypts a group whose tweaks are at `tweaks`, and makes as many others meanwhile. WRITTEN only makes it a
-/// function of its own for each kernel.
+/// Crypts a group whose tweaks are at `tweaks`, and makes as many others meanwhile.
 #[inline(always)]
-unsafe fn crypt<R: Register, const DECRYPT: bool, const WRITTEN: bool>(
+unsafe fn crypt<R: Register, const DECRYPT: bool>(
     keys: &Schedule,
     src: *const u8,
     dst: *mut u8,
@@ -174,7 +178,7 @@ unsafe fn crypt<R: Register, const DECRYPT: bool, const WRITTEN: bool>(
         let mut blocks = [key; WIDTH];
         let mut at = 0;
         for block in &mut blocks {
-            R::prefetch(src.wrapping_add(at).wrapping_add(AHEAD));
+            prefetch(src.wrapping_add(at).wrapping_add(AHEAD));
             *block = R::read(src.add(at)).xor(key).xor(R::read(tweaks.add(at)));
             at = at.wrapping_add(size);
         }
@@ -258,7 +262,8 @@ unsafe fn begin(initial: *const Block, to: *mut Block, next: *mut Block) {
     // SAFETY: the caller vouches for room at `to` and at `next`.
     unsafe {
         let first = Tweak::read(initial);
-        let (second, third) = (first.doubled_8_times(), first.doubled_8_times().doubled_8_times());
+        let second = first.doubled_8_times();
+        let third = second.doubled_8_times();
         let mut rows = [first, second, third, third.doubled_8_times()];
         let mut to = to;
         for _ in 0..ROW {
