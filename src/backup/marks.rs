@@ -239,7 +239,7 @@ impl Marks {
 }
 
 /// Locks the file at `path`, which is made if it is not there; `busy` is said where somebody has it.
-fn lock_file(path: &Path, busy: impl Fn() -> Error) -> Result<Flock<File>> {
+pub(crate) fn lock_file(path: &Path, busy: impl Fn() -> Error) -> Result<Flock<File>> {
     let attempt = || path.display().to_string();
     let file = files::open_with(path, OFlag::O_WRONLY | OFlag::O_CREAT).context(attempt)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {

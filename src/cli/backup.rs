@@ -6,6 +6,7 @@ use crate::catalog::VolumeId;
 use crate::cli::filter::{self, Filter};
 use crate::cli::place::{KeepArgs, LimitArgs, PlaceArgs};
 use crate::cli::progress::Progress;
+use crate::cli::sort::SortArgs;
 use crate::cli::{Env, output, volume};
 use crate::ops::backup::all::{self, BackedUp, Needed, OneVolume, WantedBackup};
 use serde_json::{Value, json};
@@ -53,25 +54,12 @@ pub struct BackupArgs {
 
 /// Backs the volumes up.
 pub fn run(env: &Env, args: &BackupArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
-    if named.is_some() {
-        let message = "the place's URL ends with a snapshot's id; leave that out";
-        return Err(Error::new(Kind::Usage, message));
-    }
+    let target = args.how.whole_target(&args.place, args.limit.rate(), "leave that out")?;
     filter::check(&args.filter, &volume::FILTERS)?;
     let catalog = env.catalog();
-    let mut entries = catalog.list()?;
-    // In the order of "volume list", which is also that of what is reported.
-    entries.sort_by_cached_key(|entry| {
-        let name = entry.metadata.as_ref().ok().and_then(|it| it.name()).map(ToString::to_string);
-        (name.is_none(), name, entry.id)
-    });
-    let mut volumes: Vec<VolumeId> = Vec::new();
-    for entry in entries {
-        if volume::is_wanted(&catalog, &entry, &args.filter)? {
-            volumes.push(entry.id);
-        }
-    }
+    // Their order is also that of what is reported.
+    let chosen = volume::chosen(&catalog, catalog.list()?, &args.filter, &SortArgs::DEFAULT)?;
+    let volumes: Vec<VolumeId> = chosen.iter().map(|entry| entry.id).collect();
     if volumes.is_empty() {
         let message = "there is no such volume; \"sealblk volume list\" shows which there are";
         return Err(Error::new(Kind::NotFound, message));

@@ -1,7 +1,7 @@
 //! The options of commands that use a place outside.
 #![forbid(unsafe_code)]
 
-use crate::base::{Result, size};
+use crate::base::{Error, Kind, Result, size};
 use crate::catalog::SnapshotId;
 use crate::ops::backup::Target;
 use crate::ops::backup::remove::Keep;
@@ -23,6 +23,19 @@ impl PlaceArgs {
     /// The place at `url`, and the snapshot that the URL ends with, if it does.
     pub(super) fn target(&self, url: &str, limit: u64) -> Result<(Target, Option<SnapshotId>)> {
         Target::parse(url, Access { endpoint: self.endpoint.clone(), region: self.region.clone() }, limit)
+    }
+
+    /// The place at `url`, which is meant as a whole; `instead` says what to do with a snapshot's id.
+    ///
+    /// # Errors
+    /// `Usage` for a URL that ends with one, and for what is no place.
+    pub(super) fn whole_target(&self, url: &str, limit: u64, instead: &str) -> Result<Target> {
+        match self.target(url, limit)? {
+            (target, None) => Ok(target),
+            (_, Some(_)) => {
+                Err(Error::new(Kind::Usage, format!("the place's URL ends with a snapshot's id; {instead}")))
+            }
+        }
     }
 
     /// Whether anything of it was given.

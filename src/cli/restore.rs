@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::backup::error_json;
-use crate::base::{Context, Error, Kind, Result, Timestamp, size};
+use crate::base::{Context, Error, Result, Timestamp, size};
 use crate::cli::budget::SpaceArgs;
 use crate::cli::place::{LimitArgs, PlaceArgs};
 use crate::cli::progress::Progress;
@@ -71,11 +71,8 @@ fn time(text: &str) -> Result<Timestamp, String> {
 
 /// Restores the volumes.
 pub fn run(env: &Env, args: &RestoreArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
-    if named.is_some() {
-        let message = "the place's URL ends with a snapshot's id; \"sealblk snapshot pull\" takes that";
-        return Err(Error::new(Kind::Usage, message));
-    }
+    let instead = "\"sealblk snapshot pull\" takes that";
+    let target = args.how.whole_target(&args.place, args.limit.rate(), instead)?;
     let store = env.store()?;
     let copy = |file: &PathBuf| input::read(file, MAX_COPY).context(|| format!("read {}", file.display()));
     let wanted = WantedRestore {

@@ -34,6 +34,9 @@ pub(super) struct Place<'a, I> {
 }
 
 impl SortArgs {
+    /// The order of a list of which nobody has said another.
+    pub(super) const DEFAULT: SortArgs = SortArgs { sort: By::Name, reverse: false };
+
     /// Puts what has these places in order.
     pub(super) fn sort<T, I: Ord>(&self, list: &mut [T], place: impl Fn(&T) -> Place<'_, I>) {
         list.sort_by(|one, other| {

@@ -134,11 +134,8 @@ pub struct RemoveArgs {
 
 /// Pushes a snapshot.
 pub(super) fn push(env: &Env, args: &PushArgs) -> Result<()> {
-    let (target, named) = args.how.target(&args.place, args.limit.rate())?;
-    if named.is_some() {
-        let message = "the place's URL ends with a snapshot's id; leave that out: the snapshot keeps its own";
-        return Err(Error::new(Kind::Usage, message));
-    }
+    let instead = "leave that out: the snapshot keeps its own";
+    let target = args.how.whole_target(&args.place, args.limit.rate(), instead)?;
     let (store, catalog) = (env.store()?, env.catalog());
     let id = catalog.resolve_snapshot(&args.snapshot)?;
     let mut progress = Progress::new()?;

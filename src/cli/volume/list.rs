@@ -37,6 +37,28 @@ pub struct ListArgs {
 /// The filters of volumes, except for those of tags.
 pub(in crate::cli) const FILTERS: [&str; 5] = ["id", "name", "status", "encrypted", "snapshot-id"];
 
+/// Those of the volumes that the filters mean, in this order.
+pub(in crate::cli) fn chosen(
+    catalog: &Catalog,
+    entries: Vec<Entry>,
+    filters: &[Filter],
+    sort: &SortArgs,
+) -> Result<Vec<Entry>> {
+    let mut chosen = Vec::new();
+    for entry in entries {
+        // Without any, nothing has to be looked at.
+        if filters.is_empty() || is_wanted(catalog, &entry, filters)? {
+            chosen.push(entry);
+        }
+    }
+    sort.sort(&mut chosen, |entry: &Entry| {
+        let known = entry.metadata.as_ref().ok();
+        let (size, created) = (known.map(|it| it.size()), known.map(|it| it.created()));
+        Place { name: entry.name(), id: entry.id, size, created }
+    });
+    Ok(chosen)
+}
+
 /// Prints the list.
 pub(super) fn list(env: &Env, args: &ListArgs) -> Result<()> {
     let filters = args.filter.as_slice();
@@ -45,20 +67,7 @@ pub(super) fn list(env: &Env, args: &ListArgs) -> Result<()> {
     let mut entries = catalog.list()?;
     let overview = Overview::of(&catalog, &entries)?;
     let keys = LastKnown(watch::last_known(&env.root));
-    if !filters.is_empty() {
-        let mut wanted = Vec::new();
-        for entry in entries {
-            if is_wanted(&catalog, &entry, filters)? {
-                wanted.push(entry);
-            }
-        }
-        entries = wanted;
-    }
-    args.sort.sort(&mut entries, |entry: &Entry| {
-        let known = entry.metadata.as_ref().ok();
-        let (size, created) = (known.map(|it| it.size()), known.map(|it| it.created()));
-        Place { name: entry.name(), id: entry.id, size, created }
-    });
+    entries = chosen(&catalog, entries, filters, &args.sort)?;
     let rates = match args.rates {
         Some(interval) => rates(env, &entries, interval)?,
         None => HashMap::new(),

@@ -13,7 +13,7 @@ mod send;
 mod show;
 mod tag;
 
-pub(super) use list::{FILTERS, is_wanted};
+pub(super) use list::{FILTERS, chosen, is_wanted};
 pub(super) use show::{attach_json, kept_words};
 
 use crate::base::Result;

@@ -1,13 +1,12 @@
 //! `sealblk volume send` and `volume receive`: a volume moves to another host, by a place that both reach.
 #![forbid(unsafe_code)]
 
-use crate::base::{Error, Kind, Result, size};
+use crate::base::{Error, Result, size};
 use crate::catalog::Catalog;
 use crate::cli::budget::SpaceArgs;
 use crate::cli::place::{LimitArgs, PlaceArgs};
 use crate::cli::progress::Progress;
 use crate::cli::{Env, output};
-use crate::ops::backup::Target;
 use crate::ops::backup::receive::{self, WantedReceive};
 use crate::ops::backup::send::{self, WantedSend};
 use serde_json::json;
@@ -84,19 +83,9 @@ impl WaitArgs {
     }
 }
 
-fn target(how: &PlaceArgs, place: &str, limit: &LimitArgs) -> Result<Target> {
-    match how.target(place, limit.rate())? {
-        (target, None) => Ok(target),
-        (_, Some(_)) => {
-            let message = "the place's URL ends with a snapshot's id; leave that out";
-            Err(Error::new(Kind::Usage, message))
-        }
-    }
-}
-
 /// Sends a volume.
 pub(super) fn send(env: &Env, args: &SendArgs) -> Result<()> {
-    let target = target(&args.how, &args.place, &args.limit)?;
+    let target = args.how.whole_target(&args.place, args.limit.rate(), "leave that out")?;
     let (store, catalog): (_, Catalog) = (env.store()?, env.catalog());
     let id = catalog.resolve(&args.volume)?;
     let wanted = WantedSend { keep: args.keep, patience: args.wait.patience() };
@@ -127,7 +116,7 @@ pub(super) fn send(env: &Env, args: &SendArgs) -> Result<()> {
 
 /// Receives a volume.
 pub(super) fn receive(env: &Env, args: &ReceiveArgs) -> Result<()> {
-    let target = target(&args.how, &args.place, &args.limit)?;
+    let target = args.how.whole_target(&args.place, args.limit.rate(), "leave that out")?;
     let store = env.store()?;
     let wanted = WantedReceive {
         volume: args.volume.clone(),

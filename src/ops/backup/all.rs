@@ -7,7 +7,7 @@
 
 use super::push::Pushed;
 use super::remove::{self, Keep, Removed, What};
-use super::step::{self, Came, Site, Step};
+use super::step::Site;
 use super::{For, Session, Target, kms_log};
 use crate::backup::manifest::Planes;
 use crate::backup::saved::SavedVolume;
@@ -251,7 +251,9 @@ impl Backup<'_> {
         let all = self.catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
         let is_own = |it: &Snapshot| SavedVolume::is_own(it, self.own.place, self.own.store, volume);
         let mut own: Vec<Snapshot> = all.filter(is_own).collect();
-        own.sort_by_key(|it| std::cmp::Reverse((it.created(), SavedVolume::moment_of(it.label()), it.id())));
+        own.sort_by_cached_key(|it| {
+            std::cmp::Reverse((it.created(), SavedVolume::moment_of(it.label()), it.id()))
+        });
         Ok(own)
     }
 
@@ -326,13 +328,10 @@ impl Backup<'_> {
         let mut interrupted = None;
         let mut watch =
             |done, total| (self.watch)(volume, done, total).inspect_err(|e| interrupted = Some(copy_of(e)));
-        let came = self.site.run(&Step::Push(snapshot, self.target.clone()), &mut watch);
+        let pushed = self.site.push(snapshot, self.target, &mut watch);
         match interrupted {
             Some(e) => Err(e),
-            None => Ok(came.and_then(|came| match came {
-                Came::Pushed(pushed) => Ok(pushed),
-                _ => Err(step::other()),
-            })),
+            None => Ok(pushed),
         }
     }
 

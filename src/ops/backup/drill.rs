@@ -3,11 +3,12 @@
 //! key. So what comes back does so by what the place has.
 
 use super::step::Site;
+use crate::backup::marks::lock_file;
 use crate::base::root::{Root, create_dir_durable, files};
 use crate::base::{Context, Error, Kind, Result};
 use crate::kms::embedded::root_key;
 use crate::ops::Store;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::Flock;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ impl Scratch {
         let home = Root::config_dir()?;
         create_dir_durable(&home)?;
         create_dir_durable(store.root().path())?;
-        let lock = lock(&home.join("drill.lock"))?;
+        let busy = || Error::new(Kind::Busy, "another drill is under way");
+        let lock = lock_file(&home.join("drill.lock"), busy)?;
         for folder in [&home, store.root().path()] {
             clear(folder);
         }
@@ -76,15 +78,6 @@ impl Drop for Scratch {
             remove(folder);
         }
     }
-}
-
-fn lock(path: &Path) -> Result<Flock<File>> {
-    let attempt = || path.display().to_string();
-    let file = files::open_with(path, OFlag::O_WRONLY | OFlag::O_CREAT).context(attempt)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-        nix::Error::EWOULDBLOCK => Error::new(Kind::Busy, "another drill is under way"),
-        e => Error::from(e).context(attempt()),
-    })
 }
 
 /// Removes what drills have left in a folder that were killed; there is no other one now.

@@ -1,11 +1,11 @@
 //! A volume comes from another host that sends it by a place.
 
 use super::restore::{check_name, pulled_before};
-use super::step::{self, Came, Made, Site, Step};
-use super::{For, Session, Target, pull};
+use super::step::{Made, Site, Step};
+use super::{For, Session, Target};
 use crate::backup::moved;
-use crate::backup::saved::{RESTORED, SavedVolume, Sent};
-use crate::base::{Error, Kind, Result, Timestamp};
+use crate::backup::saved::{SavedVolume, Sent};
+use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::disk::transfer::Watch;
 use crate::kms::embedded::root_key::passphrase;
@@ -59,21 +59,9 @@ pub fn receive(store: &Store, target: &Target, wanted: &WantedReceive, watch: Wa
     let Found { snapshot, volume, name, .. } = found;
     check_name(&catalog, name.as_deref())?;
     let site = Site { root: store.root().clone(), config: None };
-    let mark = snapshot.to_string();
-    let pulled = match pulled_before(&catalog, &mark)? {
+    let pulled = match pulled_before(&catalog, &snapshot.to_string())? {
         Some(id) => id,
-        None => {
-            let wanted = pull::Wanted {
-                key: wanted.key.clone(),
-                tags: vec![(RESTORED.into(), mark)],
-                budget: wanted.budget,
-                ..pull::Wanted::default()
-            };
-            match site.run(&Step::Pull(snapshot, target.clone(), wanted), watch)? {
-                Came::Pulled(id) => id,
-                _ => return Err(step::other()),
-            }
-        }
+        None => site.pull_to_restore(snapshot, target, wanted.key.clone(), wanted.budget, watch)?,
     };
     if let Err(e) = site.run(&Step::Accept(pulled, snapshot, target.clone()), watch) {
         if e.kind() == Kind::Busy {
@@ -83,10 +71,8 @@ pub fn receive(store: &Store, target: &Target, wanted: &WantedReceive, watch: Wa
     }
     let told = "whoever has sent the volume was told that it is here, and it is, as a snapshot; the same \
                 command makes the volume of it";
-    match site.run(&Step::Make(pulled), watch).map_err(|e| e.context(told))? {
-        Came::Made(made) => Ok(Received { made, snapshot, volume, name }),
-        _ => Err(step::other()),
-    }
+    let made = site.make(pulled, watch).context(|| told)?;
+    Ok(Received { made, snapshot, volume, name })
 }
 
 /// A volume that was sent.

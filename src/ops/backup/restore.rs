@@ -7,8 +7,8 @@
 
 use super::all::{copy_of, is_by_embedded};
 use super::drill::Scratch;
-use super::step::{self, Came, Made, Site, Step};
-use super::{For, Session, Target, pull};
+use super::step::{Made, Site, Step};
+use super::{For, Session, Target};
 use crate::backup::saved::{RESTORED, SavedVolume};
 use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
@@ -256,22 +256,11 @@ impl One<'_> {
         let pulled = match pulled {
             Some(id) => id,
             None => {
-                let wanted = pull::Wanted {
-                    key: self.wanted.key.clone(),
-                    tags: vec![(RESTORED.into(), mark)],
-                    budget: self.wanted.budget,
-                    ..pull::Wanted::default()
-                };
-                let step = Step::Pull(chosen.snapshot, self.target.clone(), wanted);
-                match self.site.run(&step, watch)? {
-                    Came::Pulled(id) => id,
-                    _ => return Err(step::other()),
-                }
+                let (key, budget) = (self.wanted.key.clone(), self.wanted.budget);
+                self.site.pull_to_restore(chosen.snapshot, self.target, key, budget, watch)?
             }
         };
-        let Came::Made(made) = self.site.run(&Step::Make(pulled), watch)? else {
-            return Err(step::other());
-        };
+        let made = self.site.make(pulled, watch)?;
         if self.wanted.drill {
             self.site.run(&Step::Try(made.volume), watch)?;
         }

@@ -2,8 +2,7 @@
 //! and the rest when it stands still. It is removed here when the other host says that it has it.
 
 use super::all::{check_can_be_pushed, copy_of};
-use super::push::Pushed;
-use super::step::{self, Came, Site, Step};
+use super::step::{Site, Step};
 use super::{For, Session, Target};
 use crate::backing::file::next_data_of;
 use crate::backup::moved;
@@ -119,14 +118,14 @@ impl Sending<'_> {
     ) -> Result<(SentVolume, VolumeLock)> {
         self.call_off_earlier()?;
         let first = self.snapshot(Sent::First)?;
-        let first = self.push(first, watch)?;
+        let first = self.site.push(first, self.target, watch)?;
         let begun = Instant::now();
         if reach::is_attached(&self.catalog, self.id)? {
             tell("most of it is there: it is detached");
             control::detach(&self.catalog, self.id)?;
         }
         let (last, lock) = self.last_snapshot()?;
-        let pushed = self.push(last, watch)?;
+        let pushed = self.site.push(last, self.target, watch)?;
         tell("all of it is there: waiting for the other host");
         self.wait_until_received(last, begun, wanted.patience, watch)?;
         let sent = SentVolume {
@@ -184,13 +183,6 @@ impl Sending<'_> {
         let attempt = || format!("look for data in {}", path.display());
         let file = files::open_layer(&path, OFlag::O_RDONLY).context(attempt)?;
         Ok(next_data_of(&file, 0).context(attempt)?.is_some())
-    }
-
-    fn push(&self, snapshot: SnapshotId, watch: Watch<'_>) -> Result<Pushed> {
-        match self.site.run(&Step::Push(snapshot, self.target.clone()), watch)? {
-            Came::Pushed(pushed) => Ok(pushed),
-            _ => Err(step::other()),
-        }
     }
 
     /// Returns when the other host has said, proved by the data key, that it has the volume. Otherwise it is

@@ -6,12 +6,14 @@
 
 use super::push::Pushed;
 use super::{Target, pull};
+use crate::backup::saved::RESTORED;
 use crate::base::child;
 use crate::base::root::Root;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::{SnapshotId, VolumeId};
 use crate::disk::transfer::Watch;
+use crate::ops::need::Budget;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
@@ -86,6 +88,48 @@ pub(super) struct Site {
 }
 
 impl Site {
+    /// Pushes a snapshot.
+    ///
+    /// # Errors
+    /// As [`Site::run`].
+    pub(super) fn push(&self, snapshot: SnapshotId, target: &Target, watch: Watch<'_>) -> Result<Pushed> {
+        match self.run(&Step::Push(snapshot, target.clone()), watch)? {
+            Came::Pushed(pushed) => Ok(pushed),
+            _ => Err(other()),
+        }
+    }
+
+    /// Pulls the snapshot of a volume that is to be made again, with a note of which one it was in the place.
+    ///
+    /// # Errors
+    /// As [`Site::run`].
+    pub(super) fn pull_to_restore(
+        &self,
+        snapshot: SnapshotId,
+        target: &Target,
+        key: Option<String>,
+        budget: Budget,
+        watch: Watch<'_>,
+    ) -> Result<SnapshotId> {
+        let tags = vec![(RESTORED.into(), snapshot.to_string())];
+        let wanted = pull::Wanted { key, name: None, tags, budget };
+        match self.run(&Step::Pull(snapshot, target.clone(), wanted), watch)? {
+            Came::Pulled(id) => Ok(id),
+            _ => Err(other()),
+        }
+    }
+
+    /// Makes the volume again that a snapshot is of, which was pulled for that.
+    ///
+    /// # Errors
+    /// As [`Site::run`].
+    pub(super) fn make(&self, pulled: SnapshotId, watch: Watch<'_>) -> Result<Made> {
+        match self.run(&Step::Make(pulled), watch)? {
+            Came::Made(made) => Ok(made),
+            _ => Err(other()),
+        }
+    }
+
     /// Does a step, and waits for it. `watch` is told how far it has come; an error of it ends the step.
     ///
     /// # Errors
@@ -140,6 +184,6 @@ fn hear(socket: &UnixStream, step: &Step, watch: Watch<'_>) -> Result<Option<Res
 }
 
 /// What came is not what a step of that kind brings.
-pub(super) fn other() -> Error {
+fn other() -> Error {
     Error::new(Kind::Other, "a step's process answers another question")
 }
