@@ -114,6 +114,12 @@ impl Ring {
         made.next_serial
     }
 
+    /// Has the kernel do what it has left for the next time that it is entered.
+    pub fn take_in(&self) -> io::Result<()> {
+        // SAFETY: nothing is submitted, nothing is waited for, and there is no argument.
+        unsafe { self.submitter().enter::<libc::sigset_t>(0, 0, GET_EVENTS, None) }.map(drop)
+    }
+
     /// Forgets files, and buffers where there are some. Nothing may be in flight.
     pub fn forget(&mut self, buffers: bool) {
         let submitter = self.submitter();
@@ -122,8 +128,7 @@ impl Ring {
             forgotten.and_then(|()| if buffers { submitter.unregister_buffers() } else { Ok(()) });
         // The kernel may let go of a request, and of the files it used, only when the ring is entered after
         // its completion. Should it refuse that now, it does so with the next queue that has the ring.
-        // SAFETY: nothing is submitted, nothing is waited for, and there is no argument.
-        let _ = unsafe { submitter.enter::<libc::sigset_t>(0, 0, GET_EVENTS, None) };
+        let _ = self.take_in();
         match forgotten {
             Ok(()) => self.clean = true,
             Err(e) => log::error!("giving up an io_uring: {e}"),

@@ -94,6 +94,8 @@ pub(super) struct FileQueue {
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
     watches: Vec<Watch>,
+    /// Watches that the kernel was asked to end and has not ended yet.
+    ending: usize,
     /// Bytes to be moved by what was handed over since the kernel was entered.
     waiting_bytes: usize,
     /// Entries that found the submission queue full.
@@ -134,6 +136,7 @@ impl FileQueue {
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
             watches: Vec::new(),
+            ending: 0,
             waiting_bytes: 0,
             backlog: VecDeque::new(),
             events: VecDeque::with_capacity(2 * depth),
@@ -240,7 +243,7 @@ impl FileQueue {
             let Some(entry) = self.ring.completion().next() else { return };
             match entry.user_data() {
                 slot if slot < WATCH => self.complete(slot as u32, entry.result()),
-                token if token & CANCEL != 0 => {}
+                token if token & CANCEL != 0 => self.ended(token as u32, entry.result()),
                 watch => self.woken(watch as u32, &entry),
             }
         }
@@ -327,6 +330,40 @@ impl FileQueue {
             self.watches.swap_remove(index);
             self.events.push_back(Event::Unwatched { token });
         }
+    }
+
+    /// Has the kernel end a watch. Completions of one that is not in the list are dropped, so that
+    /// nobody need wait for it.
+    fn end(&mut self, serial: u32) {
+        let cancel = opcode::PollRemove::new(WATCH | u64::from(serial)).build();
+        self.push(cancel.user_data(CANCEL | u64::from(serial)));
+        self.ending += 1;
+    }
+
+    /// What became of [`FileQueue::end`].
+    fn ended(&mut self, serial: u32, result: i32) {
+        self.ending -= 1;
+        // The descriptor has just become readable: the kernel does not end a watch before it has told so.
+        if -result == libc::EALREADY {
+            self.end(serial);
+        }
+    }
+
+    /// Ends all watches, and waits until they are. A watch holds its file, and would wake
+    /// whoever has the ring next.
+    fn end_watches(&mut self) -> io::Result<()> {
+        while let Some(watch) = self.watches.first() {
+            self.unwatch(watch.token);
+        }
+        for _ in 0..MAX_TRIES {
+            self.enter(Wait::Poll)?;
+            self.reap();
+            if self.ending == 0 {
+                return Ok(());
+            }
+            self.ring.take_in()?;
+        }
+        Err(io::Error::other("the kernel does not end watches"))
     }
 
     /// Whether entering the kernel without waiting would change nothing.
@@ -437,10 +474,7 @@ impl Queue for FileQueue {
     fn unwatch(&mut self, token: u32) {
         let Some(index) = self.watches.iter().position(|w| w.token == token) else { return };
         let watch = self.watches.swap_remove(index);
-        // The poll holds the file by itself, and completions of a watch that is not in the list are dropped,
-        // so there is nothing to wait for.
-        let cancel = opcode::PollRemove::new(WATCH | u64::from(watch.serial)).build();
-        self.push(cancel.user_data(CANCEL));
+        self.end(watch.serial);
         self.events.retain(
             |e| !matches!(e, Event::Ready { token: t } | Event::Unwatched { token: t } if *t == token),
         );
@@ -492,10 +526,7 @@ impl Drop for FileQueue {
         }
         nothing_in_flight(&self.file);
         // The ring may serve another queue of this thread.
-        while let Some(watch) = self.watches.first() {
-            self.unwatch(watch.token);
-        }
-        if let Err(e) = self.enter(Wait::Poll) {
+        if let Err(e) = self.end_watches() {
             log::error!("giving up watches: {e}");
         }
         self.ring.forget(self.registered);

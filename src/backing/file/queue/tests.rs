@@ -245,3 +245,23 @@ fn a_write_whose_block_cannot_be_read_is_not_begun() {
     begin_write(queue, 2, 512, 512, 9);
     assert!(done(queue).1.is_ok());
 }
+
+#[test]
+fn a_watch_that_wakes_at_its_end_ends() {
+    let mut queue = queue();
+    let woken = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let watched = |queue: &FileQueue| {
+        let ring = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", queue.ring.as_raw_fd())).unwrap();
+        let polls = ring.lines().skip_while(|line| !line.starts_with("PollList")).skip(1);
+        polls.take_while(|line| line.starts_with(' ')).count()
+    };
+    for round in 0..3 {
+        queue.watch(1, woken.as_raw_fd());
+        queue.wait(Wait::Poll).unwrap();
+        assert_eq!(watched(&queue), 1, "in round {round}");
+        // Told, and not taken in.
+        woken.write(1).unwrap();
+        queue.end_watches().unwrap();
+        assert_eq!(watched(&queue), 0, "in round {round}");
+    }
+}
