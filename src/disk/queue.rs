@@ -30,6 +30,8 @@ pub struct DiskQueue {
     /// Where somebody may copy what is below into the top. It goes after the queue.
     lane: Option<OpenLane>,
     cipher_time: CipherTime,
+    /// Bytes that were delivered since the last wait.
+    delivered: usize,
 }
 
 impl DiskQueue {
@@ -42,7 +44,8 @@ impl DiskQueue {
             queue.watch(LANE, lane.wake_fd());
         }
         let unit = disk.backing.caps().unit;
-        Ok(DiskQueue { disk: disk.clone(), queue, unit, layered, lane, cipher_time: CipherTime::default() })
+        let (disk, cipher_time) = (disk.clone(), CipherTime::default());
+        Ok(DiskQueue { disk, queue, unit, layered, lane, cipher_time, delivered: 0 })
     }
 
     /// The disk.
@@ -220,6 +223,7 @@ impl DiskQueue {
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
     {
         let bytes = self.queue.bytes(&mut buffer);
+        self.delivered += bytes.len();
         let done = match (&mut self.layered, &self.disk.cipher) {
             (Some(layered), _) => self
                 .cipher_time
@@ -348,6 +352,11 @@ impl DiskQueue {
         self.cipher_time.take()
     }
 
+    /// Bytes that went through [`DiskQueue::deliver`] since the last [`DiskQueue::wait`].
+    pub fn delivered(&self) -> usize {
+        self.delivered
+    }
+
     /// See [`Queue::watch`]. The tokens from `u32::MAX - 1` on are taken.
     pub fn watch(&mut self, token: u32, fd: RawFd) {
         self.queue.watch(token, fd);
@@ -360,6 +369,7 @@ impl DiskQueue {
 
     /// See [`Queue::wait`].
     pub fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        self.delivered = 0;
         let due = self.layered.as_ref().is_some_and(Layered::has_event);
         self.queue.wait(if due { Wait::Poll } else { wait })
     }

@@ -102,6 +102,45 @@ fn snapshot_after_snapshot_while_a_guest_writes() {
     rig.assert_layers_are_named();
 }
 
+#[test]
+fn large_reads_go_on_through_snapshots() {
+    let rig = Rig::new(&[]);
+    let (host, socket) = rig.attach("t");
+    let mut session = open(&socket);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = AtEnd(&done);
+        let (ring, data) = (&mut session.rings[0], &rig.data);
+        let done = &done;
+        let reader = scope.spawn(move || {
+            // What completes together is more than a turn delivers.
+            const LEN: usize = 384 << 10;
+            let mut rounds = 0;
+            while !done.load(Ordering::SeqCst) {
+                let places =
+                    (0..8).map(|i| (i * 5 + rounds) % 31 * (256 << 10)).map(|at| at.min(data.len() - LEN));
+                let places: Vec<usize> = places.collect();
+                let reads = places.iter().map(|at| Request::read((at / 512) as u64, LEN).submit(ring));
+                let pending = reads.collect::<Result<Vec<_>, _>>().unwrap();
+                ring.kick_if_wanted();
+                for (at, outcome) in places.iter().zip(block::complete(ring, pending).unwrap()) {
+                    assert_eq!(outcome.status, block::OK, "a read at byte {at}");
+                    assert!(outcome.data == data[*at..at + LEN], "at byte {at}");
+                }
+                rounds += 1;
+            }
+            rounds
+        });
+        for _ in 0..8 {
+            rig.id(&["snapshot", "create", "t"]);
+        }
+        done.store(true, Ordering::SeqCst);
+        assert!(reader.join().unwrap() > 0);
+    });
+    drop(session);
+    host.end();
+}
+
 fn counter(ring: &mut SplitRing, n: u64) {
     write(ring, 0, &n.to_le_bytes().repeat(64));
 }

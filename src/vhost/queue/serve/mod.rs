@@ -27,6 +27,10 @@ const KICK: u32 = 1;
 const BATCH: usize = 64;
 /// Answers that the driver is shown before the turn is over, so that it can go on while the rest is served.
 const SHOW: u16 = 8;
+/// Bytes that are delivered to the guest before the turn is over, or little more: then the driver is shown
+/// them, and the device gets what the driver asks for next. A device that is done with several large requests
+/// at once would stand idle while all of them are decrypted.
+const DELIVER: usize = 128 << 10;
 /// The tag of the disk's flush, which is nobody's in particular. No slot has it: see [`requests::tag`].
 const FLUSH: u64 = u64::MAX;
 
@@ -149,7 +153,7 @@ impl Server {
                 return Ok(exit);
             }
             self.note_turn();
-            if more || still {
+            if more || still || self.has_delivered() {
                 self.tally.settle();
                 self.io.wait(Wait::Poll)?;
                 self.tally.waited();
@@ -159,9 +163,18 @@ impl Server {
             while let Some(event) = self.io.next_event() {
                 self.handle(event)?;
                 self.show();
+                // A pause begins when nothing is in flight, and then no event may be left.
+                if self.has_delivered() && self.pausing.is_none() {
+                    break;
+                }
             }
             self.publish();
         }
+    }
+
+    /// Whether enough was delivered for this turn. There may be events that were not taken.
+    fn has_delivered(&self) -> bool {
+        self.io.delivered() >= DELIVER
     }
 
     /// Notes what is only of interest once a turn.
@@ -266,7 +279,9 @@ impl Server {
         self.advance(slot);
         // What the disk did on the spot is finished while it is in the cache, and a driver
         // that looks sees it soon.
-        while let Some(event) = self.io.next_event() {
+        while !self.has_delivered()
+            && let Some(event) = self.io.next_event()
+        {
             self.handle(event)?;
         }
         self.show();
