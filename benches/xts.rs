@@ -182,10 +182,16 @@ fn aes_units(bytes: usize) -> [Option<f64>; 3] {
     let vaes = is_x86_feature_detected!("vaes");
     [
         is_x86_feature_detected!("aes").then(rounds!("aes", _mm_setzero_si128, _mm_aesenc_si128)),
-        (vaes && is_x86_feature_detected!("avx2"))
-            .then(rounds!("avx2,vaes", _mm256_setzero_si256, _mm256_aesenc_epi128)),
-        (vaes && is_x86_feature_detected!("avx512f"))
-            .then(rounds!("avx512f,vaes", _mm512_setzero_si512, _mm512_aesenc_epi128)),
+        (vaes && is_x86_feature_detected!("avx2")).then(rounds!(
+            "avx2,vaes",
+            _mm256_setzero_si256,
+            _mm256_aesenc_epi128
+        )),
+        (vaes && is_x86_feature_detected!("avx512f")).then(rounds!(
+            "avx512f,vaes",
+            _mm512_setzero_si512,
+            _mm512_aesenc_epi128
+        )),
     ]
 }
 

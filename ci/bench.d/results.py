@@ -99,9 +99,13 @@ class Run:
 
     def peer(self, fs, kind, work, value):
         """The storage daemon's value, with or without an I/O thread, whichever is better."""
+        best = self.better(fs, kind, work, value)
+        return value(best) if best else None
+
+    def better(self, fs, kind, work, value):
+        """What the storage daemon did with or without an I/O thread, whichever has the higher value."""
         pair = [self.cell(fs, name, work) for name in (f"qsd-{kind}", f"qsd-{kind}-iothread")]
-        values = [value(cell) for cell in pair if cell]
-        return max(values) if values else None
+        return max((cell for cell in pair if cell), key=value, default=None)
 
     def ratio(self, fs, kind, work):
         """How many times the storage daemon's requests a second sealblk did."""
