@@ -309,6 +309,19 @@ pub(crate) fn pulled(
     sealed(copy, keys)
 }
 
+/// What an earlier snapshot of the same volume that was [pulled] becomes with what has changed since: the
+/// snapshot `from`, in the layers and under the data keys of the earlier one, whose id it keeps.
+pub(crate) fn pulled_as(from: &Snapshot, earlier: &Snapshot, label: Label, keys: &BackupKeys) -> Snapshot {
+    let mut copy = pulled(from, earlier.id(), earlier.keys().to_vec(), label, keys);
+    let leaving =
+        copy.layout.hydrate.and_then(|id| copy.layout.layers.iter().position(|layer| layer.id == id));
+    for (layer, its) in copy.layout.layers.iter_mut().zip(earlier.layers()) {
+        layer.id = its.id;
+    }
+    copy.layout.hydrate = leaving.map(|n| copy.layout.layers[n].id);
+    sealed(copy, keys)
+}
+
 fn sealed(snapshot: Snapshot, keys: &BackupKeys) -> Snapshot {
     let checks = snapshot.layout.checks();
     Snapshot { mac: Some(keys.seal(&snapshot.sealed_bytes(&checks))), ..snapshot }
@@ -392,6 +405,13 @@ mod tests {
         assert!(pulled.layers().iter().all(|layer| record.layers().iter().all(|other| other.id != layer.id)));
         assert_eq!(pulled.layout().hydrate(), Some(pulled.layers()[1].id));
         assert_eq!(Snapshot::from_json(&pulled.to_json()).unwrap(), pulled);
+        // What comes after it gets its id, layers and keys.
+        let later = Snapshot { id: SnapshotId::random(), ..record.clone() };
+        let next = pulled_as(&later, &pulled, Label::default(), &keys);
+        check_seal(&next, &keys).unwrap();
+        assert_eq!((next.id(), next.copy_of()), (pulled.id(), Some(later.id())));
+        assert_eq!((next.layers(), next.keys()), (pulled.layers(), pulled.keys()));
+        assert_eq!(next.layout().hydrate(), pulled.layout().hydrate());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Whether a volume that was sent by a place has come: an object that whoever is first writes, and that
 //! nobody replaces. Whoever receives the volume says so in it, proved by its data key; whoever sends it calls
 //! it off. So both never have it.
+//!
+//! The object of the first snapshot, which is made while the volume is used, is a hint: that a host takes it
+//! ahead, and that it has.
 
 use super::object;
 use crate::catalog::SnapshotId;
@@ -12,12 +15,16 @@ use subtle::ConstantTimeEq;
 pub(crate) const MAX: usize = 1 << 10;
 /// What the object says of a volume that was called off.
 pub(crate) const WITHDRAWN: &[u8] = b"sealblk move 1 withdrawn\n";
+/// What the object of the first snapshot of a volume says while another host takes that ahead.
+pub(crate) const COMING: &[u8] = b"sealblk move 1 coming\n";
+/// And when that host has it.
+pub(crate) const AHEAD: &[u8] = b"sealblk move 1 ahead\n";
 /// How it begins when it has come.
 const RECEIVED: &str = "sealblk move 1 received ";
 /// What the MAC is over begins so, so that it is no MAC of anything else.
 const DOMAIN: &str = "sealblk backup received 1\0";
 
-/// The object for the last snapshot of a volume that is sent.
+/// The object for the last snapshot of a volume that is sent, or for the first one.
 pub(crate) fn moved_of(snapshot: SnapshotId) -> ObjectName {
     object(&format!("moves/{snapshot}"))
 }

@@ -214,6 +214,10 @@ enum HelperCommand {
     Carry,
     /// Do a step of a backup or restore for the process that started this one.
     BackupStep,
+    /// Pass on what processes of this host ask of another one.
+    Relay,
+    /// Have another host bring objects into a folder of this one.
+    ServePlace,
     /// Load a PKCS#11 module for the process that started this one.
     Pkcs11,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
@@ -242,6 +246,12 @@ impl Task {
             Task::Helper(HelperCommand::Unwrap) => attach::unwrap(env),
             Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
+            Task::Helper(HelperCommand::Relay) => {
+                crate::helper::other_host::relay::help(env.hardened, &env.root)
+            }
+            Task::Helper(HelperCommand::ServePlace) => {
+                crate::helper::other_host::server::help(env.hardened, &env.root)
+            }
             Task::Helper(HelperCommand::BackupStep) => crate::ops::backup::worker::help(&env.store()?),
             Task::Helper(HelperCommand::Pkcs11) => crate::hsm::module::help(env.hardened),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
@@ -419,6 +429,8 @@ mod tests {
             ("rewrap-key", ""),
             ("carry", ""),
             ("backup-step", ""),
+            ("relay", ""),
+            ("serve-place", ""),
             ("keep-grants", ""),
             ("pkcs11", ""),
             ("take-over", " x"),

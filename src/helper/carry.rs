@@ -50,16 +50,18 @@ struct Begin {
     writes: bool,
 }
 
+/// What is asked of a place.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Request {
-    number: u64,
-    what: What,
+pub(super) struct Request {
+    /// By which its answer is known.
+    pub(super) number: u64,
+    pub(super) what: What,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum What {
+pub(super) enum What {
     Get {
         name: ObjectName,
         max: usize,
@@ -81,16 +83,17 @@ enum What {
     Sync,
 }
 
+/// The answer to a request.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Answer {
-    number: u64,
-    outcome: Outcome,
+pub(super) struct Answer {
+    pub(super) number: u64,
+    pub(super) outcome: Outcome,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Outcome {
+pub(super) enum Outcome {
     /// It was done; and whether there was such an object, or whether it was put.
     Done(bool),
     /// The name of the error's kind, and its words.
@@ -100,7 +103,8 @@ enum Outcome {
 /// The carrier, for the process that started it.
 pub struct Carrier {
     socket: UnixStream,
-    child: Child,
+    /// None where a process that others use as well has the way to the place ([`super::relay`]).
+    child: Option<Child>,
     next: u64,
     /// Requests whose answers have not come.
     under_way: usize,
@@ -119,8 +123,14 @@ impl Carrier {
     /// # Errors
     /// Those of reaching the place; `NotFound` for a folder that is not there.
     pub fn start(root: &Root, url: &PlaceUrl, access: &Access, writes: bool) -> Result<Self> {
+        if let PlaceUrl::Connection { socket, .. } = url {
+            let attempt = || "reach the process that has the connection to the other host";
+            let socket = UnixStream::connect(socket).context(attempt)?;
+            socket.set_read_timeout(Some(TIME))?;
+            return Ok(Carrier { socket, child: None, next: 1, under_way: 0, come: HashMap::new() });
+        }
         let (socket, child) = child::spawn(root, COMMAND)?;
-        let mut carrier = Carrier { socket, child, next: 0, under_way: 0, come: HashMap::new() };
+        let mut carrier = Carrier { socket, child: Some(child), next: 0, under_way: 0, come: HashMap::new() };
         carrier.socket.set_read_timeout(Some(TIME))?;
         let begin = Begin { url: url.clone(), access: access.clone(), writes };
         send(&carrier.socket, &begin, &[]).context(|| "tell the carrier where to go")?;
@@ -233,8 +243,9 @@ impl Carrier {
 
     /// The carrier cannot be used any more: the error, with what became of it.
     fn broken(&mut self, e: Error) -> Error {
-        let _ = self.child.kill();
-        let became = self.child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+        let Some(child) = &mut self.child else { return e.context("the connection to the other host") };
+        let _ = child.kill();
+        let became = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
         e.context(format!("the carrier ({became})"))
     }
 }
@@ -242,8 +253,10 @@ impl Carrier {
 impl Drop for Carrier {
     fn drop(&mut self) {
         // It ends when nobody asks any more; whatever it is doing then is of no use.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -327,7 +340,7 @@ fn serve(way: &mut dyn Objects, input: &Mutex<&UnixStream>, output: &Mutex<&Unix
     loop {
         let received = {
             let socket = input.locked();
-            receive::<Request>(&socket)?
+            receive::<Request>(*socket)?
         };
         let Some((Request { number, what }, bytes)) = received else { return Ok(()) };
         let (outcome, bytes) = match answer(way, what, bytes) {
@@ -335,11 +348,12 @@ fn serve(way: &mut dyn Objects, input: &Mutex<&UnixStream>, output: &Mutex<&Unix
             Err(e) => (failed(&e), Vec::new()),
         };
         let socket = output.locked();
-        send(&socket, &Answer { number, outcome }, &bytes)?;
+        send(*socket, &Answer { number, outcome }, &bytes)?;
     }
 }
 
-fn answer(way: &mut dyn Objects, what: What, bytes: Vec<u8>) -> Result<(bool, Vec<u8>)> {
+/// Does what is asked of a place; returns whether it was done, and what was found.
+pub(super) fn answer(way: &mut dyn Objects, what: What, bytes: Vec<u8>) -> Result<(bool, Vec<u8>)> {
     Ok(match what {
         What::Get { name, max } => match way.get(&name, max)? {
             Some(bytes) => (true, bytes),
@@ -360,29 +374,30 @@ fn answer(way: &mut dyn Objects, what: What, bytes: Vec<u8>) -> Result<(bool, Ve
     })
 }
 
-fn failed(e: &Error) -> Outcome {
+/// An error, as an answer says it.
+pub(super) fn failed(e: &Error) -> Outcome {
     // The beginning of what a place says is enough.
     let words: String = e.to_string().chars().take(4000).collect();
     Outcome::Failed(e.kind().name().to_owned(), words)
 }
 
 /// Sends one message.
-fn send(mut socket: &UnixStream, header: &impl Serialize, bytes: &[u8]) -> Result<()> {
+pub(super) fn send(mut to: impl Write, header: &impl Serialize, bytes: &[u8]) -> Result<()> {
     let header = serde_json::to_vec(header).map_err(|e| Error::of(Kind::Other, e))?;
     let len = |len: usize| u32::try_from(len).map_err(|e| Error::of(Kind::Other, e));
     let mut lengths = [0; 8];
     lengths[..4].copy_from_slice(&len(header.len())?.to_le_bytes());
     lengths[4..].copy_from_slice(&len(bytes.len())?.to_le_bytes());
-    socket.write_all(&[&lengths[..], &header].concat())?;
-    Ok(socket.write_all(bytes)?)
+    to.write_all(&[&lengths[..], &header].concat())?;
+    Ok(to.write_all(bytes)?)
 }
 
 /// Receives one message; none where the other side has ended.
-fn receive<T: DeserializeOwned>(mut socket: &UnixStream) -> Result<Option<(T, Vec<u8>)>> {
+pub(super) fn receive<T: DeserializeOwned>(mut from: impl Read) -> Result<Option<(T, Vec<u8>)>> {
     let mut lengths = [0; 8];
-    match socket.read(&mut lengths[..1])? {
+    match from.read(&mut lengths[..1])? {
         0 => return Ok(None),
-        _ => socket.read_exact(&mut lengths[1..])?,
+        _ => from.read_exact(&mut lengths[1..])?,
     }
     let (header, bytes) = lengths.split_at(4);
     let len = |bytes: &[u8]| bytes.iter().rev().fold(0usize, |len, &byte| len << 8 | usize::from(byte));
@@ -391,10 +406,10 @@ fn receive<T: DeserializeOwned>(mut socket: &UnixStream) -> Result<Option<(T, Ve
         return Err(Error::new(Kind::Other, format!("a message of {header} and {bytes} bytes")));
     }
     let mut room = vec![0; header];
-    socket.read_exact(&mut room)?;
+    from.read_exact(&mut room)?;
     let header = parse(&room)?;
     let mut room = vec![0; bytes];
-    socket.read_exact(&mut room)?;
+    from.read_exact(&mut room)?;
     Ok(Some((header, room)))
 }
 

@@ -5,6 +5,7 @@
 pub mod carry;
 mod failure;
 pub mod grants;
+pub mod other_host;
 pub mod rewrap;
 pub mod slots;
 pub mod unwrap;

@@ -14,6 +14,7 @@ use crate::catalog::{self, Catalog, LayerId, VolumeId, leaving, pending};
 use crate::helper::grants::{self, Note, notes};
 use crate::image::lock::{Access, ImageLock};
 use crate::ops::Store;
+use crate::ops::backup::other_host::Arrivals;
 use crate::ops::delete::clear_remains;
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
@@ -36,6 +37,7 @@ pub fn look(store: &Store) -> Result<Collected> {
     let catalog = store.catalog();
     let mut found = if store.root().path().exists() { left_overs(&catalog)? } else { Vec::new() };
     found.extend(old_notes(store)?);
+    found.extend(arrivals(store)?);
     let grants = grants::stale(&catalog)?.into_iter().map(|note| (note, None)).collect();
     Ok(Collected { left_overs: found, grants })
 }
@@ -52,6 +54,8 @@ pub fn clear(store: &Store) -> Result<Collected> {
         files::remove_if_there(&left.path).context(|| format!("remove {}", left.path.display()))?;
     }
     found.extend(old);
+    found.extend(arrivals(store)?);
+    Arrivals::of(store.root()).clear()?;
     let retire = |note: Note| {
         let outcome = grants::retire(store.root(), &note);
         (note, Some(outcome))
@@ -66,6 +70,12 @@ fn old_notes(store: &Store) -> Result<Vec<LeftOver>> {
     notes::warn_of_old(store.root());
     let paths = notes::old(store.root())?;
     Ok(paths.into_iter().filter_map(|path| LeftOver::at(What::Note, path)).collect())
+}
+
+/// What came from other hosts by connections that ended too soon.
+fn arrivals(store: &Store) -> Result<Vec<LeftOver>> {
+    let folders = Arrivals::of(store.root()).left_over()?;
+    Ok(folders.into_iter().filter_map(|path| LeftOver::at(What::Arrival, path)).collect())
 }
 
 /// What a left-over is.
@@ -84,6 +94,8 @@ pub enum What {
     Change,
     /// A note of a grant, as earlier versions kept them in the store. What it says is not looked at.
     Note,
+    /// A part of a volume that another host has sent by a connection which ended too soon.
+    Arrival,
 }
 
 impl What {
@@ -96,6 +108,7 @@ impl What {
             What::Snapshot => "snapshot",
             What::Change => "change",
             What::Note => "note",
+            What::Arrival => "arrival",
         }
     }
 }
@@ -107,7 +120,7 @@ pub struct LeftOver {
     pub what: What,
     /// Its file or folder.
     pub path: PathBuf,
-    /// What it takes on disk, in bytes; of a folder, its layers are not counted.
+    /// What it takes on disk, in bytes; of a folder, what is in it is not counted.
     pub bytes: u64,
 }
 

@@ -152,6 +152,10 @@ impl Place {
             PlaceUrl::Bucket { bucket, prefix } => {
                 Ok(Place::Bucket(Box::new(s3::Bucket::prepare(bucket, prefix, access)?)))
             }
+            PlaceUrl::Connection { .. } => Err(Error::new(
+                Kind::Usage,
+                "another host's place is reached by who has the connection, and not by a carrier",
+            )),
             #[cfg(not(feature = "object-store"))]
             PlaceUrl::Bucket { .. } => Err(Error::new(
                 Kind::Unsupported,

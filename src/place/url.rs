@@ -5,10 +5,11 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Component, PathBuf};
 use std::str::FromStr;
+use uuid::Uuid;
 
 /// The URL of a place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(rename_all = "kebab-case")]
 pub enum PlaceUrl {
     /// `file:///mnt/backup`: a folder.
     Folder(PathBuf),
@@ -18,6 +19,13 @@ pub enum PlaceUrl {
         bucket: String,
         /// The prefix, without `/` at either end; may be empty.
         prefix: String,
+    },
+    /// A folder of another host's, to which there is a connection. No user names it.
+    Connection {
+        /// The socket of the process that has the connection.
+        socket: PathBuf,
+        /// The place's id, by which it is known from one connection to the next.
+        place: Uuid,
     },
 }
 
@@ -63,21 +71,8 @@ impl fmt::Display for PlaceUrl {
             PlaceUrl::Folder(path) => write!(f, "file://{}", path.display()),
             PlaceUrl::Bucket { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
             PlaceUrl::Bucket { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+            PlaceUrl::Connection { place, .. } => write!(f, "connection:{place}"),
         }
-    }
-}
-
-impl TryFrom<String> for PlaceUrl {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse().map_err(|e: Error| e.to_string())
-    }
-}
-
-impl From<PlaceUrl> for String {
-    fn from(url: PlaceUrl) -> String {
-        url.to_string()
     }
 }
 
@@ -116,6 +111,7 @@ mod tests {
             "s3://bucket/../x",
             "s3://bucket/a b",
             "s3://bucket/a?b",
+            "connection:6f1c1f0c-3a87-4f0e-9d53-1d2b3c4d5e6f",
         ] {
             assert_eq!(text.parse::<PlaceUrl>().unwrap_err().kind(), Kind::Usage, "{text}");
         }

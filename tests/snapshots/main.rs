@@ -11,6 +11,7 @@ mod crash_attached;
 mod detached;
 mod gc;
 mod moves;
+mod moves_by_ssh;
 mod nearly_full;
 #[cfg(feature = "object-store")]
 mod object_store;

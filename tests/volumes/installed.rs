@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 mod man_pages;
 
 /// Commands that are for the program itself.
-const HIDDEN: [&str; 4] = ["rewrap-key", "keep-grants", "backup-step", "take-over"];
+const HIDDEN: [&str; 5] = ["rewrap-key", "keep-grants", "backup-step", "serve-place", "take-over"];
 
 fn script(shell: &str) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));

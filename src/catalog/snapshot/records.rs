@@ -186,6 +186,12 @@ impl Catalog {
         self.replaced(&snapshot.id, || SnapshotFacts::of(snapshot), replace)
     }
 
+    /// Replaces what will be the record of a copy.
+    pub(crate) fn save_copying(&self, snapshot: &Snapshot) -> Result<()> {
+        let replace = || replace_file(&self.copying_path(snapshot.id), &snapshot.to_json());
+        self.replaced(&snapshot.id, || SnapshotFacts::of(snapshot), replace)
+    }
+
     /// Enters a snapshot that is going to be made.
     pub(crate) fn enter_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let Some(ledger) = &self.ledger else { return Ok(()) };

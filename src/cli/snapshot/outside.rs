@@ -12,7 +12,7 @@ use crate::cli::progress::Progress;
 use crate::cli::slots::key_json;
 use crate::cli::{Env, output};
 use crate::ops::backup::list::{self, Said};
-use crate::ops::backup::pull::{self, Wanted};
+use crate::ops::backup::pull::{self, Ahead, Wanted};
 use crate::ops::backup::push;
 use crate::ops::backup::remove::{self, What};
 use crate::ops::backup::verify::{self, One};
@@ -173,6 +173,7 @@ pub(super) fn pull(env: &Env, args: &PullArgs) -> Result<()> {
     let (target, named) = args.how.target(&args.place, args.limit.rate())?;
     let store = env.store()?;
     let wanted = Wanted {
+        ahead: Ahead::No,
         key: args.key.clone(),
         name: args.name.clone(),
         tags: Vec::new(),

@@ -10,6 +10,7 @@ mod drill;
 mod kms_log;
 mod leases;
 pub mod list;
+pub mod other_host;
 pub mod pull;
 pub mod push;
 pub mod receive;

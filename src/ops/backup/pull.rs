@@ -6,9 +6,10 @@
 //! What was interrupted is gone on with by the same command, and cleared away by "sealblk gc".
 
 use super::{For, Session, Target, check_name, choose, keys_of, mark_of, missing};
+use crate::backing::file::next_data_of;
 use crate::backup::block::{self, BLOCK, SECTOR};
-use crate::backup::manifest::{self, Claim, Manifest};
-use crate::backup::page::RUN;
+use crate::backup::manifest::{self, Claim, Manifest, PageEntry};
+use crate::backup::page::{Page, RUN};
 use crate::backup::{BLOCKS, ContentName, PAGES};
 use crate::base::root::files;
 use crate::base::zeros::is_zero;
@@ -30,9 +31,10 @@ use crate::ops::clone::rewrap_slots;
 use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
 use crate::sandbox;
-use nix::fcntl::{Flock, OFlag};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, OFlag, fallocate};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -52,11 +54,29 @@ pub struct Wanted {
     pub tags: Vec<(String, String)>,
     /// What may be used of the file system.
     pub budget: Budget,
+    /// Whether it is of a volume that is still used where it comes from.
+    pub ahead: Ahead,
 }
 
-/// Makes a snapshot of what a place has: of the snapshot that is `named`, or of its only one. Reports a
-/// `pullSnapshot` event. `watch` is told how far it has come; an error of it ends the pull, which the next
-/// one goes on with. This process, and what it starts, has no network afterwards.
+/// A volume that is sent has two snapshots in the place: the first one is pulled while the volume is used,
+/// and becomes the last one with what has changed in between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ahead {
+    /// It has nothing to do with that.
+    #[default]
+    No,
+    /// It is the first one: it stays in the making when all of it has come.
+    Is,
+    /// It is the last one. Of the first one, by its id in the place, all has come before: by that of the
+    /// snapshot in the making here.
+    Was(SnapshotId, SnapshotId),
+}
+
+/// Makes a snapshot of what a place has: of the snapshot that is `named`, or of its only one.
+/// Reports a `pullSnapshot` event, unless it stays in the making. `watch` is told how far it has
+/// come; an error of it ends the pull, which the next one goes on with. This process, and what it
+/// starts, has no network afterwards.
 ///
 /// # Errors
 /// `NotFound` if there is no such snapshot; `Corrupt` for a manifest, page or block that is not what somebody
@@ -77,8 +97,10 @@ pub fn pull(
     let claim = session.claim_of_known(id).context(attempt)?;
     let volume = claim.claimed().snapshot.volume();
     let done = begin(store, &mut session, claim, wanted, watch);
-    let result = done.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
-    store.events().record(&Event::pull_snapshot(id, volume, result, started));
+    if wanted.ahead != Ahead::Is {
+        let result = done.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
+        store.events().record(&Event::pull_snapshot(id, volume, result, started));
+    }
     done.map_err(|failure| failure.error.context(attempt()))
 }
 
@@ -92,7 +114,7 @@ fn begin(
     let catalog = store.catalog();
     let label = label(claim.claimed(), wanted)?;
     let to = wanted.key.as_deref().map(|key| target_key(store, key)).transpose()?;
-    let interrupted = interrupted(&catalog, &claim.claimed().snapshot, &label, to.as_ref())?;
+    let interrupted = interrupted(&catalog, &claim.claimed().snapshot, &label, to.as_ref(), wanted.ahead)?;
     let (id, owned) = match &interrupted {
         Some((copy, _)) => (copy.id(), copy.clone()),
         None => {
@@ -110,11 +132,18 @@ fn begin(
     session.marks.check_place(session.id, true)?;
     session.marks.note(manifest.snapshot.id(), mark)?;
     let budget = wanted.budget;
+    let mut ahead = None;
     let (copy, lock) = match interrupted {
-        Some((copy, lock)) => {
+        Some((copy, lock)) if copy.copy_of() == Some(manifest.snapshot.id()) => {
             manifest::check_seal(&copy, top)?;
             log::info!("going on with {id}, which was interrupted");
             (copy, lock)
+        }
+        Some((first, lock)) => {
+            manifest::check_seal(&first, top)?;
+            ahead = first_manifest(session, wanted.ahead, top);
+            let copy = manifest::pulled_as(&manifest.snapshot, &first, label, top);
+            (copy.clone(), full::note_anew(&catalog, &copy, lock)?)
         }
         None => {
             budget.check(&catalog, manifest.blocks().saturating_mul(BLOCK as u64))?;
@@ -123,9 +152,10 @@ fn begin(
             (copy, lock)
         }
     };
-    let pull = Pull { catalog: &catalog, manifest: &manifest, copy: &copy, keys: &keys };
+    let pull = Pull { catalog: &catalog, manifest: &manifest, ahead, copy: &copy, keys: &keys };
     let filled = pull.fill(session, budget, watch);
-    match filled.and_then(|()| full::commit(&catalog, &copy)) {
+    let commit = || if wanted.ahead == Ahead::Is { Ok(()) } else { full::commit(&catalog, &copy) };
+    match filled.and_then(|()| commit()) {
         Ok(()) => Ok(copy),
         // What does not prove right is not kept, in no part.
         Err(e) if e.kind() == Kind::Corrupt => {
@@ -134,6 +164,14 @@ fn begin(
         }
         Err(e) => Err(e.into()),
     }
+}
+
+/// The manifest of the snapshot whose blocks the layers have already; none if the place does not show it as
+/// it was: then what the layers have is looked at.
+fn first_manifest(session: &mut Session, ahead: Ahead, keys: &BackupKeys) -> Option<Manifest> {
+    let Ahead::Was(first, _) = ahead else { return None };
+    let manifest = session.claim_of_known(first).and_then(|claim| claim.prove(keys));
+    manifest.inspect_err(|e| log::warn!("{e}; all that came ahead is looked at")).ok()
 }
 
 fn label(manifest: &Manifest, wanted: &Wanted) -> Result<Label> {
@@ -202,12 +240,14 @@ fn wrap(
     Ok(new)
 }
 
-/// A pull of the same snapshot in the same way that was begun, and that nobody is at.
+/// A pull of the same snapshot in the same way that was begun, and that nobody is at; or what came ahead and
+/// can become that.
 fn interrupted(
     catalog: &Catalog,
     from: &Snapshot,
     label: &Label,
     to: Option<&TargetKey>,
+    ahead: Ahead,
 ) -> Result<Option<(Snapshot, Flock<File>)>> {
     let _records = RecordsLock::acquire(catalog)?;
     let is_under = |new: &KeyRecord, old: &KeyRecord| {
@@ -226,9 +266,11 @@ fn interrupted(
         let is_laid_out_so = copy.layers().len() == from.layers().len()
             && copy.keys().len() == from.keys().len()
             && copy.keys().iter().zip(from.keys()).all(|(new, old)| is_under(new, old));
-        let same =
-            copy.copy_of() == Some(from.id()) && copy.volume() == from.volume() && copy.label() == label;
-        if same
+        let is_same = copy.copy_of() == Some(from.id()) && copy.label() == label;
+        let came_ahead =
+            matches!(ahead, Ahead::Was(first, was) if copy.copy_of() == Some(first) && id == was);
+        if (is_same || came_ahead)
+            && copy.volume() == from.volume()
             && is_laid_out_so
             && copy.geometry() == from.geometry()
             && let Some(lock) = full::lock(&path)?
@@ -243,6 +285,8 @@ fn interrupted(
 struct Pull<'a> {
     catalog: &'a Catalog,
     manifest: &'a Manifest,
+    /// That of which the layers have every block, and nothing else. Without it, what they have is looked at.
+    ahead: Option<Manifest>,
     copy: &'a Snapshot,
     keys: &'a [BackupKeys],
 }
@@ -252,6 +296,8 @@ struct Coming {
     under_way: UnderWay,
     number: u64,
     name: ContentName,
+    /// What the layer has in its place.
+    there: There,
 }
 
 impl Pull<'_> {
@@ -261,9 +307,9 @@ impl Pull<'_> {
         let place = need::place(self.catalog.root());
         let mut gate = Gate::new(&place, budget.reserve);
         let mut done = 0;
-        let mut step = || {
+        let mut step = |blocks: u64| {
             watch(done, total)?;
-            done += BLOCK as u64;
+            done += blocks.saturating_mul(BLOCK as u64);
             gate.wait(&mut || watch(done.min(total), total))
         };
         for (n, layer) in self.copy.layers().iter().enumerate() {
@@ -278,33 +324,60 @@ impl Pull<'_> {
         session: &mut Session,
         n: usize,
         layer: &LayerRecord,
-        step: &mut dyn FnMut() -> Result<()>,
+        step: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let path = self.catalog.layer_path(layer.id);
         let attempt = || format!("write {}", path.display());
         let file = files::open_layer(&path, OFlag::O_RDWR).context(attempt)?;
         let mut into = Into { file, size: layer.size, room: vec![0; BLOCK] };
         let mut coming: VecDeque<Coming> = VecDeque::new();
-        let keys = &self.keys[n];
-        for (&number, entry) in &self.manifest.planes[n].pages {
-            let page = session.page(entry.name, keys)?.ok_or_else(|| missing(entry.name, PAGES))?;
-            if page.0.len() != entry.blocks as usize {
-                let problem = format!("{} has another number of blocks", entry.name.object(PAGES));
-                return Err(Error::new(Kind::Corrupt, problem));
+        let (keys, pages) = (&self.keys[n], &self.manifest.planes[n].pages);
+        let before = self.ahead.as_ref().map(|it| &it.planes[n].pages);
+        let numbers: BTreeSet<u32> =
+            pages.keys().chain(before.into_iter().flat_map(BTreeMap::keys)).copied().collect();
+        // The block before which nothing is in the layer that is not to be there.
+        let mut clear_to = 0;
+        for number in numbers {
+            let (entry, first) = (pages.get(&number), u64::from(number) * RUN);
+            let known = before.map(|pages| pages.get(&number));
+            if known.is_some_and(|known| known.map(|it| it.name) == entry.map(|it| it.name)) {
+                step(entry.map_or(0, |it| u64::from(it.blocks)))?;
+                continue;
+            }
+            let page = entry.map_or(Ok(Page::default()), |entry| page_of(session, entry, keys))?;
+            let known =
+                known.map(|known| known.map_or(Ok(Page::default()), |entry| page_of(session, entry, keys)));
+            let known = known.transpose()?;
+            if let Some(known) = &known {
+                for &at in known.0.keys().filter(|at| !page.0.contains_key(at)) {
+                    let number = first + u64::from(at);
+                    into.check(number)?;
+                    into.clear(number..number + 1).context(attempt)?;
+                }
             }
             for (at, name) in page.0 {
-                let number = u64::from(number) * RUN + u64::from(at);
+                let number = first + u64::from(at);
                 into.check(number)?;
-                step()?;
-                if into.has(number, name, keys).context(attempt)? {
+                step(1)?;
+                match &known {
+                    Some(known) if known.0.get(&at) == Some(&name) => continue,
+                    Some(_) => {}
+                    None => into.clear(clear_to..number).context(attempt)?,
+                }
+                clear_to = number + 1;
+                let there = into.look(number, name, keys).context(attempt)?;
+                if there == There::This {
                     continue;
                 }
                 while coming.len() >= WINDOW {
                     self.arrive(session, &mut coming, &mut into, keys)?;
                 }
                 let under_way = session.carrier.begin_get(&name.object(BLOCKS), block::MAX)?;
-                coming.push_back(Coming { under_way, number, name });
+                coming.push_back(Coming { under_way, number, name, there });
             }
+        }
+        if before.is_none() {
+            into.clear(clear_to..manifest::blocks_of(layer.size)).context(attempt)?;
         }
         while !coming.is_empty() {
             self.arrive(session, &mut coming, &mut into, keys)?;
@@ -320,11 +393,15 @@ impl Pull<'_> {
         into: &mut Into,
         keys: &BackupKeys,
     ) -> Result<()> {
-        let Some(Coming { under_way, number, name }) = coming.pop_front() else { return Ok(()) };
+        let Some(Coming { under_way, number, name, there }) = coming.pop_front() else { return Ok(()) };
         let object = session.carrier.got(under_way)?.ok_or_else(|| missing(name, BLOCKS))?;
         session.brake.wait(object.len() as u64);
         check_name(name, &object, keys, BLOCKS)?;
-        into.write(number, &object).context(|| format!("write a block of {}", self.copy.id()))
+        let attempt = || format!("write a block of {}", self.copy.id());
+        if there == There::Another {
+            into.clear(number..number + 1).context(attempt)?;
+        }
+        into.write(number, &object).context(attempt)
     }
 
     /// Takes back what was begun.
@@ -338,6 +415,51 @@ impl Pull<'_> {
         }
         drop(lock);
     }
+}
+
+/// A page of a manifest, proved.
+fn page_of(session: &mut Session, entry: &PageEntry, keys: &BackupKeys) -> Result<Page> {
+    let page = session.page(entry.name, keys)?.ok_or_else(|| missing(entry.name, PAGES))?;
+    match page.0.len() == entry.blocks as usize {
+        true => Ok(page),
+        false => {
+            let problem = format!("{} has another number of blocks", entry.name.object(PAGES));
+            Err(Error::new(Kind::Corrupt, problem))
+        }
+    }
+}
+
+/// Makes a hole of these bytes of a layer; where its file system has none, zeros, which mean the same.
+fn make_zeros(file: &File, bytes: Range<u64>) -> Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let (at, len) = (bytes.start as libc::off_t, (bytes.end - bytes.start) as libc::off_t);
+    match fallocate(file, flags, at, len) {
+        Err(Errno::EOPNOTSUPP) => {
+            let mut room = vec![0; BLOCK];
+            let mut at = bytes.start;
+            while at < bytes.end {
+                let room = &mut room[..(bytes.end - at).min(BLOCK as u64) as usize];
+                file.read_exact_at(room, at)?;
+                if !is_zero(room) {
+                    room.fill(0);
+                    file.write_all_at(room, at)?;
+                }
+                at += room.len() as u64;
+            }
+            Ok(())
+        }
+        done => Ok(done?),
+    }
+}
+
+/// What a layer has of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum There {
+    Nothing,
+    /// All of it.
+    This,
+    /// Something else, or a part of it.
+    Another,
 }
 
 /// A layer that is being filled.
@@ -361,20 +483,39 @@ impl Into {
         }
     }
 
-    /// Whether the block is there already, from a pull that was interrupted.
-    fn has(&mut self, number: u64, name: ContentName, keys: &BackupKeys) -> Result<bool> {
+    /// What the layer has of the block, from a pull that was interrupted or that came ahead.
+    fn look(&mut self, number: u64, name: ContentName, keys: &BackupKeys) -> Result<There> {
         let bytes = self.bytes_of(number);
-        let data = crate::backing::file::next_data_of(&self.file, bytes.start)?;
-        if data.is_none_or(|data| data.start >= bytes.end) {
-            return Ok(false);
+        if !self.has_data(&bytes)? {
+            return Ok(There::Nothing);
         }
         let room = &mut self.room[..(bytes.end - bytes.start) as usize];
         self.file.read_exact_at(room, bytes.start)?;
-        Ok(block::encode(room).is_some_and(|object| name.is(&keys.name(&object))))
+        match block::encode(room).is_some_and(|object| name.is(&keys.name(&object))) {
+            true => Ok(There::This),
+            false => Ok(There::Another),
+        }
     }
 
-    /// Writes a block of which `object` is the object. What is not there becomes no hole: the layer was
-    /// empty, or has a part of this very block.
+    /// Whether there may be anything in these bytes.
+    fn has_data(&self, bytes: &Range<u64>) -> Result<bool> {
+        let data = next_data_of(&self.file, bytes.start)?;
+        Ok(data.is_some_and(|data| data.start < bytes.end))
+    }
+
+    /// Makes a hole of these blocks, where there may be anything.
+    fn clear(&self, blocks: Range<u64>) -> Result<()> {
+        let end = (blocks.end * BLOCK as u64).min(self.size);
+        let mut at = blocks.start * BLOCK as u64;
+        while let Some(data) = next_data_of(&self.file, at)?.filter(|data| data.start < end) {
+            let (start, until) = (data.start.max(at), data.end.min(end));
+            make_zeros(&self.file, start..until)?;
+            at = until;
+        }
+        Ok(())
+    }
+
+    /// Writes a block of which `object` is the object, where the layer has nothing.
     fn write(&mut self, number: u64, object: &[u8]) -> Result<()> {
         let bytes = self.bytes_of(number);
         let room = &mut self.room[..(bytes.end - bytes.start) as usize];

@@ -7,6 +7,7 @@
 
 use super::all::{copy_of, is_by_embedded};
 use super::drill::Scratch;
+use super::pull::Ahead;
 use super::step::{Made, Site, Step};
 use super::{For, Session, Target};
 use crate::backup::saved::{RESTORED, SavedVolume};
@@ -257,7 +258,7 @@ impl One<'_> {
             Some(id) => id,
             None => {
                 let (key, budget) = (self.wanted.key.clone(), self.wanted.budget);
-                self.site.pull_to_restore(chosen.snapshot, self.target, key, budget, watch)?
+                self.site.pull_to_restore(chosen.snapshot, self.target, key, budget, Ahead::No, watch)?
             }
         };
         let made = self.site.make(pulled, watch)?;
@@ -282,7 +283,7 @@ pub(super) fn check_name(catalog: &Catalog, name: Option<&str>) -> Result<()> {
 }
 
 /// The volume that an earlier restore has made of this snapshot in the place.
-fn made_before(catalog: &Catalog, mark: &str) -> Result<Option<Made>> {
+pub(super) fn made_before(catalog: &Catalog, mark: &str) -> Result<Option<Made>> {
     for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
         if catalog.tags(metadata.id())?.get(RESTORED) == Some(mark) {
             return Ok(Some(Made { volume: metadata.id(), size: metadata.size(), was_there: true }));

@@ -2,7 +2,8 @@
 //! and the rest when it stands still. It is removed here when the other host says that it has it.
 
 use super::all::{check_can_be_pushed, copy_of};
-use super::step::{Site, Step};
+use super::other_host::{Connection, Way, forget};
+use super::step::{Came, Site, Step, other};
 use super::{For, Session, Target};
 use crate::backing::file::next_data_of;
 use crate::backup::moved;
@@ -15,13 +16,15 @@ use crate::disk::transfer::Watch;
 use crate::host::control;
 use crate::kms::embedded::root_key::passphrase;
 use crate::ops::{Store, delete, reach, snapshot, space};
-use crate::place::Put;
+use crate::place::{Access, PlaceUrl, Put};
 use nix::fcntl::OFlag;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// How often it is looked whether the other host has it.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long it is looked whether another host has begun already to take what is there.
+const GRACE: Duration = Duration::from_secs(2);
 /// How often the last snapshot is made again, of a volume that somebody has written to meanwhile.
 const TRIES: u32 = 3;
 
@@ -47,13 +50,14 @@ pub struct SentVolume {
     pub downtime: Duration,
 }
 
-/// Sends a volume. An attached one is detached when most of it is there. `tell` is told when it is, and
-/// `watch` how far it has come; an error of that calls it off.
+/// Sends a volume by a place. An attached one is detached when most of it is there, and, if another host
+/// takes that already, when that has it. `tell` is told when it is, and `watch` how far it has come; an
+/// error of that calls it off.
 ///
 /// # Errors
 /// `Busy` if the other host does not take it in time, or if somebody attaches it; `Unsupported` for one that
 /// is not encrypted; those of the KMS and of the place. The volume is here then, as it was, and not attached
-/// if it was detached already.
+/// if it was detached already; unless the error says that nobody knows. The same command finds out then.
 pub fn send(
     store: &Store,
     id: VolumeId,
@@ -64,9 +68,43 @@ pub fn send(
 ) -> Result<SentVolume> {
     let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     let attempt = || format!("send {id} by {}", target.url);
+    send_by(store, id, target, wanted, tell, watch).context(attempt)
+}
+
+/// Sends a volume to a host by a connection, to "sealblk volume receive -" there, at no more than `rate`
+/// bytes a second (0: no limit). Otherwise as [`send`].
+///
+/// # Errors
+/// As for that; `Other` if no sealblk receives there.
+pub fn send_to(
+    store: &Store,
+    id: VolumeId,
+    (way, rate): (&Way, u64),
+    wanted: WantedSend,
+    tell: &mut dyn FnMut(&str),
+    watch: Watch<'_>,
+) -> Result<SentVolume> {
+    let passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
+    let attempt = || format!("send {id} to another host");
+    check_can_be_pushed(&store.catalog().load(id)?).context(attempt)?;
+    let connection = Connection::open(store.root(), way, &passphrase, watch).context(attempt)?;
+    let target = Target { url: connection.url(), access: Access::default(), rate };
+    let sent = send_by(store, id, &target, wanted, tell, watch).context(attempt)?;
+    connection.end();
+    Ok(sent)
+}
+
+fn send_by(
+    store: &Store,
+    id: VolumeId,
+    target: &Target,
+    wanted: WantedSend,
+    tell: &mut dyn FnMut(&str),
+    watch: Watch<'_>,
+) -> Result<SentVolume> {
     let catalog = store.catalog();
     let metadata = catalog.load(id)?;
-    check_can_be_pushed(&metadata).context(attempt)?;
+    check_can_be_pushed(&metadata)?;
     let session = Session::open(store, target, For::Pushing)?;
     let (store_id, lock) = session.marks.store(store.root())?;
     drop(lock);
@@ -81,19 +119,32 @@ pub fn send(
         sent: Some(Sent::First),
     };
     let site = Site { root: store.root().clone(), config: None };
-    let mut sending = Sending { store, catalog, id, target, site, session, saved, made: Vec::new() };
+    let (made, is_undecided) = (Vec::new(), false);
+    let mut sending = Sending { store, catalog, id, target, site, session, saved, made, is_undecided };
     let sent = sending.run(wanted, tell, watch);
-    let tidied = sending.tidy();
-    if let (Err(_), Err(e)) = (&sent, &tidied) {
-        log::warn!("the snapshots that were made for it are left: {e}");
+    if sending.is_undecided {
+        // By them the next command finds out.
+        return sent.map(|(sent, _)| sent);
     }
-    let (sent, lock) = sent.context(attempt)?;
+    let (sent, lock) = match sent {
+        Ok(sent) => sent,
+        Err(e) => {
+            if let Err(e) = sending.tidy() {
+                log::warn!("the snapshots that were made for it are left: {e}");
+            }
+            return Err(e);
+        }
+    };
     drop(lock);
-    tidied.context(|| format!("{id} is on the other host now; its snapshots here"))?;
+    // The volume goes first: by the snapshots the next command finds out that the other host has it.
     if !wanted.keep {
         delete::delete(&store.catalog(), &store.events(), id)
             .context(|| format!("{id} is on the other host now, and is to be deleted here"))?;
     }
+    if matches!(target.url, PlaceUrl::Connection { .. }) {
+        forget(&sending.session, &sending.made);
+    }
+    sending.tidy().context(|| format!("{id} is on the other host now; its snapshots here"))?;
     Ok(sent)
 }
 
@@ -107,6 +158,8 @@ struct Sending<'a> {
     saved: SavedVolume,
     /// The snapshots that were made for it.
     made: Vec<SnapshotId>,
+    /// Whether nobody here knows if the other host has it.
+    is_undecided: bool,
 }
 
 impl Sending<'_> {
@@ -116,39 +169,92 @@ impl Sending<'_> {
         tell: &mut dyn FnMut(&str),
         watch: Watch<'_>,
     ) -> Result<(SentVolume, VolumeLock)> {
-        self.call_off_earlier()?;
-        let first = self.snapshot(Sent::First)?;
-        let first = self.site.push(first, self.target, watch)?;
+        if let Some(last) = self.settle_earlier()? {
+            tell("another host has it already, from an earlier command");
+            // Until it is here no more, the next command finds the same.
+            self.is_undecided = true;
+            let lock = self.take_as_of(last)?;
+            self.is_undecided = false;
+            let (before, after, downtime) = (0, 0, Duration::ZERO);
+            return Ok((SentVolume { snapshot: last, before, after, downtime }, lock));
+        }
+        let first_id = self.snapshot(Sent::First)?;
+        let first = self.site.push(first_id, self.target, watch)?;
+        self.wait_until_ahead(first_id, wanted.patience, watch)?;
         let begun = Instant::now();
         if reach::is_attached(&self.catalog, self.id)? {
             tell("most of it is there: it is detached");
             control::detach(&self.catalog, self.id)?;
         }
         let (last, lock) = self.last_snapshot()?;
-        let pushed = self.site.push(last, self.target, watch)?;
-        tell("all of it is there: waiting for the other host");
-        self.wait_until_received(last, begun, wanted.patience, watch)?;
-        let sent = SentVolume {
-            snapshot: last,
-            before: first.put_bytes,
-            after: pushed.put_bytes,
-            downtime: begun.elapsed(),
-        };
+        let pushed = self.site.push(last, self.target, watch);
+        let after = pushed.as_ref().map_or(0, |pushed| pushed.put_bytes);
+        match pushed {
+            Ok(_) => {
+                tell("all of it is there: waiting for the other host");
+                self.wait_until_received(last, begun, wanted.patience, watch)?;
+            }
+            // It may have failed when all of it was there.
+            Err(e) => self.call_off(last, e)?,
+        }
+        let sent = SentVolume { snapshot: last, before: first.put_bytes, after, downtime: begun.elapsed() };
         Ok((sent, lock))
     }
 
-    /// Has nobody take what an earlier command has brought that was killed: the volume was used since.
-    fn call_off_earlier(&mut self) -> Result<()> {
+    /// Has nobody take what an earlier command has brought that was killed: the volume may have been used
+    /// since. Returns its last snapshot if another host was faster, and has the volume.
+    fn settle_earlier(&mut self) -> Result<Option<SnapshotId>> {
+        let (mut received, volume) = (None, self.id);
         let left = self.catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
-        for snapshot in left.filter(|it| it.volume() == self.id && it.copy_of().is_none()) {
-            let saved = SavedVolume::of(snapshot.label());
-            if saved.as_ref().is_some_and(|it| it.sent.is_some() && it.place == self.saved.place) {
-                let name = moved::moved_of(snapshot.id());
-                self.session.carrier.put(&name, moved::WITHDRAWN, Put::IfNew)?;
-                self.made.push(snapshot.id());
+        for snapshot in left.filter(|it| it.volume() == volume && it.copy_of().is_none()) {
+            let saved = SavedVolume::of(snapshot.label()).filter(|it| it.place == self.saved.place);
+            let Some(sent) = saved.and_then(|it| it.sent) else { continue };
+            let id = snapshot.id();
+            self.made.push(id);
+            // Nobody takes the first one.
+            let is_decided = sent == Sent::Last
+                && !self.session.carrier.put(&moved::moved_of(id), moved::WITHDRAWN, Put::IfNew)?;
+            // It may have been called off before, and what says otherwise was not written with the data key.
+            if is_decided && self.is_received(id)? {
+                received = Some(id);
             }
         }
-        self.session.carrier.sync()
+        self.session.carrier.sync()?;
+        Ok(received)
+    }
+
+    /// The volume, which another host has as of this snapshot, if nobody has written to it since.
+    fn take_as_of(&self, last: SnapshotId) -> Result<VolumeLock> {
+        let holder = Holder::this_process(Purpose::Export, None)?;
+        let lock = VolumeLock::acquire_in_turn(&self.catalog.folder(self.id), self.id, &holder)?;
+        let (metadata, last) = (self.catalog.load(self.id)?, self.catalog.load_snapshot(last)?);
+        let is_of_last = metadata.layers()[1..].iter().map(|layer| layer.id);
+        if is_of_last.eq(last.layers().iter().map(|layer| layer.id)) && !self.is_written(&metadata)? {
+            return Ok(lock);
+        }
+        let message = format!(
+            "another host has it as of {}, and it was changed here since: there are two of it now. Keep one: \
+             delete the volume on one of the two hosts, and here the snapshots that are tagged \
+             \"sealblk:sent\"",
+            last.created()
+        );
+        Err(Error::new(Kind::Busy, message))
+    }
+
+    /// Waits while another host takes what is there already, so that little is left for when the volume
+    /// stands still. What the place says of it is a hint, and nothing depends on whether it is true.
+    fn wait_until_ahead(&mut self, first: SnapshotId, patience: Duration, watch: Watch<'_>) -> Result<()> {
+        let (name, begun) = (moved::moved_of(first), Instant::now());
+        while begun.elapsed() < patience {
+            match self.session.carrier.get(&name, moved::MAX)?.as_deref() {
+                Some(moved::COMING) => {}
+                None if begun.elapsed() < GRACE => {}
+                _ => break,
+            }
+            watch(0, 0)?;
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     fn snapshot(&mut self, sent: Sent) -> Result<SnapshotId> {
@@ -197,7 +303,7 @@ impl Sending<'_> {
         let name = moved::moved_of(last);
         let why = loop {
             match self.session.carrier.get(&name, moved::MAX) {
-                Ok(Some(_)) => return self.check_received(last),
+                Ok(Some(_)) => return self.decide(last, None),
                 Ok(None) => {}
                 Err(e) => break e,
             }
@@ -210,22 +316,47 @@ impl Sending<'_> {
             }
             std::thread::sleep(LOOK);
         };
-        match self.session.carrier.put(&name, moved::WITHDRAWN, Put::IfNew) {
+        self.call_off(last, why)
+    }
+
+    /// Has nobody take it any more, for this reason. Returns well if the other host was faster.
+    fn call_off(&mut self, last: SnapshotId, why: Error) -> Result<()> {
+        match self.session.carrier.put(&moved::moved_of(last), moved::WITHDRAWN, Put::IfNew) {
             // The other host was faster, or this very put was made twice.
-            Ok(false) => self.check_received(last).map_err(|_| why),
+            Ok(false) => self.decide(last, Some(why)),
             Ok(true) => Err(why),
-            Err(e) => Err(Error::new(
-                e.kind(),
-                format!(
+            Err(e) => {
+                self.is_undecided = true;
+                let message = format!(
                     "{why}; and whether another host has it nobody knows, since it could not be called off: \
-                     {e}. Before it is attached here, look there"
-                ),
-            )),
+                     {e}. Before it is attached here, run the same command again, which finds out"
+                );
+                Err(Error::new(e.kind(), message))
+            }
         }
     }
 
-    fn check_received(&self, last: SnapshotId) -> Result<()> {
-        self.site.run(&Step::Received(last, self.target.clone()), &mut |_, _| Ok(())).map(drop)
+    /// Whether the other host has it, as the place says. If not, that is for this reason.
+    fn decide(&mut self, last: SnapshotId, why: Option<Error>) -> Result<()> {
+        let forged = "what the place has as the other host's word was not written by somebody who has the \
+                      data key: the volume stays here";
+        match self.is_received(last)? {
+            true => Ok(()),
+            false => Err(why.unwrap_or_else(|| Error::new(Kind::Corrupt, forged))),
+        }
+    }
+
+    /// Whether a host that has the data key says that it has the volume whose last snapshot this is. An error
+    /// leaves that open.
+    fn is_received(&mut self, last: SnapshotId) -> Result<bool> {
+        match self.site.run(&Step::Received(last, self.target.clone()), &mut |_, _| Ok(())) {
+            Ok(Came::IsReceived(is_it)) => Ok(is_it),
+            Ok(_) => Err(other()),
+            Err(e) => {
+                self.is_undecided = true;
+                Err(e.context("whether another host has it nobody knows; the same command finds out"))
+            }
+        }
     }
 
     /// Deletes the snapshots that were made for it.

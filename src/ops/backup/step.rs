@@ -4,6 +4,7 @@
 //! snapshot's KMS may take one. So a command that is about many volumes has each done by this program once
 //! more, and has no key itself. One that fails stops no other.
 
+use super::pull::Ahead;
 use super::push::Pushed;
 use super::{Target, pull};
 use crate::backup::saved::RESTORED;
@@ -43,7 +44,7 @@ pub(super) enum Step {
     /// Says in a place that the volume has come of which the first snapshot was pulled as
     /// the second one there.
     Accept(SnapshotId, SnapshotId, Target),
-    /// Looks whether another host says so, of the last snapshot of a volume that is sent.
+    /// Looks whether another host says so, of the last snapshot of a volume that was sent.
     Received(SnapshotId, Target),
     /// Puts the KMS of this id back out of a place, and its root key out of a copy, if there is one.
     Kms(Uuid, Target, Option<Vec<u8>>),
@@ -56,6 +57,7 @@ pub(super) enum Came {
     Pushed(Pushed),
     Pulled(SnapshotId),
     Made(Made),
+    IsReceived(bool),
     Done,
 }
 
@@ -109,10 +111,11 @@ impl Site {
         target: &Target,
         key: Option<String>,
         budget: Budget,
+        ahead: Ahead,
         watch: Watch<'_>,
     ) -> Result<SnapshotId> {
         let tags = vec![(RESTORED.into(), snapshot.to_string())];
-        let wanted = pull::Wanted { key, name: None, tags, budget };
+        let wanted = pull::Wanted { key, name: None, tags, budget, ahead };
         match self.run(&Step::Pull(snapshot, target.clone(), wanted), watch)? {
             Came::Pulled(id) => Ok(id),
             _ => Err(other()),
@@ -184,6 +187,6 @@ fn hear(socket: &UnixStream, step: &Step, watch: Watch<'_>) -> Result<Option<Res
 }
 
 /// What came is not what a step of that kind brings.
-fn other() -> Error {
+pub(super) fn other() -> Error {
     Error::new(Kind::Other, "a step's process answers another question")
 }

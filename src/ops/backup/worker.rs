@@ -49,10 +49,7 @@ fn run(store: &Store, step: Step, watch: Watch<'_>) -> Result<Came> {
             receive::accept(store, pulled, source, &target)?;
             Came::Done
         }
-        Step::Received(last, target) => {
-            receive::check_received(store, last, &target)?;
-            Came::Done
-        }
+        Step::Received(last, target) => Came::IsReceived(receive::is_received(store, last, &target)?),
         Step::Kms(kms, target, root_key) => {
             // The root key and a passphrase pass buffers of other people's code.
             wiping_allocator::wipe_from_now_on();

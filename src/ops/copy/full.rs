@@ -127,6 +127,21 @@ pub(in crate::ops) fn note(catalog: &Catalog, copy: &Snapshot) -> Result<Flock<F
     lock(&path)?.ok_or_else(|| Error::new(Kind::Busy, format!("{} is in use", path.display())))
 }
 
+/// Writes down that what is in the making, whose lock is `held`, becomes this copy, of the same layers.
+pub(in crate::ops) fn note_anew(
+    catalog: &Catalog,
+    copy: &Snapshot,
+    held: Flock<File>,
+) -> Result<Flock<File>> {
+    let _records = RecordsLock::acquire(catalog)?;
+    catalog.save_copying(copy)?;
+    let path = catalog.copying_path(copy.id());
+    // Whoever looks for what nobody is at takes the records' lock first.
+    let lock = lock(&path)?.ok_or_else(|| Error::new(Kind::Busy, format!("{} is in use", path.display())));
+    drop(held);
+    lock
+}
+
 /// A copy that was begun in this way and that nobody is at.
 fn interrupted(
     catalog: &Catalog,

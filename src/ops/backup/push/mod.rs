@@ -140,7 +140,7 @@ impl Push<'_> {
             None => self.base(session)?,
         };
         let base_id = base.as_ref().and_then(|base| base.id).filter(|base| *base != id);
-        let mut way = Way::new(self, base, lease.was_there && matches!(session.url, PlaceUrl::Bucket { .. }));
+        let mut way = Way::new(self, base, lease.was_there && !matches!(session.url, PlaceUrl::Folder(_)));
         let planes = way.bring_all(session, &mut lease, watch)?;
         let chain = self.snapshot.layers().iter().map(|layer| layer.id).collect();
         let manifest = Manifest { place: session.id, number, snapshot: record, chain, planes };
