@@ -7,6 +7,7 @@ use nix::libc::{self, c_long, c_void};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output};
@@ -55,6 +56,67 @@ pub fn killed_before(command: &mut Command, step: usize) -> End {
     }
 }
 
+/// As [`killed_before`], with the calls of all processes that it starts, and of those that they start: all of
+/// them are killed at one moment.
+#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
+pub fn killed_with_all_before(command: &mut Command, step: usize) -> End {
+    trace_me(command);
+    let child = command.spawn().expect("start sealblk");
+    let root = Pid::from_raw(child.id() as i32);
+    assert!(
+        matches!(waitpid(root, None), Ok(WaitStatus::Stopped(_, Signal::SIGTRAP))),
+        "it stops as it begins"
+    );
+    let options = libc::PTRACE_O_TRACESYSGOOD
+        | libc::PTRACE_O_EXITKILL
+        | libc::PTRACE_O_TRACECLONE
+        | libc::PTRACE_O_TRACEFORK
+        | libc::PTRACE_O_TRACEVFORK
+        | libc::PTRACE_O_TRACEEXEC;
+    request(libc::PTRACE_SETOPTIONS, root, 0, options as usize).expect("it is traced");
+    request(libc::PTRACE_SYSCALL, root, 0, 0).expect("it is stopped");
+    let (mut steps, mut all, mut code) = (0, BTreeSet::from([root]), None);
+    // Those that this thread traces, and no child of another test's.
+    let any = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+    while let Ok(status) = waitpid(Pid::from_raw(-1), Some(any)) {
+        let thread = status.pid().expect("it waits for a change");
+        let pass_on = match status {
+            WaitStatus::Exited(_, found) => {
+                all.remove(&thread);
+                code = code.or((thread == root).then_some(found));
+                continue;
+            }
+            WaitStatus::Signaled(..) => {
+                all.remove(&thread);
+                continue;
+            }
+            WaitStatus::PtraceSyscall(_) if code.is_none() && changes_files(thread) => {
+                if steps == step {
+                    for thread in &all {
+                        // One that has ended is still there until it was waited for.
+                        let _ = nix::sys::signal::kill(*thread, Signal::SIGKILL);
+                    }
+                }
+                steps += 1;
+                0
+            }
+            // What a new thread or process begins with.
+            WaitStatus::Stopped(_, Signal::SIGSTOP | Signal::SIGTRAP) => {
+                all.insert(thread);
+                0
+            }
+            WaitStatus::Stopped(_, signal) => signal as usize,
+            _ => 0,
+        };
+        // It may have been killed meanwhile.
+        let _ = request(libc::PTRACE_SYSCALL, thread, 0, pass_on);
+    }
+    match code {
+        Some(code) if steps <= step => End::Exited(code),
+        _ => End::Killed,
+    }
+}
+
 /// Runs `command` and sends it SIGTERM just before the call of that number, then lets it go on to its end.
 /// `None` if it has fewer such calls; then it has ended with the exit code 0.
 pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> {
@@ -76,13 +138,7 @@ pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> 
 /// and returns its exit code.
 #[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
-    // SAFETY: between fork and exec the closure makes one system call, on no memory.
-    unsafe {
-        command.pre_exec(|| {
-            let done = libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
-            Errno::result(done).map(drop).map_err(std::io::Error::from)
-        });
-    }
+    trace_me(command);
     let child = command.spawn().expect("start sealblk");
     let pid = Pid::from_raw(child.id() as i32);
     assert!(
@@ -108,6 +164,17 @@ fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
             WaitStatus::Stopped(_, signal) => pass_on = signal as usize,
             other => panic!("{pid}: {other:?}"),
         }
+    }
+}
+
+/// Has the thread that starts it trace it, from its first instruction on.
+fn trace_me(command: &mut Command) {
+    // SAFETY: between fork and exec the closure makes one system call, on no memory.
+    unsafe {
+        command.pre_exec(|| {
+            let done = libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+            Errno::result(done).map(drop).map_err(std::io::Error::from)
+        });
     }
 }
 

@@ -273,7 +273,7 @@ impl Recorded {
 
 fn all(made: Made) {
     type Scenario<'a> = (&'a str, &'a dyn Fn(&mut Script));
-    let scenarios: [Scenario<'_>; 13] = [
+    let scenarios: [Scenario<'_>; 14] = [
         ("create", &|script| volumes::create(script, &[])),
         ("delete", &volumes::delete),
         ("first attach", &|script| volumes::first_attach(script, &[])),
@@ -287,6 +287,7 @@ fn all(made: Made) {
         ("flatten", &hydration::flattened),
         ("copy under another key", &hydration::copied),
         ("pull from a place outside", &hydration::pulled),
+        ("restore from a place outside", &hydration::restored),
     ];
     for (name, scenario) in scenarios {
         let tried =

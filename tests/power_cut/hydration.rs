@@ -104,6 +104,22 @@ pub fn pulled(script: &mut Script) {
     script.delete_snapshot(&snapshot);
 }
 
+/// A volume that was backed up and deleted comes back from a place outside, which the cut does not hit.
+pub fn restored(script: &mut Script) {
+    let outside = tempfile::tempdir().expect("make a temporary folder");
+    let url = format!("file://{}", outside.path().display());
+    let id = with_data(script, &[]);
+    let snapshot = script.backup(&url, &id);
+    script.delete(&id);
+    script.start();
+    script.restore(&url, &snapshot);
+}
+
+#[test]
+fn a_volume_is_restored_from_a_place_outside() {
+    survives(&traced(restored));
+}
+
 #[test]
 fn a_snapshot_is_pulled_from_a_place_outside() {
     survives(&traced(pulled));

@@ -288,6 +288,46 @@ impl Script {
         pulled
     }
 
+    /// Backs the store up to the place at `url`; returns the id of the snapshot that it leaves here
+    /// of `volume`, its only one.
+    #[track_caller]
+    pub fn backup(&self, url: &str, volume: &str) -> String {
+        let of = volume.to_owned();
+        self.mark("a backup is being made", move |expect| {
+            let content = expect.content(&of).newest();
+            expect.snapshots_being_made.insert(of.clone(), content);
+        });
+        let said = self.run(&["backup", url, "--root-key-is-kept", "--json"]);
+        let said: Value = serde_json::from_str(&said).expect("JSON");
+        let snapshot = said["volumes"][0]["snapshot"].as_str().expect("it has an id").to_owned();
+        let (told, of) = (snapshot.clone(), volume.to_owned());
+        self.promise(&format!("{volume} is backed up"), move |expect| {
+            let content = expect.snapshots_being_made.remove(&of).expect("it is being made");
+            expect.snapshots.insert(told.clone(), Volume::with(content));
+        });
+        snapshot
+    }
+
+    /// Makes a volume of what the place at `url` has of `snapshot`, a backup, by way of a snapshot that is
+    /// gone in the end; returns its id.
+    #[track_caller]
+    pub fn restore(&self, url: &str, snapshot: &str) -> String {
+        let of = snapshot.to_owned();
+        self.mark("a volume is being restored", move |expect| {
+            let content = expect.snapshots[&of].content.clone();
+            expect.snapshots_being_made.insert(of.clone(), content.clone());
+            expect.making(content);
+        });
+        let said: Value = serde_json::from_str(&self.run(&["restore", url, "--json"])).expect("JSON");
+        let id = said["volumes"][0]["id"].as_str().expect("it has an id").to_owned();
+        let (told, of) = (id.clone(), snapshot.to_owned());
+        self.promise(&format!("{id} was restored"), move |expect| {
+            expect.snapshots_being_made.remove(&of);
+            expect.made(&told);
+        });
+        id
+    }
+
     /// Deletes a snapshot.
     #[track_caller]
     pub fn delete_snapshot(&self, id: &str) {

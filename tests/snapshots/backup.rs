@@ -3,6 +3,7 @@
 
 use crate::common::attach::{Place, flush, open, write};
 use crate::common::disk::pattern;
+use crate::common::killed::{End, killed_before, killed_with_all_before};
 use crate::common::kms_server::KmsServer;
 use crate::common::process::{INHERITED, inherit};
 use crate::common::rig::{Rig, files};
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// What every backup of these tests says, whose root keys nobody needs to keep.
 const KEPT: &str = "--root-key-is-kept";
@@ -399,4 +400,75 @@ fn a_drill_tries_all_of_it_and_leaves_nothing() {
     fs::write(&log, whole).unwrap();
     rig.json(&["restore", &outside.url(), "--drill"]);
     leaves_nothing();
+}
+
+/// Killed at any moment of its own, a backup is ended by the next one: what is in the place can be restored,
+/// and one snapshot of each volume is left here.
+#[test]
+fn a_backup_that_is_killed_is_ended_by_the_next_one() {
+    let mut rig = Rig::new(&[]);
+    let outside = Outside::new();
+    rig.place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "two"]);
+    rig.json(&["backup", &outside.url(), KEPT]);
+    for step in 0.. {
+        assert!(step < 200, "it never ends");
+        write_to(&mut rig, (step % 8) << 20, &pattern(60 + step as u64, 4096));
+        let mut command = rig.place.store.command();
+        command.args(["backup", &outside.url(), KEPT]).stdout(Stdio::null()).stderr(Stdio::null());
+        let ended = killed_before(&mut command, step * 4);
+        let verified = rig.json(&["snapshot", "verify", &outside.url()]);
+        assert!(verified["snapshots"].as_array().unwrap().iter().all(|it| it["problem"].is_null()), "{step}");
+        let done = rig.json(&["backup", &outside.url(), KEPT, "--keep-last", "1"]);
+        assert!(done["volumes"].as_array().unwrap().iter().all(|it| it["error"].is_null()), "{step}: {done}");
+        assert_eq!(list(&rig.place.store, "snapshot").len(), 2, "step {step}");
+        assert!(files(&outside.path().join("leases")).is_empty(), "step {step}");
+        rig.place.store.ok(&["gc"]);
+        rig.assert_layers_are_named();
+        if ended == End::Exited(0) {
+            assert!(step > 4, "step {step}");
+            break;
+        }
+        assert_eq!(ended, End::Killed, "step {step}");
+    }
+    rig.place.store.ok(&["volume", "delete", "t"]);
+    rig.json(&["restore", &outside.url(), "--volume", "t"]);
+    assert!(content(&rig.place.store, "t") == rig.data);
+}
+
+/// Killed at any moment, also while a process of its own works for it, a restore is gone on with by the same
+/// command, and makes no volume twice.
+#[test]
+fn a_restore_that_is_killed_is_gone_on_with() {
+    let rig = Rig::new(&[]);
+    let (outside, store) = (Outside::new(), &rig.place.store);
+    store.ok(&["volume", "create", "--size", "1MiB", "--name", "two"]);
+    ["t", "two"].iter().for_each(|volume| drop(store.ok(&["volume", "modify", volume, "--iops", "500"])));
+    rig.json(&["backup", &outside.url(), KEPT]);
+    ["t", "two"].iter().for_each(|volume| drop(store.ok(&["volume", "delete", volume])));
+    let mut made_before = [false; 2];
+    // Many of the calls are alike: those of every so many steps, others each time round.
+    for step in (0..).map(|n| n * 5 + n % 5) {
+        assert!(step < 2000, "it never ends");
+        let mut command = store.command();
+        command.args(["restore", &outside.url()]).stdout(Stdio::null()).stderr(Stdio::null());
+        let ended = killed_with_all_before(&mut command, step);
+        let back = json_of(store, 0, &["restore", &outside.url()]);
+        let was_there =
+            back["volumes"].as_array().unwrap().iter().filter(|it| it["was_there"] == true).count();
+        made_before[usize::from(was_there == 1)] = true;
+        assert!(content(store, "t") == rig.data, "step {step}");
+        for volume in ["t", "two"] {
+            assert_eq!(rig.json(&["volume", "show", volume])["attach"]["iops"], json!(500), "step {step}");
+        }
+        store.ok(&["gc"]);
+        assert_eq!((list(store, "volume").len(), list(store, "snapshot").len()), (2, 2), "step {step}");
+        rig.assert_layers_are_named();
+        if ended == End::Exited(0) {
+            assert!(step > 20 && was_there == 2, "step {step}");
+            break;
+        }
+        assert_eq!(ended, End::Killed, "step {step}");
+        ["t", "two"].iter().for_each(|volume| drop(store.ok(&["volume", "delete", volume])));
+    }
+    assert_eq!(made_before, [true; 2], "one volume was made, and none");
 }

@@ -2,11 +2,12 @@
 //! What a folder does as well is tested there.
 
 use crate::common::disk::pattern;
-use crate::common::kms_server::{environment, set};
+use crate::common::kms_server::{Variables, environment, set};
 use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::wait_for;
 use crate::common::process::tie_to_test;
-use crate::common::rig::Rig;
+use crate::common::rig::{Rig, files};
+use crate::common::store::{Store, said};
 use crate::outside::{content, write_to};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -44,12 +45,17 @@ impl S3 {
     /// A volume with data, whose store is led to the server.
     fn rig(&self) -> Rig {
         let rig = Rig::new(&[]);
+        rig.place.store.set_environment(self.variables());
+        rig
+    }
+
+    /// What leads a store to the server.
+    fn variables(&self) -> Variables {
         let mut variables = environment("");
         set(&mut variables, "AWS_ACCESS_KEY_ID", "a");
         set(&mut variables, "AWS_SECRET_ACCESS_KEY", "b");
         set(&mut variables, "AWS_ENDPOINT_URL_S3", &format!("http://{}", self.address));
-        rig.place.store.set_environment(variables);
-        rig
+        variables
     }
 
     fn ask(&self, method: &str, body: &str) -> String {
@@ -144,6 +150,47 @@ fn a_store_that_is_busy_or_cuts_connections_at_any_request_is_asked_again() {
             break;
         }
     }
+}
+
+/// A whole store, in a bucket that is busy, cuts connections, and once has other credentials; and back on an
+/// empty host.
+#[test]
+fn a_store_is_backed_up_to_a_bucket_and_comes_back_on_an_empty_host() {
+    let s3 = S3::start();
+    let mut rig = s3.rig();
+    const KEPT: &str = "--root-key-is-kept";
+    rig.place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "two"]);
+    let done = rig.json(&["backup", PLACE, KEPT]);
+    assert_eq!(done["volumes"].as_array().unwrap().len(), 2, "{done}");
+    for (n, kind) in ["busy", "cut"].into_iter().enumerate() {
+        write_to(&mut rig, n << 20, &pattern(8 + n as u64, 1 << 20));
+        s3.fail(&json!({"kind": kind, "at": 5 + 3 * n}));
+        let done = rig.json(&["backup", PLACE, KEPT, "--keep-last", "1"]);
+        assert!(done["volumes"].as_array().unwrap().iter().all(|it| it["error"].is_null()), "{kind}: {done}");
+        assert_eq!(done["removed"].as_array().unwrap().len(), 2, "{kind}: {done}");
+    }
+    // One that does not get through says so of each volume, and is ended by the next.
+    write_to(&mut rig, 4 << 20, &pattern(12, 1 << 20));
+    s3.fail(&json!({"kind": "expired", "at": 12}));
+    let told = rig.place.store.run(&["backup", PLACE, KEPT]);
+    assert_eq!(told.status.code(), Some(5), "{}", said(&told));
+    s3.fail(&json!({}));
+    rig.json(&["backup", PLACE, KEPT, "--keep-last", "1"]);
+    rig.json(&["snapshot", "verify", PLACE]);
+    let drill = rig.json(&["restore", PLACE, "--drill"]);
+    assert!(drill["volumes"].as_array().unwrap().iter().all(|it| it["error"].is_null()), "{drill}");
+    let empty = Store::new();
+    empty.set_environment(s3.variables());
+    let key =
+        files(&rig.place.store.config()).into_iter().find(|it| it.extension().is_some_and(|e| e == "key"));
+    let key = key.expect("a root key");
+    std::fs::create_dir_all(empty.config()).expect("make the configuration folder");
+    std::fs::copy(&key, empty.config().join(key.file_name().unwrap())).expect("copy the root key");
+    s3.fail(&json!({"kind": "cut", "at": 7}));
+    empty.ok(&["restore", PLACE]);
+    let file = rig.place.folder().join("exported");
+    empty.ok(&["volume", "export", "t", file.to_str().unwrap()]);
+    assert!(std::fs::read(file).unwrap() == rig.data);
 }
 
 #[test]

@@ -248,11 +248,13 @@ impl One<'_> {
         let mark = chosen.snapshot.to_string();
         let mut pulled = None;
         if !self.wanted.drill {
-            if let Some(made) = made_before(&catalog, &mark)? {
-                return Ok(made);
-            }
-            check_name(&catalog, chosen.name.as_deref())?;
             pulled = pulled_before(&catalog, &mark)?;
+            match made_before(&catalog, &mark)? {
+                // With what was pulled for it, what is left to do goes on.
+                Some(made) if pulled.is_none() => return Ok(made),
+                Some(_) => {}
+                None => check_name(&catalog, chosen.name.as_deref())?,
+            }
         }
         let pulled = match pulled {
             Some(id) => id,
@@ -301,7 +303,8 @@ pub(super) fn pulled_before(catalog: &Catalog, mark: &str) -> Result<Option<Snap
     Ok(all.filter(is_it).map(|it| it.id()).next())
 }
 
-/// Makes the volume again that a snapshot is of which was pulled for that, and deletes the snapshot.
+/// Makes the volume again that a snapshot is of which was pulled for that, and deletes the snapshot; or goes
+/// on where an earlier one was interrupted.
 ///
 /// # Errors
 /// Those of making a volume; `Usage` for a snapshot that no backup has made.
@@ -314,19 +317,27 @@ pub(super) fn make(store: &Store, id: SnapshotId) -> Result<Made> {
     if let Some(mark) = snapshot.label().tags.get(RESTORED) {
         tags.set(RESTORED, mark)?;
     }
-    let name = saved.name.map(|name| name.parse::<VolumeName>()).transpose();
-    let name = name.map_err(|problem| Error::new(Kind::Corrupt, problem))?;
-    let new = NewVolume { name, tags, ..NewVolume::default() };
-    let made = create::create(store, &new, Some(&snapshot))?;
-    if !saved.attach.is_empty() {
-        modify::modify(store, made.id(), |settings| {
+    let before = snapshot.label().tags.get(RESTORED).map_or(Ok(None), |mark| made_before(&catalog, mark))?;
+    let made = match before {
+        // Whoever made it was interrupted in what follows.
+        Some(made) => made,
+        None => {
+            let name = saved.name.map(|name| name.parse::<VolumeName>()).transpose();
+            let name = name.map_err(|problem| Error::new(Kind::Corrupt, problem))?;
+            let new = NewVolume { name, tags, ..NewVolume::default() };
+            let made = create::create(store, &new, Some(&snapshot))?;
+            Made { volume: made.id(), size: made.size(), was_there: false }
+        }
+    };
+    if !saved.attach.is_empty() && catalog.attach_settings(made.volume)?.is_empty() {
+        modify::modify(store, made.volume, |settings| {
             *settings = saved.attach;
             Ok(())
         })?;
     }
     // What the volume needs of it stays.
     delete::delete_snapshot(&catalog, id)?;
-    Ok(Made { volume: made.id(), size: made.size(), was_there: false })
+    Ok(made)
 }
 
 /// Opens a volume as an attach does, its data keys unwrapped and its layers proved, and deletes it.
