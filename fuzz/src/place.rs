@@ -1,16 +1,20 @@
-//! What a place outside sends: a manifest, a page, a block.
+//! What a place outside sends: a manifest, a page, a block; and what another host says by a connection.
 
 use sealblk::backup::{block_again, manifest_says, page_again};
-use sealblk::base::Kind;
+use sealblk::base::{Kind, Result};
+use sealblk::helper::carry::{answers_again, requests_again};
 
-/// A letter that says what it is, and the bytes: `m`, the snapshot's id as text, a line feed and a manifest;
-/// `p` and a page; `b`, the block's length in 4 bytes, little-endian, and its object.
+/// A letter that says what it is, and the bytes: `m`, the snapshot's id as text, a line feed and a
+/// manifest; `p` and a page; `b`, the block's length in 4 bytes, little-endian, and its object; `q` and
+/// requests; `a` and answers.
 pub fn run(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else { return };
     match kind {
         b'm' => manifest(bytes),
         b'p' => page(bytes),
         b'b' => block(bytes),
+        b'q' => messages(bytes, requests_again),
+        b'a' => messages(bytes, answers_again),
         _ => {}
     }
 }
@@ -48,5 +52,12 @@ fn block(bytes: &[u8]) {
             assert!(again.len() <= bytes.len());
             assert_eq!(block_again(&again, len).expect("reads what it writes"), Some(again));
         }
+    }
+}
+
+fn messages(bytes: &[u8], again: fn(&[u8]) -> Result<Vec<u8>>) {
+    match again(bytes) {
+        Err(e) => assert_eq!(e.kind(), Kind::Other),
+        Ok(written) => assert_eq!(again(&written).expect("it reads what it writes"), written),
     }
 }

@@ -413,6 +413,31 @@ pub(super) fn receive<T: DeserializeOwned>(mut from: impl Read) -> Result<Option
     Ok(Some((header, room)))
 }
 
+/// Reads the requests of which `bytes` is a stream, whoever wrote them, and writes them again. Like
+/// [`answers_again`], for whoever tries what another host could send.
+///
+/// # Errors
+/// `Other` for what is none, or ends within one.
+pub fn requests_again(bytes: &[u8]) -> Result<Vec<u8>> {
+    again::<Request>(bytes)
+}
+
+/// As [`requests_again`], of answers.
+///
+/// # Errors
+/// As for that.
+pub fn answers_again(bytes: &[u8]) -> Result<Vec<u8>> {
+    again::<Answer>(bytes)
+}
+
+fn again<T: DeserializeOwned + Serialize>(mut bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut written = Vec::new();
+    while let Some((header, object)) = receive::<T>(&mut bytes)? {
+        send(&mut written, &header, &object)?;
+    }
+    Ok(written)
+}
+
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|e| Error::of(Kind::Other, e).context("a message that is none"))
 }
