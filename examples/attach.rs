@@ -128,6 +128,8 @@ fn attach(folder: &str, socket: &str) -> Result<()> {
         // As root, name a user to become here (`Identity::parse`), whose the volume's files must be then.
         user: None,
         incoming: false,
+        // For a layer behind an NBD server that is gone.
+        nbd_reconnect: host::NBD_RECONNECT,
     };
     // Returns when the volume is detached: everything is drained and durable then, the keys are wiped, and
     // the next process may have it. The process is confined for good by now, and is best ended: it can open

@@ -15,6 +15,7 @@ pub mod kms_blob;
 pub mod kms_log;
 pub mod kms_records;
 pub mod ledger_entry;
+pub mod nbd_replies;
 pub mod place;
 pub mod request;
 pub mod script;

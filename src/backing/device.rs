@@ -1,7 +1,8 @@
-//! Block devices that hold a layer: how long one is, how it is made zeros, what the kernel says of it.
+//! What holds a layer behind a header ([`Medium`]): how long it is, how it is made zeros; and of a block
+//! device, what the kernel says of it.
 //!
-//! Nothing here knows what lies on a device. A range is made zeros in one of three ways, and each is exact to
-//! the byte, or refused by the kernel as a whole:
+//! Nothing here knows what lies there. A range of a block device is made zeros in one of three ways, and each
+//! is exact to the byte, or refused by the kernel as a whole:
 //!
 //! 1. `fallocate` with `PUNCH_HOLE`: the device gives the space back **and promises zeros**. A device that
 //!    gives space back without that promise is refused here (`EOPNOTSUPP`). BLKDISCARD is not used: it rounds
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backing::file::Aligned;
+use crate::backing::medium::Medium;
 use crate::base::zeros::is_zero;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -33,22 +35,40 @@ const ROOM: usize = 1 << 20;
 /// What transfers past the page cache are multiples of on every device.
 const PAGE: usize = 4096;
 
+/// A block device.
+impl Medium for File {
+    fn length(&self) -> io::Result<u64> {
+        Ok(lseek64(self, 0, Whence::SeekEnd)? as u64)
+    }
+
+    fn fetch(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.read_exact_at(bytes, at)
+    }
+
+    fn store(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.write_all_at(bytes, at)
+    }
+
+    fn make_zeros(&self, bytes: Range<u64>) -> io::Result<()> {
+        make_zeros(self, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
 /// Whether an open file is a block device.
 pub fn is_device(file: &File) -> io::Result<bool> {
     Ok(file.metadata()?.file_type().is_block_device())
 }
 
-/// How long it is, in bytes.
-pub fn len(device: &File) -> io::Result<u64> {
-    Ok(lseek64(device, 0, Whence::SeekEnd)? as u64)
-}
-
 /// How many bytes it has for a layer: whole [blocks](BLOCK), behind the header.
 ///
 /// # Errors
-/// Those of the device.
-pub fn room(device: &File) -> io::Result<u64> {
-    let room = len(device)?.saturating_sub(DATA_START);
+/// Those of the medium.
+pub fn room(medium: &dyn Medium) -> io::Result<u64> {
+    let room = medium.length()?.saturating_sub(DATA_START);
     Ok(room - room % BLOCK)
 }
 
@@ -81,11 +101,8 @@ pub(super) fn gives_back(device: &File) -> bool {
     ["discard_max_bytes", "write_zeroes_max_bytes"].iter().all(|name| said(device, name) != Some(0))
 }
 
-/// Makes the bytes zeros, whole logical blocks, by the best way that the device has; not yet durably.
-///
-/// # Errors
-/// Those of the device.
-pub fn make_zeros(device: &File, bytes: Range<u64>) -> io::Result<()> {
+/// Makes the bytes of a block device zeros, whole logical blocks, by the best way that it has.
+fn make_zeros(device: &File, bytes: Range<u64>) -> io::Result<()> {
     let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let ways = [FallocateFlags::FALLOC_FL_PUNCH_HOLE, FallocateFlags::FALLOC_FL_ZERO_RANGE];
     for way in ways {
@@ -116,17 +133,17 @@ fn uninterrupted(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), Errn
     }
 }
 
-/// Where the first byte is that is not zero, if there is one. `device` is open for transfers past the page
+/// Where the first byte is that is not zero, if there is one. A device is open for transfers past the page
 /// cache, or not.
 ///
 /// # Errors
 /// Those of the device.
-pub fn first_data(device: &File, bytes: Range<u64>) -> io::Result<Option<u64>> {
+pub fn first_data(medium: &dyn Medium, bytes: Range<u64>) -> io::Result<Option<u64>> {
     let mut room = Aligned::new(ROOM);
     let mut at = bytes.start;
     while at < bytes.end {
         let room = room.bytes((bytes.end - at).min(ROOM as u64) as usize);
-        device.read_exact_at(room, at)?;
+        medium.fetch(room, at)?;
         if !is_zero(room) {
             let first = room.iter().position(|byte| *byte != 0).unwrap_or(0);
             return Ok(Some(at + first as u64));
@@ -143,18 +160,18 @@ pub fn first_data(device: &File, bytes: Range<u64>) -> io::Result<Option<u64>> {
 /// # Errors
 /// Those of the device; what `watch` says.
 pub fn wipe<E: From<io::Error>>(
-    device: &File,
+    medium: &dyn Medium,
     bytes: Range<u64>,
     watch: &mut dyn FnMut(u64, u64) -> Result<(), E>,
 ) -> Result<(), E> {
     each_step(bytes.clone(), &mut |step| -> Result<(), E> {
         watch(step.start - bytes.start, bytes.end - bytes.start)?;
-        match first_data(device, step.clone())? {
+        match first_data(medium, step.clone())? {
             None => Ok(()),
-            Some(_) => Ok(make_zeros(device, step)?),
+            Some(_) => Ok(medium.make_zeros(step)?),
         }
     })?;
-    device.sync_all()?;
+    medium.sync()?;
     watch(bytes.end - bytes.start, bytes.end - bytes.start)
 }
 
@@ -176,9 +193,9 @@ pub fn each_step<E>(bytes: Range<u64>, f: &mut dyn FnMut(Range<u64>) -> Result<(
 ///
 /// # Errors
 /// Those of the device.
-pub fn read_pages(device: &File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+pub fn read_pages(medium: &dyn Medium, at: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut room = Aligned::new(len);
-    device.read_exact_at(room.bytes(len), at)?;
+    medium.fetch(room.bytes(len), at)?;
     Ok(room.bytes(len).to_vec())
 }
 
@@ -187,11 +204,11 @@ pub fn read_pages(device: &File, at: u64, len: usize) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// Those of the device.
-pub fn write_pages(device: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+pub fn write_pages(medium: &dyn Medium, at: u64, bytes: &[u8]) -> io::Result<()> {
     let len = bytes.len().next_multiple_of(PAGE);
     let mut room = Aligned::new(len);
     room.bytes(len)[..bytes.len()].copy_from_slice(bytes);
-    device.write_all_at(room.bytes(len), at)
+    medium.store(room.bytes(len), at)
 }
 
 #[cfg(test)]

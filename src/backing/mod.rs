@@ -9,6 +9,8 @@
 pub mod chain;
 pub mod device;
 pub mod file;
+pub mod medium;
+pub mod nbd;
 
 use crate::base::space::Space;
 use std::ops::Range;
@@ -241,8 +243,9 @@ pub trait Queue {
     /// submit one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);
 
-    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must stay
-    /// open until the next [`Queue::wait`] has returned. The token `u32::MAX - 1` is taken.
+    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must
+    /// stay open until the next [`Queue::wait`] has returned. The tokens `u32::MAX - 2` and
+    /// `u32::MAX - 1` are taken.
     fn watch(&mut self, token: u32, fd: RawFd);
 
     /// Ends a watch; when it returns, the token will not be reported again.

@@ -1,12 +1,12 @@
 //! A volume's new size, as its record has it.
 
 use crate::backing::device::{self, DATA_START};
+use crate::backing::file::FileBacking;
 use crate::base::{Error, Kind, Result, size as sizes};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::Geometry;
 use crate::catalog::{Catalog, Metadata, Pending};
 use crate::crypt::SealKey;
-use std::fs::File;
 use std::path::Path;
 
 /// The size that a volume is going to have.
@@ -40,8 +40,7 @@ impl Metadata {
 #[must_use = "the volume has its new size once this is committed"]
 pub struct Growth<'a> {
     geometry: Geometry,
-    top: &'a File,
-    is_device: bool,
+    top: &'a FileBacking,
 }
 
 impl<'a> Growth<'a> {
@@ -55,22 +54,22 @@ impl<'a> Growth<'a> {
         lock: &VolumeLock,
         metadata: &Metadata,
         size: u64,
-        top: &'a File,
+        top: &'a FileBacking,
     ) -> Result<Self> {
         // As it is now that nobody else can change it.
         let geometry = check(metadata, size)?;
-        let is_device = device::is_device(top)?;
-        if is_device {
+        if top.is_on_device() {
             check_fits(top, &catalog.shown_place(metadata.top().id), size)?;
         }
         Pending::Resize(size).note(catalog, lock, metadata)?;
-        let growth = Growth { geometry, top, is_device };
-        let make_longer = || match is_device {
+        let growth = Growth { geometry, top };
+        let make_longer = || match top.is_on_device() {
             // Whatever was there behind the layer is to read as nothing.
-            true => device::wipe(top, DATA_START + metadata.size()..DATA_START + size, &mut |_, _| {
-                Ok::<_, std::io::Error>(())
-            }),
-            false => top.set_len(size).and_then(|()| top.sync_all()),
+            true => {
+                let new = DATA_START + metadata.size()..DATA_START + size;
+                device::wipe(top.medium(), new, &mut |_, _| Ok::<_, std::io::Error>(()))
+            }
+            false => top.file().set_len(size).and_then(|()| top.file().sync_all()),
         };
         match make_longer() {
             Ok(()) => Ok(growth),
@@ -111,9 +110,9 @@ impl<'a> Growth<'a> {
         let undo = || {
             let size = catalog.load(lock.volume())?.size();
             if size < self.geometry.size() {
-                if !self.is_device {
-                    self.top.set_len(size)?;
-                    self.top.sync_all()?;
+                if !self.top.is_on_device() {
+                    self.top.file().set_len(size)?;
+                    self.top.file().sync_all()?;
                 }
                 catalog.forget_pending(lock)?;
             }
@@ -127,13 +126,16 @@ impl<'a> Growth<'a> {
 
 /// # Errors
 /// `Usage` for a volume that the device has no room for.
-fn check_fits(device: &File, name: &Path, size: u64) -> Result<()> {
-    let room = device::room(device)?;
+fn check_fits(top: &FileBacking, name: &Path, size: u64) -> Result<()> {
+    let room = device::room(top.medium())?;
     if size <= room && size.is_multiple_of(device::BLOCK) {
         return Ok(());
     }
+    // A server tells its size when a connection begins.
+    let again = if top.export().is_some() { ", and detach the volume for this" } else { "" };
     let message = format!(
-        "{} has room for a volume of {room} bytes ({}), in multiples of {}; make the device larger first",
+        "{} has room for a volume of {room} bytes ({}), in multiples of {}; make the device larger \
+         first{again}",
         name.display(),
         sizes::about(room),
         device::BLOCK

@@ -9,7 +9,7 @@ use crate::crypt::xts::Engine;
 use crate::helper::grants::keeper;
 use crate::helper::unwrap;
 use crate::host::socket::SocketAccess;
-use crate::host::{Endpoint, Options, control};
+use crate::host::{Endpoint, NBD_RECONNECT, Options, control};
 use crate::ops::modify;
 use crate::sandbox::{self, Identity};
 use crate::vhost::queue::qos::Limits;
@@ -109,6 +109,10 @@ pub struct AttachArgs {
     /// without in-flight tracking (QEMU and cloud-hypervisor use it).
     #[arg(long)]
     in_order: bool,
+
+    /// How many seconds requests wait for an NBD server that is gone, before they fail; 0: not at all.
+    #[arg(long, value_name = "SECONDS", default_value_t = NBD_RECONNECT.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    nbd_reconnect: u64,
 
     /// Become this user once everything is open: the volume's files must be his, the root key need not. The
     /// socket goes to the group [default: the user's own], or to --socket-group.
@@ -235,6 +239,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         incoming: args.incoming,
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
+        nbd_reconnect: Duration::from_secs(args.nbd_reconnect),
     };
     crate::host::attach(&catalog, &settings, volume, &options, env.hardened, |attached| {
         if env.json {

@@ -222,6 +222,8 @@ enum HelperCommand {
     Pkcs11,
     /// Make the grants of an attach for the process that started this one, and retire them after it.
     KeepGrants,
+    /// Connect to NBD servers for the process that started this one.
+    DialNbd,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
     TakeOver(upgrade::TakeOverArgs),
 }
@@ -255,6 +257,7 @@ impl Task {
             Task::Helper(HelperCommand::BackupStep) => crate::ops::backup::worker::help(&env.store()?),
             Task::Helper(HelperCommand::Pkcs11) => crate::hsm::module::help(env.hardened),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
+            Task::Helper(HelperCommand::DialNbd) => crate::helper::dial::help(env.hardened),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }
     }
@@ -432,6 +435,7 @@ mod tests {
             ("relay", ""),
             ("serve-place", ""),
             ("keep-grants", ""),
+            ("dial-nbd", ""),
             ("pkcs11", ""),
             ("take-over", " x"),
         ] {

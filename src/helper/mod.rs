@@ -3,6 +3,7 @@
 //! What needs a network, credentials or the KMS's store happens in them, never in the host process.
 
 pub mod carry;
+pub mod dial;
 mod failure;
 pub mod grants;
 pub mod other_host;

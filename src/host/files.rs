@@ -7,7 +7,7 @@
 //! | `layers/<uuid>.img`, the top | each queue opens it again when its ring starts | write, or read if attached read-only |
 //! | `layers/<uuid>.img`, those below | likewise | read |
 //! | the block device of a layer that lies on one | likewise; the top's header is written | as of a file |
-//! | `layers/<uuid>.device` | says which device that is | read |
+//! | `layers/<uuid>.device` | says which device that is; of a layer behind an NBD server, it is all there is | read |
 //! | the folder of the VMM's socket, unless the store or its keys lie below | its name is removed at the end | remove |
 //!
 //! The audit log and its mark (`audit.jsonl`, `audit-….plain`) are written at the end through descriptors
@@ -42,7 +42,9 @@ pub(super) fn rules(
     for (number, layer) in metadata.layers().iter().enumerate() {
         let frozen = options.read_only || number > 0;
         let place = catalog.place(layer)?;
-        rules.push(Rule::new(place.path, if frozen { Access::Read } else { Access::Write }));
+        // What says where an export is is no layer.
+        let access = if frozen || place.behind.is_some() { Access::Read } else { Access::Write };
+        rules.push(Rule::new(place.path, access));
         if place.on_device.is_some() {
             rules.push(Rule::new(catalog.device_file(layer.id), Access::Read));
         }

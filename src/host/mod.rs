@@ -26,12 +26,14 @@ pub mod status;
 pub mod upgrade;
 
 use crate::backing::file::ring;
+use crate::backing::nbd;
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
 use crate::base::{Context, Error, Result, log_fields};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
+use crate::helper::dial;
 use crate::kms::embedded::root_key::passphrase;
 use crate::sandbox::{self, Identity, Mode};
 use crate::vhost::boundary::Next;
@@ -61,6 +63,9 @@ pub enum Endpoint {
     /// A listening or connected socket that this process was started with.
     Fd(RawFd),
 }
+
+/// How long requests wait for an NBD server that is gone, if nobody says.
+pub const NBD_RECONNECT: Duration = Duration::from_secs(30);
 
 /// How a volume is attached.
 #[derive(Clone, Debug)]
@@ -97,6 +102,8 @@ pub struct Options {
     pub user: Option<Identity>,
     /// Take the volume over from the process that has it, when a VMM starts its rings here.
     pub incoming: bool,
+    /// How long requests wait for an NBD server that is gone.
+    pub nbd_reconnect: Duration,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -188,6 +195,13 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let signals = Signals::new([SIGINT, SIGTERM]).context(attempt)?;
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
+    nbd::set_patience(options.nbd_reconnect);
+    let exports = catalog.exports(&taken.metadata).context(attempt)?;
+    if !exports.is_empty() {
+        // Threads of theirs would not be confined.
+        nbd::rest();
+        dial::start(catalog.root(), exports, from.as_ref().map(Taking::log)).context(attempt)?;
+    }
     let removable = files::socket_folder(catalog, &taken.metadata, named);
     let files = files::rules(catalog, &taken.metadata, options, removable)?;
     let name = match (name, named) {

@@ -127,6 +127,6 @@ fn again(catalog: &Catalog, here: &Metadata, claimed: &Metadata, device: &Candid
         return Err(Error::new(Kind::Busy, message));
     }
     let _lock = VolumeLock::acquire(&catalog.folder(id), id, &Holder::this_process(Purpose::Recover, None)?)?;
-    catalog.take_device(here, device.file())?;
+    catalog.take_device(here, device.medium())?;
     Ok(here.clone())
 }

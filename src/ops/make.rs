@@ -132,7 +132,7 @@ pub(crate) fn adopt(
         return Err(e);
     }
     events.record(&Event::create_volume(metadata.id(), Ok(())));
-    catalog.take_device(&metadata, device.file()).context(|| {
+    catalog.take_device(&metadata, device.medium()).context(|| {
         format!("{} is in the store, and the device not yet; the same command again goes on", metadata.id())
     })?;
     Ok(metadata)
@@ -168,7 +168,7 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
         tags::write(&catalog.folder(metadata.id()), &wanted.tags)?;
     }
     if let Some(device) = &wanted.device {
-        return catalog.make_device_layer(metadata, device.name().path(), device.file());
+        return catalog.make_device_layer(metadata, device.name().path(), device.medium());
     }
     let folder = catalog.folder(metadata.id());
     make_layer(&catalog.layer_path(metadata.top().id), &folder, metadata.size(), wanted.preallocate)

@@ -28,10 +28,10 @@ impl<'a> NewTop<'a> {
             Some(device) => {
                 device.check_size(size)?;
                 let next = begun.taken.opened.metadata.frozen(id);
-                catalog.make_device_layer(&next, device.name().path(), device.file())?;
+                catalog.make_device_layer(&next, device.name().path(), device.medium())?;
             }
         }
-        let top = begun.taken.opened.layers[0].backing.file();
+        let top = &begun.taken.opened.layers[0].backing;
         top.sync_data().context(|| "sync the top layer")?;
         Ok(begun)
     }

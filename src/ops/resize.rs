@@ -63,6 +63,6 @@ fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
     let catalog = store.catalog();
     let mut taken = store.open_taken(lock)?;
     let Opened { metadata, seal_key, layers, .. } = &mut taken.opened;
-    let growth = Growth::begin(&catalog, &taken.lock, metadata, size, layers[0].backing.file())?;
+    let growth = Growth::begin(&catalog, &taken.lock, metadata, size, &layers[0].backing)?;
     Ok(growth.commit(&catalog, &taken.lock, metadata, seal_key.as_ref())?)
 }

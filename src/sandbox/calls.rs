@@ -254,6 +254,17 @@ pub(super) fn filter_carrier(network: bool) -> Result<()> {
     filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
 }
 
+/// Puts the filter of a dialler in force, for this thread and those that it starts: sockets of this machine,
+/// whatever their names, and no other. It makes no thread.
+pub(super) fn filter_dialler() -> Result<()> {
+    let mut rules = allowed()?;
+    let denied = DENIED_TO_CARRIERS.iter().chain(&[libc::SYS_clone, libc::SYS_bind]);
+    denied.for_each(|call| drop(rules.remove(call)));
+    rules.insert(libc::SYS_connect, Vec::new());
+    let filters = [said_not_to_exist()?, compile(rules, SeccompAction::Trap, SeccompAction::Allow)?];
+    filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
+}
+
 /// Puts the filter of a process in force that loads a stranger's library, for this thread and those that it
 /// starts. Without `network`, it can make no socket.
 pub(super) fn filter_module(network: bool) -> Result<()> {

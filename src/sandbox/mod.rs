@@ -126,6 +126,24 @@ pub(crate) fn confine_carrier(files: &[Rule], network: bool) -> Result<Confineme
     Ok(Confinement(vec![landlock, "seccomp".into()]))
 }
 
+/// Gives up what a dialler does not need, which connects to servers on this machine and has neither key nor
+/// data: it opens no file, starts no program, and makes no sockets but those of this machine. It stays able
+/// to connect to `sockets`, as far as permissions go. Otherwise as [`confine`].
+///
+/// # Errors
+/// As for [`confine`].
+pub(crate) fn confine_dialler(sockets: &[Rule]) -> Result<Confinement> {
+    check_one_thread()?;
+    std::env::set_current_dir("/").context(|| "enter /")?;
+    identity::drop_capabilities(sockets)?;
+    harden()?;
+    harden_children()?;
+    let landlock = files::restrict(&[], false)?;
+    violation::report()?;
+    calls::filter_dialler()?;
+    Ok(Confinement(vec![landlock, "seccomp".into()]))
+}
+
 /// Gives up what a stranger's library does not need, before it is loaded: the process reaches `files`
 /// and no other, and starts no program. Without `network` it has none, and no socket of this machine. A
 /// call that it may not make fails; the process does not end by it, since a library may do without.

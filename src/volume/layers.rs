@@ -23,7 +23,7 @@ const MOMENT: Duration = Duration::from_secs(5);
 /// How often to look whether that is over.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// One layer in a file or on a block device.
+/// One layer in a file, on a block device or behind an NBD server.
 #[derive(Clone)]
 pub struct Layer {
     /// Its bytes.
@@ -144,7 +144,7 @@ pub(super) fn open_without_ciphers(
         let own = catalog.own_layer_path(volume, layer.id);
         let place = if files::exists(&own) { Place::whole(own) } else { catalog.place(layer)? };
         let opened = Layer::open_locked(&place, access, bytes, None, near, passed)?;
-        catalog.check_is_layers(layer.id, opened.backing.file())?;
+        catalog.check_is_layers(layer.id, opened.backing.medium(), opened.backing.export())?;
         Ok(opened)
     })
 }
@@ -182,7 +182,7 @@ pub fn open_one(
     near: Option<&Layer>,
 ) -> Result<Layer> {
     let opened = Layer::open(&catalog.place(layer)?, access, block_size, cipher, near)?;
-    catalog.check_is_layers(layer.id, opened.backing.file())?;
+    catalog.check_is_layers(layer.id, opened.backing.medium(), opened.backing.export())?;
     Ok(opened)
 }
 

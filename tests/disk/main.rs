@@ -6,4 +6,5 @@ mod common;
 mod devices;
 mod host_disks;
 mod layers;
+mod nbd;
 mod xts_vectors;

@@ -7,6 +7,9 @@
 //! io_uring through the page cache. On tmpfs, where io_uring would hand each request to a kernel thread only
 //! to copy memory: reads from the file's memory itself ([`memory`]), and `pread` and `pwrite` on the spot.
 //!
+//! A layer behind an NBD server is reached by none of these: its [`Export`] takes what is asked for, and the
+//! queue goes on with what comes back as if the kernel had done it.
+//!
 //! A layer is reached in one way for as long as it is open, by all of its queues: never is the page cache
 //! mixed with what goes past it.
 
@@ -20,6 +23,8 @@ mod turns;
 mod write_cache;
 
 use crate::backing::device::{self, DATA_START};
+use crate::backing::medium::Medium;
+use crate::backing::nbd::{Address, Export};
 use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
@@ -57,13 +62,15 @@ pub enum Access {
     Buffered,
     /// The file's memory, `pread` and `pwrite`, by the queue's thread.
     Inline,
+    /// An NBD server.
+    Export,
 }
 
 impl Access {
     fn memory_of(self, file: &File, size: u64) -> Option<Arc<FileMemory>> {
         match self {
             Access::Inline => FileMemory::map(file, size).map(Arc::new),
-            Access::Direct | Access::Buffered => None,
+            Access::Direct | Access::Buffered | Access::Export => None,
         }
     }
 }
@@ -105,6 +112,7 @@ impl Way {
     fn words(&self, found: Option<&Found>) -> String {
         match (self.access, found.and_then(|found| found.unit)) {
             (Access::Inline, _) => "memory file system".into(),
+            (Access::Export, _) => "NBD server".into(),
             (Access::Direct, _) if self.turns.is_none() => "io_uring, O_DIRECT".into(),
             (Access::Direct, _) => format!(
                 "io_uring, O_DIRECT in the disk's blocks of {} bytes: what is written of a block is written \
@@ -124,21 +132,31 @@ impl Way {
 pub struct Place {
     /// The file or block device.
     pub path: PathBuf,
-    /// Of a block device with a header: how many bytes of it are the layer's, from [`DATA_START`] on. None
-    /// where everything is the layer's, from the first byte on.
+    /// Of a block device or export with a header: how many bytes of it are the layer's, from [`DATA_START`]
+    /// on. None where everything is the layer's, from the first byte on.
     pub on_device: Option<u64>,
+    /// Where the bytes lie, if that is behind an NBD server. Then the file at `path` is the one of the store
+    /// that says so, and is there to be locked.
+    pub behind: Option<Address>,
 }
 
 impl Place {
     /// All of a file or device.
     pub fn whole(path: impl Into<PathBuf>) -> Self {
-        Place { path: path.into(), on_device: None }
+        Place { path: path.into(), on_device: None, behind: None }
+    }
+
+    /// Behind the NBD server at `address`, a layer of `size` bytes; `said_in` is the file that says so.
+    pub fn behind(address: Address, said_in: PathBuf, size: u64) -> Self {
+        Place { path: said_in, on_device: Some(size), behind: Some(address) }
     }
 }
 
-/// A file or block device that holds one layer.
+/// A file, block device or export that holds one layer.
 pub struct FileBacking {
+    /// The file or device; of an export, the file that says where it is.
     file: Arc<File>,
+    export: Option<Arc<Export>>,
     /// Where in the file the layer begins.
     start: u64,
     is_device: bool,
@@ -179,6 +197,9 @@ impl FileBacking {
         near: Option<&FileBacking>,
         earlier: Earlier,
     ) -> io::Result<Self> {
+        if let (Some(address), Some(size)) = (&place.behind, place.on_device) {
+            return Self::open_export(address, size, &place.path, read_only, block_size);
+        }
         let plain = files::open_layer(&place.path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
         let is_device = plain.metadata()?.file_type().is_block_device();
         let direct = || {
@@ -220,6 +241,37 @@ impl FileBacking {
         Ok(FileBacking { write_cache, ..opened })
     }
 
+    /// Opens a layer of `size` bytes behind an NBD server. Whatever an earlier process has asked the server
+    /// for cannot be waited for: see docs/storage.md.
+    fn open_export(
+        address: &Address,
+        size: u64,
+        said_in: &Path,
+        read_only: bool,
+        block_size: u32,
+    ) -> io::Result<Self> {
+        let file = files::open_layer(said_in, OFlag::O_RDONLY)?;
+        let export = Export::at(address)?;
+        let terms = export.terms();
+        if DATA_START.checked_add(size).is_none_or(|end| end > terms.size) {
+            return Err(device::too_short(terms.size, size));
+        }
+        if !read_only && terms.is_read_only() {
+            return Err(io::Error::new(
+                io::ErrorKind::ReadOnlyFilesystem,
+                "the server lets nobody write there",
+            ));
+        }
+        let unit = u64::from(terms.unit());
+        let turns = (unit > u64::from(block_size) && !read_only).then(|| Arc::new(Turns::new()));
+        let way = Way { access: Access::Export, unit, turns };
+        let opened = Self::of(Arc::new(file), DATA_START, true, None, block_size, way, read_only, size);
+        let durable = if terms.can_flush() { "" } else { ", which counts what it completes as durable" };
+        let access = format!("NBD server{durable}");
+        let caps = Caps { access, gives_back: terms.can_zero(), ..opened.caps.clone() };
+        Ok(FileBacking { export: Some(export), caps, ..opened })
+    }
+
     #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn of(
         file: Arc<File>,
@@ -237,6 +289,7 @@ impl FileBacking {
         let memory = way.access.memory_of(&file, size);
         FileBacking {
             file,
+            export: None,
             start,
             is_device,
             found,
@@ -252,7 +305,11 @@ impl FileBacking {
     /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once:
     /// queues that shared one could flush at the same time, and one of them be told that all is well.
     fn open_again(&self) -> io::Result<File> {
-        self.open_as(self.way.access)
+        match self.export {
+            // Nothing is written there.
+            Some(_) => self.file.try_clone(),
+            None => self.open_as(self.way.access),
+        }
     }
 
     fn open_as(&self, access: Access) -> io::Result<File> {
@@ -276,6 +333,7 @@ impl FileBacking {
             read_only: true,
             caps: self.caps.clone(),
             memory: self.memory.clone(),
+            export: self.export.clone(),
             write_cache: None,
             ..*self
         })
@@ -284,10 +342,23 @@ impl FileBacking {
     /// This layer after it was made longer: `size` bytes, if it lies on a device with a header. Nothing may
     /// be in flight when what is returned is used.
     pub fn lengthened(&self, size: u64) -> io::Result<Self> {
-        let len = lseek64(&self.file, 0, Whence::SeekEnd)? as u64;
+        let len = self.medium().length()?;
         let size = if self.start == 0 { len } else { size };
         if self.start.checked_add(size).is_none_or(|end| end > len) {
             return Err(device::too_short(len, size));
+        }
+        if self.export.is_some() {
+            let (export, way) = (self.export.clone(), self.way.clone());
+            let caps = Caps { size, ..self.caps.clone() };
+            return Ok(FileBacking {
+                file: self.file.clone(),
+                export,
+                way,
+                caps,
+                memory: None,
+                write_cache: None,
+                ..*self
+            });
         }
         let mut way = Way::to(self.found.as_ref(), size, self.block_size, self.read_only);
         let file = if way.access == self.way.access {
@@ -315,6 +386,7 @@ impl FileBacking {
             start: layer.start,
             is_device: layer.is_device,
             inline: layer.way.access == Access::Inline,
+            export: layer.export.clone(),
             memory: layer.memory.clone(),
             unit: layer.way.unit as u32,
         };
@@ -340,6 +412,10 @@ impl FileBacking {
 
     /// See [`Backing::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        if let Some(export) = &self.export {
+            let found = export.next_data(self.start + from..self.start + self.caps.size)?;
+            return Ok(found.map(|found| found.start - self.start..found.end - self.start));
+        }
         if self.is_device {
             // Only reading all of it would tell more.
             return Ok((from < self.caps.size).then_some(from..self.caps.size));
@@ -355,6 +431,46 @@ impl FileBacking {
     /// The open file, for locks.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The export, if the layer lies on one.
+    pub fn export(&self) -> Option<&Export> {
+        self.export.as_deref()
+    }
+
+    /// What the layer lies on, from its very beginning.
+    pub fn medium(&self) -> &dyn Medium {
+        match &self.export {
+            Some(export) => &**export,
+            None => &*self.file,
+        }
+    }
+
+    /// Whether it lies on a block device or export, of which nobody can make more.
+    pub fn is_on_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Makes durable what was written through whichever queue.
+    ///
+    /// # Errors
+    /// Those of the file, device or server.
+    pub fn sync_data(&self) -> io::Result<()> {
+        match &self.export {
+            Some(export) => export.flush(),
+            None => self.file.sync_data(),
+        }
+    }
+
+    /// Reads at `at` of the layer; fewer bytes where it ends.
+    fn read_at(&self, room: &mut [u8], at: u64) -> io::Result<usize> {
+        match &self.export {
+            Some(export) => {
+                let len = room.len().min((self.caps.size - at.min(self.caps.size)) as usize);
+                export.fetch(&mut room[..len], self.start + at).map(|()| len)
+            }
+            None => self.file.read_at(room, self.start + at),
+        }
     }
 }
 
@@ -376,7 +492,7 @@ impl Backing for FileBacking {
             while at < data.end {
                 // Whole blocks; the file may end within one.
                 let len = (data.end - at).next_multiple_of(pool::PAGE as u64).min(1 << 20) as usize;
-                let n = match self.file.read_at(room.bytes(len), self.start + at) {
+                let n = match self.read_at(room.bytes(len), at) {
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     read => read?,
                 };
@@ -400,7 +516,7 @@ impl Backing for FileBacking {
     }
 
     fn space(&self) -> io::Result<Option<Space>> {
-        Space::of(&self.file)
+        if self.export.is_some() { Ok(None) } else { Space::of(&self.file) }
     }
 }
 
@@ -519,6 +635,7 @@ mod tests {
             start: 0,
             is_device: false,
             inline: false,
+            export: None,
             memory: None,
             unit: 512,
         };

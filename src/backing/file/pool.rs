@@ -157,6 +157,13 @@ impl Pool {
         unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
     }
 
+    /// Bytes of the buffer's pages, which [`Pool::span`] has found in them.
+    pub(super) fn part(&mut self, buffer: &mut Buffer, span: Span) -> &mut [u8] {
+        let start = span.start.checked_sub(buffer.page as usize * PAGE);
+        let start = start.expect("a part of a buffer does not begin before it");
+        &mut self.whole(buffer)[start..][..span.len as usize]
+    }
+
     fn find_page(&mut self) -> Option<u32> {
         let words = self.free.len();
         (0..words).map(|i| (self.hint + i) % words).find(|&word| self.free[word] != 0).map(|word| {

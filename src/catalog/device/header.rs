@@ -5,6 +5,7 @@
 //! while the other one is whole: a cut leaves the header that was, or the one that was to be.
 
 use crate::backing::device;
+use crate::backing::medium::Medium;
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{Metadata, written};
 use crate::catalog::{LayerId, VolumeId};
@@ -12,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use uuid::Uuid;
 
@@ -98,7 +98,7 @@ impl Header {
     ///
     /// # Errors
     /// `Corrupt` for one that begins like a header and is none that is whole; those of the device.
-    pub(crate) fn read(device: &File) -> Result<Option<Self>> {
+    pub(crate) fn read(device: &dyn Medium) -> Result<Option<Self>> {
         Ok(Found::read(device)?.map(|found| found.header))
     }
 
@@ -122,12 +122,12 @@ impl Header {
     ///
     /// # Errors
     /// `Unsupported` for a record that is too long for it; those of the device.
-    pub(super) fn write(&self, device: &File, found: Option<&Found>) -> Result<()> {
+    pub(super) fn write(&self, device: &dyn Medium, found: Option<&Found>) -> Result<()> {
         let (number, last) = found.map_or((0, 1), |found| (found.number, found.slot));
         for (n, slot) in [1 - last, last].into_iter().enumerate() {
             let number = number.checked_add(n as u64 + 1).ok_or_else(|| damaged("its number has no next"))?;
             device::write_pages(device, SLOTS[slot], &self.encode(number)?)?;
-            device.sync_data()?;
+            device.sync()?;
         }
         Ok(())
     }
@@ -164,7 +164,7 @@ impl Found {
     ///
     /// # Errors
     /// As [`Header::read`].
-    pub(super) fn read(device: &File) -> Result<Option<Self>> {
+    pub(super) fn read(device: &dyn Medium) -> Result<Option<Self>> {
         let slots = [0, 1].map(|slot| slot_of(device, slot)).into_iter().collect::<Result<Vec<_>>>()?;
         let is_ours = slots.iter().any(Option::is_some);
         let whole = slots.into_iter().flatten().flatten();
@@ -176,7 +176,7 @@ impl Found {
 }
 
 /// What a slot holds: nothing that begins like one; one that is not whole; or a header.
-fn slot_of(device: &File, slot: usize) -> Result<Option<Option<Found>>> {
+fn slot_of(device: &dyn Medium, slot: usize) -> Result<Option<Option<Found>>> {
     let first = device::read_pages(device, SLOTS[slot], FIRST).context(|| "read the device's header")?;
     if !first.starts_with(MAGIC) {
         return Ok(None);
@@ -222,6 +222,7 @@ fn damaged(how: &str) -> Error {
 mod tests {
     use super::*;
     use crate::catalog::metadata::Geometry;
+    use std::fs::File;
     use std::os::unix::fs::FileExt;
 
     fn device() -> File {

@@ -1,14 +1,18 @@
-//! Layers on block devices: where each one lies, and whether what lies there is that layer.
+//! Layers on block devices and behind NBD servers: where each one lies, and whether what lies there is that
+//! layer.
 //!
 //! In `layers/`, such a layer has a `<uuid>.device` in place of a `<uuid>.img`. That file names the device,
 //! and is a claim, like everything that lies with the ciphertext. What proves it is the device's own
 //! [header], which names the layer, and has the token that the file has: whoever can write the store alone
-//! can make no other device pass for the layer.
+//! can make no other device pass for the layer. The export of an NBD server is a device as well; it has no
+//! file that could be locked, so who uses it locks the `<uuid>.device`.
 
 pub(crate) mod header;
 
 use crate::backing::device::{self, DATA_START};
 use crate::backing::file::Place;
+use crate::backing::medium::Medium;
+use crate::backing::nbd::{Address, Export};
 use crate::base::root::{files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::metadata::{LayerRecord, Metadata, written};
@@ -20,15 +24,21 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+/// Of a file that names a block device.
 const FORMAT: u32 = 1;
+/// Of one that names an NBD export.
+const NBD_FORMAT: u32 = 2;
 const ENDING: &str = ".device";
 
 /// A device that holds a layer of the store, as the store has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OnDevice {
-    /// The name by which the device is known.
+    /// The name by which the device is known: a path, or an export's address.
     pub name: PathBuf,
+    /// The export, if that is what it is.
+    pub nbd: Option<Address>,
     token: Token,
     layer: LayerId,
 }
@@ -41,8 +51,16 @@ struct Written {
     token: String,
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NbdWritten {
+    format: u32,
+    nbd: Address,
+    token: String,
+}
+
 impl OnDevice {
-    /// The device's own path, without links.
+    /// The path of a block device, without links.
     ///
     /// # Errors
     /// `Corrupt` if it is not there, or is no block device.
@@ -66,16 +84,20 @@ impl OnDevice {
     }
 
     /// Opens the device, past the page cache: what another host has written may be there.
-    fn open(&self, flags: OFlag) -> Result<File> {
+    fn open(&self, flags: OFlag) -> Result<Opened> {
+        if let Some(address) = &self.nbd {
+            return Ok(Opened::Export(Export::at(address)?));
+        }
         let path = self.path()?;
-        files::open_layer(&path, flags | OFlag::O_DIRECT).context(|| format!("open {}", path.display()))
+        let file = files::open_layer(&path, flags | OFlag::O_DIRECT);
+        file.map(Opened::Device).context(|| format!("open {}", path.display()))
     }
 
     /// What the device's header says, if it is that of this layer in this store.
     ///
     /// # Errors
     /// `Corrupt` for a device with another header, or with none; those of the device.
-    fn found(&self, device: &File) -> Result<Found> {
+    fn found(&self, device: &dyn Medium) -> Result<Found> {
         let name = self.name.display();
         let problem = match Found::read(device).context(|| format!("look at {name}"))? {
             None => format!(
@@ -96,6 +118,32 @@ impl OnDevice {
             Some(found) => return Ok(found),
         };
         Err(Error::new(Kind::Corrupt, problem))
+    }
+}
+
+/// A device that was opened.
+enum Opened {
+    Device(File),
+    Export(Arc<Export>),
+}
+
+impl Opened {
+    fn medium(&self) -> &dyn Medium {
+        match self {
+            Opened::Device(file) => file,
+            Opened::Export(export) => &**export,
+        }
+    }
+
+    /// Whether both are the same.
+    fn is(&self, other: &Opened) -> Result<bool> {
+        match (self, other) {
+            (Opened::Device(one), Opened::Device(other)) => {
+                Ok(files::is_same(&one.metadata()?, &other.metadata()?))
+            }
+            (Opened::Export(one), Opened::Export(other)) => Ok(Arc::ptr_eq(one, other)),
+            _ => Ok(false),
+        }
     }
 }
 
@@ -122,9 +170,14 @@ impl Catalog {
         let read = || match written::version(&bytes)? {
             1 => {
                 let Written { device, token, .. } = written::read(&bytes)?;
-                Ok(OnDevice { name: device, token: Token::parse(&token)?, layer })
+                Ok(OnDevice { name: device, nbd: None, token: Token::parse(&token)?, layer })
             }
-            other => Err(written::unknown_version(other, "version 1")),
+            2 => {
+                let NbdWritten { nbd, token, .. } = written::read(&bytes)?;
+                let name = nbd.to_string().into();
+                Ok(OnDevice { name, nbd: Some(nbd), token: Token::parse(&token)?, layer })
+            }
+            other => Err(written::unknown_version(other, "versions 1 and 2")),
         };
         read().context(attempt).map(Some)
     }
@@ -136,8 +189,23 @@ impl Catalog {
     pub fn place(&self, layer: &LayerRecord) -> Result<Place> {
         match self.on_device(layer.id)? {
             None => Ok(Place::whole(self.layer_path(layer.id))),
-            Some(on) => Ok(Place { path: on.path()?, on_device: Some(layer.size) }),
+            Some(OnDevice { nbd: Some(address), .. }) => {
+                Ok(Place::behind(address, self.device_file(layer.id), layer.size))
+            }
+            Some(on) => Ok(Place { on_device: Some(layer.size), ..Place::whole(on.path()?) }),
         }
+    }
+
+    /// The NBD exports that layers of a volume lie on.
+    ///
+    /// # Errors
+    /// As [`Catalog::on_device`].
+    pub fn exports(&self, volume: &Metadata) -> Result<Vec<Address>> {
+        let mut exports = Vec::new();
+        for layer in volume.layers() {
+            exports.extend(self.on_device(layer.id)?.and_then(|on| on.nbd));
+        }
+        Ok(exports)
     }
 
     /// The name by which people know where a layer lies.
@@ -148,24 +216,31 @@ impl Catalog {
         }
     }
 
-    /// Looks whether `file`, which was opened where the layer lies, is the layer's device. A file of the
-    /// store is taken as it is.
+    /// Looks whether what was opened where the layer lies is the layer's device. A file of the store is taken
+    /// as it is. Of an `export`, this is looked at again whenever the server comes back.
     ///
     /// # Errors
     /// `Corrupt` for another device.
-    pub fn check_is_layers(&self, layer: LayerId, file: &File) -> Result<()> {
-        match self.on_device(layer)? {
-            Some(on) => on.found(file).map(drop),
-            None => Ok(()),
+    pub fn check_is_layers(
+        &self,
+        layer: LayerId,
+        opened: &dyn Medium,
+        export: Option<&Export>,
+    ) -> Result<()> {
+        let Some(on) = self.on_device(layer)? else { return Ok(()) };
+        on.found(opened)?;
+        if let Some(export) = export {
+            export.recognise_by(move |medium| on.found(medium).map(drop).map_err(std::io::Error::other));
         }
+        Ok(())
     }
 
     /// Why a layer on a device cannot be used; none if it can, or is a file.
     pub(super) fn check_device(&self, layer: &LayerRecord) -> Result<()> {
         let Some(on) = self.on_device(layer.id)? else { return Ok(()) };
         let device = on.open(OFlag::O_RDONLY)?;
-        on.found(&device)?;
-        let len = device::len(&device)?;
+        on.found(device.medium())?;
+        let len = device.medium().length()?;
         if len.saturating_sub(DATA_START) < layer.size {
             let message = format!(
                 "{} has {len} bytes, and layer {} needs {}: it has shrunk; make it as long as it was",
@@ -183,7 +258,17 @@ impl Catalog {
     ///
     /// # Errors
     /// Those of the device and of the file system.
-    pub(crate) fn make_device_layer(&self, volume: &Metadata, name: &Path, device: &File) -> Result<()> {
+    pub(crate) fn make_device_layer(
+        &self,
+        volume: &Metadata,
+        name: &Path,
+        device: &dyn Medium,
+    ) -> Result<()> {
+        // Nobody can be kept from an export meanwhile, as from a block device.
+        if Found::read(device)?.is_some() {
+            let message = format!("{} has become a layer of another volume just now", name.display());
+            return Err(Error::new(Kind::Busy, message));
+        }
         let token = Token::random();
         let header = Header::of_top(volume, token)?;
         // First what leads to the device, so that whoever clears up finds the header.
@@ -221,7 +306,7 @@ impl Catalog {
     ///
     /// # Errors
     /// `Corrupt` for a device that holds another layer; those of the device.
-    pub(crate) fn take_device(&self, volume: &Metadata, device: &File) -> Result<()> {
+    pub(crate) fn take_device(&self, volume: &Metadata, device: &dyn Medium) -> Result<()> {
         let layer = volume.top().id;
         let on = self.on_device(layer)?.ok_or_else(|| {
             Error::new(Kind::Corrupt, format!("{} is missing", self.device_file(layer).display()))
@@ -233,8 +318,13 @@ impl Catalog {
     }
 
     fn note_device(&self, layer: LayerId, name: &Path, token: Token) -> Result<()> {
-        let written = Written { format: FORMAT, device: name.to_owned(), token: token.to_string() };
-        replace_file(&self.device_file(layer), &written::to_json(&written))
+        let token = token.to_string();
+        let address = name.to_str().filter(|name| Address::is_meant(name)).map(str::parse).transpose()?;
+        let json = match address {
+            Some(nbd) => written::to_json(&NbdWritten { format: NBD_FORMAT, nbd, token }),
+            None => written::to_json(&Written { format: FORMAT, device: name.to_owned(), token }),
+        };
+        replace_file(&self.device_file(layer), &json)
     }
 
     /// Copies the record of a volume to the header of the device that its top lies on, and notes on those of
@@ -250,7 +340,7 @@ impl Catalog {
 
     fn copy_to_device(&self, volume: &Metadata, layer: LayerId, is_top: bool) -> Result<()> {
         let Some(on) = self.on_device(layer)? else { return Ok(()) };
-        let found = on.found(&on.open(OFlag::O_RDONLY)?)?;
+        let found = on.found(on.open(OFlag::O_RDONLY)?.medium())?;
         let next = match is_top {
             true => Header::of_top(volume, on.token)?,
             false => Header { frozen: true, ..found.header.clone() },
@@ -259,7 +349,8 @@ impl Catalog {
             return Ok(());
         }
         let device = on.open(OFlag::O_RDWR)?;
-        next.write(&device, Some(&found)).context(|| format!("write the header of {}", on.name.display()))
+        next.write(device.medium(), Some(&found))
+            .context(|| format!("write the header of {}", on.name.display()))
     }
 
     /// Removes a layer that nothing names: its file; or of one on a device, the device's header, and with it
@@ -299,18 +390,18 @@ impl OnDevice {
     /// even opened for writing.
     fn erase_header(&self) -> Result<()> {
         let looked_at = self.open(OFlag::O_RDONLY)?;
-        if Found::read(&looked_at)?.is_none() {
+        if Found::read(looked_at.medium())?.is_none() {
             return Ok(());
         }
-        self.found(&looked_at)?;
+        self.found(looked_at.medium())?;
         let device = self.open(OFlag::O_RDWR)?;
-        if !files::is_same(&looked_at.metadata()?, &device.metadata()?) {
+        if !looked_at.is(&device)? {
             let message = format!("{} has come to mean another device just now", self.name.display());
             return Err(Error::new(Kind::Corrupt, message));
         }
         let erase = || {
-            device::write_pages(&device, 0, &vec![0; DATA_START as usize])?;
-            device.sync_all()
+            device::write_pages(device.medium(), 0, &vec![0; DATA_START as usize])?;
+            device.medium().sync()
         };
         erase().context(|| format!("erase the header of {}", self.name.display()))
     }

@@ -15,7 +15,7 @@ Examples:
   sealblk volume adopt /dev/disk/by-id/nvme-X
   sealblk volume adopt /dev/vg/db --name db2
 
-Takes a volume in that \"volume create --device\" has made, on this host or on another one: everything that it takes is in
+Takes a volume in that \"volume create --device\" or \"--nbd\" has made, on this host or on another one: everything that it takes is in
 the device's header, except for the KMS that unwraps its data key. That KMS has to give the data key, and the data key has
 to prove the record. From then on the store that had the volume is refused the device. Detach the volume there first: this
 host cannot see whether another one writes to the device at this moment. A header that was put back shows an earlier state
@@ -23,7 +23,7 @@ of the volume's record, which nothing on the device can tell.
 
 Interrupted and given again, it goes on. Prints the volume's id, which stays what it was.")]
 pub struct AdoptArgs {
-    /// The block device.
+    /// The block device, or the NBD export (unix:/PATH).
     device: PathBuf,
     /// The volume's name in this store [default: the name that it has].
     #[arg(long)]

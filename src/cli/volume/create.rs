@@ -1,6 +1,7 @@
 //! `sealblk volume create`.
 #![forbid(unsafe_code)]
 
+use crate::backing::nbd::Address;
 use crate::base::{Error, Kind, Result, size};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
@@ -29,6 +30,7 @@ Examples:
   sealblk volume create --snapshot snap-0a1b --own-data-key
   sealblk volume create --device /dev/disk/by-id/nvme-X --name fast
   sealblk volume create --device /dev/vg/db --wipe --name db
+  sealblk volume create --nbd unix:/run/db.sock --name db
 
 The data key is made and wrapped by the KMS key; nobody sees it. With --also-key other KMS keys wrap it as well, and any
 of them gives it: a KMS that is down stops no attach. Prints the new volume's id. A volume from a
@@ -39,11 +41,14 @@ snapshot holds is encrypted anew in the background while the volume is attached.
 
 With --device the volume, or the top layer of one from a snapshot, lies on a block device and not in a file. It has to
 be zeros, every byte of it, and is read to see that; --wipe makes it zeros. A device that is in use is refused in any
-case. The first MiB holds a header, which makes the device complete in itself; docs/storage.md tells more.")]
+case. The first MiB holds a header, which makes the device complete in itself; docs/storage.md tells more.
+
+With --nbd it lies behind an NBD server (nbdkit, qemu-nbd, …) on this host, in the same way. Nothing keeps others
+from what is behind the server: this store has to be the only one that uses it.")]
 pub struct CreateArgs {
     /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB
     /// [default: what the device has room for, or the snapshot's].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present_any = ["snapshot", "device"])]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present_any = ["snapshot", "device", "nbd"])]
     size: Option<u64>,
     /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
     #[arg(long, value_name = "SNAPSHOT")]
@@ -78,8 +83,13 @@ pub struct CreateArgs {
     /// by a name that lasts, as those in /dev/disk/by-id.
     #[arg(long, value_name = "DEVICE", conflicts_with = "preallocate")]
     device: Option<PathBuf>,
-    /// Make the device zeros first: whatever it holds is lost. Interrupted and given again, it goes on.
-    #[arg(long, requires = "device")]
+    /// The export of an NBD server that it lies on, all of which is taken: unix:/PATH[?export=NAME], or
+    /// nbd+unix:///NAME?socket=/PATH.
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["preallocate", "device"])]
+    nbd: Option<Address>,
+    /// Make the device or export zeros first: whatever it holds is lost. Interrupted and given again, it goes
+    /// on.
+    #[arg(long)]
     wipe: bool,
     #[command(flatten)]
     space: SpaceArgs,
@@ -100,7 +110,7 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,
-        device: args.device.as_deref().map(Candidate::open).transpose()?.map(Arc::new),
+        device: device(args)?,
         budget: args.space.budget(&store),
     };
     let snapshot =
@@ -120,6 +130,16 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
     match env.json {
         true => output::print_json(&description(&catalog, &made)?),
         false => output::print(&format!("{}\n", made.id())).map(drop),
+    }
+}
+
+/// The device or export that the volume is to lie on.
+fn device(args: &CreateArgs) -> Result<Option<Arc<Candidate>>> {
+    let address = args.nbd.as_ref().map(|address| PathBuf::from(address.to_string()));
+    match args.device.as_ref().or(address.as_ref()) {
+        Some(path) => Ok(Some(Arc::new(Candidate::open(path)?))),
+        None if args.wipe => Err(Error::new(Kind::Usage, "--wipe is for --device or --nbd")),
+        None => Ok(None),
     }
 }
 

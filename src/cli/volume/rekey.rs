@@ -48,8 +48,8 @@ pub struct RekeyArgs {
     key: Option<String>,
     #[command(flatten)]
     also: AlsoArgs,
-    /// The block device that what is encrypted anew shall lie on. The volume has to be
-    /// detached for that moment.
+    /// The block device or NBD export (unix:/PATH) that what is encrypted anew shall lie on. The volume has
+    /// to be detached for that moment.
     #[arg(long, value_name = "DEVICE")]
     onto: Option<PathBuf>,
     /// With --onto: make the device zeros first: whatever it holds is lost.
@@ -77,7 +77,7 @@ the moment in which it gets its new top, and not for the copying. Id, name and k
 pub struct MoveArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
-    /// Where: a block device, or \"file\" for a file of the store.
+    /// Where: a block device, an NBD export (unix:/PATH), or \"file\" for a file of the store.
     #[arg(long, value_name = "DEVICE|file")]
     to: PathBuf,
     /// Make the device zeros first: whatever it holds is lost.

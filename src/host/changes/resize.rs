@@ -23,7 +23,7 @@ impl Record {
 
     fn grow(&self, size: u64, state: &mut State) -> Result<()> {
         let top = state.layers.first().ok_or_else(gone)?.clone();
-        let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, top.backing.file())?;
+        let growth = Growth::begin(&self.catalog, &state.lock, &state.metadata, size, &top.backing)?;
         let mut growth = Some(growth);
         let longer = top.backing.lengthened(size).context(|| "open the top layer anew");
         let done = longer.and_then(|backing| {

@@ -92,7 +92,7 @@ fn open(
     let top = state.layers.first().ok_or_else(gone)?;
     // By the name that it has in the volume's folder: the other one is not this process's to open.
     let layer = Layer::open(&Place::whole(path), Access::ReadWrite, block_size, cipher, Some(top))?;
-    top.backing.file().sync_data().context(|| "sync the top layer")?;
+    top.backing.sync_data().context(|| "sync the top layer")?;
     Ok((layer, hold))
 }
 

@@ -40,7 +40,7 @@ use crate::base::space::Reserve;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::host::control::{Answer, MAX_LINE};
-use crate::host::{Endpoint, Options};
+use crate::host::{Endpoint, NBD_RECONNECT, Options};
 use crate::kms::KmsKey;
 use crate::sandbox::{Identity, Mode};
 use crate::vhost::gate::Said;
@@ -93,6 +93,9 @@ pub struct Offer {
     /// Which KMS keys have given them, in their order, where that is not the first one of each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     unwrapped_by: Vec<KmsKey>,
+    /// How many seconds requests wait for an NBD server that is gone, where that is not the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nbd_reconnect: Option<u64>,
     /// Which descriptors come with this, after those that always do.
     passes: Passes,
 }
@@ -173,6 +176,7 @@ impl Offer {
             incoming: true,
             sandbox,
             user,
+            nbd_reconnect: self.nbd_reconnect.map_or(NBD_RECONNECT, Duration::from_secs),
         })
     }
 }

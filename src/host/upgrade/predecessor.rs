@@ -1,17 +1,17 @@
 //! The side of the process that serves the volume until now.
 
 use super::{Link, Offer, PREPARING, PROTOCOL, Part, Passes, STEP, Step};
-use crate::base::{Error, Kind, Result, wire};
+use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::VolumeId;
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
 use crate::helper::grants::Keeper;
-use crate::host::Options;
 use crate::host::control::Answer;
 use crate::host::handover::Handover;
 use crate::host::keyring::Keyring;
 use crate::host::notify::Notifier;
-use crate::host::state::{Record, gone};
+use crate::host::state::{Record, State, gone};
+use crate::host::{NBD_RECONNECT, Options};
 use crate::vhost::boundary::{Boundary, Next};
 use crate::vhost::gate::Gate;
 use crate::vhost::listener::Stop;
@@ -157,7 +157,9 @@ impl Predecessor {
         // It is the other process's to wipe.
         memory.hand_over();
         let limits = self.qos.limits();
-        let Options { queues, queue_size, read_only, ref serial, engine, poll, in_order, .. } = self.options;
+        let Options {
+            queues, queue_size, read_only, ref serial, engine, poll, in_order, nbd_reconnect, ..
+        } = self.options;
         let offer = Offer {
             version: env!("CARGO_PKG_VERSION").into(),
             queues,
@@ -180,6 +182,7 @@ impl Predecessor {
             is_name_ours: self.is_name_ours,
             data_keys: data_keys.len(),
             unwrapped_by,
+            nbd_reconnect: (nbd_reconnect != NBD_RECONNECT).then_some(nbd_reconnect.as_secs()),
             passes: Passes {
                 listener: self.listener.is_some(),
                 keeper: self.keeper.socket().is_some(),
@@ -215,12 +218,14 @@ impl Predecessor {
                 return Err(Error::new(Kind::Usage, "the other process is to say that it is prepared"));
             }
             // What takes long is not to be waited for while the guest waits.
+            self.flush_servers(state)?;
             drop(state.serving()?.pause(STEP)?);
             if self.stop.is_stopped() {
                 return Err(gone());
             }
             let begun = Instant::now();
             session.as_deref().map_or(Ok(()), Gate::halt)?;
+            self.flush_servers(state)?;
             match handover.has_dead_queue() {
                 false => self.give(session.as_deref(), begun, link),
                 true => Err(Error::new(Kind::Other, "a queue's thread died")),
@@ -242,6 +247,15 @@ impl Predecessor {
                 let _ = wire::say(&link.stream, &Answer::failed(&e));
                 Err(e)
             }
+        }
+    }
+
+    /// Makes durable what came by this process's connections to NBD servers. A flush by the other process's
+    /// covers that only where a server says so, and what is kept for a server that is killed is kept here.
+    fn flush_servers(&self, state: &State) -> Result<()> {
+        match state.layers.first().and_then(|top| top.backing.export()) {
+            Some(_) => state.serving()?.disk().flush().context(|| "flush the NBD server"),
+            None => Ok(()),
         }
     }
 

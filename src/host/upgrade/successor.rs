@@ -34,7 +34,7 @@ use crate::volume::layers::PassedLocks;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -324,6 +324,11 @@ struct Passed {
 }
 
 impl Taking {
+    /// Where the predecessor logs, and this process does from the taking on.
+    pub(in crate::host) fn log(&self) -> BorrowedFd<'_> {
+        self.stderr.as_fd()
+    }
+
     /// Takes the volume: at once where no VMM is connected; else what is returned does it, when it is asked
     /// to resume the VMM's session.
     ///

@@ -12,6 +12,8 @@
 
 use crate::backing::device::DATA_START;
 use crate::backing::file::{Place, next_data_of};
+use crate::backing::medium::Medium;
+use crate::backing::nbd::Export;
 use crate::backup::block::{BLOCK, SECTOR, encode};
 use crate::backup::manifest::Planes;
 use crate::base::root::files;
@@ -25,11 +27,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A layer's file, locked and open for reading.
 struct LayerFile {
     path: PathBuf,
+    /// The file or device; of a layer behind an NBD server, what says where it is.
     file: File,
+    export: Option<Arc<Export>>,
     /// Where in the file the layer begins.
     start: u64,
     size: u64,
@@ -40,14 +45,16 @@ struct LayerFile {
 
 impl LayerFile {
     fn open(catalog: &Catalog, layer: &LayerRecord) -> Result<Self> {
-        let Place { path, on_device } = catalog.place(layer)?;
+        let Place { path, on_device, behind } = catalog.place(layer)?;
         let lock = ImageLock::acquire(&path, Access::Read)?;
         let file =
             files::open_layer(&path, OFlag::O_RDONLY).context(|| format!("open {}", path.display()))?;
-        catalog.check_is_layers(layer.id, &file)?;
+        let export = behind.as_ref().map(Export::at).transpose()?;
+        let medium: &dyn Medium = if let Some(export) = &export { &**export } else { &file };
+        catalog.check_is_layers(layer.id, medium, export.as_deref())?;
         // A device does not tell where it has data.
         let (start, found) = if on_device.is_some() { (DATA_START, 0..layer.size) } else { (0, 0..0) };
-        Ok(LayerFile { path, file, start, size: layer.size, _lock: lock, found: Some(found) })
+        Ok(LayerFile { path, file, export, start, size: layer.size, _lock: lock, found: Some(found) })
     }
 
     /// What is left at or after `at`, which never goes back, of the next run that ends after it.
@@ -68,7 +75,10 @@ impl LayerFile {
         }
         let there = self.size.saturating_sub(at).min(room.len() as u64) as usize;
         let (there, beyond) = room.split_at_mut(there);
-        let read = self.file.read_exact_at(there, self.start + at);
+        let read = match &self.export {
+            Some(export) => export.fetch(there, self.start + at),
+            None => self.file.read_exact_at(there, self.start + at),
+        };
         read.context(|| format!("read {} at {at}", self.path.display()))?;
         beyond.fill(0);
         // Guests may need the memory more than whoever reads this next.

@@ -1,4 +1,5 @@
-//! A block device that is to become a volume's layer: whether it may be taken, and how it becomes zeros.
+//! A block device, or the export of an NBD server, that is to become a volume's layer: whether it may be
+//! taken, and how it becomes zeros.
 //!
 //! An all-zero sector of a layer means "not in this layer", so a device is taken only if every byte of it is
 //! zero: it is read from one end to the other, or made zeros. Whatever else a device may hold (a file system,
@@ -11,6 +12,8 @@ mod signature;
 mod users;
 
 use crate::backing::device::{self, BLOCK};
+use crate::backing::medium::Medium;
+use crate::backing::nbd::{Address, Export};
 use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::Catalog;
@@ -25,19 +28,19 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 pub use name::Name;
 
 /// A device that nobody else can take meanwhile, and that is to hold a layer.
 pub struct Candidate {
     name: Name,
-    file: File,
+    medium: Arc<dyn Medium + Send + Sync>,
     len: u64,
     room: u64,
     logical_block: u64,
-    _lock: ImageLock,
-    /// Keeps others out.
-    _claim: File,
+    /// Keep others out, as far as that can be.
+    _claims: Option<(ImageLock, File)>,
 }
 
 impl fmt::Debug for Candidate {
@@ -47,13 +50,34 @@ impl fmt::Debug for Candidate {
 }
 
 impl Candidate {
-    /// Opens the device that `path` means, and looks whether it could hold a layer; what
-    /// is on it is not looked at.
+    /// Opens the device that `path` means, or the export if that is an address, and looks whether it could
+    /// hold a layer; what is on it is not looked at.
     ///
     /// # Errors
     /// `Busy` for a device that is mounted, or that another program uses; `Usage` for what is no device, or
-    /// too small; `Unsupported` for one with blocks of more than 4096 bytes.
+    /// too small; `Unsupported` for one with blocks of more than 4096 bytes; those of the NBD server.
     pub fn open(path: &Path) -> Result<Self> {
+        let address = path.to_str().filter(|text| Address::is_meant(text)).map(str::parse).transpose()?;
+        match address {
+            Some(address) => Self::open_export(&address),
+            None => Self::open_device(path),
+        }
+    }
+
+    fn open_export(address: &Address) -> Result<Self> {
+        let open = || {
+            let export = Export::at(address)?;
+            let terms = export.terms();
+            if terms.is_read_only() {
+                return Err(Error::new(Kind::Usage, "the server lets nobody write there"));
+            }
+            let logical_block = u64::from(terms.unit());
+            Self::of(Name::of_export(address), export, logical_block, None)
+        };
+        open().context(|| format!("take {address}"))
+    }
+
+    fn open_device(path: &Path) -> Result<Self> {
         let open = || {
             let Offered { file: claim, path: real } = Offered::open(path).map_err(|e| match e.kind() {
                 Kind::Busy => users::in_use(path).unwrap_or(e),
@@ -70,24 +94,31 @@ impl Candidate {
             // The same device, and not another one that has its name by now.
             let file =
                 how.open(format!("/proc/self/fd/{}", claim.as_raw_fd())).map_err(may_not_be_written)?;
-            let (len, room) = (device::len(&file)?, device::room(&file)?);
             let logical_block = device::logical_block(&file);
-            if logical_block > BLOCK {
-                let message =
-                    format!("its blocks have {logical_block} bytes, and no more than {BLOCK} can be");
-                return Err(Error::new(Kind::Unsupported, message));
-            }
-            if room < BLOCK {
-                let message = format!(
-                    "it has {len} bytes, and a volume on a device takes 1 MiB for its header, and {BLOCK} \
-                     bytes at least behind that"
-                );
-                return Err(Error::new(Kind::Usage, message));
-            }
-            let name = Name::of(path, &real)?;
-            Ok(Candidate { name, file, len, room, logical_block, _lock: lock, _claim: claim })
+            Self::of(Name::of(path, &real)?, Arc::new(file), logical_block, Some((lock, claim)))
         };
         open().context(|| format!("take {}", path.display()))
+    }
+
+    fn of(
+        name: Name,
+        medium: Arc<dyn Medium + Send + Sync>,
+        logical_block: u64,
+        claims: Option<(ImageLock, File)>,
+    ) -> Result<Self> {
+        let (len, room) = (medium.length()?, device::room(&*medium)?);
+        if logical_block > BLOCK {
+            let message = format!("its blocks have {logical_block} bytes, and no more than {BLOCK} can be");
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        if room < BLOCK {
+            let message = format!(
+                "it has {len} bytes, and a volume on a device takes 1 MiB for its header, and {BLOCK} bytes \
+                 at least behind that"
+            );
+            return Err(Error::new(Kind::Usage, message));
+        }
+        Ok(Candidate { name, medium, len, room, logical_block, _claims: claims })
     }
 
     /// The name by which it is going to be known.
@@ -96,8 +127,8 @@ impl Candidate {
     }
 
     /// The device, open for reading and writing past the page cache.
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    pub(super) fn medium(&self) -> &dyn Medium {
+        &*self.medium
     }
 
     /// What the device says of itself, if it has a header.
@@ -105,7 +136,7 @@ impl Candidate {
     /// # Errors
     /// `Corrupt` for one that is damaged; those of the device.
     pub(super) fn header(&self) -> Result<Option<Header>> {
-        Header::read(&self.file)
+        Header::read(self.medium())
     }
 
     /// How many bytes it has for a volume.
@@ -155,11 +186,11 @@ impl Candidate {
         let mut check = || {
             self.check_header(catalog, wipe)?;
             if wipe {
-                return device::wipe(&self.file, 0..self.len, &mut |done, total| watch(done, total));
+                return device::wipe(self.medium(), 0..self.len, &mut |done, total| watch(done, total));
             }
             device::each_step(0..self.len, &mut |step| {
                 watch(step.start, self.len)?;
-                match device::first_data(&self.file, step)? {
+                match device::first_data(self.medium(), step)? {
                     None => Ok(()),
                     Some(at) => Err(self.not_empty(at)),
                 }
@@ -171,7 +202,7 @@ impl Candidate {
 
     /// Whether a volume lies there, of this store or of another one.
     fn check_header(&self, catalog: &Catalog, wipe: bool) -> Result<()> {
-        let header = match Header::read(&self.file) {
+        let header = match Header::read(self.medium()) {
             Ok(Some(header)) => header,
             Ok(None) => return Ok(()),
             // One that is damaged is data like other data.
@@ -199,7 +230,7 @@ impl Candidate {
     }
 
     fn not_empty(&self, at: u64) -> Error {
-        let what = match signature::of(&self.file) {
+        let what = match signature::of(self.medium()) {
             Some(what) => what.to_string(),
             None => format!("data (the first byte that is not zero is at {at})"),
         };

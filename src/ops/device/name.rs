@@ -1,6 +1,7 @@
 //! The name by which a device is known: one that means the same device after the next boot.
 #![forbid(unsafe_code)]
 
+use crate::backing::nbd::Address;
 use crate::base::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,6 +30,11 @@ impl Name {
         let found = FOLDERS.iter().find_map(|folder| best_in(Path::new(folder), real));
         let lasts = found.is_some();
         Ok(Name { path: found.unwrap_or_else(|| real.to_owned()), lasts })
+    }
+
+    /// An export's address, which lasts as long as whoever runs the server keeps it.
+    pub(super) fn of_export(address: &Address) -> Self {
+        Name { path: address.to_string().into(), lasts: true }
     }
 
     /// The name.

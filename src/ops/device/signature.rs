@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backing::device;
-use std::fs::File;
+use crate::backing::medium::Medium;
 
 /// Bytes in which the marks of the list lie.
 const LOOKED_AT: usize = 68 << 10;
@@ -39,8 +39,8 @@ const MARKS: &[Mark] = &[
 ];
 
 /// What the device holds, if that is something which everybody knows.
-pub(super) fn of(device: &File) -> Option<&'static str> {
-    let room = (device::len(device).ok()? as usize).min(LOOKED_AT) & !4095;
+pub(super) fn of(device: &dyn Medium) -> Option<&'static str> {
+    let room = (device.length().ok()? as usize).min(LOOKED_AT) & !4095;
     let bytes = device::read_pages(device, 0, room).ok()?;
     let is_there = |(_, at, mark): &&Mark| bytes.get(*at..at + mark.len()) == Some(*mark);
     MARKS.iter().find(is_there).map(|(what, _, _)| *what)

@@ -6,5 +6,5 @@ mod discards;
 mod hostile;
 mod life;
 mod moves;
-mod rig;
+pub mod rig;
 mod taken;

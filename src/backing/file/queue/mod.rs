@@ -2,6 +2,7 @@
 //! one ring, with few system calls a batch.
 
 mod inline;
+mod remote;
 mod rewrite;
 mod work;
 
@@ -12,8 +13,10 @@ use crate::backing::file::prefetch::prefetch;
 use crate::backing::file::ring::{self, Ring};
 use crate::backing::file::turns::Turns;
 use crate::backing::file::write_cache::WriteCache;
+use crate::backing::nbd::Export;
 use crate::backing::{Buffer, Event, InMemory, NotBegun, Op, Queue, Wait};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use remote::{ANSWERED, Remote};
 use rewrite::{Rewriting, SPARE, TURN};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -63,6 +66,9 @@ pub(super) struct Reached {
     pub is_device: bool,
     /// Whether it is read and written by the queue's thread on the spot.
     pub inline: bool,
+    /// Of a layer behind an NBD server: the export, in which it begins at `start`. Nothing of it is in the
+    /// file.
+    pub export: Option<Arc<Export>>,
     /// Where the file is memory.
     pub memory: Option<Arc<FileMemory>>,
     /// What offsets and lengths of transfers are multiples of: a power of two from 512 to 4096.
@@ -88,6 +94,8 @@ pub(super) struct FileQueue {
     rewriting: Option<Rewriting>,
     /// The layers below, which are only read, from the one right below the top.
     below: Vec<Reached>,
+    /// Where layers lie behind NBD servers.
+    remote: Option<Remote>,
     /// Of a block device that is written past the page cache: whether it has a cache of its own.
     write_cache: Option<Arc<WriteCache>>,
     depth: usize,
@@ -106,7 +114,9 @@ pub(super) struct FileQueue {
 impl FileQueue {
     /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
     pub(super) fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
-        let Reached { file, start, is_device, inline, memory, unit } = top;
+        let Reached { file, start, is_device, inline, export, memory, unit } = top;
+        let exports = [export].into_iter().chain(below.iter().map(|b| b.export.clone())).collect();
+        let remote = Remote::new(exports)?;
         let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
         let by_ring = !inline || below.iter().any(|b| !b.inline);
@@ -118,7 +128,7 @@ impl FileQueue {
         let files_of_ring = files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>();
         ring.submitter().register_files(&files_of_ring).map_err(ring::explained)?;
         let registered = by_ring && register(&ring, &pool);
-        Ok(FileQueue {
+        let mut queue = FileQueue {
             ring,
             pool,
             registered,
@@ -131,6 +141,7 @@ impl FileQueue {
             unaligned,
             rewriting: None,
             below,
+            remote,
             write_cache: None,
             depth,
             pending: (0..depth).map(|_| None).collect(),
@@ -140,7 +151,11 @@ impl FileQueue {
             waiting_bytes: 0,
             backlog: VecDeque::new(),
             events: VecDeque::with_capacity(2 * depth),
-        })
+        };
+        if let Some(fd) = queue.remote.as_ref().map(Remote::wake_fd) {
+            queue.watch(ANSWERED, fd);
+        }
+        Ok(queue)
     }
 
     /// This queue, over a device whose flushes are needed only while the device has a cache.
@@ -300,11 +315,15 @@ impl FileQueue {
         self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
     }
 
-    fn submit_again(&mut self, slot: u32, pending: Pending) {
+    fn submit_again(&mut self, slot: u32, mut pending: Pending) {
         let start = match pending.work.file() {
             TOP => self.start,
             below => self.below[below as usize - 1].start,
         };
+        if self.asks_export(slot, &mut pending, start) {
+            self.pending[slot as usize] = Some(pending);
+            return;
+        }
         let entry = pending.work.entry(&self.pool, self.registered, start);
         self.push(entry.user_data(u64::from(slot)));
         self.pending[slot as usize] = Some(pending);
@@ -316,6 +335,8 @@ impl FileQueue {
         if token == TURN {
             self.rewriting.iter().for_each(Rewriting::woken);
             self.take_turns();
+        } else if token == ANSWERED {
+            self.take_answers();
         } else if entry.result() >= 0 {
             self.events.push_back(Event::Ready { token });
         }

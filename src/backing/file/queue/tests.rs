@@ -6,8 +6,15 @@ use std::os::unix::fs::FileExt;
 fn queue() -> FileQueue {
     let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     file.set_len(1 << 20).unwrap();
-    let layer =
-        Reached { file: Arc::new(file), start: 0, is_device: false, inline: false, memory: None, unit: 512 };
+    let layer = Reached {
+        file: Arc::new(file),
+        start: 0,
+        is_device: false,
+        inline: false,
+        export: None,
+        memory: None,
+        unit: 512,
+    };
     FileQueue::new(layer, vec![], 4).unwrap()
 }
 
@@ -17,8 +24,15 @@ fn in_units(unit: u32, queues: usize) -> Vec<FileQueue> {
     file.set_len(1 << 20).unwrap();
     let turns = Arc::new(Turns::new());
     let queue = |_| {
-        let layer =
-            Reached { file: file.clone(), start: 0, is_device: false, inline: false, memory: None, unit };
+        let layer = Reached {
+            file: file.clone(),
+            start: 0,
+            is_device: false,
+            inline: false,
+            export: None,
+            memory: None,
+            unit,
+        };
         FileQueue::new(layer, vec![], 4).unwrap().with_turns(Some(turns.clone())).unwrap()
     };
     (0..queues).map(queue).collect()

@@ -1,0 +1,33 @@
+//! Layers behind an NBD server, which listens at a Unix socket of this host.
+//!
+//! The server is a stranger: it sees ciphertext, and what it sends is a claim. It can do to a layer what
+//! whoever has a disk can do to that; [`replies`] sees to it that it can do nothing else.
+//!
+//! - [`Address`]: where an export is.
+//! - [`handshake`]: how a connection begins, and the [`Terms`] that come of it.
+//! - [`dial`]: who makes connections. A confined process cannot: another one does it for it.
+//! - [`Export`]: an export as this process has it: one connection, which all queues share, and one thread.
+//! - `engine`: what that thread does, above all when the connection is lost.
+//! - `kept`: what was written and is not durable yet: it is written again to a server that comes back.
+//! - [`replies`]: what the server answers.
+//!
+//! **Why a thread, and not the rings.** A ring that may send and receive may do so on every socket of the
+//! process. A connection that queues share works with every server; one that takes several connections
+//! promises nothing about flushes unless it says so. And what was written can be kept until it is durable,
+//! which takes the bytes out of the queue's buffers anyway.
+
+mod address;
+pub mod dial;
+mod engine;
+mod export;
+pub mod handshake;
+mod kept;
+mod protocol;
+pub mod replies;
+
+pub use address::Address;
+pub use export::{Export, rest, set_patience};
+pub use handshake::Terms;
+
+pub(crate) use export::{Ask, Inbox};
+pub(crate) use replies::Given;
