@@ -298,10 +298,10 @@ impl KeyProvider for Embedded {
         Ok(self.encrypt(anywhere(key), data_key, context)?.into())
     }
 
-    /// Whoever opens the store is its owner, who needs no grants: there is a grantee only
-    /// where the settings name one.
+    /// Whoever opens the store is its owner, who needs no grants: there is a grantee only where the settings
+    /// name one who is a principal here.
     fn capabilities(&self) -> Capabilities {
-        Capabilities { grantee: self.grantee.clone() }
+        Capabilities { grantee: self.grantee.clone().filter(|arn| self.knows(arn)) }
     }
 
     fn decrypt_granted(

@@ -172,6 +172,17 @@ impl Embedded {
         })
     }
 
+    /// Whether the principal of this ARN, which has this KMS's account, is one of this KMS's. That account
+    /// may be one at AWS, if the settings say so: then whoever was not made here is somebody there.
+    pub(super) fn knows(&self, arn: &str) -> bool {
+        if self.place.account == Locality::default().account {
+            return true;
+        }
+        let is_made = |p: &PrincipalEntry| principal_arn(&self.place, &p.name) == arn;
+        // Where the store cannot be read, whoever asks for the key hears why.
+        self.log.read(|log| Ok(log.state().principals().any(is_made))).unwrap_or(false)
+    }
+
     /// Fails unless `caller` may do what only administrators may: `action`, on `resource` (an ARN, or `*`).
     pub fn check_admin(&self, caller: &Caller, action: &str, resource: &str) -> Result<(), KmsError> {
         if caller.admin { Ok(()) } else { Err(denied(caller, action, resource)) }

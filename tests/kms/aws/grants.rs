@@ -113,6 +113,25 @@ fn the_embedded_kms_has_them_too_where_the_settings_say_for_whom() {
 }
 
 #[test]
+fn a_principal_at_aws_is_none_of_the_embedded_kms_that_has_the_account_s_number() {
+    let settings = |who: &str| {
+        format!(
+            "region = 'eu-west-1'\naccount = '111122223333'\ngrantee-principal = \
+             'arn:aws:iam::111122223333:{who}'\n"
+        )
+    };
+    let place = Place::with_settings(&settings("role/vm-host"), &[]);
+    place.store.ok(&["kms", "principal", "create", "here"]);
+    for (who, made) in [("role/vm-host", 0), ("root", 0), ("user/here", 1)] {
+        place.store.configure(&settings(who));
+        let host = place.attach(&[]);
+        assert_eq!(notes(&place), made, "{who}");
+        host.end();
+        assert_eq!(notes(&place), 0, "{who}");
+    }
+}
+
+#[test]
 fn the_grant_of_a_killed_host_process_is_retired_at_once() {
     let site = Site::new(ROOT);
     let host = site.place.attach(&[]);
