@@ -3,10 +3,12 @@
 use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
+use crate::crypt::wiping_allocator;
+use crate::kms::KmsKey;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata, NewKey};
-use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName};
-use crate::kms::{KeyState, KmsKey};
+use crate::kms::embedded::multi_region::Relatives;
+use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName, id_text};
 use crate::ops::keys::{self, Needs};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -42,6 +44,24 @@ pub enum KeyCommand {
     /// Keep a key that waits for deletion; it is disabled afterwards.
     #[command(after_help = "Example:\n  sealblk key cancel-deletion 1234abcd && sealblk key enable 1234abcd")]
     CancelDeletion(KeyArgument),
+    /// Give a multi-Region key a replica in another region.
+    ///
+    /// The key's material goes to the KMS of that region, wrapped for it; [[kms-region]] in the settings says
+    /// where that is (docs/kms-server.md). What was interrupted goes on when the same is asked again.
+    #[command(after_help = "Example:\n  sealblk key replicate alias/team-a --region eu-west-1")]
+    Replicate(Replicate),
+    /// Make the replica in another region the primary key, which alone is rotated and replicated.
+    #[command(after_help = "Example:\n  sealblk key primary alias/team-a --region eu-west-1")]
+    Primary(InRegion),
+    /// Bring all replicas what has changed of their primary keys here; "kms serve" does so by itself.
+    #[command(after_help = "Example:\n  sealblk key synchronize")]
+    Synchronize,
+    /// Have a primary key forget its replica in a region that is lost for good.
+    ///
+    /// Rotation and deletion wait for every replica. The replica is not deleted by this; if its KMS comes
+    /// back, it decrypts what it could decrypt before, and gets nothing new.
+    #[command(after_help = "Example:\n  sealblk key forget-replica alias/team-a --region eu-west-1 --yes")]
+    ForgetReplica(ForgetReplica),
     /// Names for keys.
     #[command(subcommand, after_help = "Example:\n  sealblk key alias create alias/team-a 1234abcd")]
     Alias(AliasCommand),
@@ -59,6 +79,39 @@ pub struct Create {
     /// Make the key in the token of this custom key store, by its name or id, which it never leaves.
     #[arg(long, value_name = "NAME")]
     key_store: Option<String>,
+    /// Make a multi-Region key, which can be replicated into other regions under the same id.
+    #[arg(long, conflicts_with = "key_store")]
+    multi_region: bool,
+}
+
+/// A key and another region.
+#[derive(Debug, Args)]
+pub struct InRegion {
+    #[command(flatten)]
+    key: KeyArgument,
+    /// The other region.
+    #[arg(long, value_name = "REGION")]
+    region: String,
+}
+
+/// Arguments of `key replicate`.
+#[derive(Debug, Args)]
+pub struct Replicate {
+    #[command(flatten)]
+    there: InRegion,
+    /// What the replica is for, in your words.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    description: String,
+}
+
+/// Arguments of `key forget-replica`.
+#[derive(Debug, Args)]
+pub struct ForgetReplica {
+    #[command(flatten)]
+    there: InRegion,
+    /// Yes, the region is lost for good.
+    #[arg(long, required = true)]
+    yes: bool,
 }
 
 /// The key that a command is about.
@@ -128,6 +181,9 @@ pub struct AliasTarget {
 
 /// Runs one `sealblk key` command.
 pub fn run(env: &Env, command: KeyCommand) -> Result<()> {
+    // Key material that goes to another region, and the secret that signs, pass buffers of
+    // other people's code.
+    wiping_allocator::wipe_from_now_on();
     let kms = keys::embedded(&env.root, env.hardened)?;
     // Of another KMS key that wraps the same data key.
     let mut asked: BTreeMap<KmsKey, bool> = BTreeMap::new();
@@ -164,12 +220,14 @@ fn answer(
             return Ok(list(&keys));
         }
         KeyCommand::Alias(command) => return alias(kms, command),
+        KeyCommand::Synchronize => return regions::synchronize(kms),
         KeyCommand::Create(c) => {
             let alias = c.alias.map(whole_alias);
             kms.create(&NewKey {
                 description: &c.description,
                 alias: alias.as_deref(),
                 key_store: c.key_store.as_deref(),
+                multi_region: c.multi_region,
                 ..NewKey::default()
             })?
         }
@@ -180,6 +238,21 @@ fn answer(
             kms.schedule_deletion(&key_unless_needed(&s.key, s.yes)?, s.days)?
         }
         KeyCommand::CancelDeletion(argument) => kms.cancel_deletion(&key(&argument)?)?,
+        KeyCommand::Replicate(args) => {
+            let key = key(&args.there.key)?;
+            regions::replicate(kms, &key, &args.there.region, args.description)?;
+            kms.key(&key)?
+        }
+        KeyCommand::Primary(args) => {
+            let key = key(&args.key)?;
+            regions::update_primary(kms, &key, &args.region)?;
+            kms.key(&key)?
+        }
+        KeyCommand::ForgetReplica(args) => {
+            let key = key(&args.there.key)?;
+            kms.forget_replica(&key, &args.there.region)?;
+            kms.key(&key)?
+        }
     };
     let (mut text, mut value) = (describe(&metadata), key_json(&metadata));
     if tells_who_needs_it {
@@ -251,15 +324,75 @@ fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
     let all = kms.aliases()?;
     // It was there a moment ago; who deleted it since has the last word.
     let alias = all.iter().find(|a| a.name == name);
-    let text = alias.map_or(String::new(), |a| format!("{} -> {}\n", a.name, a.key));
+    let text = alias.map_or(String::new(), |a| format!("{} -> {}\n", a.name, id_text(a.key)));
     Ok((text, alias.map_or(Value::Null, alias_json)))
+}
+
+/// What goes to other regions, where this sealblk was built for that.
+#[cfg(feature = "kms-server")]
+mod regions {
+    use super::{Embedded, Result, Value, json};
+    use crate::base::{Error, Kind};
+    use crate::kms::embedded::synchronization::NewReplica;
+    use crate::kms::regions;
+
+    pub(super) fn replicate(kms: &Embedded, key: &str, region: &str, description: String) -> Result<()> {
+        let new = NewReplica { description, ..NewReplica::default() };
+        regions::replicate(kms, key, region, &new)?;
+        // The others hear of it as well, now or when they are reached.
+        regions::synchronize(kms)?;
+        Ok(())
+    }
+
+    pub(super) fn update_primary(kms: &Embedded, key: &str, region: &str) -> Result<()> {
+        Ok(regions::update_primary(kms, key, region).map(drop)?)
+    }
+
+    /// # Errors
+    /// `KmsUnavailable` if a region was not reached, else what the first has refused; each is named.
+    pub(super) fn synchronize(kms: &Embedded) -> Result<(String, Value)> {
+        let failed = regions::synchronize(kms)?;
+        if failed.is_empty() {
+            return Ok(("all replicas are up to date\n".into(), json!({ "behind": [] })));
+        }
+        let words: Vec<String> = failed.iter().map(|(region, e)| format!("{region}: {e}")).collect();
+        // What a later try may put right decides.
+        let kinds: Vec<Kind> = failed.into_values().map(|e| Error::from(e).kind()).collect();
+        let later = kinds.iter().find(|kind| **kind == Kind::KmsUnavailable).or(kinds.first());
+        Err(Error::new(later.copied().unwrap_or(Kind::Other), words.join("; ")))
+    }
+}
+
+#[cfg(not(feature = "kms-server"))]
+mod regions {
+    use super::{Embedded, Result, Value};
+    use crate::base::{Error, Kind};
+
+    fn not_built<T>() -> Result<T> {
+        let message =
+            "other regions are reached by the feature kms-server, without which this sealblk was built";
+        Err(Error::new(Kind::Unsupported, message))
+    }
+
+    pub(super) fn replicate(_: &Embedded, _: &str, _: &str, _: String) -> Result<()> {
+        not_built()
+    }
+
+    pub(super) fn update_primary(_: &Embedded, _: &str, _: &str) -> Result<()> {
+        not_built()
+    }
+
+    pub(super) fn synchronize(_: &Embedded) -> Result<(String, Value)> {
+        not_built()
+    }
 }
 
 /// The key argument that `text` means: beside what the KMS takes, a unique beginning of a key id.
 fn resolve(kms: &Embedded, text: &str) -> Result<String> {
     let prefix = text.strip_prefix("embedded:").unwrap_or(text);
+    let digits = prefix.strip_prefix("mrk-").unwrap_or(prefix);
     let is_prefix =
-        (1..36).contains(&prefix.len()) && prefix.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        (1..36).contains(&prefix.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     if is_prefix {
         return unique(&kms.keys()?, &prefix.to_ascii_lowercase());
     }
@@ -281,8 +414,7 @@ fn resolve(kms: &Embedded, text: &str) -> Result<String> {
 }
 
 fn unique(keys: &[KeyMetadata], prefix: &str) -> Result<String> {
-    let ids: Vec<String> =
-        keys.iter().map(|k| k.id.to_string()).filter(|id| id.starts_with(prefix)).collect();
+    let ids: Vec<String> = keys.iter().map(|k| id_text(k.id)).filter(|id| id.starts_with(prefix)).collect();
     match &ids[..] {
         [id] => Ok(id.clone()),
         [] => Err(Error::new(Kind::NotFound, format!("no key's id begins with {prefix}"))),
@@ -301,7 +433,7 @@ fn list(keys: &[KeyMetadata]) -> (String, Value) {
     let mut rows = vec![["KEY ID", "STATE", "CREATED", "ALIASES", "DESCRIPTION"].map(String::from)];
     rows.extend(keys.iter().map(|k| {
         [
-            k.id.to_string(),
+            id_text(k.id),
             k.state.name().into(),
             date(k.created),
             k.aliases.join(","),
@@ -314,14 +446,14 @@ fn list(keys: &[KeyMetadata]) -> (String, Value) {
 
 fn list_aliases(aliases: &[AliasMetadata]) -> (String, Value) {
     let mut rows = vec![["ALIAS", "KEY ID", "UPDATED"].map(String::from)];
-    rows.extend(aliases.iter().map(|a| [a.name.clone(), a.key.to_string(), date(a.updated)]));
+    rows.extend(aliases.iter().map(|a| [a.name.clone(), id_text(a.key), date(a.updated)]));
     let json = json!({ "aliases": aliases.iter().map(alias_json).collect::<Vec<_>>() });
     (table(&rows), json)
 }
 
 fn describe(key: &KeyMetadata) -> String {
     let mut rows = vec![
-        ["Key".into(), key.id.to_string()],
+        ["Key".into(), id_text(key.id)],
         ["ARN".into(), key.arn.clone()],
         ["State".into(), key.state.name().into()],
         ["Created".into(), date(key.created)],
@@ -329,23 +461,48 @@ fn describe(key: &KeyMetadata) -> String {
         ["Description".into(), printable(&key.description)],
         ["Key store".into(), key.key_store.as_ref().map_or(String::new(), |(id, _)| id.clone())],
     ];
+    if let Some(relatives) = &key.multi_region {
+        rows.extend(relatives_rows(relatives));
+    }
     rows.extend(key.deletion.map(|at| ["Deletion".into(), format!("{}, or up to a day later", date(at))]));
     rows.retain(|[_, value]| !value.is_empty());
     table(&rows)
 }
 
+/// Where the same key is besides, and what has not come there yet.
+fn relatives_rows(it: &Relatives) -> Vec<[String; 2]> {
+    let primary = if it.is_primary { "this one".to_owned() } else { it.primary.arn.clone() };
+    let mut rows = vec![["Primary key".into(), primary]];
+    let is_behind = |region: &String| if it.behind.contains(region) { " (not up to date)" } else { "" };
+    let replica = |arn: &str, words: &str| ["Replica".to_owned(), format!("{arn}{words}")];
+    rows.extend(it.replicas.iter().map(|other| replica(&other.arn, is_behind(&other.region))));
+    rows.extend(it.creating.iter().map(|region| replica(region, " (Creating: replicate again)")));
+    rows.extend(it.moving_to.iter().map(|to| ["Moving to".into(), format!("{to} (ask again)")]));
+    rows
+}
+
 fn key_json(key: &KeyMetadata) -> Value {
     let mut value = json!({
-        "key_id": key.id.to_string(),
+        "key_id": id_text(key.id),
         "arn": key.arn,
         "state": key.state.name(),
-        "enabled": key.state == KeyState::Enabled,
+        "enabled": key.state.is_usable(),
         "description": key.description,
         "created": date(key.created),
         "aliases": key.aliases,
     });
     if let Some((id, _)) = &key.key_store {
         value["key_store"] = id.as_str().into();
+    }
+    if let Some(it) = &key.multi_region {
+        value["multi_region"] = json!({
+            "primary": it.primary.arn,
+            "is_primary": it.is_primary,
+            "replicas": it.replicas.iter().map(|replica| &replica.arn).collect::<Vec<_>>(),
+            "creating": it.creating,
+            "behind": it.behind,
+            "moving_to": it.moving_to,
+        });
     }
     if let Some(at) = key.deletion {
         value["deletion"] = date(at).into();
@@ -357,7 +514,7 @@ fn alias_json(alias: &AliasMetadata) -> Value {
     json!({
         "alias": alias.name,
         "arn": alias.arn,
-        "key_id": alias.key.to_string(),
+        "key_id": id_text(alias.key),
         "created": date(alias.created),
         "updated": date(alias.updated),
     })

@@ -221,6 +221,10 @@ pub struct CreateArgs {
     /// Let it do everything.
     #[arg(long)]
     admin: bool,
+    /// It is the KMS of this region: let it bring multi-Region keys that have their primary key there, and do
+    /// nothing else. What is printed is what the "credentials" of [[kms-region]] are there.
+    #[arg(long, value_name = "REGION", conflicts_with = "admin")]
+    peer: Option<String>,
 }
 
 /// A principal.
@@ -275,7 +279,11 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         }
         Command::Store(command) => key_stores::run(env, &kms, command),
         Command::Principal(PrincipalCommand::Create(args)) => {
-            let (made, secret) = kms.create_principal(&args.name.name, args.admin)?;
+            let name = &args.name.name;
+            let (made, secret) = match &args.peer {
+                Some(region) => kms.create_peer(name, region)?,
+                None => kms.create_principal(name, args.admin)?,
+            };
             created(env, &made, &secret)
         }
         Command::Principal(PrincipalCommand::CreateKey(NameArg { name })) => {
@@ -441,19 +449,27 @@ fn list(env: &Env, principals: &[PrincipalMetadata]) -> Result<()> {
     }
     let mut rows = vec![["NAME", "ACCESS KEYS", "MAY", "CREATED", "ARN"].map(String::from).to_vec()];
     rows.extend(principals.iter().map(|p| {
-        let may = if p.admin { "everything" } else { "what grants allow" };
-        vec![p.name.clone(), p.access_keys.join(" "), may.into(), date(p.created), p.arn.clone()]
+        let may = match &p.peer {
+            Some(region) => format!("bring keys of {region}"),
+            None if p.admin => "everything".into(),
+            None => "what grants allow".into(),
+        };
+        vec![p.name.clone(), p.access_keys.join(" "), may, date(p.created), p.arn.clone()]
     }));
     print(&table(&rows)).map(drop)
 }
 
 fn principal_json(principal: &PrincipalMetadata) -> Value {
-    json!({
+    let mut shown = json!({
         "name": principal.name,
         "arn": principal.arn,
         "admin": principal.admin,
         "access_key_id": principal.access_keys[0],
         "access_key_ids": principal.access_keys,
         "created": date(principal.created),
-    })
+    });
+    if let Some(region) = &principal.peer {
+        shown["peer"] = region.as_str().into();
+    }
+    shown
 }

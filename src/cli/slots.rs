@@ -294,6 +294,8 @@ fn plain(state: KeyState) -> &'static str {
         KeyState::PendingDeletion => "pending deletion",
         KeyState::PendingImport => "pending import",
         KeyState::Unavailable => "unavailable",
+        KeyState::PendingReplicaDeletion => "pending replica deletion",
+        KeyState::Updating => "updating",
     }
 }
 

@@ -17,7 +17,8 @@
 //! grantee-principal = "arn:aws:…"  # whose grants at AWS KMS: the principal of this host
 //! ```
 //!
-//! and `[[event-sink]]` ([`sinks`]) and `[[pkcs11-token]]` tables ([`tokens`]).
+//! and `[[event-sink]]` ([`sinks`]), `[[kms-region]]` ([`regions`]) and `[[pkcs11-token]]`
+//! tables ([`tokens`]).
 //!
 //! What stands there has consequences: a command that is run, a key that is used. So it does not lie in the
 //! store, with the ciphertext, where whoever can write the store could change it. A store with a
@@ -28,6 +29,7 @@ pub mod edit;
 pub mod key_order;
 pub mod kms_keys;
 pub mod moving;
+pub mod regions;
 pub mod sinks;
 pub mod tokens;
 
@@ -103,6 +105,8 @@ pub struct Settings {
     pub grantee_principal: Option<String>,
     /// To whom events are delivered.
     pub event_sinks: Vec<sinks::Sink>,
+    /// The KMSs of other regions, to which multi-Region keys are brought.
+    pub kms_regions: Vec<regions::KmsRegion>,
     /// Tokens of HSMs that the wire may name.
     pub pkcs11_tokens: Vec<tokens::Pkcs11Token>,
 }
@@ -123,6 +127,7 @@ impl Default for Settings {
             attach_grants: true,
             grantee_principal: None,
             event_sinks: Vec::new(),
+            kms_regions: Vec::new(),
             pkcs11_tokens: Vec::new(),
         }
     }
@@ -217,6 +222,8 @@ struct Written {
     #[serde(default)]
     event_sink: Vec<sinks::WrittenSink>,
     #[serde(default)]
+    kms_region: Vec<regions::WrittenRegion>,
+    #[serde(default)]
     pkcs11_token: Vec<tokens::WrittenToken>,
 }
 
@@ -225,6 +232,10 @@ impl TryFrom<Written> for Settings {
 
     fn try_from(w: Written) -> Result<Self> {
         let default = Settings::default();
+        let locality = Locality {
+            region: w.region.unwrap_or(default.locality.region),
+            account: w.account.unwrap_or(default.locality.account),
+        };
         let settings = Settings {
             default_key: w.default_key.unwrap_or(default.default_key),
             also_keys: w.also_keys.map_or(Ok(default.also_keys), kms_keys::parse_also)?,
@@ -233,24 +244,19 @@ impl TryFrom<Written> for Settings {
             require_encrypted: w.require_encrypted.unwrap_or(default.require_encrypted),
             clone_data_key: w.clone_data_key.unwrap_or(default.clone_data_key),
             kms_keys: w.kms_keys.map_or(Ok(default.kms_keys), KmsKeys::parse)?,
-            locality: Locality {
-                region: w.region.unwrap_or(default.locality.region),
-                account: w.account.unwrap_or(default.locality.account),
-            },
             kms_patience: w.kms_patience.map_or(default.kms_patience, Duration::from_secs),
             space_reserve: w.space_reserve.map_or(Ok(default.space_reserve), reserve)?,
             attach_grants: w.attach_grants.unwrap_or(default.attach_grants),
             grantee_principal: w.grantee_principal,
             event_sinks: sinks::parse(w.event_sink)?,
+            kms_regions: regions::parse(w.kms_region, &locality.region)?,
             pkcs11_tokens: tokens::parse(w.pkcs11_token)?,
+            locality,
         };
         if settings.default_key.trim().is_empty() {
             return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
         }
-        let is_region = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        if !(1..=64).contains(&settings.locality.region.len())
-            || !settings.locality.region.bytes().all(is_region)
-        {
+        if !regions::is_region(&settings.locality.region) {
             return Err(usage("region must be lower-case letters, digits and hyphens"));
         }
         if settings.locality.account.len() != 12
@@ -316,6 +322,7 @@ mod tests {
             attach_grants: false,
             grantee_principal: Some("arn:aws:iam::123456789012:role/host".into()),
             event_sinks: Vec::new(),
+            kms_regions: Vec::new(),
             pkcs11_tokens: Vec::new(),
         };
         assert_eq!(settings.unwrap(), expected);

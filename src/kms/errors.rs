@@ -245,9 +245,10 @@ impl KmsError {
     /// errors stay what they are.
     pub fn in_state(self, state: KeyState) -> Self {
         match (self, state) {
-            (KmsError::InvalidState(message), KeyState::PendingDeletion) => {
-                KmsError::PendingDeletion(message)
-            }
+            (
+                KmsError::InvalidState(message),
+                KeyState::PendingDeletion | KeyState::PendingReplicaDeletion,
+            ) => KmsError::PendingDeletion(message),
             (KmsError::InvalidState(message), KeyState::PendingImport) => KmsError::PendingImport(message),
             (KmsError::InvalidState(message), KeyState::Unavailable) => {
                 KmsError::KeyStoreDisconnected(message)

@@ -6,7 +6,7 @@ use crate::base::Error;
 pub use crate::base::Locality;
 use crate::kms::KmsError;
 use std::fmt;
-use uuid::Uuid;
+use uuid::{Builder, Uuid, Variant};
 
 /// The longest alias name, `alias/` included.
 pub const ALIAS_MAX: usize = 256;
@@ -29,10 +29,41 @@ pub enum KeyName {
     Alias(String),
 }
 
+/// What the ids of multi-Region keys begin with.
+const MULTI_REGION_PREFIX: &str = "mrk-";
+
+/// The version of UUIDs that the ids of multi-Region keys are: one that is left to whoever makes them.
+const MULTI_REGION_VERSION: usize = 8;
+
+/// A new id of a multi-Region key, of these random bytes. Its 16 bytes tell what it is: all other ids are
+/// UUIDs of another version.
+pub fn multi_region_id(random: [u8; 16]) -> Uuid {
+    Builder::from_custom_bytes(random).into_uuid()
+}
+
+/// Whether a key of this id can be in several regions, under the same id.
+pub fn is_multi_region(id: Uuid) -> bool {
+    id.get_version_num() == MULTI_REGION_VERSION && id.get_variant() == Variant::RFC4122
+}
+
+/// A key's id as people write it: of a multi-Region key `mrk-` and 32 hexadecimal digits, of others as UUIDs
+/// are written.
+pub fn id_text(id: Uuid) -> String {
+    match is_multi_region(id) {
+        true => format!("{MULTI_REGION_PREFIX}{}", id.simple()),
+        false => id.to_string(),
+    }
+}
+
 impl Locality {
     /// `arn:aws:kms:<region>:<account>:key/<id>`.
     pub fn key_arn(&self, id: Uuid) -> String {
-        format!("arn:aws:kms:{}:{}:key/{id}", self.region, self.account)
+        format!("arn:aws:kms:{}:{}:key/{}", self.region, self.account, id_text(id))
+    }
+
+    /// The same account in another region.
+    pub fn in_region(&self, region: &str) -> Self {
+        Locality { region: region.to_owned(), account: self.account.clone() }
     }
 
     /// `arn:aws:kms:<region>:<account>:<name>`, for a name that begins with `alias/`.
@@ -87,10 +118,10 @@ fn key_name(text: &str, in_arn: bool) -> Option<KeyName> {
     parse_id(id).map(KeyName::Id)
 }
 
-/// A key id in its one spelling: lower-case, hyphenated. Others would be two names for one key.
+/// A key id in its one spelling. Others would be two names for one key.
 fn parse_id(text: &str) -> Option<Uuid> {
-    let id = Uuid::try_parse(text).ok()?;
-    (id.to_string() == text).then_some(id)
+    let id = Uuid::try_parse(text.strip_prefix(MULTI_REGION_PREFIX).unwrap_or(text)).ok()?;
+    (id_text(id) == text).then_some(id)
 }
 
 /// Whether `name` is `alias/` and at least one of `[a-zA-Z0-9:/_-]`, at most [`ALIAS_MAX`] in all.
@@ -115,6 +146,20 @@ pub fn is_same_key(provider: &str, one: &str, other: &str) -> bool {
 /// The region that an ARN of a KMS names; `None` for what is no such ARN.
 pub fn arn_region(text: &str) -> Option<&str> {
     Arn::split(text).map(|arn| arn.region).filter(|region| !region.is_empty())
+}
+
+/// The account that an ARN of a KMS names; `None` for what is no such ARN.
+pub fn arn_account(text: &str) -> Option<&str> {
+    Arn::split(text).map(|arn| arn.account).filter(|account| !account.is_empty())
+}
+
+/// The key of AWS KMS in `region` that is related to the one of this ARN: the same multi-Region key there.
+/// `None` for a key that is in one region alone, and for what is no key's ARN.
+pub fn related_arn(arn: &str, region: &str) -> Option<String> {
+    let parts = Arn::split(arn)?;
+    let partition = arn.split(':').nth(1)?;
+    let is_related = parts.resource.strip_prefix("key/")?.starts_with(MULTI_REGION_PREFIX);
+    is_related.then(|| format!("arn:{partition}:kms:{region}:{}:{}", parts.account, parts.resource))
 }
 
 /// An ARN of a KMS, cut into its parts. The resource may hold colons.
@@ -201,7 +246,7 @@ impl KeyRef {
             Some(_) if !prefixed && here.account != Locality::default().account => {
                 let known = match here.parse(key) {
                     Ok(KeyName::Id(id)) => has(id)?,
-                    // What an alias is called, both can have chosen. A key of several regions is AWS's.
+                    // What an alias is called, both can have chosen. An id that is none here is AWS's.
                     Ok(KeyName::Alias(_)) => None,
                     Err(_) => return KeyRef::aws(key),
                 };
@@ -325,8 +370,15 @@ mod tests {
                 "{text}: {e}"
             );
         }
-        let multi = "arn:aws:kms:eu-west-1:111122223333:key/mrk-1234abcd12ab44cd92ef1234567890ab";
-        assert_eq!(by(multi, None).unwrap().provider, ProviderName::Aws);
+        // Ids of AWS's multi-Region keys are any digits; ours are some of them, and looked
+        // for like any other.
+        let multi = |id: &str| format!("arn:aws:kms:eu-west-1:111122223333:key/mrk-{id}");
+        let never_ours = multi("1234abcd12ab44cd92ef1234567890ab");
+        assert_eq!(by(&never_ours, None).unwrap().provider, ProviderName::Aws);
+        let perhaps = multi("1234abcd12ab84cd92ef1234567890ab");
+        assert!(by(&perhaps, None).is_err());
+        assert_eq!(by(&perhaps, Some(false)).unwrap().provider, ProviderName::Aws);
+        assert_eq!(by(&perhaps, Some(true)).unwrap().provider, ProviderName::Embedded);
         for prefixed in ["aws", "embedded"] {
             assert_eq!(
                 by(&format!("{prefixed}:{arn}"), Some(prefixed == "aws")).unwrap().provider.as_str(),
@@ -354,6 +406,33 @@ mod tests {
         let other = format!("arn:aws:kms:us-east-1:111122223333:key/{ID}");
         let error = Locality::default().parse(&other).unwrap_err();
         assert_eq!(error, KmsError::NotFound(format!("Key '{other}' does not exist")));
+    }
+
+    #[test]
+    fn an_id_tells_whether_its_key_can_be_in_several_regions() {
+        let multi = multi_region_id([0xab; 16]);
+        let text = id_text(multi);
+        assert_eq!((text.len(), &text[..4]), (36, "mrk-"));
+        let here = Locality::default();
+        assert_eq!(here.parse(&text).unwrap(), KeyName::Id(multi));
+        assert_eq!(here.parse(&here.key_arn(multi)).unwrap(), KeyName::Id(multi));
+        let single = Uuid::new_v4();
+        assert!(is_multi_region(multi) && !is_multi_region(single));
+        // No key has two names.
+        for other in [multi.to_string(), format!("mrk-{}", single.simple()), text.to_uppercase()] {
+            assert!(here.parse(&other).is_err(), "{other}");
+        }
+        assert_eq!(anywhere(&here.in_region("eu-west-1").key_arn(multi)), text);
+    }
+
+    #[test]
+    fn only_a_multi_region_key_is_related_to_one_in_another_region() {
+        let arn = |region: &str, id: &str| format!("arn:aws-cn:kms:{region}:111122223333:key/{id}");
+        let multi = "mrk-1234abcd12ab44cd92ef1234567890ab";
+        assert_eq!(related_arn(&arn("cn-north-1", multi), "cn-x"), Some(arn("cn-x", multi)));
+        for other in [&arn("cn-north-1", ID), "arn:aws:kms:r:1:alias/mrk-x", "mrk-1", multi] {
+            assert_eq!(related_arn(other, "r"), None, "{other}");
+        }
     }
 
     #[test]

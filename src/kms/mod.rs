@@ -17,6 +17,8 @@ pub mod order;
 pub mod patience;
 mod recorded;
 #[cfg(feature = "kms-server")]
+pub mod regions;
+#[cfg(feature = "kms-server")]
 pub mod server;
 
 pub use context::EncryptionContext;
@@ -56,6 +58,10 @@ pub enum KeyState {
     PendingImport,
     /// In a custom key store that is not connected.
     Unavailable,
+    /// A multi-Region primary key that is to be deleted once its replicas are; can be cancelled.
+    PendingReplicaDeletion,
+    /// A multi-Region primary key of which a replica becomes the primary one; usable meanwhile.
+    Updating,
 }
 
 impl KeyState {
@@ -67,16 +73,26 @@ impl KeyState {
             KeyState::PendingDeletion => "PendingDeletion",
             KeyState::PendingImport => "PendingImport",
             KeyState::Unavailable => "Unavailable",
+            KeyState::PendingReplicaDeletion => "PendingReplicaDeletion",
+            KeyState::Updating => "Updating",
         }
+    }
+
+    /// Whether the key encrypts and decrypts.
+    pub fn is_usable(self) -> bool {
+        matches!(self, KeyState::Enabled | KeyState::Updating)
     }
 
     /// What a Decrypt by the key `arn` is refused with in this state; none if it is not.
     pub fn refusal(self, arn: &str) -> Option<KmsError> {
         match self {
-            KeyState::Enabled => None,
+            KeyState::Enabled | KeyState::Updating => None,
             KeyState::Disabled => Some(KmsError::Disabled(format!("{arn} is disabled."))),
             KeyState::PendingDeletion => {
                 Some(KmsError::PendingDeletion(format!("{arn} is pending deletion.")))
+            }
+            KeyState::PendingReplicaDeletion => {
+                Some(KmsError::PendingDeletion(format!("{arn} is pending replica deletion.")))
             }
             KeyState::PendingImport => Some(KmsError::PendingImport(format!("{arn} is pending import."))),
             KeyState::Unavailable => Some(KmsError::KeyStoreDisconnected(format!("{arn} is unavailable."))),

@@ -12,7 +12,7 @@ use crate::crypt::Dek;
 use crate::kms::embedded::Embedded;
 use crate::kms::key_ref::{ProviderName, is_same_key};
 use crate::kms::patience::Patience;
-use crate::kms::{Failure, KeyDescription, KeyProvider, KeyState, KmsError, KmsKey};
+use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError, KmsKey};
 use crate::ops::also_keys::Also;
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ impl Needs {
 /// Whether this KMS key gives data keys now; its KMS is asked, once.
 pub fn is_usable_now(store: &Store, key: &KmsKey) -> bool {
     let provider = store.provider_within(&key.provider, Some(Patience(Duration::ZERO)));
-    provider.and_then(|kms| kms.describe(&key.key_id)).is_ok_and(|it| it.state == KeyState::Enabled)
+    provider.and_then(|kms| kms.describe(&key.key_id)).is_ok_and(|it| it.state.is_usable())
 }
 
 /// A volume that has data keys which a KMS key wraps.

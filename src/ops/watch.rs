@@ -338,9 +338,9 @@ impl Providers<'_> {
 
 fn health(state: KeyState) -> Health {
     match state {
-        KeyState::Enabled => Health::Usable,
+        KeyState::Enabled | KeyState::Updating => Health::Usable,
         KeyState::Disabled => Health::Disabled,
-        KeyState::PendingDeletion => Health::PendingDeletion,
+        KeyState::PendingDeletion | KeyState::PendingReplicaDeletion => Health::PendingDeletion,
         KeyState::PendingImport => Health::PendingImport,
         KeyState::Unavailable => Health::Unavailable,
     }

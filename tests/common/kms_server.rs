@@ -3,6 +3,7 @@
 
 use super::process::{INHERITED, inherit, tie_to_test};
 use nix::unistd::Pid;
+use sealblk::base::Locality;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::clock::SystemClock;
 use serde_json::Value;
@@ -22,6 +23,8 @@ pub struct KmsServer {
     folder: tempfile::TempDir,
     child: Child,
     passphrase: Option<String>,
+    place: Locality,
+    tls: Vec<String>,
     /// Where it listens: `http://127.0.0.1:PORT`.
     pub url: String,
 }
@@ -65,7 +68,7 @@ impl KmsServer {
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read a line");
         let url = line.trim_end().strip_prefix("listening on ").expect("it says where").to_owned();
-        KmsServer { folder, child, url, passphrase: None }
+        KmsServer { folder, child, url, passphrase: None, place: Locality::default(), tls: Vec::new() }
     }
 
     /// Starts a server of a new KMS whose root key is under a passphrase, which the server
@@ -101,6 +104,62 @@ impl KmsServer {
         command.args(["--tls-cert", &certificate, "--tls-key", &key]).env_remove("RUST_LOG");
         command.stderr(fs::File::create(&path).expect("make a file"));
         (Self::spawn(folder, command), path)
+    }
+
+    /// Starts a server of a new KMS in this region. With a folder it speaks TLS, and its
+    /// certificate is there, as `kms.pem`.
+    pub fn start_in(region: &str, files: Option<&Path>) -> Self {
+        let tls = files.map_or(Vec::new(), |files| {
+            let (certificate, key) = certify(files);
+            ["--tls-cert".into(), certificate, "--tls-key".into(), key].to_vec()
+        });
+        let settings = format!("region = '{region}'\n");
+        let mut kms = Self::start_prepared(&settings, |command| {
+            command.args(&tls);
+        });
+        kms.place = Locality::default().in_region(region);
+        kms.tls = tls;
+        kms
+    }
+
+    /// Starts a server, in this region, of a copy of this KMS: it has the principals that this one has.
+    pub fn start_copy(&self, region: &str) -> Self {
+        let folder = tempfile::tempdir().expect("make a temporary folder");
+        let copied =
+            Command::new("cp").arg("-a").arg(self.folder.path().join(".")).arg(folder.path()).status();
+        assert!(copied.expect("start cp").success());
+        let settings = format!("region = '{region}'\n");
+        fs::write(folders(&folder).1.join("sealblk.toml"), settings).expect("write the settings");
+        let mut command = command(&folder);
+        command.args(["kms", "serve", "--listen", "127.0.0.1:0"]);
+        let mut kms = Self::spawn(folder, command);
+        kms.place = Locality::default().in_region(region);
+        kms
+    }
+
+    /// Ends the server's process.
+    pub fn stop(&mut self) {
+        self.child.kill().expect("end the server");
+        self.child.wait().expect("it ends");
+    }
+
+    /// Starts a server again, of the same KMS, where the one that was stopped has listened.
+    pub fn start_again(&mut self) {
+        let address = self.url.split_once("://").expect("a URL").1.to_owned();
+        let mut command = self.command();
+        command.args(["kms", "serve", "--listen", &address]).args(&self.tls).stdout(Stdio::piped());
+        tie_to_test(&mut command, vec![]);
+        self.child = command.spawn().expect("start sealblk");
+        let mut line = String::new();
+        let said = self.child.stdout.take().expect("piped");
+        BufReader::new(said).read_line(&mut line).expect("it says that it listens");
+    }
+
+    /// Adds to its settings, which a server reads when it needs them.
+    pub fn add_settings(&self, more: &str) {
+        let path = self.folders().1.join("sealblk.toml");
+        let settings = fs::read_to_string(&path).unwrap_or_default();
+        fs::write(path, settings + more).expect("write the settings");
     }
 
     /// The program, pointed at the store of this KMS, with its passphrase if there is one.
@@ -145,12 +204,9 @@ impl KmsServer {
     /// The KMS itself, as its operator has it.
     pub fn admin(&self) -> Embedded {
         let (root, config) = folders(&self.folder);
-        Embedded::at(
-            root.join("kms"),
-            config,
-            Box::new(SystemClock),
-            sealblk::base::hardened::harden().unwrap(),
-        )
+        let hardened = sealblk::base::hardened::harden().unwrap();
+        let place = self.place.clone();
+        Embedded::in_place(root.join("kms"), config, Box::new(SystemClock), place, hardened)
     }
 
     /// The server's process.

@@ -9,7 +9,7 @@ pub fn key_states(script: &mut Script) {
     let id = script.create_key(&["--alias", "alias/a"]);
     script.change_key(&id, &["disable"], "Disabled");
     script.change_key(&id, &["enable"], "Enabled");
-    script.create_key(&["--description", &"a long description ".repeat(60)]);
+    script.create_key(&["--multi-region", "--description", &"a long description ".repeat(60)]);
     script.change_key(&id, &["schedule-deletion", "--days", "7"], "PendingDeletion");
     script.change_key(&id, &["cancel-deletion"], "Disabled");
 }

@@ -23,8 +23,7 @@ use crate::helper::slots::{Refused, ask_each, ask_slots, asked};
 use crate::kms::key_ref::arn_region;
 use crate::kms::patience::Patience;
 use crate::kms::{
-    self, EncryptionContext, Failure, KeyProvider, KeyRef, KeyState, KmsError, KmsKey, ProviderName,
-    WrappedKey,
+    self, EncryptionContext, Failure, KeyProvider, KeyRef, KmsError, KmsKey, ProviderName, WrappedKey,
 };
 use serde::{Deserialize, Serialize};
 use std::os::unix::net::UnixStream;
@@ -301,11 +300,10 @@ impl Job<'_> {
 
     /// Of two keys of one KMS, the refusal does not say which it is about: the KMS is asked.
     fn refused(&self, e: KmsError) -> Failure {
-        let is_in_the_way =
-            |key: &str| self.to.describe(key).map_or(true, |key| key.state != KeyState::Enabled);
+        let is_in_the_way = |key: &str| self.to.describe(key).map_or(true, |key| !key.state.is_usable());
         let is_old = match &e {
             KmsError::Disabled(_) | KmsError::PendingDeletion(_) | KmsError::PendingImport(_) => {
-                self.to.describe(&self.old.key_id).is_ok_and(|key| key.state != KeyState::Enabled)
+                self.to.describe(&self.old.key_id).is_ok_and(|key| !key.state.is_usable())
             }
             KmsError::InvalidCiphertext | KmsError::IncorrectKey(_) => true,
             KmsError::NotFound(_) | KmsError::AccessDenied(_) | KmsError::NotAllowed(_) => {

@@ -134,9 +134,8 @@ impl Aws {
             // AWS documents that a key can be used while it is being updated.
             Some(types::KeyState::Enabled | types::KeyState::Updating) => KeyState::Enabled,
             Some(types::KeyState::Disabled) => KeyState::Disabled,
-            Some(types::KeyState::PendingDeletion | types::KeyState::PendingReplicaDeletion) => {
-                KeyState::PendingDeletion
-            }
+            Some(types::KeyState::PendingDeletion) => KeyState::PendingDeletion,
+            Some(types::KeyState::PendingReplicaDeletion) => KeyState::PendingReplicaDeletion,
             Some(types::KeyState::PendingImport) => KeyState::PendingImport,
             Some(types::KeyState::Unavailable) => KeyState::Unavailable,
             other => {

@@ -1,15 +1,18 @@
 //! The life of keys and aliases: what an operator does to the embedded KMS, with AWS's rules and words.
 
 use crate::kms::embedded::audit::{Call, Due};
+use crate::kms::embedded::multi_region::{Relatives, new_multi_region_id};
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::records::{
-    AliasEntry, AliasName, Change, Deletion, External, InKeyStore, KeyEntry, material_id,
+    AliasEntry, AliasName, Change, Deletion, External, InKeyStore, KeyEntry, MultiRegion, material_id,
 };
 use crate::kms::embedded::rotation::first_version;
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::embedded::{Embedded, due, tags};
 use crate::kms::errors::out_of_range;
-use crate::kms::key_ref::{ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, is_alias};
+use crate::kms::key_ref::{
+    ALIAS_MAX, ALIAS_PREFIX, DEFAULT_KEY_ALIAS, RESERVED_ALIAS_PREFIX, id_text, is_alias,
+};
 use crate::kms::{Exception, KeyState, KmsError};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
@@ -40,6 +43,8 @@ pub struct KeyMetadata {
     pub origin: &'static str,
     /// The ids of the custom key store that has it, and of its token, if one has.
     pub key_store: Option<(String, String)>,
+    /// What it is among its relatives, if it is a multi-Region key.
+    pub multi_region: Option<Relatives>,
     /// When imported material is forgotten, if ever: milliseconds since 1970.
     pub expires: Option<i64>,
     /// KeyMaterialId of the version that encrypts, if there is one.
@@ -74,6 +79,8 @@ pub struct NewKey<'a> {
     pub external: bool,
     /// The id or the name of the custom key store in whose token it is to be made: origin AWS_CLOUDHSM.
     pub key_store: Option<&'a str>,
+    /// Whether it can be replicated into other regions.
+    pub multi_region: bool,
     /// Its tags.
     pub tags: &'a [(String, String)],
     /// Its policy, if not the one that every key is made with.
@@ -93,23 +100,29 @@ impl Embedded {
         new.alias.map_or(Ok(()), check_alias)?;
         new.policy.map_or(Ok(()), tags::check_policy)?;
         tags::check_tags(new.tags)?;
+        if new.multi_region && (new.external || new.key_store.is_some()) {
+            let message = "A multi-Region key has the origin AWS_KMS: imported material, and keys in a \
+                           custom key store, are in one region.";
+            return Err(KmsError::Unsupported(message.into()));
+        }
         self.log.create_if_absent()?;
         let make = |log: &OpenLog, now: &Now, key_store: Option<InKeyStore>| {
             new.alias.map_or(Ok(()), |name| self.check_alias_is_free(log, name))?;
-            new_key(log, now, new, key_store)
+            self.new_key(log, now, new, key_store)
         };
         let made = match new.key_store {
             None => self.log.write(|log, now| make(log, now, None)),
             Some(which) => self.make_in_hsm(which, |log, now, of| make(log, now, Some(of))),
         };
-        let id = made.as_ref().map(Uuid::to_string).unwrap_or_default();
+        let id = made.as_ref().map(|id| id_text(*id)).unwrap_or_default();
         let origin = match (new.key_store, new.external) {
             (Some(_), _) => "AWS_CLOUDHSM",
             (None, true) => "EXTERNAL",
             (None, false) => "AWS_KMS",
         };
         let call = Call::new("CreateKey").about(&id).with("description", new.description);
-        self.record(call.with("origin", origin), made)?;
+        let call = call.with("origin", origin).with("multiRegion", new.multi_region);
+        self.record(call, made)?;
         if let Some(name) = new.alias {
             self.record(Call::new("CreateAlias").about(&id).with("aliasName", name), Ok(()))?;
         }
@@ -158,13 +171,18 @@ impl Embedded {
         self.record(call, self.change_key(key, change).map(drop))
     }
 
-    /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`].
+    /// ScheduleKeyDeletion, after `days` of [`DELETION_DAYS`]. Of a primary key that has replicas the days
+    /// begin when the last of these is deleted.
     pub fn schedule_deletion(&self, key: &str, days: u32) -> Result<KeyMetadata, KmsError> {
         if !DELETION_DAYS.contains(&days) {
             return Err(out_of_range(days, "pendingWindowInDays", &DELETION_DAYS));
         }
         let dying = self.change_key(key, |entry, now| {
             entry.check_alive(&self.place)?;
+            self.check_not_updating(entry)?;
+            if let Some(waiting) = self.until_replicas_are_gone(entry, days) {
+                return Ok(waiting);
+            }
             let deletion = Some(Deletion::ask(days, &now.moment, now.time));
             Ok(KeyEntry { enabled: false, deletion, ..entry.clone() })
         });
@@ -173,9 +191,9 @@ impl Embedded {
 
     /// CancelKeyDeletion: the key is Disabled afterwards.
     pub fn cancel_deletion(&self, key: &str) -> Result<KeyMetadata, KmsError> {
-        let kept = self.change_key(key, |entry, _| match entry.deletion {
-            Some(_) => Ok(KeyEntry { deletion: None, ..entry.clone() }),
-            None => {
+        let kept = self.change_key(key, |entry, _| match entry.check_alive(&self.place) {
+            Err(_) => Ok(KeyEntry { deletion: None, ..entry.clone() }.not_waiting_for_replicas()),
+            Ok(()) => {
                 let arn = self.place.key_arn(entry.id);
                 Err(KmsError::InvalidState(format!("{arn} is not pending deletion.")))
             }
@@ -248,12 +266,13 @@ impl Embedded {
             return Ok(());
         }
         let now = self.log.now();
-        let due = self.log.read(|log| Ok(log.wants_rewriting() || due::is_due(log, &now)))?;
+        let is_due = |log: &OpenLog| log.wants_rewriting() || due::is_due(log, &now, &self.place.region);
+        let due = self.log.read(|log| Ok(is_due(log)))?;
         if !due {
             return Ok(());
         }
         let done: Vec<Due> = self.log.write(|log, now| {
-            let changes = due::changes(log, &now.moment)?;
+            let changes = due::changes(log, &now.moment, &self.place.region)?;
             for change in &changes {
                 if let Change::KeyDeleted(key) = change {
                     log::warn!("deleting KMS key {}: its waiting window is over", self.place.key_arn(key.id));
@@ -279,7 +298,7 @@ impl Embedded {
             }
             let description = "Default key that protects volumes when no other key is named";
             let new = NewKey { description, alias: Some(DEFAULT_KEY_ALIAS), ..NewKey::default() };
-            let (changes, id) = new_key(log, now, &new, None)?;
+            let (changes, id) = self.new_key(log, now, &new, None)?;
             Ok((changes, Some(id)))
         })?;
         self.record_due(&made.map(Due::default_key).into_iter().collect::<Vec<_>>());
@@ -300,7 +319,7 @@ impl Embedded {
         })
     }
 
-    fn metadata(&self, log: &OpenLog, key: &KeyEntry) -> KeyMetadata {
+    pub(super) fn metadata(&self, log: &OpenLog, key: &KeyEntry) -> KeyMetadata {
         KeyMetadata {
             id: key.id,
             arn: self.place.key_arn(key.id),
@@ -308,16 +327,16 @@ impl Embedded {
             description: key.description.clone(),
             created: key.created,
             deletion: key.deletion.as_ref().map(|d| d.at),
-            deletion_days: key.deletion.as_ref().map(|d| d.days),
+            deletion_days: key.deletion_days(),
             origin: key.origin(),
             key_store: key.key_store.as_ref().map(|of| {
                 let cluster = log.state().key_store(&of.id).map(|store| store.cluster.clone());
                 (of.id.clone(), cluster.unwrap_or_default())
             }),
+            multi_region: key.multi_region.as_ref().map(|it| self.relatives(key.id, it)),
             expires: key.external.as_ref().and_then(|external| external.expires),
             material: key
-                .versions
-                .last()
+                .current()
                 .map(|version| version.id)
                 .or(key.key_store.as_ref().map(|of| of.version))
                 .map(|version| material_id(key.id, version)),
@@ -332,41 +351,43 @@ impl Embedded {
         let arn = self.place.alias_arn(name);
         Err(KmsError::AlreadyExists(format!("An alias with the name {arn} already exists")))
     }
-}
 
-/// A new key, and an alias for it.
-fn new_key(
-    log: &OpenLog,
-    now: &Now,
-    new: &NewKey<'_>,
-    key_store: Option<InKeyStore>,
-) -> Result<(Vec<Change>, Uuid), KmsError> {
-    let id = Uuid::new_v4();
-    let external = External { version: Uuid::new_v4(), check: None, expires: None };
-    let is_elsewhere = new.external || key_store.is_some();
-    let versions = if is_elsewhere { Vec::new() } else { vec![first_version(log, id, now.time)?] };
-    let mut changes = vec![Change::Key(KeyEntry {
-        id,
-        created: now.time,
-        description: new.description.to_owned(),
-        enabled: true,
-        deletion: None,
-        rotation: None,
-        external: new.external.then_some(external),
-        tags: new.tags.iter().cloned().collect(),
-        policy: new.policy.map(str::to_owned),
-        key_store,
-        versions,
-    })];
-    changes.extend(new.alias.map(|name| new_alias(name, id, now)));
-    Ok((changes, id))
+    /// A new key, and an alias for it.
+    fn new_key(
+        &self,
+        log: &OpenLog,
+        now: &Now,
+        new: &NewKey<'_>,
+        key_store: Option<InKeyStore>,
+    ) -> Result<(Vec<Change>, Uuid), KmsError> {
+        let id = if new.multi_region { new_multi_region_id()? } else { Uuid::new_v4() };
+        let external = External { version: Uuid::new_v4(), check: None, expires: None };
+        let is_elsewhere = new.external || key_store.is_some();
+        let versions = if is_elsewhere { Vec::new() } else { vec![first_version(log, id, now.time)?] };
+        let mut changes = vec![Change::Key(KeyEntry {
+            id,
+            created: now.time,
+            description: new.description.to_owned(),
+            enabled: true,
+            deletion: None,
+            rotation: None,
+            external: new.external.then_some(external),
+            tags: new.tags.iter().cloned().collect(),
+            policy: new.policy.map(str::to_owned),
+            key_store,
+            multi_region: new.multi_region.then(|| MultiRegion::primary_in(&self.place.region)),
+            versions,
+        })];
+        changes.extend(new.alias.map(|name| new_alias(name, id, now)));
+        Ok((changes, id))
+    }
 }
 
 fn new_alias(name: &str, key: Uuid, now: &Now) -> Change {
     Change::Alias(AliasEntry { name: name.to_owned(), key, created: now.time, updated: now.time })
 }
 
-fn check_description(description: &str) -> Result<(), KmsError> {
+pub(super) fn check_description(description: &str) -> Result<(), KmsError> {
     if description.chars().count() <= DESCRIPTION_MAX {
         return Ok(());
     }

@@ -78,7 +78,11 @@ impl Embedded {
     }
 
     /// Records a call of the store's owner; returns `result`, unless it cannot be recorded.
-    pub(super) fn record<T>(&self, call: Call<'_>, result: Result<T, KmsError>) -> Result<T, KmsError> {
+    pub(in crate::kms) fn record<T>(
+        &self,
+        call: Call<'_>,
+        result: Result<T, KmsError>,
+    ) -> Result<T, KmsError> {
         if self.caller_records {
             return result;
         }
@@ -193,6 +197,11 @@ impl Due {
     /// The default key was made, for its first user.
     pub fn default_key(key: Uuid) -> Self {
         Due { name: "CreateKey", key }
+    }
+
+    /// A replica was brought up to date.
+    pub(super) fn synchronized(key: Uuid) -> Self {
+        Due { name: "SynchronizeMultiRegionKey", key }
     }
 
     /// What a change that time asked for is; `None` for a mere note.

@@ -12,7 +12,7 @@ use crate::kms::embedded::page::{LIMIT, Piece};
 use crate::kms::embedded::records::{KeyEntry, material_id};
 use crate::kms::embedded::{Embedded, due};
 use crate::kms::errors::out_of_range;
-use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName, anywhere};
+use crate::kms::key_ref::{DEFAULT_KEY_ALIAS, KeyName, anywhere, id_text};
 use crate::kms::{
     Capabilities, EncryptionContext, Grant, GrantRequest, KeyDescription, KeyProvider, KmsError, ListedGrant,
     WrappedKey,
@@ -173,7 +173,7 @@ impl Embedded {
         if let Some(key) = self.in_hsm(log, key)? {
             return Ok(Done::InHsm(key));
         }
-        let version = key.versions.last().ok_or_else(|| no_material(key))?;
+        let version = key.current().ok_or_else(|| no_material(key))?;
         let material = log.keys().open(key.id, version.id, &version.sealed)?;
         let blob = blob::seal(&material, key.id, version.id, plaintext, context)?;
         Ok(Done::Here(Sealed {
@@ -362,9 +362,9 @@ pub(in crate::kms) fn unknown_key() -> KmsError {
 
 /// The id of the key that a ciphertext names; nothing for what is no ciphertext.
 pub(in crate::kms) fn key_in(blob: &[u8]) -> String {
-    Blob::parse(blob).map(|blob| blob.key.to_string()).unwrap_or_default()
+    Blob::parse(blob).map(|blob| id_text(blob.key)).unwrap_or_default()
 }
 
 fn no_material(key: &KeyEntry) -> KmsError {
-    KmsError::Corrupt(format!("KMS key {} has no material", key.id))
+    KmsError::Corrupt(format!("KMS key {} has no material", id_text(key.id)))
 }

@@ -9,22 +9,22 @@ use crate::kms::embedded::records::{AliasName, Change, Deletion, KeyEntry, KeyId
 use crate::kms::embedded::rotation::new_version;
 use crate::kms::{KeyState, KmsError};
 
-/// Whether anything is due.
-pub(super) fn is_due(log: &OpenLog, now: &Moment) -> bool {
+/// Whether anything is due in the store of this region.
+pub(super) fn is_due(log: &OpenLog, now: &Moment, region: &str) -> bool {
     log.state().keys().any(|key| {
-        rotation_is_due(key, now) || material_is_due(key, now) || verdict(key, now) != Verdict::Wait
+        rotation_is_due(key, now, region) || material_is_due(key, now) || verdict(key, now) != Verdict::Wait
     })
 }
 
 /// The changes that are due.
-pub(super) fn changes(log: &OpenLog, now: &Moment) -> Result<Vec<Change>, KmsError> {
+pub(super) fn changes(log: &OpenLog, now: &Moment, region: &str) -> Result<Vec<Change>, KmsError> {
     let mut changes = Vec::new();
     for key in log.state().keys() {
         let mut key = key.clone();
         if material_is_due(&key, now) {
             key = without_material(&key);
             changes.push(Change::Key(key.clone()));
-        } else if rotation_is_due(&key, now) {
+        } else if rotation_is_due(&key, now, region) {
             key = rotated(log, key, now)?;
             changes.push(Change::Key(key.clone()));
         }
@@ -60,14 +60,15 @@ pub(super) fn material_is_due(key: &KeyEntry, now: &Moment) -> bool {
 }
 
 /// A key that is switched off or dying is not rotated; when it is switched on again, what is overdue is done.
-fn rotation_is_due(key: &KeyEntry, now: &Moment) -> bool {
-    key.state() == KeyState::Enabled && key.rotation.as_ref().is_some_and(|r| r.is_due(now.wall))
+/// A replica gets what its primary key gets, which rotates once all have the version before.
+fn rotation_is_due(key: &KeyEntry, now: &Moment, region: &str) -> bool {
+    let not_now = key.is_replica_in(region) || key.versions.iter().any(|version| version.waits);
+    key.state() == KeyState::Enabled && !not_now && key.rotation.as_ref().is_some_and(|r| r.is_due(now.wall))
 }
 
 /// However many periods were missed, there is one rotation, and the next keeps the rhythm.
 fn rotated(log: &OpenLog, mut key: KeyEntry, now: &Moment) -> Result<KeyEntry, KmsError> {
     let version = new_version(log, &key, now.wall.max(log.state().time()), RotationType::Automatic)?;
-    key.versions.push(version);
     key.rotation = key.rotation.map(|rotation| rotation.after(now.wall));
-    Ok(key)
+    Ok(key.with_version(version))
 }

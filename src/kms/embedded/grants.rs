@@ -12,6 +12,7 @@ use crate::kms::embedded::page::{Page, Piece};
 use crate::kms::embedded::principals::{Caller, denied, is_principal};
 use crate::kms::embedded::records::{Change, KeyEntry};
 use crate::kms::embedded::state::State;
+use crate::kms::key_ref::id_text;
 use crate::kms::{Exception, KmsError};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -175,7 +176,7 @@ impl Embedded {
             if !(caller.admin || retiring || grantee) {
                 return Err(denied(caller, "RetireGrant", &self.place.key_arn(found.key)));
             }
-            let named = (found.key.to_string(), found.id.clone());
+            let named = (id_text(found.key), found.id.clone());
             end(found, dry_run).map(|(changes, ())| (changes, named))
         });
         let named = match (&retired, grant) {

@@ -12,11 +12,13 @@ use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::Material;
 use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry, material_id};
+use crate::kms::key_ref::id_text;
 use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
-use rsa::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};
+use rsa::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey};
 use rsa::rand_core::UnwrapErr;
-use rsa::{Oaep, PrivateKey};
+use rsa::traits::PublicKeyParts;
+use rsa::{Oaep, PrivateKey, PublicKey};
 use sha2::Sha256;
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -84,16 +86,14 @@ impl Embedded {
     pub fn import_parameters(&self, key: &str, spec: WrappingKeySpec) -> Result<ImportParameters, KmsError> {
         self.importable(key)?;
         // Before the store is locked: this can take seconds.
-        let private = PrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
-        let public_key = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
-        let secret = private.to_pkcs8_der().map_err(rsa_failed)?;
+        let (public_key, secret) = one_time_key(spec)?;
         let valid_to = self.log.now().wall + DAY;
         let parameters = self.log.read(|log| {
             let entry = self.check_importable(log.state().key(key, &self.place)?)?;
-            let mut token = Zeroizing::new(Vec::with_capacity(HEAD_LEN + secret.as_bytes().len()));
+            let mut token = Zeroizing::new(Vec::with_capacity(HEAD_LEN + secret.len()));
             token.extend_from_slice(entry.id.as_bytes());
             token.extend_from_slice(&valid_to.to_be_bytes());
-            token.extend_from_slice(secret.as_bytes());
+            token.extend_from_slice(&secret);
             let token = log.keys().seal_token(LABEL, &token)?;
             Ok(ImportParameters {
                 key: self.place.key_arn(entry.id),
@@ -135,9 +135,9 @@ impl Embedded {
     ) -> Result<ImportedMaterial, KmsError> {
         let id = self.importable(key)?;
         let token = self.log.read(|log| open_token(log.keys(), token, id, now))?;
-        let material = unwrap(&token, wrapped)?;
+        let material = unwrap(&token, wrapped, b"")?;
         self.log.write(|log, now| {
-            let entry = self.check_importable(log.state().key(&id.to_string(), &self.place)?)?;
+            let entry = self.check_importable(log.state().key(&id_text(id), &self.place)?)?;
             let after = with_material(log.keys(), entry, &material, expires, now.time)?;
             let answer = self.imported(&after);
             Ok((vec![Change::Key(after)], answer))
@@ -197,7 +197,7 @@ fn with_material(
         ));
     }
     let sealed = keys.seal(key.id, external.version, material)?;
-    let version = VersionEntry { id: external.version, created: time, rotation: None, sealed };
+    let version = VersionEntry { id: external.version, created: time, rotation: None, waits: false, sealed };
     Ok(KeyEntry {
         enabled: key.enabled || key.versions.is_empty(),
         versions: vec![version],
@@ -229,9 +229,41 @@ fn open_token(keys: &LogKeys, token: &[u8], key: Uuid, now: i64) -> Result<Zeroi
     Ok(Zeroizing::new(private.to_vec()))
 }
 
-fn unwrap(private: &[u8], wrapped: &[u8]) -> Result<Material, KmsError> {
+/// An RSA key for one message: what to wrap with (SubjectPublicKeyInfo, DER), and the private key (PKCS#8,
+/// DER). This can take seconds.
+pub(super) fn one_time_key(spec: WrappingKeySpec) -> Result<(Vec<u8>, Zeroizing<Vec<u8>>), KmsError> {
+    let private = PrivateKey::new(&mut UnwrapErr(SysRng), spec.bits()).map_err(rsa_failed)?;
+    let public = private.to_public_key().to_public_key_der().map_err(rsa_failed)?.into_vec();
+    Ok((public, private.to_pkcs8_der().map_err(rsa_failed)?.to_bytes()))
+}
+
+/// `material`, wrapped with a key of this size that somebody else has given, for what `label` says.
+///
+/// # Errors
+/// Validation for what is no such key.
+pub(super) fn wrap(
+    public: &[u8],
+    material: &Material,
+    spec: WrappingKeySpec,
+    label: &[u8],
+) -> Result<Vec<u8>, KmsError> {
+    let other = || KmsError::Validation(format!("What to wrap with is no RSA key of {} bits.", spec.bits()));
+    let public = PublicKey::from_public_key_der(public).map_err(|_| other())?;
+    if public.size() * 8 != spec.bits() {
+        return Err(other());
+    }
+    let padding = Oaep::<Sha256>::new_with_label(label);
+    public.encrypt(&mut UnwrapErr(SysRng), padding, material.bytes()).map_err(rsa_failed)
+}
+
+/// What was wrapped with the public key of this private one (PKCS#8), for what `label` says.
+///
+/// # Errors
+/// InvalidCiphertext for what was not; IncorrectKeyMaterialException if it has not 32 bytes.
+pub(super) fn unwrap(private: &[u8], wrapped: &[u8], label: &[u8]) -> Result<Material, KmsError> {
     let private = PrivateKey::from_pkcs8_der(private).map_err(rsa_failed)?;
-    let opened = private.decrypt_blinded(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), wrapped);
+    let padding = Oaep::<Sha256>::new_with_label(label);
+    let opened = private.decrypt_blinded(&mut UnwrapErr(SysRng), padding, wrapped);
     let opened = Zeroizing::new(opened.map_err(|_| KmsError::InvalidCiphertext)?);
     let opened: &[u8; 32] = opened[..].try_into().map_err(|_| {
         let message = "The key material of a symmetric key must have 32 bytes.";

@@ -21,6 +21,7 @@ pub mod key_stores;
 pub mod keys;
 mod lock;
 pub mod log;
+pub mod multi_region;
 mod open_log;
 pub mod page;
 mod plain;
@@ -30,6 +31,7 @@ pub mod root_key;
 pub mod rotation;
 mod shared_log;
 mod state;
+pub mod synchronization;
 pub mod tags;
 
 use crate::audit::AuditLog;
@@ -88,7 +90,8 @@ impl Embedded {
         Self::in_place(dir, config, clock, Locality::default(), hardened)
     }
 
-    fn in_place(
+    /// As [`Embedded::at`], in the region and account of `place`.
+    pub fn in_place(
         dir: PathBuf,
         config: PathBuf,
         clock: Box<dyn Clock>,
@@ -285,6 +288,12 @@ impl Embedded {
         self.log.id().ok_or_else(damaged)
     }
 
+    /// The store's folder.
+    #[cfg(feature = "kms-server")]
+    pub(in crate::kms) fn root(&self) -> &Root {
+        &self.root
+    }
+
     /// The region and account of its ARNs.
     pub fn locality(&self) -> &Locality {
         &self.place
@@ -296,7 +305,9 @@ impl Embedded {
     /// not be used any more is refused by its state.
     fn current<T>(&self, f: impl Fn(&OpenLog) -> Result<T, KmsError>) -> Result<T, KmsError> {
         let now = self.log.now();
-        let answer = self.log.read(|log| if due::is_due(log, &now) { Ok(None) } else { f(log).map(Some) })?;
+        let answer = self.log.read(|log| {
+            if due::is_due(log, &now, &self.place.region) { Ok(None) } else { f(log).map(Some) }
+        })?;
         if let Some(answer) = answer {
             return Ok(answer);
         }

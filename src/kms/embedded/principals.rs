@@ -1,9 +1,10 @@
 //! Principals: who may ask the KMS over the wire, and what they may do.
 //!
 //! The store's own user, who reads root key and log, is not a principal: the command line may do
-//! everything. A principal is the root principal, an administrator, who may do everything too, or one who
-//! may do what grants let him do.
+//! everything. A principal is the root principal, an administrator, who may do everything too, one who may do
+//! what grants let him do, or the KMS of another region, which may synchronize multi-Region keys.
 
+use crate::config::regions::is_region;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::{Material, random};
@@ -30,6 +31,8 @@ pub struct PrincipalMetadata {
     pub arn: String,
     /// Whether it may do everything.
     pub admin: bool,
+    /// The region whose KMS it is, if it is one.
+    pub peer: Option<String>,
     /// The ids of its access keys, one or two, the older first.
     pub access_keys: Vec<String>,
     /// When it was made: milliseconds since 1970.
@@ -43,6 +46,8 @@ pub struct Caller {
     pub arn: String,
     /// Whether it may do everything.
     pub admin: bool,
+    /// The region whose KMS it is, if it is one.
+    pub peer: Option<String>,
 }
 
 /// A secret access key. Has no Debug.
@@ -51,15 +56,44 @@ pub type SecretKey = Zeroizing<String>;
 impl Embedded {
     /// The store's own user.
     pub fn owner(&self) -> Caller {
-        Caller { arn: self.place.root_arn(), admin: true }
+        Caller { arn: self.place.root_arn(), admin: true, peer: None }
     }
 
     /// Makes a principal and its access key; the secret is shown this once. `root` is the root principal, who
     /// is always an administrator. Makes the store if there is none.
+    ///
+    /// # Errors
+    /// `AlreadyExists` for the name of one; `Validation` for what is no name.
     pub fn create_principal(
         &self,
         name: &str,
         admin: bool,
+    ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
+        self.make_principal(name, admin || name == ROOT, None)
+    }
+
+    /// Makes a principal that is the KMS of `region`, and its access key, as [`Embedded::create_principal`]
+    /// does. It may bring multi-Region keys whose primary key is in that region.
+    ///
+    /// # Errors
+    /// `AlreadyExists` for the name of one; `Validation` for what is no name, and for this KMS's own region.
+    pub fn create_peer(&self, name: &str, region: &str) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
+        if name == ROOT || region == self.place.region || !is_region(region) {
+            let message = format!(
+                "{name} cannot be the KMS of {region:?}: root is an administrator, and a peer is in another \
+                 region than {}",
+                self.place.region
+            );
+            return Err(KmsError::Validation(message));
+        }
+        self.make_principal(name, false, Some(region.to_owned()))
+    }
+
+    fn make_principal(
+        &self,
+        name: &str,
+        admin: bool,
+        peer: Option<String>,
     ) -> Result<(PrincipalMetadata, SecretKey), KmsError> {
         check_name(name)?;
         self.log.create_if_absent()?;
@@ -73,7 +107,8 @@ impl Embedded {
             let entry = PrincipalEntry {
                 name: name.to_owned(),
                 id,
-                admin: admin || name == ROOT,
+                admin,
+                peer: peer.clone(),
                 created: now.time,
                 access_key: new_access_key()?,
                 sealed: log.keys().seal(id, id, &seed)?,
@@ -82,7 +117,9 @@ impl Embedded {
             let answer = (self.principal_metadata(&entry), secret_of(&seed));
             Ok((vec![Change::Principal(entry)], answer))
         });
-        self.record(Call::new("CreatePrincipal").with("name", name).with("admin", admin), made)
+        let call = Call::new("CreatePrincipal").with("name", name).with("admin", admin);
+        let call = if peer.is_some() { call.with("peerRegion", peer) } else { call };
+        self.record(call, made)
     }
 
     /// All principals, by name. Without a store there are none.
@@ -167,7 +204,8 @@ impl Embedded {
             let mut found = log.state().principals().filter_map(|p| sealed_in(p).map(|sealed| (p, sealed)));
             let Some((entry, sealed)) = found.next() else { return Ok(None) };
             let seed = log.keys().open(entry.id, entry.id, &sealed)?;
-            let caller = Caller { arn: principal_arn(&self.place, &entry.name), admin: entry.admin };
+            let arn = principal_arn(&self.place, &entry.name);
+            let caller = Caller { arn, admin: entry.admin, peer: entry.peer.clone() };
             Ok(Some((caller, secret_of(&seed))))
         })
     }
@@ -186,6 +224,15 @@ impl Embedded {
     /// Fails unless `caller` may do what only administrators may: `action`, on `resource` (an ARN, or `*`).
     pub fn check_admin(&self, caller: &Caller, action: &str, resource: &str) -> Result<(), KmsError> {
         if caller.admin { Ok(()) } else { Err(denied(caller, action, resource)) }
+    }
+
+    /// The region whose KMS `caller` is, which alone may do `action` with the multi-Region
+    /// key that `key` names.
+    ///
+    /// # Errors
+    /// `AccessDenied` for everybody else, administrators among them: it is no operation for people.
+    pub fn check_peer<'a>(&self, caller: &'a Caller, action: &str, key: &str) -> Result<&'a str, KmsError> {
+        caller.peer.as_deref().ok_or_else(|| denied(caller, action, key))
     }
 
     /// Fails unless `caller` may do `operation` with the key under this context, as administrator or by a
@@ -226,6 +273,7 @@ impl Embedded {
             name: entry.name.clone(),
             arn: principal_arn(&self.place, &entry.name),
             admin: entry.admin,
+            peer: entry.peer.clone(),
             access_keys: std::iter::once(&entry.access_key)
                 .chain(entry.second.as_ref().map(|second| &second.access_key))
                 .cloned()

@@ -85,8 +85,11 @@ pub struct KeyEntry {
     /// There if the key is in an HSM: its origin is AWS_CLOUDHSM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_store: Option<InKeyStore>,
-    /// Its versions, oldest first; the last one encrypts. Empty while material is to be imported,
-    /// and for a key in an HSM.
+    /// There if the key is a multi-Region key, which its id tells as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub multi_region: Option<MultiRegion>,
+    /// Its versions, oldest first; the last one that does not wait encrypts. Empty while material is to be
+    /// imported, and for a key in an HSM.
     pub versions: Vec<VersionEntry>,
 }
 
@@ -112,6 +115,27 @@ pub struct InKeyStore {
     pub id: String,
     /// The id of its one version, named in each blob.
     pub version: Uuid,
+}
+
+/// What is known of a multi-Region key's relatives: the keys of the same id in other regions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MultiRegion {
+    /// The region of the primary key; all other keys of this id are its replicas.
+    pub primary: String,
+    /// Counts the changes of what all of them share, from 1. At a replica: of what it has.
+    pub generation: u64,
+    /// The regions of the replicas. At the primary key, for each the generation that it is known to have; 0
+    /// while it is not known to be there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub replicas: BTreeMap<String, u64>,
+    /// There at a primary key while the replica in this region becomes the primary one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving_to: Option<String>,
+    /// There at a primary key while its deletion waits for that of its replicas: the waiting window that
+    /// begins then, days.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_days: Option<u32>,
 }
 
 /// A custom key store: a token of an HSM.
@@ -202,6 +226,9 @@ pub struct VersionEntry {
     /// What made it; absent for the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rotation: Option<RotationType>,
+    /// Whether it only decrypts, until every related key in another region has it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub waits: bool,
     /// The material, sealed under the store key; base64.
     #[serde(with = "sealed")]
     pub sealed: [u8; SEALED_LEN],
@@ -262,6 +289,9 @@ pub struct PrincipalEntry {
     pub id: Uuid,
     /// Whether it may do everything; otherwise only what grants let it do.
     pub admin: bool,
+    /// There if it is the KMS of this region, which may synchronize multi-Region keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
     /// When it was made: milliseconds since 1970.
     pub created: i64,
     /// The id of its access key.
@@ -320,6 +350,10 @@ impl Transaction {
         }
         Ok(transaction)
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 mod sealed {
@@ -381,10 +415,18 @@ mod tests {
             tags: BTreeMap::from([("a".into(), "b".into())]),
             policy: Some("{}".into()),
             key_store: Some(InKeyStore { id: "cks-1".into(), version: Uuid::from_u128(2) }),
+            multi_region: Some(MultiRegion {
+                primary: "us-east-1".into(),
+                generation: 3,
+                replicas: BTreeMap::from([("eu-west-1".into(), 2)]),
+                moving_to: Some("eu-west-1".into()),
+                deletion_days: Some(7),
+            }),
             versions: vec![VersionEntry {
                 id: Uuid::from_u128(2),
                 created: 4,
                 rotation: Some(RotationType::OnDemand),
+                waits: true,
                 sealed: [8; SEALED_LEN],
             }],
         };

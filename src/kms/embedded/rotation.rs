@@ -74,7 +74,8 @@ impl Embedded {
             if entry.rotation.as_ref().is_some_and(|rotation| rotation.days == days) {
                 return Ok(entry.clone());
             }
-            Ok(KeyEntry { rotation: Some(Rotation::begin(days, now.moment.wall)), ..entry.clone() })
+            let rotation = Some(Rotation::begin(days, now.moment.wall));
+            Ok(KeyEntry { rotation, ..entry.clone() }.shared_anew())
         });
         let call = Call::new("EnableKeyRotation").on(key).with("rotationPeriodInDays", days);
         self.record(call, enabled.map(drop))
@@ -84,7 +85,10 @@ impl Embedded {
     pub fn disable_rotation(&self, key: &str) -> Result<(), KmsError> {
         let disabled = self.change_key(key, |entry, _| {
             self.check_rotatable(entry)?;
-            Ok(KeyEntry { rotation: None, ..entry.clone() })
+            if entry.rotation.is_none() {
+                return Ok(entry.clone());
+            }
+            Ok(KeyEntry { rotation: None, ..entry.clone() }.shared_anew())
         });
         self.record(Call::new("DisableKeyRotation").on(key), disabled.map(drop))
     }
@@ -100,10 +104,11 @@ impl Embedded {
         })
     }
 
-    /// RotateKeyOnDemand; returns the key's ARN. The rhythm of the automatic rotation stays.
+    /// RotateKeyOnDemand; returns the key's ARN. The rhythm of the automatic rotation stays. A multi-Region
+    /// key that has replicas encrypts by the new version once all of them have it.
     pub fn rotate_on_demand(&self, key: &str) -> Result<String, KmsError> {
         let rotated = self.log.write(|log, now| {
-            let mut entry = log.state().key(key, &self.place)?.clone();
+            let entry = log.state().key(key, &self.place)?.clone();
             self.check_rotatable(&entry)?;
             let arn = self.place.key_arn(entry.id);
             let on_demand = entry.versions.iter().filter(|v| v.rotation == Some(RotationType::OnDemand));
@@ -113,8 +118,13 @@ impl Embedded {
                     format!("{arn} has been rotated on demand {ON_DEMAND_MAX} times, which is the limit."),
                 ));
             }
-            entry.versions.push(new_version(log, &entry, now.time, RotationType::OnDemand)?);
-            Ok((vec![Change::Key(entry)], arn))
+            if entry.versions.iter().any(|version| version.waits) {
+                let message =
+                    format!("{arn} is being rotated: not all of its replicas have the new material.");
+                return Err(KmsError::Other(Exception::Conflict, message));
+            }
+            let version = new_version(log, &entry, now.time, RotationType::OnDemand)?;
+            Ok((vec![Change::Key(entry.with_version(version))], arn))
         });
         self.record(Call::new("RotateKeyOnDemand").on(key), rotated)
     }
@@ -123,12 +133,12 @@ impl Embedded {
     pub fn versions(&self, key: &str) -> Result<Vec<KeyVersion>, KmsError> {
         self.current(|log| {
             let entry = log.state().key(key, &self.place)?;
-            let last = entry.versions.last().map(|v| v.id);
+            let current = entry.current().map(|v| v.id);
             let version = |v: &VersionEntry| KeyVersion {
                 material: material_id(entry.id, v.id),
                 created: v.created,
                 rotation: v.rotation,
-                current: Some(v.id) == last,
+                current: Some(v.id) == current,
             };
             Ok(entry.versions.iter().map(version).collect())
         })
@@ -137,7 +147,9 @@ impl Embedded {
     fn check_rotatable(&self, key: &KeyEntry) -> Result<(), KmsError> {
         key.check_alive(&self.place)?;
         key.check_origin(false, &self.place)?;
-        key.check_usable(&self.place)
+        key.check_usable(&self.place)?;
+        self.check_primary(key)?;
+        self.check_not_updating(key)
     }
 }
 
@@ -155,7 +167,7 @@ pub fn new_version(
 pub fn first_version(log: &OpenLog, key: Uuid, time: i64) -> Result<VersionEntry, KmsError> {
     let id = Uuid::new_v4();
     let sealed = log.keys().seal(key, id, &Material::random()?)?;
-    Ok(VersionEntry { id, created: time, rotation: None, sealed })
+    Ok(VersionEntry { id, created: time, rotation: None, waits: false, sealed })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 use crate::kms::embedded::grant_records::GrantEntry;
 use crate::kms::embedded::records::{
     AliasEntry, Change, Connection, InKeyStore, KeyEntry, KeyStoreEntry, Orphan, PrincipalEntry, Transaction,
+    VersionEntry,
 };
 use crate::kms::key_ref::{KeyName, Locality};
 use crate::kms::{KeyState, KmsError};
@@ -147,7 +148,7 @@ impl State {
             self.key_store(&of.id).is_some_and(|store| store.connection == Connection::Connected)
         };
         match key.state() {
-            KeyState::PendingDeletion => KeyState::PendingDeletion,
+            state @ (KeyState::PendingDeletion | KeyState::PendingReplicaDeletion) => state,
             _ if key.key_store.as_ref().is_some_and(|of| !is_connected(of)) => KeyState::Unavailable,
             state => state,
         }
@@ -204,12 +205,22 @@ impl KeyEntry {
 
     /// The state that AWS would name, except for custom key stores ([`State::state_of`]).
     pub fn state(&self) -> KeyState {
+        let related = self.multi_region.as_ref();
         match (&self.deletion, self.enabled) {
             (Some(_), _) => KeyState::PendingDeletion,
+            (None, _) if related.is_some_and(|it| it.deletion_days.is_some()) => {
+                KeyState::PendingReplicaDeletion
+            }
             (None, _) if self.versions.is_empty() && self.key_store.is_none() => KeyState::PendingImport,
+            (None, true) if related.is_some_and(|it| it.moving_to.is_some()) => KeyState::Updating,
             (None, true) => KeyState::Enabled,
             (None, false) => KeyState::Disabled,
         }
+    }
+
+    /// The version that encrypts, if there is one here.
+    pub fn current(&self) -> Option<&VersionEntry> {
+        self.versions.iter().rev().find(|version| !version.waits)
     }
 
     /// Fails unless the key may encrypt and decrypt.
@@ -235,13 +246,10 @@ impl KeyEntry {
 
     /// Fails if the key waits for deletion.
     pub fn check_alive(&self, place: &Locality) -> Result<(), KmsError> {
-        match self.deletion {
-            None => Ok(()),
-            Some(_) => {
-                let message = format!("{} is pending deletion.", place.key_arn(self.id));
-                Err(KmsError::PendingDeletion(message))
-            }
-        }
+        let state = self.state();
+        let is_dying = matches!(state, KeyState::PendingDeletion | KeyState::PendingReplicaDeletion);
+        let refusal = is_dying.then(|| state.refusal(&place.key_arn(self.id)));
+        refusal.flatten().map_or(Ok(()), Err)
     }
 
     /// Fails unless the key's material is imported, or is the KMS's own, as `external` says.

@@ -26,6 +26,7 @@ use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
+use std::thread::Thread;
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -64,6 +65,8 @@ pub(super) struct Server {
     pub kms: Arc<Embedded>,
     /// What was refused and is not in the audit log yet.
     pub refusals: Arc<Refusals>,
+    /// It brings other regions what has changed of multi-Region keys.
+    synchronizing: Thread,
     places: Arc<Places>,
     /// For each principal that has asked something.
     turns: Mutex<HashMap<String, Arc<Semaphore>>>,
@@ -71,8 +74,9 @@ pub(super) struct Server {
 
 impl Server {
     /// A server of this KMS, with nobody connected.
-    pub(super) fn new(kms: Arc<Embedded>, refusals: Arc<Refusals>) -> Arc<Self> {
-        Arc::new(Server { kms, refusals, places: Arc::default(), turns: Mutex::default() })
+    pub(super) fn new(kms: Arc<Embedded>, refusals: Arc<Refusals>, synchronizing: Thread) -> Arc<Self> {
+        let (places, turns) = (Arc::default(), Mutex::default());
+        Arc::new(Server { kms, refusals, synchronizing, places, turns })
     }
 
     fn turns_of(&self, principal: &str) -> Arc<Semaphore> {
@@ -316,7 +320,11 @@ fn answer_signed(server: &Server, signed: &SignedRequest) -> operations::Answer 
     let fields = Fields::parse(&signed.body)?;
     let (kms, refusals, bytes) = (&*server.kms, &*server.refusals, signed.body.len());
     let request = Request::new(kms, refusals, &signed.caller, &signed.access_key, fields, bytes);
-    operations::answer(&request, &signed.operation)
+    let answer = operations::answer(&request, &signed.operation);
+    if answer.is_ok() && operations::CHANGE_WHAT_REGIONS_SHARE.contains(&&*signed.operation) {
+        server.synchronizing.unpark();
+    }
+    answer
 }
 
 /// The headers as texts, names in lower case.

@@ -14,6 +14,7 @@ pub mod wire;
 
 use crate::base::{Context, Error, Kind, Result};
 use crate::kms::embedded::Embedded;
+use crate::kms::regions;
 use http::Server;
 use places::Peer;
 use refusals::Refusals;
@@ -70,7 +71,8 @@ pub fn serve(
     let kms = Arc::new(kms.recorded_by_caller());
     let refusals = Arc::<Refusals>::default();
     refusals::tell_in_time(&kms, &refusals)?;
-    runtime.block_on(listen(Server::new(kms, refusals), address, tls, ready))
+    let synchronizing = regions::synchronize_in_time(&kms).context(|| "synchronize regions")?;
+    runtime.block_on(listen(Server::new(kms, refusals, synchronizing), address, tls, ready))
 }
 
 async fn listen(

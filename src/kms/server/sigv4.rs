@@ -1,8 +1,9 @@
 //! AWS Signature Version 4: whether a request was made by whoever has the secret of the
 //! access key that it names.
 //!
-//! Pure: a request, the time and a secret in, yes or AWS's own refusal out. Signatures in the query
-//! ("presigned URLs") are not accepted: nobody needs them for a KMS, and they end in logs.
+//! Pure: a request, the time and a secret in, yes or AWS's own refusal out; and the header of a request
+//! of our own. Signatures in the query ("presigned URLs") are not accepted: nobody needs them for a
+//! KMS, and they end in logs.
 
 use crate::kms::server::wire::WireError;
 use hmac::{Hmac, KeyInit, Mac};
@@ -157,12 +158,7 @@ impl Authorization {
         if request.header("x-amz-content-sha256").is_some_and(|claimed| claimed != hash) {
             return Err(invalid("The body does not have the hash that x-amz-content-sha256 says."));
         }
-        let time = request.header("x-amz-date").unwrap_or_default();
-        let canonical = self.canonical(request, &hash);
-        let scope = format!("{}/{}/{SERVICE}/aws4_request", self.date, self.region);
-        let to_sign =
-            format!("{ALGORITHM}\n{time}\n{scope}\n{}", hex::encode(Sha256::digest(canonical.as_bytes())));
-        let expected = hex::encode(mac(&self.signing_key(secret)[..], to_sign.as_bytes()));
+        let expected = self.signature(request, &hash, secret);
         if expected.as_bytes().ct_eq(self.signature.as_bytes()).into() {
             return Ok(());
         }
@@ -170,6 +166,22 @@ impl Authorization {
             "The request signature we calculated does not match the signature you provided. Check your AWS \
              Secret Access Key and signing method. Consult the service documentation for details.",
         ))
+    }
+
+    /// What `secret` signs this request with, whose body has this hash.
+    fn signature(&self, request: &Signed<'_>, hash: &str, secret: &str) -> String {
+        let time = request.header("x-amz-date").unwrap_or_default();
+        let canonical = self.canonical(request, hash);
+        let to_sign = format!(
+            "{ALGORITHM}\n{time}\n{}\n{}",
+            self.scope(),
+            hex::encode(Sha256::digest(canonical.as_bytes()))
+        );
+        hex::encode(mac(&self.signing_key(secret)[..], to_sign.as_bytes()))
+    }
+
+    fn scope(&self) -> String {
+        format!("{}/{}/{SERVICE}/aws4_request", self.date, self.region)
     }
 
     fn canonical(&self, request: &Signed<'_>, hash: &str) -> String {
@@ -200,6 +212,32 @@ impl Signed<'_> {
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
+}
+
+/// The Authorization header of a request to the KMS of `region`: `secret` signs all of its headers, which are
+/// sorted, and `x-amz-date` is one of them.
+pub fn authorization(request: &Signed<'_>, region: &str, access_key: &str, secret: &str) -> String {
+    let date = request.header("x-amz-date").and_then(|time| time.get(..8)).unwrap_or_default();
+    let mut authorization = Authorization {
+        access_key: access_key.to_owned(),
+        date: date.to_owned(),
+        region: region.to_owned(),
+        signed_headers: request.headers.iter().map(|(name, _)| name.clone()).collect(),
+        signature: String::new(),
+    };
+    let hash = hex::encode(Sha256::digest(request.body));
+    authorization.signature = authorization.signature(request, &hash, secret);
+    format!(
+        "{ALGORITHM} Credential={access_key}/{}, SignedHeaders={}, Signature={}",
+        authorization.scope(),
+        authorization.signed_headers.join(";"),
+        authorization.signature
+    )
+}
+
+/// `now` as `x-amz-date` has it.
+pub fn date_header(now: OffsetDateTime) -> String {
+    format_time(now)
 }
 
 /// What is answered to an access key or a session token that nobody has.
@@ -294,6 +332,15 @@ mod tests {
         let mut hashed = headers();
         hashed.push(("x-amz-content-sha256".into(), "UNSIGNED-PAYLOAD".into()));
         assert_eq!(judge(&hashed, b"{}", SECRET, NOW), bad);
+    }
+
+    #[test]
+    fn what_we_sign_is_what_botocore_signs() {
+        let mut headers = headers();
+        let (_, signed) = headers.pop().unwrap();
+        headers.sort();
+        let request = Signed { method: "POST", path: "/", query: "", headers: &headers, body: b"{}" };
+        assert_eq!(authorization(&request, "us-east-1", "AKIAIOSFODNN7EXAMPLE", SECRET), signed);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 fn principal(kms: &Embedded, name: &str) -> Caller {
     let made = kms.create_principal(name, false).unwrap().0;
-    Caller { arn: made.arn, admin: false }
+    Caller { arn: made.arn, admin: false, peer: None }
 }
 
 fn subset(pairs: &[(&str, &str)]) -> Constraint {

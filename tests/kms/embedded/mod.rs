@@ -7,6 +7,7 @@ mod grants;
 pub(crate) mod hands;
 mod import;
 mod processes;
+mod regions;
 mod rotation;
 mod rules;
 mod tags;

@@ -1,11 +1,13 @@
 //! Keys and aliases.
 
+use crate::kms::EncryptionContext;
 use crate::kms::embedded::admin::{AliasMetadata, DELETION_DAYS, KeyMetadata, NewKey};
 use crate::kms::embedded::grant_records::GrantOperation;
+use crate::kms::embedded::multi_region::{Related, Relatives};
 use crate::kms::errors::out_of_range;
+use crate::kms::key_ref::id_text;
 use crate::kms::server::operations::{Answer, Request, paged, seconds};
 use crate::kms::server::wire::{Fields, WireError, missing};
-use crate::kms::{EncryptionContext, KeyState};
 use serde_json::{Value, json};
 
 const DEFAULT_DELETION_DAYS: i64 = 30;
@@ -18,8 +20,8 @@ pub(super) fn create(request: &Request<'_>) -> Answer {
     fields.one_of("CustomerMasterKeySpec", &["SYMMETRIC_DEFAULT"], "SYMMETRIC_DEFAULT")?;
     let origin = fields.one_of("Origin", &["AWS_KMS", "EXTERNAL", "AWS_CLOUDHSM"], "AWS_KMS")?;
     let key_store = fields.maybe_text("CustomKeyStoreId")?;
-    if fields.flag("MultiRegion")? || fields.maybe_text("XksKeyId")?.is_some() {
-        return Err(WireError::unsupported("Keys of several regions and external keys are not supported."));
+    if fields.maybe_text("XksKeyId")?.is_some() {
+        return Err(WireError::unsupported("External keys are not supported."));
     }
     if (origin == "AWS_CLOUDHSM") != key_store.is_some() {
         return Err(WireError::validation(
@@ -32,6 +34,7 @@ pub(super) fn create(request: &Request<'_>) -> Answer {
         alias: None,
         external: origin == "EXTERNAL",
         key_store,
+        multi_region: fields.flag("MultiRegion")?,
         tags: &tags,
         policy: fields.maybe_text("Policy")?,
     };
@@ -48,7 +51,7 @@ pub(super) fn describe(request: &Request<'_>) -> Answer {
 pub(super) fn list(request: &Request<'_>) -> Answer {
     request.admin("ListKeys")?;
     let page = request.piece()?.of(request.kms.keys()?, |key| key.id.to_string(), 100)?;
-    Ok(paged("Keys", page, |key| json!({ "KeyId": key.id.to_string(), "KeyArn": key.arn })))
+    Ok(paged("Keys", page, |key| json!({ "KeyId": id_text(key.id), "KeyArn": key.arn })))
 }
 
 pub(super) fn enable(request: &Request<'_>) -> Answer {
@@ -67,12 +70,16 @@ pub(super) fn schedule_deletion(request: &Request<'_>) -> Answer {
     let range = i64::from(*DELETION_DAYS.start())..=i64::from(*DELETION_DAYS.end());
     let days = u32::try_from(days).map_err(|_| out_of_range(days, "pendingWindowInDays", &range))?;
     let dying = request.kms.schedule_deletion(key, days)?;
-    Ok(json!({
+    let mut answer = json!({
         "KeyId": dying.arn,
-        "DeletionDate": dying.deletion.map(seconds),
         "KeyState": dying.state.name(),
         "PendingWindowInDays": days,
-    }))
+    });
+    // A primary key waits for the end of its replicas, and nobody knows when that is.
+    if let Some(at) = dying.deletion {
+        answer["DeletionDate"] = seconds(at);
+    }
+    Ok(answer)
 }
 
 pub(super) fn cancel_deletion(request: &Request<'_>) -> Answer {
@@ -118,7 +125,7 @@ pub(super) fn list_aliases(request: &Request<'_>) -> Answer {
         json!({
             "AliasName": alias.name,
             "AliasArn": alias.arn,
-            "TargetKeyId": alias.key.to_string(),
+            "TargetKeyId": id_text(alias.key),
             "CreationDate": seconds(alias.created),
             "LastUpdatedDate": seconds(alias.updated),
         })
@@ -145,13 +152,13 @@ fn target(fields: &Fields) -> Result<&str, WireError> {
     Ok(key)
 }
 
-fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
+pub(super) fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
     let mut metadata = json!({
         "AWSAccountId": request.kms.locality().account,
-        "KeyId": key.id.to_string(),
+        "KeyId": id_text(key.id),
         "Arn": key.arn,
         "CreationDate": seconds(key.created),
-        "Enabled": key.state == KeyState::Enabled,
+        "Enabled": key.state.is_usable(),
         "Description": key.description,
         "KeyUsage": "ENCRYPT_DECRYPT",
         "KeyState": key.state.name(),
@@ -160,14 +167,19 @@ fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
         "CustomerMasterKeySpec": "SYMMETRIC_DEFAULT",
         "KeySpec": "SYMMETRIC_DEFAULT",
         "EncryptionAlgorithms": ["SYMMETRIC_DEFAULT"],
-        "MultiRegion": false,
+        "MultiRegion": key.multi_region.is_some(),
     });
+    if let Some(relatives) = &key.multi_region {
+        metadata["MultiRegionConfiguration"] = relatives_json(relatives);
+    }
     if let Some((store, cluster)) = &key.key_store {
         metadata["CustomKeyStoreId"] = store.as_str().into();
         metadata["CloudHsmClusterId"] = cluster.as_str().into();
     }
     if let Some(at) = key.deletion {
         metadata["DeletionDate"] = seconds(at);
+    } else if let Some(days) = key.deletion_days {
+        metadata["PendingDeletionWindowInDays"] = days.into();
     }
     if let Some(material) = &key.material {
         metadata["CurrentKeyMaterialId"] = material.as_str().into();
@@ -181,4 +193,14 @@ fn metadata(request: &Request<'_>, key: &KeyMetadata) -> Value {
         metadata["ValidTo"] = seconds(at);
     }
     metadata
+}
+
+/// MultiRegionConfiguration.
+fn relatives_json(relatives: &Relatives) -> Value {
+    let related = |key: &Related| json!({ "Arn": key.arn, "Region": key.region });
+    json!({
+        "MultiRegionKeyType": if relatives.is_primary { "PRIMARY" } else { "REPLICA" },
+        "PrimaryKey": related(&relatives.primary),
+        "ReplicaKeys": relatives.replicas.iter().map(related).collect::<Vec<_>>(),
+    })
 }

@@ -10,6 +10,7 @@ mod import;
 mod key_stores;
 mod keys;
 mod notes;
+mod regions;
 mod trail;
 
 use crate::crypt::secret_mem::on_scrubbed_stack;
@@ -53,6 +54,17 @@ impl<'a> Request<'a> {
         Request { kms, caller, access_key, fields, refusals, bytes, has_right: Cell::new(caller.admin) }
     }
 }
+
+/// After these, what other regions have of a multi-Region key may be out of date.
+pub(super) const CHANGE_WHAT_REGIONS_SHARE: [&str; 7] = [
+    "DisableKeyRotation",
+    "EnableKeyRotation",
+    "ReplicateKey",
+    "RotateKeyOnDemand",
+    "ScheduleKeyDeletion",
+    "UpdatePrimaryRegion",
+    regions::SYNCHRONIZE,
+];
 
 /// What is answered; null is an empty body.
 pub(super) type Answer = Result<Value, WireError>;
@@ -116,6 +128,10 @@ fn perform(request: &Request<'_>, operation: &str) -> Answer {
         "GetParametersForImport" => import::parameters(request),
         "ImportKeyMaterial" => import::import(request),
         "DeleteImportedKeyMaterial" => import::delete(request),
+        "ReplicateKey" => regions::replicate(request),
+        "UpdatePrimaryRegion" => regions::update_primary(request),
+        "GetParametersForSynchronization" => regions::parameters(request),
+        regions::SYNCHRONIZE => regions::synchronize(request),
         _ => Err(WireError { kind: "UnknownOperationException", message: None }),
     }
 }

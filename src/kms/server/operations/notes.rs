@@ -5,6 +5,7 @@ use crate::kms::embedded::records::RotationType;
 use crate::kms::embedded::rotation::{DEFAULT_PERIOD, KeyVersion, PERIOD_DAYS};
 use crate::kms::embedded::tags::POLICY_NAME;
 use crate::kms::errors::out_of_range;
+use crate::kms::key_ref::id_text;
 use crate::kms::server::operations::{Answer, Request, keys, paged, seconds};
 use crate::kms::server::wire::WireError;
 use serde_json::{Value, json};
@@ -42,7 +43,7 @@ pub(super) fn list_rotations(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ListKeyRotations")?;
     let which = ["ROTATIONS_ONLY", "ALL_KEY_MATERIAL"];
     let all = request.fields.one_of("IncludeKeyMaterial", &which, which[0])? == which[1];
-    let id = request.kms.key(key)?.id.to_string();
+    let id = id_text(request.kms.key(key)?.id);
     let versions = request.kms.versions(key)?.into_iter().enumerate();
     let versions = versions.filter(|(_, version)| all || version.rotation.is_some());
     let page = request.piece()?.of(versions, |(n, _)| format!("{n:08}"), 100)?;

@@ -1,0 +1,450 @@
+//! Multi-Region keys in the stores of several regions. What goes from one to another is carried here by hand,
+//! so that each step can be left out, done twice, or changed on the way.
+
+use crate::embedded::hands::{DAY, Hands};
+use crate::embedded::{Place, volume};
+use sealblk::base::Locality;
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::admin::{KeyMetadata, NewKey};
+use sealblk::kms::embedded::synchronization::{Message, NewReplica};
+use sealblk::kms::{KeyState, KmsError};
+use std::fs;
+
+const HOME: &str = "us-east-1";
+const FAR: &str = "eu-west-1";
+const THIRD: &str = "ap-south-1";
+
+/// The store of one region.
+struct Region {
+    place: Place,
+    name: &'static str,
+    clock: Hands,
+}
+
+impl Region {
+    fn new(name: &'static str) -> Self {
+        Region { place: Place::new(), name, clock: Hands::new() }
+    }
+
+    fn open(&self) -> Embedded {
+        let here = Locality { region: self.name.into(), account: "000000000000".into() };
+        let hardened = sealblk::base::hardened::harden().unwrap();
+        Embedded::in_place(
+            self.place.data(),
+            self.place.config(),
+            Box::new(self.clock.clone()),
+            here,
+            hardened,
+        )
+    }
+}
+
+fn multi_region(kms: &Embedded) -> KeyMetadata {
+    kms.create(&NewKey { multi_region: true, ..NewKey::default() }).unwrap()
+}
+
+fn id(key: &KeyMetadata) -> String {
+    key.arn.rsplit('/').next().unwrap().to_owned()
+}
+
+/// A message of `from` for `to`, which it has not taken yet.
+struct Carried {
+    token: Vec<u8>,
+    message: Message,
+    generation: u64,
+}
+
+/// What `from` has to say of the key, under a key that `to` has given; `None` if `to` has it.
+fn carry(
+    (from, from_name): (&Embedded, &str),
+    (to, to_name): (&Embedded, &str),
+    key: &KeyMetadata,
+    new: Option<&NewReplica>,
+) -> Result<Option<Carried>, KmsError> {
+    let wanted = from.generation_for(key.id, to_name)?;
+    let parameters = to.synchronization_parameters(from_name, &id(key), wanted, new.is_some())?;
+    let Some(wrapping) = parameters.wrapping else { return Ok(None) };
+    let (message, generation) = from.message_for(key.id, to_name, &wrapping, new)?;
+    Ok(Some(Carried { token: wrapping.token, message, generation }))
+}
+
+/// Brings what `from` has to `to`, and tells `from`.
+fn bring(
+    from: (&Embedded, &str),
+    to: (&Embedded, &str),
+    key: &KeyMetadata,
+    new: Option<&NewReplica>,
+) -> Result<KeyMetadata, KmsError> {
+    if let Some(carried) = carry(from, to, key, new)? {
+        to.0.receive(from.1, &id(key), &carried.token, &carried.message)?;
+        from.0.note_synchronized(key.id, to.1, carried.generation)?;
+    }
+    to.0.key(&id(key))
+}
+
+fn replicate(from: (&Embedded, &str), to: (&Embedded, &str), key: &KeyMetadata) -> KeyMetadata {
+    from.0.begin_replication(&key.arn, to.1).unwrap();
+    bring(from, to, key, Some(&NewReplica::default())).unwrap()
+}
+
+fn catch_up(from: (&Embedded, &str), to: (&Embedded, &str), key: &KeyMetadata) {
+    while from.0.replicas_behind().unwrap().iter().any(|it| it.region == to.1) {
+        bring(from, to, key, None).unwrap();
+    }
+}
+
+/// Whether what each encrypts the other decrypts.
+#[track_caller]
+fn are_one(one: &Embedded, other: &Embedded, key: &KeyMetadata) {
+    for (from, to) in [(one, other), (other, one)] {
+        let sealed = from.encrypt(&id(key), b"secret", &volume("v")).unwrap();
+        let opened = to.open_blob(Some(&id(key)), &sealed.blob, &volume("v")).unwrap();
+        assert_eq!((&opened.plaintext[..], opened.material), (&b"secret"[..], sealed.material));
+        assert_eq!(opened.key, to.key(&id(key)).unwrap().arn);
+        assert_eq!(to.open_blob(None, &sealed.blob, &volume("w")).err(), Some(KmsError::InvalidCiphertext));
+    }
+}
+
+#[test]
+fn what_one_region_encrypts_its_replica_decrypts_and_the_rest_is_each_one_s_own() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    assert!(id(&key).starts_with("mrk-") && id(&key).len() == 36, "{}", key.arn);
+    one.create_alias("alias/a", &key.arn).unwrap();
+    let before = one.encrypt(&key.arn, b"before", &volume("v")).unwrap();
+    let new = NewReplica { description: "far".into(), tags: vec![("t".into(), "v".into())], policy: None };
+    one.begin_replication(&key.arn, FAR).unwrap();
+    let replica = bring((&one, HOME), (&other, FAR), &key, Some(&new)).unwrap();
+    assert_eq!(replica.arn, format!("arn:aws:kms:{FAR}:000000000000:key/{}", id(&key)));
+    assert_eq!((replica.description.as_str(), replica.aliases.len()), ("far", 0));
+    assert_eq!(other.tags(&replica.arn).unwrap(), [("t".into(), "v".into())].into());
+    assert_eq!(*other.open_blob(None, &before.blob, &volume("v")).unwrap().plaintext, b"before");
+    are_one(&one, &other, &key);
+
+    // The state of one is not that of the other.
+    one.disable(&key.arn).unwrap();
+    assert_eq!(other.key(&replica.arn).unwrap().state, KeyState::Enabled);
+    assert!(other.open_blob(None, &before.blob, &volume("v")).is_ok());
+    one.enable(&key.arn).unwrap();
+
+    let (one, other) = (home.open(), far.open());
+    are_one(&one, &other, &key);
+    let [at_home, at_far] = [&one, &other].map(|kms| kms.key(&id(&key)).unwrap().multi_region.unwrap());
+    assert!(at_home.is_primary && !at_far.is_primary);
+    assert_eq!((&at_home.primary, &at_home.replicas), (&at_far.primary, &at_far.replicas));
+    assert_eq!(at_far.primary.arn, key.arn);
+    assert_eq!(at_home.replicas.iter().map(|it| &*it.arn).collect::<Vec<_>>(), [&*replica.arn]);
+}
+
+#[test]
+fn only_an_enabled_primary_key_of_several_regions_is_replicated() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let single = one.create_key("", None).unwrap();
+    let unsupported = |result: Result<_, KmsError>| {
+        assert!(matches!(result, Err(KmsError::Unsupported(_))), "{:?}", result.err());
+    };
+    unsupported(one.begin_replication(&single.arn, FAR).map(drop));
+    unsupported(one.begin_move(&single.arn, FAR).map(drop));
+    unsupported(one.create(&NewKey { multi_region: true, external: true, ..NewKey::default() }).map(drop));
+    let key = multi_region(&one);
+    assert_eq!(one.begin_replication(&key.arn, HOME).unwrap_err().type_name(), "AlreadyExistsException");
+    one.disable(&key.arn).unwrap();
+    assert_eq!(one.begin_replication(&key.arn, FAR).unwrap_err().type_name(), "DisabledException");
+    one.enable(&key.arn).unwrap();
+    let replica = replicate((&one, HOME), (&other, FAR), &key);
+    assert_eq!(one.begin_replication(&key.arn, FAR).unwrap_err().type_name(), "AlreadyExistsException");
+    unsupported(other.begin_replication(&replica.arn, THIRD).map(drop));
+    unsupported(other.begin_move(&replica.arn, HOME).map(drop));
+    unsupported(other.rotate_on_demand(&replica.arn).map(drop));
+    unsupported(other.enable_rotation(&replica.arn, 90));
+    unsupported(other.disable_rotation(&replica.arn));
+    assert_eq!(one.begin_move(&key.arn, THIRD).unwrap_err().type_name(), "NotFoundException");
+}
+
+#[test]
+fn a_new_version_encrypts_nowhere_before_it_decrypts_everywhere() {
+    let (home, far, third) = (Region::new(HOME), Region::new(FAR), Region::new(THIRD));
+    let (one, two, three) = (home.open(), far.open(), third.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&two, FAR), &key);
+    replicate((&one, HOME), (&three, THIRD), &key);
+    catch_up((&one, HOME), (&two, FAR), &key);
+    catch_up((&one, HOME), (&three, THIRD), &key);
+    let material = |kms: &Embedded| kms.encrypt(&id(&key), b"x", &volume("v")).unwrap().material;
+    let first = material(&one);
+
+    one.rotate_on_demand(&key.arn).unwrap();
+    assert_eq!(one.versions(&key.arn).unwrap().len(), 2);
+    assert_eq!(one.rotate_on_demand(&key.arn).unwrap_err().type_name(), "ConflictException");
+    bring((&one, HOME), (&two, FAR), &key, None).unwrap();
+    for kms in [&one, &two, &three] {
+        assert_eq!(material(kms), first, "one region lacks the new version");
+    }
+    bring((&one, HOME), (&three, THIRD), &key, None).unwrap();
+    let second = material(&one);
+    assert_ne!(second, first);
+    // The others were not told yet that all have it. Each decrypts what the other encrypts all the same.
+    assert_eq!((material(&two), material(&three)), (first.clone(), first));
+    are_one(&one, &two, &key);
+    are_one(&two, &three, &key);
+    catch_up((&one, HOME), (&two, FAR), &key);
+    catch_up((&one, HOME), (&three, THIRD), &key);
+    assert_eq!((material(&two), material(&three)), (second.clone(), second));
+    are_one(&two, &three, &key);
+}
+
+#[test]
+fn the_primary_key_alone_is_rotated_by_its_period() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.enable_rotation(&key.arn, 90).unwrap();
+    catch_up((&one, HOME), (&other, FAR), &key);
+    assert_eq!(other.rotation_status(&id(&key)).unwrap().automatic.unwrap().0, 90);
+    for clock in [&home.clock, &far.clock] {
+        clock.pass(91 * DAY);
+    }
+    assert_eq!(other.versions(&id(&key)).unwrap().len(), 1);
+    assert_eq!(one.versions(&id(&key)).unwrap().len(), 2);
+    // However long the other region is away: a version more, and not one a period.
+    home.clock.pass(400 * DAY);
+    assert_eq!(one.versions(&id(&key)).unwrap().len(), 2);
+    catch_up((&one, HOME), (&other, FAR), &key);
+    are_one(&one, &other, &key);
+    assert_eq!(one.versions(&id(&key)).unwrap().len(), 3, "what was overdue");
+}
+
+#[test]
+fn the_primary_region_moves_and_whatever_was_interrupted_is_gone_on_with() {
+    let (home, far, third) = (Region::new(HOME), Region::new(FAR), Region::new(THIRD));
+    let (one, two, three) = (home.open(), far.open(), third.open());
+    let key = multi_region(&one);
+    for (kms, name) in [(&two, FAR), (&three, THIRD)] {
+        replicate((&one, HOME), (kms, name), &key);
+    }
+    catch_up((&one, HOME), (&two, FAR), &key);
+    one.begin_move(&key.arn, FAR).unwrap();
+    assert_eq!(one.key(&key.arn).unwrap().state, KeyState::Updating);
+    are_one(&one, &two, &key);
+    for refused in [
+        one.begin_move(&key.arn, THIRD).map(drop),
+        one.begin_replication(&key.arn, "r").map(drop),
+        one.rotate_on_demand(&key.arn).map(drop),
+        one.schedule_deletion(&key.arn, 7).map(drop),
+        one.forget_replica(&key.arn, FAR),
+    ] {
+        assert_eq!(refused.unwrap_err().type_name(), "KMSInvalidStateException");
+    }
+    // The other region has taken it, and its answer was lost.
+    let carried = carry((&one, HOME), (&two, FAR), &key, None).unwrap().unwrap();
+    two.receive(HOME, &id(&key), &carried.token, &carried.message).unwrap();
+    assert!(two.key(&id(&key)).unwrap().multi_region.unwrap().is_primary);
+    one.begin_move(&key.arn, FAR).unwrap();
+    assert!(carry((&one, HOME), (&two, FAR), &key, None).unwrap().is_none(), "it has it");
+    one.note_synchronized(key.id, FAR, carried.generation).unwrap();
+    let at_home = one.key(&key.arn).unwrap();
+    assert_eq!(at_home.state, KeyState::Enabled);
+    assert!(!at_home.multi_region.unwrap().is_primary);
+
+    // The new primary key tells all others, also the one that heard nothing of the move.
+    two.rotate_on_demand(&id(&key)).unwrap();
+    for (kms, name) in [(&one, HOME), (&three, THIRD), (&one, HOME), (&three, THIRD)] {
+        catch_up((&two, FAR), (kms, name), &key);
+    }
+    are_one(&one, &three, &key);
+    are_one(&one, &two, &key);
+    assert_eq!(one.versions(&id(&key)).unwrap().len(), 2);
+    let at_third = three.key(&id(&key)).unwrap().multi_region.unwrap();
+    assert_eq!(at_third.primary.region, FAR);
+    // The region that had it has nothing to say any more.
+    let refused = two.receive(HOME, &id(&key), &carried.token, &carried.message).unwrap_err();
+    assert_eq!(refused.type_name(), "AccessDeniedException");
+}
+
+#[test]
+fn a_primary_key_is_deleted_after_its_replicas() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    let dying = one.schedule_deletion(&key.arn, 7).unwrap();
+    assert_eq!((dying.state, dying.deletion), (KeyState::PendingReplicaDeletion, None));
+    let words = format!("{} is pending replica deletion.", key.arn);
+    assert_eq!(one.encrypt(&key.arn, b"x", &volume("v")), Err(KmsError::PendingDeletion(words.clone())));
+    assert_eq!(one.enable(&key.arn).unwrap_err().to_string(), words);
+    home.clock.pass(60 * DAY);
+    assert_eq!(one.key(&key.arn).unwrap().state, KeyState::PendingReplicaDeletion);
+    assert_eq!(one.cancel_deletion(&key.arn).unwrap().state, KeyState::Disabled);
+    one.schedule_deletion(&key.arn, 7).unwrap();
+
+    // It asks now and then, and learns nothing while the replica is there.
+    assert_eq!(one.replicas_behind().unwrap().len(), 1);
+    bring((&one, HOME), (&other, FAR), &key, None).unwrap();
+    other.schedule_deletion(&id(&key), 7).unwrap();
+    far.clock.pass(8 * DAY);
+    let gone = bring((&one, HOME), (&other, FAR), &key, None).unwrap_err();
+    assert_eq!(gone.type_name(), "NotFoundException");
+    one.note_replica_gone(key.id, FAR).unwrap();
+    let dying = one.key(&key.arn).unwrap();
+    assert_eq!((dying.state, dying.deletion_days), (KeyState::PendingDeletion, Some(7)));
+    home.clock.pass(8 * DAY);
+    assert_eq!(one.key(&key.arn).unwrap_err().type_name(), "NotFoundException");
+}
+
+#[test]
+fn a_replica_that_is_lost_is_forgotten_and_rotation_goes_on() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.rotate_on_demand(&key.arn).unwrap();
+    assert_eq!(one.rotate_on_demand(&key.arn).unwrap_err().type_name(), "ConflictException");
+    assert_eq!(one.forget_replica(&key.arn, THIRD).unwrap_err().type_name(), "NotFoundException");
+    one.forget_replica(&key.arn, FAR).unwrap();
+    assert_eq!(one.replicas_behind().unwrap(), []);
+    one.rotate_on_demand(&key.arn).unwrap();
+    let versions = one.versions(&key.arn).unwrap();
+    assert_eq!((versions.len(), versions[2].current), (3, true));
+}
+
+/// A store whose last change was never made: of a backup, or of a KMS that somebody rolled back.
+fn rolled_back(region: &Region, change: impl FnOnce(&Embedded)) -> Embedded {
+    let (log, head) = (region.place.log(), region.place.anchor());
+    let kept = [&log, &head].map(|path| fs::read(path).unwrap());
+    change(&region.open());
+    fs::write(&log, &kept[0]).unwrap();
+    fs::write(&head, &kept[1]).unwrap();
+    region.open()
+}
+
+#[test]
+fn no_message_takes_a_version_away_or_goes_back() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    let one = rolled_back(&home, |one| {
+        one.rotate_on_demand(&key.arn).unwrap();
+        catch_up((one, HOME), (&other, FAR), &key);
+    });
+    assert_eq!(other.versions(&id(&key)).unwrap().len(), 2);
+    // It has gone back, goes another way, and passes the number that the replica has.
+    let mut outcomes = Vec::new();
+    for days in [90, 91, 92, 93] {
+        one.enable_rotation(&key.arn, days).unwrap();
+        let carried = carry((&one, HOME), (&other, FAR), &key, None).unwrap();
+        outcomes.extend(
+            carried.map(|it| other.receive(HOME, &id(&key), &it.token, &it.message).unwrap_err().type_name()),
+        );
+    }
+    assert!(!outcomes.is_empty() && outcomes.iter().all(|it| *it == "ConflictException"), "{outcomes:?}");
+    assert_eq!(other.versions(&id(&key)).unwrap().len(), 2);
+}
+
+#[test]
+fn a_message_is_for_one_key_one_region_one_token_and_by_the_primary_region() {
+    let (home, far, third) = (Region::new(HOME), Region::new(FAR), Region::new(THIRD));
+    let (one, other, stranger) = (home.open(), far.open(), third.open());
+    let (key, second) = (multi_region(&one), multi_region(&one));
+    let new = NewReplica::default();
+    one.begin_replication(&key.arn, FAR).unwrap();
+    let make = |key: &KeyMetadata| {
+        carry((&one, HOME), (&other, FAR), key, Some(&new)).unwrap().expect("it has none")
+    };
+    let (carried, of_second) = (make(&key), make(&second));
+    let refused = |from: &str, key: &KeyMetadata, token: &[u8], message: &Message| {
+        other.receive(from, &id(key), token, message).unwrap_err().type_name()
+    };
+    let validation = "ValidationException";
+    assert_eq!(refused(THIRD, &key, &carried.token, &carried.message), validation);
+    assert_eq!(refused(HOME, &second, &carried.token, &carried.message), validation);
+    assert_eq!(refused(HOME, &key, &of_second.token, &carried.message), validation);
+    assert_eq!(refused(HOME, &key, b"", &carried.message), validation);
+    let changed = |change: &dyn Fn(&mut Message)| {
+        let Message { shared, wrapped_key, material } = &carried.message;
+        let mut message =
+            Message { shared: shared.clone(), wrapped_key: wrapped_key.clone(), material: material.clone() };
+        change(&mut message);
+        refused(HOME, &key, &carried.token, &message)
+    };
+    let bad = "InvalidCiphertextException";
+    assert_eq!(changed(&|it| it.material[0] ^= 1), bad);
+    assert_eq!(changed(&|it| it.material.truncate(40)), bad);
+    assert_eq!(changed(&|it| it.material.clear()), bad);
+    assert_eq!(changed(&|it| it.wrapped_key[9] ^= 1), bad);
+    assert_eq!(
+        changed(&|it| it.shared = it.shared.replace("\"description\":\"\"", "\"description\":\"x\"")),
+        bad
+    );
+    assert_eq!(changed(&|it| it.shared = it.shared.replace(FAR, THIRD)), validation);
+    assert_eq!(changed(&|it| it.shared = "{}".into()), validation);
+    far.clock.pass(10 * 60_000);
+    assert_eq!(refused(HOME, &key, &carried.token, &carried.message), validation, "it has expired");
+    assert_eq!(other.keys().unwrap(), []);
+
+    // A stranger has no part in a key that is there, whatever he says.
+    replicate((&one, HOME), (&other, FAR), &key);
+    let denied = |result: Result<_, KmsError>| {
+        assert_eq!(result.unwrap_err().type_name(), "AccessDeniedException");
+    };
+    denied(other.synchronization_parameters(THIRD, &id(&key), 99, true).map(drop));
+    denied(one.synchronization_parameters(THIRD, &id(&key), 99, true).map(drop));
+    // Nor does a replica's region tell the primary key's what it is to have.
+    let wrapping = one.synchronization_parameters(FAR, &id(&key), 99, true).unwrap().wrapping.unwrap();
+    let (message, _) = other.message_for(key.id, HOME, &wrapping, None).unwrap();
+    assert!(one.receive(FAR, &id(&key), &wrapping.token, &message).is_err());
+    // What to wrap with is a key of a good size.
+    let mut small = wrapping.clone();
+    small.public_key = one
+        .import_parameters(
+            &one.create(&NewKey { external: true, ..NewKey::default() }).unwrap().arn,
+            sealblk::kms::embedded::import::WrappingKeySpec::Rsa2048,
+        )
+        .unwrap()
+        .public_key;
+    assert!(matches!(one.message_for(key.id, FAR, &small, None), Err(KmsError::Validation(_))));
+    drop(stranger);
+}
+
+#[test]
+fn a_replica_s_region_does_not_make_itself_the_primary_one() {
+    let (home, far, third) = (Region::new(HOME), Region::new(FAR), Region::new(THIRD));
+    let (one, other, stranger) = (home.open(), far.open(), third.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    // It believes to be, and says so in good form; what it was told is not so.
+    let one = rolled_back(&home, |one| {
+        one.begin_move(&key.arn, FAR).unwrap();
+        bring((one, HOME), (&other, FAR), &key, None).unwrap();
+    });
+    other.rotate_on_demand(&id(&key)).unwrap();
+    let carried = carry((&other, FAR), (&one, HOME), &key, None).unwrap().expect("it has less");
+    let refused = one.receive(FAR, &id(&key), &carried.token, &carried.message).unwrap_err();
+    assert_eq!(refused.type_name(), "AccessDeniedException");
+    assert!(one.key(&key.arn).unwrap().multi_region.unwrap().is_primary);
+    // Nor does it bring a key to a third region in the name of the first.
+    let wrapping = stranger.synchronization_parameters(FAR, &id(&key), 1, true).unwrap().wrapping.unwrap();
+    let (message, _) = one.message_for(key.id, THIRD, &wrapping, Some(&NewReplica::default())).unwrap();
+    let refused = stranger.receive(FAR, &id(&key), &wrapping.token, &message).unwrap_err();
+    assert_eq!(refused.type_name(), "ValidationException");
+    assert_eq!(stranger.keys().unwrap(), []);
+}
+
+#[test]
+fn two_that_bring_the_same_are_no_conflict() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.rotate_on_demand(&key.arn).unwrap();
+    let mut messages = [(); 2].map(|()| carry((&one, HOME), (&other, FAR), &key, None).unwrap().unwrap());
+    for Carried { token, message, generation } in &mut messages {
+        other.receive(HOME, &id(&key), token, message).unwrap();
+        one.note_synchronized(key.id, FAR, *generation).unwrap();
+    }
+    catch_up((&one, HOME), (&other, FAR), &key);
+    are_one(&one, &other, &key);
+}
