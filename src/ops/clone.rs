@@ -15,12 +15,14 @@ use crate::catalog::slots::KeySlot;
 use crate::catalog::snapshot::Snapshot;
 use crate::catalog::{Catalog, VolumeId};
 use crate::events::EventLog;
-use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError, KmsKey};
+use crate::kms::{Failure, KeyDescription, KeyProvider, KmsError, KmsKey, WrappedKey};
 use crate::ops::also_keys::Also;
 use crate::ops::keys::WrappingKey;
 use crate::ops::make::{self, Wanted};
 use crate::ops::need::{self, Budget};
 use crate::volume::open::Unwrap;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 /// How a KMS is reached, by the name of its provider.
 pub type OpenProvider<'a> = &'a dyn Fn(&str) -> Result<Box<dyn KeyProvider>, KmsError>;
@@ -96,14 +98,14 @@ fn layout(
     ways: Keys<'_>,
 ) -> Result<Layout, Failure> {
     let (below, going_on) = (snapshot.layout().top(), snapshot.layout().hydrate());
-    let mut only = None;
+    let mut which = Which::All;
     let (with, hydrate) = match top {
         TopKey::Snapshots => (None, going_on),
         TopKey::Own(key) => (Some(key), going_on),
         TopKey::Under { key, own } => match is_key_of(&key, snapshot)? {
             Some(_) if own => (Some(key), going_on),
             Some(named) => {
-                only = Some(named);
+                which = Which::Only(named);
                 (None, going_on)
             }
             None => (Some(key), Some(below.id)),
@@ -116,7 +118,7 @@ fn layout(
     }
     // First whether the key that was asked for can be had at all.
     let fresh = with.map(|key| key.generate(id)).transpose()?;
-    let mut keys = rewrap_all(snapshot, id.into(), only.as_ref(), ways)?;
+    let mut keys = rewrap_all(snapshot, id.into(), &which, ways)?;
     let top_key = match fresh {
         Some(fresh) => {
             // After the snapshot's: what proves its layers goes by the numbers that their keys have there.
@@ -148,21 +150,50 @@ pub(super) fn is_key_of(with: &WrappingKey<'_>, snapshot: &Snapshot) -> Result<O
 }
 
 /// The snapshot's data keys for another `owner`: each slot wrapped by the same KMS key as before, and those
-/// of `ways.also` besides. Of a data key that `only` wraps, that slot alone. A slot whose KMS key cannot be
-/// used is left out, with a warning, as long as the data key has another one.
+/// of `ways.also` besides. Of each data key the slots that `which` means. A slot whose KMS key cannot be used
+/// is left out, with a warning, as long as the data key has another one.
 ///
 /// # Errors
 /// Those of the KMS; where a data key has no slot that can be used, the answer of each.
 pub(crate) fn rewrap_all(
     snapshot: &Snapshot,
     owner: KeyOwner,
-    only: Option<&KmsKey>,
+    which: &Which,
     ways: Keys<'_>,
 ) -> Result<Vec<KeyRecord>, Failure> {
     let each = |key: &KeyRecord| {
-        ways.also.wrap(owner, rewrap_slots(snapshot, key, owner, only, ways.open_provider)?)
+        ways.also.wrap(owner, rewrap_slots(snapshot, key, owner, which, ways.open_provider)?)
     };
     snapshot.keys().iter().map(each).collect()
+}
+
+/// Which of the slots of a data key are wrapped anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Which {
+    /// All of them.
+    #[default]
+    All,
+    /// The one of this KMS key, where it is among them; otherwise all.
+    Only(KmsKey),
+    /// Those of these KMS keys, each as one of the KMS key beside it, which opens what the first has wrapped.
+    As(BTreeMap<KmsKey, KmsKey>),
+}
+
+impl Which {
+    fn of<'a>(&self, key: &'a KeyRecord) -> Vec<Cow<'a, KeySlot>> {
+        let all = || key.slots().iter().map(Cow::Borrowed).collect();
+        match self {
+            Which::All => all(),
+            Which::Only(only) => key.slot_by(only).map_or_else(all, |slot| vec![Cow::Borrowed(slot)]),
+            Which::As(others) => {
+                let renamed = key.slots().iter().filter_map(|slot| {
+                    let KmsKey { provider, key_id } = others.get(&slot.kms_key())?.clone();
+                    Some(Cow::Owned(KeySlot::new(provider, WrappedKey { key_id, ..slot.wrapped.clone() })))
+                });
+                renamed.collect()
+            }
+        }
+    }
 }
 
 /// One of the snapshot's data keys for another `owner`, as [`rewrap_all`] says.
@@ -173,7 +204,7 @@ pub(in crate::ops) fn rewrap_slots(
     snapshot: &Snapshot,
     key: &KeyRecord,
     owner: KeyOwner,
-    only: Option<&KmsKey>,
+    which: &Which,
     open_provider: OpenProvider<'_>,
 ) -> Result<KeyRecord, Failure> {
     let (from, to) = (snapshot.encryption_context(), encryption_context(owner));
@@ -184,10 +215,8 @@ pub(in crate::ops) fn rewrap_slots(
         let wrapped = provider.rewrap(wrapped, &from, &wrapped.key_id, &to).map_err(refused)?;
         Ok::<_, Failure>(KeySlot::new(&**by, wrapped))
     };
-    let wanted: Vec<&KeySlot> = match only.and_then(|only| key.slot_by(only)) {
-        Some(slot) => vec![slot],
-        None => key.slots().iter().collect(),
-    };
+    let wanted = which.of(key);
+    let wanted: Vec<&KeySlot> = wanted.iter().map(|slot| &**slot).collect();
     let (mut slots, mut refusals) = (Vec::new(), Vec::new());
     for slot in wanted {
         match rewrap(slot) {

@@ -1,5 +1,7 @@
 //! Multi-Region keys between the KMS servers of two regions, which speak TLS, and hosts that use them.
 
+use crate::common::attach::{Place, flush, open, read, write};
+use crate::common::disk::pattern;
 use crate::common::kms_server::{KmsServer, Principal, set};
 use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::{limit, wait_for};
@@ -372,4 +374,74 @@ fn material_is_nowhere_but_in_the_two_kmss() {
         let seen = look_through(pid, &needles);
         assert_eq!(seen.found, <[String; 0]>::default(), "in the memory of the server of {region}");
     }
+}
+
+#[test]
+fn a_copy_for_another_region_is_by_the_related_key_there_and_needs_no_other_region() {
+    let (two, wire, root) = Two::overheard();
+    let id = two.key();
+    let store = Store::new();
+    store.configure("kms-patience = 1\n");
+    store.set_environment(root.environment(&wire.url));
+    let place = Place::of(store, &["--key", &format!("aws:{}", arn(HOME, &id))]);
+    let data = pattern(1, 1 << 16);
+    let host = place.attach(&[]);
+    let mut session = open(&place.socket());
+    write(&mut session.rings[0], 128, &data);
+    flush(&mut session.rings[0]);
+    drop(session);
+    host.end();
+    let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
+    let before = wire.passed.lock().expect("not poisoned").len();
+    let copy = place.store.ok(&["snapshot", "copy", &snapshot, "--region", FAR]).trim().to_owned();
+    // The data key was wrapped anew there by one request, and shown to nobody.
+    let passed = wire.passed.lock().expect("not poisoned")[before..].to_vec();
+    let asked = |what: &str| Needles::words(&format!("TrentService.{what}\r")).find(&passed).len();
+    assert_eq!((asked("ReEncrypt"), asked("Encrypt")), (1, 0));
+    let shown: Value =
+        serde_json::from_str(&place.store.ok(&["snapshot", "show", &copy, "--json"])).expect("JSON");
+    assert_eq!(kms_keys(&shown), [arn(FAR, &id)]);
+
+    *wire.lost.lock().expect("not poisoned") = Some(HOME);
+    place.refuse(6, &[]);
+    place.store.ok(&["volume", "delete", "t"]);
+    place.store.ok(&["volume", "create", "--snapshot", &copy, "--name", "t"]);
+    let host = place.attach(&[]);
+    assert!(read(&mut open(&place.socket()).rings[0], 128, data.len()) == data);
+    host.end();
+    *wire.lost.lock().expect("not poisoned") = None;
+
+    // A key of another region is none for that copy; the default key is looked for in the region.
+    let refuse = |arguments: &[&str]| {
+        let output = place.store.run(&[&["snapshot", "copy", &snapshot], arguments].concat());
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let other = text(&two.json(HOME, &["key", "create"])["arn"]).to_owned();
+    let said = refuse(&["--region", FAR, "--key", &format!("aws:{other}")]);
+    assert!(said.contains("is no key in eu-west-1"), "{said}");
+    refuse(&["--region", "EU"]);
+    // Of a key that is in one region alone there is no related one: everything is copied.
+    let far = text(&two.json(FAR, &["key", "create", "--alias", "alias/far"])["arn"]).to_owned();
+    place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "u", "--key", &format!("aws:{other}")]);
+    let single = place.store.ok(&["snapshot", "create", "u"]).trim().to_owned();
+    let copied = |arguments: &[&str]| {
+        let copy = place.store.ok(&[&["snapshot", "copy", &single, "--region", FAR], arguments].concat());
+        let shown = place.store.ok(&["snapshot", "show", copy.trim(), "--json"]);
+        kms_keys(&serde_json::from_str(&shown).expect("JSON"))
+    };
+    assert_eq!(copied(&["--key", "aws:alias/far"]), [&*far]);
+    assert_eq!(copied(&["--key", &format!("aws:{}", arn(FAR, &id))]), [arn(FAR, &id)]);
+    let output = place.store.run(&["snapshot", "copy", &single, "--region", FAR]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("the default key"), "{said}");
+    place.store.configure("default-key = 'aws:alias/far'\n");
+    assert_eq!(copied(&[]), [far]);
+}
+
+/// The ARNs of the KMS keys that wrap the data keys of a snapshot.
+fn kms_keys(shown: &Value) -> Vec<String> {
+    let keys = shown["keys"].as_array().expect("a list").iter();
+    let slots = keys.flat_map(|key| key["slots"].as_array().expect("a list"));
+    slots.map(|slot| text(&slot["key_id"]).to_owned()).collect()
 }

@@ -21,6 +21,8 @@ Examples:
 
   sealblk snapshot copy nightly --key alias/other
 
+  sealblk snapshot copy nightly --region eu-west-1
+
 The copy has the same data key, which each of the snapshot's KMS keys wraps for the copy's own id, and shares the data. If
 --key names one of them, that one alone. With --also-key another wraps it besides, so that the copy can be used without the
 first: in another region, say. Under another --key, and of a snapshot that is not encrypted, everything is copied under a new data key: that takes a while, and, if it is interrupted, the
@@ -31,6 +33,10 @@ pub struct CopyArgs {
     /// The KMS key, by id, ARN or alias [default: the snapshot's].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    /// A copy for this region, which needs no KMS of another: by --key, which is there, by the snapshot's
+    /// multi-Region key, or by the default key there.
+    #[arg(long, value_name = "REGION")]
+    region: Option<String>,
     #[command(flatten)]
     also: AlsoArgs,
     /// Where everything is copied: bytes a second; 0: no limit.
@@ -53,7 +59,11 @@ pub(super) fn run(env: &Env, args: CopyArgs) -> Result<()> {
     let mut tags = Tags::default();
     filter::set(&mut tags, &args.tag)?;
     let label = Label::new(args.description.unwrap_or_else(|| source.label().description.clone()), tags)?;
-    let way = copy::way(&store, &source, args.key.as_deref(), &args.also.wanted())?;
+    let (key, also) = (args.key.as_deref(), args.also.wanted());
+    let way = match &args.region {
+        Some(region) => copy::region::way(&store, &source, region, key, &also)?,
+        None => copy::way(&store, &source, key, &also)?,
+    };
     if matches!(way, Way::Full(_)) && !source.is_encrypted() {
         tell_that_unproved(&source);
     }

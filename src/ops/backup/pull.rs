@@ -27,7 +27,7 @@ use crate::helper::rewrap;
 use crate::kms::Failure;
 use crate::kms::key_ref::{KeyRef, is_same_key};
 use crate::ops::Store;
-use crate::ops::clone::rewrap_slots;
+use crate::ops::clone::{Which, rewrap_slots};
 use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
 use crate::sandbox;
@@ -234,7 +234,7 @@ fn wrap(
             let slot = rewrap::for_another_by_helper(root, settings, owner, id, old, &to.reference)?;
             KeyRecord::new(slot)
         }
-        None => rewrap_slots(from, old, id.into(), None, &|name| store.provider(name))?,
+        None => rewrap_slots(from, old, id.into(), &Which::All, &|name| store.provider(name))?,
     };
     new.check = old.check();
     Ok(new)

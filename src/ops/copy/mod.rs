@@ -6,10 +6,11 @@
 //! everything is copied under a data key of its own ([`full`]).
 
 pub mod full;
+pub mod region;
 
 use super::Store;
 use super::also_keys::{Also, AlsoKeys};
-use super::clone::{Keys, is_key_of, rewrap_all};
+use super::clone::{Keys, Which, is_key_of, rewrap_all};
 use super::flatten::{Pace, hydrate};
 use super::keys::NamedKey;
 use super::need::Budget;
@@ -22,7 +23,7 @@ use crate::disk::Disk;
 use crate::events::Event;
 use crate::host::status::Progress;
 use crate::image::lock::Access;
-use crate::kms::{Failure, KmsKey};
+use crate::kms::Failure;
 use crate::volume::layers;
 use crate::volume::open::shape;
 use full::Copying;
@@ -31,8 +32,8 @@ use full::Copying;
 pub enum Way {
     /// The copy has the data keys of the original, and its layers.
     Shared {
-        /// The KMS key that alone wraps them, if one was named.
-        only: Option<KmsKey>,
+        /// The KMS keys that wrap them.
+        which: Which,
         /// Those that wrap them besides.
         also: Also,
     },
@@ -46,17 +47,17 @@ pub enum Way {
 /// # Errors
 /// `Usage` for what names no key; those of the KMS.
 pub fn way(store: &Store, source: &Snapshot, key: Option<&str>, also: &AlsoKeys) -> Result<Way> {
-    let shared = |only: Option<KmsKey>| Ok(Way::Shared { only, also: Also::named(store, also)? });
+    let shared = |which: Which| Ok(Way::Shared { which, also: Also::named(store, also)? });
     let Some(key) = key else {
         if matches!(also, AlsoKeys::These(keys) if !keys.is_empty()) && !source.is_encrypted() {
             let message = format!("{} is not encrypted; name a KMS key for its copy with --key", source.id());
             return Err(Error::new(Kind::Usage, message));
         }
-        return shared(None);
+        return shared(Which::All);
     };
     let key = store.keys(Some(key), also)?;
     match is_key_of(&key.wrapping(), source).map_err(|failure| failure.error)? {
-        Some(only) => shared(Some(only)),
+        Some(only) => shared(Which::Only(only)),
         None => Ok(Way::Full(key)),
     }
 }
@@ -79,9 +80,9 @@ pub fn copy(
     let open_provider = |name: &str| store.provider(name);
     let unwrap = |owner, key: &_| store.unwrap(owner, key);
     let (made, is_incremental) = match way {
-        Way::Shared { only, also } => {
+        Way::Shared { which, also } => {
             let keys = Keys { open_provider: &open_provider, unwrap: &unwrap, also };
-            (make(&catalog, source, label, only.as_ref(), keys), true)
+            (make(&catalog, source, label, which, keys), true)
         }
         Way::Full(key) => {
             let begun = Copying::begin(&catalog, source, label, &key.wrapping(), &unwrap, budget);
@@ -135,11 +136,11 @@ fn make(
     catalog: &Catalog,
     source: &Snapshot,
     label: Label,
-    only: Option<&KmsKey>,
+    which: &Which,
     keys: Keys<'_>,
 ) -> Result<Snapshot, Failure> {
     let id = SnapshotId::random();
-    let mut rewrapped = rewrap_all(source, id.into(), only, keys)?;
+    let mut rewrapped = rewrap_all(source, id.into(), which, keys)?;
     for (new, old) in rewrapped.iter_mut().zip(source.keys()) {
         new.check = old.check;
     }
