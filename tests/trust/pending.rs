@@ -65,6 +65,8 @@ fn a_pending_resize_shortens_no_layer_but_the_volumes_own() {
     let golden = top_of(&place, "golden");
     let file = place.store.root().join(format!("layers/{golden}.img"));
     edit(&place.volume_json(), |volume| volume["layers"][0]["id"] = json!(golden));
+    // Said to be right by an operator who did not look: the ledger has no objection.
+    place.store.accept();
     pending(&place, &json!({"resize": 16 << 20}));
     let id = place.volume_folder().file_name().unwrap().to_str().unwrap().to_owned();
     for command in [&["attach", &id, "--socket-path", "/nonexistent/t.sock"][..], &["gc"]] {

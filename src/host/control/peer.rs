@@ -173,15 +173,20 @@ mod tests {
         let path = dir.path().join(lock::FILE);
         let (file, next) = (LockFile::open(dir.path(), id).unwrap(), LockFile::open(dir.path(), id).unwrap());
         let ours = std::process::id() as i32;
+        // At both ends is this process.
+        let (socket, _other_end) = UnixStream::pair().unwrap();
         assert_eq!(holds_lock(ours, &path), Some(false));
+        assert_eq!(holder_at(&socket, dir.path()).unwrap_err().kind(), Kind::Busy);
         let turn = next.announce().unwrap();
         assert_eq!(holds_lock(ours, &path), Some(false), "who waits has nothing yet");
         let lock = file.acquire_awaited(&Holder::this_process(Purpose::Attach, None).unwrap()).unwrap();
         assert_eq!(holds_lock(ours, &path), Some(true));
+        assert_eq!(holder_at(&socket, dir.path()).unwrap(), ours as u32);
         let other = tempfile::NamedTempFile::new().unwrap();
         assert_eq!(holds_lock(ours, other.path()), Some(false));
         drop((lock, turn));
         assert_eq!(holds_lock(ours, &path), Some(false));
+        assert_eq!(holder_at(&socket, dir.path()).unwrap_err().kind(), Kind::Busy);
         assert_eq!(holds_lock(0, &path), None);
     }
 }
