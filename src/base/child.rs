@@ -7,8 +7,11 @@ use crate::base::{Context, Error, Kind, Result, log_fields};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
+use nix::unistd::ForkResult;
+use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -39,6 +42,27 @@ pub(crate) fn spawn_with(
         .spawn()
         .context(attempt)?;
     Ok((ours, child))
+}
+
+/// Starts a program as a child of nobody's: of the one who takes in orphans, which is the service manager
+/// where there is one. What that has for the main process of a service is to be a child of its own: of
+/// another's it is not told when it ends, and may not wait for that.
+pub(crate) fn spawn_orphan(program: &mut Command) -> io::Result<Child> {
+    let leave_parent = || {
+        // SAFETY: there is one thread here, between the fork of `spawn` and its exec; the
+        // child goes on to that.
+        match unsafe { nix::unistd::fork() }? {
+            ForkResult::Child => Ok(()),
+            // SAFETY: it ends the process that nothing else is to be done by, and runs
+            // nothing of this program's.
+            ForkResult::Parent { .. } => unsafe { libc::_exit(0) },
+        }
+    };
+    // SAFETY: fork and _exit are async-signal-safe (signal-safety(7)), and nothing is allocated.
+    unsafe { program.pre_exec(leave_parent) };
+    let mut child = program.spawn()?;
+    child.wait()?;
+    Ok(child)
 }
 
 /// Has this program, which is started once more, use the same configuration folder and the same form of the

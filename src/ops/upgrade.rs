@@ -40,7 +40,7 @@ pub fn upgrade(store: &Store, volume: VolumeId) -> Result<Upgraded> {
     let client = control::connect(&store.catalog(), volume, PATIENCE).context(attempt)?;
     let mut program = Command::new("/proc/self/exe");
     child::pass_general(&mut program);
-    let mut child = program
+    program
         .arg("--root")
         .arg(store.root().path())
         // How much it says is decided by the process that it takes over from.
@@ -48,11 +48,11 @@ pub fn upgrade(store: &Store, volume: VolumeId) -> Result<Upgraded> {
         .arg(COMMAND)
         .arg(volume.to_string())
         .stdin(Stdio::from(OwnedFd::from(client)))
-        .stdout(Stdio::piped())
-        .spawn()
-        .context(|| "start the process that is to serve the volume")?;
+        .stdout(Stdio::piped());
+    let started = child::spawn_orphan(&mut program);
+    let started = started.context(|| "start the process that is to serve the volume")?;
     let mut said = String::new();
-    if let Some(out) = child.stdout.take() {
+    if let Some(out) = started.stdout {
         out.take(MAX_LINE).read_to_string(&mut said).context(attempt)?;
     }
     match serde_json::from_str(&said) {
@@ -61,12 +61,10 @@ pub fn upgrade(store: &Store, volume: VolumeId) -> Result<Upgraded> {
             Ok(Upgraded { volume, pid, from, pause })
         }
         Ok(Outcome::Failed { kind, message }) => {
-            child.wait().context(attempt)?;
             Err(Error::new(Kind::from_name(&kind), printable::line(&message)))
         }
         Err(_) => {
-            let status = child.wait().context(attempt)?;
-            let message = format!("the process that was to serve it ended without a word ({status})");
+            let message = "the process that was to serve it ended without a word";
             Err(Error::new(Kind::Other, message).context(attempt()))
         }
     }
