@@ -149,7 +149,8 @@ impl SharedLog {
         // The root key first: a root key without a store is litter, a store without its root key is lost.
         let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
         root_key::named::note(&self.config, header.store, &self.dir);
-        replace_file(&self.log_path(), &OpenLog::first_bytes(&header, &root)?).map_err(internal)?;
+        let first = on_scrubbed_stack(|| OpenLog::first_bytes(&header, &root))?;
+        replace_file(&self.log_path(), &first).map_err(internal)?;
         log::warn!(
             "made a KMS for this store, in {}. Its root key is {}: without that file nobody can ever read \
              what is encrypted here. Keep a copy elsewhere; \"sealblk kms backup FILE\" makes one under a \
@@ -214,7 +215,7 @@ impl SharedLog {
         }
         let _lock = Lock::exclusive(&self.lock_path())?;
         // Opened with the root key that there is, which is therefore the right one.
-        let store = self.refresh(&mut cached)?.0.id();
+        let store = on_scrubbed_stack(|| Ok(self.refresh(&mut cached)?.0.id()))?;
         root_key::protect(&self.config, store, kept, self.hardened)?;
         Ok(root_key::path(&self.config, store))
     }
