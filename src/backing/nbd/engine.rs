@@ -125,6 +125,7 @@ impl To {
 
 /// A part of what is sent: a request's head, and bytes of a write.
 struct Out {
+    cookie: u64,
     head: [u8; REQUEST_LEN],
     payload: Option<Arc<Vec<u8>>>,
     len: usize,
@@ -207,7 +208,7 @@ impl Connection {
         let Asking { kind, flags, offset, len, payload, wanted } = self.asking(&job.work, zeros);
         let head = protocol::request(flags, kind, cookie, offset, len);
         let sent_with = if payload.is_some() { len as usize } else { 0 };
-        self.out.push_back(Out { head, payload, len: sent_with });
+        self.out.push_back(Out { cookie, head, payload, len: sent_with });
         if self.under_way.is_empty() {
             self.heard = Instant::now();
         }
@@ -242,6 +243,11 @@ impl Connection {
         };
         let asking = Asking::of(kind, write.offset, write.len(), Wanted::Nothing);
         Asking { flags: flags | more, payload, ..asking }
+    }
+
+    /// Whether all of a request is sent.
+    fn is_sent(&self, cookie: u64) -> bool {
+        self.out.iter().all(|out| out.cookie != cookie)
     }
 
     /// Sends as much as the socket takes.
@@ -458,6 +464,10 @@ impl Engine {
             // The job is under way until the connection has ended.
             return Err(End::Lost("the server is shutting down".into()));
         }
+        // What waits to be sent is limited by what is under way.
+        if !connection.is_sent(cookie) {
+            return Err(End::Violated("an answer to what was not sent yet".into()));
+        }
         let Some(job) = connection.under_way.remove(&cookie) else { return Ok(()) };
         if !matches!(job.work, Work::Again(_)) {
             self.outage = None;
@@ -671,5 +681,30 @@ impl Medium for Fresh {
 
     fn sync(&self) -> io::Result<()> {
         Err(ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_sent_when_the_socket_has_taken_all_of_it() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut connection = Connection::new(ours, Terms::for_test());
+        for cookie in 1..=4 {
+            let write = Write { offset: 0, content: Content::Bytes(Arc::new(vec![7; 4 << 20])) };
+            let job = Job { work: Work::Write { write, durable: false }, to: To::Nobody };
+            connection.begin(cookie, job, &Arc::default());
+        }
+        assert!(connection.send().is_ok());
+        assert!(!connection.is_sent(1) && !connection.is_sent(4), "nobody has read it");
+        let mut first = vec![0; REQUEST_LEN + (4 << 20)];
+        let mut read = 0;
+        while read < first.len() {
+            read += theirs.read(&mut first[read..]).unwrap();
+            assert!(connection.send().is_ok());
+        }
+        assert!(connection.is_sent(1) && !connection.is_sent(4));
     }
 }

@@ -46,6 +46,12 @@ pub struct Terms {
 }
 
 impl Terms {
+    /// Those of a server that can do nothing but read and write.
+    #[cfg(test)]
+    pub(super) fn for_test() -> Terms {
+        Terms { size: 64 << 20, flags: 0, block: 1, structured: false, map: None }
+    }
+
     /// Whether nothing can be written.
     pub fn is_read_only(&self) -> bool {
         self.flags & READ_ONLY != 0

@@ -294,6 +294,8 @@ impl Replies {
     }
 }
 
+/// Runs of an answer's bytes that do not touch, at most: what they take is small beside the bytes.
+const APART_MAX: usize = 256;
 const UNASKED: Violation = Violation("a reply to nothing that was asked");
 
 impl Asked {
@@ -316,6 +318,9 @@ impl Asked {
             to = after_end;
         }
         self.come.insert(from, to);
+        if self.come.len() > APART_MAX {
+            return Err(Violation("an answer in too many pieces"));
+        }
         Ok(at)
     }
 }

@@ -28,6 +28,11 @@ const OF_READS: &[(&str, Lie)] = &[
         bytes[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
         bytes
     }),
+    ("pieces that do not touch", |asked| {
+        let piece =
+            |at: u64| chunk(0, 1, asked.cookie, &[&(asked.offset + at).to_be_bytes()[..], &[7]].concat());
+        (0..1000).flat_map(|n| piece(2 * n)).collect()
+    }),
     ("a map", |asked| chunk(1, 5, asked.cookie, &[0; 12])),
     ("the same bytes twice", |asked| {
         let whole = [&asked.offset.to_be_bytes()[..], &vec![7; asked.len as usize]].concat();
