@@ -45,8 +45,22 @@ fn the_last_part_is_guarded_where_the_kernel_lacks_the_call() {
     let (_dir, top) = place();
     std::fs::write(top.join("file"), "x").unwrap();
     symlink("file", top.join("link")).unwrap();
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    assert_eq!(nix::fcntl::open(&top.join("link"), flags, Mode::empty()).unwrap_err(), Errno::ELOOP);
+    // A thread of its own, to which the kernel says that it has no such call.
+    std::thread::spawn(move || {
+        use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+        let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+        let none = SeccompAction::Errno(nix::libc::ENOSYS as u32);
+        let openat2 = [(nix::libc::SYS_openat2, vec![])].into();
+        let filter = SeccompFilter::new(openat2, SeccompAction::Allow, none, arch).unwrap();
+        seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+        let call = nix::fcntl::openat2(AT_FDCWD, &top.join("file"), OpenHow::new());
+        assert_eq!(call.unwrap_err(), Errno::ENOSYS);
+        assert_eq!(read(&top.join("file"), 1).unwrap(), b"x");
+        let refused = open(&top.join("link")).unwrap_err();
+        assert_eq!(crate::base::Error::from(refused).kind(), crate::base::Kind::Corrupt);
+    })
+    .join()
+    .unwrap();
 }
 
 #[test]
