@@ -20,6 +20,9 @@ pub const ON_DEMAND_MAX: usize = 25;
 
 const DAY: i64 = 24 * 3_600_000;
 
+/// The times that a key can be made or rotated at: milliseconds since 1970, to the end of the year 9999.
+pub(super) const TIMES: RangeInclusive<i64> = 0..=253_402_300_799_999;
+
 /// What GetKeyRotationStatus tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RotationStatus {
@@ -45,21 +48,34 @@ pub struct KeyVersion {
 impl Rotation {
     /// From now on every `days`.
     pub fn begin(days: u32, now: i64) -> Self {
-        Rotation { days, next: now + i64::from(days) * DAY }
+        Rotation { days, next: now.saturating_add(i64::from(days) * DAY) }
+    }
+
+    /// Whether a rotation can be like this: a period of [`PERIOD_DAYS`], and a next time that people can have
+    /// meant.
+    pub(super) fn is_sound(&self) -> bool {
+        PERIOD_DAYS.contains(&self.days) && TIMES.contains(&self.next)
+    }
+
+    /// The period in milliseconds. A log may have taken another one from another region, before such messages
+    /// were refused: whatever stands there, the KMS goes on.
+    fn period(&self) -> i64 {
+        i64::from(self.days.clamp(*PERIOD_DAYS.start(), *PERIOD_DAYS.end())) * DAY
     }
 
     /// Whether the day has come. A next time that lies further away than a period was set
     /// by a clock that was wrong.
     pub fn is_due(&self, now: i64) -> bool {
-        now >= self.next || self.next - now > 2 * i64::from(self.days) * DAY
+        now >= self.next || self.next.saturating_sub(now) > 2 * self.period()
     }
 
     /// The rotation after one that was done at `now`.
     pub fn after(self, now: i64) -> Self {
-        let period = i64::from(self.days) * DAY;
-        let missed = (now - self.next).max(0) / period;
-        let next = self.next + (missed + 1) * period;
-        if next - now > period { Rotation::begin(self.days, now) } else { Rotation { next, ..self } }
+        let period = self.period();
+        let missed = now.saturating_sub(self.next).max(0) / period;
+        let next = self.next.saturating_add((missed + 1).saturating_mul(period));
+        let keeps_the_rhythm = next > now && next.saturating_sub(now) <= period;
+        Rotation { next: if keeps_the_rhythm { next } else { now.saturating_add(period) }, ..self }
     }
 }
 
@@ -188,5 +204,21 @@ mod tests {
         let rotation = Rotation::begin(90, 9_000 * DAY);
         assert!(rotation.is_due(100 * DAY), "the clock is right again");
         assert_eq!(rotation.after(100 * DAY).next, 190 * DAY);
+    }
+
+    #[test]
+    fn a_rotation_that_cannot_be_does_not_end_the_kms() {
+        for days in [0, 1, 90, 2560, u32::MAX] {
+            for next in [i64::MIN, -1, 0, 90 * DAY, i64::MAX] {
+                let rotation = Rotation { days, next };
+                for now in [i64::MIN, 0, 1_000 * DAY, i64::MAX] {
+                    let _ = rotation.is_due(now);
+                    assert!(rotation.clone().after(now).next >= next.min(now));
+                }
+                assert_eq!(rotation.is_sound(), [90, 2560].contains(&days) && [0, 90 * DAY].contains(&next));
+                // What was wrong is right after one rotation.
+                assert!(!rotation.after(1_000 * DAY).is_due(1_000 * DAY));
+            }
+        }
     }
 }

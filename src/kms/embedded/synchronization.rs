@@ -21,6 +21,7 @@ use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::multi_region::conflict;
 use crate::kms::embedded::open_log::OpenLog;
 use crate::kms::embedded::records::{Change, KeyEntry, MultiRegion, Rotation, RotationType, VersionEntry};
+use crate::kms::embedded::rotation::TIMES;
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::embedded::tags;
 use crate::kms::key_ref::{KeyName, Locality, id_text, is_multi_region};
@@ -383,6 +384,8 @@ impl Shared {
             && (self.primary == self.from || self.replicas.contains(&self.from))
             && (1..=VERSIONS_MAX).contains(&self.versions.len())
             && ids.len() == self.versions.len()
+            && self.versions.iter().all(|version| TIMES.contains(&version.created))
+            && self.rotation.as_ref().is_none_or(Rotation::is_sound)
             // What encrypts there can encrypt here.
             && self.versions.iter().any(|version| !version.waits)
             // A number that leaves room for the next ones.

@@ -448,3 +448,32 @@ fn two_that_bring_the_same_are_no_conflict() {
     catch_up((&one, HOME), (&other, FAR), &key);
     are_one(&one, &other, &key);
 }
+
+#[test]
+fn no_message_has_a_rotation_or_a_time_that_no_kms_makes() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.enable_rotation(&key.arn, 90).unwrap();
+    let Carried { token, message, .. } = carry((&one, HOME), (&other, FAR), &key, None).unwrap().unwrap();
+    let shared: serde_json::Value = serde_json::from_str(&message.shared).unwrap();
+    // Whether its material opens is looked at after that.
+    let said = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut shared = shared.clone();
+        change(&mut shared);
+        let (wrapped_key, material) = (message.wrapped_key.clone(), message.material.clone());
+        let message = Message { shared: shared.to_string(), wrapped_key, material };
+        other.receive(HOME, &id(&key), &token, &message).unwrap_err().type_name()
+    };
+    assert_eq!(said(&|it| it["rotation"]["days"] = 2560.into()), "InvalidCiphertextException");
+    for days in [0, 1, 89, 2561, u32::MAX] {
+        assert_eq!(said(&|it| it["rotation"]["days"] = days.into()), "ValidationException", "{days}");
+    }
+    for time in [i64::MIN, -1, 253_402_300_800_000, i64::MAX] {
+        assert_eq!(said(&|it| it["rotation"]["next"] = time.into()), "ValidationException", "{time}");
+        assert_eq!(said(&|it| it["versions"][0]["created"] = time.into()), "ValidationException", "{time}");
+    }
+    other.receive(HOME, &id(&key), &token, &message).unwrap();
+    are_one(&one, &other, &key);
+}
