@@ -1,7 +1,8 @@
 //! The lock between the processes that use one store: `kms/lock`, never replaced, never written.
 //!
 //! Byte 1 is the store: shared to read, exclusive to change. Byte 0 is a turnstile that everybody passes
-//! first, and where a writer stays: without it readers that overlap could keep a writer out for ever.
+//! first, and where a writer stays: without it readers that overlap could keep a writer out for ever. Far
+//! behind these each key has a byte of its own: for whoever tells another region of that key.
 
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
@@ -11,6 +12,7 @@ use nix::fcntl::OFlag;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
+use uuid::Uuid;
 
 const TURNSTILE: Bytes = Bytes::one(0);
 const STORE: Bytes = Bytes::one(1);
@@ -46,6 +48,16 @@ impl Lock {
         let file = open_or_create(path).map_err(|e| failed("lock the KMS store", path, &e))?;
         lock(&file, locks::Kind::Exclusive, TURNSTILE, path)?;
         lock(&file, locks::Kind::Exclusive, STORE, path)?;
+        Ok(Lock { _file: file })
+    }
+
+    /// Waits until nobody else tells another region of this key, or asks one about it. Whoever has this lock
+    /// may take the others.
+    pub(super) fn telling_of(path: &Path, key: Uuid) -> Result<Self, KmsError> {
+        let file = open_or_create(path).map_err(|e| failed("lock the KMS store", path, &e))?;
+        // Two keys with one byte would wait for each other, and nothing else.
+        let byte = (1 << 62) | (key.as_u64_pair().1 >> 2) as i64;
+        lock(&file, locks::Kind::Exclusive, Bytes::one(byte), path)?;
         Ok(Lock { _file: file })
     }
 }

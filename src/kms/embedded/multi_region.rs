@@ -13,6 +13,7 @@
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::{Call, Due};
 use crate::kms::embedded::blob::random;
+use crate::kms::embedded::lock::Lock;
 use crate::kms::embedded::records::{Change, Deletion, KeyEntry, MultiRegion, VersionEntry};
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::key_ref::{id_text, multi_region_id};
@@ -62,6 +63,12 @@ pub struct Begun {
     pub key: Uuid,
     /// Whether this call has begun it; otherwise an earlier one has, whose outcome nobody knows.
     pub is_new: bool,
+}
+
+/// While this lives, nobody else tells another region of one key, in this process or another.
+#[derive(Debug)]
+pub struct Telling {
+    _lock: Lock,
 }
 
 /// A new random id of a multi-Region key.
@@ -144,6 +151,15 @@ impl KeyEntry {
 }
 
 impl Embedded {
+    /// Waits until nobody else tells another region of `key`. Of two that moved it at once, one could hear that
+    /// the other region refuses, and take the move back here, while what the other has sent is taken there.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn telling_of(&self, key: Uuid) -> Result<Telling, KmsError> {
+        Ok(Telling { _lock: self.log.telling_of(key)? })
+    }
+
     /// Writes down that there is to be a replica of `key` in `region`: the first half of ReplicateKey,
     /// durable before the other region hears of it, so that no replica is ever unknown to its primary key.
     ///
@@ -413,6 +429,8 @@ fn without_replica(key: &KeyEntry, region: &str, now: &Now) -> Result<Vec<Change
         return Ok(Vec::new());
     }
     it.generation += 1;
+    // It does not become the primary key any more.
+    it.moving_to.take_if(|to| to == region);
     let all_have_it = it.confirmed().next().is_none();
     let days = it.deletion_days.take_if(|_| it.replicas.is_empty());
     let mut after = KeyEntry { multi_region: Some(it), ..key.clone() };

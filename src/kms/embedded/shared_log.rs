@@ -278,6 +278,11 @@ impl SharedLog {
         ))
     }
 
+    /// Waits until nobody else tells another region of this key.
+    pub(super) fn telling_of(&self, key: Uuid) -> Result<Lock, KmsError> {
+        Lock::telling_of(&self.lock_path(), key)
+    }
+
     fn log_path(&self) -> PathBuf {
         self.dir.join(FILE)
     }

@@ -306,6 +306,12 @@ impl Embedded {
         material: &[Material],
     ) -> Result<KeyEntry, KmsError> {
         let it = known.related()?;
+        let after = self.with_all_that_is_known(log, known, shared, material);
+        if after.as_ref().is_ok_and(|after| after == known) {
+            // Two have brought the same. It may have been a move, after which the sender has nothing to say any
+            // more: a refusal would have it believe that nothing was moved.
+            return after;
+        }
         let arn = self.place.key_arn(known.id);
         let is_primary_here = it.primary == self.place.region;
         let moves_there = is_primary_here && it.moving_to.as_deref() == Some(&shared.from);
@@ -317,11 +323,7 @@ impl Embedded {
         if moves_there && shared.primary != shared.from {
             return Err(conflict(format!("{arn} is moving to {}, which says otherwise.", shared.from)));
         }
-        let after = self.with_all_that_is_known(log, known, shared, material)?;
-        if after == *known {
-            // Two have brought the same.
-            return Ok(after);
-        }
+        let after = after?;
         if shared.generation <= it.generation {
             let message = format!(
                 "{arn} has generation {} already; {} brings generation {}. Was the KMS there put back from a \

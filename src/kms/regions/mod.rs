@@ -50,11 +50,13 @@ pub fn replicate(kms: &Embedded, key: &str, region: &str, new: &NewReplica) -> R
 fn replicate_now(kms: &Embedded, key: &str, region: &str, new: &NewReplica) -> Result<Replica, KmsError> {
     // Nothing begins that has no way to its end.
     let peer = Peer::of(&known(kms, region)?)?;
+    let _telling = kms.telling_of(kms.key(key)?.id)?;
     let Begun { key: id, is_new } = kms.begin_replication(key, region)?;
     let metadata = match bring(kms, &peer, id, Some(new)) {
         Ok(metadata) => metadata,
         Err(e) => {
-            // A refusal of the first try is one: nothing was made. Otherwise nobody knows.
+            // A refusal of the first try is one: nothing was made. Otherwise nobody knows. Nobody else has
+            // told that region of the key meanwhile.
             if is_new && is_refusal(&e) {
                 kms.note_replica_gone(id, region)?;
             }
@@ -74,6 +76,7 @@ fn replicate_now(kms: &Embedded, key: &str, region: &str, new: &NewReplica) -> R
 pub fn update_primary(kms: &Embedded, key: &str, region: &str) -> Result<KeyMetadata, KmsError> {
     let moved = (|| {
         let peer = Peer::of(&known(kms, region)?)?;
+        let _telling = kms.telling_of(kms.key(key)?.id)?;
         let Begun { key: id, is_new } = kms.begin_move(key, region)?;
         if let Err(e) = bring(kms, &peer, id, None) {
             // As above: what an earlier try has sent may be taken yet.
@@ -101,10 +104,19 @@ pub fn synchronize(kms: &Embedded) -> Result<BTreeMap<String, KmsError>, KmsErro
             if failed.contains_key(&behind.region) {
                 continue;
             }
-            let brought = known(kms, &behind.region)
-                .and_then(|region| Peer::of(&region))
-                .and_then(|peer| bring(kms, &peer, behind.key, None));
-            match brought {
+            let peer = match known(kms, &behind.region).and_then(|region| Peer::of(&region)) {
+                Ok(peer) => peer,
+                Err(e) => {
+                    failed.insert(behind.region, e);
+                    continue;
+                }
+            };
+            let _telling = kms.telling_of(behind.key)?;
+            // Whoever was waited for may have brought it, and more.
+            if !kms.replicas_behind()?.contains(&behind) {
+                continue;
+            }
+            match bring(kms, &peer, behind.key, None) {
                 // There was one, and it is deleted.
                 Err(KmsError::NotFound(_)) => kms.note_replica_gone(behind.key, &behind.region)?,
                 Err(e) => drop(failed.insert(behind.region, e)),

@@ -1,6 +1,7 @@
 //! Multi-Region keys in the stores of several regions. What goes from one to another is carried here by hand,
 //! so that each step can be left out, done twice, or changed on the way.
 
+use crate::common::patience::limit;
 use crate::embedded::hands::{DAY, Hands};
 use crate::embedded::{Place, volume};
 use sealblk::base::Locality;
@@ -9,6 +10,7 @@ use sealblk::kms::embedded::admin::{KeyMetadata, NewKey};
 use sealblk::kms::embedded::synchronization::{Message, NewReplica};
 use sealblk::kms::{KeyState, KmsError};
 use std::fs;
+use std::time::Duration;
 
 const HOME: &str = "us-east-1";
 const FAR: &str = "eu-west-1";
@@ -476,4 +478,58 @@ fn no_message_has_a_rotation_or_a_time_that_no_kms_makes() {
     }
     other.receive(HOME, &id(&key), &token, &message).unwrap();
     are_one(&one, &other, &key);
+}
+
+#[test]
+fn two_that_bring_a_move_are_no_conflict() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.begin_move(&key.arn, FAR).unwrap();
+    let messages = [(); 2].map(|()| carry((&one, HOME), (&other, FAR), &key, None).unwrap().unwrap());
+    for Carried { token, message, .. } in &messages {
+        other.receive(HOME, &id(&key), token, message).unwrap();
+    }
+    one.note_synchronized(key.id, FAR, messages[1].generation).unwrap();
+    let primaries = [&one, &other].map(|kms| kms.key(&id(&key)).unwrap().multi_region.unwrap().is_primary);
+    assert_eq!(primaries, [false, true]);
+}
+
+#[test]
+fn one_at_a_time_tells_other_regions_of_a_key() {
+    let home = Region::new(HOME);
+    let one = home.open();
+    let (key, second) = (multi_region(&one), multi_region(&one));
+    let held = one.telling_of(key.id).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            let other = home.open();
+            drop(other.telling_of(second.id).unwrap());
+            tell.send("of another key").unwrap();
+            drop(other.telling_of(key.id).unwrap());
+            tell.send("of this key").unwrap();
+        });
+        assert_eq!(told.recv_timeout(limit()), Ok("of another key"));
+        // The store itself is nobody's meanwhile.
+        one.rotate_on_demand(&key.arn).unwrap();
+        assert!(told.recv_timeout(Duration::from_millis(200)).is_err());
+        drop(held);
+        assert_eq!(told.recv_timeout(limit()), Ok("of this key"));
+    });
+}
+
+#[test]
+fn a_move_to_a_replica_that_is_gone_has_come_to_its_end() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.begin_move(&key.arn, FAR).unwrap();
+    one.note_replica_gone(key.id, FAR).unwrap();
+    let here = one.key(&key.arn).unwrap();
+    assert_eq!(here.state, KeyState::Enabled);
+    assert!(here.multi_region.unwrap().is_primary);
+    one.rotate_on_demand(&key.arn).unwrap();
 }
