@@ -9,6 +9,9 @@ use crate::common::store::Store;
 use crate::server::python;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use sealblk::base::Locality;
+use sealblk::kms::embedded::Embedded;
+use sealblk::kms::embedded::clock::SystemClock;
 use sealblk::kms::embedded::keys::{LogKeys, RootKey};
 use serde_json::{Value, json};
 use std::fs;
@@ -22,6 +25,7 @@ use uuid::Uuid;
 
 const HOME: &str = "us-east-1";
 const FAR: &str = "eu-west-1";
+const PARAMETERS: &str = "GetParametersForSynchronization";
 
 /// The KMSs of two regions, each of which may bring the other keys.
 struct Two {
@@ -257,20 +261,23 @@ struct Wire {
     passed: Arc<Mutex<Vec<u8>>>,
     /// The region that is out of reach.
     lost: Arc<Mutex<Option<&'static str>>>,
+    /// The status and the body that are answered to GetParametersForSynchronization, which goes nowhere then.
+    forged: Arc<Mutex<Option<(u16, String)>>>,
 }
 
 impl Wire {
     fn new(two: &Two) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let wire = Wire { url, passed: Arc::default(), lost: Arc::default() };
-        let (passed, lost) = (wire.passed.clone(), wire.lost.clone());
+        let wire = Wire { url, passed: Arc::default(), lost: Arc::default(), forged: Arc::default() };
+        let (passed, lost, forged) = (wire.passed.clone(), wire.lost.clone(), wire.forged.clone());
         let of = |kms: &KmsServer| kms.url.strip_prefix("http://").expect("a URL").to_owned();
         let (home, far) = (of(&two.home), of(&two.far));
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let (passed, lost, home, far) = (passed.clone(), lost.clone(), home.clone(), far.clone());
-                std::thread::spawn(move || pass(&stream, &passed, &lost, (&home, &far)));
+                let forged = forged.clone();
+                std::thread::spawn(move || pass(&stream, &passed, &lost, &forged, (&home, &far)));
             }
         });
         wire
@@ -282,6 +289,7 @@ fn pass(
     mut client: &TcpStream,
     passed: &Mutex<Vec<u8>>,
     lost: &Mutex<Option<&'static str>>,
+    forged: &Mutex<Option<(u16, String)>>,
     (home, far): (&str, &str),
 ) -> Option<()> {
     let mut reader = BufReader::new(client);
@@ -305,6 +313,11 @@ fn pass(
     let is_far = head.contains(&format!("/{FAR}/kms/aws4_request"));
     if *lost.lock().ok()? == Some(if is_far { FAR } else { HOME }) {
         return None;
+    }
+    if let Some((status, body)) = forged.lock().ok()?.as_ref().filter(|_| head.contains(PARAMETERS)) {
+        passed.lock().ok()?.extend([head.as_bytes(), body.as_bytes()].concat());
+        let head = format!("HTTP/1.1 {status} Forged\r\ncontent-length: {}\r\n\r\n", body.len());
+        return client.write_all(&[head.as_bytes(), body.as_bytes()].concat()).ok();
     }
     let mut server = TcpStream::connect(if is_far { far } else { home }).ok()?;
     server.write_all(&[head.as_bytes(), &body].concat()).ok()?;
@@ -444,4 +457,54 @@ fn kms_keys(shown: &Value) -> Vec<String> {
     let keys = shown["keys"].as_array().expect("a list").iter();
     let slots = keys.flat_map(|key| key["slots"].as_array().expect("a list"));
     slots.map(|slot| text(&slot["key_id"]).to_owned()).collect()
+}
+
+#[test]
+fn whoever_is_between_two_kmss_is_told_nothing_and_believed_nothing() {
+    let (two, wire, _) = Two::overheard();
+    let id = two.key();
+    let forge = |status, answer: Value| {
+        *wire.forged.lock().expect("not poisoned") = Some((status, answer.to_string()));
+    };
+    let count = |what: &str| {
+        Needles::words(&format!("TrentService.{what}\r")).find(&wire.passed.lock().expect("not poisoned")).len()
+    };
+    let told = count("SynchronizeMultiRegionKey");
+    let single = text(&two.json(HOME, &["key", "create", "--multi-region"])["key_id"]).to_owned();
+    // A good key to wrap with, of a KMS that says to be the other one.
+    let folder = tempfile::tempdir().expect("a folder");
+    let thief = Embedded::in_place(
+        folder.path().join("kms"),
+        folder.path().join("config"),
+        Box::new(SystemClock),
+        Locality { region: FAR.into(), account: "000000000000".into() },
+        sealblk::base::hardened::harden().expect("hardened"),
+    );
+    let wrapping = thief.synchronization_parameters(HOME, &single, 1, true).expect("parameters").wrapping;
+    let wrapping = wrapping.expect("it has no such key");
+    let (public_key, token) = (STANDARD.encode(&wrapping.public_key), STANDARD.encode(&wrapping.token));
+    forge(200, json!({ "Generation": 0, "PublicKey": public_key, "ImportToken": token }));
+    let replicate = ["key", "replicate", &single, "--region", FAR];
+    let said = two.refused(HOME, 6, &replicate);
+    assert!(said.contains("the answer is not signed"), "{said}");
+    // It has the key already, it is done with it, or has never had it: the primary key stays what it is.
+    let before = two.json(HOME, &["key", "show", &id])["multi_region"].clone();
+    let refusal = |kind: &str| json!({ "__type": kind, "message": "forged" });
+    for (status, answer) in [
+        (200, json!({ "Generation": 2 })),
+        (400, refusal("NotFoundException")),
+        (400, refusal("AccessDeniedException")),
+    ] {
+        forge(status, answer);
+        two.refused(HOME, 6, &["key", "primary", &id, "--region", FAR]);
+        let shown = two.json(HOME, &["key", "show", &id]);
+        assert_eq!(text(&shown["state"]), "Updating");
+        assert_eq!(shown["multi_region"]["replicas"], before["replicas"]);
+        assert_eq!(shown["multi_region"]["is_primary"], true);
+    }
+    assert_eq!(count("SynchronizeMultiRegionKey"), told, "nothing was told");
+    *wire.forged.lock().expect("not poisoned") = None;
+    two.run(HOME, &["key", "primary", &id, "--region", FAR]);
+    assert_eq!(two.json(FAR, &["key", "show", &id])["multi_region"]["is_primary"], true);
+    two.json(HOME, &replicate);
 }

@@ -5,7 +5,8 @@
 //! a fresh key with it (RSAES-OAEP-SHA-256), and under that all material (AES-256-GCM), with the rest of the
 //! message as additional data. So material is in the clear in the two KMSs alone, and whoever stands between
 //! them, a proxy that ends TLS among them, learns none. That the message comes from the sender, the signature
-//! of its request says, and by TLS the sender knows whose key it wraps with.
+//! of its request says, and that the key to wrap with is the receiver's, that of the answer: both are made
+//! with the secret of the access key that one has given the other.
 //!
 //! What another region says is a claim: it is taken from the region of the primary key alone, and never takes
 //! a version away that this region has, whatever its number is.

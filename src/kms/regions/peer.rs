@@ -1,13 +1,15 @@
 //! The KMS of another region, asked by AWS's protocol and two operations of our own.
 //!
 //! Nothing secret goes there that it could not open: material is wrapped for it. The access key's secret only
-//! signs. What it answers is a claim: bounded in size and time, and parsed here.
+//! signs, requests here and answers there: an answer, also a refusal, that it has not signed for this very
+//! request is none, whoever has ended the TLS that it came by. What the other KMS answers is a claim: bounded
+//! in size and time, and parsed here.
 
 use crate::config::regions::KmsRegion;
 use crate::kms::KmsError;
 use crate::kms::embedded::synchronization::{Message, Parameters, Wrapping};
 use crate::kms::key_ref::id_text;
-use crate::kms::server::sigv4::{self, Signed};
+use crate::kms::server::sigv4::{self, AnswerKey, Signed};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http_body_util::{BodyExt, Full, Limited};
@@ -40,6 +42,14 @@ const ANSWER_MAX: usize = 64 << 10;
 const CREDENTIALS_MAX: u64 = 4096;
 /// The longest message of another KMS's that is passed on, characters.
 const WORDS_MAX: usize = 500;
+
+/// What came back.
+struct Answer {
+    status: StatusCode,
+    body: Bytes,
+    /// Whether it is signed by the access key's secret, as the answer to the request.
+    is_signed: bool,
+}
 
 /// The KMS of another region, and as whom it is asked.
 pub(super) struct Peer {
@@ -107,21 +117,29 @@ impl Peer {
         // A name that is still being looked up is not waited for.
         runtime.shutdown_background();
         let late = |_| self.not_reached(&format!("no answer within {} s", ANSWER_TIME.as_secs()));
-        let (status, body) = exchanged.map_err(late)?.map_err(|e| self.not_reached(&e))?;
+        let Answer { status, body, is_signed } = exchanged.map_err(late)?.map_err(|e| self.not_reached(&e))?;
         let answer: Value = serde_json::from_slice(&body).map_err(|_| self.strange("JSON"))?;
-        if status == StatusCode::OK {
+        if is_signed && status == StatusCode::OK {
             return Ok(answer);
         }
         let text = |name: &str| answer.get(name).and_then(Value::as_str).unwrap_or_default();
-        let kind = text("__type").rsplit('#').next().unwrap_or_default();
+        let kind: String = text("__type").chars().filter(char::is_ascii_alphanumeric).take(WORDS_MAX).collect();
         let words: String = text("message").chars().filter(|c| !c.is_control()).take(WORDS_MAX).collect();
-        match KmsError::of_wire(kind, words) {
+        if !is_signed {
+            let why = format!(
+                "the answer is not signed with the secret of the access key in {}, so that anybody can have \
+                 given it ({kind:.100}: {words})",
+                self.place.credentials.display()
+            );
+            return Err(self.not_reached(&why));
+        }
+        match KmsError::of_wire(&kind, words) {
             KmsError::Internal(words) => Err(self.not_reached(&words)),
             e => Err(e),
         }
     }
 
-    async fn exchange(&self, operation: &str, asked: &Value) -> Result<(StatusCode, Bytes), String> {
+    async fn exchange(&self, operation: &str, asked: &Value) -> Result<Answer, String> {
         let url = &self.place.url;
         let host = url.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
         let port = url.port_u16().unwrap_or(if self.tls.is_some() { 443 } else { 80 });
@@ -138,25 +156,31 @@ impl Peer {
         }
     }
 
-    async fn send<S>(&self, stream: S, operation: &str, asked: &Value) -> Result<(StatusCode, Bytes), String>
+    async fn send<S>(&self, stream: S, operation: &str, asked: &Value) -> Result<Answer, String>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let request = self.signed(operation, asked).map_err(|e| e.to_string())?;
+        let (request, key) = self.signed(operation, asked).map_err(|e| e.to_string())?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
         // It ends with the runtime.
         tokio::spawn(connection);
         let answer = sender.send_request(request).await.map_err(|e| e.to_string())?;
         let status = answer.status();
+        let signature = answer.headers().get(sigv4::ANSWER_SIGNATURE).cloned();
         let body = Limited::new(answer.into_body(), ANSWER_MAX).collect().await.map_err(|e| e.to_string())?;
-        Ok((status, body.to_bytes()))
+        let body = body.to_bytes();
+        let signature = signature.as_ref().and_then(|it| it.to_str().ok());
+        let is_signed = signature.is_some_and(|it| key.is_signed(status.as_u16(), &body, it));
+        Ok(Answer { status, body, is_signed })
     }
 
-    fn signed(&self, operation: &str, asked: &Value) -> hyper::http::Result<Request<Full<Bytes>>> {
+    fn signed(&self, operation: &str, asked: &Value) -> hyper::http::Result<(Request<Full<Bytes>>, AnswerKey)> {
         let body = asked.to_string();
         let host = self.place.url.authority().map_or("", |authority| authority.as_str());
         let headers = [
+            // Two requests of the same words are two: the answer to one is none to the other.
+            ("amz-sdk-invocation-id", Uuid::new_v4().to_string()),
             ("content-type", "application/x-amz-json-1.1".to_owned()),
             ("host", host.to_owned()),
             ("x-amz-date", sigv4::date_header(OffsetDateTime::now_utc())),
@@ -165,11 +189,13 @@ impl Peer {
         .map(|(name, value)| (name.to_owned(), value));
         let signed =
             Signed { method: "POST", path: "/", query: "", headers: &headers, body: body.as_bytes() };
-        let authorization = sigv4::authorization(&signed, &self.place.region, &self.access_key, &self.secret);
+        let (authorization, key) =
+            sigv4::authorization(&signed, &self.place.region, &self.access_key, &self.secret);
         let request = headers
             .iter()
             .fold(Request::post("/"), |request, (name, value)| request.header(name.as_str(), value.as_str()));
-        request.header("authorization", authorization).body(Full::new(Bytes::from(body)))
+        let request = request.header("authorization", authorization).body(Full::new(Bytes::from(body)))?;
+        Ok((request, key))
     }
 
     fn not_reached(&self, why: &str) -> KmsError {

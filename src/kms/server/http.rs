@@ -11,7 +11,7 @@ use crate::kms::embedded::principals::Caller;
 use crate::kms::server::operations::{self, Request};
 use crate::kms::server::places::{Peer, Place, Places};
 use crate::kms::server::refusals::Refusals;
-use crate::kms::server::sigv4::{self, Authorization, Signed};
+use crate::kms::server::sigv4::{self, AnswerKey, Authorization, Signed};
 use crate::kms::server::tls::Tls;
 use crate::kms::server::wire::{Fields, WireError};
 use http_body_util::{BodyExt, Full, Limited};
@@ -207,14 +207,13 @@ async fn respond(
     request: hyper::Request<Incoming>,
 ) -> Response<Full<Bytes>> {
     place.asks();
-    let answer = answer(server, place, request).await;
-    let (status, body) = match answer {
-        Ok(body) => (200, body),
-        Err(e) => (e.status(), e.body().into()),
-    };
-    let mut response = Response::new(Full::new(body));
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let sent = answer(server, place, request).await.unwrap_or_else(|e| Sent::of(Err(e), None));
+    let mut response = Response::new(Full::new(sent.body));
+    *response.status_mut() = StatusCode::from_u16(sent.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
+    if let Some(signature) = sent.signature.and_then(|it| it.parse().ok()) {
+        headers.insert(sigv4::ANSWER_SIGNATURE, signature);
+    }
     headers.insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(CONTENT_TYPE));
     headers.insert(hyper::header::CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
     if let Ok(id) = Uuid::new_v4().to_string().parse() {
@@ -226,11 +225,30 @@ async fn respond(
     response
 }
 
+/// An answer.
+struct Sent {
+    status: u16,
+    body: Bytes,
+    /// There where one KMS has asked another.
+    signature: Option<String>,
+}
+
+impl Sent {
+    fn of(answer: std::result::Result<Bytes, WireError>, key: Option<&AnswerKey>) -> Self {
+        let (status, body) = match answer {
+            Ok(body) => (200, body),
+            Err(e) => (e.status(), e.body().into()),
+        };
+        let signature = key.map(|key| key.sign(status, &body));
+        Sent { status, body, signature }
+    }
+}
+
 async fn answer(
     server: &Arc<Server>,
     place: &Arc<Place>,
     request: hyper::Request<Incoming>,
-) -> std::result::Result<Bytes, WireError> {
+) -> std::result::Result<Sent, WireError> {
     let (head, body) = request.into_parts();
     let body = read(body).await?;
     let kms = server.kms.clone();
@@ -242,7 +260,11 @@ async fn answer(
         return Err(WireError::new("ThrottlingException", "Rate exceeded"));
     };
     let server = server.clone();
-    let answered = blocking(move || answer_signed(&server, &signed).map(bytes_of)).await;
+    let answered = blocking(move || {
+        let answer = answer_signed(&server, &signed).map(bytes_of);
+        Ok(Sent::of(answer, signed.answer_key.as_ref()))
+    })
+    .await;
     drop(busy);
     answered
 }
@@ -286,6 +308,8 @@ struct SignedRequest {
     access_key: String,
     operation: String,
     body: Bytes,
+    /// What to sign the answer with, where one KMS asks another.
+    answer_key: Option<AnswerKey>,
 }
 
 /// Who asks for what.
@@ -312,8 +336,10 @@ fn authenticate(
     authorization.check(&signed, &secret)?;
     let operation = signed.header("x-amz-target").and_then(|target| target.strip_prefix(TARGET));
     let operation = operation.ok_or(WireError { kind: "UnknownOperationException", message: None })?;
+    let is_between_regions = operations::BETWEEN_REGIONS.contains(&operation);
+    let answer_key = is_between_regions.then(|| authorization.answer_key(&secret));
     let (operation, access_key) = (operation.to_owned(), authorization.access_key);
-    Ok(SignedRequest { caller, access_key, operation, body })
+    Ok(SignedRequest { caller, access_key, operation, body, answer_key })
 }
 
 fn answer_signed(server: &Server, signed: &SignedRequest) -> operations::Answer {

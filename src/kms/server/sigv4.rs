@@ -2,7 +2,7 @@
 //! access key that it names.
 //!
 //! Pure: a request, the time and a secret in, yes or AWS's own refusal out; and the header of a request
-//! of our own. Signatures in the query ("presigned URLs") are not accepted: nobody needs them for a
+//! of our own. Answers are signed as well where one KMS asks another, which AWS has no way for. Signatures in the query ("presigned URLs") are not accepted: nobody needs them for a
 //! KMS, and they end in logs.
 
 use crate::kms::server::wire::WireError;
@@ -17,6 +17,12 @@ use zeroize::Zeroizing;
 const SKEW: Duration = Duration::minutes(5);
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const SERVICE: &str = "kms";
+/// What ends the scope of a request's signature, and what ends that of an answer's.
+const REQUEST: &str = "aws4_request";
+const ANSWER: &str = "sealblk_answer";
+
+/// The header with the signature of an answer.
+pub const ANSWER_SIGNATURE: &str = "sealblk-answer-signature";
 
 /// A request as far as it is signed. Header names are in lower case.
 pub struct Signed<'a> {
@@ -41,6 +47,33 @@ pub struct Authorization {
     region: String,
     signed_headers: Vec<String>,
     signature: String,
+}
+
+/// What the answer to one request is signed with: those who have the secret that has signed the request have
+/// it, and it is good for that answer alone.
+pub struct AnswerKey {
+    // In the heap, so that no move leaves a copy behind.
+    key: Box<Zeroizing<[u8; 32]>>,
+    request: String,
+}
+
+impl AnswerKey {
+    /// The signature of the answer with this HTTP status and body.
+    pub fn sign(&self, status: u16, body: &[u8]) -> String {
+        hex::encode(&self.mac(status, body)[..])
+    }
+
+    /// Whether this is that signature.
+    pub fn is_signed(&self, status: u16, body: &[u8], signature: &str) -> bool {
+        let expected = self.sign(status, body);
+        expected.as_bytes().ct_eq(signature.as_bytes()).into()
+    }
+
+    /// All but the body have one length.
+    fn mac(&self, status: u16, body: &[u8]) -> Zeroizing<[u8; 32]> {
+        let hash = hex::encode(Sha256::digest(body));
+        mac(&self.key[..], format!("{}\n{status:05}\n{hash}", self.request).as_bytes())
+    }
 }
 
 impl Authorization {
@@ -177,11 +210,16 @@ impl Authorization {
             self.scope(),
             hex::encode(Sha256::digest(canonical.as_bytes()))
         );
-        hex::encode(mac(&self.signing_key(secret)[..], to_sign.as_bytes()))
+        hex::encode(mac(&self.signing_key(secret, REQUEST)[..], to_sign.as_bytes()))
+    }
+
+    /// What the answer is signed with, where `secret` has signed the request.
+    pub fn answer_key(&self, secret: &str) -> AnswerKey {
+        AnswerKey { key: Box::new(self.signing_key(secret, ANSWER)), request: self.signature.clone() }
     }
 
     fn scope(&self) -> String {
-        format!("{}/{}/{SERVICE}/aws4_request", self.date, self.region)
+        format!("{}/{}/{SERVICE}/{REQUEST}", self.date, self.region)
     }
 
     fn canonical(&self, request: &Signed<'_>, hash: &str) -> String {
@@ -197,10 +235,10 @@ impl Authorization {
         text
     }
 
-    fn signing_key(&self, secret: &str) -> Zeroizing<[u8; 32]> {
+    fn signing_key(&self, secret: &str, what: &str) -> Zeroizing<[u8; 32]> {
         let first = Zeroizing::new(format!("AWS4{secret}"));
         let mut key = mac(first.as_bytes(), self.date.as_bytes());
-        for part in [self.region.as_str(), SERVICE, "aws4_request"] {
+        for part in [self.region.as_str(), SERVICE, what] {
             key = mac(&key[..], part.as_bytes());
         }
         key
@@ -215,8 +253,13 @@ impl Signed<'_> {
 }
 
 /// The Authorization header of a request to the KMS of `region`: `secret` signs all of its headers, which are
-/// sorted, and `x-amz-date` is one of them.
-pub fn authorization(request: &Signed<'_>, region: &str, access_key: &str, secret: &str) -> String {
+/// sorted, and `x-amz-date` is one of them. And what its answer is signed with.
+pub fn authorization(
+    request: &Signed<'_>,
+    region: &str,
+    access_key: &str,
+    secret: &str,
+) -> (String, AnswerKey) {
     let date = request.header("x-amz-date").and_then(|time| time.get(..8)).unwrap_or_default();
     let mut authorization = Authorization {
         access_key: access_key.to_owned(),
@@ -227,12 +270,13 @@ pub fn authorization(request: &Signed<'_>, region: &str, access_key: &str, secre
     };
     let hash = hex::encode(Sha256::digest(request.body));
     authorization.signature = authorization.signature(request, &hash, secret);
-    format!(
+    let header = format!(
         "{ALGORITHM} Credential={access_key}/{}, SignedHeaders={}, Signature={}",
         authorization.scope(),
         authorization.signed_headers.join(";"),
         authorization.signature
-    )
+    );
+    (header, authorization.answer_key(secret))
 }
 
 /// `now` as `x-amz-date` has it.
@@ -340,7 +384,26 @@ mod tests {
         let (_, signed) = headers.pop().unwrap();
         headers.sort();
         let request = Signed { method: "POST", path: "/", query: "", headers: &headers, body: b"{}" };
-        assert_eq!(authorization(&request, "us-east-1", "AKIAIOSFODNN7EXAMPLE", SECRET), signed);
+        assert_eq!(authorization(&request, "us-east-1", "AKIAIOSFODNN7EXAMPLE", SECRET).0, signed);
+    }
+
+    #[test]
+    fn an_answer_is_signed_for_its_request_by_who_has_its_secret() {
+        let key = |change: &dyn Fn(&str) -> String, secret: &str| {
+            let header = change(&headers()[4].1);
+            Authorization::parse(&header).unwrap().answer_key(secret)
+        };
+        let as_it_is = |header: &str| header.to_owned();
+        let good = key(&as_it_is, SECRET).sign(200, b"{}");
+        let is_signed = |key: AnswerKey, status, body: &[u8]| key.is_signed(status, body, &good);
+        assert!(is_signed(key(&as_it_is, SECRET), 200, b"{}"));
+        assert!(!is_signed(key(&as_it_is, SECRET), 400, b"{}"));
+        assert!(!is_signed(key(&as_it_is, SECRET), 200, b"{ }"));
+        assert!(!is_signed(key(&as_it_is, "another"), 200, b"{}"));
+        assert!(!is_signed(key(&|it| it.replace("Signature=0", "Signature=1"), SECRET), 200, b"{}"));
+        assert!(!key(&as_it_is, SECRET).is_signed(200, b"{}", ""));
+        // Whoever sees the request has no answer to it.
+        assert!(!headers()[4].1.contains(&good));
     }
 
     #[test]

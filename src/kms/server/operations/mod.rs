@@ -55,6 +55,9 @@ impl<'a> Request<'a> {
     }
 }
 
+/// By these one KMS asks another, which believes signed answers alone.
+pub(super) const BETWEEN_REGIONS: [&str; 2] = [regions::PARAMETERS, regions::SYNCHRONIZE];
+
 /// After these, what other regions have of a multi-Region key may be out of date.
 pub(super) const CHANGE_WHAT_REGIONS_SHARE: [&str; 7] = [
     "DisableKeyRotation",
@@ -130,7 +133,7 @@ fn perform(request: &Request<'_>, operation: &str) -> Answer {
         "DeleteImportedKeyMaterial" => import::delete(request),
         "ReplicateKey" => regions::replicate(request),
         "UpdatePrimaryRegion" => regions::update_primary(request),
-        "GetParametersForSynchronization" => regions::parameters(request),
+        regions::PARAMETERS => regions::parameters(request),
         regions::SYNCHRONIZE => regions::synchronize(request),
         _ => Err(WireError { kind: "UnknownOperationException", message: None }),
     }

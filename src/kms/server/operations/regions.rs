@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 /// The operation by which a region hears of a key. AWS has no such operation, only a right of that name.
 pub(super) const SYNCHRONIZE: &str = "SynchronizeMultiRegionKey";
 
+/// The operation by which a region is asked what it has of a key, and what to wrap more with. Ours as well.
+pub(super) const PARAMETERS: &str = "GetParametersForSynchronization";
+
 pub(super) fn replicate(request: &Request<'_>) -> Answer {
     let key = request.admins_key("ReplicateKey")?;
     let fields = &request.fields;
