@@ -29,6 +29,8 @@ use crate::kms::key_ref::{KeyName, Locality, id_text, is_multi_region};
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -61,6 +63,10 @@ pub struct Wrapping {
 pub struct Parameters {
     /// The generation that it has; 0 for none.
     pub generation: u64,
+    /// Whether it is the primary key there.
+    pub is_primary: bool,
+    /// A hash of what it has of all that is shared, 64 hex digits; empty for none.
+    pub state: String,
     /// Absent where it has what was asked about.
     pub wrapping: Option<Wrapping>,
 }
@@ -137,15 +143,22 @@ impl Embedded {
         if makes {
             self.log.create_if_absent()?;
         }
-        let has =
-            self.current(|log| match log.state().key_by_id(id).map(KeyEntry::related).transpose()? {
-                Some(it) if it.has(from) || it.moving_to.as_deref() == Some(from) => Ok(it.generation),
-                Some(_) => Err(self.not_a_relative(id, from)),
-                None if makes => Ok(0),
-                None => Err(self.no_such_key(id)),
-            })?;
-        if has >= generation {
-            return Ok(Parameters { generation: has, wrapping: None });
+        let has = self.current(|log| {
+            let Some(entry) = log.state().key_by_id(id) else {
+                let none =
+                    Parameters { generation: 0, is_primary: false, state: String::new(), wrapping: None };
+                return if makes { Ok(none) } else { Err(self.no_such_key(id)) };
+            };
+            let it = entry.related()?;
+            if !it.has(from) && it.moving_to.as_deref() != Some(from) {
+                return Err(self.not_a_relative(id, from));
+            }
+            let state = state_of(entry, &it.primary, it.generation)?;
+            let is_primary = it.primary == self.place.region;
+            Ok(Parameters { generation: it.generation, is_primary, state, wrapping: None })
+        })?;
+        if has.generation >= generation {
+            return Ok(has);
         }
         // Before the store is locked: this can take seconds.
         let (public_key, private) = one_time_key(SPEC)?;
@@ -157,7 +170,37 @@ impl Embedded {
             token.extend_from_slice(&private);
             log.keys().seal_token(&token_label(from), &token)
         })?;
-        Ok(Parameters { generation: has, wrapping: Some(Wrapping { public_key, token }) })
+        Ok(Parameters { wrapping: Some(Wrapping { public_key, token }), ..has })
+    }
+
+    /// Writes down what the region says that it has of `key`, where it needs no message. A number alone says
+    /// nothing: a store that was put back from a copy counts again from there, by other changes.
+    ///
+    /// # Errors
+    /// ConflictException if that is something else than what was to be brought; those of the store.
+    pub fn note_parameters(&self, key: Uuid, region: &str, has: &Parameters) -> Result<(), KmsError> {
+        let agrees = self.log.read(|log| {
+            let entry = log.state().key(&id_text(key), &self.place)?;
+            let it = entry.related()?;
+            let moves = it.moving_to.as_deref() == Some(region);
+            let primary = if moves { region } else { &it.primary };
+            let wanted = generation_for(it, region);
+            Ok(match has.generation.cmp(&wanted) {
+                // Something has changed here since the region was asked.
+                Ordering::Less => true,
+                Ordering::Equal => has.state == state_of(entry, primary, wanted)?,
+                // The new primary key goes on by itself.
+                Ordering::Greater => moves && has.is_primary,
+            })
+        })?;
+        if !agrees {
+            let (arn, its) = (self.place.key_arn(key), self.place.in_region(region).key_arn(key));
+            return Err(conflict(format!(
+                "{its} has a generation {} that {arn} never had: was one of the two put back from a backup?",
+                has.generation
+            )));
+        }
+        self.note_synchronized(key, region, has.generation).map(drop)
     }
 
     /// The generation of `key` that the replica in `region` is to have: one more than the one here if it
@@ -247,12 +290,6 @@ impl Embedded {
                 (it.primary.clone(), replicas)
             }
         };
-        let version = |v: &VersionEntry| SharedVersion {
-            id: v.id,
-            created: v.created,
-            rotation: v.rotation,
-            waits: v.waits,
-        };
         Ok(Shared {
             key: entry.id,
             account: self.place.account.clone(),
@@ -262,7 +299,7 @@ impl Embedded {
             replicas,
             generation: generation_for(it, region),
             rotation: entry.rotation.clone(),
-            versions: entry.versions.iter().map(version).collect(),
+            versions: entry.versions.iter().map(SharedVersion::of).collect(),
             new: new.cloned(),
         })
     }
@@ -372,6 +409,13 @@ impl Embedded {
     }
 }
 
+impl SharedVersion {
+    fn of(version: &VersionEntry) -> Self {
+        let VersionEntry { id, created, rotation, waits, .. } = *version;
+        SharedVersion { id, created, rotation, waits }
+    }
+}
+
 impl Shared {
     /// Fails unless this can be said of `key` by the KMS of the region `from` to the one at `here`.
     fn check(&self, from: &str, key: &str, here: &Locality) -> Result<(), KmsError> {
@@ -429,6 +473,15 @@ fn with_shared(
         deletion_days: None,
     });
     Ok(KeyEntry { rotation: shared.rotation.clone(), multi_region, versions, ..key.clone() })
+}
+
+/// A hash of what all relatives of `key` share, with the primary key in this region. Which replicas there are
+/// is left out: of those a relative may hear later.
+fn state_of(key: &KeyEntry, primary: &str, generation: u64) -> Result<String, KmsError> {
+    let versions: Vec<SharedVersion> = key.versions.iter().map(SharedVersion::of).collect();
+    let shared = serde_json::to_vec(&(key.id, primary, generation, &key.rotation, versions))
+        .map_err(|e| KmsError::Internal(format!("write what regions share: {e}")))?;
+    Ok(hex::encode(Sha256::digest(shared)))
 }
 
 fn generation_for(it: &MultiRegion, region: &str) -> u64 {

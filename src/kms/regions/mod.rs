@@ -161,14 +161,13 @@ fn bring(kms: &Embedded, peer: &Peer, key: Uuid, new: Option<&NewReplica>) -> Re
     let region = peer.region();
     let wanted = kms.generation_for(key, region)?;
     let parameters = peer.parameters(key, wanted, new.is_some())?;
-    let (has, metadata) = match parameters.wrapping {
-        None => (parameters.generation, Value::Null),
-        Some(wrapping) => {
-            let (message, generation) = kms.message_for(key, region, &wrapping, new)?;
-            (generation, peer.tell(key, &wrapping.token, &message)?)
-        }
+    let Some(wrapping) = &parameters.wrapping else {
+        kms.note_parameters(key, region, &parameters)?;
+        return Ok(Value::Null);
     };
-    kms.note_synchronized(key, region, has)?;
+    let (message, generation) = kms.message_for(key, region, wrapping, new)?;
+    let metadata = peer.tell(key, &wrapping.token, &message)?;
+    kms.note_synchronized(key, region, generation)?;
     Ok(metadata)
 }
 

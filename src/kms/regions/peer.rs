@@ -85,11 +85,15 @@ impl Peer {
         };
         let has = answer.get("Generation").and_then(Value::as_u64);
         let generation = has.ok_or_else(|| self.strange("Generation"))?;
+        let is_primary = answer.get("IsPrimary").and_then(Value::as_bool);
+        let is_primary = is_primary.ok_or_else(|| self.strange("IsPrimary"))?;
+        let state = answer.get("State").and_then(Value::as_str);
+        let state = state.ok_or_else(|| self.strange("State"))?.to_owned();
         let wrapping = match answer.get("PublicKey") {
             None => None,
             Some(_) => Some(Wrapping { public_key: bytes("PublicKey")?, token: bytes("ImportToken")? }),
         };
-        Ok(Parameters { generation, wrapping })
+        Ok(Parameters { generation, is_primary, state, wrapping })
     }
 
     /// Has it take a message; returns KeyMetadata as it has it.

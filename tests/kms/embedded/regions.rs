@@ -533,3 +533,57 @@ fn a_move_to_a_replica_that_is_gone_has_come_to_its_end() {
     assert!(here.multi_region.unwrap().is_primary);
     one.rotate_on_demand(&key.arn).unwrap();
 }
+
+#[test]
+fn a_number_that_a_replica_has_already_is_not_taken_for_what_stands_behind_it() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    let before = other.synchronization_parameters(HOME, &id(&key), 1, false).unwrap();
+    one.note_parameters(key.id, FAR, &before).unwrap();
+    let one = rolled_back(&home, |one| {
+        one.rotate_on_demand(&key.arn).unwrap();
+        catch_up((one, HOME), (&other, FAR), &key);
+    });
+    let has = other.synchronization_parameters(HOME, &id(&key), 1, false).unwrap();
+    let is_refused = |kms: &Embedded| {
+        kms.note_parameters(key.id, FAR, &has).unwrap_err().type_name() == "ConflictException"
+    };
+    assert!(is_refused(&one), "it has more");
+    one.rotate_on_demand(&key.arn).unwrap();
+    while one.generation_for(key.id, FAR).unwrap() < has.generation {
+        let days = 90 + u32::try_from(one.generation_for(key.id, FAR).unwrap()).unwrap();
+        one.enable_rotation(&key.arn, days).unwrap();
+    }
+    // The same number, by other changes.
+    assert_eq!(one.generation_for(key.id, FAR).unwrap(), has.generation);
+    assert!(carry((&one, HOME), (&other, FAR), &key, None).unwrap().is_none());
+    assert!(is_refused(&one), "it has something else");
+    assert_eq!(one.key(&key.arn).unwrap().multi_region.unwrap().behind, [FAR]);
+    let current = one.versions(&key.arn).unwrap().iter().position(|version| version.current);
+    assert_eq!(current, Some(0), "a version encrypts that the other region lacks");
+}
+
+#[test]
+fn a_primary_key_is_elsewhere_once_that_region_says_so() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = multi_region(&one);
+    replicate((&one, HOME), (&other, FAR), &key);
+    one.begin_move(&key.arn, FAR).unwrap();
+    let carried = carry((&one, HOME), (&other, FAR), &key, None).unwrap().unwrap();
+    other.receive(HOME, &id(&key), &carried.token, &carried.message).unwrap();
+    let wanted = one.generation_for(key.id, FAR).unwrap();
+    let mut has = other.synchronization_parameters(HOME, &id(&key), wanted, false).unwrap();
+    assert!(has.is_primary && has.generation == wanted);
+    // It has gone on meanwhile.
+    other.enable_rotation(&id(&key), 90).unwrap();
+    let later = other.synchronization_parameters(HOME, &id(&key), wanted, false).unwrap();
+    assert!(later.generation > wanted);
+    has.is_primary = false;
+    has.generation = later.generation;
+    assert_eq!(one.note_parameters(key.id, FAR, &has).unwrap_err().type_name(), "ConflictException");
+    one.note_parameters(key.id, FAR, &later).unwrap();
+    assert!(!one.key(&key.arn).unwrap().multi_region.unwrap().is_primary);
+}

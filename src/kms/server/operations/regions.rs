@@ -58,7 +58,11 @@ pub(super) fn parameters(request: &Request<'_>) -> Answer {
     })?;
     let makes = fields.flag("CreatesReplica")?;
     let parameters = request.kms.synchronization_parameters(from, key, generation, makes)?;
-    let mut answer = json!({ "Generation": parameters.generation });
+    let mut answer = json!({
+        "Generation": parameters.generation,
+        "IsPrimary": parameters.is_primary,
+        "State": parameters.state,
+    });
     if let Some(wrapping) = parameters.wrapping {
         answer["PublicKey"] = STANDARD.encode(&wrapping.public_key).into();
         answer["ImportToken"] = STANDARD.encode(&wrapping.token).into();
