@@ -195,6 +195,17 @@ fn a_region_that_is_away_is_gone_on_with_when_it_is_back() {
     let shown = two.json(HOME, &["key", "show", &id])["multi_region"].clone();
     assert_eq!((&shown["creating"], &shown["behind"]), (&json!([]), &json!([])));
 
+    // The settings have another region than the key: whoever synchronizes is told.
+    let settings = two.home.folders().1.join("sealblk.toml");
+    let good = fs::read_to_string(&settings).expect("read a file");
+    let own = format!("region = '{HOME}'");
+    assert!(good.starts_with(&own));
+    fs::write(&settings, good.replacen(&own, "region = 'ap-south-1'", 1)).expect("write a file");
+    let said = two.refused(HOME, 5, &["key", "synchronize"]);
+    assert!(said.contains("in the settings is ap-south-1"), "{said}");
+    fs::write(&settings, &good).expect("write a file");
+    two.json(HOME, &["key", "synchronize"]);
+
     // The primary key is on its way, and cannot be asked for by anybody else meanwhile.
     two.far.stop();
     two.refused(HOME, 6, &["key", "primary", &id, "--region", FAR]);
@@ -467,7 +478,9 @@ fn whoever_is_between_two_kmss_is_told_nothing_and_believed_nothing() {
         *wire.forged.lock().expect("not poisoned") = Some((status, answer.to_string()));
     };
     let count = |what: &str| {
-        Needles::words(&format!("TrentService.{what}\r")).find(&wire.passed.lock().expect("not poisoned")).len()
+        Needles::words(&format!("TrentService.{what}\r"))
+            .find(&wire.passed.lock().expect("not poisoned"))
+            .len()
     };
     let told = count("SynchronizeMultiRegionKey");
     let single = text(&two.json(HOME, &["key", "create", "--multi-region"])["key_id"]).to_owned();

@@ -100,6 +100,11 @@ impl MultiRegion {
         self.primary == region || self.replicas.get(region).is_some_and(|has| *has > 0)
     }
 
+    /// Whether this can be what the KMS of `region` knows of its own key.
+    fn is_in(&self, region: &str) -> bool {
+        self.primary == region || self.replicas.contains_key(region)
+    }
+
     /// The same key with its primary key in `region`: what the region that had it is then, and all others.
     pub(super) fn moved(&self, region: &str) -> (String, BTreeSet<String>) {
         let others = self.confirmed().filter(|other| *other != region).chain([&self.primary]);
@@ -151,8 +156,9 @@ impl KeyEntry {
 }
 
 impl Embedded {
-    /// Waits until nobody else tells another region of `key`. Of two that moved it at once, one could hear that
-    /// the other region refuses, and take the move back here, while what the other has sent is taken there.
+    /// Waits until nobody else tells another region of `key`. Of two that moved it at once, one
+    /// could hear that the other region refuses, and take the move back here, while what the other
+    /// has sent is taken there.
     ///
     /// # Errors
     /// Those of the store.
@@ -344,8 +350,34 @@ impl Embedded {
         if key.multi_region.is_some() { Ok(()) } else { Err(KmsError::Unsupported(message())) }
     }
 
-    /// Fails for a replica.
+    /// Fails if a multi-Region key here is neither the primary key nor a replica in the region of the
+    /// settings: that has been changed since the key was made, and no relative knows of it.
+    ///
+    /// # Errors
+    /// `InvalidState`, for the first such key; those of the store.
+    pub fn check_regions(&self) -> Result<(), KmsError> {
+        if !self.log.exists()? {
+            return Ok(());
+        }
+        self.current(|log| log.state().keys().try_for_each(|key| self.check_region(key)))
+    }
+
+    /// As [`Embedded::check_regions`], for one key.
+    pub(super) fn check_region(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        let here = &self.place.region;
+        let Some(it) = key.multi_region.as_ref().filter(|it| !it.is_in(here)) else { return Ok(()) };
+        let those: Vec<&str> = it.confirmed().chain([&it.primary]).map(String::as_str).collect();
+        Err(KmsError::InvalidState(format!(
+            "{} is a multi-Region key of {}, and \"region\" in the settings is {here}: nothing is rotated or \
+             brought to other regions until the settings have its region again.",
+            id_text(key.id),
+            those.join(", ")
+        )))
+    }
+
+    /// Fails for a replica, and for a key whose region the settings do not have any more.
     pub(super) fn check_primary(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        self.check_region(key)?;
         let Some(it) = key.multi_region.as_ref().filter(|_| key.is_replica_in(&self.place.region)) else {
             return Ok(());
         };

@@ -149,6 +149,7 @@ impl Embedded {
                     Parameters { generation: 0, is_primary: false, state: String::new(), wrapping: None };
                 return if makes { Ok(none) } else { Err(self.no_such_key(id)) };
             };
+            self.check_region(entry)?;
             let it = entry.related()?;
             if !it.has(from) && it.moving_to.as_deref() != Some(from) {
                 return Err(self.not_a_relative(id, from));
@@ -343,11 +344,12 @@ impl Embedded {
         shared: &Shared,
         material: &[Material],
     ) -> Result<KeyEntry, KmsError> {
+        self.check_region(known)?;
         let it = known.related()?;
         let after = self.with_all_that_is_known(log, known, shared, material);
         if after.as_ref().is_ok_and(|after| after == known) {
-            // Two have brought the same. It may have been a move, after which the sender has nothing to say any
-            // more: a refusal would have it believe that nothing was moved.
+            // Two have brought the same. It may have been a move, after which the sender has nothing to say
+            // any more: a refusal would have it believe that nothing was moved.
             return after;
         }
         let arn = self.place.key_arn(known.id);

@@ -91,12 +91,16 @@ pub fn update_primary(kms: &Embedded, key: &str, region: &str) -> Result<KeyMeta
 }
 
 /// Brings every replica that is behind what its primary key here has. Returns what was not reached or was
-/// refused, by region: one that fails keeps no other waiting.
+/// refused, by region: one that fails keeps no other waiting. Under the region of the settings stands a key
+/// that has another one.
 ///
 /// # Errors
 /// Those of the store.
 pub fn synchronize(kms: &Embedded) -> Result<BTreeMap<String, KmsError>, KmsError> {
     let mut failed = BTreeMap::new();
+    if let Err(e) = kms.check_regions() {
+        failed.insert(kms.locality().region.clone(), e);
+    }
     // A new version goes out twice: to be known, and to be used. What is behind after that is behind by
     // something that came meanwhile.
     for _ in 0..3 {
@@ -142,7 +146,7 @@ pub(in crate::kms) fn synchronize_in_time(kms: &Arc<Embedded>) -> std::io::Resul
                     for (region, e) in &failed {
                         // Once, and not every minute.
                         if told.get(region) != Some(e) {
-                            log::warn!("multi-Region keys are not brought to {region}: {e}");
+                            log::warn!("multi-Region keys are not brought up to date in {region}: {e}");
                         }
                     }
                     told = failed;

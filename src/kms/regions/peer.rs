@@ -121,13 +121,15 @@ impl Peer {
         // A name that is still being looked up is not waited for.
         runtime.shutdown_background();
         let late = |_| self.not_reached(&format!("no answer within {} s", ANSWER_TIME.as_secs()));
-        let Answer { status, body, is_signed } = exchanged.map_err(late)?.map_err(|e| self.not_reached(&e))?;
+        let Answer { status, body, is_signed } =
+            exchanged.map_err(late)?.map_err(|e| self.not_reached(&e))?;
         let answer: Value = serde_json::from_slice(&body).map_err(|_| self.strange("JSON"))?;
         if is_signed && status == StatusCode::OK {
             return Ok(answer);
         }
         let text = |name: &str| answer.get(name).and_then(Value::as_str).unwrap_or_default();
-        let kind: String = text("__type").chars().filter(char::is_ascii_alphanumeric).take(WORDS_MAX).collect();
+        let kind: String =
+            text("__type").chars().filter(char::is_ascii_alphanumeric).take(WORDS_MAX).collect();
         let words: String = text("message").chars().filter(|c| !c.is_control()).take(WORDS_MAX).collect();
         if !is_signed {
             let why = format!(
@@ -179,7 +181,11 @@ impl Peer {
         Ok(Answer { status, body, is_signed })
     }
 
-    fn signed(&self, operation: &str, asked: &Value) -> hyper::http::Result<(Request<Full<Bytes>>, AnswerKey)> {
+    fn signed(
+        &self,
+        operation: &str,
+        asked: &Value,
+    ) -> hyper::http::Result<(Request<Full<Bytes>>, AnswerKey)> {
         let body = asked.to_string();
         let host = self.place.url.authority().map_or("", |authority| authority.as_str());
         let headers = [

@@ -1,9 +1,9 @@
 //! AWS Signature Version 4: whether a request was made by whoever has the secret of the
 //! access key that it names.
 //!
-//! Pure: a request, the time and a secret in, yes or AWS's own refusal out; and the header of a request
-//! of our own. Answers are signed as well where one KMS asks another, which AWS has no way for. Signatures in the query ("presigned URLs") are not accepted: nobody needs them for a
-//! KMS, and they end in logs.
+//! Pure: a request, the time and a secret in, yes or AWS's own refusal out; and the header of a request of
+//! our own. Answers are signed as well where one KMS asks another, which AWS has no way for. Signatures in
+//! the query ("presigned URLs") are not accepted: nobody needs them for a KMS, and they end in logs.
 
 use crate::kms::server::wire::WireError;
 use hmac::{Hmac, KeyInit, Mac};

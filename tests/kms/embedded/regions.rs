@@ -587,3 +587,33 @@ fn a_primary_key_is_elsewhere_once_that_region_says_so() {
     one.note_parameters(key.id, FAR, &later).unwrap();
     assert!(!one.key(&key.arn).unwrap().multi_region.unwrap().is_primary);
 }
+
+#[test]
+fn a_key_stays_in_the_region_that_it_was_made_in() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let key = multi_region(&home.open());
+    replicate((&home.open(), HOME), (&far.open(), FAR), &key);
+    home.open().check_regions().unwrap();
+    home.open().enable_rotation(&key.arn, 90).unwrap();
+    for region in [home, far] {
+        let Region { place, name, clock } = region;
+        let moved = Region { place, name: THIRD, clock };
+        moved.clock.pass(91 * DAY);
+        let kms = moved.open();
+        let refused = |result: Result<(), KmsError>| {
+            let e = result.unwrap_err();
+            assert_eq!(e.type_name(), "KMSInvalidStateException");
+            assert!(e.to_string().contains("\"region\" in the settings is ap-south-1"), "{e}");
+        };
+        refused(kms.check_regions());
+        refused(kms.rotate_on_demand(&id(&key)).map(drop));
+        refused(kms.begin_replication(&id(&key), HOME).map(drop));
+        refused(kms.synchronization_parameters(HOME, &id(&key), 99, false).map(drop));
+        assert_eq!(kms.versions(&id(&key)).unwrap().len(), 1);
+        // What it has it still opens.
+        kms.encrypt(&id(&key), b"x", &volume("v")).unwrap();
+        let again = Region { name, ..moved }.open();
+        again.check_regions().unwrap();
+        assert_eq!(again.versions(&id(&key)).unwrap().len(), if name == HOME { 2 } else { 1 });
+    }
+}
