@@ -13,7 +13,6 @@
 #![forbid(unsafe_code)]
 
 use crate::config::regions::is_region;
-use crate::kms::KmsError;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{KeyMetadata, check_description};
 use crate::kms::embedded::blob::Material;
@@ -26,6 +25,7 @@ use crate::kms::embedded::rotation::TIMES;
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::embedded::tags;
 use crate::kms::key_ref::{KeyName, Locality, id_text, is_multi_region};
+use crate::kms::{Exception, KmsError};
 use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, KeyInit, Nonce, Tag};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,9 @@ const MATERIAL_LEN: usize = 32;
 const TAG_LEN: usize = 16;
 /// More versions than a key has in a hundred years of rotation: what has more is no key of ours.
 const VERSIONS_MAX: usize = 512;
+/// How many keys one other region may share with this one, by its own wish: at the most that a message can
+/// say of each, half of what a log may have.
+const KEYS_OF_A_REGION_MAX: usize = 2000;
 /// More regions than there are.
 const REPLICAS_MAX: usize = 256;
 
@@ -316,6 +319,13 @@ impl Embedded {
     ) -> Result<KeyEntry, KmsError> {
         if shared.primary != shared.from {
             return Err(self.not_a_relative(shared.key, &shared.from));
+        }
+        let has = |key: &&KeyEntry| key.multi_region.as_ref().is_some_and(|it| it.has(&shared.from));
+        if log.state().keys().filter(has).count() >= KEYS_OF_A_REGION_MAX {
+            return Err(KmsError::Other(
+                Exception::LimitExceeded,
+                format!("{} shares {KEYS_OF_A_REGION_MAX} keys already, which is the limit.", shared.from),
+            ));
         }
         check_description(&new.description)?;
         new.policy.as_deref().map_or(Ok(()), tags::check_policy)?;
