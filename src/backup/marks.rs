@@ -7,6 +7,7 @@
 //! | `<config>/places/<place>/id` | the place's id, as it was when this host used the place first |
 //! | `<config>/places/<place>/host` | a number of this host's own, for its leases there |
 //! | `<config>/places/<place>/snapshots/<id>` | the number and the SHA-256 of the newest manifest that it has seen |
+//! | `<config>/places/<place>/said/<id>` | that the place may have this host's word: a volume has come, as that snapshot here |
 //! | `<config>/places/<place>/pushes/<id>` | locked while this host pushes that snapshot |
 //! | `<config>/places/<place>/stores/<store>` | the id by which backups of that store are known there; `<store>` is a digest of its path. Locked while it is backed up there |
 //!
@@ -181,6 +182,27 @@ impl Marks {
         Ok(ids)
     }
 
+    /// Notes, durably, that the place may have from now on this host's word that a volume has come: it was
+    /// pulled as the snapshot `pulled`.
+    pub(crate) fn note_said(&self, pulled: SnapshotId) -> Result<()> {
+        let folder = self.folder.join("said");
+        create_dir_durable(&folder)?;
+        replace_file(&folder.join(pulled.to_string()), b"")
+    }
+
+    /// Whether the place may have that word.
+    pub(crate) fn is_said(&self, pulled: SnapshotId) -> bool {
+        files::exists(&self.folder.join("said").join(pulled.to_string()))
+    }
+
+    /// Forgets that, when the volume was made.
+    pub(crate) fn forget_said(&self, pulled: SnapshotId) -> Result<()> {
+        match files::remove(&self.folder.join("said").join(pulled.to_string())) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(e).context(|| format!("forget {pulled}")),
+            _ => Ok(()),
+        }
+    }
+
     /// Keeps other pushes of the same snapshot to the same place, by this host, away until it is dropped.
     ///
     /// # Errors
@@ -275,6 +297,18 @@ mod tests {
         assert_eq!(marks.all().unwrap(), [id]);
         assert!(marks.forget(id).unwrap() && !marks.forget(id).unwrap());
         assert_eq!(marks.all().unwrap(), []);
+    }
+
+    #[test]
+    fn a_word_that_was_given_is_noted_until_it_is_forgotten() {
+        let (_dir, marks) = marks();
+        let (id, other) = (SnapshotId::random(), SnapshotId::random());
+        assert!(!marks.is_said(id));
+        marks.note_said(id).unwrap();
+        assert!(marks.is_said(id) && !marks.is_said(other));
+        marks.forget_said(id).unwrap();
+        marks.forget_said(id).unwrap();
+        assert!(!marks.is_said(id));
     }
 
     #[test]

@@ -193,6 +193,48 @@ fn what_nobody_takes_is_called_off_and_cannot_be_taken_any_more() {
     assert!(told.contains("no such folder"), "{told}");
 }
 
+/// A place that has the other host's word can show it to the sender, and say to the other host that the move
+/// was called off: what was pulled is kept then.
+#[test]
+#[cfg_attr(not(feature = "kms-server"), ignore = "no KMS that two hosts can reach")]
+fn a_place_that_says_two_things_has_the_volume_deleted_on_one_host_at_most() {
+    let Hosts { _kms, mut rig, other, key, .. } = Hosts::new();
+    crate::outside::write_to(&mut rig, 0, &pattern(8, 4 << 20));
+    let (outside, store) = (Outside::new(), &rig.place.store);
+    let sends = start(store, &["volume", "send", "t", &outside.url(), "--wait", "120"]);
+    let last = last_snapshot(&outside, &[]);
+    // It says that it has the volume, and cannot make the volume: the name is taken meanwhile.
+    let receive = ["volume", "receive", &outside.url(), "t", "--wait", "30"];
+    let slowly = [&receive[..], &["--limit", "1MiB"]].concat();
+    let mut receives = start(&other, &slowly);
+    wait_for("it comes", || match (in_the_making(&other).is_empty(), receives.try_wait()) {
+        (false, _) => Ok(()),
+        (true, ended) => Err(format!("nothing comes: {ended:?}")),
+    });
+    other.ok(&["volume", "create", "--size", "1MiB", "--name", "t", "--key", &key]);
+    let told = end(receives);
+    assert!(
+        told.status.code() == Some(4) && said(&told).contains("was told that it is here"),
+        "{}",
+        said(&told)
+    );
+    let sent = end(sends);
+    assert!(sent.status.success(), "{}", said(&sent));
+    rig.refuse(3, &["volume", "show", "t"]);
+    other.ok(&["volume", "rename", "t", "another"]);
+    fs::write(outside.path().join("moves").join(&last), "sealblk move 1 withdrawn\n").expect("write a file");
+    for _ in 0..2 {
+        let told = other.run(&receive);
+        assert!(told.status.code() == Some(4) && said(&told).contains("is kept here"), "{}", said(&told));
+    }
+    let kept = other.ok(&["snapshot", "list", "--json"]);
+    let kept: Vec<Value> = serde_json::from_str(&kept).expect("JSON");
+    let [kept] = &kept[..] else { panic!("{kept:?}") };
+    let id = kept["id"].as_str().expect("an id");
+    other.ok(&["volume", "create", "--snapshot", id, "--name", "t"]);
+    assert!(content(&other, "t") == rig.data);
+}
+
 /// The records of snapshots in the making, without white space.
 fn in_the_making(store: &Store) -> Vec<String> {
     let all = files(&store.root().join("snapshots"));

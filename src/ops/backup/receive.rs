@@ -2,8 +2,9 @@
 
 use super::pull::Ahead;
 use super::restore::{check_name, made_before, pulled_before};
-use super::step::{Made, Site, Step};
+use super::step::{Came, Made, Site, Step, other};
 use super::{For, Session, Target};
+use crate::backup::marks::Marks;
 use crate::backup::moved;
 use crate::backup::saved::{SavedVolume, Sent};
 use crate::base::{Context, Error, Kind, Result, Timestamp};
@@ -58,7 +59,7 @@ pub struct Received {
 /// # Errors
 /// `NotFound` if nothing was sent in time; `Usage` if several volumes were; `Busy` if its name is taken here,
 /// or if it was called off; those of the place and the KMS. It is still with whoever has sent it then, unless
-/// the error says otherwise.
+/// the error says otherwise: what was pulled is kept here then.
 pub fn receive(store: &Store, target: &Target, wanted: &WantedReceive, watch: Watch<'_>) -> Result<Received> {
     let _passphrase = passphrase::inherited_descriptors().map_err(Error::from)?;
     receive_by(store, target, wanted, &|| Ok(()), watch)
@@ -119,11 +120,15 @@ impl Receiving<'_> {
             }
         };
         (self.is_there)()?;
-        if let Err(e) = self.site.run(&Step::Accept(pulled, snapshot, self.target.clone()), watch) {
-            if e.kind() == Kind::Busy {
+        match self.site.run(&Step::Accept(pulled, snapshot, self.target.clone()), watch)? {
+            Came::Done => {}
+            // Nobody can have been told that it is here: it is still where it was.
+            Came::CalledOff => {
                 delete::delete_snapshot(&catalog, pulled)?;
+                let message = "whoever has sent it has called it off; it is still there";
+                return Err(Error::new(Kind::Busy, message));
             }
-            return Err(e);
+            _ => return Err(other()),
         }
         let told = || {
             format!(
@@ -133,6 +138,9 @@ impl Receiving<'_> {
             )
         };
         let made = self.site.make(pulled, watch).context(told)?;
+        if let Err(e) = Marks::of(&self.target.url).and_then(|marks| marks.forget_said(pulled)) {
+            log::warn!("{e}");
+        }
         Ok(Received { made, snapshot, volume, name, came_ahead })
     }
 
@@ -307,23 +315,43 @@ fn nothing(target: &Target) -> Error {
     Error::new(Kind::NotFound, message)
 }
 
-/// Says in the place that the volume has come of which `pulled` was pulled from there as `source`.
+/// Says in the place that the volume has come of which `pulled` was pulled from there as `source`. Returns
+/// whether it was said: not if it was called off before.
+///
+/// The place cannot forge the word. But it can keep the word, say here that it was called off, and show the
+/// word to the sender later, who deletes the volume then. So from the moment that the word can have left this
+/// process, which is noted before, nothing that the place says has what was pulled deleted.
 ///
 /// # Errors
-/// `Busy` if it was called off before, or if another host has it; those of the KMS and of the place.
-pub(super) fn accept(store: &Store, pulled: SnapshotId, source: SnapshotId, target: &Target) -> Result<()> {
+/// `Busy` if the place says, when it can have the word, that it was called off or that another host has the
+/// volume; those of the KMS and of the place. What was pulled has to stay.
+pub(super) fn accept(store: &Store, pulled: SnapshotId, source: SnapshotId, target: &Target) -> Result<bool> {
     let snapshot = store.catalog().load_snapshot(pulled)?;
     let mut session = Session::open(store, target, For::Removing)?;
     let keys = super::keys_of(store, &snapshot).map_err(|failure| failure.error)?;
     crate::sandbox::give_up_network()?;
     let top = keys.first().ok_or_else(|| Error::new(Kind::Corrupt, "it has no data key"))?;
     let (name, bytes) = (moved::moved_of(source), moved::received(source, pulled, top));
+    if !session.marks.is_said(pulled) {
+        if session.carrier.get(&name, moved::MAX)?.is_some_and(|there| there != bytes) {
+            return Ok(false);
+        }
+        session.marks.note_said(pulled)?;
+    }
     let is_ours = session.carrier.put(&name, &bytes, Put::IfNew)?
         || session.carrier.get(&name, moved::MAX)?.is_some_and(|there| there == bytes);
     session.carrier.sync()?;
     match is_ours {
-        true => Ok(()),
-        false => Err(Error::new(Kind::Busy, "whoever has sent it has called it off; it is still there")),
+        true => Ok(true),
+        false => Err(Error::new(
+            Kind::Busy,
+            format!(
+                "the place says that it was called off, and can have this host's word that it has come: all \
+                 of it is kept here, as {pulled}. Look where it was sent from. If the volume is there, \
+                 \"sealblk snapshot delete {pulled}\" here; if not, \"sealblk volume create --snapshot \
+                 {pulled}\" makes it"
+            ),
+        )),
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) enum Step {
     /// Opens a volume as an attach does, and deletes it.
     Try(VolumeId),
     /// Says in a place that the volume has come of which the first snapshot was pulled as
-    /// the second one there.
+    /// the second one there, unless that was called off.
     Accept(SnapshotId, SnapshotId, Target),
     /// Looks whether another host says so, of the last snapshot of a volume that was sent.
     Received(SnapshotId, Target),
@@ -58,6 +58,8 @@ pub(super) enum Came {
     Pulled(SnapshotId),
     Made(Made),
     IsReceived(bool),
+    /// The place said so before it had this host's word.
+    CalledOff,
     Done,
 }
 

@@ -45,10 +45,10 @@ fn run(store: &Store, step: Step, watch: Watch<'_>) -> Result<Came> {
             restore::open_and_delete(store, volume)?;
             Came::Done
         }
-        Step::Accept(pulled, source, target) => {
-            receive::accept(store, pulled, source, &target)?;
-            Came::Done
-        }
+        Step::Accept(pulled, source, target) => match receive::accept(store, pulled, source, &target)? {
+            true => Came::Done,
+            false => Came::CalledOff,
+        },
         Step::Received(last, target) => Came::IsReceived(receive::is_received(store, last, &target)?),
         Step::Kms(kms, target, root_key) => {
             // The root key and a passphrase pass buffers of other people's code.
