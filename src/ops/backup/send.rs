@@ -321,7 +321,10 @@ impl Sending<'_> {
 
     /// Has nobody take it any more, for this reason. Returns well if the other host was faster.
     fn call_off(&mut self, last: SnapshotId, why: Error) -> Result<()> {
-        match self.session.carrier.put(&moved::moved_of(last), moved::WITHDRAWN, Put::IfNew) {
+        let carrier = &mut self.session.carrier;
+        let put = carrier.put(&moved::moved_of(last), moved::WITHDRAWN, Put::IfNew);
+        // After a power cut in the place nobody could take it either.
+        match put.and_then(|is_put| carrier.sync().map(|()| is_put)) {
             // The other host was faster, or this very put was made twice.
             Ok(false) => self.decide(last, Some(why)),
             Ok(true) => Err(why),
