@@ -235,6 +235,31 @@ fn a_place_that_says_two_things_has_the_volume_deleted_on_one_host_at_most() {
     assert!(content(&other, "t") == rig.data);
 }
 
+/// Whoever sends a volume chooses the snapshot's id. One that a volume was made of already leads
+/// to nothing of that volume.
+#[test]
+#[cfg_attr(not(feature = "kms-server"), ignore = "no KMS that two hosts can reach")]
+fn an_id_that_a_volume_was_made_of_does_not_lead_to_that_volume() {
+    let Hosts { _kms, rig, other, key, .. } = Hosts::new();
+    let (outside, store) = (Outside::new(), &rig.place.store);
+    store.ok(&["volume", "modify", "t", "--iops", "500"]);
+    let sends = start(store, &["volume", "send", "t", &outside.url(), "--wait", "120"]);
+    let last = last_snapshot(&outside, &[]);
+    let mark = format!("sealblk:restored={last}");
+    other.ok(&["volume", "create", "--size", "1MiB", "--name", "another", "--key", &key, "--tag", &mark]);
+    let shown = || other.ok(&["volume", "show", "another", "--json"]);
+    let before = shown();
+    let told = other.run(&["volume", "receive", &outside.url(), "t", "--wait", "30"]);
+    assert!(told.status.code() == Some(4) && said(&told).contains("another snapshot"), "{}", said(&told));
+    assert_eq!(shown(), before);
+    assert_eq!(other.ok(&["snapshot", "list", "--json"]).trim(), "[]");
+    // Nobody was told that it has come.
+    assert!(!outside.path().join("moves").join(&last).exists());
+    kill(Pid::from_raw(sends.id() as i32), Signal::SIGTERM).expect("send a signal");
+    assert!(!end(sends).status.success());
+    assert!(content(store, "t") == rig.data);
+}
+
 /// The records of snapshots in the making, without white space.
 fn in_the_making(store: &Store) -> Vec<String> {
     let all = files(&store.root().join("snapshots"));

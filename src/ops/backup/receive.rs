@@ -1,7 +1,7 @@
 //! A volume comes from another host that sends it by a place.
 
 use super::pull::Ahead;
-use super::restore::{check_name, made_before, pulled_before};
+use super::restore::{check_name, made_before, made_of, pulled_before};
 use super::step::{Came, Made, Site, Step, other};
 use super::{For, Session, Target};
 use crate::backup::marks::Marks;
@@ -107,11 +107,10 @@ impl Receiving<'_> {
         let catalog = self.store.catalog();
         let found = self.find(watch)?;
         let Found { snapshot, volume, name, moment, .. } = found;
-        if made_before(&catalog, &snapshot.to_string())?.is_none() {
-            check_name(&catalog, name.as_deref())?;
-        }
+        let pulled = pulled_before(&catalog, &snapshot.to_string())?;
+        check_is_new(&catalog, snapshot, pulled, name.as_deref())?;
         let mut came_ahead = false;
-        let pulled = match pulled_before(&catalog, &snapshot.to_string())? {
+        let pulled = match pulled {
             Some(id) => id,
             None => {
                 let ahead = self.ahead.as_ref().filter(|it| it.moment == moment).and_then(|it| it.snapshots);
@@ -271,6 +270,32 @@ impl Receiving<'_> {
             return Ok(None);
         }
         Ok(Some(Found { snapshot: id, is_last, volume, name, created, moment }))
+    }
+}
+
+/// # Errors
+/// `Busy` if the volume of this snapshot in the place cannot be made here: another volume has its name, or
+/// was made of a snapshot with the same id.
+fn check_is_new(
+    catalog: &Catalog,
+    snapshot: SnapshotId,
+    pulled: Option<SnapshotId>,
+    name: Option<&str>,
+) -> Result<()> {
+    let mark = snapshot.to_string();
+    let Some(there) = made_before(catalog, &mark)? else { return check_name(catalog, name) };
+    let made = match pulled {
+        Some(pulled) => made_of(catalog, &catalog.load_snapshot(pulled)?, &mark)?,
+        None => None,
+    };
+    match made {
+        // Whoever made it was interrupted in what follows.
+        Some(_) => Ok(()),
+        None => {
+            let volume = there.volume;
+            let message = format!("{volume} was made here of another snapshot that had the id {snapshot}");
+            Err(Error::new(Kind::Busy, message))
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::backup::saved::{RESTORED, SavedVolume};
 use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::VolumeName;
-use crate::catalog::{Catalog, SnapshotId, VolumeId};
+use crate::catalog::{Catalog, Snapshot, SnapshotId, VolumeId};
 use crate::image::lock::Access;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::root_key::passphrase;
@@ -294,10 +294,25 @@ pub(super) fn made_before(catalog: &Catalog, mark: &str) -> Result<Option<Made>>
     Ok(None)
 }
 
+/// As [`made_before`], of a volume that has the layers of what was pulled for it. The id of a snapshot in a
+/// place is what somebody says who has that snapshot's keys: he can name one that another volume is of.
+pub(super) fn made_of(catalog: &Catalog, pulled: &Snapshot, mark: &str) -> Result<Option<Made>> {
+    let layers = pulled.layers();
+    for metadata in catalog.list()?.into_iter().filter_map(|entry| entry.metadata.ok()) {
+        let below = metadata.layers().iter().rev().zip(layers.iter().rev());
+        let has_them =
+            metadata.layers().len() > layers.len() && below.into_iter().all(|(own, it)| own.id == it.id);
+        if has_them && catalog.tags(metadata.id())?.get(RESTORED) == Some(mark) {
+            return Ok(Some(Made { volume: metadata.id(), size: metadata.size(), was_there: true }));
+        }
+    }
+    Ok(None)
+}
+
 /// What an earlier restore has pulled of this snapshot in the place, and was interrupted after.
 pub(super) fn pulled_before(catalog: &Catalog, mark: &str) -> Result<Option<SnapshotId>> {
     let all = catalog.snapshots()?.into_iter().filter_map(|entry| entry.snapshot.ok());
-    let is_it = |it: &crate::catalog::Snapshot| {
+    let is_it = |it: &Snapshot| {
         it.label().tags.get(RESTORED) == Some(mark) && it.copy_of().is_some_and(|id| id.to_string() == mark)
     };
     Ok(all.filter(is_it).map(|it| it.id()).next())
@@ -317,7 +332,8 @@ pub(super) fn make(store: &Store, id: SnapshotId) -> Result<Made> {
     if let Some(mark) = snapshot.label().tags.get(RESTORED) {
         tags.set(RESTORED, mark)?;
     }
-    let before = snapshot.label().tags.get(RESTORED).map_or(Ok(None), |mark| made_before(&catalog, mark))?;
+    let mark = snapshot.label().tags.get(RESTORED);
+    let before = mark.map_or(Ok(None), |mark| made_of(&catalog, &snapshot, mark))?;
     let made = match before {
         // Whoever made it was interrupted in what follows.
         Some(made) => made,
