@@ -129,6 +129,11 @@ impl Marks {
         }
     }
 
+    /// The id of the place that this host knows at that URL; none if it knows none.
+    pub(crate) fn place(&self) -> Result<Option<PlaceId>> {
+        Ok(self.read("id")?.and_then(|text| text.trim_end().parse().ok()).map(PlaceId))
+    }
+
     /// The number of this host's own in the place, which is made with its first use.
     pub(crate) fn host(&self) -> Result<Uuid> {
         if let Some(host) = self.read("host")?.and_then(|text| text.trim_end().parse().ok()) {
@@ -316,7 +321,9 @@ mod tests {
         let (_dir, marks) = marks();
         let (one, other) = (PlaceId::random(), PlaceId::random());
         marks.check_place(one, false).unwrap();
+        assert_eq!(marks.place().unwrap(), None);
         marks.check_place(other, true).unwrap();
+        assert_eq!(marks.place().unwrap(), Some(other));
         marks.check_place(other, false).unwrap();
         assert_eq!(marks.check_place(one, true).unwrap_err().kind(), Kind::Corrupt);
         assert_eq!(marks.host().unwrap(), marks.host().unwrap());

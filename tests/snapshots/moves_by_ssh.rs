@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -225,6 +225,96 @@ fn what_goes_wrong_on_the_way_leaves_the_volume_here_and_the_same_command_brings
     assert!(sent.status.success(), "{}", said(&sent));
     assert!(content(&other, "t") == rig.data);
     rig.refuse(3, &["volume", "show", "t"]);
+}
+
+/// Another host that says what no sealblk says.
+struct Peer {
+    receives: Child,
+    number: u64,
+}
+
+impl Peer {
+    fn connect(other: &Store) -> Self {
+        let mut command = other.command();
+        command.args(["volume", "receive", "-"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        tie_to_test(&mut command, vec![]);
+        let mut peer = Peer { receives: command.spawn().expect("start sealblk"), number: 0 };
+        peer.say(b"sealblk place 1\n");
+        let mut hello = [0; 16];
+        peer.receives.stdout.as_mut().expect("piped").read_exact(&mut hello).expect("it greets");
+        assert_eq!(&hello, b"sealblk place 1\n");
+        peer
+    }
+
+    fn say(&mut self, bytes: &[u8]) {
+        self.receives.stdin.as_mut().expect("piped").write_all(bytes).expect("it hears");
+    }
+
+    /// What comes of a request: its outcome.
+    fn ask(&mut self, what: &Value, object: &[u8]) -> Value {
+        self.number += 1;
+        let header = json!({ "number": self.number, "what": what }).to_string();
+        let lengths = [header.len() as u32, object.len() as u32].map(u32::to_le_bytes).concat();
+        self.say(&[&lengths, header.as_bytes(), object].concat());
+        let from = self.receives.stdout.as_mut().expect("piped");
+        let mut lengths = [0; 8];
+        from.read_exact(&mut lengths).expect("it answers");
+        let length = |at: usize| u32::from_le_bytes(lengths[at..at + 4].try_into().expect("four")) as usize;
+        let (mut header, mut object) = (vec![0; length(0)], vec![0; length(4)]);
+        from.read_exact(&mut header).expect("it answers");
+        from.read_exact(&mut object).expect("it answers");
+        let answer: Value = serde_json::from_slice(&header).expect("JSON");
+        assert_eq!(answer["number"], json!(self.number));
+        answer["outcome"].clone()
+    }
+}
+
+/// Whoever may start "volume receive -" brings a volume, and does nothing else there.
+#[test]
+#[cfg_attr(not(feature = "kms-server"), ignore = "no KMS that two hosts can reach")]
+fn who_brings_no_volume_changes_nothing_that_another_one_needs() {
+    let Hosts { _kms, rig, other, .. } = Hosts::new();
+    let place = other.root().join("arrivals/place");
+    let mut peer = Peer::connect(&other);
+    let id = fs::read(place.join("place.json")).expect("the place is begun");
+    let moves = format!("moves/{}", "snap-0123456789abcdef0");
+    let put = |name: &str, put: &str| json!({ "put": { "name": name, "put": put } });
+    let withdrawn = b"sealblk move 1 withdrawn\n";
+    assert_eq!(peer.ask(&put(&moves, "if-new"), withdrawn), json!({ "done": true }));
+    assert_eq!(peer.ask(&put("place.json", "if-new"), b"x"), json!({ "done": false }));
+    for (what, object) in [
+        (put("place.json", "replace"), &b"x"[..]),
+        (put("place.json/x", "if-new"), b"x"),
+        (put("moves/snap-0123456789abcdef1", "if-new"), b"another word"),
+        (put(&moves, "replace"), withdrawn),
+        (put("others/x", "if-new"), b"x"),
+        (put("blocks/x", "if-new"), b"x"),
+        (json!({ "remove": { "name": moves } }), b""),
+        (json!({ "remove": { "name": "place.json" } }), b""),
+        (json!({ "list": { "folder": "moves" } }), b""),
+    ] {
+        let outcome = peer.ask(&what, object);
+        let words = outcome["failed"][1].as_str().unwrap_or_default();
+        assert!(words.contains("lets nobody do that"), "{what}: {outcome}");
+    }
+    drop(peer.receives.stdin.take());
+    let ended = end(peer.receives);
+    assert!(!ended.status.success(), "{}", said(&ended));
+    assert_eq!(arrived(&other), ["moves", "place.json"]);
+    assert_eq!(fs::read(place.join("place.json")).expect("it is there"), id);
+    assert_eq!(fs::read(place.join(&moves)).expect("it is there"), withdrawn);
+    // A place without its id, whoever has taken that, is put right, and a volume comes.
+    fs::write(place.join("place.json"), "x").expect("write a file");
+    let ssh = Ssh::new();
+    let sent = end(ssh.start(&rig.place.store, &ssh.remote(&other, "volume receive -", ""), &[]));
+    assert!(sent.status.success(), "{}", said(&sent));
+    assert!(content(&other, "t") == rig.data);
+    // As it is when this host has noted the id.
+    let id = fs::read(place.join("place.json")).expect("it is there");
+    fs::write(place.join("place.json"), "x").expect("write a file");
+    drop(Peer::connect(&other).receives.wait_with_output());
+    assert_eq!(fs::read(place.join("place.json")).expect("it is there"), id);
 }
 
 /// While a volume goes slowly: the processes that hear the other host have no key, no network, and are

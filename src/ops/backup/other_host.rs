@@ -5,8 +5,9 @@
 use super::receive::{self, Received, WantedReceive};
 use super::{Session, Target};
 use crate::backup::marks::{Marks, lock_file};
+use crate::backup::moved;
 use crate::backup::{self as place, BLOCKS, PAGES, PlaceId};
-use crate::base::root::{Root, create_dir_durable, files};
+use crate::base::root::{Root, create_dir_durable, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::disk::transfer::Watch;
 use crate::helper::carry::Carrier;
@@ -88,7 +89,7 @@ impl Connection {
         let mut connection = Connection { relay, ssh, place: PlaceId(Uuid::nil()) };
         let mut carrier = Carrier::start(root, &connection.url(), &Access::default(), true)?;
         let file = place::place_file();
-        // The other host's store may never have had one.
+        // That host has one before it answers; whoever stands for it may have none.
         carrier.put(&file, &PlaceId::random().to_json(), Put::IfNew)?;
         let found = carrier.get(&file, place::PLACE_MAX)?.unwrap_or_default();
         connection.place = PlaceId::from_json(&found)?;
@@ -228,6 +229,17 @@ impl Arrivals {
         let marks = Marks::of(&self.url())?;
         marks.all()?.into_iter().try_for_each(|id| marks.forget(id).map(drop))
     }
+
+    /// Begins the place, or puts its id right: no other host may do so.
+    fn begin(&self) -> Result<()> {
+        let path = self.place().join(place::place_file().as_str());
+        let known = Marks::of(&self.url())?.place()?;
+        let found = files::read(&path, place::PLACE_MAX as u64).ok();
+        match found.and_then(|bytes| PlaceId::from_json(&bytes).ok()) {
+            Some(id) if known.is_none_or(|known| known == id) => Ok(()),
+            _ => replace_file(&path, &known.unwrap_or_else(PlaceId::random).to_json()),
+        }
+    }
 }
 
 /// Receives a volume by standard input and output. Otherwise as [`receive::receive`].
@@ -240,9 +252,11 @@ pub fn receive(store: &Store, wanted: &WantedReceive, watch: Watch<'_>) -> Resul
     let lock = arrivals.take()?;
     let streams = standard()?;
     let target = Target { url: arrivals.url(), access: Access::default(), rate: 0 };
+    arrivals.begin()?;
     receive::call_off_all(store, &target)?;
     let (folder, reserve) = (arrivals.place(), wanted.budget.reserve);
-    let server = Server::start(store.root(), &folder, reserve, streams, &mut || watch(0, 0))?;
+    let (root, called_off) = (store.root(), moved::WITHDRAWN);
+    let server = Server::start(root, &folder, reserve, called_off, streams, &mut || watch(0, 0))?;
     let server = RefCell::new(server);
     let is_there = || match server.borrow_mut().is_there() {
         true => Ok(()),
