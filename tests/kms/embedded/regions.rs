@@ -612,7 +612,8 @@ fn a_key_stays_in_the_region_that_it_was_made_in() {
         assert_eq!(kms.versions(&id(&key)).unwrap().len(), 1);
         // What it has it still opens.
         kms.encrypt(&id(&key), b"x", &volume("v")).unwrap();
-        let again = Region { name, ..moved }.open();
+        let back = Region { name, ..moved };
+        let again = back.open();
         again.check_regions().unwrap();
         assert_eq!(again.versions(&id(&key)).unwrap().len(), if name == HOME { 2 } else { 1 });
     }
