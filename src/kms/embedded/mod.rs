@@ -39,6 +39,7 @@ use crate::base::Timestamp;
 use crate::base::hardened::Hardened;
 use crate::base::root::{Root, files};
 use crate::config::Settings;
+use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::hsm::{Pin, Place};
 use crate::kms::KmsError;
 use crate::kms::key_ref::Locality;
@@ -192,7 +193,8 @@ impl Embedded {
     /// The root key, which is proved to open this store, as a copy under a passphrase: two lines of text.
     pub fn back_up_root_key(&self, passphrase: &Passphrase) -> Result<String, KmsError> {
         self.unlock()?;
-        root_key::backup(self.log.config(), self.id()?, passphrase, self.log.hardened())
+        let store = self.id()?;
+        on_scrubbed_stack(|| root_key::backup(self.log.config(), store, passphrase, self.log.hardened()))
     }
 
     /// Puts a copy of the root key, which is missing, in its place, once it is proved to open this store;
@@ -202,7 +204,9 @@ impl Embedded {
     /// `Validation` for what is no copy, or another store's; `AccessDenied` for a wrong passphrase;
     /// `AlreadyExists` if there is a root key.
     pub fn restore_root_key(&self, copy: &[u8]) -> Result<PathBuf, KmsError> {
-        let path = root_key::restore(self.log.config(), self.id()?, copy, self.log.hardened())?;
+        let store = self.id()?;
+        let restore = || root_key::restore(self.log.config(), store, copy, self.log.hardened());
+        let path = on_scrubbed_stack(restore)?;
         // A store whose header names another one's id could have led here.
         self.unlock().inspect_err(|_| {
             let _ = std::fs::remove_file(&path);

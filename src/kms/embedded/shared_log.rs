@@ -147,9 +147,11 @@ impl SharedLog {
         }
         let header = Header { store: Uuid::new_v4(), base: Position { seq: 0, chain: [0; 32] } };
         // The root key first: a root key without a store is litter, a store without its root key is lost.
-        let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
+        let first = on_scrubbed_stack(|| {
+            let root = root_key::create(&self.config, header.store, passphrase, self.hardened)?;
+            OpenLog::first_bytes(&header, &root)
+        })?;
         root_key::named::note(&self.config, header.store, &self.dir);
-        let first = on_scrubbed_stack(|| OpenLog::first_bytes(&header, &root))?;
         replace_file(&self.log_path(), &first).map_err(internal)?;
         log::warn!(
             "made a KMS for this store, in {}. Its root key is {}: without that file nobody can ever read \
@@ -214,10 +216,12 @@ impl SharedLog {
             return Err(self.absent());
         }
         let _lock = Lock::exclusive(&self.lock_path())?;
-        // Opened with the root key that there is, which is therefore the right one.
-        let store = on_scrubbed_stack(|| Ok(self.refresh(&mut cached)?.0.id()))?;
-        root_key::protect(&self.config, store, kept, self.hardened)?;
-        Ok(root_key::path(&self.config, store))
+        on_scrubbed_stack(|| {
+            // Opened with the root key that there is, which is therefore the right one.
+            let store = self.refresh(&mut cached)?.0.id();
+            root_key::protect(&self.config, store, kept, self.hardened)?;
+            Ok(root_key::path(&self.config, store))
+        })
     }
 
     /// The log, up to date and checked against the anchor, and whether it is ahead of the anchor.

@@ -12,7 +12,6 @@ pub mod wrapped;
 use crate::base::hardened::Hardened;
 use crate::base::root::{create_dir_durable, files, replace_file, sync_dir};
 use crate::base::sync::Locked;
-use crate::crypt::secret_mem::on_scrubbed_stack;
 use crate::hsm::Pin;
 use crate::kms::KmsError;
 use crate::kms::embedded::blob::random;
@@ -59,15 +58,13 @@ pub fn create(
     passphrase: Option<&Passphrase>,
     _: Hardened,
 ) -> Result<RootKey, KmsError> {
-    on_scrubbed_stack(|| {
-        create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
-        let key = RootKey::filled(|bytes| random(bytes))?;
-        let path = path(config, store);
-        write(&path, &line(&key, store, passphrase)?)
-            .map_err(|e| failed("create the KMS root key", &path, &e))?;
-        sync_dir(config).map_err(|e| KmsError::Internal(e.to_string()))?;
-        Ok(key)
-    })
+    create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    let key = RootKey::filled(|bytes| random(bytes))?;
+    let path = path(config, store);
+    write(&path, &line(&key, store, passphrase)?)
+        .map_err(|e| failed("create the KMS root key", &path, &e))?;
+    sync_dir(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    Ok(key)
 }
 
 /// How a root key is kept in its file.
@@ -83,38 +80,36 @@ pub enum Kept<'a> {
 /// Has the root key of `store` kept so from now on. The key stays the same, and with it
 /// everything that it opens. Durable when this returns.
 pub fn protect(config: &Path, store: Uuid, kept: Kept<'_>, hardened: Hardened) -> Result<(), KmsError> {
-    on_scrubbed_stack(|| {
-        let path = path(config, store);
-        if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
-            return Err(KmsError::Unsupported(format!(
-                "there is no {}: the root key comes from a credential, and is kept as that says",
-                path.display()
-            )));
-        }
-        let key = from_file(&path, store, hardened)?;
-        let line = match kept {
-            Kept::Plain => line(&key, store, None)?,
-            Kept::Under(passphrase) => line(&key, store, Some(passphrase))?,
-            Kept::InHsm(place, pin) => {
-                let sealed = InHsm::seal(&key, store, place, pin.clone())?;
-                // Nothing is replaced by what does not open.
-                if !same(sealed.open(store, pin)?.bytes(), key.bytes()) {
-                    return Err(KmsError::Internal("the token has not given back what it was given".into()));
-                }
-                Zeroizing::new(sealed.line().into_bytes())
+    let path = path(config, store);
+    if !path.try_exists().map_err(|e| failed("look for the KMS root key", &path, &e))? {
+        return Err(KmsError::Unsupported(format!(
+            "there is no {}: the root key comes from a credential, and is kept as that says",
+            path.display()
+        )));
+    }
+    let key = from_file(&path, store, hardened)?;
+    let line = match kept {
+        Kept::Plain => line(&key, store, None)?,
+        Kept::Under(passphrase) => line(&key, store, Some(passphrase))?,
+        Kept::InHsm(place, pin) => {
+            let sealed = InHsm::seal(&key, store, place, pin.clone())?;
+            // Nothing is replaced by what does not open.
+            if !same(sealed.open(store, pin)?.bytes(), key.bytes()) {
+                return Err(KmsError::Internal("the token has not given back what it was given".into()));
             }
-        };
-        replace_file(&path, &line).map_err(|e| KmsError::Internal(e.to_string()))
-    })
+            Zeroizing::new(sealed.line().into_bytes())
+        }
+    };
+    replace_file(&path, &line).map_err(|e| KmsError::Internal(e.to_string()))
 }
 
 /// Reads the root key of `store`, asking for a passphrase if it is under one; refuses a file that others than
 /// its owner may read or write.
 pub fn load(config: &Path, store: Uuid, hardened: Hardened) -> Result<RootKey, KmsError> {
-    on_scrubbed_stack(|| match passphrase::credential(CREDENTIAL, FILE_MAX)? {
+    match passphrase::credential(CREDENTIAL, FILE_MAX)? {
         Some((path, text)) => parse(&text)?.ok_or_else(|| damaged(&path)),
         None => from_file(&path(config, store), store, hardened),
-    })
+    }
 }
 
 /// Whether [`load`] would have to get a passphrase from somewhere, or would find no root key.
@@ -209,39 +204,33 @@ pub fn backup(
     passphrase: &Passphrase,
     hardened: Hardened,
 ) -> Result<String, KmsError> {
-    on_scrubbed_stack(|| {
-        let key = load(config, store, hardened)?;
-        Ok(format!("{BACKUP}{store}\n{}", Wrapped::seal(&key, store, passphrase)?.line()))
-    })
+    let key = load(config, store, hardened)?;
+    Ok(format!("{BACKUP}{store}\n{}", Wrapped::seal(&key, store, passphrase)?.line()))
 }
 
 /// Puts a copy that [`backup`] made in the place of the root key of `store`, which is missing: under the
 /// copy's passphrase, which is asked for. Durable when this returns; returns the file.
 pub fn restore(config: &Path, store: Uuid, copy: &[u8], hardened: Hardened) -> Result<PathBuf, KmsError> {
-    on_scrubbed_stack(|| {
-        let path = path(config, store);
-        let no_copy = || KmsError::Validation("that is no backup of a KMS root key".into());
-        let text = std::str::from_utf8(copy).map_err(|_| no_copy())?;
-        let (of, line) =
-            text.strip_prefix(BACKUP).and_then(|text| text.split_once('\n')).ok_or_else(no_copy)?;
-        let wrapped = Wrapped::parse(line.as_bytes()).ok_or_else(no_copy)?;
-        if of.parse() != Ok(store) {
-            return Err(KmsError::Validation(format!(
-                "it is the root key of the KMS store {of}, and this is the KMS store {store}"
-            )));
-        }
-        if files::exists(&path) {
-            return Err(KmsError::AlreadyExists(format!("there is a root key already: {}", path.display())));
-        }
-        let prompt = "Passphrase of the backup: ";
-        let key = passphrase::ask_until(prompt, hardened, |given| wrapped.open(store, given))?;
-        create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
-        files::create_file(&path, wrapped.line().as_bytes())
-            .map_err(|e| KmsError::Internal(e.to_string()))?;
-        // Nobody is asked twice.
-        *UNWRAPPED.locked() = Some((wrapped.line().into_bytes(), key));
-        Ok(path)
-    })
+    let path = path(config, store);
+    let no_copy = || KmsError::Validation("that is no backup of a KMS root key".into());
+    let text = std::str::from_utf8(copy).map_err(|_| no_copy())?;
+    let (of, line) = text.strip_prefix(BACKUP).and_then(|text| text.split_once('\n')).ok_or_else(no_copy)?;
+    let wrapped = Wrapped::parse(line.as_bytes()).ok_or_else(no_copy)?;
+    if of.parse() != Ok(store) {
+        return Err(KmsError::Validation(format!(
+            "it is the root key of the KMS store {of}, and this is the KMS store {store}"
+        )));
+    }
+    if files::exists(&path) {
+        return Err(KmsError::AlreadyExists(format!("there is a root key already: {}", path.display())));
+    }
+    let prompt = "Passphrase of the backup: ";
+    let key = passphrase::ask_until(prompt, hardened, |given| wrapped.open(store, given))?;
+    create_dir_durable(config).map_err(|e| KmsError::Internal(e.to_string()))?;
+    files::create_file(&path, wrapped.line().as_bytes()).map_err(|e| KmsError::Internal(e.to_string()))?;
+    // Nobody is asked twice.
+    *UNWRAPPED.locked() = Some((wrapped.line().into_bytes(), key));
+    Ok(path)
 }
 
 /// Makes a file that only its owner can read. The file is durable, and its name once its folder is.
