@@ -8,6 +8,7 @@ use crate::common::kms_server::KmsServer;
 use crate::common::process::{INHERITED, inherit};
 use crate::common::rig::{Rig, files};
 use crate::common::store::{Store, said};
+use crate::moves::content;
 use crate::outside::{Outside, write_to};
 use serde_json::{Value, json};
 use std::fs;
@@ -52,14 +53,6 @@ fn give_root_key(from: &Store, to: &Store) {
     let key = root_key(from);
     fs::create_dir_all(to.config()).expect("make the configuration folder");
     fs::copy(&key, to.config().join(key.file_name().expect("a name"))).expect("copy the root key");
-}
-
-/// What a volume holds, as the program says.
-fn content(store: &Store, volume: &str) -> Vec<u8> {
-    let folder = tempfile::tempdir().expect("make a temporary folder");
-    let file = folder.path().join("exported");
-    store.ok(&["volume", "export", volume, file.to_str().expect("UTF-8")]);
-    fs::read(file).expect("read a file")
 }
 
 /// Writes into a volume that nobody has attached.

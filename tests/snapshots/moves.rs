@@ -81,6 +81,7 @@ fn last_snapshot(outside: &Outside, others: &[String]) -> String {
     found
 }
 
+/// What a volume holds, as the program says.
 pub fn content(store: &Store, volume: &str) -> Vec<u8> {
     let folder = tempfile::tempdir().expect("make a temporary folder");
     let file = folder.path().join("exported");
