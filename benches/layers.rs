@@ -10,11 +10,11 @@
 //! on a memory file system.
 
 use sealblk::backing::file::Place;
-use sealblk::backing::{Event, Wait};
 use sealblk::crypt::xts::{Engine, new_cipher};
 use sealblk::crypt::{Dek, SectorSize};
-use sealblk::disk::{Cipher, Disk, DiskQueue, GuestData};
+use sealblk::disk::{Cipher, Disk, DiskQueue, Event, GuestData};
 use sealblk::image::lock::Access;
+use sealblk::reactor::Wait;
 use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::{Layer, chain};
 use std::fs::File;

@@ -5,9 +5,9 @@
 //!
 //! | room | what is in it | it uses |
 //! |---|---|---|
-//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `hsm` `image` `kms` `ops` `place` `sandbox` `vhost` |
+//! | `cli` | the command line: arguments and printing | `audit` `backing` `base` `catalog` `config` `crypt` `events` `helper` `host` `hsm` `image` `kms` `ops` `place` `reactor` `sandbox` `vhost` |
 //! | `ops` | the use cases, one file a verb | `audit` `backing` `backup` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `place` `sandbox` `vhost` `virtio` `volume` |
-//! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `sandbox` `vhost` `virtio` `volume` |
+//! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `reactor` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
 //! | `helper` | processes that talk to a KMS, to a place outside or to an NBD server for another: unwrap, rewrap, the keeper of grants, the carrier, the dialler | `audit` `backing` `base` `catalog` `config` `crypt` `kms` `place` `sandbox` |
 //! | `backup` | a snapshot as it lies in a place outside: manifests, pages and blocks, and what this host knows of them | `base` `catalog` `crypt` `place` |
@@ -17,11 +17,12 @@
 //! | `kms` | KMS keys: the embedded KMS and its server, AWS KMS | `audit` `base` `config` `crypt` `hsm` |
 //! | `hsm` | tokens of HSMs by PKCS#11, whose modules are loaded by a process of its own | `base` `crypt` `sandbox` |
 //! | `audit` | the log of every use of a key | `base` `crypt` |
-//! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `base` `disk` `virtio` |
-//! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `virtio` |
+//! | `vhost` | the VMM's protocol, and the threads that serve its rings | `backing` `base` `disk` `reactor` `virtio` |
+//! | `disk` | sectors: between guest memory and the ciphertext of a chain of layers | `backing` `base` `crypt` `image` `reactor` `virtio` |
 //! | `image` | disk images of others: raw, qcow2, QEMU's locks | `base` |
-//! | `sandbox` | what a process gives up: system calls, files, its user | `backing` `base` |
-//! | `backing` | where ciphertext lies: files, block devices, NBD servers, and io_uring | `base` |
+//! | `sandbox` | what a process gives up: system calls, files, its user | `base` `reactor` |
+//! | `backing` | where ciphertext lies: files, block devices, NBD servers | `base` `reactor` |
+//! | `reactor` | what a thread that serves a disk waits with: io_uring, its bounce buffers, wake-ups | `base` |
 //! | `virtio` | requests of a guest, pure | - |
 //! | `crypt` | data keys in secret memory, AES-XTS | `base` |
 //! | `config` | the settings: what an operator decides | `base` |
@@ -46,6 +47,7 @@ pub mod image;
 pub mod kms;
 pub mod ops;
 pub mod place;
+pub mod reactor;
 pub mod sandbox;
 pub mod vhost;
 pub mod virtio;

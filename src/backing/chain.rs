@@ -6,8 +6,10 @@
 use crate::backing::file::FileBacking;
 use crate::backing::{Backing, Caps, Queue};
 use crate::base::space::Space;
+use crate::reactor::Reactor;
 use std::io;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// A chain of layers in files.
@@ -34,8 +36,8 @@ impl Backing for Chain {
         self.top.caps()
     }
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        self.top.open_queue_over(&self.below, depth)
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.top.open_queue_over(&self.below, reactor, depth)
     }
 
     fn has_data(&self) -> io::Result<bool> {

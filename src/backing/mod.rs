@@ -4,7 +4,8 @@
 //! frozen and only read. Which of them has what it does not know. It is shared by all queues of a volume;
 //! each queue's thread opens a [`Queue`] of its own, which reaches all layers, and drives it alone. Buffers
 //! belong to the queue: a [`Buffer`] is handed over with [`Queue::submit`] and comes back with the
-//! completion, so that nothing can touch it while the kernel does.
+//! completion, so that nothing can touch it while the kernel does. What a thread waits with is its own, a
+//! [`Reactor`], which its queue is lent.
 
 pub mod chain;
 pub mod device;
@@ -12,11 +13,13 @@ pub mod file;
 pub mod medium;
 pub mod nbd;
 
+pub use crate::reactor::Buffer;
+
 use crate::base::space::Space;
+use crate::reactor::{Reactor, Token, Uring};
 use std::ops::Range;
-use std::os::fd::RawFd;
+use std::rc::Rc;
 use std::sync::MutexGuard;
-use std::time::Duration;
 use std::{fmt, io};
 use vm_memory::VolatileSlice;
 
@@ -33,40 +36,6 @@ pub struct Caps {
     /// Whether [`Op::Zero`] can give space back. Where it cannot, it writes zeros, and nobody is helped by
     /// that who only has no use for the bytes any more.
     pub gives_back: bool,
-}
-
-/// A run of bytes, owned by whoever holds it. It cannot be copied, and only the queue that made it can look
-/// inside ([`Queue::bytes`]).
-#[derive(Debug)]
-pub struct Buffer {
-    /// Which pool it is from: it is of no use to another.
-    pool: u32,
-    /// First page in the pool.
-    page: u32,
-    /// Pages it occupies.
-    pages: u32,
-    /// Where in the first page its bytes begin.
-    skip: u32,
-    /// Bytes in use.
-    len: u32,
-}
-
-impl Buffer {
-    /// Bytes in use.
-    pub fn len(&self) -> usize {
-        self.len as usize
-    }
-
-    /// A number that no other buffer of the same queue has meanwhile, below [`Queue::places`]; one more for
-    /// each 4096 bytes before those of the next.
-    pub fn place(&self) -> usize {
-        self.page as usize
-    }
-
-    /// Whether it holds nothing. A pool never gives such a buffer.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
 }
 
 /// One operation on a backing. Offsets and lengths count bytes.
@@ -114,28 +83,15 @@ pub enum Op {
     },
 }
 
-/// Something that happened.
+/// An operation that ended.
 #[derive(Debug)]
-pub enum Event {
-    /// An operation ended. A transfer shorter than what was to be moved is an error here.
-    Done {
-        /// The tag it was submitted with.
-        tag: u64,
-        /// Its buffer, if it had one.
-        buffer: Option<Buffer>,
-        /// Whether it was done in full.
-        result: io::Result<()>,
-    },
-    /// A watched descriptor became readable.
-    Ready {
-        /// The token it was watched with.
-        token: u32,
-    },
-    /// A watch ended by itself, because of an error of its descriptor.
-    Unwatched {
-        /// The token it was watched with.
-        token: u32,
-    },
+pub struct Done {
+    /// The tag it was submitted with.
+    pub tag: u64,
+    /// Its buffer, if it had one.
+    pub buffer: Option<Buffer>,
+    /// Whether it was done in full. A transfer shorter than what was to be moved is an error here.
+    pub result: io::Result<()>,
 }
 
 /// In an error of a write: what had to be read first could not be, and nothing was written.
@@ -162,24 +118,21 @@ pub struct InMemory<'a> {
     pub(crate) _there: Option<MutexGuard<'a, ()>>,
 }
 
-/// How long [`Queue::wait`] may wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Not at all: submit, take what is there.
-    Poll,
-    /// Until something happens.
-    Event,
-    /// Until something happens, but no longer than this.
-    Until(Duration),
-}
-
 /// A place for ciphertext.
 pub trait Backing: Send + Sync {
     /// What it is and can do.
     fn caps(&self) -> &Caps;
 
-    /// A queue for at most `depth` operations in flight, for the thread that calls.
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+    /// What a thread can wait with whose queue is to have at most `depth` operations in flight.
+    ///
+    /// # Errors
+    /// Those of [`Uring::new`].
+    fn reactor(&self, depth: u16) -> io::Result<Rc<dyn Reactor>> {
+        Ok(Rc::new(Uring::new(depth)?))
+    }
+
+    /// A queue for at most `depth` operations in flight, for the thread that calls, whose `reactor` is.
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>>;
 
     /// Whether it holds any data at all, that is, whether something was ever written.
     fn has_data(&self) -> io::Result<bool>;
@@ -203,6 +156,15 @@ pub trait Backing: Send + Sync {
     }
 }
 
+/// Whether a thread could serve it now.
+///
+/// # Errors
+/// What would keep the thread from it.
+pub(crate) fn check_queue(backing: &dyn Backing) -> io::Result<()> {
+    let reactor = backing.reactor(1)?;
+    backing.open_queue(&reactor, 1).map(drop)
+}
+
 /// One thread's way to a backing. Dropping it waits for what is in flight.
 pub trait Queue {
     /// A buffer of `len` bytes (1..=[`Queue::max_buffer`]) for what is at `offset`, whole sectors of 512
@@ -219,7 +181,7 @@ pub trait Queue {
     fn max_buffer(&self) -> usize;
 
     /// The bytes of a buffer of this queue.
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8];
+    fn bytes<'a>(&'a mut self, buffer: &'a mut Buffer) -> &'a mut [u8];
 
     /// The bytes at `offset` of a layer (0: the top) themselves, where that is memory: neither an operation
     /// nor a copy is needed to read them. The top's may change while they are read. `None` where they are to
@@ -231,32 +193,33 @@ pub trait Queue {
         let _ = (layer, offset, len);
     }
 
-    /// Whether another operation may be submitted, beside one for each [`Event::Done`]
-    /// that was not taken yet.
+    /// Whether another operation may be submitted, beside one for each [`Done`] that was not taken yet.
     fn has_room(&self) -> bool;
 
-    /// Operations that were submitted and have caused no event yet.
+    /// Operations that were submitted and have not ended yet.
     fn in_flight(&self) -> usize;
 
-    /// Hands an operation over; it goes to the kernel with the next [`Queue::wait`] at the latest. Never more
-    /// than the depth at a time: see [`Queue::has_room`]. Whoever has just taken an [`Event::Done`] may
-    /// submit one operation without asking.
+    /// Hands an operation over; it goes to the kernel with the next [`Reactor::wait`] at the latest. Never
+    /// more than the depth at a time: see [`Queue::has_room`]. Whoever has just taken a [`Done`] may submit
+    /// one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);
 
-    /// Reports `token` whenever `fd` becomes readable, until [`Queue::unwatch`]. The descriptor must
-    /// stay open until the next [`Queue::wait`] has returned. The tokens `u32::MAX - 2` and
-    /// `u32::MAX - 1` are taken.
-    fn watch(&mut self, token: u32, fd: RawFd);
+    /// Takes what the thread's reactor has for this queue: to be called after each of its waits.
+    ///
+    /// # Errors
+    /// Those of [`Reactor::wait`].
+    fn collect(&mut self) -> io::Result<()>;
 
-    /// Ends a watch; when it returns, the token will not be reported again.
-    fn unwatch(&mut self, token: u32);
+    /// Whether a watch of this queue's own woke the thread; then the queue has taken it in.
+    fn woken(&mut self, token: Token) -> bool {
+        let _ = token;
+        false
+    }
 
-    /// Submits what was handed over and waits as `wait` says.
-    fn wait(&mut self, wait: Wait) -> io::Result<()>;
+    /// Whether an operation has ended that [`Queue::next_done`] returns, at the latest after
+    /// [`Queue::collect`].
+    fn has_done(&self) -> bool;
 
-    /// Whether something has happened that [`Queue::wait`] would not wait for. Cheap enough to poll.
-    fn is_ready(&mut self) -> bool;
-
-    /// The next event, if there is one.
-    fn next_event(&mut self) -> Option<Event>;
+    /// The next operation that has ended, if there is one.
+    fn next_done(&mut self) -> Option<Done>;
 }

@@ -3,13 +3,13 @@
 
 use crate::backing::Backing;
 use crate::backing::file::FileBacking;
-use crate::backing::file::ring::{self, Tried};
 use crate::base::root::Root;
 use crate::base::root::owners::Owners;
 use crate::base::{Context, Error, Kind, Result, printable};
 use crate::cli::{Env, output};
 use crate::crypt::secret_mem::{SecretFd, SecretKind};
 use crate::crypt::xts::Engine;
+use crate::reactor::ring::{self, Tried};
 use crate::sandbox;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};

@@ -1,8 +1,9 @@
 //! Queues for whoever has nothing to do but wait for them: copies, transfers, the flush at the end.
 
-use crate::backing::{Buffer, Event, Wait};
+use crate::backing::Buffer;
 use crate::disk::guest::GuestData;
-use crate::disk::queue::DiskQueue;
+use crate::disk::queue::{DiskQueue, Event};
+use crate::reactor::Wait;
 use crate::virtio::Segment;
 use std::io;
 use vm_memory::bitmap::WithBitmapSlice;

@@ -10,7 +10,7 @@
 //! bit for each of its sectors. A buffer that needs no layer at all comes back as an event without
 //! having been to the backing.
 
-use crate::backing::{Buffer, Event, Op, Queue};
+use crate::backing::{Buffer, Done, Op, Queue};
 use crate::base::zeros::is_zero;
 use crate::crypt::xts::SectorCipher;
 use crate::disk::guest::all_there;
@@ -94,13 +94,13 @@ impl Layered {
         self.map.topmost_below(disk.height() + 1, start..start + len)
     }
 
-    pub(super) fn has_event(&self) -> bool {
+    pub(super) fn has_done(&self) -> bool {
         !self.done.is_empty()
     }
 
-    pub(super) fn next_event(&mut self) -> Option<Event> {
+    pub(super) fn next_done(&mut self) -> Option<Done> {
         let (tag, buffer) = self.done.pop_front()?;
-        Some(Event::Done { tag, buffer: Some(buffer), result: Ok(()) })
+        Some(Done { tag, buffer: Some(buffer), result: Ok(()) })
     }
 
     /// Begins to read from `sector` into `buffer`.

@@ -21,7 +21,7 @@ pub mod transfer;
 
 pub(crate) use blocking::WaitingQueue;
 pub use guest::GuestData;
-pub use queue::{DiskQueue, Zeroed, Zeroing};
+pub use queue::{DiskQueue, Event, Zeroed, Zeroing};
 
 use crate::backing::Backing;
 use crate::base::Timestamp;
@@ -29,12 +29,14 @@ use crate::base::space::Space;
 use crate::crypt::xts::SectorCipher;
 use crate::disk::map::{LayerMap, MAX_HEIGHT};
 use crate::image::lock::ImageLock;
+use crate::reactor::Reactor;
 use crate::virtio::request::ID_BYTES;
 use crate::virtio::{SECTOR_SIZE, Shape};
 use durability::Durability;
 use fence::Fence;
 use refusals::Refusals;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 
 const SECTOR: usize = SECTOR_SIZE as usize;
@@ -296,15 +298,28 @@ impl Disk {
         self.map.as_ref()
     }
 
-    /// This thread's way to the disk, for at most `depth` operations at a time.
+    /// What a thread can wait with whose queue is to have at most `depth` operations in flight.
+    ///
+    /// # Errors
+    /// Those of [`crate::reactor::Uring::new`].
+    pub fn reactor(&self, depth: u16) -> io::Result<Rc<dyn Reactor>> {
+        self.backing.reactor(depth)
+    }
+
+    /// A way to the disk for at most `depth` operations at a time, and a reactor for it alone.
     pub fn open_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
-        DiskQueue::open(self, depth, self.fence.as_ref())
+        self.open_queue_by(&self.reactor(depth)?, depth)
+    }
+
+    /// A way to the disk for at most `depth` operations at a time, for the thread whose `reactor` is.
+    pub fn open_queue_by(self: &Arc<Self>, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<DiskQueue> {
+        DiskQueue::open(self, reactor, depth, self.fence.as_ref())
     }
 
     /// Opens a queue for whoever copies up: it does not wait for the copy to leave a range,
     /// since the copy is its own.
     pub(crate) fn open_free_queue(self: &Arc<Self>, depth: u16) -> io::Result<DiskQueue> {
-        DiskQueue::open(self, depth, None)
+        DiskQueue::open(self, &self.reactor(depth)?, depth, None)
     }
 
     /// Makes everything written durable, by the calling thread.

@@ -1,7 +1,7 @@
 //! One thread's way to a disk: data between guest memory and the layers, zeros, flushes,
 //! and what wakes the thread.
 
-use crate::backing::{Buffer, Event, NotBegun, Op, Queue, Wait};
+use crate::backing::{Done, NotBegun, Op, Queue};
 use crate::base::space::is_for_space;
 use crate::disk::Disk;
 use crate::disk::cipher_time::{CipherTime, Measured};
@@ -9,15 +9,30 @@ use crate::disk::durability::Durability;
 use crate::disk::fence::{Fence, OpenLane};
 use crate::disk::guest::{GuestData, may_have_holes};
 use crate::disk::layered::{Action, Layered, Part};
+use crate::reactor::{Buffer, Reactor, Wait, Watched, Woken};
 use crate::virtio::SECTOR_SIZE;
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{GuestMemory, Permissions};
 
-/// The token of the watch that wakes a queue when a copy has left what it was refused.
-const LANE: u32 = u32::MAX;
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// An operation on the disk ended.
+    Done {
+        /// The tag it was submitted with.
+        tag: u64,
+        /// Its buffer, if it had one.
+        buffer: Option<Buffer>,
+        /// Whether it was done in full.
+        result: io::Result<()>,
+    },
+    /// A watch of the thread's has told something.
+    Woken(Woken),
+}
 
 /// One thread's way to the disk. Sectors and lengths were checked against the shape by whoever calls.
 pub struct DiskQueue {
@@ -28,24 +43,37 @@ pub struct DiskQueue {
     /// Where there are several layers.
     layered: Option<Layered>,
     /// Where somebody may copy what is below into the top. It goes after the queue.
-    lane: Option<OpenLane>,
+    lane: Option<Lane>,
+    reactor: Rc<dyn Reactor>,
+    /// What watches have told that are not this queue's.
+    woken: VecDeque<Woken>,
     cipher_time: CipherTime,
     /// Bytes that were delivered since the last wait.
     delivered: usize,
 }
 
+/// A lane, and the watch that wakes the thread when a copy has left what it was refused.
+struct Lane {
+    open: OpenLane,
+    woken: Watched,
+}
+
 impl DiskQueue {
     /// A queue that keeps out of the way of whoever copies behind `fence`.
-    pub(super) fn open(disk: &Arc<Disk>, depth: u16, fence: Option<&Arc<Fence>>) -> io::Result<Self> {
-        let mut queue = disk.backing.open_queue(depth)?;
+    pub(super) fn open(
+        disk: &Arc<Disk>,
+        reactor: &Rc<dyn Reactor>,
+        depth: u16,
+        fence: Option<&Arc<Fence>>,
+    ) -> io::Result<Self> {
+        let queue = disk.backing.open_queue(reactor, depth)?;
         let layered = disk.map.clone().map(|map| Layered::new(map, queue.places()));
         let lane = fence.map(|fence| fence.open(queue.places())).transpose()?;
-        if let Some(lane) = &lane {
-            queue.watch(LANE, lane.wake_fd());
-        }
+        let lane = lane.map(|open| Lane { woken: Watched::new(reactor, open.wake_fd()), open });
         let unit = disk.backing.caps().unit;
-        let (disk, cipher_time) = (disk.clone(), CipherTime::default());
-        Ok(DiskQueue { disk, queue, unit, layered, lane, cipher_time, delivered: 0 })
+        let (disk, reactor, cipher_time) = (disk.clone(), reactor.clone(), CipherTime::default());
+        let woken = VecDeque::new();
+        Ok(DiskQueue { disk, queue, unit, layered, lane, reactor, woken, cipher_time, delivered: 0 })
     }
 
     /// The disk.
@@ -72,7 +100,7 @@ impl DiskQueue {
         }
         let buffer = self.queue.alloc(sector * SECTOR_SIZE, len)?;
         if let Some(lane) = &self.lane
-            && !lane.enter(buffer.place(), sector..sector + len as u64 / SECTOR_SIZE)
+            && !lane.open.enter(buffer.place(), sector..sector + len as u64 / SECTOR_SIZE)
         {
             self.queue.free(buffer);
             return None;
@@ -83,7 +111,7 @@ impl DiskQueue {
     /// Gives a buffer back.
     pub fn free(&mut self, buffer: Buffer) {
         if let Some(lane) = &self.lane {
-            lane.leave(buffer.place());
+            lane.open.leave(buffer.place());
         }
         self.queue.free(buffer);
     }
@@ -135,11 +163,11 @@ impl DiskQueue {
     {
         let Some(lane) = &self.lane else { return self.read_from_memory(sector, len, guest) };
         let no_buffer = usize::MAX;
-        if !lane.enter(no_buffer, sector..sector + len / SECTOR_SIZE) {
+        if !lane.open.enter(no_buffer, sector..sector + len / SECTOR_SIZE) {
             return Ok(false);
         }
         let done = self.read_from_memory(sector, len, guest);
-        lane.leave(no_buffer);
+        lane.open.leave(no_buffer);
         done
     }
 
@@ -222,12 +250,13 @@ impl DiskQueue {
         M: GuestMemory,
         M::Bitmap: for<'a> WithBitmapSlice<'a, S = ()>,
     {
+        let place = buffer.place();
         let bytes = self.queue.bytes(&mut buffer);
         self.delivered += bytes.len();
         let done = match (&mut self.layered, &self.disk.cipher) {
-            (Some(layered), _) => self
-                .cipher_time
-                .of(bytes.len(), || layered.deliver(&self.disk, bytes, buffer.place(), sector, guest)),
+            (Some(layered), _) => {
+                self.cipher_time.of(bytes.len(), || layered.deliver(&self.disk, bytes, place, sector, guest))
+            }
             (None, Some(cipher)) => self.cipher_time.of(bytes.len(), || {
                 let block = self.disk.shape.block_size;
                 guest.decrypt_from(cipher.as_ref(), bytes, sector, block).map(|()| true)
@@ -357,37 +386,44 @@ impl DiskQueue {
         self.delivered
     }
 
-    /// See [`Queue::watch`]. The tokens from `u32::MAX - 1` on are taken.
-    pub fn watch(&mut self, token: u32, fd: RawFd) {
-        self.queue.watch(token, fd);
-    }
-
-    /// See [`Queue::unwatch`].
-    pub fn unwatch(&mut self, token: u32) {
-        self.queue.unwatch(token);
-    }
-
-    /// See [`Queue::wait`].
+    /// Submits what was handed over and waits as `wait` says; see [`Reactor::wait`].
     pub fn wait(&mut self, wait: Wait) -> io::Result<()> {
         self.delivered = 0;
-        let due = self.layered.as_ref().is_some_and(Layered::has_event);
-        self.queue.wait(if due { Wait::Poll } else { wait })
-    }
-
-    /// See [`Queue::is_ready`].
-    pub fn is_ready(&mut self) -> bool {
-        self.layered.as_ref().is_some_and(Layered::has_event) || self.queue.is_ready()
-    }
-
-    /// See [`Queue::next_event`].
-    pub fn next_event(&mut self) -> Option<Event> {
-        loop {
-            let event = self.layered.as_mut().and_then(Layered::next_event);
-            match (event.or_else(|| self.queue.next_event())?, &self.lane) {
-                (Event::Ready { token: LANE }, Some(lane)) => lane.woken(),
-                (event, _) => return Some(event),
-            }
+        self.reactor.wait(if self.has_event() { Wait::Poll } else { wait })?;
+        while let Some(woken) = self.reactor.next_woken() {
+            self.take_in(woken);
         }
+        self.queue.collect()
+    }
+
+    /// Takes a wake-up in, or keeps it for the thread whose it is.
+    fn take_in(&mut self, woken: Woken) {
+        match &self.lane {
+            Some(lane) if *lane.woken == woken.token() => lane.open.woken(),
+            _ if self.queue.woken(woken.token()) => {}
+            _ => self.woken.push_back(woken),
+        }
+    }
+
+    fn has_event(&self) -> bool {
+        self.layered.as_ref().is_some_and(Layered::has_done)
+            || self.queue.has_done()
+            || !self.woken.is_empty()
+    }
+
+    /// Whether something has happened that [`DiskQueue::wait`] would not wait for. Cheap enough to poll.
+    pub fn is_ready(&self) -> bool {
+        self.has_event() || self.reactor.is_ready()
+    }
+
+    /// The next event, if there is one.
+    pub fn next_event(&mut self) -> Option<Event> {
+        if let Some(woken) = self.woken.pop_front() {
+            return Some(Event::Woken(woken));
+        }
+        let done = self.layered.as_mut().and_then(Layered::next_done);
+        let Done { tag, buffer, result } = done.or_else(|| self.queue.next_done())?;
+        Some(Event::Done { tag, buffer, result })
     }
 }
 

@@ -25,7 +25,6 @@ pub mod stats;
 pub mod status;
 pub mod upgrade;
 
-use crate::backing::file::ring;
 use crate::backing::nbd;
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
@@ -35,6 +34,7 @@ use crate::config::Settings;
 use crate::crypt::xts::Engine;
 use crate::helper::dial;
 use crate::kms::embedded::root_key::passphrase;
+use crate::reactor::ring;
 use crate::sandbox::{self, Identity, Mode};
 use crate::vhost::boundary::Next;
 use crate::vhost::listener::{self, Socket, Stop};

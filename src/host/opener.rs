@@ -3,8 +3,8 @@
 
 use super::Options;
 use super::keyring::Keyring;
-use crate::backing::Backing;
 use crate::backing::file::{Earlier, FileBacking};
+use crate::backing::{Backing, check_queue};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
 use crate::catalog::metadata::Metadata;
@@ -58,7 +58,7 @@ impl Opener {
         let block_size = metadata.sector_size().bytes();
         let top = FileBacking::open_after(&place, true, block_size, None, Earlier::Done);
         let top = top.context(|| place.path.display().to_string())?;
-        top.open_queue(1).map_err(cannot_serve)?;
+        check_queue(&top).map_err(cannot_serve)?;
         let deks = keys(&metadata)?;
         // A volume without a seal gets it from whoever has it first.
         let _ = metadata.verify(&deks)?;

@@ -5,7 +5,7 @@
 //!
 //! io_uring does what a ring is asked to do without asking this filter. So a confined process can make no
 //! ring: those that it has were made before, and each takes only the operations that serving a layer needs
-//! (`backing::file::ring`).
+//! (`reactor::ring`).
 
 use crate::base::{Error, Kind, Result};
 use crate::sandbox::Mode;
@@ -188,7 +188,7 @@ fn conditional() -> Vec<(c_long, Vec<Vec<Argument>>)> {
                 .map(|command| command as u64),
             ),
         ),
-        (libc::SYS_io_uring_register, one_of(1, &crate::backing::file::ring::REGISTRATIONS.map(u64::from))),
+        (libc::SYS_io_uring_register, one_of(1, &crate::reactor::ring::REGISTRATIONS.map(u64::from))),
     ]
 }
 

@@ -8,7 +8,7 @@
 //! it is done. Nothing here knows volumes or keys.
 //!
 //! Whoever needs more in the confined process: a system call is one word in `calls.rs`, a file or folder one
-//! rule in `host/files.rs`, an io_uring operation one line in `backing/file/ring.rs`.
+//! rule in `host/files.rs`, an io_uring operation one line in `reactor/ring.rs`.
 
 mod calls;
 mod files;

@@ -3,7 +3,7 @@
 
 use super::kept::Kept;
 use super::layers::{self, Layer, PassedLocks};
-use crate::backing::Backing;
+use crate::backing::{Backing, check_queue};
 use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, KeyOwner, KeyRecord, Metadata};
@@ -115,7 +115,7 @@ fn open_proved<E: From<Error>>(
         // Before anybody is asked for a key; the queues' threads would find it out when a
         // guest waits for them already.
         let Layers { backing, .. } = layers::chain(&layers);
-        backing.open_queue(1).map_err(cannot_serve)?;
+        check_queue(&*backing).map_err(cannot_serve)?;
     }
     let kept = prove(&mut metadata, &layers[0])?;
     if matches!(opening, Opening::Attach | Opening::Change) {

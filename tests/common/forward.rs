@@ -49,7 +49,7 @@ macro_rules! forward_one {
         }
     };
     (bytes) => {
-        fn bytes(&mut self, buffer: &mut sealblk::backing::Buffer) -> &mut [u8] {
+        fn bytes<'a>(&'a mut self, buffer: &'a mut sealblk::backing::Buffer) -> &'a mut [u8] {
             self.queue.bytes(buffer)
         }
     };
@@ -73,24 +73,19 @@ macro_rules! forward_one {
             self.queue.submit(tag, op)
         }
     };
-    (watch) => {
-        fn watch(&mut self, token: u32, fd: std::os::fd::RawFd) {
-            self.queue.watch(token, fd)
+    (collect) => {
+        fn collect(&mut self) -> std::io::Result<()> {
+            self.queue.collect()
         }
     };
-    (unwatch) => {
-        fn unwatch(&mut self, token: u32) {
-            self.queue.unwatch(token)
+    (woken) => {
+        fn woken(&mut self, token: sealblk::reactor::Token) -> bool {
+            self.queue.woken(token)
         }
     };
-    (wait) => {
-        fn wait(&mut self, wait: sealblk::backing::Wait) -> std::io::Result<()> {
-            self.queue.wait(wait)
-        }
-    };
-    (is_ready) => {
-        fn is_ready(&mut self) -> bool {
-            self.queue.is_ready()
+    (has_done) => {
+        fn has_done(&self) -> bool {
+            self.queue.has_done()
         }
     };
 }

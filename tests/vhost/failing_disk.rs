@@ -5,9 +5,10 @@ use crate::common::forward::forward;
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Options, Request, Segment, Session};
 use sealblk::backing::file::FileBacking;
-use sealblk::backing::{Backing, Event, InMemory, Op, Queue};
+use sealblk::backing::{Backing, Done, InMemory, Op, Queue};
 use sealblk::disk::Disk;
 use sealblk::image::lock::{Access, ImageLock};
+use sealblk::reactor::Reactor;
 use sealblk::vhost::boundary::Boundary;
 use sealblk::vhost::device::Device;
 use sealblk::vhost::listener::{self, Socket, Stop};
@@ -19,6 +20,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -53,14 +55,14 @@ struct ScriptedQueue {
 impl Backing for Scripted {
     forward!(caps has_data);
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let queue = self.backing.open_queue(depth)?;
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let queue = self.backing.open_queue(reactor, depth)?;
         Ok(Box::new(ScriptedQueue { queue, script: self.script.clone(), kinds: HashMap::new() }))
     }
 }
 
 impl Queue for ScriptedQueue {
-    forward!(alloc free places max_buffer bytes has_room in_flight watch unwatch wait is_ready);
+    forward!(alloc free places max_buffer bytes has_room in_flight collect woken has_done);
 
     fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
@@ -77,9 +79,8 @@ impl Queue for ScriptedQueue {
         self.queue.submit(tag, op)
     }
 
-    fn next_event(&mut self) -> Option<Event> {
-        let event = self.queue.next_event()?;
-        let Event::Done { tag, buffer, result } = event else { return Some(event) };
+    fn next_done(&mut self) -> Option<Done> {
+        let Done { tag, buffer, result } = self.queue.next_done()?;
         let kind = self.kinds.remove(&tag).expect("it was submitted");
         let mut script = self.script.lock().unwrap();
         script.done.push(kind);
@@ -87,7 +88,7 @@ impl Queue for ScriptedQueue {
             Some((_, errno)) => Err(io::Error::from_raw_os_error(errno)),
             None => result,
         };
-        Some(Event::Done { tag, buffer, result })
+        Some(Done { tag, buffer, result })
     }
 }
 

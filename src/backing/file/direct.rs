@@ -8,7 +8,7 @@
 //! XFS fill the buffer with zeros and never look whether the device could have done the transfer.
 
 use crate::backing::file::Aligned;
-use crate::backing::file::pool::PAGE;
+use crate::reactor::pool::PAGE;
 use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
 use std::fs::File;

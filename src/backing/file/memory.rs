@@ -18,9 +18,9 @@
 //! docs/threat-model.md says.
 #![forbid(unsafe_code)]
 
-use crate::backing::file::pool::PAGE;
 use crate::base::sync::Locked;
 use crate::base::zeros::is_zero;
+use crate::reactor::pool::PAGE;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;

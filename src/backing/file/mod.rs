@@ -15,10 +15,8 @@
 
 mod direct;
 mod memory;
-mod pool;
 mod prefetch;
 mod queue;
-pub mod ring;
 mod turns;
 mod write_cache;
 
@@ -30,6 +28,7 @@ use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::space::Space;
 use crate::base::zeros::is_zero;
+use crate::reactor::{Reactor, pool};
 use direct::{Found, SECTOR};
 use memory::FileMemory;
 use nix::errno::Errno;
@@ -43,6 +42,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use turns::Turns;
@@ -379,8 +379,10 @@ impl FileBacking {
     pub(super) fn open_queue_over(
         &self,
         below: &[Arc<FileBacking>],
+        reactor: &Rc<dyn Reactor>,
         depth: u16,
     ) -> io::Result<Box<dyn Queue>> {
+        let uring = reactor.clone().uring().ok_or(io::ErrorKind::Unsupported)?;
         let reached = |layer: &FileBacking, file| Reached {
             file,
             start: layer.start,
@@ -392,9 +394,9 @@ impl FileBacking {
         };
         let top = reached(self, Arc::new(self.open_again()?));
         let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
-        let queue = FileQueue::new(top, below, depth)?;
+        let queue = FileQueue::new(&uring, top, below, depth)?;
         let queue = queue.with_write_cache(self.write_cache.clone());
-        Ok(Box::new(queue.with_turns(self.way.turns.clone())?))
+        Ok(Box::new(queue.with_turns(&uring, self.way.turns.clone())?))
     }
 
     /// Whether it is read from the file's memory.
@@ -479,8 +481,8 @@ impl Backing for FileBacking {
         &self.caps
     }
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        self.open_queue_over(&[], depth)
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.open_queue_over(&[], reactor, depth)
     }
 
     fn has_data(&self) -> io::Result<bool> {
@@ -590,6 +592,11 @@ impl Aligned {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reactor::Uring;
+
+    fn reactor() -> Rc<dyn Reactor> {
+        Rc::new(Uring::new(1).unwrap())
+    }
 
     /// Every descriptor of this process that is open on `file`.
     fn opened(file: &File) -> Vec<std::path::PathBuf> {
@@ -607,7 +614,7 @@ mod tests {
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let backing = FileBacking::open(&path, false, 512, None).unwrap();
-        let queue = backing.open_queue(1).unwrap();
+        let queue = backing.open_queue(&reactor(), 1).unwrap();
         drop(backing);
         // The open file of a queue is what the kernel keeps while requests are in flight,
         // whoever else is gone.
@@ -639,7 +646,7 @@ mod tests {
             memory: None,
             unit: 512,
         };
-        let queue = FileQueue::new(top, Vec::new(), 1).unwrap();
+        let queue = FileQueue::new(&Rc::new(Uring::new(1).unwrap()), top, Vec::new(), 1).unwrap();
         let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         assert!(lock_in_flight(&other, locks::Kind::Exclusive).is_err());
         drop(queue);
@@ -654,7 +661,7 @@ mod tests {
         for read_only in [false, true] {
             let backing = FileBacking::open(&path, read_only, 512, None).unwrap();
             std::fs::rename(&path, dir.path().join("moved")).unwrap();
-            let queues = [backing.open_queue(1).unwrap(), backing.open_queue(1).unwrap()];
+            let queues = [(); 2].map(|()| backing.open_queue(&reactor(), 1).unwrap());
             let files = opened(backing.file());
             assert_eq!(files.len(), 3);
             // A seek moves the position of one open file, whatever descriptors it has.

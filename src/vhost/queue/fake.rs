@@ -1,17 +1,20 @@
 //! For tests: a backing that does what it is told when it is told, and the driver of a ring.
 
-use crate::backing::{Backing, Buffer, Caps, Event, InMemory, Op, Queue, Wait};
+use crate::backing::{Backing, Buffer, Caps, Done, InMemory, Op, Queue};
 use crate::disk::Disk;
 use crate::image::lock::{Access, ImageLock};
+use crate::reactor::{Reactor, Token, Uring, Wait, Woken};
 use crate::vhost::dirty::{GuestMemory, RingLog};
 use crate::vhost::queue::Setup;
 use crate::vhost::queue::ring::{Position, Ring};
 use crate::virtio::Shape;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, RawFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_queue::QueueT;
@@ -31,6 +34,8 @@ pub(super) struct Control {
     pub failing: AtomicBool,
     /// Waiting for anything fails.
     pub broken: AtomicBool,
+    /// Whether the last wait was ended by a watch: a flush takes longer than anything else.
+    woken: AtomicBool,
     /// What makes steps of different threads depend on each other, for the model: it tries
     /// such steps in both orders.
     #[cfg(feature = "model")]
@@ -42,6 +47,12 @@ impl Control {
     pub(super) fn step(&self) {
         #[cfg(feature = "model")]
         self.steps.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether a flush is to end now.
+    fn ends(&self) -> bool {
+        let ended = self.ended.load(Ordering::SeqCst);
+        ended < self.begun.load(Ordering::SeqCst) && ended < self.may_end.load(Ordering::SeqCst)
     }
 
     /// Lets the others go on, for want of something to do.
@@ -61,9 +72,15 @@ struct FakeBacking {
 
 struct FakeQueue {
     control: Arc<Control>,
-    watches: Vec<(u32, RawFd)>,
     flushes: VecDeque<u64>,
-    events: VecDeque<Event>,
+    done: VecDeque<Done>,
+}
+
+/// What the thread waits with: watches, and what a test tells the backing.
+struct FakeReactor {
+    control: Arc<Control>,
+    watches: RefCell<Vec<RawFd>>,
+    woken: RefCell<VecDeque<Woken>>,
 }
 
 /// A disk over such a backing.
@@ -83,13 +100,14 @@ impl Backing for FakeBacking {
         &self.caps
     }
 
-    fn open_queue(&self, _depth: u16) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(FakeQueue {
-            control: self.control.clone(),
-            watches: Vec::new(),
-            flushes: VecDeque::new(),
-            events: VecDeque::new(),
-        }))
+    fn reactor(&self, _depth: u16) -> io::Result<Rc<dyn Reactor>> {
+        let control = self.control.clone();
+        Ok(Rc::new(FakeReactor { control, watches: RefCell::default(), woken: RefCell::default() }))
+    }
+
+    fn open_queue(&self, _reactor: &Rc<dyn Reactor>, _depth: u16) -> io::Result<Box<dyn Queue>> {
+        let control = self.control.clone();
+        Ok(Box::new(FakeQueue { control, flushes: VecDeque::new(), done: VecDeque::new() }))
     }
 
     fn has_data(&self) -> io::Result<bool> {
@@ -97,29 +115,21 @@ impl Backing for FakeBacking {
     }
 }
 
-impl FakeQueue {
-    fn look(&mut self) {
+impl FakeReactor {
+    fn look(&self) {
         self.control.step();
-        for &(token, fd) in &self.watches {
+        for (token, &fd) in self.watches.borrow().iter().enumerate() {
+            if fd < 0 {
+                continue;
+            }
             // SAFETY: whoever watches keeps it open until the next wait is over.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             // As io_uring's multishot poll: each signal is told once. An empty counter is an error.
             if nix::unistd::read(fd, &mut [0; 8]).is_ok() {
-                self.events.push_back(Event::Ready { token });
+                self.woken.borrow_mut().push_back(Woken::Ready(Token(token as u32)));
             }
         }
-        if !self.events.is_empty() {
-            // A flush takes longer than anything else.
-            return;
-        }
-        while self.control.ended.load(Ordering::SeqCst) < self.control.may_end.load(Ordering::SeqCst)
-            && let Some(tag) = self.flushes.pop_front()
-        {
-            self.control.ended.fetch_add(1, Ordering::SeqCst);
-            let failing = self.control.failing.load(Ordering::SeqCst);
-            let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
-            self.events.push_back(Event::Done { tag, buffer: None, result });
-        }
+        self.control.woken.store(!self.woken.borrow().is_empty(), Ordering::SeqCst);
     }
 
     /// Does not burn the CPU, where somebody else is to use it.
@@ -128,10 +138,48 @@ impl FakeQueue {
             return;
         }
         // SAFETY: as in `look`.
-        let fd = |&(_, fd): &(u32, RawFd)| unsafe { BorrowedFd::borrow_raw(fd) };
-        let mut fds: Vec<_> =
-            self.watches.iter().map(fd).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let fd = |&fd: &RawFd| unsafe { BorrowedFd::borrow_raw(fd) };
+        let watches = self.watches.borrow();
+        let open = watches.iter().filter(|&&fd| fd >= 0);
+        let mut fds: Vec<_> = open.map(fd).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         let _ = poll(&mut fds, PollTimeout::from(1u8));
+    }
+}
+
+impl Reactor for FakeReactor {
+    fn watch(&self, fd: RawFd) -> Token {
+        self.watches.borrow_mut().push(fd);
+        Token(self.watches.borrow().len() as u32 - 1)
+    }
+
+    fn unwatch(&self, token: Token) {
+        self.watches.borrow_mut()[token.0 as usize] = -1;
+    }
+
+    fn wait(&self, wait: Wait) -> io::Result<()> {
+        loop {
+            if self.control.broken.load(Ordering::SeqCst) {
+                return Err(io::Error::other("a backing that shall be broken"));
+            }
+            self.look();
+            if self.is_ready() || self.control.ends() || wait != Wait::Event {
+                return Ok(());
+            }
+            self.control.give_way();
+            self.doze();
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.woken.borrow().is_empty()
+    }
+
+    fn next_woken(&self) -> Option<Woken> {
+        self.woken.borrow_mut().pop_front()
+    }
+
+    fn uring(self: Rc<Self>) -> Option<Rc<Uring>> {
+        None
     }
 }
 
@@ -146,7 +194,7 @@ impl Queue for FakeQueue {
         4096
     }
 
-    fn bytes(&mut self, _buffer: &mut Buffer) -> &mut [u8] {
+    fn bytes<'a>(&'a mut self, _buffer: &'a mut Buffer) -> &'a mut [u8] {
         &mut []
     }
 
@@ -174,34 +222,27 @@ impl Queue for FakeQueue {
         self.control.begun.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        self.watches.push((token, fd));
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        self.watches.retain(|&(t, _)| t != token);
-    }
-
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        loop {
-            if self.control.broken.load(Ordering::SeqCst) {
-                return Err(io::Error::other("a backing that shall be broken"));
-            }
-            self.look();
-            if !self.events.is_empty() || wait != Wait::Event {
-                return Ok(());
-            }
-            self.control.give_way();
-            self.doze();
+    fn collect(&mut self) -> io::Result<()> {
+        if self.control.woken.load(Ordering::SeqCst) {
+            return Ok(());
         }
+        while self.control.ends()
+            && let Some(tag) = self.flushes.pop_front()
+        {
+            self.control.ended.fetch_add(1, Ordering::SeqCst);
+            let failing = self.control.failing.load(Ordering::SeqCst);
+            let result = if failing { Err(io::Error::other("a flush that shall fail")) } else { Ok(()) };
+            self.done.push_back(Done { tag, buffer: None, result });
+        }
+        Ok(())
     }
 
-    fn is_ready(&mut self) -> bool {
-        !self.events.is_empty()
+    fn has_done(&self) -> bool {
+        !self.done.is_empty()
     }
 
-    fn next_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
+    fn next_done(&mut self) -> Option<Done> {
+        self.done.pop_front()
     }
 }
 

@@ -381,7 +381,7 @@ fn live(
     {
         log::warn!("queue {index} cannot be bound to CPU {cpu}: {e}");
     }
-    crate::backing::file::ring::claim();
+    crate::reactor::ring::claim();
     let serve = || serve_rings((inbox, counters), disk, tuning);
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(serve));
     inbox.close();
@@ -407,9 +407,14 @@ fn serve_rings(
                     drop(reply.send(Err(io::Error::other("another process has the volume"))));
                     continue;
                 };
-                match disk.open_queue(depth(&setup.ring)) {
-                    Ok(queue) => {
-                        let server = Server::new((mailbox.clone(), counters.clone()), queue, *setup, tuning);
+                let depth = depth(&setup.ring);
+                let opened = disk.reactor(depth).and_then(|reactor| {
+                    let queue = disk.open_queue_by(&reactor, depth)?;
+                    Ok((reactor, queue))
+                });
+                match opened {
+                    Ok(opened) => {
+                        let server = Server::new((mailbox.clone(), counters.clone()), opened, *setup, tuning);
                         let _ = reply.send(Ok(None));
                         if server.run(disk)? {
                             return Ok(());

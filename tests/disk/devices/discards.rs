@@ -4,8 +4,10 @@ use sealblk::backing::file::FileBacking;
 use sealblk::backing::{Backing, Caps, Queue};
 use sealblk::disk::{Disk, Zeroing};
 use sealblk::image::lock::{Access, ImageLock};
+use sealblk::reactor::{Reactor, Wait};
 use sealblk::virtio::Shape;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 
 const SECTORS: u64 = 2048;
@@ -20,8 +22,8 @@ impl Backing for GivesNothingBack {
         &self.caps
     }
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        self.backing.open_queue(depth)
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.backing.open_queue(reactor, depth)
     }
 
     fn has_data(&self) -> io::Result<bool> {
@@ -48,7 +50,7 @@ fn where_no_space_is_given_back_a_discard_does_nothing_and_zeros_are_zeros_all_t
             let zeroed = queue.zero(1, 0, 64, how).expect("there is room");
             assert_eq!((zeroed.sectors, zeroed.submitted), (64, submitted), "{how:?}");
             while queue.in_flight() > 0 {
-                queue.wait(sealblk::backing::Wait::Event).unwrap();
+                queue.wait(Wait::Event).unwrap();
                 while queue.next_event().is_some() {}
             }
         }

@@ -4,15 +4,17 @@
 use crate::common::forward::forward;
 use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, read_whole};
-use sealblk::backing::{Backing, Event, Op, Queue, Wait};
+use sealblk::backing::{Backing, Done, Op, Queue};
 use sealblk::disk::hydrate::Hydration;
-use sealblk::disk::{Disk, GuestData};
+use sealblk::disk::{Disk, Event, GuestData};
 use sealblk::image::lock::Access;
+use sealblk::reactor::{Reactor, Wait};
 use sealblk::virtio::{Segment, Shape};
 use sealblk::volume::layers::chain;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -39,22 +41,22 @@ struct FaultyQueue {
     queue: Box<dyn Queue>,
     writes: Arc<AtomicUsize>,
     go_on: Arc<Mutex<Receiver<Seen>>>,
-    failed: Option<Event>,
+    failed: Option<Done>,
     held: Option<(u64, Op)>,
 }
 
 impl Backing for Faulty {
     forward!(caps has_data below next_data);
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
         let (queue, writes, go_on) =
-            (self.backing.open_queue(depth)?, self.writes.clone(), self.go_on.clone());
+            (self.backing.open_queue(reactor, depth)?, self.writes.clone(), self.go_on.clone());
         Ok(Box::new(FaultyQueue { queue, writes, go_on, failed: None, held: None }))
     }
 }
 
 impl Queue for FaultyQueue {
-    forward!(alloc free places max_buffer bytes in_memory has_room watch unwatch);
+    forward!(alloc free places max_buffer bytes in_memory has_room collect woken);
 
     fn in_flight(&self) -> usize {
         self.queue.in_flight() + usize::from(self.failed.is_some()) + usize::from(self.held.is_some())
@@ -67,24 +69,19 @@ impl Queue for FaultyQueue {
         match (self.writes.fetch_add(1, Ordering::SeqCst), op) {
             (0, Op::Write { buffer, .. }) => {
                 let result = Err(io::Error::from_raw_os_error(28));
-                self.failed = Some(Event::Done { tag, buffer: Some(buffer), result });
+                self.failed = Some(Done { tag, buffer: Some(buffer), result });
             }
             (1, op) => self.held = Some((tag, op)),
             (_, op) => self.queue.submit(tag, op),
         }
     }
 
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        let wait = if self.failed.is_some() { Wait::Poll } else { wait };
-        self.queue.wait(wait)
+    fn has_done(&self) -> bool {
+        self.failed.is_some() || self.queue.has_done()
     }
 
-    fn is_ready(&mut self) -> bool {
-        self.failed.is_some() || self.queue.is_ready()
-    }
-
-    fn next_event(&mut self) -> Option<Event> {
-        self.failed.take().or_else(|| self.queue.next_event())
+    fn next_done(&mut self) -> Option<Done> {
+        self.failed.take().or_else(|| self.queue.next_done())
     }
 }
 
@@ -92,8 +89,8 @@ impl Drop for FaultyQueue {
     fn drop(&mut self) {
         let Some((tag, op)) = self.held.take() else { return };
         self.go_on.lock().unwrap().recv_timeout(limit()).expect("something is seen of the guest's write");
+        // Whoever drops a queue waits for it.
         self.queue.submit(tag, op);
-        self.queue.wait(Wait::Event).unwrap();
     }
 }
 

@@ -5,14 +5,16 @@ use crate::common::frontend::block::{OK, Pending};
 use crate::common::frontend::{Options, Request, Session, SplitRing};
 use crate::common::patience::{limit, wait_for};
 use crate::layers::rig::{Keys, Places, QUEUES, Served};
-use sealblk::backing::{Backing, Event, InMemory, Queue, Wait};
+use sealblk::backing::{Backing, Done, InMemory, Queue};
 use sealblk::disk::{Disk, Layers};
 use sealblk::image::lock::Access;
+use sealblk::reactor::Reactor;
 use sealblk::vhost::queue::Tuning;
 use sealblk::vhost::queue::qos::{Limits, Qos};
 use sealblk::virtio::Shape;
 use sealblk::volume::layers::chain;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -193,23 +195,23 @@ struct Gated {
 struct GatedQueue {
     queue: Box<dyn Queue>,
     hold: Arc<Hold>,
-    held: Vec<Event>,
+    held: Vec<Done>,
 }
 
 impl Backing for Gated {
     forward!(caps has_data);
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
         if self.broken {
             return Err(io::Error::other("broken"));
         }
-        let queue = self.backing.open_queue(depth)?;
+        let queue = self.backing.open_queue(reactor, depth)?;
         Ok(Box::new(GatedQueue { queue, hold: self.hold.clone(), held: Vec::new() }))
     }
 }
 
 impl Queue for GatedQueue {
-    forward!(alloc free places max_buffer bytes has_room submit watch unwatch is_ready);
+    forward!(alloc free places max_buffer bytes has_room submit collect woken);
 
     fn in_memory(&self, _layer: usize, _offset: u64, _len: usize) -> Option<InMemory<'_>> {
         None
@@ -219,25 +221,28 @@ impl Queue for GatedQueue {
         self.queue.in_flight() + self.held.len()
     }
 
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        let wait = if wait == Wait::Event { Wait::Until(Duration::from_millis(1)) } else { wait };
-        self.queue.wait(wait)
+    fn has_done(&self) -> bool {
+        if self.held.is_empty() {
+            return self.queue.has_done();
+        }
+        // Nobody wakes the thread when they are let go.
+        std::thread::sleep(Duration::from_millis(1));
+        true
     }
 
-    fn next_event(&mut self) -> Option<Event> {
+    fn next_done(&mut self) -> Option<Done> {
         if !self.hold.on.load(Ordering::SeqCst)
-            && let Some(event) = self.held.pop()
+            && let Some(done) = self.held.pop()
         {
-            return Some(event);
+            return Some(done);
         }
         loop {
-            match self.queue.next_event()? {
-                event @ Event::Done { .. } if self.hold.on.load(Ordering::SeqCst) => {
-                    self.held.push(event);
-                    self.hold.held.fetch_add(1, Ordering::SeqCst);
-                }
-                event => return Some(event),
+            let done = self.queue.next_done()?;
+            if !self.hold.on.load(Ordering::SeqCst) {
+                return Some(done);
             }
+            self.held.push(done);
+            self.hold.held.fetch_add(1, Ordering::SeqCst);
         }
     }
 }

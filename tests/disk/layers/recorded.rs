@@ -2,9 +2,11 @@
 //! power cut at any place in it.
 
 use crate::common::forward::forward;
-use sealblk::backing::{Backing, Event, Op, Queue};
+use sealblk::backing::{Backing, Done, Op, Queue};
+use sealblk::reactor::Reactor;
 use std::collections::HashMap;
 use std::io;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use crate::common::frontend::load::Random;
@@ -50,14 +52,14 @@ struct RecordedQueue {
 impl Backing for Recorded {
     forward!(caps has_data below next_data);
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        let (queue, journal) = (self.backing.open_queue(depth)?, self.journal.clone());
+    fn open_queue(&self, reactor: &Rc<dyn Reactor>, depth: u16) -> io::Result<Box<dyn Queue>> {
+        let (queue, journal) = (self.backing.open_queue(reactor, depth)?, self.journal.clone());
         Ok(Box::new(RecordedQueue { queue, file: self.file, journal, ids: HashMap::new() }))
     }
 }
 
 impl Queue for RecordedQueue {
-    forward!(alloc free places max_buffer bytes in_memory in_flight watch unwatch wait is_ready);
+    forward!(alloc free places max_buffer bytes in_memory in_flight collect woken has_done);
 
     fn has_room(&self) -> bool {
         // A tag stands for one operation: the copier gives all of its own the same.
@@ -82,14 +84,12 @@ impl Queue for RecordedQueue {
         self.queue.submit(tag, op)
     }
 
-    fn next_event(&mut self) -> Option<Event> {
-        let event = self.queue.next_event()?;
-        if let Event::Done { tag, .. } = &event
-            && let Some(id) = self.ids.remove(tag)
-        {
+    fn next_done(&mut self) -> Option<Done> {
+        let done = self.queue.next_done()?;
+        if let Some(id) = self.ids.remove(&done.tag) {
             self.journal.lock().unwrap().push(Entry::Done { id });
         }
-        Some(event)
+        Some(done)
     }
 }
 

@@ -2,7 +2,7 @@
 //! the kernel would only copy.
 
 use super::FileQueue;
-use crate::backing::{Event, Op};
+use crate::backing::{Done, Op};
 use std::os::unix::fs::FileExt;
 
 impl FileQueue {
@@ -52,6 +52,6 @@ impl FileQueue {
                 (None, result)
             }
         };
-        self.events.push_back(Event::Done { tag, buffer, result });
+        self.done.push_back(Done { tag, buffer, result });
     }
 }

@@ -1,5 +1,5 @@
-//! One thread's io_uring on a layer file: data, flushes, and the wake-ups that the thread waits for, all in
-//! one ring, with few system calls a batch.
+//! One thread's way to the layers of a volume: operations, by the thread's io_uring for those on a disk, on
+//! the spot for files that are memory, and by exports for what lies behind NBD servers.
 
 mod inline;
 mod remote;
@@ -8,32 +8,23 @@ mod work;
 
 use crate::backing::file::memory::{FileMemory, User};
 use crate::backing::file::nothing_in_flight;
-use crate::backing::file::pool::{self, Pool};
 use crate::backing::file::prefetch::prefetch;
-use crate::backing::file::ring::{self, Ring};
 use crate::backing::file::turns::Turns;
 use crate::backing::file::write_cache::WriteCache;
 use crate::backing::nbd::Export;
-use crate::backing::{Buffer, Event, InMemory, NotBegun, Op, Queue, Wait};
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use remote::{ANSWERED, Remote};
-use rewrite::{Rewriting, SPARE, TURN};
+use crate::backing::{Buffer, Done, InMemory, NotBegun, Op, Queue};
+use crate::reactor::pool::{self, Pool};
+use crate::reactor::{Files, Token, Uring};
+use remote::Remote;
+use rewrite::{Rewriting, SPARE};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use work::{Left, Move, PUNCH, TOP, Way, Work, ZERO};
-
-/// Completion tags: an index into `pending`, or one of these with a watch's serial below it.
-const WATCH: u64 = 1 << 32;
-const CANCEL: u64 = 1 << 33;
-/// The kernel gets what waits for it when it is so many operations, or bytes, before another buffer is
-/// filled: a device that takes requests one after the other would stand idle meanwhile. A call for each would
-/// cost more than it gains.
-const EARLY_OPERATIONS: usize = 4;
-const EARLY_BYTES: usize = 128 << 10;
 
 /// How often an operation is submitted again that the kernel did not begin with.
 const MAX_TRIES: u8 = 100;
@@ -45,14 +36,6 @@ struct Pending {
     work: Work,
     /// How often the kernel did nothing.
     tries: u8,
-}
-
-/// A descriptor that wakes the thread.
-struct Watch {
-    token: u32,
-    /// Tells this watch from an earlier one of the same token, whose last completion may still come.
-    serial: u32,
-    fd: RawFd,
 }
 
 /// A layer and how it is reached.
@@ -75,11 +58,11 @@ pub(super) struct Reached {
     pub unit: u32,
 }
 
-/// The queue. The ring comes before the pool: it must have forgotten the memory that it knows (drop sees to
-/// that), or be gone, before that goes.
+/// The queue.
 pub(super) struct FileQueue {
-    ring: Ring,
-    pool: Pool,
+    /// The layers' files as the kernel knows them, the top's first.
+    files: Files,
+    pool: Rc<Pool>,
     /// Whether the pool is registered as fixed buffer 0.
     registered: bool,
     file: Arc<File>,
@@ -101,35 +84,23 @@ pub(super) struct FileQueue {
     depth: usize,
     pending: Vec<Option<Pending>>,
     free_slots: Vec<u32>,
-    watches: Vec<Watch>,
-    /// Watches that the kernel was asked to end and has not ended yet.
-    ending: usize,
-    /// Bytes to be moved by what was handed over since the kernel was entered.
-    waiting_bytes: usize,
-    /// Entries that found the submission queue full.
-    backlog: VecDeque<squeue::Entry>,
-    events: VecDeque<Event>,
+    done: VecDeque<Done>,
 }
 
 impl FileQueue {
-    /// A queue for at most `depth` operations at a time, to be used by the calling thread alone.
-    pub(super) fn new(top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
+    /// A queue for at most `depth` operations at a time, by the io_uring of the calling thread.
+    pub(super) fn new(uring: &Rc<Uring>, top: Reached, below: Vec<Reached>, depth: u16) -> io::Result<Self> {
         let Reached { file, start, is_device, inline, export, memory, unit } = top;
         let exports = [export].into_iter().chain(below.iter().map(|b| b.export.clone())).collect();
-        let remote = Remote::new(exports)?;
+        let remote = Remote::new(uring, exports)?;
         let unaligned = u64::from(below.iter().map(|b| b.unit).fold(unit, u32::max)) - 1;
         let depth = usize::from(depth.max(1));
         let by_ring = !inline || below.iter().any(|b| !b.inline);
-        // What the kernel is to know is there from now on, all of it.
-        let pool = Pool::new(by_ring)?;
-        // Room for watches and their removal beside the data.
-        let ring = Ring::take(depth as u32 + 16)?;
-        let files: Vec<_> = [&file].into_iter().chain(below.iter().map(|b| &b.file)).collect();
-        let files_of_ring = files.iter().map(|f| f.as_raw_fd()).collect::<Vec<_>>();
-        ring.submitter().register_files(&files_of_ring).map_err(ring::explained)?;
-        let registered = by_ring && register(&ring, &pool);
-        let mut queue = FileQueue {
-            ring,
+        let (pool, registered) = uring.pool(by_ring)?;
+        let files = [&file].into_iter().chain(below.iter().map(|b| &b.file));
+        let files = Files::new(uring.clone(), &files.map(|file| file.as_raw_fd()).collect::<Vec<_>>())?;
+        Ok(FileQueue {
+            files,
             pool,
             registered,
             file,
@@ -146,16 +117,8 @@ impl FileQueue {
             depth,
             pending: (0..depth).map(|_| None).collect(),
             free_slots: (0..depth as u32).rev().collect(),
-            watches: Vec::new(),
-            ending: 0,
-            waiting_bytes: 0,
-            backlog: VecDeque::new(),
-            events: VecDeque::with_capacity(2 * depth),
-        };
-        if let Some(fd) = queue.remote.as_ref().map(Remote::wake_fd) {
-            queue.watch(ANSWERED, fd);
-        }
-        Ok(queue)
+            done: VecDeque::with_capacity(2 * depth),
+        })
     }
 
     /// This queue, over a device whose flushes are needed only while the device has a cache.
@@ -165,34 +128,9 @@ impl FileQueue {
     }
 
     /// This queue, over a top layer of which blocks are written in part, in turn with the other queues.
-    pub(super) fn with_turns(mut self, turns: Option<Arc<Turns>>) -> io::Result<Self> {
-        if let Some(turns) = turns {
-            let rewriting = Rewriting::new(turns, self.depth)?;
-            self.watch(TURN, rewriting.wake_fd());
-            self.rewriting = Some(rewriting);
-        }
+    pub(super) fn with_turns(mut self, uring: &Rc<Uring>, turns: Option<Arc<Turns>>) -> io::Result<Self> {
+        self.rewriting = turns.map(|turns| Rewriting::new(uring, turns, self.depth)).transpose()?;
         Ok(self)
-    }
-
-    fn push(&mut self, entry: squeue::Entry) {
-        // SAFETY: an entry refers to files, which are registered and open as long as the ring; to bytes of
-        // the pool, whose buffer is kept in `pending` until the completion is seen, and which outlives the
-        // ring (drop waits for all completions); or to nothing.
-        if self.backlog.is_empty() && unsafe { self.ring.submission().push(&entry) }.is_ok() {
-            return;
-        }
-        self.backlog.push_back(entry);
-    }
-
-    /// Moves what waited into the submission queue.
-    fn push_backlog(&mut self) {
-        while let Some(entry) = self.backlog.front() {
-            // SAFETY: as in `push`.
-            if unsafe { self.ring.submission().push(entry) }.is_err() {
-                return;
-            }
-            self.backlog.pop_front();
-        }
     }
 
     fn start(&mut self, tag: u64, op: Op) {
@@ -221,7 +159,6 @@ impl FileQueue {
         if self.rewriting.is_some() {
             return self.start_in_turn(slot, pending);
         }
-        self.waiting_bytes += work.bytes() as usize;
         self.submit_again(slot, pending);
     }
 
@@ -231,7 +168,7 @@ impl FileQueue {
         assert!(part.start <= part.end && part.end <= buffer.len(), "a part of the buffer is moved");
         let unit = if file == TOP { self.unit } else { self.below[file as usize - 1].unit };
         let before = (offset % u64::from(unit)) as usize;
-        let start = (buffer.skip as usize + part.start).checked_sub(before);
+        let start = (buffer.skip() + part.start).checked_sub(before);
         let start = start.expect("the buffer was made for this offset");
         let len = (before + part.len()).next_multiple_of(unit as usize);
         let (offset, span) = (offset - before as u64, self.pool.span(buffer, start, len));
@@ -240,28 +177,6 @@ impl FileQueue {
             Way::Write { .. } => len,
         };
         Move { way, file, offset, span, need: need as u32, unit }
-    }
-
-    /// Lets the kernel have what waits, if that is worth a call: the device is at work on
-    /// it while more is prepared.
-    fn begin_early(&mut self) {
-        if self.ring.submission().len() >= EARLY_OPERATIONS || self.waiting_bytes >= EARLY_BYTES {
-            // What it refuses now is asked for again with the next wait, which says so.
-            let _ = self.enter(Wait::Poll);
-        }
-    }
-
-    /// Turns what the kernel completed into events.
-    fn reap(&mut self) {
-        loop {
-            // One entry at a time leaves `self` free for what it causes; the ring's head moves with each.
-            let Some(entry) = self.ring.completion().next() else { return };
-            match entry.user_data() {
-                slot if slot < WATCH => self.complete(slot as u32, entry.result()),
-                token if token & CANCEL != 0 => self.ended(token as u32, entry.result()),
-                watch => self.woken(watch as u32, &entry),
-            }
-        }
     }
 
     fn complete(&mut self, slot: u32, result: i32) {
@@ -297,7 +212,7 @@ impl FileQueue {
                 Left::All => Err(pending.work.stuck()),
             },
         };
-        let Some(rewriting) = &mut self.rewriting else { return self.done(slot, pending, result) };
+        let Some(rewriting) = &mut self.rewriting else { return self.is_done(slot, pending, result) };
         let result = match rewriting.is_reading(slot) {
             true => result.map_err(|e| io::Error::new(e.kind(), NotBegun(e))),
             false => result,
@@ -307,12 +222,12 @@ impl FileQueue {
             self.pending[slot as usize] = Some(pending);
             return self.go_on(slot, Some(next));
         }
-        self.done(slot, pending, result);
+        self.is_done(slot, pending, result);
     }
 
-    fn done(&mut self, slot: u32, pending: Pending, result: io::Result<()>) {
+    fn is_done(&mut self, slot: u32, pending: Pending, result: io::Result<()>) {
         self.free_slots.push(slot);
-        self.events.push_back(Event::Done { tag: pending.tag, buffer: pending.buffer, result });
+        self.done.push_back(Done { tag: pending.tag, buffer: pending.buffer, result });
     }
 
     fn submit_again(&mut self, slot: u32, mut pending: Pending) {
@@ -324,101 +239,29 @@ impl FileQueue {
             self.pending[slot as usize] = Some(pending);
             return;
         }
-        let entry = pending.work.entry(&self.pool, self.registered, start);
-        self.push(entry.user_data(u64::from(slot)));
+        let entry = pending.work.entry(&self.files, &self.pool, self.registered, start);
+        // SAFETY: it refers to bytes of the pool, whose buffer is kept in `pending` until the completion is
+        // seen, and which outlives that (drop waits for all completions); or to no memory.
+        unsafe { self.files.push(slot, entry, pending.work.bytes()) };
         self.pending[slot as usize] = Some(pending);
     }
 
-    fn woken(&mut self, serial: u32, entry: &cqueue::Entry) {
-        let Some(index) = self.watches.iter().position(|w| w.serial == serial) else { return };
-        let Watch { token, fd, .. } = self.watches[index];
-        if token == TURN {
-            self.rewriting.iter().for_each(Rewriting::woken);
-            self.take_turns();
-        } else if token == ANSWERED {
+    /// Waits until nothing is in flight.
+    fn drain(&mut self) -> io::Result<()> {
+        loop {
             self.take_answers();
-        } else if entry.result() >= 0 {
-            self.events.push_back(Event::Ready { token });
-        }
-        if cqueue::more(entry.flags()) {
-            return;
-        }
-        // A multishot poll ends when the completion queue overflows (then it is set up
-        // again) or with an error.
-        if entry.result() >= 0 {
-            self.push(poll(serial, fd));
-        } else {
-            self.watches.swap_remove(index);
-            self.events.push_back(Event::Unwatched { token });
-        }
-    }
-
-    /// Has the kernel end a watch. Completions of one that is not in the list are dropped, so that
-    /// nobody need wait for it.
-    fn end(&mut self, serial: u32) {
-        let cancel = opcode::PollRemove::new(WATCH | u64::from(serial)).build();
-        self.push(cancel.user_data(CANCEL | u64::from(serial)));
-        self.ending += 1;
-    }
-
-    /// What became of [`FileQueue::end`].
-    fn ended(&mut self, serial: u32, result: i32) {
-        self.ending -= 1;
-        // The descriptor has just become readable: the kernel does not end a watch before it has told so.
-        if -result == libc::EALREADY {
-            self.end(serial);
-        }
-    }
-
-    /// Ends all watches, and waits until they are. A watch holds its file, and would wake
-    /// whoever has the ring next.
-    fn end_watches(&mut self) -> io::Result<()> {
-        while let Some(watch) = self.watches.first() {
-            self.unwatch(watch.token);
-        }
-        for _ in 0..MAX_TRIES {
-            self.enter(Wait::Poll)?;
-            self.reap();
-            if self.ending == 0 {
+            self.collect()?;
+            if self.in_flight() == 0 {
                 return Ok(());
             }
-            self.ring.take_in()?;
-        }
-        Err(io::Error::other("the kernel does not end watches"))
-    }
-
-    /// Whether entering the kernel without waiting would change nothing.
-    fn nothing_to_enter_for(&mut self) -> bool {
-        let queue = self.ring.submission();
-        queue.is_empty() && !queue.taskrun() && !queue.cq_overflow()
-    }
-
-    fn enter(&mut self, wait: Wait) -> io::Result<()> {
-        self.waiting_bytes = 0;
-        self.push_backlog();
-        let result = match wait {
-            Wait::Poll if self.nothing_to_enter_for() => return Ok(()),
-            Wait::Poll => self.ring.submit(),
-            Wait::Event => self.ring.submit_and_wait(1),
-            Wait::Until(limit) => {
-                let limit = types::Timespec::from(limit);
-                self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&limit))
-            }
-        };
-        match result {
-            Ok(_) => Ok(()),
-            Err(e) => match e.raw_os_error() {
-                // Nothing came in time; a signal; or completions must be taken first. The caller comes back.
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-                _ => Err(e),
-            },
+            self.files.uring().wait_for_completion()?;
         }
     }
 }
 
 impl Queue for FileQueue {
     fn alloc(&mut self, offset: u64, len: usize) -> Option<Buffer> {
-        self.begin_early();
+        self.files.uring().begin_early();
         if (offset | len as u64) & self.unaligned == 0 {
             return self.pool.alloc(len);
         }
@@ -439,7 +282,7 @@ impl Queue for FileQueue {
         pool::MAX_BUFFER
     }
 
-    fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+    fn bytes<'a>(&'a mut self, buffer: &'a mut Buffer) -> &'a mut [u8] {
         self.pool.bytes(buffer)
     }
 
@@ -467,7 +310,7 @@ impl Queue for FileQueue {
 
     fn has_room(&self) -> bool {
         // What was read inline from one layer may have to be read through the ring from the next.
-        let owed = if self.below.is_empty() { 0 } else { self.events.len() };
+        let owed = if self.below.is_empty() { 0 } else { self.done.len() };
         self.free_slots.len() > owed
     }
 
@@ -477,7 +320,7 @@ impl Queue for FileQueue {
 
     fn submit(&mut self, tag: u64, op: Op) {
         if matches!(op, Op::Flush) && self.write_cache.as_ref().is_some_and(|cache| cache.is_off()) {
-            return self.events.push_back(Event::Done { tag, buffer: None, result: Ok(()) });
+            return self.done.push_back(Done { tag, buffer: None, result: Ok(()) });
         }
         let inline = match &op {
             Op::ReadBelow { layer, .. } => self.below[layer - 1].inline,
@@ -486,48 +329,31 @@ impl Queue for FileQueue {
         if inline { self.run_inline(tag, op) } else { self.start(tag, op) }
     }
 
-    fn watch(&mut self, token: u32, fd: RawFd) {
-        let serial = self.ring.next_serial();
-        self.watches.push(Watch { token, serial, fd });
-        self.push(poll(serial, fd));
-    }
-
-    fn unwatch(&mut self, token: u32) {
-        let Some(index) = self.watches.iter().position(|w| w.token == token) else { return };
-        let watch = self.watches.swap_remove(index);
-        self.end(watch.serial);
-        self.events.retain(
-            |e| !matches!(e, Event::Ready { token: t } | Event::Unwatched { token: t } if *t == token),
-        );
-    }
-
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        let wait = if self.events.is_empty() { wait } else { Wait::Poll };
-        self.enter(wait)?;
-        self.reap();
-        // The kernel brings in about twenty completions at a time. What has completed together
-        // goes on together: a driver that is shown a part answers with a part, and from then
-        // on the device gets parts.
-        for _ in 0..self.depth / 16 {
-            if !self.ring.submission().taskrun() {
-                break;
-            }
-            self.enter(Wait::Poll)?;
-            self.reap();
+    fn collect(&mut self) -> io::Result<()> {
+        while let Some((slot, result)) = self.files.next_completed() {
+            self.complete(slot, result);
         }
         // What has been read is to be written back, before anybody looks for other work.
-        if self.rewriting.is_some() && !self.ring.submission().is_empty() {
-            self.enter(Wait::Poll)?;
+        if self.rewriting.is_some() { self.files.uring().submit() } else { Ok(()) }
+    }
+
+    fn woken(&mut self, token: Token) -> bool {
+        if self.rewriting.as_ref().is_some_and(|rewriting| rewriting.is_woken_by(token)) {
+            self.take_turns();
+        } else if self.remote.as_ref().is_some_and(|remote| remote.is_woken_by(token)) {
+            self.take_answers();
+        } else {
+            return false;
         }
-        Ok(())
+        true
     }
 
-    fn is_ready(&mut self) -> bool {
-        !self.events.is_empty() || !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+    fn has_done(&self) -> bool {
+        !self.done.is_empty() || self.files.has_completed()
     }
 
-    fn next_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
+    fn next_done(&mut self) -> Option<Done> {
+        self.done.pop_front()
     }
 }
 
@@ -538,38 +364,12 @@ impl Drop for FileQueue {
             self.free_slots.push(slot);
         }
         // The kernel may still write into the pool: nothing may be freed before it has let go of all of it.
-        while self.in_flight() > 0 {
-            if let Err(e) = self.enter(Wait::Event) {
-                log::error!("waiting for requests in flight: {e}");
-                std::process::abort();
-            }
-            self.reap();
+        if let Err(e) = self.drain() {
+            log::error!("waiting for requests in flight: {e}");
+            std::process::abort();
         }
         nothing_in_flight(&self.file);
-        // The ring may serve another queue of this thread.
-        if let Err(e) = self.end_watches() {
-            log::error!("giving up watches: {e}");
-        }
-        self.ring.forget(self.registered);
     }
-}
-
-/// Registers the pool, so that the kernel need not look its pages up for each request. It may be refused by
-/// RLIMIT_MEMLOCK; then it goes without.
-fn register(ring: &IoUring, pool: &Pool) -> bool {
-    // SAFETY: the pool outlives the ring (field order and drop of FileQueue).
-    match unsafe { ring.submitter().register_buffers(&[pool.iovec()]) } {
-        Ok(()) => true,
-        Err(e) => {
-            log::info!("bounce buffers are not registered: {}", ring::explained(e));
-            false
-        }
-    }
-}
-
-fn poll(serial: u32, fd: RawFd) -> squeue::Entry {
-    let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
-    entry.user_data(WATCH | u64::from(serial))
 }
 
 #[cfg(test)]

@@ -5,31 +5,34 @@
 use super::work::{Move, PUNCH, Way, Work};
 use super::{FileQueue, Pending};
 use crate::backing::nbd::{Ask, Export, Given, Inbox};
+use crate::reactor::{Reactor, Token, Uring, Watched};
 use std::io;
-use std::os::fd::RawFd;
+use std::rc::Rc;
 use std::sync::Arc;
-
-/// The token of the watch that wakes a queue when an export has answered.
-pub(super) const ANSWERED: u32 = u32::MAX - 2;
 
 /// The exports of a queue's layers.
 pub(super) struct Remote {
     /// The top's, and those of the layers below it.
     exports: Vec<Option<Arc<Export>>>,
     inbox: Arc<Inbox>,
+    /// Wakes the thread when an export has answered.
+    answered: Watched,
 }
 
 impl Remote {
     /// None where no layer lies on an export.
-    pub(super) fn new(exports: Vec<Option<Arc<Export>>>) -> io::Result<Option<Self>> {
-        match exports.iter().any(Option::is_some) {
-            true => Ok(Some(Remote { exports, inbox: Arc::new(Inbox::new()?) })),
-            false => Ok(None),
+    pub(super) fn new(uring: &Rc<Uring>, exports: Vec<Option<Arc<Export>>>) -> io::Result<Option<Self>> {
+        if exports.iter().all(Option::is_none) {
+            return Ok(None);
         }
+        let inbox = Arc::new(Inbox::new()?);
+        let reactor: Rc<dyn Reactor> = uring.clone();
+        let answered = Watched::new(&reactor, inbox.wake_fd());
+        Ok(Some(Remote { exports, inbox, answered }))
     }
 
-    pub(super) fn wake_fd(&self) -> RawFd {
-        self.inbox.wake_fd()
+    pub(super) fn is_woken_by(&self, token: Token) -> bool {
+        *self.answered == token
     }
 
     fn export(&self, layer: u32) -> Option<&Export> {

@@ -18,16 +18,16 @@
 use super::work::{Move, Way, Work};
 use super::{FileQueue, Pending};
 use crate::backing::Buffer;
-use crate::backing::file::pool::PAGE;
 use crate::backing::file::turns::{Edges, Ticket, Turns};
+use crate::reactor::pool::PAGE;
+use crate::reactor::{Reactor, Token, Uring, Watched};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
+use std::rc::Rc;
 use std::sync::Arc;
 
-/// The token of the watch that wakes a queue when its turn at a block may have come.
-pub(super) const TURN: u32 = u32::MAX - 1;
 /// Pages of a buffer for what is read of blocks that are written in part: the first and the last.
 pub(super) const SPARE: usize = 2;
 
@@ -35,6 +35,8 @@ pub(super) const SPARE: usize = 2;
 pub(super) struct Rewriting {
     turns: Arc<Turns>,
     wake: Arc<EventFd>,
+    /// Wakes the thread when a turn may have come.
+    woken: Watched,
     slots: Vec<Option<Held>>,
     /// Slots whose turn has not come, the oldest first.
     waiting: Vec<u32>,
@@ -66,20 +68,18 @@ pub(super) struct Next {
 }
 
 impl Rewriting {
-    pub(super) fn new(turns: Arc<Turns>, slots: usize) -> io::Result<Self> {
+    pub(super) fn new(uring: &Rc<Uring>, turns: Arc<Turns>, slots: usize) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let reactor: Rc<dyn Reactor> = uring.clone();
+        let woken = Watched::new(&reactor, wake.as_fd().as_raw_fd());
         Ok(Rewriting {
             turns,
             wake: Arc::new(wake),
+            woken,
             slots: (0..slots).map(|_| None).collect(),
             waiting: Vec::with_capacity(slots),
             closing: false,
         })
-    }
-
-    /// What becomes readable when a turn may have come.
-    pub(super) fn wake_fd(&self) -> RawFd {
-        self.wake.as_fd().as_raw_fd()
     }
 
     /// Has `work`, after `fill`, done in turn for these bytes. Returns what to do now, if the turn has come.
@@ -116,10 +116,14 @@ impl Rewriting {
         self.slots[slot as usize].as_ref().is_some_and(|held| held.work.is_some())
     }
 
-    /// Takes note of having been woken.
-    pub(super) fn woken(&self) {
-        // An empty counter is no error.
-        let _ = self.wake.read();
+    /// Whether this is the wake-up for a turn, which is taken note of then.
+    pub(super) fn is_woken_by(&self, token: Token) -> bool {
+        let ours = *self.woken == token;
+        if ours {
+            // An empty counter is no error.
+            let _ = self.wake.read();
+        }
+        ours
     }
 
     /// The next slot whose turn has come, and what to do in it.
@@ -168,7 +172,7 @@ impl FileQueue {
     /// or the first and the last.
     fn fill(&self, write: &Move, buffer: &Buffer) -> (Edges, Fill) {
         let (unit, len) = (self.unit as usize, write.span.len as usize);
-        let (start, end) = (buffer.skip as usize, buffer.skip as usize + buffer.len());
+        let (start, end) = (buffer.skip(), buffer.skip() + buffer.len());
         let before = start % unit;
         let behind = len - before - buffer.len();
         let (first, last) = (write.offset, write.offset + (len - unit) as u64);
@@ -204,7 +208,6 @@ impl FileQueue {
             }
         }
         pending.work = work;
-        self.waiting_bytes += work.bytes() as usize;
         self.submit_again(slot, pending);
     }
 

@@ -1,6 +1,7 @@
 //! What the kernel does now and then.
 
 use super::*;
+use crate::reactor::{Reactor, Wait};
 use std::os::unix::fs::FileExt;
 
 fn queue() -> FileQueue {
@@ -15,7 +16,7 @@ fn queue() -> FileQueue {
         memory: None,
         unit: 512,
     };
-    FileQueue::new(layer, vec![], 4).unwrap()
+    FileQueue::new(&Rc::new(Uring::new(4).unwrap()), layer, vec![], 4).unwrap()
 }
 
 /// So many queues over one file, as if its disk had blocks of `unit` bytes.
@@ -33,7 +34,9 @@ fn in_units(unit: u32, queues: usize) -> Vec<FileQueue> {
             memory: None,
             unit,
         };
-        FileQueue::new(layer, vec![], 4).unwrap().with_turns(Some(turns.clone())).unwrap()
+        let uring = Rc::new(Uring::new(4).unwrap());
+        let queue = FileQueue::new(&uring, layer, vec![], 4).unwrap();
+        queue.with_turns(&uring, Some(turns.clone())).unwrap()
     };
     (0..queues).map(queue).collect()
 }
@@ -45,24 +48,32 @@ fn begin_write(queue: &mut FileQueue, tag: u64, offset: u64, len: usize, byte: u
     queue.submit(tag, Op::Write { offset, buffer, durable: false });
 }
 
+/// Waits as the queue's thread does.
+fn wait(queue: &mut FileQueue, wait: Wait) {
+    let uring = queue.files.uring();
+    uring.wait(if queue.has_done() { Wait::Poll } else { wait }).unwrap();
+    while let Some(woken) = queue.files.uring().next_woken() {
+        assert!(queue.woken(woken.token()));
+    }
+    queue.collect().unwrap();
+}
+
 fn done(queue: &mut FileQueue) -> (u64, io::Result<()>) {
     loop {
-        match queue.next_event() {
-            Some(Event::Done { tag, buffer, result }) => {
+        match queue.next_done() {
+            Some(Done { tag, buffer, result }) => {
                 buffer.into_iter().for_each(|b| queue.free(b));
                 return (tag, result);
             }
-            Some(_) => {}
-            None => queue.wait(Wait::Event).unwrap(),
+            None => wait(queue, Wait::Event),
         }
     }
 }
 
 /// Has the kernel do what was submitted, and puts `result` in place of what came of it.
 fn pretend(queue: &mut FileQueue, result: i32) {
-    queue.enter(Wait::Event).unwrap();
-    let entry = queue.ring.completion().next().expect("it was waited for");
-    queue.complete(entry.user_data() as u32, result);
+    let slot = queue.files.uring().steal_completion();
+    queue.complete(slot, result);
 }
 
 #[test]
@@ -73,7 +84,7 @@ fn what_the_kernel_did_not_begin_with_is_submitted_again() {
     queue.submit(1, Op::Write { offset: 8192, buffer, durable: false });
     for again in [libc::EAGAIN, libc::EINTR, libc::EAGAIN] {
         pretend(&mut queue, -again);
-        assert!(queue.next_event().is_none(), "it is not over");
+        assert!(queue.next_done().is_none(), "it is not over");
     }
     let (tag, result) = done(&mut queue);
     assert!(tag == 1 && result.is_ok());
@@ -100,7 +111,7 @@ fn zeroing_that_keeps_the_space_is_a_hole_where_that_is_not_to_be_had() {
     queue.file.write_all_at(&[7; 8192], 0).unwrap();
     queue.submit(3, Op::Zero { offset: 0, len: 4096, keep_space: true });
     pretend(&mut queue, -libc::EOPNOTSUPP);
-    assert!(queue.next_event().is_none(), "it is not over");
+    assert!(queue.next_done().is_none(), "it is not over");
     pretend(&mut queue, -libc::EAGAIN);
     assert!(done(&mut queue).1.is_ok());
     queue.submit(4, Op::Zero { offset: 0, len: 4096, keep_space: false });
@@ -135,12 +146,10 @@ fn a_transfer_that_ends_early_goes_on_with_the_rest() {
     for moved in [512, 4096 + 100, 1, 0] {
         queue.file.write_all_at(&[0; 8192], 65536).unwrap();
         pretend(&mut queue, moved);
-        let over = queue.next_event();
+        let over = queue.next_done();
         match moved {
             0 => {
-                let Some(Event::Done { tag: 1, buffer: Some(buffer), result: Err(e) }) = over else {
-                    panic!()
-                };
+                let Some(Done { tag: 1, buffer: Some(buffer), result: Err(e) }) = over else { panic!() };
                 assert_eq!(e.kind(), io::ErrorKind::WriteZero);
                 queue.free(buffer);
             }
@@ -154,8 +163,8 @@ fn a_transfer_that_ends_early_goes_on_with_the_rest() {
     let buffer = queue.alloc(0, 8192).unwrap();
     queue.submit(2, Op::Read { offset: 0, buffer });
     pretend(&mut queue, 4096);
-    queue.wait(Wait::Event).unwrap();
-    let Some(Event::Done { tag: 2, buffer: Some(mut buffer), result: Ok(()) }) = queue.next_event() else {
+    wait(&mut queue, Wait::Event);
+    let Some(Done { tag: 2, buffer: Some(mut buffer), result: Ok(()) }) = queue.next_done() else {
         panic!("it is over");
     };
     assert_eq!(queue.bytes(&mut buffer), [7; 8192]);
@@ -184,9 +193,8 @@ fn what_is_written_of_a_block_leaves_the_rest_of_it() {
 
             let buffer = queue.alloc(at as u64, len).unwrap();
             queue.submit(2, Op::Read { offset: at as u64, buffer });
-            queue.wait(Wait::Event).unwrap();
-            let Some(Event::Done { buffer: Some(mut buffer), result: Ok(()), .. }) = queue.next_event()
-            else {
+            wait(queue, Wait::Event);
+            let Some(Done { buffer: Some(mut buffer), result: Ok(()), .. }) = queue.next_done() else {
                 panic!("it was read");
             };
             assert!(queue.bytes(&mut buffer).iter().all(|&b| b == byte), "{count} sectors at {sector}");
@@ -206,13 +214,12 @@ fn queues_that_write_parts_of_one_block_lose_nothing_of_one_another() {
     begin_write(other, 4, 0, 3584, 4);
     other.submit(5, Op::Zero { offset: 0, len: 8192, keep_space: false });
     begin_write(one, 6, 3584, 512, 6);
-    assert!(other.next_event().is_none());
+    assert!(other.next_done().is_none());
     let (mut tags, mut ended) = (Vec::new(), Vec::new());
     while ended.len() < 6 {
         for queue in [&mut *one, &mut *other] {
-            queue.wait(Wait::Until(std::time::Duration::from_millis(1))).unwrap();
-            while let Some(event) = queue.next_event() {
-                let Event::Done { tag, buffer, result } = event else { continue };
+            wait(queue, Wait::Until(std::time::Duration::from_millis(1)));
+            while let Some(Done { tag, buffer, result }) = queue.next_done() {
                 buffer.into_iter().for_each(|b| queue.free(b));
                 result.unwrap();
                 ended.push(tag);
@@ -258,24 +265,4 @@ fn a_write_whose_block_cannot_be_read_is_not_begun() {
     // The turn is the next one's.
     begin_write(queue, 2, 512, 512, 9);
     assert!(done(queue).1.is_ok());
-}
-
-#[test]
-fn a_watch_that_wakes_at_its_end_ends() {
-    let mut queue = queue();
-    let woken = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-    let watched = |queue: &FileQueue| {
-        let ring = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", queue.ring.as_raw_fd())).unwrap();
-        let polls = ring.lines().skip_while(|line| !line.starts_with("PollList")).skip(1);
-        polls.take_while(|line| line.starts_with(' ')).count()
-    };
-    for round in 0..3 {
-        queue.watch(1, woken.as_raw_fd());
-        queue.wait(Wait::Poll).unwrap();
-        assert_eq!(watched(&queue), 1, "in round {round}");
-        // Told, and not taken in.
-        woken.write(1).unwrap();
-        queue.end_watches().unwrap();
-        assert_eq!(watched(&queue), 0, "in round {round}");
-    }
 }

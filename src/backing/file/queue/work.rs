@@ -1,10 +1,11 @@
 //! What the kernel is asked for, and what is left of that when it has done a part.
 
-use crate::backing::file::pool::{Pool, Span};
+use crate::reactor::Files;
+use crate::reactor::pool::{Pool, Span};
 use io_uring::{opcode, squeue, types};
 use std::io;
 
-/// The top layer, among the registered files.
+/// The top layer, among the files.
 pub(super) const TOP: u32 = 0;
 /// Hole punching keeps the file's size in both cases.
 pub(super) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -91,14 +92,14 @@ impl Work {
 
     /// What the kernel is told. `registered`: it knows the pool as fixed buffer 0. `start`: where in its file
     /// the layer begins.
-    pub(super) fn entry(&self, pool: &Pool, registered: bool, start: u64) -> squeue::Entry {
+    pub(super) fn entry(&self, files: &Files, pool: &Pool, registered: bool, start: u64) -> squeue::Entry {
         match *self {
-            Work::Sync => opcode::Fsync::new(types::Fixed(TOP)).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::Sync => opcode::Fsync::new(files.number(TOP)).flags(types::FsyncFlags::DATASYNC).build(),
             Work::Zero { offset, len, mode } => {
-                opcode::Fallocate::new(types::Fixed(TOP), len).offset(start + offset).mode(mode).build()
+                opcode::Fallocate::new(files.number(TOP), len).offset(start + offset).mode(mode).build()
             }
             Work::Move(Move { way, file, offset, span, .. }) => {
-                let (file, ptr, offset) = (types::Fixed(file), pool.ptr(span), start + offset);
+                let (file, ptr, offset) = (files.number(file), pool.ptr(span), start + offset);
                 match (way, registered) {
                     (Way::Read, true) => {
                         opcode::ReadFixed::new(file, ptr, span.len, 0).offset(offset).build()

@@ -3,9 +3,9 @@
 
 mod requests;
 
-use crate::backing::{Event, Wait};
 use crate::disk::cipher_time::Measured;
-use crate::disk::{Disk, DiskQueue};
+use crate::disk::{Disk, DiskQueue, Event};
+use crate::reactor::{Reactor, Wait, Watched, Woken};
 use crate::vhost::queue::counters::{Counters, Tally};
 use crate::vhost::queue::flushes::Flushes;
 use crate::vhost::queue::in_order::InOrder;
@@ -16,12 +16,10 @@ use crate::vhost::queue::{Command, Mailbox, Reply, Setup, Tuning, depth, not_pau
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What wakes the thread beside completions.
-const WAKE: u32 = 0;
-const KICK: u32 = 1;
 /// Chains taken in one turn, so that commands and completions are not kept waiting by a driver that never
 /// stops.
 const BATCH: usize = 64;
@@ -37,7 +35,12 @@ const FLUSH: u64 = u64::MAX;
 /// A ring being served, by the thread that owns everything here.
 pub(super) struct Server {
     mailbox: Arc<Mailbox>,
+    /// What this thread waits with.
+    reactor: Rc<dyn Reactor>,
     io: DiskQueue,
+    /// Commands and kicks wake the thread.
+    command: Watched,
+    kick: Watched,
     setup: Setup,
     requests: Vec<Request>,
     free: Vec<u16>,
@@ -72,7 +75,7 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn new(
         (mailbox, counters): (Arc<Mailbox>, Arc<Counters>),
-        io: DiskQueue,
+        (reactor, io): (Rc<dyn Reactor>, DiskQueue),
         mut setup: Setup,
         tuning: &Tuning,
     ) -> Self {
@@ -90,8 +93,11 @@ impl Server {
                 );
             }
         }
-        let mut server = Server {
+        Server {
+            command: Watched::new(&reactor, mailbox.wake.as_raw_fd()),
+            kick: Watched::new(&reactor, setup.kick.as_raw_fd()),
             mailbox,
+            reactor,
             io,
             requests: (0..size).map(|_| Request::new()).collect(),
             free: (0..size).rev().collect(),
@@ -111,9 +117,7 @@ impl Server {
             draining: None,
             halts: false,
             exit: false,
-        };
-        server.watch();
-        server
+        }
     }
 
     /// Serves until the ring is stopped; returns whether the thread shall end then. `disk` is the one that it
@@ -190,18 +194,11 @@ impl Server {
     fn pause(&mut self, reply: Reply, disk: &mut Arc<Disk>) {
         let _ = reply.send(Ok(None));
         let depth = depth(&self.setup.ring);
-        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue(depth)) {
+        if let Some((next, io)) = self.mailbox.pause(|disk| disk.open_queue_by(&self.reactor, depth)) {
             self.io = io;
             *disk = next;
-            self.watch();
         }
         self.tally.pause_ends();
-    }
-
-    /// Lets commands and kicks wake the thread.
-    fn watch(&mut self) {
-        self.io.watch(WAKE, self.mailbox.wake.as_raw_fd());
-        self.io.watch(KICK, self.setup.kick.as_raw_fd());
     }
 
     /// Submits what there is and waits for something to do, looking for it a while before sleeping.
@@ -316,13 +313,15 @@ impl Server {
     fn handle(&mut self, event: Event) -> io::Result<()> {
         match event {
             Event::Done { tag, buffer, result } => self.complete(tag, buffer, result),
-            Event::Ready { token: WAKE } => self.obey(),
+            Event::Woken(Woken::Ready(token)) if token == *self.command => self.obey(),
             // What a kick means is found in the ring.
-            Event::Ready { .. } => {}
-            Event::Unwatched { token: WAKE } => {
+            Event::Woken(Woken::Ready(_)) => {}
+            Event::Woken(Woken::Unwatched(token)) if token == *self.kick => {
+                self.break_ring("its kick descriptor cannot be waited for");
+            }
+            Event::Woken(Woken::Unwatched(_)) => {
                 return Err(io::Error::other("no command can be heard any more"));
             }
-            Event::Unwatched { .. } => self.break_ring("its kick descriptor cannot be waited for"),
         }
         Ok(())
     }

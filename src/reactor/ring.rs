@@ -3,9 +3,9 @@
 //! The kernel does what a ring is asked to do without asking a system call filter, so each ring takes only
 //! the operations that serve a layer, from its beginning to its end. A confined process cannot make rings at
 //! all: it makes as many as it will need beforehand ([`prepare`]). A queue's thread has its own ([`claim`])
-//! and gets the same ones again and again; others share a few.
+//! and gets the same one again and again; others share a few.
 
-use crate::backing::file::pool::Pool;
+use super::pool::Pool;
 use crate::base::sync::Locked;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
@@ -26,12 +26,12 @@ const OPERATIONS: [u8; 8] = [
     opcode::PollAdd::CODE,
     opcode::PollRemove::CODE,
 ];
-/// What may be registered with a ring (io_uring_register(2)): buffers, files, and that it is to begin.
-pub const REGISTRATIONS: [u8; 5] = [BUFFERS, NO_BUFFERS, FILES, NO_FILES, ENABLE];
+/// What may be registered with a ring (io_uring_register(2)): buffers, other files in the places that there
+/// are for files, and that it is to begin.
+pub const REGISTRATIONS: [u8; 4] = [BUFFERS, NO_BUFFERS, OTHER_FILES, ENABLE];
 const BUFFERS: u8 = 0;
 const NO_BUFFERS: u8 = 1;
-const FILES: u8 = 2;
-const NO_FILES: u8 = 3;
+const OTHER_FILES: u8 = 6;
 const ENABLE: u8 = 12;
 /// `IORING_ENTER_GETEVENTS` of io_uring_enter(2): completions are looked for.
 const GET_EVENTS: u32 = 1;
@@ -42,23 +42,24 @@ const PREPARED_ENTRIES: u32 = 256;
 /// Room for completions: more than a queue may have in flight.
 const PREPARED_COMPLETIONS: u32 = 2048;
 
-/// Rings for each thread that [`claim`]s some: what it uses, and what takes its place while a
-/// volume gets other layers.
-const CLAIM: usize = 2;
+/// The most places for files, which are empty at first: the layers of a volume are there twice while it gets
+/// other ones.
+const FILES: usize = 256;
 
 /// What was made beforehand; none at all in a process that makes rings as it needs them.
 static PREPARED: Mutex<Option<Prepared>> = Mutex::new(None);
 
 struct Prepared {
-    /// For threads that claim them. Such a ring belongs to the thread that it begins with, which is faster.
+    /// One for each thread that claims one. Such a ring belongs to the thread that it begins with, which is
+    /// faster.
     own: Vec<Made>,
     /// For whoever needs one for a while.
     shared: Vec<Made>,
 }
 
 thread_local! {
-    /// This thread's own, as long as it does not use them.
-    static KEPT: RefCell<Vec<Made>> = const { RefCell::new(Vec::new()) };
+    /// This thread's own, as long as it does not use it.
+    static KEPT: RefCell<Option<Made>> = const { RefCell::new(None) };
 }
 
 /// Makes rings for so many threads that will [`claim`] theirs, and for so many others at a time. From here on
@@ -66,16 +67,15 @@ thread_local! {
 pub fn prepare(claims: usize, others: usize) -> io::Result<()> {
     let make = |shared| build(PREPARED_ENTRIES, Some(PREPARED_COMPLETIONS), shared);
     let rings = |count, shared| (0..count).map(|_| make(shared)).collect::<io::Result<Vec<_>>>();
-    let prepared = Prepared { own: rings(claims * CLAIM, false)?, shared: rings(others, true)? };
+    let prepared = Prepared { own: rings(claims, false)?, shared: rings(others, true)? };
     *PREPARED.locked() = Some(prepared);
     Ok(())
 }
 
-/// Gives this thread rings of its own, until it ends, if there are some.
+/// Gives this thread a ring of its own, until it ends, if there is one.
 pub fn claim() {
     if let Some(prepared) = &mut *PREPARED.locked() {
-        let rest = prepared.own.len().saturating_sub(CLAIM);
-        KEPT.with_borrow_mut(|kept| kept.extend(prepared.own.drain(rest..)));
+        KEPT.set(prepared.own.pop());
     }
 }
 
@@ -84,6 +84,8 @@ struct Made {
     shared: bool,
     deferred: bool,
     begun: bool,
+    /// How many places for files there are.
+    places: usize,
     next_serial: u32,
 }
 
@@ -98,13 +100,18 @@ pub struct Ring {
 impl Ring {
     /// A ring for `entries` submissions at a time; for fewer, where it was made beforehand.
     pub fn take(entries: u32) -> io::Result<Self> {
-        let kept = KEPT.with_borrow_mut(Vec::pop);
+        let kept = KEPT.take();
         let mut made = kept.map_or_else(|| new_or_prepared(entries), Ok)?;
         if !made.begun {
             made.ring.submitter().register_enable_rings().map_err(explained)?;
             made.begun = true;
         }
         Ok(Ring { made: Some(made), clean: false })
+    }
+
+    /// How many places for files there are.
+    pub(super) fn places(&self) -> usize {
+        self.made.as_ref().expect("there until drop").places
     }
 
     /// A number that no other watch on this ring has or had, until they repeat.
@@ -120,12 +127,9 @@ impl Ring {
         unsafe { self.submitter().enter::<libc::sigset_t>(0, 0, GET_EVENTS, None) }.map(drop)
     }
 
-    /// Forgets files, and buffers where there are some. Nothing may be in flight.
+    /// Forgets buffers, where there are some. Nothing may be in flight, and no file may be in its places.
     pub fn forget(&mut self, buffers: bool) {
-        let submitter = self.submitter();
-        let forgotten = submitter.unregister_files();
-        let forgotten =
-            forgotten.and_then(|()| if buffers { submitter.unregister_buffers() } else { Ok(()) });
+        let forgotten = if buffers { self.submitter().unregister_buffers() } else { Ok(()) };
         // The kernel may let go of a request, and of the files it used, only when the ring is entered after
         // its completion. Should it refuse that now, it does so with the next queue that has the ring.
         let _ = self.take_in();
@@ -146,7 +150,7 @@ impl Drop for Ring {
             prepared.shared.push(made);
         } else {
             // A thread that is ending has no use for it.
-            let _ = KEPT.try_with(|kept| kept.borrow_mut().push(made));
+            let _ = KEPT.try_with(|kept| kept.replace(Some(made)));
         }
     }
 }
@@ -192,12 +196,15 @@ fn build(entries: u32, completions: Option<u32>, shared: bool) -> io::Result<Mad
         _ => Err(e),
     });
     let (ring, deferred) = ring.map_err(explained)?;
+    // The kernel makes no more than a process may have files open.
+    let places = getrlimit(Resource::RLIMIT_NOFILE).map_or(FILES, |(soft, _)| FILES.min(soft as usize));
+    ring.submitter().register_files(&[-1; FILES][..places]).map_err(explained)?;
     let operations = OPERATIONS.map(Restriction::sqe_op);
     let registrations = REGISTRATIONS.map(Restriction::register_op);
     let flags = [Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits())];
     let mut all: Vec<Restriction> = operations.into_iter().chain(registrations).chain(flags).collect();
     ring.submitter().register_restrictions(&mut all).map_err(explained)?;
-    Ok(Made { ring, shared, deferred, begun: false, next_serial: 0 })
+    Ok(Made { ring, shared, deferred, begun: false, places, next_serial: 0 })
 }
 
 /// What a trial of an io_uring has shown.

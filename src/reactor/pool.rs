@@ -1,21 +1,21 @@
-//! The bounce buffers of one queue: a fixed run of pages, handed out in contiguous pieces.
+//! The bounce buffers of one thread: a fixed run of pages, handed out in contiguous pieces.
 //!
-//! The size is the bound on what one queue can ever hold; whoever finds it empty waits for completions.
+//! The size is the bound on what a queue can ever hold; whoever finds it empty waits for completions.
 //!
 //! The kernel is asked to make a pool out of huge pages. A buffer of many small pages is as many
 //! segments to a device, and on a virtual disk that takes one segment a request, as many requests;
 //! in a huge page it is one.
 
-use crate::backing::Buffer;
+use std::cell::RefCell;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes in a page of the pool: the alignment that O_DIRECT needs at most.
-pub(super) const PAGE: usize = 4096;
-/// Pages in a pool: 4 MiB a queue, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
-pub(super) const PAGES: u32 = 1024;
+pub(crate) const PAGE: usize = 4096;
+/// Pages in a pool: 4 MiB a thread, which is 128 KiB at queue depth 32, or 4 KiB at 1024.
+pub(crate) const PAGES: u32 = 1024;
 /// Bytes of a pool.
 const BYTES: usize = PAGES as usize * PAGE;
 /// Bytes of a huge page on x86-64, and on arm64 with small pages of 4096 bytes.
@@ -23,40 +23,83 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Pages of the pool in a huge page.
 const HUGE_PAGES: u32 = (HUGE_PAGE / PAGE) as u32;
 /// The most bytes in one buffer: larger transfers go in pieces.
-pub(super) const MAX_BUFFER: usize = 256 * 1024;
+pub(crate) const MAX_BUFFER: usize = 256 * 1024;
+
+/// A run of bytes, owned by whoever holds it. It cannot be copied, and only the queue that made it can look
+/// inside ([`crate::backing::Queue::bytes`]).
+#[derive(Debug)]
+pub struct Buffer {
+    /// Which pool it is from: it is of no use to another.
+    pool: u32,
+    /// First page in the pool.
+    page: u32,
+    /// Pages it occupies.
+    pages: u32,
+    /// Where in the first page its bytes begin.
+    skip: u32,
+    /// Bytes in use.
+    len: u32,
+}
+
+impl Buffer {
+    /// Bytes in use.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// A number that no other buffer of the same queue has meanwhile, below
+    /// [`crate::backing::Queue::places`]; one more for each 4096 bytes before those of the next.
+    pub fn place(&self) -> usize {
+        self.page as usize
+    }
+
+    /// Whether it holds nothing. A pool never gives such a buffer.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where in its pages its bytes begin.
+    pub(crate) fn skip(&self) -> usize {
+        self.skip as usize
+    }
+}
 
 /// Bytes of a pool that the kernel is given: a part of a buffer.
 #[derive(Clone, Copy)]
-pub(super) struct Span {
+pub(crate) struct Span {
     start: usize,
-    pub len: u32,
+    pub(crate) len: u32,
 }
 
 impl Span {
     /// This span without its first `n` bytes.
-    pub(super) fn from(self, n: u32) -> Self {
+    pub(crate) fn from(self, n: u32) -> Self {
         Span { start: self.start + n as usize, len: self.len - n }
     }
 }
 
 /// Pages for transfers, not for keys: they hold ciphertext, and plaintext only while a request is served.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     id: u32,
     base: NonNull<u8>,
-    /// One bit a page, 1 = free.
-    free: [u64; PAGES as usize / 64],
-    /// Where the last search ended.
-    hint: usize,
-    free_pages: u32,
+    for_ring: bool,
+    free: RefCell<Free>,
 }
 
-// SAFETY: the pages are owned by this value alone, like those of a Vec.
-unsafe impl Send for Pool {}
+/// Which pages are free.
+struct Free {
+    /// One bit a page, 1 = free.
+    bits: [u64; PAGES as usize / 64],
+    /// Where the last search ended.
+    hint: usize,
+    pages: u32,
+}
 
 impl Pool {
-    /// Maps the pages: out of huge ones, where the kernel has some and `huge`. A huge page is there as a
-    /// whole as soon as one byte of it is touched; so that is for a pool all of which will be there anyway.
-    pub(super) fn new(huge: bool) -> io::Result<Self> {
+    /// Maps the pages: out of huge ones, where the kernel has some and the pool is `for_ring`, to be
+    /// registered with it. A huge page is there as a whole as soon as one byte of it is touched; so that is
+    /// for a pool all of which will be there anyway.
+    pub(crate) fn new(for_ring: bool) -> io::Result<Self> {
         use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
         // Room enough to begin where a huge page can.
         let room = NonZeroUsize::MIN.saturating_add(BYTES + HUGE_PAGE - 1);
@@ -70,7 +113,8 @@ impl Pool {
         let base = unsafe { mapped.byte_add(before) };
         static POOLS: AtomicU32 = AtomicU32::new(0);
         let id = POOLS.fetch_add(1, Ordering::Relaxed);
-        let pool = Pool { id, base: base.cast(), free: [u64::MAX; _], hint: 0, free_pages: PAGES };
+        let free = Free { bits: [u64::MAX; _], hint: 0, pages: PAGES };
+        let pool = Pool { id, base: base.cast(), for_ring, free: RefCell::new(free) };
         // SAFETY: these are the parts of the mapping before and behind the pool, whole pages, that nobody
         // has touched.
         unsafe {
@@ -82,7 +126,7 @@ impl Pool {
         // What passes through is the guest's plaintext: it has no place in a core file.
         // SAFETY: the range is the pool's; DONTDUMP does not change its contents.
         unsafe { madvise(base, BYTES, MmapAdvise::MADV_DONTDUMP) }?;
-        if huge {
+        if for_ring {
             // A kernel without huge pages says that it knows no such advice, and the pool has small ones.
             // SAFETY: as above.
             let _ = unsafe { madvise(base, BYTES, MmapAdvise::MADV_HUGEPAGE) };
@@ -90,51 +134,51 @@ impl Pool {
         Ok(pool)
     }
 
+    /// Whether it was made for the kernel to know.
+    pub(crate) fn is_for_ring(&self) -> bool {
+        self.for_ring
+    }
+
     /// The whole pool as an iovec, for registration with io_uring.
-    pub(super) fn iovec(&self) -> libc::iovec {
+    pub(crate) fn iovec(&self) -> libc::iovec {
         libc::iovec { iov_base: self.base.as_ptr().cast(), iov_len: BYTES }
     }
 
     /// Whether all of the pool that is there lies in huge pages, as /proc/self/smaps says (proc(5)).
-    pub(super) fn is_huge(&self) -> bool {
+    pub(crate) fn is_huge(&self) -> bool {
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
         in_huge_pages(&maps, self.base.as_ptr() as usize).is_some_and(|bytes| bytes >= BYTES)
     }
 
     /// A buffer of `len` bytes, 1..=[`MAX_BUFFER`], page-aligned.
-    pub(super) fn alloc(&mut self, len: usize) -> Option<Buffer> {
+    pub(crate) fn alloc(&self, len: usize) -> Option<Buffer> {
         self.alloc_within(0, len, 0)
     }
 
     /// A buffer of `len` bytes that begin `skip` bytes into its first page, with so many `spare` pages after
     /// those that the bytes lie in.
-    pub(super) fn alloc_within(&mut self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
+    pub(crate) fn alloc_within(&self, skip: usize, len: usize, spare: usize) -> Option<Buffer> {
         debug_assert!((1..=MAX_BUFFER).contains(&len) && skip < PAGE);
         let pages = ((skip + len).div_ceil(PAGE) + spare) as u32;
-        if pages > self.free_pages {
-            return None;
-        }
-        let page = if pages == 1 { self.find_page()? } else { self.find_run(pages)? };
-        self.mark(page, pages, false);
+        let page = self.free.borrow_mut().take(pages)?;
         Some(Buffer { pool: self.id, page, pages, skip: skip as u32, len: len as u32 })
     }
 
     /// Takes a buffer back.
-    pub(super) fn free(&mut self, buffer: Buffer) {
+    pub(crate) fn free(&self, buffer: Buffer) {
         assert_eq!(buffer.pool, self.id, "a buffer goes back to the pool that made it");
-        self.mark(buffer.page, buffer.pages, true);
-        self.hint = buffer.page as usize / 64;
+        self.free.borrow_mut().give_back(buffer.page, buffer.pages);
     }
 
     /// Where `len` bytes of the buffer's pages lie in the pool, from the `start`-th on.
-    pub(super) fn span(&self, buffer: &Buffer, start: usize, len: usize) -> Span {
+    pub(crate) fn span(&self, buffer: &Buffer, start: usize, len: usize) -> Span {
         assert_eq!(buffer.pool, self.id, "a buffer is used with the pool that made it");
         assert!(start + len <= buffer.pages as usize * PAGE, "what is used of a buffer lies in its pages");
         Span { start: buffer.page as usize * PAGE + start, len: len as u32 }
     }
 
     /// Where the bytes of `span` are.
-    pub(super) fn ptr(&self, span: Span) -> *mut u8 {
+    pub(crate) fn ptr(&self, span: Span) -> *mut u8 {
         debug_assert!(span.start + span.len as usize <= BYTES);
         // SAFETY: it lies inside the mapping, as the pages of this pool's buffers do;
         // `Pool::span` saw to that.
@@ -142,33 +186,50 @@ impl Pool {
     }
 
     /// The buffer's bytes.
-    pub(super) fn bytes(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+    pub(crate) fn bytes<'a>(&'a self, buffer: &'a mut Buffer) -> &'a mut [u8] {
         let span = self.span(buffer, buffer.skip as usize, buffer.len as usize);
-        // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and both it
-        // and the pool are borrowed for as long as the slice lives. The kernel uses the pages only while the
-        // queue owns the buffer. `span` lies in its pages.
+        // SAFETY: `alloc_within` gave these pages to this buffer alone, buffers cannot be copied, and for as
+        // long as the slice lives nobody else has the buffer, and the pool stays. The kernel uses the pages
+        // only while the queue owns the buffer. `span` lies in its pages.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
     }
 
     /// All bytes of the buffer's pages.
-    pub(super) fn whole(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+    pub(crate) fn whole<'a>(&'a self, buffer: &'a mut Buffer) -> &'a mut [u8] {
         let span = self.span(buffer, 0, buffer.pages as usize * PAGE);
         // SAFETY: as for `bytes`.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(span), span.len as usize) }
     }
 
     /// Bytes of the buffer's pages, which [`Pool::span`] has found in them.
-    pub(super) fn part(&mut self, buffer: &mut Buffer, span: Span) -> &mut [u8] {
+    pub(crate) fn part<'a>(&'a self, buffer: &'a mut Buffer, span: Span) -> &'a mut [u8] {
         let start = span.start.checked_sub(buffer.page as usize * PAGE);
         let start = start.expect("a part of a buffer does not begin before it");
         &mut self.whole(buffer)[start..][..span.len as usize]
     }
+}
+
+impl Free {
+    /// So many pages side by side, if there are some.
+    fn take(&mut self, pages: u32) -> Option<u32> {
+        if pages > self.pages {
+            return None;
+        }
+        let page = if pages == 1 { self.find_page()? } else { self.find_run(pages)? };
+        self.mark(page, pages, false);
+        Some(page)
+    }
+
+    fn give_back(&mut self, page: u32, pages: u32) {
+        self.mark(page, pages, true);
+        self.hint = page as usize / 64;
+    }
 
     fn find_page(&mut self) -> Option<u32> {
-        let words = self.free.len();
-        (0..words).map(|i| (self.hint + i) % words).find(|&word| self.free[word] != 0).map(|word| {
+        let words = self.bits.len();
+        (0..words).map(|i| (self.hint + i) % words).find(|&word| self.bits[word] != 0).map(|word| {
             self.hint = word;
-            (word * 64) as u32 + self.free[word].trailing_zeros()
+            (word * 64) as u32 + self.bits[word].trailing_zeros()
         })
     }
 
@@ -188,17 +249,17 @@ impl Pool {
     }
 
     fn is_free(&self, page: u32) -> bool {
-        self.free[page as usize / 64] >> (page % 64) & 1 == 1
+        self.bits[page as usize / 64] >> (page % 64) & 1 == 1
     }
 
     fn mark(&mut self, page: u32, pages: u32, free: bool) {
         for page in page..page + pages {
             let bit = 1u64 << (page % 64);
-            let word = &mut self.free[page as usize / 64];
+            let word = &mut self.bits[page as usize / 64];
             debug_assert_eq!(*word & bit == 0, free, "a page is taken and given back once");
             *word ^= bit;
         }
-        if free { self.free_pages += pages } else { self.free_pages -= pages }
+        if free { self.pages += pages } else { self.pages -= pages }
     }
 }
 
@@ -241,7 +302,7 @@ mod tests {
 
     #[test]
     fn no_buffer_lies_in_two_huge_pages() {
-        let mut pool = Pool::new(true).unwrap();
+        let pool = Pool::new(true).unwrap();
         assert!((pool.base.as_ptr() as usize).is_multiple_of(HUGE_PAGE));
         let first = pool.alloc(10 * PAGE).unwrap();
         let mut held = Vec::new();
@@ -256,7 +317,7 @@ mod tests {
 
     #[test]
     fn buffers_never_overlap_and_all_come_back() {
-        let mut pool = Pool::new(false).unwrap();
+        let pool = Pool::new(false).unwrap();
         let mut held: Vec<Buffer> = Vec::new();
         let mut seed = 1u64;
         for _ in 0..20_000 {
@@ -278,7 +339,7 @@ mod tests {
         for buffer in held {
             pool.free(buffer);
         }
-        assert_eq!(pool.free_pages, PAGES);
+        assert_eq!(pool.free.borrow().pages, PAGES);
         let all: Vec<_> = std::iter::from_fn(|| pool.alloc(PAGE)).collect();
         assert_eq!(all.len(), PAGES as usize);
         assert!(pool.alloc(1).is_none());
