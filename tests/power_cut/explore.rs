@@ -35,7 +35,9 @@ impl fmt::Display for Tried {
         let Tried { cuts, extremes, chosen } = self;
         write!(
             f,
-            "{cuts} cuts, {extremes} different extremes of them, {chosen} states by chance (seed {})",
+            "{cuts} cuts, {extremes} different extremes of them (one of {} was tried), {chosen} states by \
+             chance (seed {})",
+            one_of(),
             seed()
         )
     }
@@ -58,12 +60,27 @@ struct Job {
     expect: Arc<Expect>,
 }
 
-/// Tries the cuts of the part of `trace` that is of interest, or only those at `from` and later. States
-/// chosen by chance are tried for so long.
-pub fn explore(trace: &Trace, from: usize, time: Duration) -> Result<Tried, Failure> {
+/// What is tried of a trace.
+pub struct Scope {
+    /// Cuts before this entry are left out.
+    pub from: usize,
+    /// One of so many extremes is tried: which ones, the seed says.
+    pub one_of: u64,
+    /// How long states chosen by chance are tried.
+    pub by_chance: Duration,
+}
+
+/// Tries the cuts of the part of `trace` that is of interest.
+pub fn explore(trace: &Trace, scope: &Scope) -> Result<Tried, Failure> {
+    let Scope { from, one_of, by_chance: time } = *scope;
     let cuts = cuts(trace, from.max(trace.start));
     let mut plan = Plan { cuts: &cuts, seen: HashSet::new(), random: Random::new(seed()), next: 0 };
-    let extremes = plan.extremes();
+    let mut extremes = plan.extremes();
+    let mut number = seed();
+    extremes.retain(|_| {
+        number = number.wrapping_add(1);
+        number.is_multiple_of(one_of)
+    });
     let count = extremes.len();
     let jobs = Mutex::new(extremes.into_iter());
     run(trace, || lock(&jobs).next())?;
@@ -89,6 +106,11 @@ pub fn number(variable: &str) -> Option<u64> {
 
 pub fn seed() -> u64 {
     number("POWER_CUT_SEED").unwrap_or(1)
+}
+
+/// Of how many extremes one is tried where nothing is expected to be wrong.
+pub fn one_of() -> u64 {
+    number("POWER_CUT_ONE_OF").unwrap_or(1).max(1)
 }
 
 /// How long states chosen by chance are tried where nothing is expected to be wrong.

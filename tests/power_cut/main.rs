@@ -7,8 +7,8 @@
 //! scenario is told. The mutants are recordings that are edited to what a wrong program would have
 //! done: each must be found out.
 //!
-//! `POWER_CUT_SECONDS` is how long each scenario may go on with states chosen by chance after the extremes,
-//! which are always tried; `POWER_CUT_SEED` decides them.
+//! All extremes are tried, or one of `POWER_CUT_ONE_OF`. `POWER_CUT_SECONDS` is how long each scenario may go
+//! on with states chosen by chance after them. `POWER_CUT_SEED` decides which ones.
 #![cfg(target_arch = "x86_64")]
 
 mod block_log;

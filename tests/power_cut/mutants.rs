@@ -1,6 +1,6 @@
 //! Recordings as wrong programs would have made them: the checks must find each out.
 
-use super::explore::explore;
+use super::explore::{Scope, explore};
 use super::script::{Script, traced};
 use super::trace::Trace;
 use super::{hydration, kms, settings, snapshots, volumes};
@@ -10,7 +10,7 @@ use crate::common::patience::limit;
 #[track_caller]
 fn is_found_out(trace: &Trace, from: usize, problem: &str) {
     // Ends with the first that is found.
-    match explore(trace, from, limit()) {
+    match explore(trace, &Scope { from, one_of: 1, by_chance: limit() }) {
         Ok(tried) => panic!("nothing was found wrong: {tried}"),
         Err(failure) => {
             let failure = format!("{failure:?}");

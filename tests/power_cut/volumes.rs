@@ -1,7 +1,7 @@
 //! The life of a volume, cut everywhere.
 
 use super::expect::Content;
-use super::explore::{explore, time_by_chance};
+use super::explore::{Scope, explore, one_of, time_by_chance};
 use super::script::{Script, traced};
 use super::trace::Trace;
 use serde_json::{Value, json};
@@ -12,7 +12,8 @@ pub const SECTORS: usize = 256;
 /// Fails if any state is wrong.
 #[track_caller]
 pub fn survives(trace: &Trace) {
-    let tried = explore(trace, 0, time_by_chance()).unwrap_or_else(|failure| panic!("{failure:?}"));
+    let scope = Scope { from: 0, one_of: one_of(), by_chance: time_by_chance() };
+    let tried = explore(trace, &scope).unwrap_or_else(|failure| panic!("{failure:?}"));
     println!("{tried}");
 }
 
