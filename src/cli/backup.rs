@@ -31,7 +31,7 @@ made otherwise stay, here and there.
 
 systemd runs it once a night by sealblk-backup.timer. See docs/backup.md.")]
 pub struct BackupArgs {
-    /// The place: file:///FOLDER or s3://BUCKET/PREFIX.
+    /// The place: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs://.
     place: String,
     /// Only volumes of which this is so, as `volume list --filter` takes it; may be given several times.
     #[arg(long, value_name = "NAME=VALUE")]

@@ -10,8 +10,8 @@ use crate::place::Access;
 /// How a place is reached.
 #[derive(clap::Args, Clone)]
 pub(super) struct PlaceArgs {
-    /// Of s3://: where the store listens, like https://s3.example:9000 [default: AWS] [env:
-    /// AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL].
+    /// Of an object store: where it listens, like https://s3.example:9000 [default: AWS, Azure, Google] [env:
+    /// AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AZURE_STORAGE_ENDPOINT, GOOGLE_BASE_URL].
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
     /// Of s3://: the store's region [env: AWS_REGION].

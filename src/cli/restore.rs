@@ -35,7 +35,7 @@ the copy that \"sealblk kms backup\" made. A KMS that is elsewhere has to be rea
 With --drill all of that is tried, one volume after the other, in a store that is made for it below this one and removed afterwards: as
 on an empty host, with nothing of this one's but the settings, and without --root-key its root key.")]
 pub struct RestoreArgs {
-    /// The place: file:///FOLDER or s3://BUCKET/PREFIX.
+    /// The place: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs://.
     place: String,
     /// Only this volume, by the name or the id that it had; may be given several times.
     #[arg(long, value_name = "VOLUME")]

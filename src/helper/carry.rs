@@ -326,7 +326,12 @@ fn lookup_files() -> Vec<PathBuf> {
         "/etc/host.conf",
         "/etc/services",
     ];
-    let named = ["AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE"];
+    let named = [
+        "AWS_SHARED_CREDENTIALS_FILE",
+        "AWS_CONFIG_FILE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AZURE_FEDERATED_TOKEN_FILE",
+    ];
     let named = named.iter().filter_map(std::env::var_os).map(PathBuf::from);
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let of_home =

@@ -1,15 +1,23 @@
 //! Places outside for what leaves the house: objects by name, in a folder of any file system ([`file`]) or in
-//! a bucket of an object store ([`s3`]).
+//! a bucket of an object store ([`bucket`]): S3's, Azure's, Google's.
 //!
 //! Everything here runs in a process of its own, the carrier (`helper::carry`), which has no key. What an
 //! object means it does not know, and what a place returns is a claim: whoever asked for it proves it.
 
-mod file;
+#[cfg(feature = "azure")]
+mod azure;
 #[cfg(feature = "object-store")]
-pub(crate) mod s3;
+pub(crate) mod bucket;
+#[cfg(feature = "object-store")]
+mod connection;
+mod file;
+#[cfg(feature = "gcs")]
+mod gcs;
+#[cfg(feature = "object-store")]
+mod s3;
 mod url;
 
-pub use url::PlaceUrl;
+pub use url::{PlaceUrl, Service};
 
 use crate::base::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
@@ -128,7 +136,7 @@ pub(crate) enum Place {
     Folder(PathBuf),
     /// A bucket.
     #[cfg(feature = "object-store")]
-    Bucket(Box<s3::Bucket>),
+    Bucket(Box<bucket::Bucket>),
 }
 
 impl Place {
@@ -149,8 +157,8 @@ impl Place {
                 file::check(path).map(Place::Folder)
             }
             #[cfg(feature = "object-store")]
-            PlaceUrl::Bucket { bucket, prefix } => {
-                Ok(Place::Bucket(Box::new(s3::Bucket::prepare(bucket, prefix, access)?)))
+            PlaceUrl::Bucket { service, bucket, prefix } => {
+                Ok(Place::Bucket(Box::new(bucket::Bucket::prepare(*service, bucket, prefix, access)?)))
             }
             PlaceUrl::Connection { .. } => Err(Error::new(
                 Kind::Usage,
@@ -182,7 +190,7 @@ impl Place {
             // The page cache takes what one writes.
             Place::Folder(_) => 1,
             #[cfg(feature = "object-store")]
-            Place::Bucket(_) => s3::WIDTH,
+            Place::Bucket(_) => bucket::WIDTH,
         }
     }
 }

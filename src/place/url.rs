@@ -13,8 +13,10 @@ use uuid::Uuid;
 pub enum PlaceUrl {
     /// `file:///mnt/backup`: a folder.
     Folder(PathBuf),
-    /// `s3://bucket/prefix`: what begins with the prefix in a bucket.
+    /// `s3://bucket/prefix`: what begins with the prefix in a bucket; `az://` and `gs://` likewise.
     Bucket {
+        /// Whose bucket it is.
+        service: Service,
         /// The bucket's name.
         bucket: String,
         /// The prefix, without `/` at either end; may be empty.
@@ -27,6 +29,31 @@ pub enum PlaceUrl {
         /// The place's id, by which it is known from one connection to the next.
         place: Uuid,
     },
+}
+
+/// An object store, by its protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Service {
+    /// AWS S3, and whatever speaks its protocol.
+    S3,
+    /// Azure's Blob Storage, whose buckets are called containers.
+    Azure,
+    /// Google Cloud Storage.
+    Gcs,
+}
+
+impl Service {
+    const ALL: [Service; 3] = [Service::S3, Service::Azure, Service::Gcs];
+
+    /// What a URL of its begins with, before `://`.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Service::S3 => "s3",
+            Service::Azure => "az",
+            Service::Gcs => "gs",
+        }
+    }
 }
 
 impl FromStr for PlaceUrl {
@@ -42,15 +69,22 @@ impl FromStr for PlaceUrl {
                 false => usage("names no folder from the root on, as file:///mnt/backup does"),
             };
         }
-        let Some(rest) = text.strip_prefix("s3://") else {
-            return usage("is no place: file:///FOLDER and s3://BUCKET/PREFIX are");
+        let of = |service: Service| {
+            let rest = text.strip_prefix(service.scheme())?.strip_prefix("://")?;
+            Some((service, rest))
+        };
+        let Some((service, rest)) = Service::ALL.into_iter().find_map(of) else {
+            return usage(
+                "is no place: file:///FOLDER, s3://BUCKET/PREFIX, az://CONTAINER/PREFIX and \
+                 gs://BUCKET/PREFIX are",
+            );
         };
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let of_bucket =
             |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._".contains(&byte);
         if !(3..=63).contains(&bucket.len()) || !bucket.bytes().all(of_bucket) {
             return usage(
-                "has no bucket's name after s3://: 3 to 63 lower-case letters, digits, \"-\" and \".\"",
+                "has no bucket's name after \"://\": 3 to 63 lower-case letters, digits, \"-\" and \".\"",
             );
         }
         let prefix = prefix.trim_end_matches('/');
@@ -61,7 +95,7 @@ impl FromStr for PlaceUrl {
                 "has a prefix with other characters than letters, digits, \"-\", \"_\", \".\" and \"/\"",
             );
         }
-        Ok(PlaceUrl::Bucket { bucket: bucket.into(), prefix: prefix.into() })
+        Ok(PlaceUrl::Bucket { service, bucket: bucket.into(), prefix: prefix.into() })
     }
 }
 
@@ -69,8 +103,10 @@ impl fmt::Display for PlaceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             PlaceUrl::Folder(path) => write!(f, "file://{}", path.display()),
-            PlaceUrl::Bucket { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
-            PlaceUrl::Bucket { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+            PlaceUrl::Bucket { service, bucket, prefix } => {
+                write!(f, "{}://{bucket}", service.scheme())?;
+                if prefix.is_empty() { Ok(()) } else { write!(f, "/{prefix}") }
+            }
             PlaceUrl::Connection { place, .. } => write!(f, "connection:{place}"),
         }
     }
@@ -88,6 +124,8 @@ mod tests {
             ("s3://bucket", "s3://bucket"),
             ("s3://bucket/", "s3://bucket"),
             ("s3://my.bucket-1/a/B_c/", "s3://my.bucket-1/a/B_c"),
+            ("az://container/a", "az://container/a"),
+            ("gs://bucket/", "gs://bucket"),
         ] {
             let url: PlaceUrl = text.parse().unwrap();
             assert_eq!(url.to_string(), shown);
@@ -104,6 +142,9 @@ mod tests {
             "file:///mnt/../etc",
             "file:backup",
             "http://x/y",
+            "S3://bucket",
+            "az:/bucket",
+            "s3bucket",
             "s3://",
             "s3://B",
             "s3://ab",

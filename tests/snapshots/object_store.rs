@@ -1,5 +1,6 @@
-//! Snapshots in an object store: moto's S3 server, a real process of its own, which fails as it is told to.
-//! What a folder does as well is tested there.
+//! Snapshots in an object store, a real process of its own, which fails as it is told to: moto's
+//! S3 server, and stand-ins for Azure's and Google's, or Azurite (ci/clouds). What a folder does
+//! as well is tested there.
 
 use crate::common::disk::pattern;
 use crate::common::kms_server::{Variables, environment, set};
@@ -19,27 +20,49 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// A server, ended when dropped.
-struct S3 {
-    child: Child,
-    address: String,
+/// Whose protocol a server speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    S3,
+    Azure,
+    Gcs,
 }
 
-impl S3 {
-    fn start() -> Self {
+impl Protocol {
+    /// A place in the bucket that there is.
+    fn place(self, prefix: &str) -> String {
+        let scheme = match self {
+            Protocol::S3 => "s3",
+            Protocol::Azure => "az",
+            Protocol::Gcs => "gs",
+        };
+        format!("{scheme}://bucket/{prefix}")
+    }
+}
+
+/// A server, ended when dropped.
+struct Server {
+    child: Child,
+    address: String,
+    protocol: Protocol,
+}
+
+impl Server {
+    fn start(protocol: Protocol) -> Self {
         let cache = std::env::var_os("SEALBLK_CACHE").map(PathBuf::from);
         let cache = cache.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/ci"));
         let python = cache.join("python/bin/python");
         assert!(python.exists(), "there is no {}; run ./ci/setup first", python.display());
         let mut command = Command::new(python);
-        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/s3.py"));
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/object_store.py"));
+        command.arg(format!("{protocol:?}").to_lowercase());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         tie_to_test(&mut command, vec![]);
         let mut child = command.spawn().expect("start the server");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read a line");
         let address = line.trim_end().strip_prefix("listening on http://").expect("it says where").to_owned();
-        S3 { child, address }
+        Server { child, address, protocol }
     }
 
     /// A volume with data, whose store is led to the server.
@@ -52,9 +75,21 @@ impl S3 {
     /// What leads a store to the server.
     fn variables(&self) -> Variables {
         let mut variables = environment("");
-        set(&mut variables, "AWS_ACCESS_KEY_ID", "a");
-        set(&mut variables, "AWS_SECRET_ACCESS_KEY", "b");
-        set(&mut variables, "AWS_ENDPOINT_URL_S3", &format!("http://{}", self.address));
+        let address = format!("http://{}", self.address);
+        let known: &[(&str, &str)] = match self.protocol {
+            Protocol::S3 => &[
+                ("AWS_ACCESS_KEY_ID", "a"),
+                ("AWS_SECRET_ACCESS_KEY", "b"),
+                ("AWS_ENDPOINT_URL_S3", &address),
+            ],
+            Protocol::Azure => &[
+                ("AZURE_STORAGE_ACCOUNT_NAME", "account"),
+                ("AZURE_STORAGE_ACCOUNT_KEY", "b2YgdGhlIHRlc3Q="),
+                ("AZURE_STORAGE_ENDPOINT", &address),
+            ],
+            Protocol::Gcs => &[("GOOGLE_BEARER_TOKEN", "of-the-test"), ("GOOGLE_BASE_URL", &address)],
+        };
+        known.iter().for_each(|(name, value)| set(&mut variables, name, value));
         variables
     }
 
@@ -78,7 +113,7 @@ impl S3 {
     }
 }
 
-impl Drop for S3 {
+impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -87,41 +122,111 @@ impl Drop for S3 {
 
 const PLACE: &str = "s3://bucket/some/prefix";
 
-#[test]
-fn a_bucket_takes_snapshots_and_gives_them_back() {
-    let s3 = S3::start();
-    let mut rig = s3.rig();
+/// What every store does.
+fn takes_snapshots_and_gives_them_back(server: &Server) {
+    let place = server.protocol.place("some/prefix");
+    let mut rig = server.rig();
     let first = rig.id(&["snapshot", "create", "t", "--name", "first"]);
-    let pushed = rig.json(&["snapshot", "push", "first", PLACE]);
-    assert_eq!((&pushed["url"], &pushed["put_blocks"]), (&json!(format!("{PLACE}/{first}")), &json!(3)));
+    let pushed = rig.json(&["snapshot", "push", "first", &place]);
+    assert_eq!((&pushed["url"], &pushed["put_blocks"]), (&json!(format!("{place}/{first}")), &json!(3)));
     write_to(&mut rig, 4 << 20, &pattern(8, 1 << 20));
     let second = rig.id(&["snapshot", "create", "t"]);
-    let pushed = rig.json(&["snapshot", "push", &second, PLACE]);
+    let pushed = rig.json(&["snapshot", "push", &second, &place]);
     assert_eq!(
         (&pushed["base"], &pushed["put_blocks"], &pushed["blocks"]),
         (&json!(first), &json!(2), &json!(5))
     );
-    assert_eq!(rig.json(&["snapshot", "push", &second, PLACE])["was_there"], true);
+    assert_eq!(rig.json(&["snapshot", "push", &second, &place])["was_there"], true);
     // Another prefix is another place.
-    rig.json(&["snapshot", "push", "first", "s3://bucket/another"]);
-    let listed = rig.json(&["snapshot", "list", PLACE]);
+    let another = server.protocol.place("another");
+    rig.json(&["snapshot", "push", "first", &another]);
+    let listed = rig.json(&["snapshot", "list", &place]);
     assert_eq!(listed["snapshots"].as_array().unwrap().len(), 2);
-    let verified = rig.json(&["snapshot", "verify", PLACE]);
+    let verified = rig.json(&["snapshot", "verify", &place]);
     assert!(verified["snapshots"].as_array().unwrap().iter().all(|it| it["problem"].is_null()), "{verified}");
-    let back = rig.id(&["snapshot", "pull", &format!("{PLACE}/{second}")]);
+    let back = rig.id(&["snapshot", "pull", &format!("{place}/{second}")]);
     assert!(content(&rig, &back) == rig.data);
-    let removed = rig.json(&["snapshot", "remove", PLACE, &second]);
+    let removed = rig.json(&["snapshot", "remove", &place, &second]);
     // Two blocks and a page.
     assert_eq!(removed["swept_objects"], json!(3));
-    rig.json(&["snapshot", "verify", PLACE]);
-    rig.json(&["snapshot", "verify", "s3://bucket/another"]);
-    let said = rig.refuse(3, &["snapshot", "pull", "s3://bucket/nothing"]);
+    rig.json(&["snapshot", "verify", &place]);
+    rig.json(&["snapshot", "verify", &another]);
+    let said = rig.refuse(3, &["snapshot", "pull", &server.protocol.place("nothing")]);
     assert!(said.contains("no snapshots of sealblk's"), "{said}");
 }
 
 #[test]
+fn a_bucket_takes_snapshots_and_gives_them_back() {
+    takes_snapshots_and_gives_them_back(&Server::start(Protocol::S3));
+}
+
+#[test]
+fn a_bucket_of_googles_takes_snapshots_and_gives_them_back() {
+    takes_snapshots_and_gives_them_back(&Server::start(Protocol::Gcs));
+}
+
+/// Azurite, Microsoft's own stand-in for its store, takes the place of ours where ci/clouds has started it.
+#[test]
+fn a_container_of_azures_takes_snapshots_and_gives_them_back() {
+    let mut server = Server::start(Protocol::Azure);
+    if let Ok(azurite) = std::env::var("SEALBLK_TEST_AZURITE") {
+        server.address = azurite;
+    }
+    takes_snapshots_and_gives_them_back(&server);
+}
+
+#[test]
+fn other_stores_that_are_busy_cut_connections_or_lie_do_no_harm_either() {
+    for protocol in [Protocol::Azure, Protocol::Gcs] {
+        let server = Server::start(protocol);
+        let rig = server.rig();
+        let id = rig.id(&["snapshot", "create", "t"]);
+        for kind in ["busy", "cut"] {
+            for at in 0.. {
+                assert!(at < 100, "it never ends");
+                let place = protocol.place(&format!("{kind}/{at}"));
+                server.fail(&json!({"kind": kind, "at": at}));
+                let pushed = rig.json(&["snapshot", "push", &id, &place]);
+                assert_eq!(pushed["blocks"], json!(3), "{protocol:?} {kind} {at}");
+                if server.count() <= at {
+                    break;
+                }
+            }
+        }
+        let place = protocol.place("last");
+        server.fail(&json!({}));
+        rig.json(&["snapshot", "push", &id, &place]);
+        for path in ["/blocks/", "/pages/", "/snapshots/", "/place.json"] {
+            server.fail(&json!({"kind": "lying", "path": path}));
+            rig.refuse(7, &["snapshot", "pull", &place]);
+        }
+        server.fail(&json!({"kind": "denied", "at": 0}));
+        let said = rig.refuse(5, &["snapshot", "push", &id, &protocol.place("denied")]);
+        assert!(said.contains("may not do this"), "{protocol:?}: {said}");
+        server.fail(&json!({}));
+        let back = rig.id(&["snapshot", "pull", &place]);
+        assert!(content(&rig, &back) == rig.data, "{protocol:?}");
+        let elsewhere = place.replace("bucket", "no-such-bucket");
+        let said = rig.refuse(3, &["snapshot", "push", &id, &elsewhere]);
+        assert!(said.contains("no-such-bucket"), "{said}");
+    }
+}
+
+#[test]
+fn what_no_store_can_be_reached_without_is_named() {
+    let rig = Rig::new(&[]);
+    let id = rig.id(&["snapshot", "create", "t"]);
+    let said = rig.refuse(2, &["snapshot", "push", &id, "az://container/prefix"]);
+    assert!(said.contains("AZURE_STORAGE_ACCOUNT_NAME"), "{said}");
+    for place in ["az://container", "gs://bucket"] {
+        let said = rig.refuse(2, &["snapshot", "push", &id, place, "--region", "here"]);
+        assert!(said.contains("leave out --region"), "{said}");
+    }
+}
+
+#[test]
 fn a_store_that_is_busy_or_cuts_connections_at_any_request_is_asked_again() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let rig = s3.rig();
     let id = rig.id(&["snapshot", "create", "t"]);
     for kind in ["busy", "cut"] {
@@ -156,7 +261,7 @@ fn a_store_that_is_busy_or_cuts_connections_at_any_request_is_asked_again() {
 /// empty host.
 #[test]
 fn a_store_is_backed_up_to_a_bucket_and_comes_back_on_an_empty_host() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let mut rig = s3.rig();
     const KEPT: &str = "--root-key-is-kept";
     rig.place.store.ok(&["volume", "create", "--size", "1MiB", "--name", "two"]);
@@ -195,7 +300,7 @@ fn a_store_is_backed_up_to_a_bucket_and_comes_back_on_an_empty_host() {
 
 #[test]
 fn credentials_that_expire_end_a_push_in_words_and_the_next_one_goes_on() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let mut rig = s3.rig();
     write_to(&mut rig, 0, &pattern(8, 8 << 20));
     let id = rig.id(&["snapshot", "create", "t"]);
@@ -219,7 +324,7 @@ fn credentials_that_expire_end_a_push_in_words_and_the_next_one_goes_on() {
 
 #[test]
 fn a_store_that_lies_is_found_and_nothing_of_it_is_kept() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let rig = s3.rig();
     let id = rig.id(&["snapshot", "create", "t"]);
     rig.json(&["snapshot", "push", &id, PLACE]);
@@ -241,7 +346,7 @@ fn a_store_that_lies_is_found_and_nothing_of_it_is_kept() {
 
 #[test]
 fn a_store_that_is_not_there_or_has_no_such_bucket_is_told_so() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let rig = s3.rig();
     let id = rig.id(&["snapshot", "create", "t"]);
     let said = rig.refuse(3, &["snapshot", "push", &id, "s3://no-such-bucket"]);
@@ -261,7 +366,7 @@ fn a_store_that_is_not_there_or_has_no_such_bucket_is_told_so() {
 /// network has no key at all.
 #[test]
 fn no_key_is_in_the_process_with_a_network_and_no_network_where_a_key_is() {
-    let s3 = S3::start();
+    let s3 = Server::start(Protocol::S3);
     let mut rig = s3.rig();
     write_to(&mut rig, 0, &pattern(8, 8 << 20));
     let id = rig.id(&["snapshot", "create", "t"]);

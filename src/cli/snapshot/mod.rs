@@ -83,7 +83,7 @@ rest."
 /// What `snapshot list` takes.
 #[derive(clap::Args)]
 pub struct ListArgs {
-    /// A place outside: file:///FOLDER or s3://BUCKET/PREFIX [default: this store].
+    /// A place outside: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs:// [default: this store].
     #[arg(value_name = "PLACE", conflicts_with_all = ["filter", "sort", "reverse"])]
     place: Option<String>,
     #[command(flatten)]

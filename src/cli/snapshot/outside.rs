@@ -38,7 +38,7 @@ A folder must be there: it is not made, so that nothing is written where a mediu
 pub struct PushArgs {
     /// The snapshot: its id, the first digits of its id, or its tag Name.
     snapshot: String,
-    /// The place: file:///FOLDER or s3://BUCKET/PREFIX.
+    /// The place: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs://.
     place: String,
     #[command(flatten)]
     how: PlaceArgs,

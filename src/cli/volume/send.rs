@@ -35,7 +35,7 @@ The KMS has to let both hosts use the volume's key. Snapshots of the volume stay
 pub struct SendArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
-    /// The place: file:///FOLDER or s3://BUCKET/PREFIX; or "-", standard input and output.
+    /// The place: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs://; or "-", standard input and output.
     #[arg(required_unless_present = "to")]
     place: Option<String>,
     /// The host that gets it: ssh:HOST or ssh:USER@HOST, as ssh knows it.
@@ -69,7 +69,7 @@ volume is still used comes ahead. Interrupted, the same command goes on, unless 
 With \"-\", standard input and output are the connection to the other host: \"volume send --to ssh:\" there starts this command so. What it
 has to say goes to standard error then. For a time the volume takes its space twice.")]
 pub struct ReceiveArgs {
-    /// The place: file:///FOLDER or s3://BUCKET/PREFIX; or "-", standard input and output.
+    /// The place: file:///FOLDER, s3://BUCKET/PREFIX, az:// or gs://; or "-", standard input and output.
     place: String,
     /// The volume, by the name or the id that it has there [default: the only one that is sent].
     volume: Option<String>,
