@@ -88,7 +88,7 @@ class Run:
         self.cells = {(w, *where): Cell(l) for w, all_of in loads.items() for where, l in all_of.items()}
         present = {server for _, _, server in self.cells}
         self.servers = [s for s in SERVERS if s in present]
-        self.systems = [fs for fs in ("disk", "tmpfs") if any(fs == f for _, f, _ in self.cells)]
+        self.systems = [fs for fs in ("disk", "device", "tmpfs", "cores") if any(fs == f for _, f, _ in self.cells)]
         self.crypto = crypto(folder / "xts")
         self.layers = (folder / "layers").read_text().splitlines()
         self.failed = sum(cell.failed for cell in self.cells.values())
@@ -96,6 +96,10 @@ class Run:
     def cell(self, fs, server, work):
         """The medians of a workload, or None where it was not measured."""
         return self.cells.get((work, fs, server))
+
+    def works_on(self, fs):
+        """The workloads that were measured there."""
+        return [work for work in self.works if any((work, fs, server) in self.cells for server in self.servers)]
 
     def peer(self, fs, kind, work, value):
         """The storage daemon's value, with or without an I/O thread, whichever is better."""
@@ -123,7 +127,12 @@ class Run:
         return max(held, default=None)
 
     def fs_name(self, fs):
-        return "memory (tmpfs)" if fs == "tmpfs" else f"{self.facts['disk_fs']} on the disk"
+        names = {
+            "tmpfs": "memory (tmpfs)",
+            "cores": "memory (tmpfs), all cores",
+            "device": f"block device (loop, on {self.facts['disk_fs']})",
+        }
+        return names.get(fs, f"{self.facts['disk_fs']} on the disk")
 
     def qemu(self):
         words = self.facts["qemu"].split()

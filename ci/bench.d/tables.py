@@ -68,7 +68,7 @@ def server_heads(run, title, more=()):
 
 def speeds(run, fs):
     rows = server_heads(run, f"{run.fs_name(fs)}", (("to qsd", "raw"), ("to qsd", "LUKS"), ("encr. to", "plain")))
-    for work in run.works:
+    for work in run.works_on(fs):
         unit = "IOPS" if work.bs == 4096 else "MiB/s"
         cells = [speed(run.cell(fs, s, work), work) for s in run.servers]
         ratios = [run.ratio(fs, "raw", work), run.ratio(fs, "luks", work), run.share_of_plain(fs, work)]
@@ -78,7 +78,7 @@ def speeds(run, fs):
 
 def per_server(run, fs, title, show):
     rows = server_heads(run, title)
-    for work in run.works:
+    for work in run.works_on(fs):
         cells = [run.cell(fs, s, work) for s in run.servers]
         rows.append([work_name(work), *("-" if c is None else show(c) for c in cells)])
     return grid(rows)
@@ -170,8 +170,8 @@ def markdown(run):
     shown = [s for s in ("sealblk", "sealblk-plain", "qsd-raw", "qsd-luks") if s in run.servers]
     heads = {"sealblk": "sealblk", "sealblk-plain": "sealblk, unencrypted", "qsd-raw": "qsd raw", "qsd-luks": "qsd LUKS"}
     rows = [["", *(heads[s] for s in shown), "to raw", "to LUKS"]]
-    for fs in run.systems:
-        for work in (w for w in run.works if w.queues == 1 and w.huge):
+    for fs in (fs for fs in run.systems if fs != "cores"):
+        for work in (w for w in run.works_on(fs) if w.queues == 1 and w.huge):
             unit = "IOPS" if work.bs == 4096 else "MiB/s"
             cells = [speed(best(run, fs, s, work), work) for s in shown]
             ratios = [times(run.ratio(fs, kind, work)) for kind in ("raw", "luks")]

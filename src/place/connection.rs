@@ -1,5 +1,5 @@
-//! Connections to object stores: those of the AWS SDK, as for a KMS, for the crate `object_store`; and what all
-//! stores have in common that are reached by them.
+//! Connections to object stores: those of the AWS SDK, as for a KMS, for the crate `object_store`; and what
+//! all stores have in common that are reached by them.
 
 use super::MAX_LEN;
 use crate::base::{Error, Kind, Result};
