@@ -1,20 +1,24 @@
 //! `sealblk key`: the keys and aliases of the embedded KMS.
 
+#[cfg_attr(not(feature = "kms-server"), path = "no_regions.rs")]
+mod regions;
+mod shown;
+
 use crate::base::root::Root;
 use crate::base::{Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::crypt::wiping_allocator;
 use crate::kms::KmsKey;
 use crate::kms::embedded::Embedded;
-use crate::kms::embedded::admin::{AliasMetadata, KeyMetadata, NewKey};
-use crate::kms::embedded::multi_region::Relatives;
+use crate::kms::embedded::admin::{KeyMetadata, NewKey};
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName, id_text};
 use crate::ops::keys::{self, Needs};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use shown::{alias_json, describe, key_json, list, list_aliases};
 use std::collections::BTreeMap;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+
+pub(super) use shown::date;
 
 /// What can be done with keys.
 ///
@@ -328,65 +332,6 @@ fn alias(kms: &Embedded, command: AliasCommand) -> Result<(String, Value)> {
     Ok((text, alias.map_or(Value::Null, alias_json)))
 }
 
-/// What goes to other regions, where this sealblk was built for that.
-#[cfg(feature = "kms-server")]
-mod regions {
-    use super::{Embedded, Result, Value, json};
-    use crate::base::{Error, Kind};
-    use crate::kms::embedded::synchronization::NewReplica;
-    use crate::kms::regions;
-
-    pub(super) fn replicate(kms: &Embedded, key: &str, region: &str, description: String) -> Result<()> {
-        let new = NewReplica { description, ..NewReplica::default() };
-        regions::replicate(kms, key, region, &new)?;
-        // The others hear of it as well, now or when they are reached.
-        regions::synchronize(kms)?;
-        Ok(())
-    }
-
-    pub(super) fn update_primary(kms: &Embedded, key: &str, region: &str) -> Result<()> {
-        Ok(regions::update_primary(kms, key, region).map(drop)?)
-    }
-
-    /// # Errors
-    /// `KmsUnavailable` if a region was not reached, else what the first has refused; each is named.
-    pub(super) fn synchronize(kms: &Embedded) -> Result<(String, Value)> {
-        let failed = regions::synchronize(kms)?;
-        if failed.is_empty() {
-            return Ok(("all replicas are up to date\n".into(), json!({ "behind": [] })));
-        }
-        let words: Vec<String> = failed.iter().map(|(region, e)| format!("{region}: {e}")).collect();
-        // What a later try may put right decides.
-        let kinds: Vec<Kind> = failed.into_values().map(|e| Error::from(e).kind()).collect();
-        let later = kinds.iter().find(|kind| **kind == Kind::KmsUnavailable).or(kinds.first());
-        Err(Error::new(later.copied().unwrap_or(Kind::Other), words.join("; ")))
-    }
-}
-
-#[cfg(not(feature = "kms-server"))]
-mod regions {
-    use super::{Embedded, Result, Value};
-    use crate::base::{Error, Kind};
-
-    fn not_built<T>() -> Result<T> {
-        let message =
-            "other regions are reached by the feature kms-server, without which this sealblk was built";
-        Err(Error::new(Kind::Unsupported, message))
-    }
-
-    pub(super) fn replicate(_: &Embedded, _: &str, _: &str, _: String) -> Result<()> {
-        not_built()
-    }
-
-    pub(super) fn update_primary(_: &Embedded, _: &str, _: &str) -> Result<()> {
-        not_built()
-    }
-
-    pub(super) fn synchronize(_: &Embedded) -> Result<(String, Value)> {
-        not_built()
-    }
-}
-
 /// The key argument that `text` means: beside what the KMS takes, a unique beginning of a key id.
 fn resolve(kms: &Embedded, text: &str) -> Result<String> {
     let prefix = text.strip_prefix("embedded:").unwrap_or(text);
@@ -427,121 +372,6 @@ fn unique(keys: &[KeyMetadata], prefix: &str) -> Result<String> {
 
 fn whole_alias(name: String) -> String {
     if name.starts_with(ALIAS_PREFIX) { name } else { format!("{ALIAS_PREFIX}{name}") }
-}
-
-fn list(keys: &[KeyMetadata]) -> (String, Value) {
-    let mut rows = vec![["KEY ID", "STATE", "CREATED", "ALIASES", "DESCRIPTION"].map(String::from)];
-    rows.extend(keys.iter().map(|k| {
-        [
-            id_text(k.id),
-            k.state.name().into(),
-            date(k.created),
-            k.aliases.join(","),
-            printable(&k.description),
-        ]
-    }));
-    let json = json!({ "keys": keys.iter().map(key_json).collect::<Vec<_>>() });
-    (table(&rows), json)
-}
-
-fn list_aliases(aliases: &[AliasMetadata]) -> (String, Value) {
-    let mut rows = vec![["ALIAS", "KEY ID", "UPDATED"].map(String::from)];
-    rows.extend(aliases.iter().map(|a| [a.name.clone(), id_text(a.key), date(a.updated)]));
-    let json = json!({ "aliases": aliases.iter().map(alias_json).collect::<Vec<_>>() });
-    (table(&rows), json)
-}
-
-fn describe(key: &KeyMetadata) -> String {
-    let mut rows = vec![
-        ["Key".into(), id_text(key.id)],
-        ["ARN".into(), key.arn.clone()],
-        ["State".into(), key.state.name().into()],
-        ["Created".into(), date(key.created)],
-        ["Aliases".into(), key.aliases.join(", ")],
-        ["Description".into(), printable(&key.description)],
-        ["Key store".into(), key.key_store.as_ref().map_or(String::new(), |(id, _)| id.clone())],
-    ];
-    if let Some(relatives) = &key.multi_region {
-        rows.extend(relatives_rows(relatives));
-    }
-    rows.extend(key.deletion.map(|at| ["Deletion".into(), format!("{}, or up to a day later", date(at))]));
-    rows.retain(|[_, value]| !value.is_empty());
-    table(&rows)
-}
-
-/// Where the same key is besides, and what has not come there yet.
-fn relatives_rows(it: &Relatives) -> Vec<[String; 2]> {
-    let primary = if it.is_primary { "this one".to_owned() } else { it.primary.arn.clone() };
-    let mut rows = vec![["Primary key".into(), primary]];
-    let is_behind = |region: &String| if it.behind.contains(region) { " (not up to date)" } else { "" };
-    let replica = |arn: &str, words: &str| ["Replica".to_owned(), format!("{arn}{words}")];
-    rows.extend(it.replicas.iter().map(|other| replica(&other.arn, is_behind(&other.region))));
-    rows.extend(it.creating.iter().map(|region| replica(region, " (Creating: replicate again)")));
-    rows.extend(it.moving_to.iter().map(|to| ["Moving to".into(), format!("{to} (ask again)")]));
-    rows
-}
-
-fn key_json(key: &KeyMetadata) -> Value {
-    let mut value = json!({
-        "key_id": id_text(key.id),
-        "arn": key.arn,
-        "state": key.state.name(),
-        "enabled": key.state.is_usable(),
-        "description": key.description,
-        "created": date(key.created),
-        "aliases": key.aliases,
-    });
-    if let Some((id, _)) = &key.key_store {
-        value["key_store"] = id.as_str().into();
-    }
-    if let Some(it) = &key.multi_region {
-        value["multi_region"] = json!({
-            "primary": it.primary.arn,
-            "is_primary": it.is_primary,
-            "replicas": it.replicas.iter().map(|replica| &replica.arn).collect::<Vec<_>>(),
-            "creating": it.creating,
-            "behind": it.behind,
-            "moving_to": it.moving_to,
-        });
-    }
-    if let Some(at) = key.deletion {
-        value["deletion"] = date(at).into();
-    }
-    value
-}
-
-fn alias_json(alias: &AliasMetadata) -> Value {
-    json!({
-        "alias": alias.name,
-        "arn": alias.arn,
-        "key_id": id_text(alias.key),
-        "created": date(alias.created),
-        "updated": date(alias.updated),
-    })
-}
-
-/// ISO 8601 in UTC, whole seconds.
-pub(super) fn date(milliseconds: i64) -> String {
-    OffsetDateTime::from_unix_timestamp(milliseconds.div_euclid(1000))
-        .ok()
-        .and_then(|t| t.format(&Rfc3339).ok())
-        .unwrap_or_else(|| format!("{milliseconds} ms after 1970"))
-}
-
-/// An operator's words on one line, without what a terminal would obey.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-/// Columns as wide as their widest cell; the last one is left as it is.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(width);
-    let line = |row: &[String; N]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect::<Vec<_>>();
-        format!("{}\n", cells.join("  ").trim_end())
-    };
-    rows.iter().map(line).collect()
 }
 
 #[cfg(test)]
@@ -638,12 +468,5 @@ mod tests {
         assert_eq!(shell.run(&format!("show {}", first(twice))).unwrap_err().kind(), Kind::Usage);
         assert_eq!(shell.json(&format!("show {}", &ids[0][..20]))["key_id"], ids[0]);
         assert_eq!(shell.run("show aws:alias/x").unwrap_err().kind(), Kind::Unsupported);
-    }
-
-    #[test]
-    fn tables_are_aligned_and_descriptions_cannot_steer_the_terminal() {
-        let rows = [["A".into(), "B".into()], ["longer".into(), printable("x\x1b[2J")]];
-        assert_eq!(table(&rows), "A       B\nlonger  x [2J\n");
-        assert_eq!(date(0), "1970-01-01T00:00:00Z");
     }
 }
