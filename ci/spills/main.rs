@@ -5,8 +5,11 @@
 mod crypt;
 #[path = "../../src/base/error.rs"]
 mod error;
+#[path = "../../src/base/prefetch.rs"]
+mod prefetch;
 mod base {
     pub use crate::error::{Context, Error, Kind, Result};
+    pub(crate) use crate::prefetch;
     /// What an error may be made of.
     pub mod root {
         pub mod files {

@@ -9,6 +9,7 @@ mod locality;
 pub mod locks;
 pub(crate) mod log_fields;
 pub mod plural;
+pub(crate) mod prefetch;
 pub mod printable;
 pub mod root;
 pub mod size;

@@ -1,11 +1,11 @@
 //! Which engine encrypts: chosen by what the CPU has, or by the operator.
 #![forbid(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
 use crate::base::{Error, Kind, Result};
 use crate::crypt::xts::SectorCipher;
+#[cfg(target_arch = "x86_64")]
+use crate::crypt::xts::hardware::Hardware;
 use crate::crypt::xts::portable::Portable;
-use crate::crypt::xts::x86::{Width, X86};
 use crate::crypt::{Dek, SectorSize};
 use std::fmt;
 use std::str::FromStr;
@@ -27,6 +27,9 @@ pub enum Engine {
 }
 
 impl Engine {
+    const ALL: [Engine; 5] =
+        [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512];
+
     /// The engines that this CPU can run, fastest first; without `Auto`.
     pub fn available() -> Vec<Engine> {
         let all = [Engine::Vaes512, Engine::Vaes256, Engine::AesNi, Engine::Portable];
@@ -44,17 +47,23 @@ impl Engine {
         }
     }
 
+    /// What it needs of a CPU, in words.
+    fn needs(self) -> &'static str {
+        match self {
+            Engine::Auto | Engine::Portable => "nothing",
+            Engine::AesNi => "AES-NI and AVX (x86-64)",
+            Engine::Vaes256 => "VAES and AVX2 (x86-64)",
+            Engine::Vaes512 => "VAES, VPCLMULQDQ and AVX-512 F and BW (x86-64)",
+        }
+    }
+
     fn runs_here(self) -> bool {
         match self {
             Engine::Auto | Engine::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Engine::AesNi => Width::Bits128.is_available(),
-            #[cfg(target_arch = "x86_64")]
-            Engine::Vaes256 => Width::Bits256.is_available(),
-            #[cfg(target_arch = "x86_64")]
-            Engine::Vaes512 => Width::Bits512.is_available(),
+            other => Hardware::is_available(other),
             #[cfg(not(target_arch = "x86_64"))]
-            Engine::AesNi | Engine::Vaes256 | Engine::Vaes512 => false,
+            _ => false,
         }
     }
 }
@@ -69,9 +78,8 @@ impl FromStr for Engine {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let all = [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512];
-        all.into_iter().find(|e| e.name() == name).ok_or_else(|| {
-            let names = all.map(Engine::name).join(", ");
+        Self::ALL.into_iter().find(|e| e.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Engine::name).join(", ");
             Error::new(Kind::Usage, format!("no cipher engine \"{name}\"; there are {names}"))
         })
     }
@@ -83,30 +91,19 @@ impl FromStr for Engine {
 /// `Unsupported` when this CPU cannot run `engine`, or when the memory for the round keys cannot be locked.
 pub fn new_cipher(engine: Engine, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
     match engine {
-        Engine::Auto => new_cipher(Engine::available()[0], dek, unit),
-        Engine::Portable => Ok(Box::new(Portable::new(dek, unit)?)),
+        Engine::Auto => return new_cipher(Engine::available()[0], dek, unit),
+        Engine::Portable => return Ok(Box::new(Portable::new(dek, unit)?)),
         #[cfg(target_arch = "x86_64")]
-        Engine::AesNi => x86(Width::Bits128, dek, unit),
-        #[cfg(target_arch = "x86_64")]
-        Engine::Vaes256 => x86(Width::Bits256, dek, unit),
-        #[cfg(target_arch = "x86_64")]
-        Engine::Vaes512 => x86(Width::Bits512, dek, unit),
+        other => {
+            if let Some(cipher) = Hardware::new(other, dek, unit)? {
+                return Ok(Box::new(cipher));
+            }
+        }
         #[cfg(not(target_arch = "x86_64"))]
-        Engine::AesNi | Engine::Vaes256 | Engine::Vaes512 => Err(lacking(engine.name(), "x86-64")),
+        _ => {}
     }
-}
-
-/// The engine with registers of this width.
-#[cfg(target_arch = "x86_64")]
-fn x86(width: Width, dek: &Dek, unit: SectorSize) -> Result<Box<dyn SectorCipher>> {
-    match X86::new(width, dek, unit)? {
-        Some(cipher) => Ok(Box::new(cipher)),
-        None => Err(lacking(width.engine().name(), width.needs())),
-    }
-}
-
-fn lacking(engine: &str, what: &str) -> Error {
+    let (name, needs) = (engine.name(), engine.needs());
     let message =
-        format!("this CPU cannot run the cipher engine {engine}, which needs {what}; use auto or portable");
-    Error::new(Kind::Unsupported, message)
+        format!("this CPU cannot run the cipher engine {name}, which needs {needs}; use auto or portable");
+    Err(Error::new(Kind::Unsupported, message))
 }

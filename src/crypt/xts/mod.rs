@@ -3,8 +3,15 @@
 //! One trait, several engines. A data unit is 512 or 4096 bytes; with 4096-byte units the tweak still
 //! counts in 512-byte sectors (0, 8, 16, …), as dm-crypt does without `iv_large_sectors`.
 
+#[cfg(target_arch = "x86_64")]
+#[macro_use]
+mod kernels;
 mod engine;
+#[cfg(target_arch = "x86_64")]
+mod hardware;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod schedule;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -16,7 +23,7 @@ use vm_memory::VolatileSlice;
 /// Encrypts and decrypts whole requests of one volume. All lengths are multiples of the data unit and
 /// `first_sector` (512-byte units) is a multiple of the data unit's sectors; an engine panics otherwise.
 pub trait SectorCipher: Send + Sync {
-    /// Which engine this is, for the log and `doctor`: `portable`, `vaes256`, `vaes512`.
+    /// Which engine this is, for the log: the name of an [`Engine`].
     fn engine(&self) -> &'static str;
 
     /// The size of a data unit: the sector size of the volume that it was made for.

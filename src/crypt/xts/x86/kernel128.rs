@@ -3,13 +3,14 @@
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::{clear_general, clear_ymm};
 use crate::crypt::xts::TweakInput;
+use crate::crypt::xts::kernels::Task;
+use crate::crypt::xts::x86::Kernel;
 use crate::crypt::xts::x86::keys::{Keys, Schedule};
 use crate::crypt::xts::x86::narrow::{self, Register, Scratch, WIDTH};
-use crate::crypt::xts::x86::{Kernel, Task};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-kernels!("avx,aes", clear_ymm);
+kernels!("avx,aes", clear_ymm, scratch: *mut Scratch);
 
 #[inline(always)]
 unsafe fn run<const DECRYPT: bool, const WRITTEN: bool, const SECTORS: usize>(

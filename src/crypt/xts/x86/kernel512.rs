@@ -10,12 +10,15 @@
 //! below is that schedule, and what the 32 registers can hold. The constants are read from memory where they
 //! are used, for the same reason.
 
+use crate::base::prefetch::prefetch;
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::registers::{clear_general, clear_zmm};
 use crate::crypt::xts::TweakInput;
-use crate::crypt::xts::x86::keys::{Keys, LAST_ROUND, Schedule};
+use crate::crypt::xts::kernels::{AHEAD, Task, begins_with_zeros};
+use crate::crypt::xts::schedule::LAST_ROUND;
+use crate::crypt::xts::x86::Kernel;
+use crate::crypt::xts::x86::keys::{Keys, Schedule};
 use crate::crypt::xts::x86::narrow::Scratch;
-use crate::crypt::xts::x86::{AHEAD, Kernel, Task, begins_with_zeros};
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
@@ -54,7 +57,7 @@ static DOWN: Constant = Constant([64, 64, 63, 63, 62, 62, 61, 61]);
 static NEXT_512: Constant = Constant([0, 0, 1, 0, 2, 0, 3, 0]);
 static NEXT_4096: Constant = Constant([0, 0, 8, 0, 16, 0, 24, 0]);
 
-kernels!("avx512f,avx512bw,vaes,vpclmulqdq", clear_zmm);
+kernels!("avx512f,avx512bw,vaes,vpclmulqdq", clear_zmm, scratch: *mut Scratch);
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,vaes,vpclmulqdq")]
@@ -178,12 +181,9 @@ unsafe fn start(keys: &Schedule, src: *const u8, tweaks: &Group) -> Group {
     let mut blocks = *tweaks;
     let key = keys.round_key(0);
     for (block, at) in blocks.iter_mut().zip(&PLACES) {
-        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register. The
-        // other is a hint, which never faults, also behind their end.
-        let data = unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(*at).wrapping_add(AHEAD).cast());
-            read(src.add(*at))
-        };
+        prefetch(src.wrapping_add(*at).wrapping_add(AHEAD));
+        // SAFETY: the caller vouches for GROUP readable bytes at `src`, of which this is one register.
+        let data = unsafe { read(src.add(*at)) };
         *block = _mm512_ternarylogic_epi64::<XOR3>(data, *block, key);
     }
     blocks

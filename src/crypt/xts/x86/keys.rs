@@ -1,56 +1,21 @@
-//! AES-256 key schedules in the form that the kernels load (FIPS 197 sections 5.2 and 5.3.5).
+//! Round keys as these kernels load them, and key expansion by AES-NI.
 
+use crate::crypt::xts::schedule::{self, ROUND_KEYS, RoundKeys};
 use std::arch::x86_64::*;
 
-/// Round keys of AES-256: 14 rounds and the whitening before them.
-const ROUND_KEYS: usize = 15;
-/// The last of its rounds.
-pub(super) const LAST_ROUND: usize = ROUND_KEYS - 1;
+/// As wide as the widest register: every round key stands four times in a row.
+pub(super) type Schedule = schedule::Schedule<64>;
+/// The schedules of one data key, those of a decryption ready for `aesdec`.
+pub(in crate::crypt::xts) type Keys = schedule::Keys<64>;
 
-/// One schedule; every round key stands four times in a row, once for each block of a register.
-#[repr(C, align(64))]
-pub(super) struct Schedule([[u8; 64]; ROUND_KEYS]);
-
-/// The schedules of one data key. For a decryption the round keys are in reverse, ready for `aesdec`.
-pub(super) struct Keys {
-    pub(super) encrypt: Schedule,
-    pub(super) decrypt: Schedule,
-    pub(super) tweak: Schedule,
-}
-
-impl Keys {
-    /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
-    #[target_feature(enable = "aes,sse2")]
-    pub(super) fn expand(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
-        let data = expand(data);
-        Keys {
-            encrypt: Schedule::new(&data),
-            decrypt: Schedule::new(&inverse(&data)),
-            tweak: Schedule::new(&expand(tweak)),
-        }
-    }
+/// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
+#[target_feature(enable = "aes,sse2")]
+pub(super) fn keys(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
+    let data = expand(data);
+    Keys::new(&bytes(&data), &bytes(&inverse(&data)), &bytes(&expand(tweak)))
 }
 
 impl Schedule {
-    /// Writes the key that an encryption's schedule was expanded from, 32 bytes: its first two round keys.
-    pub(super) fn write_key(&self, out: &mut [u8]) {
-        let (first, second) = out.split_at_mut(16);
-        first.copy_from_slice(&self.0[0][..16]);
-        second.copy_from_slice(&self.0[1][..16]);
-    }
-
-    #[target_feature(enable = "sse2")]
-    fn new(round_keys: &[__m128i; ROUND_KEYS]) -> Schedule {
-        let mut schedule = Schedule([[0; 64]; ROUND_KEYS]);
-        for (wide, key) in schedule.0.iter_mut().zip(round_keys) {
-            for place in wide.chunks_exact_mut(16) {
-                // SAFETY: `place` is 16 bytes; the store takes any alignment.
-                unsafe { _mm_storeu_si128(place.as_mut_ptr().cast(), *key) };
-            }
-        }
-        schedule
-    }
-
     /// Round key `round`, 0..=14. Read anew each time it is asked for, so that the compiler cannot keep it in
     /// a register across blocks and, short of registers, put it on the stack.
     #[inline]
@@ -79,6 +44,16 @@ impl Schedule {
         // SAFETY: as above, of which this is the first quarter.
         unsafe { block.read_volatile() }
     }
+}
+
+#[target_feature(enable = "sse2")]
+fn bytes(keys: &[__m128i; ROUND_KEYS]) -> RoundKeys {
+    let mut bytes = [[0; 16]; ROUND_KEYS];
+    for (place, key) in bytes.iter_mut().zip(keys) {
+        // SAFETY: `place` is 16 bytes; the store takes any alignment.
+        unsafe { _mm_storeu_si128(place.as_mut_ptr().cast(), *key) };
+    }
+    bytes
 }
 
 #[target_feature(enable = "aes")]

@@ -11,12 +11,13 @@
 //! to load: the load waits until they are in the cache. So a sector's tweaks are made while the
 //! sector before it is crypted.
 
+use crate::base::prefetch::prefetch;
 use crate::crypt::SectorSize;
 use crate::crypt::xts::TweakInput;
-use crate::crypt::xts::x86::keys::{Keys, LAST_ROUND, Schedule};
-use crate::crypt::xts::x86::{AHEAD, begins_with_zeros};
+use crate::crypt::xts::kernels::{AHEAD, begins_with_zeros};
+use crate::crypt::xts::schedule::LAST_ROUND;
+use crate::crypt::xts::x86::keys::{Keys, Schedule};
 use std::arch::asm;
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::hint::black_box;
 use zeroize::Zeroize;
 
@@ -145,13 +146,6 @@ pub(super) unsafe fn run<R: Register, const DECRYPT: bool, const WRITTEN: bool, 
         }
     }
     units
-}
-
-/// Has the CPU fetch what is at an address, or nothing where there is nothing.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    // SAFETY: a hint, which never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
 }
 
 /// Where a group's worth of tweaks is made from, and where they are put; and the one after them.
