@@ -89,48 +89,50 @@ impl Line {
 
 /// The name of a call that a process may want and must not have.
 fn name(call: libc::c_long) -> Option<&'static str> {
-    NAMES.iter().find(|(number, _)| *number == call).map(|(_, name)| name.trim_start_matches("SYS_"))
+    let (_, name) = NAMES.iter().chain(OLD_NAMES).find(|(number, _)| *number == call)?;
+    Some(name.trim_start_matches("SYS_"))
 }
 
 macro_rules! names {
     ($($name:ident)*) => { &[$((libc::$name, stringify!($name))),*] };
 }
 
-#[cfg(target_arch = "x86_64")]
 const NAMES: &[(libc::c_long, &str)] = names! {
-    SYS_accept SYS_acct SYS_add_key SYS_adjtimex SYS_alarm SYS_arch_prctl SYS_bind SYS_bpf SYS_capget SYS_capset
-    SYS_chdir SYS_chmod SYS_chown SYS_chroot SYS_clock_adjtime SYS_clock_settime SYS_clone SYS_clone3
-    SYS_close_range SYS_connect SYS_copy_file_range SYS_creat SYS_delete_module SYS_dup2 SYS_epoll_create
-    SYS_epoll_pwait2 SYS_eventfd SYS_execve SYS_execveat SYS_fadvise64 SYS_fanotify_init SYS_fchdir SYS_fchmod
-    SYS_fchmodat SYS_fchown SYS_fchownat SYS_fcntl SYS_fgetxattr SYS_finit_module SYS_fork SYS_fsconfig SYS_fsetxattr
-    SYS_fsmount SYS_fsopen SYS_getdents SYS_getgroups SYS_getpgid SYS_getpgrp SYS_getpriority SYS_getppid
-    SYS_getresgid SYS_getresuid SYS_getrlimit SYS_getsid SYS_getxattr SYS_init_module SYS_inotify_add_watch
-    SYS_inotify_init SYS_inotify_init1 SYS_io_cancel SYS_io_destroy SYS_io_getevents SYS_io_setup SYS_io_submit
-    SYS_io_uring_register SYS_io_uring_setup SYS_ioctl SYS_ioperm SYS_iopl SYS_ioprio_set SYS_kcmp
-    SYS_kexec_file_load SYS_kexec_load SYS_keyctl SYS_kill SYS_landlock_add_rule SYS_landlock_create_ruleset
-    SYS_landlock_restrict_self SYS_lchown SYS_lgetxattr SYS_link SYS_linkat SYS_listen SYS_mincore SYS_mkdir
-    SYS_mkdirat SYS_mknod SYS_mknodat SYS_mlockall SYS_mmap SYS_mount SYS_move_mount SYS_mprotect SYS_msync
-    SYS_munlockall SYS_name_to_handle_at SYS_open SYS_open_by_handle_at SYS_open_tree SYS_openat SYS_openat2 SYS_pause
-    SYS_perf_event_open SYS_personality SYS_pidfd_getfd SYS_pidfd_open SYS_pidfd_send_signal SYS_pipe SYS_pipe2
-    SYS_pivot_root SYS_pkey_alloc SYS_pkey_mprotect SYS_prctl SYS_prlimit64 SYS_process_madvise SYS_process_vm_readv
-    SYS_process_vm_writev SYS_ptrace SYS_quotactl SYS_reboot SYS_recvmmsg SYS_remap_file_pages SYS_request_key
-    SYS_rmdir SYS_rt_sigpending SYS_rt_sigqueueinfo SYS_rt_sigsuspend SYS_rt_sigtimedwait SYS_rt_tgsigqueueinfo
-    SYS_sched_setattr SYS_sched_setparam SYS_sched_setscheduler SYS_seccomp SYS_select SYS_semget SYS_sendfile
-    SYS_sendmmsg SYS_sendto SYS_setdomainname SYS_setfsgid SYS_setfsuid SYS_setgid SYS_setgroups SYS_sethostname
-    SYS_setitimer SYS_setns SYS_setpgid SYS_setpriority SYS_setregid SYS_setresgid SYS_setresuid SYS_setreuid
-    SYS_setrlimit SYS_setsid SYS_setsockopt SYS_settimeofday SYS_setuid SYS_setxattr SYS_shmat SYS_shmget
-    SYS_signalfd4 SYS_socket SYS_socketpair SYS_splice SYS_swapon SYS_symlink SYS_symlinkat SYS_sync
-    SYS_sync_file_range SYS_syncfs SYS_sysinfo SYS_syslog SYS_tee SYS_tgkill SYS_timer_create SYS_timerfd_create
-    SYS_timerfd_settime SYS_tkill SYS_truncate SYS_umask SYS_umount2 SYS_unshare SYS_userfaultfd SYS_utimensat
-    SYS_vfork SYS_vmsplice SYS_wait4 SYS_waitid
+    SYS_accept SYS_acct SYS_add_key SYS_adjtimex SYS_bind SYS_bpf SYS_capget SYS_capset SYS_chdir SYS_chroot
+    SYS_clock_adjtime SYS_clock_settime SYS_clone SYS_clone3 SYS_close_range SYS_connect SYS_copy_file_range
+    SYS_delete_module SYS_epoll_pwait2 SYS_execve SYS_execveat SYS_fadvise64 SYS_fanotify_init SYS_fchdir
+    SYS_fchmod SYS_fchmodat SYS_fchown SYS_fchownat SYS_fcntl SYS_fgetxattr SYS_finit_module SYS_fsconfig
+    SYS_fsetxattr SYS_fsmount SYS_fsopen SYS_getgroups SYS_getpgid SYS_getppid SYS_getpriority SYS_getresgid
+    SYS_getresuid SYS_getrlimit SYS_getsid SYS_getxattr SYS_init_module SYS_inotify_add_watch
+    SYS_inotify_init1 SYS_io_cancel SYS_io_destroy SYS_io_getevents SYS_io_setup SYS_io_submit
+    SYS_io_uring_register SYS_io_uring_setup SYS_ioctl SYS_ioprio_set SYS_kcmp SYS_kexec_file_load
+    SYS_kexec_load SYS_keyctl SYS_kill SYS_landlock_add_rule SYS_landlock_create_ruleset
+    SYS_landlock_restrict_self SYS_lgetxattr SYS_linkat SYS_listen SYS_mincore SYS_mkdirat SYS_mknodat
+    SYS_mlockall SYS_mmap SYS_mount SYS_move_mount SYS_mprotect SYS_msync SYS_munlockall SYS_name_to_handle_at
+    SYS_open_by_handle_at SYS_open_tree SYS_openat SYS_openat2 SYS_perf_event_open SYS_personality
+    SYS_pidfd_getfd SYS_pidfd_open SYS_pidfd_send_signal SYS_pipe2 SYS_pivot_root SYS_pkey_alloc
+    SYS_pkey_mprotect SYS_prctl SYS_prlimit64 SYS_process_madvise SYS_process_vm_readv SYS_process_vm_writev
+    SYS_ptrace SYS_quotactl SYS_reboot SYS_recvmmsg SYS_remap_file_pages SYS_request_key SYS_rt_sigpending
+    SYS_rt_sigqueueinfo SYS_rt_sigsuspend SYS_rt_sigtimedwait SYS_rt_tgsigqueueinfo SYS_sched_setattr
+    SYS_sched_setparam SYS_sched_setscheduler SYS_seccomp SYS_semget SYS_sendfile SYS_sendmmsg SYS_sendto
+    SYS_setdomainname SYS_setfsgid SYS_setfsuid SYS_setgid SYS_setgroups SYS_sethostname SYS_setitimer
+    SYS_setns SYS_setpgid SYS_setpriority SYS_setregid SYS_setresgid SYS_setresuid SYS_setreuid SYS_setrlimit
+    SYS_setsid SYS_setsockopt SYS_settimeofday SYS_setuid SYS_setxattr SYS_shmat SYS_shmget SYS_signalfd4
+    SYS_socket SYS_socketpair SYS_splice SYS_swapon SYS_symlinkat SYS_sync SYS_sync_file_range SYS_syncfs
+    SYS_sysinfo SYS_syslog SYS_tee SYS_tgkill SYS_timer_create SYS_timerfd_create SYS_timerfd_settime
+    SYS_tkill SYS_truncate SYS_umask SYS_umount2 SYS_unshare SYS_userfaultfd SYS_utimensat SYS_vmsplice
+    SYS_wait4 SYS_waitid
+};
+
+/// Those that newer architectures do not have.
+#[cfg(target_arch = "x86_64")]
+const OLD_NAMES: &[(libc::c_long, &str)] = names! {
+    SYS_alarm SYS_arch_prctl SYS_chmod SYS_chown SYS_creat SYS_dup2 SYS_epoll_create SYS_eventfd SYS_fork
+    SYS_getdents SYS_getpgrp SYS_inotify_init SYS_ioperm SYS_iopl SYS_lchown SYS_link SYS_mkdir SYS_mknod
+    SYS_open SYS_pause SYS_pipe SYS_rmdir SYS_select SYS_symlink SYS_vfork
 };
 #[cfg(not(target_arch = "x86_64"))]
-const NAMES: &[(libc::c_long, &str)] = names! {
-    SYS_bind SYS_bpf SYS_clone SYS_connect SYS_execve SYS_execveat SYS_fcntl SYS_io_uring_register SYS_io_uring_setup
-    SYS_ioctl SYS_kill SYS_linkat SYS_listen SYS_mkdirat SYS_mmap SYS_mount SYS_mprotect SYS_openat SYS_openat2
-    SYS_pipe2 SYS_prctl SYS_process_vm_readv SYS_ptrace SYS_sendto SYS_setns SYS_setsockopt SYS_socket SYS_socketpair
-    SYS_symlinkat SYS_tgkill SYS_tkill SYS_unshare SYS_wait4
-};
+const OLD_NAMES: &[(libc::c_long, &str)] = &[];
 
 #[cfg(test)]
 mod tests {
