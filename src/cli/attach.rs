@@ -74,7 +74,7 @@ pub struct AttachArgs {
     #[arg(long, value_name = "S", value_parser = serial)]
     serial: Option<String>,
 
-    /// The XTS engine: auto, vaes512, vaes256, aesni or portable.
+    /// The XTS engine: auto, vaes512, vaes256, aesni, armv8 or portable.
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = engine)]
     xts_engine: Engine,
 

@@ -396,7 +396,7 @@ fn auto_takes_the_first_available_engine_and_a_lacking_one_is_refused() {
     let dek = Dek::from_bytes(&Random(6).bytes(64)).unwrap();
     let engine_of = |engine| new_cipher(engine, &dek, SectorSize::B512).map(|cipher| cipher.engine());
     assert_eq!(engine_of(Engine::Auto).unwrap(), Engine::available()[0].name());
-    for engine in [Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512] {
+    for engine in [Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512, Engine::Armv8] {
         match engine_of(engine) {
             Ok(name) => assert_eq!((name, Engine::available().contains(&engine)), (engine.name(), true)),
             Err(e) => {
@@ -410,10 +410,12 @@ fn auto_takes_the_first_available_engine_and_a_lacking_one_is_refused() {
 
 #[test]
 fn engine_names_are_read_as_they_are_written() {
-    for engine in [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512] {
+    let all =
+        [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512, Engine::Armv8];
+    for engine in all {
         assert_eq!(engine.to_string().parse::<Engine>().unwrap(), engine);
     }
     let e = "VAES".parse::<Engine>().unwrap_err();
     assert_eq!(e.kind(), Kind::Usage);
-    assert!(e.to_string().contains("auto, portable, aesni, vaes256, vaes512"), "{e}");
+    assert!(e.to_string().contains("auto, portable, aesni, vaes256, vaes512, armv8"), "{e}");
 }

@@ -1,6 +1,6 @@
 //! Clearing the CPU's vector registers, in which round keys and tweaks are while a cipher works: the
-//! next signal frame, or the next function that glibc binds lazily (`_dl_runtime_resolve_xsavec`),
-//! would carry them into memory.
+//! next signal frame, or the next function that glibc binds lazily (`_dl_runtime_resolve_xsavec`; on ARM
+//! `_dl_runtime_resolve`, which saves those of arguments), would carry them into memory.
 
 /// Zeroes every vector register of the CPU. On processors that are not known here it does nothing.
 #[inline(never)]
@@ -16,6 +16,8 @@ pub(super) fn clear_vector_registers() {
     } else {
         clear_xmm();
     }
+    #[cfg(target_arch = "aarch64")]
+    clear_vectors();
 }
 
 /// Zeroes all registers of a CPU with AVX-512.
@@ -77,6 +79,35 @@ pub(crate) fn clear_ymm() {
     }
 }
 
+/// Zeroes every vector register of a 64-bit ARM CPU; with SVE, all of their width. A function owes it to its
+/// caller to leave the low halves of v8 to v15 as they were: so what has used them has put them back before
+/// it returned, and so does whoever this is inlined into.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+pub(crate) fn clear_vectors() {
+    // SAFETY: writes registers that are declared as clobbered; no memory. Every CPU that this is compiled for
+    // has them.
+    unsafe {
+        std::arch::asm!(
+            "movi v0.2d, #0", "movi v1.2d, #0", "movi v2.2d, #0", "movi v3.2d, #0",
+            "movi v4.2d, #0", "movi v5.2d, #0", "movi v6.2d, #0", "movi v7.2d, #0",
+            "movi v8.2d, #0", "movi v9.2d, #0", "movi v10.2d, #0", "movi v11.2d, #0",
+            "movi v12.2d, #0", "movi v13.2d, #0", "movi v14.2d, #0", "movi v15.2d, #0",
+            "movi v16.2d, #0", "movi v17.2d, #0", "movi v18.2d, #0", "movi v19.2d, #0",
+            "movi v20.2d, #0", "movi v21.2d, #0", "movi v22.2d, #0", "movi v23.2d, #0",
+            "movi v24.2d, #0", "movi v25.2d, #0", "movi v26.2d, #0", "movi v27.2d, #0",
+            "movi v28.2d, #0", "movi v29.2d, #0", "movi v30.2d, #0", "movi v31.2d, #0",
+            out("v0") _, out("v1") _, out("v2") _, out("v3") _, out("v4") _, out("v5") _,
+            out("v6") _, out("v7") _, out("v8") _, out("v9") _, out("v10") _, out("v11") _,
+            out("v12") _, out("v13") _, out("v14") _, out("v15") _, out("v16") _, out("v17") _,
+            out("v18") _, out("v19") _, out("v20") _, out("v21") _, out("v22") _, out("v23") _,
+            out("v24") _, out("v25") _, out("v26") _, out("v27") _, out("v28") _, out("v29") _,
+            out("v30") _, out("v31") _,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+}
+
 /// Zeroes the general registers that a function need not leave as they were; the others are restored by
 /// whoever has used them.
 #[cfg(target_arch = "x86_64")]
@@ -90,6 +121,24 @@ pub(crate) fn clear_general() {
             out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _,
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             options(nomem, nostack),
+        );
+    }
+}
+
+/// As above.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+pub(crate) fn clear_general() {
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!(
+            "mov x0, xzr", "mov x1, xzr", "mov x2, xzr", "mov x3, xzr", "mov x4, xzr", "mov x5, xzr",
+            "mov x6, xzr", "mov x7, xzr", "mov x8, xzr", "mov x9, xzr", "mov x10, xzr", "mov x11, xzr",
+            "mov x12, xzr", "mov x13, xzr", "mov x14, xzr", "mov x15, xzr", "mov x16, xzr", "mov x17, xzr",
+            "mov x18, xzr",
+            out("x0") _, out("x1") _, out("x2") _, out("x3") _, out("x4") _, out("x5") _, out("x6") _, out("x7") _, out("x8") _, out("x9") _,
+            out("x10") _, out("x11") _, out("x12") _, out("x13") _, out("x14") _, out("x15") _, out("x16") _, out("x17") _, out("x18") _,
+            options(nomem, nostack, preserves_flags),
         );
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::base::{Error, Kind, Result};
 use crate::crypt::xts::SectorCipher;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 use crate::crypt::xts::hardware::Hardware;
 use crate::crypt::xts::portable::Portable;
 use crate::crypt::{Dek, SectorSize};
@@ -24,15 +24,17 @@ pub enum Engine {
     Vaes256,
     /// VAES and VPCLMULQDQ with AVX-512 (x86-64: Intel since Ice Lake, AMD since Zen 4).
     Vaes512,
+    /// The AES instructions of ARMv8's cryptographic extension (64-bit ARM: AWS Graviton, Ampere Altra).
+    Armv8,
 }
 
 impl Engine {
-    const ALL: [Engine; 5] =
-        [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512];
+    const ALL: [Engine; 6] =
+        [Engine::Auto, Engine::Portable, Engine::AesNi, Engine::Vaes256, Engine::Vaes512, Engine::Armv8];
 
     /// The engines that this CPU can run, fastest first; without `Auto`.
     pub fn available() -> Vec<Engine> {
-        let all = [Engine::Vaes512, Engine::Vaes256, Engine::AesNi, Engine::Portable];
+        let all = [Engine::Vaes512, Engine::Vaes256, Engine::AesNi, Engine::Armv8, Engine::Portable];
         all.into_iter().filter(|e| e.runs_here()).collect()
     }
 
@@ -44,6 +46,7 @@ impl Engine {
             Engine::AesNi => "aesni",
             Engine::Vaes256 => "vaes256",
             Engine::Vaes512 => "vaes512",
+            Engine::Armv8 => "armv8",
         }
     }
 
@@ -54,15 +57,16 @@ impl Engine {
             Engine::AesNi => "AES-NI and AVX (x86-64)",
             Engine::Vaes256 => "VAES and AVX2 (x86-64)",
             Engine::Vaes512 => "VAES, VPCLMULQDQ and AVX-512 F and BW (x86-64)",
+            Engine::Armv8 => "the AES instructions of ARMv8 (64-bit ARM)",
         }
     }
 
     fn runs_here(self) -> bool {
         match self {
             Engine::Auto | Engine::Portable => true,
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
             other => Hardware::is_available(other),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
             _ => false,
         }
     }
@@ -93,13 +97,13 @@ pub fn new_cipher(engine: Engine, dek: &Dek, unit: SectorSize) -> Result<Box<dyn
     match engine {
         Engine::Auto => return new_cipher(Engine::available()[0], dek, unit),
         Engine::Portable => return Ok(Box::new(Portable::new(dek, unit)?)),
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
         other => {
             if let Some(cipher) = Hardware::new(other, dek, unit)? {
                 return Ok(Box::new(cipher));
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
         _ => {}
     }
     let (name, needs) = (engine.name(), engine.needs());

@@ -4,10 +4,14 @@
 //! the keys lie in secret memory, as wide as the registers, and are loaded from there round by round; tweaks
 //! are in registers, or in secret memory of the thread's. `ci/check-spills` checks the machine code for it.
 
+#[cfg(target_arch = "aarch64")]
+use crate::crypt::xts::arm::{Kernels, Keys};
+#[cfg(target_arch = "x86_64")]
+use crate::crypt::xts::x86::{Kernels, Keys};
+
 use crate::base::Result;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
 use crate::crypt::xts::kernels::Task;
-use crate::crypt::xts::x86::{Kernels, Keys};
 use crate::crypt::xts::{Direction, Engine, SectorCipher, TweakInput, check_request};
 use crate::crypt::{Dek, SectorSize};
 use vm_memory::VolatileSlice;

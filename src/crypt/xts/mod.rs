@@ -3,14 +3,16 @@
 //! One trait, several engines. A data unit is 512 or 4096 bytes; with 4096-byte units the tweak still
 //! counts in 512-byte sectors (0, 8, 16, …), as dm-crypt does without `iv_large_sectors`.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 #[macro_use]
 mod kernels;
+#[cfg(target_arch = "aarch64")]
+mod arm;
 mod engine;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod hardware;
 mod portable;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod schedule;
 #[cfg(target_arch = "x86_64")]
 mod x86;

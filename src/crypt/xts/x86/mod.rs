@@ -43,7 +43,7 @@ impl Kernels {
             Engine::AesNi => Some(Kernels::Bits128),
             Engine::Vaes256 => Some(Kernels::Bits256),
             Engine::Vaes512 => Some(Kernels::Bits512),
-            Engine::Auto | Engine::Portable => None,
+            Engine::Auto | Engine::Portable | Engine::Armv8 => None,
         }
     }
 
