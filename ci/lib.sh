@@ -61,10 +61,11 @@ as_root() {
 
 # ---- Debian packages ------------------------------------------------------------------------------
 
-# private_apt FOLDER SUITE: lets apt know Debian's release and SUITE (preferred) from the places where this
-# machine's own Debian sources point, and believe that nothing is installed. Its state goes into FOLDER.
+# private_apt FOLDER SUITE [ARCHITECTURE]: lets apt know Debian's release and SUITE (preferred) from
+# the places where this machine's own Debian sources point, and believe that nothing is installed.
+# Its state goes into FOLDER.
 private_apt() {
-    local dir=$1 prefer=$2 suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local dir=$1 prefer=$2 architecture=${3:-} suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
     : >"$dir/status"
     apt-get indextargets --format '$(RELEASE) $(REPO_URI) $(COMPONENT)' 'Created-By: Packages' |
@@ -98,10 +99,14 @@ Debug::NoLocking "true";
 CONF
     # Naming the plain release here would also prefer it to its own security updates.
     [ "$prefer" = "$codename" ] || echo "APT::Default-Release \"$prefer\";" >>"$dir/apt.conf"
+    [ -z "$architecture" ] ||
+        printf '%s\n' '#clear APT::Architectures;' "APT::Architecture \"$architecture\";" \
+            "APT::Architectures { \"$architecture\"; };" >>"$dir/apt.conf"
 }
 
 # debian_tree FOLDER SUITE PACKAGE…: unpacks the packages, with all that they depend on, into FOLDER.
-# Does nothing when FOLDER holds them already.
+# Does nothing when FOLDER holds them already. They are for this machine's architecture, or for
+# TREE_ARCHITECTURE.
 debian_tree() {
     local folder=$1 suite=$2 apt=$cache/apt/${1##*/} deb
     shift 2
@@ -111,7 +116,7 @@ debian_tree() {
     command -v apt-get >/dev/null || die "no apt-get; this needs a Debian machine (12 is what is tested)"
     say "downloading from Debian ($suite) and unpacking into $folder:"
     say "  $*"
-    private_apt "$apt" "$suite"
+    private_apt "$apt" "$suite" "${TREE_ARCHITECTURE:-}"
     # Old package lists name files that are gone, so a second try begins by fetching them anew.
     if ! download "$apt" "$@" >"$apt/log" 2>&1; then
         { apt-get -c "$apt/apt.conf" update && download "$apt" "$@"; } >"$apt/log" 2>&1 ||
