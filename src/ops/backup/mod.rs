@@ -7,6 +7,7 @@
 
 pub mod all;
 mod drill;
+mod into;
 mod kms_log;
 mod leases;
 pub mod list;

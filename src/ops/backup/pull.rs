@@ -5,14 +5,13 @@
 //! a copy ([`full`]): a record that names the layers, the layers, and the rename **which is the moment**.
 //! What was interrupted is gone on with by the same command, and cleared away by "sealblk gc".
 
+use super::into::{Into, There};
 use super::{For, Session, Target, check_name, choose, keys_of, mark_of, missing};
-use crate::backing::file::next_data_of;
-use crate::backup::block::{self, BLOCK, SECTOR};
+use crate::backup::block::{self, BLOCK};
 use crate::backup::manifest::{self, Claim, Manifest, PageEntry};
 use crate::backup::page::{Page, RUN};
 use crate::backup::{BLOCKS, ContentName, PAGES};
 use crate::base::root::files;
-use crate::base::zeros::is_zero;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
 use crate::catalog::layout::{KeyRecord, LayerRecord};
 use crate::catalog::slots::KeySlot;
@@ -31,13 +30,10 @@ use crate::ops::clone::{Which, rewrap_slots};
 use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
 use crate::sandbox;
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, OFlag, fallocate};
+use nix::fcntl::{Flock, OFlag};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 /// Blocks on their way at a time.
 const WINDOW: usize = 12;
@@ -329,7 +325,7 @@ impl Pull<'_> {
         let path = self.catalog.layer_path(layer.id);
         let attempt = || format!("write {}", path.display());
         let file = files::open_layer(&path, OFlag::O_RDWR).context(attempt)?;
-        let mut into = Into { file, size: layer.size, room: vec![0; BLOCK] };
+        let mut into = Into::new(file, layer.size);
         let mut coming: VecDeque<Coming> = VecDeque::new();
         let (keys, pages) = (&self.keys[n], &self.manifest.planes[n].pages);
         let before = self.ahead.as_ref().map(|it| &it.planes[n].pages);
@@ -426,115 +422,5 @@ fn page_of(session: &mut Session, entry: &PageEntry, keys: &BackupKeys) -> Resul
             let problem = format!("{} has another number of blocks", entry.name.object(PAGES));
             Err(Error::new(Kind::Corrupt, problem))
         }
-    }
-}
-
-/// Makes a hole of these bytes of a layer; where its file system has none, zeros, which mean the same.
-fn make_zeros(file: &File, bytes: Range<u64>) -> Result<()> {
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let (at, len) = (bytes.start as libc::off_t, (bytes.end - bytes.start) as libc::off_t);
-    match fallocate(file, flags, at, len) {
-        Err(Errno::EOPNOTSUPP) => {
-            let mut room = vec![0; BLOCK];
-            let mut at = bytes.start;
-            while at < bytes.end {
-                let room = &mut room[..(bytes.end - at).min(BLOCK as u64) as usize];
-                file.read_exact_at(room, at)?;
-                if !is_zero(room) {
-                    room.fill(0);
-                    file.write_all_at(room, at)?;
-                }
-                at += room.len() as u64;
-            }
-            Ok(())
-        }
-        done => Ok(done?),
-    }
-}
-
-/// What a layer has of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum There {
-    Nothing,
-    /// All of it.
-    This,
-    /// Something else, or a part of it.
-    Another,
-}
-
-/// A layer that is being filled.
-struct Into {
-    file: File,
-    size: u64,
-    room: Vec<u8>,
-}
-
-impl Into {
-    fn bytes_of(&self, number: u64) -> Range<u64> {
-        let at = number * BLOCK as u64;
-        at..(at + BLOCK as u64).min(self.size)
-    }
-
-    /// Fails for a block that lies beyond the end.
-    fn check(&self, number: u64) -> Result<()> {
-        match number < manifest::blocks_of(self.size) {
-            true => Ok(()),
-            false => Err(Error::new(Kind::Corrupt, format!("there is a block {number}, beyond its end"))),
-        }
-    }
-
-    /// What the layer has of the block, from a pull that was interrupted or that came ahead.
-    fn look(&mut self, number: u64, name: ContentName, keys: &BackupKeys) -> Result<There> {
-        let bytes = self.bytes_of(number);
-        if !self.has_data(&bytes)? {
-            return Ok(There::Nothing);
-        }
-        let room = &mut self.room[..(bytes.end - bytes.start) as usize];
-        self.file.read_exact_at(room, bytes.start)?;
-        match block::encode(room).is_some_and(|object| name.is(&keys.name(&object))) {
-            true => Ok(There::This),
-            false => Ok(There::Another),
-        }
-    }
-
-    /// Whether there may be anything in these bytes.
-    fn has_data(&self, bytes: &Range<u64>) -> Result<bool> {
-        let data = next_data_of(&self.file, bytes.start)?;
-        Ok(data.is_some_and(|data| data.start < bytes.end))
-    }
-
-    /// Makes a hole of these blocks, where there may be anything.
-    fn clear(&self, blocks: Range<u64>) -> Result<()> {
-        let end = (blocks.end * BLOCK as u64).min(self.size);
-        let mut at = blocks.start * BLOCK as u64;
-        while let Some(data) = next_data_of(&self.file, at)?.filter(|data| data.start < end) {
-            let (start, until) = (data.start.max(at), data.end.min(end));
-            make_zeros(&self.file, start..until)?;
-            at = until;
-        }
-        Ok(())
-    }
-
-    /// Writes a block of which `object` is the object, where the layer has nothing.
-    fn write(&mut self, number: u64, object: &[u8]) -> Result<()> {
-        let bytes = self.bytes_of(number);
-        let room = &mut self.room[..(bytes.end - bytes.start) as usize];
-        block::decode(object, room)?;
-        let mut at = 0;
-        while at < room.len() {
-            let len = room[at..]
-                .chunks(SECTOR)
-                .take_while(|sector| !is_zero(sector))
-                .map(<[u8]>::len)
-                .sum::<usize>();
-            self.file.write_all_at(&room[at..at + len], bytes.start + at as u64)?;
-            at += len;
-            at += room[at..]
-                .chunks(SECTOR)
-                .take_while(|sector| is_zero(sector))
-                .map(<[u8]>::len)
-                .sum::<usize>();
-        }
-        Ok(())
     }
 }
