@@ -130,6 +130,7 @@ fn attach(folder: &str, socket: &str) -> Result<()> {
         incoming: false,
         // For a layer behind an NBD server that is gone.
         nbd_reconnect: host::NBD_RECONNECT,
+        source_patience: sealblk::backing::coming::PATIENCE,
     };
     // Returns when the volume is detached: everything is drained and durable then, the keys are wiped, and
     // the next process may have it. The process is confined for good by now, and is best ended: it can open

@@ -8,6 +8,7 @@
 //! [`Reactor`], which its queue is lent.
 
 pub mod chain;
+pub mod coming;
 pub mod device;
 pub mod file;
 pub mod medium;
@@ -203,6 +204,12 @@ pub trait Queue {
     /// more than the depth at a time: see [`Queue::has_room`]. Whoever has just taken a [`Done`] may submit
     /// one operation without asking.
     fn submit(&mut self, tag: u64, op: Op);
+
+    /// Takes reads back that have not begun, since they wait for what may take long: with their tags. Whoever
+    /// stands still for a moment hands them over anew later.
+    fn take_back(&mut self) -> Vec<(u64, Buffer)> {
+        Vec::new()
+    }
 
     /// Takes what the thread's reactor has for this queue: to be called after each of its waits.
     ///

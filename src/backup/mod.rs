@@ -25,6 +25,7 @@ pub(crate) mod marks;
 pub(crate) mod moved;
 pub(crate) mod page;
 pub(crate) mod saved;
+pub(crate) mod to_come;
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::SnapshotId;

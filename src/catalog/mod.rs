@@ -5,6 +5,7 @@
 
 pub mod attach_settings;
 pub(crate) mod chains;
+pub mod coming;
 pub mod device;
 pub mod freeze;
 pub mod grow;
@@ -99,7 +100,8 @@ impl Catalog {
         self.root.volumes().join(id.to_string())
     }
 
-    /// A layer's file. Of a layer on a device there is none: see [`Catalog::place`].
+    /// A layer's file. Of a layer on a device there is none: see [`Catalog::place`]. Of one that is still
+    /// [coming] it has another name.
     pub fn layer_path(&self, layer: LayerId) -> PathBuf {
         self.root.layers().join(format!("{layer}.img"))
     }
@@ -433,8 +435,8 @@ impl Catalog {
                 self.check_device(layer).map_err(|e| e.context(whose))?;
                 continue;
             }
-            let path = self.layer_path(layer.id);
-            let problem = match path.symlink_metadata() {
+            let (path, found) = self.look_at(layer.id);
+            let problem = match found {
                 Ok(m) if !m.is_file() => "is not a file".to_string(),
                 Ok(m) if m.len() != layer.size => {
                     format!("has {} bytes instead of {}", m.len(), layer.size)

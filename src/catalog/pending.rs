@@ -270,6 +270,10 @@ impl Catalog {
                 // The permissions of a device are not ours, and are those of whatever is there next.
                 continue;
             }
+            if self.is_coming(layer.id) {
+                // It is frozen, and not filled yet; whoever ends that says so.
+                continue;
+            }
             if let Err(e) = files::set_mode(&path, 0o444) {
                 log::warn!("chmod 0444 {}: {e}", path.display());
             }

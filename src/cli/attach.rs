@@ -1,5 +1,6 @@
 //! `sealblk attach`, `sealblk detach`, and the hidden commands of their helpers.
 
+use crate::backing::coming;
 use crate::base::plural::counted;
 use crate::base::space::Reserve;
 use crate::base::{Error, Kind, Result};
@@ -113,6 +114,10 @@ pub struct AttachArgs {
     /// How many seconds requests wait for an NBD server that is gone, before they fail; 0: not at all.
     #[arg(long, value_name = "SECONDS", default_value_t = NBD_RECONNECT.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
     nbd_reconnect: u64,
+    /// How long reads wait for what is still to come from the place of a snapshot that was pulled with
+    /// --lazy; then they fail, and those that follow wait anew.
+    #[arg(long, value_name = "SECONDS", default_value_t = coming::PATIENCE.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    source_patience: u64,
 
     /// Become this user once everything is open: the volume's files must be his, the root key need not. The
     /// socket goes to the group [default: the user's own], or to --socket-group.
@@ -240,6 +245,7 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         sandbox: args.sandbox,
         user: args.user.as_deref().map(Identity::parse).transpose()?,
         nbd_reconnect: Duration::from_secs(args.nbd_reconnect),
+        source_patience: Duration::from_secs(args.source_patience),
     };
     crate::host::attach(&catalog, &settings, volume, &options, env.hardened, |attached| {
         if env.json {

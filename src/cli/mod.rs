@@ -212,6 +212,10 @@ enum HelperCommand {
     RewrapKey,
     /// Bring ciphertext to a place outside, and back, for the process that started this one.
     Carry,
+    /// Start carriers for the process that started this one.
+    StartCarriers,
+    /// Bring what is still to come of layers for the process that started this one.
+    Fetch,
     /// Do a step of a backup or restore for the process that started this one.
     BackupStep,
     /// Pass on what processes of this host ask of another one.
@@ -248,6 +252,10 @@ impl Task {
             Task::Helper(HelperCommand::Unwrap) => attach::unwrap(env),
             Task::Helper(HelperCommand::RewrapKey) => crate::helper::rewrap::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
+            Task::Helper(HelperCommand::StartCarriers) => {
+                crate::helper::carry::help_starting(env.hardened, &env.root)
+            }
+            Task::Helper(HelperCommand::Fetch) => crate::ops::backup::fetch::help(&env.store()?),
             Task::Helper(HelperCommand::Relay) => {
                 crate::helper::other_host::relay::help(env.hardened, &env.root)
             }
@@ -431,6 +439,8 @@ mod tests {
             ("unwrap", ""),
             ("rewrap-key", ""),
             ("carry", ""),
+            ("start-carriers", ""),
+            ("fetch", ""),
             ("backup-step", ""),
             ("relay", ""),
             ("serve-place", ""),

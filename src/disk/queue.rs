@@ -116,6 +116,18 @@ impl DiskQueue {
         self.queue.free(buffer);
     }
 
+    /// Takes reads back that wait for what may take long, with their tags and lengths: each is to be begun
+    /// anew with [`DiskQueue::read`].
+    pub(crate) fn take_back(&mut self) -> Vec<(u64, usize)> {
+        let taken = self.queue.take_back().into_iter();
+        let taken: Vec<_> = taken.map(|(tag, buffer)| (tag, buffer.len(), buffer)).collect();
+        let free = |(tag, len, buffer)| {
+            self.free(buffer);
+            (tag, len)
+        };
+        taken.into_iter().map(free).collect()
+    }
+
     /// Whether another operation may be submitted.
     pub fn has_room(&self) -> bool {
         self.queue.has_room()

@@ -210,6 +210,12 @@ impl Event {
         Event { name: "pullSnapshot", ..event }
     }
 
+    /// `pullSnapshot`, of what is still to come of the layers of `volume` when the snapshot is there already:
+    /// `waiting` or `failed`, for a cause, `pulling` again, or `completed`.
+    pub fn pull_rest(volume: VolumeId, result: &'static str, cause: impl Into<String>) -> Self {
+        Event { cause: cause.into(), ..Self::new("pullSnapshot", volume, result) }
+    }
+
     /// `exportVolume`, or of a snapshot of it `exportSnapshot`: `succeeded`, or `failed` for a
     /// cause. EBS has no such event.
     pub fn export(

@@ -15,6 +15,7 @@ use crate::base::child;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
 use crate::base::sync::Locked;
+use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::place::{Access, Listed, MAX_LEN, ObjectName, Objects, Place, PlaceUrl, Put};
 use crate::sandbox::{self, Rule};
@@ -25,6 +26,7 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 #[cfg(feature = "object-store")]
 use std::net::ToSocketAddrs;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 #[cfg(feature = "object-store")]
 use std::path::PathBuf;
@@ -34,6 +36,8 @@ use std::time::Duration;
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "carry";
+/// The hidden subcommand of the process that starts carriers for one that could not any more.
+pub const STARTER: &str = "start-carriers";
 /// The longest JSON of a message, in bytes.
 const MAX_HEADER: usize = 64 << 10;
 /// How long an answer is waited for. The place's own patience is shorter.
@@ -103,8 +107,11 @@ pub(super) enum Outcome {
 /// The carrier, for the process that started it.
 pub struct Carrier {
     socket: UnixStream,
-    /// None where a process that others use as well has the way to the place ([`super::relay`]).
+    /// None where a process that others use as well has the way to the place ([`super::relay`]), or where
+    /// another one has started the carrier ([`Carriers`]).
     child: Option<Child>,
+    /// What is at the other end of the socket.
+    who: &'static str,
     next: u64,
     /// Requests whose answers have not come.
     under_way: usize,
@@ -127,10 +134,12 @@ impl Carrier {
             let attempt = || "reach the process that has the connection to the other host";
             let socket = UnixStream::connect(socket).context(attempt)?;
             socket.set_read_timeout(Some(TIME))?;
-            return Ok(Carrier { socket, child: None, next: 1, under_way: 0, come: HashMap::new() });
+            let who = "the connection to the other host";
+            return Ok(Carrier { socket, child: None, who, next: 1, under_way: 0, come: HashMap::new() });
         }
         let (socket, child) = child::spawn(root, COMMAND)?;
-        let mut carrier = Carrier { socket, child: Some(child), next: 0, under_way: 0, come: HashMap::new() };
+        let (child, who, come) = (Some(child), "the carrier", HashMap::new());
+        let mut carrier = Carrier { socket, child, who, next: 0, under_way: 0, come };
         carrier.socket.set_read_timeout(Some(TIME))?;
         let begin = Begin { url: url.clone(), access: access.clone(), writes };
         send(&carrier.socket, &begin, &[]).context(|| "tell the carrier where to go")?;
@@ -243,10 +252,10 @@ impl Carrier {
 
     /// The carrier cannot be used any more: the error, with what became of it.
     fn broken(&mut self, e: Error) -> Error {
-        let Some(child) = &mut self.child else { return e.context("the connection to the other host") };
+        let Some(child) = &mut self.child else { return e.context(self.who) };
         let _ = child.kill();
         let became = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
-        e.context(format!("the carrier ({became})"))
+        e.context(format!("{} ({became})", self.who))
     }
 }
 
@@ -258,6 +267,82 @@ impl Drop for Carrier {
             let _ = child.wait();
         }
     }
+}
+
+/// A process that starts carriers for this one, also when this one has given up the network, and with it all
+/// that it could start. It has no key, and does nothing else.
+pub(crate) struct Carriers {
+    socket: UnixStream,
+    _child: Child,
+}
+
+impl Carriers {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// What keeps it from being started.
+    pub(crate) fn start(root: &Root) -> Result<Self> {
+        let (socket, _child) = child::spawn(root, STARTER)?;
+        socket.set_read_timeout(Some(TIME))?;
+        Ok(Carriers { socket, _child })
+    }
+
+    /// A new carrier to the place at `url`, which is only read.
+    ///
+    /// # Errors
+    /// As [`Carrier::start`].
+    pub(crate) fn next(&self, url: &PlaceUrl, access: &Access) -> Result<Carrier> {
+        let attempt = || format!("start the {COMMAND} helper");
+        let begin = Begin { url: url.clone(), access: access.clone(), writes: false };
+        wire::say(&self.socket, &begin).context(attempt)?;
+        let mut lines = Lines::of_at_most(MAX_HEADER);
+        let gone = || Error::new(Kind::Other, format!("the {STARTER} helper has ended"));
+        let line = lines.next(&self.socket).context(attempt)?.ok_or_else(gone)?;
+        match parse(&line)? {
+            Outcome::Failed(kind, message) => {
+                Err(Error::new(Kind::from_name(&kind), message).context(attempt()))
+            }
+            Outcome::Done(_) => {
+                let none = || Error::new(Kind::Other, "no connection came with the answer");
+                let socket = UnixStream::from(lines.take_descriptor().ok_or_else(none)?);
+                socket.set_read_timeout(Some(TIME))?;
+                let mut carrier = Carrier {
+                    socket,
+                    child: None,
+                    who: "the carrier",
+                    next: 1,
+                    under_way: 1,
+                    come: HashMap::new(),
+                };
+                carrier.wait(UnderWay(0)).context(|| format!("reach {url}"))?;
+                Ok(carrier)
+            }
+        }
+    }
+}
+
+/// The starter's side: the whole life of the process.
+///
+/// # Errors
+/// Only when the other side could not even be told.
+pub fn help_starting(_: Hardened, root: &Root) -> Result<()> {
+    let socket = child::begin()?;
+    let mut lines = Lines::of_at_most(MAX_HEADER);
+    let mut started: Vec<Child> = Vec::new();
+    while let Some(line) = lines.next(&socket)? {
+        let begin: Begin = parse(&line)?;
+        let carrier = child::spawn(root, COMMAND).and_then(|(carrier, child)| {
+            started.push(child);
+            send(&carrier, &begin, &[]).map(|()| carrier)
+        });
+        match carrier {
+            Ok(carrier) => wire::say_with(&socket, &Outcome::Done(true), carrier.as_fd())?,
+            Err(e) => wire::say(&socket, &failed(&e))?,
+        }
+        // Each ends when whoever has its connection lets go of that.
+        started.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
+    }
+    Ok(())
 }
 
 /// The carrier's side: the whole life of the process.

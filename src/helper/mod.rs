@@ -5,6 +5,7 @@
 pub mod carry;
 pub mod dial;
 mod failure;
+pub mod fetch;
 pub mod grants;
 pub mod other_host;
 pub mod rewrap;

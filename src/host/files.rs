@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | `volumes/vol-…/` | `volume.json` is read and replaced, the control socket's name removed | own |
 //! | `layers/<uuid>.img`, the top | each queue opens it again when its ring starts | write, or read if attached read-only |
-//! | `layers/<uuid>.img`, those below | likewise | read |
+//! | `layers/<uuid>.img`, those below; or `<uuid>.coming` | likewise | read |
 //! | the block device of a layer that lies on one | likewise; the top's header is written | as of a file |
 //! | `layers/<uuid>.device` | says which device that is; of a layer behind an NBD server, it is all there is | read |
 //! | the folder of the VMM's socket, unless the store or its keys lie below | its name is removed at the end | remove |
@@ -41,7 +41,8 @@ pub(super) fn rules(
     let mut rules = vec![Rule::new(folder, Access::Own), record];
     for (number, layer) in metadata.layers().iter().enumerate() {
         let frozen = options.read_only || number > 0;
-        let place = catalog.place(layer)?;
+        // Under another name as well, later, it is the same file.
+        let (place, _) = catalog.place_or_coming(layer)?;
         // What says where an export is is no layer.
         let access = if frozen || place.behind.is_some() { Access::Read } else { Access::Write };
         rules.push(Rule::new(place.path, access));

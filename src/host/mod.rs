@@ -25,7 +25,7 @@ pub mod stats;
 pub mod status;
 pub mod upgrade;
 
-use crate::backing::nbd;
+use crate::backing::{coming, nbd};
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
 use crate::base::{Context, Error, Result, log_fields};
@@ -33,6 +33,7 @@ use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
 use crate::helper::dial;
+use crate::helper::fetch::Fetcher;
 use crate::kms::embedded::root_key::passphrase;
 use crate::reactor::ring;
 use crate::sandbox::{self, Identity, Mode};
@@ -104,6 +105,8 @@ pub struct Options {
     pub incoming: bool,
     /// How long requests wait for an NBD server that is gone.
     pub nbd_reconnect: Duration,
+    /// How long reads wait for what is still to come from the place of a snapshot that was pulled lazily.
+    pub source_patience: Duration,
 }
 
 /// What whoever started the attach is told once VMMs can connect.
@@ -202,6 +205,11 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
         nbd::rest();
         dial::start(catalog.root(), exports, from.as_ref().map(Taking::log)).context(attempt)?;
     }
+    coming::set_patience(options.source_patience);
+    let fetcher = taken.coming.take().map(|keys| {
+        Fetcher::start(catalog.root(), volume, keys, from.as_ref().map(Taking::log)).context(attempt)
+    });
+    let fetcher = fetcher.transpose()?;
     let removable = files::socket_folder(catalog, &taken.metadata, named);
     let files = files::rules(catalog, &taken.metadata, options, removable)?;
     let name = match (name, named) {
@@ -219,6 +227,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
     log::info!("the host process is confined: {confinement}");
 
+    fetcher.map(Fetcher::go_on).transpose().context(attempt)?;
     let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
     let device = Arc::new(service.device(options, inlet, memory_regions));
     let manager = Arc::new(manager);

@@ -1,6 +1,7 @@
 //! An attached volume while it is served: the threads, what they share, and what clients of the
 //! control socket can ask for.
 
+use crate::backing::coming;
 use crate::base::Result;
 use crate::base::sync::Locked;
 use crate::catalog::Catalog;
@@ -83,7 +84,8 @@ impl Service {
         announcements: Announcements,
         control: Arc<Name>,
     ) -> Result<Self> {
-        let Taken { place, lock_file, holder, opened, opener, metadata: _, events, keeper, held } = taken;
+        let Taken { place, lock_file, holder, opened, opener, metadata: _, events, keeper, held, coming: _ } =
+            taken;
         let (stop, qos) = (Stop::new()?, Arc::new(Qos::new(options.limits)));
         let (keeper, held) = (Arc::new(keeper), Arc::new(Mutex::new(held)));
         let keys = hydrate::Keys { ring: opener.keys.clone(), held: held.clone(), grants: keeper.clone() };
@@ -281,6 +283,7 @@ fn status_of(
         flush_failed: disk.is_some_and(Disk::has_failed_flush),
         no_space: disk.and_then(refusals),
         limits: Some(limits.into()),
+        coming: coming::summary().map(Into::into),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::catalog::slots::Unwrapped;
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::events::{Event, EventLog};
+use crate::helper::fetch;
 use crate::helper::grants::{Granting, Keeper};
 use crate::helper::slots::{ask_each, asked};
 use crate::helper::unwrap::unwrap_slot;
@@ -41,6 +42,8 @@ pub(super) struct Taken {
     pub(super) keeper: Keeper,
     /// To be dropped after the data keys; none for an unencrypted volume.
     pub(super) held: Option<KeysHeld>,
+    /// Of its layers that are still coming, if any are.
+    pub(super) coming: Option<fetch::Keys>,
 }
 
 impl Taken {
@@ -59,9 +62,11 @@ impl Taken {
         let place = Place::take(&lock_file, &holder, options.incoming)?;
         let events = EventLog::new(catalog.root(), settings);
         let mut granted = None;
+        let mut coming = None;
         let get_keys = |metadata: &Metadata| {
             let (deks, keeper) =
                 unwrap_all(catalog, metadata, &events, settings, !options.incoming, hardened)?;
+            coming = fetch::Keys::of(catalog, metadata, |n| deks.get(n).map(|given| &*given.dek))?;
             granted = Some((metadata.clone(), keeper));
             Ok(deks)
         };
@@ -71,7 +76,7 @@ impl Taken {
         }?;
         let Some((metadata, keeper)) = granted else { unreachable!("nothing is opened without its keys") };
         let held = KeysHeld::begin(catalog.root(), &metadata, opener.keys.used(&metadata))?;
-        Ok(Taken { place, lock_file, holder, opened, opener, metadata, events, keeper, held })
+        Ok(Taken { place, lock_file, holder, opened, opener, metadata, events, keeper, held, coming })
     }
 }
 

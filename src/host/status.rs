@@ -1,5 +1,6 @@
 //! What a host process says of itself and of its volume.
 
+use crate::backing::coming;
 use crate::base::Timestamp;
 use crate::kms::KmsKey;
 use crate::vhost::queue::qos::Limits;
@@ -26,6 +27,33 @@ pub struct Status {
     /// The limits in force.
     #[serde(default)]
     pub limits: Option<InForce>,
+    /// How far its layers have come of which not everything was there when this process
+    /// began, if there are any.
+    #[serde(default)]
+    pub coming: Option<Coming>,
+}
+
+/// How far layers have come from the place of a snapshot that was pulled lazily.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Coming {
+    /// Bytes that have come, in blocks of 512 KiB, and proved right.
+    pub come: u64,
+    /// Bytes that come in all.
+    pub all: u64,
+    /// Why nothing comes at the moment, if nothing does.
+    pub away: Option<String>,
+    /// Reads that wait at the moment for what has not come.
+    pub waiting: u64,
+    /// Reads that have failed, since what they needed did not come, or was not right.
+    pub failed: u64,
+}
+
+impl From<coming::Summary> for Coming {
+    fn from(coming::Summary { come, all, away, waiting, failed }: coming::Summary) -> Self {
+        let bytes = |blocks: u64| blocks.saturating_mul(coming::BLOCK);
+        Coming { come: bytes(come), all: bytes(all), away, waiting, failed }
+    }
 }
 
 /// Limits on a volume's requests that are in force.

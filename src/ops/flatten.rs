@@ -67,6 +67,8 @@ pub fn flatten(store: &Store, id: VolumeId, budget: Budget) -> Result<bool> {
             let mut metadata = catalog.load(id)?;
             catalog.recover(&lock, &metadata)?;
             check(&metadata)?;
+            // An attached volume has a fetcher, which brings them.
+            catalog.check_has_come(metadata.layers())?;
             let before = metadata.layout().hydrate();
             let is_any = rekey::mark_to_flatten(&catalog, &lock, &mut metadata)?;
             if is_any && metadata.layout().hydrate() != before {
@@ -180,6 +182,7 @@ fn complete(store: &Store, id: VolumeId, pace: Pace, tell: &mut dyn FnMut(&Progr
     let catalog = store.catalog();
     let holder = Holder::this_process(Purpose::Hydrate, None)?;
     let lock = VolumeLock::acquire_in_turn(&catalog.folder(id), id, &holder)?;
+    catalog.check_has_come(catalog.load(id)?.layers())?;
     let Taken { lock, opened } = store.open_taken(lock).map_err(|failure| failure.error)?;
     let Opened { mut metadata, seal_key, layers, .. } = opened;
     let leaving = metadata.layout().leaving();

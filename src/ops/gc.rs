@@ -223,6 +223,8 @@ fn unnamed_layers(catalog: &Catalog, records: &RecordsLock) -> Result<Vec<LeftOv
     let never_named =
         names.iter().filter(|name| layer_of_temporary(name).is_some_and(|layer| !named.contains(&layer)));
     found.extend(never_named.filter_map(|name| LeftOver::at(What::Temporary, folder.join(name))));
+    let of_nothing = catalog.wanted_of_nothing()?.into_iter();
+    found.extend(of_nothing.filter_map(|path| LeftOver::at(What::Temporary, path)));
     Ok(found)
 }
 
@@ -236,7 +238,11 @@ fn unused(catalog: &Catalog, layer: LayerId) -> Option<LeftOver> {
     let (path, lies_at) = match catalog.on_device(layer).ok()? {
         Some(on) if on.nbd.is_some() => (catalog.device_file(layer), Some(catalog.device_file(layer))),
         Some(on) => (catalog.device_file(layer), on.name.canonicalize().ok()),
-        None => (catalog.layer_path(layer), Some(catalog.layer_path(layer))),
+        None if files::exists(&catalog.file_of(layer)) => {
+            (catalog.file_of(layer), Some(catalog.file_of(layer)))
+        }
+        // What says what is to come is all that there is.
+        None => (catalog.wanted_path(layer), None),
     };
     // A device that is not there is served by nobody.
     let is_unused = lies_at.is_none_or(|path| ImageLock::acquire(&path, Access::ReadWrite).is_ok());

@@ -42,6 +42,7 @@ pub fn check(store: &Store, id: VolumeId, target: &Target, budget: Budget) -> Re
     let look = || {
         let metadata = catalog.load(id)?;
         drop(taken(store, id)?);
+        catalog.check_has_come(metadata.layers())?;
         match target {
             Target::Device(device) => device.check_size(metadata.size()),
             Target::File => {

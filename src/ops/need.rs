@@ -167,6 +167,10 @@ pub(super) fn of_file(file: &File) -> Result<u64> {
 
 fn open(catalog: &Catalog, layers: &[LayerRecord]) -> Result<Vec<Runs>> {
     let open = |layer: &LayerRecord| {
+        if let Some(coming) = catalog.how_far(std::slice::from_ref(layer)) {
+            // It may hold something wherever more is to come.
+            return Ok(Runs::all(coming.all.min(layer.size)));
+        }
         let place = catalog.place(layer)?;
         if place.on_device.is_some() {
             return Ok(Runs::all(layer.size));

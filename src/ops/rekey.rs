@@ -109,6 +109,7 @@ fn give(
 /// all below to be copied up.
 fn detached(store: &Store, lock: VolumeLock, key: NewKey, onto: Option<&Candidate>) -> Result<(), Failure> {
     let catalog = store.catalog();
+    catalog.check_has_come(catalog.load(lock.volume())?.layers())?;
     let taken = store.open_taken(lock)?;
     check_encrypted(&taken.opened.metadata)?;
     let volume = taken.lock.volume();

@@ -97,7 +97,7 @@ impl Receipt {
             layers: layers
                 .map(|layer| match catalog.on_device(layer) {
                     Ok(Some(_)) => catalog.device_file(layer),
-                    _ => catalog.layer_path(layer),
+                    _ => catalog.file_of(layer),
                 })
                 .collect(),
             wrapped_by: wrapped_by.collect(),

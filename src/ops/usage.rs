@@ -132,5 +132,5 @@ pub fn most_in(catalog: &Catalog, layer: &LayerRecord) -> u64 {
 
 /// What a layer's file takes on disk, in bytes; nothing if it cannot be looked at, and of one on a device.
 fn on_disk(catalog: &Catalog, layer: LayerId) -> u64 {
-    std::fs::symlink_metadata(catalog.layer_path(layer)).map_or(0, |found| found.blocks() * 512)
+    std::fs::symlink_metadata(catalog.file_of(layer)).map_or(0, |found| found.blocks() * 512)
 }

@@ -1,6 +1,7 @@
 //! The layers of a volume as an attach has opened them, and what becomes of them when the top is frozen.
 
 use crate::backing::chain::Chain;
+use crate::backing::coming;
 use crate::backing::file::{Earlier, FileBacking, Place};
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result};
@@ -77,6 +78,15 @@ impl Layer {
         Ok(Layer { backing: Arc::new(backing), cipher, image_lock })
     }
 
+    /// This layer, which is still coming: reads of what is not here wait for the fetcher's word, or fail
+    /// where this process has no fetcher.
+    fn coming(self, layer: &LayerRecord) -> Result<Self> {
+        let coming = coming::of(layer.id.as_bytes(), layer.size);
+        let unshared = || Error::new(Kind::Other, "a layer that was opened just now is in use");
+        let backing = Arc::into_inner(self.backing).ok_or_else(unshared)?.with_coming(coming);
+        Ok(Layer { backing: Arc::new(backing), ..self })
+    }
+
     /// This layer for reading alone, from now on: others may read it too. Whoever still holds it as it was
     /// must not write any more.
     pub fn frozen(&self) -> Result<Self> {
@@ -142,8 +152,20 @@ pub(super) fn open_without_ciphers(
         let access = if number == 0 { top } else { Access::Read };
         // Made by a process that has not detached since: that name a confined process may open.
         let own = catalog.own_layer_path(volume, layer.id);
-        let place = if files::exists(&own) { Place::whole(own) } else { catalog.place(layer)? };
-        let opened = Layer::open_locked(&place, access, bytes, None, near, passed)?;
+        let open = || -> Result<_> {
+            let (place, is_coming) = match files::exists(&own) {
+                true => (Place::whole(own.clone()), false),
+                false => catalog.place_or_coming(layer)?,
+            };
+            let opened = Layer::open_locked(&place, access, bytes, None, near, passed);
+            Ok((opened, is_coming))
+        };
+        let (opened, is_coming) = match open()? {
+            // The last of it has come just now, and it has its other name.
+            (Err(_), true) if !catalog.is_coming(layer.id) => open()?,
+            done => done,
+        };
+        let opened = if is_coming { opened?.coming(layer)? } else { opened? };
         catalog.check_is_layers(layer.id, opened.backing.medium(), opened.backing.export())?;
         Ok(opened)
     })

@@ -130,7 +130,8 @@ fn right_ones_are_there(
 fn layers_are_right(root: &Path) -> Result {
     let (of_volumes, of_snapshots) = (volume_records(root)?, snapshot_records(root)?);
     for layer in of_volumes.iter().chain(&of_snapshots).flatten() {
-        if !root.join("layers").join(format!("{layer}.img")).exists() {
+        let is_there = |ending| root.join("layers").join(format!("{layer}.{ending}")).exists();
+        if !(is_there("img") || is_there("coming") && is_there("wanted")) {
             return Err(format!("layer {layer} is named and not there"));
         }
     }

@@ -100,7 +100,19 @@ pub fn pulled(script: &mut Script) {
     let snapshot = script.snapshot(&id);
     script.run(&["snapshot", "push", &snapshot, &url]);
     script.start();
-    script.pull(&url, &snapshot);
+    script.pull(&url, &snapshot, &[]);
+    script.delete_snapshot(&snapshot);
+}
+
+/// A snapshot is there before its data, which come from the place at `url`, that the cut does not hit; then
+/// they come.
+fn pulled_lazily(script: &mut Script, url: &str) {
+    let id = with_data(script, &[]);
+    let snapshot = script.snapshot(&id);
+    script.run(&["snapshot", "push", &snapshot, url]);
+    script.start();
+    let pulled = script.pull(url, &snapshot, &["--lazy"]);
+    script.run(&["snapshot", "complete", &pulled]);
     script.delete_snapshot(&snapshot);
 }
 
@@ -123,6 +135,14 @@ fn a_volume_is_restored_from_a_place_outside() {
 #[test]
 fn a_snapshot_is_pulled_from_a_place_outside() {
     survives(&traced(pulled));
+}
+
+#[test]
+fn a_snapshot_is_there_before_its_data() {
+    // Whoever looks at what a cut has left needs the place still.
+    let outside = tempfile::tempdir().expect("make a temporary folder");
+    let url = format!("file://{}", outside.path().display());
+    survives(&traced(|script| pulled_lazily(script, &url)));
 }
 
 #[test]

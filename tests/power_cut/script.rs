@@ -271,14 +271,15 @@ impl Script {
         copy
     }
 
-    /// Makes a snapshot of what the place at `url` has of `snapshot`.
+    /// Makes a snapshot of what the place at `url` has of `snapshot`, with these arguments besides.
     #[track_caller]
-    pub fn pull(&self, url: &str, snapshot: &str) -> String {
+    pub fn pull(&self, url: &str, snapshot: &str, arguments: &[&str]) -> String {
         let of = snapshot.to_owned();
         self.mark(&format!("{snapshot} is being pulled"), move |expect| {
             expect.snapshots_being_made.insert(of.clone(), expect.snapshots[&of].content.clone());
         });
-        let pulled = self.run(&["snapshot", "pull", &format!("{url}/{snapshot}")]).trim().to_owned();
+        let url = format!("{url}/{snapshot}");
+        let pulled = self.run(&[&["snapshot", "pull", &url], arguments].concat()).trim().to_owned();
         let (told, of) = (pulled.clone(), snapshot.to_owned());
         self.promise(&format!("{pulled} was made"), move |expect| {
             let content = expect.snapshots_being_made.remove(&of).expect("it is being made");

@@ -10,6 +10,7 @@ mod crash;
 mod crash_attached;
 mod detached;
 mod gc;
+mod lazy;
 mod moves;
 mod moves_by_ssh;
 mod nearly_full;

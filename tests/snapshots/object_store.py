@@ -39,6 +39,8 @@ class Faults:
         kind, at = fault.get("kind"), fault.get("at", 0)
         if kind == "busy" and number == at:
             return self.answer(start, "503 Slow Down", SLOW)
+        if kind == "down":
+            return self.answer(start, "503 Slow Down", SLOW)
         if kind == "cut" and number == at:
             environ["werkzeug.socket"].shutdown(2)
             return self.answer(start, "200 OK", b"")

@@ -2,7 +2,9 @@
 //! S3 server, and stand-ins for Azure's and Google's, or Azurite (ci/clouds). What a folder does
 //! as well is tested there.
 
+use crate::common::attach::open;
 use crate::common::disk::pattern;
+use crate::common::frontend::{Request, block};
 use crate::common::kms_server::{Variables, environment, set};
 use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::wait_for;
@@ -342,6 +344,42 @@ fn a_store_that_lies_is_found_and_nothing_of_it_is_kept() {
     s3.fail(&json!({}));
     let back = rig.id(&["snapshot", "pull", PLACE]);
     assert!(content(&rig, &back) == rig.data);
+}
+
+#[test]
+fn a_store_that_is_down_is_waited_for_by_whoever_reads_what_is_still_to_come() {
+    let s3 = Server::start(Protocol::S3);
+    let rig = s3.rig();
+    let place = Protocol::S3.place("some/prefix");
+    let id = rig.id(&["snapshot", "create", "t"]);
+    rig.json(&["snapshot", "push", &id, &place]);
+    rig.id(&["snapshot", "pull", &place, "--name", "s", "--lazy", "--limit", "1"]);
+    rig.place.store.ok(&["volume", "create", "--snapshot", "s", "--name", "c"]);
+    // One does not answer for long, and one refuses at once.
+    for (sector, kind) in [(0, "down"), (2048, "denied")] {
+        s3.fail(&json!({"kind": kind}));
+        let (host, socket) = rig.attach("c");
+        let mut session = open(&socket);
+        let pending = Request::read(sector, 4096).submit(&mut session.rings[0]).expect("room on the ring");
+        session.rings[0].kick_if_wanted();
+        wait_for("it is said that nothing comes", || {
+            match rig.json(&["volume", "show", "c"])["attachment"]["coming"]["away"].clone() {
+                away if away.is_string() => Ok(()),
+                other => Err(other),
+            }
+        });
+        assert_eq!(rig.last_event()["detail"]["result"], json!("waiting"));
+        s3.fail(&json!({}));
+        let used = session.rings[0].wait_used().expect("the read goes on");
+        let outcome = pending.finish(&mut session.rings[0], used).expect("it is whole");
+        assert_eq!(outcome.status, block::OK);
+        assert!(outcome.data == rig.data[sector as usize * 512..][..4096]);
+        drop(session);
+        host.end();
+    }
+    rig.place.store.ok(&["snapshot", "complete", "s"]);
+    drop(s3);
+    assert!(content(&rig, "s") == rig.data);
 }
 
 #[test]

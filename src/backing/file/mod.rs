@@ -20,6 +20,7 @@ mod queue;
 mod turns;
 mod write_cache;
 
+use crate::backing::coming::{Coming, ComingQueue};
 use crate::backing::device::{self, DATA_START};
 use crate::backing::medium::Medium;
 use crate::backing::nbd::{Address, Export};
@@ -170,6 +171,8 @@ pub struct FileBacking {
     memory: Option<Arc<FileMemory>>,
     /// Where it is a block device that is written past the page cache.
     write_cache: Option<Arc<WriteCache>>,
+    /// Where it is a layer of which not everything is there yet.
+    coming: Option<Arc<Coming>>,
 }
 
 impl FileBacking {
@@ -299,7 +302,13 @@ impl FileBacking {
             caps,
             memory,
             write_cache: None,
+            coming: None,
         }
+    }
+
+    /// This layer, which is still coming: what is not here is waited for. It cannot be a top.
+    pub fn with_coming(self, coming: Arc<Coming>) -> Self {
+        FileBacking { coming: Some(coming), ..self }
     }
 
     /// Opens the layer's file once more. The kernel reports a write-back that failed to each open file once:
@@ -335,6 +344,7 @@ impl FileBacking {
             memory: self.memory.clone(),
             export: self.export.clone(),
             write_cache: None,
+            coming: self.coming.clone(),
             ..*self
         })
     }
@@ -357,6 +367,7 @@ impl FileBacking {
                 caps,
                 memory: None,
                 write_cache: None,
+                coming: None,
                 ..*self
             });
         }
@@ -392,11 +403,19 @@ impl FileBacking {
             memory: layer.memory.clone(),
             unit: layer.way.unit as u32,
         };
+        if self.coming.is_some() {
+            return Err(io::Error::other("a layer that is still coming is no volume's top"));
+        }
         let top = reached(self, Arc::new(self.open_again()?));
+        let coming: Vec<_> = below.iter().map(|layer| layer.coming.clone()).collect();
         let below = below.iter().map(|layer| reached(layer, layer.file.clone())).collect();
         let queue = FileQueue::new(&uring, top, below, depth)?;
         let queue = queue.with_write_cache(self.write_cache.clone());
-        Ok(Box::new(queue.with_turns(&uring, self.way.turns.clone())?))
+        let queue: Box<dyn Queue> = Box::new(queue.with_turns(&uring, self.way.turns.clone())?);
+        match coming.iter().any(Option::is_some) {
+            true => Ok(Box::new(ComingQueue::over(queue, reactor, coming)?)),
+            false => Ok(queue),
+        }
     }
 
     /// Whether it is read from the file's memory.
@@ -414,6 +433,10 @@ impl FileBacking {
 
     /// See [`Backing::next_data`].
     pub(super) fn next_data_from(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        // Once all of it is there, commands may move data into it.
+        if let Some(coming) = self.coming.as_ref().filter(|it| !it.is_all_here()) {
+            return Ok(coming.next_data(from));
+        }
         if let Some(export) = &self.export {
             let found = export.next_data(self.start + from..self.start + self.caps.size)?;
             return Ok(found.map(|found| found.start - self.start..found.end - self.start));
@@ -486,6 +509,9 @@ impl Backing for FileBacking {
     }
 
     fn has_data(&self) -> io::Result<bool> {
+        if let Some(coming) = self.coming.as_ref().filter(|it| !it.is_all_here()) {
+            return Ok(coming.next_data(0).is_some());
+        }
         let mut room = Aligned::new(1 << 20);
         let mut from = 0;
         while let Some(data) = self.next_data_from(from)? {

@@ -15,6 +15,7 @@ use crate::backing::medium::Medium;
 use crate::backing::nbd::{Address, Export};
 use crate::base::root::{files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
+use crate::catalog::coming::coming_of_name;
 use crate::catalog::metadata::{LayerRecord, Metadata, written};
 use crate::catalog::{Catalog, LayerId, read_bounded};
 use header::{Found, Header, Token};
@@ -185,9 +186,11 @@ impl Catalog {
     /// Where a layer's bytes lie.
     ///
     /// # Errors
-    /// As [`Catalog::on_device`]; `Corrupt` if the device is not there.
+    /// As [`Catalog::on_device`]; `Corrupt` if the device is not there; `Busy` for a layer that is still
+    /// [coming](super::coming).
     pub fn place(&self, layer: &LayerRecord) -> Result<Place> {
         match self.on_device(layer.id)? {
+            None if self.is_coming(layer.id) => Err(self.has_not_come(layer.id)),
             None => Ok(Place::whole(self.layer_path(layer.id))),
             Some(OnDevice { nbd: Some(address), .. }) => {
                 Ok(Place::behind(address, self.device_file(layer.id), layer.size))
@@ -212,7 +215,7 @@ impl Catalog {
     pub fn shown_place(&self, layer: LayerId) -> PathBuf {
         match self.on_device(layer) {
             Ok(Some(on)) => on.name,
-            Ok(None) | Err(_) => self.layer_path(layer),
+            Ok(None) | Err(_) => self.file_of(layer),
         }
     }
 
@@ -376,12 +379,16 @@ impl Catalog {
             files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
             return Ok(true);
         }
-        let path = self.layer_path(layer);
-        match files::remove(&path) {
-            Ok(()) => Ok(true),
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
-            Err(e) => Err(Error::from(e).context(format!("remove {}", path.display()))),
+        let mut was_any = false;
+        // What says what is to come goes last: without it, a layer that is still coming is of no use.
+        for path in [self.layer_path(layer), self.coming_path(layer), self.wanted_path(layer)] {
+            match files::remove(&path) {
+                Ok(()) => was_any = true,
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::from(e).context(format!("remove {}", path.display()))),
+            }
         }
+        Ok(was_any)
     }
 }
 
@@ -407,7 +414,9 @@ impl OnDevice {
     }
 }
 
-/// The layer whose file has this name in `layers/`; whether it is on a device does not matter.
+/// The layer whose file has this name in `layers/`; whether it is on a device, or still coming, does not
+/// matter.
 pub(crate) fn layer_of_name(name: &str) -> Option<LayerId> {
-    name.strip_suffix(".img").or_else(|| name.strip_suffix(ENDING))?.parse().ok()
+    let of_file = name.strip_suffix(".img").or_else(|| name.strip_suffix(ENDING));
+    of_file.or_else(|| coming_of_name(name))?.parse().ok()
 }

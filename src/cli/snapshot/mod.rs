@@ -12,7 +12,7 @@ use crate::catalog::tags::Tags;
 use crate::cli::filter::{self, Filter, Tag};
 use crate::cli::place::PlaceArgs;
 use crate::cli::sort::{Place, SortArgs};
-use crate::cli::volume::export;
+use crate::cli::volume::{export, show};
 use crate::cli::{Env, output, rewrap, slots, space};
 use crate::ops::delete;
 use crate::ops::export::What;
@@ -47,6 +47,8 @@ what it has not seen, and \"missing\" what it has seen and is not listed. \"snap
     Push(outside::PushArgs),
     /// Make a snapshot of what a place outside has.
     Pull(outside::PullArgs),
+    /// Have everything come now of a snapshot that was pulled with --lazy.
+    Complete(outside::CompleteArgs),
     /// Read the snapshots of a place outside back, and prove every block.
     Verify(outside::VerifyArgs),
     /// Remove snapshots from a place outside.
@@ -159,6 +161,7 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         Command::Copy(args) => copy::run(env, args),
         Command::Push(args) => outside::push(env, &args),
         Command::Pull(args) => outside::pull(env, &args),
+        Command::Complete(args) => outside::complete(env, &args),
         Command::Verify(args) => outside::verify(env, &args),
         Command::Remove(args) => outside::remove(env, &args),
         Command::List(args) => list(env, &args),
@@ -188,7 +191,7 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
     filter::check(filters, &["id", "volume-id", "status", "encrypted", "description"])?;
     let catalog = env.catalog();
     let mut entries = catalog.snapshots()?;
-    entries.retain(|entry| is_wanted(entry, filters));
+    entries.retain(|entry| is_wanted(&catalog, entry, filters));
     args.sort.sort(&mut entries, |entry: &Entry| {
         let known = entry.snapshot.as_ref().ok();
         let (size, created) = (known.map(|it| it.geometry().size()), known.map(|it| it.created()));
@@ -207,16 +210,24 @@ fn list(env: &Env, args: &ListArgs) -> Result<()> {
     }
     let head = ["ID", "NAME", "VOLUME", "SIZE", "ENCRYPTED", "STATE", "CREATED"].map(String::from);
     let mut rows = vec![head.to_vec()];
-    rows.extend(entries.iter().map(row));
+    rows.extend(entries.iter().map(|entry| row(&catalog, entry)));
     output::print(&output::table(&rows)).map(drop)
 }
 
-fn is_wanted(entry: &Entry, filters: &[Filter]) -> bool {
+/// EBS knows `pending`, of a snapshot of which not everything is there yet.
+fn state(catalog: &Catalog, snapshot: &Snapshot) -> &'static str {
+    match catalog.coming_of(snapshot.layers()).is_empty() {
+        true => "completed",
+        false => "coming",
+    }
+}
+
+fn is_wanted(catalog: &Catalog, entry: &Entry, filters: &[Filter]) -> bool {
     let snapshot = entry.snapshot.as_ref().ok();
     let fields = [
         ("id", Some(entry.id.to_string())),
         ("volume-id", snapshot.map(|s| s.volume().to_string())),
-        ("status", Some(if snapshot.is_some() { "completed" } else { "damaged" }.to_string())),
+        ("status", Some(snapshot.map_or("damaged", |it| state(catalog, it)).to_string())),
         ("encrypted", snapshot.map(|s| s.is_encrypted().to_string())),
         ("description", snapshot.map(|s| s.label().description.clone())),
     ];
@@ -224,7 +235,7 @@ fn is_wanted(entry: &Entry, filters: &[Filter]) -> bool {
     filter::matches(filters, &fields, snapshot.map_or(&none, |s| &s.label().tags))
 }
 
-fn row(entry: &Entry) -> Vec<String> {
+fn row(catalog: &Catalog, entry: &Entry) -> Vec<String> {
     let id = entry.id.to_string();
     let none = || "-".to_string();
     match &entry.snapshot {
@@ -234,7 +245,7 @@ fn row(entry: &Entry) -> Vec<String> {
             snapshot.volume().to_string(),
             size::human(snapshot.geometry().size()),
             if snapshot.is_encrypted() { "yes" } else { "no" }.to_string(),
-            "completed".to_string(),
+            state(catalog, snapshot).to_string(),
             snapshot.created().to_string(),
         ],
         Err(e) => {
@@ -274,6 +285,14 @@ fn show(env: &Env, reference: &str) -> Result<()> {
         rows.push(pair("layer", catalog.shown_place(layer.id).display().to_string()));
         rows.push(pair("", space::layer_words(usage)));
     }
+    let far = catalog.how_far(snapshot.layers());
+    rows.extend(far.map(|far| {
+        let words = show::coming_words(&far);
+        pair(
+            "coming",
+            format!("{words}; \"sealblk snapshot complete {}\" brings the rest now", snapshot.id()),
+        )
+    }));
     rows.extend(snapshot.label().tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}"))));
     rows.push(pair("created", snapshot.created().to_string()));
     rows.extend(catalog.check_snapshot(&snapshot).err().map(|problem| pair("problem", problem.to_string())));
@@ -326,7 +345,8 @@ fn description(catalog: &Catalog, snapshot: &Snapshot) -> Value {
         "sector_size": snapshot.geometry().sector_size(),
         "encrypted": snapshot.is_encrypted(),
         "created": snapshot.created(),
-        "state": "completed",
+        "state": state(catalog, snapshot),
+        "coming": catalog.how_far(snapshot.layers()),
         "tags": snapshot.label().tags,
         "keys": keys,
         "layers": layers.collect::<Vec<Value>>(),

@@ -11,6 +11,7 @@ use crate::cli::place::{KeepArgs, LimitArgs, PlaceArgs};
 use crate::cli::progress::Progress;
 use crate::cli::slots::key_json;
 use crate::cli::{Env, output};
+use crate::ops::backup::complete::{self, Of};
 use crate::ops::backup::list::{self, Said};
 use crate::ops::backup::pull::{self, Ahead, Wanted};
 use crate::ops::backup::push;
@@ -53,11 +54,16 @@ Examples:
   sealblk snapshot pull file:///mnt/backup/snap-0123456789abcdef0
   sealblk snapshot pull s3://bucket/prefix/snap-0123456789abcdef0 --name restored --key alias/here
   sealblk volume create --snapshot restored --name db
+  sealblk snapshot pull s3://bucket/prefix/snap-0123456789abcdef0 --lazy --limit 50MiB
 
 What comes is proved, block by block, before it is written: what is not as somebody wrote it who had the data key is
 refused, and nothing is left of it. The snapshot is another one here, with an id of its own, for which the KMS wraps the data
 keys anew: the KMS that wraps them in the place has to be reached from here, and to let this host use the key. --key has another
 key of the same KMS wrap them from then on, or a key of another KMS that takes data keys.
+
+With --lazy it is there at once, and a volume made of it can be attached at once, and be snapshotted and cloned. Blocks come as
+guests read them, each proved before it is used, and all others behind that; \"snapshot complete\" has them come now. Until
+everything is there, the place is needed, and commands that read all of the snapshot (push, copy, export) refuse.
 
 Interrupted, the same command goes on with what there is, until \"sealblk gc\" clears that away. Prints the new snapshot's
 id.")]
@@ -71,12 +77,34 @@ pub struct PullArgs {
     /// wraps them in the place].
     #[arg(long, value_name = "KEYREF")]
     key: Option<String>,
+    /// Have the snapshot at once: what it holds comes when it is read, by volumes made of it that are
+    /// attached, and behind that, at no more than --limit.
+    #[arg(long)]
+    lazy: bool,
     #[command(flatten)]
     how: PlaceArgs,
     #[command(flatten)]
     limit: LimitArgs,
     #[command(flatten)]
     space: SpaceArgs,
+}
+
+/// What `snapshot complete` takes.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  sealblk snapshot complete restored
+  sealblk snapshot complete vol-0a1b
+
+What is still to come of a snapshot that was pulled with --lazy comes now; what is there is proved once more. Volumes that are
+made of it may be attached meanwhile. A place that is away is not waited for. Interrupted, the same command goes on. When it
+has ended, the place is not needed any more.")]
+pub struct CompleteArgs {
+    /// The snapshot: its id, the first digits of its id, or its tag Name; or a volume that was made of it.
+    #[arg(value_name = "SNAPSHOT")]
+    reference: String,
+    #[command(flatten)]
+    limit: LimitArgs,
 }
 
 /// What `snapshot verify` takes.
@@ -178,6 +206,7 @@ pub(super) fn pull(env: &Env, args: &PullArgs) -> Result<()> {
         name: args.name.clone(),
         tags: Vec::new(),
         budget: args.space.budget(&store),
+        lazy: args.lazy,
     };
     let mut progress = Progress::new()?;
     let watch = &mut |done, total| progress.at(done, total).map_err(goes_on);
@@ -187,6 +216,36 @@ pub(super) fn pull(env: &Env, args: &PullArgs) -> Result<()> {
         true => output::print_json(&description(&env.catalog(), &pulled)),
         false => output::print(&format!("{}\n", pulled.id())).map(drop),
     }
+}
+
+/// Completes a snapshot, or the layers of a volume.
+pub(super) fn complete(env: &Env, args: &CompleteArgs) -> Result<()> {
+    let (store, catalog) = (env.store()?, env.catalog());
+    let of = match catalog.resolve_snapshot(&args.reference) {
+        Ok(id) => Of::Snapshot(id),
+        Err(e) if e.kind() == Kind::NotFound => match catalog.resolve(&args.reference) {
+            Ok(id) => Of::Volume(id),
+            Err(other) if other.kind() == Kind::NotFound => return Err(e),
+            Err(other) => return Err(other),
+        },
+        Err(e) => return Err(e),
+    };
+    let id = match of {
+        Of::Snapshot(id) => id.to_string(),
+        Of::Volume(id) => id.to_string(),
+    };
+    let mut progress = Progress::new()?;
+    let watch = &mut |done, total| progress.at(done, total).map_err(goes_on);
+    let done = complete::complete(&store, of, args.limit.rate(), watch)?;
+    drop(progress);
+    if env.json {
+        return output::print_json(&json!({"id": id, "was_complete": !done}));
+    }
+    output::tell(&match done {
+        true => format!("{id} is complete: its place is not needed any more"),
+        false => format!("{id} was complete already"),
+    });
+    Ok(())
 }
 
 /// Verifies a place.

@@ -259,6 +259,9 @@ fn row(catalog: &Catalog, entry: &Entry, overview: &Overview) -> Result<Vec<Stri
     if on_devices > 0 {
         usage += &format!(" + {} of devices", size::about(on_devices));
     }
+    if let Some(far) = catalog.how_far(metadata.layers()) {
+        usage += &format!(" + {} to come", size::about(far.all.saturating_sub(far.come)));
+    }
     Ok(vec![
         id,
         metadata.name().map_or_else(none, ToString::to_string),

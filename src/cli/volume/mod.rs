@@ -10,7 +10,7 @@ mod modify;
 mod rekey;
 pub(super) mod resize;
 mod send;
-mod show;
+pub(super) mod show;
 mod tag;
 
 pub(super) use list::{FILTERS, chosen, is_wanted};

@@ -3,6 +3,7 @@
 use crate::base::plural::counted;
 use crate::base::{Result, size};
 use crate::catalog::attach_settings::AttachSettings;
+use crate::catalog::coming::HowFar;
 use crate::catalog::lock::{Held, Holder as LockHolder, Purpose};
 use crate::catalog::metadata::{KeyRecord, VolumeName};
 use crate::catalog::{Catalog, Metadata, VolumeId};
@@ -103,6 +104,7 @@ fn rows(
         rows.push(pair("", space::layer_words(usage)));
     }
     rows.extend(attached.hydration(catalog, metadata));
+    rows.extend(attached.coming(catalog, metadata));
     rows.extend(metadata.origin().map(|origin| pair("made from", origin.snapshot)));
     match catalog.tags(metadata.id()) {
         Ok(tags) => rows.extend(tags.iter().map(|(key, value)| pair("tag", format!("{key}={value}")))),
@@ -243,6 +245,24 @@ impl Attached {
         rows
     }
 
+    /// What is still to come of lower layers, from the place of a snapshot that was pulled lazily.
+    fn coming(&self, catalog: &Catalog, metadata: &Metadata) -> Vec<Vec<String>> {
+        let Some(far) = catalog.how_far(metadata.layers()) else { return Vec::new() };
+        let Some(Ok(Status { coming: Some(now), .. })) = &self.status else {
+            let words = format!("{}; an attach goes on with the rest", coming_words(&far));
+            return vec![pair("coming", words)];
+        };
+        let far = HowFar { come: now.come, all: now.all, from: far.from };
+        let mut rows = vec![pair("coming", coming_words(&far))];
+        rows.extend(now.away.as_ref().map(|why| pair("", format!("nothing comes at the moment: {why}"))));
+        if now.waiting + now.failed > 0 {
+            let waiting = counted(now.waiting, "read waits", "reads wait");
+            let failed = counted(now.failed, "read has failed", "reads have failed");
+            rows.push(pair("", format!("{waiting} for what has not come, and {failed}")));
+        }
+        rows
+    }
+
     fn json(&self) -> Value {
         let (Held::By(holder), Some(status)) = (&self.held, &self.status) else { return Value::Null };
         let mut value = json!({
@@ -260,11 +280,18 @@ impl Attached {
                 value["flush_failed"] = json!(status.flush_failed);
                 value["no_space"] = json!(status.no_space);
                 value["limits"] = json!(status.limits);
+                value["coming"] = json!(status.coming);
             }
             Err(e) => value["problem"] = json!(e.to_string()),
         }
         value
     }
+}
+
+/// How far layers have come, in words.
+pub(in crate::cli) fn coming_words(far: &HowFar) -> String {
+    let HowFar { come, all, from } = far;
+    format!("{} of {} have come from {from}", size::about(*come), size::about(*all))
 }
 
 /// What the next attach would meet, as far as one can tell without asking the KMS.
@@ -312,6 +339,7 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
         "keys": keys,
         "layers": layers,
         "hydration": waiting(catalog, metadata),
+        "coming": catalog.how_far(metadata.layers()),
         "snapshot_id": metadata.origin().map(|origin| origin.snapshot),
         "tags": tags,
         "generation": metadata.generation(),

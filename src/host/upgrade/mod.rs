@@ -36,6 +36,7 @@ pub(super) use predecessor::Predecessor;
 pub(super) use successor::Taking;
 pub(crate) use successor::{COMMAND, Outcome, take_over};
 
+use crate::backing::coming;
 use crate::base::space::Reserve;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result, printable};
@@ -96,6 +97,10 @@ pub struct Offer {
     /// How many seconds requests wait for an NBD server that is gone, where that is not the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     nbd_reconnect: Option<u64>,
+    /// How many milliseconds reads wait for what is still to come from a place, where that
+    /// is not the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source_patience_ms: Option<u64>,
     /// Which descriptors come with this, after those that always do.
     passes: Passes,
 }
@@ -177,6 +182,7 @@ impl Offer {
             sandbox,
             user,
             nbd_reconnect: self.nbd_reconnect.map_or(NBD_RECONNECT, Duration::from_secs),
+            source_patience: self.source_patience_ms.map_or(coming::PATIENCE, Duration::from_millis),
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The side of the process that serves the volume until now.
 
 use super::{Link, Offer, PREPARING, PROTOCOL, Part, Passes, STEP, Step};
+use crate::backing::coming;
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::VolumeId;
 use crate::crypt::Dek;
@@ -158,7 +159,16 @@ impl Predecessor {
         memory.hand_over();
         let limits = self.qos.limits();
         let Options {
-            queues, queue_size, read_only, ref serial, engine, poll, in_order, nbd_reconnect, ..
+            queues,
+            queue_size,
+            read_only,
+            ref serial,
+            engine,
+            poll,
+            in_order,
+            nbd_reconnect,
+            source_patience,
+            ..
         } = self.options;
         let offer = Offer {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -183,6 +193,8 @@ impl Predecessor {
             data_keys: data_keys.len(),
             unwrapped_by,
             nbd_reconnect: (nbd_reconnect != NBD_RECONNECT).then_some(nbd_reconnect.as_secs()),
+            source_patience_ms: (source_patience != coming::PATIENCE)
+                .then_some(source_patience.as_millis() as u64),
             passes: Passes {
                 listener: self.listener.is_some(),
                 keeper: self.keeper.socket().is_some(),

@@ -15,6 +15,7 @@ use crate::config::Settings;
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::{SecretFd, SecretMem, on_scrubbed_stack};
 use crate::events::EventLog;
+use crate::helper::fetch;
 use crate::helper::grants::Keeper;
 use crate::host::control::{Answer, Control, Request};
 use crate::host::keys_held::KeysHeld;
@@ -195,6 +196,7 @@ fn serve(
         said.cloned().unwrap_or_else(|| key.first().kms_key())
     };
     let used: Vec<KmsKey> = metadata.keys().iter().enumerate().map(|(n, key)| by(n, key)).collect();
+    let coming = fetch::Keys::of(catalog, &metadata, |n| deks.get(n)).context(attempt)?;
     let give_keys = |_: &Metadata| {
         let unwrapped = deks.into_iter().zip(used.iter().cloned());
         Ok(unwrapped.map(|(dek, by)| Unwrapped { dek: Arc::new(dek), by }).collect())
@@ -203,7 +205,8 @@ fn serve(
     let held = KeysHeld::begin(catalog.root(), &metadata, used)?;
     let keeper = keeper.map_or_else(Keeper::default, Keeper::of_another);
     let place = Place::Successor(lock);
-    let taken = Taken { place, lock_file, holder, opened: None, opener, metadata, events, keeper, held };
+    let opened = None;
+    let taken = Taken { place, lock_file, holder, opened, opener, metadata, events, keeper, held, coming };
     let folder = catalog.folder(volume);
     let control = Control::bind(&folder, true).context(attempt)?;
     let inlet =

@@ -126,4 +126,13 @@ impl Into {
         }
         Ok(())
     }
+
+    /// Writes a block of which `object` is the object, over whatever the layer has there. Whoever reads what
+    /// is right already goes on reading that: there is no hole for a moment.
+    pub(super) fn write_over(&mut self, number: u64, object: &[u8]) -> Result<()> {
+        let bytes = self.bytes_of(number);
+        let room = &mut self.room[..(bytes.end - bytes.start) as usize];
+        block::decode(object, room)?;
+        Ok(self.file.write_all_at(room, bytes.start)?)
+    }
 }

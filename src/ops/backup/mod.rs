@@ -6,7 +6,9 @@
 //! a place is a claim: it is proved here by its name or its MAC before anything is done with it.
 
 pub mod all;
+pub mod complete;
 mod drill;
+pub(crate) mod fetch;
 mod into;
 mod kms_log;
 mod leases;

@@ -10,9 +10,11 @@ use super::{For, Session, Target, check_name, choose, keys_of, mark_of, missing}
 use crate::backup::block::{self, BLOCK};
 use crate::backup::manifest::{self, Claim, Manifest, PageEntry};
 use crate::backup::page::{Page, RUN};
+use crate::backup::to_come::ToCome;
 use crate::backup::{BLOCKS, ContentName, PAGES};
 use crate::base::root::files;
 use crate::base::{Context, Error, Kind, Result, Timestamp};
+use crate::catalog::coming::Head;
 use crate::catalog::layout::{KeyRecord, LayerRecord};
 use crate::catalog::slots::KeySlot;
 use crate::catalog::snapshot::{Label, Snapshot};
@@ -26,9 +28,11 @@ use crate::helper::rewrap;
 use crate::kms::Failure;
 use crate::kms::key_ref::{KeyRef, is_same_key};
 use crate::ops::Store;
+use crate::ops::brake::Brake;
 use crate::ops::clone::{Which, rewrap_slots};
 use crate::ops::copy::full;
 use crate::ops::need::{self, Budget, Gate};
+use crate::place::PlaceUrl;
 use crate::sandbox;
 use nix::fcntl::{Flock, OFlag};
 use serde::{Deserialize, Serialize};
@@ -52,6 +56,9 @@ pub struct Wanted {
     pub budget: Budget,
     /// Whether it is of a volume that is still used where it comes from.
     pub ahead: Ahead,
+    /// Whether it is there at once, and what it holds comes when it is read, and behind that.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 /// A volume that is sent has two snapshots in the place: the first one is pulled while the volume is used,
@@ -87,12 +94,21 @@ pub fn pull(
 ) -> Result<Snapshot> {
     let started = Timestamp::now();
     let attempt = || format!("pull from {}", target.url);
+    let is_passing = matches!(target.url, PlaceUrl::Connection { .. }) || wanted.ahead != Ahead::No;
+    if wanted.lazy && is_passing {
+        let message = "what comes by a connection, or for a volume that is sent, comes at once";
+        return Err(Error::new(Kind::Usage, message).context(attempt()));
+    }
     let mut session = Session::open(store, target, For::Reading).context(attempt)?;
+    if wanted.lazy {
+        // The rate is that of what comes later.
+        session.brake = Brake::new(0);
+    }
     let id = choose(&mut session, named)?;
     let attempt = || format!("pull {id} from {}", target.url);
     let claim = session.claim_of_known(id).context(attempt)?;
     let volume = claim.claimed().snapshot.volume();
-    let done = begin(store, &mut session, claim, wanted, watch);
+    let done = begin(store, &mut session, claim, target, wanted, watch);
     if wanted.ahead != Ahead::Is {
         let result = done.as_ref().map(Snapshot::id).map_err(|failure| failure.cause.clone());
         store.events().record(&Event::pull_snapshot(id, volume, result, started));
@@ -104,6 +120,7 @@ fn begin(
     store: &Store,
     session: &mut Session,
     claim: Claim,
+    target: &Target,
     wanted: &Wanted,
     watch: Watch<'_>,
 ) -> Result<Snapshot, Failure> {
@@ -149,7 +166,10 @@ fn begin(
         }
     };
     let pull = Pull { catalog: &catalog, manifest: &manifest, ahead, copy: &copy, keys: &keys };
-    let filled = pull.fill(session, budget, watch);
+    let filled = match wanted.lazy {
+        true => pull.note_what_is_to_come(session, target, watch),
+        false => pull.fill(session, budget, watch),
+    };
     let commit = || if wanted.ahead == Ahead::Is { Ok(()) } else { full::commit(&catalog, &copy) };
     match filled.and_then(|()| commit()) {
         Ok(()) => Ok(copy),
@@ -309,8 +329,42 @@ impl Pull<'_> {
             gate.wait(&mut || watch(done.min(total), total))
         };
         for (n, layer) in self.copy.layers().iter().enumerate() {
+            self.catalog.fill_now(layer.id)?;
             full::make_empty(self.catalog, layer)?;
             self.fill_layer(session, n, layer, &mut step)?;
+        }
+        watch(total, total)
+    }
+
+    /// Writes down, durably, which blocks the layers are going to have, and where from; they have none yet.
+    fn note_what_is_to_come(&self, session: &mut Session, target: &Target, watch: Watch<'_>) -> Result<()> {
+        let total = self.manifest.blocks().saturating_mul(BLOCK as u64);
+        let mut done = 0;
+        for (n, layer) in self.copy.layers().iter().enumerate() {
+            let (keys, pages) = (&self.keys[n], &self.manifest.planes[n].pages);
+            let head = Head {
+                layer: layer.id,
+                size: layer.size,
+                blocks: 0,
+                snapshot: self.manifest.snapshot.id(),
+                volume: self.manifest.snapshot.volume(),
+                place: session.id.0,
+                url: target.url.to_string(),
+                endpoint: target.access.endpoint.clone(),
+                region: target.access.region.clone(),
+                rate: target.rate,
+            };
+            let mut to_come = ToCome { head, blocks: Vec::new() };
+            for (number, entry) in pages {
+                watch(done, total)?;
+                let page = page_of(session, entry, keys)?;
+                to_come.add(u64::from(*number) * RUN, &page);
+                done += u64::from(entry.blocks).saturating_mul(BLOCK as u64);
+            }
+            let bytes = to_come.to_bytes(keys);
+            // What is written is what can be read.
+            ToCome::prove(&bytes, keys)?;
+            self.catalog.make_coming(layer, &bytes)?;
         }
         watch(total, total)
     }

@@ -117,7 +117,7 @@ impl Site {
         watch: Watch<'_>,
     ) -> Result<SnapshotId> {
         let tags = vec![(RESTORED.into(), snapshot.to_string())];
-        let wanted = pull::Wanted { key, name: None, tags, budget, ahead };
+        let wanted = pull::Wanted { key, name: None, tags, budget, ahead, lazy: false };
         match self.run(&Step::Pull(snapshot, target.clone(), wanted), watch)? {
             Came::Pulled(id) => Ok(id),
             _ => Err(other()),

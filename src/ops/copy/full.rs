@@ -46,6 +46,7 @@ impl Copying {
         budget: Budget,
     ) -> Result<Self, Failure> {
         catalog.check_snapshot(source)?;
+        catalog.check_has_come(source.layers())?;
         let source_deks =
             source.keys().iter().map(|key| unwrap(source.key_owner(), key)).collect::<Result<Deks, _>>()?;
         source.verify(&source_deks)?;

@@ -202,6 +202,7 @@ impl Source {
         let Reach::Mine(lock) = Reach::of(&catalog, id, Purpose::Export)? else {
             return Err(attached(&catalog, id)?.into());
         };
+        catalog.check_has_come(catalog.load(id)?.layers())?;
         let Taken { lock, opened } = store.open_as(lock, Opening::Read, Access::Read)?;
         let layout = opened.metadata.layout().clone();
         Ok(Self::over(layout, (KeyOwner::Volume(id), opened.unwrapped_by), &opened.layers, Some(lock))?)
@@ -212,6 +213,7 @@ impl Source {
         let snapshot = catalog.load_snapshot(id)?;
         store.settings().check_encrypted(id, snapshot.is_encrypted())?;
         catalog.check_files(&id, snapshot.layers())?;
+        catalog.check_has_come(snapshot.layers())?;
         let unwrap = |owner, key: &_| store.unwrap(owner, key);
         let deks = unwrap_all(snapshot.layout(), snapshot.key_owner(), &unwrap)?;
         snapshot.verify(&deks)?;

@@ -1,6 +1,7 @@
 //! The metrics of volumes, with the labels `volume`, an id, and `name`.
 
 use crate::host::stats::Stats;
+use crate::host::status::Coming;
 use crate::ops::metrics::text::{Labels, Text, Type, number};
 use crate::ops::observe::Observed;
 use crate::ops::usage::Overview;
@@ -264,6 +265,34 @@ fn states(text: &mut Text, volumes: &[Answered<'_>]) {
     for (it, status) in said() {
         text.sample(&it.labels(), status.no_space.as_ref().map_or(0, |refused| refused.requests));
     }
+    let coming = || said().filter_map(|(it, status)| Some((it, status.coming.as_ref()?)));
+    let of_coming: [OfComing; 4] = [
+        (
+            "sealblk_volume_coming_left_bytes",
+            Type::Gauge,
+            "What is still to come from the place of a snapshot that was pulled lazily.",
+            |it| it.all.saturating_sub(it.come),
+        ),
+        (
+            "sealblk_volume_source_away",
+            Type::Gauge,
+            "Whether nothing comes from there at the moment.",
+            |it| u64::from(it.away.is_some()),
+        ),
+        ("sealblk_volume_source_waiting_reads", Type::Gauge, "Reads that wait for what is to come.", |it| {
+            it.waiting
+        }),
+        (
+            "sealblk_volume_source_failed_reads",
+            Type::Counter,
+            "Reads that failed since what they needed did not come, or was not right.",
+            |it| it.failed,
+        ),
+    ];
+    for (name, kind, help, value) in of_coming {
+        text.family(name, kind, help);
+        coming().for_each(|(it, coming)| text.sample(&it.labels(), value(coming)));
+    }
     let copying = || said().filter_map(|(it, status)| Some((it, status.hydration.as_ref()?)));
     text.family(
         "sealblk_volume_hydration_left_bytes",
@@ -286,6 +315,7 @@ fn states(text: &mut Text, volumes: &[Answered<'_>]) {
     }
 }
 
+type OfComing = (&'static str, Type, &'static str, fn(&Coming) -> u64);
 type OfQueues = (&'static str, &'static str, fn(&QueueStats) -> u64);
 
 fn counters(text: &mut Text, volumes: &[Answered<'_>], families: &[OfQueues]) {

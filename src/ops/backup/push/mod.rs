@@ -69,6 +69,7 @@ pub fn push(store: &Store, id: SnapshotId, target: &Target, watch: Watch<'_>) ->
 fn begin(store: &Store, snapshot: &Snapshot, target: &Target, watch: Watch<'_>) -> Result<Pushed, Failure> {
     let Some(planes) = Planes::of(snapshot.layout()) else { return Err(not_encrypted(snapshot).into()) };
     store.catalog().check_snapshot(snapshot)?;
+    store.catalog().check_has_come(snapshot.layers())?;
     let mut session = Session::open(store, target, For::Pushing)?;
     let held = session.marks.lock(snapshot.id())?;
     let (owner, volume) = (snapshot.key_owner(), snapshot.volume());

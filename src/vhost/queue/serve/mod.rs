@@ -46,6 +46,9 @@ pub(super) struct Server {
     free: Vec<u16>,
     /// Requests that wait for buffers or for room in the disk's queue, oldest first.
     stalled: VecDeque<u16>,
+    /// Reads that a pause has taken back from the disk, where they waited for what may take long: their tags
+    /// and lengths.
+    postponed: VecDeque<(u64, usize)>,
     /// Heads that an earlier back-end took and did not answer, oldest first.
     resubmit: VecDeque<u16>,
     /// Heads in flight, one bit each.
@@ -102,6 +105,7 @@ impl Server {
             requests: (0..size).map(|_| Request::new()).collect(),
             free: (0..size).rev().collect(),
             stalled: VecDeque::new(),
+            postponed: VecDeque::new(),
             resubmit: resubmit.into(),
             heads: vec![0; usize::from(size).div_ceil(64)],
             in_order: tuning.in_order.then(|| InOrder::new(size)),
@@ -124,10 +128,14 @@ impl Server {
     /// serves, and becomes another if a pause brings one.
     pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
+            if self.pausing.is_some() {
+                self.postponed.extend(self.io.take_back());
+            }
             if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
                 self.pause(reply, disk);
             }
             if self.pausing.is_none() {
+                self.restart_postponed();
                 self.restart_stalled();
             }
             let more = self.take_available()?;

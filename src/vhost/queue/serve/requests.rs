@@ -57,6 +57,19 @@ impl Server {
         }
     }
 
+    /// Hands reads over again that a pause has taken back, oldest first.
+    pub(super) fn restart_postponed(&mut self) {
+        while let Some(&(tag, len)) = self.postponed.front() {
+            let Op::Read { sector } = self.requests[usize::from(tag as u16)].op else {
+                unreachable!("reads alone are taken back");
+            };
+            let sector = sector + (tag >> 16);
+            let Some(buffer) = self.io.alloc(sector, len) else { return };
+            self.postponed.pop_front();
+            self.io.read(tag, sector, buffer);
+        }
+    }
+
     /// Goes on with requests that lacked something, oldest first.
     pub(super) fn restart_stalled(&mut self) {
         // Who must still wait for the limits says so again.
