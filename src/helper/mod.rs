@@ -7,6 +7,7 @@ pub mod dial;
 mod failure;
 pub mod grants;
 pub mod other_host;
+pub mod rbd;
 pub mod rewrap;
 pub mod slots;
 pub mod unwrap;

@@ -32,7 +32,8 @@ use crate::base::{Context, Error, Result, log_fields};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
-use crate::helper::dial;
+use crate::events::Event;
+use crate::helper::{dial, rbd};
 use crate::kms::embedded::root_key::passphrase;
 use crate::reactor::ring;
 use crate::sandbox::{self, Identity, Mode};
@@ -196,10 +197,13 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
     nbd::set_patience(options.nbd_reconnect);
-    let exports = catalog.exports(&taken.metadata).context(attempt)?;
-    if !exports.is_empty() {
-        // Threads of theirs would not be confined.
-        nbd::rest();
+    let exports = catalog.exports(&taken.metadata, options.read_only).context(attempt)?;
+    // Threads of theirs would not be confined.
+    nbd::rest();
+    rbd::start(&exports).context(attempt)?;
+    tell_of_lost_images(&taken).context(attempt)?;
+    let exports: Vec<_> = exports.into_iter().map(|(address, _)| address).collect();
+    if exports.iter().any(|address| address.server().is_some()) {
         dial::start(catalog.root(), exports, from.as_ref().map(Taking::log)).context(attempt)?;
     }
     let removable = files::socket_folder(catalog, &taken.metadata, named);
@@ -271,6 +275,13 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
     waiting.tell(&result);
     result
+}
+
+/// Has an event tell of an RBD image that another host has taken.
+fn tell_of_lost_images(taken: &Taken) -> Result<()> {
+    let (events, volume) = (taken.events.clone(), taken.metadata.id());
+    nbd::when_lost(Box::new(move |_, why| events.record(&Event::lost_image(volume, why))));
+    Ok(())
 }
 
 fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {

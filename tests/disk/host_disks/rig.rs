@@ -253,6 +253,17 @@ impl Writer {
         }
     }
 
+    /// Makes all of the disk zeros, by one request for each 4 MiB.
+    pub fn zero_all(&mut self) {
+        for at in (0..self.data.len()).step_by(4 << 20) {
+            let len = (self.data.len() - at).min(4 << 20);
+            let segment = Segment { sector: (at / SECTOR) as u64, count: (len / SECTOR) as u32, flags: 1 };
+            let request = Request::write_zeroes(&[segment]);
+            assert_eq!(request.run(&mut self.session.rings[1]).unwrap().status, OK, "zeros at {at}");
+        }
+        self.data.fill(0);
+    }
+
     /// The disk has become larger.
     pub fn grown(&mut self, size: usize) {
         self.data.resize(size, 0);
