@@ -469,7 +469,11 @@ fn not_connected(e: &std::io::Error, image: &nbd::Image) -> Error {
 
 fn explained(e: &std::io::Error, what: &str, image: &nbd::Image) -> Error {
     let (kind, hint) = match e.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENOENT) => (Kind::NotFound, format!("there is no such thing: {what}")),
+        Some(Errno::ENOENT) => {
+            let message =
+                format!("{what} is not there; \"volume create\" makes an image where it is given --size");
+            (Kind::NotFound, message)
+        }
         Some(Errno::EPERM | Errno::EACCES) => {
             let message = format!(
                 "client.{} may not use {what}; docs/ceph.md has the caps that it needs, and \"rbd pool init \

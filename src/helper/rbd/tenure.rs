@@ -103,6 +103,12 @@ impl Tenure {
     fn is(&self, other: &Tenure) -> bool {
         self.tenure == other.tenure
     }
+
+    /// Whether both are the same process's, which has an image once at a time.
+    fn is_of_process_of(&self, other: &Tenure) -> bool {
+        let of = |holder: &Holder| (holder.pid, holder.start_time, holder.host.clone());
+        of(&self.holder) == of(&other.holder)
+    }
 }
 
 /// Takes the lock on `image`, and puts the tenure of `claim` there. `has_ended` tells whether a process is
@@ -210,6 +216,7 @@ fn put(
     if let Some(there) = &there
         && !is_ours
         && !claim.break_lock
+        && !there.is_of_process_of(&claim.tenure)
         && look_at(&there.holder)? == Seen::Running
     {
         // Its client has died, and another one is on its way.

@@ -13,17 +13,28 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use tempfile::TempDir;
 
 /// A cluster of one monitor and one OSD. It ends with the value, or with the test program.
 pub struct Cluster {
-    folder: TempDir,
+    /// Which the script makes, and removes at the end.
+    folder: PathBuf,
+    /// The network namespace that it is in, where that is one of its own.
+    namespace: Option<String>,
     // At its end, the cluster ends.
     serving: Child,
 }
 
 static SHARED: LazyLock<Cluster> = LazyLock::new(|| Cluster::start(None));
 static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// `ci/ceph-up`, in this network namespace.
+fn script(namespace: Option<&str>) -> Command {
+    let script = repository().join("ci/ceph-up");
+    let Some(name) = namespace else { return Command::new(script) };
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", name]).arg(script);
+    command
+}
 
 impl Cluster {
     /// The one that tests share which leave it alone, each with its own images.
@@ -42,29 +53,25 @@ impl Cluster {
     }
 
     fn start(namespace: Option<(&str, &str)>) -> Cluster {
-        let folder = tempfile::tempdir().expect("make a temporary folder");
-        let script = repository().join("ci/ceph-up");
         // Loopback has many addresses: each cluster has one.
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let own = std::process::id();
+        let folder = std::env::temp_dir().join(format!("sealblk-ceph-{own}-{number}"));
         let address = format!("127.{}.{}.{}", 1 + number % 200, own >> 8 & 255, 1 + own % 250);
-        let mut command = match namespace {
-            None => Command::new(script),
-            Some((name, _)) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", name]).arg(script);
-                command
-            }
+        let (namespace, address) = match namespace {
+            Some((name, address)) => (Some(name.to_owned()), address.to_owned()),
+            None => (None, address),
         };
-        command.arg("serve").arg(folder.path().join("c"));
-        command.env("CEPH_ADDRESS", namespace.map_or(&*address, |(_, address)| address));
+        let mut command = script(namespace.as_deref());
+        command.arg("serve").arg(&folder);
+        command.env("CEPH_ADDRESS", address);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut serving = command.spawn().expect("start ci/ceph-up");
         let mut line = String::new();
         let out = serving.stdout.take().expect("it is piped");
         BufReader::new(out).read_line(&mut line).expect("hear of it");
         assert_eq!(line, "ready\n", "ci/ceph-up has failed; ./ci/setup gets what it needs");
-        let cluster = Cluster { folder, serving };
+        let cluster = Cluster { folder, namespace, serving };
         cluster.tool(&["rbd", "namespace", "create", "rbd/n"]);
         for id in ["a", "b"] {
             cluster.script(&["host", id, "rbd/n"]);
@@ -73,12 +80,12 @@ impl Cluster {
     }
 
     pub fn folder(&self) -> PathBuf {
-        self.folder.path().join("c")
+        self.folder.clone()
     }
 
     #[track_caller]
     fn script(&self, arguments: &[&str]) -> String {
-        let mut command = Command::new(repository().join("ci/ceph-up"));
+        let mut command = script(self.namespace.as_deref());
         command.arg(arguments[0]).arg(self.folder()).args(&arguments[1..]).stdin(Stdio::null());
         let output = command.output().expect("start ci/ceph-up");
         let said = String::from_utf8_lossy(&output.stderr);
@@ -116,7 +123,7 @@ impl Cluster {
     /// All bytes of an image.
     #[track_caller]
     pub fn content(&self, name: &str) -> Vec<u8> {
-        let file = self.folder.path().join(format!("{name}.content"));
+        let file = self.folder.join(format!("{name}.content"));
         let _ = fs::remove_file(&file);
         let to = file.to_str().expect("UTF-8");
         self.tool(&["rbd", "export", "--no-progress", &format!("rbd/n/{name}"), to]);

@@ -2,8 +2,8 @@
 
 use super::cluster::{Cluster, rig};
 use crate::common::disk::pattern;
-use crate::common::frontend::Request;
 use crate::common::frontend::block::{IOERR, OK, complete};
+use crate::common::frontend::{Request, Segment};
 use crate::common::patience::wait_for;
 use crate::host_disks::rig::Writer;
 use crate::nbd::server::content;
@@ -98,23 +98,27 @@ fn a_full_cluster_fails_writes_until_it_has_space() {
             cluster.tool(&["ceph", "osd", what, ratio]);
         }
     };
+    // What is there can be written, and what is not there cannot.
+    guest.zero_all();
     ratios("0.0001", "0.0002", "0.0003");
     let ring = &mut guest.session.rings[0];
-    wait_for("it is full", || match Request::write(0, &[1; 4096]).run(ring).unwrap().status {
-        IOERR => Ok(()),
-        status => Err(status),
+    wait_for("it is full", || {
+        let status = Request::write(8192, &[1; 4096]).run(ring).unwrap().status;
+        let is_full = status == IOERR;
+        // Makes place again for what is not to be there.
+        let segment = Segment { sector: 8192, count: 8, flags: 1 };
+        assert_eq!(Request::write_zeroes(&[segment]).run(ring).unwrap().status, OK);
+        if is_full { Ok(()) } else { Err(status) }
     });
-    host.says("Ceph refuses a write at 1048576: there is no space");
-    let found = crate::common::attach::read(ring, 0, 4096);
-    guest.data[..4096].copy_from_slice(&found);
+    host.says("Ceph refuses a write at 5242880: there is no space");
     guest.look();
     ratios("0.85", "0.9", "0.95");
     let ring = &mut guest.session.rings[0];
-    wait_for("there is space", || match Request::write(0, &[2; 4096]).run(ring).unwrap().status {
+    wait_for("there is space", || match Request::write(8192, &[2; 4096]).run(ring).unwrap().status {
         OK => Ok(()),
         status => Err(status),
     });
-    guest.data[..4096].fill(2);
+    guest.data[8192 * 512..][..4096].fill(2);
     guest.work();
     let data = guest.leave();
     host.end();

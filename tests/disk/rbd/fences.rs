@@ -108,8 +108,8 @@ fn a_server_that_is_killed_is_started_again_and_the_guest_sees_a_pause() {
         guest.work();
         assert_ne!(server_of(&host), server);
     }
-    host.says("connected again");
-    assert_eq!(tenure(cluster, "killed"), before, "it is the same attach");
+    host.says("the connection is lost");
+    assert_eq!(tenure(cluster, "killed")["tenure"], before["tenure"], "it is the same attach");
     let data = guest.leave();
     host.end();
     assert!(content(&rig, "volume", "t") == data);
@@ -173,7 +173,7 @@ fn whoever_writes_tells_so_in_the_image_and_takes_it_away_again() {
     let cluster = Cluster::shared();
     let rig = rig(cluster, "tenure", &[]);
     let list = || cluster.tool(&["rbd", "image-meta", "ls", "--format", "json", "rbd/n/tenure"]);
-    assert_eq!(list().trim(), "{}");
+    assert_eq!(list().trim(), "");
     let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
     let found = tenure(cluster, "tenure");
     assert_eq!((&found["format"], &found["volume"]), (&Value::from(1), &Value::from(rig.place.id())));
@@ -181,7 +181,51 @@ fn whoever_writes_tells_so_in_the_image_and_takes_it_away_again() {
     assert!(read(&mut guest.session.rings[0], 0, 512) == guest.data[..512]);
     guest.leave();
     host.end();
-    assert_eq!(list().trim(), "{}");
+    assert_eq!(list().trim(), "");
     let owners = || cluster.tool(&["rbd", "lock", "ls", "--format", "json", "rbd/n/tenure"]);
     wait_for("the lock is free", || if owners().trim() == "[]" { Ok(()) } else { Err(owners()) });
+}
+
+#[test]
+fn a_volume_in_an_image_is_handed_over_to_no_other_process() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "handed", &[]);
+    let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
+    guest.work();
+    let said = rig.refuse(8, &["upgrade", "t"]);
+    assert!(said.contains("no process takes it over"), "{said}");
+    let said = rig.place.refuse(8, &["--incoming"]);
+    assert!(said.contains("no process takes it over"), "{said}");
+    guest.work();
+    let data = guest.leave();
+    host.end();
+    assert!(content(&rig, "volume", "t") == data);
+}
+
+#[test]
+fn what_speaks_to_ceph_is_confined_and_has_nothing_of_the_host_process() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "confined", &[]);
+    let (host, guest) = rig.attach("t", 512, vec![0; SIZE]);
+    let server = server_of(&host);
+    let proc = |name: &str| format!("/proc/{server}/{name}");
+    let status = std::fs::read_to_string(proc("status")).unwrap();
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("there is such a line");
+        line.trim().to_owned()
+    };
+    assert_eq!((of("NoNewPrivs:"), of("Seccomp:")), ("1".into(), "2".into()));
+    let (caps, all) = (u64::from_str_radix(&of("CapEff:"), 16).unwrap(), of("CapBnd:"));
+    assert_eq!(caps, 0, "of {all}");
+    // Sockets, what waits for them, pipes, and nothing else: no file of the store, no memory for keys.
+    for fd in std::fs::read_dir(proc("fd")).unwrap() {
+        let to = std::fs::read_link(fd.unwrap().path()).unwrap().display().to_string();
+        let kinds = ["socket:", "anon_inode:[eventpoll]", "anon_inode:[eventfd]", "pipe:", "/dev/null"];
+        assert!(kinds.iter().any(|kind| to.starts_with(kind)), "{to}");
+    }
+    // The host process has no network; its own sockets are those of this machine.
+    let maps = std::fs::read_to_string(host.proc("maps")).unwrap();
+    assert!(!maps.contains("librbd") && !maps.contains("libstdc++"), "{maps}");
+    drop(guest);
+    host.end();
 }

@@ -25,20 +25,20 @@ impl Network {
     fn new() -> Network {
         let network = Network { name: format!("sb{}", std::process::id()) };
         ip(&["netns", "add", &network.name]);
-        network.inside(&network.name, &["link", "set", "lo", "up"]);
-        network.inside(&network.name, &["link", "add", "bridge", "type", "bridge"]);
+        network.inside(&network.name, &["link", "set", "dev", "lo", "up"]);
+        network.inside(&network.name, &["link", "add", "name", "bridge", "type", "bridge"]);
         network.inside(&network.name, &["address", "add", "10.77.0.1/24", "dev", "bridge"]);
-        network.inside(&network.name, &["link", "set", "bridge", "up"]);
+        network.inside(&network.name, &["link", "set", "dev", "bridge", "up"]);
         for (host, address) in [("a", "10.77.0.2/24"), ("b", "10.77.0.3/24")] {
             let namespace = network.host(host);
             ip(&["netns", "add", &namespace]);
             let far = ["peer", "name", "net", "netns", &namespace];
-            let near = ["link", "add", host, "type", "veth"];
+            let near = ["link", "add", "name", host, "type", "veth"];
             network.inside(&network.name, &[&near[..], &far].concat());
-            network.inside(&network.name, &["link", "set", host, "master", "bridge", "up"]);
-            network.inside(&namespace, &["link", "set", "lo", "up"]);
+            network.inside(&network.name, &["link", "set", "dev", host, "master", "bridge", "up"]);
+            network.inside(&namespace, &["link", "set", "dev", "lo", "up"]);
             network.inside(&namespace, &["address", "add", address, "dev", "net"]);
-            network.inside(&namespace, &["link", "set", "net", "up"]);
+            network.inside(&namespace, &["link", "set", "dev", "net", "up"]);
         }
         network
     }
@@ -53,7 +53,7 @@ impl Network {
 
     /// Cuts a host off, or connects it again.
     fn set(&self, host: &str, state: &str) {
-        self.inside(&self.name, &["link", "set", host, state]);
+        self.inside(&self.name, &["link", "set", "dev", host, state]);
     }
 }
 
