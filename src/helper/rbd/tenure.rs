@@ -122,6 +122,7 @@ pub(super) fn take(
     look_at: &mut dyn FnMut(&Holder) -> Result<Seen>,
 ) -> std::result::Result<(), Refusal> {
     let until = Instant::now() + PATIENCE;
+    let mut is_broken = false;
     loop {
         let had = match image.owner().context(|| "ask who has the image's lock")? {
             None => Had::Nobody,
@@ -136,7 +137,10 @@ pub(super) fn take(
             },
             Had::Dead(owner) => match image.break_lock(&owner) {
                 // For an hour, by librbd; and so for as long as it takes.
-                Ok(()) => image.refuse(&owner).map_err(|e| explained(&e))?,
+                Ok(()) => {
+                    is_broken = true;
+                    image.refuse(&owner).map_err(|e| explained(&e))?;
+                }
                 // It was released, or another one has it by now.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => {}
                 Err(e) => return Err(explained(&e).into()),
@@ -148,7 +152,7 @@ pub(super) fn take(
             return Err(Error::new(Kind::Busy, "others take the image's lock all the time").into());
         }
     }
-    let taken = put(image, claim, look_at);
+    let taken = put(image, claim, is_broken, look_at);
     if taken.is_err() {
         let _ = image.unlock();
     }
@@ -202,10 +206,11 @@ fn of(
     Ok(Had::Living(busy(tenure.as_ref(), &format!("its client {address} gives signs of life"))))
 }
 
-/// Puts the tenure there, under the lock.
+/// Puts the tenure there, under the lock, which was taken from somebody dead if it `is_broken`.
 fn put(
     image: &Image,
     claim: &Claim,
+    is_broken: bool,
     look_at: &mut dyn FnMut(&Holder) -> Result<Seen>,
 ) -> std::result::Result<(), Refusal> {
     let there = read(image)?;
@@ -215,6 +220,7 @@ fn put(
     }
     if let Some(there) = &there
         && !is_ours
+        && !is_broken
         && !claim.break_lock
         && !there.is_of_process_of(&claim.tenure)
         && look_at(&there.holder)? == Seen::Running
