@@ -127,11 +127,11 @@ struct Keeper {
     is_broken: bool,
 }
 
-/// The keepers of this process, one for each image and what it is used for.
-#[derive(Default)]
-struct Keepers(Mutex<BTreeMap<(Image, Right), Arc<Mutex<Keeper>>>>);
+/// One for each image and what it is used for.
+type Keepers = BTreeMap<(Image, Right), Arc<Mutex<Keeper>>>;
 
-static KEEPERS: std::sync::OnceLock<Keepers> = std::sync::OnceLock::new();
+/// The keepers of this process.
+static KEEPERS: Mutex<Keepers> = Mutex::new(Keepers::new());
 
 /// From now on, this process can open RBD images: with keepers that it starts when they are needed, as long
 /// as it can start processes.
@@ -151,8 +151,7 @@ pub fn start(exports: &[(Address, Right)]) -> Result<()> {
     let is_wanted = |image: &Image, right: Right| {
         exports.iter().any(|(address, wanted)| address.image() == Some(image) && *wanted == right)
     };
-    let keepers = &KEEPERS.get_or_init(Keepers::default).0;
-    keepers.locked().retain(|(image, right), _| is_wanted(image, *right));
+    KEEPERS.locked().retain(|(image, right), _| is_wanted(image, *right));
     for (image, right) in exports.iter().filter_map(|(address, right)| Some((address.image()?, *right))) {
         keeper_of(image, right)?;
     }
@@ -161,7 +160,7 @@ pub fn start(exports: &[(Address, Right)]) -> Result<()> {
 }
 
 fn keeper_of(image: &Image, right: Right) -> io::Result<Arc<Mutex<Keeper>>> {
-    let mut keepers = KEEPERS.get_or_init(Keepers::default).0.locked();
+    let mut keepers = KEEPERS.locked();
     let key = (image.clone(), right);
     if let Some(keeper) = keepers.get(&key).filter(|keeper| !keeper.locked().is_broken) {
         return Ok(keeper.clone());

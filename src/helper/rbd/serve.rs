@@ -361,7 +361,7 @@ mod tests {
     #[test]
     fn what_is_outside_of_the_runs_is_zeros() {
         assert_eq!(map_of(&(10..20), &[]), [(10, STATE_ZERO)]);
-        assert_eq!(map_of(&(10..20), &[10..20]), [(10, 0)]);
+        assert_eq!(map_of(&(10..20), &[5..15, 15..25]), [(5, 0), (5, 0)]);
         assert_eq!(map_of(&(10..20), &[0..12, 14..30]), [(2, 0), (2, STATE_ZERO), (6, 0)]);
         // Whatever is told, the lengths are those of what was asked about.
         assert_eq!(map_of(&(10..20), &[15..17, 12..16, 40..50]), [(5, STATE_ZERO), (2, 0), (3, STATE_ZERO)]);
