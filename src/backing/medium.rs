@@ -23,6 +23,12 @@ pub trait Medium {
     /// Makes bytes zeros, whole blocks, by the best way that it has; not yet durably.
     fn make_zeros(&self, bytes: Range<u64>) -> io::Result<()>;
 
+    /// The next run of bytes in this range that may hold something; outside of such runs is nothing. All of
+    /// it, where only reading tells more.
+    fn next_data(&self, bytes: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok((!bytes.is_empty()).then_some(bytes))
+    }
+
     /// Makes durable what was written.
     fn sync(&self) -> io::Result<()>;
 }

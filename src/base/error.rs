@@ -151,7 +151,8 @@ impl From<io::Error> for Error {
             _ if e.get_ref().is_some_and(|inner| inner.is::<crate::base::root::files::Strange>()) => {
                 Kind::Corrupt
             }
-            _ => Kind::Other,
+            // It is one of ours, which has come a way that takes those of the system.
+            _ => e.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).map_or(Kind::Other, Error::kind),
         };
         Error::of(kind, e)
     }

@@ -8,6 +8,7 @@ use crate::catalog::attach_settings::{self, AttachSettings, MAX_QUEUES};
 use crate::cli::{Env, output};
 use crate::crypt::xts::Engine;
 use crate::helper::grants::keeper;
+use crate::helper::rbd;
 use crate::helper::unwrap;
 use crate::host::socket::SocketAccess;
 use crate::host::{Endpoint, NBD_RECONNECT, Options, control};
@@ -111,7 +112,13 @@ pub struct AttachArgs {
     #[arg(long)]
     in_order: bool,
 
-    /// How many seconds requests wait for an NBD server that is gone, before they fail; 0: not at all.
+    /// Take an RBD image from a host that still gives signs of life: Ceph does nothing for that one any more,
+    /// and its guest's requests fail.
+    #[arg(long, conflicts_with = "incoming")]
+    break_lock: bool,
+
+    /// How many seconds requests wait for an NBD server that is gone, or for the process that serves an RBD
+    /// image, before they fail; 0: not at all.
     #[arg(long, value_name = "SECONDS", default_value_t = NBD_RECONNECT.as_secs(), value_parser = clap::value_parser!(u64).range(0..=86_400))]
     nbd_reconnect: u64,
     /// How long reads wait for what is still to come from the place of a snapshot that was pulled with
@@ -247,7 +254,10 @@ pub fn attach(env: &Env, args: &AttachArgs) -> Result<()> {
         nbd_reconnect: Duration::from_secs(args.nbd_reconnect),
         source_patience: Duration::from_secs(args.source_patience),
     };
+    rbd::set_break_lock(args.break_lock);
     crate::host::attach(&catalog, &settings, volume, &options, env.hardened, |attached| {
+        // It was for taking the image, and not for keeping it.
+        rbd::set_break_lock(false);
         if env.json {
             return output::print_json(&json!({
                 "id": attached.volume,

@@ -228,6 +228,8 @@ enum HelperCommand {
     KeepGrants,
     /// Connect to NBD servers for the process that started this one.
     DialNbd,
+    /// Serve an RBD image to the process that started this one.
+    ServeRbd,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
     TakeOver(upgrade::TakeOverArgs),
 }
@@ -266,6 +268,7 @@ impl Task {
             Task::Helper(HelperCommand::Pkcs11) => crate::hsm::module::help(env.hardened),
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
             Task::Helper(HelperCommand::DialNbd) => crate::helper::dial::help(env.hardened),
+            Task::Helper(HelperCommand::ServeRbd) => crate::helper::rbd::help(env.hardened),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }
     }
@@ -326,12 +329,13 @@ pub fn main() -> ExitCode {
         }
         let env = env(general, hardened)?;
         // The first reports what keeps all others from running; the second asks for nothing of the machine.
-        // What loads a stranger's module knows no store.
-        let has_no_store = matches!(task, Task::Helper(HelperCommand::Pkcs11))
+        // What loads a stranger's library knows no store.
+        let has_no_store = matches!(task, Task::Helper(HelperCommand::Pkcs11 | HelperCommand::ServeRbd))
             || task.is_of_user(|command| matches!(command, Command::Doctor | Command::Completions(_)));
         if !has_no_store {
             Owners::configured()?.check_root(&env.root)?;
             env.root.keep_spare();
+            crate::helper::rbd::open_images();
         }
         task.run(&env)
     });
@@ -446,6 +450,7 @@ mod tests {
             ("serve-place", ""),
             ("keep-grants", ""),
             ("dial-nbd", ""),
+            ("serve-rbd", ""),
             ("pkcs11", ""),
             ("take-over", " x"),
         ] {

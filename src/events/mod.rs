@@ -130,6 +130,12 @@ impl Event {
         Event { cause, kms_key, ..Self::new("unwrapKey", volume, "by-another") }
     }
 
+    /// `fenceVolume`, which EBS does not have: `failed`, for a cause. Another process has taken the RBD image
+    /// that an attached volume lies in, and every request fails from now on.
+    pub fn lost_image(volume: VolumeId, cause: impl Into<String>) -> Self {
+        Event { name: "fenceVolume", ..Self::modify_failed(volume, cause) }
+    }
+
     /// `flushVolume`, which EBS does not have: `failed`, for a cause. Writes that had completed may be lost,
     /// and no flush succeeds until the volume is attached again.
     pub fn flush_failed(volume: VolumeId, cause: impl Into<String>) -> Self {

@@ -6,7 +6,7 @@
 //! So what a server says before it serves an export is read by this process alone, which is confined as well:
 //! to sockets of this machine. It ends with the host process.
 
-use crate::backing::nbd::{Address, Terms, dial, handshake};
+use crate::backing::nbd::{Address, Server, Terms, dial, handshake};
 use crate::base::child;
 use crate::base::hardened::Hardened;
 use crate::base::root::Root;
@@ -60,8 +60,8 @@ pub fn start(root: &Root, addresses: Vec<Address>, log: Option<BorrowedFd<'_>>) 
         return Err(Error::new(Kind::Other, "it has ended").context(attempt()));
     }
     let dialler = Mutex::new(Dialler { socket, _child: child });
-    dial::make_by(Box::new(move |address| {
-        let number = addresses.iter().position(|known| known == address);
+    dial::make_by(Box::new(move |server| {
+        let number = addresses.iter().position(|known| known.server() == Some(server));
         let unknown = || io::Error::new(io::ErrorKind::PermissionDenied, "it is no export of this volume");
         dialler.locked().connect(number.ok_or_else(unknown)?)
     }));
@@ -110,15 +110,16 @@ pub fn help(_: Hardened) -> Result<()> {
     let addresses: Vec<Address> =
         serde_json::from_slice(&addresses).map_err(io::Error::from).context(alone)?;
     // Where there is none yet, it is going to be made for whoever this process is.
-    let sockets = addresses.iter().map(Address::socket).filter(|socket| socket.exists());
+    let sockets = addresses.iter().filter_map(Address::server).map(Server::socket);
+    let sockets = sockets.filter(|socket| socket.exists());
     let sockets: Vec<Rule> = sockets.map(|socket| Rule::new(socket, Access::Write)).collect();
     let confinement = sandbox::confine_dialler(&sockets)?;
     log::debug!("the process that connects to NBD servers is confined: {confinement}");
     wire::say(&socket, &"ready")?;
     while let Some(line) = lines.next(&socket)? {
         let number: usize = serde_json::from_slice(&line).map_err(io::Error::from).context(alone)?;
-        let address = addresses.get(number).ok_or_else(none)?;
-        match handshake::connect_to(address, dial::TIME) {
+        let server = addresses.get(number).and_then(Address::server).ok_or_else(none)?;
+        match handshake::connect_to(server, dial::TIME) {
             Ok((connection, terms)) => {
                 wire::say_with(&socket, &Answer::Connected(terms), connection.as_fd())?;
             }

@@ -8,6 +8,7 @@ mod failure;
 pub mod fetch;
 pub mod grants;
 pub mod other_host;
+pub mod rbd;
 pub mod rewrap;
 pub mod slots;
 pub mod unwrap;

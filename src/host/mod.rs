@@ -25,15 +25,17 @@ pub mod stats;
 pub mod status;
 pub mod upgrade;
 
-use crate::backing::{coming, nbd};
+use crate::backing::coming;
+use crate::backing::nbd::{self, Address, Right};
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
-use crate::base::{Context, Error, Result, log_fields};
+use crate::base::{Context, Error, Kind, Result, log_fields};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
-use crate::helper::dial;
+use crate::events::Event;
 use crate::helper::fetch::Fetcher;
+use crate::helper::{dial, rbd};
 use crate::kms::embedded::root_key::passphrase;
 use crate::reactor::ring;
 use crate::sandbox::{self, Identity, Mode};
@@ -199,10 +201,16 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     // Beside the queues': for the flush at the end, and for what is done in the background and for clients.
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
     nbd::set_patience(options.nbd_reconnect);
-    let exports = catalog.exports(&taken.metadata).context(attempt)?;
-    if !exports.is_empty() {
-        // Threads of theirs would not be confined.
-        nbd::rest();
+    let exports = catalog.exports(&taken.metadata, options.read_only).context(attempt)?;
+    if options.incoming || from.is_some() {
+        check_can_be_handed_over(&exports).context(attempt)?;
+    }
+    // Threads of theirs would not be confined.
+    nbd::rest();
+    rbd::start(&exports).context(attempt)?;
+    tell_of_lost_images(&taken).context(attempt)?;
+    let exports: Vec<_> = exports.into_iter().map(|(address, _)| address).collect();
+    if exports.iter().any(|address| address.server().is_some()) {
         dial::start(catalog.root(), exports, from.as_ref().map(Taking::log)).context(attempt)?;
     }
     coming::set_patience(options.source_patience);
@@ -280,6 +288,27 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
     waiting.tell(&result);
     result
+}
+
+/// An RBD image's lock goes with the process that has it, which another one cannot be while it runs.
+fn check_can_be_handed_over(exports: &[(Address, Right)]) -> Result<()> {
+    match exports.iter().find(|(address, right)| address.image().is_some() && *right == Right::Write) {
+        None => Ok(()),
+        Some((address, _)) => {
+            let message = format!(
+                "it lies in {address}, which one process at a time can have, and no process takes it over \
+                 from another one yet; detach it there, and attach it here"
+            );
+            Err(Error::new(Kind::Unsupported, message))
+        }
+    }
+}
+
+/// Has an event tell of an RBD image that another host has taken.
+fn tell_of_lost_images(taken: &Taken) -> Result<()> {
+    let (events, volume) = (taken.events.clone(), taken.metadata.id());
+    nbd::when_lost(Box::new(move |_, why| events.record(&Event::lost_image(volume, why))));
+    Ok(())
 }
 
 fn stop_on_signals(mut signals: Signals, stop: Arc<Stop>) -> std::io::Result<()> {

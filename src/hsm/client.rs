@@ -7,19 +7,15 @@ use crate::base::{Error, Kind, Result, child, wire};
 use crate::crypt::{SecretFd, SecretMem};
 use crate::hsm::message::{Answer, MAX_LINE, Place, Problem, Question, Refusal, TEXT_MAX};
 use crate::hsm::module::COMMAND;
+use crate::sandbox::stranger;
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use zeroize::{Zeroize, Zeroizing};
-
-/// What a process that loads a stranger's code is not given of this one's variables: credentials, and where
-/// others lie. Beginnings of names.
-const KEPT_BACK: [&str; 6] =
-    ["AWS_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "LISTEN_", "SEALBLK_PASSPHRASE_FD", "SEALBLK_PIN_FD"];
 
 /// How long the end of a process that was killed is waited for.
 const AT_END: Duration = Duration::from_secs(1);
@@ -166,8 +162,8 @@ impl Process {
         let secret = SecretFd::create(TEXT_MAX).map_err(|e| attempt(&e))?;
         let shared = secret.as_fd().try_clone_to_owned().map_err(|e| attempt(&e))?;
         let memory = secret.map().map_err(|e| attempt(&e))?;
-        let (socket, child) =
-            child::spawn_with(&Root::new("/"), None, COMMAND, keep_back).map_err(|e| attempt(&e))?;
+        let (socket, child) = child::spawn_with(&Root::new("/"), None, COMMAND, stranger::keep_back)
+            .map_err(|e| attempt(&e))?;
         let mut process = Process { socket, child, memory };
         let question = Question::Begin { place: place.clone(), pin: pin.bytes().len() };
         process.memory.as_mut_slice()[..pin.bytes().len()].copy_from_slice(pin.bytes());
@@ -242,14 +238,6 @@ impl Drop for Process {
 
 fn lost(words: String) -> Refusal {
     Refusal::new(Problem::Lost, words)
-}
-
-fn keep_back(program: &mut Command) {
-    for (name, _) in std::env::vars_os() {
-        if KEPT_BACK.iter().any(|beginning| name.to_string_lossy().starts_with(beginning)) {
-            program.env_remove(&name);
-        }
-    }
 }
 
 /// Waits for a line, however slowly it comes, no longer than that.

@@ -9,38 +9,14 @@ use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result, child};
 use crate::crypt::{SecretFd, SecretMem, wiping_allocator};
 use crate::hsm::message::{Answer, MAX_LINE, Place, Problem, Question, Refusal};
-use crate::sandbox::{self, Access, Rule};
+use crate::sandbox::{self, Rule, stranger};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 /// The hidden subcommand.
 pub const COMMAND: &str = "pkcs11";
-
-/// Where the loader finds libraries, and what it and OpenSSL read.
-const OF_THE_SYSTEM: [&str; 9] = [
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/etc/ld.so.cache",
-    "/etc/ssl/openssl.cnf",
-    "/etc/localtime",
-    "/dev/urandom",
-];
-/// What names of hosts are looked up in.
-const OF_THE_NETWORK: [&str; 6] = [
-    "/etc/resolv.conf",
-    "/etc/hosts",
-    "/etc/nsswitch.conf",
-    "/etc/gai.conf",
-    "/etc/host.conf",
-    "/etc/services",
-];
 
 /// What has the token; without the feature `pkcs11`, nothing is one.
 trait Module {
@@ -120,14 +96,16 @@ fn begin(
     let failed = |e: Error| Refusal::new(Problem::NoModule, format!("{place}: {e}"));
     // The log may go by a descriptor, whose number is the module's from here on.
     log::set_max_level(log::LevelFilter::Off);
-    keep_only(socket, memory).map_err(failed)?;
+    debug_assert_eq!(socket.as_raw_fd(), libc::STDIN_FILENO);
+    // The memory is mapped, and its descriptor closed.
+    stranger::keep_standard_streams().map_err(failed)?;
     if !place.module.is_absolute() || !place.module.is_file() {
         let words = format!("there is no PKCS#11 module {}", place.module.display());
         return Err(Refusal::new(Problem::NoModule, words));
     }
     sandbox::confine_module(&reach(place), place.network).map_err(failed)?;
     end_with_the_other_side(socket).map_err(failed)?;
-    be_silent().map_err(failed)?;
+    stranger::be_silent().map_err(failed)?;
     let pin = memory.as_mut_slice().get_mut(..pin);
     let pin = pin.ok_or_else(|| Refusal::new(Problem::WrongPin, "the PIN is too long"))?;
     load(place, pin)
@@ -155,18 +133,6 @@ impl Module for super::token::Session {
     }
 }
 
-/// Closes what this process has inherited, beside its socket and the standard streams. The memory is mapped.
-fn keep_only(socket: &UnixStream, _: &SecretMem) -> Result<()> {
-    debug_assert_eq!(socket.as_raw_fd(), libc::STDIN_FILENO);
-    const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
-    // SAFETY: nothing in this process owns a descriptor of these numbers: it has just begun, its socket is
-    // standard input, and the descriptor of its memory was closed when that was mapped.
-    match unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).context(|| "close what was inherited"),
-    }
-}
-
 /// Ends this process when nobody is at the other end of its socket, whatever the module is doing.
 fn end_with_the_other_side(socket: &UnixStream) -> Result<()> {
     let attempt = || "watch the socket";
@@ -183,42 +149,15 @@ fn end_with_the_other_side(socket: &UnixStream) -> Result<()> {
     Ok(())
 }
 
-/// What a stranger's code prints may be anything.
-fn be_silent() -> Result<()> {
-    let attempt = || "open /dev/null";
-    let nothing = File::options().write(true).open("/dev/null").context(attempt)?;
-    for stream in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
-        // SAFETY: both are open; the standard streams have no owner that closes them.
-        if unsafe { libc::dup2(nothing.as_raw_fd(), stream) } == -1 {
-            return Err(std::io::Error::last_os_error()).context(attempt);
-        }
-    }
-    Ok(())
-}
-
 /// The files that the module may reach.
 fn reach(place: &Place) -> Vec<Rule> {
     let own = place.paths.iter().cloned().chain(softhsm_tokens(&place.module)).map(|path| (path, true));
     let folder = place.module.parent().map(Path::to_owned);
-    let searched = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let searched: Vec<PathBuf> = std::env::split_paths(&searched).filter(|path| path.is_absolute()).collect();
-    let network = place.network.then_some(OF_THE_NETWORK).into_iter().flatten();
-    let read = OF_THE_SYSTEM.into_iter().chain(network).map(PathBuf::from);
-    let read = read.chain(folder).chain(searched).chain(softhsm_configuration(&place.module));
+    let read = stranger::of_libraries(place.network).into_iter();
+    let read = read.chain(folder).chain(softhsm_configuration(&place.module));
     // A folder of the module's own comes first: what is made there belongs to whoever owns that.
     let all = own.chain(read.map(|path| (path, false))).chain([(PathBuf::from("/dev/null"), true)]);
-    let rule = |(path, writes): (PathBuf, bool)| {
-        let kind = path.metadata().ok()?.file_type();
-        let access = match writes {
-            _ if kind.is_char_device() && path != Path::new("/dev/urandom") => Access::Device,
-            true if kind.is_dir() => Access::Tree,
-            true => Access::Write,
-            false if kind.is_dir() => Access::ReadTree,
-            false => Access::Read,
-        };
-        Some(Rule::new(path, access))
-    };
-    all.filter_map(rule).collect()
+    stranger::rules(all)
 }
 
 /// Where SoftHSM's settings are.

@@ -236,7 +236,7 @@ fn layer_of_temporary(name: &OsString) -> Option<LayerId> {
 /// A layer that nothing names, unless somebody serves it: then it is in use, whatever the records say.
 fn unused(catalog: &Catalog, layer: LayerId) -> Option<LeftOver> {
     let (path, lies_at) = match catalog.on_device(layer).ok()? {
-        Some(on) if on.nbd.is_some() => (catalog.device_file(layer), Some(catalog.device_file(layer))),
+        Some(on) if on.address.is_some() => (catalog.device_file(layer), Some(catalog.device_file(layer))),
         Some(on) => (catalog.device_file(layer), on.name.canonicalize().ok()),
         None if files::exists(&catalog.file_of(layer)) => {
             (catalog.file_of(layer), Some(catalog.file_of(layer)))

@@ -106,8 +106,10 @@ const ALLOWED_TO_MODULES: &[Group] = &[
 
 /// As [`ALLOWED_BY_OLD_NAMES`], of [`ALLOWED_TO_MODULES`].
 #[cfg(target_arch = "x86_64")]
-const ALLOWED_TO_MODULES_BY_OLD_NAMES: &[Group] =
-    &[("files and folders", calls! { SYS_open SYS_mkdir SYS_rmdir SYS_chmod SYS_dup2 SYS_pipe SYS_select })];
+const ALLOWED_TO_MODULES_BY_OLD_NAMES: &[Group] = &[(
+    "files and folders",
+    calls! { SYS_open SYS_mkdir SYS_rmdir SYS_chmod SYS_dup2 SYS_pipe SYS_select SYS_epoll_create },
+)];
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_TO_MODULES_BY_OLD_NAMES: &[Group] = &[];
 
@@ -286,6 +288,16 @@ pub(super) fn filter_module(network: bool) -> Result<()> {
     let refused_softly = SeccompAction::Errno(libc::EPERM as u32);
     let filters = [said_not_to_exist()?, compile(rules, refused_softly, SeccompAction::Allow)?];
     filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
+}
+
+/// Takes from this process, and from those that it makes, the right to start programs, and
+/// io_uring, which asks no filter.
+pub(super) fn filter_programs() -> Result<()> {
+    let mut calls = vec![libc::SYS_execve, libc::SYS_execveat];
+    calls.extend([libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register]);
+    let rules = calls.into_iter().map(|call| (call, Vec::new())).collect();
+    let program = compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))?;
+    seccompiler::apply_filter(&program).map_err(refused)
 }
 
 /// The rules of a carrier, in whose allow-list the calls are that another filter refuses without ending the

@@ -13,6 +13,7 @@
 mod calls;
 mod files;
 mod identity;
+pub(crate) mod stranger;
 pub mod violation;
 
 pub use calls::check_seccomp;
@@ -159,6 +160,21 @@ pub(crate) fn confine_module(files: &[Rule], network: bool) -> Result<()> {
     harden_children()?;
     files::restrict(files, network)?;
     calls::filter_module(network)
+}
+
+/// Gives up what a keeper of an RBD image does not need: it reaches `files` and no other, and starts no
+/// program. It stays able to have children, which are confined like it, and further by [`confine_module`].
+///
+/// # Errors
+/// As for [`confine`].
+pub(crate) fn confine_keeper(files: &[Rule]) -> Result<()> {
+    check_one_thread()?;
+    std::env::set_current_dir("/").context(|| "enter /")?;
+    identity::drop_capabilities(files)?;
+    harden()?;
+    harden_children()?;
+    files::restrict(files, true)?;
+    calls::filter_programs()
 }
 
 /// Takes the network from this process, and from those that it starts, for good: it has keys from now on, or

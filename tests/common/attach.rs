@@ -64,9 +64,14 @@ impl Place {
         Self::of(store, arguments)
     }
 
+    /// In a store that has the volume already.
+    pub fn there(store: Store) -> Self {
+        Place { store, starts: Cell::new(0) }
+    }
+
     /// A volume of 8 MiB in a store that is there.
     pub fn of(store: Store, arguments: &[&str]) -> Self {
-        let place = Place { store, starts: Cell::new(0) };
+        let place = Place::there(store);
         place.store.ok(&[&["volume", "create", "--size", "8MiB", "--name", "t"], arguments].concat());
         place
     }

@@ -7,4 +7,5 @@ mod devices;
 mod host_disks;
 mod layers;
 mod nbd;
+mod rbd;
 mod xts_vectors;

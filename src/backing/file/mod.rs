@@ -23,7 +23,7 @@ mod write_cache;
 use crate::backing::coming::{Coming, ComingQueue};
 use crate::backing::device::{self, DATA_START};
 use crate::backing::medium::Medium;
-use crate::backing::nbd::{Address, Export};
+use crate::backing::nbd::{Address, Export, Right};
 use crate::backing::{Backing, Caps, Queue};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
@@ -254,7 +254,8 @@ impl FileBacking {
         block_size: u32,
     ) -> io::Result<Self> {
         let file = files::open_layer(said_in, OFlag::O_RDONLY)?;
-        let export = Export::at(address)?;
+        let right = if read_only { Right::Read } else { Right::Write };
+        let export = Export::at(address, right)?;
         let terms = export.terms();
         if DATA_START.checked_add(size).is_none_or(|end| end > terms.size) {
             return Err(device::too_short(terms.size, size));
@@ -270,7 +271,10 @@ impl FileBacking {
         let way = Way { access: Access::Export, unit, turns };
         let opened = Self::of(Arc::new(file), DATA_START, true, None, block_size, way, read_only, size);
         let durable = if terms.can_flush() { "" } else { ", which counts what it completes as durable" };
-        let access = format!("NBD server{durable}");
+        let access = match address {
+            Address::Server(_) => format!("NBD server{durable}"),
+            Address::Rbd(_) => "RBD image, by librbd in a process of its own".into(),
+        };
         let caps = Caps { access, gives_back: terms.can_zero(), ..opened.caps.clone() };
         Ok(FileBacking { export: Some(export), caps, ..opened })
     }

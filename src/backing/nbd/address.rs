@@ -1,6 +1,8 @@
-//! Where an export is: a Unix socket of this host, and the export's name there.
+//! Where an export is: a Unix socket of this host, and the export's name there; or an RBD image, which a
+//! process of this program's own serves.
 #![forbid(unsafe_code)]
 
+use super::image::{self, Image};
 use crate::base::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -16,20 +18,24 @@ const SOCKET_MAX: usize = 107;
 /// The longest name of an export that the protocol has, in bytes.
 const EXPORT_MAX: usize = 4096;
 
-/// The address of an NBD export.
+/// The address of an export.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct Address {
+pub enum Address {
+    /// Of an NBD server.
+    Server(Server),
+    /// An RBD image, in a Ceph cluster.
+    Rbd(Image),
+}
+
+/// An NBD server of this host, and one of its exports.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Server {
     socket: String,
     export: String,
 }
 
-impl Address {
-    /// Whether a text is to be an address, and not the path of a device or file.
-    pub fn is_meant(text: &str) -> bool {
-        text.starts_with(SHORT) || text.starts_with("nbd:") || text.starts_with("nbd+")
-    }
-
+impl Server {
     /// The socket's path, which is absolute.
     pub fn socket(&self) -> &Path {
         Path::new(&self.socket)
@@ -38,6 +44,29 @@ impl Address {
     /// The export's name; the server's own choice if that is empty.
     pub fn export(&self) -> &str {
         &self.export
+    }
+}
+
+impl Address {
+    /// Whether a text is to be an address, and not the path of a device or file.
+    pub fn is_meant(text: &str) -> bool {
+        let beginnings = [SHORT, "nbd:", "nbd+", image::BEGINNING];
+        beginnings.iter().any(|beginning| text.starts_with(beginning))
+    }
+
+    /// The NBD server, if it is one.
+    pub fn server(&self) -> Option<&Server> {
+        if let Address::Server(server) = self { Some(server) } else { None }
+    }
+
+    /// The RBD image, if it is one.
+    pub fn image(&self) -> Option<&Image> {
+        if let Address::Rbd(image) = self { Some(image) } else { None }
+    }
+
+    /// Who answers there, in words.
+    pub fn who(&self) -> &'static str {
+        if self.image().is_some() { "Ceph" } else { "the server" }
     }
 
     fn new(socket: &str, export: &str) -> Result<Self, String> {
@@ -51,10 +80,13 @@ impl Address {
         if export.len() > EXPORT_MAX {
             return Err(format!("the export's name has {} bytes, and may have {EXPORT_MAX}", export.len()));
         }
-        Ok(Address { socket, export })
+        Ok(Address::Server(Server { socket, export }))
     }
 
     fn parse(text: &str) -> Result<Self, String> {
+        if text.starts_with(image::BEGINNING) {
+            return Image::parse(text).map(Address::Rbd);
+        }
         let (place, query) = text.split_once('?').unwrap_or((text, ""));
         let asked = |name: &str| query.strip_prefix(name).filter(|value| !value.contains('&'));
         let how = "give unix:/PATH[?export=NAME] or nbd+unix:///NAME?socket=/PATH";
@@ -78,8 +110,9 @@ impl FromStr for Address {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
+        let what = if text.starts_with(image::BEGINNING) { "RBD image" } else { "NBD export" };
         let parsed = Address::parse(text);
-        parsed.map_err(|e| Error::new(Kind::Usage, format!("{text:?} is no address of an NBD export: {e}")))
+        parsed.map_err(|e| Error::new(Kind::Usage, format!("{text:?} is no address of an {what}: {e}")))
     }
 }
 
@@ -99,12 +132,17 @@ impl From<Address> for String {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{URI}/{}?socket={}", encoded(&self.export), encoded(&self.socket))
+        match self {
+            Address::Server(Server { socket, export }) => {
+                write!(f, "{URI}/{}?socket={}", encoded(export), encoded(socket))
+            }
+            Address::Rbd(image) => image.fmt(f),
+        }
     }
 }
 
 /// The text in which `%41` means A. Nothing of it steers a terminal.
-fn decoded(text: &str) -> Result<String, String> {
+pub(super) fn decoded(text: &str) -> Result<String, String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, after)) = rest.split_first() {
@@ -126,7 +164,7 @@ fn decoded(text: &str) -> Result<String, String> {
     }
 }
 
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for &byte in text.as_bytes() {
         match byte {
@@ -156,7 +194,7 @@ mod tests {
             let json = serde_json::to_string(&address).unwrap();
             assert_eq!(serde_json::from_str::<Address>(&json).unwrap(), address);
         }
-        assert_eq!("nbd+unix://?socket=/x".parse::<Address>().unwrap().export(), "");
+        assert_eq!("nbd+unix://?socket=/x".parse::<Address>().unwrap().server().unwrap().export(), "");
     }
 
     #[test]

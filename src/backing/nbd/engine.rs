@@ -12,11 +12,15 @@
 //! **A server that does not keep to the protocol** is not asked again for what was under way: that fails. The
 //! next connection is no better or worse than any.
 //!
+//! **An RBD image that another host has taken** is lost for good ([`dial::Lost`]): everything fails, and
+//! nothing is asked again. What waits here to be written would land on top of what the other host writes.
+//!
 //! **A flush that fails** says that writes are lost which had completed. No later one succeeds.
 #![forbid(unsafe_code)]
 
-use super::dial;
-use super::export::{Ask, Outcome, Shared, Task, To, patience};
+use super::address::Address;
+use super::dial::{self, How, Lost};
+use super::export::{Ask, Outcome, Shared, Task, To, patience, tell_lost};
 use super::handshake::Terms;
 use super::kept::{Content, ENOUGH, Kept, Mark, TOO_MUCH, Write};
 use super::protocol::{self, *};
@@ -46,6 +50,8 @@ const PARTS: usize = 32;
 const RETRY: Duration = Duration::from_millis(200);
 /// How long to wait after a violation: such a server is likely to do it again.
 const CALM: Duration = Duration::from_secs(1);
+/// How long the process that serves an RBD image may take to let go of it.
+const LET_GO: Duration = Duration::from_secs(20);
 /// After so much time without a word from the server, the log tells.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -325,6 +331,8 @@ pub(super) struct Engine {
     /// A flush has failed.
     has_lost: bool,
     outage: Option<Outage>,
+    /// The export is this process's no more.
+    is_anothers: bool,
     next_cookie: u64,
     zeros: Arc<Vec<u8>>,
     room: Vec<u8>,
@@ -340,6 +348,7 @@ impl Engine {
             flushes: false,
             has_lost: false,
             outage: None,
+            is_anothers: false,
             next_cookie: 0,
             zeros: Arc::new(vec![0; ZEROS as usize]),
             room: vec![0; ROOM],
@@ -358,12 +367,25 @@ impl Engine {
         }
     }
 
-    /// Takes leave of the server.
-    pub(super) fn leave(&mut self) {
-        if let Some(Connection { mut socket, .. }) = self.connection.take() {
-            let goodbye = protocol::request(0, CMD_DISC, 0, 0, 0);
-            let _ = socket.set_write_timeout(Some(RETRY)).and_then(|()| socket.write_all(&goodbye));
+    /// Takes leave of the server. Of an RBD image, waits until it is free for others.
+    pub(super) fn leave(&mut self, address: &Address) {
+        let Some(Connection { mut socket, .. }) = self.connection.take() else { return };
+        let goodbye = protocol::request(0, CMD_DISC, 0, 0, 0);
+        let _ = socket.set_write_timeout(Some(RETRY)).and_then(|()| socket.write_all(&goodbye));
+        if address.image().is_none() {
+            return;
         }
+        let until = Instant::now() + LET_GO;
+        let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        while socket.set_read_timeout(Some(left())).is_ok() {
+            match socket.read(&mut self.room) {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        log::warn!("{address}: the process that serves it has not let go of it within {LET_GO:?}");
     }
 
     fn is_idle(&self) -> bool {
@@ -439,8 +461,9 @@ impl Engine {
                 connection.heard = Instant::now();
                 let count = connection.under_way.len();
                 log::warn!(
-                    "{}: the server has not answered for {SILENCE:?}; {count} requests wait",
-                    shared.address
+                    "{}: {} has not answered for {SILENCE:?}; {count} requests wait",
+                    shared.address,
+                    shared.address.who()
                 );
             }
             return;
@@ -534,7 +557,12 @@ impl Engine {
             Work::Map { offset, .. } => format!("its map at {offset}"),
             Work::Again(write) => format!("a write at {}, after it came back", write.offset),
         };
-        log::warn!("{}: the server refuses {what}: error {error}", shared.address);
+        let why = match error {
+            ENOSPC => "there is no space".into(),
+            ETIMEDOUT => "it has not answered in time, and whether that is done is not known".into(),
+            error => format!("error {error}"),
+        };
+        log::warn!("{}: {} refuses {what}: {why}", shared.address, shared.address.who());
         if matches!(work, Work::Flush(_) | Work::Again(_)) {
             self.has_lost = true;
             self.flushes = false;
@@ -585,12 +613,25 @@ impl Engine {
         let now = Instant::now();
         let outage = self.outage.get_or_insert_with(|| Outage::new(now));
         let since = *outage.since.get_or_insert(now);
-        if now >= outage.next_try {
+        if !self.is_anothers && now >= outage.next_try {
             match connect(shared) {
                 Ok((socket, terms)) => {
                     log::info!("{}: connected again", shared.address);
                     self.connection = Some(Connection::new(socket, terms));
                     return;
+                }
+                Err(e) if e.get_ref().is_some_and(|e| e.is::<Lost>()) => {
+                    outage.is_told = true;
+                    self.is_anothers = true;
+                    self.has_lost = true;
+                    self.flushes = false;
+                    self.kept.clear();
+                    self.again = None;
+                    log::error!(
+                        "{}: it is lost to this process, and every request fails: {e}",
+                        shared.address
+                    );
+                    tell_lost(&shared.address, &e.to_string());
                 }
                 Err(e) => {
                     outage.next_try = Instant::now() + RETRY;
@@ -598,7 +639,7 @@ impl Engine {
                 }
             }
         }
-        if since.elapsed() >= patience() {
+        if self.is_anothers || since.elapsed() >= patience() {
             if !outage.is_told {
                 outage.is_told = true;
                 let why = &outage.why;
@@ -627,8 +668,10 @@ fn errno(number: i32) -> io::Error {
 
 /// Connects again, to what was there before.
 fn connect(shared: &Shared) -> io::Result<(UnixStream, Terms)> {
-    let (socket, terms) = dial::connect(&shared.address)?;
-    socket.set_read_timeout(Some(dial::TIME))?;
+    let how = How { right: shared.right, again: true, make: None };
+    let (socket, terms) = dial::connect(&shared.address, how)?;
+    // A cluster may be about to recover.
+    socket.set_read_timeout(Some(if shared.address.image().is_some() { SILENCE } else { dial::TIME }))?;
     let fresh = Fresh { socket, terms, next_cookie: AtomicU64::new(0) };
     shared.go_on(&fresh.terms, &fresh)?;
     fresh.socket.set_read_timeout(None)?;

@@ -8,6 +8,8 @@
 
 use super::address::Address;
 use super::dial;
+use super::dial::How;
+pub use super::dial::Right;
 use super::engine::Engine;
 use super::handshake::Terms;
 use super::replies::{Given, Run};
@@ -21,7 +23,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -35,7 +37,23 @@ const MAP_STEP: u64 = 1 << 30;
 /// How long requests wait for a server that is gone, in milliseconds.
 static PATIENCE: AtomicU64 = AtomicU64::new(30_000);
 /// The exports of this process.
-static EXPORTS: Mutex<BTreeMap<Address, Weak<Export>>> = Mutex::new(BTreeMap::new());
+static EXPORTS: Mutex<BTreeMap<(Address, Right), Weak<Export>>> = Mutex::new(BTreeMap::new());
+/// Who is told of an export that is lost for good, and why.
+static WHEN_LOST: OnceLock<WhenLost> = OnceLock::new();
+
+/// Is told of an export that is lost for good, and why.
+pub type WhenLost = Box<dyn Fn(&Address, &str) + Send + Sync>;
+
+/// From now on, and for good, `tell` is called when an export is lost to this process for good.
+pub fn when_lost(tell: WhenLost) {
+    let _ = WHEN_LOST.set(tell);
+}
+
+pub(super) fn tell_lost(address: &Address, why: &str) {
+    if let Some(tell) = WHEN_LOST.get() {
+        tell(address, why);
+    }
+}
 
 /// Sets how long requests wait for a server that is gone, for all exports of this process.
 pub fn set_patience(patience: Duration) {
@@ -146,6 +164,7 @@ pub(super) type Check = Box<dyn Fn(&dyn Medium) -> io::Result<()> + Send>;
 /// What the thread and those who ask have in common.
 pub(super) struct Shared {
     pub(super) address: Address,
+    pub(super) right: Right,
     mailbox: Mutex<Mailbox>,
     wake: EventFd,
     terms: Mutex<Terms>,
@@ -218,16 +237,33 @@ impl Export {
     /// The export at this address: connects to it, unless this process has it already.
     ///
     /// # Errors
-    /// As [`super::handshake::connect_to`].
-    pub fn at(address: &Address) -> io::Result<Arc<Self>> {
+    /// As [`super::handshake::connect_to`]; those of a Ceph cluster.
+    pub fn at(address: &Address, right: Right) -> io::Result<Arc<Self>> {
+        Self::or_made(address, right, None)
+    }
+
+    /// As [`Export::at`], for writing, and an RBD image that is not there is made, of `len` bytes.
+    ///
+    /// # Errors
+    /// As for that.
+    pub fn made_at(address: &Address, len: u64) -> io::Result<Arc<Self>> {
+        Self::or_made(address, Right::Write, Some(len))
+    }
+
+    fn or_made(address: &Address, right: Right, make: Option<u64>) -> io::Result<Arc<Self>> {
+        // Whoever may write may read, and a server knows no difference.
+        let right = if address.image().is_none() { Right::Write } else { right };
         let mut exports = EXPORTS.locked();
         exports.retain(|_, export| export.strong_count() > 0);
-        if let Some(export) = exports.get(address).and_then(Weak::upgrade) {
-            return Ok(export);
+        for had in [Right::Write, Right::Read].into_iter().filter(|had| *had >= right) {
+            if let Some(export) = exports.get(&(address.clone(), had)).and_then(Weak::upgrade) {
+                return Ok(export);
+            }
         }
-        let (socket, terms) = dial::connect(address)?;
+        let (socket, terms) = dial::connect(address, How { right, again: false, make })?;
         let shared = Shared {
             address: address.clone(),
+            right,
             mailbox: Mutex::new(Mailbox { tasks: Vec::new(), order: Order::Wait, is_served: false }),
             wake: event()?,
             engine: Mutex::new(Engine::new(socket, &terms)),
@@ -235,8 +271,13 @@ impl Export {
             check: Mutex::new(None),
         };
         let export = Arc::new(Export { shared: Arc::new(shared), thread: Mutex::new(None) });
-        exports.insert(address.clone(), Arc::downgrade(&export));
+        exports.insert((address.clone(), right), Arc::downgrade(&export));
         Ok(export)
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &Address {
+        &self.shared.address
     }
 
     /// What was agreed on with the server last.
@@ -390,7 +431,7 @@ impl Drop for Export {
     fn drop(&mut self) {
         self.send_away(Order::Leave);
         if let Ok(mut engine) = self.shared.engine.try_lock() {
-            engine.leave();
+            engine.leave(&self.shared.address);
         }
     }
 }
@@ -421,6 +462,14 @@ impl Medium for Export {
     fn make_zeros(&self, bytes: Range<u64>) -> io::Result<()> {
         let (offset, len) = (bytes.start, bytes.end - bytes.start);
         self.wait_for(Ask::Zero { offset, len, keep_space: false }).map(drop)
+    }
+
+    fn next_data(&self, bytes: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        // A server of others' may be wrong about that; what is made of it here cannot be undone.
+        match self.shared.address.image() {
+            Some(_) => Export::next_data(self, bytes),
+            None => Ok((!bytes.is_empty()).then_some(bytes)),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -7,7 +7,7 @@
 //! is done without: structured replies, block status, sizes of blocks.
 #![forbid(unsafe_code)]
 
-use super::address::Address;
+use super::address::Server;
 use super::protocol::*;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::TimeVal;
@@ -50,6 +50,13 @@ impl Terms {
     #[cfg(test)]
     pub(super) fn for_test() -> Terms {
         Terms { size: 64 << 20, flags: 0, block: 1, structured: false, map: None }
+    }
+
+    /// Those of an RBD image of `size` bytes, as `helper::rbd` serves it.
+    pub(crate) fn of_image(size: u64, read_only: bool) -> Terms {
+        let can = SEND_FLUSH | SEND_FUA | SEND_WRITE_ZEROES;
+        let flags = HAS_FLAGS | if read_only { READ_ONLY } else { can };
+        Terms { size, flags, block: SECTOR, structured: true, map: Some(IMAGE_MAP) }
     }
 
     /// Whether nothing can be written.
@@ -125,7 +132,7 @@ impl Terms {
 /// # Errors
 /// Those of the connection, in words for whoever runs the server; `Unsupported` for an export that can hold
 /// no layer; `TimedOut` for a server that does not answer.
-pub fn connect_to(address: &Address, within: Duration) -> io::Result<(UnixStream, Terms)> {
+pub fn connect_to(address: &Server, within: Duration) -> io::Result<(UnixStream, Terms)> {
     let until = Instant::now() + within;
     let socket =
         UnixStream::from(socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?);
@@ -173,7 +180,7 @@ struct Talk {
 }
 
 impl Talk {
-    fn agree(&mut self, address: &Address) -> io::Result<Terms> {
+    fn agree(&mut self, address: &Server) -> io::Result<Terms> {
         if u64::from_be_bytes(self.take()?) != GREETING {
             return Err(strange("it is no NBD server"));
         }
@@ -221,7 +228,7 @@ impl Talk {
     }
 
     /// The last option: from here on, the export is served.
-    fn go(&mut self, address: &Address, structured: bool, map: Option<u32>) -> io::Result<Terms> {
+    fn go(&mut self, address: &Server, structured: bool, map: Option<u32>) -> io::Result<Terms> {
         let mut data = string(address.export());
         data.extend(1u16.to_be_bytes());
         data.extend(INFO_BLOCK_SIZE.to_be_bytes());

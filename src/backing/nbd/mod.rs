@@ -1,9 +1,10 @@
-//! Layers behind an NBD server, which listens at a Unix socket of this host.
+//! Layers behind an NBD server, which listens at a Unix socket of this host; and in RBD images, which a
+//! process of this program's own (`helper::rbd`) serves in the same way, by a pair of sockets.
 //!
 //! The server is a stranger: it sees ciphertext, and what it sends is a claim. It can do to a layer what
 //! whoever has a disk can do to that; [`replies`] sees to it that it can do nothing else.
 //!
-//! - [`Address`]: where an export is.
+//! - [`Address`]: where an export is. An [`Image`] is one of an RBD image.
 //! - [`handshake`]: how a connection begins, and the [`Terms`] that come of it.
 //! - [`dial`]: who makes connections. A confined process cannot: another one does it for it.
 //! - [`Export`]: an export as this process has it: one connection, which all queues share, and one thread.
@@ -21,13 +22,15 @@ pub mod dial;
 mod engine;
 mod export;
 pub mod handshake;
+mod image;
 mod kept;
-mod protocol;
+pub(crate) mod protocol;
 pub mod replies;
 
-pub use address::Address;
-pub use export::{Export, rest, set_patience};
+pub use address::{Address, Server};
+pub use export::{Export, Right, WhenLost, rest, set_patience, when_lost};
 pub use handshake::Terms;
+pub use image::Image;
 
 pub(crate) use export::{Ask, Inbox};
 pub(crate) use replies::Given;

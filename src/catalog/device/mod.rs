@@ -12,7 +12,7 @@ pub(crate) mod header;
 use crate::backing::device::{self, DATA_START};
 use crate::backing::file::Place;
 use crate::backing::medium::Medium;
-use crate::backing::nbd::{Address, Export};
+use crate::backing::nbd::{Address, Export, Right};
 use crate::base::root::{files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::coming::coming_of_name;
@@ -31,6 +31,8 @@ use std::sync::Arc;
 const FORMAT: u32 = 1;
 /// Of one that names an NBD export.
 const NBD_FORMAT: u32 = 2;
+/// Of one that names an RBD image.
+const RBD_FORMAT: u32 = 3;
 const ENDING: &str = ".device";
 
 /// A device that holds a layer of the store, as the store has it.
@@ -38,8 +40,8 @@ const ENDING: &str = ".device";
 pub struct OnDevice {
     /// The name by which the device is known: a path, or an export's address.
     pub name: PathBuf,
-    /// The export, if that is what it is.
-    pub nbd: Option<Address>,
+    /// The export or image, if that is what it is.
+    pub address: Option<Address>,
     token: Token,
     layer: LayerId,
 }
@@ -57,6 +59,14 @@ struct Written {
 struct NbdWritten {
     format: u32,
     nbd: Address,
+    token: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RbdWritten {
+    format: u32,
+    rbd: Address,
     token: String,
 }
 
@@ -86,8 +96,9 @@ impl OnDevice {
 
     /// Opens the device, past the page cache: what another host has written may be there.
     fn open(&self, flags: OFlag) -> Result<Opened> {
-        if let Some(address) = &self.nbd {
-            return Ok(Opened::Export(Export::at(address)?));
+        if let Some(address) = &self.address {
+            let right = if flags.contains(OFlag::O_RDWR) { Right::Write } else { Right::Read };
+            return Ok(Opened::Export(Export::at(address, right)?));
         }
         let path = self.path()?;
         let file = files::open_layer(&path, flags | OFlag::O_DIRECT);
@@ -142,7 +153,7 @@ impl Opened {
             (Opened::Device(one), Opened::Device(other)) => {
                 Ok(files::is_same(&one.metadata()?, &other.metadata()?))
             }
-            (Opened::Export(one), Opened::Export(other)) => Ok(Arc::ptr_eq(one, other)),
+            (Opened::Export(one), Opened::Export(other)) => Ok(one.address() == other.address()),
             _ => Ok(false),
         }
     }
@@ -168,17 +179,27 @@ impl Catalog {
             Err(e) if e.kind() == Kind::NotFound => return Ok(None),
             bytes => bytes.context(attempt)?,
         };
+        let behind = |address: Address, token: &str, is_right: fn(&Address) -> bool| {
+            if !is_right(&address) {
+                return Err(Error::new(Kind::Corrupt, format!("{address} is not what its version has")));
+            }
+            let name = address.to_string().into();
+            Ok(OnDevice { name, address: Some(address), token: Token::parse(token)?, layer })
+        };
         let read = || match written::version(&bytes)? {
             1 => {
                 let Written { device, token, .. } = written::read(&bytes)?;
-                Ok(OnDevice { name: device, nbd: None, token: Token::parse(&token)?, layer })
+                Ok(OnDevice { name: device, address: None, token: Token::parse(&token)?, layer })
             }
             2 => {
                 let NbdWritten { nbd, token, .. } = written::read(&bytes)?;
-                let name = nbd.to_string().into();
-                Ok(OnDevice { name, nbd: Some(nbd), token: Token::parse(&token)?, layer })
+                behind(nbd, &token, |address| address.server().is_some())
             }
-            other => Err(written::unknown_version(other, "versions 1 and 2")),
+            3 => {
+                let RbdWritten { rbd, token, .. } = written::read(&bytes)?;
+                behind(rbd, &token, |address| address.image().is_some())
+            }
+            other => Err(written::unknown_version(other, "versions 1 to 3")),
         };
         read().context(attempt).map(Some)
     }
@@ -192,21 +213,22 @@ impl Catalog {
         match self.on_device(layer.id)? {
             None if self.is_coming(layer.id) => Err(self.has_not_come(layer.id)),
             None => Ok(Place::whole(self.layer_path(layer.id))),
-            Some(OnDevice { nbd: Some(address), .. }) => {
+            Some(OnDevice { address: Some(address), .. }) => {
                 Ok(Place::behind(address, self.device_file(layer.id), layer.size))
             }
             Some(on) => Ok(Place { on_device: Some(layer.size), ..Place::whole(on.path()?) }),
         }
     }
 
-    /// The NBD exports that layers of a volume lie on.
+    /// The NBD exports and RBD images that layers of a volume lie on, and what an attach wants of each.
     ///
     /// # Errors
     /// As [`Catalog::on_device`].
-    pub fn exports(&self, volume: &Metadata) -> Result<Vec<Address>> {
+    pub fn exports(&self, volume: &Metadata, read_only: bool) -> Result<Vec<(Address, Right)>> {
         let mut exports = Vec::new();
-        for layer in volume.layers() {
-            exports.extend(self.on_device(layer.id)?.and_then(|on| on.nbd));
+        for (n, layer) in volume.layers().iter().enumerate() {
+            let right = if n == 0 && !read_only { Right::Write } else { Right::Read };
+            exports.extend(self.on_device(layer.id)?.and_then(|on| on.address).map(|it| (it, right)));
         }
         Ok(exports)
     }
@@ -324,7 +346,10 @@ impl Catalog {
         let token = token.to_string();
         let address = name.to_str().filter(|name| Address::is_meant(name)).map(str::parse).transpose()?;
         let json = match address {
-            Some(nbd) => written::to_json(&NbdWritten { format: NBD_FORMAT, nbd, token }),
+            Some(nbd @ Address::Server(_)) => {
+                written::to_json(&NbdWritten { format: NBD_FORMAT, nbd, token })
+            }
+            Some(rbd @ Address::Rbd(_)) => written::to_json(&RbdWritten { format: RBD_FORMAT, rbd, token }),
             None => written::to_json(&Written { format: FORMAT, device: name.to_owned(), token }),
         };
         replace_file(&self.device_file(layer), &json)

@@ -94,11 +94,19 @@ impl Holder {
     /// Whether that very process still runs, as far as can be seen from here: not in another PID namespace,
     /// nor, for most users, where /proc hides the processes of others (hidepid). A confined process may not
     /// look: to it, whoever the file names does.
-    pub(super) fn is_seen_alive(&self) -> bool {
+    pub(crate) fn is_seen_alive(&self) -> bool {
         match read_stat(&self.pid.to_string()) {
             Ok(stat) => start_time(&stat) == Some(self.start_time),
             Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
         }
+    }
+
+    /// Whether its process id means, as far as it says, what it means here.
+    pub(crate) fn has_an_id_of_here(&self) -> bool {
+        let here = Host::of_this_process();
+        self.host.as_ref().zip(here.as_ref()).is_some_and(|(there, here)| {
+            (&there.boot, there.pid_namespace) == (&here.boot, here.pid_namespace)
+        })
     }
 
     /// Whether the process runs on this host, as far as it says.

@@ -1,7 +1,7 @@
 //! `sealblk volume create`.
 #![forbid(unsafe_code)]
 
-use crate::backing::nbd::Address;
+use crate::backing::nbd::{Address, Image};
 use crate::base::{Error, Kind, Result, size};
 use crate::catalog::metadata::VolumeName;
 use crate::catalog::tags::Tags;
@@ -31,6 +31,7 @@ Examples:
   sealblk volume create --device /dev/disk/by-id/nvme-X --name fast
   sealblk volume create --device /dev/vg/db --wipe --name db
   sealblk volume create --nbd unix:/run/db.sock --name db
+  sealblk volume create --rbd rbd/db --size 20GiB --name db
 
 The data key is made and wrapped by the KMS key; nobody sees it. With --also-key other KMS keys wrap it as well, and any
 of them gives it: a KMS that is down stops no attach. Prints the new volume's id. A volume from a
@@ -44,11 +45,15 @@ be zeros, every byte of it, and is read to see that; --wipe makes it zeros. A de
 case. The first MiB holds a header, which makes the device complete in itself; docs/storage.md tells more.
 
 With --nbd it lies behind an NBD server (nbdkit, qemu-nbd, …) on this host, in the same way. Nothing keeps others
-from what is behind the server: this store has to be the only one that uses it.")]
+from what is behind the server: this store has to be the only one that uses it.
+
+With --rbd it lies in an RBD image of a Ceph cluster, which is made if it is not there, with 1 MiB more than --size for
+the header; one that is there has to be zeros. One host at a time can write it, which Ceph sees to. docs/ceph.md tells
+what the cluster has to be, and what becomes of a host that is cut off.")]
 pub struct CreateArgs {
     /// Its size: a whole number and B, KiB, MiB, GiB, TiB, PiB (powers of 1024) or KB, MB, GB, TB, PB
     /// [default: what the device has room for, or the snapshot's].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present_any = ["snapshot", "device", "nbd"])]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, required_unless_present_any = ["snapshot", "device", "nbd", "rbd"])]
     size: Option<u64>,
     /// Make it from this snapshot: its id, the first digits of its id, or its tag Name.
     #[arg(long, value_name = "SNAPSHOT")]
@@ -87,8 +92,13 @@ pub struct CreateArgs {
     /// nbd+unix:///NAME?socket=/PATH.
     #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["preallocate", "device"])]
     nbd: Option<Address>,
-    /// Make the device or export zeros first: whatever it holds is lost. Interrupted and given again, it goes
-    /// on.
+    /// The RBD image that it lies in, all of which is taken: POOL[/NAMESPACE]/IMAGE. With ?id=ID as another
+    /// user of the cluster than sealblk; with conf=/PATH and keyring=/PATH by other files than those in
+    /// /etc/ceph (?id=ID&conf=/PATH&keyring=/PATH).
+    #[arg(long, value_name = "IMAGE", value_parser = Image::named, conflicts_with_all = ["preallocate", "device", "nbd"])]
+    rbd: Option<Image>,
+    /// Make the device, export or image zeros first: whatever it holds is lost. Interrupted and
+    /// given again, it goes on.
     #[arg(long)]
     wipe: bool,
     #[command(flatten)]
@@ -110,12 +120,14 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
         name: args.name.clone(),
         tags,
         preallocate: args.preallocate,
-        device: device(args)?,
+        device: None,
         budget: args.space.budget(&store),
     };
     let snapshot =
         args.snapshot.as_deref().map(|name| catalog.load_snapshot(catalog.resolve_snapshot(name)?));
     let snapshot = snapshot.transpose()?;
+    let size = args.size.or(snapshot.as_ref().map(|snapshot| snapshot.geometry().size()));
+    let new = NewVolume { device: device(args, size)?, ..new };
     create::check(&store, &new, snapshot.as_ref())?;
     if let Some(snapshot) = &snapshot
         && !snapshot.is_encrypted()
@@ -133,12 +145,13 @@ pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
     }
 }
 
-/// The device or export that the volume is to lie on.
-fn device(args: &CreateArgs) -> Result<Option<Arc<Candidate>>> {
-    let address = args.nbd.as_ref().map(|address| PathBuf::from(address.to_string()));
-    match args.device.as_ref().or(address.as_ref()) {
-        Some(path) => Ok(Some(Arc::new(Candidate::open(path)?))),
-        None if args.wipe => Err(Error::new(Kind::Usage, "--wipe is for --device or --nbd")),
+/// The device, export or image that the volume is to lie on, for so many bytes.
+fn device(args: &CreateArgs, size: Option<u64>) -> Result<Option<Arc<Candidate>>> {
+    let nbd = args.nbd.as_ref().map(|address| PathBuf::from(address.to_string()));
+    let rbd = args.rbd.as_ref().map(|image| PathBuf::from(image.to_string()));
+    match args.device.as_ref().or(nbd.as_ref()).or(rbd.as_ref()) {
+        Some(path) => Ok(Some(Arc::new(Candidate::open_or_make(path, size)?))),
+        None if args.wipe => Err(Error::new(Kind::Usage, "--wipe is for --device, --nbd or --rbd")),
         None => Ok(None),
     }
 }

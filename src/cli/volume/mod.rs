@@ -25,7 +25,7 @@ use crate::ops::delete;
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Make a volume, empty or from a snapshot.
-    Create(create::CreateArgs),
+    Create(Box<create::CreateArgs>),
     /// Make a volume from a raw or qcow2 disk image.
     Import(import::ImportArgs),
     /// Write what a volume holds into a file, in the clear.

@@ -67,6 +67,7 @@ pub struct RekeyArgs {
 #[command(after_help = "\
 Examples:
   sealblk volume move db --to /dev/vg/db --wipe --follow
+  sealblk volume move db --to rbd:rbd/db --follow
   sealblk volume move db --to file
 
 Puts an empty top layer there, which takes what is written from now on, and has everything else copied into it: in the
@@ -77,7 +78,8 @@ the moment in which it gets its new top, and not for the copying. Id, name and k
 pub struct MoveArgs {
     /// The volume: its id, the first digits of its id, or its name.
     volume: String,
-    /// Where: a block device, an NBD export (unix:/PATH), or \"file\" for a file of the store.
+    /// Where: a block device, an NBD export (unix:/PATH), an RBD image (rbd:POOL/IMAGE, which is made if it
+    /// is not there), or \"file\" for a file of the store.
     #[arg(long, value_name = "DEVICE|file")]
     to: PathBuf,
     /// Make the device zeros first: whatever it holds is lost.
@@ -138,9 +140,10 @@ pub(super) fn rekey(env: &Env, args: &RekeyArgs) -> Result<()> {
         return cancel(env, &store, id);
     }
     let (also, budget) = (args.also.wanted(), args.following.budget(&store));
-    let onto = args.onto.as_deref().map(Candidate::open).transpose()?;
+    let size = env.catalog().load(id)?.size();
+    let onto = args.onto.as_deref().map(|path| Candidate::open_or_make(path, Some(size))).transpose()?;
     if let Some(device) = &onto {
-        device.check_size(env.catalog().load(id)?.size())?;
+        device.check_size(size)?;
         take(&store, device, args.wipe)?;
     }
     let Rekeyed { new, pause } = rekey::rekey(&store, id, args.key.as_deref(), &also, budget, onto.as_ref())?;
@@ -155,7 +158,10 @@ pub(super) fn move_to(env: &Env, args: &MoveArgs) -> Result<()> {
     let (store, id) = (env.store()?, env.catalog().resolve(&args.volume)?);
     let target = match args.to.as_os_str() == "file" {
         true => Target::File,
-        false => Target::Device(Candidate::open(&args.to)?),
+        false => {
+            let size = env.catalog().load(id)?.size();
+            Target::Device(Candidate::open_or_make(&args.to, Some(size))?)
+        }
     };
     move_to::check(&store, id, &target, args.following.budget(&store))?;
     match &target {

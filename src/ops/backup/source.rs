@@ -13,7 +13,7 @@
 use crate::backing::device::DATA_START;
 use crate::backing::file::{Place, next_data_of};
 use crate::backing::medium::Medium;
-use crate::backing::nbd::Export;
+use crate::backing::nbd::{Export, Right};
 use crate::backup::block::{BLOCK, SECTOR, encode};
 use crate::backup::manifest::Planes;
 use crate::base::root::files;
@@ -49,7 +49,7 @@ impl LayerFile {
         let lock = ImageLock::acquire(&path, Access::Read)?;
         let file =
             files::open_layer(&path, OFlag::O_RDONLY).context(|| format!("open {}", path.display()))?;
-        let export = behind.as_ref().map(Export::at).transpose()?;
+        let export = behind.as_ref().map(|address| Export::at(address, Right::Read)).transpose()?;
         let medium: &dyn Medium = if let Some(export) = &export { &**export } else { &file };
         catalog.check_is_layers(layer.id, medium, export.as_deref())?;
         // A device does not tell where it has data.

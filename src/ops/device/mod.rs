@@ -11,9 +11,9 @@ mod name;
 mod signature;
 mod users;
 
-use crate::backing::device::{self, BLOCK};
+use crate::backing::device::{self, BLOCK, DATA_START};
 use crate::backing::medium::Medium;
-use crate::backing::nbd::{Address, Export};
+use crate::backing::nbd::{Address, Export, Right};
 use crate::base::root::offered::Offered;
 use crate::base::{Context, Error, Kind, Result, size};
 use crate::catalog::Catalog;
@@ -25,6 +25,7 @@ use crate::image::lock::{Access, ImageLock};
 use nix::errno::Errno;
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -57,16 +58,33 @@ impl Candidate {
     /// `Busy` for a device that is mounted, or that another program uses; `Usage` for what is no device, or
     /// too small; `Unsupported` for one with blocks of more than 4096 bytes; those of the NBD server.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_or_make(path, None)
+    }
+
+    /// As [`Candidate::open`]; an RBD image that is not there is made, with room for a
+    /// volume of `size` bytes.
+    ///
+    /// # Errors
+    /// As for that.
+    pub fn open_or_make(path: &Path, size: Option<u64>) -> Result<Self> {
         let address = path.to_str().filter(|text| Address::is_meant(text)).map(str::parse).transpose()?;
         match address {
-            Some(address) => Self::open_export(&address),
+            Some(address) => Self::open_export(&address, size),
             None => Self::open_device(path),
         }
     }
 
-    fn open_export(address: &Address) -> Result<Self> {
+    fn open_export(address: &Address, size: Option<u64>) -> Result<Self> {
         let open = || {
-            let export = Export::at(address)?;
+            let export = match size {
+                Some(size) => {
+                    let whole =
+                        size.checked_next_multiple_of(BLOCK).and_then(|it| it.checked_add(DATA_START));
+                    let whole = whole.ok_or_else(|| Error::new(Kind::Usage, "so large nothing can be"))?;
+                    Export::made_at(address, whole)?
+                }
+                None => Export::at(address, Right::Write)?,
+            };
             let terms = export.terms();
             if terms.is_read_only() {
                 return Err(Error::new(Kind::Usage, "the server lets nobody write there"));
@@ -190,7 +208,7 @@ impl Candidate {
             }
             device::each_step(0..self.len, &mut |step| {
                 watch(step.start, self.len)?;
-                match device::first_data(self.medium(), step)? {
+                match self.first_data(step)? {
                     None => Ok(()),
                     Some(at) => Err(self.not_empty(at)),
                 }
@@ -198,6 +216,22 @@ impl Candidate {
             watch(self.len, self.len)
         };
         check().context(|| format!("take {}", self.name.path().display()))
+    }
+
+    /// Where the first byte is that is not zero. What the medium itself says is empty is not read.
+    fn first_data(&self, step: Range<u64>) -> Result<Option<u64>> {
+        let mut at = step.start;
+        while at < step.end {
+            let Some(run) = self.medium().next_data(at..step.end)? else { return Ok(None) };
+            // Whole blocks, as transfers past the page cache are.
+            let start = (run.start - run.start % BLOCK).max(step.start);
+            let end = run.end.next_multiple_of(BLOCK).min(step.end);
+            if let Some(found) = device::first_data(self.medium(), start..end)? {
+                return Ok(Some(found));
+            }
+            at = end;
+        }
+        Ok(None)
     }
 
     /// Whether a volume lies there, of this store or of another one.

@@ -1,7 +1,7 @@
 //! Volumes that lie on block devices, with blocks as large as their sectors, larger and smaller ones: through
 //! the program, on loop devices of the test's own.
 
-mod adopt;
+pub mod adopt;
 mod discards;
 mod hostile;
 mod life;

@@ -253,6 +253,14 @@ impl Writer {
         }
     }
 
+    /// Makes all of the disk zeros, and gives its space back.
+    pub fn zero_all(&mut self) {
+        let segment = Segment { sector: 0, count: (self.data.len() / SECTOR) as u32, flags: 1 };
+        let request = Request::write_zeroes(&[segment]);
+        assert_eq!(request.run(&mut self.session.rings[1]).unwrap().status, OK);
+        self.data.fill(0);
+    }
+
     /// The disk has become larger.
     pub fn grown(&mut self, size: usize) {
         self.data.resize(size, 0);

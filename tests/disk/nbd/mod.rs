@@ -5,4 +5,4 @@ mod fake;
 mod hostile;
 mod life;
 mod lost;
-mod server;
+pub mod server;

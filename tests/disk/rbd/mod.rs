@@ -1,0 +1,7 @@
+//! Volumes in RBD images, of clusters that `ci/ceph-up` makes.
+
+mod cluster;
+mod faults;
+mod fences;
+mod life;
+mod partition;
