@@ -107,6 +107,7 @@ impl Layer {
     pub(super) fn is_all_here(&self) -> bool {
         self.left.load(Ordering::SeqCst) == 0
     }
+
     /// How many blocks are to come in all.
     pub(super) fn count(&self) -> usize {
         self.here.len()
