@@ -276,7 +276,11 @@ fn changes_files(pid: Pid) -> bool {
     // SAFETY: it is plain numbers, for which zero is a value.
     let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
     let (size, place) = (size_of_val(&info), (&raw mut info) as usize);
-    request(libc::PTRACE_GET_SYSCALL_INFO, pid, size, place).expect("it is at a call");
+    match request(libc::PTRACE_GET_SYSCALL_INFO, pid, size, place) {
+        // Another process has ended it meanwhile, or its parent's end has.
+        Err(Errno::ESRCH) => return false,
+        looked => looked.expect("it is at a call"),
+    }
     if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
         return false;
     }
