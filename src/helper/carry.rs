@@ -18,6 +18,8 @@ use crate::base::sync::Locked;
 use crate::base::wire::{self, Lines};
 use crate::base::{Context, Error, Kind, Result};
 use crate::place::{Access, Listed, MAX_LEN, ObjectName, Objects, Place, PlaceUrl, Put};
+#[cfg(feature = "object-store")]
+use crate::sandbox::stranger;
 use crate::sandbox::{self, Rule};
 use nix::unistd::{AccessFlags, access};
 use serde::de::DeserializeOwned;
@@ -403,14 +405,6 @@ fn begin(socket: &UnixStream) -> Result<Place> {
 /// have changed, are looked up.
 #[cfg(feature = "object-store")]
 fn lookup_files() -> Vec<PathBuf> {
-    let of_system = [
-        "/etc/resolv.conf",
-        "/etc/hosts",
-        "/etc/nsswitch.conf",
-        "/etc/gai.conf",
-        "/etc/host.conf",
-        "/etc/services",
-    ];
     let named = [
         "AWS_SHARED_CREDENTIALS_FILE",
         "AWS_CONFIG_FILE",
@@ -421,7 +415,8 @@ fn lookup_files() -> Vec<PathBuf> {
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let of_home =
         home.iter().flat_map(|home| [".aws/credentials", ".aws/config"].map(|name| home.join(name)));
-    let all = of_system.iter().map(PathBuf::from).chain(named).chain(of_home);
+    let of_network = stranger::OF_THE_NETWORK.into_iter().map(PathBuf::from);
+    let all = of_network.chain(named).chain(of_home);
     all.filter(|path| path.is_file()).collect()
 }
 

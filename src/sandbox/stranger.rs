@@ -22,7 +22,7 @@ const OF_THE_SYSTEM: [&str; 9] = [
     "/dev/urandom",
 ];
 /// What names of hosts are looked up in.
-const OF_THE_NETWORK: [&str; 6] = [
+pub(crate) const OF_THE_NETWORK: [&str; 6] = [
     "/etc/resolv.conf",
     "/etc/hosts",
     "/etc/nsswitch.conf",
@@ -33,16 +33,30 @@ const OF_THE_NETWORK: [&str; 6] = [
 
 /// What a process that loads a stranger's code is not given of this one's variables: credentials, and where
 /// others lie. Beginnings of names.
-const KEPT_BACK: [&str; 6] =
-    ["AWS_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "LISTEN_", "SEALBLK_PASSPHRASE_FD", "SEALBLK_PIN_FD"];
+const KEPT_BACK: [&str; 9] = [
+    "AWS_",
+    "AZURE_",
+    "GOOGLE_",
+    // Of a machine's identity at Azure.
+    "IDENTITY_",
+    "CREDENTIALS_DIRECTORY",
+    "NOTIFY_SOCKET",
+    "LISTEN_",
+    "SEALBLK_PASSPHRASE_FD",
+    "SEALBLK_PIN_FD",
+];
 
 /// Gives a process that is to load a stranger's code no variables that are not its affair.
 pub(crate) fn keep_back(program: &mut Command) {
     for (name, _) in std::env::vars_os() {
-        if KEPT_BACK.iter().any(|beginning| name.to_string_lossy().starts_with(beginning)) {
+        if is_kept_back(&name.to_string_lossy()) {
             program.env_remove(&name);
         }
     }
+}
+
+fn is_kept_back(name: &str) -> bool {
+    KEPT_BACK.iter().any(|beginning| name.starts_with(beginning))
 }
 
 /// Closes what this process has inherited, beside the standard streams. It has opened nothing yet, or has
@@ -92,4 +106,20 @@ pub(crate) fn rules(files: impl Iterator<Item = (PathBuf, bool)>) -> Vec<Rule> {
         Some(Rule::new(path, access))
     };
     files.filter_map(rule).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_of_every_place_and_kms_are_kept_back() {
+        let of_places = ["AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "IDENTITY_HEADER"];
+        for name in of_places.into_iter().chain(["AWS_SECRET_ACCESS_KEY", "SEALBLK_PIN_FD"]) {
+            assert!(is_kept_back(name), "{name}");
+        }
+        for name in ["PATH", "LD_LIBRARY_PATH", "SOFTHSM2_CONF", "MY_AWS_THING"] {
+            assert!(!is_kept_back(name), "{name}");
+        }
+    }
 }
