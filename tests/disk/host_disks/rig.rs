@@ -180,6 +180,25 @@ impl Writer {
         begun
     }
 
+    /// Writes that are in flight while `f` does something end well, and are there.
+    #[track_caller]
+    pub fn writes_survive(&mut self, seed: u64, f: impl FnOnce()) {
+        let ring = &mut self.session.rings[0];
+        let begun: Vec<_> = (0..32)
+            .map(|n| {
+                let (sector, bytes) = (64 * n, pattern(seed + n, 8192));
+                self.data[sector as usize * SECTOR..][..8192].copy_from_slice(&bytes);
+                Request::write(sector, &bytes).submit(ring).unwrap()
+            })
+            .collect();
+        ring.kick_if_wanted();
+        f();
+        for outcome in complete(ring, begun).unwrap() {
+            assert_eq!(outcome.status, OK);
+        }
+        self.look();
+    }
+
     /// Each of these is there, or what was there before.
     pub fn find(&mut self, begun: Vec<(usize, Vec<u8>)>) {
         for (at, bytes) in begun {

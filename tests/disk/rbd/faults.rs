@@ -1,34 +1,13 @@
 //! A cluster that is slow, gone for a while, or full.
 
 use super::cluster::{Cluster, rig};
-use crate::common::disk::pattern;
-use crate::common::frontend::block::{IOERR, OK, complete};
+use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Request, Segment};
 use crate::common::patience::wait_for;
-use crate::host_disks::rig::Writer;
 use crate::nbd::server::content;
 use nix::sys::signal::Signal;
 
 const SIZE: usize = 8 << 20;
-
-/// Begins 32 writes. Whatever `f` does to the cluster meanwhile, all of them are done in the end.
-#[track_caller]
-fn writes_survive(guest: &mut Writer, seed: u64, f: impl FnOnce()) {
-    let ring = &mut guest.session.rings[0];
-    let begun: Vec<_> = (0..32)
-        .map(|n| {
-            let (sector, bytes) = (64 * n, pattern(seed + n, 8192));
-            guest.data[sector as usize * 512..][..8192].copy_from_slice(&bytes);
-            Request::write(sector, &bytes).submit(ring).unwrap()
-        })
-        .collect();
-    ring.kick_if_wanted();
-    f();
-    for outcome in complete(ring, begun).unwrap() {
-        assert_eq!(outcome.status, OK);
-    }
-    guest.look();
-}
 
 #[test]
 fn an_osd_that_is_killed_and_comes_back_is_a_pause() {
@@ -37,7 +16,7 @@ fn an_osd_that_is_killed_and_comes_back_is_a_pause() {
     let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
     guest.work();
     for seed in [1, 100] {
-        writes_survive(&mut guest, seed, || {
+        guest.writes_survive(seed, || {
             cluster.signal_osd(Signal::SIGKILL);
             cluster.start_osd();
         });
@@ -55,7 +34,7 @@ fn an_osd_that_stands_still_is_waited_for_so_long_and_no_longer() {
     let (host, mut guest) = store.attach("t", 512, vec![0; SIZE]);
     guest.work();
     // A moment is a pause.
-    writes_survive(&mut guest, 1, || {
+    guest.writes_survive(1, || {
         cluster.signal_osd(Signal::SIGSTOP);
         cluster.signal_osd(Signal::SIGCONT);
     });

@@ -5,7 +5,7 @@ use super::cluster::{Cluster, elsewhere, rig, server_of};
 use crate::common::attach::read;
 use crate::common::disk::pattern;
 use crate::common::frontend::Request;
-use crate::common::frontend::block::{IOERR, OK, complete};
+use crate::common::frontend::block::IOERR;
 use crate::common::patience::wait_for;
 use crate::nbd::server::{attach, content};
 use nix::sys::signal::{Signal, kill};
@@ -91,20 +91,7 @@ fn a_server_that_is_killed_is_started_again_and_the_guest_sees_a_pause() {
     let before = tenure(cluster, "killed");
     for _ in 0..3 {
         let server = server_of(&host);
-        let ring = &mut guest.session.rings[0];
-        let begun: Vec<_> = (0..32)
-            .map(|n| {
-                let (sector, bytes) = (64 * n, pattern(n + 1, 8192));
-                guest.data[sector as usize * 512..][..8192].copy_from_slice(&bytes);
-                Request::write(sector, &bytes).submit(ring).unwrap()
-            })
-            .collect();
-        ring.kick_if_wanted();
-        kill(server, Signal::SIGKILL).unwrap();
-        for outcome in complete(ring, begun).unwrap() {
-            assert_eq!(outcome.status, OK);
-        }
-        guest.look();
+        guest.writes_survive(1, || kill(server, Signal::SIGKILL).unwrap());
         guest.work();
         assert_ne!(server_of(&host), server);
     }
