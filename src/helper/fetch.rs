@@ -217,9 +217,9 @@ impl Hearing {
     fn hear(&self, said: Said) {
         match said {
             Said::Here { layer, first, count } => {
-                self.of(layer).for_each(|it| it.is_here(first..first.saturating_add(count)));
+                self.of(layer).for_each(|it| it.note_here(first..first.saturating_add(count)));
             }
-            Said::Whole { layer } => self.of(layer).for_each(|it| it.is_whole()),
+            Said::Whole { layer } => self.of(layer).for_each(|it| it.note_whole()),
             Said::Refused { layer, block, why } => {
                 self.of(layer).for_each(|it| it.refuse(block, printable::line(&why).into_owned()));
             }

@@ -173,7 +173,7 @@ impl Coming {
     }
 
     /// Nothing more is to come of these blocks, of those that there are: they are in the file, and right.
-    pub fn is_here(&self, blocks: Range<u64>) {
+    pub fn note_here(&self, blocks: Range<u64>) {
         let mut at = blocks.start.min(self.blocks());
         let end = blocks.end.min(self.blocks());
         while at < end {
@@ -192,8 +192,8 @@ impl Coming {
     }
 
     /// Everything is here.
-    pub fn is_whole(&self) {
-        self.is_here(0..self.blocks());
+    pub fn note_whole(&self) {
+        self.note_here(0..self.blocks());
         self.is_whole.store(true, SeqCst);
     }
 
@@ -303,9 +303,9 @@ mod tests {
     fn what_is_here_is_known_block_by_block() {
         let coming = Coming::new(200 * BLOCK - 5);
         assert!(!coming.has(&(0..1)) && coming.next_data(7) == Some(7..200 * BLOCK - 5));
-        coming.is_here(0..3);
-        coming.is_here(63..66);
-        coming.is_here(199..400);
+        coming.note_here(0..3);
+        coming.note_here(63..66);
+        coming.note_here(199..400);
         let asked: Arc<Mutex<Vec<u64>>> = Arc::default();
         assert!(coming.ask_for(&(0..10 * BLOCK)).is_err(), "nobody brings it");
         let told = asked.clone();
@@ -319,9 +319,9 @@ mod tests {
         coming.ask_for(&(2 * BLOCK..5 * BLOCK)).unwrap();
         coming.ask_for(&(2 * BLOCK..5 * BLOCK)).unwrap();
         assert_eq!(*asked.locked(), [3, 4]);
-        coming.is_here(3..4);
+        coming.note_here(3..4);
         assert_eq!(coming.next_data(0), Some(3 * BLOCK..63 * BLOCK), "it may hold something still");
-        coming.is_whole();
+        coming.note_whole();
         assert!(coming.has(&(0..200 * BLOCK)));
     }
 

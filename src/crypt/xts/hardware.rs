@@ -5,9 +5,9 @@
 //! are in registers, or in secret memory of the thread's. `ci/check-spills` checks the machine code for it.
 
 #[cfg(target_arch = "aarch64")]
-use crate::crypt::xts::arm::{Kernels, Keys};
+use crate::crypt::xts::arm::{Kernels, Keys, keys};
 #[cfg(target_arch = "x86_64")]
-use crate::crypt::xts::x86::{Kernels, Keys};
+use crate::crypt::xts::x86::{Kernels, Keys, keys};
 
 use crate::base::Result;
 use crate::crypt::secret_mem::{Secret, wipe_stack};
@@ -40,7 +40,7 @@ impl Hardware {
         };
         let (data, tweak) = dek.halves();
         // SAFETY: `are_available` has just found every feature that key expansion uses.
-        let keys = Secret::new(|| unsafe { kernels.expand(data, tweak) })?;
+        let keys = Secret::new(|| unsafe { keys(data, tweak) })?;
         Ok(Some(Hardware { keys, unit, engine, kernels }))
     }
 

@@ -212,7 +212,7 @@ impl FileQueue {
                 Left::All => Err(pending.work.stuck()),
             },
         };
-        let Some(rewriting) = &mut self.rewriting else { return self.is_done(slot, pending, result) };
+        let Some(rewriting) = &mut self.rewriting else { return self.finish(slot, pending, result) };
         let result = match rewriting.is_reading(slot) {
             true => result.map_err(|e| io::Error::new(e.kind(), NotBegun(e))),
             false => result,
@@ -222,10 +222,10 @@ impl FileQueue {
             self.pending[slot as usize] = Some(pending);
             return self.go_on(slot, Some(next));
         }
-        self.is_done(slot, pending, result);
+        self.finish(slot, pending, result);
     }
 
-    fn is_done(&mut self, slot: u32, pending: Pending, result: io::Result<()>) {
+    fn finish(&mut self, slot: u32, pending: Pending, result: io::Result<()>) {
         self.free_slots.push(slot);
         self.done.push_back(Done { tag: pending.tag, buffer: pending.buffer, result });
     }

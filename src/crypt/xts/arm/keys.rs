@@ -15,7 +15,7 @@ const WORDS: usize = 4 * ROUND_KEYS;
 
 /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
 #[target_feature(enable = "aes")]
-pub(super) fn keys(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
+pub(in crate::crypt::xts) fn keys(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
     let data = expand(data);
     Keys::new(&data, &inverse(&data), &expand(tweak))
 }

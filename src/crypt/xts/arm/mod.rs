@@ -3,7 +3,7 @@
 mod kernel;
 mod keys;
 
-pub(super) use keys::Keys;
+pub(super) use keys::{Keys, keys};
 
 use crate::crypt::SectorSize;
 use crate::crypt::xts::kernels::Task;
@@ -30,15 +30,6 @@ impl Kernels {
     /// Whether this CPU has what they need, and runs in the order of bytes that they are made for.
     pub(super) fn are_available(self) -> bool {
         cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("aes")
-    }
-
-    /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
-    ///
-    /// # Safety
-    /// The CPU has what they need.
-    pub(super) unsafe fn expand(self, data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
-        // SAFETY: the caller's promise.
-        unsafe { keys::keys(data, tweak) }
     }
 
     /// Has the kernel for `task` do what [`Kernel`] says.

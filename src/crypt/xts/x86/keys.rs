@@ -10,7 +10,7 @@ pub(in crate::crypt::xts) type Keys = schedule::Keys<64>;
 
 /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
 #[target_feature(enable = "aes,sse2")]
-pub(super) fn keys(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
+pub(in crate::crypt::xts) fn keys(data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
     let data = expand(data);
     Keys::new(&bytes(&data), &bytes(&inverse(&data)), &bytes(&expand(tweak)))
 }

@@ -6,7 +6,7 @@ mod kernel512;
 mod keys;
 mod narrow;
 
-pub(super) use keys::Keys;
+pub(super) use keys::{Keys, keys};
 
 use crate::crypt::SectorSize;
 use crate::crypt::secret_mem::SecretMem;
@@ -57,15 +57,6 @@ impl Kernels {
             Kernels::Bits256 => has && vaes(),
             Kernels::Bits512 => has && vaes() && avx512() && is_x86_feature_detected!("vpclmulqdq"),
         }
-    }
-
-    /// Expands both halves of a data key. Leaves round keys on the stack: to be run where it is scrubbed.
-    ///
-    /// # Safety
-    /// The CPU has what they need.
-    pub(super) unsafe fn expand(self, data: &[u8; 32], tweak: &[u8; 32]) -> Keys {
-        // SAFETY: the caller's promise.
-        unsafe { keys::keys(data, tweak) }
     }
 
     /// Has the kernel for `task` do what [`Kernel`] says.

@@ -199,7 +199,7 @@ impl<'a> Fetching<'a> {
         }
     }
 
-    fn is_here(&self, layer: &Layer, at: usize, n: usize) {
+    fn tell_here(&self, layer: &Layer, at: usize, n: usize) {
         if layer.note_here(n) {
             self.come.fetch_add(1, Ordering::Relaxed);
         }
@@ -221,7 +221,7 @@ impl<'a> Fetching<'a> {
         for &n in wanted.iter().filter(|n| !layer.is_here(**n)) {
             let (number, name) = layer.to_come.blocks[n];
             match into.look(number, name, &layer.keys).map_err(away)? {
-                There::This => self.is_here(layer, at, n),
+                There::This => self.tell_here(layer, at, n),
                 there => missing.push((n, there)),
             }
         }
@@ -272,7 +272,7 @@ impl<'a> Fetching<'a> {
                     };
                     written
                         .map_err(|e| Problem::Away(e.context(format!("write layer {}", layer.record.id))))?;
-                    self.is_here(layer, at, n);
+                    self.tell_here(layer, at, n);
                     self.note_back();
                     waiting.has_come();
                     if let Some(brake) = &mut brake {
