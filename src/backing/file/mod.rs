@@ -13,68 +13,46 @@
 //! A layer is reached in one way for as long as it is open, by all of its queues: never is the page cache
 //! mixed with what goes past it.
 
+mod aligned;
 mod direct;
+mod in_flight;
 mod memory;
+mod open;
 mod prefetch;
 mod queue;
+#[cfg(test)]
+mod tests;
 mod turns;
+mod way;
 mod write_cache;
 
+pub(crate) use aligned::Aligned;
+
 use crate::backing::coming::{Coming, ComingQueue};
-use crate::backing::device::{self, DATA_START};
+use crate::backing::device;
 use crate::backing::medium::Medium;
-use crate::backing::nbd::{Address, Export, Right};
+use crate::backing::nbd::{Address, Export};
 use crate::backing::{Backing, Caps, Queue};
-use crate::base::locks::{self, Bytes};
-use crate::base::root::files;
+use crate::base::locks;
 use crate::base::space::Space;
 use crate::base::zeros::is_zero;
 use crate::reactor::{Reactor, pool};
-use direct::{Found, SECTOR};
+use direct::Found;
+use in_flight::{lock_in_flight, nothing_in_flight};
 use memory::FileMemory;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use queue::{FileQueue, Reached};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use turns::Turns;
+use way::{Access, Way};
 use write_cache::WriteCache;
-
-/// The byte, beyond any layer's end, whose lock says that a queue may have writes in flight.
-const IN_FLIGHT: Bytes = Bytes::one(i64::MAX - 1);
-/// How long to wait for the writes of an earlier process.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// How the bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// io_uring with O_DIRECT.
-    Direct,
-    /// io_uring through the page cache.
-    Buffered,
-    /// The file's memory, `pread` and `pwrite`, by the queue's thread.
-    Inline,
-    /// An NBD server.
-    Export,
-}
-
-impl Access {
-    fn memory_of(self, file: &File, size: u64) -> Option<Arc<FileMemory>> {
-        match self {
-            Access::Inline => FileMemory::map(file, size).map(Arc::new),
-            Access::Direct | Access::Buffered | Access::Export => None,
-        }
-    }
-}
 
 /// What is known of the writes of processes that had a layer before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,56 +63,13 @@ pub enum Earlier {
     Done,
 }
 
-/// How a layer is reached, as it was decided when it was opened.
-#[derive(Clone)]
-struct Way {
-    access: Access,
-    /// What offsets and lengths of transfers are multiples of.
-    unit: u64,
-    /// Where that is larger than the volume's sectors and the layer is written: who writes what when.
-    turns: Option<Arc<Turns>>,
-}
-
-impl Way {
-    /// The best one to a layer of `size` bytes.
-    fn to(found: Option<&Found>, size: u64, block_size: u32, read_only: bool) -> Self {
-        let plain = |access| Way { access, unit: SECTOR, turns: None };
-        let Some(found) = found else { return plain(Access::Inline) };
-        let Some(unit) = found.unit else { return plain(Access::Buffered) };
-        let has_parts = unit > u64::from(block_size);
-        // Its last block could not be written as a whole without making the file longer.
-        if has_parts && !read_only && !size.is_multiple_of(unit) {
-            return plain(Access::Buffered);
-        }
-        let turns = (has_parts && !read_only).then(|| Arc::new(Turns::new()));
-        Way { access: Access::Direct, unit, turns }
-    }
-
-    fn words(&self, found: Option<&Found>) -> String {
-        match (self.access, found.and_then(|found| found.unit)) {
-            (Access::Inline, _) => "memory file system".into(),
-            (Access::Export, _) => "NBD server".into(),
-            (Access::Direct, _) if self.turns.is_none() => "io_uring, O_DIRECT".into(),
-            (Access::Direct, _) => format!(
-                "io_uring, O_DIRECT in the disk's blocks of {} bytes: what is written of a block is written \
-                 after the rest was read",
-                self.unit
-            ),
-            (Access::Buffered, None) => "io_uring, buffered".into(),
-            (Access::Buffered, Some(unit)) => format!(
-                "io_uring, buffered: the volume does not end with one of the disk's blocks, of {unit} bytes"
-            ),
-        }
-    }
-}
-
 /// Where a layer's bytes lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The file or block device.
     pub path: PathBuf,
-    /// Of a block device or export with a header: how many bytes of it are the layer's, from [`DATA_START`]
-    /// on. None where everything is the layer's, from the first byte on.
+    /// Of a block device or export with a header: how many bytes of it are the layer's, from
+    /// [`device::DATA_START`] on. None where everything is the layer's, from the first byte on.
     pub on_device: Option<u64>,
     /// Where the bytes lie, if that is behind an NBD server. Then the file at `path` is the one of the store
     /// that says so, and is there to be locked.
@@ -176,140 +111,6 @@ pub struct FileBacking {
 }
 
 impl FileBacking {
-    /// Opens the file at `path`, which must exist and be a regular file or a block device, for transfers in
-    /// multiples of `block_size` bytes (512 or 4096). `near` is another layer of the same volume, which may
-    /// know more of the disk than can be found out of a file without data.
-    pub fn open(
-        path: &Path,
-        read_only: bool,
-        block_size: u32,
-        near: Option<&FileBacking>,
-    ) -> io::Result<Self> {
-        Self::open_after(&Place::whole(path), read_only, block_size, near, Earlier::Awaited)
-    }
-
-    /// As [`FileBacking::open`], of what lies at `place`, and where it is known what became of the writes of
-    /// earlier processes.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` if a device is not as long as the layer on it.
-    pub fn open_after(
-        place: &Place,
-        read_only: bool,
-        block_size: u32,
-        near: Option<&FileBacking>,
-        earlier: Earlier,
-    ) -> io::Result<Self> {
-        if let (Some(address), Some(size)) = (&place.behind, place.on_device) {
-            return Self::open_export(address, size, &place.path, read_only, block_size);
-        }
-        let plain = files::open_layer(&place.path, if read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR })?;
-        let is_device = plain.metadata()?.file_type().is_block_device();
-        let direct = || {
-            let mut how = OpenOptions::new();
-            let how = how.read(true).write(!read_only).custom_flags(libc::O_DIRECT);
-            // The file that was looked at, whatever its name means by now.
-            how.open(format!("/proc/self/fd/{}", plain.as_raw_fd()))
-        };
-        let len = lseek64(&plain, 0, Whence::SeekEnd)? as u64;
-        let (start, size) = match place.on_device {
-            Some(size) => (DATA_START, size),
-            None => (0, len),
-        };
-        if start.checked_add(size).is_none_or(|end| end > len) {
-            return Err(device::too_short(len, size));
-        }
-        // Device nodes lie on a file system that is memory.
-        let (direct, found) = if !is_device && fstatfs(&plain)?.filesystem_type() == TMPFS_MAGIC {
-            (None, None)
-        } else {
-            let direct = direct().ok();
-            let data = if is_device { Some(0..len) } else { next_data_of(&plain, 0)? };
-            let near = near.and_then(|near| near.found.as_ref());
-            let found = Found::of(direct.as_ref().unwrap_or(&plain), direct.is_some(), data, near)?;
-            (direct, Some(found))
-        };
-        let way = Way::to(found.as_ref(), size, block_size, read_only);
-        let file = direct.filter(|_| way.access == Access::Direct).unwrap_or(plain);
-        match earlier {
-            Earlier::Awaited if !read_only => wait_for_earlier_writes(&file)?,
-            Earlier::Done if !read_only => lock_in_flight(&file, locks::Kind::Shared)?,
-            _ => {}
-        }
-        let write_cache = match way.access {
-            Access::Direct if is_device => WriteCache::of(&file).map(Arc::new),
-            _ => None,
-        };
-        let opened = Self::of(Arc::new(file), start, is_device, found, block_size, way, read_only, size);
-        Ok(FileBacking { write_cache, ..opened })
-    }
-
-    /// Opens a layer of `size` bytes behind an NBD server. Whatever an earlier process has asked the server
-    /// for cannot be waited for: see docs/storage.md.
-    fn open_export(
-        address: &Address,
-        size: u64,
-        said_in: &Path,
-        read_only: bool,
-        block_size: u32,
-    ) -> io::Result<Self> {
-        let file = files::open_layer(said_in, OFlag::O_RDONLY)?;
-        let right = if read_only { Right::Read } else { Right::Write };
-        let export = Export::at(address, right)?;
-        let terms = export.terms();
-        if DATA_START.checked_add(size).is_none_or(|end| end > terms.size) {
-            return Err(device::too_short(terms.size, size));
-        }
-        if !read_only && terms.is_read_only() {
-            return Err(io::Error::new(
-                io::ErrorKind::ReadOnlyFilesystem,
-                "the server lets nobody write there",
-            ));
-        }
-        let unit = u64::from(terms.unit());
-        let turns = (unit > u64::from(block_size) && !read_only).then(|| Arc::new(Turns::new()));
-        let way = Way { access: Access::Export, unit, turns };
-        let opened = Self::of(Arc::new(file), DATA_START, true, None, block_size, way, read_only, size);
-        let durable = if terms.can_flush() { "" } else { ", which counts what it completes as durable" };
-        let access = match address {
-            Address::Server(_) => format!("NBD server{durable}"),
-            Address::Rbd(_) => "RBD image, by librbd in a process of its own".into(),
-        };
-        let caps = Caps { access, gives_back: terms.can_zero(), ..opened.caps.clone() };
-        Ok(FileBacking { export: Some(export), caps, ..opened })
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "each is a field")]
-    fn of(
-        file: Arc<File>,
-        start: u64,
-        is_device: bool,
-        found: Option<Found>,
-        block_size: u32,
-        way: Way,
-        read_only: bool,
-        size: u64,
-    ) -> Self {
-        // A process that is confined could not ask any more.
-        let gives_back = !is_device || device::gives_back(&file);
-        let caps = Caps { access: way.words(found.as_ref()), size, unit: way.unit, gives_back };
-        let memory = way.access.memory_of(&file, size);
-        FileBacking {
-            file,
-            export: None,
-            start,
-            is_device,
-            found,
-            block_size,
-            way,
-            read_only,
-            caps,
-            memory,
-            write_cache: None,
-            coming: None,
-        }
-    }
-
     /// This layer, which is still coming: what is not here is waited for. It cannot be a top.
     pub fn with_coming(self, coming: Arc<Coming>) -> Self {
         FileBacking { coming: Some(coming), ..self }
@@ -552,42 +353,6 @@ impl Backing for FileBacking {
     }
 }
 
-/// Waits until no write of an earlier process can reach the file any more. The kernel ends the requests
-/// of a killed process only after the process itself, and what is on its way then would land on top of
-/// what is written now. Each queue's open file carries a lock, which the kernel keeps for as long as a
-/// request uses that open file; a queue that has seen all its requests complete gives it up itself
-/// ([`nothing_in_flight`]).
-fn wait_for_earlier_writes(file: &File) -> io::Result<()> {
-    let limit = Instant::now() + PATIENCE;
-    loop {
-        match lock_in_flight(file, locks::Kind::Exclusive) {
-            // Shared from here on: our own queues take it as well.
-            Ok(()) => return lock_in_flight(file, locks::Kind::Shared),
-            Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
-            Err(_) if Instant::now() > limit => {
-                let message = "writes of an earlier host process are still on their way to it";
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
-            }
-            Err(_) => std::thread::sleep(PATIENCE / 6000),
-        }
-    }
-}
-
-/// Takes the lock that says "a queue may have writes in flight" for this open file.
-fn lock_in_flight(file: &File, kind: locks::Kind) -> io::Result<()> {
-    match locks::try_lock(file, kind, IN_FLIGHT)? {
-        true => Ok(()),
-        false => Err(io::ErrorKind::WouldBlock.into()),
-    }
-}
-
-/// Gives up that lock: every request by this open file has completed. The kernel may still hold the file:
-/// what carried out a request (a thread of its own, for a flush) lets go of it after the completion, and an
-/// io_uring that is kept without being used notices that only when it is used again.
-fn nothing_in_flight(file: &File) {
-    locks::unlock(file, IN_FLIGHT);
-}
-
 /// The next run of bytes at or after `from` that the file may hold something in; outside of such runs it
 /// holds nothing. `None`: nothing from there to its end.
 pub(crate) fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u64>>> {
@@ -597,112 +362,4 @@ pub(crate) fn next_data_of(file: &File, from: u64) -> io::Result<Option<Range<u6
         Err(e) => return Err(e.into()),
     };
     Ok(Some(start..lseek64(file, start as i64, Whence::SeekHole)? as u64))
-}
-
-/// Page-aligned bytes, as O_DIRECT wants them.
-pub(crate) struct Aligned {
-    room: Vec<u8>,
-    skip: usize,
-}
-
-impl Aligned {
-    /// Zeros.
-    pub(crate) fn new(len: usize) -> Self {
-        let room = vec![0; len + pool::PAGE];
-        let skip = room.as_ptr().align_offset(pool::PAGE);
-        Aligned { room, skip }
-    }
-
-    /// The first `len` of them, at most as many as there are.
-    pub(crate) fn bytes(&mut self, len: usize) -> &mut [u8] {
-        &mut self.room[self.skip..self.skip + len]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::reactor::Uring;
-
-    fn reactor() -> Rc<dyn Reactor> {
-        Rc::new(Uring::new(1).unwrap())
-    }
-
-    /// Every descriptor of this process that is open on `file`.
-    fn opened(file: &File) -> Vec<std::path::PathBuf> {
-        use std::os::unix::fs::MetadataExt;
-        let id = |m: std::fs::Metadata| (m.dev(), m.ino());
-        let ours = id(file.metadata().unwrap());
-        let all = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().path());
-        all.filter(|fd| std::fs::metadata(fd).is_ok_and(|m| id(m) == ours)).collect()
-    }
-
-    #[test]
-    fn a_file_is_not_opened_for_writing_while_another_queue_may_write() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("layer");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let file = || OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let backing = FileBacking::open(&path, false, 512, None).unwrap();
-        let queue = backing.open_queue(&reactor(), 1).unwrap();
-        drop(backing);
-        // The open file of a queue is what the kernel keeps while requests are in flight,
-        // whoever else is gone.
-        let busy = lock_in_flight(&file(), locks::Kind::Exclusive).unwrap_err();
-        assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
-        let waiting = std::thread::scope(|scope| {
-            let opens = scope.spawn(|| FileBacking::open(&path, false, 512, None).map(drop));
-            drop(queue);
-            opens.join().unwrap()
-        });
-        waiting.unwrap();
-    }
-
-    #[test]
-    fn a_queue_that_ends_has_no_writes_on_their_way_whoever_still_holds_its_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("layer");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let backing = FileBacking::open(&path, false, 512, None).unwrap();
-        // The kernel may hold it like this for as long as an io_uring is kept and not used.
-        let held = Arc::new(backing.open_again().unwrap());
-        drop(backing);
-        let top = Reached {
-            file: held.clone(),
-            start: 0,
-            is_device: false,
-            inline: false,
-            export: None,
-            memory: None,
-            unit: 512,
-        };
-        let queue = FileQueue::new(&Rc::new(Uring::new(1).unwrap()), top, Vec::new(), 1).unwrap();
-        let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        assert!(lock_in_flight(&other, locks::Kind::Exclusive).is_err());
-        drop(queue);
-        lock_in_flight(&other, locks::Kind::Exclusive).unwrap();
-    }
-
-    #[test]
-    fn every_queue_has_an_open_file_of_its_own() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("layer");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        for read_only in [false, true] {
-            let backing = FileBacking::open(&path, read_only, 512, None).unwrap();
-            std::fs::rename(&path, dir.path().join("moved")).unwrap();
-            let queues = [(); 2].map(|()| backing.open_queue(&reactor(), 1).unwrap());
-            let files = opened(backing.file());
-            assert_eq!(files.len(), 3);
-            // A seek moves the position of one open file, whatever descriptors it has.
-            lseek64(backing.file(), 77, Whence::SeekSet).unwrap();
-            let positions = files.iter().map(|fd| {
-                let info = fd.to_str().unwrap().replace("/fd/", "/fdinfo/");
-                std::fs::read_to_string(info).unwrap().lines().next().unwrap().to_owned()
-            });
-            assert_eq!(positions.filter(|line| line.ends_with("77")).count(), 1);
-            drop(queues);
-            std::fs::rename(dir.path().join("moved"), &path).unwrap();
-        }
-    }
 }

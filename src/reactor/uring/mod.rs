@@ -2,6 +2,10 @@
 //! few system calls a batch.
 #![allow(unsafe_code)]
 
+mod files;
+
+pub(crate) use files::Files;
+
 use super::pool::Pool;
 use super::ring::{Ring, explained};
 use super::{Reactor, Token, Wait, Woken};
@@ -323,78 +327,6 @@ impl Drop for Inner {
     }
 }
 
-/// The files of one queue of a backing: the kernel knows them by number, and what is asked of them comes back
-/// to that queue.
-pub(crate) struct Files {
-    uring: Rc<Uring>,
-    first: u32,
-    count: u32,
-}
-
-impl Files {
-    /// Registers them.
-    ///
-    /// # Errors
-    /// Those of io_uring_register(2), with what is behind them.
-    pub(crate) fn new(uring: Rc<Uring>, fds: &[RawFd]) -> io::Result<Self> {
-        let inner = &mut *uring.0.borrow_mut();
-        let first = inner.free_run(fds.len());
-        let first = first.ok_or_else(|| io::Error::other("an io_uring has no room for so many layers"))?;
-        inner.ring.submitter().register_files_update(first as u32, fds).map_err(explained)?;
-        inner.taken[first..first + fds.len()].fill(true);
-        Ok(Files { uring: uring.clone(), first: first as u32, count: fds.len() as u32 })
-    }
-
-    /// How the kernel knows the `n`-th.
-    pub(crate) fn number(&self, n: u32) -> types::Fixed {
-        debug_assert!(n < self.count);
-        types::Fixed(self.first + n)
-    }
-
-    /// Whose they are.
-    pub(crate) fn uring(&self) -> &Uring {
-        &self.uring
-    }
-
-    /// Hands an operation over that moves so many `bytes`, for [`Files::next_completed`] to bring back.
-    ///
-    /// # Safety
-    /// What memory it refers to stays, and is touched by nobody else, until it was brought back.
-    pub(crate) unsafe fn push(&self, slot: u32, entry: squeue::Entry, bytes: u32) {
-        let inner = &mut *self.uring.0.borrow_mut();
-        inner.waiting_bytes += bytes as usize;
-        inner.push(entry.user_data(u64::from(self.first) << 32 | u64::from(slot)));
-    }
-
-    /// An operation that the kernel is done with: its slot, and what the kernel says.
-    pub(crate) fn next_completed(&self) -> Option<(u32, i32)> {
-        let completed = &mut self.uring.0.borrow_mut().completed;
-        // Nearly always the first: two queues of a thread are seldom there, and never both at work.
-        let place = completed.iter().position(|it| it.first == self.first)?;
-        completed.remove(place).map(|it| (it.slot, it.result))
-    }
-
-    /// Whether [`Files::next_completed`] has something.
-    pub(crate) fn has_completed(&self) -> bool {
-        self.uring.0.borrow().completed.iter().any(|it| it.first == self.first)
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        let inner = &mut *self.uring.0.borrow_mut();
-        let gone = vec![-1; self.count as usize];
-        if let Err(e) = inner.ring.submitter().register_files_update(self.first, &gone) {
-            // Their places stay taken: what is there is not what the next would take it for.
-            return log::error!("giving up files of an io_uring: {e}");
-        }
-        inner.taken[self.first as usize..][..self.count as usize].fill(false);
-        // The kernel lets go of a file that a request used only when the ring is entered
-        // after its completion.
-        let _ = inner.ring.take_in();
-    }
-}
-
 /// Registers the pool, so that the kernel need not look its pages up for each request. It may be refused by
 /// RLIMIT_MEMLOCK; then it goes without.
 fn register(ring: &Ring, pool: &Pool) -> bool {
@@ -426,82 +358,4 @@ impl Uring {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::fd::AsRawFd;
-
-    #[test]
-    fn a_watch_that_wakes_at_its_end_ends() {
-        let uring = Uring::new(4).unwrap();
-        let woken = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-        let watched = || {
-            let fd = uring.0.borrow().ring.as_raw_fd();
-            let ring = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
-            let polls = ring.lines().skip_while(|line| !line.starts_with("PollList")).skip(1);
-            polls.take_while(|line| line.starts_with(' ')).count()
-        };
-        for round in 0..3 {
-            uring.watch(woken.as_raw_fd());
-            uring.wait(Wait::Poll).unwrap();
-            assert_eq!(watched(), 1, "in round {round}");
-            // Told, and not taken in.
-            woken.write(1).unwrap();
-            uring.0.borrow_mut().end_watches().unwrap();
-            assert_eq!(watched(), 0, "in round {round}");
-        }
-    }
-
-    #[test]
-    fn a_watch_tells_of_its_descriptor_until_it_ends() {
-        let uring: Rc<dyn Reactor> = Rc::new(Uring::new(4).unwrap());
-        let [one, two] = [(); 2].map(|()| vmm_sys_util::eventfd::EventFd::new(0).unwrap());
-        let [first, second] = [&one, &two].map(|fd| super::super::Watched::new(&uring, fd.as_raw_fd()));
-        assert_ne!(*first, *second);
-        for _ in 0..2 {
-            two.write(1).unwrap();
-            uring.wait(Wait::Event).unwrap();
-            assert_eq!(uring.next_woken(), Some(Woken::Ready(*second)));
-            assert_eq!(uring.next_woken(), None);
-        }
-        one.write(1).unwrap();
-        uring.wait(Wait::Event).unwrap();
-        drop(first);
-        assert_eq!(uring.next_woken(), None, "what was told before its end");
-        one.write(1).unwrap();
-        two.write(1).unwrap();
-        uring.wait(Wait::Event).unwrap();
-        assert_eq!(uring.next_woken(), Some(Woken::Ready(*second)));
-        assert_eq!(uring.next_woken(), None);
-    }
-
-    #[test]
-    fn two_queues_have_files_of_their_own_and_each_hears_of_its_operations() {
-        let uring = Rc::new(Uring::new(4).unwrap());
-        let [one, two] = [(); 2].map(|()| tempfile::tempfile().unwrap());
-        let sync = |files: &Files, slot| {
-            // SAFETY: it refers to no memory.
-            unsafe { files.push(slot, opcode::Fsync::new(files.number(0)).build(), 0) }
-        };
-        let first = Files::new(uring.clone(), &[one.as_raw_fd(), two.as_raw_fd()]).unwrap();
-        let second = Files::new(uring.clone(), &[two.as_raw_fd()]).unwrap();
-        sync(&first, 1);
-        sync(&second, 2);
-        while !(first.has_completed() && second.has_completed()) {
-            uring.0.borrow_mut().enter(Wait::Event).unwrap();
-            uring.0.borrow_mut().reap();
-        }
-        assert_eq!(second.next_completed(), Some((2, 0)));
-        assert_eq!(second.next_completed(), None);
-        assert_eq!(first.next_completed(), Some((1, 0)));
-        drop(first);
-        // The places are another's.
-        let third = Files::new(uring.clone(), &[one.as_raw_fd()]).unwrap();
-        sync(&third, 3);
-        uring.wait(Wait::Event).unwrap();
-        assert_eq!(third.next_completed(), Some((3, 0)));
-        let all = vec![one.as_raw_fd(); uring.0.borrow().ring.places()];
-        assert!(Files::new(uring.clone(), &all).is_err(), "there is no such room");
-        drop((second, third));
-        Files::new(uring, &all).unwrap();
-    }
-}
+mod tests;
