@@ -14,7 +14,21 @@ use tempfile::TempDir;
 
 /// Bytes of one of fio's blocks, and how many of them a job writes before it verifies them.
 const BLOCK: u32 = 16 << 10;
-const BACKLOG: u32 = 128;
+const BACKLOG: u32 = 32;
+
+/// Makes a file system with some files, returns their checksums, and leaves it mounted at /mnt.
+pub const MAKE_FILES: &str = "
+    mkfs.ext4 -q /dev/vda
+    mount /dev/vda /mnt
+    seq 1 60000 >/mnt/numbers
+    head -c 1000001 /dev/urandom >/mnt/random
+    mkdir /mnt/many
+    for i in $(seq 200); do echo \"file $i\" >/mnt/many/$i; done
+    (cd /mnt && sha256sum numbers random many/*)
+";
+
+/// Returns the checksums of these files, from what is mounted at /mnt.
+pub const CHECK_FILES: &str = "(cd /mnt && sha256sum numbers random many/*)";
 
 enum Disk {
     VhostUser(PathBuf),

@@ -2,21 +2,10 @@
 //! from one host process to another. QEMU is the newer one of Debian's backports suite: Debian 12's own
 //! corrupts the memory of a busy guest that it migrates under emulation.
 
-use crate::common::guest::{Builder, Guest};
+use crate::common::guest::{Builder, CHECK_FILES, Guest, MAKE_FILES};
 use crate::common::store::Store;
 use serde_json::json;
 use std::path::Path;
-
-/// Files with known content, and their checksums.
-const MAKE_FILES: &str = "
-    mkfs.ext4 -q /dev/vda
-    mount /dev/vda /mnt
-    seq 1 300000 >/mnt/numbers
-    head -c 5000001 /dev/urandom >/mnt/random
-    sync
-    cd /mnt && sha256sum numbers random
-";
-const CHECK_FILES: &str = "cd /mnt && sha256sum numbers random";
 
 fn machine(socket: &Path) -> Builder {
     Guest::builder().disk(socket).queues(2).env("SEALBLK_QEMU", "backports")
@@ -28,7 +17,7 @@ fn a_guest_under_load_moves_between_two_qemus() {
     store.ok(&["volume", "create", "--size", "256MiB", "--name", "t"]);
     let mut source = store.attach_as("0", "t", &["--queues", "2"]);
     let mut guest = machine(source.socket()).boot();
-    let files = guest.ok(MAKE_FILES);
+    let files = guest.ok(&format!("{MAKE_FILES}\nsync"));
     guest.start_fio("/mnt");
     for hop in ["1", "2"] {
         source.more_load();
@@ -55,7 +44,7 @@ fn a_guest_under_load_moves_between_two_qemus() {
 
     guest.stop_fio();
     assert_eq!(guest.ok(CHECK_FILES), files);
-    guest.ok("cd /; umount /mnt; e2fsck -fn /dev/vda");
+    guest.ok("umount /mnt; e2fsck -fn /dev/vda");
     // With somebody waiting, the host process would end with its VMM.
     drop(destination);
     guest.shutdown();
