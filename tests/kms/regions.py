@@ -3,6 +3,7 @@
 Started by tests/kms/regions.rs with the URLs of both servers, their certificates, and the access keys of their root
 principals in the environment.
 """
+import datetime
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ import unittest
 import boto3
 import botocore.config
 from botocore.exceptions import ClientError
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding
 
 LIMIT = float(os.environ["SEALBLK_TEST_LIMIT"])
 HOME, FAR = "us-east-1", "eu-west-1"
@@ -94,7 +97,6 @@ class Replicas(Case):
         self.assertFalse(single["MultiRegion"])
         self.assertNotIn("MultiRegionConfiguration", single)
         self.fails("UnsupportedOperationException", home.replicate_key, KeyId=single["KeyId"], ReplicaRegion=FAR)
-        self.fails("UnsupportedOperationException", home.create_key, MultiRegion=True, Origin="EXTERNAL")
         key = self.pair()
         self.fails("AlreadyExistsException", home.replicate_key, KeyId=key, ReplicaRegion=FAR)
         self.fails("ValidationException", home.replicate_key, KeyId=key, ReplicaRegion="ap-south-1")
@@ -156,6 +158,73 @@ class Replicas(Case):
         self.assertEqual(far.schedule_key_deletion(KeyId=key, PendingWindowInDays=7)["KeyState"], "PendingDeletion")
         home.cancel_key_deletion(KeyId=key)
         self.assertEqual(state(home, key)["KeyState"], "Disabled")
+
+
+class Imported(Case):
+    """Material that is imported into each region by itself."""
+
+    def give(self, kms, key, material, **expires):
+        given = kms.get_parameters_for_import(KeyId=key, WrappingAlgorithm="RSAES_OAEP_SHA_256",
+                                              WrappingKeySpec="RSA_2048")
+        public = serialization.load_der_public_key(given["PublicKey"])
+        oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+        expires = expires or {"ExpirationModel": "KEY_MATERIAL_DOES_NOT_EXPIRE"}
+        return kms.import_key_material(KeyId=key, ImportToken=given["ImportToken"],
+                                       EncryptedKeyMaterial=public.encrypt(material, oaep), **expires)
+
+    def test_the_same_material_is_imported_into_each_region(self):
+        made = home.create_key(MultiRegion=True, Origin="EXTERNAL")["KeyMetadata"]
+        key = made["KeyId"]
+        self.assertEqual((made["KeyState"], made["MultiRegion"]), ("PendingImport", True))
+        self.assertRegex(key, "^mrk-[0-9a-f]{32}$")
+        self.fails("KMSInvalidStateException", home.update_primary_region, KeyId=key, PrimaryRegion=FAR)
+        one, two = os.urandom(32), os.urandom(32)
+        first = self.give(home, key, one)
+        replica = home.replicate_key(KeyId=key, ReplicaRegion=FAR)["ReplicaKeyMetadata"]
+        self.assertEqual((replica["KeyState"], replica["Origin"]), ("PendingImport", "EXTERNAL"))
+        self.fails("KMSInvalidStateException", far.encrypt, KeyId=key, Plaintext=b"x")
+        with self.assertRaises(ClientError) as raised:
+            self.give(far, key, two)
+        self.assertEqual(raised.exception.response["Error"]["Code"], "IncorrectKeyMaterialException")
+        until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=3)
+        second = self.give(far, key, one, ExpirationModel="KEY_MATERIAL_EXPIRES", ValidTo=until)
+        self.assertEqual(first["KeyMaterialId"], second["KeyMaterialId"])
+        # When it is forgotten is each region's own.
+        self.assertEqual(state(far, key)["ExpirationModel"], "KEY_MATERIAL_EXPIRES")
+        self.assertEqual(state(home, key)["ExpirationModel"], "KEY_MATERIAL_DOES_NOT_EXPIRE")
+        self.assertNotIn("ValidTo", state(home, key))
+        for here, there in [(home, far), (far, home)]:
+            blob = here.encrypt(KeyId=key, Plaintext=b"x", EncryptionContext=CONTEXT)["CiphertextBlob"]
+            self.assertEqual(there.decrypt(CiphertextBlob=blob, EncryptionContext=CONTEXT)["Plaintext"], b"x")
+        far.delete_imported_key_material(KeyId=key)
+        self.assertEqual((state(far, key)["KeyState"], state(home, key)["KeyState"]), ("PendingImport", "Enabled"))
+        self.assertEqual(home.decrypt(CiphertextBlob=blob, EncryptionContext=CONTEXT)["Plaintext"], b"x")
+        self.fails("KMSInvalidStateException", far.decrypt, CiphertextBlob=blob, EncryptionContext=CONTEXT)
+        self.give(far, key, one)
+        self.assertEqual(far.decrypt(CiphertextBlob=blob, EncryptionContext=CONTEXT)["Plaintext"], b"x")
+        self.fails("UnsupportedOperationException", home.rotate_key_on_demand, KeyId=key)
+        home.update_primary_region(KeyId=key, PrimaryRegion=FAR)
+        self.assertEqual(state(far, key)["MultiRegionConfiguration"]["MultiRegionKeyType"], "PRIMARY")
+
+    def test_a_replica_hears_of_the_material_and_takes_none_before(self):
+        key = home.create_key(MultiRegion=True, Origin="EXTERNAL")["KeyMetadata"]["KeyId"]
+        home.replicate_key(KeyId=key, ReplicaRegion=FAR)
+        material = os.urandom(32)
+        with self.assertRaises(ClientError) as raised:
+            self.give(far, key, material)
+        self.assertEqual(raised.exception.response["Error"]["Code"], "IncorrectKeyMaterialException")
+        self.give(home, key, material)
+
+        def taken():
+            try:
+                self.give(far, key, material)
+                return True
+            except ClientError as e:
+                self.assertEqual(e.response["Error"]["Code"], "IncorrectKeyMaterialException")
+                return False
+
+        wait_until(taken)
+        self.assertEqual(state(far, key)["KeyState"], "Enabled")
 
 
 if __name__ == "__main__":

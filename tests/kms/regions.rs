@@ -183,6 +183,44 @@ fn commands_replicate_a_key_show_its_relatives_and_both_regions_have_it_on_recor
 }
 
 #[test]
+fn commands_import_the_same_material_into_the_key_of_each_region() {
+    let two = Two::new();
+    let made = two.json(HOME, &["key", "create", "--multi-region", "--external"]);
+    let id = text(&made["key_id"]).to_owned();
+    assert_eq!((text(&made["state"]), &made["imported_until"]), ("PendingImport", &Value::Null));
+    two.json(HOME, &["key", "replicate", &id, "--region", FAR]);
+    let file = |name: &str, bytes: &[u8]| {
+        let path = two.files.path().join(name);
+        fs::write(&path, bytes).expect("write a file");
+        path.to_string_lossy().into_owned()
+    };
+    let (right, wrong) = (file("right", &[7; 32]), file("wrong", &[8; 32]));
+    let import = |from: &'_ str| ["key", "import", &id, "--from", from].map(str::to_owned);
+    let import = |region: &str, code: i32, from: &str| {
+        two.refused(region, code, &import(from).each_ref().map(String::as_str))
+    };
+    for (name, bytes, words) in [("short", 31, "less than 32 bytes"), ("long", 33, "more than 32 bytes")] {
+        let said = import(HOME, 2, &file(name, &vec![1; bytes]));
+        assert!(said.contains(words), "{said}");
+    }
+    let said = import(FAR, 5, &right);
+    assert!(said.contains("import it there first"), "{said}");
+    two.json(HOME, &["key", "import", &id, "--from", &right]);
+    let said = import(FAR, 5, &wrong);
+    assert!(said.contains("is not the material"), "{said}");
+    let there = two.json(FAR, &["key", "import", &id, "--from", &right, "--days", "3"]);
+    assert_eq!(text(&there["state"]), "Enabled");
+    assert!(text(&there["imported_until"]).ends_with('Z'), "{there}");
+    assert_eq!(two.json(HOME, &["key", "show", &id])["imported_until"], "for good");
+    assert_eq!(two.json(FAR, &["key", "delete-material", &id])["state"], "PendingImport");
+    assert_eq!(two.json(HOME, &["key", "show", &id])["state"], "Enabled");
+    for region in [HOME, FAR] {
+        let calls = two.calls(region, &id);
+        assert!(calls.iter().any(|(called, _)| called == "ImportKeyMaterial"), "{calls:?}");
+    }
+}
+
+#[test]
 fn a_region_that_is_away_is_gone_on_with_when_it_is_back() {
     let mut two = Two::new();
     let id = text(&two.json(HOME, &["key", "create", "--multi-region"])["key_id"]).to_owned();

@@ -140,7 +140,7 @@ class Keys(Case):
     def test_create_refuses(self):
         for arguments, name in [
                 ({"KeySpec": "RSA_2048"}, "ValidationException"), ({"KeyUsage": "SIGN_VERIFY"}, "ValidationException"),
-                ({"Origin": "AWS_CLOUDHSM"}, "ValidationException"), ({"MultiRegion": True, "Origin": "EXTERNAL"}, "UnsupportedOperationException"),
+                ({"Origin": "AWS_CLOUDHSM"}, "ValidationException"),
                 ({"Description": "x" * 8193}, "ValidationException"), ({"Policy": "{"}, "MalformedPolicyDocumentException"),
                 ({"Tags": [{"TagKey": "aws:x", "TagValue": ""}]}, "TagException")]:
             self.fails(name, None, kms.create_key, **arguments)

@@ -5,18 +5,22 @@ mod regions;
 mod shown;
 
 use crate::base::root::Root;
-use crate::base::{Error, Kind, Result};
+use crate::base::{Context, Error, Kind, Result};
 use crate::cli::{Env, output};
 use crate::crypt::wiping_allocator;
-use crate::kms::KmsKey;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{KeyMetadata, NewKey};
+use crate::kms::embedded::blob::Material;
 use crate::kms::key_ref::{ALIAS_PREFIX, KeyRef, ProviderName, id_text};
+use crate::kms::{KmsError, KmsKey};
 use crate::ops::keys::{self, Needs};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use shown::{alias_json, describe, key_json, list, list_aliases};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
 
 pub(super) use shown::date;
 
@@ -48,10 +52,23 @@ pub enum KeyCommand {
     /// Keep a key that waits for deletion; it is disabled afterwards.
     #[command(after_help = "Example:\n  sealblk key cancel-deletion 1234abcd && sealblk key enable 1234abcd")]
     CancelDeletion(KeyArgument),
+    /// Import the material of a key that was made with --external: 32 bytes, of your own keeping.
+    ///
+    /// The KMS takes the same material again at any time, and no other. Into a multi-Region key it is
+    /// imported in each region, first in that of the primary key.
+    #[command(
+        after_help = "Example:\n  head -c 32 /dev/random > material\n  sealblk key import alias/own --from \
+                      material"
+    )]
+    Import(Import),
+    /// Forget the imported material of a key, which decrypts nothing until the same is imported again.
+    #[command(after_help = "Example:\n  sealblk key delete-material alias/own")]
+    DeleteMaterial(Disable),
     /// Give a multi-Region key a replica in another region.
     ///
-    /// The key's material goes to the KMS of that region, wrapped for it; [[kms-region]] in the settings says
-    /// where that is (docs/kms-server.md). What was interrupted goes on when the same is asked again.
+    /// The key's material goes to the KMS of that region, wrapped for it, unless it was imported;
+    /// [[kms-region]] in the settings says where that is (docs/kms-server.md). What was interrupted goes on
+    /// when the same is asked again.
     #[command(after_help = "Example:\n  sealblk key replicate alias/team-a --region eu-west-1")]
     Replicate(Replicate),
     /// Make the replica in another region the primary key, which alone is rotated and replicated.
@@ -86,6 +103,22 @@ pub struct Create {
     /// Make a multi-Region key, which can be replicated into other regions under the same id.
     #[arg(long, conflicts_with = "key_store")]
     multi_region: bool,
+    /// Make it without material, which is imported afterwards ("key import").
+    #[arg(long, conflicts_with = "key_store")]
+    external: bool,
+}
+
+/// Arguments of `key import`.
+#[derive(Debug, Args)]
+pub struct Import {
+    #[command(flatten)]
+    key: KeyArgument,
+    /// The file with the 32 bytes, "-" for standard input.
+    #[arg(long, value_name = "FILE")]
+    from: PathBuf,
+    /// Forget the material after so many days, 365 at most [default: never].
+    #[arg(long, value_name = "DAYS")]
+    days: Option<u32>,
 }
 
 /// A key and another region.
@@ -207,8 +240,13 @@ fn answer(
     command: KeyCommand,
     is_usable: &mut dyn FnMut(&KmsKey) -> bool,
 ) -> Result<(String, Value)> {
-    let tells_who_needs_it =
-        matches!(command, KeyCommand::Show(_) | KeyCommand::Disable(_) | KeyCommand::ScheduleDeletion(_));
+    let tells_who_needs_it = matches!(
+        command,
+        KeyCommand::Show(_)
+            | KeyCommand::Disable(_)
+            | KeyCommand::ScheduleDeletion(_)
+            | KeyCommand::DeleteMaterial(_)
+    );
     let key = |argument: &KeyArgument| resolve(kms, &argument.key);
     let mut key_unless_needed = |argument: &KeyArgument, yes: bool| {
         let key = key(argument)?;
@@ -232,6 +270,7 @@ fn answer(
                 alias: alias.as_deref(),
                 key_store: c.key_store.as_deref(),
                 multi_region: c.multi_region,
+                external: c.external,
                 ..NewKey::default()
             })?
         }
@@ -242,6 +281,17 @@ fn answer(
             kms.schedule_deletion(&key_unless_needed(&s.key, s.yes)?, s.days)?
         }
         KeyCommand::CancelDeletion(argument) => kms.cancel_deletion(&key(&argument)?)?,
+        KeyCommand::Import(args) => {
+            let key = key(&args.key)?;
+            kms.import_material(&key, &material(&args.from)?, args.days)?;
+            tell_replicas(kms, &key)?;
+            kms.key(&key)?
+        }
+        KeyCommand::DeleteMaterial(d) => {
+            let key = key_unless_needed(&d.key, d.yes)?;
+            kms.delete_material(&key)?;
+            kms.key(&key)?
+        }
         KeyCommand::Replicate(args) => {
             let key = key(&args.there.key)?;
             regions::replicate(kms, &key, &args.there.region, args.description)?;
@@ -270,6 +320,36 @@ fn answer(
         });
     }
     Ok((text, value))
+}
+
+/// Brings the replicas of a key what they are to know of its material; a region that is
+/// away hears of it later.
+fn tell_replicas(kms: &Embedded, key: &str) -> Result<()> {
+    if kms.key(key)?.multi_region.is_some_and(|it| !it.behind.is_empty())
+        && let Err(e) = regions::synchronize(kms)
+    {
+        log::warn!("no other region can import the material until it has heard of this: {e}");
+    }
+    Ok(())
+}
+
+/// The 32 bytes that a file holds, or standard input, read to where they stay.
+fn material(file: &Path) -> Result<Material> {
+    let read = || {
+        let file = if file == Path::new("-") { Path::new("/dev/stdin") } else { file };
+        let mut file = File::open(file)?;
+        let material = Material::filled(|bytes| {
+            file.read_exact(bytes).map_err(|e| match e.kind() {
+                ErrorKind::UnexpectedEof => KmsError::Validation("it has less than 32 bytes".into()),
+                _ => KmsError::Internal(e.to_string()),
+            })
+        })?;
+        match file.read(&mut [0])? {
+            0 => Ok(material),
+            _ => Err(Error::new(Kind::Usage, "it has more than 32 bytes")),
+        }
+    };
+    read().context(|| format!("read key material from {}", file.display()))
 }
 
 /// # Errors

@@ -39,6 +39,12 @@ pub(super) fn describe(key: &KeyMetadata) -> String {
         ["Description".into(), printable(&key.description)],
         ["Key store".into(), key.key_store.as_ref().map_or(String::new(), |(id, _)| id.clone())],
     ];
+    let until = || key.expires.map_or("for good".into(), |at| format!("until {}", date(at)));
+    match (key.origin, &key.material) {
+        ("EXTERNAL", Some(_)) => rows.push(["Material".into(), format!("imported, {}", until())]),
+        ("EXTERNAL", None) => rows.push(["Material".into(), "to be imported".into()]),
+        _ => {}
+    }
     if let Some(relatives) = &key.multi_region {
         rows.extend(relatives_rows(relatives));
     }
@@ -71,6 +77,13 @@ pub(super) fn key_json(key: &KeyMetadata) -> Value {
     });
     if let Some((id, _)) = &key.key_store {
         value["key_store"] = id.as_str().into();
+    }
+    if key.origin == "EXTERNAL" {
+        value["imported_until"] = match (&key.material, key.expires) {
+            (None, _) => Value::Null,
+            (Some(_), None) => "for good".into(),
+            (Some(_), Some(at)) => date(at).into(),
+        };
     }
     if let Some(it) = &key.multi_region {
         value["multi_region"] = json!({

@@ -100,9 +100,8 @@ impl Embedded {
         new.alias.map_or(Ok(()), check_alias)?;
         new.policy.map_or(Ok(()), tags::check_policy)?;
         tags::check_tags(new.tags)?;
-        if new.multi_region && (new.external || new.key_store.is_some()) {
-            let message = "A multi-Region key has the origin AWS_KMS: imported material, and keys in a \
-                           custom key store, are in one region.";
+        if new.multi_region && new.key_store.is_some() {
+            let message = "A key in a custom key store is in one region.";
             return Err(KmsError::Unsupported(message.into()));
         }
         self.log.create_if_absent()?;
@@ -361,7 +360,7 @@ impl Embedded {
         key_store: Option<InKeyStore>,
     ) -> Result<(Vec<Change>, Uuid), KmsError> {
         let id = if new.multi_region { new_multi_region_id()? } else { Uuid::new_v4() };
-        let external = External { version: Uuid::new_v4(), check: None, expires: None };
+        let external = External { version: Uuid::new_v4(), check: None, fingerprint: None, expires: None };
         let is_elsewhere = new.external || key_store.is_some();
         let versions = if is_elsewhere { Vec::new() } else { vec![first_version(log, id, now.time)?] };
         let mut changes = vec![Change::Key(KeyEntry {

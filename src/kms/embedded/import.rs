@@ -6,22 +6,26 @@
 //! RSA's private operation is the one secret computation here that a caller can time. The caller
 //! has to be allowed to import, the RSA key is of no use except for one KMS key and one day, and
 //! the operation is blinded.
+//!
+//! Into a multi-Region key material is imported in each region by itself. All take the same alone: the
+//! first import, which is the primary key's, makes the fingerprint that its relatives hear of.
 
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::audit::Call;
 use crate::kms::embedded::blob::Material;
 use crate::kms::embedded::keys::{LogKeys, same};
-use crate::kms::embedded::records::{Change, External, KeyEntry, VersionEntry, material_id};
+use crate::kms::embedded::records::{Change, External, Fingerprint, KeyEntry, VersionEntry, material_id};
 use crate::kms::key_ref::id_text;
 use crate::kms::{Exception, KmsError};
 use getrandom::SysRng;
+use hmac::{Hmac, KeyInit, Mac};
 use rsa::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey};
 use rsa::rand_core::UnwrapErr;
 use rsa::traits::PublicKeyParts;
 use rsa::{Oaep, PrivateKey, PublicKey};
 use sha2::Sha256;
 use uuid::Uuid;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 const DAY: i64 = 24 * 3_600_000;
 const LABEL: &str = "import";
@@ -117,10 +121,24 @@ impl Embedded {
         expires: Option<i64>,
     ) -> Result<ImportedMaterial, KmsError> {
         let now = self.log.now().wall;
-        if expires.is_some_and(|at| at <= now || at > now + 365 * DAY) {
-            return Err(KmsError::Validation("ValidTo must lie in the future, and within 365 days.".into()));
-        }
+        check_expiry(expires, now)?;
         let imported = self.import_now(key, token, wrapped, expires, now);
+        let call = Call::new("ImportKeyMaterial").on(key).with("validTo", expires);
+        self.record(call, imported)
+    }
+
+    /// ImportKeyMaterial, of whoever has both the material and this KMS, for so many days if it is not for
+    /// good.
+    pub fn import_material(
+        &self,
+        key: &str,
+        material: &Material,
+        days: Option<u32>,
+    ) -> Result<ImportedMaterial, KmsError> {
+        let now = self.log.now().wall;
+        let expires = days.map(|days| now.saturating_add(i64::from(days) * DAY));
+        check_expiry(expires, now)?;
+        let imported = self.import_opened(key, material, expires);
         let call = Call::new("ImportKeyMaterial").on(key).with("validTo", expires);
         self.record(call, imported)
     }
@@ -136,9 +154,18 @@ impl Embedded {
         let id = self.importable(key)?;
         let token = self.log.read(|log| open_token(log.keys(), token, id, now))?;
         let material = unwrap(&token, wrapped, b"")?;
+        self.import_opened(&id_text(id), &material, expires)
+    }
+
+    fn import_opened(
+        &self,
+        key: &str,
+        material: &Material,
+        expires: Option<i64>,
+    ) -> Result<ImportedMaterial, KmsError> {
         self.log.write(|log, now| {
-            let entry = self.check_importable(log.state().key(&id_text(id), &self.place)?)?;
-            let after = with_material(log.keys(), entry, &material, expires, now.time)?;
+            let entry = self.check_importable(log.state().key(key, &self.place)?)?;
+            let after = self.with_material(log.keys(), entry, material, expires, now.time)?;
             let answer = self.imported(&after);
             Ok((vec![Change::Key(after)], answer))
         })
@@ -158,6 +185,65 @@ impl Embedded {
         self.record(Call::new("DeleteImportedKeyMaterial").on(key), deleted)
     }
 
+    fn with_material(
+        &self,
+        keys: &LogKeys,
+        key: &KeyEntry,
+        material: &Material,
+        expires: Option<i64>,
+        time: i64,
+    ) -> Result<KeyEntry, KmsError> {
+        let external =
+            key.external.clone().ok_or_else(|| KmsError::Internal("a key of another origin".into()))?;
+        let is_first = key.multi_region.is_some() && external.fingerprint.is_none();
+        let external = match key.multi_region.is_some() {
+            true => self.marked(keys, key, external, material)?,
+            false => checked(keys, key.id, external, material)?,
+        };
+        let sealed = keys.seal(key.id, external.version, material)?;
+        let version =
+            VersionEntry { id: external.version, created: time, rotation: None, waits: false, sealed };
+        let after = KeyEntry {
+            enabled: key.enabled || key.versions.is_empty(),
+            versions: vec![version],
+            external: Some(External { expires, ..external }),
+            ..key.clone()
+        };
+        Ok(if is_first { after.shared_anew() } else { after })
+    }
+
+    /// A multi-Region key with the fingerprint of this material, which the primary key's first import makes.
+    ///
+    /// # Errors
+    /// IncorrectKeyMaterialException if it is not that of the primary key.
+    fn marked(
+        &self,
+        keys: &LogKeys,
+        key: &KeyEntry,
+        external: External,
+        material: &Material,
+    ) -> Result<External, KmsError> {
+        let (arn, made) = (self.place.key_arn(key.id), fingerprint(key.id, material)?);
+        if let Some(known) = &external.fingerprint {
+            if !same(keys.open(key.id, known.id, &known.sealed)?.bytes(), made.bytes()) {
+                return Err(incorrect(format!(
+                    "The key material is not the material that {arn} and its related keys had before."
+                )));
+            }
+            return Ok(external);
+        }
+        if key.is_replica_in(&self.place.region) {
+            let primary = self.place.in_region(&key.related()?.primary).key_arn(key.id);
+            return Err(incorrect(format!(
+                "No key material is known of {primary} yet: import it there first. If that is done, {arn} \
+                 has not heard of it yet."
+            )));
+        }
+        let id = Uuid::new_v4();
+        let sealed = keys.seal(key.id, id, &made)?;
+        Ok(External { fingerprint: Some(Fingerprint { id, sealed }), ..external })
+    }
+
     fn imported(&self, key: &KeyEntry) -> ImportedMaterial {
         let version = key.external.as_ref().map_or(Uuid::nil(), |external| external.version);
         ImportedMaterial { key: self.place.key_arn(key.id), material: material_id(key.id, version) }
@@ -174,36 +260,50 @@ impl Embedded {
     }
 }
 
+fn check_expiry(expires: Option<i64>, now: i64) -> Result<(), KmsError> {
+    if expires.is_some_and(|at| at <= now || at > now + 365 * DAY) {
+        return Err(KmsError::Validation("ValidTo must lie in the future, and within 365 days.".into()));
+    }
+    Ok(())
+}
+
 /// The key as it is without its imported material.
 pub fn without_material(key: &KeyEntry) -> KeyEntry {
     let external = key.external.clone().map(|external| External { expires: None, ..external });
     KeyEntry { external, versions: Vec::new(), ..key.clone() }
 }
 
-fn with_material(
-    keys: &LogKeys,
-    key: &KeyEntry,
-    material: &Material,
-    expires: Option<i64>,
-    time: i64,
-) -> Result<KeyEntry, KmsError> {
-    let external =
-        key.external.clone().ok_or_else(|| KmsError::Internal("a key of another origin".into()))?;
-    let check = hex::encode(keys.mac("imported material", &[key.id.as_bytes(), material.bytes()]));
+/// A key of one region with what it remembers of this material.
+///
+/// # Errors
+/// IncorrectKeyMaterialException if it had another one before.
+fn checked(keys: &LogKeys, key: Uuid, external: External, material: &Material) -> Result<External, KmsError> {
+    let check = hex::encode(keys.mac("imported material", &[key.as_bytes(), material.bytes()]));
     if external.check.as_ref().is_some_and(|known| !same(known.as_bytes(), check.as_bytes())) {
-        return Err(KmsError::Other(
-            Exception::IncorrectKeyMaterial,
-            "The key material is not the material that this key had before.".into(),
-        ));
+        return Err(incorrect("The key material is not the material that this key had before.".into()));
     }
-    let sealed = keys.seal(key.id, external.version, material)?;
-    let version = VersionEntry { id: external.version, created: time, rotation: None, waits: false, sealed };
-    Ok(KeyEntry {
-        enabled: key.enabled || key.versions.is_empty(),
-        versions: vec![version],
-        external: Some(External { check: Some(check), expires, ..external }),
-        ..key.clone()
-    })
+    Ok(External { check: Some(check), ..external })
+}
+
+/// What of this material all relatives of `key` know. Nothing of the material follows from it but, for who
+/// guesses, that it is the same.
+fn fingerprint(key: Uuid, material: &Material) -> Result<Material, KmsError> {
+    let mut mac =
+        <Hmac<Sha256> as KeyInit>::new_from_slice(material.bytes()).expect("HMAC takes a key of any length");
+    mac.update(b"sealblk imported material of a multi-Region key\0");
+    mac.update(key.as_bytes());
+    let mut bytes = mac.finalize().into_bytes();
+    let made = Material::filled(|made| {
+        made.copy_from_slice(&bytes);
+        Ok(())
+    });
+    bytes.zeroize();
+    made
+}
+
+/// IncorrectKeyMaterialException.
+fn incorrect(message: String) -> KmsError {
+    KmsError::Other(Exception::IncorrectKeyMaterial, message)
 }
 
 /// Bytes of a token before the private key: key id, and until when it is good.

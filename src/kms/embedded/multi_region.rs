@@ -17,7 +17,7 @@ use crate::kms::embedded::lock::Lock;
 use crate::kms::embedded::records::{Change, Deletion, KeyEntry, MultiRegion, VersionEntry};
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::key_ref::{id_text, multi_region_id};
-use crate::kms::{Exception, KmsError};
+use crate::kms::{Exception, KeyState, KmsError};
 use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
@@ -175,7 +175,7 @@ impl Embedded {
     pub fn begin_replication(&self, key: &str, region: &str) -> Result<Begun, KmsError> {
         self.log.write(|log, _| {
             let entry = log.state().key(key, &self.place)?;
-            self.check_moving_nowhere(entry)?;
+            self.check_replicable(entry)?;
             let mut it = entry.related()?.clone();
             let there = self.place.in_region(region).key_arn(entry.id);
             if region == it.primary || it.replicas.get(region).is_some_and(|has| *has > 0) {
@@ -196,7 +196,7 @@ impl Embedded {
     pub fn begin_move(&self, key: &str, region: &str) -> Result<Begun, KmsError> {
         self.log.write(|log, _| {
             let entry = log.state().key(key, &self.place)?;
-            self.check_shareable(entry)?;
+            self.check_movable(entry)?;
             let arn = self.place.key_arn(entry.id);
             let mut it = entry.related()?.clone();
             match &it.moving_to {
@@ -332,15 +332,21 @@ impl Embedded {
         self.record(Call::new("ForgetReplica").on(key).with("replicaRegion", region), forgotten)
     }
 
-    /// Fails unless `key` may be replicated, or made a replica: it is an enabled primary key.
-    fn check_shareable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+    /// Fails unless `key` may be made a replica: it is an enabled primary key.
+    fn check_movable(&self, key: &KeyEntry) -> Result<(), KmsError> {
         self.check_multi_region(key)?;
         key.check_usable(&self.place)?;
         self.check_primary(key)
     }
 
-    fn check_moving_nowhere(&self, key: &KeyEntry) -> Result<(), KmsError> {
-        self.check_shareable(key)?;
+    /// Fails unless `key` may be replicated: it is a primary key, and enabled, or waits for its material,
+    /// which does not go along.
+    fn check_replicable(&self, key: &KeyEntry) -> Result<(), KmsError> {
+        self.check_multi_region(key)?;
+        if key.state() != KeyState::PendingImport {
+            key.check_usable(&self.place)?;
+        }
+        self.check_primary(key)?;
         self.check_not_updating(key)
     }
 

@@ -99,12 +99,26 @@ pub struct KeyEntry {
 pub struct External {
     /// The id of its one version, the same whenever the material is imported again.
     pub version: Uuid,
-    /// A MAC of the material, once there was one: no other can be imported.
+    /// A MAC of the material of a key in one region, once there was one: no other can be imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check: Option<String>,
+    /// The same of a multi-Region key. All relatives share it, and the primary key alone sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
     /// When the material is to be forgotten: milliseconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<i64>,
+}
+
+/// What tells the material of a multi-Region key from any other, in whichever region that is imported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprint {
+    /// Random: names it to regions that have it.
+    pub id: Uuid,
+    /// A MAC that has the material as its key, sealed under the store key; base64.
+    #[serde(with = "sealed")]
+    pub sealed: [u8; SEALED_LEN],
 }
 
 /// In which HSM a key is.
@@ -411,7 +425,12 @@ mod tests {
             enabled: false,
             deletion: Some(Deletion { days: 7, at: 6, asked: moment.clone(), seen: Some(moment) }),
             rotation: Some(Rotation { days: 90, next: 7 }),
-            external: Some(External { version: Uuid::from_u128(2), check: Some("c".into()), expires: None }),
+            external: Some(External {
+                version: Uuid::from_u128(2),
+                check: Some("c".into()),
+                fingerprint: Some(Fingerprint { id: Uuid::from_u128(3), sealed: [8; SEALED_LEN] }),
+                expires: None,
+            }),
             tags: BTreeMap::from([("a".into(), "b".into())]),
             policy: Some("{}".into()),
             key_store: Some(InKeyStore { id: "cks-1".into(), version: Uuid::from_u128(2) }),

@@ -21,7 +21,7 @@ fn parameters(kms: &Embedded, key: &str) -> ImportParameters {
     kms.import_parameters(key, WrappingKeySpec::Rsa2048).unwrap()
 }
 
-fn wrap(parameters: &ImportParameters, material: &[u8]) -> Vec<u8> {
+pub(super) fn wrap(parameters: &ImportParameters, material: &[u8]) -> Vec<u8> {
     let public = PublicKey::from_public_key_der(&parameters.public_key).unwrap();
     public.encrypt(&mut UnwrapErr(SysRng), Oaep::<Sha256>::new(), material).unwrap()
 }

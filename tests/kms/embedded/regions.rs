@@ -3,10 +3,13 @@
 
 use crate::common::patience::limit;
 use crate::embedded::hands::{DAY, Hands};
+use crate::embedded::import::wrap;
 use crate::embedded::{Place, volume};
 use sealblk::base::Locality;
 use sealblk::kms::embedded::Embedded;
 use sealblk::kms::embedded::admin::{KeyMetadata, NewKey};
+use sealblk::kms::embedded::clock::Clock;
+use sealblk::kms::embedded::import::WrappingKeySpec;
 use sealblk::kms::embedded::synchronization::{Message, NewReplica};
 use sealblk::kms::{KeyState, KmsError};
 use std::fs;
@@ -149,7 +152,9 @@ fn only_an_enabled_primary_key_of_several_regions_is_replicated() {
     };
     unsupported(one.begin_replication(&single.arn, FAR).map(drop));
     unsupported(one.begin_move(&single.arn, FAR).map(drop));
-    unsupported(one.create(&NewKey { multi_region: true, external: true, ..NewKey::default() }).map(drop));
+    unsupported(
+        one.create(&NewKey { multi_region: true, key_store: Some("x"), ..NewKey::default() }).map(drop),
+    );
     let key = multi_region(&one);
     assert_eq!(one.begin_replication(&key.arn, HOME).unwrap_err().type_name(), "AlreadyExistsException");
     one.disable(&key.arn).unwrap();
@@ -403,7 +408,7 @@ fn a_message_is_for_one_key_one_region_one_token_and_by_the_primary_region() {
     small.public_key = one
         .import_parameters(
             &one.create(&NewKey { external: true, ..NewKey::default() }).unwrap().arn,
-            sealblk::kms::embedded::import::WrappingKeySpec::Rsa2048,
+            WrappingKeySpec::Rsa2048,
         )
         .unwrap()
         .public_key;
@@ -617,4 +622,90 @@ fn a_key_stays_in_the_region_that_it_was_made_in() {
         again.check_regions().unwrap();
         assert_eq!(again.versions(&id(&key)).unwrap().len(), if name == HOME { 2 } else { 1 });
     }
+}
+
+/// The wrapped form that `import` takes.
+fn give(kms: &Embedded, key: &str, material: u8, expires: Option<i64>) -> Result<String, KmsError> {
+    let given = kms.import_parameters(key, WrappingKeySpec::Rsa2048)?;
+    let wrapped = wrap(&given, &[material; 32]);
+    kms.import(key, &given.token, &wrapped, expires).map(|imported| imported.material)
+}
+
+#[test]
+fn imported_material_goes_nowhere_and_each_region_takes_the_same_alone() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = one.create(&NewKey { multi_region: true, external: true, ..NewKey::default() }).unwrap();
+    assert_eq!(key.state, KeyState::PendingImport);
+    let replica = replicate((&one, HOME), (&other, FAR), &key);
+    assert_eq!((replica.state, replica.origin), (KeyState::PendingImport, "EXTERNAL"));
+    let refused = |kms: &Embedded, material: u8| {
+        let e = give(kms, &id(&key), material, None).unwrap_err();
+        assert_eq!(e.type_name(), "IncorrectKeyMaterialException", "{e}");
+        e.to_string()
+    };
+    let said = refused(&other, 7);
+    assert!(said.contains(&format!("No key material is known of {} yet", key.arn)), "{said}");
+    let material = give(&one, &id(&key), 7, None).unwrap();
+    // It has not heard of it.
+    assert!(refused(&other, 7).contains("has not heard of it yet"));
+    catch_up((&one, HOME), (&other, FAR), &key);
+    assert_eq!(other.key(&id(&key)).unwrap().state, KeyState::PendingImport, "no material came along");
+    let said = refused(&other, 8);
+    assert!(said.contains("is not the material that"), "{said}");
+    assert_eq!(give(&other, &id(&key), 7, None).unwrap(), material);
+    are_one(&one, &other, &key);
+
+    // What one region does with its material is its own affair.
+    one.delete_material(&id(&key)).unwrap();
+    assert_eq!(one.key(&id(&key)).unwrap().state, KeyState::PendingImport);
+    assert!(one.replicas_behind().unwrap().is_empty());
+    other.encrypt(&id(&key), b"x", &volume("v")).unwrap();
+    refused(&one, 8);
+    give(&one, &id(&key), 7, None).unwrap();
+    give(&other, &id(&key), 7, Some(far.clock.now().wall + DAY)).unwrap();
+    assert_eq!(one.key(&id(&key)).unwrap().expires, None);
+    far.clock.pass(2 * DAY);
+    assert_eq!(other.key(&id(&key)).unwrap().state, KeyState::PendingImport);
+    let pending = other.encrypt(&id(&key), b"x", &volume("v")).unwrap_err();
+    assert!(matches!(pending, KmsError::PendingImport(_)), "{pending}");
+    one.encrypt(&id(&key), b"x", &volume("v")).unwrap();
+    give(&other, &id(&key), 7, None).unwrap();
+
+    // A replica that comes later hears of it at once, and so does whoever becomes the primary key.
+    let third = Region::new(THIRD);
+    let third = third.open();
+    assert_eq!(replicate((&one, HOME), (&third, THIRD), &key).state, KeyState::PendingImport);
+    assert!(give(&third, &id(&key), 9, None).is_err());
+    give(&third, &id(&key), 7, None).unwrap();
+    are_one(&one, &third, &key);
+    catch_up((&one, HOME), (&other, FAR), &key);
+    catch_up((&one, HOME), (&third, THIRD), &key);
+    one.begin_move(&id(&key), FAR).unwrap();
+    bring((&one, HOME), (&other, FAR), &key, None).unwrap();
+    assert!(other.key(&id(&key)).unwrap().multi_region.unwrap().is_primary);
+    are_one(&other, &one, &key);
+    refused(&one, 8);
+    let rotated = other.rotate_on_demand(&id(&key)).unwrap_err();
+    assert!(matches!(rotated, KmsError::Unsupported(_)), "{rotated}");
+}
+
+/// The primary key's KMS was put back from a copy, and has been given something else.
+#[test]
+fn another_first_import_is_no_news_for_whoever_knows_of_one() {
+    let (home, far) = (Region::new(HOME), Region::new(FAR));
+    let (one, other) = (home.open(), far.open());
+    let key = one.create(&NewKey { multi_region: true, external: true, ..NewKey::default() }).unwrap();
+    replicate((&one, HOME), (&other, FAR), &key);
+    let one = rolled_back(&home, |one| {
+        give(one, &id(&key), 7, None).unwrap();
+        catch_up((one, HOME), (&other, FAR), &key);
+        give(&other, &id(&key), 7, None).unwrap();
+    });
+    give(&one, &id(&key), 8, None).unwrap();
+    let wanted = one.generation_for(key.id, FAR).unwrap();
+    let has = other.synchronization_parameters(HOME, &id(&key), wanted, false).unwrap();
+    let e = one.note_parameters(key.id, FAR, &has).unwrap_err();
+    assert_eq!(e.type_name(), "ConflictException", "{e}");
+    other.encrypt(&id(&key), b"x", &volume("v")).unwrap();
 }

@@ -8,6 +8,8 @@
 //!
 //! What another region says is a claim: it is taken from the region of the primary key alone, and never takes
 //! a version away that this region has, whatever its number is.
+//!
+//! Material that was imported goes nowhere: of that, a region tells the fingerprint alone, as a secret.
 #![forbid(unsafe_code)]
 
 mod envelope;
@@ -23,7 +25,7 @@ use crate::kms::embedded::Embedded;
 use crate::kms::embedded::multi_region::conflict;
 use crate::kms::embedded::records::KeyEntry;
 use crate::kms::key_ref::id_text;
-use shared::{Shared, SharedVersion, generation_for, state_of};
+use shared::{Shared, SharedExternal, generation_for, secrets_of, state_of, versions_of};
 use std::cmp::Ordering;
 use uuid::Uuid;
 
@@ -87,9 +89,9 @@ impl Embedded {
             let shared = self.shared(entry, region, new)?;
             let text = serde_json::to_string(&shared)
                 .map_err(|e| KmsError::Internal(format!("write what regions share: {e}")))?;
-            let versions = entry.versions.iter();
-            let material = versions.map(|version| log.keys().open(key, version.id, &version.sealed));
-            Ok((envelope::seal(wrapping, text, material)?, shared.generation))
+            let pieces = secrets_of(entry).into_iter();
+            let secrets = pieces.map(|(id, sealed)| log.keys().open(key, id, sealed));
+            Ok((envelope::seal(wrapping, text, secrets)?, shared.generation))
         })
     }
 
@@ -111,7 +113,8 @@ impl Embedded {
             replicas,
             generation: generation_for(it, region),
             rotation: entry.rotation.clone(),
-            versions: entry.versions.iter().map(SharedVersion::of).collect(),
+            versions: versions_of(entry),
+            external: entry.external.as_ref().map(SharedExternal::of),
             new: new.cloned(),
         })
     }

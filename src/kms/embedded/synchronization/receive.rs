@@ -4,13 +4,15 @@
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::admin::{KeyMetadata, check_description};
 use crate::kms::embedded::blob::Material;
-use crate::kms::embedded::keys::same;
+use crate::kms::embedded::keys::{LogKeys, same};
 use crate::kms::embedded::multi_region::conflict;
 use crate::kms::embedded::open_log::OpenLog;
-use crate::kms::embedded::records::{Change, KeyEntry};
+use crate::kms::embedded::records::{Change, External, KeyEntry};
 use crate::kms::embedded::shared_log::Now;
 use crate::kms::embedded::synchronization::envelope::{self, Message, OneTime, Wrapping};
-use crate::kms::embedded::synchronization::shared::{NewReplica, Shared, state_of, with_shared};
+use crate::kms::embedded::synchronization::shared::{
+    NewReplica, Shared, SharedExternal, state_of, with_shared,
+};
 use crate::kms::embedded::tags;
 use crate::kms::key_ref::{KeyName, is_multi_region};
 use crate::kms::{Exception, KmsError};
@@ -99,7 +101,7 @@ impl Embedded {
         shared.check(from, key, &self.place)?;
         let now = self.log.now().wall;
         let private = self.log.read(|log| envelope::open_token(log.keys(), from, token, shared.key, now))?;
-        let material = envelope::open(&private, shared.versions.len(), message)?;
+        let material = envelope::open(&private, shared.secrets(), message)?;
         self.log.write(|log, now| {
             let known = log.state().key_by_id(shared.key);
             let after = match (known, &shared.new) {
@@ -200,20 +202,26 @@ impl Embedded {
         log: &OpenLog,
         known: &KeyEntry,
         shared: &Shared,
-        material: &[Material],
+        secrets: &[Material],
     ) -> Result<KeyEntry, KmsError> {
-        let arn = self.place.key_arn(known.id);
-        for version in &known.versions {
+        let (keys, arn) = (log.keys(), self.place.key_arn(known.id));
+        let other = || conflict(format!("{arn} has other material than {} says.", shared.from));
+        match (&known.external, &shared.external) {
+            (None, None) => {}
+            (Some(own), Some(its)) if is_same_imported(keys, known.id, own, its, secrets)? => {}
+            _ => return Err(other()),
+        }
+        for version in known.versions.iter().filter(|_| known.external.is_none()) {
             let Some(at) = shared.versions.iter().position(|other| other.id == version.id) else {
                 let message = format!("{arn} has material that the message of {} lacks.", shared.from);
                 return Err(conflict(message));
             };
-            let own = log.keys().open(known.id, version.id, &version.sealed)?;
-            if !same(own.bytes(), material[at].bytes()) {
-                return Err(conflict(format!("{arn} has other material than {} says.", shared.from)));
+            let own = keys.open(known.id, version.id, &version.sealed)?;
+            if !same(own.bytes(), secrets[at].bytes()) {
+                return Err(other());
             }
         }
-        with_shared(log.keys(), known, shared, material)
+        with_shared(keys, known, shared, secrets)
     }
 
     fn not_a_relative(&self, key: Uuid, region: &str) -> KmsError {
@@ -223,5 +231,25 @@ impl Embedded {
 
     fn no_such_key(&self, key: Uuid) -> KmsError {
         KmsError::NotFound(format!("Key '{}' does not exist", self.place.key_arn(key)))
+    }
+}
+
+/// Whether a key whose material is imported, known as `own`, can be the one of which `its` tells.
+fn is_same_imported(
+    keys: &LogKeys,
+    key: Uuid,
+    own: &External,
+    its: &SharedExternal,
+    secrets: &[Material],
+) -> Result<bool, KmsError> {
+    if own.version != its.version {
+        return Ok(false);
+    }
+    match (&own.fingerprint, secrets) {
+        (None, _) => Ok(true),
+        (Some(own), [secret]) if its.fingerprint == Some(own.id) => {
+            Ok(same(keys.open(key, own.id, &own.sealed)?.bytes(), secret.bytes()))
+        }
+        _ => Ok(false),
     }
 }

@@ -59,9 +59,10 @@ impl<'a> Request<'a> {
 pub(super) const BETWEEN_REGIONS: [&str; 2] = [regions::PARAMETERS, regions::SYNCHRONIZE];
 
 /// After these, what other regions have of a multi-Region key may be out of date.
-pub(super) const CHANGE_WHAT_REGIONS_SHARE: [&str; 7] = [
+pub(super) const CHANGE_WHAT_REGIONS_SHARE: [&str; 8] = [
     "DisableKeyRotation",
     "EnableKeyRotation",
+    "ImportKeyMaterial",
     "ReplicateKey",
     "RotateKeyOnDemand",
     "ScheduleKeyDeletion",
