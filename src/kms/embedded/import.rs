@@ -241,7 +241,7 @@ impl Embedded {
         }
         let id = Uuid::new_v4();
         let sealed = keys.seal(key.id, id, &made)?;
-        Ok(External { fingerprint: Some(Fingerprint { id, sealed }), ..external })
+        Ok(External { fingerprint: Some(Box::new(Fingerprint { id, sealed })), ..external })
     }
 
     fn imported(&self, key: &KeyEntry) -> ImportedMaterial {

@@ -104,7 +104,7 @@ pub struct External {
     pub check: Option<String>,
     /// The same of a multi-Region key. All relatives share it, and the primary key alone sets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fingerprint: Option<Fingerprint>,
+    pub fingerprint: Option<Box<Fingerprint>>,
     /// When the material is to be forgotten: milliseconds since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<i64>,
@@ -428,7 +428,7 @@ mod tests {
             external: Some(External {
                 version: Uuid::from_u128(2),
                 check: Some("c".into()),
-                fingerprint: Some(Fingerprint { id: Uuid::from_u128(3), sealed: [8; SEALED_LEN] }),
+                fingerprint: Some(Box::new(Fingerprint { id: Uuid::from_u128(3), sealed: [8; SEALED_LEN] })),
                 expires: None,
             }),
             tags: BTreeMap::from([("a".into(), "b".into())]),

@@ -181,7 +181,9 @@ fn external(
     let own = key.external.as_ref();
     let known = own.and_then(|own| own.fingerprint.clone()).filter(|own| Some(own.id) == shared.fingerprint);
     let fingerprint = match (known, shared.fingerprint, secrets) {
-        (None, Some(id), [secret]) => Some(Fingerprint { id, sealed: keys.seal(key.id, id, secret)? }),
+        (None, Some(id), [secret]) => {
+            Some(Box::new(Fingerprint { id, sealed: keys.seal(key.id, id, secret)? }))
+        }
         (known, ..) => known,
     };
     let expires = own.and_then(|own| own.expires);
