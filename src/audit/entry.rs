@@ -129,6 +129,11 @@ impl Entry {
         }
     }
 
+    /// This record, of something that was done in this region, if that is known.
+    pub fn in_region(self, region: Option<String>) -> Self {
+        Entry { aws_region: region, ..self }
+    }
+
     /// This record, of a call by somebody else than this process's user.
     pub fn by(self, user_identity: Value) -> Self {
         Entry { user_identity, ..self }

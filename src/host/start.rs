@@ -19,6 +19,7 @@ use crate::host::control::{Bound, Control};
 use crate::host::keys_held::KeysHeld;
 use crate::host::opener::Opener;
 use crate::host::socket::{Passed, SocketName};
+use crate::kms::key_ref::{ProviderName, arn_region};
 use crate::kms::patience::Patience;
 use crate::kms::{Failure, KmsKey};
 use crate::vhost::listener::Socket;
@@ -169,6 +170,10 @@ impl Asking<'_> {
         if let Some(detour) = given.detour() {
             log::warn!("{}: {by} has given the data key instead", self.volume);
             self.events.record(&Event::unwrapped_by_another(self.volume, &by.key_id, detour));
+        }
+        let here = &self.settings.locality.region;
+        if by.provider == ProviderName::Embedded.as_str() && arn_region(&by.key_id) != Some(here) {
+            log::info!("{}: {by} is of another region; its related key in {here} was asked", self.volume);
         }
         self.failed.extend(given.others.into_iter().map(|(key, _)| key));
         Ok(Unwrapped { dek: Arc::new(given.what), by })

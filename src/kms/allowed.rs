@@ -173,6 +173,10 @@ impl KeyProvider for Allowed {
         self.inner.name()
     }
 
+    fn region(&self, key: &str) -> Option<String> {
+        self.inner.region(key)
+    }
+
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
         self.check(key)?;
         self.inner.describe(key)

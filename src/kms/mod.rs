@@ -121,6 +121,11 @@ pub trait KeyProvider: Send + Sync {
     /// Its name in volume metadata: `embedded`, `aws`, …
     fn name(&self) -> &'static str;
 
+    /// The region in which it uses this key. A multi-Region key may be named by the ARN of another one.
+    fn region(&self, key: &str) -> Option<String> {
+        key_ref::arn_region(key).map(str::to_owned)
+    }
+
     /// The key's canonical id and state.
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError>;
 

@@ -34,6 +34,7 @@ impl Recorded {
         result: Result<T, KmsError>,
     ) -> Result<T, KmsError> {
         let entry = Entry::dek(step, context.pairs(), self.inner.name(), key);
+        let entry = entry.in_region(self.inner.region(key));
         let entry = match &result {
             Ok(_) => entry,
             Err(e) => entry.failed(e.type_name(), &e.to_string()),
@@ -57,6 +58,10 @@ impl Recorded {
 impl KeyProvider for Recorded {
     fn name(&self) -> &'static str {
         self.inner.name()
+    }
+
+    fn region(&self, key: &str) -> Option<String> {
+        self.inner.region(key)
     }
 
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {

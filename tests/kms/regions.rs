@@ -220,6 +220,29 @@ fn commands_import_the_same_material_into_the_key_of_each_region() {
     }
 }
 
+/// A record may name a multi-Region key by its ARN in another region: the one here is asked.
+#[test]
+fn the_audit_log_says_in_which_region_a_key_was_used() {
+    let store = Store::new();
+    store.ok(&["key", "create", "--multi-region", "--alias", "both"]);
+    let place = Place::of(store, &["--key", "alias/both"]);
+    let record = fs::read_to_string(place.volume_json()).expect("read a file");
+    let (here, there) = (format!(":kms:{HOME}:"), format!(":kms:{FAR}:"));
+    assert!(record.contains(&here));
+    fs::write(place.volume_json(), record.replace(&here, &there)).expect("write a file");
+    place.store.accept();
+    place.attach(&[]).end();
+    let audit = place.store.ok(&["audit", "show", "--json"]);
+    let records = audit.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let of = |name: &str| records.clone().rfind(|it| it["eventName"] == name).expect("it is on record");
+    let unwrapped = of("UnwrapDek");
+    assert_eq!(unwrapped["awsRegion"], HOME);
+    assert!(unwrapped["resources"].to_string().contains(&there), "{unwrapped}");
+    let decrypted = of("Decrypt");
+    assert_eq!(decrypted["awsRegion"], HOME);
+    assert!(decrypted["resources"].to_string().contains(&here), "{decrypted}");
+}
+
 #[test]
 fn a_region_that_is_away_is_gone_on_with_when_it_is_back() {
     let mut two = Two::new();

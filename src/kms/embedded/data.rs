@@ -253,6 +253,10 @@ impl KeyProvider for Embedded {
         "embedded"
     }
 
+    fn region(&self, _: &str) -> Option<String> {
+        Some(self.place.region.clone())
+    }
+
     fn describe(&self, key: &str) -> Result<KeyDescription, KmsError> {
         let key = self.key(anywhere(key))?;
         let deletion = key.deletion.and_then(|at| Timestamp::of_unix(at.div_euclid(1000)));
