@@ -17,6 +17,7 @@ pub mod kms_records;
 pub mod ledger_entry;
 pub mod nbd_replies;
 pub mod place;
+pub mod region_message;
 pub mod request;
 pub mod script;
 pub mod session;

@@ -74,7 +74,10 @@ impl OneTime {
 }
 
 /// A message that says `shared`, with this material, for whoever has given `wrapping`.
-pub(super) fn seal(
+///
+/// # Errors
+/// `Validation` for what is no key to wrap with; those of the material.
+pub fn seal(
     wrapping: &Wrapping,
     shared: String,
     material: impl ExactSizeIterator<Item = Result<Material, KmsError>>,

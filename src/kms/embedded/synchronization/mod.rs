@@ -16,7 +16,7 @@ mod envelope;
 mod receive;
 mod shared;
 
-pub use envelope::{Message, Wrapping};
+pub use envelope::{Message, Wrapping, seal};
 pub use receive::Parameters;
 pub use shared::NewReplica;
 
