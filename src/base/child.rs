@@ -65,6 +65,20 @@ pub(crate) fn spawn_orphan(program: &mut Command) -> io::Result<Child> {
     Ok(child)
 }
 
+/// Lets a program that is another's inherit nothing of this process but its standard streams.
+pub(crate) fn keep_descriptors_back(program: &mut Command) {
+    const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
+    let mark = || {
+        // SAFETY: close_range takes numbers alone, and with this flag closes nothing before the exec.
+        let done = unsafe {
+            libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: between fork and exec the closure makes one system call, and allocates nothing.
+    unsafe { program.pre_exec(mark) };
+}
+
 /// Has this program, which is started once more, use the same configuration folder and the same form of the
 /// log.
 pub(crate) fn pass_general(program: &mut Command) {

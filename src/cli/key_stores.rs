@@ -9,7 +9,7 @@ use crate::kms::KmsError;
 use crate::kms::embedded::Embedded;
 use crate::kms::embedded::key_stores::{KeyStoreChanges, KeyStoreMetadata, NewKeyStore};
 use crate::kms::embedded::records::Connection;
-use crate::kms::embedded::root_key::passphrase;
+use crate::kms::embedded::root_key::{passphrase, pinentry};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -21,7 +21,8 @@ pub enum StoreCommand {
     /// keys there, which never leave the token.
     ///
     /// The token's PIN comes from the descriptor that SEALBLK_PIN_FD names, from the systemd credential
-    /// sealblk-pin-ID, or from the terminal; whoever needs a key needs it too, unless it is kept.
+    /// sealblk-pin-ID, from a pinentry, or from the terminal; whoever needs a key needs it too, unless it is
+    /// kept.
     #[command(
         after_help = "Example:\n  sealblk kms store add --pkcs11 /usr/lib/softhsm/libsofthsm2.so --token \
                       volumes"
@@ -32,7 +33,7 @@ pub enum StoreCommand {
     List,
     /// Let the keys of a key store be used, once its token was logged in to.
     #[command(after_help = "Example:\n  sealblk kms store connect volumes")]
-    Connect(NameArg),
+    Connect(ConnectArgs),
     /// Let no key of a key store be used until it is connected again. What is attached goes on.
     #[command(after_help = "Example:\n  sealblk kms store disconnect volumes")]
     Disconnect(NameArg),
@@ -42,6 +43,22 @@ pub enum StoreCommand {
     /// Remove a key store that is disconnected and has no keys. The token stays as it is.
     #[command(visible_alias = "rm", after_help = "Example:\n  sealblk kms store remove volumes")]
     Remove(NameArg),
+}
+
+/// Who asks for a PIN.
+#[derive(Debug, Args)]
+pub struct PinentryArgs {
+    /// Have this program ask for the token's PIN, in a window or at a terminal, as GnuPG has it [default
+    /// without a name: pinentry]. SEALBLK_PINENTRY names one for every command.
+    #[arg(long, value_name = "PROGRAM", num_args = 0..=1, require_equals = true, default_missing_value = "pinentry")]
+    pinentry: Option<PathBuf>,
+}
+
+impl PinentryArgs {
+    /// Whether there is one, which is asked from now on.
+    pub(super) fn choose(&self) -> bool {
+        self.pinentry.as_deref().map(pinentry::choose).is_some()
+    }
 }
 
 /// Where a token is.
@@ -77,6 +94,8 @@ pub struct AddArgs {
     name: Option<String>,
     #[command(flatten)]
     token: TokenArgs,
+    #[command(flatten)]
+    pinentry: PinentryArgs,
     /// Keep the PIN in the KMS's log, sealed under the root key, so that nobody else has to give it.
     #[arg(long)]
     keep_pin: bool,
@@ -102,6 +121,17 @@ pub struct UpdateArgs {
     token: Option<String>,
     #[command(flatten)]
     reach: ReachArgs,
+    #[command(flatten)]
+    pinentry: PinentryArgs,
+}
+
+/// Arguments of `kms store connect`.
+#[derive(Debug, Args)]
+pub struct ConnectArgs {
+    #[command(flatten)]
+    name: NameArg,
+    #[command(flatten)]
+    pinentry: PinentryArgs,
 }
 
 /// A key store.
@@ -117,12 +147,17 @@ pub(super) fn run(env: &Env, kms: &Embedded, command: StoreCommand) -> Result<()
     match command {
         StoreCommand::Add(args) => check_built().and_then(|()| add(env, kms, args)),
         StoreCommand::List => list(env, &kms.key_stores()?),
-        StoreCommand::Connect(NameArg { name }) => {
+        StoreCommand::Connect(ConnectArgs { name: NameArg { name }, pinentry }) => {
+            // Whoever has it asked for does not mean the one that is kept.
+            let asked = pinentry
+                .choose()
+                .then(|| passphrase::pin(None, &passphrase::of_key_store(&name), env.hardened));
+            let pin = asked.transpose()?;
             // What has failed is disconnected first, as on the wire.
             if kms.key_store(&name)?.connection.error_code().is_some() {
                 kms.disconnect_key_store(&name)?;
             }
-            kms.connect_key_store(&name, None)?;
+            kms.connect_key_store(&name, pin)?;
             tell(env, &kms.key_store(&name)?, "connected")
         }
         StoreCommand::Disconnect(NameArg { name }) => {
@@ -154,6 +189,7 @@ pub(super) fn check_built() -> Result<()> {
 fn add(env: &Env, kms: &Embedded, args: AddArgs) -> Result<()> {
     let place = args.token.place()?;
     let name = args.name.unwrap_or_else(|| place.token.clone());
+    args.pinentry.choose();
     let pin = passphrase::pin(None, &passphrase::of_key_store(&name), env.hardened)?;
     let kept = args.keep_pin.then(|| pin.clone());
     let id = kms.create_key_store(&NewKeyStore { name: &name, place, cluster: None, pin: kept })?;
@@ -175,6 +211,7 @@ fn update(env: &Env, kms: &Embedded, args: UpdateArgs) -> Result<()> {
         _ => None,
     };
     let id = kms.key_store(name)?.id;
+    args.pinentry.choose();
     let pin = args
         .keep_pin
         .then(|| passphrase::pin(Some(&id), &passphrase::of_key_store(name), env.hardened))

@@ -4,7 +4,7 @@ use crate::base::hardened::Hardened;
 use crate::base::root::{parent_of, sync_dir};
 use crate::base::{Context, Error, Kind, Result};
 use crate::cli::key::date;
-use crate::cli::key_stores::{StoreCommand, TokenArgs};
+use crate::cli::key_stores::{PinentryArgs, StoreCommand, TokenArgs};
 use crate::cli::output::{print, print_json, table};
 use crate::cli::{Env, input, key_stores};
 use crate::crypt::wiping_allocator;
@@ -124,16 +124,25 @@ pub enum RootKeyCommand {
     /// Wrap the root key by a key that the token makes for it and never gives out. Nothing is encrypted anew.
     ///
     /// Whoever opens the KMS needs the token and its PIN from then on: by the descriptor that SEALBLK_PIN_FD
-    /// names, by the systemd credential sealblk-pin-root-key, or at the terminal. Make a copy first ("sealblk
-    /// kms backup"): without the token, nothing else opens the KMS.
+    /// names, by the systemd credential sealblk-pin-root-key, by a pinentry, or at the terminal. Make a copy
+    /// first ("sealblk kms backup"): without the token, nothing else opens the KMS.
     #[command(
         after_help = "Example:\n  sealblk kms root-key wrap --pkcs11 /usr/lib/softhsm/libsofthsm2.so --token \
                       volumes"
     )]
-    Wrap(TokenArgs),
+    Wrap(WrapArgs),
     /// Keep the root key without the token, for whoever can read its file. The token's key stays there.
     #[command(after_help = "Example:\n  sealblk kms root-key unwrap")]
     Unwrap,
+}
+
+/// Arguments of `kms root-key wrap`.
+#[derive(Debug, Args)]
+pub struct WrapArgs {
+    #[command(flatten)]
+    token: TokenArgs,
+    #[command(flatten)]
+    pinentry: PinentryArgs,
 }
 
 /// A new passphrase.
@@ -263,9 +272,10 @@ pub fn run(env: &Env, command: Command) -> Result<()> {
         }
         Command::RootKey(RootKeyCommand::Wrap(args)) => {
             key_stores::check_built()?;
-            let place = args.place()?;
+            let place = args.token.place()?;
             // The old one first, as everywhere.
             kms.unlock()?;
+            args.pinentry.choose();
             kms.wrap_root_key(place, passphrase::pin(None, "the KMS root key", env.hardened)?)?;
             root_key_is_wrapped(env, true, "the root key is wrapped by the token")
         }

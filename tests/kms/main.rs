@@ -9,6 +9,8 @@ mod embedded;
 mod features;
 #[cfg(all(feature = "pkcs11", feature = "kms-server"))]
 mod hsm;
+#[cfg(feature = "pkcs11")]
+mod pinentry;
 #[cfg(all(feature = "aws", feature = "kms-server"))]
 mod regions;
 mod root_key;

@@ -7,6 +7,7 @@
 pub mod in_hsm;
 pub mod named;
 pub mod passphrase;
+pub mod pinentry;
 pub mod wrapped;
 
 use crate::base::hardened::Hardened;

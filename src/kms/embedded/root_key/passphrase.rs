@@ -11,6 +11,7 @@ use crate::crypt::SecretMem;
 use crate::hsm::Pin;
 use crate::kms::KmsError;
 use crate::kms::embedded::plain::failed;
+use crate::kms::embedded::root_key::pinentry;
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -98,13 +99,17 @@ pub fn of_key_store(name: &str) -> String {
 }
 
 /// The PIN of the token of what is called so: from the descriptor that [`PIN_DESCRIPTOR`] names, from the
-/// systemd credential `sealblk-pin-` and the id, if there is one, or from whoever sits at the terminal. A
-/// wrong one is not asked for again: a token counts, and locks itself.
+/// systemd credential `sealblk-pin-` and the id, if there is one, from the pinentry that the environment
+/// names, or from whoever sits at the terminal. A pinentry of the command line comes before all of them. A
+/// wrong PIN is not asked for again: a token counts, and locks itself.
 pub fn pin(id: Option<&str>, what: &str, hardened: Hardened) -> Result<Pin, KmsError> {
     let made = |line: &[u8]| {
         let line = line.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
         Pin::copy_of(line).map_err(|e| KmsError::Validation(e.to_string()))
     };
+    if let Some(program) = pinentry::chosen() {
+        return pinentry::ask(&program, what);
+    }
     if let Some(number) = named_descriptor(PIN_DESCRIPTOR)? {
         let mut given = GIVEN_PIN.locked();
         return Ok(match &mut *given {
@@ -119,11 +124,16 @@ pub fn pin(id: Option<&str>, what: &str, hardened: Hardened) -> Result<Pin, KmsE
     {
         return made(&text);
     }
+    if let Some(program) = pinentry::named() {
+        return pinentry::ask(&program, what);
+    }
     let named = named.map_or_else(String::new, |named| format!(", or as the systemd credential {named}"));
     let or_else = |e: &std::io::Error| {
         format!(
             "{what} needs the PIN of its token, and there is no terminal to ask for it \
-             ({e}): give it by {PIN_DESCRIPTOR}=N, a descriptor to read it from{named}"
+             ({e}): give it by {PIN_DESCRIPTOR}=N, a descriptor to read it from{named}, or by {}=PROGRAM, a \
+             pinentry that asks for it",
+            pinentry::VARIABLE
         )
     };
     made(&line_at_terminal(&format!("PIN for {what}: "), or_else)?)
