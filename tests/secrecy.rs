@@ -12,6 +12,7 @@ use crate::common::kms_server::{KmsServer, set};
 use crate::common::leaks::{Needles, children, look_through};
 use crate::common::patience::{limit, wait_for};
 use crate::common::process::{INHERITED, inherit, tie_to_test, wait_within};
+use crate::common::softhsm::{SoftHsm, give_pin};
 use crate::common::store::{Store, said};
 use crate::common::trace::Traced;
 use base64::Engine as _;
@@ -413,20 +414,36 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
         "wrapped": {"provider": "aws", "key_id": wrapped.key_id, "wrapped": BASE64_STANDARD.encode(&wrapped.blob)},
     });
     let secret = SecretFd::create(64).expect("memory for a key");
+    let answer = has_nothing_at_its_end(&place, "unwrap", &request, Some(&secret), &dek);
+    assert_eq!(answer, "\"unwrapped\"\n");
+    assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
+}
+
+/// Asks a helper, and looks through its memory when it is at its end: nothing of the data key is
+/// there. Returns its answer.
+fn has_nothing_at_its_end(
+    place: &Place,
+    helper: &str,
+    request: &serde_json::Value,
+    secret: Option<&SecretFd>,
+    dek: &[u8],
+) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut command = place.store.command();
-    command.arg("unwrap").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+    command.arg(helper).stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
     let mut helper = command.spawn().expect("start the helper");
     drop(command);
     let pid = Pid::from_raw(helper.id() as i32);
     let traced = Traced::until_its_end(pid);
-    let (text, fds) = (request.to_string(), [secret.as_fd().as_raw_fd()]);
+    let text = format!("{request}\n");
+    let fds: Vec<_> = secret.iter().map(|secret| secret.as_fd().as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&fds)];
-    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(text.as_bytes())], &control, MsgFlags::empty(), None)
+    let control = if fds.is_empty() { &[][..] } else { &control[..] };
+    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(text.as_bytes())], control, MsgFlags::empty(), None)
         .unwrap();
     ours.shutdown(Shutdown::Write).unwrap();
     traced.wait_for_its_end();
-    let seen = look_through(pid, &Needles::of_key(&dek));
+    let seen = look_through(pid, &Needles::of_key(dek));
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     let root = place.store.root().display().to_string();
     assert!(
@@ -436,9 +453,110 @@ fn helper_keeps_nothing(kms: &KmsServer, certificates: &str) {
     drop(traced);
     let mut answer = String::new();
     (&ours).read_to_string(&mut answer).unwrap();
-    assert_eq!(answer, "\"unwrapped\"\n");
     assert!(wait_within(&mut helper, limit()).expect("it ends").success());
-    assert!(secret.map().expect("map it").as_slice() == &dek[..], "and yet it has handed the key over");
+    answer
+}
+
+/// From one KMS to another a data key passes the helper that wraps it anew, which proves what it has made.
+#[test]
+#[cfg_attr(
+    not(all(feature = "aws", feature = "kms-server")),
+    ignore = "it needs the features aws and kms-server"
+)]
+fn the_helper_that_wraps_anew_has_nothing_of_the_key_at_its_end() {
+    let kms = KmsServer::start();
+    let store = Store::new();
+    store.set_environment(kms.principal("root").environment(&kms.url));
+    let served = kms.admin().create_key("", None).expect("make a key").arn;
+    let place = Place::of(store, &["--key", &format!("aws:{served}")]);
+    place.store.ok(&["key", "create", "--alias", "own"]);
+    let metadata = place.metadata();
+    let wrapped = &metadata.keys()[0].first().wrapped;
+    let dek = kms.admin().decrypt(wrapped, &metadata.encryption_context()).expect("unwrap the data key");
+    let blob = BASE64_STANDARD.encode(&wrapped.blob);
+    let mut slot = serde_json::json!({"provider": "aws", "key_id": wrapped.key_id, "wrapped": blob});
+    // To the embedded KMS, from there to AWS's protocol, and within each.
+    let targets =
+        [("embedded", "alias/own"), ("embedded", "alias/own"), ("aws", &*served), ("aws", &*served)];
+    for (provider, key) in targets {
+        let request = serde_json::json!({
+            "owner": {"volume": metadata.id()}, "to_owner": null, "old": slot, "check": null,
+            "to": {"provider": provider, "key": key}, "patience_ms": 10_000,
+        });
+        let answer = has_nothing_at_its_end(&place, "rewrap-key", &request, None, &dek);
+        let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+        slot = answer["proved"].clone();
+        assert_eq!(slot["provider"], provider, "{answer}");
+        assert_eq!(Needles::of_key(&dek).find(answer.to_string().as_bytes()), []);
+    }
+}
+
+/// A data key, and the PIN, that pass an HSM's module: while it lives nothing of the data key is in the
+/// memory of its process or in that of the KMS, and of the PIN nothing is in the latter.
+#[test]
+#[cfg_attr(
+    not(all(feature = "aws", feature = "kms-server", feature = "pkcs11")),
+    ignore = "it needs the features aws, kms-server and pkcs11"
+)]
+fn the_process_that_has_an_hsm_s_module_keeps_no_data_key() {
+    let hsm = SoftHsm::with_tokens(&["one"]);
+    let variables = hsm.environment();
+    let kms = KmsServer::start_prepared("", |command| {
+        command.envs(variables);
+    });
+    let of_kms = |arguments: &[&str]| {
+        let mut command = kms.command();
+        give_pin(command.args(arguments).envs(hsm.environment()), &SoftHsm::pin("one"));
+        let output = command.output().expect("start sealblk");
+        assert!(output.status.success(), "{}", said(&output));
+        output.stdout
+    };
+    let module = SoftHsm::module().display().to_string();
+    of_kms(&["kms", "store", "add", "--pkcs11", &module, "--token", "one", "--keep-pin"]);
+    let made = of_kms(&["--json", "key", "create", "--key-store", "one"]);
+    let made: serde_json::Value = serde_json::from_slice(&made).expect("JSON");
+    let key = made["arn"].as_str().expect("a text");
+    let (store, who) = (Store::new(), kms.principal("root"));
+    store.set_environment(who.environment(&kms.url));
+    let place = Place::of(store, &["--key", &format!("aws:{key}")]);
+    let host = place.attach(&[]);
+    place.store.ok(&["volume", "rewrap", "t"]);
+    let dek = unwrapped_by_helper(&place);
+    host.end();
+    let module = children(kms.pid()).pop().expect("it has the module");
+    let module = module.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+    let module = Pid::from_raw(module);
+    for pid in [module, kms.pid()] {
+        signal::kill(pid, Signal::SIGSTOP).expect("it runs");
+        let seen = look_through(pid, &Needles::of_key(&dek));
+        let pin = look_through(pid, &Needles::words(&SoftHsm::pin("one")));
+        signal::kill(pid, Signal::SIGCONT).expect("it runs");
+        assert!(seen.found.is_empty() && seen.bytes > 1 << 20, "{:#?}", seen.found);
+        assert!(pid == module || pin.found.is_empty(), "{:#?}", pin.found);
+    }
+}
+
+/// The data key of the volume, as its helper hands it over.
+fn unwrapped_by_helper(place: &Place) -> Vec<u8> {
+    let metadata = place.metadata();
+    let wrapped = &metadata.keys()[0].first().wrapped;
+    let request = serde_json::json!({
+        "owner": {"volume": metadata.id()},
+        "wrapped": {"provider": "aws", "key_id": wrapped.key_id, "wrapped": BASE64_STANDARD.encode(&wrapped.blob)},
+    });
+    let secret = SecretFd::create(64).expect("memory for a key");
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut command = place.store.command();
+    command.arg("unwrap").stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+    let mut helper = command.spawn().expect("start the helper");
+    drop(command);
+    let (text, fds) = (request.to_string(), [secret.as_fd().as_raw_fd()]);
+    let control = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(text.as_bytes())], &control, MsgFlags::empty(), None)
+        .unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    assert!(wait_within(&mut helper, limit()).expect("it ends").success());
+    secret.map().expect("map it").as_slice().to_vec()
 }
 
 #[test]

@@ -10,6 +10,10 @@ mod features;
 #[cfg(all(feature = "pkcs11", feature = "kms-server"))]
 mod hsm;
 #[cfg(feature = "pkcs11")]
+mod hsm_ends;
+#[cfg(all(feature = "aws", feature = "pkcs11", feature = "kms-server"))]
+mod mixed;
+#[cfg(feature = "pkcs11")]
 mod pinentry;
 #[cfg(all(feature = "aws", feature = "kms-server"))]
 mod regions;
