@@ -136,8 +136,28 @@ pub fn interrupted_before(command: &mut Command, step: usize) -> Option<Output> 
 
 /// Runs `command` to just before the call of that number, where it is held; or to its end,
 /// and returns its exit code.
-#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
 fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
+    run_to_call(command, step, changes_files)
+}
+
+/// Runs `command` to just before it says something to another process for the time number `step`, counted
+/// from 0; there `then` is done, which may kill that one or others, and it goes on. Returns how it ended, or
+/// its exit code if it says less.
+pub fn stopped_before_saying(
+    command: &mut Command,
+    step: usize,
+    then: impl FnOnce(Pid),
+) -> Result<Output, i32> {
+    let child = run_to_call(command, step, says_something)?;
+    let pid = Pid::from_raw(child.id() as i32);
+    then(pid);
+    // It may have been killed.
+    let _ = request(libc::PTRACE_DETACH, pid, 0, 0);
+    Ok(child.wait_with_output().expect("it is a child"))
+}
+
+#[expect(clippy::zombie_processes, reason = "its tracer waits for it")]
+fn run_to_call(command: &mut Command, step: usize, is_step: fn(Pid) -> bool) -> Result<Child, i32> {
     trace_me(command);
     let child = command.spawn().expect("start sealblk");
     let pid = Pid::from_raw(child.id() as i32);
@@ -154,7 +174,7 @@ fn run_to(command: &mut Command, step: usize) -> Result<Child, i32> {
         pass_on = 0;
         match waitpid(pid, None).expect("it is a child") {
             WaitStatus::Exited(_, code) => return Err(code),
-            WaitStatus::PtraceSyscall(_) if changes_files(pid) => {
+            WaitStatus::PtraceSyscall(_) if is_step(pid) => {
                 if steps == step {
                     return Ok(child);
                 }
@@ -273,27 +293,40 @@ fn kill(child: &mut Child) {
 
 /// Whether the call that it is about to make changes files; false after a call.
 fn changes_files(pid: Pid) -> bool {
+    let Some((call, args)) = call(pid) else { return false };
+    let creates = |flags: u64| flags & (libc::O_CREAT as u64) != 0;
+    match call {
+        libc::SYS_openat => creates(args[2]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_open => creates(args[1]),
+        _ => CHANGES.contains(&call) || OLD_CHANGES.contains(&call),
+    }
+}
+
+/// Whether it is about to write to a socket.
+fn says_something(pid: Pid) -> bool {
+    let Some((call, args)) = call(pid) else { return false };
+    let socket = fs::read_link(format!("/proc/{pid}/fd/{}", args[0]));
+    [libc::SYS_write, libc::SYS_sendto, libc::SYS_sendmsg].contains(&call)
+        && socket.is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+}
+
+/// The call that it is about to make, and its arguments; none after a call.
+fn call(pid: Pid) -> Option<(c_long, [u64; 6])> {
     // SAFETY: it is plain numbers, for which zero is a value.
     let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
     let (size, place) = (size_of_val(&info), (&raw mut info) as usize);
     match request(libc::PTRACE_GET_SYSCALL_INFO, pid, size, place) {
         // Another process has ended it meanwhile, or its parent's end has.
-        Err(Errno::ESRCH) => return false,
+        Err(Errno::ESRCH) => return None,
         looked => looked.expect("it is at a call"),
     }
     if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
-        return false;
+        return None;
     }
     // SAFETY: at an entry the kernel has filled this member in.
     let entry = unsafe { info.u.entry };
-    let call = entry.nr as c_long;
-    let creates = |flags: u64| flags & (libc::O_CREAT as u64) != 0;
-    match call {
-        libc::SYS_openat => creates(entry.args[2]),
-        #[cfg(target_arch = "x86_64")]
-        libc::SYS_open => creates(entry.args[1]),
-        _ => CHANGES.contains(&call) || OLD_CHANGES.contains(&call),
-    }
+    Some((entry.nr as c_long, entry.args))
 }
 
 fn request(what: u32, pid: Pid, address: usize, data: usize) -> nix::Result<()> {
