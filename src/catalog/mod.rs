@@ -184,7 +184,7 @@ impl Catalog {
     }
 
     fn no_such(&self, reference: &str, claims: &[Claim]) -> Error {
-        let mut message = format!("there is no volume {reference:?} in {}", self.root.path().display());
+        let mut message = format!("there is no volume {reference:?} in {}", self.root.shown());
         match claims.iter().filter(|(_, claim)| claim.is_err()).count() {
             0 => message.push_str("; \"sealblk volume list\" shows which there are"),
             n => message.push_str(&format!("; {n} of its volumes cannot be read, whose names are unknown")),
@@ -339,7 +339,9 @@ impl Catalog {
     /// In a store without any record, the ledger begins with the first one.
     fn begin_ledger(&self, ledger: &Ledger) -> Result<()> {
         let is_new = || Ok::<_, Error>(self.ids()?.is_empty() && self.snapshot_ids()?.is_empty());
-        if !ledger.knows_the_store()? && is_new()? {
+        // In a pool, another host may have begun it: then the key is looked at.
+        let knows = ledger.knows_the_store()?;
+        if knows && self.root.pool().is_some() || !knows && is_new()? {
             ledger.begin()?;
         }
         Ok(())

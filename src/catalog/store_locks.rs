@@ -1,14 +1,19 @@
-//! The locks of a store as a whole, for whoever changes which records there are.
+//! The locks of a store as a whole, for whoever changes which records there are. In a store that lies in a
+//! pool, a lock of the pool's comes with each.
 
+use crate::base::root::records::Claim;
 use crate::base::root::{create_dir_durable, files};
 use crate::base::{Context, Result, locks};
 use crate::catalog::Catalog;
+use crate::catalog::lock::pool::await_claim;
 use nix::fcntl::{Flock, OFlag};
 use std::fs::File;
 
 /// The lock of all records of a store, for whoever makes, deletes or clears away some, for short
 /// moments: an flock on `volumes/`.
 pub(crate) struct RecordsLock {
+    // Let go of before the other one: who takes that finds this one free.
+    _claim: Option<Claim>,
     _folder: Flock<File>,
 }
 
@@ -20,7 +25,7 @@ impl RecordsLock {
         create_dir_durable(&path)?;
         let folder = files::folder(&path).context(attempt)?;
         let folder = locks::lock_whole(folder).context(attempt)?;
-        Ok(RecordsLock { _folder: folder })
+        Ok(RecordsLock { _claim: await_claim(&path)?, _folder: folder })
     }
 }
 
@@ -28,6 +33,7 @@ impl RecordsLock {
 /// `names.lock`. It comes before the [`RecordsLock`]. Whoever has it may wait for the host process of an
 /// attached volume, whose clients may wait for the [`RecordsLock`].
 pub(crate) struct NamesLock {
+    _claim: Option<Claim>,
     _file: Flock<File>,
 }
 
@@ -39,6 +45,6 @@ impl NamesLock {
         create_dir_durable(catalog.root().path())?;
         let file = files::open_with(&path, OFlag::O_WRONLY | OFlag::O_CREAT);
         let file = locks::lock_whole(file.context(attempt)?).context(attempt)?;
-        Ok(NamesLock { _file: file })
+        Ok(NamesLock { _claim: await_claim(&path)?, _file: file })
     }
 }

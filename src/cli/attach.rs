@@ -158,6 +158,13 @@ pub(super) struct LimitArgs {
     burst: Option<Duration>,
 }
 
+impl AttachArgs {
+    /// Whether this is there for a store in a pool.
+    pub(super) fn is_for_pools(&self) -> bool {
+        !self.incoming && self.user.is_none()
+    }
+}
+
 impl LimitArgs {
     /// The limits that are said, and nothing else.
     fn limits(&self) -> Limits {

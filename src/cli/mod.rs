@@ -48,9 +48,10 @@ use crate::audit as audit_log;
 use crate::base::hardened::{Hardened, harden, harden_children};
 use crate::base::root::Root;
 use crate::base::root::owners::Owners;
-use crate::base::{Context, Error, Result, printable};
+use crate::base::{Context, Error, Kind, Result, printable};
 use crate::catalog::Catalog;
 use crate::config::Settings;
+use crate::helper::rbd::records;
 use crate::ops::Store;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -105,7 +106,8 @@ struct Cli {
 #[derive(Args)]
 struct General {
     /// Where the store lies: volumes, snapshots and wrapped keys [default: /var/lib/sealblk for root, else
-    /// sealblk in the XDG data folder] [env: SEALBLK_ROOT].
+    /// sealblk in the XDG data folder] [env: SEALBLK_ROOT]. Or ceph:POOL[/NAMESPACE], for one that several
+    /// hosts share, with ?id=ID&conf=/PATH&keyring=/PATH&state=/FOLDER as far as they are not the usual ones.
     #[arg(long, global = true, help_heading = GENERAL, value_name = "DIR")]
     root: Option<PathBuf>,
 
@@ -230,6 +232,8 @@ enum HelperCommand {
     DialNbd,
     /// Serve an RBD image to the process that started this one.
     ServeRbd,
+    /// Reach the records of a store in a pool for the process that started this one.
+    ServeRecords,
     /// Serve a volume from now on, for the command "upgrade" that started this process.
     TakeOver(upgrade::TakeOverArgs),
 }
@@ -246,6 +250,20 @@ impl Task {
     /// Whether a user has started it, and `is` says yes to the command.
     fn is_of_user(&self, is: impl FnOnce(&Command) -> bool) -> bool {
         matches!(self, Task::User(command) if is(command))
+    }
+
+    /// Whether it can be done in a store in a pool.
+    ///
+    /// # Errors
+    /// `Unsupported` where that is not there yet.
+    fn check_is_for_pools(&self) -> Result<()> {
+        match self {
+            Task::User(command) if !command.is_for_pools() => Err(Error::new(
+                Kind::Unsupported,
+                "this command is not there yet for a store in a pool (docs/ceph.md has those that are)",
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn run(self, env: &Env) -> Result<()> {
@@ -269,12 +287,41 @@ impl Task {
             Task::Helper(HelperCommand::KeepGrants) => attach::keep_grants(env),
             Task::Helper(HelperCommand::DialNbd) => crate::helper::dial::help(env.hardened),
             Task::Helper(HelperCommand::ServeRbd) => crate::helper::rbd::help(env.hardened),
+            Task::Helper(HelperCommand::ServeRecords) => crate::helper::rbd::records::help(env.hardened),
             Task::Helper(HelperCommand::TakeOver(args)) => upgrade::take_over(env, &args),
         }
     }
 }
 
 impl Command {
+    /// Whether it is there for a store in a pool.
+    fn is_for_pools(&self) -> bool {
+        match self {
+            Command::Volume(command) => command.is_for_pools(),
+            Command::Snapshot(command) => command.is_for_pools(),
+            Command::Attach(args) => args.is_for_pools(),
+            Command::Detach(_)
+            | Command::Throttle(_)
+            | Command::Stats(_)
+            | Command::Top(_)
+            | Command::Metrics(_)
+            | Command::Key(_)
+            | Command::Kms(_)
+            | Command::Settings(_)
+            | Command::Events(_)
+            | Command::Audit(_)
+            | Command::Doctor
+            | Command::Completions(_) => true,
+            Command::Backup(_)
+            | Command::Restore(_)
+            | Command::Apply(_)
+            | Command::Upgrade(_)
+            | Command::Watch(_)
+            | Command::Store(_)
+            | Command::Gc(_) => false,
+        }
+    }
+
     fn run(self, env: &Env) -> Result<()> {
         match self {
             Command::Volume(command) => volume::run(env, command),
@@ -327,11 +374,14 @@ pub fn main() -> ExitCode {
         if !task.is_of_user(|command| matches!(command, Command::Events(_))) {
             harden_children()?;
         }
-        let env = env(general, hardened)?;
         // The first reports what keeps all others from running; the second asks for nothing of the machine.
         // What loads a stranger's library knows no store.
-        let has_no_store = matches!(task, Task::Helper(HelperCommand::Pkcs11 | HelperCommand::ServeRbd))
+        let is_strangers = |helper: &HelperCommand| {
+            matches!(helper, HelperCommand::Pkcs11 | HelperCommand::ServeRbd | HelperCommand::ServeRecords)
+        };
+        let has_no_store = matches!(&task, Task::Helper(helper) if is_strangers(helper))
             || task.is_of_user(|command| matches!(command, Command::Doctor | Command::Completions(_)));
+        let env = env(general, &task, has_no_store, hardened)?;
         if !has_no_store {
             Owners::configured()?.check_root(&env.root)?;
             env.root.keep_spare();
@@ -394,12 +444,32 @@ fn arguments() -> Vec<OsString> {
     arguments
 }
 
-fn env(general: General, hardened: Hardened) -> Result<Env> {
+fn env(general: General, task: &Task, has_no_store: bool, hardened: Hardened) -> Result<Env> {
     if let Some(folder) = general.config_dir {
         Root::use_config_dir(&folder)?;
     }
     let of_environment = || std::env::var_os("SEALBLK_ROOT").filter(|it| !it.is_empty()).map(PathBuf::from);
-    let root = general.root.or_else(of_environment).map_or_else(Root::default_path, Ok)?;
+    let of_settings = || -> Result<PathBuf> {
+        let usual = Root::default_path()?;
+        // What asks for nothing of the machine works without settings, too.
+        let said = if has_no_store || Root::config_dir().is_err() {
+            None
+        } else {
+            Settings::load(&Root::new(&usual))?.root
+        };
+        Ok(said.map_or(usual, PathBuf::from))
+    };
+    let root = general.root.or_else(of_environment).map_or_else(of_settings, Ok)?;
+    if let Some(pool) = root.to_str().filter(|text| records::is_pool(text)) {
+        let root = match has_no_store {
+            true => Root::new(Root::default_path()?),
+            false => {
+                task.check_is_for_pools()?;
+                records::open(pool)?
+            }
+        };
+        return Ok(Env { root, json: general.json, hardened });
+    }
     // Sockets and messages name paths in it, which must mean the same elsewhere.
     let root = std::path::absolute(&root).context(|| root.display().to_string())?;
     Ok(Env { root: Root::new(root), json: general.json, hardened })
@@ -451,6 +521,7 @@ mod tests {
             ("keep-grants", ""),
             ("dial-nbd", ""),
             ("serve-rbd", ""),
+            ("serve-records", ""),
             ("pkcs11", ""),
             ("take-over", " x"),
         ] {

@@ -139,6 +139,7 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
     if env.json {
         return output::print_json(&json!({
             "file": file.display().to_string(),
+            "root": settings.root,
             "default_key": settings.default_key,
             "also_keys": settings.also_keys,
             "key_order": key_order,
@@ -156,6 +157,7 @@ fn show(env: &Env, settings: &Settings) -> Result<()> {
     let none = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     let (also_keys, key_order) = (none(&settings.also_keys), none(&key_order));
     let rows = [
+        ("root", settings.root.as_deref().unwrap_or("the usual folder")),
         ("default-key", settings.default_key.as_str()),
         ("also-keys", &also_keys),
         ("key-order", &key_order),

@@ -79,6 +79,9 @@ impl CloneDataKey {
 /// The settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
+    /// Where the store lies, if neither the command nor the environment says it: a folder, or the address of
+    /// a pool.
+    pub root: Option<String>,
     /// The KMS key, as its provider takes it, of volumes that are made without `--key`.
     pub default_key: String,
     /// The KMS keys, as their providers take them, that wrap every new data key besides.
@@ -114,6 +117,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Settings {
+            root: None,
             default_key: DEFAULT_KEY.into(),
             also_keys: Vec::new(),
             key_order: KeyOrder::default(),
@@ -206,6 +210,7 @@ fn find(config: &Path) -> Result<Option<PathBuf>> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Written {
+    root: Option<String>,
     default_key: Option<String>,
     also_keys: Option<Vec<String>>,
     key_order: Option<Vec<String>>,
@@ -237,6 +242,7 @@ impl TryFrom<Written> for Settings {
             account: w.account.unwrap_or(default.locality.account),
         };
         let settings = Settings {
+            root: w.root,
             default_key: w.default_key.unwrap_or(default.default_key),
             also_keys: w.also_keys.map_or(Ok(default.also_keys), kms_keys::parse_also)?,
             key_order: w.key_order.map_or(Ok(default.key_order), KeyOrder::parse)?,
@@ -253,6 +259,9 @@ impl TryFrom<Written> for Settings {
             pkcs11_tokens: tokens::parse(w.pkcs11_token)?,
             locality,
         };
+        if settings.root.as_ref().is_some_and(|root| !root.starts_with('/') && !root.starts_with("ceph:")) {
+            return Err(usage("root must be a path that begins with a slash, or ceph:POOL[/NAMESPACE]"));
+        }
         if settings.default_key.trim().is_empty() {
             return Err(usage("default-key is empty; leave it out to have alias/aws/ebs"));
         }
@@ -303,12 +312,14 @@ mod tests {
     #[test]
     fn what_is_set_is_meant() {
         let settings = Settings::parse(
-            "default-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted = true\n\
+            "root = 'ceph:rbd/vms'\ndefault-key = 'alias/prod'\nencrypt-by-default = true\nrequire-encrypted \
+             = true\n\
              clone-data-key = 'own'\nkms-keys = ['embedded']\nregion = 'eu-1'\naccount = '123456789012'\n\
              also-keys = ['aws:alias/far']\nkey-order = ['eu-1', 'aws']\nkms-patience = 0\nspace-reserve = \
              '2GiB'\nattach-grants = false\ngrantee-principal = 'arn:aws:iam::123456789012:role/host'\n",
         );
         let expected = Settings {
+            root: Some("ceph:rbd/vms".into()),
             default_key: "alias/prod".into(),
             also_keys: vec!["aws:alias/far".into()],
             key_order: KeyOrder::parse(vec!["eu-1".into(), "aws".into()]).unwrap(),
@@ -363,6 +374,7 @@ mod tests {
             ("also-keys = 'alias/a'", "sequence"),
             ("key-order = ['nowhere']", "is no region"),
             ("default-key = ' '", "default-key is empty"),
+            ("root = 'x'", "begins with a slash"),
             ("region = 'EU:1'", "region must be"),
             ("account = '12'", "12 digits"),
             ("region = ", "region"),

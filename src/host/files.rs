@@ -14,13 +14,16 @@
 //! that are open since the first record. `spare`, which gives its space to records on a full disk, is open
 //! since the process began.
 //!
+//! Of a store in a pool, the process has its socket to the one that reaches the pool, and that one lets it
+//! change the records of this volume alone.
+//!
 //! A line of this table is a line of [`rules`]. What is not there needs no rule if a descriptor of it came in
 //! time, by opening it before or from a control client: Landlock asks at opening. A rule for a whole shared
 //! folder, such as `layers/`, would let a taken-over process at every other volume's files; rather let a
 //! client pass what it has made.
 
 use crate::base::Result;
-use crate::base::root::Root;
+use crate::base::root::{Root, files};
 use crate::catalog::{Catalog, Metadata};
 use crate::host::Options;
 use crate::sandbox::{Access, Rule};
@@ -37,8 +40,11 @@ pub(super) fn rules(
 ) -> Result<Vec<Rule>> {
     let folder = catalog.folder(metadata.id());
     // The folder's rule would do. By this one it is found out whether the user can read the file.
-    let record = Rule::new(folder.join(crate::catalog::FILE), Access::Read);
-    let mut rules = vec![Rule::new(folder, Access::Own), record];
+    // In a pool it is no file: whoever reaches that is told what this process may see.
+    let path = folder.join(crate::catalog::FILE);
+    let record = (!files::is_record(&path)).then(|| Rule::new(path, Access::Read));
+    let mut rules = vec![Rule::new(folder, Access::Own)];
+    rules.extend(record);
     for (number, layer) in metadata.layers().iter().enumerate() {
         let frozen = options.read_only || number > 0;
         // Under another name as well, later, it is the same file.

@@ -232,6 +232,12 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
         }
         (name, _) => name,
     };
+    if let Some(pooled) = catalog.root().pool() {
+        let layers = taken.metadata.layers().iter().map(|layer| catalog.device_file(layer.id));
+        let layers: Vec<String> =
+            layers.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect();
+        pooled.records.narrow(&format!("volumes/{volume}"), &layers).context(attempt)?;
+    }
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
     log::info!("the host process is confined: {confinement}");
 

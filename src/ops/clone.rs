@@ -75,7 +75,7 @@ pub(super) fn create(
         let mut metadata = Metadata::with_layout(id, wanted.name.clone(), layout, Some(origin));
         // Nothing else could prove layers that anyone can write: such a volume is never without a seal.
         let must_be_sealed = metadata.is_encrypted() && !snapshot.is_encrypted();
-        if must_be_sealed || wanted.device.is_some() {
+        if must_be_sealed || wanted.device.is_some() || catalog.root().pool().is_some() {
             let owner = KeyOwner::Volume(id);
             let deks = metadata.keys().iter().map(|key| (keys.unwrap)(owner, key));
             let deks = deks.collect::<Result<Vec<_>, _>>()?;
@@ -112,7 +112,8 @@ fn layout(
         },
     };
     // A device has the room that it needs.
-    if let Some(hydrate) = hydrate.filter(|_| wanted.device.is_none()) {
+    let takes_files = wanted.device.is_none() && catalog.root().pool().is_none();
+    if let Some(hydrate) = hydrate.filter(|_| takes_files) {
         let above = snapshot.layers().iter().take_while(|layer| layer.id != hydrate).count();
         budget.check(catalog, need::of_layers(catalog, &snapshot.layers()[above..], None)?)?;
     }

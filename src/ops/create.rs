@@ -7,6 +7,7 @@ use super::device::Candidate;
 use super::keys::{NamedKey, WrappingKey};
 use super::make::{self, Wanted};
 use super::need::Budget;
+use crate::backing::device::BLOCK;
 use crate::base::{Error, Kind, Result};
 use crate::catalog::layout::MAX_LAYERS;
 use crate::catalog::metadata::{Geometry, KeyOwner, VolumeName};
@@ -63,9 +64,9 @@ pub fn create(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Re
     let key = key.as_ref().map(NamedKey::wrapping);
     let (catalog, events) = (store.catalog(), store.events());
     let Some(snapshot) = snapshot else {
-        return match wanted.device {
-            None => make::create(&catalog, &events, &wanted, key),
-            Some(_) => on_device(store, &wanted, key),
+        return match wanted.device.is_some() || store.root().pool().is_some() {
+            false => make::create(&catalog, &events, &wanted, key),
+            true => on_device(store, &wanted, key),
         };
     };
     let top = match (key, has_own_key(store, new, Some(snapshot))) {
@@ -119,6 +120,9 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
     if matches!(&new.also, AlsoKeys::These(keys) if !keys.is_empty()) && !is_encrypted {
         return refuse("it is not encrypted, so no KMS key wraps a data key of it".into());
     }
+    if let Some(pooled) = store.root().pool() {
+        check_for_pool(&pooled.shown, new)?;
+    }
     if let Some(device) = &new.device {
         let least = snapshot.map_or(0, |it| it.geometry().size());
         device.check_size(new.size.unwrap_or(device.room().max(least)))?;
@@ -152,6 +156,23 @@ pub fn check(store: &Store, new: &NewVolume, snapshot: Option<&Snapshot>) -> Res
     }
     let device = new.device.as_ref().map(|device| device.room());
     Geometry::new(new.size.or(device).unwrap_or(of.size()), of.sector_size())
+}
+
+/// Whether it can lie in a pool, with its records.
+fn check_for_pool(shown: &str, new: &NewVolume) -> Result<()> {
+    let not_yet = |what: &str| {
+        Err(Error::new(Kind::Unsupported, format!("{what} is not there yet for a store in a pool ({shown})")))
+    };
+    if new.device.is_some() {
+        return not_yet("a volume on a device, an export or an image of one's own choice");
+    }
+    if new.preallocate {
+        return not_yet("setting space aside");
+    }
+    match new.size.is_some_and(|size| !size.is_multiple_of(BLOCK)) {
+        true => refuse(format!("a volume in an image consists of whole blocks of {BLOCK} bytes")),
+        false => Ok(()),
+    }
 }
 
 /// # Errors

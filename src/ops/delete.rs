@@ -118,6 +118,8 @@ fn delete_by<T>(
         // What others name stays; nothing is undone in layers that may be theirs.
         Err(e) => log::warn!("{e}"),
     }
+    // Its lock may have been lost by a process that still serves it.
+    catalog.check_nobody_has_image(metadata.top().id).context(attempt)?;
     let done = let_go(&folder, &metadata);
     if done.is_ok() || !files::exists(&folder.join(catalog::FILE)) {
         shred::record_destroyed(catalog, &metadata, &done);
@@ -219,9 +221,9 @@ fn clear_remains_of(catalog: &Catalog, id: VolumeId, records: &RecordsLock) -> R
 
 fn holds_nothing_of_value(folder: &Path) -> Result<bool> {
     for name in files::names(folder)? {
-        let kind = folder.join(&name).symlink_metadata()?.file_type();
+        let path = folder.join(&name);
         let name = name.to_str().unwrap_or_default();
-        if kind.is_socket() {
+        if !files::is_record(&path) && path.symlink_metadata()?.file_type().is_socket() {
             // Of a host process that was killed.
             continue;
         }

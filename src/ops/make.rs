@@ -5,9 +5,11 @@
 //! these names its layers, so that the next create or delete can clear away what an interrupted one left; of
 //! them, a layer that something else names stays. `docs/format.md` argues it step by step.
 
+use crate::base::root::records::Pooled;
 use crate::base::root::{create_dir_durable, files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::CREATING;
+use crate::catalog::device::image_of;
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::{Holder, Purpose, VolumeLock};
 use crate::catalog::metadata::{Geometry, Metadata, VolumeName};
@@ -19,6 +21,7 @@ use crate::kms::Failure;
 use crate::ops::delete::{abandon, clear_remains, rename_durably};
 use crate::ops::device::Candidate;
 use crate::ops::keys::WrappingKey;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A volume to be made.
@@ -170,8 +173,21 @@ fn furnish(catalog: &Catalog, metadata: &Metadata, wanted: &Wanted) -> Result<()
     if let Some(device) = &wanted.device {
         return catalog.make_device_layer(metadata, device.name().path(), device.medium());
     }
+    if let Some(pooled) = catalog.root().pool() {
+        return make_image(catalog, pooled, metadata);
+    }
     let folder = catalog.folder(metadata.id());
     make_layer(&catalog.layer_path(metadata.top().id), &folder, metadata.size(), wanted.preallocate)
+}
+
+/// Makes the image of the top layer of a volume, in the store's own pool. Something names the layer already.
+pub(super) fn make_image(catalog: &Catalog, pooled: &Pooled, volume: &Metadata) -> Result<()> {
+    let layer = volume.top();
+    let address = PathBuf::from(pooled.image_address(&image_of(layer.id)));
+    // First what leads to it, so that whoever clears up finds the image.
+    catalog.note_device_of(layer.id, &address)?;
+    let device = Candidate::open_or_make(&address, Some(layer.size))?;
+    catalog.make_device_layer(volume, device.name().path(), device.medium())
 }
 
 /// The rename after which the volume is there.

@@ -7,6 +7,7 @@ use crate::catalog::freeze::{Freeze, Maker};
 use crate::catalog::layer_file::make_layer;
 use crate::catalog::lock::VolumeLock;
 use crate::ops::device::Candidate;
+use crate::ops::make::make_image;
 use crate::volume::open::{Opened, Taken};
 
 /// A new top that is being made. Dropped before the commit, it is none.
@@ -23,12 +24,13 @@ impl<'a> NewTop<'a> {
         let (id, size) = (freeze.new_top().id, freeze.new_top().size);
         let path = catalog.layer_path(id);
         let begun = NewTop { catalog, taken, freeze: Some(freeze) };
-        match device {
-            None => make_layer(&path, &catalog.folder(begun.taken.lock.volume()), size, false)?,
-            Some(device) => {
+        let next = || begun.taken.opened.metadata.frozen(id);
+        match (device, catalog.root().pool()) {
+            (None, Some(pooled)) => make_image(catalog, pooled, &next())?,
+            (None, None) => make_layer(&path, &catalog.folder(begun.taken.lock.volume()), size, false)?,
+            (Some(device), _) => {
                 device.check_size(size)?;
-                let next = begun.taken.opened.metadata.frozen(id);
-                catalog.make_device_layer(&next, device.name().path(), device.medium())?;
+                catalog.make_device_layer(&next(), device.name().path(), device.medium())?;
             }
         }
         let top = &begun.taken.opened.layers[0].backing;

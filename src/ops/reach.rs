@@ -2,7 +2,7 @@
 //!
 //! The volume's lock decides: either it was taken, or whoever has it is to be asked.
 
-use crate::base::{Kind, Result};
+use crate::base::{Error, Kind, Result};
 use crate::catalog::lock::{Held, Holder, Purpose, VolumeLock};
 use crate::catalog::{Catalog, VolumeId};
 
@@ -35,12 +35,24 @@ impl Reach {
                 Err(busy) => match catalog.held(volume)? {
                     Held::By(Holder { purpose: Purpose::Attach, .. }) => return Ok(Reach::Host),
                     Held::Free => {}
-                    Held::By(_) | Held::Unknown => return Err(busy),
+                    Held::By(_) | Held::Elsewhere(_) | Held::Unknown => return Err(busy),
                 },
             }
         }
         take().map(Reach::Mine)
     }
+}
+
+/// # Errors
+/// `Unsupported` for an attached volume of a store in a pool, whose host process cannot make an image.
+pub(super) fn check_can_have_new_image(catalog: &Catalog, volume: VolumeId) -> Result<()> {
+    let Some(pooled) = catalog.root().pool() else { return Ok(()) };
+    let message = format!(
+        "{volume} is attached, and the process that serves it can make no image in {}: that is not there \
+         yet; detach it, do this, and attach it again",
+        pooled.shown
+    );
+    Err(Error::new(Kind::Unsupported, message))
 }
 
 /// Whether a process has the volume attached now; a moment later that may be otherwise.

@@ -6,7 +6,7 @@ use super::device::Candidate;
 use super::keys::NamedKey;
 use super::need::Budget;
 use super::new_top::NewTop;
-use super::reach::Reach;
+use super::reach::{Reach, check_can_have_new_image};
 use super::{Store, flatten, move_to};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::{Purpose, VolumeLock};
@@ -52,6 +52,8 @@ pub fn rekey(
     check_encrypted(&metadata).context(attempt)?;
     match onto {
         Some(device) => device.check_size(metadata.size()),
+        // An image has the room that its pool has.
+        None if catalog.root().pool().is_some() => Ok(()),
         None => budget.check_layers(&catalog, id, metadata.layers(), None),
     }
     .context(attempt)?;
@@ -92,6 +94,7 @@ fn give(
         Reach::Mine(lock) => detached(store, lock, new, onto).map(|()| None),
         Reach::Host if onto.is_some() => Err(move_to::attached().into()),
         Reach::Host => {
+            check_can_have_new_image(&catalog, id)?;
             let volume = catalog.load(id)?;
             let present = volume.top().key.map(|n| &volume.keys()[n]);
             let present = present.ok_or_else(|| Error::new(Kind::Usage, "it is not encrypted"))?;

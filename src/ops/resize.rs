@@ -4,7 +4,7 @@
 //! a file that is longer than `volume.json` says is given its length back by whoever takes the volume next.
 
 use super::Store;
-use super::reach::Reach;
+use super::reach::{Reach, check_can_have_new_image};
 use crate::base::{Context, Result};
 use crate::catalog::grow::{Growth, check};
 use crate::catalog::lock::{Purpose, VolumeLock};
@@ -53,7 +53,10 @@ pub fn resize(store: &Store, id: VolumeId, size: u64) -> Result<Resized> {
 fn grow(store: &Store, id: VolumeId, size: u64) -> Result<Option<Told>, Failure> {
     let catalog = store.catalog();
     match Reach::of(&catalog, id, Purpose::Resize)? {
-        Reach::Host => Ok(Some(control::resize(&catalog, id, size)?)),
+        Reach::Host => {
+            check_can_have_new_image(&catalog, id)?;
+            Ok(Some(control::resize(&catalog, id, size)?))
+        }
         Reach::Mine(lock) => detached(store, lock, size).map(|()| None),
     }
 }
@@ -61,6 +64,8 @@ fn grow(store: &Store, id: VolumeId, size: u64) -> Result<Option<Told>, Failure>
 /// Makes a volume larger that nobody has attached.
 fn detached(store: &Store, lock: VolumeLock, size: u64) -> Result<(), Failure> {
     let catalog = store.catalog();
+    // Longer than the record says, it does no harm.
+    catalog.make_image_longer(catalog.load(lock.volume())?.top().id, size)?;
     let mut taken = store.open_taken(lock)?;
     let Opened { metadata, seal_key, layers, .. } = &mut taken.opened;
     let growth = Growth::begin(&catalog, &taken.lock, metadata, size, &layers[0].backing)?;

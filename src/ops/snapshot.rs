@@ -7,7 +7,7 @@
 
 use super::Store;
 use super::new_top::NewTop;
-use super::reach::Reach;
+use super::reach::{Reach, check_can_have_new_image};
 use super::space;
 use crate::base::root::create_dir_durable;
 use crate::base::{Error, Result, Timestamp};
@@ -110,7 +110,10 @@ fn begin<'a>(
     label: &Label,
 ) -> Result<Making<'a>, Failure> {
     match Reach::of(catalog, id, Purpose::Snapshot)? {
-        Reach::Host => Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?))),
+        Reach::Host => {
+            check_can_have_new_image(catalog, id)?;
+            Ok(Making::Attached(Box::new(Freezing::begin(catalog, id, label)?)))
+        }
         Reach::Mine(lock) => {
             let taken = store.open_taken(lock)?;
             Ok(Making::Detached(id, Box::new(NewTop::begin(catalog, taken, None)?)))

@@ -91,7 +91,9 @@ fn kms_of(root: &Root, keys: &[KeyFile]) -> Option<Uuid> {
 
 fn presence(root: &Root) -> Result<Presence> {
     let has_any = |folder: &Path| Ok::<_, Error>(!files::names_if_there(folder)?.is_empty());
-    if has_any(&root.volumes())? || has_any(&root.snapshots())? {
+    // Of a store in a pool, what it has is not here to be seen.
+    let is_elsewhere = ledger::is_of_pool(&Root::config_dir()?, root)?;
+    if is_elsewhere || has_any(&root.volumes())? || has_any(&root.snapshots())? {
         return Ok(Presence::Used);
     }
     Ok(if root.path().symlink_metadata().is_ok() { Presence::Empty } else { Presence::Gone })

@@ -67,7 +67,11 @@ impl Overview {
                 .map(|volume| volume.size())
                 .fold(0, u64::saturating_add),
             used: names.values().map(|(_, bytes)| bytes).sum(),
-            space: Space::at(&catalog.root().layers()).ok().flatten(),
+            space: match catalog.root().pool() {
+                // Images take nothing of a file system of this host's.
+                Some(_) => None,
+                None => Space::at(&catalog.root().layers()).ok().flatten(),
+            },
         })
     }
 

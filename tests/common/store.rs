@@ -15,6 +15,8 @@ use tempfile::TempDir;
 pub struct Store {
     folder: TempDir,
     variables: Mutex<Vec<(String, String)>>,
+    /// Where the store lies, if not in a folder.
+    pool: Mutex<Option<String>>,
 }
 
 /// A folder in `folder` that holds nothing but sockets: in that, a host process may remove its own. It
@@ -31,7 +33,11 @@ impl Store {
     /// An empty store.
     pub fn new() -> Self {
         // Not in the build folder: a socket's path may be 107 bytes at most.
-        Store { folder: tempfile::tempdir().expect("make a temporary folder"), variables: Mutex::default() }
+        Store {
+            folder: tempfile::tempdir().expect("make a temporary folder"),
+            variables: Mutex::default(),
+            pool: Mutex::default(),
+        }
     }
 
     /// Where the store lies.
@@ -47,7 +53,11 @@ impl Store {
     /// The program, pointed at this store.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
-        command.env("SEALBLK_CONFIG_DIR", self.config()).arg("--root").arg(self.root());
+        command.env("SEALBLK_CONFIG_DIR", self.config()).arg("--root");
+        match &*self.pool.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(pool) => command.arg(pool),
+            None => command.arg(self.root()),
+        };
         command.stdin(Stdio::null());
         for (name, value) in self.variables().iter() {
             match value.as_str() {
@@ -56,6 +66,11 @@ impl Store {
             };
         }
         command
+    }
+
+    /// Has every command from now on use the store in a pool that has this address.
+    pub fn lie_in(&self, pool: String) {
+        *self.pool.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
     }
 
     fn variables(&self) -> MutexGuard<'_, Vec<(String, String)>> {

@@ -3,6 +3,7 @@
 pub mod files;
 pub mod offered;
 pub mod owners;
+pub mod records;
 mod users;
 
 pub use files::{create_dir_durable, replace_file, sync_dir};
@@ -66,6 +67,16 @@ impl Root {
     /// The folder that [`Root::use_config_dir`] was given, for processes that this one starts.
     pub fn used_config_dir() -> Option<&'static Path> {
         CONFIG_DIR.get().map(PathBuf::as_path)
+    }
+
+    /// The pool in which the store's records lie; none if they are files of this folder.
+    pub fn pool(&self) -> Option<&'static records::Pooled> {
+        records::pool_of(&self.0)
+    }
+
+    /// Where the store lies, in words.
+    pub fn shown(&self) -> String {
+        self.pool().map_or_else(|| self.0.display().to_string(), |pooled| pooled.shown.clone())
     }
 
     /// The root folder itself.

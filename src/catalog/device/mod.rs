@@ -12,7 +12,8 @@ pub(crate) mod header;
 use crate::backing::device::{self, DATA_START};
 use crate::backing::file::Place;
 use crate::backing::medium::Medium;
-use crate::backing::nbd::{Address, Export, Right};
+use crate::backing::nbd::{self, Address, Export, Image, Right};
+use crate::base::root::records::Pooled;
 use crate::base::root::{files, replace_file};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::coming::coming_of_name;
@@ -33,6 +34,8 @@ const FORMAT: u32 = 1;
 const NBD_FORMAT: u32 = 2;
 /// Of one that names an RBD image.
 const RBD_FORMAT: u32 = 3;
+/// Of one that names an image in the pool that the store itself lies in.
+const POOL_FORMAT: u32 = 4;
 const ENDING: &str = ".device";
 
 /// A device that holds a layer of the store, as the store has it.
@@ -68,6 +71,25 @@ struct RbdWritten {
     format: u32,
     rbd: Address,
     token: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PoolWritten {
+    format: u32,
+    image: String,
+    token: String,
+}
+
+/// The name of the image of a layer of a store in a pool.
+pub(crate) fn image_of(layer: LayerId) -> String {
+    format!("sealblk-{layer}")
+}
+
+/// The name of the image in the store's own pool that this is the address of.
+fn image_in_pool(pooled: &Pooled, address: &Address) -> Option<String> {
+    let name = address.image()?.name();
+    (pooled.image_address(name).parse::<Address>().ok().as_ref() == Some(address)).then(|| name.to_owned())
 }
 
 impl OnDevice {
@@ -199,8 +221,38 @@ impl Catalog {
                 let RbdWritten { rbd, token, .. } = written::read(&bytes)?;
                 behind(rbd, &token, |address| address.image().is_some())
             }
-            other => Err(written::unknown_version(other, "versions 1 to 3")),
+            4 => {
+                let PoolWritten { image, token, .. } = written::read(&bytes)?;
+                let pooled = self.root().pool().ok_or_else(|| {
+                    Error::new(
+                        Kind::Corrupt,
+                        "it names an image in the store's pool, and the store is in none",
+                    )
+                })?;
+                // How the pool is reached is this host's affair, and no record's.
+                let address: Address = pooled.image_address(&image).parse()?;
+                match image_in_pool(pooled, &address).is_some_and(|name| name == image) {
+                    true => {
+                        let name = format!("rbd:{}", address.image().map(Image::shown).unwrap_or_default());
+                        let on = behind(address, &token, |address| address.image().is_some())?;
+                        Ok(OnDevice { name: name.into(), ..on })
+                    }
+                    false => Err(Error::new(Kind::Corrupt, format!("{image:?} is no image's name"))),
+                }
+            }
+            other => Err(written::unknown_version(other, "versions 1 to 4")),
         };
+        let is_elsewhere = |on: &OnDevice| {
+            let Some(pooled) = self.root().pool() else { return false };
+            on.address.as_ref().and_then(|address| image_in_pool(pooled, address)).is_none()
+        };
+        if let Some(pooled) = self.root().pool()
+            && let Ok(on) = read()
+            && is_elsewhere(&on)
+        {
+            let message = format!("{} does not lie in {}", on.name.display(), pooled.shown);
+            return Err(Error::new(Kind::Corrupt, message).context(attempt()));
+        }
         read().context(attempt).map(Some)
     }
 
@@ -214,6 +266,9 @@ impl Catalog {
             None if self.is_coming(layer.id) => Err(self.has_not_come(layer.id)),
             None => Ok(Place::whole(self.layer_path(layer.id))),
             Some(OnDevice { address: Some(address), .. }) => {
+                if self.root().pool().is_some() {
+                    files::stand_in(&self.device_file(layer.id))?;
+                }
                 Ok(Place::behind(address, self.device_file(layer.id), layer.size))
             }
             Some(on) => Ok(Place { on_device: Some(layer.size), ..Place::whole(on.path()?) }),
@@ -345,6 +400,15 @@ impl Catalog {
     fn note_device(&self, layer: LayerId, name: &Path, token: Token) -> Result<()> {
         let token = token.to_string();
         let address = name.to_str().filter(|name| Address::is_meant(name)).map(str::parse).transpose()?;
+        if let Some(pooled) = self.root().pool() {
+            let image = address.as_ref().and_then(|address| image_in_pool(pooled, address));
+            let image = image.ok_or_else(|| {
+                let message = format!("{} does not lie in {}", name.display(), pooled.shown);
+                Error::new(Kind::Unsupported, message)
+            })?;
+            let json = written::to_json(&PoolWritten { format: POOL_FORMAT, image, token });
+            return replace_file(&self.device_file(layer), &json);
+        }
         let json = match address {
             Some(nbd @ Address::Server(_)) => {
                 written::to_json(&NbdWritten { format: NBD_FORMAT, nbd, token })
@@ -392,6 +456,9 @@ impl Catalog {
             Err(e) if e.kind() == Kind::Corrupt => Some(Err(e)),
             on => on?.map(Ok),
         };
+        if let (Some(Ok(on)), Some(pooled)) = (&on, self.root().pool()) {
+            return self.remove_image(pooled, on).map(|()| true);
+        }
         if let Some(on) = on {
             match on.and_then(|on| on.erase_header()) {
                 Ok(()) => {}
@@ -414,6 +481,55 @@ impl Catalog {
             }
         }
         Ok(was_any)
+    }
+}
+
+impl Catalog {
+    /// Makes the image of a layer long enough for `size` bytes, if it lies in the store's own pool.
+    ///
+    /// # Errors
+    /// Those of the pool.
+    pub(crate) fn make_image_longer(&self, layer: LayerId, size: u64) -> Result<()> {
+        let Some(pooled) = self.root().pool() else { return Ok(()) };
+        let on = self.on_device(layer)?;
+        let name = on.and_then(|on| image_in_pool(pooled, on.address.as_ref()?));
+        match name.zip(size.checked_add(DATA_START)) {
+            None => Ok(()),
+            Some((name, len)) => pooled
+                .records
+                .make_image_longer(&name, len)
+                .context(|| format!("make the image {name} longer")),
+        }
+    }
+
+    /// Looks whether nobody has the image open for writing in which a layer lies, if it lies in the store's
+    /// own pool: by taking it.
+    ///
+    /// # Errors
+    /// `Busy`, naming who has it.
+    pub(crate) fn check_nobody_has_image(&self, layer: LayerId) -> Result<()> {
+        if self.root().pool().is_none() {
+            return Ok(());
+        }
+        match self.on_device(layer).and_then(|on| on.map(|on| on.open(OFlag::O_RDWR)).transpose()) {
+            Err(e) if e.kind() == Kind::Busy => Err(e),
+            // One that is gone, or cannot be had, is no reason to keep the rest.
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the image of a layer in the store's own pool, and then what leads to it.
+    fn remove_image(&self, pooled: &Pooled, on: &OnDevice) -> Result<()> {
+        let attempt = || format!("remove {}", on.name.display());
+        if let Some(name) = on.address.as_ref().and_then(|address| image_in_pool(pooled, address)) {
+            // This process may have it open still, by one of its own that serves it.
+            nbd::rest();
+            pooled.records.remove_image(&name).context(attempt)?;
+        }
+        let path = self.device_file(on.layer);
+        files::remove_if_there(&path).context(|| format!("remove {}", path.display()))?;
+        files::forget_stand_in(&path);
+        Ok(())
     }
 }
 

@@ -19,14 +19,20 @@
 //! comes, the record is replaced, the entry lists the new one alone. So a power cut at any moment
 //! leaves a record that the entry lists. The entry is written before its mark: a mark is behind by one
 //! change at most, and never ahead.
+//!
+//! A store in a pool has one key, which all of its hosts have; `<store>/store/key.json` there tells a host
+//! whether it has the right one. What another host has entered has no mark here before this host has seen it.
+//! So what is put back from before is noticed by those hosts that have seen what came later.
 
 pub mod entry;
 mod facts;
 
 pub(crate) use facts::{SnapshotFacts, VolumeFacts};
 
+use crate::base::root::records::{Claim, Pooled, pool_of};
 use crate::base::root::{Root, create_dir_durable, files, replace_file, sync_dir};
 use crate::base::{Context, Error, Kind, Result, locks, spare};
+use crate::catalog::lock::pool::await_claim;
 use entry::Entry;
 use nix::fcntl::OFlag;
 use serde::Serialize;
@@ -47,6 +53,8 @@ const MAX_LEN: u64 = 64 << 20;
 const MAX_SMALL: u64 = 8 << 10;
 /// How long another command is waited for that is changing the same record.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What the folder of a store in a pool begins with, in the configuration folder.
+const POOLED: &str = "ceph-";
 /// How often to look whether it is done: nothing tells.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -150,6 +158,11 @@ impl Ledger {
         }
     }
 
+    /// The pool that the store lies in, if it lies in one.
+    fn pool(&self) -> Option<&'static Pooled> {
+        pool_of(&self.root)
+    }
+
     /// Whether this host has made a record in this store, or has accepted one.
     pub(crate) fn knows_the_store(&self) -> Result<bool> {
         Ok(self.key()?.is_some())
@@ -163,12 +176,92 @@ impl Ledger {
         let mut key: Key = Zeroizing::new([0; entry::KEY_LEN]);
         getrandom::fill(&mut *key).map_err(|e| Error::new(Kind::Other, format!("get random bytes: {e}")))?;
         let path = config.join("key");
-        let made = if files::exists(&path) { Ok(()) } else { files::create_file(&path, &*key) };
+        let is_there = files::exists(&path);
+        if !is_there && self.pool().is_some() && files::exists(&self.check_path()) {
+            return Err(self.lacks_key());
+        }
+        let made = if is_there { Ok(()) } else { files::create_file(&path, &*key) };
         match self.key()? {
-            Some(_) => Ok(()),
+            Some(key) => self.check_key(&key).inspect_err(|_| {
+                if !is_there {
+                    // Another host was first.
+                    let _ = files::remove(&path);
+                }
+            }),
             // The first error is why.
             None => made,
         }
+    }
+
+    /// Looks whether this key is the one that all hosts of a store in a pool have; the first host says so.
+    ///
+    /// # Errors
+    /// `Corrupt` if it is another store's; those of the pool.
+    fn check_key(&self, key: &Key) -> Result<()> {
+        let Some(pooled) = self.pool() else { return Ok(()) };
+        let ours = entry::signed(b"{\"format\":1}".to_vec(), "store", key);
+        let path = self.check_path();
+        let made = match files::exists(&path) {
+            true => Ok(()),
+            false => files::create_file(&path, &ours),
+        };
+        let attempt = || format!("read {}", path.display());
+        match files::read(&path, MAX_SMALL) {
+            Ok(there) if there == ours => Ok(()),
+            Ok(_) => {
+                let message = format!(
+                    "{} is not the key of the store in {}: bring the one of a host that uses the store",
+                    self.config()?.join("key").display(),
+                    pooled.shown
+                );
+                Err(Error::new(Kind::Corrupt, message))
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => made,
+            Err(e) => Err(e).context(attempt),
+        }
+    }
+
+    /// What tells, in a pool, whether a host has the store's key.
+    fn check_path(&self) -> PathBuf {
+        self.root.join("store").join("key.json")
+    }
+
+    /// Why nothing is believed in a store in a pool whose key this host has not got.
+    fn lacks_key(&self) -> Error {
+        let (store, key) =
+            (self.pool().map_or("", |it| &it.shown), self.config.as_ref().map(|it| it.join("key")));
+        let message = format!(
+            "this host has no key of the store in {store}, so that it can believe nothing there: bring {} \
+             from a host that uses the store, as a secret (docs/ceph.md)",
+            key.unwrap_or_default().display()
+        );
+        Error::new(Kind::Corrupt, message)
+    }
+
+    /// Opens the mark of a record. In a pool the record may be of another host, and no mark of it be here
+    /// yet: then one is made, if `make` says so.
+    fn open_mark(&self, id: &str, make: bool) -> Result<Option<File>> {
+        let path = self.mark_path(id)?;
+        let mut flags = OFlag::O_RDWR;
+        if make && self.pool().is_some() {
+            create_dir_durable(&self.config()?.join("marks"))?;
+            flags |= OFlag::O_CREAT;
+        }
+        match files::open_with(&path, flags) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            mark => mark.map(Some).context(|| format!("open {}", path.display())),
+        }
+    }
+
+    /// This host has seen an entry of this number, which another host has written: an older one is not
+    /// believed here any more.
+    fn note_seen(&self, id: &str, number: u64) -> Result<()> {
+        let Some(mark) = self.open_mark(id, true)? else { return Ok(()) };
+        // Whoever has it locked writes a higher number.
+        if locks::try_lock(&mark, locks::Kind::Exclusive, locks::Bytes::ALL)? && read_mark(&mark)? < number {
+            write_mark(&mark, number)?;
+        }
+        Ok(())
     }
 
     /// Enters a new record.
@@ -177,6 +270,9 @@ impl Ledger {
     /// `Busy` if there is an entry of this id already; `Corrupt` in a store that this host does not know.
     pub(crate) fn enter<F: Facts>(&self, id: &str, facts: F) -> Result<()> {
         if self.key()?.is_none() {
+            if self.pool().is_some() {
+                return Err(self.lacks_key());
+            }
             let message = format!(
                 "this host does not know the store {}, which has volumes or snapshots: they are of another \
                  host or of an earlier version of sealblk. If they are as they should be, \"sealblk store \
@@ -219,11 +315,7 @@ impl Ledger {
     /// # Errors
     /// `Corrupt` for an entry that is not believed; `Busy` if another command is changing it for long.
     pub(crate) fn change<F: Facts>(&self, id: &str) -> Result<Change<'_, F>> {
-        let path = self.mark_path(id)?;
-        let mark = match files::open_with(&path, OFlag::O_RDWR) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Err(Doubt::Unknown.refuse(&id)),
-            mark => mark.context(|| format!("open {}", path.display()))?,
-        };
+        let mark = self.open_mark(id, true)?.ok_or_else(|| Doubt::Unknown.refuse(&id))?;
         let mut change = self.lock(id, mark)?;
         let entry = self.entry(id)?.map_err(|doubt| doubt.refuse(&id))?;
         (change.number, change.accepted) = (entry.number, entry.accepted);
@@ -313,8 +405,10 @@ impl Ledger {
 
     /// Locks the entry of `id` by its mark. What it says is not known yet.
     fn lock<F: Facts>(&self, id: &str, mark: File) -> Result<Change<'_, F>> {
-        let change = Change { ledger: self, id: id.to_owned(), mark, number: 0, accepted: Vec::new() };
+        let mut change =
+            Change { ledger: self, id: id.to_owned(), claim: None, mark, number: 0, accepted: Vec::new() };
         change.take_lock()?;
+        change.claim = await_claim(&self.entries.join(id))?;
         Ok(change)
     }
 
@@ -346,16 +440,28 @@ impl Ledger {
 
     /// The entry of `id`, held against its MAC and its mark.
     fn entry<F: Facts>(&self, id: &str) -> Result<Result<Entry<F>, Doubt>> {
-        let path = self.mark_path(id)?;
-        let mark = match files::open(&path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Err(Doubt::Unknown)),
-            mark => read_mark(&mark.context(|| format!("open {}", path.display()))?)?,
+        let is_pooled = self.pool().is_some();
+        let mark = match self.open_mark(id, false)? {
+            Some(mark) => read_mark(&mark)?,
+            None if is_pooled => 0,
+            None => return Ok(Err(Doubt::Unknown)),
         };
-        let Some(key) = self.key()? else { return Ok(Err(Doubt::Unknown)) };
-        Ok(match self.read_entry(id, &key)? {
+        let key = match self.key()? {
+            Some(key) => key,
+            None if is_pooled => return Err(self.lacks_key()),
+            None => return Ok(Err(Doubt::Unknown)),
+        };
+        let entry: Result<Entry<F>, Doubt> = match self.read_entry(id, &key)? {
             Ok(entry) if entry.number < mark => Err(Doubt::Older),
             entry => entry,
-        })
+        };
+        if let Ok(entry) = &entry
+            && is_pooled
+            && entry.number > mark
+        {
+            self.note_seen(id, entry.number)?;
+        }
+        Ok(entry)
     }
 
     fn read_entry<F: Facts>(&self, id: &str, key: &Key) -> Result<Result<Entry<F>, Doubt>> {
@@ -389,6 +495,20 @@ pub fn stores(config: &Path) -> Result<Vec<(PathBuf, usize)>> {
     Ok(stores)
 }
 
+/// Whether `config` says of the folder `root` that it is what this host has of a store in a pool.
+///
+/// # Errors
+/// Those of listing the folder.
+pub fn is_of_pool(config: &Path, root: &Root) -> Result<bool> {
+    let folder = config.join("stores");
+    let is_it = |name: &std::ffi::OsString| {
+        let path = files::read(&folder.join(name).join("root"), MAX_SMALL);
+        name.as_bytes().starts_with(POOLED.as_bytes())
+            && path.is_ok_and(|path| path == root.path().as_os_str().as_bytes())
+    };
+    Ok(files::names_if_there(&folder)?.iter().any(is_it))
+}
+
 /// Removes what `config` has of the ledger of the store at `root`. Returns whether there was anything.
 ///
 /// # Errors
@@ -407,8 +527,12 @@ pub fn forget_store(config: &Path, root: &Root) -> Result<bool> {
     Ok(true)
 }
 
-/// The name of a store's folder: a digest of its path.
+/// The name of a store's folder: a digest of its path; of one in a pool, which that is.
 fn folder_name(root: &Root) -> String {
+    if let Some(pooled) = root.pool() {
+        // The same on all hosts: the key is brought from one to the other.
+        return format!("{POOLED}{}", pooled.id);
+    }
     let digest = hex::encode(Sha256::digest(root.path().as_os_str().as_bytes()));
     digest[..16].to_owned()
 }
@@ -418,6 +542,8 @@ fn folder_name(root: &Root) -> String {
 pub(crate) struct Change<'a, F> {
     ledger: &'a Ledger,
     id: String,
+    /// Of a store in a pool: what keeps other hosts away.
+    claim: Option<Claim>,
     mark: File,
     number: u64,
     accepted: Vec<F>,
@@ -458,9 +584,7 @@ impl<F: Facts> Change<'_, F> {
         let bytes = next.to_bytes(&self.id, &key);
         replace_file(&self.ledger.entry_path(&self.id), &bytes)?;
         (self.number, self.accepted) = (number, next.accepted);
-        spare::with(|| self.mark.write_all_at(format!("{number:020}\n").as_bytes(), 0))
-            .and_then(|()| self.mark.sync_all())
-            .context(|| format!("write the mark of {}", self.id))
+        write_mark(&self.mark, number).context(|| format!("write the mark of {}", self.id))
     }
 
     fn take_lock(&self) -> Result<()> {
@@ -475,6 +599,10 @@ impl<F: Facts> Change<'_, F> {
         }
         Ok(())
     }
+}
+
+fn write_mark(mark: &File, number: u64) -> std::io::Result<()> {
+    spare::with(|| mark.write_all_at(format!("{number:020}\n").as_bytes(), 0)).and_then(|()| mark.sync_all())
 }
 
 /// The number in a mark; an empty one is of an entry that is being made.

@@ -117,6 +117,34 @@ impl Holder {
         }
     }
 
+    /// What the process does with the volume.
+    fn doing(&self) -> &'static str {
+        match self.purpose {
+            Purpose::Attach => "is attached",
+            Purpose::Create => "is being made",
+            Purpose::Delete => "is being deleted",
+            Purpose::Snapshot => "is being made a snapshot of",
+            Purpose::Resize => "is being made larger",
+            Purpose::Recover => "is being tidied up",
+            Purpose::Rewrap => "is being rewrapped",
+            Purpose::Export => "is being exported",
+            Purpose::Mark => "is being marked to be re-keyed or flattened",
+            Purpose::Hydrate => "is being re-keyed or flattened",
+            Purpose::Rename => "is being renamed",
+        }
+    }
+
+    /// The process in words, and the name of its host in any case.
+    pub fn anywhere(&self) -> String {
+        let host = self.host.as_ref().map_or("an unknown host", |host| host.name.as_str());
+        format!("process {} on the host {host}", self.pid)
+    }
+
+    /// What the process does with the volume, in words, and where.
+    pub(super) fn doing_anywhere(&self) -> String {
+        format!("{} by {} (since {})", self.doing(), self.anywhere(), self.since)
+    }
+
     /// The process in words, and where it runs, unless that is here.
     pub fn process(&self) -> String {
         let here = Host::of_this_process();
@@ -135,19 +163,7 @@ impl Holder {
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let doing = match self.purpose {
-            Purpose::Attach => "is attached",
-            Purpose::Create => "is being made",
-            Purpose::Delete => "is being deleted",
-            Purpose::Snapshot => "is being made a snapshot of",
-            Purpose::Resize => "is being made larger",
-            Purpose::Recover => "is being tidied up",
-            Purpose::Rewrap => "is being rewrapped",
-            Purpose::Export => "is being exported",
-            Purpose::Mark => "is being marked to be re-keyed or flattened",
-            Purpose::Hydrate => "is being re-keyed or flattened",
-            Purpose::Rename => "is being renamed",
-        };
+        let doing = self.doing();
         write!(f, "{doing} by {} (since {}", self.process(), self.since)?;
         if let Some(socket) = &self.socket {
             write!(f, ", socket {socket}")?;

@@ -1,8 +1,8 @@
 //! Waiting for a volume that another command has for a moment: of two commands at a time, one comes second.
 #![forbid(unsafe_code)]
 
-use super::{Held, Holder, LockFile, Purpose, VolumeLock, query_file};
-use crate::base::{Context, Error, Kind, Result, Timestamp};
+use super::{Held, Holder, LockFile, Purpose, VolumeLock};
+use crate::base::{Error, Kind, Result, Timestamp};
 use crate::catalog::VolumeId;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -32,9 +32,9 @@ impl LockFile {
                 Err(e) if e.kind() == Kind::Busy => e,
                 done => return done,
             };
-            let held = query_file(&self.file).context(|| format!("look at {}", self.path.display()))?;
+            let held = self.held()?;
             let is_worth_it = match &held {
-                Held::By(holder) => holder.purpose.is_brief(),
+                Held::By(holder) | Held::Elsewhere(holder) => holder.purpose.is_brief(),
                 Held::Unknown => true,
                 // Just let go of; or it is to be handed over, which may be in hours.
                 Held::Free => !self.is_awaited()?,
@@ -106,6 +106,9 @@ impl Queue {
             self.is_told = true;
             match &self.first {
                 Some((Held::By(holder), _)) => log::warn!("{} {holder}; this is waited for", self.volume),
+                Some((Held::Elsewhere(holder), _)) => {
+                    log::warn!("{} {}; this is waited for", self.volume, holder.doing_anywhere());
+                }
                 _ => log::warn!("{} is in use by another process; this is waited for", self.volume),
             }
         }

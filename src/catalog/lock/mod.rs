@@ -11,6 +11,7 @@
 
 mod holder;
 mod in_turn;
+pub(crate) mod pool;
 mod turn;
 
 pub use holder::{Holder, Host, Purpose};
@@ -19,6 +20,7 @@ pub use turn::{Announcements, Turn};
 use crate::base::locks::{self, Bytes};
 use crate::base::root::files;
 use crate::base::root::owners::Owners;
+use crate::base::root::records::{Claim, pool_above};
 use crate::base::{Context, Error, Kind, Result, spare};
 use crate::catalog::VolumeId;
 use nix::fcntl::OFlag;
@@ -49,6 +51,8 @@ pub enum Held {
     Free,
     /// This process.
     By(Holder),
+    /// This process, of another host, or by another folder of this one: the store lies in a pool.
+    Elsewhere(Holder),
     /// A process that has not said who it is, or not yet.
     Unknown,
 }
@@ -74,6 +78,12 @@ pub struct LockFile {
 impl LockFile {
     /// Opens that of the volume whose folder is `folder`.
     pub fn open(folder: &Path, volume: VolumeId) -> Result<Self> {
+        if pool_above(folder).is_some() {
+            if !files::exists(folder) {
+                return Err(Error::new(Kind::NotFound, format!("there is no volume {volume}")));
+            }
+            files::create_local_folder(folder)?;
+        }
         Owners::configured()?.check_folder(folder)?;
         let path = folder.join(FILE);
         // Create: the folder of a volume that was copied by hand may lack the file.
@@ -109,12 +119,29 @@ impl LockFile {
         if !self.lock(HELD).context(attempt)? {
             return Err(busy(self.volume, &query_file(&self.file).context(attempt)?));
         }
-        let lock = self.held_by(holder, false).context(attempt)?;
+        let mut lock = self.held_by(holder, false).context(attempt)?;
         if !files::is_at(&self.file, &self.path).context(attempt)? {
             return Err(Error::new(Kind::NotFound, format!("{} was deleted just now", self.volume)));
         }
+        match pool::claim(self.folder(), &lock.holder)? {
+            Some(Ok(claim)) => lock.claim = Some(claim),
+            Some(Err(held)) => return Err(busy(self.volume, &held)),
+            None => {}
+        }
         lock.write_holder();
         Ok(lock)
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().expect("the file lies in the volume's folder")
+    }
+
+    /// Who has the volume at this moment.
+    fn held(&self) -> Result<Held> {
+        match query_file(&self.file).context(|| format!("look at {}", self.path.display()))? {
+            Held::Free => pool::holder(self.folder()),
+            held => Ok(held),
+        }
     }
 
     /// The lock file of the volume whose folder is `folder`, by the open `file` of a process that has the
@@ -140,7 +167,7 @@ impl LockFile {
     fn held_by(&self, holder: &Holder, is_others: bool) -> std::io::Result<VolumeLock> {
         let write_through = read_holder(&self.file)?.is_some_and(|before| before.write_through);
         let holder = Holder { write_through, ..holder.clone() };
-        Ok(VolumeLock { file: self.clone(), holder, is_others })
+        Ok(VolumeLock { file: self.clone(), holder, is_others, claim: None })
     }
 
     /// The open file. Who has the volume proves by it that it does: [`is_holders`].
@@ -161,6 +188,8 @@ pub struct VolumeLock {
     holder: Holder,
     /// Whether another process has the open file as well, and what becomes of the lock is its affair.
     is_others: bool,
+    /// Of a store in a pool: what keeps other hosts away.
+    claim: Option<Claim>,
 }
 
 impl VolumeLock {
@@ -225,6 +254,8 @@ impl Drop for VolumeLock {
         if self.is_others {
             return;
         }
+        // Whoever takes the volume here next is to find it free everywhere.
+        drop(self.claim.take());
         locks::unlock(&self.file.file, SAID);
         // For whoever looks at the file by hand; but what the guest wants must not be lost.
         if !self.holder.write_through {
@@ -236,6 +267,13 @@ impl Drop for VolumeLock {
 
 /// Who has the volume whose folder is `folder`; asking takes nothing.
 pub fn query(folder: &Path) -> Result<Held> {
+    match query_here(folder)? {
+        Held::Free => pool::holder(folder),
+        held => Ok(held),
+    }
+}
+
+fn query_here(folder: &Path) -> Result<Held> {
     let path = folder.join(FILE);
     let attempt = || format!("look at {}", path.display());
     let file = match files::open(&path) {
@@ -291,6 +329,7 @@ fn read_holder(file: &File) -> std::io::Result<Option<Holder>> {
 pub fn busy(volume: VolumeId, held: &Held) -> Error {
     let message = match held {
         Held::By(holder) => format!("{volume} {holder}"),
+        Held::Elsewhere(holder) => format!("{volume} {}", holder.doing_anywhere()),
         Held::Unknown | Held::Free => {
             format!("{volume} is in use by another process, which cannot be seen from here")
         }
@@ -298,6 +337,9 @@ pub fn busy(volume: VolumeId, held: &Held) -> Error {
     let hint = match held {
         Held::By(Holder { purpose: Purpose::Attach, .. }) => {
             format!("; \"sealblk detach {volume}\" ends that")
+        }
+        Held::Elsewhere(Holder { purpose: Purpose::Attach, .. }) => {
+            format!("; \"sealblk detach {volume}\" there ends that")
         }
         _ => "; try again".to_string(),
     };

@@ -154,6 +154,23 @@ pub struct UntagArgs {
     keys: Vec<String>,
 }
 
+impl Command {
+    /// Whether it is there for a store in a pool.
+    pub(super) fn is_for_pools(&self) -> bool {
+        match self {
+            Command::Create(_) | Command::List(_) | Command::Show(_) => true,
+            Command::Delete(_) | Command::Tag(_) | Command::Untag(_) => true,
+            Command::Export(_) | Command::Key(_) | Command::Rewrap(_) => true,
+            Command::Copy(_)
+            | Command::Push(_)
+            | Command::Pull(_)
+            | Command::Complete(_)
+            | Command::Verify(_)
+            | Command::Remove(_) => false,
+        }
+    }
+}
+
 /// Runs one of the commands.
 pub fn run(env: &Env, command: Command) -> Result<()> {
     match command {

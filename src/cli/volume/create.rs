@@ -105,6 +105,14 @@ pub struct CreateArgs {
     space: SpaceArgs,
 }
 
+impl CreateArgs {
+    /// Whether this is there for a store in a pool, where each layer has an image that is made for it.
+    pub(super) fn is_for_pools(&self) -> bool {
+        let is_elsewhere = self.device.is_some() || self.nbd.is_some() || self.rbd.is_some();
+        !is_elsewhere && !self.wipe && !self.preallocate
+    }
+}
+
 /// Makes a volume, and prints what it is.
 pub(crate) fn run(env: &Env, args: &CreateArgs) -> Result<()> {
     let (store, catalog) = (env.store()?, env.catalog());

@@ -114,6 +114,11 @@ pub(super) fn list(env: &Env, args: &ListArgs) -> Result<()> {
     if devices.iter().any(Option::is_some) {
         add_column(&mut rows, "DEVICE", devices.into_iter());
     }
+    if env.root.pool().is_some() {
+        let hosts: Result<Vec<_>> =
+            entries.iter().map(|entry| Ok(show::host(&catalog.held(entry.id)?))).collect();
+        add_column(&mut rows, "HOST", hosts?.into_iter());
+    }
     let limits = |id| {
         let kept = kept::limits(&catalog.attach_settings(id).ok()?);
         modify::limit_words(kept.iops, kept.throughput)

@@ -94,6 +94,27 @@ else needs it."
     Untag(tag::UntagArgs),
 }
 
+impl Command {
+    /// Whether it is there for a store in a pool.
+    pub(super) fn is_for_pools(&self) -> bool {
+        match self {
+            Command::Create(args) => args.is_for_pools(),
+            Command::List(_) | Command::Show(_) => true,
+            Command::Export(_) | Command::Key(_) | Command::Rewrap(_) => true,
+            Command::Modify(_) | Command::Rename(_) | Command::Tag(_) | Command::Untag(_) => true,
+            Command::Rekey(args) => args.is_for_pools(),
+            Command::Flatten(_) | Command::Resize(_) => true,
+            // What lies in a cluster is overwritten nowhere.
+            Command::Delete(args) => !args.shred && !args.unreadable,
+            Command::Import(_)
+            | Command::Adopt(_)
+            | Command::Move(_)
+            | Command::Send(_)
+            | Command::Receive(_) => false,
+        }
+    }
+}
+
 /// What `volume delete` takes.
 #[derive(clap::Args)]
 pub struct DeleteArgs {

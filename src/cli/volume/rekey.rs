@@ -62,6 +62,13 @@ pub struct RekeyArgs {
     following: FollowArgs,
 }
 
+impl RekeyArgs {
+    /// Whether this is there for a store in a pool.
+    pub(super) fn is_for_pools(&self) -> bool {
+        self.onto.is_none()
+    }
+}
+
 /// What `volume move` takes.
 #[derive(clap::Args)]
 #[command(after_help = "\

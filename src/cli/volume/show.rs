@@ -175,6 +175,10 @@ impl Attached {
                 rows.extend(holder.socket.as_ref().map(|socket| pair("", format!("socket {socket}"))));
             }
             Held::By(holder) => rows.push(pair("", holder)),
+            Held::Elsewhere(holder) if holder.purpose == Purpose::Attach => {
+                rows.push(pair("attached", format!("since {}, by {}", holder.since, holder.anywhere())));
+            }
+            Held::Elsewhere(holder) => rows.push(pair("", format!("in use by {}", holder.anywhere()))),
             Held::Free | Held::Unknown => {}
         }
         match &self.status {
@@ -335,7 +339,10 @@ pub(super) fn description(catalog: &Catalog, metadata: &Metadata) -> Result<Valu
         "encrypted": metadata.is_encrypted(),
         "created": metadata.created(),
         "state": state(&held),
-        "attached_by": match &held { Held::By(holder) => json!(holder), _ => Value::Null },
+        "attached_by": match &held {
+            Held::By(holder) | Held::Elsewhere(holder) => json!(holder),
+            Held::Free | Held::Unknown => Value::Null,
+        },
         "keys": keys,
         "layers": layers,
         "hydration": waiting(catalog, metadata),
@@ -394,9 +401,20 @@ fn allocated(catalog: &Catalog, metadata: &Metadata) -> u64 {
 pub(super) fn state(held: &Held) -> &'static str {
     match held {
         Held::Free => "available",
-        Held::By(LockHolder { purpose: Purpose::Create, .. }) => "creating",
-        Held::By(LockHolder { purpose: Purpose::Delete, .. }) => "deleting",
-        Held::By(_) | Held::Unknown => "in-use",
+        Held::By(holder) | Held::Elsewhere(holder) => match holder.purpose {
+            Purpose::Create => "creating",
+            Purpose::Delete => "deleting",
+            _ => "in-use",
+        },
+        Held::Unknown => "in-use",
+    }
+}
+
+/// The host on which a volume is in use, for a list.
+pub(super) fn host(held: &Held) -> Option<String> {
+    match held {
+        Held::By(holder) | Held::Elsewhere(holder) => holder.host.as_ref().map(|host| host.name.clone()),
+        Held::Free | Held::Unknown => None,
     }
 }
 

@@ -91,6 +91,8 @@ pub fn stale(catalog: &Catalog) -> Result<Vec<Note>> {
     let mut problem = Ok(());
     stale.retain(|note| match catalog.held(note.volume) {
         Ok(Held::Free) => true,
+        // A grant of this host's is no other host's.
+        Ok(Held::Elsewhere(_)) => true,
         Ok(Held::By(holder)) => holder.purpose != Purpose::Attach,
         Ok(Held::Unknown) => false,
         Err(e) => {

@@ -59,10 +59,10 @@ pub(super) enum Operation {
 
 /// A cluster that is connected to, and a pool there.
 pub(super) struct Pool {
-    library: &'static Library,
-    cluster: Handle,
-    context: Handle,
-    address: String,
+    pub(super) library: &'static Library,
+    pub(super) cluster: Handle,
+    pub(super) context: Handle,
+    pub(super) address: String,
 }
 
 impl Pool {

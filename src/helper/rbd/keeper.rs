@@ -491,7 +491,7 @@ fn see(holder: &Holder) -> Seen {
 }
 
 /// The files that librbd needs.
-fn reach(image: &Image) -> Vec<Rule> {
+pub(super) fn reach(image: &Image) -> Vec<Rule> {
     let read = [image.conf(), image.keyring()];
     let devices = [PathBuf::from("/dev/null")];
     let read = stranger::of_libraries(true).into_iter().chain(read).map(|path| (path, false));

@@ -59,12 +59,36 @@ functions! {
         rados_set_pool_full_try(Handle) -> ();
         rados_mon_command(Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize, *mut *mut c_char, *mut usize) -> c_int;
         rados_wait_for_latest_osdmap(Handle) -> c_int;
+        rados_blocklist_add(Handle, *const c_char, u32) -> c_int;
+        rados_cluster_fsid(Handle, *mut c_char, usize) -> c_int;
+        rados_create_write_op() -> Handle;
+        rados_release_write_op(Handle) -> ();
+        rados_write_op_create(Handle, c_int, *const c_char) -> ();
+        rados_write_op_assert_exists(Handle) -> ();
+        rados_write_op_omap_cmp2(Handle, *const c_char, u8, *const c_char, usize, usize, *mut c_int) -> ();
+        rados_write_op_omap_set2(Handle, *const *const c_char, *const *const c_char, *const usize, *const usize, usize) -> ();
+        rados_write_op_omap_rm_keys2(Handle, *const *const c_char, *const usize, usize) -> ();
+        rados_write_op_operate2(Handle, Handle, *const c_char, *mut c_void, c_int) -> c_int;
+        rados_create_read_op() -> Handle;
+        rados_release_read_op(Handle) -> ();
+        rados_read_op_omap_get_vals_by_keys2(Handle, *const *const c_char, usize, *const usize, *mut Handle, *mut c_int) -> ();
+        rados_read_op_omap_get_keys2(Handle, *const c_char, u64, *mut Handle, *mut u8, *mut c_int) -> ();
+        rados_read_op_operate(Handle, Handle, *const c_char, c_int) -> c_int;
+        rados_omap_get_next2(Handle, *mut *mut c_char, *mut *mut c_char, *mut usize, *mut usize) -> c_int;
+        rados_omap_get_end(Handle) -> ();
+        rados_remove(Handle, *const c_char) -> c_int;
+        rados_lock_exclusive(Handle, *const c_char, *const c_char, *const c_char, *const c_char, *mut libc::timeval, u8) -> c_int;
+        rados_unlock(Handle, *const c_char, *const c_char, *const c_char) -> c_int;
+        rados_break_lock(Handle, *const c_char, *const c_char, *const c_char, *const c_char) -> c_int;
+        rados_list_lockers(Handle, *const c_char, *const c_char, *mut c_int, *mut c_char, *mut usize, *mut c_char, *mut usize, *mut c_char, *mut usize, *mut c_char, *mut usize) -> isize;
     }
     LIBRBD {
         rbd_create2(Handle, *const c_char, u64, u64, *mut c_int) -> c_int;
         rbd_open(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;
         rbd_open_read_only(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;
         rbd_close(Handle) -> c_int;
+        rbd_remove(Handle, *const c_char) -> c_int;
+        rbd_resize(Handle, u64) -> c_int;
         rbd_get_size(Handle, *mut u64) -> c_int;
         rbd_get_features(Handle, *mut u64) -> c_int;
         rbd_aio_create_completion(*mut c_void, Done, *mut Handle) -> c_int;

@@ -12,10 +12,12 @@
 //!
 //! - [`library`]: the functions of librbd and librados, which are found at run time.
 //! - [`image`]: an image that is open, and what is asked of it.
+//! - [`records`]: the records of a store that lies in a pool, by another such process.
 
 mod image;
 pub mod keeper;
 mod library;
+pub mod records;
 mod serve;
 mod tenure;
 

@@ -238,7 +238,7 @@ fn put(
 }
 
 /// Whether it reads as the address of a client, which others have written.
-fn is_address(text: &str) -> bool {
+pub(super) fn is_address(text: &str) -> bool {
     let number = text.rsplit_once('/').map_or("", |(_, number)| number);
     let is_known = |c: char| c.is_ascii_hexdigit() || matches!(c, '.' | ':' | '[' | ']' | '/');
     text.contains(':') && text.chars().all(is_known) && number.parse::<u64>().is_ok()

@@ -66,7 +66,8 @@ pub type Tell<'a> = dyn FnMut(&'static str, u64, u64) -> Result<()> + 'a;
 /// needs, and nothing is done. Those of the file system and of `tell`: what was given back by then is.
 pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Tell<'_>) -> Result<Given> {
     let catalog = store.catalog();
-    if !files::exists(&catalog.root().layers()) {
+    // Images are not made holes in from here, nor are two made one.
+    if catalog.root().pool().is_some() || !files::exists(&catalog.root().layers()) {
         return Ok(Given::default());
     }
     let Some(_turn) = Turn::take(&catalog)? else {
@@ -89,6 +90,9 @@ pub fn give_back(store: &Store, of: Option<&[LayerId]>, rate: u64, tell: &mut Te
 /// As for [`give_back`]; `Unsupported` on a file system that makes no holes.
 pub(super) fn give_back_covered(store: &Store, of: &[LayerId]) -> Result<u64> {
     let catalog = store.catalog();
+    if catalog.root().pool().is_some() {
+        return Ok(0);
+    }
     let Some(_turn) = Turn::take(&catalog)? else { return Ok(0) };
     let tell: &mut Tell<'_> = &mut |_, _, _| Ok(());
     let mut work =

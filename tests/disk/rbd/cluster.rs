@@ -83,6 +83,24 @@ impl Cluster {
         self.folder.clone()
     }
 
+    /// Makes a namespace in the pool, for the stores of one test, and a user of the cluster's for each of
+    /// these hosts, who has the caps of docs/ceph.md there.
+    pub fn namespace(&self, name: &str, hosts: &[&str]) {
+        self.tool(&["rbd", "namespace", "create", &format!("rbd/{name}")]);
+        for host in hosts {
+            self.script(&["host", &format!("{name}-{host}"), &format!("rbd/{name}")]);
+        }
+    }
+
+    /// The address of a store in this namespace, as a host reaches it, which has a folder of its own.
+    pub fn store(&self, namespace: &str, host: &str, state: &Path) -> String {
+        let (folder, id) = (self.folder(), format!("{namespace}-{host}"));
+        let (conf, keyring) = (folder.join("ceph.conf"), folder.join(format!("ceph.client.{id}.keyring")));
+        let files =
+            format!("conf={}&keyring={}&state={}", conf.display(), keyring.display(), state.display());
+        format!("ceph:rbd/{namespace}?id={id}&{files}")
+    }
+
     #[track_caller]
     fn script(&self, arguments: &[&str]) -> String {
         let mut command = script(self.namespace.as_deref());
@@ -199,7 +217,7 @@ fn is_keeper(pid: &Pid) -> bool {
     command.split(|byte| *byte == 0).any(|word| word == b"serve-rbd")
 }
 
-fn children(of: Pid) -> Vec<Pid> {
+pub fn children(of: Pid) -> Vec<Pid> {
     let parent = |stat: &str| stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<i32>().ok();
     let entries = fs::read_dir("/proc").expect("list processes").flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

@@ -5,3 +5,4 @@ mod faults;
 mod fences;
 mod life;
 mod partition;
+mod pool;

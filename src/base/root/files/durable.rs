@@ -1,7 +1,7 @@
 //! Folders and files that are there after a power cut, or not there at all.
 
 use super::{Place, folder, give, link, open, open_guarded, open_with, remove, rename};
-use crate::base::root::parent_of;
+use crate::base::root::{parent_of, records};
 use crate::base::{Context, Result, spare};
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, fstat};
@@ -11,6 +11,14 @@ use std::path::Path;
 /// Makes `dir` and its parents, mode 0700, each for the owner of the folder that it lies in, and makes the
 /// new entries durable.
 pub fn create_dir_durable(dir: &Path) -> Result<()> {
+    if let Some((records, folder)) = records::folder(dir) {
+        records.make_folder(folder).context(|| format!("create folder {}", dir.display()))?;
+    }
+    create_local_folder(dir)
+}
+
+/// As [`create_dir_durable`], for what this host alone has in a folder of records.
+pub(crate) fn create_local_folder(dir: &Path) -> Result<()> {
     let attempt = || format!("create folder {}", dir.display());
     match folder(dir) {
         Ok(_) => return Ok(()),
@@ -19,7 +27,7 @@ pub fn create_dir_durable(dir: &Path) -> Result<()> {
     }
     let parent = parent_of(dir);
     if parent != dir {
-        create_dir_durable(parent)?;
+        create_local_folder(parent)?;
     }
     let Place { folder: inside, name } = Place::of(dir).context(attempt)?;
     match spare::with(|| Ok(nix::sys::stat::mkdirat(&inside, name, Mode::S_IRWXU)?)) {
@@ -36,12 +44,19 @@ pub fn create_dir_durable(dir: &Path) -> Result<()> {
 
 /// fsyncs a folder, so that names made, renamed or removed in it survive a power cut.
 pub fn sync_dir(dir: &Path) -> Result<()> {
+    if records::folder(dir).is_some() {
+        // Each step there is durable by itself.
+        return Ok(());
+    }
     folder(dir).and_then(|d| d.sync_all()).context(|| format!("sync folder {}", dir.display()))
 }
 
 /// Replaces `path` with `bytes`, mode 0600, atomically and durably: temporary file, fsync, rename,
 /// fsync of the folder. After a power cut the file holds the old bytes or the new, never a mixture.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some((records, record)) = records::record(path) {
+        return records.replace(record, bytes).context(|| format!("write {}", path.display()));
+    }
     write_and(path, bytes, rename)
 }
 
@@ -50,6 +65,9 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// `Other`, if there is one: it stays as it is.
 pub fn create_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some((records, record)) = records::record(path) {
+        return records.create(record, bytes).context(|| format!("write {}", path.display()));
+    }
     write_and(path, bytes, |tmp, path| {
         link(&open(tmp)?, tmp, path)?;
         remove(tmp)

@@ -19,11 +19,13 @@ mod sockets;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use durable::create_local_folder;
 pub use durable::{create_dir_durable, create_file, replace_file, sync_dir};
 pub use sockets::connect;
 pub(crate) use sockets::give_socket;
 
 use crate::base::root::parent_of;
+use crate::base::root::records;
 use crate::base::root::users::name_of;
 use crate::base::{Context, Result, spare};
 use nix::errno::Errno;
@@ -71,6 +73,7 @@ pub fn open_with(path: &Path, flags: OFlag) -> io::Result<File> {
 /// Makes a regular file where there is none, with mode 0600. It belongs to whoever `owners` belongs to, a
 /// folder that may be another one than the file's own.
 pub fn make_for_owner_of(owners: &Path, path: &Path) -> io::Result<File> {
+    records::check_may_be_made(path)?;
     let owner = fstat(folder(owners)?)?;
     Ok(Place::of(path)?.make(path, OFlag::O_WRONLY, &owner)?.into())
 }
@@ -114,6 +117,7 @@ fn open_or_make(path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     if !flags.contains(OFlag::O_CREAT) {
         return open_guarded(AT_FDCWD, path, flags);
     }
+    records::check_may_be_made(path)?;
     let there = flags - OFlag::O_CREAT - OFlag::O_EXCL;
     let make = || {
         let place = Place::of(path)?;
@@ -181,8 +185,11 @@ fn words(kind: SFlag) -> &'static str {
     }
 }
 
-/// Reads a regular file whole, up to `max` bytes; a longer one is refused.
+/// Reads a regular file, or a record, whole, up to `max` bytes; a longer one is refused.
 pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    if let Some((records, record)) = records::record(path) {
+        return records.read(record, max);
+    }
     let file = open(path)?;
     // Two calls, if nobody lengthens it meanwhile.
     let mut bytes = Vec::with_capacity(file.metadata()?.len().min(max) as usize + 32);
@@ -195,6 +202,13 @@ pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
 
 /// The names in a folder, in no order.
 pub fn names(path: &Path) -> io::Result<Vec<OsString>> {
+    if let Some((records, folder)) = records::folder(path) {
+        return Ok(records.names(folder)?.into_iter().map(OsString::from).collect());
+    }
+    local_names(path)
+}
+
+fn local_names(path: &Path) -> io::Result<Vec<OsString>> {
     let mut folder = nix::dir::Dir::from_fd(folder(path)?.into())?;
     let mut names = Vec::new();
     for entry in folder.iter() {
@@ -214,8 +228,16 @@ pub fn names_if_there(path: &Path) -> Result<Vec<OsString>> {
     }
 }
 
-/// Whether there is anything of that name; where that cannot be told, there is not.
+/// Whether there is anything of that name; where that cannot be told, there is not. Of a record of which that
+/// cannot be told there is: reading it will say why.
 pub fn exists(path: &Path) -> bool {
+    let is_there = |found: io::Result<()>| !found.is_err_and(|e| e.kind() == ErrorKind::NotFound);
+    if let Some((records, record)) = records::record(path) {
+        return is_there(records.read(record, u64::MAX).map(drop));
+    }
+    if let Some((records, folder)) = records::folder(path) {
+        return is_there(records.names(folder).map(drop));
+    }
     path.symlink_metadata().is_ok()
 }
 
@@ -302,6 +324,9 @@ fn replaced() -> io::Error {
 
 /// Removes a name that is no folder's: what a symbolic link leads to stays.
 pub fn remove(path: &Path) -> io::Result<()> {
+    if let Some((records, record)) = records::record(path) {
+        return records.remove(record);
+    }
     Place::of(path)?.unlink()
 }
 
@@ -324,8 +349,20 @@ pub fn remove_name_of(file: &File, path: &Path) -> io::Result<()> {
 
 /// Removes a folder and the files in it; one with a folder in it stays.
 pub fn remove_folder(path: &Path) -> io::Result<()> {
+    match records::folder(path) {
+        None => remove_local_folder(path),
+        Some((records, folder)) => {
+            records.remove_folder(folder)?;
+            // What this host has of it, which nobody else knows.
+            let _ = remove_local_folder(path);
+            Ok(())
+        }
+    }
+}
+
+fn remove_local_folder(path: &Path) -> io::Result<()> {
     let inner = folder(path)?;
-    for name in names(path)? {
+    for name in local_names(path)? {
         nix::unistd::unlinkat(&inner, &*name, UnlinkatFlags::NoRemoveDir)?;
     }
     let Place { folder, name } = Place::of(path)?;
@@ -334,6 +371,12 @@ pub fn remove_folder(path: &Path) -> io::Result<()> {
 
 /// Gives a file another name; one that has it loses it.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    if let (Some((records, record)), Some((_, to))) = (records::record(from), records::record(to)) {
+        return match record.folder == to.folder {
+            true => records.rename(record, to.file),
+            false => Err(strange("a record stays in its folder")),
+        };
+    }
     let (from, to) = (Place::of(from)?, Place::of(to)?);
     spare::with(|| Ok(nix::fcntl::renameat(&from.folder, from.name, &to.folder, to.name)?))
 }
@@ -353,6 +396,29 @@ pub fn link(file: &File, from: &Path, to: &Path) -> io::Result<()> {
     // This process has made that name just now, whatever it means.
     to.unlink()?;
     Err(replaced())
+}
+
+/// Makes an empty file of this host's that has the path of a record of a store in a pool, for its locks.
+pub(crate) fn stand_in(path: &Path) -> Result<()> {
+    if path.symlink_metadata().is_err() {
+        create_local_folder(parent_of(path))?;
+        open_with(path, OFlag::O_WRONLY | OFlag::O_CREAT).context(|| format!("make {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Removes what [`stand_in`] has made.
+pub(crate) fn forget_stand_in(path: &Path) {
+    if records::record(path).is_some()
+        && let Ok(place) = Place::of(path)
+    {
+        let _ = place.unlink();
+    }
+}
+
+/// Whether the path means a record of a store in a pool, and no file.
+pub fn is_record(path: &Path) -> bool {
+    records::record(path).is_some()
 }
 
 /// Makes a regular file or block device have these permissions.
