@@ -9,7 +9,7 @@
 //! | `ops` | the use cases, one file a verb | `audit` `backing` `backup` `base` `catalog` `config` `crypt` `disk` `events` `helper` `host` `image` `kms` `place` `sandbox` `vhost` `virtio` `volume` |
 //! | `host` | the confined process that serves an attached volume and holds its data keys | `audit` `backing` `base` `catalog` `config` `crypt` `disk` `events` `helper` `image` `kms` `reactor` `sandbox` `vhost` `virtio` `volume` |
 //! | `volume` | a volume that this process has: its layers opened, its record proved right | `backing` `base` `catalog` `crypt` `disk` `image` `kms` `virtio` |
-//! | `helper` | processes that talk to a KMS, to a place outside, to an NBD server or to a Ceph cluster for another: unwrap, rewrap, the keeper of grants, the carrier, the dialler, what serves RBD images | `audit` `backing` `base` `catalog` `config` `crypt` `kms` `place` `sandbox` |
+//! | `helper` | processes that talk to a KMS, to a place outside, to an NBD server or to a Ceph cluster for another: unwrap, rewrap, the keeper of grants, the carrier, the dialler, what serves RBD images | `audit` `backing` `base` `catalog` `config` `crypt` `events` `kms` `place` `sandbox` |
 //! | `backup` | a snapshot as it lies in a place outside: manifests, pages and blocks, and what this host knows of them | `base` `catalog` `crypt` `place` |
 //! | `events` | what happened to volumes and snapshots, and its delivery | `base` `catalog` `config` |
 //! | `catalog` | records: ids, metadata, layers, seals, snapshots, tags, locks | `backing` `base` `crypt` `image` `kms` |

@@ -332,6 +332,30 @@ fn sealblk_replace(path: &Path) -> std::io::Result<()> {
 }
 
 #[test]
+fn names_can_be_changed_where_files_are_out_of_reach() {
+    let folder = tempfile::tempdir().expect("make a temporary folder");
+    let (file, other) = (folder.path().join("a"), folder.path().join("b"));
+    fs::write(&file, b"x").expect("make a file");
+    let rules = [Rule::new(folder.path(), Access::Names)];
+    let denied = |attempt: std::io::Result<File>| {
+        attempt.err().is_some_and(|e| e.kind() == ErrorKind::PermissionDenied)
+    };
+    let act = || {
+        let all = [
+            denied(File::open(&file)),
+            denied(File::options().write(true).open(&file)),
+            fs::rename(&file, &other).is_ok(),
+            File::open(folder.path()).is_ok_and(|folder| folder.sync_all().is_ok()),
+            denied(File::open(&other)),
+            fs::remove_file(&other).is_ok(),
+        ];
+        all.iter().enumerate().map(|(n, ok)| i32::from(!ok) << n).sum()
+    };
+    let (end, said) = confined(&rules, act);
+    assert_eq!(end, End::Exit(0), "{said}");
+}
+
+#[test]
 fn only_a_socket_that_is_held_can_be_connected_to() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");

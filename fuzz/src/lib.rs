@@ -26,4 +26,5 @@ pub mod slot_change;
 pub mod snapshot_record;
 pub mod token_answer;
 pub mod volume_metadata;
+pub mod wanted;
 pub mod wire;

@@ -211,6 +211,20 @@ pub trait Queue {
         Vec::new()
     }
 
+    /// Whether reads may have to wait for what is still to come from elsewhere.
+    fn is_coming(&self) -> bool {
+        false
+    }
+
+    /// Whether an operation waits for what does not come at the moment.
+    fn waits_in_vain(&self) -> bool {
+        false
+    }
+
+    /// Reads that wait for what may take long fail from now on where that does not come at the moment:
+    /// whoever drains this queue is not to be kept.
+    fn stop_waiting(&mut self) {}
+
     /// Takes what the thread's reactor has for this queue: to be called after each of its waits.
     ///
     /// # Errors

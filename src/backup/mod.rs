@@ -29,6 +29,7 @@ pub(crate) mod to_come;
 
 use crate::base::{Error, Kind, Result};
 use crate::catalog::SnapshotId;
+use crate::crypt::BackupKeys;
 use crate::place::ObjectName;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -101,6 +102,21 @@ pub fn block_again(bytes: &[u8], len: usize) -> Result<Option<Vec<u8>>> {
     let mut room = vec![0; len.min(block::BLOCK)];
     block::decode(bytes, &mut room)?;
     Ok(block::encode(&room))
+}
+
+/// Proves the bytes of what is to come of a layer, as they lie in the store, and writes them again, with
+/// whether they say where from.
+///
+/// # Errors
+/// `Corrupt` for what is none, or is not of whoever has these keys.
+pub fn wanted_again(bytes: &[u8], keys: &BackupKeys) -> Result<(Vec<u8>, bool)> {
+    let to_come = to_come::ToCome::prove(bytes, keys)?;
+    Ok((to_come.to_bytes(keys), to_come.target().is_ok()))
+}
+
+/// These bytes, and the MAC that makes them what whoever has the keys has written.
+pub fn with_wanted_mac(said: &[u8], keys: &BackupKeys) -> Vec<u8> {
+    [said, &keys.manifest_mac(said)].concat()
 }
 
 /// The folder of the blocks.

@@ -21,8 +21,10 @@ use crate::catalog::layout::LayerRecord;
 use crate::catalog::store_locks::RecordsLock;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
-use std::fs::Metadata;
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -59,6 +61,22 @@ pub struct Head {
     pub region: Option<String>,
     /// At most so many bytes a second come that nobody waits for; 0: no limit.
     pub rate: u64,
+}
+
+impl Head {
+    /// Reads the first lines of such a file, whoever wrote them.
+    ///
+    /// # Errors
+    /// `Corrupt` for what sealblk has not written; those of reading.
+    pub fn read(from: impl Read) -> Result<Self> {
+        let mut lines = BufReader::new(from).take((FIRST_LINE.len() + MAX_HEAD) as u64);
+        let (mut first, mut second) = (String::new(), Vec::new());
+        let of_another = || Error::new(Kind::Corrupt, "it is not what this sealblk writes");
+        lines.read_line(&mut first).map_err(|_| of_another())?;
+        lines.read_until(b'\n', &mut second)?;
+        let head = serde_json::from_slice(&second).map_err(|_| of_another())?;
+        if first == FIRST_LINE { Ok(head) } else { Err(of_another()) }
+    }
 }
 
 /// How much of some layers has come.
@@ -155,16 +173,10 @@ impl Catalog {
         let path = self.wanted_path(layer);
         let attempt = || format!("read {}", path.display());
         let file = files::open(&path).context(attempt)?;
-        let mut lines = BufReader::new(file).take((FIRST_LINE.len() + MAX_HEAD) as u64);
-        let (mut first, mut second) = (String::new(), Vec::new());
-        let of_another =
-            || Error::new(Kind::Corrupt, "it is not what this sealblk writes").context(attempt());
-        lines.read_line(&mut first).map_err(|_| of_another())?;
-        lines.read_until(b'\n', &mut second).context(attempt)?;
-        let head: Head = serde_json::from_slice(&second).map_err(|_| of_another())?;
-        match first == FIRST_LINE && head.layer == layer {
+        let head = Head::read(file).context(attempt)?;
+        match head.layer == layer {
             true => Ok(head),
-            false => Err(of_another()),
+            false => Err(Error::new(Kind::Corrupt, "it is about another layer").context(attempt())),
         }
     }
 
@@ -228,24 +240,37 @@ impl Catalog {
         files::remove_if_there(&wanted).context(|| format!("remove {}", wanted.display()))
     }
 
-    /// Everything of a layer has come, durably: from now on it is like any other. Returns whether it was
-    /// still said to be coming.
+    /// Everything of a layer, whose file this is, has come, durably: from now on it is like any other.
+    /// Returns whether it was still said to be coming.
     ///
     /// # Errors
     /// `NotFound` for a layer that was removed meanwhile; those of the file system.
-    pub(crate) fn has_come(&self, layer: &LayerRecord, _records: &RecordsLock) -> Result<bool> {
+    pub(crate) fn has_come(&self, layer: &LayerRecord, file: &File, _records: &RecordsLock) -> Result<bool> {
         let (from, to) = (self.coming_path(layer.id), self.layer_path(layer.id));
         let was_coming = self.is_coming(layer.id);
         if was_coming {
             files::rename(&from, &to).context(|| format!("rename {} to {}", from.display(), to.display()))?;
             sync_dir(&self.root().layers())?;
-            self.mark_frozen(std::slice::from_ref(layer));
+            // By what is open: whoever fills it may be confined, and reach no file.
+            if let Err(e) = file.set_permissions(Permissions::from_mode(0o444)) {
+                log::warn!("chmod 0444 {}: {e}", to.display());
+            }
         } else if !files::exists(&to) {
             return Err(Error::new(Kind::NotFound, format!("layer {} was removed meanwhile", layer.id)));
         }
         let wanted = self.wanted_path(layer.id);
         files::remove_if_there(&wanted).context(|| format!("remove {}", wanted.display()))?;
         Ok(was_coming)
+    }
+
+    /// The snapshots in the place with this id that layers here are still coming from,
+    /// each with such a layer.
+    pub(crate) fn coming_from(&self, place: Uuid) -> Result<BTreeMap<SnapshotId, LayerId>> {
+        let names = files::names_if_there(&self.root().layers())?;
+        let layers = names.iter().filter_map(|name| name.to_str()).filter(|name| name.ends_with(WANTED));
+        let coming = layers.filter_map(layer_of_name).filter(|layer| self.is_coming(*layer));
+        let heads = coming.filter_map(|layer| self.wanted_head(layer).ok());
+        Ok(heads.filter(|head| head.place == place).map(|head| (head.snapshot, head.layer)).collect())
     }
 
     /// What says what is to come of layers that have come: whoever ended that was cut off.

@@ -216,6 +216,8 @@ enum HelperCommand {
     Carry,
     /// Start carriers for the process that started this one.
     StartCarriers,
+    /// Start fetchers for the process that started this one.
+    StartFetchers,
     /// Bring what is still to come of layers for the process that started this one.
     Fetch,
     /// Do a step of a backup or restore for the process that started this one.
@@ -274,6 +276,9 @@ impl Task {
             Task::Helper(HelperCommand::Carry) => crate::helper::carry::help(env.hardened, &env.root),
             Task::Helper(HelperCommand::StartCarriers) => {
                 crate::helper::carry::help_starting(env.hardened, &env.root)
+            }
+            Task::Helper(HelperCommand::StartFetchers) => {
+                crate::helper::fetch::starter::help(env.hardened, &env.root)
             }
             Task::Helper(HelperCommand::Fetch) => crate::ops::backup::fetch::help(&env.store()?),
             Task::Helper(HelperCommand::Relay) => {
@@ -514,6 +519,7 @@ mod tests {
             ("rewrap-key", ""),
             ("carry", ""),
             ("start-carriers", ""),
+            ("start-fetchers", ""),
             ("fetch", ""),
             ("backup-step", ""),
             ("relay", ""),

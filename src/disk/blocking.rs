@@ -6,40 +6,64 @@ use crate::disk::queue::{DiskQueue, Event};
 use crate::reactor::Wait;
 use crate::virtio::Segment;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::bitmap::WithBitmapSlice;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+
+/// An operation has ended, with its buffer if it had one.
+struct Done(Option<Buffer>);
 
 impl DiskQueue {
     /// Waits for the next operation to end, and returns its buffer, if it had one.
     fn next_done(&mut self) -> io::Result<Option<Buffer>> {
         loop {
-            match self.next_event() {
-                Some(Event::Done { buffer, result, .. }) => {
-                    return match (result, buffer) {
-                        (Ok(()), buffer) => Ok(buffer),
-                        (Err(e), buffer) => {
-                            buffer.into_iter().for_each(|buffer| self.free(buffer));
-                            Err(e)
-                        }
-                    };
-                }
-                Some(_) => {}
+            match self.done()? {
+                Some(Done(buffer)) => return Ok(buffer),
                 None => self.wait(Wait::Event)?,
             }
         }
     }
 
+    /// What has ended by now, if something has.
+    fn done(&mut self) -> io::Result<Option<Done>> {
+        while let Some(event) = self.next_event() {
+            let Event::Done { buffer, result, .. } = event else { continue };
+            return match result {
+                Ok(()) => Ok(Some(Done(buffer))),
+                Err(e) => {
+                    buffer.into_iter().for_each(|buffer| self.free(buffer));
+                    Err(e)
+                }
+            };
+        }
+        Ok(None)
+    }
+
     /// Reads from `sector` by way of `buffer` into `guest`, and waits for it. Nothing else is in flight.
-    fn read_and_wait<M>(&mut self, sector: u64, buffer: Buffer, guest: GuestData<'_, M>) -> io::Result<()>
+    /// Returns whether it was done: not if the read waits for what may take long, and `stop` is said.
+    fn read_and_wait<M>(
+        &mut self,
+        sector: u64,
+        buffer: Buffer,
+        guest: GuestData<'_, M>,
+        stop: &AtomicBool,
+    ) -> io::Result<bool>
     where
         M: GuestMemory,
         M::Bitmap: for<'b> WithBitmapSlice<'b, S = ()>,
     {
         self.read(0, sector, buffer);
         loop {
-            let Some(buffer) = self.next_done()? else { continue };
-            if self.deliver(0, sector, buffer, GuestData { ..guest })? {
-                return Ok(());
+            match self.done()? {
+                Some(Done(Some(buffer))) => {
+                    if self.deliver(0, sector, buffer, GuestData { ..guest })? {
+                        return Ok(true);
+                    }
+                }
+                Some(Done(None)) => {}
+                None if stop.load(Ordering::Relaxed) && !self.take_back().is_empty() => return Ok(false),
+                // Whoever waits for what may take long is woken now and then.
+                None => self.wait(Wait::Event)?,
             }
         }
     }
@@ -71,15 +95,32 @@ impl WaitingQueue {
         &self.memory.memory
     }
 
+    /// Waits until `len` bytes from `sector` can be read without waiting for what is still to come from
+    /// elsewhere. Returns whether they can: not if `stop` is said.
+    pub(crate) fn has_come(&mut self, sector: u64, len: usize, stop: &AtomicBool) -> io::Result<bool> {
+        Ok(!self.queue.is_coming() || self.read_unless(sector, len, stop)?.is_some())
+    }
+
     /// Reads `len` bytes from `sector` into the beginning of the memory. Returns the [place](Buffer::place)
-    /// of the buffer that they came by. No write is in flight.
-    pub(crate) fn read(&mut self, sector: u64, len: usize) -> io::Result<usize> {
+    /// of the buffer that they came by; none if the read waits for what may take long, and `stop` is said. No
+    /// write is in flight.
+    pub(crate) fn read_unless(
+        &mut self,
+        sector: u64,
+        len: usize,
+        stop: &AtomicBool,
+    ) -> io::Result<Option<usize>> {
         let buffer = self.queue.alloc(sector, len).ok_or_else(no_room)?;
         let place = buffer.place();
         let segments = [segment(0, len)];
         let guest = GuestData { mem: &self.memory.memory, segments: &segments, skip: 0 };
-        self.queue.read_and_wait(sector, buffer, guest)?;
-        Ok(place)
+        let done = self.queue.read_and_wait(sector, buffer, guest, stop)?;
+        Ok(done.then_some(place))
+    }
+
+    /// As [`WaitingQueue::read_unless`], to the end.
+    pub(crate) fn read(&mut self, sector: u64, len: usize) -> io::Result<()> {
+        self.read_unless(sector, len, &AtomicBool::new(false)).map(drop)
     }
 
     /// Whether the `i`-th sector of the last read, whose buffer was at `place`, came from

@@ -280,27 +280,36 @@ impl<'a> Copier<'a> {
         let hydration = self.hydration;
         let Some(fence) = hydration.disk.fence() else { return Ok(false) };
         let (sector, len) = (bytes.start / SECTOR_SIZE, bytes.end - bytes.start);
+        // While the fence is closed a guest's requests wait, which are not to wait for a place.
+        let attempt = |e| attempted(format_args!("hydrating {len} bytes at {}", bytes.start), e);
+        if !self.queue.has_come(sector, len as usize, &hydration.stop).map_err(attempt)? {
+            return Ok(false);
+        }
         let alone = fence.enter(&(sector..bytes.end / SECTOR_SIZE), &hydration.stop);
-        let copied = if alone { self.hydrate(sector, len as usize) } else { Ok(()) };
+        let copied = if alone { self.hydrate(sector, len as usize) } else { Ok(false) };
         // After an error, other writes of the chunk may be in flight, which would land on what a guest writes
         // there now: it is left when the queue is closed.
-        copied.map_err(|e| attempted(format_args!("hydrating {len} bytes at {}", bytes.start), e))?;
+        let copied = copied.map_err(attempt)?;
         fence.leave();
-        Ok(alone)
+        Ok(copied)
     }
 
-    /// Reads a chunk, and writes what came from the leaving layers into the top.
-    fn hydrate(&mut self, sector: u64, len: usize) -> io::Result<()> {
-        for run in self.read(sector, len)? {
+    /// Reads a chunk, and writes what came from the leaving layers into the top. Returns whether that was
+    /// done: not if it was stopped while it waited for what is still to come.
+    fn hydrate(&mut self, sector: u64, len: usize) -> io::Result<bool> {
+        let Some(runs) = self.read(sector, len)? else { return Ok(false) };
+        for run in runs {
             let start = ((run.start - sector) * SECTOR_SIZE) as usize;
             self.queue.write(run.start, start, ((run.end - run.start) * SECTOR_SIZE) as usize)?;
         }
-        self.queue.finish()
+        self.queue.finish().map(|()| true)
     }
 
     /// Reads a chunk. Returns which runs of its blocks have sectors that came from the leaving layers.
-    fn read(&mut self, sector: u64, len: usize) -> io::Result<Vec<Range<u64>>> {
-        let place = self.queue.read(sector, len)?;
+    fn read(&mut self, sector: u64, len: usize) -> io::Result<Option<Vec<Range<u64>>>> {
+        let Some(place) = self.queue.read_unless(sector, len, &self.hydration.stop)? else {
+            return Ok(None);
+        };
         let block = self.hydration.disk.shape().block_sectors();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for first in (0..len as u64 / SECTOR_SIZE).step_by(block as usize) {
@@ -312,6 +321,6 @@ impl<'a> Copier<'a> {
                 _ => runs.push(sector + first..sector + first + block),
             }
         }
-        Ok(runs)
+        Ok(Some(runs))
     }
 }

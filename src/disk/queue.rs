@@ -128,6 +128,21 @@ impl DiskQueue {
         taken.into_iter().map(free).collect()
     }
 
+    /// Whether reads may have to wait for what is still to come from elsewhere.
+    pub(crate) fn is_coming(&self) -> bool {
+        self.queue.is_coming()
+    }
+
+    /// Whether a read waits for what does not come at the moment.
+    pub(crate) fn waits_in_vain(&self) -> bool {
+        self.queue.waits_in_vain()
+    }
+
+    /// Reads that wait for what does not come at the moment fail from now on.
+    pub(crate) fn stop_waiting(&mut self) {
+        self.queue.stop_waiting();
+    }
+
     /// Whether another operation may be submitted.
     pub fn has_room(&self) -> bool {
         self.queue.has_room()

@@ -241,7 +241,7 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     let confinement = sandbox::confine(options.sandbox, options.user.as_ref(), &files).context(attempt)?;
     log::info!("the host process is confined: {confinement}");
 
-    fetcher.map(Fetcher::go_on).transpose().context(attempt)?;
+    fetcher.map(|it| it.go_on(taken.events.clone())).transpose().context(attempt)?;
     let service = Service::start(catalog, options, taken, announcements, control.name()).context(attempt)?;
     let device = Arc::new(service.device(options, inlet, memory_regions));
     let manager = Arc::new(manager);

@@ -268,6 +268,19 @@ pub(super) fn filter_dialler() -> Result<()> {
     filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
 }
 
+/// Puts the filter of a fetcher in force, for this thread and those that it starts: files, threads, and the
+/// sockets that it has.
+pub(super) fn filter_fetcher() -> Result<()> {
+    let mut rules = allowed()?;
+    let sockets = [libc::SYS_socket, libc::SYS_socketpair, libc::SYS_connect, libc::SYS_bind];
+    let denied = DENIED_TO_CARRIERS.iter().chain(&sockets).chain(&[libc::SYS_accept, libc::SYS_accept4]);
+    denied.for_each(|call| drop(rules.remove(call)));
+    // A layer that is whole is nobody's to write.
+    rules.insert(libc::SYS_fchmod, Vec::new());
+    let filters = [said_not_to_exist()?, compile(rules, SeccompAction::Trap, SeccompAction::Allow)?];
+    filters.iter().try_for_each(|program| seccompiler::apply_filter(program).map_err(refused))
+}
+
 /// Puts the filter of a process in force that loads a stranger's library, for this thread and those that it
 /// starts. Without `network`, it can make no socket.
 pub(super) fn filter_module(network: bool) -> Result<()> {

@@ -31,6 +31,10 @@ pub enum Access {
     Tree,
     /// Read, write and steer a device.
     Device,
+    /// List a folder; rename and remove files in it, whose contents are out of reach.
+    Names,
+    /// List a folder.
+    List,
     /// Remove names in a folder. Whether that can be done is not checked beforehand.
     Remove,
 }
@@ -48,6 +52,8 @@ impl Access {
             Access::Tree => {
                 make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | MakeDir | RemoveFile | RemoveDir})
             }
+            Access::Names => make_bitflags!(AccessFs::{ReadDir | MakeReg | RemoveFile}),
+            Access::List => make_bitflags!(AccessFs::{ReadDir}),
             Access::Remove => make_bitflags!(AccessFs::{RemoveFile}),
         }
     }
@@ -57,8 +63,10 @@ impl Access {
         match self {
             Access::Read => AccessFlags::R_OK,
             Access::Write | Access::Device => AccessFlags::R_OK | AccessFlags::W_OK,
-            Access::ReadTree => AccessFlags::R_OK | AccessFlags::X_OK,
-            Access::Own | Access::Tree => AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK,
+            Access::ReadTree | Access::List => AccessFlags::R_OK | AccessFlags::X_OK,
+            Access::Own | Access::Tree | Access::Names => {
+                AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK
+            }
             Access::Remove => AccessFlags::empty(),
         }
     }

@@ -135,7 +135,8 @@ pub(super) fn drop_capabilities(rules: &[Rule]) -> Result<()> {
 /// Has the kernel take this process, whose user is root, for the owner of its own folder where it makes and
 /// reaches files. Root it is otherwise: nobody else can send it signals.
 fn make_files_for_owner(rules: &[Rule]) -> Result<()> {
-    let is_own = |rule: &&Rule| matches!(rule.access, Access::Own | Access::Tree | Access::ReadTree);
+    let is_own =
+        |rule: &&Rule| matches!(rule.access, Access::Own | Access::Tree | Access::ReadTree | Access::Names);
     let Some(own) = rules.iter().find(is_own) else { return Ok(()) };
     let attempt = || format!("look whose {} is", own.path.display());
     let found = own.path.symlink_metadata().context(attempt)?;

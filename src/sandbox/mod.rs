@@ -145,6 +145,24 @@ pub(crate) fn confine_dialler(sockets: &[Rule]) -> Result<Confinement> {
     Ok(Confinement(vec![landlock, "seccomp".into()]))
 }
 
+/// Gives up what a fetcher does not need, which writes into layers that it has open, and has keys that prove
+/// what it writes: it reaches `files` and no other, starts no program, makes no socket, and has no io_uring.
+/// Otherwise as [`confine`].
+///
+/// # Errors
+/// As for [`confine`].
+pub(crate) fn confine_fetcher(files: &[Rule]) -> Result<Confinement> {
+    check_one_thread()?;
+    std::env::set_current_dir("/").context(|| "enter /")?;
+    identity::drop_capabilities(files)?;
+    harden()?;
+    harden_children()?;
+    let landlock = files::restrict(files, false)?;
+    violation::report()?;
+    calls::filter_fetcher()?;
+    Ok(Confinement(vec![landlock, "seccomp".into()]))
+}
+
 /// Gives up what a stranger's library does not need, before it is loaded: the process reaches `files`
 /// and no other, and starts no program. Without `network` it has none, and no socket of this machine. A
 /// call that it may not make fails; the process does not end by it, since a library may do without.

@@ -6,6 +6,7 @@
 mod common;
 mod disk;
 mod import;
+mod lazy;
 mod migration;
 mod recovery;
 mod resize;

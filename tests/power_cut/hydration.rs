@@ -127,6 +127,22 @@ pub fn restored(script: &mut Script) {
     script.restore(&url, &snapshot);
 }
 
+/// A volume comes from another host, which has it no more then, by a place that the cut does not hit.
+fn received(script: &mut Script) {
+    let outside = tempfile::tempdir().expect("make a temporary folder");
+    let url = format!("file://{}", outside.path().display());
+    let id = with_data(script, &[]);
+    let other = script.another_host();
+    script.delete(&id);
+    script.start();
+    script.receive(&other, &url, &id);
+}
+
+#[test]
+fn a_volume_is_received_from_another_host() {
+    survives(&traced(received));
+}
+
 #[test]
 fn a_volume_is_restored_from_a_place_outside() {
     survives(&traced(restored));

@@ -7,6 +7,8 @@ use super::site::Site;
 use super::tape::{Running, Tape, mark};
 use super::trace::Trace;
 use crate::common::frontend::{Request, Segment, Session, block};
+use crate::common::patience::wait_for;
+use crate::common::process::tie_to_test;
 use serde_json::Value;
 use std::fs::File;
 use std::ops::Range;
@@ -327,6 +329,47 @@ impl Script {
             expect.made(&told);
         });
         id
+    }
+
+    /// Another host with a store like this one, as it is now, which no power cut hits.
+    #[track_caller]
+    pub fn another_host(&self) -> Site {
+        let other = Site::new();
+        let mut copy = Command::new("cp");
+        copy.arg("-a").arg(self.site.top().join(".")).arg(other.top());
+        assert!(copy.status().expect("start cp").success());
+        other.move_in().expect("bring the ledger's key to where the other store is");
+        other
+    }
+
+    /// Takes the volume `id`, which another host sends by the place at `url`, and which was here, too;
+    /// returns the id that it gets.
+    #[track_caller]
+    pub fn receive(&self, from: &Site, url: &str, id: &str) -> String {
+        let mut command = from.command(&["volume", "send", id, url, "--wait", "120"]);
+        command.stdout(Stdio::null());
+        tie_to_test(&mut command, vec![]);
+        // Who records waits for whatever ends.
+        drop(command.spawn().expect("start sealblk"));
+        let of = id.to_owned();
+        self.mark("a volume is being received", move |expect| {
+            let content = expect.volumes[&of].content.clone();
+            expect.snapshots_being_made.insert(of.clone(), content.clone());
+            expect.making(content);
+        });
+        let said = self.run(&["volume", "receive", url, id, "--wait", "120", "--json"]);
+        let said: Value = serde_json::from_str(&said).expect("JSON");
+        let received = said["id"].as_str().expect("it has an id").to_owned();
+        let (told, of) = (received.clone(), id.to_owned());
+        self.promise(&format!("{received} was received"), move |expect| {
+            expect.snapshots_being_made.remove(&of);
+            expect.made(&told);
+        });
+        wait_for("it is not there any more", || match from.ok(&["volume", "show", id]) {
+            Ok(shown) => Err(shown),
+            Err(_) => Ok(()),
+        });
+        received
     }
 
     /// Deletes a snapshot.

@@ -16,7 +16,10 @@ mod moves_by_ssh;
 mod nearly_full;
 #[cfg(feature = "object-store")]
 mod object_store;
+#[cfg(feature = "object-store")]
+mod object_store_faults;
 mod outside;
+mod outside_load;
 mod own_keys;
 mod slots;
 mod space;

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import threading
+import time
 from urllib.parse import parse_qs, quote
 from xml.sax.saxutils import escape
 
@@ -37,6 +38,8 @@ class Faults:
             number, fault = self.count, self.fault
             self.count += 1
         kind, at = fault.get("kind"), fault.get("at", 0)
+        if kind == "slow":
+            time.sleep(0.5)
         if kind == "busy" and number == at:
             return self.answer(start, "503 Slow Down", SLOW)
         if kind == "down":

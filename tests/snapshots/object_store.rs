@@ -24,7 +24,7 @@ use std::process::{Child, Command, Stdio};
 
 /// Whose protocol a server speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Protocol {
+pub enum Protocol {
     S3,
     Azure,
     Gcs,
@@ -32,7 +32,7 @@ enum Protocol {
 
 impl Protocol {
     /// A place in the bucket that there is.
-    fn place(self, prefix: &str) -> String {
+    pub fn place(self, prefix: &str) -> String {
         let scheme = match self {
             Protocol::S3 => "s3",
             Protocol::Azure => "az",
@@ -43,14 +43,14 @@ impl Protocol {
 }
 
 /// A server, ended when dropped.
-struct Server {
+pub struct Server {
     child: Child,
     address: String,
     protocol: Protocol,
 }
 
 impl Server {
-    fn start(protocol: Protocol) -> Self {
+    pub fn start(protocol: Protocol) -> Self {
         let cache = std::env::var_os("SEALBLK_CACHE").map(PathBuf::from);
         let cache = cache.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/ci"));
         let python = cache.join("python/bin/python");
@@ -68,7 +68,7 @@ impl Server {
     }
 
     /// A volume with data, whose store is led to the server.
-    fn rig(&self) -> Rig {
+    pub fn rig(&self) -> Rig {
         let rig = Rig::new(&[]);
         rig.place.store.set_environment(self.variables());
         rig
@@ -105,12 +105,17 @@ impl Server {
     }
 
     /// From now on this goes wrong; requests are counted anew.
-    fn fail(&self, fault: &serde_json::Value) {
+    pub fn fail(&self, fault: &serde_json::Value) {
         self.ask("PUT", &fault.to_string());
     }
 
+    /// Kills it.
+    pub fn kill(mut self) {
+        self.child.kill().expect("it runs");
+    }
+
     /// Requests since.
-    fn count(&self) -> u64 {
+    pub fn count(&self) -> u64 {
         self.ask("GET", "").parse().expect("a number")
     }
 }
@@ -122,7 +127,8 @@ impl Drop for Server {
     }
 }
 
-const PLACE: &str = "s3://bucket/some/prefix";
+/// A place in a bucket of S3's.
+pub const PLACE: &str = "s3://bucket/some/prefix";
 
 /// What every store does.
 fn takes_snapshots_and_gives_them_back(server: &Server) {

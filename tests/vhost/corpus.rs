@@ -44,5 +44,5 @@ macro_rules! replayed {
 }
 
 replayed! {
-    audit_log config_space gate image key_ref kms_blob kms_log kms_records ledger_entry nbd_replies place region_message request session sigv4 slot_change snapshot_record token_answer volume_metadata wire
+    audit_log config_space gate image key_ref kms_blob kms_log kms_records ledger_entry nbd_replies place region_message request session sigv4 slot_change snapshot_record token_answer volume_metadata wanted wire
 }

@@ -52,6 +52,11 @@ pub fn set_away(why: Option<String>) {
     *AWAY.locked() = why;
 }
 
+/// Whether nothing comes at the moment.
+pub fn is_away() -> bool {
+    AWAY.locked().is_some()
+}
+
 /// How far the layers of this process have come that were still coming when it began.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
@@ -200,6 +205,19 @@ impl Coming {
     /// Whether everything was said to be here.
     pub fn is_all_here(&self) -> bool {
         self.is_whole.load(SeqCst)
+    }
+
+    /// Whether nothing is to come any more: everything is here, or nobody brings the rest.
+    pub fn is_over(&self) -> bool {
+        self.is_all_here() || self.ended.locked().is_some()
+    }
+
+    /// Asks once more for what was asked for and has not come.
+    pub fn ask_again(&self) {
+        let asked: Vec<u64> = self.asked.locked().iter().copied().collect();
+        if let Some(ask) = self.ask.get() {
+            asked.into_iter().for_each(|block| ask(Some(block)));
+        }
     }
 
     /// A block cannot be had as it should be. Who waits for it hears of it; who comes later asks again.

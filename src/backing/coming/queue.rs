@@ -2,9 +2,9 @@
 //!
 //! A read that waits has its buffer, and takes no place in the queue below; it counts as in flight. It is
 //! handed over when everything that it needs is here, or fails when that cannot be had, or after the patience
-//! is over. So whoever drains a queue waits for no longer than that.
+//! is over. Whoever drains a queue for good says so, and then waits for no place that is away.
 
-use super::{Coming, FAILED, Waker, patience};
+use super::{Coming, FAILED, Waker, is_away, patience};
 use crate::backing::{Done, InMemory, Op, Queue};
 use crate::reactor::{Buffer, Reactor, Token, Watched};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -16,7 +16,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a read is waited for at the end that a place may be about to bring.
+const AT_END: Duration = Duration::from_secs(5);
 
 /// The queue.
 pub(in crate::backing) struct ComingQueue {
@@ -30,6 +33,8 @@ pub(in crate::backing) struct ComingQueue {
     /// What everything is here for, and which finds no room below.
     ready: VecDeque<(u64, Op)>,
     failed: VecDeque<Done>,
+    /// Nothing is waited for while the place is away.
+    is_ending: bool,
 }
 
 struct Held {
@@ -37,7 +42,7 @@ struct Held {
     op: Op,
     coming: Arc<Coming>,
     bytes: Range<u64>,
-    until: Instant,
+    since: Instant,
 }
 
 impl ComingQueue {
@@ -55,7 +60,7 @@ impl ComingQueue {
         }
         let watch = Watched::new(reactor, waker.fd.as_fd().as_raw_fd());
         let (held, ready, failed) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Ok(ComingQueue { inner, below, watch, waker, held, ready, failed })
+        Ok(ComingQueue { inner, below, watch, waker, held, ready, failed, is_ending: false })
     }
 
     /// The layer, if it is still coming, and not all of these bytes are here.
@@ -72,7 +77,7 @@ impl ComingQueue {
                 self.waker.waiting.fetch_sub(1, SeqCst);
                 self.inner.submit(tag, op);
             }
-            Ok(()) => self.held.push(Held { tag, op, coming, bytes, until: Instant::now() + patience() }),
+            Ok(()) => self.held.push(Held { tag, op, coming, bytes, since: Instant::now() }),
             Err(e) => {
                 self.waker.waiting.fetch_sub(1, SeqCst);
                 self.fail(tag, op, &e.to_string());
@@ -90,11 +95,16 @@ impl ComingQueue {
     fn release(&mut self) {
         let mut n = 0;
         let now = (!self.held.is_empty()).then(Instant::now);
+        let patience = match self.is_ending {
+            true if self.held.is_empty() || is_away() => Duration::ZERO,
+            true => AT_END.min(patience()),
+            false => patience(),
+        };
         while let (Some(held), Some(now)) = (self.held.get(n), now) {
             let is_here = held.coming.has(&held.bytes);
             let problem = if is_here { None } else { held.coming.problem(&held.bytes) };
             let problem = problem.or_else(|| {
-                let is_late = !is_here && held.until <= now;
+                let is_late = !is_here && held.since + patience <= now;
                 is_late.then(|| "what it needs did not come in time".to_owned())
             });
             if !is_here && problem.is_none() {
@@ -180,6 +190,20 @@ impl Queue for ComingQueue {
         self.waker.waiting.fetch_sub(self.held.len(), SeqCst);
         let held = self.held.drain(..);
         held.filter_map(|Held { tag, op, .. }| Some((tag, buffer_of(op)?))).collect()
+    }
+
+    fn is_coming(&self) -> bool {
+        self.below.iter().flatten().any(|coming| !coming.is_all_here())
+    }
+
+    fn waits_in_vain(&self) -> bool {
+        !self.held.is_empty() && is_away()
+    }
+
+    fn stop_waiting(&mut self) {
+        if !std::mem::replace(&mut self.is_ending, true) {
+            self.release();
+        }
     }
 
     fn collect(&mut self) -> io::Result<()> {

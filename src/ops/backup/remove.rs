@@ -72,16 +72,23 @@ pub struct Removed {
 /// Removes snapshots from a place, and what no snapshot needs any more.
 ///
 /// # Errors
-/// `Usage` if the manifests do not say what stays; `Corrupt` if one of those that stay cannot be read: then
-/// nothing is swept; those of the place.
+/// `Usage` if the manifests do not say what stays; `Busy` if something here is still coming from a snapshot
+/// that was named, which stays by its age until then; `Corrupt` if one of those that stay cannot be read:
+/// then nothing is swept; those of the place.
 pub fn remove(store: &Store, target: &Target, what: &What) -> Result<Removed> {
     let mut session = Session::open(store, target, For::Removing)?;
     let listed = session.snapshots()?;
     let mut removed: BTreeSet<SnapshotId> =
         what.named.iter().copied().filter(|id| listed.contains(id)).collect();
+    let catalog = store.catalog();
+    let needed = catalog.coming_from(session.id.0)?;
+    if let Some((id, layer)) = removed.iter().find_map(|id| needed.get_key_value(id)) {
+        return Err(catalog.has_not_come(*layer).context(format!("remove {id}")));
+    }
     let gone = what.named.iter().copied().filter(|id| !listed.contains(id)).collect();
     if let Some(keep) = &what.keep {
-        removed.extend(by_age(&mut session, &listed, keep, what)?);
+        let goes = by_age(&mut session, &listed, keep, what)?.into_iter();
+        removed.extend(goes.filter(|id| !needed.contains_key(id)));
     }
     let kept = listed.iter().copied().filter(|id| !removed.contains(id)).collect();
     let mut done = Removed { removed: removed.into_iter().collect(), gone, kept, swept: None };

@@ -92,7 +92,8 @@ impl Gate {
         Ok(all)
     }
 
-    /// Has all rings stand still, drained, for a successor. No message is handled until [`Gate::go_on`].
+    /// Has all rings stand still for a successor, drained but for reads that wait for a place that is away,
+    /// which are noted as in flight. No message is handled until [`Gate::go_on`].
     ///
     /// # Errors
     /// Why one could not be halted.

@@ -377,7 +377,7 @@ impl<'a> Fetching<'a> {
         // Before it has its name: from then on, commands may move data into it.
         self.say(&Said::Whole { layer: at });
         let records = RecordsLock::acquire(self.catalog)?;
-        let ended = self.catalog.has_come(&layer.record, &records);
+        let ended = self.catalog.has_come(&layer.record, &layer.file, &records);
         drop(records);
         match ended {
             // Nobody needs it any more but, perhaps, the one for whom it was brought.

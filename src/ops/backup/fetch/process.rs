@@ -6,10 +6,11 @@ use crate::base::{Context, Error, Kind, Result, child};
 use crate::catalog::VolumeId;
 use crate::crypt::BackupKeys;
 use crate::crypt::secret_mem::{SecretFd, SecretMem, on_scrubbed_stack};
+use crate::events::EventLog;
 use crate::helper::carry::Carriers;
 use crate::helper::fetch::{Begin, MAX_LINE, Said};
 use crate::ops::Store;
-use crate::sandbox;
+use crate::sandbox::{self, Access, Rule};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
@@ -20,27 +21,30 @@ use std::sync::Mutex;
 pub(crate) fn help(store: &Store) -> Result<()> {
     let socket = child::begin()?;
     let begun = begin(store, &socket);
-    let (catalog, events) = (store.catalog(), store.events());
-    let (carriers, volume, layers, mut lines) = match begun {
+    let catalog = store.catalog();
+    let Begun { carriers, events, volume, layers, mut lines } = match begun {
         Ok(begun) => begun,
         Err(e) => {
             let message = e.to_string().chars().take(8000).collect();
             return Ok(wire::say(&socket, &Said::Failed { kind: e.kind().name().into(), message })?);
         }
     };
-    let report = Report { events: &events, volume };
-    let mut fetching = Fetching::new(&catalog, &carriers, layers, report);
-    fetching.host = Some(Mutex::new(&socket));
-    for (at, layer) in fetching.layers.iter().enumerate() {
-        for holes in layer.iter().flat_map(Layer::holes) {
-            let count = holes.end - holes.start;
-            fetching.say(&Said::Here { layer: at, first: holes.start, count });
-        }
-        if layer.is_none() {
-            fetching.say(&Said::Whole { layer: at });
+    for (at, layer) in layers.iter().enumerate() {
+        match layer {
+            Found::Coming(layer) => {
+                for holes in layer.holes() {
+                    let count = holes.end - holes.start;
+                    wire::say(&socket, &Said::Here { layer: at, first: holes.start, count })?;
+                }
+            }
+            Found::Whole => wire::say(&socket, &Said::Whole { layer: at })?,
+            Found::Gone => wire::say(&socket, &Said::Gone { layer: at })?,
         }
     }
-    fetching.say(&Said::Ready);
+    wire::say(&socket, &Said::Ready)?;
+    let layers = layers.into_iter().map(Found::coming).collect();
+    let mut fetching = Fetching::new(&catalog, &carriers, layers, Report { events: &events, volume });
+    fetching.host = Some(Mutex::new(&socket));
     std::thread::scope(|scope| -> Result<()> {
         scope.spawn(|| fetching.hear(&mut lines, &socket));
         scope.spawn(|| fetching.bring_what_is_asked());
@@ -66,8 +70,33 @@ pub(crate) fn help(store: &Store) -> Result<()> {
     })
 }
 
-type Begun = (Carriers, VolumeId, Vec<Option<Layer>>, Lines);
+struct Begun {
+    carriers: Carriers,
+    events: EventLog,
+    volume: VolumeId,
+    layers: Vec<Found>,
+    lines: Lines,
+}
 
+/// What there is of a layer that was still to come.
+enum Found {
+    Coming(Box<Layer>),
+    /// All of it has come.
+    Whole,
+    /// The volume does not have it any more.
+    Gone,
+}
+
+impl Found {
+    fn coming(self) -> Option<Layer> {
+        match self {
+            Found::Coming(layer) => Some(*layer),
+            Found::Whole | Found::Gone => None,
+        }
+    }
+}
+
+/// Hears what is to come, opens it, and gives up everything else.
 fn begin(store: &Store, socket: &UnixStream) -> Result<Begun> {
     // It can be started now alone.
     let carriers = Carriers::start(store.root())?;
@@ -84,14 +113,26 @@ fn begin(store: &Store, socket: &UnixStream) -> Result<Begun> {
     }
     let catalog = store.catalog();
     let metadata = catalog.load(volume)?;
-    let open = |(id, bytes): (&_, &[u8])| -> Result<Option<Layer>> {
+    let open = |(id, bytes): (&_, &[u8])| -> Result<Found> {
+        let Some(record) = metadata.layers().iter().find(|layer| layer.id == *id) else {
+            return Ok(Found::Gone);
+        };
         let mut own = SecretMem::new(BackupKeys::LEN)?;
         on_scrubbed_stack(|| own.as_mut_slice().copy_from_slice(bytes));
-        let record = metadata.layers().iter().find(|layer| layer.id == *id);
-        let gone = || Error::new(Kind::Busy, format!("{volume} has no layer {id} any more"));
-        Layer::open(&catalog, record.ok_or_else(gone)?, BackupKeys::from_secret(own)?)
+        let opened = Layer::open(&catalog, record, BackupKeys::from_secret(own)?)?;
+        Ok(opened.map_or(Found::Whole, |layer| Found::Coming(Box::new(layer))))
     };
-    let opened =
+    let layers =
         layers.iter().zip(secret.as_slice().chunks(BackupKeys::LEN)).map(open).collect::<Result<_>>()?;
-    Ok((carriers, volume, opened, lines))
+    drop(secret);
+    let mut events = store.events();
+    if let Err(e) = events.keep_open() {
+        log::warn!("{e}; this process will report no events");
+    }
+    let root = store.root();
+    // The layers that it fills are open. When one is whole, it gets its name.
+    let rules = [Rule::new(root.layers(), Access::Names), Rule::new(root.volumes(), Access::List)];
+    let confinement = sandbox::confine_fetcher(&rules)?;
+    log::debug!("the fetcher of {volume} is confined: {confinement}");
+    Ok(Begun { carriers, events, volume, layers, lines })
 }

@@ -3,6 +3,7 @@
 
 mod requests;
 
+use crate::base::{Error, Kind};
 use crate::disk::cipher_time::Measured;
 use crate::disk::{Disk, DiskQueue, Event};
 use crate::reactor::{Reactor, Wait, Watched, Woken};
@@ -46,8 +47,8 @@ pub(super) struct Server {
     free: Vec<u16>,
     /// Requests that wait for buffers or for room in the disk's queue, oldest first.
     stalled: VecDeque<u16>,
-    /// Reads that a pause has taken back from the disk, where they waited for what may take long: their tags
-    /// and lengths.
+    /// Reads that were taken back from the disk, where they waited for what may take long: their tags and
+    /// lengths.
     postponed: VecDeque<(u64, usize)>,
     /// Heads that an earlier back-end took and did not answer, oldest first.
     resubmit: VecDeque<u16>,
@@ -128,20 +129,27 @@ impl Server {
     /// serves, and becomes another if a pause brings one.
     pub(super) fn run(mut self, disk: &mut Arc<Disk>) -> io::Result<bool> {
         loop {
-            if self.pausing.is_some() {
+            if self.takes_back() {
                 self.postponed.extend(self.io.take_back());
+            } else if self.halts {
+                self.refuse_halt();
+            } else if self.draining.is_some() {
+                self.io.stop_waiting();
             }
             if let Some(reply) = self.pausing.take_if(|_| self.io.in_flight() == 0) {
                 self.pause(reply, disk);
             }
-            if self.pausing.is_none() {
+            if !self.takes_back() {
                 self.restart_postponed();
+            }
+            if self.pausing.is_none() {
                 self.restart_stalled();
             }
             let more = self.take_available()?;
             self.begin_flush();
             self.publish();
-            let drained = self.free.len() == self.requests.len() && (self.resubmit.is_empty() || self.broken);
+            let drained = self.free.len() == self.requests.len() || self.leaves_the_rest();
+            let drained = drained && (self.resubmit.is_empty() || self.broken);
             // First the pause, which somebody waits for as well.
             let drained = drained && self.pausing.is_none();
             let still = self.pausing.is_some() && self.io.in_flight() == 0;
@@ -182,6 +190,39 @@ impl Server {
             }
             self.publish();
         }
+    }
+
+    /// Whether reads are taken back that wait for what may take long: in a pause, and where whoever goes on
+    /// with the ring finds them noted as in flight.
+    fn takes_back(&self) -> bool {
+        let leaves = self.draining.is_some() && self.halts && self.setup.inflight.is_some();
+        self.pausing.is_some() || leaves
+    }
+
+    /// Goes on with a ring that is to halt, if that takes a place to come back first: whoever goes on with it
+    /// would not know of the reads that wait.
+    fn refuse_halt(&mut self) {
+        if !self.io.waits_in_vain() {
+            return;
+        }
+        self.halts = false;
+        if let Some(reply) = self.draining.take() {
+            let why = "reads of the guest's wait for a place that is away, and its VMM keeps no record of \
+                       what is in flight; try again when the place is back, or they have failed";
+            let _ = reply.send(Err(io::Error::other(Error::new(Kind::Busy, why))));
+        }
+    }
+
+    /// Whether everything that was taken and is not answered waits for what may take long, and is left to
+    /// whoever goes on with the ring.
+    fn leaves_the_rest(&self) -> bool {
+        if !self.takes_back() || self.io.in_flight() > 0 || !self.stalled.is_empty() {
+            return false;
+        }
+        let mut slots: Vec<u16> = self.postponed.iter().map(|(tag, _)| *tag as u16).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        slots.len() == self.requests.len() - self.free.len()
     }
 
     /// Whether enough was delivered for this turn. There may be events that were not taken.
