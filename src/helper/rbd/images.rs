@@ -184,7 +184,8 @@ impl Keeper {
     fn serve(&mut self, image: &Image, how: How) -> io::Result<(UnixStream, Terms)> {
         let (tenure, way) = self.claim(image, how);
         let break_lock = BREAK_LOCK.load(Ordering::Relaxed);
-        let order = Order::Serve(Wanted { tenure: tenure.clone(), way, break_lock, make: how.make });
+        let order =
+            Order::Serve(Box::new(Wanted { tenure: tenure.clone(), way, break_lock, make: how.make }));
         self.tenure = Some(tenure);
         let mut answer = self.asked.ask(&order);
         if self.asked.is_broken

@@ -78,7 +78,7 @@ impl Servers {
             match serde_json::from_slice(&line).map_err(io::Error::from)? {
                 Order::Serve(wanted) => {
                     self.end(Duration::from_secs(5));
-                    match self.start(socket, wanted) {
+                    match self.start(socket, *wanted) {
                         Ok((terms, connection)) => {
                             wire::say_with(socket, &Answer::Serves(terms), connection.as_fd())?;
                         }

@@ -30,7 +30,7 @@ pub(super) struct Begin {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) enum Order {
     /// A server.
-    Serve(Wanted),
+    Serve(Box<Wanted>),
     /// Another keeper, for when this one dies.
     Spare,
 }

@@ -4,15 +4,18 @@ use super::cluster::{Cluster, elsewhere, rig, tenure};
 use crate::common::attach::Host;
 use crate::common::disk::FREE;
 use crate::common::frontend::Vmm;
-use crate::common::frontend::load::{Load, settle};
+use crate::common::frontend::load::{Load, Random, settle};
 use crate::common::frontend::vmm::Kind;
 use crate::common::patience::wait_for;
 use crate::common::store::sockets;
 use crate::common::successor::{Played, Successor};
 use crate::devices::rig::Rig;
 use crate::nbd::server::content;
-use serde_json::json;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::time::Instant;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 const SIZE: usize = 8 << 20;
@@ -127,6 +130,68 @@ fn a_successor_that_gives_up_leaves_the_image_where_it_is() {
     let data = guest.leave();
     rig.store().ok(&["detach", "t"]);
     successor.ends();
+    assert!(content(&rig, "volume", "t") == data);
+}
+
+/// Processes that are to take over the volume.
+fn successors(volume: &str) -> Vec<Pid> {
+    let entries = std::fs::read_dir("/proc").expect("list processes").flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_one = |pid: &i32| {
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&str> = command.split('\0').collect();
+        words.contains(&"take-over") && words.contains(&volume)
+    };
+    numbers.filter(is_one).map(Pid::from_raw).collect()
+}
+
+/// Which moment that is, is chance.
+#[test]
+fn whichever_process_is_killed_meanwhile_the_image_is_whole_and_free_for_the_next() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "crashing", &[]);
+    let mut random = Random::new(11);
+    let (host, guest) = rig.attach("t", 512, vec![0; SIZE]);
+    drop(guest);
+    let begun = Instant::now();
+    let successor = Successor::of(&rig.json(&["upgrade", "t"]));
+    let took = begun.elapsed();
+    drop(host);
+    successor.crash();
+    let mut data = vec![0; SIZE];
+    for round in 0..8 {
+        let (host, mut guest) = rig.attach("t", 512, data);
+        guest.work();
+        let begun = guest.begin_side_by_side();
+        let store = rig.store();
+        let output = std::thread::scope(|scope| {
+            let command = scope.spawn(|| store.run(&["upgrade", "t", "--json"]));
+            std::thread::sleep(took.mul_f64(random.below(100) as f64 / 100.0));
+            match round % 2 {
+                0 => host.signal(Signal::SIGKILL),
+                _ => {
+                    for pid in successors(&rig.place.id()) {
+                        // It may have ended by itself.
+                        let _ = kill(pid, Signal::SIGKILL);
+                    }
+                }
+            }
+            command.join().expect("the command runs")
+        });
+        let taken: Option<Value> = serde_json::from_slice(&output.stdout).ok();
+        let taken = taken.filter(|said| said["pid"].is_i64());
+        eprintln!("round {round}: {}", if taken.is_some() { "taken over" } else { "not taken over" });
+        data = std::mem::take(&mut guest.data);
+        drop(guest);
+        // Whoever serves it by now.
+        taken.as_ref().map(Successor::of).into_iter().for_each(Successor::crash);
+        host.crash();
+        let (host, mut guest) = rig.attach("t", 512, data);
+        guest.find(begun);
+        guest.work();
+        data = guest.leave();
+        host.end();
+    }
     assert!(content(&rig, "volume", "t") == data);
 }
 
