@@ -26,10 +26,10 @@ pub mod status;
 pub mod upgrade;
 
 use crate::backing::coming;
-use crate::backing::nbd::{self, Address, Right};
+use crate::backing::nbd;
 use crate::base::hardened::Hardened;
 use crate::base::space::Reserve;
-use crate::base::{Context, Error, Kind, Result, log_fields};
+use crate::base::{Context, Error, Result, log_fields};
 use crate::catalog::{Catalog, VolumeId};
 use crate::config::Settings;
 use crate::crypt::xts::Engine;
@@ -202,8 +202,8 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     ring::prepare(usize::from(options.queues), 4).map_err(cannot_serve).context(attempt)?;
     nbd::set_patience(options.nbd_reconnect);
     let exports = catalog.exports(&taken.metadata, options.read_only).context(attempt)?;
-    if options.incoming || from.is_some() {
-        check_can_be_handed_over(&exports).context(attempt)?;
+    if let Some(from) = &from {
+        from.inherit_images(&exports).context(attempt)?;
     }
     // Threads of theirs would not be confined.
     nbd::rest();
@@ -294,20 +294,6 @@ fn run(attaching: Attaching<'_>, ready: impl FnOnce(&Attached<'_>) -> Result<()>
     log::info!("{volume} is {}", if had_it { "detached" } else { "no longer this process's" });
     waiting.tell(&result);
     result
-}
-
-/// An RBD image's lock goes with the process that has it, which another one cannot be while it runs.
-fn check_can_be_handed_over(exports: &[(Address, Right)]) -> Result<()> {
-    match exports.iter().find(|(address, right)| address.image().is_some() && *right == Right::Write) {
-        None => Ok(()),
-        Some((address, _)) => {
-            let message = format!(
-                "it lies in {address}, which one process at a time can have, and no process takes it over \
-                 from another one yet; detach it there, and attach it here"
-            );
-            Err(Error::new(Kind::Unsupported, message))
-        }
-    }
 }
 
 /// Has an event tell of an RBD image that another host has taken.

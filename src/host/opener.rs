@@ -4,6 +4,7 @@
 use super::Options;
 use super::keyring::Keyring;
 use crate::backing::file::{Earlier, FileBacking};
+use crate::backing::nbd::{Address, Export, Right};
 use crate::backing::{Backing, check_queue};
 use crate::base::{Context, Error, Kind, Result};
 use crate::catalog::lock::VolumeLock;
@@ -86,6 +87,7 @@ impl Opener {
     pub(super) fn open(&self, lock: &VolumeLock, passed: &PassedLocks) -> Result<Opened> {
         let now = self.shape.now();
         let Options { read_only, engine, .. } = self.options;
+        let _image = self.open_image()?;
         let opened = open_again(&self.catalog, lock, access(read_only), engine, passed, |metadata, top| {
             let shape = shape(metadata.geometry(), read_only);
             if shape.block_size != now.block_size || shape.sectors < now.sectors {
@@ -101,6 +103,18 @@ impl Opener {
         })?;
         self.keys.keep(&opened.metadata);
         Ok(opened)
+    }
+
+    /// The RBD image that is going to be written, if the top lies in one. Whatever only looks at it finds it
+    /// open: this process has it opened for writing, and in no other way.
+    fn open_image(&self) -> Result<Option<Arc<Export>>> {
+        let exports = self.catalog.exports(&self.catalog.load(self.volume)?, self.options.read_only)?;
+        let image =
+            exports.iter().find(|(address, right)| address.image().is_some() && *right == Right::Write);
+        let open = |(address, right): &(Address, Right)| {
+            Export::at(address, *right).context(|| format!("open {address}"))
+        };
+        image.map(open).transpose()
     }
 
     /// Proves the volume's record by what was kept of its data keys. Returns whether it was sealed by

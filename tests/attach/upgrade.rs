@@ -6,16 +6,11 @@ use crate::common::disk::FREE;
 use crate::common::frontend::Vmm;
 use crate::common::frontend::load::{Load, Random};
 use crate::common::frontend::vmm::Kind;
-use crate::common::patience::{AtEnd, limit, wait_for};
+use crate::common::patience::{AtEnd, wait_for};
 use crate::common::store::said;
-use crate::common::successor::Successor;
+use crate::common::successor::{Played, Successor};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use sealblk::crypt::secret_mem::SecretFd;
 use serde_json::{Value, json};
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -352,77 +347,12 @@ fn what_is_not_attached_is_not_upgraded() {
     rig.detach(successor);
 }
 
-/// A successor of our own, which stops where it likes.
-struct Played {
-    stream: UnixStream,
-    passed: Vec<OwnedFd>,
-    come: Vec<u8>,
-}
-
-impl Played {
-    fn new(rig: &Rig, protocol: u32) -> Self {
-        let stream = UnixStream::connect(rig.control()).expect("connect");
-        stream.set_read_timeout(Some(limit())).expect("set a limit");
-        let secret = SecretFd::create(4096).expect("secret memory");
-        let request = format!("{}\n", json!({"op": "upgrade", "protocol": protocol}));
-        let fds = [secret.as_fd().as_raw_fd()];
-        let data = [IoSlice::new(request.as_bytes())];
-        let control = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(stream.as_raw_fd(), &data, &control, MsgFlags::empty(), None).expect("send");
-        Played { stream, passed: Vec::new(), come: Vec::new() }
-    }
-
-    fn say(&self, step: Value) {
-        let line = format!("{step}\n");
-        std::io::Write::write_all(&mut &self.stream, line.as_bytes()).expect("send");
-    }
-
-    /// The next line; nothing at the end.
-    fn hear(&mut self) -> Value {
-        loop {
-            if let Some(end) = self.come.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = self.come.drain(..=end).collect();
-                return serde_json::from_slice(&line).expect("JSON");
-            }
-            let mut bytes = [0; 4096];
-            let mut space = nix::cmsg_space!([RawFd; 32]);
-            let mut data = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message = recvmsg::<()>(self.stream.as_raw_fd(), &mut data, Some(&mut space), flags);
-            let message = message.expect("receive");
-            for control in message.cmsgs().expect("control messages") {
-                if let ControlMessageOwned::ScmRights(fds) = control {
-                    // SAFETY: the kernel just made these descriptors for us; nobody else knows them.
-                    self.passed.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
-            }
-            let count = message.bytes;
-            if count == 0 {
-                return Value::Null;
-            }
-            self.come.extend_from_slice(&bytes[..count]);
-        }
-    }
-
-    /// Hears until this is said.
-    fn hear_until(&mut self, what: &str) {
-        loop {
-            match self.hear() {
-                Value::Null => panic!("it ended before it said {what}"),
-                Value::String(said) if said == what => return,
-                said if said.get(what).is_some() => return,
-                _ => {}
-            }
-        }
-    }
-}
-
 #[test]
 fn a_successor_that_gives_up_leaves_the_volume_where_it_is() {
     let (rig, host, mut vmm, mut loads) = begun(Kind::Qemu10);
     under_load(&mut vmm, &mut loads, |count| {
         for steps in 0..=5 {
-            let mut played = Played::new(&rig, 1);
+            let mut played = Played::new(&rig.control(), 1);
             if steps > 0 {
                 played.hear_until("offer");
             }
@@ -457,18 +387,18 @@ fn a_successor_that_gives_up_leaves_the_volume_where_it_is() {
 fn a_successor_that_is_not_understood_gets_nothing() {
     let (rig, host, mut vmm, mut loads) = begun(Kind::CloudHypervisor);
     under_load(&mut vmm, &mut loads, |_| {
-        let mut played = Played::new(&rig, 2);
+        let mut played = Played::new(&rig.control(), 2);
         let refused = played.hear();
         assert_eq!(refused["failed"]["kind"], "unsupported", "{refused}");
         assert!(refused["failed"]["message"].as_str().unwrap().contains("by protocol 1"), "{refused}");
         assert!(played.passed.is_empty());
         for odd in [json!("prepared"), json!({"taken": {"pid": 1}}), json!("sit"), json!(7)] {
-            let mut played = Played::new(&rig, 1);
+            let mut played = Played::new(&rig.control(), 1);
             played.hear_until("offer");
             played.say(odd);
             assert!(played.hear().get("failed").is_some());
         }
-        let mut played = Played::new(&rig, 1);
+        let mut played = Played::new(&rig.control(), 1);
         played.hear_until("offer");
         played.say(json!("ready"));
         played.hear_until("that-is-all");

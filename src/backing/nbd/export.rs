@@ -13,16 +13,17 @@ pub use super::dial::Right;
 use super::engine::Engine;
 use super::handshake::Terms;
 use super::replies::{Given, Run};
+use super::task::{Ask, Inbox, Outcome, Task, To, event};
 use crate::backing::medium::Medium;
 use crate::base::sync::Locked;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -55,6 +56,20 @@ pub(super) fn tell_lost(address: &Address, why: &str) {
     }
 }
 
+/// Whether another process has the images that this one opens for writing, by the same tenure.
+static BORROWS: AtomicBool = AtomicBool::new(false);
+
+/// From now on, images that this process opens for writing are borrowed: another process has lent them, and
+/// gets them back when this one is done with them. Or that is over, and they are this process's.
+pub fn borrow_images(it: bool) {
+    BORROWS.store(it, Ordering::Relaxed);
+}
+
+/// Whether images are borrowed.
+pub(super) fn borrows() -> bool {
+    BORROWS.load(Ordering::Relaxed)
+}
+
 /// Sets how long requests wait for a server that is gone, for all exports of this process.
 pub fn set_patience(patience: Duration) {
     let milliseconds = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
@@ -71,73 +86,6 @@ pub(super) fn patience() -> Duration {
 pub fn rest() {
     let exports: Vec<_> = EXPORTS.locked().values().filter_map(Weak::upgrade).collect();
     exports.iter().for_each(|export| export.send_away(Order::Rest));
-}
-
-/// What is asked for. Offsets count the export's bytes.
-#[derive(Debug)]
-pub(crate) enum Ask {
-    /// Bytes.
-    Read { offset: u64, len: u32 },
-    /// That they are stored; durably, if that is said.
-    Write { offset: u64, bytes: Vec<u8>, durable: bool },
-    /// That these bytes read as zeros.
-    Zero { offset: u64, len: u64, keep_space: bool },
-    /// That everything is durable that was written before.
-    Flush,
-    /// Where zeros are.
-    Map { offset: u64, len: u32 },
-}
-
-/// What became of it. An error has a number of the system's.
-pub(super) type Outcome = io::Result<Given>;
-
-/// Who is told.
-pub(super) enum To {
-    /// A queue, with its own number for it.
-    Queue(Arc<Inbox>, u32),
-    /// Whoever waits.
-    Caller(mpsc::Sender<Outcome>),
-    /// Nobody: the thread asks for itself.
-    Nobody,
-}
-
-/// Something that is asked for.
-pub(super) struct Task {
-    pub(super) ask: Ask,
-    pub(super) to: To,
-}
-
-/// Where a queue finds what became of its requests.
-pub(crate) struct Inbox {
-    come: Mutex<Vec<(u32, Outcome)>>,
-    wake: EventFd,
-}
-
-impl Inbox {
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Inbox { come: Mutex::default(), wake: event()? })
-    }
-
-    /// What becomes readable when something has come.
-    pub(crate) fn wake_fd(&self) -> RawFd {
-        self.wake.as_fd().as_raw_fd()
-    }
-
-    /// Takes what has come: numbers, and what became of those requests.
-    pub(crate) fn take(&self) -> Vec<(u32, Outcome)> {
-        // What comes from here on wakes again.
-        let _ = self.wake.read();
-        std::mem::take(&mut *self.come.locked())
-    }
-
-    pub(super) fn put(&self, number: u32, outcome: Outcome) {
-        let mut come = self.come.locked();
-        come.push((number, outcome));
-        if come.len() == 1 {
-            // It cannot be full: the queue takes everything at once.
-            let _ = self.wake.write(1);
-        }
-    }
 }
 
 /// What the thread is to do when there is nothing to do.
@@ -293,7 +241,7 @@ impl Export {
 
     /// Asks for something; what becomes of it comes to `inbox`, with `number`.
     pub(crate) fn ask(&self, ask: Ask, inbox: &Arc<Inbox>, number: u32) {
-        self.hand_over(Task { ask, to: To::Queue(inbox.clone(), number) });
+        self.hand_over(Task::Do(ask, To::Queue(inbox.clone(), number)));
     }
 
     /// Makes everything durable that was written before.
@@ -302,6 +250,28 @@ impl Export {
     /// Those of the server; that it is gone, and does not come back in time.
     pub fn flush(&self) -> io::Result<()> {
         self.wait_for(Ask::Flush).map(drop)
+    }
+
+    /// Whether it is an RBD image that nobody but this process writes.
+    pub fn is_exclusive(&self) -> bool {
+        self.shared.address.image().is_some() && self.shared.right == Right::Write
+    }
+
+    /// Lends an image to another process, which has got its tenure: from now on this one asks for nothing
+    /// there. Everything that was written is durable already.
+    ///
+    /// # Errors
+    /// Why it cannot be lent within `time`; whoever asked takes it back then as well.
+    pub fn lend(&self, time: Duration) -> io::Result<()> {
+        let (tell, told) = mpsc::channel();
+        self.hand_over(Task::Lend(tell));
+        told.recv_timeout(time).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Has the image again, which the other process has not kept: that is seen to at once. Requests wait for
+    /// it.
+    pub fn take_back(&self) {
+        self.hand_over(Task::TakeBack);
     }
 
     /// The next run of bytes in this range that may hold something; outside of such runs it holds nothing.
@@ -342,7 +312,7 @@ impl Export {
 
     fn wait_for(&self, ask: Ask) -> Outcome {
         let (to, from) = mpsc::channel();
-        self.hand_over(Task { ask, to: To::Caller(to) });
+        self.hand_over(Task::Do(ask, To::Caller(to)));
         from.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
     }
 
@@ -360,7 +330,7 @@ impl Export {
         for n in 0..count + PIECES {
             if n < count && result.is_ok() {
                 let (to, from) = mpsc::channel();
-                self.hand_over(Task { ask: ask(piece(n)), to: To::Caller(to) });
+                self.hand_over(Task::Do(ask(piece(n)), To::Caller(to)));
                 under_way.push_back((piece(n), from));
             }
             if n + 1 < PIECES {
@@ -475,8 +445,4 @@ impl Medium for Export {
     fn sync(&self) -> io::Result<()> {
         self.flush()
     }
-}
-
-fn event() -> io::Result<EventFd> {
-    Ok(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
 }

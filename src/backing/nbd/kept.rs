@@ -43,6 +43,11 @@ impl Write {
         self.offset..self.offset + len
     }
 
+    pub(super) fn len(&self) -> u32 {
+        // No buffer is longer, nor a part that becomes zeros.
+        (self.range().end - self.offset) as u32
+    }
+
     fn cost(&self) -> usize {
         let bytes = if let Content::Bytes(bytes) = &self.content { bytes.len() } else { 0 };
         bytes + OVERHEAD

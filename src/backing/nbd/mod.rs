@@ -26,11 +26,12 @@ mod image;
 mod kept;
 pub(crate) mod protocol;
 pub mod replies;
+mod task;
 
 pub use address::{Address, Server};
-pub use export::{Export, Right, WhenLost, rest, set_patience, when_lost};
+pub use export::{Export, Right, WhenLost, borrow_images, rest, set_patience, when_lost};
 pub use handshake::Terms;
 pub use image::Image;
 
-pub(crate) use export::{Ask, Inbox};
 pub(crate) use replies::Given;
+pub(crate) use task::{Ask, Inbox};

@@ -59,6 +59,9 @@ pub(crate) const CHUNK_ERROR: u16 = 1 << 15;
 pub(crate) const ALLOCATION: &str = "base:allocation";
 pub(crate) const STATE_ZERO: u32 = 2;
 
+/// Of a [`CMD_DISC`] to the server of an RBD image: another process has its tenure from now on.
+pub(crate) const FLAG_LEND: u16 = 1 << 15;
+
 /// The number by which the map of an RBD image is known.
 pub(crate) const IMAGE_MAP: u32 = 1;
 

@@ -7,11 +7,12 @@
 //!
 //! The process ends at once, and answers nothing any more, when the image's lock is not its own: Ceph says so
 //! of an operation, or when it is asked, which is every second. It ends in peace when whoever asks takes
-//! leave: then the tenure is taken away and the lock released, before the connection is closed. If the other
-//! side is only gone, the tenure stays.
+//! leave: then the tenure is taken away and the lock released, before the connection is closed. Where another
+//! process goes on, the tenure stays, without a client. If the other side is only gone, the tenure stays as
+//! it is.
 
 use super::image::{Ends, Image, Operation};
-use super::tenure;
+use super::tenure::{self, Tenure};
 use crate::backing::nbd::protocol::*;
 use crate::base::sync::Locked;
 use std::collections::VecDeque;
@@ -89,8 +90,19 @@ struct Head {
     len: u32,
 }
 
-/// Serves the image to `socket`, to the end of the process. With `writes`, the lock is this process's.
-pub(super) fn serve(image: Image, socket: UnixStream, writes: bool) -> ! {
+/// How the other side has taken leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leave {
+    /// It is only gone.
+    Gone,
+    InPeace,
+    /// Another process goes on.
+    Lending,
+}
+
+/// Serves the image to `socket`, to the end of the process; for writing, under this tenure.
+pub(super) fn serve(image: Image, socket: UnixStream, tenure: Option<Tenure>) -> ! {
+    let writes = tenure.is_some();
     let (answers, from) = channel();
     let shared = Arc::new(Shared { image, answers, under_way: Mutex::new(0), is_over: Condvar::new() });
     let begun = socket.try_clone().and_then(|socket| {
@@ -105,29 +117,30 @@ pub(super) fn serve(image: Image, socket: UnixStream, writes: bool) -> ! {
         Ok(maps)
     });
     let Ok(maps) = begun else { exit(Exit::Broken) };
-    let is_leave = take(&shared, &socket, &maps, writes).unwrap_or(false);
+    let leave = take(&shared, &socket, &maps, writes).unwrap_or(Leave::Gone);
     shared.drain();
-    if writes {
-        match is_leave {
-            true => tenure::leave(&shared.image),
-            false => drop(shared.image.unlock()),
+    if let Some(tenure) = tenure {
+        match leave {
+            Leave::InPeace => tenure::leave(&shared.image),
+            Leave::Lending => tenure::lend(&shared.image, tenure),
+            Leave::Gone => drop(shared.image.unlock()),
         }
     }
     shared.image.close();
-    exit(if is_leave { Exit::Well } else { Exit::Broken })
+    exit(if leave == Leave::Gone { Exit::Broken } else { Exit::Well })
 }
 
 fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     std::thread::Builder::new().name(name.into()).spawn(run).map(drop)
 }
 
-/// Takes requests until there are no more. Returns whether the other side has taken leave.
-fn take(shared: &Arc<Shared>, socket: &UnixStream, maps: &Sender<Head>, writes: bool) -> io::Result<bool> {
+/// Takes requests until there are no more. Returns how the other side has taken leave.
+fn take(shared: &Arc<Shared>, socket: &UnixStream, maps: &Sender<Head>, writes: bool) -> io::Result<Leave> {
     let mut from = BufReader::with_capacity(256 << 10, socket);
     loop {
         let head = Head::read(&mut from)?;
         if head.kind == CMD_DISC {
-            return Ok(true);
+            return Ok(if head.flags & FLAG_LEND == 0 { Leave::InPeace } else { Leave::Lending });
         }
         let mut bytes = Vec::new();
         if head.kind == CMD_WRITE {

@@ -13,6 +13,13 @@
 //!   by then, does not tell. So who opens an image *again* must find exactly the tenure that it had, under
 //!   the lock. Otherwise the image is lost to that process for good.
 //!
+//! A process can **lend** the image to another one, which goes on with the same tenure (`host::upgrade`): it
+//! has its own client let go of the lock, with everything answered and durable, and asks for nothing any
+//! more. What it is given back it takes again in the way above: also from the other one's client, if that is
+//! there still. The other process takes the lock once, from nobody; what it loses then it does not take again
+//! before the image is its own. Nobody else takes an image that is lent, unless its host is seen, or said by
+//! the operator, to be dead.
+//!
 //! The tenure names its client as well. Whoever finds one that was not taken away in peace puts that
 //! client on the blocklist, for as long as a host may be cut off: also where somebody has broken the
 //! lock by hand, without that.
@@ -57,13 +64,24 @@ pub(super) struct Tenure {
     client: String,
 }
 
+/// On what grounds an image is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Way {
+    /// It is free, or whoever had it is dead.
+    New,
+    /// It was this process's by this tenure, and must be still.
+    Again,
+    /// The process that has it by this tenure lends it.
+    Lent,
+}
+
 /// What a server is to take an image for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Claim {
     pub(super) tenure: Tenure,
-    /// The image was this tenure's, and must be still.
-    pub(super) again: bool,
+    pub(super) way: Way,
     /// The operator says that whoever has the lock is dead.
     pub(super) break_lock: bool,
     /// Addresses of clients of the same keeper, which have ended.
@@ -88,6 +106,21 @@ impl Tenure {
     /// A new one, of the process `holder`.
     pub(super) fn new(holder: Holder, volume: Option<String>) -> Self {
         Tenure { format: FORMAT, tenure: Uuid::new_v4(), volume, holder, client: String::new() }
+    }
+
+    /// The one of this number, for the process `holder`, which another process has until now.
+    pub(super) fn of_another(number: Uuid, holder: Holder, volume: Option<String>) -> Self {
+        Tenure { tenure: number, ..Tenure::new(holder, volume) }
+    }
+
+    /// What tells it from all others.
+    pub(super) fn number(&self) -> Uuid {
+        self.tenure
+    }
+
+    /// Whether it is on its way from one process to another, and no client has the image.
+    fn is_lent(&self) -> bool {
+        self.client.is_empty()
     }
 
     /// Whose it is, in words.
@@ -125,7 +158,7 @@ pub(super) fn take(
     let mut is_broken = false;
     loop {
         let had = match image.owner().context(|| "ask who has the image's lock")? {
-            None => Had::Nobody,
+            None => free(image, claim, look_at)?,
             Some(owner) if owner == image.address() => Had::Us,
             Some(owner) => of(image, claim, owner, look_at)?,
         };
@@ -145,7 +178,7 @@ pub(super) fn take(
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) => {}
                 Err(e) => return Err(explained(&e).into()),
             },
-            Had::Living(_) if claim.again && Instant::now() < until => sleep(LOOK),
+            Had::Living(_) if claim.way != Way::New && Instant::now() < until => sleep(LOOK),
             Had::Living(refusal) => return Err(refusal.into()),
         }
         if Instant::now() >= until + PATIENCE {
@@ -178,6 +211,28 @@ pub(super) enum Seen {
     Nothing,
 }
 
+/// What is to be done about an image of which nobody has the lock.
+fn free(
+    image: &Image,
+    claim: &Claim,
+    look_at: &mut dyn FnMut(&Holder) -> Result<Seen>,
+) -> std::result::Result<Had, Refusal> {
+    if claim.way != Way::New || claim.break_lock {
+        return Ok(Had::Nobody);
+    }
+    match read(image)? {
+        Some(tenure) if tenure.is_lent() && look_at(&tenure.holder)? != Seen::Ended => {
+            let message = format!(
+                "{} has the image, and hands it over to another process at this moment. If that host is \
+                 dead, --break-lock takes the image",
+                tenure.words()
+            );
+            Ok(Had::Living(Error::new(Kind::Busy, message)))
+        }
+        _ => Ok(Had::Nobody),
+    }
+}
+
 /// What is to be done about another client that has the lock.
 fn of(
     image: &Image,
@@ -189,14 +244,19 @@ fn of(
         return Ok(Had::Dead(owner));
     }
     let tenure = read(image)?;
-    if claim.again && !tenure.as_ref().is_some_and(|it| it.is(&claim.tenure)) {
+    if claim.way != Way::New && !tenure.as_ref().is_some_and(|it| it.is(&claim.tenure)) {
         return Err(lost(tenure.as_ref()));
+    }
+    // A client of this process's, which has another keeper by now; or of one that was lent the image, and has
+    // not kept it.
+    if claim.way == Way::Again && tenure.as_ref().is_some_and(|it| it.client == owner) {
+        return Ok(Had::Dead(owner));
     }
     if !image.is_watched_by(&owner).context(|| "ask who gives signs of life")? {
         return Ok(Had::Dead(owner));
     }
     // An attach that goes on takes it from nobody who may be alive.
-    if !claim.again {
+    if claim.way == Way::New {
         let seen = tenure.as_ref().map(|it| look_at(&it.holder)).transpose()?;
         if seen == Some(Seen::Ended) || claim.break_lock {
             return Ok(Had::Dead(owner));
@@ -215,7 +275,7 @@ fn put(
 ) -> std::result::Result<(), Refusal> {
     let there = read(image)?;
     let is_ours = there.as_ref().is_some_and(|there| there.is(&claim.tenure));
-    if claim.again && !is_ours {
+    if claim.way != Way::New && !is_ours {
         return Err(lost(there.as_ref()));
     }
     if let Some(there) = &there
@@ -242,6 +302,17 @@ pub(super) fn is_address(text: &str) -> bool {
     let number = text.rsplit_once('/').map_or("", |(_, number)| number);
     let is_known = |c: char| c.is_ascii_hexdigit() || matches!(c, '.' | ':' | '[' | ']' | '/');
     text.contains(':') && text.chars().all(is_known) && number.parse::<u64>().is_ok()
+}
+
+/// Lends the image to another process of this tenure. No client is named any more: whoever takes the image
+/// need not keep one away.
+pub(super) fn lend(image: &Image, tenure: Tenure) {
+    let lent = Tenure { client: String::new(), ..tenure };
+    if let Ok(text) = serde_json::to_string(&lent)
+        && image.set_value(KEY, Some(&text)).is_ok()
+    {
+        let _ = image.unlock();
+    }
 }
 
 /// Gives the image back: the tenure is over, and then the lock is free.

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `upgrade`, with the version of what follows, and secret memory | looks who asks; puts the data keys there; answers `offer`: how the volume is attached, with the lock, the top layer's file, sockets |
 //! | opens the volume's record, proves it by the keys, makes its rings, confines itself, starts its threads; `ready` | between two messages of the VMM: stops changing layers, and sends the VMM's connection, the session as messages (`said`), QEMU's locks on the layers, then `that-is-all` |
-//! | hears the session, maps the guest's memory; `prepared` | **stops the rings, drained**; sends where they stand, then `halted` |
+//! | hears the session, maps the guest's memory; `prepared` | **stops the rings, drained**; lends RBD images; sends where they stand, then `halted` |
 //! | opens the layers; **`taken`**; starts the rings | ends, and lets go of nothing |
 //!
 //! **The commit is the sending of `taken`.** Until then the successor changes nothing, and whatever goes
@@ -21,6 +21,12 @@
 //!
 //! The volume's lock and QEMU's locks belong to open files, which both processes have for a while: so nobody
 //! else gets them at any moment. Who is not to have them in the end closes its copies without unlocking.
+//!
+//! An RBD image has one writer, by a lock of Ceph's. The predecessor has its client let go of the lock when
+//! everything is written and flushed, but stays whose the image is (its tenure, `helper::rbd`): the successor
+//! takes the lock under the tenure that it was told of, and, should it not come to the commit, lets go of it
+//! in the same way. The predecessor takes the lock back then, also from a successor that hangs: the cluster
+//! refuses that one's client from that moment on.
 //!
 //! What the predecessor says are claims: it may have been broken into by its guest. It gains nothing by
 //! them. Who it is, and whether it is confined, the kernel says; that it may write the layer is seen from
@@ -51,6 +57,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// The version of what the two processes say to each other. It changes with every change of it.
 pub(super) const PROTOCOL: u32 = 1;
@@ -101,6 +108,9 @@ pub struct Offer {
     /// is not the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     source_patience_ms: Option<u64>,
+    /// The RBD images that are written, and under which tenures, where there are any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    images: Vec<(String, Uuid)>,
     /// Which descriptors come with this, after those that always do.
     passes: Passes,
 }

@@ -2,11 +2,13 @@
 
 use super::{Link, Offer, PREPARING, PROTOCOL, Part, Passes, STEP, Step};
 use crate::backing::coming;
+use crate::backing::nbd::Export;
 use crate::base::{Context, Error, Kind, Result, wire};
 use crate::catalog::VolumeId;
 use crate::crypt::Dek;
 use crate::crypt::secret_mem::SecretFd;
 use crate::helper::grants::Keeper;
+use crate::helper::rbd;
 use crate::host::control::Answer;
 use crate::host::handover::Handover;
 use crate::host::keyring::Keyring;
@@ -31,6 +33,10 @@ use std::time::{Duration, Instant};
 const MESSAGE: Duration = Duration::from_secs(10);
 /// How long all turns together may take once the session is at a boundary.
 const ALL_STEPS: Duration = Duration::from_secs(60);
+
+/// How long it may take until an RBD image is let go of, with nothing under way: Ceph waits for up to 5
+/// seconds for each answer of a watcher that has died.
+const LENDING: Duration = Duration::from_secs(15);
 
 /// What this process would leave to a successor.
 pub(in crate::host) struct Predecessor {
@@ -195,6 +201,7 @@ impl Predecessor {
             nbd_reconnect: (nbd_reconnect != NBD_RECONNECT).then_some(nbd_reconnect.as_secs()),
             source_patience_ms: (source_patience != coming::PATIENCE)
                 .then_some(source_patience.as_millis() as u64),
+            images: rbd::tenures().into_iter().map(|(image, tenure)| (image.to_string(), tenure)).collect(),
             passes: Passes {
                 listener: self.listener.is_some(),
                 keeper: self.keeper.socket().is_some(),
@@ -238,10 +245,11 @@ impl Predecessor {
             let begun = Instant::now();
             session.as_deref().map_or(Ok(()), Gate::halt)?;
             self.flush_servers(state)?;
-            match handover.has_dead_queue() {
-                false => self.give(session.as_deref(), begun, link),
-                true => Err(Error::new(Kind::Other, "a queue's thread died")),
+            if handover.has_dead_queue() {
+                return Err(Error::new(Kind::Other, "a queue's thread died"));
             }
+            image_of(state).map_or(Ok(()), |image| image.lend(LENDING)).context(|| "let go of the image")?;
+            self.give(session.as_deref(), begun, link)
         };
         match attempt() {
             Ok(pid) => {
@@ -254,6 +262,8 @@ impl Predecessor {
                 Ok(())
             }
             Err(e) => {
+                // The other process cannot take the volume any more.
+                image_of(state).into_iter().for_each(Export::take_back);
                 session.iter().for_each(|gate| gate.go_on());
                 // It hears why, if it is still there.
                 let _ = wire::say(&link.stream, &Answer::failed(&e));
@@ -299,4 +309,9 @@ impl Predecessor {
             })),
         }
     }
+}
+
+/// The RBD image that this process alone writes, if the top layer lies in one.
+fn image_of(state: &State) -> Option<&Export> {
+    state.layers.first()?.backing.export().filter(|export| export.is_exclusive())
 }

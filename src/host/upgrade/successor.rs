@@ -3,6 +3,7 @@
 
 use super::incumbent::Incumbent;
 use super::{Link, MAX_PARTS, Offer, PREPARING, PROTOCOL, Part, STEP, Step};
+use crate::backing::nbd::{self, Address, Right};
 use crate::base::hardened::Hardened;
 use crate::base::sync::Locked;
 use crate::base::{Context, Error, Kind, Result, wire};
@@ -17,6 +18,7 @@ use crate::crypt::secret_mem::{SecretFd, SecretMem, on_scrubbed_stack};
 use crate::events::EventLog;
 use crate::helper::fetch;
 use crate::helper::grants::Keeper;
+use crate::helper::rbd;
 use crate::host::control::{Answer, Control, Request};
 use crate::host::keys_held::KeysHeld;
 use crate::host::notify::Notifier;
@@ -40,6 +42,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// The hidden command.
 pub(crate) const COMMAND: &str = "take-over";
@@ -215,7 +218,14 @@ fn serve(
     if let Ok(level) = offer.log_level.parse() {
         log::set_max_level(level);
     }
-    let taking = Taking { link, from: offer.version, stderr, report: report.clone(), begun: Instant::now() };
+    let taking = Taking {
+        link,
+        from: offer.version,
+        images: offer.images,
+        stderr,
+        report: report.clone(),
+        begun: Instant::now(),
+    };
     let attaching = Attaching {
         catalog: &catalog.without_ledger(),
         options: &options,
@@ -314,6 +324,8 @@ fn explained(e: Error) -> Error {
 pub(in crate::host) struct Taking {
     link: Link,
     from: String,
+    /// The tenures of RBD images, as the predecessor says.
+    images: Vec<(String, Uuid)>,
     stderr: OwnedFd,
     report: Report,
     begun: Instant,
@@ -330,6 +342,28 @@ impl Taking {
     /// Where the predecessor logs, and this process does from the taking on.
     pub(in crate::host) fn log(&self) -> BorrowedFd<'_> {
         self.stderr.as_fd()
+    }
+
+    /// Has these exports opened as what the predecessor lends.
+    ///
+    /// # Errors
+    /// `Unsupported` for an image of which it has not said that it would.
+    pub(in crate::host) fn inherit_images(&self, exports: &[(Address, Right)]) -> Result<()> {
+        let written = exports.iter().filter(|(_, right)| *right == Right::Write);
+        for image in written.filter_map(|(address, _)| address.image()) {
+            let name = image.to_string();
+            let said = self.images.iter().find(|(said, _)| *said == name);
+            let Some((_, tenure)) = said else {
+                let message = format!(
+                    "{name} has one writer at a time, and the process that serves the volume does not lend \
+                     it: detach the volume, and attach it with this version"
+                );
+                return Err(Error::new(Kind::Unsupported, message));
+            };
+            rbd::inherit([(image.clone(), *tenure)]);
+        }
+        nbd::borrow_images(true);
+        Ok(())
     }
 
     /// Takes the volume: at once where no VMM is connected; else what is returned does it, when it is asked
@@ -415,7 +449,9 @@ impl Taking {
 
     /// The volume is this process's, if this succeeds.
     fn commit(&self) -> Result<()> {
-        self.link.say(&Step::Taken { pid: std::process::id() })
+        self.link.say(&Step::Taken { pid: std::process::id() })?;
+        nbd::borrow_images(false);
+        Ok(())
     }
 
     /// It is done: who has asked hears it, and the log goes where the predecessor's went.

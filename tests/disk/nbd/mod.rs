@@ -6,3 +6,4 @@ mod hostile;
 mod life;
 mod lost;
 pub mod server;
+pub mod ways;

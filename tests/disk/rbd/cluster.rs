@@ -149,7 +149,12 @@ impl Cluster {
     }
 
     pub fn osd(&self) -> Pid {
-        let text = fs::read_to_string(self.folder().join("run/osd.pid")).expect("there is an OSD");
+        self.daemon("osd")
+    }
+
+    fn daemon(&self, name: &str) -> Pid {
+        let file = self.folder().join("run").join(name).with_extension("pid");
+        let text = fs::read_to_string(file).expect("there is such a daemon");
         Pid::from_raw(text.trim().parse().expect("a process id"))
     }
 
@@ -161,6 +166,17 @@ impl Cluster {
     #[track_caller]
     pub fn start_osd(&self) {
         self.script(&["osd"]);
+    }
+
+    /// Kills the monitor.
+    pub fn kill_monitor(&self) {
+        kill(self.daemon("mon"), Signal::SIGKILL).expect("the monitor runs");
+    }
+
+    /// Starts the monitor again.
+    #[track_caller]
+    pub fn start_monitor(&self) {
+        self.script(&["mon"]);
     }
 }
 
@@ -176,6 +192,13 @@ impl Cluster {
     fn osd_goes_on(&self) -> nix::Result<()> {
         kill(self.osd(), Signal::SIGCONT)
     }
+}
+
+/// What stands in the metadata of an image in the namespace `n`, which somebody has for writing.
+#[track_caller]
+pub fn tenure(cluster: &Cluster, name: &str) -> serde_json::Value {
+    let text = cluster.tool(&["rbd", "image-meta", "get", &format!("rbd/n/{name}"), "sealblk"]);
+    serde_json::from_str(&text).expect("JSON")
 }
 
 /// Lets a store's commands find librbd.
@@ -206,10 +229,29 @@ pub fn elsewhere(rig: &Rig) -> Rig {
 pub fn server_of(host: &Host) -> Pid {
     let mut found = None;
     wait_for("an image is served", || {
-        found = children(host.pid()).into_iter().filter(is_keeper).flat_map(children).next();
+        found = children(host.pid()).into_iter().filter(is_keeper).flat_map(children).find(has_librbd);
         found.map(drop).ok_or("nobody serves it")
     });
     found.expect("found above")
+}
+
+/// The process that has the image of a host process for it, and starts its server.
+pub fn keeper_of(host: &Host) -> Pid {
+    children(host.pid()).into_iter().find(is_keeper).expect("it has one")
+}
+
+/// The one that goes on when this one has ended.
+pub fn spare_of(keeper: Pid) -> Pid {
+    let mut found = None;
+    wait_for("there is another keeper", || {
+        found = children(keeper).into_iter().find(|it| !has_librbd(it));
+        found.map(drop).ok_or("there is none")
+    });
+    found.expect("found above")
+}
+
+fn has_librbd(pid: &Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("librbd"))
 }
 
 fn is_keeper(pid: &Pid) -> bool {

@@ -1,11 +1,11 @@
 //! A cluster that is slow, gone for a while, or full.
 
-use super::cluster::{Cluster, rig};
+use super::cluster::{Cluster, rig, server_of};
 use crate::common::frontend::block::{IOERR, OK};
 use crate::common::frontend::{Request, Segment};
 use crate::common::patience::wait_for;
 use crate::nbd::server::content;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 const SIZE: usize = 8 << 20;
 
@@ -19,6 +19,27 @@ fn an_osd_that_is_killed_and_comes_back_is_a_pause() {
         guest.writes_survive(seed, || {
             cluster.signal_osd(Signal::SIGKILL);
             cluster.start_osd();
+        });
+        guest.work();
+    }
+    let data = guest.leave();
+    host.end();
+    assert!(content(&rig, "volume", "t") == data);
+}
+
+#[test]
+fn a_monitor_that_is_away_is_missed_by_those_alone_who_connect() {
+    let cluster = Cluster::own();
+    let rig = rig(&cluster, "monitor", &[]);
+    let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
+    guest.work();
+    for seed in [1, 100] {
+        cluster.kill_monitor();
+        guest.work();
+        // Who is to serve the image from now on has to ask the monitor where it is.
+        guest.writes_survive(seed, || {
+            kill(server_of(&host), Signal::SIGKILL).unwrap();
+            cluster.start_monitor();
         });
         guest.work();
     }

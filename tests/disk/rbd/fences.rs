@@ -1,7 +1,7 @@
 //! One host at a time: who else wants an image is refused with the holder's name, and who has lost one is
 //! answered nothing any more.
 
-use super::cluster::{Cluster, elsewhere, rig, server_of};
+use super::cluster::{Cluster, elsewhere, keeper_of, rig, server_of, spare_of, tenure};
 use crate::common::attach::read;
 use crate::common::disk::pattern;
 use crate::common::frontend::Request;
@@ -12,11 +12,6 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 const SIZE: usize = 8 << 20;
-
-fn tenure(cluster: &Cluster, name: &str) -> Value {
-    let text = cluster.tool(&["rbd", "image-meta", "get", &format!("rbd/n/{name}"), "sealblk"]);
-    serde_json::from_str(&text).expect("JSON")
-}
 
 #[test]
 fn a_second_host_is_refused_with_the_name_of_the_first() {
@@ -156,6 +151,29 @@ fn a_host_process_that_was_killed_is_followed_at_once_on_its_host() {
 }
 
 #[test]
+fn a_host_process_that_is_killed_under_load_loses_nothing_that_it_has_acknowledged() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "loaded", &[]);
+    let mut data = vec![0; SIZE];
+    for _ in 0..3 {
+        let (host, mut guest) = rig.attach("t", 512, data);
+        guest.work();
+        let begun = guest.begin_side_by_side();
+        host.crash();
+        data = std::mem::take(&mut guest.data);
+        drop(guest);
+        // Each of what was in flight is there, or what was there before; and stays so.
+        let (host, mut guest) = rig.attach("t", 512, data);
+        guest.find(begun);
+        guest.look();
+        guest.work();
+        data = guest.leave();
+        host.end();
+    }
+    assert!(content(&rig, "volume", "t") == data);
+}
+
+#[test]
 fn whoever_writes_tells_so_in_the_image_and_takes_it_away_again() {
     let cluster = Cluster::shared();
     let rig = rig(cluster, "tenure", &[]);
@@ -174,16 +192,22 @@ fn whoever_writes_tells_so_in_the_image_and_takes_it_away_again() {
 }
 
 #[test]
-fn a_volume_in_an_image_is_handed_over_to_no_other_process() {
+fn a_keeper_that_is_killed_is_followed_by_another_one_and_the_guest_sees_a_pause() {
     let cluster = Cluster::shared();
-    let rig = rig(cluster, "handed", &[]);
+    let rig = rig(cluster, "keeper", &[]);
     let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
     guest.work();
-    let said = rig.refuse(8, &["upgrade", "t"]);
-    assert!(said.contains("no process takes it over"), "{said}");
-    let said = rig.place.refuse(8, &["--incoming"]);
-    assert!(said.contains("no process takes it over"), "{said}");
-    guest.work();
+    let before = tenure(cluster, "keeper");
+    let mut keeper = keeper_of(&host);
+    for seed in [1, 100, 200] {
+        let spare = spare_of(keeper);
+        // Its server goes with it.
+        guest.writes_survive(seed, || kill(keeper, Signal::SIGKILL).unwrap());
+        guest.work();
+        keeper = spare;
+    }
+    host.says("what keeps it for this process has ended; another one goes on");
+    assert_eq!(tenure(cluster, "keeper")["tenure"], before["tenure"], "it is the same attach");
     let data = guest.leave();
     host.end();
     assert!(content(&rig, "volume", "t") == data);

@@ -1,10 +1,14 @@
 //! What can be done to a volume can be done to one in an image, and what the image has is
 //! what the format says.
 
-use super::cluster::{Cluster, elsewhere, rig, with_ceph};
+use super::cluster::{Cluster, elsewhere, rig, server_of, with_ceph};
+use crate::common::frontend::block::OK;
+use crate::common::frontend::{Request, Segment};
 use crate::common::store::Store;
 use crate::devices::rig::{MIB, is_zero, refuse};
 use crate::nbd::server::content;
+use crate::nbd::ways::{by_an_ordinary_user, for_reading_alone};
+use nix::sys::signal::{Signal, kill};
 
 const SIZE: usize = 8 << 20;
 
@@ -76,6 +80,56 @@ fn discards_give_space_back_and_what_is_zeros_is_not_there() {
     let used: serde_json::Value = serde_json::from_str(&used).unwrap();
     // The header's object, and that of the volume's first bytes, which is the same.
     assert_eq!(used["images"][0]["used_size"], 4 * MIB, "{used}");
+}
+
+#[test]
+fn zeros_and_discards_are_exact_to_the_sector() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "exact", &[]);
+    let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
+    let full = crate::common::disk::pattern(5, SIZE);
+    for (n, bytes) in full.chunks(1 << 20).enumerate() {
+        let write = Request::write(n as u64 * 2048, bytes);
+        assert_eq!(write.run(&mut guest.session.rings[0]).unwrap().status, OK);
+    }
+    guest.data = full;
+    // Within an object, at its ends, over them, and all of one; the first ends 3 MiB into the volume.
+    let ranges = [(3, 1), (100, 7), (6143, 1), (6144, 1), (6150, 3), (14335, 2), (14340, 1000), (15999, 385)];
+    for (n, (sector, count)) in ranges.into_iter().enumerate() {
+        let flags = u32::from(n % 2 == 0);
+        let zero = Request::write_zeroes(&[Segment { sector, count, flags }]);
+        let ring = &mut guest.session.rings[n % 2];
+        assert_eq!(zero.run(ring).unwrap().status, OK, "{count} sectors at {sector}");
+        guest.data[sector as usize * 512..][..count as usize * 512].fill(0);
+    }
+    // A whole object but for its first and last sector.
+    let discard = Request::discard(&[Segment { sector: 6145 + 6, count: 8191 - 7, flags: 0 }]);
+    assert_eq!(discard.run(&mut guest.session.rings[0]).unwrap().status, OK);
+    guest.data[(6145 + 6) * 512..14335 * 512].fill(0);
+    guest.look();
+    let data = guest.leave();
+    host.end();
+    assert!(content(&rig, "volume", "t") == data);
+    // What is zeros is not there, and everything else is.
+    let image = &cluster.content("exact")[MIB as usize..];
+    for (n, (sector, stored)) in data.chunks(512).zip(image.chunks(512)).enumerate() {
+        assert_eq!(is_zero(sector), is_zero(stored), "sector {n}");
+    }
+}
+
+#[test]
+fn an_ordinary_user_s_process_is_served_and_connected_again() {
+    let rig = rig(Cluster::shared(), "user", &[]);
+    by_an_ordinary_user(&rig, |host| kill(server_of(host), Signal::SIGKILL).unwrap());
+}
+
+#[test]
+fn what_is_attached_for_reading_takes_no_lock_and_is_not_written() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "read", &[]);
+    for_reading_alone(&rig);
+    let list = cluster.tool(&["rbd", "image-meta", "ls", "--format", "json", "rbd/n/read"]);
+    assert_eq!(list.trim(), "");
 }
 
 #[test]

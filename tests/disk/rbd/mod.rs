@@ -3,6 +3,7 @@
 mod cluster;
 mod faults;
 mod fences;
+mod handover;
 mod life;
 mod partition;
 mod pool;
