@@ -1,9 +1,11 @@
 //! What can be done to a volume can be done to one in an image, and what the image has is
 //! what the format says.
 
-use super::cluster::{Cluster, elsewhere, rig, server_of, with_ceph};
+use super::cluster::{Cluster, elsewhere, keeper_of, rig, server_of, with_ceph};
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
+use crate::common::leaks::{Needles, look_through};
+use crate::common::patience::wait_for;
 use crate::common::store::Store;
 use crate::devices::rig::{MIB, is_zero, refuse};
 use crate::nbd::server::content;
@@ -249,6 +251,36 @@ fn a_volume_goes_with_its_image_to_another_host_and_back() {
     assert!(said.contains("was taken over by another store"), "{said}");
     rig.store().ok(&["volume", "adopt", &cluster.image("a", "adopted")]);
     let (host, mut guest) = rig.attach("t", 512, data);
+    guest.look();
+    guest.leave();
+    host.end();
+}
+
+/// What has librbd, and a network, has ciphertext alone; and what started it has nothing at all.
+#[test]
+fn what_serves_an_image_has_neither_the_data_key_nor_what_the_guest_writes() {
+    let cluster = Cluster::shared();
+    let rig = rig(cluster, "kept-to-itself", &[]);
+    let dek = rig.place.dek();
+    let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
+    guest.work();
+    guest.look();
+    let plaintext = guest.data.chunks(64).find(|piece| piece.iter().filter(|&&b| b == 0).count() < 8);
+    let plaintext = plaintext.expect("it has written something").to_vec();
+    let needles = Needles::of_secrets(&[("the data key", &dek), ("plaintext", &plaintext)]);
+    for (pid, known) in [(server_of(&host), "kept-to-itself"), (keeper_of(&host), "serve-rbd")] {
+        kill(pid, Signal::SIGSTOP).expect("it runs");
+        wait_for("the process stands still", || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it is there");
+            if stat.contains(") T ") { Ok(()) } else { Err(stat) }
+        });
+        let (seen, control) = (look_through(pid, &needles), look_through(pid, &Needles::words(known)));
+        kill(pid, Signal::SIGCONT).expect("it is there");
+        assert!(seen.found.is_empty() && seen.secret == 0, "{:#?}", seen.found);
+        // Whoever does not find what is there is not looking.
+        assert!(seen.bytes > 1 << 20 && !control.found.is_empty(), "{} bytes: {known}", seen.bytes);
+    }
+    guest.work();
     guest.look();
     guest.leave();
     host.end();
