@@ -44,6 +44,19 @@ pub(crate) fn spawn_with(
     Ok((ours, child))
 }
 
+/// As [`spawn`], once `change` has had its say, of a process that is needed until this one has ended: what
+/// ends this one from a terminal (Ctrl-C goes to a whole process group) is not for the other, which ends when
+/// its socket does.
+pub(crate) fn spawn_lasting(
+    root: &Root,
+    command: &str,
+    change: impl FnOnce(&mut Command),
+) -> Result<(UnixStream, Child)> {
+    spawn_with(root, None, command, |program| {
+        change(program.process_group(0));
+    })
+}
+
 /// Starts a program as a child of nobody's: of the one who takes in orphans, which is the service manager
 /// where there is one. What that has for the main process of a service is to be a child of its own: of
 /// another's it is not told when it ends, and may not wait for that.

@@ -284,7 +284,7 @@ impl Carriers {
     /// # Errors
     /// What keeps it from being started.
     pub(crate) fn start(root: &Root) -> Result<Self> {
-        let (socket, _child) = child::spawn(root, STARTER)?;
+        let (socket, _child) = child::spawn_lasting(root, STARTER, |_| {})?;
         socket.set_read_timeout(Some(TIME))?;
         Ok(Carriers { socket, _child })
     }

@@ -46,7 +46,7 @@ enum Answer {
 /// What keeps it from being started.
 pub fn start(root: &Root, addresses: Vec<Address>, log: Option<BorrowedFd<'_>>) -> Result<()> {
     let log = log.map(|log| log.try_clone_to_owned()).transpose()?;
-    let (socket, child) = child::spawn_with(root, None, COMMAND, |program| {
+    let (socket, child) = child::spawn_lasting(root, COMMAND, |program| {
         if let Some(log) = log {
             program.stderr(log);
         }

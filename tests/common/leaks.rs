@@ -214,6 +214,20 @@ fn look_through_one(memory: &File, mapping: &Mapping, needles: &Needles, seen: &
     }
 }
 
+/// What is typed at a terminal to end a process reaches none of those that it has started, of which there are
+/// some: they are needed until it has ended.
+#[track_caller]
+pub fn assert_children_outlive_ctrl_c(pid: Pid) {
+    let group = |pid| nix::unistd::getpgid(Some(pid)).expect("it is there");
+    let children = children(pid);
+    assert!(!children.is_empty());
+    for child in children {
+        let number = child.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+        let command = fs::read(child.join("cmdline")).unwrap_or_default();
+        assert!(group(Pid::from_raw(number)) != group(pid), "{}", String::from_utf8_lossy(&command));
+    }
+}
+
 /// The processes whose parent is `pid`.
 pub fn children(pid: Pid) -> Vec<PathBuf> {
     let processes = fs::read_dir("/proc").expect("list the processes").map(|e| e.expect("list").path());

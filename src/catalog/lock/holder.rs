@@ -96,9 +96,16 @@ impl Holder {
     /// look: to it, whoever the file names does.
     pub(crate) fn is_seen_alive(&self) -> bool {
         match read_stat(&self.pid.to_string()) {
-            Ok(stat) => start_time(&stat) == Some(self.start_time),
+            Ok(stat) => start_time(&stat) == Some(self.start_time) && !self.is_left_over(&stat),
             Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
         }
+    }
+
+    /// Whether it has ended, with all of its threads, and its parent has not asked for that yet. Where nobody
+    /// takes in orphans, as in some containers, the parent never does.
+    fn is_left_over(&self, stat: &str) -> bool {
+        let threads = || std::fs::read_dir(format!("/proc/{}/task", self.pid)).map_or(0, Iterator::count);
+        after_name(stat).and_then(|mut fields| fields.next()) == Some("Z") && threads() <= 1
     }
 
     /// Whether its process id means, as far as it says, what it means here.
@@ -174,9 +181,12 @@ impl fmt::Display for Holder {
 
 /// Field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)): when the process began.
 fn start_time(stat: &str) -> Option<u64> {
-    // The name, field 2, is in parentheses and may hold anything, parentheses too.
-    let (_, after) = stat.rsplit_once(')')?;
-    after.split_whitespace().nth(19)?.parse().ok()
+    after_name(stat)?.nth(19)?.parse().ok()
+}
+
+/// The fields from the third on. The name, field 2, is in parentheses and may hold anything, parentheses too.
+fn after_name(stat: &str) -> Option<impl Iterator<Item = &str>> {
+    stat.rsplit_once(')').map(|(_, after)| after.split_whitespace())
 }
 
 fn read_stat(pid: &str) -> io::Result<String> {
@@ -186,6 +196,24 @@ fn read_stat(pid: &str) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_has_ended_is_not_alive_though_nobody_has_asked_for_it() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let mut holder = Holder::this_process(Purpose::Attach, None).unwrap();
+        holder.pid = child.id();
+        holder.start_time = start_time(&read_stat(&holder.pid.to_string()).unwrap()).unwrap();
+        assert!(holder.is_seen_alive());
+        child.kill().unwrap();
+        // It is a zombie soon, until it is waited for.
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while holder.is_seen_alive() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(read_stat(&holder.pid.to_string()).unwrap().contains(") Z "));
+        assert!(!holder.is_seen_alive());
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_holder_elsewhere_is_said_to_be_there() {

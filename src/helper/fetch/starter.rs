@@ -62,7 +62,7 @@ impl Starter {
     /// What keeps it from being started.
     pub(super) fn start(root: &Root, log: Option<BorrowedFd<'_>>) -> Result<Self> {
         let log = log.map(|log| log.try_clone_to_owned()).transpose()?;
-        let (socket, _child) = child::spawn_with(root, None, STARTER, |program| {
+        let (socket, _child) = child::spawn_lasting(root, STARTER, |program| {
             if let Some(log) = log {
                 program.stderr(log);
             }

@@ -141,7 +141,7 @@ struct Line {
 
 impl Keeper {
     fn start(image: &Image, right: Right) -> Result<Keeper> {
-        let (socket, child) = child::spawn_with(&Root::new("/"), None, COMMAND, |program| {
+        let (socket, child) = child::spawn_lasting(&Root::new("/"), COMMAND, |program| {
             stranger::keep_back(program);
             // It says nothing there, and somebody may wait until nobody can any more.
             program.stderr(Stdio::null());

@@ -288,21 +288,10 @@ fn end() -> ! {
 /// What is to be seen of a process from here.
 fn see(holder: &Holder) -> Seen {
     match (holder.has_an_id_of_here(), holder.is_seen_alive()) {
-        (true, true) if is_left_over(holder.pid) => Seen::Ended,
         (true, true) => Seen::Running,
         (true, false) => Seen::Ended,
         (false, _) => Seen::Nothing,
     }
-}
-
-/// Whether a process has ended, with all of its threads, and its parent has not asked for that yet. Where
-/// nobody takes in orphans, as in some containers, the parent never does.
-fn is_left_over(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name before that may have anything in it.
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next());
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, |threads| threads.count());
-    state == Some("Z") && threads == 1
 }
 
 /// The files that librbd needs.

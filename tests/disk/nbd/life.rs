@@ -7,6 +7,7 @@ use crate::common::disk::pattern;
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
 use crate::common::killed::{End, killed_before};
+use crate::common::leaks::assert_children_outlive_ctrl_c;
 use crate::common::store::{Store, said};
 use crate::common::successor::Successor;
 use crate::devices::rig::{MIB, Rig, is_zero, refuse};
@@ -110,6 +111,7 @@ fn a_server_that_is_slow_is_waited_for() {
     let _server = exported.by_nbdkit(&["delay"], &["wdelay=3ms", "rdelay=2ms", "delay-zero=3ms"]);
     let rig = rig(&exported.address(), &[]);
     let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
+    assert_children_outlive_ctrl_c(host.pid());
     guest.work();
     let data = guest.leave();
     host.end();

@@ -4,7 +4,7 @@
 use super::cluster::{Cluster, elsewhere, keeper_of, rig, server_of, with_ceph};
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
-use crate::common::leaks::{Needles, look_through};
+use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, look_through};
 use crate::common::patience::wait_for;
 use crate::common::store::Store;
 use crate::devices::rig::{MIB, is_zero, refuse};
@@ -280,6 +280,7 @@ fn what_serves_an_image_has_neither_the_data_key_nor_what_the_guest_writes() {
         // Whoever does not find what is there is not looking.
         assert!(seen.bytes > 1 << 20 && !control.found.is_empty(), "{} bytes: {known}", seen.bytes);
     }
+    assert_children_outlive_ctrl_c(host.pid());
     guest.work();
     guest.look();
     guest.leave();

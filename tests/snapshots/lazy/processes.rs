@@ -4,7 +4,7 @@
 use super::{assert_holds, attach, coming, fails, pushed, read_all, results, said, wait_until_complete};
 use crate::common::attach::{open, read};
 use crate::common::killed::{End, killed_before};
-use crate::common::leaks::{Needles, look_through};
+use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, look_through};
 use crate::common::patience::wait_for;
 use crate::common::process::ended;
 use crate::common::rig::Rig;
@@ -141,6 +141,7 @@ fn the_data_key_is_in_no_process_beside_the_host_and_no_key_where_a_network_is()
     let fetcher = helper(host.pid(), "fetch");
     let (starter, carrier) = (helper(fetcher, "start-carriers"), helper(fetcher, "carry"));
     let of_fetchers = helper(host.pid(), "start-fetchers");
+    assert_children_outlive_ctrl_c(host.pid());
     // What is looked at must stand still.
     let all = [fetcher, starter, carrier, of_fetchers];
     all.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).expect("it runs"));

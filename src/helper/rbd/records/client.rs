@@ -16,7 +16,6 @@ use crate::sandbox::stranger;
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Mutex;
@@ -146,11 +145,7 @@ struct Conversation {
 
 impl Client {
     fn start(address: &Address) -> Result<(Client, String)> {
-        let (socket, child) = child::spawn_with(&Root::new("/"), None, COMMAND, |program| {
-            stranger::keep_back(program);
-            // What ends this process from a terminal is for this one: the other is needed until the end.
-            program.process_group(0);
-        })?;
+        let (socket, child) = child::spawn_lasting(&Root::new("/"), COMMAND, stranger::keep_back)?;
         let client = Client::over(socket, Some(child))?;
         let begin = Begin { image: address.image.to_string() };
         match client.say_and_hear(&begin)? {
