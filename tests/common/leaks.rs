@@ -1,8 +1,10 @@
 //! Looking for a data key where it must not be: in a process's memory as root sees it, in
 //! files, in what is printed.
 
+use super::patience::wait_for;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -212,6 +214,21 @@ fn look_through_one(memory: &File, mapping: &Mapping, needles: &Needles, seen: &
         }
         at += step as u64 - overlap;
     }
+}
+
+/// A process that has no memory for keys has none of these, but `known`: whoever does not find what is there
+/// is not looking. It stands still meanwhile.
+#[track_caller]
+pub fn assert_has_none(pid: Pid, needles: &Needles, known: &str) {
+    kill(pid, Signal::SIGSTOP).expect("it runs");
+    wait_for("the process stands still", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it is there");
+        if stat.contains(") T ") { Ok(()) } else { Err(stat) }
+    });
+    let (seen, control) = (look_through(pid, needles), look_through(pid, &Needles::words(known)));
+    kill(pid, Signal::SIGCONT).expect("it is there");
+    assert!(seen.found.is_empty() && seen.secret == 0, "{:#?}", seen.found);
+    assert!(seen.bytes > 1 << 20 && !control.found.is_empty(), "{} bytes: {known}", seen.bytes);
 }
 
 /// What is typed at a terminal to end a process reaches none of those that it has started, of which there are

@@ -111,6 +111,12 @@ impl Writer {
         Writer { session, data: vec![0; size], random: Random::new(size as u64 + 1), sector: rig.sector }
     }
 
+    /// 64 bytes of what the disk holds, hardly any of which is zero.
+    pub fn some_written(&self) -> Vec<u8> {
+        let piece = self.data.chunks(64).find(|piece| piece.iter().filter(|&&byte| byte == 0).count() < 8);
+        piece.expect("something was written").to_vec()
+    }
+
     fn seed(&mut self) -> u64 {
         self.random.below(u64::MAX - 1) + 1
     }

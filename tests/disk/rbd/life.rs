@@ -4,8 +4,7 @@
 use super::cluster::{Cluster, elsewhere, keeper_of, rig, server_of, with_ceph};
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
-use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, look_through};
-use crate::common::patience::wait_for;
+use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, assert_has_none};
 use crate::common::store::Store;
 use crate::devices::rig::{MIB, is_zero, refuse};
 use crate::nbd::server::content;
@@ -265,20 +264,10 @@ fn what_serves_an_image_has_neither_the_data_key_nor_what_the_guest_writes() {
     let (host, mut guest) = rig.attach("t", 512, vec![0; SIZE]);
     guest.work();
     guest.look();
-    let plaintext = guest.data.chunks(64).find(|piece| piece.iter().filter(|&&b| b == 0).count() < 8);
-    let plaintext = plaintext.expect("it has written something").to_vec();
+    let plaintext = guest.some_written();
     let needles = Needles::of_secrets(&[("the data key", &dek), ("plaintext", &plaintext)]);
     for (pid, known) in [(server_of(&host), "kept-to-itself"), (keeper_of(&host), "serve-rbd")] {
-        kill(pid, Signal::SIGSTOP).expect("it runs");
-        wait_for("the process stands still", || {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it is there");
-            if stat.contains(") T ") { Ok(()) } else { Err(stat) }
-        });
-        let (seen, control) = (look_through(pid, &needles), look_through(pid, &Needles::words(known)));
-        kill(pid, Signal::SIGCONT).expect("it is there");
-        assert!(seen.found.is_empty() && seen.secret == 0, "{:#?}", seen.found);
-        // Whoever does not find what is there is not looking.
-        assert!(seen.bytes > 1 << 20 && !control.found.is_empty(), "{} bytes: {known}", seen.bytes);
+        assert_has_none(pid, &needles, known);
     }
     assert_children_outlive_ctrl_c(host.pid());
     guest.work();

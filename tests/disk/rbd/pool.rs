@@ -6,6 +6,7 @@ use crate::common::attach::{Host, Place};
 use crate::common::frontend::load::Random;
 use crate::common::frontend::{Options, Session};
 use crate::common::killed::stopped_before_saying;
+use crate::common::leaks::{Needles, assert_has_none};
 use crate::common::patience::wait_for;
 use crate::common::store::{Store, said, sockets};
 use crate::devices::rig::refuse;
@@ -319,6 +320,10 @@ fn what_reaches_the_pool_is_confined_and_an_attach_goes_on_without_it() {
     let (a, b) = two(cluster, "pool-helper");
     let (host, mut guest) = a.attach("t", vec![0; SIZE]);
     let helper = helper_of(host.pid()).expect("it has one");
+    guest.work();
+    guest.look();
+    let plaintext = guest.some_written();
+    assert_has_none(helper, &Needles::of_secrets(&[("plaintext", &plaintext)]), "pool-helper");
     let status = fs::read_to_string(format!("/proc/{helper}/status")).unwrap();
     for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000"] {
         assert!(status.contains(line), "{status}");
