@@ -134,6 +134,7 @@ pub const CALLS: &[i64] = &[
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getegid,
+    libc::SYS_setpgid,
     libc::SYS_setsid,
     libc::SYS_getrlimit,
     libc::SYS_setrlimit,
