@@ -8,8 +8,9 @@ mod common;
 use crate::common::attach::{Host, Place, flush, open, read, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::{Framing, Request, Segment, Session, block};
+use crate::common::helpers::children;
 use crate::common::kms_server::{KmsServer, set};
-use crate::common::leaks::{Needles, children, look_through};
+use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::{limit, wait_for};
 use crate::common::process::{INHERITED, inherit, tie_to_test, wait_within};
 use crate::common::softhsm::{SoftHsm, give_pin};
@@ -324,7 +325,7 @@ fn the_helper_is_gone_when_a_vmm_can_connect() {
     let place = Place::new(&[]);
     for _ in 0..5 {
         let host = place.attach(&[]);
-        assert_eq!(children(host.pid()), [""; 0].map(Into::<std::path::PathBuf>::into));
+        assert_eq!(children(host.pid()), [] as [Pid; 0]);
         // Nor is what came from it kept as a descriptor: the memory is mapped, and that is all.
         for fd in fs::read_dir(host.proc("fd")).expect("list the descriptors") {
             let to = fs::read_link(fd.expect("list the descriptors").path()).unwrap_or_default();
@@ -343,10 +344,9 @@ fn the_keeper_of_the_grants_has_no_key() {
     use_disk(&mut open(&place.socket()));
     let keepers = children(host.pid());
     assert_eq!(keepers.len(), 1);
-    let pid = keepers[0].file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
-    let traced = Traced::seize(Pid::from_raw(pid), 0);
+    let traced = Traced::seize(keepers[0], 0);
     traced.interrupt();
-    let seen = look_through(Pid::from_raw(pid), &needles);
+    let seen = look_through(keepers[0], &needles);
     assert!(seen.found.is_empty(), "{:#?}", seen.found);
     assert!(seen.secret == 0 && seen.bytes > 1 << 20, "{} bytes", seen.bytes);
     drop(traced);
@@ -524,8 +524,6 @@ fn the_process_that_has_an_hsm_s_module_keeps_no_data_key() {
     let dek = unwrapped_by_helper(&place);
     host.end();
     let module = children(kms.pid()).pop().expect("it has the module");
-    let module = module.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
-    let module = Pid::from_raw(module);
     for pid in [module, kms.pid()] {
         signal::kill(pid, Signal::SIGSTOP).expect("it runs");
         let seen = look_through(pid, &Needles::of_key(&dek));

@@ -29,12 +29,7 @@ impl Several {
         command.extend(["--also-key", "alias/b", "--also-key", "alias/c"].iter().take(2 * (keys - 1)));
         place.store.ok(&command);
         let several = Several { place };
-        let host = several.place.attach(&[]);
-        let mut session = open(&several.place.socket());
-        write(&mut session.rings[0], 128, &data());
-        flush(&mut session.rings[0]);
-        drop(session);
-        host.end();
+        several.place.put(128, &data());
         several
     }
 

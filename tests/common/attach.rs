@@ -158,6 +158,17 @@ impl Place {
         self.start(self.attach_command(arguments), vec![])
     }
 
+    /// Attaches the volume for as long as it takes to write this, durably.
+    #[track_caller]
+    pub fn put(&self, sector: u64, data: &[u8]) {
+        let host = self.attach(&[]);
+        let mut session = open(&self.socket());
+        write(&mut session.rings[0], sector, data);
+        flush(&mut session.rings[0]);
+        drop(session);
+        host.end();
+    }
+
     /// Starts an attach, which inherits `keep`, and waits until it is ready.
     #[track_caller]
     pub fn start(&self, command: Command, keep: Vec<OwnedFd>) -> Host {

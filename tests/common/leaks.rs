@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Bytes of a piece of the key. Round keys 0 and 1 of AES-256 are the key itself, so that pieces of this size
 /// find an expanded key as well, and half a key.
@@ -229,30 +229,4 @@ pub fn assert_has_none(pid: Pid, needles: &Needles, known: &str) {
     kill(pid, Signal::SIGCONT).expect("it is there");
     assert!(seen.found.is_empty() && seen.secret == 0, "{:#?}", seen.found);
     assert!(seen.bytes > 1 << 20 && !control.found.is_empty(), "{} bytes: {known}", seen.bytes);
-}
-
-/// What is typed at a terminal to end a process reaches none of those that it has started, of which there are
-/// some: they are needed until it has ended.
-#[track_caller]
-pub fn assert_children_outlive_ctrl_c(pid: Pid) {
-    let group = |pid| nix::unistd::getpgid(Some(pid)).expect("it is there");
-    let children = children(pid);
-    assert!(!children.is_empty());
-    for child in children {
-        let number = child.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
-        let command = fs::read(child.join("cmdline")).unwrap_or_default();
-        assert!(group(Pid::from_raw(number)) != group(pid), "{}", String::from_utf8_lossy(&command));
-    }
-}
-
-/// The processes whose parent is `pid`.
-pub fn children(pid: Pid) -> Vec<PathBuf> {
-    let processes = fs::read_dir("/proc").expect("list the processes").map(|e| e.expect("list").path());
-    let is_child = |process: &PathBuf| {
-        // Not a process, or one that has ended meanwhile.
-        let Ok(stat) = fs::read_to_string(process.join("stat")) else { return false };
-        let after_name = stat.rsplit_once(')').expect("a name in parentheses").1;
-        after_name.split_whitespace().nth(1) == Some(pid.to_string().as_str())
-    };
-    processes.filter(is_child).collect()
 }

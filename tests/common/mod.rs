@@ -9,6 +9,7 @@ pub mod disk;
 pub mod forward;
 pub mod frontend;
 pub mod guest;
+pub mod helpers;
 pub mod killed;
 pub mod kms_server;
 pub mod leaks;

@@ -1,9 +1,10 @@
 //! Keys in HSMs, from outside: SoftHSM's tokens, the real program, and its wire by boto3.
 
-use crate::common::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, open, read};
 use crate::common::disk::pattern;
+use crate::common::helpers::children;
 use crate::common::kms_server::{KmsServer, Principal};
-use crate::common::leaks::{Needles, children};
+use crate::common::leaks::Needles;
 use crate::common::patience::{limit, wait_for};
 use crate::common::softhsm::{SoftHsm, give_pin};
 use crate::common::store::{Store, said};
@@ -38,12 +39,7 @@ impl Site {
             store.ok(&["key", "create", "--key-store", label, "--alias", label]);
         }
         let place = Place::of(store, &["--key", "alias/one"]);
-        let host = place.attach(&[]);
-        let mut session = open(&place.socket());
-        write(&mut session.rings[0], 128, &data());
-        flush(&mut session.rings[0]);
-        drop(session);
-        host.end();
+        place.put(128, &data());
         Site { hsm, place }
     }
 
@@ -384,9 +380,8 @@ impl Served {
 
     /// The process that has the module.
     fn module(&self) -> Option<(Pid, PathBuf)> {
-        let process = children(self.kms.pid()).pop()?;
-        let number = process.file_name()?.to_str()?.parse().ok()?;
-        Some((Pid::from_raw(number), process))
+        let module = children(self.kms.pid()).pop()?;
+        Some((module, Path::new("/proc").join(module.to_string())))
     }
 }
 

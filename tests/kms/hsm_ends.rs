@@ -1,7 +1,7 @@
 //! The process that has an HSM's module ends at each of its calls, whatever needs a key at that moment: that
 //! succeeds by another session, or is refused in words; nothing half made is left, and a second try succeeds.
 
-use crate::common::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, open, read};
 use crate::common::disk::pattern;
 use crate::common::softhsm::{SoftHsm, give_pin};
 use crate::common::store::{Store, said};
@@ -49,12 +49,7 @@ impl Site {
         assert!(output.status.success(), "{}", said(&output));
         store.ok(&["key", "create", "--key-store", "one", "--alias", "one"]);
         let place = Place::of(store, &["--key", "alias/one"]);
-        let host = place.attach(&[]);
-        let mut session = open(&place.socket());
-        write(&mut session.rings[0], 128, &data());
-        flush(&mut session.rings[0]);
-        drop(session);
-        host.end();
+        place.put(128, &data());
         Site { place, at, hsm, _folder: folder }
     }
 

@@ -1,7 +1,7 @@
 //! Data keys that several KMS keys wrap: the embedded KMS's own, one in a token of an HSM, and those of a KMS
 //! elsewhere. With each of them in each bad state, whatever needs the data key has it by another one.
 
-use crate::common::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, open, read};
 use crate::common::disk::pattern;
 use crate::common::kms_server::{KmsServer, Principal};
 use crate::common::softhsm::{SoftHsm, give_pin};
@@ -98,12 +98,7 @@ impl Mixed {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let place = Place::of(store, &arguments);
         assert_eq!(place.metadata().keys()[0].slots().len(), kinds.len());
-        let host = place.attach(&[]);
-        let mut session = open(&place.socket());
-        write(&mut session.rings[0], 128, &data());
-        flush(&mut session.rings[0]);
-        drop(session);
-        host.end();
+        place.put(128, &data());
         let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
         Mixed { hsm, kms, root, place, keys, snapshot }
     }

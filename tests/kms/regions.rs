@@ -1,6 +1,6 @@
 //! Multi-Region keys between the KMS servers of two regions, which speak TLS, and hosts that use them.
 
-use crate::common::attach::{Place, flush, open, read, write};
+use crate::common::attach::{Place, open, read};
 use crate::common::disk::pattern;
 use crate::common::kms_server::{KmsServer, Principal, set};
 use crate::common::leaks::{Needles, look_through};
@@ -470,12 +470,7 @@ fn a_copy_for_another_region_is_by_the_related_key_there_and_needs_no_other_regi
     store.set_environment(root.environment(&wire.url));
     let place = Place::of(store, &["--key", &format!("aws:{}", arn(HOME, &id))]);
     let data = pattern(1, 1 << 16);
-    let host = place.attach(&[]);
-    let mut session = open(&place.socket());
-    write(&mut session.rings[0], 128, &data);
-    flush(&mut session.rings[0]);
-    drop(session);
-    host.end();
+    place.put(128, &data);
     let snapshot = place.store.ok(&["snapshot", "create", "t"]).trim().to_owned();
     let before = wire.passed.lock().expect("not poisoned").len();
     let copy = place.store.ok(&["snapshot", "copy", &snapshot, "--region", FAR]).trim().to_owned();

@@ -3,7 +3,8 @@
 
 use crate::common::attach::{flush, open, write};
 use crate::common::disk::pattern;
-use crate::common::leaks::{Needles, children, look_through};
+use crate::common::helpers::helper;
+use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::{limit, wait_for};
 use crate::common::process::{tie_to_test, wait_within};
 use crate::common::rig::{Rig, files};
@@ -84,23 +85,6 @@ fn arrived(other: &Store) -> Vec<String> {
     let mut names: Vec<String> = files(&other.root().join("arrivals/place")).iter().map(name).collect();
     names.sort();
     names
-}
-
-/// The process of this command that `pid` has started, or one that it has started.
-fn helper(pid: Pid, command: &str) -> Pid {
-    wait_for(&format!("the process \"{command}\""), || {
-        let mut all = children(pid);
-        while let Some(process) = all.pop() {
-            let name = process.file_name().and_then(|name| name.to_str()).expect("a number");
-            let pid = Pid::from_raw(name.parse().expect("a number"));
-            let line = fs::read(process.join("cmdline")).unwrap_or_default();
-            if line.split(|&byte| byte == 0).any(|word| word == command.as_bytes()) {
-                return Ok(pid);
-            }
-            all.extend(children(pid));
-        }
-        Err("it is not there")
-    })
 }
 
 #[test]

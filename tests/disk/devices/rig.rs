@@ -26,16 +26,10 @@ impl Rig {
         &self.place.store
     }
 
-    /// Attaches a volume and connects to it, with two rings: a guest that finds this data.
+    /// As [`attach`], of a volume of this store.
     #[track_caller]
     pub fn attach(&self, volume: &str, sector: usize, data: Vec<u8>) -> (Host, Writer) {
-        let socket = sockets(&self.place.folder()).join(format!("{volume}.socket"));
-        let mut command = self.store().command();
-        command.args(["attach", volume, "--queues", "2", "--socket-path"]).arg(&socket);
-        let host = self.place.start(command, vec![]);
-        let session = Session::open(&socket, &Options { queues: 2, ..Options::default() });
-        let random = Random::new(data.len() as u64 + 1);
-        (host, Writer { session: session.expect("it serves a front-end"), data, random, sector })
+        attach(&self.place, volume, sector, data)
     }
 
     /// Runs a command that is refused with this exit code; returns what it says.
@@ -70,6 +64,18 @@ impl Rig {
         let paths = layers.map(|entry| entry.unwrap().path());
         paths.filter(|path| path.extension().is_some_and(|it| it == ending)).collect()
     }
+}
+
+/// Attaches a volume and connects to it, with two rings: a guest that finds this data.
+#[track_caller]
+pub fn attach(place: &Place, volume: &str, sector: usize, data: Vec<u8>) -> (Host, Writer) {
+    let socket = sockets(&place.folder()).join(format!("{volume}.socket"));
+    let mut command = place.store.command();
+    command.args(["attach", volume, "--queues", "2", "--socket-path"]).arg(&socket);
+    let host = place.start(command, vec![]);
+    let session = Session::open(&socket, &Options { queues: 2, ..Options::default() });
+    let random = Random::new(data.len() as u64 + 1);
+    (host, Writer { session: session.expect("it serves a front-end"), data, random, sector })
 }
 
 /// Runs a command that is refused with this exit code; returns what it says.

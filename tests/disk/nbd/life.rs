@@ -6,14 +6,14 @@ use crate::common::attach::{Place, flush, write};
 use crate::common::disk::pattern;
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
+use crate::common::helpers::{assert_children_outlive_ctrl_c, children};
 use crate::common::killed::{End, killed_before};
-use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, assert_has_none, children};
+use crate::common::leaks::{Needles, assert_has_none};
 use crate::common::store::{Store, said};
 use crate::common::successor::Successor;
 use crate::devices::rig::{MIB, Rig, is_zero, refuse};
 use aes::Aes256;
 use aes::cipher::KeyInit;
-use nix::unistd::Pid;
 use std::process::Command;
 use xts_mode::{Xts128, get_tweak_default};
 
@@ -119,8 +119,7 @@ fn a_server_that_is_slow_is_waited_for() {
     let secrets = [("the data key", &rig.place.dek()[..]), ("plaintext", &guest.some_written()[..])];
     let needles = Needles::of_secrets(&secrets);
     for child in children(host.pid()) {
-        let pid = child.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
-        assert_has_none(Pid::from_raw(pid), &needles, "dial-nbd");
+        assert_has_none(child, &needles, "dial-nbd");
     }
     let data = guest.leave();
     host.end();

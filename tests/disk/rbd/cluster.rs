@@ -1,6 +1,7 @@
 //! Clusters of the tests', and stores with a volume in one.
 
 use crate::common::attach::{Host, Place};
+use crate::common::helpers::{children, was_started_with};
 use crate::common::patience::wait_for;
 use crate::common::process::repository;
 use crate::common::store::Store;
@@ -227,12 +228,10 @@ pub fn elsewhere(rig: &Rig) -> Rig {
 
 /// The process that has librbd open for a host process: a child of a child.
 pub fn server_of(host: &Host) -> Pid {
-    let mut found = None;
     wait_for("an image is served", || {
-        found = children(host.pid()).into_iter().filter(is_keeper).flat_map(children).find(has_librbd);
-        found.map(drop).ok_or("nobody serves it")
-    });
-    found.expect("found above")
+        let mut servers = children(host.pid()).into_iter().filter(is_keeper).flat_map(children);
+        servers.find(has_librbd).ok_or("nobody serves it")
+    })
 }
 
 /// The process that has the image of a host process for it, and starts its server.
@@ -242,12 +241,9 @@ pub fn keeper_of(host: &Host) -> Pid {
 
 /// The one that goes on when this one has ended.
 pub fn spare_of(keeper: Pid) -> Pid {
-    let mut found = None;
     wait_for("there is another keeper", || {
-        found = children(keeper).into_iter().find(|it| !has_librbd(it));
-        found.map(drop).ok_or("there is none")
-    });
-    found.expect("found above")
+        children(keeper).into_iter().find(|it| !has_librbd(it)).ok_or("there is none")
+    })
 }
 
 fn has_librbd(pid: &Pid) -> bool {
@@ -255,16 +251,5 @@ fn has_librbd(pid: &Pid) -> bool {
 }
 
 fn is_keeper(pid: &Pid) -> bool {
-    let command = fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
-    command.split(|byte| *byte == 0).any(|word| word == b"serve-rbd")
-}
-
-pub fn children(of: Pid) -> Vec<Pid> {
-    let parent = |stat: &str| stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<i32>().ok();
-    let entries = fs::read_dir("/proc").expect("list processes").flatten();
-    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let is_child = |pid: &i32| {
-        fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| parent(&stat) == Some(of.as_raw()))
-    };
-    numbers.filter(is_child).map(Pid::from_raw).collect()
+    was_started_with(*pid, "serve-rbd")
 }

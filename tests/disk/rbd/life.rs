@@ -4,7 +4,8 @@
 use super::cluster::{Cluster, elsewhere, keeper_of, rig, server_of, with_ceph};
 use crate::common::frontend::block::OK;
 use crate::common::frontend::{Request, Segment};
-use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, assert_has_none};
+use crate::common::helpers::assert_children_outlive_ctrl_c;
+use crate::common::leaks::{Needles, assert_has_none};
 use crate::common::store::Store;
 use crate::devices::rig::{MIB, is_zero, refuse};
 use crate::nbd::server::content;

@@ -1,15 +1,14 @@
 //! Stores that lie in a pool, which two hosts share: each has a user of the cluster, a configuration folder
 //! and a folder for what is its own; they have the store's key, and access to the same KMS.
 
-use super::cluster::{Cluster, children, server_of, with_ceph};
+use super::cluster::{Cluster, server_of, with_ceph};
 use crate::common::attach::{Host, Place};
-use crate::common::frontend::load::Random;
-use crate::common::frontend::{Options, Session};
+use crate::common::helpers::find_helper;
 use crate::common::killed::stopped_before_saying;
 use crate::common::leaks::{Needles, assert_has_none};
 use crate::common::patience::wait_for;
-use crate::common::store::{Store, said, sockets};
-use crate::devices::rig::refuse;
+use crate::common::store::{Store, said};
+use crate::devices::rig::{attach, refuse};
 use crate::host_disks::rig::Writer;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -58,13 +57,7 @@ impl Shared {
     }
 
     fn attach(&self, volume: &str, data: Vec<u8>) -> (Host, Writer) {
-        let socket = sockets(&self.place.folder()).join(format!("{volume}.socket"));
-        let mut command = self.store().command();
-        command.args(["attach", volume, "--queues", "2", "--socket-path"]).arg(&socket);
-        let host = self.place.start(command, vec![]);
-        let session = Session::open(&socket, &Options { queues: 2, ..Options::default() });
-        let random = Random::new(data.len() as u64 + 1);
-        (host, Writer { session: session.expect("it serves a front-end"), data, random, sector: 512 })
+        attach(&self.place, volume, 512, data)
     }
 
     /// The folder of this host, below the one that the address names.
@@ -424,9 +417,7 @@ fn killed(host: &Shared, arguments: &[&str], step: usize, is_helper: bool) -> bo
 
 /// The process that reaches the pool for this one.
 fn helper_of(pid: Pid) -> Option<Pid> {
-    let of = |pid: &Pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let is_it = |pid: &Pid| of(pid).split(|byte| *byte == 0).any(|word| word == b"serve-records");
-    children(pid).into_iter().find(is_it)
+    find_helper(pid, "serve-records")
 }
 
 /// A change that is cut off before each of its steps, by the end of the one process or the other.

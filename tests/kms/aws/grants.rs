@@ -3,8 +3,8 @@
 use crate::aws::faults::{Answer, Faults, nobody};
 use crate::aws::site::Site;
 use crate::common::attach::{Host, Place};
+use crate::common::helpers::children;
 use crate::common::kms_server::{KmsServer, Principal};
-use crate::common::leaks::children;
 use crate::common::patience::wait_for;
 use crate::common::process::ended;
 use crate::common::store::Store;
@@ -32,7 +32,7 @@ fn notes(place: &Place) -> usize {
 fn keeper(host: &Host) -> Pid {
     let all = children(host.pid());
     assert_eq!(all.len(), 1, "{all:?}");
-    Pid::from_raw(all[0].file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number"))
+    all[0]
 }
 
 #[track_caller]

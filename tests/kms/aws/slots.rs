@@ -3,7 +3,7 @@
 
 use crate::aws::faults::{Answer, Faults, nobody};
 use crate::aws::site::Site;
-use crate::common::attach::{Host, Place, flush, open, read, write};
+use crate::common::attach::{Host, Place, open, read};
 use crate::common::disk::pattern;
 use crate::common::store::said;
 use crate::suite::Admin;
@@ -27,12 +27,7 @@ impl Both {
         site.place.store.ok(&["volume", "key", "add", "t", "--key", "alias/here"]);
         let here = site.place.kms().describe("alias/here").expect("it was made").key_id;
         let both = Both { site, here };
-        let host = both.place().attach(&[]);
-        let mut session = open(&both.place().socket());
-        write(&mut session.rings[0], 128, &data());
-        flush(&mut session.rings[0]);
-        drop(session);
-        host.end();
+        both.place().put(128, &data());
         both
     }
 

@@ -3,8 +3,9 @@
 
 use super::{assert_holds, attach, coming, fails, pushed, read_all, results, said, wait_until_complete};
 use crate::common::attach::{open, read};
+use crate::common::helpers::{assert_children_outlive_ctrl_c, find_helper, helper};
 use crate::common::killed::{End, killed_before};
-use crate::common::leaks::{Needles, assert_children_outlive_ctrl_c, look_through};
+use crate::common::leaks::{Needles, look_through};
 use crate::common::patience::wait_for;
 use crate::common::process::ended;
 use crate::common::rig::Rig;
@@ -15,35 +16,6 @@ use sealblk::crypt::secret_mem::SecretMem;
 use sealblk::crypt::{BackupKeys, Dek};
 use serde_json::{Value, json};
 use std::fs;
-
-/// The process below `parent`, or below one of those, that was started with this word.
-#[track_caller]
-fn helper(parent: Pid, word: &str) -> Pid {
-    wait_for(&format!("a process \"{word}\""), || find_helper(parent, word).ok_or("none"))
-}
-
-fn find_helper(parent: Pid, word: &str) -> Option<Pid> {
-    let mut below = vec![parent];
-    while let Some(parent) = below.pop() {
-        for process in fs::read_dir("/proc").expect("list processes").flatten() {
-            let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let path = process.path();
-            let stat = fs::read_to_string(path.join("stat")).unwrap_or_default();
-            let fields: Vec<&str> =
-                stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').collect()).unwrap_or_default();
-            // One that has ended, and was not waited for, is none.
-            if fields.len() < 2 || fields[0] == "Z" || fields[1] != parent.to_string() {
-                continue;
-            }
-            let line = fs::read(path.join("cmdline")).unwrap_or_default();
-            if line.split(|&byte| byte == 0).any(|it| it == word.as_bytes()) {
-                return Some(Pid::from_raw(pid));
-            }
-            below.push(Pid::from_raw(pid));
-        }
-    }
-    None
-}
 
 fn kill_and_wait(pid: Pid) {
     let process = ended(pid);
