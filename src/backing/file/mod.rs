@@ -89,6 +89,7 @@ impl Place {
 }
 
 /// A file, block device or export that holds one layer.
+#[derive(Clone)]
 pub struct FileBacking {
     /// The file or device; of an export, the file that says where it is.
     file: Arc<File>,
@@ -141,17 +142,8 @@ impl FileBacking {
     pub fn frozen(&self) -> io::Result<Self> {
         let direct = if self.way.access == Access::Direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).custom_flags(direct).open(self.by_descriptor())?;
-        Ok(FileBacking {
-            file: Arc::new(file),
-            way: Way { turns: None, ..self.way.clone() },
-            read_only: true,
-            caps: self.caps.clone(),
-            memory: self.memory.clone(),
-            export: self.export.clone(),
-            write_cache: None,
-            coming: self.coming.clone(),
-            ..*self
-        })
+        let way = Way { turns: None, ..self.way.clone() };
+        Ok(FileBacking { file: Arc::new(file), way, read_only: true, write_cache: None, ..self.clone() })
     }
 
     /// This layer after it was made longer: `size` bytes, if it lies on a device with a header. Nothing may
@@ -163,18 +155,8 @@ impl FileBacking {
             return Err(device::too_short(len, size));
         }
         if self.export.is_some() {
-            let (export, way) = (self.export.clone(), self.way.clone());
             let caps = Caps { size, ..self.caps.clone() };
-            return Ok(FileBacking {
-                file: self.file.clone(),
-                export,
-                way,
-                caps,
-                memory: None,
-                write_cache: None,
-                coming: None,
-                ..*self
-            });
+            return Ok(FileBacking { caps, memory: None, write_cache: None, coming: None, ..self.clone() });
         }
         let mut way = Way::to(self.found.as_ref(), size, self.block_size, self.read_only);
         let file = if way.access == self.way.access {

@@ -46,15 +46,7 @@ fn a_queue_that_ends_has_no_writes_on_their_way_whoever_still_holds_its_file() {
     // The kernel may hold it like this for as long as an io_uring is kept and not used.
     let held = Arc::new(backing.open_again().unwrap());
     drop(backing);
-    let top = Reached {
-        file: held.clone(),
-        start: 0,
-        is_device: false,
-        inline: false,
-        export: None,
-        memory: None,
-        unit: 512,
-    };
+    let top = Reached::whole(held.clone(), 512);
     let queue = FileQueue::new(&Rc::new(Uring::new(1).unwrap()), top, Vec::new(), 1).unwrap();
     let other = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     assert!(lock_in_flight(&other, locks::Kind::Exclusive).is_err());

@@ -22,6 +22,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getppid};
+use serde::de::DeserializeOwned;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -33,19 +34,7 @@ use std::time::{Duration, Instant};
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn help(_: Hardened) -> Result<()> {
-    let socket = child::begin()?;
-    // The thread that has started this process may end before the process does. Nobody at the other end of
-    // the socket ends this one.
-    child::outlive_parent()?;
-    let attempt = || "take a request: this command is started by sealblk alone";
-    let mut lines = Lines::of_at_most(MAX_LINE);
-    let line = lines.next(&socket).context(attempt)?.unwrap_or_default();
-    let begin: Begin = serde_json::from_slice(&line).map_err(io::Error::from).context(attempt)?;
-    let image = Image::named(&begin.image)?;
-    let rules = reach(&image);
-    // The log may go by a descriptor, whose number is another's from here on.
-    log::set_max_level(log::LevelFilter::Off);
-    stranger::keep_standard_streams()?;
+    let Begun { socket, lines, request, image, rules } = begin(MAX_LINE, |it: &Begin| &it.image)?;
     // What the kernel says of processes is for the keeper alone.
     let own: Vec<Rule> = rules.iter().cloned().chain([Rule::new("/proc", Access::ReadTree)]).collect();
     if let Err(e) = sandbox::confine_keeper(&own) {
@@ -53,7 +42,40 @@ pub fn help(_: Hardened) -> Result<()> {
         return Ok(());
     }
     wire::say(&socket, &Answer::Ready)?;
-    Servers { image, write: begin.write, rules, now: None, ended: Vec::new() }.keep(&socket, lines)
+    Servers { image, write: request.write, rules, now: None, ended: Vec::new() }.keep(&socket, lines)
+}
+
+/// A process that has been told which image it is for.
+pub(super) struct Begun<R> {
+    pub(super) socket: UnixStream,
+    pub(super) lines: Lines,
+    /// What it was told.
+    pub(super) request: R,
+    pub(super) image: Image,
+    /// The files that it is to be left with.
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Begins a process that is for one image, or for the pool that `image_of` the first line names by one. It
+/// says nothing more but by its socket.
+///
+/// # Errors
+/// For a first line that is none, of at most `max` bytes.
+pub(super) fn begin<R: DeserializeOwned>(max: usize, image_of: fn(&R) -> &str) -> Result<Begun<R>> {
+    let socket = child::begin()?;
+    // The thread that has started this process may end before the process does. Nobody at the other end of
+    // the socket ends this one.
+    child::outlive_parent()?;
+    let attempt = || "take a request: this command is started by sealblk alone";
+    let mut lines = Lines::of_at_most(max);
+    let line = lines.next(&socket).context(attempt)?.unwrap_or_default();
+    let request: R = serde_json::from_slice(&line).map_err(io::Error::from).context(attempt)?;
+    let image = Image::named(image_of(&request))?;
+    let rules = reach(&image);
+    // The log may go by a descriptor, whose number is another's from here on.
+    log::set_max_level(log::LevelFilter::Off);
+    stranger::keep_standard_streams()?;
+    Ok(Begun { socket, lines, request, image, rules })
 }
 
 /// The servers of a keeper, one at a time.
@@ -295,7 +317,7 @@ fn see(holder: &Holder) -> Seen {
 }
 
 /// The files that librbd needs.
-pub(super) fn reach(image: &Image) -> Vec<Rule> {
+fn reach(image: &Image) -> Vec<Rule> {
     let read = [image.conf(), image.keyring()];
     let devices = [PathBuf::from("/dev/null")];
     let read = stranger::of_libraries(true).into_iter().chain(read).map(|path| (path, false));

@@ -58,6 +58,14 @@ pub(super) struct Reached {
     pub unit: u32,
 }
 
+#[cfg(test)]
+impl Reached {
+    /// All of a file, by io_uring.
+    pub(super) fn whole(file: Arc<File>, unit: u32) -> Self {
+        Reached { file, start: 0, is_device: false, inline: false, export: None, memory: None, unit }
+    }
+}
+
 /// The queue.
 pub(super) struct FileQueue {
     /// The layers' files as the kernel knows them, the top's first.

@@ -7,15 +7,7 @@ use std::os::unix::fs::FileExt;
 fn queue() -> FileQueue {
     let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     file.set_len(1 << 20).unwrap();
-    let layer = Reached {
-        file: Arc::new(file),
-        start: 0,
-        is_device: false,
-        inline: false,
-        export: None,
-        memory: None,
-        unit: 512,
-    };
+    let layer = Reached::whole(Arc::new(file), 512);
     FileQueue::new(&Rc::new(Uring::new(4).unwrap()), layer, vec![], 4).unwrap()
 }
 
@@ -25,15 +17,7 @@ fn in_units(unit: u32, queues: usize) -> Vec<FileQueue> {
     file.set_len(1 << 20).unwrap();
     let turns = Arc::new(Turns::new());
     let queue = |_| {
-        let layer = Reached {
-            file: file.clone(),
-            start: 0,
-            is_device: false,
-            inline: false,
-            export: None,
-            memory: None,
-            unit,
-        };
+        let layer = Reached::whole(file.clone(), unit);
         let uring = Rc::new(Uring::new(4).unwrap());
         let queue = FileQueue::new(&uring, layer, vec![], 4).unwrap();
         queue.with_turns(&uring, Some(turns.clone())).unwrap()

@@ -21,11 +21,10 @@ use super::locks::{Locks, object_of_lock};
 use super::narrow::{Narrow, check};
 use super::rados::{Part, Rados};
 use super::wire::{Answer, Begin, MAX_LINE, MAX_RECORD, Problem, Request, VOLUMES, is_name, of_volume};
-use crate::backing::nbd::Image;
 use crate::base::hardened::Hardened;
 use crate::base::wire::{self, Lines};
-use crate::base::{Context, Error, Kind, Result, child};
-use crate::helper::rbd::keeper::reach;
+use crate::base::{Error, Kind, Result};
+use crate::helper::rbd::keeper::{Begun, begin};
 use crate::sandbox::{self, stranger};
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -44,18 +43,7 @@ const IS_THERE: &[u8] = b"1";
 /// # Errors
 /// Only when the other side could not even be told.
 pub fn help(_: Hardened) -> Result<()> {
-    let socket = child::begin()?;
-    // It ends when its socket does, once it has let go of its locks.
-    child::outlive_parent()?;
-    let attempt = || "take a request: this command is started by sealblk alone";
-    let mut lines = Lines::of_at_most(MAX_LINE);
-    let line = lines.next(&socket).context(attempt)?.unwrap_or_default();
-    let begin: Begin = serde_json::from_slice(&line).map_err(io::Error::from).context(attempt)?;
-    let image = Image::named(&begin.image)?;
-    let rules = reach(&image);
-    // The log may go by a descriptor, whose number is another's from here on.
-    log::set_max_level(log::LevelFilter::Off);
-    stranger::keep_standard_streams()?;
+    let Begun { socket, lines, image, rules, .. } = begin(MAX_LINE, |it: &Begin| &it.image)?;
     let begun = sandbox::confine_module(&rules, true)
         .and_then(|()| stranger::be_silent())
         .and_then(|()| Rados::connect(&image))
